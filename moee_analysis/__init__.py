@@ -1,0 +1,15 @@
+"""Take a trained vision network apart into a mixture of experts, and see what each part does."""
+
+from __future__ import annotations
+
+from moee_analysis import measure as measure
+from moee_analysis import plots as plots
+from moee_analysis.clustering import ClusterConfig as ClusterConfig
+from moee_analysis.config import ExtractConfig as ExtractConfig
+from moee_analysis.errors import MoeeError as MoeeError
+from moee_analysis.extraction import Extraction as Extraction
+from moee_analysis.extraction import extract as extract
+from moee_analysis.extraction import load as load
+from moee_analysis.images import load_images as load_images
+from moee_analysis.models import find_mlps as find_mlps
+from moee_analysis.models import load_model as load_model

@@ -1,0 +1,172 @@
+"""The command line: ``moee extract | evaluate | report | lab``.
+
+Exit codes: 0 done, 1 failed, 2 bad input (told in one line).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.presets import PRESETS
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except MoeeError as error:
+        print(f"moee: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moee: interrupted, nothing half-written was left behind", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moee", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_extract(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    lab = commands.add_parser("lab", help="open JupyterLab on the notebooks")
+    lab.set_defaults(command=_lab)
+    return parser
+
+
+def _add_extract(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("extract", help="take a model apart into a mixture of experts")
+    _model_options(parser)
+    parser.add_argument("--calibration", default="bundled", help="folder of class folders")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the run")
+    parser.add_argument("--recipe", default="paper", help="paper: MoEE as published")
+    parser.add_argument("--macs-reduction", type=float, help="share of all MACs to save: 0.28")
+    parser.add_argument("--variance-kept", type=float, help="the paper's p, instead: 0.9")
+    parser.add_argument(
+        "--reduce", default="umap", help="before clustering: umap, pca, or none as in the paper"
+    )
+    parser.add_argument("--noise", default="reroute", help="noise tokens: reroute, drop or rest")
+    _compute_options(parser)
+    parser.set_defaults(command=_extract)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evaluate", help="compare a run with its dense model")
+    parser.add_argument("run", type=Path, help="folder of a saved run")
+    parser.add_argument("--images", default="bundled", help="folder of class folders")
+    parser.add_argument("--weights", help="the dense weights, if they have moved")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--strict", action="store_true", help="refuse unreadable images")
+    parser.add_argument("--device", default="cpu")
+    parser.set_defaults(command=_evaluate)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("report", help="run every notebook and write an HTML report")
+    _model_options(parser)
+    parser.add_argument("--calibration", help="folder of class folders")
+    parser.add_argument("--images", default="bundled", help="folder of class folders to look at")
+    parser.add_argument("--preset", default="small", choices=PRESETS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=Path("reports"), type=Path)
+    parser.set_defaults(command=_report)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="bundled", help="'bundled' or a timm model name")
+    parser.add_argument("--weights", help="a local .safetensors or .pth state dict")
+
+
+def _compute_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="small", choices=PRESETS, help="how much compute")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--strict", action="store_true", help="refuse unreadable images")
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    import moee_analysis as moee
+
+    config = moee.ExtractConfig(
+        recipe=arguments.recipe,
+        macs_reduction=arguments.macs_reduction,
+        variance_kept=arguments.variance_kept,
+        preset=arguments.preset,
+        seed=arguments.seed,
+        clustering=moee.ClusterConfig(reduce=arguments.reduce),
+        noise=arguments.noise,
+    )
+    model = moee.load_model(arguments.model, weights=arguments.weights, device=arguments.device)
+    images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
+    run = moee.extract(model, images, config)
+    run.save(arguments.out)
+    print(_layers_text(run))
+    print(f"saved to {arguments.out}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import moee_analysis as moee
+    from moee_analysis.evaluation import evaluate
+    from moee_analysis.store import write_json
+
+    run = moee.load(arguments.run)
+    images = moee.load_images(arguments.images, strict=arguments.strict)
+    numbers = evaluate(run, images, weights=arguments.weights, device=arguments.device)
+    if arguments.json:
+        write_json(arguments.json, numbers)
+    print(_numbers_text(numbers))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from moee_analysis.report import report
+
+    names = ("model", "weights", "calibration", "images", "seed")
+    outcomes = report(
+        {name: getattr(arguments, name) for name in names},
+        out=arguments.out,
+        preset=arguments.preset,
+    )
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+def _lab(_: argparse.Namespace) -> int:
+    from moee_analysis.report import open_lab
+
+    return open_lab()
+
+
+def _layers_text(run: object) -> str:
+    lines = ["layer  experts  noise  active  stored  (share of hidden neurons)"]
+    for layer in run.layers:
+        kept = (
+            f"{layer.experts:7d} {layer.noise_share:6.0%} {layer.active_fraction:7.1%} "
+            f"{layer.union_fraction:7.1%}"
+            if layer.converted
+            else f"  dense: {layer.reason}"
+        )
+        lines.append(f"{layer.index:5d}  {kept}")
+    return "\n".join([*lines, f"variance kept by each expert: p = {run.variance_kept:.1%}"])
+
+
+def _numbers_text(numbers: dict) -> str:
+    return (
+        f"top-1 {numbers['moe_top1']:.1%} (dense {numbers['dense_top1']:.1%}, retention "
+        f"{numbers['retention']:.1%}, agreement {numbers['agreement']:.1%}; random routing "
+        f"{numbers['random_routing_top1']:.1%}) on {numbers['n_images']} images\n"
+        f"MACs {numbers['macs_moe'] / 1e9:.3f} G (dense {numbers['macs_dense'] / 1e9:.3f} G, "
+        f"-{numbers['macs_reduction']:.1%})\n"
+        f"parameters {numbers['params_moe'] / 1e6:.3f} M (dense "
+        f"{numbers['params_dense'] / 1e6:.3f} M, -{numbers['params_reduction']:.1%})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Clusters of hidden activations: reduce, then HDBSCAN, then decide whether to trust the result.
+
+MoEE (CVPR 2025), phase 1: HDBSCAN on the activations of every layer on its own; a layer in which
+no clusters are found stays dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moee_analysis.errors import MoeeError
+
+REDUCTIONS = ("umap", "pca", "none")
+SELECTIONS = ("eom", "leaf")
+NOISE = -1
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How the activations of one layer are clustered.
+
+    ``reduce="none"`` is the paper taken literally; on raw activations HDBSCAN calls nearly
+    everything noise, so the default reduces with UMAP first.
+    """
+
+    reduce: Literal["umap", "pca", "none"] = "umap"
+    components: int = 8  # dimensions after the reduction
+    neighbors: int = 30  # UMAP's neighbourhood
+    metric: str = "cosine"  # UMAP's metric; HDBSCAN itself is always Euclidean
+    min_samples: int = 10  # never left to hdbscan's default, which is min_cluster_size
+    min_cluster_size: float = 0.01  # as a share of the clustered tokens
+    max_cluster_size: float | None = 0.25  # likewise; None lets one cluster take everything
+    selection: Literal["eom", "leaf"] = "eom"
+    max_noise: float = 0.8  # a layer with a larger share of noise stays dense
+
+    def __post_init__(self) -> None:
+        _one_of("reduce", self.reduce, REDUCTIONS)
+        _one_of("selection", self.selection, SELECTIONS)
+        _share("min_cluster_size", self.min_cluster_size)
+        _share("max_noise", self.max_noise)
+        if self.max_cluster_size is not None:
+            _share("max_cluster_size", self.max_cluster_size)
+        for name in ("components", "neighbors", "min_samples"):
+            if getattr(self, name) < 1:
+                raise MoeeError(f"{name} of at least 1", str(getattr(self, name)), "raise it")
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Cluster of every token (int, -1 is noise); ``reason`` says why a layer must stay dense."""
+
+    labels: np.ndarray
+    reason: str = ""
+
+    @property
+    def count(self) -> int:
+        """Number of clusters, noise not counted."""
+        return int(self.labels.max(initial=NOISE)) + 1
+
+    @property
+    def noise_share(self) -> float:
+        """Share of the tokens that belong to no cluster."""
+        return float(np.mean(self.labels == NOISE))
+
+
+def cluster(activations: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> Clusters:
+    """Cluster the rows of ``activations``, float (tokens, hidden).
+
+    Raises
+    ------
+    MoeeError
+        NaN or infinite activations; fewer tokens than UMAP or HDBSCAN need.
+    """
+    points = np.asarray(activations, dtype=np.float32)
+    if not np.isfinite(points).all():
+        raise MoeeError("finite activations", "NaN or infinity", "check the weights and images")
+    needed = max(config.min_samples, config.components, 2) + 2
+    if len(points) < needed:
+        raise MoeeError(
+            f"at least {needed} tokens to cluster", str(len(points)), "take more images or tokens"
+        )
+    labels = _hdbscan(reduce_dimensions(points, config, seed=seed), config)
+    return judged(labels, config)
+
+
+def judged(labels: np.ndarray, config: ClusterConfig) -> Clusters:
+    """Decide whether ``labels`` can make experts: two clusters at least, not too much noise."""
+    found = Clusters(labels)
+    if found.count < 2:
+        return Clusters(labels, f"{found.count} clusters found")
+    if found.noise_share > config.max_noise:
+        return Clusters(
+            labels, f"{found.noise_share:.0%} noise, more than max_noise={config.max_noise:.0%}"
+        )
+    return found
+
+
+def reduce_dimensions(
+    points: np.ndarray, config: ClusterConfig, *, seed: int = 0, components: int | None = None
+) -> np.ndarray:
+    """Reduce float32 ``points`` (tokens, hidden) as ``config`` says, to (tokens, components)."""
+    components = components or config.components
+    if config.reduce == "none":
+        return points
+    if config.reduce == "pca":
+        from sklearn.decomposition import PCA
+
+        components = min(components, *points.shape)
+        return PCA(components, svd_solver="covariance_eigh").fit_transform(points)
+    return _umap(points, config, components=components, seed=seed)
+
+
+def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: int) -> np.ndarray:
+    from umap.umap_ import UMAP
+
+    reducer = UMAP(
+        n_components=components,
+        n_neighbors=min(config.neighbors, len(points) - 1),
+        metric=config.metric,
+        min_dist=0.0,
+        random_state=seed,
+        n_jobs=1,  # a seeded UMAP is sequential
+    )
+    return reducer.fit_transform(points)
+
+
+def _hdbscan(points: np.ndarray, config: ClusterConfig) -> np.ndarray:
+    from hdbscan import HDBSCAN
+
+    most = config.max_cluster_size
+    clusterer = HDBSCAN(
+        min_cluster_size=max(2, round(config.min_cluster_size * len(points))),
+        min_samples=config.min_samples,
+        max_cluster_size=0 if most is None else max(2, round(most * len(points))),
+        cluster_selection_method=config.selection,
+    )
+    return clusterer.fit_predict(points.astype(np.float64))
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MoeeError(f"{name} among {', '.join(choices)}", f"'{value}'", "name one of them")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise MoeeError(f"{name} as a share in (0, 1]", str(value), "give a share, not a count")

@@ -1,0 +1,34 @@
+"""Where numbers were made: versions and device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+LIBRARIES = (
+    "torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "hdbscan", "umap-learn",
+    "matplotlib", "seaborn", "papermill",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python and of the libraries that make the numbers."""
+    found = {"moee-analysis": _version("moee-analysis"), "python": platform.python_version()}
+    return found | {name: _version(name) for name in LIBRARIES}
+
+
+def describe_device(device: str) -> str:
+    """``device`` in words a reader of the report understands."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,23 @@
+"""The one error of the package: what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+
+class MoeeError(Exception):
+    """Bad input or an impossible request, told in one line.
+
+    Parameters
+    ----------
+    expected, found, hint
+        What the code needed, what it met instead, and what the user can do about it.
+        All three are clauses without a capital letter or a full stop.
+    """
+
+    def __init__(self, expected: str, found: str, hint: str) -> None:
+        super().__init__(expected, found, hint)
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"expected {self.expected}; found {self.found}. What to do: {self.hint}."

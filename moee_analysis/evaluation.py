@@ -1,0 +1,55 @@
+"""One run against its dense model, as plain numbers for a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis import measure
+from moee_analysis.controls import randomly_routed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moee_analysis.extraction import Extraction
+    from moee_analysis.images import ImageSet
+
+
+def evaluate(
+    run: Extraction,
+    images: ImageSet,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Accuracy, MACs and parameters of a run and its dense model on the same images.
+
+    MACs are those of one image, with the routing shares measured on ``images``.
+    """
+    dense = run.dense(weights=weights).to(device)
+    systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
+    scores = measure.accuracy(systems, images, reference=dense).set_index("system")
+    moe = scores.loc["moe"]
+    cost = measure.macs(run, images).set_index("component").loc["total"]
+    return {
+        "dense_top1": float(moe["reference_top1"]),
+        "moe_top1": float(moe["top1"]),
+        "moe_top1_interval": [float(moe["low"]), float(moe["high"])],
+        "moe_top5": float(moe["top5"]),
+        "retention": float(moe["retention"]),
+        "retention_interval": [float(moe["retention_low"]), float(moe["retention_high"])],
+        "agreement": float(moe["agreement"]),
+        "kl": float(moe["kl"]),
+        "random_routing_top1": float(scores.loc["random", "top1"]),
+        "macs_dense": float(cost["macs_dense"]),
+        "macs_moe": float(cost["macs"]),
+        "macs_reduction": 1 - float(cost["macs"] / cost["macs_dense"]),
+        "params_dense": int(cost["params_dense"]),
+        "params_moe": int(cost["params"]),
+        "params_reduction": 1 - float(cost["params"] / cost["params_dense"]),
+        "n_images": len(images),
+        "skipped_images": list(images.skipped),
+        "variance_kept": run.variance_kept,
+        "layers": [asdict(layer) for layer in run.layers],
+        "provenance": run.provenance,
+    }

@@ -1,0 +1,252 @@
+"""Extraction: a dense model and calibration images in, a mixture of experts out.
+
+MoEE as published ("Efficient Data Driven Mixture-of-Expert Extraction from Trained Networks",
+CVPR 2025), in the order of the paper: record, cluster, cut experts, route. What the paper leaves
+open, and what is chosen here, stands in docs/paper.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moee_analysis.config import ExtractConfig
+from moee_analysis.counting import count
+from moee_analysis.environment import versions
+from moee_analysis.errors import MoeeError
+from moee_analysis.layers import MoeMlp, replace_module
+from moee_analysis.models import BUNDLED, architecture, fingerprint, load_model
+from moee_analysis.planning import LayerPlan, plan_layers
+from moee_analysis.saving import describe, fill_run, read_run, write_run
+from moee_analysis.selection import variance_for_macs
+from moee_analysis.store import content_key, kept
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from moee_analysis.images import ImageSet
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one MLP layer.
+
+    ``noise_share`` is the share of clustered tokens in no cluster, ``route_agreement`` the share
+    of clustered tokens that the router sends to their own cluster, ``active_fraction`` the
+    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored.
+    """
+
+    index: int
+    name: str
+    hidden: int
+    converted: bool
+    reason: str
+    experts: int = 0
+    noise_share: float = 0.0
+    route_agreement: float = 1.0
+    active_fraction: float = 1.0
+    union_fraction: float = 1.0
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A mixture of experts and how it came about.
+
+    ``model`` takes and gives what the dense model does. ``variance_kept`` is the p that was
+    used, ``provenance`` names the model, images and versions, with their hashes.
+    """
+
+    model: nn.Module = field(repr=False)
+    config: ExtractConfig
+    variance_kept: float
+    layers: tuple[LayerReport, ...]
+    provenance: dict[str, Any]
+    original: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def dense(self, *, weights: str | Path | None = None) -> nn.Module:
+        """Return the dense model this run was cut from.
+
+        Raises
+        ------
+        MoeeError
+            Its weights are no longer where they were, or are not the same.
+        """
+        if self.original is not None:
+            return self.original
+        return _load_dense(self.provenance, weights)
+
+    def save(self, folder: str | Path) -> None:
+        """Save as ``folder`` (one safetensors, one JSON); complete or not at all."""
+        write_run(Path(folder), self.model, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "config": asdict(self.config),
+            "variance_kept": self.variance_kept,
+            "layers": [asdict(layer) for layer in self.layers],
+            "provenance": self.provenance,
+        }
+
+
+def load(folder: str | Path) -> Extraction:
+    """Load a saved run; needs neither calibration images nor the dense weights.
+
+    Raises
+    ------
+    MoeeError
+        Missing, truncated, foreign, edited or newer files.
+    """
+    saved = read_run(Path(folder))
+    facts = saved.facts
+    return Extraction(
+        saved.model,
+        ExtractConfig.from_json(facts["config"]),
+        facts["variance_kept"],
+        tuple(LayerReport(**{**f, "sizes": tuple(f["sizes"])}) for f in facts["layers"]),
+        facts["provenance"],
+    )
+
+
+def extract(
+    model: nn.Module,
+    images: ImageSet,
+    config: ExtractConfig | None = None,
+    *,
+    store: str | Path | None = None,
+) -> Extraction:
+    """Take ``model`` apart into a mixture of experts, without training.
+
+    Parameters
+    ----------
+    model
+        A dense timm model; it is not changed.
+    images
+        Calibration images; their labels are not used.
+    config
+        Recipe, budget and everything else; None is the default :class:`ExtractConfig`.
+    store
+        Folder of a content-keyed store: activations, clusters and the result are kept there
+        and found again. None keeps nothing.
+
+    Raises
+    ------
+    MoeeError
+        No MLPs to convert, too few tokens, a budget that cannot be met, a full disk.
+    """
+    config = (config or ExtractConfig()).resolved()
+    images = images.limit(config.calibration_images, seed=config.seed)
+    if store is None:
+        with tempfile.TemporaryDirectory(prefix="moee-") as root:
+            return _extract(model, images, config, root=Path(root))
+    return _through_store(model, images, config, root=Path(store))
+
+
+def _through_store(
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+) -> Extraction:
+    key = content_key(model=fingerprint(model), images=images.fingerprint, config=asdict(config))
+
+    def build(folder: Path) -> None:
+        run = _extract(model, images, config, root=root)
+        fill_run(folder, run.model, run._facts(), described=describe(run.model))
+
+    folder = kept(root, f"run-{key}", build)
+    return replace(load(folder), original=model)
+
+
+def _extract(
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+) -> Extraction:
+    plans = plan_layers(model, images, config, root=root)
+    p = config.variance_kept if config.macs_reduction is None else _budgeted(model, plans, config)
+    return Extraction(
+        build_moe(model, plans, variance_kept=p),
+        config,
+        p,
+        tuple(_report(plan, p) for plan in plans),
+        _provenance(model, images, config),
+        original=model,
+    )
+
+
+def _budgeted(model: nn.Module, plans: Sequence[LayerPlan], config: ExtractConfig) -> float:
+    """Return the p that meets ``config.macs_reduction``."""
+    dense = count(model)
+    converted = [plan for plan in plans if plan.converted]
+
+    def macs(p: float) -> float:
+        return dense.replacing({plan.site.name: plan.macs_per_token(p) for plan in converted})
+
+    return variance_for_macs(macs, dense=dense.total, reduction=config.macs_reduction)
+
+
+def build_moe(model: nn.Module, plans: Sequence[LayerPlan], *, variance_kept: float) -> nn.Module:
+    """Copy ``model`` with its planned layers replaced by mixtures of experts."""
+    moe = copy.deepcopy(model)
+    for plan in plans:
+        if plan.converted:
+            experts = plan.ranking.kept(variance_kept)
+            layer = MoeMlp(plan.site.module(moe), plan.router(), experts, plan.shares)
+            replace_module(moe, plan.site.name, layer.to(next(model.parameters()).device))
+    return moe.eval()
+
+
+def _report(plan: LayerPlan, variance_kept: float) -> LayerReport:
+    site = plan.site
+    facts = LayerReport(
+        site.index,
+        site.name,
+        site.hidden,
+        plan.converted,
+        plan.reason,
+        noise_share=plan.noise_share,
+    )
+    if not plan.converted:
+        return facts
+    sizes = plan.ranking.sizes(variance_kept)
+    union = np.unique(np.concatenate(plan.ranking.kept(variance_kept)))
+    return replace(
+        facts,
+        experts=len(sizes),
+        route_agreement=plan.route_agreement,
+        active_fraction=float(plan.shares @ sizes) / site.hidden,
+        union_fraction=len(union) / site.hidden,
+        sizes=tuple(int(size) for size in sizes),
+    )
+
+
+def _provenance(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
+    return {
+        "model": architecture(model),
+        "weights_file": model.pretrained_cfg.get("file"),
+        "weights_sha256": fingerprint(model),
+        "images": images.name,
+        "n_images": len(images),
+        "images_sha256": images.fingerprint,
+        "seed": config.seed,
+        "versions": versions(),
+    }
+
+
+def _load_dense(provenance: dict[str, Any], weights: str | Path | None) -> nn.Module:
+    file = weights or provenance["weights_file"]
+    if provenance["model"] != BUNDLED and file is not None and not Path(file).is_file():
+        raise MoeeError(
+            f"the dense weights of this run at '{file}'", "no such file",
+            "pass the weights the run was extracted from (--weights FILE)",
+        )  # fmt: skip
+    model = load_model(provenance["model"], weights=file)
+    if fingerprint(model) != provenance["weights_sha256"]:
+        raise MoeeError(
+            "the dense weights this run was extracted from", f"other weights ({file or 'hub'})",
+            "pass the original weights (--weights FILE), or extract again",
+        )  # fmt: skip
+    return model

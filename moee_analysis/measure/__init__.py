@@ -1,0 +1,22 @@
+"""Measures: models and images in, tidy tables out; every one has a plot of the same name."""
+
+from __future__ import annotations
+
+from moee_analysis.measure.accuracy import accuracy as accuracy
+from moee_analysis.measure.class_distance import class_distance as class_distance
+from moee_analysis.measure.class_distance import family_separation as family_separation
+from moee_analysis.measure.class_routing import class_information as class_information
+from moee_analysis.measure.class_routing import class_routing as class_routing
+from moee_analysis.measure.class_routing import specificity as specificity
+from moee_analysis.measure.experts import neurons as neurons
+from moee_analysis.measure.experts import overlap as overlap
+from moee_analysis.measure.experts import sizes as sizes
+from moee_analysis.measure.macs import macs as macs
+from moee_analysis.measure.modularity import modularity as modularity
+from moee_analysis.measure.modularity import part_profile as part_profile
+from moee_analysis.measure.routes import Routes as Routes
+from moee_analysis.measure.routes import routes as routes
+from moee_analysis.measure.routing import balance as balance
+from moee_analysis.measure.routing import routing as routing
+from moee_analysis.measure.similarity import similarity as similarity
+from moee_analysis.measure.similarity import similarity_summary as similarity_summary

@@ -1,0 +1,292 @@
+"""Models: the bundled one, any timm name, local checkpoints; and the MLPs inside them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import socket
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import timm
+import torch
+from huggingface_hub import constants as hub
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.paths import data_folder
+from moee_analysis.weights import load_tensors, read_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True)
+class MlpSite:
+    """One Linear-activation-Linear MLP of a model.
+
+    ``name`` is the module's name (``"blocks.0.mlp"``), ``index`` its place counted from 0,
+    ``dim`` the width of its input, ``hidden`` its number of hidden neurons.
+    """
+
+    name: str
+    index: int
+    dim: int
+    hidden: int
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """Return the module that stands at this site of ``model``."""
+        return model.get_submodule(self.name)
+
+
+def load_model(
+    name: str = BUNDLED, *, weights: str | Path | None = None, device: str = "cpu"
+) -> nn.Module:
+    """Load a dense model, ready for evaluation.
+
+    Parameters
+    ----------
+    name
+        ``"bundled"`` (a small ViT trained on the rendered scenes) or any name timm knows.
+    weights
+        A local ``.safetensors`` or ``.pth`` state dict; None takes the bundled weights, or
+        timm's pretrained weights from the hub. Only tensors are ever read from a file.
+    device
+        Where the model goes.
+
+    Raises
+    ------
+    MoeeError
+        Unknown name; no weights to be had (offline); a file that is not a state dict of
+        this model.
+    """
+    if weights is not None:
+        model = _with_local_weights(name, Path(weights))
+    elif name == BUNDLED:
+        model = _with_local_weights(name, data_folder() / "bundled.safetensors")
+    else:
+        model = _from_hub(name)
+    return model.eval().requires_grad_(requires_grad=False).to(device)
+
+
+def build_model(
+    name: str, *, num_classes: int | None = None, pretrained_cfg: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Build the architecture ``name`` with random weights.
+
+    ``num_classes`` and ``pretrained_cfg`` replace the architecture's own where given.
+    """
+    if name == BUNDLED:
+        model = _bundled_architecture()
+    else:
+        _check_name(name)
+        classes = {} if num_classes is None else {"num_classes": num_classes}
+        model = timm.create_model(name, pretrained=False, **classes)
+    model.pretrained_cfg = {**model.pretrained_cfg, **(pretrained_cfg or {})}
+    return model.eval()
+
+
+def find_mlps(model: nn.Module) -> list[MlpSite]:
+    """Find every Linear-activation-Linear MLP (``timm.layers.Mlp``), in order, from 0.
+
+    Raises
+    ------
+    MoeeError
+        The model has none; the message lists the MLP-like modules that were found.
+    """
+    named = [(name, m) for name, m in model.named_modules() if is_plain_mlp(m)]
+    if not named:
+        raise MoeeError(
+            "a model with Linear-activation-Linear MLPs (timm.layers.Mlp)",
+            _other_mlps(model),
+            "choose a ViT, DeiT, Swin, ConvNeXt or relative; gated and convolutional MLPs "
+            "cannot be taken apart",
+        )
+    return [
+        MlpSite(name, index, m.fc1.in_features, m.fc1.out_features)
+        for index, (name, m) in enumerate(named)
+    ]
+
+
+def model_transform(model: nn.Module) -> Callable:
+    """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``."""
+    settings = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    return timm.data.create_transform(**settings, is_training=False)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of one input image."""
+    return tuple(timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)["input_size"])
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's classes in the order of its outputs; wnids for ImageNet.
+
+    Raises
+    ------
+    MoeeError
+        The model does not say which classes it knows.
+    """
+    own = model.pretrained_cfg.get("label_names")
+    if own:
+        return tuple(own)
+    return tuple(_imagenet(model).label_names())
+
+
+def class_labels(model: nn.Module) -> tuple[str, ...]:
+    """Readable names of the model's classes, in the order of its outputs."""
+    own = model.pretrained_cfg.get("label_names")
+    if own:
+        return tuple(name.replace("_", " ") for name in own)
+    info = _imagenet(model)
+    names = (info.index_to_description(i) for i in range(info.num_classes()))
+    return tuple(name.split(",")[0] for name in names)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the model's weights: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def architecture(model: nn.Module) -> str:
+    """Name under which :func:`build_model` builds this architecture.
+
+    Raises
+    ------
+    MoeeError
+        The model carries no ``pretrained_cfg`` with an architecture.
+    """
+    name = getattr(model, "pretrained_cfg", {}).get("architecture")
+    if not name:
+        raise MoeeError(
+            "a timm model whose pretrained_cfg names its architecture",
+            f"a {type(model).__name__} without one",
+            "load it with load_model, or make it with timm.create_model",
+        )
+    return name
+
+
+def is_plain_mlp(module: nn.Module) -> bool:
+    """Whether ``module`` is a Linear-activation-Linear MLP and nothing else."""
+    return (
+        isinstance(module, Mlp)
+        and isinstance(module.fc1, nn.Linear)
+        and isinstance(module.fc2, nn.Linear)
+        and isinstance(module.norm, nn.Identity)
+    )
+
+
+def _other_mlps(model: nn.Module) -> str:
+    """What there is instead of plain MLPs, as text."""
+    hints = ("mlp", "glu", "ffn", "feedforward")
+    kinds = Counter(
+        _kind(m) for m in model.modules() if any(h in type(m).__name__.lower() for h in hints)
+    )
+    if not kinds:
+        return f"no MLP at all in {type(model).__name__}"
+    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+    return f"only {listed} in {type(model).__name__}"
+
+
+def _kind(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, Mlp):
+        return f"{name} ({type(module.fc1).__name__}, {type(module.norm).__name__})"
+    return name
+
+
+def _check_name(name: str) -> None:
+    if timm.is_model(name):
+        return
+    if Path(name).suffix in {".safetensors", ".pth", ".pt"}:
+        hint = f"pass the architecture as the name and the file as weights='{name}'"
+    else:
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+    raise MoeeError("'bundled' or the name of a timm model", f"'{name}'", hint.rstrip("."))
+
+
+def _bundled_card() -> dict[str, Any]:
+    return json.loads((data_folder() / "bundled.json").read_text())
+
+
+def _bundled_architecture() -> nn.Module:
+    card = _bundled_card()
+    model = VisionTransformer(**card["kwargs"])
+    model.pretrained_cfg = card["pretrained_cfg"]
+    return model
+
+
+def _with_local_weights(name: str, path: Path) -> nn.Module:
+    tensors, metadata = read_tensors(path)
+    stored_cfg = json.loads(metadata.get("pretrained_cfg", "{}"))
+    model = build_model(name, pretrained_cfg=stored_cfg)
+    head = tensors.get(f"{model.pretrained_cfg.get('classifier')}.weight")
+    if head is not None and name != BUNDLED and head.shape[0] != model.num_classes:
+        model = build_model(name, num_classes=head.shape[0], pretrained_cfg=stored_cfg)
+    load_tensors(model, tensors, source=str(path))
+    if name != BUNDLED or path.parent != data_folder():
+        model.pretrained_cfg["file"] = str(path.resolve())
+    return model
+
+
+def _from_hub(name: str) -> nn.Module:
+    _check_name(name)
+    try:
+        with nullcontext() if _hub_answers() else _hub_offline():
+            return timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises many unrelated types when offline
+        raise MoeeError(
+            f"pretrained weights of '{name}' from the hub",
+            f"{type(error).__name__} (offline, or a model without pretrained weights)",
+            "pass weights='path/to/file.safetensors', or use the bundled model",
+        ) from None
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; saves its client a minute of retries when it cannot."""
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((urlsplit(hub.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _hub_offline() -> Iterator[None]:
+    """Let the hub's client look in its cache only."""
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _imagenet(model: nn.Module) -> ImageNetInfo:
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        raise MoeeError(
+            "a model that says which classes it knows",
+            f"{model.num_classes} classes without names in pretrained_cfg['label_names']",
+            "set model.pretrained_cfg['label_names'] to the class names in output order",
+        )
+    return ImageNetInfo(subset)

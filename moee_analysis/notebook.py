@@ -1,0 +1,297 @@
+"""The workbench of a notebook: what it looks at, and where its findings go."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moee_analysis import environment, models
+from moee_analysis.errors import MoeeError
+from moee_analysis.notebook_display import markdown, prepare_display, two_columns
+from moee_analysis.notebook_images import ImageSets, choose_images
+from moee_analysis.notebook_parameters import Parameters
+from moee_analysis.paths import store_folder
+from moee_analysis.presets import Preset, preset_named
+from moee_analysis.results import Results, picture, readable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+    from IPython.display import Markdown
+    from matplotlib.figure import Figure
+    from torch import nn
+
+    from moee_analysis.extraction import Extraction
+    from moee_analysis.images import ImageSet
+
+MACS_REDUCTION = 0.28
+"""Share of the dense model's MACs that the notebooks' extraction saves, as in the paper."""
+
+VERDICTS = {
+    True: ("✓ holds", "good"),
+    False: ("✗ does not hold", "bad"),
+    None: ("◐ holds in part", "half"),
+}
+"""Words for a verdict, and the class that colours them on the report's pages."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One notebook's model, images, extraction and results.
+
+    Everything is loaded or computed when it is first asked for, and then kept.
+    """
+
+    name: str
+    parameters: Parameters
+    results: Results
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def preset(self) -> Preset:
+        """The numbers behind the preset's name."""
+        return preset_named(self.parameters.preset)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the token sample, the embedding and the bootstrap."""
+        return self.parameters.seed
+
+    @property
+    def store(self) -> Path:
+        """Folder in which later notebooks find what this one computed."""
+        return store_folder()
+
+    @property
+    def device(self) -> str:
+        """Where the dense model is: ``"cuda"`` where there is one, else ``"cpu"``."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The model as it was trained."""
+        given = self.parameters
+        return models.load_model(given.model, weights=given.weights, device=self.device)
+
+    @property
+    def calibration(self) -> ImageSet:
+        """The images the experts are made from; never evaluated."""
+        return self._image_sets.calibration
+
+    @property
+    def images(self) -> ImageSet:
+        """The images the model is looked at with; never used for calibration."""
+        return self._image_sets.evaluation
+
+    @cached_property
+    def run(self) -> Extraction:
+        """MoEE as published, at :data:`MACS_REDUCTION`; computed once, then found in the store."""
+        from moee_analysis.extraction import ExtractConfig, extract
+
+        config = ExtractConfig(
+            recipe="paper",
+            macs_reduction=MACS_REDUCTION,
+            preset=self.parameters.preset,
+            seed=self.seed,
+        )
+        return extract(self.dense, self.calibration, config, store=self.store)
+
+    def choose_layers(self, default: Sequence[int]) -> list[int]:
+        """Return the layers to show: the parameter ``layers``, or ``default`` if it is empty.
+
+        Raises
+        ------
+        MoeeError
+            A layer the model does not have.
+        """
+        count = len(models.find_mlps(self.dense))
+        chosen = list(self.parameters.layers or default)
+        beyond = [layer for layer in chosen if layer >= count]
+        if beyond:
+            raise MoeeError(
+                f"layers from 0 to {count - 1} of this model", str(beyond), "correct 'layers'"
+            )
+        return chosen
+
+    def choose_classes(self, default: Sequence[int | str]) -> list[int]:
+        """Return the model's class indices to show: the parameter ``classes``, or ``default``.
+
+        A class may be given by index, by name (wnid) or by readable name.
+
+        Raises
+        ------
+        MoeeError
+            A class the model does not know.
+        """
+        return [_class_index(self.dense, c) for c in (self.parameters.classes or default)]
+
+    def record(self, key: str, value: Any) -> None:
+        """Keep a number (or text, list, mapping) as ``values.<key>``; NaN is kept as null."""
+        self.results.put_into("values", key, value)
+
+    def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
+        """Keep ``table`` as ``tables/<name>.csv`` and return it, to be shown."""
+        self.results.table(name, table)
+        return table
+
+    def figure(
+        self, name: str, fig: Figure, *, caption: str | None = None, cover: bool = False
+    ) -> Figure:
+        """Keep ``fig`` as ``figures/<name>.png`` and return it, to be shown.
+
+        ``caption`` is also what a screen reader says. The ``cover`` figure stands for the
+        notebook on the report's index; without one the first figure does.
+        """
+        fig.set_label(caption or name.replace("_", " "))
+        self.results.figure(name, picture(fig), caption=caption, cover=cover)
+        return fig
+
+    def headline(self, label: str, value: float | str) -> Markdown:
+        """Keep the one number that sums the notebook up, for the report's index; show it."""
+        self.results.put("headline", {"label": label, "value": value})
+        return markdown(f"**{readable(value)}** {label}")
+
+    def claim(self, statement: str, found: str, holds: bool | None) -> Markdown:  # noqa: FBT001
+        """Keep and show a claim of the paper, what was found here, and whether it holds.
+
+        ``holds`` is True, False, or None for a claim that holds in part.
+        """
+        verdict, colour = VERDICTS[holds]
+        self.results.append(
+            "claims", {"statement": statement, "found": found, "holds": holds, "verdict": verdict}
+        )
+        return markdown(
+            f"> **The paper says** {statement}\n>\n> **Found here** {found}\n>\n"
+            f'> <strong class="{colour}">{verdict}</strong>'
+        )
+
+    def caption(
+        self,
+        *,
+        layer: int | None = None,
+        site: str | None = None,
+        tokens: str | None = None,
+        n: int | None = None,
+    ) -> str:
+        """Say which layer, site, tokens, number of images, model and seed a figure shows."""
+        facts = [
+            f"layer {layer}" if layer is not None else None,
+            site,
+            f"{tokens} tokens" if tokens else None,
+            f"n = {readable(n)} images" if n is not None else None,
+            f"model {self.parameters.model}",
+            f"preset {self.parameters.preset}",
+            f"seed {self.seed}",
+        ]
+        return ", ".join(fact for fact in facts if fact)
+
+    def finish(self) -> Markdown:
+        """Keep and show versions, device, time and parameters; a notebook's last cell."""
+        facts = {
+            "device": environment.describe_device(self.device),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        versions = environment.versions()
+        self.results.put("environment", facts | {"versions": versions})
+        given = {k: v for k, v in self.parameters.told().items() if v not in (None, [])}
+        return markdown(
+            two_columns({**facts, "parameters": _listed(given), "versions": _listed(versions)})
+        )
+
+    @cached_property
+    def _image_sets(self) -> ImageSets:
+        sets = choose_images(self.parameters)
+        self.results.put("images", sets.told())
+        for note in sets.notes:
+            self.results.append("notes", note)
+        return sets
+
+    def _repr_markdown_(self) -> str:
+        """What this notebook looks at, for the cell that opens it."""
+        sets = self._image_sets
+        rows = {
+            "model": self.parameters.model,
+            "calibration": f"{sets.calibration.name} ({len(sets.calibration)} images)",
+            "images": f"{sets.evaluation.name} ({len(sets.evaluation)} images)",
+            "preset": self.parameters.preset,
+            "seed": self.seed,
+            "device": environment.describe_device(self.device),
+        }
+        return two_columns(rows) + "".join(f"\n\n*{note}*" for note in sets.notes)
+
+
+def open_notebook(
+    name: str,
+    *,
+    model: str = models.BUNDLED,
+    weights: str | None = None,
+    calibration: str | None = None,
+    images: str = models.BUNDLED,
+    layers: Sequence[int] = (),
+    classes: Sequence[int | str] = (),
+    preset: str = "small",
+    seed: int = 0,
+    out: str | None = None,
+) -> Bench:
+    """Check a notebook's parameters and set up its workbench.
+
+    Parameters
+    ----------
+    name
+        The notebook's file name without its suffix.
+    model, weights, calibration, images, layers, classes, preset, seed
+        The parameters cell, see :class:`moee_analysis.notebook_parameters.Parameters`.
+    out
+        Folder for ``results.json``, ``tables/`` and ``figures/``; None writes nothing.
+
+    Raises
+    ------
+    MoeeError
+        A parameter of the wrong type or out of range.
+    """
+    given = Parameters(
+        model=model,
+        weights=weights,
+        calibration=calibration,
+        images=images,
+        layers=layers,
+        classes=classes,
+        preset=preset,
+        seed=seed,
+        out=out,
+    )
+    prepare_display()
+    kept = Results(None if out is None else Path(out))
+    kept.put("notebook", name)
+    kept.put("parameters", given.told())
+    return Bench(name, given, kept)
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name}\u00a0{value}" for name, value in facts.items())
+
+
+def _class_index(model: nn.Module, wanted: int | str) -> int:
+    names = models.class_names(model)
+    labels = models.class_labels(model)
+    if isinstance(wanted, (int, np.integer)) and 0 <= wanted < len(names):
+        return int(wanted)
+    for known in (names, labels):
+        if wanted in known:
+            return known.index(wanted)
+    close = difflib.get_close_matches(str(wanted), [*labels, *names], n=3)
+    raise MoeeError(
+        f"one of the model's {len(names)} classes, by name or index",
+        repr(wanted),
+        f"did you mean {', '.join(close)}" if close else f"such as '{labels[0]}'",
+    )

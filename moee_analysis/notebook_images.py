@@ -1,0 +1,101 @@
+"""Which images a notebook calibrates with and which it looks at: never the same ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.images import load_images
+from moee_analysis.models import BUNDLED
+from moee_analysis.presets import preset_named
+
+if TYPE_CHECKING:
+    from moee_analysis.images import ImageSet
+    from moee_analysis.notebook_parameters import Parameters
+
+SET_ASIDE = 0.5
+"""Share of ``images`` used for calibration when no other calibration set is given."""
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Disjoint images for making the experts and for looking at them, and remarks on both."""
+
+    calibration: ImageSet
+    evaluation: ImageSet
+    notes: tuple[str, ...] = ()
+
+    def told(self) -> dict[str, Any]:
+        """Names and sizes of both sets, for ``results.json``."""
+        return {"calibration": _told(self.calibration), "evaluation": _told(self.evaluation)}
+
+
+def choose_images(given: Parameters) -> ImageSets:
+    """Load the two sets that the parameters ask for, in the sizes of their preset.
+
+    Without a ``calibration`` folder the bundled set serves, if the model or the images are
+    bundled; otherwise a part of ``images`` is set aside.
+
+    Raises
+    ------
+    MoeeError
+        One folder for both sets, or too few images to share out.
+    """
+    source = given.calibration
+    if source is None and BUNDLED in (given.model, given.images):
+        source = BUNDLED
+    if source is None:
+        return _set_aside(given)
+    if source == given.images != BUNDLED:
+        raise MoeeError(
+            "'calibration' and 'images' in two folders",
+            f"'{source}' for both",
+            "leave 'calibration' empty: a part of 'images' is then set aside",
+        )
+    sizes = preset_named(given.preset)
+    calibration = load_images(
+        source, split="calibration", limit=sizes.calibration_images, seed=given.seed
+    )
+    evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=given.seed)
+    return ImageSets(calibration, evaluation, (*_skipped(calibration), *_skipped(evaluation)))
+
+
+def _set_aside(given: Parameters) -> ImageSets:
+    """Both sets from the one folder ``images``."""
+    sizes = preset_named(given.preset)
+    limits = (sizes.calibration_images, sizes.evaluation_images)
+    total = None if None in limits else math.ceil(max(limits) / min(SET_ASIDE, 1 - SET_ASIDE))
+    images = load_images(given.images, limit=total, seed=given.seed)
+    if len(images) < 2:
+        raise MoeeError(
+            "at least two images, for calibration and for evaluation",
+            str(len(images)),
+            "add images, or name a 'calibration' folder",
+        )
+    calibration, evaluation = images.split(SET_ASIDE, seed=given.seed)
+    note = (
+        f"No calibration set was given: {len(calibration)} of the {len(images)} images of "
+        f"{images.name} were set aside for calibration and are never evaluated."
+    )
+    return ImageSets(
+        calibration.limit(limits[0], seed=given.seed),
+        evaluation.limit(limits[1], seed=given.seed),
+        (note, *_skipped(images)),
+    )
+
+
+def _skipped(images: ImageSet) -> tuple[str, ...]:
+    if not images.skipped:
+        return ()
+    return (f"{len(images.skipped)} images of {images.name} could not be read and were skipped.",)
+
+
+def _told(images: ImageSet) -> dict[str, Any]:
+    return {
+        "name": images.name,
+        "count": len(images),
+        "classes": len(set(images.folders)),
+        "skipped": list(images.skipped),
+    }

@@ -1,0 +1,23 @@
+"""Figures: every function takes the table of the measure of the same name and returns a figure."""
+
+from __future__ import annotations
+
+from moee_analysis.plots import style as style
+from moee_analysis.plots.accuracy import accuracy as accuracy
+from moee_analysis.plots.class_distance import class_distance as class_distance
+from moee_analysis.plots.class_distance import family_separation as family_separation
+from moee_analysis.plots.class_routing import class_information as class_information
+from moee_analysis.plots.class_routing import class_routing as class_routing
+from moee_analysis.plots.class_routing import specificity as specificity
+from moee_analysis.plots.experts import neurons as neurons
+from moee_analysis.plots.experts import overlap as overlap
+from moee_analysis.plots.experts import sizes as sizes
+from moee_analysis.plots.macs import macs as macs
+from moee_analysis.plots.modularity import modularity as modularity
+from moee_analysis.plots.modularity import part_profile as part_profile
+from moee_analysis.plots.routing import balance as balance
+from moee_analysis.plots.routing import routing as routing
+from moee_analysis.plots.similarity import similarity as similarity
+from moee_analysis.plots.similarity import similarity_summary as similarity_summary
+from moee_analysis.plots.walkthrough import embedding as embedding
+from moee_analysis.plots.walkthrough import patches as patches

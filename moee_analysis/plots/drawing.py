@@ -1,0 +1,117 @@
+"""What several figures are drawn with: heat maps, lines with bands, colours of experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.ticker import MaxNLocator
+
+from moee_analysis.plots import style
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+NOISE = "#D5D8DD"
+"""Tokens in no cluster."""
+
+WHITE_TO_BLUE = LinearSegmentedColormap.from_list(
+    "white_to_blue", ["#FFFFFF", "#B5D6EA", style.PALETTE[0], "#00263D"]
+)
+"""Colour map of a share of which most cells have little."""
+
+_HUES = tuple(colour for colour in style.PALETTE if colour != "#000000")
+_MIXTURES = (("#FFFFFF", 0.0), ("#FFFFFF", 0.55), ("#000000", 0.5), ("#777777", 0.6))
+
+
+def expert_colours(count: int) -> list[str]:
+    """``count`` colours for experts: the palette, then its hues lighter, darker and dull.
+
+    Up to seven are safe for colour-blind readers; beyond that a figure also writes numbers.
+    """
+    every = [_mixed(hue, *mixture) for mixture in _MIXTURES for hue in _HUES]
+    return [every[place % len(every)] for place in range(count)]
+
+
+def square(table: pd.DataFrame, value: str, name: str) -> tuple[np.ndarray, list[str]]:
+    """Values of a table of ordered pairs as a matrix in its ``order_a``, and the names in order.
+
+    ``name`` is the column of names without its ``_a``.
+    """
+    matrix = table.pivot(index="order_a", columns="order_b", values=value).to_numpy()
+    first = table.drop_duplicates("order_a").sort_values("order_a")
+    return matrix, [str(one) for one in first[f"{name}_a"]]
+
+
+def heat_map(ax: Axes, matrix: np.ndarray, **options: Any) -> AxesImage:
+    """Draw ``matrix`` without grid and frame; ``options`` go to ``imshow``."""
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    return ax.imshow(matrix, interpolation="nearest", **options)
+
+
+def name_cells(
+    ax: Axes, rows: Sequence[str] = (), columns: Sequence[str] = (), *, size: float = 6.5
+) -> None:
+    """Write the names of rows and columns of a heat map; without names there are no ticks."""
+    ax.set_yticks(range(len(rows)), rows, size=size)
+    upright = max((len(name) for name in columns), default=0) <= 2
+    ax.set_xticks(range(len(columns)), columns, size=size, rotation=0 if upright else 90)
+
+
+def thinned(names: Sequence[str], *, most: int = 11) -> list[str]:
+    """Leave out names between so many that they would touch; their places stay."""
+    step = -(-len(names) // most)
+    return [name if place % step == 0 else "" for place, name in enumerate(names)]
+
+
+def line(ax: Axes, layers: pd.DataFrame, value: str, **options: Any) -> None:
+    """Draw ``value`` over the layers with its interval (``low``, ``high``) as a band."""
+    layers = layers.sort_values("layer")
+    x = layers["layer"]
+    ax.fill_between(x, layers["low"], layers["high"], color=options["color"], alpha=0.18, lw=0)
+    ax.plot(x, layers[value], **{"marker": "o", "ms": 3.5} | options)
+
+
+def bar_beside(fig: Figure, axes: Sequence[Axes], image: AxesImage, label: str) -> None:
+    """Draw one colour bar for all of ``axes``."""
+    bar = fig.colorbar(image, ax=axes, shrink=0.7, aspect=25, pad=0.02)
+    bar.set_label(label, size=8)
+    bar.outline.set_visible(False)
+
+
+def panel_title(system: str, layer: int, *, several: bool) -> str:
+    """Name a panel by its layer, and by its system where there are ``several``."""
+    label = style.layer_label(layer)
+    return f"{system}, {label}" if several else label
+
+
+def whole_layers(ax: Axes) -> None:
+    """Put ticks at whole layers only."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def legend_above(fig: Figure, ax: Axes, *, columns: int = 4) -> None:
+    """Write the legend of ``ax`` above the figure."""
+    handles, names = ax.get_legend_handles_labels()
+    fig.legend(
+        handles, names, loc="outside upper left", ncols=min(columns, len(names)), borderpad=0
+    )
+
+
+def finish(fig: Figure, table: pd.DataFrame, caption: str | None) -> Figure:
+    """Write ``caption`` below, or else the one that the measure gave its table."""
+    return style.caption(fig, caption or table.attrs.get("caption"))
+
+
+def _mixed(colour: str, other: str, share: float) -> str:
+    """``colour`` with a ``share`` of ``other`` in it."""
+    pairs = zip(to_rgb(colour), to_rgb(other), strict=True)
+    return to_hex([(1 - share) * one + share * two for one, two in pairs])

@@ -1,0 +1,178 @@
+"""The paper's Figure 1 step by step: tokens in clusters, and experts on the patches of images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.plots import drawing, style
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SIDE = 1.15  # inches of one picture
+_LEGEND = 1.5  # inches beside the pictures
+
+
+@style.house
+def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw tokens as points, coloured and numbered by cluster; noise is light grey.
+
+    ``table`` has the columns ``layer``, ``x``, ``y`` and ``cluster`` (-1: in no cluster), a row
+    per token.
+    """
+    groups = list(table.groupby("layer"))
+    fig, axes = style.panels(len(groups), cols=3, size=(2.6, 2.6))
+    for ax, (layer, tokens) in zip(axes, groups, strict=True):
+        _draw_tokens(ax, tokens)
+        clusters = tokens.loc[tokens["cluster"] >= 0, "cluster"].nunique()
+        noise = (tokens["cluster"] < 0).mean()
+        ax.set_title(f"{style.layer_label(layer)}: {clusters} clusters, {noise:.0%} noise")
+    return drawing.finish(fig, table, caption)
+
+
+@style.house
+def patches(
+    pictures: Sequence[np.ndarray],
+    experts: Mapping[int, np.ndarray],
+    *,
+    names: Sequence[str],
+    masks: Sequence[np.ndarray] | None = None,
+    parts: Sequence[str] = (),
+    caption: str | None = None,
+) -> Figure:
+    """Draw pictures in a row, and below them the expert of every patch, a row per layer.
+
+    Parameters
+    ----------
+    pictures
+        uint8 (height, width, 3) each.
+    experts
+        Expert of each patch by layer, int (pictures, rows, columns).
+    names
+        A title for each picture.
+    masks, parts
+        Part mask of each picture, int (height, width), drawn last; and the names of its values.
+
+    Raises
+    ------
+    MoeeError
+        Not as many names, masks or routed images as pictures.
+    """
+    _check_counts(len(pictures), names, experts, masks)
+    layers = sorted(experts)
+    rows = 1 + len(layers) + (masks is not None)
+    fig, grid = style.figure(
+        _SIDE * len(pictures) + _LEGEND, _SIDE * rows + 0.3, rows, len(pictures) + 1,
+        squeeze=False, width_ratios=[_SIDE] * len(pictures) + [_LEGEND - 0.4],
+    )  # fmt: skip
+    for ax in grid.flat:
+        _bare(ax)
+    for ax, picture, name in zip(grid[0], pictures, names, strict=False):
+        ax.imshow(picture)
+        ax.set_title(name, loc="center", size=8)
+    for axes, layer in zip(grid[1:], layers, strict=False):
+        _draw_experts(axes, pictures, experts[layer], layer)
+    if masks is not None:
+        _draw_masks(grid[-1], masks, parts)
+    return style.caption(fig, caption)
+
+
+def _draw_tokens(ax: Axes, tokens: pd.DataFrame) -> None:
+    _bare(ax)
+    noise, rest = tokens[tokens["cluster"] < 0], tokens[tokens["cluster"] >= 0]
+    size = float(np.clip(6000 / len(tokens), 0.6, 8))
+    ax.scatter(noise["x"], noise["y"], s=size, color=drawing.NOISE, lw=0, rasterized=True)
+    colours = drawing.expert_colours(int(rest["cluster"].max()) + 1 if len(rest) else 0)
+    for cluster, part in rest.groupby("cluster"):
+        ax.scatter(part["x"], part["y"], s=size, color=colours[cluster], lw=0, rasterized=True)
+    for cluster, part in rest.groupby("cluster"):
+        _number(ax, part["x"].median(), part["y"].median(), str(cluster))
+
+
+def _number(ax: Axes, x: float, y: float, text: str) -> None:
+    halo = [withStroke(linewidth=2, foreground="white")]
+    ax.text(x, y, text, size=7, ha="center", va="center", color=style.INK, path_effects=halo)
+
+
+def _draw_experts(
+    axes: np.ndarray, pictures: Sequence[np.ndarray], experts: np.ndarray, layer: int
+) -> None:
+    """Lay the colours of the experts over the grey pictures; name the experts in the last place."""
+    colours = drawing.expert_colours(int(experts.max()) + 1)
+    cmap = ListedColormap(colours)
+    for ax, picture, choice in zip(axes, pictures, experts, strict=False):
+        height, width = picture.shape[:2]
+        ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
+        ax.imshow(
+            choice, cmap=cmap, vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.68,
+            interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        )  # fmt: skip
+    axes[0].set_ylabel(style.layer_label(layer), size=8)
+    used = np.unique(experts)
+    _name_colours(axes[-1], [(str(e), colours[e]) for e in used], columns=4, title="expert")
+
+
+def _draw_masks(axes: np.ndarray, masks: Sequence[np.ndarray], parts: Sequence[str]) -> None:
+    present = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
+    colours = drawing.expert_colours(len(present))
+    for ax, mask in zip(axes, masks, strict=False):
+        ax.imshow(
+            np.searchsorted(present, mask), cmap=ListedColormap(colours), vmin=-0.5,
+            vmax=len(present) - 0.5, interpolation="nearest",
+        )  # fmt: skip
+    axes[0].set_ylabel("parts", size=8)
+    if parts:
+        names = [parts[value] for value in present]
+        _name_colours(
+            axes[-1],
+            list(zip(names, colours, strict=True)),
+            columns=2,
+            title="part",
+            loc="lower left",
+        )
+
+
+def _name_colours(
+    ax: Axes, entries: list[tuple[str, str]], *, columns: int, title: str, loc: str = "upper left"
+) -> None:
+    legend = ax.legend(
+        [Patch(color=colour) for _, colour in entries], [name for name, _ in entries], title=title,
+        title_fontsize=6.5, fontsize=5.5, ncols=columns, loc=loc, handlelength=0.8,
+        handleheight=0.8, columnspacing=0.7, handletextpad=0.3, labelspacing=0.25, borderpad=0,
+        alignment="left", bbox_to_anchor=(-0.05, 1.0 if loc == "upper left" else 0.0),
+    )  # fmt: skip
+    legend.set_in_layout(False)  # a long list of parts may be higher than its row
+
+
+def _bare(ax: Axes) -> None:
+    """No ticks, grid or frame; the label of the axis stays."""
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], yticks=[])
+
+
+def _check_counts(
+    count: int,
+    names: Sequence[str],
+    experts: Mapping[int, np.ndarray],
+    masks: Sequence[np.ndarray] | None,
+) -> None:
+    found = {"names": len(names)} | {style.layer_label(n): len(e) for n, e in experts.items()}
+    found |= {} if masks is None else {"masks": len(masks)}
+    wrong = [f"{size} for {what}" for what, size in found.items() if size != count]
+    if wrong or not count:
+        raise MoeeError(
+            f"one or more pictures, and as many ({count}) names, masks and routed images",
+            ", ".join(wrong) or "no picture",
+            "take the same images everywhere",
+        )

@@ -1,0 +1,49 @@
+"""Progress that fits where it is shown: a bar for a person, a few lines for a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from tqdm.std import tqdm
+
+T = TypeVar("T")
+
+
+def is_headless() -> bool:
+    """Whether nobody is watching: the report runner sets ``MOEE_HEADLESS=1``."""
+    return os.environ.get("MOEE_HEADLESS") == "1"
+
+
+def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
+    """Yield ``items`` and say how far along we are.
+
+    A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
+    a plain log one line per tenth.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if is_headless():
+        return iter(items)
+    if _in_notebook():
+        from tqdm.notebook import tqdm as notebook_tqdm
+
+        return iter(notebook_tqdm(items, desc=label, total=total))
+    if sys.stderr.isatty():
+        return iter(tqdm(items, desc=label, total=total))
+    return _logged(items, label, total)
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and shell.config.get("IPKernelApp") is not None
+
+
+def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    tenth = max(1, -(-(total or 1) // 10))
+    for done, item in enumerate(items, start=1):
+        yield item
+        if total and (done % tenth == 0 or done == total):
+            print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)

@@ -1,0 +1,235 @@
+"""The report: notebooks run one by one through papermill, and the pages made of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.kernel import open_lab, own_kernel
+from moee_analysis.paths import notebooks_folder
+from moee_analysis.presets import preset_named
+from moee_analysis.report_index import INDEX, write_index
+from moee_analysis.report_page import LOG, PAGE, read_story, write_page
+from moee_analysis.report_parameters import OWN, check_parameters
+from moee_analysis.report_worker import STATUS
+from moee_analysis.store import new_folder, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+__all__ = ["Outcome", "open_lab", "report"]
+
+CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
+"""The longest a single cell may take, per preset."""
+
+STOP_SECONDS = 15
+INLINE = "module://matplotlib_inline.backend_inline"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook ended.
+
+    ``status`` is ``"ok"``, ``"cell_error"``, ``"timeout"`` or ``"dead_kernel"``; ``cell`` is
+    the number in square brackets of the cell that ended the run, if one did.
+    """
+
+    notebook: str
+    status: str
+    seconds: float
+    folder: Path
+    error: str = ""
+    cell: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every cell ran."""
+        return self.status == "ok"
+
+    @property
+    def page(self) -> Path:
+        """The notebook's page."""
+        return self.folder / PAGE
+
+
+def report(
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path = "reports",
+    preset: str = "small",
+    notebooks: Sequence[str | Path] | None = None,
+    timeout: int | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Run notebooks and make a report of them that needs no network and no server.
+
+    Parameters
+    ----------
+    parameters
+        Values for the notebooks' parameters cells, checked against every one of them.
+    out
+        Folder of the report: ``index.html`` and, per notebook, a folder with ``page.html``,
+        ``notebook.ipynb``, ``results.json``, ``status.json``, ``tables/`` and ``figures/``.
+        A folder appears when its notebook is done; until then an older one stays.
+    preset
+        ``"smoke"``, ``"small"`` or ``"full"``.
+    notebooks
+        Paths of notebooks; None runs all of the project's.
+    timeout
+        Seconds a single cell may take; None takes the preset's :data:`CELL_SECONDS`.
+    say
+        Told one line when a notebook starts and ends, and where the index is.
+
+    Returns
+    -------
+    list of Outcome
+        One per notebook, in order. A failing notebook does not stop the others.
+
+    Raises
+    ------
+    MoeeError
+        Before anything runs: unknown or ill-typed parameters, notebooks that cannot take
+        them, an ``out`` that holds something else.
+    """
+    preset_named(preset)
+    chosen = _chosen(notebooks)
+    given = _checked(parameters or {}, chosen)
+    folder = _checked_folder(Path(out), chosen)
+    seconds = timeout or CELL_SECONDS[preset]
+    outcomes: list[Outcome] = []
+    for number, notebook in enumerate(chosen, start=1):
+        place = f"[{number}/{len(chosen)}] {notebook.stem}"
+        say(f"{place}: started")
+        outcome = _run(notebook, folder, given | {"preset": preset}, seconds=seconds)
+        outcomes.append(outcome)
+        say(f"{place}: {_ending(outcome)}")
+        write_index(folder, [done.folder for done in outcomes])
+    say(f"report: {folder / INDEX}")
+    return outcomes
+
+
+def _chosen(notebooks: Sequence[str | Path] | None) -> list[Path]:
+    """Absolute paths of the notebooks to run, each under a name of its own."""
+    listed = sorted(notebooks_folder().glob("*.ipynb")) if notebooks is None else notebooks
+    chosen = [Path(path).resolve() for path in listed]
+    if not chosen:
+        raise MoeeError("at least one notebook", "none", "name the notebooks to run")
+    twice = [stem for stem, count in Counter(path.stem for path in chosen).items() if count > 1]
+    if twice:
+        raise MoeeError("notebooks with different names", f"'{twice[0]}' twice", "rename one")
+    return chosen
+
+
+def _checked(parameters: Mapping[str, Any], notebooks: Sequence[Path]) -> dict[str, Any]:
+    for name in OWN:
+        if name in parameters:
+            raise MoeeError(
+                f"'{name}' as an argument of the report", "a notebook parameter", "move it there"
+            )
+    for notebook in notebooks:
+        check_parameters(notebook, parameters)
+    return dict(parameters)
+
+
+def _checked_folder(out: Path, notebooks: Sequence[Path]) -> Path:
+    """``out``, if nothing would be overwritten there that is not a report."""
+    for stem in (notebook.stem for notebook in notebooks):
+        folder = out / stem
+        if folder.exists() and not (folder / STATUS).is_file():
+            raise MoeeError(
+                f"'{folder}' to be free or an earlier report",
+                "something else",
+                "choose another folder for the report",
+            )
+    return out
+
+
+def _run(notebook: Path, out: Path, parameters: dict[str, Any], *, seconds: int) -> Outcome:
+    """Run one notebook in a new folder, which takes its place under ``out`` when complete."""
+    final = out / notebook.stem
+    with new_folder(final) as folder:
+        job = {
+            "notebook": str(notebook),
+            "folder": str(folder.resolve()),
+            "parameters": parameters | {"out": str(folder.resolve())},
+            "timeout": seconds,
+            "cwd": str(Path.cwd()),
+        }
+        status = _work(job, folder) | read_story(notebook)
+        write_json(folder / STATUS, status)
+        _tidy(folder, {folder.resolve(): final, notebook: notebook.name})
+        write_page(folder, status)
+    return Outcome(
+        notebook=notebook.stem,
+        status=status["status"],
+        seconds=status["seconds"],
+        folder=final,
+        error=status.get("error", ""),
+        cell=status.get("cell"),
+    )
+
+
+def _work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run the job in a process of its own and return the status it leaves."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "moee_analysis.report_worker", json.dumps(job)]
+    with (
+        own_kernel(hermetic=True) as environment,
+        (folder / LOG).open("w") as log,
+        _process(command, log, environment | {"MOEE_HEADLESS": "1", "MPLBACKEND": INLINE}) as child,
+    ):
+        code = child.wait()
+    if not (folder / STATUS).is_file():
+        ended = f"the process that ran the notebook ended with code {code}"
+        passed = round(time.monotonic() - started, 1)
+        write_json(folder / STATUS, {"status": "dead_kernel", "error": ended, "seconds": passed})
+    return json.loads((folder / STATUS).read_text())
+
+
+@contextmanager
+def _process(
+    command: Sequence[str], log: Any, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen]:
+    """A child process out of reach of the terminal's Ctrl-C, which is over when this is."""
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        yield child
+    finally:
+        child.terminate()  # the worker then takes its kernel down
+        try:
+            child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _tidy(folder: Path, names: Mapping[Path, Path | str]) -> None:
+    """Drop an empty log; in the notebook, give the places of this machine their ``names``."""
+    if not (folder / LOG).stat().st_size:
+        (folder / LOG).unlink()
+    for path in folder.glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        for place, name in names.items():
+            text = text.replace(json.dumps(str(place))[1:-1], json.dumps(str(name))[1:-1])
+        path.write_text(text, encoding="utf-8")
+
+
+def _ending(outcome: Outcome) -> str:
+    where = f" in cell {outcome.cell}" if outcome.cell else ""
+    why = "" if outcome.ok else f"{where}: {' '.join(outcome.error.split())}"
+    return f"{outcome.status.replace('_', ' ')} after {outcome.seconds:.0f} s{why}"

@@ -1,0 +1,208 @@
+"""Runs on disk: one safetensors file, one JSON file, and a refusal of anything else.
+
+The JSON carries a checksum of itself and of the tensors, so that a file that was cut short,
+edited by hand or put together from two runs is refused instead of loading as a wrong model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.layers import MoeMlp, moe_names, replace_module
+from moee_analysis.models import architecture, build_model
+from moee_analysis.routers import ConstantRouter, CosineRouter
+from moee_analysis.store import new_folder, write_json
+from moee_analysis.weights import load_tensors, read_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+FORMAT = 1
+KIND = "moee run"
+TENSORS = "model.safetensors"
+FACTS = "run.json"
+INPUT_FACTS = (
+    "architecture", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode",
+    "num_classes", "label_names", "classifier", "first_conv",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a run folder holds: the rebuilt model and the facts saved beside it."""
+
+    model: nn.Module
+    facts: dict[str, Any]
+
+
+def write_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+    """Save a model with routed layers and plain JSON ``facts`` as ``folder``, all or nothing.
+
+    Raises
+    ------
+    MoeeError
+        The folder holds something that is not an earlier run; the model cannot be rebuilt
+        from its timm name.
+    """
+    _check_target(folder)
+    described = describe(model)
+    _check_rebuilds(model, described)
+    with new_folder(folder) as partial:
+        fill_run(partial, model, facts, described=described)
+
+
+def fill_run(
+    folder: Path, model: nn.Module, facts: dict[str, Any], *, described: dict[str, Any]
+) -> None:
+    """Write the two files of a run into an existing ``folder``."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    content = {
+        "kind": KIND,
+        "format": FORMAT,
+        "model": described,
+        "tensors_sha256": _file_hash(folder / TENSORS),
+        **facts,
+    }
+    write_json(folder / FACTS, {**content, "checksum": _checksum(content)})
+
+
+def read_run(folder: Path) -> SavedRun:
+    """Load a run folder.
+
+    Raises
+    ------
+    MoeeError
+        Missing, truncated, foreign, edited or newer files.
+    """
+    facts = _read_facts(folder)
+    tensors, _ = read_tensors(folder / TENSORS)
+    if _file_hash(folder / TENSORS) != facts["tensors_sha256"]:
+        raise MoeeError(
+            f"the tensors that were saved with '{folder / FACTS}'",
+            f"another content in {TENSORS}",
+            "restore both files, or extract again",
+        )
+    model = _rebuild(facts["model"], tensors)
+    load_tensors(model, tensors, source=str(folder / TENSORS))
+    return SavedRun(model.eval(), facts)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Everything :func:`read_run` needs to rebuild the model before loading its tensors."""
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
+    return {
+        "architecture": architecture(model),
+        "num_classes": model.num_classes,
+        "pretrained_cfg": json.loads(json.dumps(cfg)),
+        "routers": {n: _router_kind(model.get_submodule(n)) for n in moe_names(model).values()},
+    }
+
+
+def _rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Module:
+    model = build_model(
+        described["architecture"],
+        num_classes=described["num_classes"],
+        pretrained_cfg=described["pretrained_cfg"],
+    )
+    for name, kind in described["routers"].items():
+        mlp = model.get_submodule(name)
+        parts = {k[len(name) + 1 :]: t for k, t in tensors.items() if k.startswith(f"{name}.")}
+        replace_module(model, name, _layer_like(parts, mlp, kind))
+    return model.requires_grad_(requires_grad=False)
+
+
+def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, kind: str) -> MoeMlp:
+    """Build a routed layer of the saved shape; its weights are loaded afterwards."""
+    lists = saved["neurons"].split(saved["sizes"].tolist())
+    experts = [saved["kept"][ids].numpy() for ids in lists]
+    router = CosineRouter(saved["router.centres"].clone()) if kind == "cosine" else ConstantRouter()
+    return MoeMlp(mlp, router, experts, saved["shares"].numpy())
+
+
+def _router_kind(layer: nn.Module) -> str:
+    kinds = {CosineRouter: "cosine", ConstantRouter: "constant"}
+    if type(layer.router) not in kinds:
+        raise MoeeError(
+            f"a router that can be saved ({', '.join(kinds.values())})",
+            type(layer.router).__name__,
+            "save the run itself, not a control made from it",
+        )
+    return kinds[type(layer.router)]
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise MoeeError(f"a folder at '{folder}'", "a file", "choose another place")
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if present - {TENSORS, FACTS}:
+        raise MoeeError(
+            f"'{folder}' to be new, empty, or an earlier run",
+            f"other files there ({', '.join(sorted(present)[:3])})",
+            "choose another folder",
+        )
+
+
+def _check_rebuilds(model: nn.Module, described: dict[str, Any]) -> None:
+    """Refuse to save what could not be loaded: a model that its timm name does not rebuild."""
+    try:
+        load_tensors(_rebuild(described, model.state_dict()), model.state_dict(), source="memory")
+    except MoeeError as error:
+        raise MoeeError(
+            f"a model that timm.create_model('{described['architecture']}') rebuilds",
+            error.found,
+            "make it with timm's own arguments for this name",
+        ) from None
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_text())
+    except OSError:
+        raise MoeeError(
+            f"a run folder with {FACTS} and {TENSORS}",
+            f"no {FACTS} in '{folder}'",
+            "check the path",
+        ) from None
+    except ValueError as error:
+        raise MoeeError(
+            f"complete JSON in '{path}'", str(error), "restore the file, or extract again"
+        ) from None
+    _check_facts(facts, path)
+    return facts
+
+
+def _check_facts(facts: Any, path: Path) -> None:
+    if not isinstance(facts, dict) or facts.get("kind") != KIND:
+        raise MoeeError(f"the facts of a run in '{path}'", "another JSON file", "check the path")
+    if facts.get("format") != FORMAT:
+        raise MoeeError(
+            f"run format {FORMAT} in '{path}'", f"format {facts.get('format')}",
+            "load it with the version of this package that saved it",
+        )  # fmt: skip
+    content = {key: value for key, value in facts.items() if key != "checksum"}
+    if facts.get("checksum") != _checksum(content):
+        raise MoeeError(
+            f"'{path}' as it was saved", "a file edited since then",
+            "restore the file, or extract again with other settings",
+        )  # fmt: skip
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

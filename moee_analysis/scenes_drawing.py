@@ -1,0 +1,177 @@
+"""What the scenes are drawn with: seeded draws, a pose, and a canvas for picture and mask."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Colour = tuple[int, int, int]
+Point = tuple[float, float]
+T = TypeVar("T")
+
+PARTS: tuple[str, ...] = (
+    "sky", "cloud", "ground", "grass", "water", "hill", "foliage", "trunk", "rock", "pole",
+    "wheel", "cab", "window", "body", "ladder", "hopper", "bed", "boom", "lamp",
+    "fur", "ear", "eye", "muzzle", "tail", "fin", "beak", "wing", "engine", "rotor",
+    "wall", "roof", "door", "cloth", "hull", "cap", "stem", "lava", "occluder",
+)  # fmt: skip
+"""Names of the values of a part mask: a pixel of value 10 belongs to a ``PARTS[10]``, a wheel."""
+
+PART_VALUES: dict[str, int] = {name: value for value, name in enumerate(PARTS)}
+
+SIDE = 64
+"""Height and width of a finished picture in pixels."""
+
+SUPERSAMPLING = 2
+"""Pictures are painted this many times larger and averaged down, which smooths their edges."""
+
+_UNIT_CIRCLE = [
+    (math.cos(2 * math.pi * step / 18), math.sin(2 * math.pi * step / 18)) for step in range(18)
+]
+
+
+class Draws:
+    """Random draws from one generator, taken in blocks because single NumPy draws are slow."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self.generator = generator
+        self._pool: list[float] = []
+
+    def unit(self) -> float:
+        """One number from [0, 1)."""
+        if not self._pool:
+            self._pool = self.generator.random(128).tolist()
+        return self._pool.pop()
+
+    def uniform(self, low: float, high: float) -> float:
+        """One number from [low, high)."""
+        return low + (high - low) * self.unit()
+
+    def integer(self, low: int, high: int) -> int:
+        """One whole number from low to high, both included."""
+        return low + int((high - low + 1) * self.unit())
+
+    def chance(self, probability: float) -> bool:
+        """True with the given probability."""
+        return self.unit() < probability
+
+    def choice(self, options: Sequence[T]) -> T:
+        """One of the options, each as likely."""
+        return options[int(len(options) * self.unit())]
+
+    def near(self, colour: Colour, spread: float = 22) -> Colour:
+        """A colour near the given one: a shift in lightness and a smaller one per channel."""
+        light = self.uniform(-spread, spread)
+        third = spread / 3
+        return tuple(_clip(c + light + self.uniform(-third, third)) for c in colour)
+
+    def colour(self) -> Colour:
+        """Any colour, neither black nor white."""
+        return tuple(self.integer(25, 230) for _ in range(3))
+
+
+def _clip(value: float) -> int:
+    return max(0, min(255, int(value)))
+
+
+def shaded(colour: Colour, factor: float) -> Colour:
+    """The colour made darker (factor below 1) or lighter (above 1)."""
+    return tuple(_clip(c * factor) for c in colour)
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where an object stands: its own frame, about [-1, 1] x [-1, 1] with y down, to the picture.
+
+    Attributes
+    ----------
+    x, y
+        Centre in the picture, in pictures (0 is left or top, 1 right or bottom).
+    scale
+        Half the object's width in pictures.
+    angle
+        Rotation in radians.
+    stretch
+        Width relative to height; negative mirrors the object.
+    """
+
+    x: float = 0.5
+    y: float = 0.5
+    scale: float = 0.5
+    angle: float = 0.0
+    stretch: float = 1.0
+
+
+class Canvas:
+    """A picture and its part mask, painted together: every shape fills the same pixels in both."""
+
+    def __init__(self) -> None:
+        self.pixels = SIDE * SUPERSAMPLING
+        self._image = Image.new("RGB", (self.pixels, self.pixels))
+        self._mask = Image.new("L", (self.pixels, self.pixels))
+        self._paint = ImageDraw.Draw(self._image)
+        self._label = ImageDraw.Draw(self._mask)
+        self._set(Pose(0.0, 0.0, 1.0))
+
+    @contextmanager
+    def posed(self, pose: Pose) -> Iterator[None]:
+        """Paint in an object's own frame; outside, coordinates are in pictures, 0 to 1."""
+        self._set(pose)
+        try:
+            yield
+        finally:
+            self._set(Pose(0.0, 0.0, 1.0))
+
+    def _set(self, pose: Pose) -> None:
+        scale = self.pixels * pose.scale
+        cos, sin = math.cos(pose.angle) * scale, math.sin(pose.angle) * scale
+        self._scale = scale
+        self._affine = (cos * pose.stretch, -sin, pose.x * self.pixels)
+        self._affine += (sin * pose.stretch, cos, pose.y * self.pixels)
+
+    def _place(self, points: Sequence[Point]) -> list[Point]:
+        a, b, c, d, e, f = self._affine
+        return [(a * x + b * y + c, d * x + e * y + f) for x, y in points]
+
+    def polygon(self, part: str, colour: Colour, points: Sequence[Point]) -> None:
+        """A filled polygon."""
+        placed = self._place(points)
+        self._paint.polygon(placed, fill=colour)
+        self._label.polygon(placed, fill=PART_VALUES[part])
+
+    def box(self, part: str, colour: Colour, *sides: float) -> None:
+        """A filled box, given its left, top, right and bottom."""
+        x0, y0, x1, y1 = sides
+        self.polygon(part, colour, ((x0, y0), (x1, y0), (x1, y1), (x0, y1)))
+
+    def ellipse(self, part: str, colour: Colour, *measures: float) -> None:
+        """A filled ellipse, given its centre x, y and its half axes."""
+        x, y, rx, ry = measures
+        self.polygon(part, colour, [(x + rx * cos, y + ry * sin) for cos, sin in _UNIT_CIRCLE])
+
+    def disc(self, part: str, colour: Colour, x: float, y: float, radius: float) -> None:
+        """A filled circle around (x, y)."""
+        self.ellipse(part, colour, x, y, radius, radius)
+
+    def line(self, part: str, colour: Colour, points: Sequence[Point], width: float) -> None:
+        """A line of the given width, at least one pixel of the finished picture."""
+        placed = self._place(points)
+        pixels = max(SUPERSAMPLING, round(width * self._scale))
+        self._paint.line(placed, fill=colour, width=pixels)
+        self._label.line(placed, fill=PART_VALUES[part], width=pixels)
+
+    def picture(self) -> np.ndarray:
+        """The picture at its final size, float32 [64, 64, 3], 0 to 255."""
+        return np.asarray(self._image.reduce(SUPERSAMPLING), dtype=np.float32)
+
+    def parts(self) -> np.ndarray:
+        """The part mask at its final size, uint8 [64, 64], values index `PARTS`."""
+        return np.asarray(self._mask)[::SUPERSAMPLING, ::SUPERSAMPLING].copy()

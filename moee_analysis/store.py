@@ -1,0 +1,80 @@
+"""The content-keyed store: folders that are complete or absent, found again by what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.errors import MoeeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def content_key(**facts: Any) -> str:
+    """Short key of everything that decides a result; ``facts`` must be plain JSON values."""
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def kept(root: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder ``root/name``, letting ``build(folder)`` fill it first if it is absent.
+
+    The folder appears only when ``build`` has finished; a failure leaves nothing behind.
+    """
+    final = root / name
+    if not final.is_dir():
+        with new_folder(final) as partial:
+            build(partial)
+    return final
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
+
+    An older ``final`` stays untouched until the new one is complete.
+    """
+    final = Path(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    except OSError as error:
+        raise MoeeError(
+            f"a place to write '{final}'", str(error), "choose a folder that can be written to"
+        ) from None
+    try:
+        yield partial
+        partial.chmod(0o755)
+        _replace_folder(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as readable JSON, atomically."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=2, allow_nan=False)
+            file.write("\n")
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _replace_folder(new: Path, final: Path) -> None:
+    """Put ``new`` in the place of ``final``; the old one is removed only afterwards."""
+    old = Path(f"{new}-old")
+    with suppress(FileNotFoundError):
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

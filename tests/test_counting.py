@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from moee_analysis.counting import count, count_parameters, evaluating, moe_macs
+from moee_analysis.errors import MoeeError
+from moee_analysis.layers import moe_layers, moe_names
+from tests.toys import toy_moe, toy_swin, toy_vit
+
+
+def closed_form(*, dim, hidden, depth, patches, pixels, classes):
+    tokens = patches + 1
+    block = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * tokens * dim * hidden
+    return patches * pixels * dim + depth * block + classes * dim
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "published"),
+    [
+        ("deit_tiny_patch16_224", 192, 1.254e9),
+        ("deit_small_patch16_224", 384, 4.599e9),
+        ("deit_base_patch16_224", 768, 17.564e9),
+    ],
+)
+def test_deit_costs_what_is_published(name, dim, published):
+    total = count(timm.create_model(name, pretrained=False)).total
+    assert total == closed_form(
+        dim=dim, hidden=4 * dim, depth=12, patches=196, pixels=768, classes=1000
+    )
+    assert total == pytest.approx(published, rel=1e-3)
+
+
+def test_deit_tiny_stores_what_is_published():
+    assert count_parameters(timm.create_model("deit_tiny_patch16_224")) == 5_717_416
+
+
+def test_every_part_of_a_vit_is_counted():
+    counted = count(toy_vit())
+    assert counted.tokens == {f"blocks.{i}.mlp": 17 for i in range(3)}
+    assert counted.by_module["blocks.1.mlp"] == 17 * 2 * 32 * 64
+    assert counted.by_module["blocks.1.attn"] == 17 * 4 * 32**2 + 2 * 17**2 * 32
+    assert counted.total == closed_form(
+        dim=32, hidden=64, depth=3, patches=16, pixels=192, classes=6
+    )
+
+
+def test_feature_maps_are_tokens():
+    counted = count(toy_swin())
+    assert counted.tokens == {"layers.0.blocks.0.mlp": 64, "layers.1.blocks.0.mlp": 16}
+    mlps = [counted.by_module[name] for name in counted.tokens]
+    assert mlps == [64 * 2 * 16 * 32, 16 * 2 * 32 * 64]
+    assert counted.total > sum(mlps)
+
+
+def test_replacing_a_site_by_its_own_cost_changes_nothing():
+    counted = count(toy_vit())
+    same = counted.replacing({"blocks.0.mlp": 2 * 32 * 64, "blocks.2.mlp": 2 * 32 * 64})
+    assert same == counted.total
+    assert counted.replacing({"blocks.0.mlp": 0}) == counted.total - 17 * 2 * 32 * 64
+
+
+def test_replacing_an_unknown_site_is_refused():
+    with pytest.raises(MoeeError, match=r"blocks\.9"):
+        count(toy_vit()).replacing({"blocks.9.mlp": 1})
+
+
+@pytest.mark.parametrize("make", [toy_vit, toy_swin])
+def test_routed_layers_cost_their_expected_experts(make):
+    dense = count(make())
+    moe = toy_moe(make())
+    costs = {name: moe_layers(moe)[i].macs_per_token() for i, name in moe_names(moe).items()}
+    assert moe_macs(moe, costs) == pytest.approx(dense.replacing(costs))
+    assert moe_macs(moe, costs) < dense.total
+
+
+def test_the_model_is_left_as_it_was():
+    model = toy_vit()
+    model.train()
+    model.blocks[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    count(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert all(block.attn.fused_attn for block in model.blocks)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_the_model_is_left_as_it_was_after_an_error():
+    model = toy_vit().train()
+    with pytest.raises(AssertionError):
+        count(model, size=(3, 20, 20))
+    assert model.training
+    assert all(block.attn.fused_attn for block in model.blocks)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_evaluating_has_no_gradients():
+    model = nn.Linear(2, 2).train()
+    with evaluating(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_shared_neurons_are_stored_once_and_indices_are_free():
+    moe = toy_moe(toy_vit(depth=1))
+    layer = moe_layers(moe)[0]
+    union = len(layer.kept)
+    assert sum(layer.expert_sizes) > union
+    assert count_parameters(layer) == union * 32 + union + 32 * union + 32 + 4 * 32
+
+
+def test_tied_weights_count_once():
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    assert count_parameters(tied) == 9 + 3 + 3

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+
+import nbformat
+import pytest
+
+from moee_analysis import paths
+from moee_analysis.report import report
+from moee_analysis.report_parameters import check_parameters, declared_parameters
+from moee_analysis.report_worker import NOTEBOOK
+
+NOTEBOOKS = sorted(paths.notebooks_folder().glob("*.ipynb"))
+PARAMETERS = {
+    "model": ("str", '"bundled"'),
+    "weights": ("str", "None"),
+    "calibration": ("str", "None"),
+    "images": ("str", '"bundled"'),
+    "layers": ("list", "[]"),
+    "classes": ("list", "[]"),
+    "preset": ("str", '"small"'),
+    "seed": ("int", "0"),
+    "out": ("str", "None"),
+}
+CELL_LINES = 12
+ABSOLUTE = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|mnt|opt|data)/|[A-Z]:\\)")
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def _cells(path, kind):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_has_the_kernel_that_everybody_has(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.get("language_info", {"name": "python"})["name"] == "python"
+    assert "widgets" not in notebook.metadata
+    assert "papermill" not in notebook.metadata
+
+
+@each_notebook
+def test_has_no_outputs(path):
+    for cell in _cells(path, "code"):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+
+
+@each_notebook
+def test_takes_the_common_parameters_in_one_cell(path):
+    declared = declared_parameters(path)
+    found = {n: (p["inferred_type_name"], p["default"]) for n, p in declared.items()}
+    assert found == PARAMETERS
+    assert all(p["help"] for p in declared.values())
+    check_parameters(path, {"layers": [3], "weights": None, "seed": 1})
+
+
+@each_notebook
+def test_tells_and_leaves_the_computing_to_the_package(path):
+    for cell in _cells(path, "code"):
+        assert len(cell.source.splitlines()) <= CELL_LINES, cell.source
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, kinds)]
+
+
+@each_notebook
+def test_begins_with_its_title_and_names_no_place_of_one_machine(path):
+    texts = _cells(path, "markdown")
+    assert texts[0].source.startswith("# ")
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert not ABSOLUTE.search(cell.source), cell.source
+
+
+@each_notebook
+def test_formulas_need_no_script_to_be_read(path):
+    """The report's pages run no script: formulas are written in Unicode."""
+    for cell in _cells(path, "markdown"):
+        assert not re.search(r"\$[^$\n]+\$|\\\(", cell.source), cell.source
+
+
+@each_notebook
+def test_is_opened_under_its_own_name(path):
+    opening = [c.source for c in _cells(path, "code") if "open_notebook(" in c.source]
+    assert len(opening) == 1
+    assert f'"{path.stem}"' in opening[0]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Every notebook, run at the smoke preset through one fresh store."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEE_STORE", str(folder / "store"))
+        outcomes = report({"seed": 1}, out=folder / "out", preset="smoke", notebooks=NOTEBOOKS)
+    return {outcome.notebook: outcome for outcome in outcomes}
+
+
+def _results(outcome):
+    return json.loads((outcome.folder / "results.json").read_text())
+
+
+def _numbers(value):
+    """Every leaf of a JSON value that should be a number."""
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _numbers(item)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _numbers(item)]
+    return [] if isinstance(value, str) else [value]
+
+
+@each_notebook
+def test_runs_to_its_end(path, made):
+    outcome = made[path.stem]
+    assert outcome.ok, (outcome.error, (outcome.folder / "status.json").read_text())
+    assert _results(outcome)["environment"]["versions"]
+
+
+@each_notebook
+def test_parameters_reach_the_code(path, made):
+    told = _results(made[path.stem])["parameters"]
+    assert (told["seed"], told["preset"]) == (1, "smoke")
+
+
+@each_notebook
+def test_finds_a_headline_claims_and_finite_numbers(path, made):
+    found = _results(made[path.stem])
+    assert found["headline"]["label"]
+    assert found["headline"]["value"] not in (None, "")
+    assert found["claims"]
+    assert all(c["statement"] and c["found"] for c in found["claims"])
+    numbers = _numbers(found["values"])
+    assert numbers
+    assert all(number is not None and math.isfinite(number) for number in numbers)
+
+
+@each_notebook
+def test_keeps_every_figure_and_table_it_names(path, made):
+    found, folder = _results(made[path.stem]), made[path.stem].folder
+    assert found["figures"]
+    for entry in [*found["figures"].values(), *found.get("tables", {}).values()]:
+        assert (folder / entry["file"]).stat().st_size > 0
+    assert all(entry["caption"] for entry in found["figures"].values())
+
+
+@each_notebook
+def test_shows_each_figure_once_and_nothing_in_red(path, made):
+    executed = nbformat.read(made[path.stem].folder / NOTEBOOK, as_version=4)
+    outputs = [o for c in executed.cells for o in c.get("outputs", [])]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == len(_results(made[path.stem])["figures"])
+    assert not [o for o in outputs if o.get("name") == "stderr"]

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from moee_analysis import kernel, paths
+from moee_analysis.errors import MoeeError
+from moee_analysis.report import report
+from moee_analysis.report_html import standing_alone
+from moee_analysis.report_page import read_story
+from moee_analysis.report_parameters import check_parameters
+from tests.notebook_files import write_notebook
+
+ENDLESS = "while True: pass"
+KEEPS_A_PICTURE = """import io, json, os, pathlib
+from PIL import Image
+folder = pathlib.Path(out)
+(folder / "figures").mkdir()
+Image.new("RGB", (40, 30), "teal").save(folder / "figures" / "one.png")
+figures = {"one": {"file": "figures/one.png", "caption": "a <teal> picture"}}
+claims = [{"statement": "s", "found": "f", "holds": True, "verdict": "holds"}]
+headline = {"label": "of <everything>", "value": 0.4567}
+found = {"figures": figures, "claims": claims, "headline": headline, "values": {"number": number}}
+(folder / "results.json").write_text(json.dumps(found | {"parameters": {"preset": preset}}))"""
+REMOTE = """from IPython.display import HTML, Javascript
+display(Javascript("alert(1)"))
+HTML('<img src="https://example.org/a.png"><script src="https://example.org/a.js"></script>'
+     '<style>@import url(https://example.org/a.css);</style><p onclick="x()">kept</p>')"""
+NOTEBOOKS = {
+    "fine": [
+        "md:![far](https://example.org/far.png) <script src='https://example.org/b.js'></script>",
+        KEEPS_A_PICTURE,
+        REMOTE,
+        "import sys; print(sys.executable, number, share, layers, out)",
+    ],
+    "error": ["print('before')", "raise ValueError('the <cell> failed')", "print('after')"],
+    "slow": ["print('before')", ENDLESS],
+    "killed": [KEEPS_A_PICTURE, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"],
+    "gone": ["import os\nos._exit(0)"],
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report of notebooks that end in every way a notebook can end."""
+    folder = tmp_path_factory.mktemp("with {braces} and spaces")
+    paths = [write_notebook(folder / f"{name}.ipynb", *cells) for name, cells in NOTEBOOKS.items()]
+    lines: list[str] = []
+    given = {"number": 7, "share": 1, "layers": [3, 4]}
+    outcomes = report(
+        given, out=folder / "out", preset="smoke", notebooks=paths, timeout=2, say=lines.append
+    )
+    return folder / "out", {outcome.notebook: outcome for outcome in outcomes}, lines
+
+
+def _status(out: Path, name: str) -> dict:
+    return json.loads((out / name / "status.json").read_text())
+
+
+def test_every_ending_is_told_apart(made):
+    out, outcomes, _ = made
+    expected = {
+        "fine": ("ok", None),
+        "error": ("cell_error", 3),
+        "slow": ("timeout", 3),
+        "killed": ("dead_kernel", 3),
+        "gone": ("dead_kernel", 2),
+    }
+    # papermill adds one cell with the injected parameters before the notebook's own
+    for name, (status, cell) in expected.items():
+        told = _status(out, name)
+        assert told["status"] == outcomes[name].status == status
+        assert told.get("cell") == outcomes[name].cell == (cell and cell + 1)
+        assert outcomes[name].ok == (status == "ok")
+        assert outcomes[name].page.is_file()
+
+
+def test_a_cell_error_is_named_with_its_traceback(made):
+    out, outcomes, _ = made
+    assert outcomes["error"].error == "ValueError: the <cell> failed"
+    assert "raise ValueError" in _status(out, "error")["traceback"]
+    page = outcomes["error"].page.read_text()
+    assert "ValueError: the &lt;cell&gt; failed" in page
+    assert "Execution using papermill" not in page
+
+
+@pytest.mark.parametrize("name", ["slow", "killed", "gone"])
+def test_no_notebook_that_looks_complete_survives_a_timeout_or_a_dead_kernel(made, name):
+    out, outcomes, _ = made
+    assert not list((out / name).glob("*.ipynb"))
+    assert 'class="banner"' in outcomes[name].page.read_text()
+
+
+def test_what_was_kept_before_the_kernel_died_is_shown(made):
+    out, outcomes, _ = made
+    assert "Kept before it stopped" in outcomes["killed"].page.read_text()
+    assert (out / "killed" / "results.json").is_file()
+
+
+def test_parameters_reach_the_notebook_and_the_kernel_is_this_interpreter(made):
+    out, _, _ = made
+    executed = nbformat.read(out / "fine" / "notebook.ipynb", as_version=4)
+    printed = executed.cells[-1].outputs[0].text
+    assert printed.startswith(f"{sys.executable} 7 1 [3, 4] ")
+    assert json.loads((out / "fine" / "results.json").read_text())["values"] == {"number": 7}
+
+
+def test_the_executed_notebook_names_the_report_s_folder(made):
+    out, _, _ = made
+    executed = nbformat.read(out / "fine" / "notebook.ipynb", as_version=4)
+    told = executed.metadata.papermill
+    assert told.parameters["out"] == str(out / "fine")
+    assert told.input_path == "fine.ipynb"
+
+
+def test_a_kernel_of_another_interpreter_is_not_used(tmp_path, monkeypatch):
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    foreign = tmp_path / "kernels" / "python3" / "kernel.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text(json.dumps({"argv": ["/nowhere"], "display_name": "x", "language": "x"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    with kernel.own_kernel() as environment:
+        monkeypatch.setenv("JUPYTER_PATH", environment["JUPYTER_PATH"])
+        assert KernelSpecManager().get_kernel_spec("python3").argv[0] == sys.executable
+
+
+def test_lab_opens_the_notebooks_with_this_interpreter_and_survives_ctrl_c(monkeypatch):
+    started = []
+
+    class Lab:
+        def __init__(self, command, *, env):
+            started.append((command, env))
+            self.answers = iter([KeyboardInterrupt, 3])
+
+        def wait(self):
+            answer = next(self.answers)
+            if answer is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            return answer
+
+    monkeypatch.setattr(kernel.subprocess, "Popen", Lab)
+    assert kernel.open_lab() == 3
+    [(command, environment)] = started
+    assert command == [sys.executable, "-m", "jupyterlab", str(paths.notebooks_folder())]
+    assert "moee-kernel-" in environment["JUPYTER_PATH"]
+
+
+def test_nothing_but_the_report_is_left(made):
+    out, _, _ = made
+    assert sorted(p.name for p in out.iterdir()) == sorted([*NOTEBOOKS, "index.html"])
+
+
+def test_the_terminal_hears_of_every_start_and_end_and_of_the_index(made):
+    out, _, lines = made
+    assert lines[0] == "[1/5] fine: started"
+    assert re.fullmatch(r"\[1/5\] fine: ok after \d+ s", lines[1])
+    assert re.match(r"\[2/5\] error: cell error after \d+ s in cell 4: ValueError", lines[3])
+    assert lines[-1] == f"report: {out / 'index.html'}"
+
+
+class _Loads(HTMLParser):
+    """Collects what a browser would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            loads = name in ("src", "srcset", "poster", "data") or (
+                tag == "link" and name == "href"
+            )
+            if (loads and not (value or "").startswith("data:")) or name.startswith("on"):
+                self.found.append(f"<{tag} {name}={value}>")
+        if tag in ("script", "iframe", "object", "embed", "link", "base"):
+            self.found.append(f"<{tag}>")
+
+
+@pytest.mark.parametrize("page", ["index.html", *(f"{name}/page.html" for name in NOTEBOOKS)])
+def test_pages_stand_alone(made, page):
+    out, _, _ = made
+    text = (out / page).read_text()
+    reader = _Loads()
+    reader.feed(text)
+    assert reader.found == []
+    assert "default-src 'none'" in text
+    styles = re.findall(r"<style.*?</style>", text, flags=re.DOTALL)
+    assert not [style for style in styles if "@import" in style or "url(" in style]
+
+
+def test_a_page_keeps_what_is_harmless(made):
+    out, _, _ = made
+    page = (out / "fine" / "page.html").read_text()
+    assert ">kept</p>" in page
+    assert '<a href="https://example.org/far.png">far</a>' in page
+    assert re.search(r"<h1[^>]*>The fine notebook</h1>", page)
+
+
+def test_the_index_has_a_card_for_each_notebook(made):
+    out, _, _ = made
+    index = (out / "index.html").read_text()
+    assert index.count('<article class="card">') == len(NOTEBOOKS)
+    for name in NOTEBOOKS:
+        assert f'href="{name}/page.html">The {name} notebook</a>' in index
+    assert "1 of 5 notebooks ran to their end. Of 2 claims of the paper, 2 hold here." in index
+    assert "<b>0.457</b><span>of &lt;everything&gt;</span>" in index
+    assert 'src="data:image/webp;base64,' in index
+    assert "a &lt;teal&gt; picture" in index
+
+
+def _refused(tmp_path, parameters, match, **options):
+    notebook = write_notebook(tmp_path / "one.ipynb", "1 / 0")
+    with pytest.raises(MoeeError, match=match):
+        report(parameters, out=tmp_path / "out", notebooks=[notebook], **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ({"numbr": 2}, "'numbr'"),
+        ({"number": "2"}, "'number' to be int"),
+        ({"number": True}, "'number' to be int"),
+        ({"number": 2.0}, "'number' to be int"),
+        ({"number": None}, "'number' to be int"),
+        ({"share": "0.5"}, "'share' to be float"),
+        ({"share": float("nan")}, "'share' to be float"),
+        ({"name": Path("a")}, "'name' to be str"),
+        ({"layers": (3, 4)}, "'layers' to be list"),
+        ({"layers": [Path("a")]}, "'layers' to be list"),
+        ({"out": "somewhere"}, "'out' as an argument"),
+    ],
+)
+def test_a_typo_or_a_wrong_type_is_refused_before_anything_runs(tmp_path, parameters, match):
+    _refused(tmp_path, parameters, match)
+
+
+def test_an_unknown_preset_is_refused_with_the_list_of_presets(tmp_path):
+    _refused(tmp_path, {}, "smoke, small, full", preset="smok")
+
+
+def test_none_is_taken_where_the_notebook_says_none(tmp_path):
+    notebook = write_notebook(tmp_path / "one.ipynb")
+    check_parameters(notebook, {"folder": None, "share": 1})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ("n: int | None = None\npreset: str = 'a'\nout: str = None", "n written otherwise"),
+        ("s: str = 'a=b'\npreset: str = 'a'\nout: str = None", "s written otherwise"),
+        ("preset: str = 'a'", "a parameter 'out'"),
+        ("preset: str = ", "Python in the parameters cell"),
+    ],
+)
+def test_a_parameters_cell_that_papermill_misreads_is_refused(tmp_path, parameters, match):
+    notebook = write_notebook(tmp_path / "one.ipynb", parameters=parameters)
+    with pytest.raises(MoeeError, match=match):
+        check_parameters(notebook, {})
+
+
+def test_missing_and_foreign_notebooks_are_refused(tmp_path):
+    foreign = tmp_path / "foreign.ipynb"
+    foreign.write_text("not JSON")
+    for path in (foreign, tmp_path / "missing.ipynb"):
+        with pytest.raises(MoeeError, match="a notebook at"):
+            report(out=tmp_path / "out", notebooks=[path])
+
+
+def test_two_notebooks_of_one_name_are_refused(tmp_path):
+    (tmp_path / "b").mkdir()
+    twins = [write_notebook(tmp_path / name) for name in ("a.ipynb", "b/a.ipynb")]
+    with pytest.raises(MoeeError, match="'a' twice"):
+        report(out=tmp_path / "out", notebooks=twins)
+
+
+def test_a_folder_that_is_no_report_is_left_alone(tmp_path):
+    notebook = write_notebook(tmp_path / "thesis.ipynb")
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(MoeeError, match="free or an earlier report"):
+        report(out=tmp_path, notebooks=[notebook])
+
+
+def test_ctrl_c_leaves_the_earlier_page_and_nothing_half_written(tmp_path):
+    """The cell itself presses Ctrl-C, once it runs, and then never ends."""
+    earlier = tmp_path / "out" / "endless"
+    earlier.mkdir(parents=True)
+    (earlier / "status.json").write_text("{}")
+    notebook = write_notebook(
+        tmp_path / "endless.ipynb",
+        "import os, pathlib, signal",
+        "pathlib.Path(name).write_text(str(os.getpid()))",
+        f"os.kill(number, signal.SIGINT)\n{ENDLESS}",
+    )
+    given = {"number": os.getpid(), "name": str(tmp_path / "pid")}
+    with pytest.raises(KeyboardInterrupt):
+        report(given, out=tmp_path / "out", notebooks=[notebook])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["endless"]
+    assert [p.name for p in earlier.iterdir()] == ["status.json"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_story_is_the_first_heading_and_the_paragraph_after_it(tmp_path):
+    notebook = write_notebook(tmp_path / "one.ipynb")
+    assert read_story(notebook) == {"title": "The one notebook", "summary": "What it shows."}
+
+
+def test_standing_alone_keeps_pictures_that_are_inside():
+    inside = '<img alt="x" src="data:image/png;base64,AAAA"/>'
+    assert standing_alone(inside) == inside
+    assert "url(" not in standing_alone('<p style="background: url(https://example.org/x)">a</p>')

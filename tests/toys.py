@@ -1,0 +1,91 @@
+"""Small random models and images: quick, deterministic, nothing fetched."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+
+from moee_analysis.images import ImageSet
+from moee_analysis.layers import MoeMlp, replace_module
+from moee_analysis.models import find_mlps
+from moee_analysis.routers import CosineRouter
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
+
+
+def toy_vit(*, depth: int = 3, seed: int = 0) -> VisionTransformer:
+    """17 tokens (CLS and 4 x 4 patches) of width 32, 64 hidden neurons."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=depth, num_heads=2, mlp_ratio=2,
+        num_classes=len(CLASSES),
+    )  # fmt: skip
+    return _ready(model)
+
+
+def toy_swin(*, seed: int = 0) -> SwinTransformer:
+    """8 x 8 tokens of width 16, then 4 x 4 of width 32."""
+    torch.manual_seed(seed)
+    model = SwinTransformer(
+        img_size=32, patch_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4,
+        mlp_ratio=2, num_classes=len(CLASSES),
+    )  # fmt: skip
+    return _ready(model)
+
+
+def _ready(model):
+    model.pretrained_cfg = {
+        "architecture": "toy",
+        "input_size": (3, 32, 32),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        "crop_pct": 1.0,
+        "label_names": CLASSES,
+    }
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def toy_moe(model, *, n_experts: int = 4, seed: int = 0, layers=None):
+    """``model`` itself, its MLPs replaced by random overlapping experts with cosine routers."""
+    rng = np.random.default_rng(seed)
+    for site in find_mlps(model):
+        if layers is not None and site.index not in layers:
+            continue
+        sizes = rng.integers(site.hidden // 8, site.hidden // 2, size=n_experts)
+        experts = [np.sort(rng.choice(site.hidden, s, replace=False)) for s in sizes]
+        centres = torch.from_numpy(rng.normal(size=(n_experts, site.dim))).float()
+        shares = rng.dirichlet(np.ones(n_experts))
+        layer = MoeMlp(site.module(model), CosineRouter(centres), experts, shares)
+        replace_module(model, site.name, layer)
+    return model
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Pictures of coloured noise."""
+
+    parts: tuple[str, ...] = ()
+
+    def picture(self, row: int) -> Image.Image:
+        rng = np.random.default_rng(row)
+        tint = rng.uniform(size=3)
+        pixels = 255 * (0.5 * tint + 0.5 * rng.uniform(size=(32, 32, 3)))
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    def digest(self, row: int) -> bytes:
+        return hashlib.sha256(self.picture(row).tobytes()).digest()
+
+
+def toy_images(count: int = 24) -> ImageSet:
+    """``count`` images, dealt to the classes in turn."""
+    folders = tuple(CLASSES[i % len(CLASSES)] for i in range(count))
+    return ImageSet("noise", Noise(), tuple(range(count)), folders)
