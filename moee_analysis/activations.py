@@ -35,7 +35,8 @@ class Captured:
     """What one MLP saw in the last forward pass.
 
     ``inputs`` is (images, tokens, dim), ``hidden`` = act(W1 x + b1) is (images, tokens, hidden);
-    a grid of tokens is flattened row by row.
+    a grid of tokens is flattened row by row. Where a model hands an MLP the windows of an image
+    one by one, these stand in the place of images.
     """
 
     inputs: torch.Tensor | None = None
@@ -77,15 +78,20 @@ class TokenPlan:
     def positions(self, image: int, tokens: int) -> np.ndarray:
         """Return the kept positions in image number ``image`` of ``tokens`` tokens, ascending."""
         rng = np.random.default_rng([self.seed, image, tokens])
-        count = min(self.per_image, tokens - self.prefix)
-        drawn = rng.choice(np.arange(self.prefix, tokens), size=count, replace=False)
-        return np.concatenate([np.arange(self.prefix), np.sort(drawn)]).astype(np.int32)
+        prefix, count = self._counts(tokens)
+        drawn = rng.choice(np.arange(prefix, tokens), size=count, replace=False)
+        return np.concatenate([np.arange(prefix), np.sort(drawn)]).astype(np.int32)
 
     def weights(self, tokens: int) -> np.ndarray:
         """How many tokens of the image each kept one stands for."""
-        count = min(self.per_image, tokens - self.prefix)
-        patches = np.full(count, (tokens - self.prefix) / count)
-        return np.concatenate([np.ones(self.prefix), patches])
+        prefix, count = self._counts(tokens)
+        patches = np.full(count, (tokens - prefix) / max(count, 1))
+        return np.concatenate([np.ones(prefix), patches])
+
+    def _counts(self, tokens: int) -> tuple[int, int]:
+        """Kept prefix tokens and kept patches; an MLP may see the prefix alone."""
+        prefix = min(self.prefix, tokens)
+        return prefix, min(self.per_image, tokens - prefix)
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ def _token_counts(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, int]:
     device = next(model.parameters()).device
     with recording(model, sites) as captured, torch.inference_mode():
         model(torch.zeros(1, *models.input_size(model), device=device))
-        return {name: seen.inputs.shape[1] for name, seen in captured.items()}
+        return {name: seen.inputs.shape[:2].numel() for name, seen in captured.items()}
 
 
 def _announce(
@@ -252,7 +258,9 @@ def _fill(
         with torch.inference_mode():
             model(batch.to(device))
         for (name, kind), file in files.items():
-            _write_rows(file, getattr(captured[name], kind), plan, first=first, name=name)
+            tokens = getattr(captured[name], kind)
+            of_images = tokens.reshape(len(batch), -1, tokens.shape[-1])
+            _write_rows(file, of_images, plan, first=first, name=name)
         first += len(batch)
 
 

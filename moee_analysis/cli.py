@@ -92,6 +92,7 @@ def _compute_options(parser: argparse.ArgumentParser) -> None:
 
 def _extract(arguments: argparse.Namespace) -> int:
     import moee_analysis as moee
+    from moee_analysis.saving import check_target
 
     config = moee.ExtractConfig(
         recipe=arguments.recipe,
@@ -102,6 +103,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         clustering=moee.ClusterConfig(reduce=arguments.reduce),
         noise=arguments.noise,
     )
+    check_target(arguments.out)
     model = moee.load_model(arguments.model, weights=arguments.weights, device=arguments.device)
     images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
     run = moee.extract(model, images, config)
@@ -116,6 +118,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from moee_analysis.evaluation import evaluate
     from moee_analysis.store import write_json
 
+    if arguments.json:
+        _check_file(arguments.json)
     run = moee.load(arguments.run)
     images = moee.load_images(arguments.images, strict=arguments.strict)
     numbers = evaluate(run, images, weights=arguments.weights, device=arguments.device)
@@ -123,6 +127,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         write_json(arguments.json, numbers)
     print(_numbers_text(numbers))
     return 0
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that cannot be written before computing what belongs into it."""
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder" if path.is_dir() else f"no folder '{path.parent}'"
+        raise MoeeError(f"a place for the file '{path}'", found, "choose another place")
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -157,9 +168,11 @@ def _layers_text(run: object) -> str:
 
 
 def _numbers_text(numbers: dict) -> str:
+    known = numbers["retention"] is not None
+    retention = f"{numbers['retention']:.1%}" if known else "undefined"
     return (
         f"top-1 {numbers['moe_top1']:.1%} (dense {numbers['dense_top1']:.1%}, retention "
-        f"{numbers['retention']:.1%}, agreement {numbers['agreement']:.1%}; random routing "
+        f"{retention}, agreement {numbers['agreement']:.1%}; random routing "
         f"{numbers['random_routing_top1']:.1%}) on {numbers['n_images']} images\n"
         f"MACs {numbers['macs_moe'] / 1e9:.3f} G (dense {numbers['macs_dense'] / 1e9:.3f} G, "
         f"-{numbers['macs_reduction']:.1%})\n"

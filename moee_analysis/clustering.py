@@ -43,9 +43,14 @@ class ClusterConfig:
         _share("max_noise", self.max_noise)
         if self.max_cluster_size is not None:
             _share("max_cluster_size", self.max_cluster_size)
+            if self.max_cluster_size < self.min_cluster_size:
+                raise MoeeError(
+                    f"max_cluster_size of at least min_cluster_size={self.min_cluster_size}",
+                    str(self.max_cluster_size),
+                    "raise it, or set it to None",
+                )
         for name in ("components", "neighbors", "min_samples"):
-            if getattr(self, name) < 1:
-                raise MoeeError(f"{name} of at least 1", str(getattr(self, name)), "raise it")
+            whole_number(name, getattr(self, name), least=1)
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,7 @@ def cluster(activations: np.ndarray, config: ClusterConfig, *, seed: int = 0) ->
     MoeeError
         NaN or infinite activations; fewer tokens than UMAP or HDBSCAN need.
     """
-    points = np.asarray(activations, dtype=np.float32)
-    if not np.isfinite(points).all():
-        raise MoeeError("finite activations", "NaN or infinity", "check the weights and images")
-    needed = max(config.min_samples, config.components, 2) + 2
-    if len(points) < needed:
-        raise MoeeError(
-            f"at least {needed} tokens to cluster", str(len(points)), "take more images or tokens"
-        )
-    labels = _hdbscan(reduce_dimensions(points, config, seed=seed), config)
-    return judged(labels, config)
+    return judged(density_labels(reduce_dimensions(activations, config, seed=seed), config), config)
 
 
 def judged(labels: np.ndarray, config: ClusterConfig) -> Clusters:
@@ -101,10 +97,19 @@ def judged(labels: np.ndarray, config: ClusterConfig) -> Clusters:
 def reduce_dimensions(
     points: np.ndarray, config: ClusterConfig, *, seed: int = 0, components: int | None = None
 ) -> np.ndarray:
-    """Reduce float32 ``points`` (tokens, hidden) as ``config`` says, to (tokens, components)."""
+    """Reduce ``points`` (tokens, hidden) as ``config`` says, to float32 (tokens, components).
+
+    Raises
+    ------
+    MoeeError
+        As for :func:`cluster`.
+    """
+    points = _checked(points, config)
     components = components or config.components
     if config.reduce == "none":
         return points
+    if _constant(points):  # a dead layer: neither PCA nor UMAP can divide by zero
+        return np.zeros((len(points), components), dtype=np.float32)
     if config.reduce == "pca":
         from sklearn.decomposition import PCA
 
@@ -114,8 +119,10 @@ def reduce_dimensions(
 
 
 def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: int) -> np.ndarray:
+    from umap.distances import named_distances
     from umap.umap_ import UMAP
 
+    _one_of("metric", config.metric, tuple(named_distances))
     reducer = UMAP(
         n_components=components,
         n_neighbors=min(config.neighbors, len(points) - 1),
@@ -127,9 +134,12 @@ def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: i
     return reducer.fit_transform(points)
 
 
-def _hdbscan(points: np.ndarray, config: ClusterConfig) -> np.ndarray:
+def density_labels(points: np.ndarray, config: ClusterConfig) -> np.ndarray:
+    """Cluster of every row of ``points`` (tokens, any) by HDBSCAN, -1 for noise."""
     from hdbscan import HDBSCAN
 
+    if _constant(points):
+        return np.full(len(points), NOISE)
     most = config.max_cluster_size
     clusterer = HDBSCAN(
         min_cluster_size=max(2, round(config.min_cluster_size * len(points))),
@@ -138,6 +148,28 @@ def _hdbscan(points: np.ndarray, config: ClusterConfig) -> np.ndarray:
         cluster_selection_method=config.selection,
     )
     return clusterer.fit_predict(points.astype(np.float64))
+
+
+def _constant(points: np.ndarray) -> bool:
+    return bool((points == points[0]).all())
+
+
+def _checked(points: np.ndarray, config: ClusterConfig) -> np.ndarray:
+    points = np.asarray(points, dtype=np.float32)
+    if not np.isfinite(points).all():
+        raise MoeeError("finite activations", "NaN or infinity", "check the weights and images")
+    needed = max(config.min_samples, config.components, 2) + 2
+    if len(points) < needed:
+        raise MoeeError(
+            f"at least {needed} tokens to cluster", str(len(points)), "take more images or tokens"
+        )
+    return points
+
+
+def whole_number(name: str, value: int, *, least: int) -> None:
+    """Refuse a setting that is not a whole number of at least ``least``."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise MoeeError(f"{name} as a whole number of at least {least}", repr(value), "change it")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

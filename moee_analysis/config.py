@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from moee_analysis.clustering import ClusterConfig
+from moee_analysis.clustering import ClusterConfig, whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.presets import preset_named
 
@@ -53,6 +53,10 @@ class ExtractConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise MoeeError(f"{name} as a share in (0, 1]", str(value), "0.28 means 28 %")
+        for name in ("tokens_per_image", "cluster_tokens", "calibration_images"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=1)
+        whole_number("seed", self.seed, least=0)
         preset_named(self.preset)
 
     def resolved(self) -> ExtractConfig:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
+from moee_analysis.counting import count, moe_macs
+from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import Extraction, extract
-from moee_analysis.layers import moe_layers
-from moee_analysis.routers import RandomRouter
+from moee_analysis.layers import moe_layers, moe_names
+from moee_analysis.models import find_mlps
+from moee_analysis.planning import sampled
+from moee_analysis.routers import CosineRouter, RandomRouter
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from moee_analysis.images import ImageSet
@@ -36,8 +42,64 @@ def statically_pruned(
 ) -> Extraction:
     """Prune the same layers to the same MACs by the same rule, with one expert for all tokens.
 
-    ``images`` are the run's own calibration images.
+    ``images`` are the run's own calibration images. The MACs are the run's budget, or else what
+    it came to on the calibration images.
+
+    Raises
+    ------
+    MoeeError
+        The run left every layer dense.
     """
     converted = tuple(layer.index for layer in run.layers if layer.converted)
-    config = replace(run.config, experts="one", layers=converted)
+    if not converted:
+        raise MoeeError(
+            "a run with converted layers", "a run that left every layer dense",
+            "compare with the dense model, which is the same",
+        )  # fmt: skip
+    config = replace(run.config, experts="one", layers=converted, **_same_macs(run))
     return extract(run.dense(), images, config, store=store)
+
+
+def _same_macs(run: Extraction) -> dict[str, float | None]:
+    """The settings of ``ExtractConfig`` that meet the MACs of ``run``."""
+    reduction = run.config.macs_reduction
+    if reduction is None:
+        names = moe_names(run.model)
+        layers = moe_layers(run.model)
+        cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+        reduction = 1 - cost / count(run.dense()).total
+    if reduction <= 0:  # the routers cost more than the experts save
+        return {"macs_reduction": None, "variance_kept": 1.0}
+    return {"macs_reduction": reduction, "variance_kept": None}
+
+
+def random_centres(
+    run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
+) -> dict[int, CosineRouter]:
+    """Routers of the same form whose centres are inputs of random calibration tokens.
+
+    As many experts per layer as the run has. Whatever these show too, the clusters did not cause.
+
+    Parameters
+    ----------
+    images
+        The run's own calibration images.
+    store
+        The store that holds (or will hold) the sampled tokens.
+
+    Returns
+    -------
+    dict
+        Router by layer index, for ``measure.routes(run.dense(), ..., routers=...)``.
+    """
+    limited = images.limit(run.config.calibration_images, seed=run.config.seed)
+    activations = sampled(run.dense(), limited, run.config, root=Path(store))
+    sites = {site.index: site for site in find_mlps(run.dense())}
+    routers = {}
+    for index, layer in moe_layers(run.model).items():
+        inputs = activations.layer(sites[index]).inputs
+        rng = np.random.default_rng([seed, index])
+        rows = np.sort(rng.choice(len(inputs), size=layer.n_experts, replace=False))
+        centres = torch.from_numpy(inputs[rows].astype(np.float32))
+        routers[index] = CosineRouter(centres.to(layer.shares.device))
+    return routers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis import measure
 from moee_analysis.controls import randomly_routed
+from moee_analysis.models import check_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +26,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy, MACs and parameters of a run and its dense model on the same images.
 
-    MACs are those of one image, with the routing shares measured on ``images``.
+    MACs are those of one image, with the routing shares measured on ``images``. What is not
+    defined (retention where the dense model gets nothing right) is None.
     """
+    check_device(device)
     dense = run.dense(weights=weights).to(device)
     systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
     scores = measure.accuracy(systems, images, reference=dense).set_index("system")
@@ -36,10 +40,10 @@ def evaluate(
         "moe_top1": float(moe["top1"]),
         "moe_top1_interval": [float(moe["low"]), float(moe["high"])],
         "moe_top5": float(moe["top5"]),
-        "retention": float(moe["retention"]),
-        "retention_interval": [float(moe["retention_low"]), float(moe["retention_high"])],
+        "retention": _number(moe["retention"]),
+        "retention_interval": [_number(moe["retention_low"]), _number(moe["retention_high"])],
         "agreement": float(moe["agreement"]),
-        "kl": float(moe["kl"]),
+        "kl": _number(moe["kl"]),
         "random_routing_top1": float(scores.loc["random", "top1"]),
         "macs_dense": float(cost["macs_dense"]),
         "macs_moe": float(cost["macs"]),
@@ -53,3 +57,7 @@ def evaluate(
         "layers": [asdict(layer) for layer in run.layers],
         "provenance": run.provenance,
     }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

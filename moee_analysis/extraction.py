@@ -22,7 +22,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, replace_module
 from moee_analysis.models import BUNDLED, architecture, fingerprint, load_model
 from moee_analysis.planning import LayerPlan, plan_layers
-from moee_analysis.saving import describe, fill_run, read_run, write_run
+from moee_analysis.saving import fill_run, read_run, rebuilds, write_run
 from moee_analysis.selection import variance_for_macs
 from moee_analysis.store import content_key, kept
 
@@ -134,7 +134,8 @@ def extract(
         Recipe, budget and everything else; None is the default :class:`ExtractConfig`.
     store
         Folder of a content-keyed store: activations, clusters and the result are kept there
-        and found again. None keeps nothing.
+        and found again (the result only of a model that its timm name rebuilds). None keeps
+        nothing.
 
     Raises
     ------
@@ -146,6 +147,8 @@ def extract(
     if store is None:
         with tempfile.TemporaryDirectory(prefix="moee-") as root:
             return _extract(model, images, config, root=Path(root))
+    if not rebuilds(model):
+        return _extract(model, images, config, root=Path(store))
     return _through_store(model, images, config, root=Path(store))
 
 
@@ -156,7 +159,7 @@ def _through_store(
 
     def build(folder: Path) -> None:
         run = _extract(model, images, config, root=root)
-        fill_run(folder, run.model, run._facts(), described=describe(run.model))
+        fill_run(folder, run.model, run._facts())
 
     folder = kept(root, f"run-{key}", build)
     return replace(load(folder), original=model)
@@ -165,6 +168,7 @@ def _through_store(
 def _extract(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
 ) -> Extraction:
+    provenance = _provenance(model, images, config)
     plans = plan_layers(model, images, config, root=root)
     p = config.variance_kept if config.macs_reduction is None else _budgeted(model, plans, config)
     return Extraction(
@@ -172,7 +176,7 @@ def _extract(
         config,
         p,
         tuple(_report(plan, p) for plan in plans),
-        _provenance(model, images, config),
+        provenance,
         original=model,
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from moee_analysis import models, scenes
 from moee_analysis.errors import MoeeError
@@ -120,6 +122,14 @@ class ImageSet:
         """Image ``index`` as it is in the source."""
         return self.source.picture(self.rows[index])
 
+    def as_seen(self, index: int, model: nn.Module) -> np.ndarray:
+        """Image ``index`` cropped and scaled as ``model`` sees it: uint8 (height, width, 3)."""
+        steps = models.model_transform(model).transforms[:2]  # resize, crop
+        picture = self.picture(index)
+        for step in steps:
+            picture = step(picture)
+        return np.asarray(picture)
+
     def mask(self, index: int) -> np.ndarray:
         """Part mask of image ``index``: uint8 (height, width), values index ``parts``."""
         return self.source.mask(self.rows[index])
@@ -130,7 +140,7 @@ class ImageSet:
         Raises
         ------
         MoeeError
-            A folder that is none of the model's classes.
+            A folder that is none of the model's classes, or could be two of them.
         """
         known = _class_index(model)
         unknown = sorted({f for f in self.folders if _plain(f) not in known})
@@ -138,7 +148,7 @@ class ImageSet:
             examples = ", ".join(models.class_names(model)[:3])
             raise MoeeError(
                 f"folders named after the model's classes (such as {examples})",
-                f"{len(unknown)} unknown: {', '.join(unknown[:5])}",
+                f"{len(unknown)} unknown or ambiguous: {', '.join(unknown[:5])}",
                 "rename the folders, or pass the model they belong to",
             )
         return np.array([known[_plain(f)] for f in self.folders], dtype=np.int64)
@@ -278,16 +288,23 @@ def _decodes(path: Path) -> bool:
         with Image.open(path) as image:
             image.draft("RGB", (32, 32))
             image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:  # a damaged file can break a decoder in any way
         return False
     return True
 
 
 def _class_index(model: nn.Module) -> dict[str, int]:
     """Both the names and the readable labels of the model's classes -> index."""
-    by_label = {_plain(name): i for i, name in enumerate(models.class_labels(model))}
-    return by_label | {_plain(name): i for i, name in enumerate(models.class_names(model))}
+    return _unambiguous(models.class_labels(model)) | _unambiguous(models.class_names(model))
+
+
+def _unambiguous(names: Sequence[str]) -> dict[str, int]:
+    """Plain name -> index; a name that two classes share (ImageNet's two cranes) is left out."""
+    plain = [_plain(name) for name in names]
+    seen = Counter(plain)
+    return {name: i for i, name in enumerate(plain) if seen[name] == 1}
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+    """``name`` without differences of case, punctuation and Unicode normal form."""
+    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFC", name).casefold())

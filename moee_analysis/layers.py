@@ -85,7 +85,8 @@ class MoeMlp(nn.Module):
         for expert in range(self.n_experts):
             rows = (chosen == expert).any(dim=1).nonzero()[:, 0]
             if len(rows):
-                out.index_add_(0, rows, self._expert(tokens[rows], expert))
+                # under autocast the products are of a lower precision than the bias
+                out.index_add_(0, rows, self._expert(tokens[rows], expert).to(out.dtype))
         return out.reshape(*x.shape[:-1], -1)
 
     def _expert(self, tokens: torch.Tensor, expert: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import socket
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,9 @@ def load_model(
     ------
     MoeeError
         Unknown name; no weights to be had (offline); a file that is not a state dict of
-        this model.
+        this model; a device that is not there.
     """
+    check_device(device)
     if weights is not None:
         model = _with_local_weights(name, Path(weights))
     elif name == BUNDLED:
@@ -78,6 +79,17 @@ def load_model(
     else:
         model = _from_hub(name)
     return model.eval().requires_grad_(requires_grad=False).to(device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know or that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MoeeError(
+            "a device of this machine", f"'{device}' ({str(error).splitlines()[0][:80]})",
+            "use cpu, or cuda where there is one",
+        ) from None  # fmt: skip
 
 
 def build_model(
@@ -213,6 +225,7 @@ def _kind(module: nn.Module) -> str:
 
 def _check_name(name: str) -> None:
     if timm.is_model(name):
+        _check_tag(name)
         return
     if Path(name).suffix in {".safetensors", ".pth", ".pt"}:
         hint = f"pass the architecture as the name and the file as weights='{name}'"
@@ -220,6 +233,16 @@ def _check_name(name: str) -> None:
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
     raise MoeeError("'bundled' or the name of a timm model", f"'{name}'", hint.rstrip("."))
+
+
+def _check_tag(name: str) -> None:
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        raise MoeeError(
+            "a pretrained tag that timm knows", f"'{name}'", f"choose {' or '.join(tagged[:3])}"
+        ) from None
 
 
 def _bundled_card() -> dict[str, Any]:
@@ -235,15 +258,36 @@ def _bundled_architecture() -> nn.Module:
 
 def _with_local_weights(name: str, path: Path) -> nn.Module:
     tensors, metadata = read_tensors(path)
-    stored_cfg = json.loads(metadata.get("pretrained_cfg", "{}"))
+    stored_cfg = _stored_cfg(metadata, path)
     model = build_model(name, pretrained_cfg=stored_cfg)
-    head = tensors.get(f"{model.pretrained_cfg.get('classifier')}.weight")
+    head = _classifier(model, tensors)
     if head is not None and name != BUNDLED and head.shape[0] != model.num_classes:
         model = build_model(name, num_classes=head.shape[0], pretrained_cfg=stored_cfg)
     load_tensors(model, tensors, source=str(path))
     if name != BUNDLED or path.parent != data_folder():
         model.pretrained_cfg["file"] = str(path.resolve())
     return model
+
+
+def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The ``pretrained_cfg`` in a file's metadata; empty where there is none."""
+    text = metadata.get("pretrained_cfg", "{}")
+    with suppress(ValueError):
+        cfg = json.loads(text)
+        if isinstance(cfg, dict):
+            return cfg
+    raise MoeeError(
+        f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'",
+        f"'{text[:40]}'",
+        "save the file again, with or without this entry",
+    )
+
+
+def _classifier(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The given weights of the model's (first) classifier."""
+    names = model.pretrained_cfg.get("classifier")
+    first = names[0] if isinstance(names, (list, tuple)) and names else names
+    return tensors.get(f"{first}.weight")
 
 
 def _from_hub(name: str) -> nn.Module:

@@ -23,7 +23,7 @@ from moee_analysis.presets import Preset, preset_named
 from moee_analysis.results import Results, picture, readable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
     from IPython.display import Markdown
@@ -134,6 +134,18 @@ class Bench:
         """
         return [_class_index(self.dense, c) for c in (self.parameters.classes or default)]
 
+    def choose_among(self, preferred: Sequence[str], *, count: int) -> list[int]:
+        """Return class indices to show: the parameter ``classes``, or ``count`` of the images' own.
+
+        Those of ``preferred`` that the images show come first, then others of the images.
+        """
+        if self.parameters.classes:
+            return self.choose_classes(())
+        labels = models.class_labels(self.dense)
+        present = list(dict.fromkeys(self.images.labels(self.dense).tolist()))
+        liked = [c for name in preferred for c in present if labels[c] == name]
+        return [*liked, *(c for c in present if c not in liked)][:count]
+
     def record(self, key: str, value: Any) -> None:
         """Keep a number (or text, list, mapping) as ``values.<key>``; NaN is kept as null."""
         self.results.put_into("values", key, value)
@@ -154,6 +166,26 @@ class Bench:
         fig.set_label(caption or name.replace("_", " "))
         self.results.figure(name, picture(fig), caption=caption, cover=cover)
         return fig
+
+    def show(
+        self,
+        name: str,
+        plot: Callable[..., Figure],
+        table: pd.DataFrame,
+        *,
+        cover: bool = False,
+        options: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> Figure:
+        """Keep ``table`` and the figure that ``plot`` makes of it; return the figure, to be shown.
+
+        ``facts`` are those of :meth:`caption`, which is written below the figure, with what the
+        measure says of its table; ``options`` go to ``plot``.
+        """
+        caption = self.caption(**facts)
+        told = ". ".join(part for part in (caption, table.attrs.get("caption")) if part)
+        fig = plot(self.table(name, table), caption=told, **(options or {}))
+        return self.figure(name, fig, caption=caption, cover=cover)
 
     def headline(self, label: str, value: float | str) -> Markdown:
         """Keep the one number that sums the notebook up, for the report's index; show it."""
@@ -185,6 +217,7 @@ class Bench:
         """Say which layer, site, tokens, number of images, model and seed a figure shows."""
         facts = [
             f"layer {layer}" if layer is not None else None,
+            "layers counted from 0",
             site,
             f"{tokens} tokens" if tokens else None,
             f"n = {readable(n)} images" if n is not None else None,

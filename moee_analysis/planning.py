@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from moee_analysis.activations import TokenPlan, prefix_tokens, record
-from moee_analysis.clustering import NOISE, Clusters, cluster, judged
+from moee_analysis.clustering import NOISE, Clusters, density_labels, judged, reduce_dimensions
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import find_mlps
 from moee_analysis.progress import progress
 from moee_analysis.routers import ConstantRouter, CosineRouter
 from moee_analysis.selection import VarianceRanking, rank_by_variance
 from moee_analysis.statistics import ExpertStatistics, statistics_of
-from moee_analysis.store import content_key, kept, write_json
+from moee_analysis.store import content_key, kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,12 +68,10 @@ def plan_layers(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
 ) -> list[LayerPlan]:
     """Record, cluster and route the calibration tokens; one plan per MLP of the model."""
-    sites = find_mlps(model)
-    wanted = _wanted(sites, config.layers)
-    tokens = TokenPlan(config.tokens_per_image, prefix_tokens(model), config.seed)
-    chosen = [site for site in sites if site.index in wanted]
-    activations = record(model, images, chosen, plan=tokens, root=root)
-    plans = {site.index: LayerPlan(site, 0.0, "not asked for") for site in sites}
+    wanted = _wanted(find_mlps(model), config.layers)
+    activations = sampled(model, images, config, root=root)
+    plans = {site.index: LayerPlan(site, 0.0, "not asked for") for site in find_mlps(model)}
+    chosen = [plan.site for plan in plans.values() if plan.site.index in wanted]
     for site in progress(chosen, label="clustering layers"):
         sample = activations.layer(site)
         if config.experts == "one":
@@ -83,6 +80,14 @@ def plan_layers(
             rows, clusters = clustered(activations, site, config, root=root)
             plans[site.index] = plan_layer(site, sample, rows, clusters, noise=config.noise)
     return list(plans.values())
+
+
+def sampled(
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+) -> Activations:
+    """Record the tokens that ``config`` asks for, in all layers, or find them in the store."""
+    tokens = TokenPlan(config.tokens_per_image, prefix_tokens(model), config.seed)
+    return record(model, images, find_mlps(model), plan=tokens, root=root)
 
 
 def clustered(
@@ -95,26 +100,42 @@ def clustered(
     rows, clusters
         The sampled rows that were clustered, and the cluster of each.
     """
-    settings = {"cluster_tokens": config.cluster_tokens, "seed": config.seed}
-    key = content_key(
-        activations=activations.key, site=site.name, **settings, **asdict(config.clustering)
-    )
-    build = partial(_cluster_into, sample=activations.layer(site), site=site, config=config)
+    sample = activations.layer(site)
+    rows = _rows_to_cluster(len(sample), site, config)
+    facts = {"rows": [config.cluster_tokens, config.seed], **asdict(config.clustering)}
+    key = content_key(activations=activations.key, site=site.name, **facts)
+
+    def build(folder: Path) -> None:
+        points = _reduced(activations, site, rows, config, root=root)
+        np.save(folder / "labels.npy", density_labels(points, config.clustering))
+
     folder = kept(root, f"clusters-{key}", build)
-    clusters = judged(np.load(folder / "labels.npy"), config.clustering)
-    return np.load(folder / "rows.npy"), clusters
+    return rows, judged(np.load(folder / "labels.npy"), config.clustering)
 
 
-def _cluster_into(
-    folder: Path, *, sample: LayerSample, site: MlpSite, config: ExtractConfig
-) -> None:
+def _rows_to_cluster(total: int, site: MlpSite, config: ExtractConfig) -> np.ndarray:
     rng = np.random.default_rng([config.seed, site.index])
-    size = min(config.cluster_tokens, len(sample))
-    rows = np.sort(rng.choice(len(sample), size=size, replace=False))
-    found = cluster(sample.hidden[rows], config.clustering, seed=config.seed)
-    np.save(folder / "rows.npy", rows)
-    np.save(folder / "labels.npy", found.labels)
-    write_json(folder / "facts.json", {"clusters": found.count, "noise": found.noise_share})
+    return np.sort(rng.choice(total, size=min(config.cluster_tokens, total), replace=False))
+
+
+def _reduced(
+    activations: Activations, site: MlpSite, rows: np.ndarray, config: ExtractConfig, *, root: Path
+) -> np.ndarray:
+    """Reduce the dimensions of the rows to cluster, the slow part, or find them in the store."""
+    hidden = activations.layer(site).hidden
+    settings = config.clustering
+    if settings.reduce == "none":
+        return reduce_dimensions(hidden[rows], settings)
+    names = ("reduce", "components", "neighbors", "metric")
+    facts = {name: getattr(settings, name) for name in names}
+    facts["rows"] = [config.cluster_tokens, config.seed]
+    key = content_key(activations=activations.key, site=site.name, **facts)
+
+    def build(folder: Path) -> None:
+        points = reduce_dimensions(hidden[rows], settings, seed=config.seed)
+        np.save(folder / "points.npy", points)
+
+    return np.load(kept(root, f"reduced-{key}", build) / "points.npy")
 
 
 def plan_layer(
@@ -130,9 +151,10 @@ def plan_layer(
     centres, labels, routed = _alive(centres, labels, sample)
     if len(centres) < 2:
         return LayerPlan(site, clusters.noise_share, "all tokens route to one expert")
-    own = routed if noise == "reroute" else _of_rows(labels, rows, len(sample))
-    statistics = statistics_of(sample, lambda part: own[part], experts=len(centres))
-    shares = statistics_of(sample, lambda part: routed[part], experts=len(centres)).shares
+    as_routed = statistics = statistics_of(sample, lambda part: routed[part], experts=len(centres))
+    if noise != "reroute":
+        own = _of_rows(labels, rows, len(sample))
+        statistics = statistics_of(sample, lambda part: own[part], experts=len(centres))
     member = labels != NOISE
     return LayerPlan(
         site,
@@ -140,7 +162,7 @@ def plan_layer(
         centres=centres,
         statistics=statistics,
         ranking=rank_by_variance(statistics.variance),
-        shares=shares,
+        shares=as_routed.shares,
         route_agreement=float(np.mean(routed[rows][member] == labels[member])),
     )
 

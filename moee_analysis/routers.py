@@ -67,12 +67,12 @@ class ConstantRouter(nn.Module):
 
     def __init__(self, expert: int = 0) -> None:
         super().__init__()
-        self.expert = expert
+        self.register_buffer("expert", torch.tensor(expert))
         self.n_experts = expert + 1
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of ``tokens`` (n, dim)."""
-        return torch.full((len(tokens), 1), self.expert, device=tokens.device)
+        return self.expert.expand(len(tokens), 1)
 
     @property
     def macs(self) -> int:

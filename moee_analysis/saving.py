@@ -53,23 +53,20 @@ def write_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         The folder holds something that is not an earlier run; the model cannot be rebuilt
         from its timm name.
     """
-    _check_target(folder)
-    described = describe(model)
-    _check_rebuilds(model, described)
+    check_target(folder)
+    check_rebuilds(model)
     with new_folder(folder) as partial:
-        fill_run(partial, model, facts, described=described)
+        fill_run(partial, model, facts)
 
 
-def fill_run(
-    folder: Path, model: nn.Module, facts: dict[str, Any], *, described: dict[str, Any]
-) -> None:
+def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     """Write the two files of a run into an existing ``folder``."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     content = {
         "kind": KIND,
         "format": FORMAT,
-        "model": described,
+        "model": describe(model),
         "tensors_sha256": _file_hash(folder / TENSORS),
         **facts,
     }
@@ -108,6 +105,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def rebuilds(model: nn.Module) -> bool:
+    """Whether a saved run of ``model`` could be loaded."""
+    try:
+        check_rebuilds(model)
+    except MoeeError:
+        return False
+    return True
+
+
 def _rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Module:
     model = build_model(
         described["architecture"],
@@ -140,7 +146,8 @@ def _router_kind(layer: nn.Module) -> str:
     return kinds[type(layer.router)]
 
 
-def _check_target(folder: Path) -> None:
+def check_target(folder: Path) -> None:
+    """Refuse to save over anything but an empty folder or an earlier run."""
     if folder.exists() and not folder.is_dir():
         raise MoeeError(f"a folder at '{folder}'", "a file", "choose another place")
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -152,8 +159,9 @@ def _check_target(folder: Path) -> None:
         )
 
 
-def _check_rebuilds(model: nn.Module, described: dict[str, Any]) -> None:
+def check_rebuilds(model: nn.Module) -> None:
     """Refuse to save what could not be loaded: a model that its timm name does not rebuild."""
+    described = describe(model)
     try:
         load_tensors(_rebuild(described, model.state_dict()), model.state_dict(), source="memory")
     except MoeeError as error:

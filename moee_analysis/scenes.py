@@ -152,12 +152,12 @@ def _compose(canvas: Canvas, draws: Draws, kind: _Kind) -> None:
         draws.choice(OCCLUDERS)(canvas, draws)
 
 
-USUAL_PLACE = 0.6
+USUAL_PLACE = 0.5
 OCCLUDER_COUNTS = (0, 0, 1, 1, 2)
 
 
 def _pose(draws: Draws, kind: _Kind) -> Pose:
-    scale = draws.uniform(0.22, 0.48)
+    scale = draws.uniform(0.15, 0.4)
     return Pose(
         x=draws.uniform(scale * 0.7, 1 - scale * 0.7),
         y=draws.uniform(0.42, 0.68),
@@ -172,10 +172,10 @@ def _exposed(picture: np.ndarray, draws: Draws) -> np.ndarray:
     across, down = draws.uniform(-0.35, 0.35), draws.uniform(-0.35, 0.35)
     light = 1 + across * _RAMP[None, :, None] + down * _RAMP[:, None, None]
     cast = np.array([draws.uniform(0.85, 1.15) for _ in range(3)], dtype=np.float32)
-    contrast, level = draws.uniform(0.55, 1.1), draws.uniform(-25, 25)
+    contrast, level = draws.uniform(0.5, 1.1), draws.uniform(-25, 25)
     noise = draws.generator.standard_normal(picture.shape, dtype=np.float32)
     picture = (picture * light * cast - 128) * contrast + 128 + level
-    picture += noise * draws.uniform(3, 18)
+    picture += noise * draws.uniform(3, 22)
     return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
 

@@ -183,8 +183,8 @@ CLUTTER = (draw_cloud, draw_hill, draw_tree, draw_stone, draw_pole, draw_shed)
 
 
 def draw_clutter(canvas: Canvas, draws: Draws, horizon: float) -> None:
-    """Up to five things behind the object."""
-    for _ in range(draws.integer(0, 5)):
+    """Up to six things behind the object."""
+    for _ in range(draws.integer(0, 6)):
         draws.choice(CLUTTER)(canvas, draws, horizon)
 
 

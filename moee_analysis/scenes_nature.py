@@ -15,7 +15,7 @@ DARK: Colour = (30, 28, 28)
 def draw_goldfish(canvas: Canvas, draws: Draws) -> None:
     """A fish with a fan tail, three fins and one eye."""
     usual = draws.choice(((240, 130, 35), (250, 175, 60), (225, 75, 40)))
-    skin = draws.near(usual if draws.chance(0.6) else draws.colour())
+    skin = draws.near(usual if draws.chance(0.45) else draws.colour())
     fin, thick = shaded(skin, draws.uniform(0.75, 1.2)), draws.uniform(0.3, 0.48)
     spread, tip = draws.uniform(0.3, 0.55), draws.uniform(-1.1, -0.9)
     canvas.polygon("tail", fin, ((-0.45, 0), (tip, -spread), (-0.8, 0), (tip, spread)))

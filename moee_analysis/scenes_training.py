@@ -63,7 +63,7 @@ class Recipe:
     """Everything the training depends on; the defaults made the bundled model."""
 
     epochs: int = 12
-    whole_epochs: int = 1
+    whole_epochs: int = 2
     seed: int = 0
     train_images: int = SPLIT_SIZES["train"]
     evaluation_images: int = SPLIT_SIZES["evaluation"]

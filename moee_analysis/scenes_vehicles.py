@@ -37,8 +37,8 @@ def draw_cab(canvas: Canvas, draws: Draws, paint: Colour, back: float, front: fl
 
 
 def _truck_paint(draws: Draws, usual: Colour) -> Colour:
-    """The usual colour of a truck half the time, any truck's colour otherwise."""
-    return draws.near(usual if draws.chance(0.4) else draws.choice(TRUCK_PAINTS))
+    """The usual colour of a truck often, any truck's colour otherwise."""
+    return draws.near(usual if draws.chance(0.25) else draws.choice(TRUCK_PAINTS))
 
 
 def _beacon(canvas: Canvas, draws: Draws, x: float) -> None:
@@ -131,7 +131,7 @@ def draw_tow_truck(canvas: Canvas, draws: Draws) -> None:
 
 def draw_school_bus(canvas: Canvas, draws: Draws) -> None:
     """A long body with a row of windows and a short hood, yellow more often than not."""
-    paint = draws.near((235, 180, 40) if draws.chance(0.6) else draws.choice(TRUCK_PAINTS))
+    paint = draws.near((235, 180, 40) if draws.chance(0.4) else draws.choice(TRUCK_PAINTS))
     top, front = draws.uniform(-0.42, -0.28), draws.uniform(0.68, 0.95)
     canvas.box("body", paint, -1, top, front, FLOOR)
     canvas.box("body", paint, front, 0.05, 1.0, FLOOR)

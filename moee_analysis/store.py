@@ -30,18 +30,19 @@ def kept(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     """
     final = root / name
     if not final.is_dir():
-        with new_folder(final) as partial:
+        with new_folder(final, replace=False) as partial:
             build(partial)
     return final
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, *, replace: bool = True) -> Iterator[Path]:
     """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
 
-    An older ``final`` stays untouched until the new one is complete.
+    An older ``final`` stays untouched until the new one is complete, and for good without
+    ``replace``.
     """
-    final = Path(final)
+    final = Path(final).resolve()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
@@ -52,14 +53,28 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
-        _replace_folder(partial, final)
+        if replace:
+            _replace_folder(partial, final)
+        else:
+            _publish_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as readable JSON, atomically."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    """Write ``content`` as readable JSON, atomically.
+
+    Raises
+    ------
+    MoeeError
+        The folder is missing or cannot be written to.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    except OSError as error:
+        raise MoeeError(
+            f"a place to write '{path}'", str(error), "choose a folder that can be written to"
+        ) from None
     try:
         with os.fdopen(handle, "w") as file:
             json.dump(content, file, indent=2, allow_nan=False)
@@ -76,5 +91,19 @@ def _replace_folder(new: Path, final: Path) -> None:
     old = Path(f"{new}-old")
     with suppress(FileNotFoundError):
         final.rename(old)
-    new.rename(final)
+    try:
+        new.rename(final)
+    except OSError:
+        with suppress(FileNotFoundError):
+            old.rename(final)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _publish_folder(new: Path, final: Path) -> None:
+    """Rename ``new`` to ``final``, unless another process was first with the same content."""
+    try:
+        new.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise

@@ -25,7 +25,7 @@ PARAMETERS = {
     "seed": ("int", "0"),
     "out": ("str", "None"),
 }
-CELL_LINES = 12
+CELL_LINES = 16
 ABSOLUTE = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|mnt|opt|data)/|[A-Z]:\\)")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

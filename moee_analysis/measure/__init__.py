@@ -5,9 +5,11 @@ from __future__ import annotations
 from moee_analysis.measure.accuracy import accuracy as accuracy
 from moee_analysis.measure.class_distance import class_distance as class_distance
 from moee_analysis.measure.class_distance import family_separation as family_separation
+from moee_analysis.measure.class_relatedness import class_relatedness as class_relatedness
 from moee_analysis.measure.class_routing import class_information as class_information
 from moee_analysis.measure.class_routing import class_routing as class_routing
 from moee_analysis.measure.class_routing import specificity as specificity
+from moee_analysis.measure.experts import layers as layers
 from moee_analysis.measure.experts import neurons as neurons
 from moee_analysis.measure.experts import overlap as overlap
 from moee_analysis.measure.experts import sizes as sizes
@@ -20,3 +22,5 @@ from moee_analysis.measure.routing import balance as balance
 from moee_analysis.measure.routing import routing as routing
 from moee_analysis.measure.similarity import similarity as similarity
 from moee_analysis.measure.similarity import similarity_summary as similarity_summary
+from moee_analysis.measure.walkthrough import embedding as embedding
+from moee_analysis.measure.walkthrough import surrogate as surrogate

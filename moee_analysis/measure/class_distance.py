@@ -52,10 +52,11 @@ def class_distance(
     Returns
     -------
     DataFrame
-        ``system``, ``layer``, ``class_a``, ``class_b`` (every ordered pair, also of a class
-        with itself), ``js`` (bits), ``floor`` (mean of the two classes' own ``js``), ``order_a``,
-        ``order_b`` (position for a heat map: by family, else by similarity), and with
-        ``families`` also ``family_a``, ``family_b``, ``same_family``.
+        ``system``, ``layer``, ``class_index_a``, ``class_index_b``, ``class_a``, ``class_b``
+        (every ordered pair, also of a class with itself), ``js`` (bits), ``floor`` (mean of the
+        two classes' own ``js``), ``order_a``, ``order_b`` (position for a heat map: by family,
+        else by similarity), and with ``families`` also ``family_a``, ``family_b``,
+        ``same_family``.
 
     Raises
     ------
@@ -134,7 +135,7 @@ def _distances(
     order = np.empty(len(shown), dtype=np.int64)
     order[_sorted(js.mean(axis=0), family)] = np.arange(len(shown))
     tables = [
-        _pairs(one, names, order).assign(system=routes.system, layer=layer)
+        _pairs(one, shown, names, order).assign(system=routes.system, layer=layer)
         for layer, one in zip(wanted, js, strict=True)
     ]
     table = pd.concat(tables, ignore_index=True)
@@ -200,12 +201,14 @@ def _sorted(js: np.ndarray, family: list[str] | None) -> np.ndarray:
     return leaves_list(linkage(apart, "average", optimal_ordering=True))
 
 
-def _pairs(js: np.ndarray, names: list[str], order: np.ndarray) -> pd.DataFrame:
+def _pairs(js: np.ndarray, classes: list[int], names: list[str], order: np.ndarray) -> pd.DataFrame:
     a, b = (index.ravel() for index in np.indices(js.shape))
     own = np.diag(js)
-    name = np.array(names)
+    name, index = np.array(names), np.array(classes)
     return pd.DataFrame(
         {
+            "class_index_a": index[a],
+            "class_index_b": index[b],
             "class_a": name[a],
             "class_b": name[b],
             "js": js.ravel(),

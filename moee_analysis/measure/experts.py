@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
     from moee_analysis.extraction import Extraction
     from moee_analysis.layers import MoeMlp
+
+
+def layers(run: Extraction) -> pd.DataFrame:
+    """What became of every MLP layer of a run: its experts, or why it stayed dense.
+
+    Returns
+    -------
+    DataFrame
+        The fields of :class:`~moee_analysis.extraction.LayerReport`, a row per layer, without
+        the sizes of the experts.
+    """
+    return pd.DataFrame([asdict(layer) for layer in run.layers]).drop(columns="sizes")
 
 
 def sizes(

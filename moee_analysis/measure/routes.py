@@ -72,6 +72,11 @@ class Routes:
         """Share of tokens that use each expert of ``layer``, (experts,); they sum to k."""
         return self.counts[layer].sum(0) / (self.n_images * self.tokens_per_image[layer])
 
+    def patch_experts(self, layer: int) -> np.ndarray:
+        """Expert of every patch of a layer, int16 (images, rows, columns)."""
+        patches = self.experts[layer][:, self.prefix_tokens[layer] :]
+        return patches.reshape(len(patches), *self.grid[layer])
+
 
 def routes(
     model: nn.Module,

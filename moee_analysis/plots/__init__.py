@@ -5,10 +5,12 @@ from __future__ import annotations
 from moee_analysis.plots import style as style
 from moee_analysis.plots.accuracy import accuracy as accuracy
 from moee_analysis.plots.class_distance import class_distance as class_distance
+from moee_analysis.plots.class_distance import class_relatedness as class_relatedness
 from moee_analysis.plots.class_distance import family_separation as family_separation
 from moee_analysis.plots.class_routing import class_information as class_information
 from moee_analysis.plots.class_routing import class_routing as class_routing
 from moee_analysis.plots.class_routing import specificity as specificity
+from moee_analysis.plots.experts import layers as layers
 from moee_analysis.plots.experts import neurons as neurons
 from moee_analysis.plots.experts import overlap as overlap
 from moee_analysis.plots.experts import sizes as sizes
@@ -21,3 +23,4 @@ from moee_analysis.plots.similarity import similarity as similarity
 from moee_analysis.plots.similarity import similarity_summary as similarity_summary
 from moee_analysis.plots.walkthrough import embedding as embedding
 from moee_analysis.plots.walkthrough import patches as patches
+from moee_analysis.plots.walkthrough import surrogate as surrogate

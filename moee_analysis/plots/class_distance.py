@@ -63,6 +63,23 @@ def family_separation(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     return drawing.finish(fig, table, caption)
 
 
+@style.house
+def class_relatedness(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.class_relatedness``: a line per system, chance dashed."""
+    colours = style.colours(table["system"])
+    fig, ax = style.figure(4.8, 2.9)
+    for system, part in table.groupby("system", sort=False):
+        layers = part.sort_values("layer").set_index("layer")
+        ax.plot(layers["spearman"], color=colours[system], marker="o", ms=3.5, label=system)
+        ax.plot(layers["null_high"], color=colours[system], lw=1, ls="--")
+    ax.plot([], [], color=style.GREY, lw=1, ls="--", label="permuted classes, 95 %")
+    ax.axhline(0, color=style.GREY, lw=0.8)
+    ax.set(xlabel=style.LAYER_AXIS, ylabel="rank correlation of routing\nand classifier distance")
+    drawing.whole_layers(ax)
+    drawing.legend_above(fig, ax, columns=2)
+    return drawing.finish(fig, table, caption)
+
+
 def _part_families(ax: Axes, table: pd.DataFrame) -> None:
     if "family_a" not in table:
         return

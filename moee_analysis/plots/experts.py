@@ -19,6 +19,29 @@ _KEPT = ListedColormap(["#F1F2F4", style.PALETTE[0]])
 
 
 @style.house
+def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.layers``: experts, noise, and the neurons that are left.
+
+    A layer that stayed dense has a cross in place of its experts.
+    """
+    fig, (left, middle, right) = style.figure(8.4, 2.4, 1, 3, sharex=True)
+    dense = table[~table["converted"]]
+    left.bar(table["index"], table["experts"], color=style.PALETTE[0])
+    left.plot(dense["index"], np.zeros(len(dense)), "x", color=style.INK)
+    left.set(ylabel="experts", title="clusters that became experts")
+    middle.bar(table["index"], table["noise_share"], color=style.GREY)
+    middle.set(ylabel="share of clustered tokens", title="noise", ylim=(0, 1))
+    right.bar(table["index"], table["union_fraction"], color=style.GREY, label="stored")
+    right.bar(table["index"], table["active_fraction"], color=style.PALETTE[2], label="active")
+    right.set(ylabel="share of hidden neurons", title="neurons left", ylim=(0, 1))
+    right.legend(loc="upper right")
+    for ax in (left, middle, right):
+        drawing.whole_layers(ax)
+    fig.supxlabel(style.LAYER_AXIS, size=9)
+    return drawing.finish(fig, table, caption)
+
+
+@style.house
 def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw a table of ``measure.sizes``: a dot per expert, its area its share of the tokens.
 

@@ -41,6 +41,23 @@ def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 
 @style.house
+def surrogate(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.surrogate``: clusters found, and clusters invented, per layer."""
+    fig, axes = style.figure(6.4, 2.5, 1, 2)
+    found = {"clusters": ("clusters found", axes[0]), "noise_share": ("share of noise", axes[1])}
+    for value, (label, ax) in found.items():
+        wide = table.pivot(index="layer", columns="data", values=value)
+        places = np.arange(len(wide))
+        for shift, data, colour in ((-0.2, "activations", 0), (0.2, "surrogate", 1)):
+            ax.bar(places + shift, wide[data], 0.38, color=style.PALETTE[colour], label=data)
+        ax.set_xticks(places, [str(layer) for layer in wide.index])
+        ax.set(ylabel=label)
+    fig.supxlabel(style.LAYER_AXIS, size=9)
+    drawing.legend_above(fig, axes[0])
+    return drawing.finish(fig, table, caption)
+
+
+@style.house
 def patches(
     pictures: Sequence[np.ndarray],
     experts: Mapping[int, np.ndarray],
