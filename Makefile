@@ -13,6 +13,9 @@ OUT := reports
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
+# Threads that spin while they wait take the cores of those that work.
+export OMP_WAIT_POLICY := PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup report test lab format clean
 

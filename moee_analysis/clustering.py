@@ -6,12 +6,17 @@ no clusters are found stays dense.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 
 from moee_analysis.errors import MoeeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REDUCTIONS = ("umap", "pca", "none")
 SELECTIONS = ("eom", "leaf")
@@ -131,7 +136,18 @@ def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: i
         random_state=seed,
         n_jobs=1,  # a seeded UMAP is sequential
     )
-    return reducer.fit_transform(points)
+    with _same_torch_threads():
+        return reducer.fit_transform(points)
+
+
+@contextmanager
+def _same_torch_threads() -> Iterator[None]:
+    """Keep torch's number of threads: numba, inside UMAP, sets that of the shared OpenMP pool."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def density_labels(points: np.ndarray, config: ClusterConfig) -> np.ndarray:

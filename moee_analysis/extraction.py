@@ -20,7 +20,7 @@ from moee_analysis.counting import count
 from moee_analysis.environment import versions
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, replace_module
-from moee_analysis.models import BUNDLED, architecture, fingerprint, load_model
+from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.saving import fill_run, read_run, rebuilds, write_run
 from moee_analysis.selection import variance_for_macs
@@ -242,7 +242,7 @@ def _provenance(model: nn.Module, images: ImageSet, config: ExtractConfig) -> di
 
 def _load_dense(provenance: dict[str, Any], weights: str | Path | None) -> nn.Module:
     file = weights or provenance["weights_file"]
-    if provenance["model"] != BUNDLED and file is not None and not Path(file).is_file():
+    if file is not None and not Path(file).is_file():
         raise MoeeError(
             f"the dense weights of this run at '{file}'", "no such file",
             "pass the weights the run was extracted from (--weights FILE)",

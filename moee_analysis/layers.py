@@ -87,7 +87,7 @@ class MoeMlp(nn.Module):
             if len(rows):
                 # under autocast the products are of a lower precision than the bias
                 out.index_add_(0, rows, self._expert(tokens[rows], expert).to(out.dtype))
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def _expert(self, tokens: torch.Tensor, expert: int) -> torch.Tensor:
         """Output of one expert without the output bias."""

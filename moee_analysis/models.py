@@ -9,6 +9,7 @@ import socket
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -333,4 +334,10 @@ def _imagenet(model: nn.Module) -> ImageNetInfo:
             f"{model.num_classes} classes without names in pretrained_cfg['label_names']",
             "set model.pretrained_cfg['label_names'] to the class names in output order",
         )
+    return _imagenet_info(subset)
+
+
+@cache
+def _imagenet_info(subset: str) -> ImageNetInfo:
+    """The classes of one of ImageNet's subsets; timm reads them from files each time."""
     return ImageNetInfo(subset)

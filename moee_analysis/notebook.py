@@ -217,7 +217,6 @@ class Bench:
         """Say which layer, site, tokens, number of images, model and seed a figure shows."""
         facts = [
             f"layer {layer}" if layer is not None else None,
-            "layers counted from 0",
             site,
             f"{tokens} tokens" if tokens else None,
             f"n = {readable(n)} images" if n is not None else None,
@@ -225,7 +224,7 @@ class Bench:
             f"preset {self.parameters.preset}",
             f"seed {self.seed}",
         ]
-        return ", ".join(fact for fact in facts if fact)
+        return ", ".join(fact for fact in facts if fact) + " (layers counted from 0)"
 
     def finish(self) -> Markdown:
         """Keep and show versions, device, time and parameters; a notebook's last cell."""

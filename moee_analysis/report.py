@@ -31,7 +31,11 @@ CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
 """The longest a single cell may take, per preset."""
 
 STOP_SECONDS = 15
-INLINE = "module://matplotlib_inline.backend_inline"
+WORKER_ENVIRONMENT = {
+    "MOEE_HEADLESS": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin take the cores of those that work
+}
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def _work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     with (
         own_kernel(hermetic=True) as environment,
         (folder / LOG).open("w") as log,
-        _process(command, log, environment | {"MOEE_HEADLESS": "1", "MPLBACKEND": INLINE}) as child,
+        _process(command, log, environment | WORKER_ENVIRONMENT) as child,
     ):
         code = child.wait()
     if not (folder / STATUS).is_file():

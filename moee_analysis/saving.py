@@ -63,6 +63,7 @@ def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     """Write the two files of a run into an existing ``folder``."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / TENSORS).chmod(0o644)  # safetensors gives it to its owner alone
     content = {
         "kind": KIND,
         "format": FORMAT,

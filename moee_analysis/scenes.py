@@ -2,7 +2,8 @@
 
 A scene is a function of a seed and an index, so the set needs no files and has no end. Object,
 pose, colours, place, clutter, occlusion, light and noise are drawn independently of each other;
-only the usual place and the usual paint lean towards the class, as they do in photographs.
+only the usual place and the usual paint lean towards the class, as they do in photographs. Where
+a scene shows objects of two classes, the larger one, in front, gives the label.
 """
 
 from __future__ import annotations
@@ -140,24 +141,43 @@ def render(seed: int, index: int, *, label: int | None = None) -> Scene:
 
 
 def _compose(canvas: Canvas, draws: Draws, kind: _Kind) -> None:
-    """Paint from back to front: sky, place, clutter, object, occluders."""
+    """Paint from back to front: sky, place, clutter, bystander, object, occluders."""
     draw_sky(canvas, draws)
     usual = draws.chance(USUAL_PLACE)
     place = draws.choice(kind.places if usual else tuple(PLACES))
     horizon = PLACES[place](canvas, draws)
     draw_clutter(canvas, draws, horizon)
-    with canvas.posed(_pose(draws, kind)):
-        kind.draw(canvas, draws)
+    pose = _pose(draws, kind, draws.uniform(*SCALES))
+    if draws.chance(BYSTANDERS):
+        other = draws.choice([one for one in _KINDS.values() if one is not kind])
+        share = draws.uniform(*BYSTANDER_SHARES)
+        _stand(canvas, draws, other, _pose(draws, other, pose.scale * share))
+    _stand(canvas, draws, kind, pose)
     for _ in range(draws.choice(OCCLUDER_COUNTS)):
         draws.choice(OCCLUDERS)(canvas, draws)
 
 
 USUAL_PLACE = 0.5
+"""How often a class is found where one expects it; else it is anywhere."""
+
+SCALES = (0.18, 0.42)
+"""Half an object's width, in pictures."""
+
+BYSTANDERS = 0.5
+"""How often a smaller object of another class stands behind the one that gives the label."""
+
+BYSTANDER_SHARES = (0.4, 0.65)
+"""A bystander's size, relative to the object's."""
+
 OCCLUDER_COUNTS = (0, 0, 1, 1, 2)
 
 
-def _pose(draws: Draws, kind: _Kind) -> Pose:
-    scale = draws.uniform(0.15, 0.4)
+def _stand(canvas: Canvas, draws: Draws, kind: _Kind, pose: Pose) -> None:
+    with canvas.posed(pose):
+        kind.draw(canvas, draws)
+
+
+def _pose(draws: Draws, kind: _Kind, scale: float) -> Pose:
     return Pose(
         x=draws.uniform(scale * 0.7, 1 - scale * 0.7),
         y=draws.uniform(0.42, 0.68),
@@ -175,7 +195,7 @@ def _exposed(picture: np.ndarray, draws: Draws) -> np.ndarray:
     contrast, level = draws.uniform(0.5, 1.1), draws.uniform(-25, 25)
     noise = draws.generator.standard_normal(picture.shape, dtype=np.float32)
     picture = (picture * light * cast - 128) * contrast + 128 + level
-    picture += noise * draws.uniform(3, 22)
+    picture += noise * draws.uniform(3, 20)
     return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
 

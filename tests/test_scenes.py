@@ -264,6 +264,16 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
     assert rates[60:] == sorted(rates[60:], reverse=True)
 
 
+def test_evening_out_leaves_directions_and_equal_lengths():
+    model = scenes_training.build()
+    before = model.blocks[2].mlp.fc1.weight.detach().clone()
+    scenes_training.even_out(model, pull=1.0)
+    after = model.blocks[2].mlp.fc1.weight.detach()
+    lengths = after.norm(dim=1)
+    torch.testing.assert_close(lengths, before.norm(dim=1).mean().expand_as(lengths))
+    torch.testing.assert_close(torch.cosine_similarity(before, after), torch.ones(len(before)))
+
+
 def test_training_writes_both_files(tmp_path):
     recipe = scenes_training.Recipe(
         epochs=2, whole_epochs=1, train_images=20, batch_size=20,

@@ -79,7 +79,7 @@ class Routes:
 
 
 def routes(
-    model: nn.Module,
+    model: Extraction | nn.Module,
     images: ImageSet,
     *,
     routers: Mapping[int, nn.Module] | None = None,
@@ -104,6 +104,7 @@ def routes(
     MoeeError
         No routed layer in the model, or a router for a layer that the model does not have.
     """
+    model = model_of(model)
     taps = _own_taps(model) if routers is None else _outside_taps(model, routers)
     labels = images.labels(model)
     _run(model, images, taps, batch_size)

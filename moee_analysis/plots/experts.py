@@ -34,7 +34,7 @@ def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     right.bar(table["index"], table["union_fraction"], color=style.GREY, label="stored")
     right.bar(table["index"], table["active_fraction"], color=style.PALETTE[2], label="active")
     right.set(ylabel="share of hidden neurons", title="neurons left", ylim=(0, 1))
-    right.legend(loc="upper right")
+    drawing.legend_above(fig, right)
     for ax in (left, middle, right):
         drawing.whole_layers(ax)
     fig.supxlabel(style.LAYER_AXIS, size=9)

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis import activations
+from moee_analysis.activations import TokenPlan, prefix_tokens, record, recording
+from moee_analysis.errors import MoeeError
+from moee_analysis.models import build_model, find_mlps
+from tests.makers import hooks_of, pixels_of
+from tests.toys import toy_images, toy_swin, toy_vit
+
+
+def act_of_w1(mlp, x):
+    return torch.nn.functional.gelu(x @ mlp.fc1.weight.T + mlp.fc1.bias)
+
+
+# Recording one forward pass
+
+
+def test_inputs_and_hidden_activations_are_what_a_hand_computes():
+    model, images = toy_vit(), pixels_of(toy_vit())
+    with recording(model, find_mlps(model)) as captured:
+        model(images)
+    x = model._pos_embed(model.patch_embed(images))
+    for block, seen in zip(model.blocks, captured.values(), strict=True):
+        x = x + block.attn(block.norm1(x))
+        inputs = block.norm2(x)
+        hidden = act_of_w1(block.mlp, inputs)
+        torch.testing.assert_close(seen.inputs, inputs)
+        torch.testing.assert_close(seen.hidden, hidden)
+        x = x + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+
+
+def test_a_grid_of_tokens_is_flattened_row_by_row():
+    model = toy_swin()
+    grids = {}
+    site = find_mlps(model)[1]
+    model.get_submodule(site.name).register_forward_pre_hook(
+        lambda _, args: grids.update(seen=args[0])
+    )
+    with recording(model, [site]) as captured:
+        model(pixels_of(model))
+    assert captured[site.name].inputs.shape == (4, 16, 32)
+    torch.testing.assert_close(captured[site.name].inputs.flatten(), grids["seen"].flatten())
+
+
+def test_hooks_come_off_also_after_an_error():
+    model = toy_vit()
+    with pytest.raises(ValueError, match="unpack"), recording(model, find_mlps(model)):
+        model(torch.zeros(7))
+    assert hooks_of(model) == 0
+
+
+def test_hooks_come_off_when_a_site_does_not_exist():
+    model = toy_vit()
+    with pytest.raises(AttributeError), recording(model, find_mlps(toy_vit(depth=4))):
+        pass
+    assert hooks_of(model) == 0
+
+
+# Which tokens
+
+
+def test_all_prefix_tokens_are_kept_and_patches_are_drawn_without_repetition():
+    plan = TokenPlan(per_image=5, prefix=2, seed=3)
+    for image in range(20):
+        positions = plan.positions(image, 17)
+        assert positions[:2].tolist() == [0, 1]
+        assert len(set(positions)) == 7
+        assert positions.tolist() == sorted(positions)
+        assert positions.max() < 17
+
+
+def test_the_same_seed_draws_the_same_tokens():
+    first, again = TokenPlan(5, 1, seed=3), TokenPlan(5, 1, seed=3)
+    other = TokenPlan(5, 1, seed=4)
+    rows = [tuple(plan.positions(7, 65)) for plan in (first, again, other)]
+    assert rows[0] == rows[1] != rows[2]
+    assert tuple(first.positions(8, 65)) != rows[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17, 65])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_weights_stand_for_all_tokens_of_the_image(tokens, prefix):
+    plan = TokenPlan(per_image=6, prefix=prefix)
+    weights = plan.weights(tokens)
+    assert weights.sum() == pytest.approx(tokens)
+    assert len(weights) == len(plan.positions(0, tokens))
+
+
+def test_prefix_tokens_are_those_that_are_no_patches():
+    assert prefix_tokens(toy_vit()) == 1
+    assert prefix_tokens(toy_swin()) == 0
+    assert prefix_tokens(build_model("deit_tiny_distilled_patch16_224")) == 2
+
+
+# A sample on disk
+
+
+def recorded(model, images, root, *, per_image=5, seed=0):
+    plan = TokenPlan(per_image, prefix_tokens(model), seed)
+    return record(model, images, find_mlps(model), plan=plan, root=root)
+
+
+def rows_of(model, images, site, sample, kind):
+    """The sampled rows, taken from one plain pass over all images."""
+    with recording(model, [site]) as captured:
+        model(torch.cat(list(images.batches(model))))
+    tokens = getattr(captured[site.name], kind)
+    tokens = tokens.reshape(len(images), -1, tokens.shape[-1])
+    return tokens[torch.from_numpy(sample.image).long(), torch.from_numpy(sample.position).long()]
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin])
+def test_the_sample_holds_the_direct_values_in_half_precision(tmp_path, monkeypatch, build):
+    monkeypatch.setattr(activations, "BATCH", 4)  # the last batch is not full
+    model, images = build(), toy_images(10)
+    found = recorded(model, images, tmp_path)
+    for site in find_mlps(model):
+        sample = found.layer(site)
+        for kind in ("inputs", "hidden"):
+            values = getattr(sample, kind)
+            wanted = rows_of(model, images, site, sample, kind)
+            assert values.dtype == np.float16
+            np.testing.assert_allclose(values, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_every_image_is_in_the_sample_with_all_its_weight(tmp_path):
+    sample = recorded(toy_vit(), toy_images(10), tmp_path).layer(find_mlps(toy_vit())[0])
+    assert np.bincount(sample.image).tolist() == [6] * 10
+    np.testing.assert_allclose(np.bincount(sample.image, sample.weight), 17)
+    assert (sample.position == 0).sum() == 10
+
+
+def test_windows_handed_to_an_mlp_one_by_one_are_tokens_of_their_image(tmp_path):
+    model = build_model("mobilevit_xxs")
+    model.pretrained_cfg["input_size"] = (3, 64, 64)
+    images, site = toy_images(3), find_mlps(model)[0]
+    plan = TokenPlan(5, 0)
+    sample = record(model, images, [site], plan=plan, root=tmp_path).layer(site)
+    assert sample.image.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    wanted = rows_of(model, images, site, sample, "hidden")
+    np.testing.assert_allclose(sample.hidden, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_recorded_is_found_again(tmp_path, monkeypatch):
+    model, images = toy_vit(), toy_images(10)
+    first = recorded(model, images, tmp_path)
+    monkeypatch.setattr(activations, "_record_into", lambda *_, **__: pytest.fail("again"))
+    assert recorded(toy_vit(), toy_images(10), tmp_path).folder == first.folder
+
+
+@pytest.mark.parametrize("change", ["model", "images", "seed", "tokens"])
+def test_whatever_matters_makes_another_sample(tmp_path, change):
+    first = recorded(toy_vit(), toy_images(6), tmp_path)
+    other = recorded(
+        toy_vit(seed=int(change == "model")), toy_images(7 if change == "images" else 6), tmp_path,
+        seed=int(change == "seed"), per_image=4 if change == "tokens" else 5,
+    )  # fmt: skip
+    assert other.key != first.key
+
+
+def test_the_size_is_told_before_recording(tmp_path, capsys):
+    recorded(toy_vit(), toy_images(10), tmp_path)
+    assert capsys.readouterr().out.startswith("recording 3 layers on 10 images, 6 tokens of each")
+
+
+def test_a_full_disk_is_told_before_recording(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
+    with pytest.raises(MoeeError, match="set MOEE_STORE") as error:
+        recorded(toy_vit(), toy_images(10), tmp_path)
+    assert "free disk" in error.value.expected
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_activations_beyond_half_precision_are_refused(tmp_path, value):
+    model = toy_vit()
+    model.blocks[1].mlp.fc1.bias[3] = value
+    with pytest.raises(MoeeError, match=r"larger or NaN values in blocks\.1\.mlp"):
+        recorded(model, toy_images(6), tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert hooks_of(model) == 0

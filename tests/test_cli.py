@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moee_analysis import cli
+from moee_analysis.extraction import extract
+from moee_analysis.models import load_model
+from tests.makers import image_folder, lively
+from tests.test_evaluation import FIELDS, LAYER_FIELDS
+
+EXTRACT = ["extract", "--model", "bundled", "--reduce", "pca", "--preset", "smoke"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What extract and evaluate write for the bundled model."""
+    root = tmp_path_factory.mktemp("cli")
+    assert cli.main([*EXTRACT, "--macs-reduction", "0.2", "--out", str(root / "run")]) == 0
+    command = ["evaluate", str(root / "run"), "--images", str(scenes(root / "scenes"))]
+    assert cli.main([*command, "--json", str(root / "numbers.json")]) == 0
+    return root, json.loads((root / "numbers.json").read_text())
+
+
+def scenes(folder):
+    """A folder of 60 of the bundled evaluation scenes, as a user would have photographs."""
+    from moee_analysis.images import load_images
+
+    images = load_images(limit=60)
+    for index, name in enumerate(images.folders):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        images.picture(index).save(folder / name / f"{index}.png")
+    return folder
+
+
+def run_cli(*command):
+    return cli.main([str(part) for part in command])
+
+
+def refused(capsys, *command):
+    """The one line that a bad command gets."""
+    assert run_cli(*command) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("moee: expected ")
+    return lines[0]
+
+
+def test_extract_then_evaluate_writes_every_promised_number(told):
+    _, numbers = told
+    assert set(numbers) >= FIELDS
+    assert len(numbers["layers"]) == 12
+    assert all(set(layer) >= LAYER_FIELDS for layer in numbers["layers"])
+    assert numbers["n_images"] == 60
+    assert numbers["macs_reduction"] == pytest.approx(0.2, abs=0.03)
+    assert 0 < numbers["params_moe"] < numbers["params_dense"]
+    assert numbers["provenance"]["seed"] == 0
+
+
+def test_the_numbers_are_those_of_the_bundled_model(told):
+    _, numbers = told
+    assert numbers["dense_top1"] > 0.7
+    assert numbers["moe_top1"] > 2 / 20
+
+
+def test_a_run_can_be_evaluated_on_the_bundled_images_too(tmp_path, capsys, monkeypatch):
+    from moee_analysis import images
+
+    monkeypatch.setitem(images.scenes.SPLIT_SIZES, "evaluation", 40)
+    monkeypatch.setitem(images.scenes.SPLIT_SIZES, "calibration", 40)
+    assert run_cli(*EXTRACT, "--variance-kept", "0.9", "--out", tmp_path / "run") == 0
+    assert "share of hidden neurons" in capsys.readouterr().out
+    assert run_cli("evaluate", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "top-1" in out
+    assert "on 40 images" in out
+    assert "MACs" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--model", "bundeld"], "bundeld"),
+        (["--weights", "missing.pth"], "missing.pth"),
+        (["--calibration", "missing"], "no folder"),
+        (["--macs-reduction", "28"], "macs_reduction"),
+        (["--macs-reduction", "0.2", "--variance-kept", "0.9"], "both"),
+        (["--recipe", "worst"], "recipe"),
+        (["--reduce", "tsne"], "reduce"),
+        (["--noise", "ignore"], "noise"),
+        (["--seed", "-1"], "seed"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_and_leaves_nothing(tmp_path, capsys, options, line):
+    assert line in refused(capsys, *EXTRACT, *options, "--out", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_other_things_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("moee_analysis.load_model", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "thesis.tex").write_text("all my work")
+    assert "thesis.tex" in refused(capsys, *EXTRACT, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_json_without_a_folder_is_refused_before_the_work(told, capsys, monkeypatch):
+    root, _ = told
+    monkeypatch.setattr("moee_analysis.load", lambda *_: pytest.fail("too late"))
+    for place in (root / "missing" / "numbers.json", root):
+        refused(capsys, "evaluate", root / "run", "--json", place)
+
+
+def test_unknown_classes_are_told_by_evaluate(told, tmp_path, capsys):
+    root, _ = told
+    folder = image_folder(tmp_path / "photos", {"dragon": 2})
+    assert "dragon" in refused(capsys, "evaluate", root / "run", "--images", folder)
+
+
+def test_strict_refuses_what_would_be_skipped(told, tmp_path, capsys):
+    root, _ = told
+    folder = image_folder(tmp_path / "photos", {"cat": 2})
+    (folder / "cat" / "broken.png").write_bytes(b"")
+    command = ["evaluate", root / "run", "--images", folder]
+    assert "broken.png" in refused(capsys, *command, "--strict")
+    with pytest.warns(UserWarning, match=r"broken\.png"):
+        assert run_cli(*command, "--json", tmp_path / "numbers.json") == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["skipped_images"] == ["cat/broken.png"]
+
+
+def test_a_foreign_folder_is_no_run(tmp_path, capsys):
+    assert "run.json" in refused(capsys, "evaluate", tmp_path)
+
+
+def test_moved_weights_can_be_named(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    from tests.makers import quick
+    from tests.toys import toy_images
+
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    save_file(lively("bundled").state_dict(), old)
+    images = toy_images(24)
+    extract(load_model(weights=old), images, quick(layers=(0,))).save(tmp_path / "run")
+    old.rename(new)
+    folder = image_folder(tmp_path / "photos", {"cat": 2, "pug": 2})
+    command = ["evaluate", tmp_path / "run", "--images", folder]
+    capsys.readouterr()
+    assert "--weights FILE" in refused(capsys, *command)
+    assert run_cli(*command, "--weights", new) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["explode"],
+        ["extract"],
+        ["extract", "--out", "run", "--preset", "huge"],
+        ["extract", "--out", "run", "--seed", "one"],
+        ["evaluate"],
+    ],
+)
+def test_a_command_that_cannot_be_read_exits_with_2(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    assert stop.value.code == 2
+    assert "usage: moee" in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("extract", "evaluate", "report", "lab"))
+
+
+def test_an_interruption_is_a_failure_without_a_traceback(monkeypatch, capsys, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moee_analysis.load_model", stop)
+    assert run_cli(*EXTRACT, "--out", tmp_path / "run") == 1
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moee_analysis.controls import random_centres, randomly_routed, statically_pruned
+from moee_analysis.counting import count, count_parameters, moe_macs
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction import extract
+from moee_analysis.layers import moe_layers, moe_names
+from moee_analysis.routers import CosineRouter, RandomRouter
+from tests.makers import CLUSTERING, pixels_of, quick
+from tests.toys import toy_images, toy_vit
+
+IMAGES = toy_images()
+
+
+@pytest.fixture(scope="module")
+def run():
+    return extract(toy_vit(), IMAGES, quick(macs_reduction=0.2, layers=(0, 2)))
+
+
+def cost(run):
+    names = moe_names(run.model)
+    layers = moe_layers(run.model)
+    return moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+
+
+def test_random_routing_keeps_the_experts_and_changes_only_who_gets_which(run):
+    control = randomly_routed(run)
+    for index, layer in moe_layers(control).items():
+        own = moe_layers(run.model)[index]
+        assert isinstance(layer.router, RandomRouter)
+        assert isinstance(own.router, CosineRouter)  # the run itself is left alone
+        assert layer.expert_sizes == own.expert_sizes
+        assert torch.equal(layer.fc1.weight, own.fc1.weight)
+    x = pixels_of(run.model)
+    assert not torch.allclose(control(x), run.model(x))
+
+
+def test_random_routing_is_as_uneven_as_the_calibration(run):
+    layer = moe_layers(randomly_routed(run))[2]
+    chosen = layer.router(torch.randn(20_000, 32))[:, 0]
+    found = torch.bincount(chosen, minlength=layer.n_experts) / 20_000
+    torch.testing.assert_close(found, layer.shares, atol=0.02, rtol=0)
+
+
+def test_random_routing_repeats_itself_and_has_a_seed(run):
+    x = pixels_of(run.model)
+    assert torch.equal(randomly_routed(run)(x), randomly_routed(run)(x))
+    assert not torch.equal(randomly_routed(run)(x), randomly_routed(run, seed=1)(x))
+
+
+def test_static_pruning_meets_the_same_budget_in_the_same_layers(run):
+    pruned = statically_pruned(run, IMAGES)
+    assert [p.converted for p in pruned.layers] == [p.converted for p in run.layers]
+    assert all(layer.n_experts == 1 for layer in moe_layers(pruned.model).values())
+    budget = 0.8 * count(run.dense()).total
+    assert 0.97 * budget < cost(pruned) <= budget
+    assert count_parameters(pruned.model) < count_parameters(run.model)
+
+
+def test_static_pruning_meets_the_macs_of_a_run_without_a_budget():
+    run = extract(toy_vit(), IMAGES, quick(variance_kept=0.7))
+    pruned = statically_pruned(run, IMAGES)
+    assert 0.97 * cost(run) < cost(pruned) <= cost(run) * (1 + 1e-9)
+
+
+def test_static_pruning_of_a_run_that_saves_nothing_prunes_nothing():
+    run = extract(toy_vit(), IMAGES, quick(variance_kept=1.0))
+    pruned = statically_pruned(run, IMAGES)
+    x = pixels_of(run.model)
+    torch.testing.assert_close(pruned.model(x), run.dense()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_without_experts_has_nothing_to_prune():
+    nothing = replace(CLUSTERING, max_noise=0.001)
+    run = extract(toy_vit(), IMAGES, quick(clustering=nothing))
+    with pytest.raises(MoeeError, match="every layer dense"):
+        statically_pruned(run, IMAGES)
+
+
+def test_random_centres_are_inputs_of_tokens_as_many_as_experts(run, tmp_path):
+    routers = random_centres(run, IMAGES, store=tmp_path)
+    layers = moe_layers(run.model)
+    assert {i: r.n_experts for i, r in routers.items()} == {
+        i: layer.n_experts for i, layer in layers.items()
+    }
+    again = random_centres(run, IMAGES, store=tmp_path)
+    other = random_centres(run, IMAGES, store=tmp_path, seed=1)
+    for index, router in routers.items():
+        assert torch.equal(router.centres, again[index].centres)
+        assert not torch.equal(router.centres, other[index].centres)

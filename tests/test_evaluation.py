@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moee_analysis.counting import count, count_parameters
+from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation import evaluate
+from moee_analysis.extraction import extract
+from tests.makers import quick
+from tests.toys import CLASSES, toy_images, toy_vit
+
+IMAGES = toy_images(36)
+FIELDS = {
+    "dense_top1", "moe_top1", "retention", "agreement", "macs_dense", "macs_moe",
+    "macs_reduction", "params_dense", "params_moe", "params_reduction", "n_images", "layers",
+}  # fmt: skip
+LAYER_FIELDS = {
+    "experts", "noise_share", "active_fraction", "union_fraction", "converted", "reason",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run():
+    return extract(toy_vit(), IMAGES, quick(macs_reduction=0.15))
+
+
+@pytest.fixture(scope="module")
+def numbers(run):
+    return evaluate(run, IMAGES)
+
+
+def predictions(model):
+    with torch.inference_mode():
+        return model(torch.cat(list(IMAGES.batches(model)))).argmax(dim=1)
+
+
+def test_every_promised_number_is_there_as_plain_json(numbers):
+    assert set(numbers) >= FIELDS
+    assert all(set(layer) >= LAYER_FIELDS for layer in numbers["layers"])
+    assert json.loads(json.dumps(numbers, allow_nan=False))["n_images"] == 36
+
+
+def test_accuracies_are_those_of_the_two_models(run, numbers):
+    labels = torch.from_numpy(IMAGES.labels(run.model))
+    dense, moe = predictions(run.dense()), predictions(run.model)
+    assert numbers["dense_top1"] == pytest.approx((dense == labels).float().mean().item())
+    assert numbers["moe_top1"] == pytest.approx((moe == labels).float().mean().item())
+    assert numbers["agreement"] == pytest.approx((moe == dense).float().mean().item())
+    assert numbers["retention"] == pytest.approx(numbers["moe_top1"] / numbers["dense_top1"])
+
+
+def test_costs_are_those_of_the_two_models(run, numbers):
+    assert numbers["macs_dense"] == count(run.dense()).total
+    assert numbers["params_dense"] == count_parameters(run.dense())
+    assert numbers["params_moe"] == count_parameters(run.model)
+    # the shares measured on these images differ a little from those of the sampled tokens
+    assert numbers["macs_reduction"] == pytest.approx(0.15, abs=0.02)
+    saved = 1 - numbers["params_moe"] / numbers["params_dense"]
+    assert numbers["params_reduction"] == pytest.approx(saved)
+
+
+def test_with_everything_kept_the_two_agree():
+    run = extract(toy_vit(), IMAGES, quick(variance_kept=1.0))
+    numbers = evaluate(run, IMAGES)
+    assert numbers["agreement"] == numbers["retention"] == 1.0
+
+
+def test_retention_of_nothing_is_undefined_and_still_json(run):
+    wrong = [i for i, row in enumerate(predictions(run.dense())) if CLASSES[row] != CLASSES[i % 6]]
+    numbers = evaluate(run, IMAGES.take(wrong))
+    assert numbers["dense_top1"] == 0
+    assert numbers["retention"] is None
+    json.dumps(numbers, allow_nan=False)
+
+
+def test_a_device_that_is_not_there_is_refused(run):
+    with pytest.raises(MoeeError, match="toaster"):
+        evaluate(run, IMAGES, device="toaster")

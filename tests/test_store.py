@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.store import content_key, kept, new_folder, write_json
+
+
+def fill(folder):
+    (folder / "result").write_text("made")
+
+
+def fail(folder):
+    fill(folder)
+    raise RuntimeError("interrupted")
+
+
+def test_a_complete_folder_is_found_again_without_building(tmp_path):
+    first = kept(tmp_path / "store", "thing", fill)
+    assert (first / "result").read_text() == "made"
+    assert kept(tmp_path / "store", "thing", fail) == first
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_build_leaves_nothing_and_can_be_repeated(tmp_path, error):
+    def build(folder):
+        fill(folder)
+        raise error
+
+    with pytest.raises(error):
+        kept(tmp_path, "thing", build)
+    assert not list(tmp_path.iterdir())
+    assert (kept(tmp_path, "thing", fill) / "result").exists()
+
+
+def test_two_processes_may_build_the_same_thing(tmp_path):
+    def build(folder):
+        kept(tmp_path, "thing", lambda other: (other / "result").write_text("first"))
+        fill(folder)
+
+    assert (kept(tmp_path, "thing", build) / "result").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_an_older_folder_stays_until_the_new_one_is_complete(tmp_path):
+    final = tmp_path / "run"
+    with new_folder(final) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(final) as folder:
+        fail(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "a"]
+    with new_folder(final) as folder:
+        fill(folder)
+        assert (final / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "result"]
+
+
+def test_the_present_folder_can_be_written_too(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(".") as folder:
+        fill(folder)
+    assert (tmp_path / "here" / "result").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MoeeError, match="can be written to"), new_folder(tmp_path / "file" / "run"):
+        pass
+
+
+def test_others_may_read_what_is_stored(tmp_path):
+    folder = kept(tmp_path, "thing", lambda folder: write_json(folder / "a.json", {}))
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert (folder / "a.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"value": 1})
+    for content in ({"value": float("nan")}, {"value": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, content)
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_without_a_folder_is_told(tmp_path):
+    with pytest.raises(MoeeError, match="a place to write"):
+        write_json(tmp_path / "missing" / "a.json", {})
+
+
+def test_the_key_depends_on_every_fact_and_on_no_order():
+    key = content_key(a=1, b=[2, 3])
+    assert key == content_key(b=[2, 3], a=1)
+    assert key != content_key(a=1, b=[3, 2])
+    assert key != content_key(a=2, b=[2, 3])
