@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
 
-FORMAT = 1
 BATCH = 64
 
 
@@ -157,7 +156,6 @@ def record(
         Not enough room on the disk; activations beyond the range of half precision.
     """
     key = content_key(
-        format=FORMAT,
         model=models.fingerprint(model),
         images=images.fingerprint,
         sites=[site.name for site in sites],
@@ -190,7 +188,7 @@ def _record_into(
         _fill(files, captured, model=model, images=images, plan=plan)
     for mapped in files.values():
         mapped.flush()
-    write_json(folder / "manifest.json", {"format": FORMAT, "tokens": tokens})
+    write_json(folder / "manifest.json", {"tokens": tokens})
 
 
 def _token_counts(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, int]:

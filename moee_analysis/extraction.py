@@ -161,8 +161,9 @@ def _through_store(
         run = _extract(model, images, config, root=root)
         fill_run(folder, run.model, run._facts())
 
-    folder = kept(root, f"run-{key}", build)
-    return replace(load(folder), original=model)
+    run = load(kept(root, f"run-{key}", build))
+    run.model.to(next(model.parameters()).device)
+    return replace(run, original=model)
 
 
 def _extract(

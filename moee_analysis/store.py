@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+FORMAT = 1
+"""Part of every key: raise it whenever a step of the extraction changes its results."""
+
+
 def content_key(**facts: Any) -> str:
     """Short key of everything that decides a result; ``facts`` must be plain JSON values."""
-    text = json.dumps(facts, sort_keys=True)
+    text = json.dumps({"store_format": FORMAT, **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -172,7 +172,7 @@ def test_caption_says_what_is_shown(bench):
     told = bench.caption(layer=5, site="MLP input", tokens="patch", n=1500)
     assert told == (
         "layer 5, MLP input, patch tokens, n = 1\u202f500 images, "
-        "model bundled, preset smoke, seed 0"
+        "model bundled, preset smoke, seed 0 (layers counted from 0)"
     )
 
 
