@@ -34,6 +34,7 @@ class ClusterConfig:
     reduce: Literal["umap", "pca", "none"] = "umap"
     components: int = 8  # dimensions after the reduction
     neighbors: int = 30  # UMAP's neighbourhood
+    epochs: int = 200  # UMAP's optimisation; its own default is 500 below 10,000 tokens
     metric: str = "cosine"  # UMAP's metric; HDBSCAN itself is always Euclidean
     min_samples: int = 10  # never left to hdbscan's default, which is min_cluster_size
     min_cluster_size: float = 0.01  # as a share of the clustered tokens
@@ -54,7 +55,7 @@ class ClusterConfig:
                     str(self.max_cluster_size),
                     "raise it, or set it to None",
                 )
-        for name in ("components", "neighbors", "min_samples"):
+        for name in ("components", "neighbors", "epochs", "min_samples"):
             whole_number(name, getattr(self, name), least=1)
 
 
@@ -133,6 +134,7 @@ def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: i
         n_neighbors=min(config.neighbors, len(points) - 1),
         metric=config.metric,
         min_dist=0.0,
+        n_epochs=config.epochs,
         random_state=seed,
         n_jobs=1,  # a seeded UMAP is sequential
     )

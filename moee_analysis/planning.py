@@ -126,7 +126,7 @@ def _reduced(
     settings = config.clustering
     if settings.reduce == "none":
         return reduce_dimensions(hidden[rows], settings)
-    names = ("reduce", "components", "neighbors", "metric")
+    names = ("reduce", "components", "neighbors", "epochs", "metric")
     facts = {name: getattr(settings, name) for name in names}
     facts["rows"] = [config.cluster_tokens, config.seed]
     key = content_key(activations=activations.key, site=site.name, **facts)

@@ -339,7 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder to write to (data/)")
     options = parser.parse_args(arguments)
     recipe = Recipe(epochs=options.epochs, train_images=options.train_images, seed=options.seed)
-    command = "python -m moee_analysis.scenes_training"
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = " ".join(["python -m moee_analysis.scenes_training", *given])
     model_card = make(recipe, options.out or data_folder(), command=command)
     print(json.dumps(model_card["accuracy"], indent=2))
 

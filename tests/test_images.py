@@ -9,7 +9,7 @@ import torch
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import load_images
-from moee_analysis.models import build_model, model_transform
+from moee_analysis.models import build_model, load_model, model_transform
 from moee_analysis.scenes import CLASSES
 from tests.makers import SMALL_VIT, image_folder, picture
 from tests.toys import toy_images, toy_vit
@@ -214,3 +214,11 @@ def test_the_fingerprint_is_of_contents_classes_and_order(tmp_path):
     assert one.take([1, 0, 2]).fingerprint != one.fingerprint
     renamed = replace(one, folders=("ant", "bee", "bee"))
     assert renamed.fingerprint != one.fingerprint
+
+
+def test_as_seen_is_what_the_model_gets_before_it_is_normalised():
+    images, model = load_images("bundled", limit=2), load_model("bundled")
+    seen = images.as_seen(1, model)
+    assert seen.dtype == np.uint8
+    normalised = next(images.batches(model))[1].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(seen / 255, normalised * 0.5 + 0.5, atol=1e-6)

@@ -283,3 +283,29 @@ def test_readable(value, text):
 def test_plain_refuses_what_json_has_no_type_for():
     with pytest.raises(MoeeError, match="a object"):
         plain([object()])
+
+
+def test_show_keeps_table_and_figure_with_one_caption(tmp_path, bench):
+    table = pd.DataFrame({"a": [1, 2]})
+    table.attrs["caption"] = "What the measure says"
+    seen = {}
+
+    def plot(given, *, caption):
+        seen["caption"] = caption
+        fig = plt.figure()
+        plt.close(fig)
+        return fig
+
+    bench.show("both", plot, table, layer=3, n=7)
+    assert seen["caption"].startswith("layer 3, n = 7 images")
+    assert seen["caption"].endswith("What the measure says")
+    found = _written(tmp_path)
+    assert "both" in found["tables"]
+    assert "both" in found["figures"]
+
+
+def test_choose_among_prefers_what_the_images_show(bench):
+    chosen = bench.choose_among(["cliff", "no such class", "goldfish"], count=3)
+    labels = models.class_labels(bench.dense)
+    assert [labels[c] for c in chosen[:2]] == ["cliff", "goldfish"]
+    assert len(set(chosen)) == 3
