@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SIDE = 1.15  # inches of one picture
 _LEGEND = 1.5  # inches beside the pictures
+_NAMED_PARTS = 22  # as many as fit beside a row; the largest
 
 
 @style.house
@@ -140,35 +141,30 @@ def _draw_experts(
 
 
 def _draw_masks(axes: np.ndarray, masks: Sequence[np.ndarray], parts: Sequence[str]) -> None:
-    present = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
+    pixels = np.bincount(np.concatenate([mask.ravel() for mask in masks]))
+    present = np.argsort(-pixels, kind="stable")[: np.count_nonzero(pixels)]
+    place = np.zeros(len(pixels), dtype=np.int64)  # the largest part first
+    place[present] = np.arange(len(present))
     colours = drawing.expert_colours(len(present))
     for ax, mask in zip(axes, masks, strict=False):
         ax.imshow(
-            np.searchsorted(present, mask), cmap=ListedColormap(colours), vmin=-0.5,
-            vmax=len(present) - 0.5, interpolation="nearest",
+            place[mask], cmap=ListedColormap(colours), vmin=-0.5, vmax=len(present) - 0.5,
+            interpolation="nearest",
         )  # fmt: skip
     axes[0].set_ylabel("parts", size=8)
     if parts:
-        names = [parts[value] for value in present]
-        _name_colours(
-            axes[-1],
-            list(zip(names, colours, strict=True)),
-            columns=2,
-            title="part",
-            loc="lower left",
-        )
+        named = [(parts[value], colour) for value, colour in zip(present, colours, strict=True)]
+        _name_colours(axes[-1], named[:_NAMED_PARTS], columns=2, title="part")
 
 
-def _name_colours(
-    ax: Axes, entries: list[tuple[str, str]], *, columns: int, title: str, loc: str = "upper left"
-) -> None:
+def _name_colours(ax: Axes, entries: list[tuple[str, str]], *, columns: int, title: str) -> None:
     legend = ax.legend(
         [Patch(color=colour) for _, colour in entries], [name for name, _ in entries], title=title,
-        title_fontsize=6.5, fontsize=5.5, ncols=columns, loc=loc, handlelength=0.8,
+        title_fontsize=6.5, fontsize=5.5, ncols=columns, loc="upper left", handlelength=0.8,
         handleheight=0.8, columnspacing=0.7, handletextpad=0.3, labelspacing=0.25, borderpad=0,
-        alignment="left", bbox_to_anchor=(-0.05, 1.0 if loc == "upper left" else 0.0),
+        alignment="left", bbox_to_anchor=(-0.05, 1.0),
     )  # fmt: skip
-    legend.set_in_layout(False)  # a long list of parts may be higher than its row
+    legend.set_in_layout(False)  # a long list may be higher than its row
 
 
 def _bare(ax: Axes) -> None:
