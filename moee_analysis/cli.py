@@ -18,7 +18,11 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, others = parser.parse_known_args(argv)
+    if others and arguments.command is not _lab:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.others = others
     try:
         return arguments.command(arguments)
     except MoeeError as error:
@@ -35,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_evaluate(commands)
     _add_report(commands)
-    lab = commands.add_parser("lab", help="open JupyterLab on the notebooks")
+    lab = commands.add_parser("lab", help="open JupyterLab; passes its options on")
     lab.set_defaults(command=_lab)
     return parser
 
@@ -148,10 +152,10 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
-def _lab(_: argparse.Namespace) -> int:
+def _lab(arguments: argparse.Namespace) -> int:
     from moee_analysis.report import open_lab
 
-    return open_lab()
+    return open_lab(arguments.others)
 
 
 def _layers_text(run: object) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from moee_analysis.paths import notebooks_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 NAME = "python3"
 QUIET = ["--IPKernelApp.log_level=ERROR"]
@@ -37,9 +37,12 @@ def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
         yield {**os.environ, "JUPYTER_PATH": path, **(private if hermetic else {})}
 
 
-def open_lab() -> int:
-    """Open JupyterLab on the project's notebooks, with this interpreter; return its exit code."""
-    command = [sys.executable, "-m", "jupyterlab", str(notebooks_folder())]
+def open_lab(options: Sequence[str] = ()) -> int:
+    """Open JupyterLab on the project's notebooks, with this interpreter; return its exit code.
+
+    ``options`` are JupyterLab's own, such as ``--no-browser``.
+    """
+    command = [sys.executable, "-m", "jupyterlab", str(notebooks_folder()), *options]
     with own_kernel() as environment:
         lab = subprocess.Popen(command, env=environment)
         while True:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moee_analysis import cli
+from moee_analysis import cli, report
 from moee_analysis.extraction import extract
 from moee_analysis.models import load_model
 from tests.makers import image_folder, lively
@@ -186,3 +186,14 @@ def test_an_interruption_is_a_failure_without_a_traceback(monkeypatch, capsys, t
     assert run_cli(*EXTRACT, "--out", tmp_path / "run") == 1
     assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_lab_passes_options_on_and_other_commands_refuse_strange_ones(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(report, "open_lab", lambda options: given.append(options) or 0)
+    assert cli.main(["lab", "--no-browser", "--port", "8899"]) == 0
+    assert given == [["--no-browser", "--port", "8899"]]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "run", "--no-browser"])
+    assert ended.value.code == 2
+    assert "--no-browser" in capsys.readouterr().err
