@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA_NAMES = {"pytorch": "torch"}
+CONDA_NAMES = {"pytorch": "torch", "huggingface_hub": "huggingface-hub"}
 CONDA_ONLY = {"python", "pip"}
 CARD = {
     "python", "pytorch", "timm", "hdbscan", "umap-learn", "matplotlib", "seaborn", "jupyterlab",
@@ -37,7 +37,7 @@ def _constraints() -> dict[str, str]:
 
 def _conda() -> dict[str, SpecifierSet]:
     text = (ROOT / "environment.yml").read_text()
-    found = re.findall(r"^  - ([a-z0-9-]+)(?: (\S+))?$", text.partition("dependencies:")[2], re.M)
+    found = re.findall(r"^  - ([a-z0-9_-]+)(?: (\S+))?$", text.partition("dependencies:")[2], re.M)
     return {name: SpecifierSet(version) for name, version in found}
 
 
