@@ -19,5 +19,5 @@ def test_the_three_parts_can_be_read_one_by_one():
     )  # fmt: skip
 
 
-def test_the_error_survives_the_way_between_processes():
-    assert str(copy.copy(ERROR)) == str(ERROR)  # as worker pools send it
+def test_the_error_can_be_rebuilt_from_its_parts():
+    assert str(copy.copy(ERROR)) == str(ERROR)  # as a worker pool does
