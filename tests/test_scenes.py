@@ -192,11 +192,12 @@ def test_the_card_promises_a_model_that_discriminates(card):
     assert told["top1_evaluation"] - told["top1_half_pruned"] >= 0.15
 
 
-def test_the_stored_model_keeps_its_promise(card, model, evaluation):
-    # 400 of the card's 2000 scenes: one standard error of top-1 is about 1.3 points.
-    top1 = scenes_evaluation.top1(model, evaluation)
-    assert top1 >= card["accuracy"]["top1_evaluation"] - 0.02
-    assert top1 <= 0.99
+def test_the_stored_model_keeps_its_promise(card, model):
+    # All of the card's scenes; another version of Pillow may draw a few pixels differently.
+    pictures = scenes_evaluation.rendered("evaluation", card["data"]["evaluation_images"])
+    top1 = scenes_evaluation.top1(model, pictures)
+    assert top1 == pytest.approx(card["accuracy"]["top1_evaluation"], abs=0.01)
+    assert 0.88 <= top1 <= 0.97
 
 
 def test_half_the_neurons_cannot_go_unnoticed(model, evaluation):
