@@ -27,8 +27,8 @@ NOISE = -1
 class ClusterConfig:
     """How the activations of one layer are clustered.
 
-    ``reduce="none"`` is the paper taken literally; on raw activations HDBSCAN calls nearly
-    everything noise, so the default reduces with UMAP first.
+    ``reduce="none"`` is the paper taken literally; on raw activations HDBSCAN calls most tokens
+    noise, so the default reduces with UMAP first.
     """
 
     reduce: Literal["umap", "pca", "none"] = "umap"
