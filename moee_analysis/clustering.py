@@ -6,6 +6,7 @@ no clusters are found stays dense.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.neighbors import METRICS, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +37,7 @@ class ClusterConfig:
     components: int = 8  # dimensions after the reduction
     neighbors: int = 30  # UMAP's neighbourhood
     epochs: int = 200  # UMAP's optimisation; its own default is 500 below 10,000 tokens
-    metric: str = "cosine"  # UMAP's metric; HDBSCAN itself is always Euclidean
+    metric: Literal["cosine", "euclidean", "manhattan", "correlation"] = "cosine"  # UMAP's alone
     min_samples: int = 10  # never left to hdbscan's default, which is min_cluster_size
     min_cluster_size: float = 0.01  # as a share of the clustered tokens
     max_cluster_size: float | None = 0.25  # likewise; None lets one cluster take everything
@@ -45,6 +47,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         _one_of("reduce", self.reduce, REDUCTIONS)
         _one_of("selection", self.selection, SELECTIONS)
+        _one_of("metric", self.metric, METRICS)
         _share("min_cluster_size", self.min_cluster_size)
         _share("max_noise", self.max_noise)
         if self.max_cluster_size is not None:
@@ -55,8 +58,9 @@ class ClusterConfig:
                     str(self.max_cluster_size),
                     "raise it, or set it to None",
                 )
-        for name in ("components", "neighbors", "epochs", "min_samples"):
+        for name in ("components", "epochs", "min_samples"):
             whole_number(name, getattr(self, name), least=1)
+        whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
 
 
 @dataclass(frozen=True)
@@ -125,20 +129,21 @@ def reduce_dimensions(
 
 
 def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: int) -> np.ndarray:
-    from umap.distances import named_distances
     from umap.umap_ import UMAP
 
-    _one_of("metric", config.metric, tuple(named_distances))
+    neighbors = min(config.neighbors, len(points) - 1)
     reducer = UMAP(
         n_components=components,
-        n_neighbors=min(config.neighbors, len(points) - 1),
+        n_neighbors=neighbors,
         metric=config.metric,
+        precomputed_knn=(*nearest(points, neighbors, metric=config.metric), None),
         min_dist=0.0,
         n_epochs=config.epochs,
         random_state=seed,
         n_jobs=1,  # a seeded UMAP is sequential
     )
-    with _same_torch_threads():
+    with _same_torch_threads(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "precomputed_knn")  # nothing new is transformed
         return reducer.fit_transform(points)
 
 

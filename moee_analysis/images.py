@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+BATCH_SIZE = 256
+"""Images of a batch: enough that each expert gets tokens worth a matrix product."""
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 
 
@@ -179,7 +182,7 @@ class ImageSet:
         wanted = {_plain(name) for name in folders}
         return self.take([i for i, name in enumerate(self.folders) if _plain(name) in wanted])
 
-    def batches(self, model: nn.Module, *, batch_size: int = 64) -> Iterator[torch.Tensor]:
+    def batches(self, model: nn.Module, *, batch_size: int = BATCH_SIZE) -> Iterator[torch.Tensor]:
         """Yield the images in order, prepared by the model's own transform.
 
         Each batch is float32 (batch, channels, height, width); the next one is decoded while

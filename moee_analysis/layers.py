@@ -94,7 +94,7 @@ class MoeMlp(nn.Module):
         ids = self.expert_neurons(expert)
         bias = None if self.fc1.bias is None else self.fc1.bias[ids]
         hidden = self.act(nn.functional.linear(tokens, self.fc1.weight[ids], bias))
-        return nn.functional.linear(hidden, self.fc2.weight[:, ids])
+        return nn.functional.linear(hidden, self.fc2.weight.index_select(1, ids))
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoeMlp]:

@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.images import BATCH_SIZE
 from moee_analysis.progress import progress
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def accuracy(
     images: ImageSet,
     *,
     reference: nn.Module | str | None = None,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     resamples: int = 1000,
 ) -> pd.DataFrame:

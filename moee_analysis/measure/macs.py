@@ -10,6 +10,7 @@ import torch
 
 from moee_analysis.counting import MacCount, count, count_parameters
 from moee_analysis.errors import MoeeError
+from moee_analysis.images import BATCH_SIZE
 from moee_analysis.layers import MoeMlp, all_mlps
 from moee_analysis.measure.routes import Routes, model_of
 from moee_analysis.measure.routes import routes as route
@@ -31,7 +32,7 @@ def macs(
     images: ImageSet | None = None,
     *,
     routes: Routes | None = None,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
 ) -> pd.DataFrame:
     """MACs of one image and stored parameters, by component.
 

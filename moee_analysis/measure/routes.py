@@ -13,6 +13,7 @@ from torch import nn
 
 from moee_analysis.counting import evaluating, tokens_of
 from moee_analysis.errors import MoeeError
+from moee_analysis.images import BATCH_SIZE
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import class_labels, find_mlps
 from moee_analysis.progress import progress
@@ -84,7 +85,7 @@ def routes(
     *,
     routers: Mapping[int, nn.Module] | None = None,
     system: str = "MoEE",
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
 ) -> Routes:
     """Route all tokens of ``images`` in one forward pass.
 
