@@ -7,7 +7,7 @@ no clusters are found stays dense.
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -131,6 +131,7 @@ def reduce_dimensions(
 def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: int) -> np.ndarray:
     from umap.umap_ import UMAP
 
+    _keep_compiled()
     neighbors = min(config.neighbors, len(points) - 1)
     reducer = UMAP(
         n_components=components,
@@ -145,6 +146,15 @@ def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: i
     with _same_torch_threads(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "precomputed_knn")  # nothing new is transformed
         return reducer.fit_transform(points)
+
+
+def _keep_compiled() -> None:
+    """Let numba keep what takes longest to compile in UMAP on disk, for the next process."""
+    from umap import umap_
+
+    with suppress(RuntimeError):  # numba finds no folder to write to
+        umap_.smooth_knn_dist.enable_caching()
+        umap_.compute_membership_strengths.enable_caching()
 
 
 @contextmanager
