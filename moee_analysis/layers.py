@@ -81,12 +81,12 @@ class MoeMlp(nn.Module):
         """Map tokens (..., dim) to (..., dim), one expert after the other."""
         tokens = x.reshape(-1, x.shape[-1])
         chosen = self.router(tokens)
+        rows = chosen.flatten().argsort(stable=True) // chosen.shape[1]
+        met = rows.split(chosen.flatten().bincount(minlength=self.n_experts).tolist())
+        parts = [self._expert(tokens[part], expert) for expert, part in enumerate(met)]
         out = self.fc2.bias.expand(len(tokens), -1).clone()
-        for expert in range(self.n_experts):
-            rows = (chosen == expert).any(dim=1).nonzero()[:, 0]
-            if len(rows):
-                # under autocast the products are of a lower precision than the bias
-                out.index_add_(0, rows, self._expert(tokens[rows], expert).to(out.dtype))
+        # under autocast the products are of a lower precision than the bias
+        out.index_add_(0, rows, torch.cat(parts).to(out.dtype))
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def _expert(self, tokens: torch.Tensor, expert: int) -> torch.Tensor:
