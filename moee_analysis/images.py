@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,15 +79,21 @@ class Scenes:
 
     def picture(self, row: int) -> Image.Image:
         """RGB picture number ``row``."""
-        return Image.fromarray(scenes.scene(self.split, row).image)
+        return Image.fromarray(_scene(self.split, row).image)
 
     def mask(self, row: int) -> np.ndarray:
         """Part of every pixel, uint8 (64, 64)."""
-        return scenes.scene(self.split, row).parts
+        return _scene(self.split, row).parts.copy()
 
     def digest(self, row: int) -> bytes:
         """Hash of the picture's content."""
-        return hashlib.sha256(scenes.scene(self.split, row).image.tobytes()).digest()
+        return hashlib.sha256(_scene(self.split, row).image.tobytes()).digest()
+
+
+@lru_cache(maxsize=4096)
+def _scene(split: str, row: int) -> scenes.Scene:
+    """Keep what was rendered: 16 kB a scene, and a notebook passes over its images many times."""
+    return scenes.scene(split, row)
 
 
 @dataclass(frozen=True)
