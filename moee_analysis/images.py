@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-BATCH_SIZE = 256
-"""Images of a batch: enough that each expert gets tokens worth a matrix product."""
-
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 
 
@@ -188,12 +185,13 @@ class ImageSet:
         wanted = {_plain(name) for name in folders}
         return self.take([i for i, name in enumerate(self.folders) if _plain(name) in wanted])
 
-    def batches(self, model: nn.Module, *, batch_size: int = BATCH_SIZE) -> Iterator[torch.Tensor]:
+    def batches(self, model: nn.Module, *, batch_size: int | None = None) -> Iterator[torch.Tensor]:
         """Yield the images in order, prepared by the model's own transform.
 
         Each batch is float32 (batch, channels, height, width); the next one is decoded while
-        the present one is used.
+        the present one is used. ``batch_size`` None is :func:`fitting_batch`.
         """
+        batch_size = batch_size or fitting_batch(model)
         transform = models.model_transform(model)
         starts = range(0, len(self), batch_size)
         with ThreadPoolExecutor(max_workers=2) as pool:
@@ -215,6 +213,15 @@ class ImageSet:
             turns[index] = seen.get(self.folders[index], 0)
             seen[self.folders[index]] = turns[index] + 1
         return shuffled[np.argsort(turns[shuffled], kind="stable")]
+
+
+def fitting_batch(model: nn.Module) -> int:
+    """Images of a batch: the pixels of 64 of 224 x 224, but 256 images at most.
+
+    Small images come in large batches, so that each expert gets tokens worth a matrix product.
+    """
+    _, height, width = models.input_size(model)
+    return max(1, min(256, 64 * 224 * 224 // (height * width)))
 
 
 def load_images(

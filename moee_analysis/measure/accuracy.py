@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
-from moee_analysis.images import BATCH_SIZE
+from moee_analysis.images import fitting_batch
 from moee_analysis.progress import progress
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def accuracy(
     images: ImageSet,
     *,
     reference: nn.Module | str | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     seed: int = 0,
     resamples: int = 1000,
 ) -> pd.DataFrame:
@@ -99,10 +99,11 @@ def _evaluate(
     systems: Mapping[str, nn.Module],
     baseline: nn.Module | None,
     images: ImageSet,
-    batch_size: int,
+    batch_size: int | None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Scores of every image by every system, in the order of the images."""
     first = next(iter(systems.values())) if baseline is None else baseline
+    batch_size = batch_size or fitting_batch(first)
     labels = torch.from_numpy(images.labels(first))
     total = math.ceil(len(images) / batch_size)
     batches = progress(images.batches(first, batch_size=batch_size), label="accuracy", total=total)

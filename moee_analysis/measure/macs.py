@@ -10,7 +10,6 @@ import torch
 
 from moee_analysis.counting import MacCount, count, count_parameters
 from moee_analysis.errors import MoeeError
-from moee_analysis.images import BATCH_SIZE
 from moee_analysis.layers import MoeMlp, all_mlps
 from moee_analysis.measure.routes import Routes, model_of
 from moee_analysis.measure.routes import routes as route
@@ -32,7 +31,7 @@ def macs(
     images: ImageSet | None = None,
     *,
     routes: Routes | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """MACs of one image and stored parameters, by component.
 

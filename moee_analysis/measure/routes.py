@@ -13,7 +13,7 @@ from torch import nn
 
 from moee_analysis.counting import evaluating, tokens_of
 from moee_analysis.errors import MoeeError
-from moee_analysis.images import BATCH_SIZE
+from moee_analysis.images import fitting_batch
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import class_labels, find_mlps
 from moee_analysis.progress import progress
@@ -85,7 +85,7 @@ def routes(
     *,
     routers: Mapping[int, nn.Module] | None = None,
     system: str = "MoEE",
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Routes:
     """Route all tokens of ``images`` in one forward pass.
 
@@ -108,7 +108,7 @@ def routes(
     model = model_of(model)
     taps = _own_taps(model) if routers is None else _outside_taps(model, routers)
     labels = images.labels(model)
-    _run(model, images, taps, batch_size)
+    _run(model, images, taps, batch_size or fitting_batch(model))
     names = class_labels(model)
     return Routes(
         counts={tap.index: tap.all_counts() for tap in taps},
