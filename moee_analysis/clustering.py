@@ -152,7 +152,7 @@ def _keep_compiled() -> None:
     """Let numba keep what takes longest to compile in UMAP on disk, for the next process."""
     from umap import umap_
 
-    with suppress(RuntimeError):  # numba finds no folder to write to
+    with suppress(RuntimeError, AttributeError):  # no folder to write to; another UMAP
         umap_.smooth_knn_dist.enable_caching()
         umap_.compute_membership_strengths.enable_caching()
 
