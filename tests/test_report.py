@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -289,6 +290,15 @@ def test_a_folder_that_is_no_report_is_left_alone(tmp_path):
         report(out=tmp_path, notebooks=[notebook])
 
 
+@pytest.fixture
+def heard_ctrl_c():
+    """Ctrl-C as in a terminal: what a shell starts in the background is told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_leaves_the_earlier_page_and_nothing_half_written(tmp_path):
     """The cell itself presses Ctrl-C, once it runs, and then never ends."""
     earlier = tmp_path / "out" / "endless"
