@@ -81,8 +81,9 @@ class MoeMlp(nn.Module):
         """Map tokens (..., dim) to (..., dim), one expert after the other."""
         tokens = x.reshape(-1, x.shape[-1])
         chosen = self.router(tokens)
-        rows = chosen.flatten().argsort(stable=True) // chosen.shape[1]
-        met = rows.split(chosen.flatten().bincount(minlength=self.n_experts).tolist())
+        flat = chosen.flatten()
+        rows = flat.argsort(stable=True) // chosen.shape[1]
+        met = rows.split(flat.bincount(minlength=self.n_experts).tolist())
         parts = [self._expert(tokens[part], expert) for expert, part in enumerate(met)]
         out = self.fc2.bias.expand(len(tokens), -1).clone()
         # under autocast the products are of a lower precision than the bias

@@ -12,8 +12,8 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and distances of the ``count`` nearest points, each point itself the first of them.
 
-    Brute force over blocks of distances. Below some 20,000 points it is faster than UMAP's own
-    approximate search, which compiles for longer than it runs.
+    Brute force over blocks of distances. At the few thousand tokens that are clustered it is faster
+    than UMAP's own approximate search, which compiles for longer than it runs.
 
     Parameters
     ----------
