@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import torch
 from moee_analysis import models
 from moee_analysis.errors import MoeeError
 from moee_analysis.progress import progress
+from moee_analysis.sensitivity import output_gradients, taken_apart
 from moee_analysis.store import content_key, kept, write_json
 
 if TYPE_CHECKING:
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
 
+    Opened = dict[tuple[str, str], np.memmap]
+
 BATCH = 64
+GRADIENT_BATCH = 32  # a pass that can be run backward keeps every layer's activations
+FILES = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
+"""What a site's files hold, by kind of values; gradients have an axis of probes before the rows."""
+DEFAULT = ("inputs", "hidden")
 
 
 @dataclass
@@ -49,16 +56,13 @@ def recording(model: nn.Module, sites: Sequence[MlpSite]) -> Iterator[dict[str, 
     The hooks come off on leaving, also after an error.
     """
     captured = {site.name: Captured() for site in sites}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for site in sites:
-            mlp, target = site.module(model), captured[site.name]
-            handles.append(mlp.fc1.register_forward_pre_hook(partial(_keep, target, "inputs")))
-            handles.append(mlp.fc2.register_forward_pre_hook(partial(_keep, target, "hidden")))
+            mlp = site.module(model)
+            for layer, field in ((mlp.fc1, "inputs"), (mlp.fc2, "hidden")):
+                keep = partial(_keep, captured[site.name], field)
+                hooks.callback(layer.register_forward_pre_hook(keep).remove)
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _keep(target: Captured, field: str, _module: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -68,9 +72,12 @@ def _keep(target: Captured, field: str, _module: nn.Module, args: tuple[torch.Te
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Which tokens of an image are kept: all prefix tokens (CLS) and ``per_image`` others."""
+    """Which tokens of an image are kept: all prefix tokens (CLS) and ``per_image`` others.
 
-    per_image: int
+    ``per_image`` None keeps every token.
+    """
+
+    per_image: int | None
     prefix: int
     seed: int = 0
 
@@ -90,25 +97,44 @@ class TokenPlan:
     def _counts(self, tokens: int) -> tuple[int, int]:
         """Kept prefix tokens and kept patches; an MLP may see the prefix alone."""
         prefix = min(self.prefix, tokens)
-        return prefix, min(self.per_image, tokens - prefix)
+        patches = tokens - prefix
+        return prefix, patches if self.per_image is None else min(self.per_image, patches)
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """The sampled tokens of one layer, half precision, memory-mapped.
+    """The sampled tokens of one layer, memory-mapped; None is what was not recorded.
 
-    ``inputs`` (rows, dim), ``hidden`` (rows, hidden); ``image`` and ``position`` say where each
-    row comes from, ``weight`` how many tokens it stands for.
+    ``inputs`` (rows, dim) and ``hidden`` (rows, hidden) in half precision; ``image`` and
+    ``position`` say where each row comes from, ``weight`` how many tokens it stands for. The
+    gradients at the MLP's outputs are ``directions`` (probes, rows, dim), unit vectors or zeros
+    in half precision, times ``norms`` (probes, rows) float32.
     """
 
     inputs: np.ndarray
-    hidden: np.ndarray
+    hidden: np.ndarray | None
     image: np.ndarray
     position: np.ndarray
     weight: np.ndarray
+    directions: np.ndarray | None = None
+    norms: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def gradients(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Gradients of :func:`output_gradients` at ``rows``, (probes, n, dim) float32.
+
+        Raises
+        ------
+        MoeeError
+            They were not recorded.
+        """
+        if self.directions is None or self.norms is None:
+            raise MoeeError(
+                "a sample with gradients", "one without", 'record it with the kind "gradients"'
+            )
+        return self.directions[:, rows].astype(np.float32) * self.norms[:, rows, None]
 
 
 @dataclass(frozen=True)
@@ -126,16 +152,10 @@ class Activations:
         """Return the sample of ``site``, mapped from disk."""
         tokens = self._manifest["tokens"][site.name]
         where = np.load(self.folder / f"tokens-{tokens}.npy")
-        mapped = (
-            np.load(self.folder / f"{site.name}.{kind}.npy", mmap_mode="r")
-            for kind in ("inputs", "hidden")
-        )
-        return LayerSample(
-            *mapped,
-            image=where["image"],
-            position=where["position"],
-            weight=where["weight"],
-        )
+        contents = [c for kind in self._manifest.get("kinds", DEFAULT) for c in FILES[kind]]
+        mapped = {c: np.load(self.folder / f"{site.name}.{c}.npy", mmap_mode="r") for c in contents}
+        whence = {field: where[field] for field in where.dtype.names}
+        return LayerSample(**{"hidden": None} | mapped | whence)
 
 
 def record(
@@ -145,24 +165,41 @@ def record(
     *,
     plan: TokenPlan,
     root: Path,
+    kinds: Sequence[str] = DEFAULT,
+    probes: int = 2,
 ) -> Activations:
     """Record a token sample of every site over ``images``, or find it in the store ``root``.
 
     The size is printed before recording starts.
 
+    Parameters
+    ----------
+    kinds
+        "inputs", with or without "hidden" and "gradients".
+    probes
+        Gradients of each token, drawn by the plan's seed and the number of the image.
+
     Raises
     ------
     MoeeError
-        Not enough room on the disk; activations beyond the range of half precision.
+        Not enough room on the disk; values beyond half precision; kinds or probes that cannot
+        be recorded, gradients of an MLP that gets windows among them.
     """
+    if "inputs" not in kinds or set(kinds) - set(FILES) or probes < 1:
+        raise MoeeError(
+            f"inputs and others of {', '.join(FILES)}; probes >= 1", f"{kinds}; {probes} probes",
+            'name them as in kinds=("inputs", "gradients"), probes=2',
+        )  # fmt: skip
+    ordered = tuple(kind for kind in FILES if kind in kinds)
+    task = _Task(model, images, tuple(sites), plan, ordered, probes)
     key = content_key(
         model=models.fingerprint(model),
         images=images.fingerprint,
         sites=[site.name for site in sites],
         plan=[plan.per_image, plan.prefix, plan.seed],
+        **task.unusual(),
     )
-    build = partial(_record_into, model=model, images=images, sites=sites, plan=plan)
-    return Activations(kept(root, f"activations-{key}", build), key)
+    return Activations(kept(root, f"activations-{key}", partial(_record_into, task=task)), key)
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -170,25 +207,42 @@ def prefix_tokens(model: nn.Module) -> int:
     return int(vars(model).get("num_prefix_tokens", 0))
 
 
-def _record_into(
-    folder: Path,
-    *,
-    model: nn.Module,
-    images: ImageSet,
-    sites: Sequence[MlpSite],
-    plan: TokenPlan,
-) -> None:
-    tokens = _token_counts(model, sites)
-    kept_tokens = {name: len(plan.weights(count)) for name, count in tokens.items()}
-    _announce(folder, images, sites, kept_tokens)
-    files = _open_files(folder, len(images), sites, kept_tokens)
+@dataclass(frozen=True)
+class _Task:
+    """All that decides a recording."""
+
+    model: nn.Module
+    images: ImageSet
+    sites: tuple[MlpSite, ...]
+    plan: TokenPlan
+    kinds: tuple[str, ...]
+    probes: int
+
+    @property
+    def gradients(self) -> bool:
+        return "gradients" in self.kinds
+
+    def unusual(self) -> dict:
+        """What tells this recording from that of inputs and hidden activations."""
+        kinds = {} if self.kinds == DEFAULT else {"kinds": self.kinds}
+        return kinds | ({"probes": self.probes} if self.gradients else {})
+
+    def row(self, site: MlpSite) -> dict[str, torch.Tensor]:
+        """One row of every file of ``site``, all zeros: its type and shape."""
+        shapes = {"inputs": (1, site.dim), "hidden": (1, site.hidden)}
+        shapes["gradients"] = (1, self.probes, site.dim)
+        return _contents({kind: torch.zeros(shapes[kind]) for kind in self.kinds})
+
+
+def _record_into(folder: Path, *, task: _Task) -> None:
+    tokens = _token_counts(task.model, task.sites)
+    files = _open_files(folder, task, tokens)
     for count in set(tokens.values()):
-        np.save(folder / f"tokens-{count}.npy", _where(plan, len(images), count))
-    with recording(model, sites) as captured:
-        _fill(files, captured, model=model, images=images, plan=plan)
+        np.save(folder / f"tokens-{count}.npy", _where(task.plan, len(task.images), count))
+    _fill(files, task)
     for mapped in files.values():
         mapped.flush()
-    write_json(folder / "manifest.json", {"tokens": tokens})
+    write_json(folder / "manifest.json", {"tokens": tokens, **task.unusual()})
 
 
 def _token_counts(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, int]:
@@ -198,36 +252,33 @@ def _token_counts(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, int]:
         return {name: seen.inputs.shape[:2].numel() for name, seen in captured.items()}
 
 
-def _announce(
-    folder: Path, images: ImageSet, sites: Sequence[MlpSite], kept_tokens: dict[str, int]
-) -> None:
-    size = sum(2 * len(images) * kept_tokens[s.name] * (s.dim + s.hidden) for s in sites)
+def _open_files(folder: Path, task: _Task, tokens: dict[str, int]) -> Opened:
+    """Open every file of every site, if there is room; each is seen with its rows first."""
+    kept_tokens = {name: len(task.plan.weights(count)) for name, count in tokens.items()}
+    one = {(s.name, content): row for s in task.sites for content, row in task.row(s).items()}
+    rows = {file: len(task.images) * kept_tokens[file[0]] for file in one}
+    _announce(folder, task, set(kept_tokens.values()), sum(rows[f] * one[f].nbytes for f in one))
+    return {file: _opened(folder, file, one[file], rows[file]) for file in one}
+
+
+def _opened(folder: Path, file: tuple[str, str], row: torch.Tensor, rows: int) -> np.memmap:
+    axis = int(file[1] in FILES["gradients"])
+    shape = (*row.shape[1 : 1 + axis], rows, *row.shape[1 + axis :])
+    path, dtype = folder / f"{'.'.join(file)}.npy", row.numpy().dtype
+    return np.moveaxis(np.lib.format.open_memmap(path, "w+", dtype, shape), axis, 0)
+
+
+def _announce(folder: Path, task: _Task, tokens: set[int], size: int) -> None:
     free = shutil.disk_usage(folder).free
-    tokens = sorted(set(kept_tokens.values()))
     print(
-        f"recording {len(sites)} layers on {len(images)} images, "
-        f"{'/'.join(map(str, tokens))} tokens of each: {size / 1e6:.0f} MB on disk"
+        f"recording {len(task.sites)} layers on {len(task.images)} images, "
+        f"{'/'.join(map(str, sorted(tokens)))} tokens of each: {size / 1e6:.0f} MB on disk"
     )
     if size > free:
         raise MoeeError(
             f"{size / 1e6:.0f} MB of free disk for the activations", f"{free / 1e6:.0f} MB",
             "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
         )  # fmt: skip
-
-
-def _open_files(
-    folder: Path, images: int, sites: Sequence[MlpSite], kept_tokens: dict[str, int]
-) -> dict[tuple[str, str], np.memmap]:
-    return {
-        (site.name, kind): np.lib.format.open_memmap(
-            folder / f"{site.name}.{kind}.npy",
-            mode="w+",
-            dtype=np.float16,
-            shape=(images * kept_tokens[site.name], width),
-        )
-        for site in sites
-        for kind, width in (("inputs", site.dim), ("hidden", site.hidden))
-    }
 
 
 def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
@@ -241,39 +292,59 @@ def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
     return where.reshape(-1)
 
 
-def _fill(
-    files: dict[tuple[str, str], np.memmap],
-    captured: dict[str, Captured],
-    *,
-    model: nn.Module,
-    images: ImageSet,
-    plan: TokenPlan,
-) -> None:
-    device = next(model.parameters()).device
-    batches = images.batches(model, batch_size=BATCH)
+def _fill(files: Opened, task: _Task) -> None:
+    device = next(task.model.parameters()).device
+    size = GRADIENT_BATCH if task.gradients else BATCH
+    label = "recording with gradients" if task.gradients else "recording"
+    batches = task.images.batches(task.model, batch_size=size)
     first = 0
-    for batch in progress(batches, label="recording", total=-(-len(images) // BATCH)):
-        with torch.inference_mode():
-            model(batch.to(device))
-        for (name, kind), file in files.items():
-            tokens = getattr(captured[name], kind)
-            of_images = tokens.reshape(len(batch), -1, tokens.shape[-1])
-            _write_rows(file, of_images, plan, first=first, name=name)
+    for batch in progress(batches, label=label, total=-(-len(task.images) // size)):
+        numbers = range(first, first + len(batch))
+        for name, tokens in _seen(task, batch.to(device), numbers).items():
+            chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
+            rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
+            for content, values in _contents(rows).items():
+                _write(files[name, content], values, start=first * chosen.shape[1], name=name)
         first += len(batch)
 
 
-def _write_rows(
-    file: np.memmap, tokens: torch.Tensor, plan: TokenPlan, *, first: int, name: str
-) -> None:
-    count = tokens.shape[1]
-    chosen = np.stack([plan.positions(first + i, count) for i in range(len(tokens))])
+def _seen(task: _Task, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
+    """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
+    model, sites, seeds = task.model, task.sites, [(task.plan.seed, n) for n in numbers]
+    gradients = {}
+    with recording(model, sites) as captured:
+        if task.gradients:
+            gradients = output_gradients(model, sites, x, seeds=seeds, probes=task.probes)
+        else:
+            with torch.inference_mode():
+                model(x)
+    seen = {name: {"gradients": g.permute(1, 2, 0, 3)} for name, g in gradients.items()}
+    for name, tokens in captured.items():
+        of_images = {k: v.reshape(len(x), -1, v.shape[-1]) for k, v in vars(tokens).items()}
+        seen[name] = seen.get(name, {}) | of_images
+    return seen
+
+
+def _rows(tokens: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
+    """The rows (images * kept, ...) at positions ``chosen`` (images, kept) of the tokens."""
     index = torch.from_numpy(chosen).long().to(tokens.device)
-    rows = torch.take_along_dim(tokens, index[:, :, None], dim=1).half().cpu()
+    return torch.cat([image[kept] for image, kept in zip(tokens, index, strict=True)]).cpu()
+
+
+def _contents(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the files of one site hold of its rows."""
+    contents = {kind: values.half() for kind, values in rows.items() if kind != "gradients"}
+    if "gradients" in rows:
+        directions, contents["norms"] = taken_apart(rows["gradients"])
+        contents["directions"] = directions.half()
+    return contents
+
+
+def _write(file: np.memmap, rows: torch.Tensor, *, start: int, name: str) -> None:
     if not torch.isfinite(rows).all():
         raise MoeeError(
             "activations within half precision (below 65504) and finite",
             f"larger or NaN values in {name}",
             "check the weights and the images' normalisation",
         )
-    start = first * chosen.shape[1]
-    file[start : start + chosen.size] = rows.reshape(chosen.size, -1).numpy()
+    file[start : start + len(rows)] = rows.numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,11 @@ from moee_analysis.extraction import Extraction, extract
 from moee_analysis.layers import moe_layers, moe_names
 from moee_analysis.models import find_mlps
 from moee_analysis.planning import sampled
-from moee_analysis.routers import CosineRouter, RandomRouter
+from moee_analysis.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from moee_analysis.images import ImageSet
@@ -28,13 +31,26 @@ def randomly_routed(run: Extraction, *, seed: int = 0) -> nn.Module:
     """Copy the run's model and send every token to a random expert, as often as calibration did.
 
     It costs what the run costs, less the routers; only *which* expert a token meets differs.
+    Leading tokens that have an expert of their own (:class:`TokenKindRouter`) keep it.
     """
     model = copy.deepcopy(run.model)
     for index, layer in moe_layers(model).items():
-        dim = layer.fc1.in_features
-        router = RandomRouter(layer.shares, dim=dim, seed=1000 * seed + index)
+        draw = partial(RandomRouter, dim=layer.fc1.in_features, seed=1000 * seed + index)
+        router = _at_random(layer.router, layer.shares, draw)
         layer.router = router.to(layer.shares.device)
     return model
+
+
+def _at_random(
+    router: nn.Module, shares: torch.Tensor, draw: Callable[[torch.Tensor], RandomRouter]
+) -> nn.Module:
+    """A router that draws from the ``shares``; only leading tokens keep their own experts."""
+    if not isinstance(router, TokenKindRouter):
+        return draw(shares)
+    inner, patches = router.inner, shares[router.prefix_experts :]
+    if not (isinstance(inner, ConstantRouter) and len(patches) == 1):
+        inner = _at_random(inner, patches, draw)
+    return TokenKindRouter(router.prefix.tolist(), inner, tokens=router.tokens)
 
 
 def statically_pruned(

@@ -22,7 +22,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, replace_module
 from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.planning import LayerPlan, plan_layers
-from moee_analysis.saving import fill_run, read_run, rebuilds, write_run
+from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
 from moee_analysis.selection import variance_for_macs
 from moee_analysis.store import content_key, kept
 
@@ -155,7 +155,8 @@ def extract(
 def _through_store(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
 ) -> Extraction:
-    key = content_key(model=fingerprint(model), images=images.fingerprint, config=asdict(config))
+    facts = {"model": fingerprint(model), "images": images.fingerprint, "config": asdict(config)}
+    key = content_key(run_format=FORMAT, **facts)
 
     def build(folder: Path) -> None:
         run = _extract(model, images, config, root=root)

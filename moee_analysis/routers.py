@@ -1,9 +1,21 @@
-"""Routers: which expert a token goes to. Each maps tokens (n, dim) to expert ids (n, k)."""
+"""Routers: which expert a token goes to.
+
+Each maps the whole input of an MLP, (..., dim), to the expert ids (n, k) of its n tokens in
+row-major order.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
+
+from moee_analysis.counting import tokens_of
+from moee_analysis.errors import MoeeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class CosineRouter(nn.Module):
@@ -16,9 +28,9 @@ class CosineRouter(nn.Module):
         super().__init__()
         self.register_buffer("centres", centres)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of ``tokens`` (n, dim)."""
-        scores = tokens @ nn.functional.normalize(self.centres, dim=1).T
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        scores = tokens_of(x) @ nn.functional.normalize(self.centres, dim=1).T
         return scores.argmax(dim=1, keepdim=True)
 
     @property
@@ -30,6 +42,48 @@ class CosineRouter(nn.Module):
     def macs(self) -> int:
         """MACs per token: one product with every centre."""
         return self.centres.numel()
+
+
+class NearestRouter(nn.Module):
+    """Send a token to the expert of the largest directions_e . x + offsets_e, top-1.
+
+    This linear rule finds the nearest of some centres in any metric: :func:`nearest_in_metric`.
+    ``directions`` are (experts, dim), ``offsets`` (experts,).
+    """
+
+    def __init__(self, directions: torch.Tensor, offsets: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("directions", directions)
+        self.register_buffer("offsets", offsets)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        scores = nn.functional.linear(tokens_of(x), self.directions, self.offsets)
+        return scores.argmax(dim=1, keepdim=True)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts to choose from."""
+        return len(self.directions)
+
+    @property
+    def macs(self) -> int:
+        """MACs per token: one product with every direction."""
+        return self.directions.numel()
+
+
+def nearest_in_metric(centres: torch.Tensor, root: torch.Tensor) -> NearestRouter:
+    """Router to the expert of the smallest |root x - centre_e|.
+
+    Parameters
+    ----------
+    centres
+        Centres in the space of ``root @ x``, (experts, rank).
+    root
+        Linear map of the tokens, (rank, dim); root^T root is the metric.
+    """
+    # |Ax - c|^2 = |Ax|^2 - 2 (A^T c).x + |c|^2, and all experts have |Ax|^2 in common
+    return NearestRouter(centres @ root, -centres.square().sum(dim=1) / 2)
 
 
 class RandomRouter(nn.Module):
@@ -46,9 +100,9 @@ class RandomRouter(nn.Module):
         self.register_buffer("direction", direction.double(), persistent=False)
         self.register_buffer("edges", edges, persistent=False)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of ``tokens`` (n, dim)."""
-        spread = 1000 * (tokens.double() @ self.direction)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        spread = 1000 * (tokens_of(x).double() @ self.direction)
         return torch.searchsorted(self.edges, spread - spread.floor())[:, None]
 
     @property
@@ -70,11 +124,68 @@ class ConstantRouter(nn.Module):
         self.register_buffer("expert", torch.tensor(expert))
         self.n_experts = expert + 1
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of ``tokens`` (n, dim)."""
-        return self.expert.expand(len(tokens), 1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        return self.expert.expand(len(tokens_of(x)), 1)
 
     @property
     def macs(self) -> int:
         """MACs per token: none."""
         return 0
+
+
+class TokenKindRouter(nn.Module):
+    """Give every leading token (CLS, distillation, registers) its own expert, and route the rest.
+
+    The experts of the leading tokens come first in the numbering; those of the patches follow.
+
+    Parameters
+    ----------
+    prefix
+        Expert of each leading token, such as (0,) or (0, 1, 1).
+    inner
+        Router of the patches, with one expert per token; it counts its own experts from 0.
+    tokens
+        Tokens of one image, over which the cost of ``inner`` is averaged.
+    """
+
+    def __init__(self, prefix: Sequence[int], inner: nn.Module, *, tokens: int) -> None:
+        super().__init__()
+        ids = [int(expert) for expert in prefix]
+        self.prefix_experts = 1 + max(ids, default=-1)
+        self.inner, self.tokens = inner, tokens
+        self.register_buffer("prefix", torch.tensor(ids, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, 1), of the tokens of ``x`` [B, tokens, dim].
+
+        Raises
+        ------
+        MoeeError
+            Another number of dimensions, fewer tokens than leading ones, or an inner router
+            with several experts per token.
+        """
+        leading = len(self.prefix)
+        if x.ndim != 3 or x.shape[1] < leading:
+            raise MoeeError(
+                f"tokens [images, {leading} or more, dim]", str(list(x.shape)),
+                "use this router where the leading tokens of an image are known",
+            )  # fmt: skip
+        chosen = self.inner(x[:, leading:]) + self.prefix_experts
+        if chosen.shape[1] != 1:
+            raise MoeeError(
+                "an inner router with one expert per token", f"{chosen.shape[1]} experts",
+                "route to several experts without kinds of tokens",
+            )  # fmt: skip
+        patches = chosen.reshape(len(x), x.shape[1] - leading)
+        return torch.cat([self.prefix.expand(len(x), -1), patches], dim=1).reshape(-1, 1)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts, of leading tokens and of patches."""
+        return self.prefix_experts + self.inner.n_experts
+
+    @property
+    def macs(self) -> float:
+        """MACs per token, on average over an image: leading tokens need no product."""
+        return self.inner.macs * (self.tokens - len(self.prefix)) / self.tokens

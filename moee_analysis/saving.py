@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.layers import MoeMlp, moe_names, replace_module
+from moee_analysis.layers import MoeMlp, Readout, moe_names, replace_module
 from moee_analysis.models import architecture, build_model
-from moee_analysis.routers import ConstantRouter, CosineRouter
+from moee_analysis.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
 from moee_analysis.store import new_folder, write_json
 from moee_analysis.weights import load_tensors, read_tensors
 
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FORMAT = 1
+FORMAT = 2
 KIND = "moee run"
 TENSORS = "model.safetensors"
 FACTS = "run.json"
+KINDS = {
+    CosineRouter: "cosine", ConstantRouter: "constant", NearestRouter: "nearest",
+    TokenKindRouter: "token_kinds",
+}  # fmt: skip
 INPUT_FACTS = (
     "architecture", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode",
     "num_classes", "label_names", "classifier", "first_conv",
@@ -61,8 +65,7 @@ def write_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
 
 def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     """Write the two files of a run into an existing ``folder``."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    save_file(_tensors(model), folder / TENSORS, metadata={"format": "pt"})
     (folder / TENSORS).chmod(0o644)  # safetensors gives it to its owner alone
     content = {
         "kind": KIND,
@@ -102,7 +105,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "architecture": architecture(model),
         "num_classes": model.num_classes,
         "pretrained_cfg": json.loads(json.dumps(cfg)),
-        "routers": {n: _router_kind(model.get_submodule(n)) for n in moe_names(model).values()},
+        "routers": {
+            name: _describe_router(model.get_submodule(name).router)
+            for name in moe_names(model).values()
+        },
     }
 
 
@@ -121,30 +127,62 @@ def _rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.
         num_classes=described["num_classes"],
         pretrained_cfg=described["pretrained_cfg"],
     )
-    for name, kind in described["routers"].items():
-        mlp = model.get_submodule(name)
-        parts = {k[len(name) + 1 :]: t for k, t in tensors.items() if k.startswith(f"{name}.")}
-        replace_module(model, name, _layer_like(parts, mlp, kind))
+    for name, router in described["routers"].items():
+        layer = _layer_like(_below(name, tensors), model.get_submodule(name), router)
+        replace_module(model, name, layer)
     return model.requires_grad_(requires_grad=False)
 
 
-def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, kind: str) -> MoeMlp:
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+
+
+def _below(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the submodule called ``name``, under the names they have there."""
+    start = f"{name}."
+    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+
+
+def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, router: dict[str, Any]) -> MoeMlp:
     """Build a routed layer of the saved shape; its weights are loaded afterwards."""
     lists = saved["neurons"].split(saved["sizes"].tolist())
     experts = [saved["kept"][ids].numpy() for ids in lists]
-    router = CosineRouter(saved["router.centres"].clone()) if kind == "cosine" else ConstantRouter()
-    return MoeMlp(mlp, router, experts, saved["shares"].numpy())
+    dense = mlp.fc2.weight
+    own = dense.expand(len(experts), -1, -1) if "columns" in saved else None
+    readout = Readout(weight=own, shift=saved.get("shift"))
+    built = _router_like(router, _below("router", saved))
+    return MoeMlp(mlp, built, experts, saved["shares"].numpy(), readout)
 
 
-def _router_kind(layer: nn.Module) -> str:
-    kinds = {CosineRouter: "cosine", ConstantRouter: "constant"}
-    if type(layer.router) not in kinds:
+def _describe_router(router: nn.Module) -> dict[str, Any]:
+    """Everything that the tensors of a router do not tell about it."""
+    kind = KINDS.get(type(router))
+    if kind is None:
         raise MoeeError(
-            f"a router that can be saved ({', '.join(kinds.values())})",
-            type(layer.router).__name__,
+            f"a router that can be saved ({', '.join(KINDS.values())})",
+            type(router).__name__,
             "save the run itself, not a control made from it",
         )
-    return kinds[type(layer.router)]
+    if kind != "token_kinds":
+        return {"kind": kind}
+    inner = _describe_router(router.inner)
+    return {
+        "kind": kind, "prefix": router.prefix.tolist(), "tokens": router.tokens, "inner": inner,
+    }  # fmt: skip
+
+
+def _router_like(described: dict[str, Any], saved: dict[str, torch.Tensor]) -> nn.Module:
+    """Build a router of the saved shape; its tensors are loaded afterwards."""
+    match described["kind"]:
+        case "cosine":
+            return CosineRouter(saved["centres"].clone())
+        case "nearest":
+            return NearestRouter(saved["directions"].clone(), saved["offsets"].clone())
+        case "token_kinds":
+            inner = _router_like(described["inner"], _below("inner", saved))
+            return TokenKindRouter(described["prefix"], inner, tokens=described["tokens"])
+        case _:
+            return ConstantRouter(int(saved["expert"]))
 
 
 def check_target(folder: Path) -> None:
@@ -162,9 +200,9 @@ def check_target(folder: Path) -> None:
 
 def check_rebuilds(model: nn.Module) -> None:
     """Refuse to save what could not be loaded: a model that its timm name does not rebuild."""
-    described = describe(model)
+    described, tensors = describe(model), _tensors(model)
     try:
-        load_tensors(_rebuild(described, model.state_dict()), model.state_dict(), source="memory")
+        load_tensors(_rebuild(described, tensors), tensors, source="memory")
     except MoeeError as error:
         raise MoeeError(
             f"a model that timm.create_model('{described['architecture']}') rebuilds",

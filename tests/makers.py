@@ -67,3 +67,14 @@ def pixels_of(model, *, count: int = 4, seed: int = 0) -> torch.Tensor:
 def hooks_of(model) -> int:
     """Number of hooks on any module of ``model``."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What the files of ``folder`` hold."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def same_models(one, other) -> bool:
+    """Whether two models have the same tensors, bit for bit."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)

@@ -10,9 +10,9 @@ from moee_analysis.counting import count, count_parameters, moe_macs
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
 from moee_analysis.layers import moe_layers, moe_names
-from moee_analysis.routers import CosineRouter, RandomRouter
+from moee_analysis.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
 from tests.makers import CLUSTERING, pixels_of, quick
-from tests.toys import toy_images, toy_vit
+from tests.toys import toy_images, toy_kinds, toy_vit
 
 IMAGES = toy_images()
 
@@ -51,6 +51,31 @@ def test_random_routing_repeats_itself_and_has_a_seed(run):
     x = pixels_of(run.model)
     assert torch.equal(randomly_routed(run)(x), randomly_routed(run)(x))
     assert not torch.equal(randomly_routed(run)(x), randomly_routed(run, seed=1)(x))
+
+
+def test_random_routing_leaves_leading_tokens_with_their_experts(run):
+    kinds = replace(run, model=toy_kinds(toy_vit()))
+    for index, layer in moe_layers(randomly_routed(kinds)).items():
+        own = moe_layers(kinds.model)[index]
+        x = torch.randn(2000, 17, 32)
+        chosen = layer.router(x).reshape(2000, 17)
+        assert (chosen[:, 0] == 0).all()
+        found = torch.bincount(chosen.flatten(), minlength=4) / chosen.numel()
+        torch.testing.assert_close(found, own.shares, atol=0.02, rtol=0)
+        assert not torch.equal(chosen.flatten(), own.router(x).flatten())
+        assert layer.router.macs == 0
+        assert (layer.router.n_experts, layer.router.tokens) == (4, 17)
+        assert torch.equal(layer.shift, own.shift)
+
+
+def test_patches_with_a_single_expert_keep_it(run):
+    model = toy_kinds(toy_vit())
+    for layer in moe_layers(model).values():
+        layer.router = TokenKindRouter((0, 1, 2), ConstantRouter(), tokens=17)
+    control = randomly_routed(replace(run, model=model))
+    assert isinstance(moe_layers(control)[0].router.inner, ConstantRouter)
+    x = pixels_of(model)
+    assert torch.equal(control(x), model(x))
 
 
 def test_static_pruning_meets_the_same_budget_in_the_same_layers(run):

@@ -5,7 +5,16 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from moee_analysis.routers import ConstantRouter, CosineRouter, RandomRouter
+from moee_analysis.errors import MoeeError
+from moee_analysis.rivals.moefication import CentreRouter
+from moee_analysis.routers import (
+    ConstantRouter,
+    CosineRouter,
+    NearestRouter,
+    RandomRouter,
+    TokenKindRouter,
+    nearest_in_metric,
+)
 
 RNG = np.random.default_rng(0)
 TOKENS = torch.from_numpy(RNG.normal(size=(500, 12))).float()
@@ -69,3 +78,90 @@ def test_which_expert_is_constant_is_part_of_the_state():
     other = ConstantRouter()
     other.load_state_dict(ConstantRouter(3).state_dict())
     assert other(TOKENS[:2]).tolist() == [[3], [3]]
+
+
+# Whole inputs
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        CosineRouter(CENTRES),
+        NearestRouter(CENTRES, torch.arange(5.0)),
+        RandomRouter(torch.ones(4), dim=12),
+        ConstantRouter(2),
+        CentreRouter(CENTRES, k=2),
+    ],
+    ids=lambda router: type(router).__name__,
+)
+@pytest.mark.parametrize("shape", [(10, 50, 12), (2, 5, 50, 12)])
+def test_tokens_of_whole_inputs_are_routed_in_row_major_order(router, shape):
+    assert torch.equal(router(TOKENS.reshape(shape)), router(TOKENS))
+
+
+# The nearest centre in a metric
+
+
+@pytest.mark.parametrize("rank", [3, 12, 20])
+def test_the_linear_rule_finds_the_nearest_centre_in_the_metric(rank):
+    root = torch.from_numpy(RNG.normal(size=(rank, 12)))
+    centres = torch.from_numpy(RNG.normal(size=(7, rank))) * 4
+    tokens = TOKENS.double()
+    router = nearest_in_metric(centres, root)
+    distances = ((tokens @ root.T)[:, None] - centres).square().sum(dim=2)
+    chosen = router(tokens)
+    assert chosen.dtype == torch.int64
+    assert chosen.tolist() == distances.argmin(dim=1, keepdim=True).tolist()
+    assert (router.n_experts, router.macs) == (7, 7 * 12)
+
+
+def test_a_nearest_router_takes_the_largest_score():
+    directions = torch.from_numpy(RNG.normal(size=(4, 12))).float()
+    offsets = torch.tensor([0.0, 3.0, -1.0, 0.5])
+    chosen = NearestRouter(directions, offsets)(TOKENS[:50])
+    scores = [[float(d @ x + o) for d, o in zip(directions, offsets, strict=True)] for x in TOKENS]
+    assert chosen[:, 0].tolist() == [int(np.argmax(s)) for s in scores[:50]]
+
+
+# Leading tokens and patches
+
+
+@pytest.mark.parametrize("prefix", [(0,), (0, 1), (0, 1, 1), ()])
+def test_leading_tokens_have_their_experts_and_patches_are_routed_among_the_others(prefix):
+    x, inner = TOKENS.reshape(20, 25, 12), CosineRouter(CENTRES)
+    router = TokenKindRouter(prefix, inner, tokens=25)
+    first = len(set(prefix))
+    expected = [
+        prefix[place] if place < len(prefix) else first + int(inner(token[None]))
+        for image in x
+        for place, token in enumerate(image)
+    ]
+    chosen = router(x)
+    assert chosen.shape == (500, 1)
+    assert chosen.dtype == torch.int64
+    assert chosen[:, 0].tolist() == expected
+    assert router.n_experts == first + 5
+    assert router.prefix_experts == first
+
+
+def test_leading_tokens_cost_nothing():
+    router = TokenKindRouter((0, 1), CosineRouter(CENTRES), tokens=10)
+    assert router.macs == 5 * 12 * 8 / 10
+
+
+def test_images_of_no_patches_and_no_images():
+    router = TokenKindRouter((0, 1), CosineRouter(CENTRES), tokens=10)
+    assert router(torch.zeros(3, 2, 12)).tolist() == [[0], [1]] * 3
+    assert router(torch.zeros(0, 5, 12)).shape == (0, 1)
+
+
+@pytest.mark.parametrize("shape", [(9, 12), (2, 3, 4, 12), (4, 1, 12)])
+def test_an_input_whose_leading_tokens_are_unknown_is_refused(shape):
+    with pytest.raises(MoeeError, match="2 or more"):
+        TokenKindRouter((0, 1), CosineRouter(CENTRES), tokens=10)(torch.zeros(shape))
+
+
+def test_patches_with_several_experts_each_are_refused():
+    router = TokenKindRouter((0,), CentreRouter(CENTRES, k=2), tokens=5)
+    with pytest.raises(MoeeError, match="2 experts"):
+        router(torch.zeros(2, 5, 12))

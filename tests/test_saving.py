@@ -14,19 +14,10 @@ from moee_analysis.extraction import extract, load
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import class_names, load_model
 from moee_analysis.saving import read_run, write_run
-from tests.makers import SMALL_VIT, lively, pixels_of, quick
+from tests.makers import SMALL_VIT, contents, lively, pixels_of, quick, same_models
 from tests.toys import toy_images, toy_vit
 
 FILES = ["model.safetensors", "run.json"]
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def same_models(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 # There and back
@@ -144,7 +135,7 @@ def test_a_missing_file_is_told(saved_run, name):
 
 def edited(facts, change):
     if change == "routers":
-        facts["model"]["routers"]["blocks.0.mlp"] = "constant"
+        facts["model"]["routers"]["blocks.0.mlp"] = {"kind": "constant"}
     elif change == "architecture":
         facts["model"]["architecture"] = "test_vit2"
     elif change == "mean":
@@ -190,12 +181,21 @@ def test_the_files_of_two_runs_do_not_mix(saved_run, tmp_path):
 
 
 def test_a_newer_format_is_refused(saved_run, monkeypatch, small_run):
-    monkeypatch.setattr(saving, "FORMAT", 2)
+    monkeypatch.setattr(saving, "FORMAT", 3)
     small_run.save(saved_run)
     monkeypatch.undo()
-    with pytest.raises(MoeeError, match="format 2") as error:
+    with pytest.raises(MoeeError, match="format 3") as error:
         load(saved_run)
     assert "version" in error.value.hint
+
+
+def test_a_run_that_the_store_holds_in_another_format_is_made_again(tmp_path, monkeypatch):
+    for module in ("saving", "extraction"):
+        monkeypatch.setattr(f"moee_analysis.{module}.FORMAT", 1)
+    extract(lively(), toy_images(), quick(), store=tmp_path)
+    monkeypatch.undo()
+    assert extract(lively(), toy_images(), quick(), store=tmp_path).model
+    assert len(list(tmp_path.glob("run-*"))) == 2
 
 
 # Where a run may be saved

@@ -60,7 +60,7 @@ def test_shares_leave_noise_out_and_sum_to_1(drawn):
 def test_two_parts_add_up_to_one_pass(drawn, cut):
     sample, expert = drawn
     parts = [
-        LayerSample(*(getattr(sample, name)[rows] for name in LayerSample.__annotations__))
+        LayerSample(*(getattr(sample, name)[rows] for name in RECORDED))
         for rows in (slice(cut), slice(cut, None))
     ]
     labels = [expert[:cut], expert[cut:]]

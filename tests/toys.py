@@ -12,9 +12,9 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from moee_analysis.images import ImageSet
-from moee_analysis.layers import MoeMlp, replace_module
+from moee_analysis.layers import MoeMlp, Readout, replace_module
 from moee_analysis.models import find_mlps
-from moee_analysis.routers import CosineRouter
+from moee_analysis.routers import CosineRouter, NearestRouter, TokenKindRouter
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
 
@@ -65,6 +65,29 @@ def toy_moe(model, *, n_experts: int = 4, seed: int = 0, layers=None):
         centres = torch.from_numpy(rng.normal(size=(n_experts, site.dim))).float()
         shares = rng.dirichlet(np.ones(n_experts))
         layer = MoeMlp(site.module(model), CosineRouter(centres), experts, shares)
+        replace_module(model, site.name, layer)
+    return model
+
+
+def toy_kinds(model, *, seed: int = 0, layers=None):
+    """A ViT itself with all that a routed layer can have.
+
+    CLS has expert 0, the patches 1 to 3, of which the last is empty; W2 and shift are each
+    expert's own.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = model.patch_embed.num_patches + 1
+    for site in find_mlps(model):
+        if layers is not None and site.index not in layers:
+            continue
+        hidden, dim, drawn = site.hidden, site.dim, torch.Generator().manual_seed(seed)
+        experts = [np.sort(rng.choice(hidden, s, replace=False)) for s in (hidden // 2, 9, 14, 0)]
+        patches = NearestRouter(torch.randn(3, dim, generator=drawn), torch.zeros(3))
+        weight = 0.1 * torch.randn(4, dim, hidden, generator=drawn)
+        readout = Readout(weight, torch.randn(4, dim, generator=drawn))
+        router = TokenKindRouter((0,), patches, tokens=tokens)
+        shares = np.array([1, *(tokens - 1) * rng.dirichlet(np.ones(3))]) / tokens
+        layer = MoeMlp(site.module(model), router, experts, shares, readout)
         replace_module(model, site.name, layer)
     return model
 

@@ -175,5 +175,5 @@ def _how_counted(table: pd.DataFrame, routes: Routes | None) -> str:
     return (
         "MACs of one image (1 MAC = 2 FLOPs; matrix products and convolutions, routers included; "
         f"norms, softmax, activations and biases not counted); {measured[source]}. "
-        "Parameters as stored, neurons shared by experts once."
+        "Parameters as stored, what experts share once."
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.counting import evaluating, tokens_of
+from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import moe_layers
@@ -95,8 +95,8 @@ def routes(
         A model with routed layers, whose own routers are watched; or any model, with
         ``routers``.
     routers
-        Routers (tokens [n, d] -> experts [n, k]) by layer index: each is applied to the input
-        of that MLP of ``model`` and changes nothing in the pass.
+        Routers (input of an MLP [..., d] -> experts [n, k]) by layer index: each is applied to
+        the input of that MLP of ``model`` and changes nothing in the pass.
     system
         Name of the routed system, for tables and captions.
 
@@ -147,7 +147,7 @@ class _Tap:
         (x,) = args
         self.images, self.shape = x.shape[0], tuple(x.shape[1:-1])
         if not self.inside:
-            self.router(tokens_of(x))
+            self.router(x)
 
     def see_choice(self, _: nn.Module, __: tuple[torch.Tensor, ...], chosen: torch.Tensor) -> None:
         self.k = chosen.shape[1]

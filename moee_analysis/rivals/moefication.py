@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.counting import count
+from moee_analysis.counting import count, tokens_of
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, replace_module
 from moee_analysis.models import find_mlps
@@ -51,9 +51,9 @@ class CentreRouter(nn.Module):
         """MACs per token: one product with every centre."""
         return self.centres.numel()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, k), of ``tokens`` (n, dim)."""
-        directions = nn.functional.normalize(tokens, dim=1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim)."""
+        directions = nn.functional.normalize(tokens_of(x), dim=1)
         # ||x - c||^2 = 1 - 2 x.c + ||c||^2
         nearness = 2 * directions @ self.centres.T - self.centres.square().sum(1)
         return nearness.topk(self.k, dim=1).indices
@@ -88,9 +88,9 @@ class OracleRouter(nn.Module):
         fired = self.act(self.fc1(tokens)).clamp(min=0)
         return fired.new_zeros(len(tokens), self.n_experts).index_add_(1, self.expert_of, fired)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, k), of ``tokens`` (n, dim)."""
-        return self.scores(tokens).topk(self.k, dim=1).indices
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim)."""
+        return self.scores(tokens_of(x)).topk(self.k, dim=1).indices
 
 
 class RandomTopRouter(nn.Module):
@@ -111,9 +111,9 @@ class RandomTopRouter(nn.Module):
         """MACs per token: none, a draw needs no product."""
         return 0
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, k), of ``tokens`` (n, dim)."""
-        spread = 1000 * (tokens.double() @ self.directions)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim)."""
+        spread = 1000 * (tokens_of(x).double() @ self.directions)
         return (spread - spread.floor()).topk(self.k, dim=1).indices
 
 

@@ -5,12 +5,12 @@ from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import moe_layers
 from moee_analysis.measure.experts import expected_jaccard
-from tests.toys import toy_moe, toy_vit
+from tests.toys import toy_kinds, toy_moe, toy_vit
 
 
-@pytest.fixture(scope="module")
-def model():
-    return toy_moe(toy_vit(depth=2))
+@pytest.fixture(scope="module", params=[toy_moe, toy_kinds])
+def model(request):
+    return request.param(toy_vit(depth=2))
 
 
 def kept_sets(model, layer):
@@ -37,7 +37,7 @@ def test_overlap_agrees_with_sets(model):
     for row in table.itertuples():
         a, b = sets[row.expert_a], sets[row.expert_b]
         assert row.shared == len(a & b)
-        assert row.jaccard == pytest.approx(len(a & b) / len(a | b))
+        assert row.jaccard == pytest.approx(len(a & b) / max(1, len(a | b)))
         assert (row.neurons_a, row.neurons_b) == (len(a), len(b))
 
 
@@ -57,9 +57,19 @@ def test_expected_jaccard_ends():
     assert expected_jaccard(0, 0, 30) == 0
 
 
-def test_random_experts_overlap_as_expected(model):
-    table = measure.overlap(model).query("expert_a < expert_b")
+def test_random_experts_overlap_as_expected():
+    table = measure.overlap(toy_moe(toy_vit(depth=2))).query("expert_a < expert_b")
     assert table["jaccard"].mean() == pytest.approx(table["expected_jaccard"].mean(), abs=0.06)
+
+
+def test_an_empty_expert_keeps_and_shares_nothing():
+    model = toy_kinds(toy_vit(depth=2))
+    sizes = measure.sizes(model).query("expert == 3")
+    assert (sizes["neurons"] == 0).all()
+    assert not measure.neurons(model).query("expert == 3")["kept"].any()
+    pairs = measure.overlap(model).query("expert_a == 3 and expert_b != 3")
+    assert (pairs["jaccard"] == 0).all()
+    assert (pairs["expected_jaccard"] == 0).all()
 
 
 def test_neurons_lists_every_neuron_of_the_dense_mlp(model):

@@ -7,7 +7,7 @@ from moee_analysis.counting import count, count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import moe_layers
 from moee_analysis.rivals.moefication import moefy
-from tests.toys import toy_images, toy_moe, toy_swin, toy_vit
+from tests.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
 
 SUMS = ["macs_dense", "macs", "params_dense", "params"]
 
@@ -44,6 +44,18 @@ def test_a_routed_layer_costs_its_router_and_its_expected_experts():
     assert row["active_fraction"] == pytest.approx(expected / (2 * 32 * 64))
     assert row["union_fraction"] == len(layer.kept) / 64
     assert row["experts"] == 4
+
+
+def test_layers_with_everything_are_counted_as_stored():
+    model, images = toy_kinds(toy_vit(), layers={1}), toy_images(6)
+    layer, shares = moe_layers(model)[1], measure.routes(model, images).shares(1)
+    row = measure.macs(model, images).iloc[1]
+    router, sizes = 3 * 32 * 16, layer.sizes.numpy()
+    assert row["macs"] == pytest.approx(router + 17 * 2 * 32 * (shares @ sizes))
+    stored = len(layer.kept) * 33 + 32 * sizes.sum() + 32
+    assert row["params"] == stored + 4 * 32 + 3 * 33
+    assert row["macs_dense"] == 17 * 2 * 32 * 64
+    assert measure.macs(model)["macs"].iloc[1] == pytest.approx(17 * layer.macs_per_token())
 
 
 def test_shares_are_those_of_the_images_where_there_are_any():

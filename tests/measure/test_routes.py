@@ -9,8 +9,8 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import find_mlps
 from moee_analysis.rivals.moefication import moefy
-from moee_analysis.routers import CosineRouter
-from tests.toys import toy_images, toy_moe, toy_swin, toy_vit
+from moee_analysis.routers import CosineRouter, TokenKindRouter
+from tests.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
 
 
 def hooks(model):
@@ -24,13 +24,15 @@ def slow_experts(model, images, index):
     for x in images.batches(model, batch_size=1):
         model(x)
     handle.remove()
-    return np.stack([layer.router(x.reshape(-1, x.shape[-1]))[:, 0].numpy() for x in seen])
+    return np.stack([layer.router(x)[:, 0].numpy() for x in seen])
 
 
-@pytest.mark.parametrize("make", [toy_vit, toy_swin])
+@pytest.mark.parametrize(
+    "make", [lambda: toy_moe(toy_vit()), lambda: toy_moe(toy_swin()), lambda: toy_kinds(toy_vit())]
+)
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_routes_are_those_of_one_image_at_a_time(make, batch_size):
-    model, images = toy_moe(make()), toy_images(12)
+    model, images = make(), toy_images(12)
     routes = measure.routes(model, images, batch_size=batch_size)
     for layer in routes.layers:
         expected = slow_experts(model, images, layer)
@@ -82,6 +84,16 @@ def test_outside_routers_see_what_the_layers_own_would_see():
     handle.remove()
     expected = CosineRouter(centres)(seen[0].reshape(-1, 32)).reshape(6, 17)
     np.testing.assert_array_equal(routes.experts[1], expected)
+
+
+def test_outside_routers_may_tell_leading_tokens_apart():
+    model, images = toy_vit(), toy_images(6)
+    inner = CosineRouter(torch.randn(5, 32, generator=torch.Generator().manual_seed(1)))
+    alone = measure.routes(model, images, routers={1: inner})
+    apart = measure.routes(model, images, routers={1: TokenKindRouter((0,), inner, tokens=17)})
+    assert (apart.experts[1][:, 0] == 0).all()
+    np.testing.assert_array_equal(apart.experts[1][:, 1:], alone.experts[1][:, 1:] + 1)
+    assert apart.shares(1)[0] == pytest.approx(1 / 17)
 
 
 def test_experts_first_chosen_in_a_later_batch_are_counted():

@@ -5,7 +5,7 @@ from scipy.spatial.distance import cosine
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import moe_layers
-from tests.toys import toy_moe, toy_vit
+from tests.toys import toy_kinds, toy_moe, toy_vit
 
 
 def test_cosines_agree_with_scipy():
@@ -63,9 +63,15 @@ def test_a_routed_model_gives_its_centres_and_shares():
     assert measure.similarity(model, layers=[1])["layer"].unique() == [1]
 
 
-def test_no_centres_is_told():
+def test_layers_whose_routers_have_no_centres_are_left_out():
+    model = toy_kinds(toy_moe(toy_vit(depth=3), layers={0, 2}), layers={1})
+    assert measure.similarity(model)["layer"].unique().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("make", [lambda model: model, toy_kinds])
+def test_no_centres_is_told(make):
     with pytest.raises(MoeeError, match="routers have centres"):
-        measure.similarity(toy_vit())
+        measure.similarity(make(toy_vit()))
 
 
 @pytest.mark.parametrize("experts", [1, 2])
