@@ -8,6 +8,7 @@ from moee_analysis.activations import LayerSample
 from moee_analysis.statistics import statistics_of
 
 ROWS, DIM, HIDDEN, EXPERTS = 60, 5, 7, 3
+RECORDED = ("inputs", "hidden", "image", "position", "weight")
 
 
 @pytest.fixture
