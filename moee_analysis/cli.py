@@ -8,10 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.presets import PRESETS
+
+if TYPE_CHECKING:
+    from moee_analysis.clustering import ClusterConfig
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -49,11 +54,16 @@ def _add_extract(commands: argparse._SubParsersAction) -> None:
     _model_options(parser)
     parser.add_argument("--calibration", default="bundled", help="folder of class folders")
     parser.add_argument("--out", required=True, type=Path, help="folder for the run")
-    parser.add_argument("--recipe", default="paper", help="paper: MoEE as published")
+    parser.add_argument(
+        "--recipe", default="paper", help="paper: MoEE as published; best: keeps most accuracy"
+    )
     parser.add_argument("--macs-reduction", type=float, help="share of all MACs to save: 0.28")
+    parser.add_argument(
+        "--params-reduction", type=float, help="share of stored parameters to save; not with paper"
+    )
     parser.add_argument("--variance-kept", type=float, help="the paper's p, instead: 0.9")
     parser.add_argument(
-        "--reduce", default="umap", help="before clustering: umap, pca, or none as in the paper"
+        "--reduce", help="before clustering: umap, pca, or none as in the paper; else the recipe's"
     )
     parser.add_argument("--noise", default="reroute", help="noise tokens: reroute, drop or rest")
     _compute_options(parser)
@@ -101,10 +111,11 @@ def _extract(arguments: argparse.Namespace) -> int:
     config = moee.ExtractConfig(
         recipe=arguments.recipe,
         macs_reduction=arguments.macs_reduction,
+        params_reduction=arguments.params_reduction,
         variance_kept=arguments.variance_kept,
         preset=arguments.preset,
         seed=arguments.seed,
-        clustering=moee.ClusterConfig(reduce=arguments.reduce),
+        clustering=_clustering(arguments),
         noise=arguments.noise,
     )
     check_target(arguments.out)
@@ -115,6 +126,14 @@ def _extract(arguments: argparse.Namespace) -> int:
     print(_layers_text(run))
     print(f"saved to {arguments.out}")
     return 0
+
+
+def _clustering(arguments: argparse.Namespace) -> ClusterConfig:
+    """The recipe's clustering, reduced as asked for."""
+    from moee_analysis.recipes import recipe_named
+
+    clustering = recipe_named(arguments.recipe)["clustering"]
+    return replace(clustering, reduce=arguments.reduce) if arguments.reduce else clustering
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -168,7 +187,9 @@ def _layers_text(run: object) -> str:
             else f"  dense: {layer.reason}"
         )
         lines.append(f"{layer.index:5d}  {kept}")
-    return "\n".join([*lines, f"variance kept by each expert: p = {run.variance_kept:.1%}"])
+    if run.variance_kept is not None:
+        lines.append(f"variance kept by each expert: p = {run.variance_kept:.1%}")
+    return "\n".join(lines)
 
 
 def _numbers_text(numbers: dict) -> str:

@@ -20,19 +20,27 @@ from moee_analysis.neighbors import METRICS, nearest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+METHODS = ("hdbscan", "kmeans", "random")
+SPACES = ("hidden", "inputs")
 REDUCTIONS = ("umap", "pca", "none")
 SELECTIONS = ("eom", "leaf")
 NOISE = -1
+MEAN_STEPS = 25  # of k-means; more of them change little
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How the activations of one layer are clustered.
+    """How the tokens of one layer are clustered.
 
-    ``reduce="none"`` is the paper taken literally; on raw activations HDBSCAN calls most tokens
-    noise, so the default reduces with UMAP first.
+    ``method`` is ``hdbscan``, which finds the number of clusters by itself, ``kmeans``, or
+    ``random`` (the control: random tokens as centres). ``space`` is the ``hidden`` activations,
+    or the ``inputs`` in the metric of the outputs. ``reduce="none"`` is the paper taken literally;
+    on raw activations HDBSCAN calls most tokens noise, so the default reduces with UMAP first.
     """
 
+    method: Literal["hdbscan", "kmeans", "random"] = "hdbscan"
+    space: Literal["hidden", "inputs"] = "hidden"
+    count: int = 32  # clusters of k-means, or random centres; fewer where there are fewer tokens
     reduce: Literal["umap", "pca", "none"] = "umap"
     components: int = 8  # dimensions after the reduction
     neighbors: int = 30  # UMAP's neighbourhood
@@ -45,6 +53,8 @@ class ClusterConfig:
     max_noise: float = 0.8  # a layer with a larger share of noise stays dense
 
     def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("space", self.space, SPACES)
         _one_of("reduce", self.reduce, REDUCTIONS)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("metric", self.metric, METRICS)
@@ -58,7 +68,7 @@ class ClusterConfig:
                     str(self.max_cluster_size),
                     "raise it, or set it to None",
                 )
-        for name in ("components", "epochs", "min_samples"):
+        for name in ("components", "epochs", "min_samples", "count"):
             whole_number(name, getattr(self, name), least=1)
         whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
 
@@ -89,12 +99,15 @@ def cluster(activations: np.ndarray, config: ClusterConfig, *, seed: int = 0) ->
     MoeeError
         NaN or infinite activations; fewer tokens than UMAP or HDBSCAN need.
     """
-    return judged(density_labels(reduce_dimensions(activations, config, seed=seed), config), config)
+    points = reduce_dimensions(activations, config, seed=seed)
+    return judged(labels_of(points, config, seed=seed), config)
 
 
 def judged(labels: np.ndarray, config: ClusterConfig) -> Clusters:
     """Decide whether ``labels`` can make experts: two clusters at least, not too much noise."""
     found = Clusters(labels)
+    if config.method == "random":  # what is not a centre is no noise
+        return found
     if found.count < 2:
         return Clusters(labels, f"{found.count} clusters found")
     if found.noise_share > config.max_noise:
@@ -165,6 +178,27 @@ def _same_torch_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def labels_of(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.ndarray:
+    """Cluster of every row of ``points`` (tokens, any), -1 for none, by ``config.method``."""
+    if config.method == "hdbscan":
+        return density_labels(points, config)
+    count = min(config.count, len(points))
+    if config.method == "kmeans":
+        return mean_labels(points, count, seed=seed)
+    centres = np.random.default_rng(seed).choice(len(points), size=count, replace=False)
+    labels = np.full(len(points), NOISE)
+    labels[centres] = np.arange(count)
+    return labels
+
+
+def mean_labels(points: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
+    """Cluster of every row of ``points`` (tokens, any) by k-means."""
+    from sklearn.cluster import KMeans
+
+    count = min(count, len(np.unique(points, axis=0)))
+    return KMeans(count, n_init=1, max_iter=MEAN_STEPS, random_state=seed).fit_predict(points)
 
 
 def density_labels(points: np.ndarray, config: ClusterConfig) -> np.ndarray:

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moee_analysis.clustering import ClusterConfig, whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.presets import preset_named
+from moee_analysis.recipes import CHOICES, recipe_named
 
-RECIPES = ("paper",)
 EXPERTS = ("clusters", "one")
 NOISE_POLICIES = ("reroute", "drop", "rest")
 VARIANCE_KEPT = 0.9  # p, where neither p nor a MACs budget is given
+MACS_REDUCTION = 0.28  # of a global budget, where none is given
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
     """How a model is taken apart; None follows from the preset or the recipe.
 
-    Give ``macs_reduction`` (share of the dense model's MACs to save) or ``variance_kept`` (the
-    paper's p, as a share), not both.
+    The budget: ``macs_reduction`` and ``params_reduction`` are shares of the dense model's MACs
+    and stored parameters to save; ``variance_kept`` is the paper's p, as a share. With
+    ``budget="share"`` every expert keeps the same share of its scores (the paper), with
+    ``"global"`` all layers, experts and neurons compete for one budget; only that can bind the
+    parameters.
 
     ``noise`` says what becomes of tokens in no cluster: ``reroute`` routes all tokens, by the
-    mean inputs of the clusters, and takes the statistics of each expert as routed; ``drop``
+    centres of the clusters, and takes the statistics of each expert as routed; ``drop``
     takes them from the cluster's own tokens; ``rest`` gives the noise an expert of its own.
-    ``experts="one"`` is a control: a single expert per layer, that is, static pruning by the
-    same rule, without clusters and without a router.
+    ``experts="one"`` is a control: a single expert per layer (beside those of leading tokens, if
+    they have their own), that is, static pruning by the same rule, without clusters and without a
+    router.
+
+    The other pieces, each explained where it is computed:
+
+    - ``router``: ``cosine`` to mean inputs, or ``nearest`` centre in the metric of the outputs.
+    - ``tokens``: ``alike``, or each kind of leading token (CLS, distillation, registers) by its
+      position to an expert of its own (``kinds``).
+    - ``unread``: patch tokens whose MLP output nothing reads are ``routed`` like others, or get a
+      ``constant``.
+    - ``order``: the neurons' scores: ``magnitude`` of their weights, ``variance``, variance
+      ``weighted`` by the output weights, or ``obs``, elimination with the refit built in.
+    - ``metric``: errors of the ``outputs`` count alike, or by the ``fisher`` information of the
+      prediction.
+    - ``coherence``: whether it is ``measured`` how much more the errors of an image's tokens cost
+      together than one by one, layer by layer, or ``ignored``. Needs the ``fisher`` metric and a
+      ``global`` budget; without effect elsewhere.
+    - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), a W2
+      refitted for all experts (``shared``) or for ``each``.
     """
 
     recipe: str = "paper"
     macs_reduction: float | None = None
+    params_reduction: float | None = None
     variance_kept: float | None = None
     preset: str = "small"
     seed: int = 0
@@ -38,18 +61,26 @@ class ExtractConfig:
     tokens_per_image: int | None = None
     cluster_tokens: int | None = None
     calibration_images: int | None = None
-    clustering: ClusterConfig = field(default_factory=ClusterConfig)
+    clustering: ClusterConfig | None = None
     noise: Literal["reroute", "drop", "rest"] = "reroute"
     experts: Literal["clusters", "one"] = "clusters"
+    router: Literal["cosine", "nearest"] | None = None
+    tokens: Literal["alike", "kinds"] | None = None
+    unread: Literal["routed", "constant"] | None = None
+    order: Literal["magnitude", "variance", "weighted", "obs"] | None = None
+    metric: Literal["outputs", "fisher"] | None = None
+    budget: Literal["share", "global"] | None = None
+    coherence: Literal["ignored", "measured"] | None = None
+    refit: Literal["none", "shift", "shared", "each"] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("recipe", RECIPES), ("noise", NOISE_POLICIES), ("experts", EXPERTS)):
+        recipe_named(self.recipe)
+        named = {"noise": NOISE_POLICIES, "experts": EXPERTS, **CHOICES}
+        for name, choices in named.items():
             value = getattr(self, name)
-            if value not in choices:
+            if value not in choices and not (value is None and name in CHOICES):
                 raise MoeeError(f"{name} among {', '.join(choices)}", f"'{value}'", "name one")
-        if self.macs_reduction is not None and self.variance_kept is not None:
-            raise MoeeError("macs_reduction or variance_kept", "both", "give one of them")
-        for name in ("macs_reduction", "variance_kept"):
+        for name in ("macs_reduction", "params_reduction", "variance_kept"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise MoeeError(f"{name} as a share in (0, 1]", str(value), "0.28 means 28 %")
@@ -58,23 +89,75 @@ class ExtractConfig:
                 whole_number(name, getattr(self, name), least=1)
         whole_number("seed", self.seed, least=0)
         preset_named(self.preset)
+        self._check_budget()
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the gradients of the logits have to be recorded."""
+        return self._piece("metric") == "fisher"
 
     def resolved(self) -> ExtractConfig:
-        """Return the same configuration with everything the preset decides filled in."""
+        """Return the same configuration with all that preset and recipe decide filled in.
+
+        ``tokens_per_image`` stays None, which means all tokens, where the recipe needs more of
+        them than the preset's sample.
+        """
         preset = preset_named(self.preset)
-        names = ("tokens_per_image", "cluster_tokens", "calibration_images")
-        missing = {n: getattr(preset, n) for n in names if getattr(self, n) is None}
-        p = None if self.macs_reduction is not None else self.variance_kept or VARIANCE_KEPT
-        return replace(self, **missing, variance_kept=p)
+        pieces = {name: self._piece(name) for name in recipe_named(self.recipe)}
+        names = ["cluster_tokens", "calibration_images"]
+        if not self._needs_all_tokens:
+            names.append("tokens_per_image")
+        sizes = {n: getattr(preset, n) for n in names if getattr(self, n) is None}
+        return replace(self, **pieces, **sizes, **self._budgets())
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ExtractConfig:
         """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON."""
-        layers = content["layers"]
+        layers, clustering = content["layers"], content["clustering"]
         return cls(
             **{
                 **content,
                 "layers": None if layers is None else tuple(layers),
-                "clustering": ClusterConfig(**content["clustering"]),
+                "clustering": None if clustering is None else ClusterConfig(**clustering),
             }
         )
+
+    @property
+    def measures_coherence(self) -> bool:
+        """Whether the coherence of the layers is measured, and can have an effect."""
+        pieces = ("coherence", "metric", "budget")
+        return [self._piece(name) for name in pieces] == ["measured", "fisher", "global"]
+
+    @property
+    def _needs_all_tokens(self) -> bool:
+        """Covariances of all hidden neurons take more tokens than variances do."""
+        return self._piece("order") == "obs" or self._piece("refit") in ("shared", "each")
+
+    def _piece(self, name: str) -> Any:
+        given = getattr(self, name)
+        return recipe_named(self.recipe)[name] if given is None else given
+
+    def _budgets(self) -> dict[str, float | None]:
+        """The budget in force: what was given, or else a default."""
+        if self._piece("budget") == "global":
+            given = self.macs_reduction is not None or self.params_reduction is not None
+            return {} if given else {"macs_reduction": MACS_REDUCTION}
+        p = None if self.macs_reduction is not None else self.variance_kept or VARIANCE_KEPT
+        return {"variance_kept": p}
+
+    def _check_budget(self) -> None:
+        if self.macs_reduction is not None and self.variance_kept is not None:
+            raise MoeeError("macs_reduction or variance_kept", "both", "give one of them")
+        if self._piece("budget") == "global" and self.variance_kept is not None:
+            raise MoeeError(
+                'variance_kept with budget="share"', "a global budget", "give macs_reduction"
+            )
+        if self._piece("budget") == "share" and self.params_reduction is not None:
+            raise MoeeError(
+                'params_reduction with budget="global"', 'budget="share"', "bind only the MACs"
+            )
+        if self.params_reduction is not None and self._piece("refit") == "each":
+            raise MoeeError(
+                "params_reduction with a W2 that the experts share", 'refit="each"',
+                "choose another refit, or bind only the MACs",
+            )  # fmt: skip

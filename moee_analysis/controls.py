@@ -24,7 +24,26 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from moee_analysis.config import ExtractConfig
     from moee_analysis.images import ImageSet
+
+
+def with_one_expert(config: ExtractConfig) -> ExtractConfig:
+    """Return ``config`` with one expert for all tokens of a layer: static pruning by its rule.
+
+    Leading tokens that have experts of their own keep them.
+    """
+    return replace(config, experts="one")
+
+
+def with_random_centres(config: ExtractConfig) -> ExtractConfig:
+    """Return ``config`` with random tokens for centres: what the clusters of a model must beat.
+
+    Router, neurons and budget follow the same rules; there are ``clustering.count`` centres, to
+    which all tokens are routed.
+    """
+    clustering = replace(config.resolved().clustering, method="random", reduce="none")
+    return replace(config, clustering=clustering, noise="reroute")
 
 
 def randomly_routed(run: Extraction, *, seed: int = 0) -> nn.Module:
@@ -72,7 +91,7 @@ def statically_pruned(
             "a run with converted layers", "a run that left every layer dense",
             "compare with the dense model, which is the same",
         )  # fmt: skip
-    config = replace(run.config, experts="one", layers=converted, **_same_macs(run))
+    config = replace(with_one_expert(run.config), layers=converted, **_same_macs(run))
     return extract(run.dense(), images, config, store=store)
 
 

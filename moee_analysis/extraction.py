@@ -7,28 +7,24 @@ open, and what is chosen here, stands in docs/paper.md.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from moee_analysis.building import build_moe
+from moee_analysis.coherence import cohering
 from moee_analysis.config import ExtractConfig
-from moee_analysis.counting import count
 from moee_analysis.environment import versions
 from moee_analysis.errors import MoeeError
-from moee_analysis.layers import MoeMlp, replace_module
 from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
-from moee_analysis.selection import variance_for_macs
+from moee_analysis.sizing import sized
 from moee_analysis.store import content_key, kept
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    import numpy as np
     from torch import nn
 
     from moee_analysis.images import ImageSet
@@ -61,12 +57,13 @@ class Extraction:
     """A mixture of experts and how it came about.
 
     ``model`` takes and gives what the dense model does. ``variance_kept`` is the p that was
-    used, ``provenance`` names the model, images and versions, with their hashes.
+    used (None: a global budget), ``provenance`` names the model, images and versions, with their
+    hashes.
     """
 
     model: nn.Module = field(repr=False)
     config: ExtractConfig
-    variance_kept: float
+    variance_kept: float | None
     layers: tuple[LayerReport, ...]
     provenance: dict[str, Any]
     original: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -172,59 +169,40 @@ def _extract(
 ) -> Extraction:
     provenance = _provenance(model, images, config)
     plans = plan_layers(model, images, config, root=root)
-    p = config.variance_kept if config.macs_reduction is None else _budgeted(model, plans, config)
+    sizes = sized(model, plans, config)
+    if config.measures_coherence:
+        plans = cohering(model, images, plans, sizes.kept, config, root=root)
+        sizes = sized(model, plans, config)
     return Extraction(
-        build_moe(model, plans, variance_kept=p),
+        build_moe(model, images, plans, sizes.kept, config, root=root),
         config,
-        p,
-        tuple(_report(plan, p) for plan in plans),
+        sizes.variance_kept,
+        tuple(_report(plan, sizes.kept.get(plan.site.name)) for plan in plans),
         provenance,
         original=model,
     )
 
 
-def _budgeted(model: nn.Module, plans: Sequence[LayerPlan], config: ExtractConfig) -> float:
-    """Return the p that meets ``config.macs_reduction``."""
-    dense = count(model)
-    converted = [plan for plan in plans if plan.converted]
-
-    def macs(p: float) -> float:
-        return dense.replacing({plan.site.name: plan.macs_per_token(p) for plan in converted})
-
-    return variance_for_macs(macs, dense=dense.total, reduction=config.macs_reduction)
-
-
-def build_moe(model: nn.Module, plans: Sequence[LayerPlan], *, variance_kept: float) -> nn.Module:
-    """Copy ``model`` with its planned layers replaced by mixtures of experts."""
-    moe = copy.deepcopy(model)
-    for plan in plans:
-        if plan.converted:
-            experts = plan.ranking.kept(variance_kept)
-            layer = MoeMlp(plan.site.module(moe), plan.router(), experts, plan.shares)
-            replace_module(moe, plan.site.name, layer.to(next(model.parameters()).device))
-    return moe.eval()
-
-
-def _report(plan: LayerPlan, variance_kept: float) -> LayerReport:
-    site = plan.site
+def _report(plan: LayerPlan, kept: np.ndarray | None) -> LayerReport:
+    """What became of a layer whose experts keep ``kept``, bool (experts, hidden)."""
+    site, partition = plan.site, plan.partition
     facts = LayerReport(
         site.index,
         site.name,
         site.hidden,
         plan.converted,
-        plan.reason,
-        noise_share=plan.noise_share,
+        partition.reason,
+        noise_share=partition.noise_share,
     )
-    if not plan.converted:
+    if kept is None:
         return facts
-    sizes = plan.ranking.sizes(variance_kept)
-    union = np.unique(np.concatenate(plan.ranking.kept(variance_kept)))
+    sizes = kept.sum(axis=1)
     return replace(
         facts,
         experts=len(sizes),
-        route_agreement=plan.route_agreement,
+        route_agreement=partition.route_agreement,
         active_fraction=float(plan.shares @ sizes) / site.hidden,
-        union_fraction=len(union) / site.hidden,
+        union_fraction=float(kept.any(axis=0).mean()),
         sizes=tuple(int(size) for size in sizes),
     )
 

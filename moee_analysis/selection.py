@@ -20,11 +20,11 @@ BISECTIONS = 50
 
 
 @dataclass(frozen=True)
-class VarianceRanking:
-    """Neurons of each expert of one layer, the most variable first.
+class Ranking:
+    """Neurons of each expert of one layer, the highest score first (the paper's: variance).
 
     ``order`` (experts, hidden) neuron ids; ``cumulative`` (experts, hidden) share of the
-    expert's total variance that the neurons up to each place hold.
+    expert's total score that the neurons up to each place hold.
     """
 
     order: np.ndarray
@@ -44,12 +44,12 @@ class VarianceRanking:
         return [np.sort(ids[:size]) for ids, size in zip(self.order, sizes, strict=True)]
 
 
-def rank_by_variance(variance: np.ndarray) -> VarianceRanking:
-    """Rank neurons by their variance, float (experts, hidden); ties keep the neurons' order."""
-    order = np.argsort(-variance, axis=1, kind="stable")
-    running = np.cumsum(np.take_along_axis(variance, order, axis=1), axis=1)
+def rank_neurons(scores: np.ndarray) -> Ranking:
+    """Rank neurons by their scores, float (experts, hidden); ties keep the neurons' order."""
+    order = np.argsort(-scores, axis=1, kind="stable")
+    running = np.cumsum(np.take_along_axis(scores, order, axis=1), axis=1)
     total = np.maximum(running[:, -1:], np.finfo(float).tiny)
-    return VarianceRanking(order, running / total)
+    return Ranking(order, running / total)
 
 
 def variance_for_macs(macs: Callable[[float], float], *, dense: float, reduction: float) -> float:

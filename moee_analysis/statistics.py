@@ -49,10 +49,14 @@ class ExpertStatistics:
         return self.inputs / self._divisor
 
     @property
+    def mean_hidden(self) -> np.ndarray:
+        """Mean hidden activations of each expert's tokens, (experts, hidden)."""
+        return self.hidden / self._divisor
+
+    @property
     def variance(self) -> np.ndarray:
         """Intra-expert variance of each hidden neuron, (experts, hidden), never negative."""
-        mean = self.hidden / self._divisor
-        return np.maximum(self.squares / self._divisor - mean**2, 0)
+        return np.maximum(self.squares / self._divisor - self.mean_hidden**2, 0)
 
     @property
     def _divisor(self) -> np.ndarray:

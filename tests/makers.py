@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moee_analysis.activations import LayerSample
 from moee_analysis.clustering import ClusterConfig
 from moee_analysis.config import ExtractConfig
 from moee_analysis.models import build_model
@@ -22,6 +23,11 @@ CLUSTERING = ClusterConfig(
     reduce="pca", components=4, min_samples=3, min_cluster_size=0.05, max_cluster_size=0.6,
     max_noise=0.95,
 )  # fmt: skip
+
+
+MEANS = ClusterConfig(
+    method="kmeans", space="inputs", reduce="none", count=4, min_samples=3, components=4
+)
 
 
 def lively(name: str = SMALL_VIT, *, seed: int = 0, **settings):
@@ -40,6 +46,34 @@ def quick(**settings) -> ExtractConfig:
     if "macs_reduction" not in settings:
         defaults["variance_kept"] = 0.8
     return ExtractConfig(**{**defaults, **settings})
+
+
+def best(**settings) -> ExtractConfig:
+    """The recipe ``best`` with few experts, for models that are small."""
+    return ExtractConfig(**{"recipe": "best", "clustering": MEANS, **settings})
+
+
+def sample_of(hidden=None, *, inputs=None, weight=None, gradients=None, position=None):
+    """A layer's sample of given values, one image; what is not given is zeros, the weights ones."""
+    rows = len(next(v for v in (hidden, inputs, weight, position) if v is not None))
+    norms = None if gradients is None else np.ones(gradients.shape[:2], np.float32)
+    return LayerSample(
+        np.zeros((rows, 4), np.float16) if inputs is None else inputs,
+        hidden,
+        np.zeros(rows, np.int32),
+        np.zeros(rows, np.int32) if position is None else position,
+        np.ones(rows, np.float32) if weight is None else weight,
+        gradients,
+        norms,
+    )
+
+
+def divergence(dense, other, images) -> float:
+    """Mean KL(dense || other) of the predictions for ``images``, in nats."""
+    x = torch.cat(list(images.batches(dense)))
+    with torch.inference_mode():
+        p, q = (model(x).double().log_softmax(dim=1) for model in (dense, other))
+    return float((p.exp() * (p - q)).sum(dim=1).mean())
 
 
 def picture(seed: int, *, size: int = 32, mode: str = "RGB") -> Image.Image:

@@ -5,8 +5,17 @@ from dataclasses import replace
 import hdbscan
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
 
-from moee_analysis.clustering import NOISE, ClusterConfig, Clusters, cluster, judged
+from moee_analysis.clustering import (
+    NOISE,
+    ClusterConfig,
+    Clusters,
+    cluster,
+    judged,
+    labels_of,
+    mean_labels,
+)
 from moee_analysis.errors import MoeeError
 from tests.makers import CLUSTERING
 
@@ -81,6 +90,46 @@ def test_umap_finds_the_groups_and_repeats_itself(blobs):
         cluster(points, replace(config, metric="parsecs"))
 
 
+# Means, and centres at random
+
+
+def test_means_find_the_planted_groups(blobs):
+    points, truth = blobs
+    member = truth != NOISE
+    labels = mean_labels(points[member].astype(np.float32), 3)
+    assert same_groups(labels, truth[member])
+
+
+def test_means_are_those_of_plain_k_means(blobs):
+    points = blobs[0].astype(np.float32)
+    plain = KMeans(5, n_init=1, max_iter=25, random_state=2).fit_predict(points)
+    found = cluster(points, replace(RAW, method="kmeans", count=5), seed=2)
+    np.testing.assert_array_equal(found.labels, plain)
+    assert (found.count, found.noise_share, found.reason) == (5, 0, "")
+
+
+def test_there_are_no_more_means_than_different_tokens():
+    points = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)
+    assert set(mean_labels(points, 8)) == {0, 1, 2}
+    same = cluster(np.ones((30, 4)), replace(RAW, method="kmeans"))
+    assert same.reason == "1 clusters found"
+
+
+def test_random_centres_are_so_many_tokens_and_the_others_belong_to_none(blobs):
+    config = replace(RAW, method="random", count=7, max_noise=0.1)
+    labels = labels_of(blobs[0], config, seed=1)
+    assert sorted(labels[labels != NOISE]) == list(range(7))
+    assert (labels == NOISE).sum() == len(labels) - 7
+    np.testing.assert_array_equal(labels, labels_of(blobs[0], config, seed=1))
+    assert (labels != labels_of(blobs[0], config, seed=2)).any()
+    assert cluster(blobs[0], config).reason == ""  # what is no centre is no noise
+
+
+def test_there_are_no_more_random_centres_than_tokens():
+    labels = labels_of(np.zeros((4, 2)), replace(RAW, method="random", count=9))
+    assert sorted(labels) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("reduce", ["none", "pca", "umap"])
 def test_a_dead_layer_has_no_clusters(reduce):
     found = cluster(np.zeros((40, 12), np.float16), replace(CLUSTERING, reduce=reduce))
@@ -119,6 +168,10 @@ def test_too_few_tokens_are_refused_with_how_many_it_takes():
     "wrong",
     [
         {"reduce": "tsne"},
+        {"method": "guess"},
+        {"space": "outputs"},
+        {"count": 0},
+        {"count": 2.5},
         {"selection": "best"},
         {"min_samples": 0},
         {"min_samples": None},

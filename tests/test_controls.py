@@ -5,13 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moee_analysis.controls import random_centres, randomly_routed, statically_pruned
+from moee_analysis.config import ExtractConfig
+from moee_analysis.controls import (
+    random_centres,
+    randomly_routed,
+    statically_pruned,
+    with_one_expert,
+    with_random_centres,
+)
 from moee_analysis.counting import count, count_parameters, moe_macs
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
 from moee_analysis.layers import moe_layers, moe_names
-from moee_analysis.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
-from tests.makers import CLUSTERING, pixels_of, quick
+from moee_analysis.routers import (
+    ConstantRouter,
+    CosineRouter,
+    NearestRouter,
+    RandomRouter,
+    TokenKindRouter,
+)
+from tests.makers import CLUSTERING, best, pixels_of, quick
 from tests.toys import toy_images, toy_kinds, toy_vit
 
 IMAGES = toy_images()
@@ -93,6 +106,32 @@ def test_static_pruning_meets_the_macs_of_a_run_without_a_budget():
     assert 0.97 * cost(run) < cost(pruned) <= cost(run) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"macs_reduction": 0.2},
+        {"params_reduction": 0.15},
+        {"budget": "share", "macs_reduction": 0.2},
+        {"budget": "share", "variance_kept": 0.8},
+    ],
+)
+def test_static_pruning_by_the_best_recipe_meets_the_same_macs(budget):
+    run = extract(toy_vit(), IMAGES, best(**budget))
+    pruned = statically_pruned(run, IMAGES)
+    assert 0.97 * cost(run) < cost(pruned) <= cost(run) * (1 + 1e-2)
+    for layer in moe_layers(pruned.model).values():
+        assert isinstance(layer.router.inner, ConstantRouter)
+        assert layer.n_experts == 2  # one of CLS, one of all patches
+
+
+def test_random_routing_of_the_best_recipe_keeps_cls_and_constants():
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.2))
+    layers = moe_layers(randomly_routed(run))
+    assert [layer.router.prefix.tolist() for layer in layers.values()] == 3 * [[0]]
+    kinds = [type(layer.router.inner) for layer in layers.values()]
+    assert kinds == [RandomRouter, RandomRouter, ConstantRouter]
+
+
 def test_static_pruning_of_a_run_that_saves_nothing_prunes_nothing():
     run = extract(toy_vit(), IMAGES, quick(variance_kept=1.0))
     pruned = statically_pruned(run, IMAGES)
@@ -118,3 +157,37 @@ def test_random_centres_are_inputs_of_tokens_as_many_as_experts(run, tmp_path):
     for index, router in routers.items():
         assert torch.equal(router.centres, again[index].centres)
         assert not torch.equal(router.centres, other[index].centres)
+
+
+@pytest.mark.parametrize("settings", [quick, best])
+def test_with_random_centres_only_the_clusters_are_other_ones(settings):
+    config = settings(macs_reduction=0.2, noise="drop")
+    control = with_random_centres(config)
+    assert control.clustering.method == "random"
+    assert control.noise == "reroute"  # a token that is no centre is no noise
+    assert replace(control, clustering=config.clustering, noise="drop") == config
+
+
+def test_with_random_centres_of_a_recipe_it_has_the_recipe_s_count():
+    config = ExtractConfig(recipe="best", macs_reduction=0.2)
+    count = config.resolved().clustering.count
+    assert with_random_centres(config).clustering.count == count
+
+
+def test_with_random_centres_the_budget_is_met_and_the_router_is_of_the_same_kind():
+    config = with_random_centres(best(macs_reduction=0.2))
+    run = extract(toy_vit(), IMAGES, config)
+    budget = 0.8 * count(run.dense()).total
+    assert 0.97 * budget < cost(run) <= budget
+    first = moe_layers(run.model)[0]
+    assert isinstance(first.router.inner, NearestRouter)
+    assert first.n_experts == 1 + config.clustering.count
+
+
+def test_with_one_expert_is_static_pruning_by_the_same_rule():
+    config = best(macs_reduction=0.2)
+    control = extract(toy_vit(), IMAGES, with_one_expert(config))
+    pruned = statically_pruned(extract(toy_vit(), IMAGES, config), IMAGES)
+    x = pixels_of(control.model)
+    torch.testing.assert_close(control.model(x), pruned.model(x))
+    assert all(layer.n_experts == 2 for layer in moe_layers(control.model).values())

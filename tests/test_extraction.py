@@ -16,8 +16,17 @@ from moee_analysis.extraction import extract
 from moee_analysis.images import load_images
 from moee_analysis.layers import moe_layers, moe_names
 from moee_analysis.models import find_mlps, fingerprint, load_model
-from moee_analysis.routers import ConstantRouter
-from tests.makers import CLUSTERING, SMALL_CONVNEXT, hooks_of, lively, pixels_of, quick
+from moee_analysis.routers import ConstantRouter, NearestRouter, TokenKindRouter
+from tests.makers import (
+    CLUSTERING,
+    SMALL_CONVNEXT,
+    best,
+    divergence,
+    hooks_of,
+    lively,
+    pixels_of,
+    quick,
+)
 from tests.toys import toy_images, toy_swin, toy_vit
 
 IMAGES = toy_images()
@@ -181,11 +190,78 @@ def test_a_budget_counts_only_the_layers_that_are_converted():
         extract(toy_vit(), IMAGES, quick(macs_reduction=0.1, clustering=nothing))
 
 
+# The recipe "best"
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin, lively])
+def test_the_best_recipe_with_nothing_to_save_is_the_dense_model(build):
+    model, whole = build(), {"budget": "share", "variance_kept": 1.0}
+    run = extract(model, IMAGES, best(**whole))
+    assert all(layer.converted for layer in run.layers)
+    x = pixels_of(model, count=5)
+    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_budget_for_everything_all_that_is_read_is_kept():
+    model = toy_vit()
+    run = extract(model, IMAGES, best(macs_reduction=1e-6))
+    assert [layer.sizes for layer in run.layers] == [5 * (64,), 5 * (64,), (64, 0)]
+    x = pixels_of(model, count=5)
+    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [toy_vit, lively])
+def test_patches_that_nothing_reads_get_a_constant_and_no_logit_changes(build):
+    model = build()
+    last = len(find_mlps(model)) - 1
+    run = extract(model, IMAGES, best(macs_reduction=1e-6, layers=(last,)))
+    layer = moe_layers(run.model)[last]
+    assert layer.expert_sizes[1] == 0
+    x = pixels_of(model)
+    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
+    tokens = torch.randn(3, layer.router.tokens, layer.fc1.in_features)
+    patches = layer(tokens)[:, 1:].flatten(0, 1)
+    assert torch.equal(patches, patches[:1].expand_as(patches))
+
+
+def test_cls_has_an_expert_of_its_own_and_patches_the_nearest():
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.2))
+    for index, layer in moe_layers(run.model).items():
+        assert isinstance(layer.router, TokenKindRouter)
+        chosen = layer.router(torch.randn(2, 17, 32)).reshape(2, 17)
+        assert (chosen[:, 0] == 0).all()
+        assert (chosen[:, 1:] > 0).all()
+        assert float(layer.shares[0]) == pytest.approx(1 / 17)
+        kind = ConstantRouter if index == 2 else NearestRouter
+        assert isinstance(layer.router.inner, kind)
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin])
+def test_a_refit_comes_closer_to_the_dense_model_than_none(build):
+    model = build()
+    far = [
+        divergence(
+            model, extract(model, IMAGES, best(macs_reduction=0.25, refit=refit)).model, IMAGES
+        )
+        for refit in ("none", "shift", "shared")
+    ]
+    assert far == sorted(far, reverse=True)
+    assert 0 < far[2] < 0.5 * far[0]
+
+
+def test_the_best_recipe_comes_closer_than_the_paper_s():
+    model = toy_vit()
+    paper, ours = (extract(model, IMAGES, c(macs_reduction=0.25)) for c in (quick, best))
+    assert divergence(model, ours.model, IMAGES) < divergence(model, paper.model, IMAGES)
+
+
 # The same again
 
 
-def test_the_same_seed_gives_the_same_experts_twice():
-    once, again = (extract(toy_vit(), IMAGES, quick(seed=3)) for _ in range(2))
+@pytest.mark.parametrize("settings", [quick, best])
+def test_the_same_seed_gives_the_same_experts_twice(settings):
+    config = settings(seed=3, macs_reduction=0.2)
+    once, again = (extract(toy_vit(), IMAGES, config) for _ in range(2))
     assert experts_of(once) == experts_of(again)
     assert once.layers == again.layers
     x = pixels_of(toy_vit())
@@ -210,11 +286,13 @@ def test_a_store_changes_nothing_and_saves_the_work(tmp_path, monkeypatch, build
     assert torch.equal(plain.model(x), again.model(x))
 
 
-def test_a_finished_run_is_found_in_the_store(tmp_path, monkeypatch):
-    model = lively()
-    first = extract(model, IMAGES, quick(), store=tmp_path)
+@pytest.mark.parametrize("settings", [quick, best])
+def test_a_finished_run_is_found_in_the_store(tmp_path, monkeypatch, settings):
+    model, config = lively(), settings(macs_reduction=0.2)
+    first = extract(model, IMAGES, config, store=tmp_path)
     monkeypatch.setattr(extraction, "plan_layers", lambda *_, **__: pytest.fail("again"))
-    again = extract(model, IMAGES, quick(), store=tmp_path)
+    again = extract(model, IMAGES, config, store=tmp_path)
+    assert torch.equal(again.model(pixels_of(model)), first.model(pixels_of(model)))
     assert again.layers == first.layers
     assert again.provenance == first.provenance
     assert again.dense() is model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.selection import rank_by_variance, variance_for_macs
+from moee_analysis.selection import rank_neurons, variance_for_macs
 
 VARIANCE = np.random.default_rng(0).gamma(0.5, size=(4, 30))
 SHARES = [0.05, 0.3, 0.5, 0.9, 0.99, 1.0]
@@ -23,19 +23,19 @@ def smallest_set(variance, p):
 
 @pytest.mark.parametrize("p", SHARES)
 def test_an_expert_keeps_the_fewest_neurons_that_hold_its_share_of_variance(p):
-    kept = rank_by_variance(VARIANCE).kept(p)
+    kept = rank_neurons(VARIANCE).kept(p)
     assert [ids.tolist() for ids in kept] == [smallest_set(row, p) for row in VARIANCE]
 
 
 def test_no_smaller_set_would_do():
     variance = VARIANCE[:1, :8]
-    size = rank_by_variance(variance).sizes(0.7)[0]
+    size = rank_neurons(variance).sizes(0.7)[0]
     best = max(sum(c) for c in itertools.combinations(variance[0], size - 1))
     assert best < 0.7 * variance.sum()
 
 
 def test_a_larger_share_never_keeps_fewer_and_contains_the_smaller():
-    ranking = rank_by_variance(VARIANCE)
+    ranking = rank_neurons(VARIANCE)
     for small, large in itertools.pairwise(SHARES):
         for few, many in zip(ranking.kept(small), ranking.kept(large), strict=True):
             assert set(few) <= set(many)
@@ -44,25 +44,25 @@ def test_a_larger_share_never_keeps_fewer_and_contains_the_smaller():
 def test_the_whole_variance_keeps_every_neuron_even_those_that_never_change():
     variance = VARIANCE.copy()
     variance[:, 5:] = 0
-    assert rank_by_variance(variance).sizes(1.0).tolist() == [30] * 4
-    assert max(rank_by_variance(variance).sizes(0.999)) <= 5
+    assert rank_neurons(variance).sizes(1.0).tolist() == [30] * 4
+    assert max(rank_neurons(variance).sizes(0.999)) <= 5
 
 
 def test_every_expert_keeps_a_neuron():
-    assert rank_by_variance(VARIANCE).sizes(0.0).tolist() == [1] * 4
+    assert rank_neurons(VARIANCE).sizes(0.0).tolist() == [1] * 4
 
 
 def test_equally_variable_neurons_are_kept_in_their_order():
-    kept = rank_by_variance(np.array([[1.0, 2, 1, 1]])).kept(0.7)
+    kept = rank_neurons(np.array([[1.0, 2, 1, 1]])).kept(0.7)
     assert kept[0].tolist() == [0, 1, 2]
 
 
 def test_an_expert_without_any_variance_keeps_everything():
-    assert rank_by_variance(np.zeros((2, 6))).sizes(0.9).tolist() == [6, 6]
+    assert rank_neurons(np.zeros((2, 6))).sizes(0.9).tolist() == [6, 6]
 
 
 def cost(p):
-    return 100 + 10 * int(rank_by_variance(VARIANCE).sizes(p).sum())
+    return 100 + 10 * int(rank_neurons(VARIANCE).sizes(p).sum())
 
 
 @pytest.mark.parametrize("reduction", [0.1, 0.28, 0.6, 0.8])

@@ -25,7 +25,7 @@ def drawn():
 
 
 def counted_one_by_one(sample, expert, chosen):
-    """Weight, mean input and variance of one expert, token by token."""
+    """Weight, mean input, means and variances of one expert, token by token."""
     rows = [
         row for row in range(ROWS) if expert[row] == chosen for _ in range(int(sample.weight[row]))
     ]
@@ -36,7 +36,7 @@ def counted_one_by_one(sample, expert, chosen):
         for column, m in zip(zip(*hidden, strict=True), means, strict=True)
     ]
     inputs = np.mean([sample.inputs[row].astype(float) for row in rows], axis=0)
-    return len(rows), inputs, variances
+    return len(rows), inputs, means, variances
 
 
 def test_statistics_equal_a_slow_loop_that_repeats_each_token_by_its_weight(drawn, monkeypatch):
@@ -44,9 +44,10 @@ def test_statistics_equal_a_slow_loop_that_repeats_each_token_by_its_weight(draw
     sample, expert = drawn
     found = statistics_of(sample, lambda rows: expert[rows], experts=EXPERTS)
     for chosen in range(EXPERTS):
-        weight, inputs, variances = counted_one_by_one(sample, expert, chosen)
+        weight, inputs, means, variances = counted_one_by_one(sample, expert, chosen)
         assert found.weight[chosen] == weight
         np.testing.assert_allclose(found.mean_input[chosen], inputs, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(found.mean_hidden[chosen], means, rtol=1e-10)
         np.testing.assert_allclose(found.variance[chosen], variances, rtol=1e-10)
 
 
@@ -79,6 +80,7 @@ def test_an_expert_without_tokens_has_no_variance_and_no_share(drawn):
     found = statistics_of(sample, lambda rows: np.zeros(ROWS, int)[rows], experts=2)
     assert found.shares.tolist() == [1, 0]
     assert not found.variance[1].any()
+    assert not found.mean_hidden[1].any()
 
 
 def test_a_constant_neuron_never_has_negative_variance(drawn):

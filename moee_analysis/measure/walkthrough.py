@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from moee_analysis.activations import prefix_tokens
 from moee_analysis.clustering import cluster, reduce_dimensions
 from moee_analysis.models import find_mlps
-from moee_analysis.planning import clustered, sampled
+from moee_analysis.partition import clustered
+from moee_analysis.planning import sampled
+from moee_analysis.recorded import recorded_layer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moee_analysis.extraction import Extraction
     from moee_analysis.images import ImageSet
+    from moee_analysis.recorded import Recorded
 
 
 def embedding(
@@ -96,6 +100,12 @@ def _shuffled_components(points: np.ndarray, rng: np.random.Generator) -> np.nda
     return (rng.permuted(scores, axis=0) * scale) @ axes + mean
 
 
+def _routed(layer: Recorded, run: Extraction) -> np.ndarray:
+    """Rows of the tokens that the run routes by their content."""
+    leading = prefix_tokens(run.dense()) if run.config.tokens == "kinds" else 0
+    return np.flatnonzero(layer.sample.position >= leading)
+
+
 def _clusters(
     run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -105,7 +115,7 @@ def _clusters(
     found = {}
     for site in find_mlps(run.dense()):
         if site.index in layers:
-            rows, clusters = clustered(activations, site, run.config, root=store)
-            hidden = activations.layer(site).hidden[rows].astype(np.float32)
-            found[site.index] = hidden, clusters.labels
+            layer = recorded_layer(activations, run.dense(), site)
+            rows, clusters = clustered(layer, _routed(layer, run), run.config, root=store)
+            found[site.index] = layer.sample.hidden[rows].astype(np.float32), clusters.labels
     return found

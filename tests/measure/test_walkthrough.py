@@ -6,8 +6,8 @@ import pytest
 from moee_analysis import measure
 from moee_analysis.extraction import extract
 from moee_analysis.measure.walkthrough import _shuffled_components
-from tests.makers import lively, quick
-from tests.toys import toy_images
+from tests.makers import best, lively, quick
+from tests.toys import toy_images, toy_vit
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,14 @@ def test_surrogate_stands_beside_what_the_run_found(stored):
     own = run.layers[0]
     assert found["noise_share"] == pytest.approx(own.noise_share)
     assert not own.converted or found["clusters"] >= own.experts
+
+
+def test_the_clusters_of_the_best_recipe_are_those_of_its_patches(tmp_path):
+    run = extract(toy_vit(), toy_images(8), best(macs_reduction=0.2), store=tmp_path)
+    table = measure.surrogate(run, toy_images(8), layers=[1], store=tmp_path)
+    found = table.set_index("data").loc["activations"]
+    assert found["clusters"] == run.layers[1].experts - 1
+    assert found["tokens"] == 8 * 16
 
 
 def test_layers_table_tells_what_became_of_every_layer(stored):

@@ -1,0 +1,55 @@
+"""One layer as it was recorded: its tokens, its MLP, and hidden activations in any case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from timm.layers import Mlp
+    from torch import nn
+
+    from moee_analysis.activations import Activations, LayerSample
+    from moee_analysis.models import MlpSite
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A layer's MLP and its recorded tokens; ``key`` names the recording in the store."""
+
+    site: MlpSite
+    mlp: Mlp
+    sample: LayerSample
+    key: str
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens of an image that pass through the layer."""
+        images = int(self.sample.image.max()) + 1
+        return round(self.sample.weight.sum(dtype=np.float64) / images)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """Hidden activations, computed from the recorded inputs of the rows that are asked for."""
+
+    mlp: Mlp
+    inputs: np.ndarray
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return act(W1 x + b1) at ``rows``, float32 (n, hidden)."""
+        like = self.mlp.fc1.weight
+        x = torch.from_numpy(self.inputs[rows].astype(np.float32)).to(like)
+        with torch.no_grad():
+            return self.mlp.act(self.mlp.fc1(x)).float().cpu().numpy()
+
+
+def recorded_layer(activations: Activations, model: nn.Module, site: MlpSite) -> Recorded:
+    """Return a layer's tokens; hidden activations that were not recorded are recomputed."""
+    sample, mlp = activations.layer(site), site.module(model)
+    if sample.hidden is None:
+        sample = replace(sample, hidden=Recomputed(mlp, sample.inputs))
+    return Recorded(site, mlp, sample, activations.key)

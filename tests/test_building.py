@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.activations import recording
+from moee_analysis.building import build_moe
+from moee_analysis.layers import MoeMlp, moe_layers
+from moee_analysis.models import find_mlps, fingerprint
+from moee_analysis.planning import plan_layers
+from tests.makers import best, pixels_of
+from tests.toys import toy_images, toy_vit
+
+IMAGES = toy_images(12)
+REFITS = ("none", "shift", "shared", "each")
+SITES = {site.index: site for site in find_mlps(toy_vit())}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A function that builds the layers 0 and 1 with given neurons and refit."""
+    root, model = tmp_path_factory.mktemp("store"), toy_vit()
+    config = best(metric="outputs", layers=(0, 1)).resolved()
+    plans = plan_layers(model, IMAGES, config, root=root)
+
+    def build(kept, **pieces):
+        chosen = best(metric="outputs", layers=(0, 1), **pieces).resolved()
+        return build_moe(model, IMAGES, plans, kept(plans), chosen, root=root)
+
+    return model, plans, build
+
+
+def at_random(plans):
+    """Half of the neurons of every expert."""
+    rng = np.random.default_rng(0)
+    return {p.site.name: rng.random(p.scores.neurons.shape) < 0.5 for p in plans if p.converted}
+
+
+def everything(plans):
+    return {name: np.ones_like(mask) for name, mask in at_random(plans).items()}
+
+
+def nothing(plans):
+    return {name: np.zeros_like(mask) for name, mask in at_random(plans).items()}
+
+
+def inputs_of(model, index):
+    """Inputs of one MLP for all images, (images, tokens, dim)."""
+    x = torch.cat(list(IMAGES.batches(model)))
+    with recording(model, [SITES[index]]) as captured, torch.inference_mode():
+        model(x)
+    return captured[SITES[index].name].inputs
+
+
+def error(model, moe, index):
+    """Squared error of one layer's outputs per token of the calibration images."""
+    inputs = inputs_of(model, index)
+    wrong = moe_layers(moe)[index](inputs) - SITES[index].module(model)(inputs)
+    return float(wrong.square().sum(dim=-1).mean())
+
+
+def test_experts_are_the_neurons_that_were_chosen(built):
+    _, plans, build = built
+    moe = build(at_random)
+    assert list(moe_layers(moe)) == [0, 1]
+    for index, layer in moe_layers(moe).items():
+        mask = at_random(plans)[f"blocks.{index}.mlp"]
+        kept = [layer.kept[layer.expert_neurons(e)].tolist() for e in range(layer.n_experts)]
+        assert kept == [np.flatnonzero(row).tolist() for row in mask]
+        np.testing.assert_allclose(layer.shares, plans[index].shares, rtol=1e-6)
+
+
+def test_the_dense_model_is_left_as_it_was(built):
+    model, _, build = built
+    before = fingerprint(model)
+    moe = build(at_random)
+    assert fingerprint(model) == before == fingerprint(toy_vit())
+    assert not any(isinstance(module, MoeMlp) for module in model.modules())
+    assert not moe.training
+
+
+@pytest.mark.parametrize("refit", REFITS)
+def test_with_all_neurons_kept_a_layer_is_the_dense_one(built, refit):
+    model, _, build = built
+    moe, x = build(everything, refit=refit), pixels_of(model)
+    torch.testing.assert_close(moe(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_more_is_refitted_the_closer_is_the_layer(built, layer):
+    model, _, build = built
+    errors = [error(model, build(at_random, refit=refit), layer) for refit in REFITS]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1.5 * errors[3]
+
+
+@pytest.mark.parametrize("refit", REFITS[1:])
+def test_the_mean_output_of_every_expert_is_that_of_the_dense_layer(built, refit):
+    model, _, build = built
+    moe = build(at_random, refit=refit)
+    for index, layer in moe_layers(moe).items():
+        inputs = inputs_of(model, index)
+        chosen = layer.router(inputs)[:, 0]
+        wrong = (layer(inputs) - SITES[index].module(model)(inputs)).flatten(0, 1)
+        for expert in range(layer.n_experts):
+            mean = wrong[chosen == expert].mean(dim=0)
+            torch.testing.assert_close(mean, torch.zeros(32), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("refit", REFITS[1:])
+def test_a_layer_without_neurons_gives_every_expert_s_mean_output(built, refit):
+    model, _, build = built
+    layer = moe_layers(build(nothing, refit=refit))[1]
+    inputs = inputs_of(model, 1)
+    chosen = layer.router(inputs)[:, 0]
+    dense = SITES[1].module(model)(inputs).flatten(0, 1)
+    for expert in range(layer.n_experts):
+        mean = dense[chosen == expert].mean(dim=0)
+        outputs = layer(inputs).flatten(0, 1)[chosen == expert]
+        torch.testing.assert_close(outputs, mean.expand_as(outputs), rtol=0, atol=0.01)
+
+
+def test_without_a_refit_the_output_weights_are_the_dense_ones(built):
+    model, _, build = built
+    for index, layer in moe_layers(build(at_random, refit="none")).items():
+        dense = model.blocks[index].mlp.fc2
+        assert layer.shift is None
+        torch.testing.assert_close(layer.fc2.weight, dense.weight[:, layer.kept])
+        torch.testing.assert_close(layer.fc2.bias, dense.bias)
+
+
+def test_only_a_refit_each_stores_the_output_weights_of_every_expert(built):
+    _, _, build = built
+    for refit, single in (("shift", True), ("shared", True), ("each", False)):
+        for layer in moe_layers(build(at_random, refit=refit)).values():
+            columns = len(layer.kept) if single else sum(layer.expert_sizes)
+            assert layer.fc2.weight.shape[1] == columns
+            assert layer.shift.shape == (layer.n_experts, 32)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import Mlp
+
+from moee_analysis import fisher as fishers
+from moee_analysis.activations import LayerSample
+from moee_analysis.errors import MoeeError
+from moee_analysis.fisher import DAMPING, PRIOR, damped, fisher, importance, input_root, root
+from moee_analysis.models import find_mlps
+from moee_analysis.sensitivity import output_gradients
+from tests.makers import pixels_of, sample_of
+from tests.toys import toy_vit
+
+PROBES, ROWS, DIM, HIDDEN = 3, 30, 5, 8
+MANY = 64  # probes, images and draws that make a mean exact enough
+
+
+@pytest.fixture
+def drawn():
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(PROBES, ROWS, DIM)).astype("f2")
+    norms = rng.gamma(1.0, size=(PROBES, ROWS)).astype("f4")
+    sample = sample_of(inputs=np.zeros((ROWS, DIM), "f2"), gradients=gradients)
+    return LayerSample(**{**vars(sample), "norms": norms})
+
+
+def outer_products(sample, rows):
+    """Mean of g g^T over tokens and probes, one after the other."""
+    total = np.zeros((DIM, DIM))
+    for g in sample.gradients(rows).astype("f8").reshape(-1, DIM):
+        total += np.outer(g, g)
+    return total / (PROBES * len(rows))
+
+
+def some_metric(seed=0):
+    half = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return half @ half.T
+
+
+@pytest.fixture
+def mlp():
+    torch.manual_seed(0)
+    return Mlp(DIM, HIDDEN)
+
+
+@pytest.mark.parametrize("rows", [np.arange(ROWS), np.array([0, 3, 4, 17])])
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_the_metric_is_the_mean_product_of_gradients(drawn, monkeypatch, rows, chunk):
+    monkeypatch.setattr(fishers, "CHUNK", chunk)
+    np.testing.assert_allclose(fisher(drawn, rows), outer_products(drawn, rows), rtol=1e-5)
+
+
+def test_a_prior_counts_as_so_many_tokens_more(drawn):
+    few, everyone = np.arange(4), np.arange(ROWS)
+    prior = fisher(drawn, everyone)
+    expected = (4 * outer_products(drawn, few) + PRIOR * outer_products(drawn, everyone)) / (
+        4 + PRIOR
+    )
+    np.testing.assert_allclose(fisher(drawn, few, prior=prior), expected, rtol=1e-5)
+
+
+def test_without_tokens_the_metric_is_the_prior(drawn):
+    nobody = np.array([], dtype=int)
+    assert not fisher(drawn, nobody).any()
+    torch.testing.assert_close(fisher(drawn, nobody, prior=some_metric()), some_metric())
+
+
+def test_a_sample_without_gradients_is_refused():
+    with pytest.raises(MoeeError, match="gradients"):
+        fisher(sample_of(np.zeros((3, 4), "f2")), np.arange(3))
+
+
+def test_damping_raises_every_eigenvalue_by_a_share_of_their_mean():
+    before, after = (torch.linalg.eigvalsh(m) for m in (some_metric(), damped(some_metric())))
+    torch.testing.assert_close(after, before + DAMPING * before.mean())
+
+
+def test_a_root_squared_is_the_metric():
+    found = root(some_metric())
+    torch.testing.assert_close(found @ found, some_metric())
+    torch.testing.assert_close(found, found.T)
+
+
+def test_a_singular_metric_has_a_root():
+    flat = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(root(flat), flat.sqrt())
+    torch.testing.assert_close(root(flat - 1e-12 * torch.eye(4)), flat.sqrt())
+
+
+def test_importance_is_the_squared_length_of_each_column():
+    readout = torch.randn(DIM, HIDDEN, dtype=torch.float64)
+    columns = [float(w @ some_metric() @ w) for w in readout.T]
+    np.testing.assert_allclose(importance(readout, some_metric()), columns, rtol=1e-10)
+
+
+def test_distances_after_the_input_root_are_those_that_hidden_neurons_pass_on(mlp):
+    A = input_root(mlp, some_metric())
+    W1, W2 = mlp.fc1.weight.detach().double(), mlp.fc2.weight.detach().double()
+    for _ in range(5):
+        x, y = torch.randn(2, DIM, dtype=torch.float64)
+        expected = sum(
+            (W2[:, j] @ some_metric() @ W2[:, j]) * (W1[j] @ (x - y)) ** 2 for j in range(HIDDEN)
+        )
+        torch.testing.assert_close((A @ (x - y)).square().sum(), expected)
+
+
+# What an error really costs
+
+
+def changed(model, site, delta):
+    """Add ``delta`` (images, tokens, dim) to the outputs at ``site`` for good."""
+    return site.module(model).register_forward_hook(lambda _module, _args, out: out + delta)
+
+
+def divergences(model, site, x, delta):
+    """KL(before || after) of each image."""
+    before = model(x).log_softmax(dim=1)
+    hook = changed(model, site, delta)
+    after = model(x).log_softmax(dim=1)
+    hook.remove()
+    return (before.exp() * (before - after)).sum(dim=1)
+
+
+def recorded_gradients(model, site, x):
+    """A sample of all tokens of ``x`` with their gradients, and each token's position."""
+    g = output_gradients(model, [site], x, seeds=[(0, i) for i in range(len(x))], probes=MANY)
+    images, tokens = g[site.name].shape[1:3]
+    position = np.tile(np.arange(tokens), images)
+    flat = g[site.name].reshape(MANY, images * tokens, -1).numpy()
+    return sample_of(position=position, gradients=flat)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("who", ["cls", "patches", "some"])
+def test_errors_of_random_signs_cost_as_much_divergence_as_the_metric_says(layer, who):
+    model = toy_vit().double()
+    site, x = find_mlps(model)[layer], pixels_of(model, count=8).double()
+    sample = recorded_gradients(model, site, x)
+    chosen = {"cls": [0], "patches": range(1, 17), "some": [2, 5, 11]}[who]
+    rows = np.flatnonzero(np.isin(sample.position, chosen))
+    draw = torch.Generator().manual_seed(layer)
+    error = 1e-3 * torch.randn(32, generator=draw, dtype=torch.float64)
+    expected = len(chosen) * float(error @ fisher(sample, rows) @ error) / 2
+    costs = []
+    for _ in range(MANY):
+        signs = torch.zeros(8, 17, 1, dtype=torch.float64)
+        drawn = torch.randint(2, (8, len(chosen), 1), generator=draw)
+        signs[:, chosen] = 2 * drawn.double() - 1
+        costs.append(divergences(model, site, x, signs * error).mean())
+    assert float(torch.stack(costs).mean()) == pytest.approx(expected, rel=0.25)
