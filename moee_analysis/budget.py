@@ -19,7 +19,7 @@ from moee_analysis.errors import MoeeError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-BISECTIONS = 60
+BISECTIONS = 35
 
 
 @dataclass(frozen=True)
