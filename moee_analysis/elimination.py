@@ -59,7 +59,7 @@ def _inverse(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
     # the least float32, so that its inverse is still finite in float64
     scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     ridged = covariance + ridge * scale * torch.eye(len(covariance), dtype=covariance.dtype)
-    return torch.linalg.inv(ridged)
+    return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
 
 
 def _without(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from timm.layers import Mlp
 
     from moee_analysis.activations import LayerSample
+    from moee_analysis.statistics import ExpertStatistics
 
 
 @dataclass(frozen=True)
@@ -62,35 +63,41 @@ def score(
     metric
         ``outputs``: Q is the identity; ``fisher``: that of :mod:`moee_analysis.fisher`.
     """
-    statistics = statistics_of(sample, lambda rows: members[rows], experts=len(kinds))
     W2 = _matrix(mlp.fc2)
-    metrics = (
-        expert_metrics(sample, members, kinds) if metric == "fisher" else [_plain(W2)] * len(kinds)
-    )
-    if order == "magnitude":
-        neurons = [_matrix(mlp.fc1).norm(dim=1) * W2.norm(dim=0)] * len(kinds)
-    elif order == "variance":
-        neurons = list(torch.from_numpy(statistics.variance))
-    elif order == "weighted":
-        variances = torch.from_numpy(statistics.variance)
-        neurons = [v * importance(W2, Q) for v, Q in zip(variances, metrics, strict=True)]
-    else:
-        neurons = [
-            elimination_costs(_covariance(sample, members, expert), root(Q) @ W2)
-            for expert, Q in enumerate(metrics)
-        ]
+    metrics = [torch.eye(len(W2), dtype=W2.dtype)] * len(kinds)
+    if metric == "fisher":
+        metrics = expert_metrics(sample, members, kinds)
     weight = np.array([float(Q.diagonal().mean()) for Q in metrics])
-    return Scores(torch.stack(neurons).numpy(), statistics.mean_hidden, weight)
+    if order == "obs":
+        return Scores(*_eliminated(sample, members, W2, metrics), weight)
+    statistics = statistics_of(sample, lambda rows: members[rows], experts=len(kinds))
+    neurons = _one_by_one(mlp, statistics, metrics, order)
+    return Scores(neurons, statistics.mean_hidden, weight)
 
 
-def _covariance(sample: LayerSample, members: np.ndarray, expert: int) -> torch.Tensor:
-    return moments_of(sample, np.flatnonzero(members == expert)).covariance
+def _one_by_one(
+    mlp: Mlp, statistics: ExpertStatistics, metrics: list[torch.Tensor], order: str
+) -> np.ndarray:
+    """Scores (experts, hidden) that ask of each neuron what it does by itself."""
+    W1, W2 = _matrix(mlp.fc1), _matrix(mlp.fc2)
+    if order == "magnitude":
+        return np.tile((W1.norm(dim=1) * W2.norm(dim=0)).numpy(), (len(metrics), 1))
+    if order == "variance":
+        return statistics.variance
+    return statistics.variance * torch.stack([importance(W2, Q) for Q in metrics]).numpy()
+
+
+def _eliminated(
+    sample: LayerSample, members: np.ndarray, W2: torch.Tensor, metrics: list[torch.Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Costs of removal and mean activations, both (experts, hidden), of every expert's neurons."""
+    costs, means = [], []
+    for expert, Q in enumerate(metrics):
+        moments = moments_of(sample, np.flatnonzero(members == expert))
+        costs.append(elimination_costs(moments.covariance, root(Q) @ W2))
+        means.append(moments.mean.double())
+    return torch.stack(costs).numpy(), torch.stack(means).numpy()
 
 
 def _matrix(linear: torch.nn.Linear) -> torch.Tensor:
     return linear.weight.detach().double().cpu()
-
-
-def _plain(readout: torch.Tensor) -> torch.Tensor:
-    """The metric in which all outputs count alike."""
-    return torch.eye(len(readout), dtype=readout.dtype)
