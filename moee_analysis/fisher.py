@@ -35,9 +35,10 @@ def fisher(
     :data:`PRIOR` tokens more.
     """
     total = sum(_products(sample, rows[i : i + CHUNK]) for i in range(0, max(len(rows), 1), CHUNK))
+    tokens = float(sample.weight[rows].sum(dtype=np.float64))
     if prior is None:
-        return total / max(len(rows), 1)
-    return (total + PRIOR * prior) / (len(rows) + PRIOR)
+        return total / max(tokens, np.finfo(float).tiny)
+    return (total + PRIOR * prior) / (tokens + PRIOR)
 
 
 def expert_metrics(
@@ -61,10 +62,11 @@ def expert_metrics(
 
 
 def _products(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
-    """Sum of g g^T over the tokens, averaged over the probes."""
+    """Sum of g g^T over the tokens that the rows stand for, averaged over the probes."""
     gradients = torch.from_numpy(sample.gradients(rows))
-    flat = gradients.flatten(end_dim=1)
-    return (flat.T @ flat).double() / len(gradients)
+    weighted = gradients * torch.from_numpy(sample.weight[rows])[:, None]
+    products = weighted.flatten(end_dim=1).T @ gradients.flatten(end_dim=1)
+    return products.double() / len(gradients)
 
 
 def damped(metric: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from moee_analysis.measure.ablation import ablation as ablation
+from moee_analysis.measure.ablation import sweeps as sweeps
+from moee_analysis.measure.ablation import variants as variants
 from moee_analysis.measure.accuracy import accuracy as accuracy
 from moee_analysis.measure.class_distance import class_distance as class_distance
 from moee_analysis.measure.class_distance import family_separation as family_separation
@@ -16,6 +19,9 @@ from moee_analysis.measure.experts import sizes as sizes
 from moee_analysis.measure.macs import macs as macs
 from moee_analysis.measure.modularity import modularity as modularity
 from moee_analysis.measure.modularity import part_profile as part_profile
+from moee_analysis.measure.router_regret import rerouted as rerouted
+from moee_analysis.measure.router_regret import router_choices as router_choices
+from moee_analysis.measure.router_regret import router_regret as router_regret
 from moee_analysis.measure.routes import Routes as Routes
 from moee_analysis.measure.routes import routes as routes
 from moee_analysis.measure.routing import balance as balance
