@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from moee_analysis.plots import style as style
+from moee_analysis.plots.ablation import ablation as ablation
+from moee_analysis.plots.ablation import router_regret as router_regret
+from moee_analysis.plots.ablation import sweeps as sweeps
 from moee_analysis.plots.accuracy import accuracy as accuracy
 from moee_analysis.plots.class_distance import class_distance as class_distance
 from moee_analysis.plots.class_distance import class_relatedness as class_relatedness
