@@ -1,0 +1,252 @@
+"""What a router costs beside the best one possible, token by token, with the same experts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from moee_analysis.activations import recording
+from moee_analysis.counting import evaluating
+from moee_analysis.images import fitting_batch
+from moee_analysis.layers import MoeMlp, moe_layers
+from moee_analysis.models import find_mlps
+from moee_analysis.partition import metric_root, router_to
+from moee_analysis.planning import sampled
+from moee_analysis.progress import progress
+from moee_analysis.recorded import recorded_layer
+from moee_analysis.routers import ConstantRouter, RandomRouter, TokenKindRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from moee_analysis.config import ExtractConfig
+    from moee_analysis.extraction import Extraction
+    from moee_analysis.images import ImageSet
+    from moee_analysis.recorded import Recorded
+
+
+class OracleRouter(nn.Module):
+    """Send a token to the expert whose output for it is nearest to that of the dense MLP.
+
+    It computes all that a router should save. The first ``leading`` experts are never chosen, and
+    not counted.
+    """
+
+    def __init__(self, dense: nn.Module, layer: MoeMlp, *, leading: int = 0) -> None:
+        super().__init__()
+        self.n_experts = layer.n_experts - leading
+        self._known = (dense, copy.deepcopy(layer))  # in a tuple: not among the model's modules
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        return self.errors(x).argmin(dim=1, keepdim=True)
+
+    def errors(self, x: torch.Tensor) -> torch.Tensor:
+        """Squared error of the output of every expert, (n, experts), for the tokens of ``x``."""
+        layer, wanted, found = self._known[1], self.wanted(x), []
+        for expert in range(layer.n_experts - self.n_experts, layer.n_experts):
+            layer.router = ConstantRouter(expert).to(x.device)
+            found.append((layer(x) - wanted).square().sum(dim=-1).flatten())
+        return torch.stack(found, dim=1)
+
+    def wanted(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the dense MLP for ``x``."""
+        return self._known[0](x)
+
+    @property
+    def macs(self) -> float:
+        """MACs per token: the dense MLP, and every expert."""
+        dense, layer = self._known
+        ends = layer.fc1.in_features + layer.fc2.out_features
+        return ends * (dense.fc1.out_features + sum(layer.expert_sizes[-self.n_experts :]))
+
+
+def router_choices(
+    run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
+) -> dict[str, dict[int, nn.Module]]:
+    """Return other routers to the experts of a run, by name and by layer.
+
+    ``cosine`` and ``nearest``, one of them the run's own, the other to the means of the tokens
+    that the run's own routes; ``random``, as often as the calibration; ``constant``, always the
+    expert of the most tokens; ``oracle``. Leading tokens keep experts of their own, and a layer
+    with a single other expert is left out.
+
+    Parameters
+    ----------
+    images
+        The run's own calibration images.
+    store
+        The store that holds (or will hold) the sampled tokens.
+    """
+    dense, config = run.dense(), run.config
+    limited = images.limit(config.calibration_images, seed=config.seed)
+    activations = sampled(dense, limited, config, root=Path(store))
+    sites = {site.index: site for site in find_mlps(dense)}
+    choices: dict[str, dict[int, nn.Module]] = {}
+    for index, layer in moe_layers(run.model).items():
+        if layer.n_experts - _leading(layer) > 1:
+            recorded = recorded_layer(activations, dense, sites[index])
+            found = _to_centres(recorded, layer, config) | _others(recorded, layer, seed=seed)
+            for name, router in found.items():
+                choices.setdefault(name, {})[index] = _beside_leading(router, layer)
+    return choices
+
+
+def rerouted(run: Extraction, routers: Mapping[int, nn.Module]) -> nn.Module:
+    """Copy the run's model and give its layers other routers, by layer index."""
+    model = copy.deepcopy(run.model)
+    for index, layer in moe_layers(model).items():
+        if index in routers:
+            layer.router = copy.deepcopy(routers[index]).to(layer.shares.device)
+    return model
+
+
+def router_regret(
+    run: Extraction,
+    images: ImageSet,
+    routers: Mapping[str, Mapping[int, nn.Module]],
+    *,
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """Error of the layers' outputs under each router, beyond that of the best expert for a token.
+
+    Every layer gets the inputs of the dense model, so that the errors of other layers are no part
+    of it. Counted are the tokens that are routed, not those with experts by position.
+
+    Parameters
+    ----------
+    routers
+        By name and layer, such as :func:`router_choices` gives.
+
+    Returns
+    -------
+    DataFrame
+        A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the
+        output over the variance of the dense one), ``regret`` (``error`` less that of the best
+        expert for every token), ``best`` (share of tokens that get this expert), ``experts``.
+    """
+    dense = run.dense()
+    sites = {site.index: site for site in find_mlps(dense)}
+    common = set.intersection(*(set(by_layer) for by_layer in routers.values()))
+    layers = {index: layer for index, layer in moe_layers(run.model).items() if index in common}
+    sums = {index: _Sums(_oracle(sites[index].module(dense), layers[index])) for index in layers}
+    batch_size = batch_size or fitting_batch(dense)
+    batches = images.batches(dense, batch_size=batch_size)
+    with evaluating(dense), recording(dense, [sites[index] for index in layers]) as seen:
+        for x in progress(batches, label="routers", total=math.ceil(len(images) / batch_size)):
+            dense(x.to(next(dense.parameters())))
+            for index, layer in layers.items():
+                inputs = seen[sites[index].name].inputs
+                own = {name: of_layer[index] for name, of_layer in routers.items()}
+                sums[index].add(layer, inputs, own)
+    rows = [{"layer": index} | row for index, found in sums.items() for row in found.rows()]
+    table = pd.DataFrame(rows)
+    table.attrs["caption"] = (
+        f"{len(images)} images, routed tokens only, each layer on the inputs of the dense model; "
+        "errors are relative to the variance of the dense outputs."
+    )
+    return table
+
+
+@dataclass
+class _Sums:
+    """What the errors of one layer add up to, over the routed tokens of all batches."""
+
+    oracle: OracleRouter
+    tokens: int = 0
+    outputs: torch.Tensor | float = 0.0
+    squares: float = 0.0
+    least: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    best: dict[str, int] = field(default_factory=dict)
+
+    def add(self, layer: MoeMlp, x: torch.Tensor, routers: Mapping[str, nn.Module]) -> None:
+        """Add the tokens ``x`` [images, tokens, dim]."""
+        routed = x[:, _leading_tokens(layer) :]
+        y = self.oracle.wanted(routed).double()
+        errors = self.oracle.errors(routed).double()
+        self.tokens += len(errors)
+        self.outputs = self.outputs + y.sum(dim=(0, 1))
+        self.squares += float(y.square().sum())
+        self.least += float(errors.min(dim=1).values.sum())
+        for name, router in routers.items():
+            chosen = _chosen(router, layer, x)
+            self.errors[name] = self.errors.get(name, 0.0) + float(errors.gather(1, chosen).sum())
+            hits = int((chosen[:, 0] == errors.argmin(dim=1)).sum())
+            self.best[name] = self.best.get(name, 0) + hits
+
+    def rows(self) -> Iterator[dict[str, float | str]]:
+        """Means over the tokens, one row for each router."""
+        mean = self.outputs / self.tokens
+        scale = self.squares - self.tokens * float(mean.square().sum())
+        for name, error in self.errors.items():
+            yield {
+                "router": name,
+                "error": error / scale,
+                "regret": (error - self.least) / scale,
+                "best": self.best[name] / self.tokens,
+                "experts": self.oracle.n_experts,
+            }
+
+
+def _oracle(dense: nn.Module, layer: MoeMlp) -> OracleRouter:
+    return OracleRouter(dense, layer, leading=_leading(layer))
+
+
+def _leading(layer: MoeMlp) -> int:
+    """Experts that leading tokens have by their position."""
+    return layer.router.prefix_experts if isinstance(layer.router, TokenKindRouter) else 0
+
+
+def _leading_tokens(layer: MoeMlp) -> int:
+    return len(layer.router.prefix) if isinstance(layer.router, TokenKindRouter) else 0
+
+
+def _inner(layer: MoeMlp) -> nn.Module:
+    """The router of the tokens that are not leading."""
+    return layer.router.inner if isinstance(layer.router, TokenKindRouter) else layer.router
+
+
+def _beside_leading(router: nn.Module, layer: MoeMlp) -> nn.Module:
+    """``router`` for the other tokens; leading ones keep their experts."""
+    if not isinstance(layer.router, TokenKindRouter):
+        return router
+    return TokenKindRouter(layer.router.prefix.tolist(), router, tokens=layer.router.tokens)
+
+
+def _chosen(router: nn.Module, layer: MoeMlp, x: torch.Tensor) -> torch.Tensor:
+    """Experts (n, 1) of the routed tokens of ``x`` [images, tokens, dim], counted from 0."""
+    chosen = router.to(x.device)(x).reshape(*x.shape[:2])[:, _leading_tokens(layer) :]
+    return chosen.reshape(-1, 1) - _leading(layer)
+
+
+def _to_centres(recorded: Recorded, layer: MoeMlp, config: ExtractConfig) -> dict[str, nn.Module]:
+    """Routers by cosine and to the nearest; the one that is not the run's own gets new centres."""
+    rows = np.flatnonzero(recorded.sample.position >= _leading_tokens(layer))
+    inputs = torch.from_numpy(recorded.sample.inputs[rows].astype(np.float32))
+    own = copy.deepcopy(_inner(layer)).cpu()
+    expert = own(inputs)[:, 0]
+    sums = torch.zeros(layer.n_experts - _leading(layer), inputs.shape[1])
+    means = sums.index_add(0, expert, inputs)
+    means /= expert.bincount(minlength=len(means)).clamp_min(1)[:, None]
+    root = metric_root(recorded, rows, config)
+    nearest = router_to(means.numpy() @ root.T, root)
+    return {"cosine": router_to(means.numpy(), None), "nearest": nearest, config.router: own}
+
+
+def _others(recorded: Recorded, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
+    """Routers that no centre has a part in."""
+    site, shares = recorded.site, layer.shares[_leading(layer) :].cpu()
+    return {
+        "random": RandomRouter(shares, dim=site.dim, seed=1000 * seed + site.index),
+        "constant": ConstantRouter(int(shares.argmax())),
+        "oracle": _oracle(recorded.mlp, layer),
+    }
