@@ -14,10 +14,11 @@ from torch import nn
 
 from moee_analysis.clustering import ClusterConfig
 from moee_analysis.controls import randomly_routed
+from moee_analysis.counting import MacCount, count, count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
+from moee_analysis.layers import MoeMlp, all_mlps
 from moee_analysis.measure.accuracy import accuracy
-from moee_analysis.measure.macs import TOTAL, macs
 from moee_analysis.models import fingerprint
 from moee_analysis.progress import progress
 from moee_analysis.recipes import recipe_named
@@ -50,7 +51,8 @@ def variants(
     Parameters
     ----------
     tried
-        Configurations, or models made already, by the name of the variant.
+        Configurations, or models made already that differ from the dense one in their MLPs, by
+        the name of the variant.
     seed, resamples
         Of the image bootstrap.
 
@@ -73,7 +75,8 @@ def variants(
         scores = accuracy(models, images, reference=dense, seed=seed, resamples=resamples)
         scores.index = scores["system"].astype(int)
         table = table.join(scores[SCORES])
-    costs = pd.DataFrame([_cost(row) for row in rows])
+    counted = count(dense)
+    costs = pd.DataFrame([_cost(row, dense, counted) for row in rows])
     table = table.reindex(columns=["variant", *SCORES]).join(costs)
     table.attrs["caption"] = (
         f"{len(images)} images evaluated, reference: the dense model; bars are 95 % intervals of "
@@ -114,16 +117,23 @@ def _extracted(
     return _Made(run.model, run, json.loads((folder / "seconds.json").read_text()))
 
 
-def _cost(row: _Made) -> dict[str, Any]:
+def _cost(row: _Made, dense: nn.Module, counted: MacCount) -> dict[str, Any]:
     saved = dict.fromkeys(("macs_reduction", "params_reduction", "router_macs"), math.nan)
     if row.model is not None:
-        parts = macs(row.model).set_index("component")
-        total, routed = parts.loc[TOTAL], parts[parts["converted"] & (parts["layer"] >= 0)]
-        saved["macs_reduction"] = float(1 - total["macs"] / total["macs_dense"])
-        saved["params_reduction"] = float(1 - total["params"] / total["params_dense"])
-        in_experts = (routed["active_fraction"] * routed["macs_dense"]).sum()
-        saved["router_macs"] = float((routed["macs"].sum() - in_experts) / total["macs_dense"])
+        mlps = all_mlps(row.model)
+        cost = counted.replacing({name: _macs_per_token(mlp) for name, mlp in mlps.items()})
+        saved["macs_reduction"] = 1 - cost / counted.total
+        saved["params_reduction"] = 1 - count_parameters(row.model) / count_parameters(dense)
+        routers = {name: mlp.router.macs for name, mlp in mlps.items() if isinstance(mlp, MoeMlp)}
+        in_routers = sum(counted.tokens[name] * each for name, each in routers.items())
+        saved["router_macs"] = in_routers / counted.total
     return {**saved, "seconds": row.seconds, "reason": row.reason}
+
+
+def _macs_per_token(mlp: nn.Module) -> float:
+    if isinstance(mlp, MoeMlp):
+        return mlp.macs_per_token()
+    return sum(linear.in_features * linear.out_features for linear in (mlp.fc1, mlp.fc2))
 
 
 def ablation(

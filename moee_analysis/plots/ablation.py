@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _TITLES = {
@@ -44,7 +45,8 @@ def ablation(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         colour = _BLUE if direction == "off in turn" else _RED
         left.set_title(_TITLES[direction].format(shown["recipe"].iloc[0]))
         left.axvline(100, color=style.GREY, lw=1, zorder=0)
-        _plain_log(right)
+        right.set_xscale("log")
+        _plain(right.xaxis, subs=(1, 2, 5))
         for ax, value in ((left, "retention"), (right, "kl")):
             _draw_base(ax, base, value, colour)
             _draw_rows(ax, shown, value, colour)
@@ -92,12 +94,11 @@ def _draw_rows(ax: Axes, shown: pd.DataFrame, value: str, colour: str) -> None:
     ax.grid(visible=False, axis="y")
 
 
-def _plain_log(ax: Axes) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5, written as plain numbers."""
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_locator(NullLocator())
+def _plain(axis: Axis, *, subs: tuple[float, ...] = (1,)) -> None:
+    """Write the ticks of a logarithmic axis as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _legend(fig: Figure, table: pd.DataFrame) -> None:
@@ -233,12 +234,13 @@ def router_regret(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         if (rows["regret"] > 0).any():
             right.plot(rows["layer"], 100 * rows["regret"], **look)
     for ax, name in (
-        (left, "error of the output"),
+        (left, "squared error of the output"),
         (right, "regret: error beyond the best expert's"),
     ):
         ax.set(yscale="log", title=name)
+        _plain(ax.yaxis)
         whole_layers(ax)
-    left.set_ylabel("squared error\n(% of the dense output's variance)")
+    left.set_ylabel("% of the dense output's variance")
     fig.supxlabel(style.LAYER_AXIS)
     legend_above(fig, left, columns=5)
     return finish(fig, table, caption)
