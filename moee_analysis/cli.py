@@ -132,7 +132,8 @@ def _clustering(arguments: argparse.Namespace) -> ClusterConfig:
     """The recipe's clustering, reduced as asked for."""
     from moee_analysis.recipes import recipe_named
 
-    clustering = recipe_named(arguments.recipe)["clustering"]
+    bound = arguments.params_reduction is not None
+    clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
     return replace(clustering, reduce=arguments.reduce) if arguments.reduce else clustering
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ SPACES = ("hidden", "inputs")
 REDUCTIONS = ("umap", "pca", "none")
 SELECTIONS = ("eom", "leaf")
 NOISE = -1
+NEURONS_EACH, MOST = 6, 128
 MEAN_STEPS = 25  # of k-means; more of them change little
 
 
@@ -36,11 +37,12 @@ class ClusterConfig:
     ``random`` (the control: random tokens as centres). ``space`` is the ``hidden`` activations,
     or the ``inputs`` in the metric of the outputs. ``reduce="none"`` is the paper taken literally;
     on raw activations HDBSCAN calls most tokens noise, so the default reduces with UMAP first.
+    Fewer tokens than ``count`` make fewer clusters.
     """
 
     method: Literal["hdbscan", "kmeans", "random"] = "hdbscan"
     space: Literal["hidden", "inputs"] = "hidden"
-    count: int = 32  # clusters of k-means, or random centres; fewer where there are fewer tokens
+    count: int | None = 32  # clusters of k-means, or random centres; None: see ``for_width``
     reduce: Literal["umap", "pca", "none"] = "umap"
     components: int = 8  # dimensions after the reduction
     neighbors: int = 30  # UMAP's neighbourhood
@@ -68,9 +70,21 @@ class ClusterConfig:
                     str(self.max_cluster_size),
                     "raise it, or set it to None",
                 )
-        for name in ("components", "epochs", "min_samples", "count"):
+        for name in ("components", "epochs", "min_samples"):
             whole_number(name, getattr(self, name), least=1)
+        if self.count is not None:
+            whole_number("count", self.count, least=1)
         whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
+
+    def for_width(self, hidden: int) -> ClusterConfig:
+        """Fill in the ``count`` for a layer of so many hidden neurons, if there is none.
+
+        It is one for every :data:`NEURONS_EACH`, so that routers and shifts stay small beside the
+        weights, and :data:`MOST` at most, so that every expert gets enough tokens to be known by.
+        """
+        if self.count is not None:
+            return self
+        return replace(self, count=min(max(hidden // NEURONS_EACH, 2), MOST))
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,7 @@ def cluster(activations: np.ndarray, config: ClusterConfig, *, seed: int = 0) ->
     MoeeError
         NaN or infinite activations; fewer tokens than UMAP or HDBSCAN need.
     """
+    config = config.for_width(np.shape(activations)[-1])
     points = reduce_dimensions(activations, config, seed=seed)
     return judged(labels_of(points, config, seed=seed), config)
 
@@ -181,7 +196,10 @@ def _same_torch_threads() -> Iterator[None]:
 
 
 def labels_of(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.ndarray:
-    """Cluster of every row of ``points`` (tokens, any), -1 for none, by ``config.method``."""
+    """Cluster of every row of ``points`` (tokens, any), -1 for none, by ``config.method``.
+
+    The configuration has a ``count``.
+    """
     if config.method == "hdbscan":
         return density_labels(points, config)
     count = min(config.count, len(points))

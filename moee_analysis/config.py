@@ -35,7 +35,8 @@ class ExtractConfig:
 
     The other pieces, each explained where it is computed:
 
-    - ``router``: ``cosine`` to mean inputs, or ``nearest`` centre in the metric of the outputs.
+    - ``router``: ``cosine`` to mean inputs, or ``nearest`` centre in the metric of the outputs
+      (where ``clustering`` takes principal components of the inputs, in these).
     - ``tokens``: ``alike``, or each kind of leading token (CLS, distillation, registers) by its
       position to an expert of its own (``kinds``).
     - ``unread``: patch tokens whose MLP output nothing reads are ``routed`` like others, or get a
@@ -103,7 +104,7 @@ class ExtractConfig:
         them than the preset's sample.
         """
         preset = preset_named(self.preset)
-        pieces = {name: self._piece(name) for name in recipe_named(self.recipe)}
+        pieces = {name: self._piece(name) for name in self._recipe}
         names = ["cluster_tokens", "calibration_images"]
         if not self._needs_all_tokens:
             names.append("tokens_per_image")
@@ -133,9 +134,13 @@ class ExtractConfig:
         """Covariances of all hidden neurons take more tokens than variances do."""
         return self._piece("order") == "obs" or self._piece("refit") in ("shared", "each")
 
+    @property
+    def _recipe(self) -> dict[str, Any]:
+        return recipe_named(self.recipe, bound=self.params_reduction is not None)
+
     def _piece(self, name: str) -> Any:
         given = getattr(self, name)
-        return recipe_named(self.recipe)[name] if given is None else given
+        return self._recipe[name] if given is None else given
 
     def _budgets(self) -> dict[str, float | None]:
         """The budget in force: what was given, or else a default."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,9 +29,9 @@ class Partition:
     """The experts of the routed tokens of one layer, before any neuron is chosen.
 
     ``centres`` (experts, rank) are the mean inputs of the clusters, after ``root`` (rank, dim)
-    where the router has a metric; None where a single expert needs no router. ``routed`` is the
-    expert of every routed row of the sample, ``members`` the expert whose statistics it counts
-    for (-1: none). ``reason`` says why the layer must stay dense.
+    where the router has a metric, of full rank or not; None where a single expert needs no router.
+    ``routed`` is the expert of every routed row of the sample, ``members`` the expert whose
+    statistics it counts for (-1: none). ``reason`` says why the layer must stay dense.
     """
 
     noise_share: float = 0.0
@@ -92,14 +92,15 @@ def clustered(
         The rows that were clustered, and the cluster of each.
     """
     rows = _rows_to_cluster(candidates, layer, config)
-    facts = {**_facts(layer, rows, config), **asdict(config.clustering)}
+    settings = config.clustering.for_width(layer.site.hidden)
+    facts = {**_facts(layer, rows, config), **asdict(settings)}
 
     def build(folder: Path) -> None:
         points = _reduced(layer, rows, candidates, config, root=root)
-        np.save(folder / "labels.npy", labels_of(points, config.clustering, seed=config.seed))
+        np.save(folder / "labels.npy", labels_of(points, settings, seed=config.seed))
 
     folder = kept(root, f"clusters-{content_key(**facts)}", build)
-    return rows, judged(np.load(folder / "labels.npy"), config.clustering)
+    return rows, judged(np.load(folder / "labels.npy"), settings)
 
 
 def divided(
@@ -143,12 +144,36 @@ def divided(
 
 
 def metric_root(layer: Recorded, rows: np.ndarray, config: ExtractConfig) -> np.ndarray:
-    """The map after which distances of inputs are about those of outputs, float32 (dim, dim)."""
+    """The map after which distances of inputs are about those of outputs, float32 (rank, dim).
+
+    Where inputs are clustered after PCA, it ends in their leading principal components, those of
+    the tokens at ``rows``.
+    """
     out = layer.mlp.fc2.out_features
     metric = torch.eye(out, dtype=torch.float64)
     if config.metric == "fisher":
         metric = damped(fisher(layer.sample, rows))
-    return _unit(input_root(layer.mlp, metric)).float().numpy()
+    whole = _unit(input_root(layer.mlp, metric))
+    clusters = config.clustering
+    if clusters.space == "inputs" and clusters.reduce == "pca":
+        whole = _leading(whole, _covariance(layer.sample.inputs, rows), clusters.components)
+    return whole.float().numpy()
+
+
+def _leading(root: torch.Tensor, covariance: torch.Tensor, rank: int) -> torch.Tensor:
+    """``root`` followed by a projection on the ``rank`` leading components of its image."""
+    components = torch.linalg.eigh(root @ covariance @ root.T).eigenvectors
+    return components[:, -rank:].T @ root
+
+
+def _covariance(inputs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """Covariance of the tokens at ``rows``, float64 (dim, dim)."""
+    products, total = 0.0, 0.0
+    for start in range(0, len(rows), CHUNK):
+        part = torch.from_numpy(inputs[rows[start : start + CHUNK]].astype(np.float32))
+        products, total = products + (part.T @ part).double(), total + part.sum(dim=0).double()
+    mean = total / len(rows)
+    return products / len(rows) - torch.outer(mean, mean)
 
 
 def _unit(matrix: torch.Tensor) -> torch.Tensor:
@@ -179,6 +204,8 @@ def _reduced(
     if settings.space == "inputs":
         to_outputs = metric_root(layer, candidates, config)
         points = layer.sample.inputs[rows].astype(np.float32) @ to_outputs.T
+        if settings.reduce == "pca":  # the map ends in these components
+            settings = replace(settings, reduce="none")
     else:
         points = layer.sample.hidden[rows]
     if settings.reduce == "none":

@@ -1,11 +1,13 @@
 """The recipes: what each of the pieces of an extraction is, unless a configuration says otherwise.
 
 ``paper`` is MoEE as published, nothing added. ``best`` is whatever this project has found to be
-best. Every piece can be switched on or off alone, in either recipe.
+best; where the parameters are bound as well, some of its pieces change. Every piece can be switched
+on or off alone, in either recipe.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from moee_analysis.clustering import ClusterConfig
@@ -23,6 +25,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The pieces that are chosen by name, and their names; explained in ``ExtractConfig``."""
 
+_MEANS = ClusterConfig(method="kmeans", space="inputs", reduce="pca", components=16, count=None)
+
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "clustering": ClusterConfig(),
@@ -36,11 +40,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "refit": "none",
     },
     "best": {
-        "clustering": ClusterConfig(method="kmeans", space="inputs", reduce="none", count=32),
+        "clustering": _MEANS,
         "router": "nearest",
         "tokens": "kinds",
         "unread": "constant",
-        "order": "obs",
+        "order": "weighted",
         "metric": "fisher",
         "budget": "global",
         "coherence": "measured",
@@ -48,9 +52,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+BOUND: dict[str, dict[str, Any]] = {
+    "best": {"clustering": replace(_MEANS, count=32), "order": "obs"},
+}
+"""What changes where the stored parameters are bound: every expert more has a router and a shift to
+store; and of neurons that go from all experts at once, the refit can make good the more."""
 
-def recipe_named(name: str) -> dict[str, Any]:
-    """Return the pieces of the recipe called ``name``; a MoeeError lists the names there are."""
+
+def recipe_named(name: str, *, bound: bool = False) -> dict[str, Any]:
+    """Return the pieces of the recipe called ``name``, with ``bound`` parameters or without.
+
+    Raises
+    ------
+    MoeeError
+        No such recipe; it lists the names there are.
+    """
     if name not in RECIPES:
         raise MoeeError(f"recipe among {', '.join(RECIPES)}", f"'{name}'", "name one")
-    return RECIPES[name]
+    return RECIPES[name] | (BOUND.get(name, {}) if bound else {})

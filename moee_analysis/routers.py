@@ -45,20 +45,30 @@ class CosineRouter(nn.Module):
 
 
 class NearestRouter(nn.Module):
-    """Send a token to the expert of the largest directions_e . x + offsets_e, top-1.
+    """Send a token to the expert of the largest directions_e . P x + offsets_e, top-1.
 
     This linear rule finds the nearest of some centres in any metric: :func:`nearest_in_metric`.
-    ``directions`` are (experts, dim), ``offsets`` (experts,).
+    ``directions`` are (experts, rank), ``offsets`` (experts,), and ``projection`` P is
+    (rank, dim); None: the identity.
     """
 
-    def __init__(self, directions: torch.Tensor, offsets: torch.Tensor) -> None:
+    def __init__(
+        self,
+        directions: torch.Tensor,
+        offsets: torch.Tensor,
+        projection: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("directions", directions)
         self.register_buffer("offsets", offsets)
+        self.register_buffer("projection", projection)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        scores = nn.functional.linear(tokens_of(x), self.directions, self.offsets)
+        tokens = tokens_of(x)
+        if self.projection is not None:
+            tokens = tokens @ self.projection.T
+        scores = nn.functional.linear(tokens, self.directions, self.offsets)
         return scores.argmax(dim=1, keepdim=True)
 
     @property
@@ -68,12 +78,16 @@ class NearestRouter(nn.Module):
 
     @property
     def macs(self) -> int:
-        """MACs per token: one product with every direction."""
-        return self.directions.numel()
+        """MACs per token: the projection, and one product with every direction."""
+        projection = 0 if self.projection is None else self.projection.numel()
+        return projection + self.directions.numel()
 
 
 def nearest_in_metric(centres: torch.Tensor, root: torch.Tensor) -> NearestRouter:
-    """Router to the expert of the smallest |root x - centre_e|.
+    """Router to the expert of the smallest |root x - centre_e|, in the form of fewer MACs.
+
+    With many centres and a low rank, tokens are projected first: rank (dim + experts) MACs
+    instead of experts x dim.
 
     Parameters
     ----------
@@ -83,7 +97,10 @@ def nearest_in_metric(centres: torch.Tensor, root: torch.Tensor) -> NearestRoute
         Linear map of the tokens, (rank, dim); root^T root is the metric.
     """
     # |Ax - c|^2 = |Ax|^2 - 2 (A^T c).x + |c|^2, and all experts have |Ax|^2 in common
-    return NearestRouter(centres @ root, -centres.square().sum(dim=1) / 2)
+    offsets = -centres.square().sum(dim=1) / 2
+    if root.numel() + centres.numel() < len(centres) * root.shape[1]:
+        return NearestRouter(centres, offsets, root)
+    return NearestRouter(centres @ root, offsets)
 
 
 class RandomRouter(nn.Module):

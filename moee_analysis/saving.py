@@ -177,7 +177,7 @@ def _router_like(described: dict[str, Any], saved: dict[str, torch.Tensor]) -> n
         case "cosine":
             return CosineRouter(saved["centres"].clone())
         case "nearest":
-            return NearestRouter(saved["directions"].clone(), saved["offsets"].clone())
+            return NearestRouter(**{key: tensor.clone() for key, tensor in saved.items()})
         case "token_kinds":
             inner = _router_like(described["inner"], _below("inner", saved))
             return TokenKindRouter(described["prefix"], inner, tokens=described["tokens"])

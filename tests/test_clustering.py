@@ -187,3 +187,18 @@ def test_too_few_tokens_are_refused_with_how_many_it_takes():
 def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
     with pytest.raises(MoeeError, match=next(iter(wrong))):
         ClusterConfig(**wrong)
+
+
+@pytest.mark.parametrize(("hidden", "count"), [(6, 2), (256, 42), (768, 128), (3072, 128)])
+def test_without_a_count_the_width_of_the_layer_decides(hidden, count):
+    free = ClusterConfig(method="kmeans", count=None)
+    assert free.for_width(hidden) == replace(free, count=count)
+    assert replace(free, count=5).for_width(hidden).count == 5
+
+
+def test_clusters_without_a_count_are_as_many_as_suit_the_width(blobs):
+    points, _ = blobs
+    free = replace(RAW, method="kmeans", count=None)
+    np.testing.assert_array_equal(
+        cluster(points, free).labels, cluster(points, replace(free, count=2)).labels
+    )

@@ -9,7 +9,7 @@ from moee_analysis.clustering import ClusterConfig
 from moee_analysis.config import MACS_REDUCTION, VARIANCE_KEPT, ExtractConfig
 from moee_analysis.errors import MoeeError
 from moee_analysis.presets import PRESETS
-from moee_analysis.recipes import CHOICES, RECIPES
+from moee_analysis.recipes import BOUND, CHOICES, RECIPES
 
 OTHER = {
     "clustering": ClusterConfig(reduce="pca"), "router": "nearest", "tokens": "kinds",
@@ -86,6 +86,16 @@ def test_a_piece_that_is_given_stands_and_the_others_are_the_recipe_s(recipe, pi
     assert {name: getattr(resolved, name) for name in RECIPES[recipe]} == expected
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_where_parameters_are_bound_some_pieces_of_the_recipe_change(recipe):
+    bound = RECIPES[recipe] | BOUND.get(recipe, {})
+    if bound["budget"] == "global":
+        resolved = ExtractConfig(recipe=recipe, params_reduction=0.2).resolved()
+        assert {name: getattr(resolved, name) for name in bound} == bound
+        given = ExtractConfig(recipe=recipe, params_reduction=0.2, order="variance")
+        assert given.resolved().order == "variance"
+
+
 @pytest.mark.parametrize("piece", CHOICES)
 def test_a_choice_that_there_is_not_is_refused_with_those_there_are(piece):
     with pytest.raises(MoeeError, match=f"{piece} among {', '.join(CHOICES[piece])}"):
@@ -112,8 +122,9 @@ def test_what_is_resolved_stays_as_it_is(config):
         ({}, False),
         ({"recipe": "best"}, True),
         ({"recipe": "best", "order": "weighted"}, True),
-        ({"recipe": "best", "refit": "shift"}, True),
-        ({"recipe": "best", "order": "weighted", "refit": "shift"}, False),
+        ({"recipe": "best", "refit": "shift"}, False),
+        ({"recipe": "best", "refit": "shift", "order": "obs"}, True),
+        ({"recipe": "best", "refit": "shift", "params_reduction": 0.1}, True),
         ({"order": "obs"}, True),
         ({"refit": "shared"}, True),
         ({"refit": "each"}, True),

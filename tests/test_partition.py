@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 
 from moee_analysis import partition as partitions
 from moee_analysis.clustering import NOISE, ClusterConfig, Clusters
@@ -12,7 +15,7 @@ from moee_analysis.partition import clustered, divided, metric_root, one_expert,
 from moee_analysis.recorded import Recorded
 from moee_analysis.routers import ConstantRouter, CosineRouter, NearestRouter
 from moee_analysis.statistics import statistics_of
-from tests.makers import CLUSTERING, best, quick, sample_of
+from tests.makers import CLUSTERING, MEANS, best, quick, sample_of
 from tests.planted import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, planted
 
 INPUTS = PLANTED.sample.inputs.astype(np.float32)
@@ -155,6 +158,41 @@ def test_the_metric_of_the_inputs_is_that_of_the_outputs_up_to_its_scale(graded,
     plain = input_root(PLANTED.mlp, of_outputs.double()).numpy()
     np.testing.assert_allclose(found, plain / plain.diagonal().mean(), rtol=1e-4, atol=1e-6)
     assert found.dtype == np.float32
+
+
+PROJECTED = replace(MEANS, reduce="pca", components=3)
+
+
+def test_principal_components_are_those_of_the_inputs_in_the_metric(graded):
+    rows = np.arange(10, 90)
+    whole = metric_root(graded, rows, best().resolved())
+    found = metric_root(graded, rows, best(clustering=PROJECTED).resolved())
+    assert found.shape == (3, DIM)
+    oracle = PCA(3).fit((INPUTS @ whole.T)[rows]).components_ @ whole
+    for component, expected in zip(found[::-1], oracle, strict=True):
+        sign = np.sign(component @ expected)
+        np.testing.assert_allclose(sign * component, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_more_components_than_there_are_inputs_are_all_of_them(graded):
+    many = replace(PROJECTED, components=DIM + 5)
+    found = metric_root(graded, ROWS, best(clustering=many).resolved())
+    whole = metric_root(graded, ROWS, best().resolved())
+    np.testing.assert_allclose(found.T @ found, whole.T @ whole, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["nearest", "cosine"])
+def test_the_nearest_router_looks_where_the_clusters_were_found(graded, tmp_path, router):
+    config = best(clustering=PROJECTED, router=router).resolved()
+    points = INPUTS @ metric_root(graded, ROWS, config).T
+    _, clusters = clustered(graded, ROWS, config, root=tmp_path)
+    plain = KMeans(4, n_init=1, max_iter=25, random_state=config.seed).fit_predict(points)
+    np.testing.assert_array_equal(clusters.labels, plain)
+    found = partition(graded, ROWS, config, root=tmp_path)
+    assert found.centres.shape == (4, DIM if router == "cosine" else 3)
+    if router == "nearest":
+        distances = np.linalg.norm(points[:, None] - found.centres, axis=2)
+        np.testing.assert_array_equal(found.routed, distances.argmin(axis=1))
 
 
 def test_a_metric_of_nothing_is_no_division_by_zero(graded):

@@ -150,7 +150,7 @@ def test_clusters_and_scores_are_found_again_in_the_store(tmp_path, monkeypatch)
 def test_every_part_of_a_score_is_found_again_by_what_decides_it(tmp_path):
     first, *others = (
         plans_of(tmp_path, settings=best, layers=(0,), **changed)[0].scores
-        for changed in ({}, {"order": "weighted"}, {"metric": "outputs"}, {})
+        for changed in ({}, {"order": "obs"}, {"metric": "outputs"}, {})
     )
     assert not np.allclose(first.neurons, others[0].neurons)
     assert not np.allclose(first.weight, others[1].weight)

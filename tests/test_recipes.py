@@ -10,7 +10,7 @@ from moee_analysis.config import EXPERTS, NOISE_POLICIES, ExtractConfig
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract, load
 from moee_analysis.layers import moe_layers
-from moee_analysis.recipes import CHOICES, RECIPES, recipe_named
+from moee_analysis.recipes import BOUND, CHOICES, RECIPES, recipe_named
 from moee_analysis.refit import REFITS
 from tests.makers import CLUSTERING, MEANS, lively, pixels_of, same_models
 from tests.toys import toy_images, toy_vit
@@ -39,6 +39,13 @@ def test_every_recipe_decides_every_piece():
         chosen = {name: value for name, value in pieces.items() if name != "clustering"}
         assert chosen.keys() == CHOICES.keys()
         assert all(value in CHOICES[name] for name, value in chosen.items())
+
+
+def test_what_changes_where_parameters_are_bound_are_pieces_of_the_recipe():
+    for name, pieces in BOUND.items():
+        assert pieces.keys() <= RECIPES[name].keys()
+        assert recipe_named(name, bound=True) == RECIPES[name] | pieces
+        assert recipe_named(name) == RECIPES[name]
 
 
 def test_the_paper_s_recipe_adds_nothing():

@@ -88,6 +88,7 @@ def test_which_expert_is_constant_is_part_of_the_state():
     [
         CosineRouter(CENTRES),
         NearestRouter(CENTRES, torch.arange(5.0)),
+        NearestRouter(CENTRES[:, :3], torch.arange(5.0), CENTRES[:3]),
         RandomRouter(torch.ones(4), dim=12),
         ConstantRouter(2),
         CentreRouter(CENTRES, k=2),
@@ -112,7 +113,26 @@ def test_the_linear_rule_finds_the_nearest_centre_in_the_metric(rank):
     chosen = router(tokens)
     assert chosen.dtype == torch.int64
     assert chosen.tolist() == distances.argmin(dim=1, keepdim=True).tolist()
-    assert (router.n_experts, router.macs) == (7, 7 * 12)
+    # 7 products of 12 values, or 3 of 12 and then 7 of 3
+    assert (router.n_experts, router.macs) == (7, 57 if rank == 3 else 84)
+
+
+@pytest.mark.parametrize("experts", [2, 4, 5, 40])
+def test_tokens_are_projected_first_where_that_takes_fewer_macs(experts):
+    root = torch.from_numpy(RNG.normal(size=(3, 12))).float()
+    centres = torch.from_numpy(RNG.normal(size=(experts, 3))).float()
+    router = nearest_in_metric(centres, root)
+    assert router.macs == min(experts * 12, 3 * 12 + experts * 3)
+    assert (router.projection is None) is (experts <= 4)
+
+
+def test_a_projected_router_scores_projected_tokens():
+    projection = torch.from_numpy(RNG.normal(size=(3, 12))).float()
+    directions = torch.from_numpy(RNG.normal(size=(4, 3))).float()
+    offsets = torch.tensor([0.0, 3.0, -1.0, 0.5])
+    chosen = NearestRouter(directions, offsets, projection)(TOKENS[:50])
+    expected = NearestRouter(directions @ projection, offsets)(TOKENS[:50])
+    assert torch.equal(chosen, expected)
 
 
 def test_a_nearest_router_takes_the_largest_score():

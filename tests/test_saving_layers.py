@@ -27,6 +27,12 @@ def routers(dim):
         "cosine": CosineRouter(centres),
         "constant": ConstantRouter(2),
         "nearest": NearestRouter(centres, torch.tensor([0.5, 0.0, -0.5])),
+        "projected": NearestRouter(torch.randn(3, 2), torch.zeros(3), torch.randn(2, dim)),
+        "kinds of projected": TokenKindRouter(
+            (0,),
+            NearestRouter(torch.randn(2, 2), torch.zeros(2), torch.randn(2, dim)),
+            tokens=101,
+        ),
         "kinds of cosine": TokenKindRouter((0,), CosineRouter(centres[1:]), tokens=101),
         "kinds of constant": TokenKindRouter((0, 1), ConstantRouter(0), tokens=101),
         "kinds of kinds": TokenKindRouter(
