@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 BOUND: dict[str, dict[str, Any]] = {
-    "best": {"clustering": replace(_MEANS, count=32), "order": "obs"},
+    "best": {"clustering": replace(_MEANS, count=16), "order": "obs"},
 }
 """What changes where the stored parameters are bound: every expert more has a router and a shift to
 store; and of neurons that go from all experts at once, the refit can make good the more."""
