@@ -25,7 +25,6 @@ SPACES = ("hidden", "inputs")
 REDUCTIONS = ("umap", "pca", "none")
 SELECTIONS = ("eom", "leaf")
 NOISE = -1
-NEURONS_EACH, MOST = 6, 128
 MEAN_STEPS = 25  # of k-means; more of them change little
 
 
@@ -44,7 +43,7 @@ class ClusterConfig:
     space: Literal["hidden", "inputs"] = "hidden"
     count: int | None = 32  # clusters of k-means, or random centres; None: see ``for_width``
     reduce: Literal["umap", "pca", "none"] = "umap"
-    components: int = 8  # dimensions after the reduction
+    components: int | None = 8  # dimensions after the reduction; None: see ``for_width``
     neighbors: int = 30  # UMAP's neighbourhood
     epochs: int = 200  # UMAP's optimisation; its own default is 500 below 10,000 tokens
     metric: Literal["cosine", "euclidean", "manhattan", "correlation"] = "cosine"  # UMAP's alone
@@ -70,21 +69,23 @@ class ClusterConfig:
                     str(self.max_cluster_size),
                     "raise it, or set it to None",
                 )
-        for name in ("components", "epochs", "min_samples"):
+        for name in ("epochs", "min_samples"):
             whole_number(name, getattr(self, name), least=1)
-        if self.count is not None:
-            whole_number("count", self.count, least=1)
+        for name in ("count", "components"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=1)
         whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
 
     def for_width(self, hidden: int) -> ClusterConfig:
-        """Fill in the ``count`` for a layer of so many hidden neurons, if there is none.
+        """Fill in ``count`` and ``components``, if None, for a layer of so many hidden neurons.
 
-        It is one for every :data:`NEURONS_EACH`, so that routers and shifts stay small beside the
-        weights, and :data:`MOST` at most, so that every expert gets enough tokens to be known by.
+        A cluster for every 6 neurons, so that routers and shifts stay small beside the weights, and
+        128 at most, so that every expert has enough tokens to be known by; a component for every
+        48 neurons, that is, usually for every 12 inputs.
         """
-        if self.count is not None:
-            return self
-        return replace(self, count=min(max(hidden // NEURONS_EACH, 2), MOST))
+        count = min(max(hidden // 6, 2), 128) if self.count is None else self.count
+        components = max(hidden // 48, 2) if self.components is None else self.components
+        return replace(self, count=count, components=components)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def reduce_dimensions(
     MoeeError
         As for :func:`cluster`.
     """
+    config = config.for_width(np.shape(points)[-1])
     points = _checked(points, config)
     components = components or config.components
     if config.reduce == "none":

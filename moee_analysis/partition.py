@@ -154,9 +154,9 @@ def metric_root(layer: Recorded, rows: np.ndarray, config: ExtractConfig) -> np.
     if config.metric == "fisher":
         metric = damped(fisher(layer.sample, rows))
     whole = _unit(input_root(layer.mlp, metric))
-    clusters = config.clustering
-    if clusters.space == "inputs" and clusters.reduce == "pca":
-        whole = _leading(whole, _covariance(layer.sample.inputs, rows), clusters.components)
+    settings = config.clustering.for_width(layer.site.hidden)
+    if settings.space == "inputs" and settings.reduce == "pca":
+        whole = _leading(whole, _covariance(layer.sample.inputs, rows), settings.components)
     return whole.float().numpy()
 
 
@@ -200,7 +200,7 @@ def _reduced(
     layer: Recorded, rows: np.ndarray, candidates: np.ndarray, config: ExtractConfig, *, root: Path
 ) -> np.ndarray:
     """Points to cluster; what UMAP or PCA make of them, the slow part, is found in the store."""
-    settings = config.clustering
+    settings = config.clustering.for_width(layer.site.hidden)
     if settings.space == "inputs":
         to_outputs = metric_root(layer, candidates, config)
         points = layer.sample.inputs[rows].astype(np.float32) @ to_outputs.T

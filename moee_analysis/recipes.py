@@ -25,7 +25,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The pieces that are chosen by name, and their names; explained in ``ExtractConfig``."""
 
-_MEANS = ClusterConfig(method="kmeans", space="inputs", reduce="pca", components=16, count=None)
+_MEANS = ClusterConfig(
+    method="kmeans", space="inputs", reduce="pca", components=None, count=None
+)  # as many as suit the width of a layer
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {

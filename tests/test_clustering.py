@@ -189,16 +189,19 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
         ClusterConfig(**wrong)
 
 
-@pytest.mark.parametrize(("hidden", "count"), [(6, 2), (256, 42), (768, 128), (3072, 128)])
-def test_without_a_count_the_width_of_the_layer_decides(hidden, count):
-    free = ClusterConfig(method="kmeans", count=None)
-    assert free.for_width(hidden) == replace(free, count=count)
+@pytest.mark.parametrize(
+    ("hidden", "count", "components"), [(6, 2, 2), (256, 42, 5), (768, 128, 16), (3072, 128, 64)]
+)
+def test_what_is_not_given_suits_the_width_of_the_layer(hidden, count, components):
+    free = ClusterConfig(method="kmeans", count=None, components=None)
+    assert free.for_width(hidden) == replace(free, count=count, components=components)
     assert replace(free, count=5).for_width(hidden).count == 5
+    assert replace(free, components=5).for_width(hidden).components == 5
 
 
-def test_clusters_without_a_count_are_as_many_as_suit_the_width(blobs):
+@pytest.mark.parametrize("reduce", ["none", "pca"])
+def test_clusters_without_a_count_are_as_many_as_suit_the_width(blobs, reduce):
     points, _ = blobs
-    free = replace(RAW, method="kmeans", count=None)
-    np.testing.assert_array_equal(
-        cluster(points, free).labels, cluster(points, replace(free, count=2)).labels
-    )
+    free = replace(RAW, method="kmeans", reduce=reduce, count=None, components=None)
+    given = replace(free, count=2, components=2)
+    np.testing.assert_array_equal(cluster(points, free).labels, cluster(points, given).labels)

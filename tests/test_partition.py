@@ -181,6 +181,17 @@ def test_more_components_than_there_are_inputs_are_all_of_them(graded):
     np.testing.assert_allclose(found.T @ found, whole.T @ whole, rtol=1e-3, atol=1e-5)
 
 
+def test_how_many_clusters_and_components_suits_the_layer(graded, tmp_path):
+    free = replace(PROJECTED, count=None, components=None)
+    fitting = free.for_width(SITE.hidden)
+    left_open, filled = (best(clustering=c).resolved() for c in (free, fitting))
+    root = metric_root(graded, ROWS, left_open)
+    np.testing.assert_array_equal(root, metric_root(graded, ROWS, filled))
+    found = partition(graded, ROWS, left_open, root=tmp_path / "open")
+    again = partition(graded, ROWS, filled, root=tmp_path / "filled")
+    np.testing.assert_array_equal(found.routed, again.routed)
+
+
 @pytest.mark.parametrize("router", ["nearest", "cosine"])
 def test_the_nearest_router_looks_where_the_clusters_were_found(graded, tmp_path, router):
     config = best(clustering=PROJECTED, router=router).resolved()
