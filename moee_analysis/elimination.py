@@ -11,6 +11,7 @@ import torch
 
 RIDGE = 1e-3
 BLOCK = 24  # every step removes one in so many of the neurons that are left
+SQUEEZE = 0.7  # once fewer columns are in use, the others are left out: copying takes longest
 
 
 def elimination_costs(
@@ -38,19 +39,22 @@ def elimination_costs(
         Float64 (hidden,). In the order of removal the costs never fall, so that keeping the
         neurons above a threshold is what elimination up to this threshold keeps.
     """
-    inverse, readout = _inverse(covariance.double(), ridge), readout.double()
-    alive = torch.arange(len(covariance))
+    inverse, readout = _inverse(covariance.double(), ridge), readout.double().clone()
+    neuron = alive = torch.arange(len(covariance))  # neuron of each column; columns still in use
     costs = torch.zeros(len(covariance), dtype=torch.float64)
     highest = costs.new_zeros(1)
     while len(alive):
-        cost = readout.square().sum(dim=0) / inverse.diagonal()
+        cost = (readout.square().sum(dim=0) / inverse.diagonal())[alive]
         order = cost.argsort()
         count = max(1, len(alive) // block)
-        going, staying = order[:count], order[count:].sort().values
-        running = torch.cat([highest, cost[going]]).cummax(dim=0).values
-        costs[alive[going]], highest = running[1:], running[-1:]
-        inverse, readout = _without(inverse, readout, going, staying)
-        alive = alive[staying]
+        going, staying = alive[order[:count]], alive[order[count:]].sort().values
+        running = torch.cat([highest, cost[order[:count]]]).cummax(dim=0).values
+        costs[neuron[going]], highest = running[1:], running[-1:]
+        _remove(inverse, readout, going)
+        alive = staying
+        if len(alive) < SQUEEZE * len(neuron):
+            inverse, readout, neuron = inverse[alive][:, alive], readout[:, alive], neuron[alive]
+            alive = torch.arange(len(alive))
     return costs
 
 
@@ -62,13 +66,12 @@ def _inverse(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
 
 
-def _without(
-    inverse: torch.Tensor, readout: torch.Tensor, going: torch.Tensor, staying: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse covariance and refitted readout of the neurons that stay."""
-    across = inverse[going][:, staying]
-    gain = torch.linalg.solve(inverse[going][:, going], across)
-    return (
-        inverse[staying][:, staying] - across.T @ gain,
-        readout[:, staying] - readout[:, going] @ gain,
-    )
+def _remove(inverse: torch.Tensor, readout: torch.Tensor, going: torch.Tensor) -> None:
+    """Take neurons out of the inverse covariance, and refit the readout of the others, in place.
+
+    What is left in the columns of those that are gone means nothing.
+    """
+    across = inverse[going]
+    gain = torch.linalg.solve(across[:, going], across)
+    readout.addmm_(readout[:, going], gain, alpha=-1)
+    inverse.addmm_(across.T, gain, alpha=-1)

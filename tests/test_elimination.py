@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moee_analysis import elimination
 from moee_analysis.elimination import elimination_costs
 
 ALONE = 10**9  # blocks so small that one neuron goes at a time
@@ -140,6 +141,16 @@ def test_a_single_token_or_none_costs_nothing_at_all():
 def test_without_output_weights_nothing_is_lost():
     costs = elimination_costs(covariance_of(drawn(4)[0]), torch.zeros(OUTPUTS, HIDDEN))
     assert not costs.any()
+
+
+@pytest.mark.parametrize("squeeze", [0, 0.5, 2])
+def test_when_columns_are_left_out_makes_no_difference(monkeypatch, squeeze):
+    activations, readout = drawn(1, hidden=60, tokens=200)
+    given = covariance_of(activations), readout.clone()
+    costs = elimination_costs(*given)
+    monkeypatch.setattr(elimination, "SQUEEZE", squeeze)
+    torch.testing.assert_close(elimination_costs(*given), costs, rtol=1e-9, atol=0)
+    assert torch.equal(given[1], readout)
 
 
 @pytest.mark.parametrize("block", [ALONE, 3])
