@@ -192,17 +192,25 @@ class Bench:
         self.results.put("headline", {"label": label, "value": value})
         return markdown(f"**{readable(value)}** {label}")
 
-    def claim(self, statement: str, found: str, holds: bool | None) -> Markdown:  # noqa: FBT001
+    def claim(
+        self,
+        statement: str,
+        found: str,
+        holds: bool | None,  # noqa: FBT001
+        *,
+        ours: bool = False,
+    ) -> Markdown:
         """Keep and show a claim of the paper, what was found here, and whether it holds.
 
-        ``holds`` is True, False, or None for a claim that holds in part.
+        ``holds`` is True, False, or None for a claim that holds in part; ``ours`` marks a claim of
+        this project's, of which the paper says nothing.
         """
         verdict, colour = VERDICTS[holds]
-        self.results.append(
-            "claims", {"statement": statement, "found": found, "holds": holds, "verdict": verdict}
-        )
+        kept = {"statement": statement, "found": found, "holds": holds, "verdict": verdict}
+        self.results.append("claims", kept | {"ours": ours})
+        source = "Tested here" if ours else "The paper says"
         return markdown(
-            f"> **The paper says** {statement}\n>\n> **Found here** {found}\n>\n"
+            f"> **{source}** {statement}\n>\n> **Found here** {found}\n>\n"
             f'> <strong class="{colour}">{verdict}</strong>'
         )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CSS_PIXELS_PER_INCH = 96
-TABLE_ROWS = 24
+TABLE_ROWS = 64
 
 
 def markdown(text: str) -> Markdown:

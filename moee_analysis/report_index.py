@@ -66,7 +66,8 @@ def _summary(runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         first = (
             f"All {ran} notebooks ran to their end." if ran > 1 else "The notebook ran to its end."
         )
-    claims = [claim["holds"] for _, found in runs for claim in found.get("claims", [])]
+    every = [claim for _, found in runs for claim in found.get("claims", [])]
+    claims = [claim["holds"] for claim in every if not claim.get("ours")]
     if not claims:
         return first
     hold, half = claims.count(True), claims.count(None)
@@ -158,7 +159,7 @@ def _claims(found: dict[str, Any]) -> str:
     marks = " ".join(
         CLAIM_MARKS[c["holds"]].format(escape(f"{c['statement']} {c['verdict']}")) for c in claims
     )
-    return f'<span aria-label="claims of the paper">claims {marks}</span>'
+    return f'<span aria-label="claims">claims {marks}</span>'
 
 
 def _versions() -> str:

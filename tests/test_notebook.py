@@ -152,6 +152,14 @@ def test_claims_are_shown_and_kept(tmp_path, bench, holds, words):
     kept = _written(tmp_path)["claims"][0]
     assert kept["holds"] == holds
     assert kept["verdict"] == words
+    assert "The paper says" in shown.data
+    assert not kept["ours"]
+
+
+def test_a_claim_of_ours_is_not_the_paper_s(tmp_path, bench):
+    shown = bench.claim("pieces help", "they do", None, ours=True)
+    assert "The paper says" not in shown.data
+    assert _written(tmp_path)["claims"][0]["ours"]
 
 
 def test_headline_is_shown_and_kept(tmp_path, bench):

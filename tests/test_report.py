@@ -26,7 +26,10 @@ folder = pathlib.Path(out)
 (folder / "figures").mkdir()
 Image.new("RGB", (40, 30), "teal").save(folder / "figures" / "one.png")
 figures = {"one": {"file": "figures/one.png", "caption": "a <teal> picture"}}
-claims = [{"statement": "s", "found": "f", "holds": True, "verdict": "holds"}]
+claims = [
+    {"statement": "s", "found": "f", "holds": True, "verdict": "holds"},
+    {"statement": "t", "found": "g", "holds": False, "verdict": "does not", "ours": True},
+]
 headline = {"label": "of <everything>", "value": 0.4567}
 found = {"figures": figures, "claims": claims, "headline": headline, "values": {"number": number}}
 (folder / "results.json").write_text(json.dumps(found | {"parameters": {"preset": preset}}))"""

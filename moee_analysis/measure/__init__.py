@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from moee_analysis.measure.ablation import ablation as ablation
 from moee_analysis.measure.ablation import sweeps as sweeps
-from moee_analysis.measure.ablation import variants as variants
 from moee_analysis.measure.accuracy import accuracy as accuracy
 from moee_analysis.measure.class_distance import class_distance as class_distance
 from moee_analysis.measure.class_distance import family_separation as family_separation
@@ -28,5 +27,6 @@ from moee_analysis.measure.routing import balance as balance
 from moee_analysis.measure.routing import routing as routing
 from moee_analysis.measure.similarity import similarity as similarity
 from moee_analysis.measure.similarity import similarity_summary as similarity_summary
+from moee_analysis.measure.variants import variants as variants
 from moee_analysis.measure.walkthrough import embedding as embedding
 from moee_analysis.measure.walkthrough import surrogate as surrogate

@@ -1,11 +1,8 @@
-"""What each piece of a recipe is worth: configurations side by side, all on the same images."""
+"""What each piece of a recipe is worth, and what each quantity in it."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,126 +11,18 @@ from torch import nn
 
 from moee_analysis.clustering import ClusterConfig
 from moee_analysis.controls import randomly_routed
-from moee_analysis.counting import MacCount, count, count_parameters
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import extract
-from moee_analysis.layers import MoeMlp, all_mlps
-from moee_analysis.measure.accuracy import accuracy
-from moee_analysis.models import fingerprint
-from moee_analysis.progress import progress
+from moee_analysis.measure.variants import made_of, variants
 from moee_analysis.recipes import recipe_named
-from moee_analysis.store import content_key, kept, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Mapping
 
     from moee_analysis.config import ExtractConfig
-    from moee_analysis.extraction import Extraction
     from moee_analysis.images import ImageSet
+    from moee_analysis.measure.variants import Variant
 
-    Variant = ExtractConfig | nn.Module
-
-SCORES = ["top1", "low", "high", "retention", "retention_low", "retention_high", "agreement", "kl"]
-
-
-def variants(
-    dense: nn.Module,
-    calibration: ImageSet,
-    images: ImageSet,
-    tried: Mapping[Hashable, Variant],
-    *,
-    store: str | Path,
-    seed: int = 0,
-    resamples: int = 1000,
-) -> pd.DataFrame:
-    """Extract every configuration, and evaluate all of them in one pass over the images.
-
-    Parameters
-    ----------
-    tried
-        Configurations, or models made already that differ from the dense one in their MLPs, by
-        the name of the variant.
-    seed, resamples
-        Of the image bootstrap.
-
-    Returns
-    -------
-    DataFrame
-        A row per variant: ``variant``; ``top1``, ``low``, ``high``, ``retention``,
-        ``retention_low``, ``retention_high``, ``agreement``, ``kl`` as in ``measure.accuracy``,
-        with the dense model as reference; ``macs_reduction`` and ``params_reduction``, shares of
-        the dense model's, with the routing shares of the calibration; ``router_macs``, what the
-        routers cost, as such a share; ``seconds`` the extraction
-        took with this store when it was first asked for here, what the store held already not
-        counted; ``reason`` why there is no such model: then all numbers are NaN.
-    """
-    made = _made(dense, calibration, tried.values(), Path(store))
-    rows = [made.get(each) or _Made(model=each) for each in tried.values()]
-    models = {str(place): row.model for place, row in enumerate(rows) if row.model is not None}
-    table = pd.DataFrame({"variant": pd.Series(list(tried), dtype=object)})
-    if models:
-        scores = accuracy(models, images, reference=dense, seed=seed, resamples=resamples)
-        scores.index = scores["system"].astype(int)
-        table = table.join(scores[SCORES])
-    counted = count(dense)
-    costs = pd.DataFrame([_cost(row, dense, counted) for row in rows])
-    table = table.reindex(columns=["variant", *SCORES]).join(costs)
-    table.attrs["caption"] = (
-        f"{len(images)} images evaluated, reference: the dense model; bars are 95 % intervals of "
-        "the image bootstrap; MACs with the routing shares of the calibration."
-    )
-    return table
-
-
-@dataclass(frozen=True)
-class _Made:
-    model: nn.Module | None = None
-    run: Extraction | None = None
-    seconds: float = math.nan
-    reason: str = ""
-
-
-def _made(
-    dense: nn.Module, calibration: ImageSet, tried: Iterable[Variant], store: Path
-) -> dict[Variant, _Made]:
-    """Every distinct configuration among ``tried``, extracted."""
-    configs = dict.fromkeys(each for each in tried if not isinstance(each, nn.Module))
-    counted = progress(configs, label="variants")
-    return {config: _extracted(dense, calibration, config, store) for config in counted}
-
-
-def _extracted(
-    dense: nn.Module, calibration: ImageSet, config: ExtractConfig, store: Path
-) -> _Made:
-    started = time.perf_counter()
-    try:
-        run = extract(dense, calibration, config, store=store)
-    except MoeeError as error:
-        return _Made(reason=str(error))
-    seconds = time.perf_counter() - started
-    facts = {"images": calibration.fingerprint, "config": asdict(config)}
-    key = content_key(model=fingerprint(dense), **facts)
-    folder = kept(store, f"seconds-{key}", lambda new: write_json(new / "seconds.json", seconds))
-    return _Made(run.model, run, json.loads((folder / "seconds.json").read_text()))
-
-
-def _cost(row: _Made, dense: nn.Module, counted: MacCount) -> dict[str, Any]:
-    saved = dict.fromkeys(("macs_reduction", "params_reduction", "router_macs"), math.nan)
-    if row.model is not None:
-        mlps = all_mlps(row.model)
-        cost = counted.replacing({name: _macs_per_token(mlp) for name, mlp in mlps.items()})
-        saved["macs_reduction"] = 1 - cost / counted.total
-        saved["params_reduction"] = 1 - count_parameters(row.model) / count_parameters(dense)
-        routers = {name: mlp.router.macs for name, mlp in mlps.items() if isinstance(mlp, MoeMlp)}
-        in_routers = sum(counted.tokens[name] * each for name, each in routers.items())
-        saved["router_macs"] = in_routers / counted.total
-    return {**saved, "seconds": row.seconds, "reason": row.reason}
-
-
-def _macs_per_token(mlp: nn.Module) -> float:
-    if isinstance(mlp, MoeMlp):
-        return mlp.macs_per_token()
-    return sum(linear.in_features * linear.out_features for linear in (mlp.fc1, mlp.fc2))
+METHODS = {"hdbscan": "HDBSCAN", "kmeans": "k-means"}
 
 
 def ablation(
@@ -155,7 +44,8 @@ def ablation(
         The recipe to take apart, with its budget in MACs, sizes and seed. Where it sets pieces
         itself, these are the recipe's.
     other
-        The recipe that says what a piece is when it is off, and that each is added to.
+        The recipe that says what a piece is when it is off, and that each is added to. Pieces
+        that both have in common are left out.
     repeats
         How often the whole recipe is extracted again with another seed, and so from other
         calibration images, tokens and clusters: what differs by chance.
@@ -165,15 +55,22 @@ def ablation(
     Returns
     -------
     DataFrame
-        The columns of :func:`variants`, and: ``recipe``, that the variant starts from;
-        ``piece``, the one that differs, and its ``value``; ``direction``: ``as it is``,
-        ``another seed``, ``off in turn``, ``on alone`` or ``control``. The controls of both
-        recipes are static pruning, random routing and random centres. The first row is the dense
-        model.
+        The columns of :func:`variants`, changes being those to the recipe as it is, and:
+        ``recipe``, that the variant starts from; ``piece``, the one that differs, and its
+        ``value``; ``direction``: ``as it is``, ``another seed``, ``off in turn``, ``on alone`` or
+        ``control``. The controls of both recipes are static pruning, random routing and random
+        centres. The first row is the dense model.
+
+    Raises
+    ------
+    MoeeError
+        The same recipe twice, or a configuration that the other recipe cannot have.
     """
+    if config.recipe == other:
+        raise MoeeError("two recipes", f"'{other}' twice", "compare with another one")
     whole = _tried(config, other)
     bases = {row["recipe"]: each for row, each in whole if row["direction"] == "as it is"}
-    made = _made(dense, calibration, bases.values(), Path(store))
+    made = made_of(dense, calibration, bases.values(), Path(store))
     for recipe, base in bases.items():
         if made[base].run is not None:
             control = randomly_routed(made[base].run, seed=bootstrap.get("seed", 0))
@@ -181,9 +78,10 @@ def ablation(
     for seed in range(config.seed + 1, config.seed + 1 + repeats):
         row = _row(config.recipe, "seed", str(seed), "another seed")
         whole.append((row, replace(config, seed=seed)))
+    beside = {_name(row): row["recipe"] for row, _ in whole}
     whole.insert(0, (_row("", "", "dense", "as it is"), dense))
     tried = {_name(row): each for row, each in whole}
-    table = variants(dense, calibration, images, tried, store=store, **bootstrap)
+    table = variants(dense, calibration, images, tried, store=store, beside=beside, **bootstrap)
     for place, column in enumerate(_row("", "", "", ""), start=1):
         table.insert(place, column, [row[column] for row, _ in whole])
     return table
@@ -194,8 +92,10 @@ def _tried(config: ExtractConfig, other: str) -> list[tuple[dict[str, str], Extr
     theirs = recipe_named(other)
     own = {piece: getattr(config.resolved(), piece) for piece in theirs}
     base = replace(config, recipe=other, **dict.fromkeys(own))
+    theirs = {piece: value for piece, value in theirs.items() if value != own[piece]}
     found = []
-    for start, pieces, direction in ((config, theirs, "off in turn"), (base, own, "on alone")):
+    mine = {piece: own[piece] for piece in theirs}
+    for start, pieces, direction in ((config, theirs, "off in turn"), (base, mine, "on alone")):
         found.append((_row(start.recipe, "", "", "as it is"), start))
         for piece, value in pieces.items():
             row = _row(start.recipe, piece, _words(value), direction)
@@ -224,7 +124,7 @@ def _name(row: dict[str, str]) -> str:
 def _words(value: str | ClusterConfig) -> str:
     if not isinstance(value, ClusterConfig):
         return value
-    return "random" if value.method == "random" else f"{value.method} of {value.space}"
+    return f"{METHODS.get(value.method, value.method)} of {value.space}"
 
 
 def sweeps(
@@ -234,6 +134,7 @@ def sweeps(
     tried: Mapping[str, Mapping[str, Mapping[Any, Variant]]],
     *,
     store: str | Path,
+    beside: Variant | None = None,
     **bootstrap: int,
 ) -> pd.DataFrame:
     """Vary one quantity at a time, in one or several systems.
@@ -243,14 +144,21 @@ def sweeps(
     tried
         By system and by name of the sweep: a configuration, or a model made already, by its
         setting. The setting None is for what does not depend on any.
+    beside
+        One of the variants, that all are compared with.
     bootstrap
         ``seed`` and ``resamples``, as for :func:`variants`.
 
     Returns
     -------
     DataFrame
-        The columns of :func:`variants` with ``system``, ``sweep`` and ``setting`` in the place of
-        ``variant``.
+        The columns of :func:`variants`, and: ``system``, ``sweep``, ``setting``; ``recipe``, empty
+        for a model made already.
+
+    Raises
+    ------
+    MoeeError
+        As for :func:`variants`.
     """
     whole = {
         (system, sweep, setting): each
@@ -258,7 +166,21 @@ def sweeps(
         for sweep, by_setting in by_sweep.items()
         for setting, each in by_setting.items()
     }
-    table = variants(dense, calibration, images, whole, store=store, **bootstrap)
-    for place, column in enumerate(("system", "sweep", "setting")):
-        table.insert(place, column, pd.Series([name[place] for name in whole], dtype=object))
-    return table.drop(columns="variant")
+    found = [name for name, each in whole.items() if each == beside]
+    if beside is not None and not found:
+        raise MoeeError("a variant that is tried", f"{beside}", "add it to a sweep")
+    compared = dict.fromkeys(whole, found[0]) if found else None
+    table = variants(dense, calibration, images, whole, store=store, beside=compared, **bootstrap)
+    recipes = ["" if isinstance(each, nn.Module) else each.recipe for each in whole.values()]
+    first = next(iter(tried))
+    table["variant"] = [_name_of_setting(*name, first=first) for name in whole]
+    for place, column in enumerate(("system", "sweep", "setting"), start=1):
+        table.insert(place, column, pd.Series([name[place - 1] for name in whole], dtype=object))
+    table.insert(4, "recipe", recipes)
+    return table
+
+
+def _name_of_setting(system: str, sweep: str, setting: Any, *, first: str) -> str:
+    """``sweep: setting``, with the name of the system unless it is the first."""
+    words = [] if setting is None else [" ".join(str(setting).split())]
+    return f"{sweep}: " + ", ".join(words if system == first else [*words, system])

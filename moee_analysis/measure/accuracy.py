@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from moee_analysis.images import ImageSet
 
-_REFERENCE = ""  # key of the reference among the scores; no system is called so
+REFERENCE = ""
+"""Key of the reference's own scores; no system is called so."""
 
 
 def accuracy(
@@ -65,13 +66,58 @@ def accuracy(
     """
     systems = _named(models)
     baseline = _baseline(systems, reference)
+    scores = image_scores(systems, images, reference=baseline, batch_size=batch_size)
+    return summarised(scores, seed=seed, resamples=resamples)
+
+
+def image_scores(
+    systems: Mapping[Hashable, nn.Module],
+    images: ImageSet,
+    *,
+    reference: nn.Module | None = None,
+    batch_size: int | None = None,
+) -> dict[Hashable, dict[str, np.ndarray]]:
+    """Scores of every image by every model, in the order of the images.
+
+    Returns
+    -------
+    dict
+        By system: ``right`` and ``top5``, bool (images,), and with a reference ``agreement``, bool,
+        and ``kl``, float. The reference's own stand under :data:`REFERENCE`.
+
+    Raises
+    ------
+    MoeeError
+        No images.
+    """
     if not len(images):
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
-    scores = _evaluate(systems, baseline, images, batch_size)
-    right = None if baseline is None else scores.pop(_REFERENCE)["right"]
+    contestants = dict(systems) if reference is None else {**systems, REFERENCE: reference}
+    first = next(iter(systems.values())) if reference is None else reference
+    batch_size = batch_size or fitting_batch(first)
+    labels = torch.from_numpy(images.labels(first))
+    total = math.ceil(len(images) / batch_size)
+    batches = progress(images.batches(first, batch_size=batch_size), label="accuracy", total=total)
+    parts: dict[Hashable, list[dict[str, np.ndarray]]] = {name: [] for name in contestants}
+    with ExitStack() as stack:
+        for model in contestants.values():
+            stack.enter_context(evaluating(model))
+        for number, x in enumerate(batches):
+            truth = labels[number * batch_size :][: len(x)]
+            for name, scores in _score_batch(contestants, reference, x, truth).items():
+                parts[name].append(scores)
+    return {name: _concatenated(scores) for name, scores in parts.items()}
+
+
+def summarised(
+    scores: Mapping[Hashable, Mapping[str, np.ndarray]], *, seed: int = 0, resamples: int = 1000
+) -> pd.DataFrame:
+    """Return the table of :func:`accuracy` of some :func:`image_scores`."""
+    right = scores[REFERENCE]["right"] if REFERENCE in scores else None
     rows = [
         {"system": name} | _row(score, right, seed=seed, resamples=resamples)
         for name, score in scores.items()
+        if name != REFERENCE
     ]
     return pd.DataFrame(rows)
 
@@ -95,36 +141,12 @@ def _baseline(
     return systems[reference]
 
 
-def _evaluate(
-    systems: Mapping[str, nn.Module],
-    baseline: nn.Module | None,
-    images: ImageSet,
-    batch_size: int | None,
-) -> dict[str, dict[str, np.ndarray]]:
-    """Scores of every image by every system, in the order of the images."""
-    first = next(iter(systems.values())) if baseline is None else baseline
-    batch_size = batch_size or fitting_batch(first)
-    labels = torch.from_numpy(images.labels(first))
-    total = math.ceil(len(images) / batch_size)
-    batches = progress(images.batches(first, batch_size=batch_size), label="accuracy", total=total)
-    contestants = dict(systems) if baseline is None else {**systems, _REFERENCE: baseline}
-    parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in contestants}
-    with ExitStack() as stack:
-        for model in contestants.values():
-            stack.enter_context(evaluating(model))
-        for number, x in enumerate(batches):
-            truth = labels[number * batch_size :][: len(x)]
-            for name, scores in _score_batch(contestants, baseline, x, truth).items():
-                parts[name].append(scores)
-    return {name: _concatenated(scores) for name, scores in parts.items()}
-
-
 def _score_batch(
-    contestants: Mapping[str, nn.Module],
+    contestants: Mapping[Hashable, nn.Module],
     baseline: nn.Module | None,
     x: torch.Tensor,
     truth: torch.Tensor,
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[Hashable, dict[str, np.ndarray]]:
     """Scores of the images ``x`` [B, 3, H, W]; every distinct model runs once."""
     logits = {model: _logits(model, x) for model in dict.fromkeys(contestants.values())}
     own = logits.get(baseline)

@@ -15,6 +15,7 @@ from torch import nn
 
 from moee_analysis.activations import recording
 from moee_analysis.counting import evaluating
+from moee_analysis.errors import MoeeError
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import MoeMlp, moe_layers
 from moee_analysis.models import find_mlps
@@ -131,12 +132,18 @@ def router_regret(
     DataFrame
         A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the
         output over the variance of the dense one), ``regret`` (``error`` less that of the best
-        expert for every token), ``best`` (share of tokens that get this expert), ``experts``.
+        expert for every token), ``best`` (share of tokens that get an expert of no larger error),
+        ``experts``.
+
+    Raises
+    ------
+    MoeeError
+        No images, or no layer of the run for which all routers are given.
     """
-    dense = run.dense()
+    if not len(images):
+        raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    dense, layers = run.dense(), _compared(run, routers)
     sites = {site.index: site for site in find_mlps(dense)}
-    common = set.intersection(*(set(by_layer) for by_layer in routers.values()))
-    layers = {index: layer for index, layer in moe_layers(run.model).items() if index in common}
     sums = {index: _Sums(_oracle(sites[index].module(dense), layers[index])) for index in layers}
     batch_size = batch_size or fitting_batch(dense)
     batches = images.batches(dense, batch_size=batch_size)
@@ -154,6 +161,19 @@ def router_regret(
         "errors are relative to the variance of the dense outputs."
     )
     return table
+
+
+def _compared(run: Extraction, routers: Mapping[str, Mapping[int, nn.Module]]) -> dict[int, MoeMlp]:
+    """The routed layers for which every router is given."""
+    layers = moe_layers(run.model)
+    common = {i: layer for i, layer in layers.items() if all(i in of for of in routers.values())}
+    if not routers or not common:
+        raise MoeeError(
+            f"routers for some of the routed layers {sorted(layers)}",
+            ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none",
+            "take those of measure.router_choices, from a run with several experts a layer",
+        )
+    return common
 
 
 @dataclass
@@ -176,17 +196,18 @@ class _Sums:
         self.tokens += len(errors)
         self.outputs = self.outputs + y.sum(dim=(0, 1))
         self.squares += float(y.square().sum())
-        self.least += float(errors.min(dim=1).values.sum())
+        least = errors.min(dim=1).values
+        self.least += float(least.sum())
         for name, router in routers.items():
-            chosen = _chosen(router, layer, x)
-            self.errors[name] = self.errors.get(name, 0.0) + float(errors.gather(1, chosen).sum())
-            hits = int((chosen[:, 0] == errors.argmin(dim=1)).sum())
-            self.best[name] = self.best.get(name, 0) + hits
+            own = errors.gather(1, _chosen(router, layer, x))[:, 0]
+            self.errors[name] = self.errors.get(name, 0.0) + float(own.sum())
+            self.best[name] = self.best.get(name, 0) + int((own == least).sum())
 
     def rows(self) -> Iterator[dict[str, float | str]]:
         """Means over the tokens, one row for each router."""
         mean = self.outputs / self.tokens
-        scale = self.squares - self.tokens * float(mean.square().sum())
+        variance = self.squares - self.tokens * float(mean.square().sum())
+        scale = variance or math.nan  # of outputs that never change, no share can be told
         for name, error in self.errors.items():
             yield {
                 "router": name,

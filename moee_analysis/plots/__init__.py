@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from moee_analysis.plots import style as style
 from moee_analysis.plots.ablation import ablation as ablation
-from moee_analysis.plots.ablation import router_regret as router_regret
-from moee_analysis.plots.ablation import sweeps as sweeps
 from moee_analysis.plots.accuracy import accuracy as accuracy
 from moee_analysis.plots.class_distance import class_distance as class_distance
 from moee_analysis.plots.class_distance import class_relatedness as class_relatedness
@@ -21,10 +19,12 @@ from moee_analysis.plots.fidelity import fidelity as fidelity
 from moee_analysis.plots.macs import macs as macs
 from moee_analysis.plots.modularity import modularity as modularity
 from moee_analysis.plots.modularity import part_profile as part_profile
+from moee_analysis.plots.router_regret import router_regret as router_regret
 from moee_analysis.plots.routing import balance as balance
 from moee_analysis.plots.routing import routing as routing
 from moee_analysis.plots.similarity import similarity as similarity
 from moee_analysis.plots.similarity import similarity_summary as similarity_summary
+from moee_analysis.plots.sweeps import sweeps as sweeps
 from moee_analysis.plots.walkthrough import embedding as embedding
 from moee_analysis.plots.walkthrough import patches as patches
 from moee_analysis.plots.walkthrough import surrogate as surrogate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from moee_analysis.plots import style
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
@@ -96,6 +97,13 @@ def panel_title(system: str, layer: int, *, several: bool) -> str:
 def whole_layers(ax: Axes) -> None:
     """Put ticks at whole layers only."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def plain_log(axis: Axis, *, subs: tuple[float, ...] = (1,)) -> None:
+    """Write the ticks of a logarithmic axis as plain numbers, at ``subs`` times powers of 10."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def legend_above(fig: Figure, ax: Axes, *, columns: int = 4) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 PALETTE: tuple[str, ...] = (
     "#0072B2",  # blue
@@ -115,6 +115,15 @@ def panels(
     for lowest in axes[max(0, count - cols) : count]:
         lowest.tick_params(labelbottom=True)
     return fig, axes[:count]
+
+
+def stacked(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFigure]]:
+    """A closed figure of ``width`` inches, and its parts of these ``heights``, from above."""
+    with plt.rc_context(HOUSE):
+        fig = plt.figure(figsize=(width, sum(heights)))
+        parts = fig.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
+        plt.close(fig)
+    return fig, list(parts[:, 0])
 
 
 def caption(fig: Figure, text: str | None) -> Figure:

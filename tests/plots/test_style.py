@@ -68,6 +68,20 @@ def test_panels_fill_rows(count, shape):
     assert axes[0].get_gridspec().get_geometry() == shape
 
 
+def test_parts_of_a_figure_stand_above_each_other_at_their_heights():
+    fig, parts = style.stacked(5, [3, 1])
+    assert plt.get_fignums() == []
+    assert list(fig.get_size_inches()) == [5, 4]
+    axes = [part.subplots() for part in parts]
+    fig.draw_without_rendering()
+    upper, lower = (part.bbox for part in parts)
+    assert upper.height == pytest.approx(3 * lower.height, rel=0.1)
+    assert upper.y0 >= lower.y1
+    style.caption(fig, "many words " * 30)
+    fig.draw_without_rendering()
+    assert axes[1].get_tightbbox().y0 > fig.texts[-1].get_window_extent().y1
+
+
 def test_names_keep_apart():
     few = style.colours(["MoEE", "dense", "MoEE", "static"])
     assert few == {"MoEE": style.PALETTE[0], "dense": style.GREY, "static": style.PALETTE[1]}
