@@ -55,7 +55,7 @@ def cohering(
     for plan in progress(plans, label="measuring coherence"):
         if plan.converted and not plan.constant.any():
             layer = recorded_layer(activations, model, plan.site)
-            found.append(_scaled(plan, coherence(layer, plan, kept[plan.site.name])))
+            found.append(scaled(plan, coherence(layer, plan, kept[plan.site.name])))
         else:
             found.append(plan)
     return found
@@ -127,7 +127,12 @@ def _one_by_one(
     return total
 
 
-def _scaled(plan: LayerPlan, factor: float) -> LayerPlan:
+def scaled(plan: LayerPlan, factor: float) -> LayerPlan:
+    """Multiply the scores of the routed experts of a plan by ``factor``."""
     neurons = plan.scores.neurons.copy()
     neurons[len(set(plan.prefix)) :] *= factor
-    return replace(plan, scores=replace(plan.scores, neurons=neurons))
+    return replace(
+        plan,
+        scores=replace(plan.scores, neurons=neurons),
+        coherence=factor * plan.coherence,
+    )

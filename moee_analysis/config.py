@@ -48,6 +48,8 @@ class ExtractConfig:
     - ``coherence``: whether it is ``measured`` how much more the errors of an image's tokens cost
       together than one by one, layer by layer, or ``ignored``. Needs the ``fisher`` metric and a
       ``global`` budget; without effect elsewhere.
+    - ``union``: neurons that no expert of a layer keeps go ``at_once``, or in ``steps``, and others
+      are scored again in between. Without effect unless the parameters are bound.
     - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), a W2
       refitted for all experts (``shared``) or for ``each``.
     """
@@ -72,6 +74,7 @@ class ExtractConfig:
     metric: Literal["outputs", "fisher"] | None = None
     budget: Literal["share", "global"] | None = None
     coherence: Literal["ignored", "measured"] | None = None
+    union: Literal["at_once", "steps"] | None = None
     refit: Literal["none", "shift", "shared", "each"] | None = None
 
     def __post_init__(self) -> None:
@@ -128,6 +131,11 @@ class ExtractConfig:
         """Whether the coherence of the layers is measured, and can have an effect."""
         pieces = ("coherence", "metric", "budget")
         return [self._piece(name) for name in pieces] == ["measured", "fisher", "global"]
+
+    @property
+    def narrows_unions(self) -> bool:
+        """Whether the unions of neurons shrink in steps to a budget of parameters."""
+        return self._piece("union") == "steps" and self.params_reduction is not None
 
     @property
     def _needs_all_tokens(self) -> bool:

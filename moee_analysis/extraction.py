@@ -18,6 +18,7 @@ from moee_analysis.config import ExtractConfig
 from moee_analysis.environment import versions
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import architecture, fingerprint, load_model
+from moee_analysis.narrowing import narrowed
 from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
 from moee_analysis.sizing import sized
@@ -172,6 +173,9 @@ def _extract(
     sizes = sized(model, plans, config)
     if config.measures_coherence:
         plans = cohering(model, images, plans, sizes.kept, config, root=root)
+        sizes = sized(model, plans, config)
+    if config.narrows_unions:
+        plans = narrowed(model, images, plans, config, root=root)
         sizes = sized(model, plans, config)
     return Extraction(
         build_moe(model, images, plans, sizes.kept, config, root=root),

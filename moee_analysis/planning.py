@@ -40,7 +40,8 @@ class LayerPlan:
     Experts of leading tokens (``prefix``: the expert of each) come before those of the
     ``partition``. ``members`` is the expert that each row of the layer's sample counts for, -1 for
     none. ``shares`` (experts,) of the ``tokens`` of an image go to each; ``constant`` (experts,)
-    marks those that keep no neuron. ``scores`` is None where the layer stays dense.
+    marks those that keep no neuron. ``scores`` is None where the layer stays dense; those of the
+    partition's experts have the factor ``coherence``.
     """
 
     site: MlpSite
@@ -51,6 +52,7 @@ class LayerPlan:
     shares: np.ndarray | None = None
     constant: np.ndarray | None = None
     scores: Scores | None = None
+    coherence: float = 1.0
 
     @property
     def converted(self) -> bool:

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "metric": ("outputs", "fisher"),
     "budget": ("share", "global"),
     "coherence": ("ignored", "measured"),
+    "union": ("at_once", "steps"),
     "refit": ("none", "shift", "shared", "each"),
 }
 """The pieces that are chosen by name, and their names; explained in ``ExtractConfig``."""
@@ -39,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "metric": "outputs",
         "budget": "share",
         "coherence": "ignored",
+        "union": "at_once",
         "refit": "none",
     },
     "best": {
@@ -50,12 +52,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "metric": "fisher",
         "budget": "global",
         "coherence": "measured",
+        "union": "at_once",
         "refit": "shared",
     },
 }
 
 BOUND: dict[str, dict[str, Any]] = {
-    "best": {"clustering": replace(_MEANS, count=16), "order": "obs"},
+    "best": {"clustering": replace(_MEANS, count=16), "order": "obs", "union": "steps"},
 }
 """What changes where the stored parameters are bound: every expert more has a router and a shift to
 store; and of neurons that go from all experts at once, the refit can make good the more."""

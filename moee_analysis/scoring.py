@@ -45,6 +45,7 @@ def score(
     *,
     order: str,
     metric: str,
+    among: np.ndarray | None = None,
 ) -> Scores:
     """Score the neurons of all experts of a layer.
 
@@ -62,17 +63,20 @@ def score(
         :func:`~moee_analysis.elimination.elimination_costs`.
     metric
         ``outputs``: Q is the identity; ``fisher``: that of :mod:`moee_analysis.fisher`.
+    among
+        Neurons that there still are, bool (hidden,), the others score nothing; None: all.
     """
     W2 = _matrix(mlp.fc2)
     metrics = [torch.eye(len(W2), dtype=W2.dtype)] * len(kinds)
     if metric == "fisher":
         metrics = expert_metrics(sample, members, kinds)
     weight = np.array([float(Q.diagonal().mean()) for Q in metrics])
+    among = np.ones(W2.shape[1], dtype=bool) if among is None else among
     if order == "obs":
-        return Scores(*_eliminated(sample, members, W2, metrics), weight)
+        return Scores(*_eliminated(sample, members, W2, metrics, among), weight)
     statistics = statistics_of(sample, lambda rows: members[rows], experts=len(kinds))
     neurons = _one_by_one(mlp, statistics, metrics, order)
-    return Scores(neurons, statistics.mean_hidden, weight)
+    return Scores(neurons * among, statistics.mean_hidden, weight)
 
 
 def _one_by_one(
@@ -88,13 +92,18 @@ def _one_by_one(
 
 
 def _eliminated(
-    sample: LayerSample, members: np.ndarray, W2: torch.Tensor, metrics: list[torch.Tensor]
+    sample: LayerSample,
+    members: np.ndarray,
+    W2: torch.Tensor,
+    metrics: list[torch.Tensor],
+    among: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Costs of removal and mean activations, both (experts, hidden), of every expert's neurons."""
     costs, means = [], []
     for expert, Q in enumerate(metrics):
         moments = moments_of(sample, np.flatnonzero(members == expert))
-        costs.append(elimination_costs(moments.covariance, root(Q) @ W2))
+        left = torch.from_numpy(among)
+        costs.append(elimination_costs(moments.covariance, root(Q) @ W2, among=left))
         means.append(moments.mean.double())
     return torch.stack(costs).numpy(), torch.stack(means).numpy()
 

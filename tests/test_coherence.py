@@ -120,6 +120,7 @@ def test_scores_of_routed_experts_are_multiplied_by_what_a_layer_s_errors_share(
     assert factors[1, 0] > 0
     assert factors[1, 0] != 1
     np.testing.assert_array_equal(after.means, before.means)
+    assert [plans[1].coherence for plans in sized] == [1, pytest.approx(factors[1, 0])]
 
 
 def test_a_layer_that_is_dense_or_has_a_constant_expert_is_left_alone(sized):

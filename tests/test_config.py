@@ -15,6 +15,7 @@ OTHER = {
     "clustering": ClusterConfig(reduce="pca"), "router": "nearest", "tokens": "kinds",
     "unread": "constant", "order": "obs", "metric": "fisher", "refit": "shift",
     "coherence": "measured",
+    "union": "steps",
 }  # fmt: skip
 
 
@@ -142,6 +143,21 @@ def test_only_the_fisher_metric_needs_gradients(recipe):
     assert ExtractConfig(recipe=recipe, metric="fisher").needs_gradients
     assert not ExtractConfig(recipe=recipe, metric="outputs").needs_gradients
     assert ExtractConfig(recipe=recipe).needs_gradients is (recipe == "best")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "narrows"),
+    [
+        ({}, False),
+        ({"union": "steps"}, False),
+        ({"recipe": "best"}, False),
+        ({"recipe": "best", "params_reduction": 0.2}, True),
+        ({"recipe": "best", "params_reduction": 0.2, "union": "at_once"}, False),
+        ({"budget": "global", "params_reduction": 0.2, "union": "steps"}, True),
+    ],
+)
+def test_unions_narrow_to_a_budget_of_parameters(pieces, narrows):
+    assert ExtractConfig(**pieces).narrows_unions is narrows
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,32 @@ def test_costs_are_those_of_trying_every_neuron_at_every_step(seed, ridge):
     torch.testing.assert_close(costs[gone], raised.cummax(dim=0).values, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("seed", RISING + FALLING)
+@pytest.mark.parametrize("gone", [[], [4], [0, 3, 8]])
+def test_what_is_gone_already_costs_nothing_and_is_made_good_by_the_others(seed, gone):
+    activations, readout = drawn(seed)
+    left, among = [j for j in range(HIDDEN) if j not in gone], torch.ones(HIDDEN, dtype=torch.bool)
+    among[gone] = False
+    costs = elimination_costs(covariance_of(activations), readout, among=among, block=ALONE)
+    assert not costs[gone].any()
+    assert costs[left].all()
+    error = refitted_error(activations, readout, left, ridge=1e-3)
+    first = min(
+        refitted_error(activations, readout, [i for i in left if i != j], ridge=1e-3) - error
+        for j in left
+    )
+    assert costs[left].min() == pytest.approx(first, rel=1e-6)
+    if seed in RISING and gone == []:
+        whole = elimination_costs(covariance_of(activations), readout, block=ALONE)
+        assert torch.equal(costs, whole)
+
+
+def test_when_all_are_gone_nothing_costs_anything():
+    activations, readout = drawn(0)
+    none = torch.zeros(HIDDEN, dtype=torch.bool)
+    assert not elimination_costs(covariance_of(activations), readout, among=none).any()
+
+
 @pytest.mark.parametrize("seed", RISING)
 def test_the_error_without_some_neurons_is_the_sum_of_their_costs(seed):
     activations, readout = drawn(seed)

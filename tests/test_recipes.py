@@ -52,7 +52,7 @@ def test_the_paper_s_recipe_adds_nothing():
     assert recipe_named("paper")["clustering"] == ClusterConfig()
     plain = {
         "router": "cosine", "tokens": "alike", "unread": "routed", "order": "variance",
-        "metric": "outputs", "budget": "share", "coherence": "ignored",
+        "metric": "outputs", "budget": "share", "coherence": "ignored", "union": "at_once",
         "refit": "none",
     }  # fmt: skip
     assert recipe_named("paper").items() >= plain.items()

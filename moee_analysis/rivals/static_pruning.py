@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
     from moee_analysis.images import ImageSet
 
-_STATIC = {"experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored"}
+_STATIC = {
+    "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",
+    "union": "at_once",
+}  # fmt: skip
 _OBS = {
     "order": "obs", "metric": "fisher", "budget": "global", "refit": "shared",
-    "coherence": "measured",
+    "coherence": "measured", "union": "steps",
 }  # fmt: skip
 
 BASELINES: dict[str, dict[str, Any]] = {
