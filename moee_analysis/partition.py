@@ -199,7 +199,7 @@ def _rows_to_cluster(candidates: np.ndarray, layer: Recorded, config: ExtractCon
 def _reduced(
     layer: Recorded, rows: np.ndarray, candidates: np.ndarray, config: ExtractConfig, *, root: Path
 ) -> np.ndarray:
-    """Points to cluster; what UMAP or PCA make of them, the slow part, is found in the store."""
+    """Points to cluster; what UMAP, or PCA of hidden activations, makes of them is kept."""
     settings = config.clustering.for_width(layer.site.hidden)
     if settings.space == "inputs":
         to_outputs = metric_root(layer, candidates, config)

@@ -99,10 +99,9 @@ def _eliminated(
     among: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Costs of removal and mean activations, both (experts, hidden), of every expert's neurons."""
-    costs, means = [], []
+    costs, means, left = [], [], torch.from_numpy(among)
     for expert, Q in enumerate(metrics):
         moments = moments_of(sample, np.flatnonzero(members == expert))
-        left = torch.from_numpy(among)
         costs.append(elimination_costs(moments.covariance, root(Q) @ W2, among=left))
         means.append(moments.mean.double())
     return torch.stack(costs).numpy(), torch.stack(means).numpy()

@@ -29,7 +29,7 @@ _STATIC = {
 }  # fmt: skip
 _OBS = {
     "order": "obs", "metric": "fisher", "budget": "global", "refit": "shared",
-    "coherence": "measured", "union": "steps",
+    "coherence": "measured",
 }  # fmt: skip
 
 BASELINES: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "fisher least squares": _STATIC
     | {"order": "weighted", "metric": "fisher", "budget": "global", "refit": "shared"},
     "fisher OBS": _STATIC | _OBS,
-    "fisher OBS, CLS apart": _STATIC | _OBS | {"tokens": "kinds"},
+    "fisher OBS, CLS apart": _STATIC | _OBS | {"tokens": "kinds", "union": "steps"},
 }
 """Settings of ``ExtractConfig`` by name.
 
