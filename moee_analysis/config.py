@@ -52,6 +52,8 @@ class ExtractConfig:
       are scored again in between. Without effect unless the parameters are bound.
     - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), a W2
       refitted for all experts (``shared``) or for ``each``.
+    - ``attention``: ``dense``; asked only for tokens whose outputs are ``read``, which loses
+      nothing; or ``low_rank`` too, heads having fewer dimensions by the budget of the neurons.
     """
 
     recipe: str = "paper"
@@ -76,6 +78,7 @@ class ExtractConfig:
     coherence: Literal["ignored", "measured"] | None = None
     union: Literal["at_once", "steps"] | None = None
     refit: Literal["none", "shift", "shared", "each"] | None = None
+    attention: Literal["dense", "read", "low_rank"] | None = None
 
     def __post_init__(self) -> None:
         recipe_named(self.recipe)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.attention_planning import plan_attentions, reduce_attention
 from moee_analysis.building import build_moe
 from moee_analysis.coherence import cohering
 from moee_analysis.config import ExtractConfig
@@ -170,15 +171,18 @@ def _extract(
 ) -> Extraction:
     provenance = _provenance(model, images, config)
     plans = plan_layers(model, images, config, root=root)
-    sizes = sized(model, plans, config)
+    attentions = plan_attentions(model, images, config, root=root)
+    sizes = sized(model, plans, config, attentions)
     if config.measures_coherence:
         plans = cohering(model, images, plans, sizes.kept, config, root=root)
-        sizes = sized(model, plans, config)
+        sizes = sized(model, plans, config, attentions)
     if config.narrows_unions:
-        plans = narrowed(model, images, plans, config, root=root)
-        sizes = sized(model, plans, config)
+        plans = narrowed(model, images, plans, config, attentions=attentions, root=root)
+        sizes = sized(model, plans, config, attentions)
+    moe = build_moe(model, images, plans, sizes.kept, config, root=root)
+    reduce_attention(moe, attentions, sizes.modes)
     return Extraction(
-        build_moe(model, images, plans, sizes.kept, config, root=root),
+        moe,
         config,
         sizes.variance_kept,
         tuple(_report(plan, sizes.kept.get(plan.site.name)) for plan in plans),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from moee_analysis.attention_planning import AttentionPlan
     from moee_analysis.config import ExtractConfig
     from moee_analysis.images import ImageSet
     from moee_analysis.planning import LayerPlan
@@ -38,17 +39,18 @@ def narrowed(
     plans: Sequence[LayerPlan],
     config: ExtractConfig,
     *,
+    attentions: Sequence[AttentionPlan] = (),
     root: Path,
 ) -> list[LayerPlan]:
     """Score the neurons again within the unions that a budget of parameters leaves, step by step.
 
     What is not in the last union scores nothing. ``images`` and ``root`` are those of the
-    ``plans``; the configuration binds the parameters.
+    ``plans``; the configuration binds the parameters, those of ``attentions`` among them.
     """
     activations = sampled(model, images, config, root=root)
     for step in STEPS:
         asked = replace(config, params_reduction=step * config.params_reduction)
-        kept = sized(model, plans, asked).kept
+        kept = sized(model, plans, asked, attentions).kept
         found = []
         for plan in progress(plans, label="narrowing unions"):
             if plan.converted and not plan.constant.any():

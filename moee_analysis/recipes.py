@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "coherence": ("ignored", "measured"),
     "union": ("at_once", "steps"),
     "refit": ("none", "shift", "shared", "each"),
+    "attention": ("dense", "read", "low_rank"),
 }
 """The pieces that are chosen by name, and their names; explained in ``ExtractConfig``."""
 
@@ -42,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "coherence": "ignored",
         "union": "at_once",
         "refit": "none",
+        "attention": "dense",
     },
     "best": {
         "clustering": _MEANS,
@@ -54,6 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "coherence": "measured",
         "union": "at_once",
         "refit": "shared",
+        "attention": "dense",
     },
 }
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
+from moee_analysis.attention import LowRankAttention, Ranks, reduced_attentions, site_of
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, Readout, moe_names, replace_module
 from moee_analysis.models import architecture, build_model
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FORMAT = 2
+FORMAT = 3
 KIND = "moee run"
 TENSORS = "model.safetensors"
 FACTS = "run.json"
@@ -109,6 +110,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
             name: _describe_router(model.get_submodule(name).router)
             for name in moe_names(model).values()
         },
+        "attentions": {
+            name: asdict(m.ranks) | {"bias": m.q.bias is not None}
+            for name, m in reduced_attentions(model).items()
+        },
     }
 
 
@@ -130,7 +135,15 @@ def _rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.
     for name, router in described["routers"].items():
         layer = _layer_like(_below(name, tensors), model.get_submodule(name), router)
         replace_module(model, name, layer)
+    for name, ranks in described["attentions"].items():
+        replace_module(model, name, _attention_like(model.get_submodule(name), name, ranks))
     return model.requires_grad_(requires_grad=False)
+
+
+def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRankAttention:
+    """Build an attention of the saved ranks; its weights are loaded afterwards."""
+    ranks = Ranks(tuple(shape["scores"]), tuple(shape["values"]), shape["queries"])
+    return LowRankAttention(site_of(name, dense), ranks, bias=shape["bias"])
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

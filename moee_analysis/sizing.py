@@ -1,8 +1,8 @@
-"""How many neurons every expert keeps: one share for all of them, or one budget for the model."""
+"""How much every expert keeps, and every head: one share for all, or one budget for the model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,24 +16,32 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from moee_analysis.attention_planning import AttentionPlan
     from moee_analysis.config import ExtractConfig
     from moee_analysis.planning import LayerPlan
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The neurons that every expert keeps.
+    """The neurons that every expert keeps, and the modes that every head does.
 
     ``kept`` bool (experts, hidden), by site name; ``variance_kept`` is the share p of its scores
-    that every expert keeps, None for a global budget.
+    that every expert keeps, None for a global budget. ``modes``, by the name of an attention of
+    low rank: its kept scores and values, both bool (heads, head_dim).
     """
 
     kept: dict[str, np.ndarray]
     variance_kept: float | None
+    modes: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
-def sized(model: nn.Module, plans: Sequence[LayerPlan], config: ExtractConfig) -> Sizes:
-    """Choose the neurons of the converted layers by the budget of ``config``.
+def sized(
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    config: ExtractConfig,
+    attentions: Sequence[AttentionPlan] = (),
+) -> Sizes:
+    """Choose the neurons of converted layers, and modes of ``attentions``, by ``config``'s budget.
 
     Raises
     ------
@@ -42,26 +50,48 @@ def sized(model: nn.Module, plans: Sequence[LayerPlan], config: ExtractConfig) -
     """
     converted = [plan for plan in plans if plan.converted]
     if config.budget == "global":
-        return Sizes(_globally(model, converted, config), None)
+        return _globally(model, converted, config, attentions)
     p = config.variance_kept
     if config.macs_reduction is not None:
-        p = _share_for_macs(model, converted, config.macs_reduction)
-    return Sizes({plan.site.name: _of_share(plan, p) for plan in converted}, p)
+        p = _share_for_macs(model, converted, attentions, config.macs_reduction)
+    return _of_share(converted, attentions, p)
 
 
-def _of_share(plan: LayerPlan, p: float) -> np.ndarray:
-    """The fewest neurons that hold the share ``p`` of each expert's scores."""
-    kept = np.zeros(plan.scores.neurons.shape, dtype=bool)
-    for expert, ids in enumerate(rank_neurons(plan.scores.neurons).kept(p)):
-        kept[expert, ids] = not plan.constant[expert]
+def _of_share(plans: Sequence[LayerPlan], attentions: Sequence[AttentionPlan], p: float) -> Sizes:
+    """What holds the share ``p`` of the scores of every expert, and of every head."""
+    kept = {
+        plan.site.name: _fewest(plan.scores.neurons, p) & ~plan.constant[:, None] for plan in plans
+    }
+    modes = {
+        each.site.name: each.in_heads(*(_fewest(costs, p) for costs in each.costs()))
+        for each in attentions
+        if each.modes is not None
+    }
+    return Sizes(kept, p, modes)
+
+
+def _fewest(scores: np.ndarray, p: float) -> np.ndarray:
+    """The fewest that hold the share ``p`` of each row's ``scores``, a bool of their shape."""
+    kept = np.zeros(scores.shape, dtype=bool)
+    for row, ids in enumerate(rank_neurons(scores).kept(p)):
+        kept[row, ids] = True
     return kept
 
 
-def _share_for_macs(model: nn.Module, plans: Sequence[LayerPlan], reduction: float) -> float:
-    dense = count(model)
+def _share_for_macs(
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    attentions: Sequence[AttentionPlan],
+    reduction: float,
+) -> float:
+    dense = count(model, sites=[each.site.name for each in (*plans, *attentions)])
 
     def macs(p: float) -> float:
-        return dense.replacing({plan.site.name: _macs(plan, _of_share(plan, p)) for plan in plans})
+        sizes = _of_share(plans, attentions, p)
+        cost = {plan.site.name: _macs(plan, sizes.kept[plan.site.name]) for plan in plans}
+        for each in attentions:
+            cost[each.site.name] = each.macs(sizes.modes.get(each.site.name)) / each.tokens
+        return dense.replacing(cost)
 
     return variance_for_macs(macs, dense=dense.total, reduction=reduction)
 
@@ -72,22 +102,52 @@ def _macs(plan: LayerPlan, kept: np.ndarray) -> float:
 
 
 def _globally(
-    model: nn.Module, plans: Sequence[LayerPlan], config: ExtractConfig
-) -> dict[str, np.ndarray]:
-    """The neurons that are worth most within the budgets of MACs and stored parameters."""
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    config: ExtractConfig,
+    attentions: Sequence[AttentionPlan],
+) -> Sizes:
+    """What is worth most within the budgets of MACs and stored parameters."""
+    low_rank = [each for each in attentions if each.modes is not None]
     offers = [_offer(plan) for plan in plans]
+    offers += [offer for each in low_rank for offer in each.offers()]
     budgets = {}
     if config.macs_reduction is not None:
-        dense = count(model)
-        fixed = dense.replacing({plan.site.name: plan.router().macs for plan in plans})
-        budgets["macs"] = (1 - config.macs_reduction) * dense.total - fixed
+        budgets["macs"] = _free_macs(model, plans, attentions, config.macs_reduction)
     if config.params_reduction is not None:
-        fixed = sum(_fixed_parameters(plan, model, config) for plan in plans)
-        total = count_parameters(model)
-        inside = sum(count_parameters(plan.site.module(model)) for plan in plans)
-        budgets["parameters"] = (1 - config.params_reduction) * total - (total - inside) - fixed
-    kept = choose(offers, **budgets)
-    return {plan.site.name: mask for plan, mask in zip(plans, kept, strict=True)}
+        budgets["parameters"] = _free_parameters(model, plans, attentions, config)
+    chosen = iter(choose(offers, **budgets))
+    kept = {plan.site.name: next(chosen) for plan in plans}
+    modes = {each.site.name: each.in_heads(next(chosen), next(chosen)) for each in low_rank}
+    return Sizes(kept, None, modes)
+
+
+def _free_macs(
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    attentions: Sequence[AttentionPlan],
+    reduction: float,
+) -> float:
+    """MACs of one image that are left for neurons and modes."""
+    sites = [each.site.name for each in (*plans, *attentions)]
+    dense = count(model, sites=sites)
+    fixed = {plan.site.name: plan.router().macs for plan in plans}
+    fixed |= {each.site.name: each.fixed_macs / each.tokens for each in attentions}
+    return (1 - reduction) * dense.total - dense.replacing(fixed)
+
+
+def _free_parameters(
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    attentions: Sequence[AttentionPlan],
+    config: ExtractConfig,
+) -> int:
+    """Stored parameters that are left for neurons and modes."""
+    total = count_parameters(model)
+    inside = sum(count_parameters(each.site.module(model)) for each in (*plans, *attentions))
+    fixed = sum(_fixed_parameters(plan, model, config) for plan in plans)
+    fixed += sum(each.fixed_parameters for each in attentions)
+    return (1 - config.params_reduction) * total - (total - inside) - fixed
 
 
 def _offer(plan: LayerPlan) -> Offer:

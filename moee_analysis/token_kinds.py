@@ -12,7 +12,12 @@ from moee_analysis.models import find_mlps, input_size
 from moee_analysis.sensitivity import output_gradients
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
+
+    from moee_analysis.attention import AttentionSite
+    from moee_analysis.models import MlpSite
 
 PREFIX_KINDS = {"cls_token": "cls", "dist_token": "dist", "reg_token": "register"}
 """Kind of the tokens in timm's parameters of these names, in the order in which they stand."""
@@ -43,20 +48,23 @@ def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def unread_patches(model: nn.Module) -> frozenset[str]:
-    """Return the names of the MLPs whose outputs at the patches nothing reads any more.
+def unread_patches(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
+) -> frozenset[str]:
+    """Return the names of the ``sites`` whose outputs at the patches nothing reads any more.
 
     There the gradient of the logits is exactly zero at every patch of a random image: the last
     block of a ViT whose head reads the CLS token alone. An MLP that gets no patches is one of
-    them.
+    them. ``sites`` None: all MLPs.
 
     Raises
     ------
     MoeeError
-        The model has no MLPs, or one that :func:`output_gradients` refuses.
+        The model has no MLPs, or a site that :func:`output_gradients` refuses.
     """
     like = next(model.parameters())
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
-    gradients = output_gradients(model, find_mlps(model), image.to(like), seeds=[(0, 0)], probes=1)
+    sites = find_mlps(model) if sites is None else sites
+    gradients = output_gradients(model, sites, image.to(like), seeds=[(0, 0)], probes=1)
     prefix = prefix_tokens(model)
     return frozenset(name for name, g in gradients.items() if not g[:, :, prefix:].any())

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
+from moee_analysis.attention import Factors, Reduction, find_attentions, low_rank
 from moee_analysis.images import ImageSet
 from moee_analysis.layers import MoeMlp, Readout, replace_module
 from moee_analysis.models import find_mlps
@@ -89,6 +90,16 @@ def toy_kinds(model, *, seed: int = 0, layers=None):
         shares = np.array([1, *(tokens - 1) * rng.dirichlet(np.ones(3))]) / tokens
         layer = MoeMlp(site.module(model), router, experts, shares, readout)
         replace_module(model, site.name, layer)
+    return model
+
+
+def reduced_attention(model, *, ranks=(5, 16), queries=None):
+    """A ViT itself, the heads of its last attention cut down to so many dimensions."""
+    site = find_attentions(model)[-1]
+    maps = [torch.eye(site.head_dim)[:, :rank] for rank in ranks]
+    factors = Factors(maps, maps)
+    reduction = Reduction(factors, factors, torch.zeros(len(maps), site.head_dim), queries)
+    replace_module(model, site.name, low_rank(site, site.module(model), reduction))
     return model
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from moee_analysis.attention import LowRankAttention, reduced_attentions
 from moee_analysis.counting import MacCount, count, count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, all_mlps
@@ -47,11 +48,11 @@ def macs(
     Returns
     -------
     DataFrame
-        A row for every MLP, one for ``everything else``, one for the ``total``: ``component``,
-        ``layer`` (-1 where it is none), ``converted``, ``experts``, ``macs_dense``, ``macs`` (per
-        image; 1 MAC = 2 FLOPs), ``params_dense``, ``params``, ``active_fraction`` (hidden neurons
-        a token uses), ``union_fraction`` (hidden neurons stored), ``share_source``
-        (``calibration``, ``evaluated images`` or ``dense``).
+        A row for every MLP, one for every attention of lower rank, one for ``everything else``,
+        one for the ``total``: ``component``, ``layer`` (-1 where it is no MLP), ``converted``,
+        ``experts``, ``macs_dense``, ``macs`` (per image; 1 MAC = 2 FLOPs), ``params_dense``,
+        ``params``, ``active_fraction`` (hidden neurons a token uses), ``union_fraction`` (hidden
+        neurons stored), ``share_source`` (``calibration``, ``evaluated images`` or ``dense``).
 
     Raises
     ------
@@ -62,7 +63,8 @@ def macs(
     mlps = all_mlps(model)
     if routes is None and images is not None and _any_routed(mlps):
         routes = route(model, images, batch_size=batch_size)
-    counted = count(model, sites=mlps)
+    reduced = reduced_attentions(model)
+    counted = count(model, sites=mlps | reduced)
     rows = [
         _routed_row(name, index, mlp, counted, _shares(routes, index, mlp))
         | {"share_source": "calibration" if routes is None else "evaluated images"}
@@ -70,7 +72,8 @@ def macs(
         else _dense_row(name, index, mlp, counted)
         for index, (name, mlp) in enumerate(mlps.items())
     ]
-    rows.append(_elsewhere(model, mlps, counted))
+    rows += [_attention_row(name, each, counted) for name, each in reduced.items()]
+    rows.append(_elsewhere(model, mlps | reduced, counted))
     table = pd.DataFrame([*rows, _total(rows, mlps)]).astype(_WHOLE)
     table.attrs["caption"] = _how_counted(table, routes)
     return table
@@ -124,6 +127,12 @@ def _dense_row(name: str, index: int, mlp: nn.Module, counted: MacCount) -> dict
         "active_fraction": 1.0,
         "union_fraction": 1.0,
     }
+
+
+def _attention_row(name: str, attention: LowRankAttention, counted: MacCount) -> dict[str, Any]:
+    own = _unchanged(name, counted.by_module[name], count_parameters(attention))
+    dense = {"macs_dense": attention.site.macs(counted.tokens[name])}
+    return own | dense | {"params_dense": attention.site.parameters}
 
 
 def _elsewhere(model: nn.Module, mlps: dict[str, nn.Module], counted: MacCount) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from moee_analysis.counting import MacCount, count, count_parameters
+from moee_analysis.counting import MacCount, count, count_parameters, moe_macs
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
 from moee_analysis.layers import MoeMlp, all_mlps
@@ -177,7 +177,7 @@ def _cost(row: Made, dense: nn.Module, counted: MacCount) -> dict[str, Any]:
     saved = dict.fromkeys(("macs_reduction", "params_reduction", "router_macs"), math.nan)
     if row.model is not None:
         mlps = all_mlps(row.model)
-        cost = counted.replacing({name: _macs_per_token(mlp) for name, mlp in mlps.items()})
+        cost = moe_macs(row.model, {name: _macs_per_token(mlp) for name, mlp in mlps.items()})
         saved["macs_reduction"] = 1 - cost / counted.total
         saved["params_reduction"] = 1 - count_parameters(row.model) / count_parameters(dense)
         routers = {name: mlp.router.macs for name, mlp in mlps.items() if isinstance(mlp, MoeMlp)}

@@ -7,7 +7,7 @@ from moee_analysis.counting import count, count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import moe_layers
 from moee_analysis.rivals.moefication import moefy
-from tests.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.toys import reduced_attention, toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
 
 SUMS = ["macs_dense", "macs", "params_dense", "params"]
 
@@ -87,3 +87,16 @@ def test_routes_of_another_model_are_refused():
     routes = measure.routes(toy_moe(toy_vit(), n_experts=3), toy_images(3))
     with pytest.raises(MoeeError, match="4 experts"):
         measure.macs(toy_moe(toy_vit()), routes=routes)
+
+
+def test_attention_of_lower_rank_has_rows_of_its_own():
+    model = reduced_attention(toy_moe(toy_vit(), layers={1}), queries=1)
+    table = measure.macs(model)
+    dense, row = count(toy_vit()), table.set_index("component").loc["blocks.2.attn"]
+    assert row["macs_dense"] == dense.by_module["blocks.2.attn"]
+    assert row["params_dense"] == count_parameters(toy_vit().blocks[2].attn)
+    assert row["macs"] == count(model).by_module["blocks.2.attn"] < row["macs_dense"]
+    assert row["params"] == count_parameters(model.blocks[2].attn)
+    assert table["macs_dense"].iloc[-1] == dense.total
+    assert table["params_dense"].iloc[-1] == count_parameters(toy_vit())
+    assert table["params"].iloc[-1] == count_parameters(model)

@@ -1,0 +1,142 @@
+"""What each attention can become: for which tokens it is asked, and what its modes are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moee_analysis.activations import prefix_tokens
+from moee_analysis.attention import AttentionSite, Factors, Reduction, find_attentions, low_rank
+from moee_analysis.attention_modes import AttentionModes, attention_modes
+from moee_analysis.budget import Offer
+from moee_analysis.counting import count
+from moee_analysis.layers import replace_module
+from moee_analysis.token_kinds import unread_patches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.config import ExtractConfig
+    from moee_analysis.images import ImageSet
+
+Kept = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Everything known about one attention before the ranks of its heads are chosen.
+
+    Of its ``tokens`` only the outputs of the first ``queries`` are read; None: of all. ``modes`` is
+    None where the heads keep all dimensions; ``bias`` says whether its queries have one.
+    """
+
+    site: AttentionSite
+    tokens: int
+    queries: int | None
+    bias: bool
+    modes: AttentionModes | None = None
+
+    @property
+    def _macs(self) -> int:
+        """MACs of one image for a dimension of a head's scores; one of its values costs the same.
+
+        Queries and keys (or values and outputs) are made of every token, then compared in pairs.
+        """
+        asked = self.queries or self.tokens
+        return self.site.dim * (asked + self.tokens) + asked * self.tokens
+
+    @property
+    def _parameters(self) -> tuple[int, int]:
+        """Parameters that a dimension of the scores stores, and one of the values."""
+        return 2 * self.site.dim + self.bias, 2 * self.site.dim
+
+    def macs(self, kept: Kept | None) -> int:
+        """MACs of one image with the ``kept`` scores and values; None: with all."""
+        dimensions = 2 * self.site.heads * self.site.head_dim
+        if kept is not None:
+            dimensions = sum(int(each.sum()) for each in kept)
+        return dimensions * self._macs
+
+    @property
+    def fixed_macs(self) -> int:
+        """MACs of one image that no choice of modes changes."""
+        return 0 if self.modes else self.macs(None)
+
+    @property
+    def fixed_parameters(self) -> int:
+        """Parameters that no choice of modes changes: the output's bias, or all."""
+        dimensions = 0 if self.modes else self.site.heads * self.site.head_dim
+        return self.site.dim + dimensions * sum(self._parameters)
+
+    def costs(self) -> tuple[np.ndarray, np.ndarray]:
+        """What removing modes costs, of the scores and of the values, both (heads, modes)."""
+        return self.modes.scores.costs(), self.modes.values.costs()
+
+    def offers(self) -> list[Offer]:
+        """What the modes of the scores, and those of the values, offer for keeping."""
+        return [
+            Offer(costs.reshape(1, -1), np.ones(1), self._macs, parameters)
+            for costs, parameters in zip(self.costs(), self._parameters, strict=True)
+        ]
+
+    def in_heads(self, scores: np.ndarray, values: np.ndarray) -> Kept:
+        """Kept modes as bool (heads, modes), of any shape; no scores where values are gone."""
+        shape = (self.site.heads, self.site.head_dim)
+        scores, values = scores.reshape(shape), values.reshape(shape)
+        return scores & values.any(axis=1, keepdims=True), values
+
+    def reduction(self, kept: Kept | None) -> Reduction:
+        """The attention of the ``kept`` scores and values; None: of all."""
+        if kept is None:
+            whole = [torch.eye(self.site.head_dim)] * self.site.heads
+            identity, mean = Factors(whole, whole), torch.zeros(len(whole), self.site.head_dim)
+            return Reduction(identity, identity, mean, self.queries)
+        scores, values = self.modes.scores.factors(kept[0]), self.modes.values.factors(kept[1])
+        return Reduction(scores, values, self.modes.mean, self.queries)
+
+
+def plan_attentions(
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+) -> list[AttentionPlan]:
+    """Plan what ``config`` asks for: nothing, the attentions with unread outputs, or all.
+
+    Raises
+    ------
+    MoeeError
+        The model has no plain attention.
+    """
+    if config.attention == "dense":
+        return []
+    sites = {site.name: site for site in find_attentions(model)}
+    tokens = count(model, sites=sites).tokens
+    unread = unread_patches(model, list(sites.values()))
+    queries = {name: prefix_tokens(model) if name in unread else None for name in sites}
+    modes: dict[str, AttentionModes] = {}
+    if config.attention == "low_rank":
+        modes = attention_modes(model, images, queries, seed=config.seed, root=root)
+    return [
+        AttentionPlan(
+            site, tokens[name], queries[name], site.module(model).qkv.bias is not None,
+            modes.get(name),
+        )
+        for name, site in sites.items()
+        if name in unread or name in modes
+    ]  # fmt: skip
+
+
+def reduce_attention(
+    model: nn.Module,
+    plans: Sequence[AttentionPlan],
+    kept: Mapping[str, Kept],
+) -> None:
+    """Put the planned attentions of the ``kept`` modes in the place of the model's own."""
+    for plan in plans:
+        dense = plan.site.module(model)
+        reduction = plan.reduction(kept.get(plan.site.name))
+        replace_module(model, plan.site.name, low_rank(plan.site, dense, reduction))
