@@ -78,17 +78,28 @@ class System:
 
 
 STATIC, MIXTURE, CONTROL = "static pruning", "mixture of experts", "controls of best"
+ATTENTION = "attention too"
 _paper = partial(ExtractConfig, recipe="paper")
 _best = partial(ExtractConfig, recipe="best")
+_both = partial(_best, attention="low_rank")
 
 SYSTEMS: dict[str, System] = {
-    **{name: System(STATIC, partial(config_of, name)) for name in BASELINES},
+    **{
+        name: System(ATTENTION if ATTENTION in name else STATIC, partial(config_of, name))
+        for name in BASELINES
+    },
     "paper": System(MIXTURE, _paper),
     "paper, unread constant": System(MIXTURE, partial(_paper, unread="constant")),
     "best": System(MIXTURE, _best),
     "best, random centres": System(CONTROL, lambda **s: with_random_centres(_best(**s))),
     "best, one expert": System(CONTROL, lambda **s: with_one_expert(_best(**s))),
     "best, random routing": System(CONTROL, _best, at_random=True),
+    "best, attention as read": System(ATTENTION, partial(_best, attention="read")),
+    "best, attention too": System(ATTENTION, _both),
+    "best, attention too, random centres": System(
+        ATTENTION, lambda **s: with_random_centres(_both(**s))
+    ),
+    "best, attention too, random routing": System(ATTENTION, _both, at_random=True),
 }
 
 

@@ -24,9 +24,11 @@ says why a system is not at this point."""
 
 _WORDS = ("system", "family", "reason")
 _POINT = ["macs_asked", "params_asked"]
-_IN_FIGURE = 8  # lines that can be told apart
+_IN_FIGURE = 10  # lines that can be told apart
 _LEFT_OUT = (  # of a figure with more of them: close to others
-    "fisher least squares", "fisher OBS, CLS apart", "paper, unread constant", "best, one expert",
+    "output-weighted least squares", "fisher least squares", "fisher OBS, CLS apart",
+    "paper, unread constant", "best, one expert", "best, attention as read",
+    "best, attention too, random centres",
 )  # fmt: skip
 
 

@@ -177,8 +177,8 @@ def test_seeds_become_means_within_the_widest_interval(tables):
 def test_the_figure_leaves_out_what_could_not_be_told_apart(fidelity, tables):
     everything = pd.DataFrame({"system": list(fidelity.SYSTEMS)})
     shown = set(tables.for_figure(everything)["system"])
-    assert len(shown) == 8
-    assert {"magnitude", "fisher OBS", "paper", "best", "best, random routing"} < shown
+    assert len(shown) == 10
+    assert {"magnitude", "fisher OBS", "paper", "best", "best, attention too"} < shown
     few = everything[:6]
     assert tables.for_figure(few).equals(few)
 

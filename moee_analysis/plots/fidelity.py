@@ -20,8 +20,9 @@ _HUES = (  # of a family, from its first system to its last
     ("#F2B56B", "#D55E00", "#6B2A00"),
     ("#009E73", "#0072B2"),
     ("#CC79A7", "#571F40"),
+    ("#C9B458", "#3D3713"),
 )
-_DASHES = ("--", "-", ":")
+_DASHES = ("--", "-", ":", "-.")
 _MARKERS = "osD^vPX"
 _LINE = {"lw": 1.4, "ms": 4.8, "mec": "white", "mew": 0.5}
 _PANEL, _NARROW, _BUDGET, _LEGEND = 3.9, 2.2, 0.95, 2.1  # widths in inches

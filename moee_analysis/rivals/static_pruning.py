@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 _STATIC = {
     "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",
-    "union": "at_once",
+    "union": "at_once", "attention": "dense",
 }  # fmt: skip
 _OBS = {
     "order": "obs", "metric": "fisher", "budget": "global", "refit": "shared",
     "coherence": "measured",
 }  # fmt: skip
+_APART = _STATIC | _OBS | {"tokens": "kinds", "union": "steps"}
 
 BASELINES: dict[str, dict[str, Any]] = {
     "magnitude": _STATIC
@@ -42,13 +43,15 @@ BASELINES: dict[str, dict[str, Any]] = {
     "fisher least squares": _STATIC
     | {"order": "weighted", "metric": "fisher", "budget": "global", "refit": "shared"},
     "fisher OBS": _STATIC | _OBS,
-    "fisher OBS, CLS apart": _STATIC | _OBS | {"tokens": "kinds", "union": "steps"},
+    "fisher OBS, CLS apart": _APART,
+    "fisher OBS, attention too": _APART | {"attention": "low_rank"},
 }
 """Settings of ``ExtractConfig`` by name.
 
 Magnitudes of different layers compare badly, so every layer keeps the same share of its own. VBP
 ranks the raw variances of all layers together, and so does its baseline here. ``CLS apart`` lets
-the leading tokens keep other neurons than the patches, by position.
+the leading tokens keep other neurons than the patches, by position; ``attention too`` does so as
+well, and cuts heads down to the modes that :mod:`moee_analysis.attention_modes` finds.
 """
 
 
