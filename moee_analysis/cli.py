@@ -16,6 +16,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.presets import PRESETS
 
 if TYPE_CHECKING:
+    from moee_analysis.attention import LowRankAttention
     from moee_analysis.clustering import ClusterConfig
 
 Command = Callable[[argparse.Namespace], int]
@@ -66,6 +67,9 @@ def _add_extract(commands: argparse._SubParsersAction) -> None:
         "--reduce", help="before clustering: umap, pca, or none as in the paper; else the recipe's"
     )
     parser.add_argument("--noise", default="reroute", help="noise tokens: reroute, drop or rest")
+    parser.add_argument(
+        "--attention", help="dense; read: only where it is read; low_rank: smaller heads too"
+    )
     _compute_options(parser)
     parser.set_defaults(command=_extract)
 
@@ -117,6 +121,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         clustering=_clustering(arguments),
         noise=arguments.noise,
+        attention=arguments.attention,
     )
     check_target(arguments.out)
     model = moee.load_model(arguments.model, weights=arguments.weights, device=arguments.device)
@@ -179,6 +184,8 @@ def _lab(arguments: argparse.Namespace) -> int:
 
 
 def _layers_text(run: object) -> str:
+    from moee_analysis.attention import reduced_attentions
+
     lines = ["layer  experts  noise  active  stored  (share of hidden neurons)"]
     for layer in run.layers:
         kept = (
@@ -188,9 +195,18 @@ def _layers_text(run: object) -> str:
             else f"  dense: {layer.reason}"
         )
         lines.append(f"{layer.index:5d}  {kept}")
+    for name, attention in reduced_attentions(run.model).items():
+        lines.append(f"{name}: {_heads_text(attention)}")
     if run.variance_kept is not None:
         lines.append(f"variance kept by each expert: p = {run.variance_kept:.1%}")
     return "\n".join(lines)
+
+
+def _heads_text(attention: LowRankAttention) -> str:
+    ranks, dense = attention.ranks, attention.site.heads * attention.site.head_dim
+    scores, values = (f"{sum(each) / dense:.0%}" for each in (ranks.scores, ranks.values))
+    asked = f", asked for {ranks.queries} token(s)" if ranks.queries else ""
+    return f"{scores} of the dimensions of the heads' scores, {values} of their values{asked}"
 
 
 def _numbers_text(numbers: dict) -> str:

@@ -89,6 +89,7 @@ def test_a_run_can_be_evaluated_on_the_bundled_images_too(tmp_path, capsys, monk
         (["--recipe", "worst"], "recipe"),
         (["--reduce", "tsne"], "reduce"),
         (["--noise", "ignore"], "noise"),
+        (["--attention", "much"], "attention"),
         (["--seed", "-1"], "seed"),
         (["--device", "toaster"], "toaster"),
     ],
@@ -197,3 +198,14 @@ def test_lab_passes_options_on_and_other_commands_refuse_strange_ones(monkeypatc
         cli.main(["evaluate", "run", "--no-browser"])
     assert ended.value.code == 2
     assert "--no-browser" in capsys.readouterr().err
+
+
+def test_smaller_heads_are_told(tmp_path, capsys, monkeypatch):
+    from moee_analysis import images
+
+    monkeypatch.setitem(images.scenes.SPLIT_SIZES, "calibration", 40)
+    command = ["extract", "--recipe", "best", "--preset", "smoke", "--macs-reduction", "0.3"]
+    assert run_cli(*command, "--attention", "low_rank", "--out", tmp_path / "run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("of the dimensions of the heads' scores" in line for line in lines) == 12
+    assert "asked for 1 token(s)" in next(line for line in lines if "blocks.11.attn" in line)
