@@ -188,8 +188,9 @@ def _measured(
 def _centre(model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet) -> None:
     """Give every attention the mean of what its heads gather for the tokens that are read."""
     sums = dict.fromkeys(probed, 0.0)
+    device = next(model.parameters()).device
     for batch in images.batches(model, batch_size=BATCH):
-        model(batch)
+        model(batch.to(device))
         for name, module in probed.items():
             sums[name] += module.gathered.double().mean(dim=2).sum(dim=0)
     for name, module in probed.items():
@@ -200,11 +201,11 @@ def _gradients(
     model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet, *, seed: int, label: str
 ) -> Iterator[dict[Place, torch.Tensor]]:
     """T of every identity, (images * probes, heads, head_dim, head_dim), batch by batch."""
-    batches = images.batches(model, batch_size=BATCH)
+    batches, device = images.batches(model, batch_size=BATCH), next(model.parameters()).device
     first = 0
     for batch in progress(batches, label=label, total=-(-len(images) // BATCH)):
         with torch.enable_grad():
-            logits = model(batch)
+            logits = model(batch.to(device))
         places = {(name, i): t for name, m in probed.items() for i, t in enumerate(m.identities)}
         for number in range(PROBES):
             v = probe(logits, [(seed, first + row, number) for row in range(len(batch))])
