@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,6 +75,7 @@ class AttentionPlan:
         dimensions = 0 if self.modes else self.site.heads * self.site.head_dim
         return self.site.dim + dimensions * sum(self._parameters)
 
+    @cached_property
     def costs(self) -> tuple[np.ndarray, np.ndarray]:
         """What removing modes costs, of the scores and of the values, both (heads, modes)."""
         return self.modes.scores.costs(), self.modes.values.costs()
@@ -82,7 +84,7 @@ class AttentionPlan:
         """What the modes of the scores, and those of the values, offer for keeping."""
         return [
             Offer(costs.reshape(1, -1), np.ones(1), self._macs, parameters)
-            for costs, parameters in zip(self.costs(), self._parameters, strict=True)
+            for costs, parameters in zip(self.costs, self._parameters, strict=True)
         ]
 
     def in_heads(self, scores: np.ndarray, values: np.ndarray) -> Kept:

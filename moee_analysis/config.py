@@ -62,7 +62,7 @@ class ExtractConfig:
     variance_kept: float | None = None
     preset: str = "small"
     seed: int = 0
-    layers: tuple[int, ...] | None = None  # layers to convert, counted from 0; None: all
+    layers: tuple[int, ...] | None = None  # MLPs to convert, counted from 0; None: all
     tokens_per_image: int | None = None
     cluster_tokens: int | None = None
     calibration_images: int | None = None

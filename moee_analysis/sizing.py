@@ -63,7 +63,7 @@ def _of_share(plans: Sequence[LayerPlan], attentions: Sequence[AttentionPlan], p
         plan.site.name: _fewest(plan.scores.neurons, p) & ~plan.constant[:, None] for plan in plans
     }
     modes = {
-        each.site.name: each.in_heads(*(_fewest(costs, p) for costs in each.costs()))
+        each.site.name: each.in_heads(*(_fewest(costs, p) for costs in each.costs))
         for each in attentions
         if each.modes is not None
     }
