@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 _HUES = (  # of a family, from its first system to its last
     ("#F2B56B", "#D55E00", "#6B2A00"),
-    ("#009E73", "#0072B2"),
+    ("#66C2A4", "#00684A"),
     ("#CC79A7", "#571F40"),
-    ("#C9B458", "#3D3713"),
+    ("#56B4E9", "#0B3C8C"),
 )
 _DASHES = ("--", "-", ":", "-.")
 _MARKERS = "osD^vPX"
