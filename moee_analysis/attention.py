@@ -14,7 +14,7 @@ from moee_analysis.counting import count_parameters
 from moee_analysis.errors import MoeeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def _is_plain(module: nn.Module) -> bool:
     return plain and module.qkv.in_features == module.proj.out_features
 
 
-def heads_of(attention: Attention, x: torch.Tensor) -> Iterator[torch.Tensor]:
+def heads_of(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Queries (scaled), keys and values of every head, each (images, heads, tokens, head_dim)."""
     qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    return iter((q * attention.scale, k, v))
+    return q * attention.scale, k, v
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,8 @@ def _extract(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
 ) -> Extraction:
     provenance = _provenance(model, images, config)
-    plans = plan_layers(model, images, config, root=root)
     attentions = plan_attentions(model, images, config, root=root)
+    plans = plan_layers(model, images, config, root=root)
     sizes = sized(model, plans, config, attentions)
     if config.measures_coherence:
         plans = cohering(model, images, plans, sizes.kept, config, root=root)

@@ -117,6 +117,8 @@ def test_controls_keep_the_attention(model, store):
     assert savings(static, model)[0] == pytest.approx(0.3, abs=0.003)
 
 
-def test_a_model_without_plain_attention_is_refused_before_the_work():
+def test_a_model_without_plain_attention_is_refused_before_the_work(monkeypatch):
+    planning = "moee_analysis.extraction.plan_layers"
+    monkeypatch.setattr(planning, lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(MoeeError, match="plain self-attention"):
         extract(toy_swin(), IMAGES, best(attention="low_rank", macs_reduction=0.1))
