@@ -93,9 +93,10 @@ def moe_macs(model: nn.Module, per_token: Mapping[str, float]) -> float:
 
     ``per_token`` gives the MACs per token of every routed layer, by module name: its router plus
     ``2 d sum_e f_e |S_e|``, with ``f_e`` the measured share of tokens (they sum to the number of
-    experts per token). Everything outside those layers is counted as it runs.
+    experts per token). Everything outside those layers is counted as it runs; they do not run.
     """
-    return count(model, sites=per_token).replacing(per_token)
+    with _skipping(model, per_token):
+        return count(model, sites=per_token).replacing(per_token)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -154,6 +155,23 @@ def _counting_tokens(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
             hook = model.get_submodule(name).register_forward_pre_hook(partial(add, name))
             hooks.callback(hook.remove)
         yield tokens
+
+
+@contextmanager
+def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let these MLPs, dense or routed, return zeros at no cost."""
+    mlps = [model.get_submodule(name) for name in names]
+    try:
+        for mlp in mlps:
+            mlp.forward = partial(_zeros, mlp.fc2.out_features)
+        yield
+    finally:
+        for mlp in mlps:
+            vars(mlp).pop("forward", None)
+
+
+def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(*x.shape[:-1], dim)
 
 
 @contextmanager

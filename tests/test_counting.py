@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import timm
 import torch
@@ -74,6 +76,29 @@ def test_routed_layers_cost_their_expected_experts(make):
     costs = {name: moe_layers(moe)[i].macs_per_token() for i, name in moe_names(moe).items()}
     assert moe_macs(moe, costs) == pytest.approx(dense.replacing(costs))
     assert moe_macs(moe, costs) < dense.total
+
+
+def test_layers_of_known_cost_do_not_run_while_the_rest_is_counted():
+    moe = toy_moe(toy_vit())
+    x, names = torch.rand(2, 3, 32, 32), list(moe_names(moe).values())
+    before, costs = moe(x), dict.fromkeys([*names, "blocks.0.mlp"], 5.0)
+    assert moe_macs(moe, costs) == count(moe, sites=costs).replacing(costs)
+    assert torch.equal(moe(x), before)
+    with pytest.raises(RuntimeError, match="broken"), fails_in(moe.head):
+        moe_macs(moe, costs)
+    assert torch.equal(moe(x), before)
+
+
+@contextmanager
+def fails_in(module):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    handle = module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def test_the_model_is_left_as_it_was():
