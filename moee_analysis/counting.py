@@ -161,13 +161,16 @@ def _counting_tokens(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
 def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let these MLPs, dense or routed, return zeros at no cost."""
     mlps = [model.get_submodule(name) for name in names]
+    own = [vars(mlp).get("forward") for mlp in mlps]  # tools that wrap a module leave one here
     try:
         for mlp in mlps:
             mlp.forward = partial(_zeros, mlp.fc2.out_features)
         yield
     finally:
-        for mlp in mlps:
+        for mlp, before in zip(mlps, own, strict=True):
             vars(mlp).pop("forward", None)
+            if before is not None:
+                mlp.forward = before
 
 
 def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
