@@ -10,14 +10,20 @@ import torch
 from torch import nn
 
 from moee_analysis.counting import tokens_of
+from moee_analysis.dispatch import WAYS, Way
 from moee_analysis.errors import MoeeError
+from moee_analysis.layouts import layout_of
 from moee_analysis.models import is_plain_mlp
+from moee_analysis.tuning import measured, situation, unmeasured
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     import numpy as np
     from timm.layers import Mlp
+
+    from moee_analysis.layouts import Layout
+    from moee_analysis.tuning import Choice
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,11 @@ class MoeMlp(nn.Module):
         self.register_buffer("columns", None if torch.equal(columns, neurons) else columns)
         self.register_buffer("sizes", torch.tensor([len(i) for i in ids]))
         self.register_buffer("shares", torch.as_tensor(shares, dtype=torch.float32))
+        self.register_buffer("kept_by_expert", self._kept_by_expert(), persistent=False)
+        self.way: Way | None = None
+        self.choices: dict[Hashable, Choice] = {}
+        self._layouts: dict[Hashable, Layout] = {}
+        self.register_load_state_dict_post_hook(MoeMlp._renewed)
 
     @property
     def n_experts(self) -> int:
@@ -120,36 +131,71 @@ class MoeMlp(nn.Module):
         return self.router.macs + dim * neurons
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens (..., dim) to (..., dim), one expert after the other."""
+        """Map tokens (..., dim) to (..., dim)."""
         tokens, chosen = tokens_of(x), self.router(x)
-        flat = chosen.flatten()
-        rows = flat.argsort(stable=True) // chosen.shape[1]
-        met = rows.split(flat.bincount(minlength=self.n_experts).tolist())
-        parts = [self._expert(tokens[part], expert) for expert, part in enumerate(met)]
-        out = self._constant(chosen)
-        # under autocast the products are of a lower precision than the bias
-        out.index_add_(0, rows, torch.cat(parts).to(out.dtype))
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        way = self.way or self._fastest(tokens, chosen).way
+        return way(self, tokens, chosen).reshape(*x.shape[:-1], self.fc2.out_features)
 
-    def _constant(self, chosen: torch.Tensor) -> torch.Tensor:
-        """What each token gets whatever it is, (n, dim): b2 and the shifts of its experts."""
-        if self.shift is None:
-            return self.fc2.bias.expand(len(chosen), -1).clone()
-        return self.fc2.bias + self.shift[chosen].sum(dim=1)
+    def layout(self, groups: int | None) -> Layout:
+        """Return the experts in so many groups at most; None: every expert by itself."""
+        key = groups, self.fc1.weight.device, self.fc1.weight.dtype
+        if key not in self._layouts:
+            with torch.inference_mode(mode=False):  # what is kept can be used in training too
+                self._layouts[key] = layout_of(self, groups)
+        return self._layouts[key]
+
+    def _fastest(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
+        obvious = unmeasured(self, tokens)
+        if obvious is not None:
+            return obvious
+        key = situation(tokens)
+        if key not in self.choices:
+            self.choices[key] = measured(self, tokens, chosen)
+        return self.choices[key]
+
+    def _kept_by_expert(self) -> torch.Tensor:
+        """1 where a column of fc2 is for a neuron of the expert, else 0: (experts, columns)."""
+        weight = self.fc2.weight
+        kept = weight.new_zeros(len(self.sizes), weight.shape[1], requires_grad=False)
+        columns = self.neurons if self.columns is None else self.columns
+        experts = torch.arange(len(self.sizes), device=columns.device)
+        kept[experts.repeat_interleave(self.sizes), columns] = 1
+        return kept
+
+    def _renewed(self, _keys: object) -> None:
+        """Forget what was made of other lists of neurons."""
+        self.kept_by_expert = self._kept_by_expert()
+        self._layouts.clear()
+        self.choices.clear()
 
     def _place(self, expert: int) -> slice:
         """Where the lists of all experts hold this one's."""
         start = int(self.sizes[:expert].sum())
         return slice(start, start + int(self.sizes[expert]))
 
-    def _expert(self, tokens: torch.Tensor, expert: int) -> torch.Tensor:
-        """Output of one expert without what is constant."""
-        place = self._place(expert)
-        ids = self.neurons[place]
-        columns = ids if self.columns is None else self.columns[place]
-        bias = None if self.fc1.bias is None else self.fc1.bias[ids]
-        hidden = self.act(nn.functional.linear(tokens, self.fc1.weight[ids], bias))
-        return nn.functional.linear(hidden, self.fc2.weight.index_select(1, columns))
+
+def set_dispatch(model: nn.Module, way: str, *, groups: int | None = None) -> None:
+    """Choose how the routed layers of ``model`` are computed.
+
+    Parameters
+    ----------
+    way
+        ``masked``, ``sorted`` or ``grouped_mm``, see :mod:`moee_analysis.dispatch`; ``auto``: the
+        fastest of them for each layer, measured once for about as many tokens.
+    groups
+        Groups that experts are computed in; None: every expert by itself.
+
+    Raises
+    ------
+    MoeeError
+        Another way, fewer than one group, or groups where there are none.
+    """
+    if way not in ("auto", *WAYS):
+        raise MoeeError(f"a way among auto, {', '.join(WAYS)}", f"'{way}'", "name one of them")
+    if groups is not None and (groups < 1 or way in ("auto", "masked")):
+        raise MoeeError("one group or more, of a way with groups", f"{groups}", "leave it out")
+    for layer in moe_layers(model).values():
+        layer.way = None if way == "auto" else Way(way, groups)
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoeMlp]:
@@ -210,8 +256,11 @@ def _rows_of(linear: nn.Linear, rows: torch.Tensor) -> nn.Linear:
 
 
 def _with_columns(linear: nn.Linear, weight: torch.Tensor) -> nn.Linear:
+    """Linear layer whose columns, not rows, follow each other in memory: experts pick columns."""
     bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-    return _filled(linear, weight, bias)
+    part = _filled(linear, weight, bias)
+    part.weight.data = part.weight.data.T.contiguous().T
+    return part
 
 
 def _filled(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+def best_experts(scores: torch.Tensor) -> torch.Tensor:
+    """Return the first expert of the highest score of every token, int64 (n, 1).
+
+    ``scores`` are (n, experts). On a CPU, NumPy's search of rows is several times as fast.
+    """
+    plain = type(scores) is torch.Tensor and scores.device.type == "cpu" and not scores.is_meta
+    if plain and scores.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return torch.from_numpy(scores.detach().numpy().argmax(axis=1, keepdims=True))
+    return scores.argmax(dim=1, keepdim=True)
+
+
 class CosineRouter(nn.Module):
     """Send a token to the expert whose mean input is nearest by cosine, top-1 (MoEE, phase 3).
 
@@ -31,7 +42,7 @@ class CosineRouter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
         scores = tokens_of(x) @ nn.functional.normalize(self.centres, dim=1).T
-        return scores.argmax(dim=1, keepdim=True)
+        return best_experts(scores)
 
     @property
     def n_experts(self) -> int:
@@ -69,7 +80,7 @@ class NearestRouter(nn.Module):
         if self.projection is not None:
             tokens = tokens @ self.projection.T
         scores = nn.functional.linear(tokens, self.directions, self.offsets)
-        return scores.argmax(dim=1, keepdim=True)
+        return best_experts(scores)
 
     @property
     def n_experts(self) -> int:
