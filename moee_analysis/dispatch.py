@@ -43,7 +43,7 @@ class Way:
 
     def __call__(self, layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Compute the layer's outputs (n, dim) for ``tokens`` (n, dim)."""
-        if self.name == "masked" or not len(tokens):
+        if self.name == "masked" or not len(tokens) or not layer.fc1.out_features:
             return masked(layer, tokens, chosen)
         compute = in_groups if self.name == "sorted" else by_grouped_mm
         pairs = compute(layer, tokens, chosen, layer.layout(self.groups))
@@ -90,8 +90,9 @@ def in_groups(
     """Outputs (n k, dim) of pairs of a token and an expert, one group of experts at a time."""
     per_token, out = chosen.shape[1], None
     constants = _constants(layer, per_token).index_select(0, layout.order)
+    outward = layer.fc2.weight.T.contiguous()
     for part, blocks in _met(layout, chosen):
-        mlp = _PartMlp.of(layer, part, constants)
+        mlp = _PartMlp.of(layer, part, outward, constants)
         for pairs, places in blocks:
             x = tokens.index_select(0, pairs if per_token == 1 else pairs // per_token)
             y = mlp(x, places)
@@ -118,17 +119,18 @@ class _PartMlp:
     act: nn.Module
     W1: torch.Tensor
     b1: torch.Tensor | None
-    out: torch.Tensor  # W2^T
+    outward: torch.Tensor  # W2^T
     constants: torch.Tensor  # of all experts, in the layout's order
 
     @classmethod
-    def of(cls, layer: MoeMlp, part: Part, constants: torch.Tensor) -> _PartMlp:
-        fc1, out = layer.fc1, layer.fc2.weight.T
-        if part.neurons is None:
-            return cls(part, layer.act, fc1.weight, fc1.bias, out, constants)
-        W1, out = fc1.weight.index_select(0, part.neurons), out.index_select(0, part.columns)
-        b1 = None if fc1.bias is None else fc1.bias.index_select(0, part.neurons)
-        return cls(part, layer.act, W1, b1, out, constants)
+    def of(
+        cls, layer: MoeMlp, part: Part, outward: torch.Tensor, constants: torch.Tensor
+    ) -> _PartMlp:
+        W1, b1 = layer.fc1.weight, layer.fc1.bias
+        if part.neurons is not None:
+            W1, outward = W1.index_select(0, part.neurons), outward.index_select(0, part.columns)
+            b1 = None if b1 is None else b1.index_select(0, part.neurons)
+        return cls(part, layer.act, W1, b1, outward, constants)
 
     def __call__(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Outputs (n, dim) for ``x`` (n, dim) of the experts at ``places`` of the layout."""
@@ -137,8 +139,8 @@ class _PartMlp:
             own = self.part.kept.to(hidden.dtype).index_select(0, places - self.part.start)
             hidden = _only(hidden, own)
         if self.part.stop - self.part.start == 1:
-            return torch.addmm(self.constants[self.part.start], hidden, self.out)
-        return torch.addmm(self.constants.index_select(0, places), hidden, self.out)
+            return torch.addmm(self.constants[self.part.start], hidden, self.outward)
+        return torch.addmm(self.constants.index_select(0, places), hidden, self.outward)
 
 
 def by_grouped_mm(

@@ -256,11 +256,8 @@ def _rows_of(linear: nn.Linear, rows: torch.Tensor) -> nn.Linear:
 
 
 def _with_columns(linear: nn.Linear, weight: torch.Tensor) -> nn.Linear:
-    """Linear layer whose columns, not rows, follow each other in memory: experts pick columns."""
     bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-    part = _filled(linear, weight, bias)
-    part.weight.data = part.weight.data.T.contiguous().T
-    return part
+    return _filled(linear, weight, bias)
 
 
 def _filled(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

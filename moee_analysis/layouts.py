@@ -55,7 +55,7 @@ class Layout:
     """A layer's experts in groups.
 
     ``order`` (experts,) has the experts of each group one after the other, ``place`` (experts,)
-    says where each expert stands in it.
+    says where each expert stands in it. What is made of them in inference serves training too.
     """
 
     layer: MoeMlp
@@ -66,15 +66,24 @@ class Layout:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The groups one by one."""
-        stops = np.cumsum([0, *(len(group.experts) for group in self.groups)]).tolist()
-        spans = zip(pairwise(stops), self.groups, strict=True)
-        return tuple(self._part(start, stop, group) for (start, stop), group in spans)
+        with torch.inference_mode(mode=False):
+            return self._parts()
 
     @cached_property
     def padded(self) -> Padded:
         """The groups all together."""
+        with torch.inference_mode(mode=False):
+            return self._padded()
+
+    def _parts(self) -> tuple[Part, ...]:
+        stops = np.cumsum([0, *(len(group.experts) for group in self.groups)]).tolist()
+        spans = zip(pairwise(stops), self.groups, strict=True)
+        return tuple(self._part(start, stop, group) for (start, stop), group in spans)
+
+    def _padded(self) -> Padded:
         sizes = [len(group.experts) for group in self.groups]
-        width = -(-max(len(group.neurons) for group in self.groups) // ALIGNED) * ALIGNED
+        most = max(1, *(len(group.neurons) for group in self.groups))
+        width = -(-most // ALIGNED) * ALIGNED
         ids = np.stack([_widened(group.neurons, width) for group in self.groups])
         kept = np.concatenate([_widened(group.kept, width) for group in self.groups])
         columns = self._tensor(ids)

@@ -154,7 +154,7 @@ class ConstantRouter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        return self.expert.expand(len(tokens_of(x)), 1)
+        return self.expert.expand(tokens_of(x).shape[0], 1)
 
     @property
     def macs(self) -> int:
@@ -205,8 +205,8 @@ class TokenKindRouter(nn.Module):
                 "an inner router with one expert per token", f"{chosen.shape[1]} experts",
                 "route to several experts without kinds of tokens",
             )  # fmt: skip
-        patches = chosen.reshape(len(x), x.shape[1] - leading)
-        return torch.cat([self.prefix.expand(len(x), -1), patches], dim=1).reshape(-1, 1)
+        patches = chosen.reshape(x.shape[0], x.shape[1] - leading)
+        return torch.cat([self.prefix.expand(x.shape[0], -1), patches], dim=1).reshape(-1, 1)
 
     @property
     def n_experts(self) -> int:
