@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from moee_analysis.density import density_clusters
 from moee_analysis.errors import MoeeError
 from moee_analysis.neighbors import METRICS, nearest
 
@@ -222,19 +223,21 @@ def mean_labels(points: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
 
 
 def density_labels(points: np.ndarray, config: ClusterConfig) -> np.ndarray:
-    """Cluster of every row of ``points`` (tokens, any) by HDBSCAN, -1 for noise."""
-    from hdbscan import HDBSCAN
+    """Cluster of every row of ``points`` (tokens, any) by HDBSCAN, -1 for noise.
 
+    Points in another order get the same labels, unless hdbscan is left to find its tree alone
+    (:func:`~moee_analysis.density.choose_backend`).
+    """
     if _constant(points):
         return np.full(len(points), NOISE)
     most = config.max_cluster_size
-    clusterer = HDBSCAN(
-        min_cluster_size=max(2, round(config.min_cluster_size * len(points))),
+    return density_clusters(
+        points,
         min_samples=config.min_samples,
-        max_cluster_size=0 if most is None else max(2, round(most * len(points))),
-        cluster_selection_method=config.selection,
+        min_cluster_size=max(2, round(config.min_cluster_size * len(points))),
+        max_cluster_size=None if most is None else max(2, round(most * len(points))),
+        selection=config.selection,
     )
-    return clusterer.fit_predict(points.astype(np.float64))
 
 
 def _constant(points: np.ndarray) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it whenever a step of the extraction changes its results."""
 
 

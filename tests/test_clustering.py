@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
+from moee_analysis import clustering
 from moee_analysis.clustering import (
     NOISE,
     ClusterConfig,
@@ -18,6 +19,7 @@ from moee_analysis.clustering import (
 )
 from moee_analysis.errors import MoeeError
 from tests.makers import CLUSTERING
+from tests.partitions import same_partition
 
 RAW = ClusterConfig(reduce="none", min_samples=5, min_cluster_size=0.1, max_cluster_size=None)
 
@@ -50,7 +52,7 @@ def same_groups(labels, truth):
         replace(RAW, min_samples=1, min_cluster_size=0.02),
     ],
 )
-def test_without_reduction_the_labels_are_those_of_plain_hdbscan(blobs, config):
+def test_without_reduction_the_clusters_are_those_of_plain_hdbscan(blobs, config):
     points, _ = blobs
     most = config.max_cluster_size
     plain = hdbscan.HDBSCAN(
@@ -59,15 +61,25 @@ def test_without_reduction_the_labels_are_those_of_plain_hdbscan(blobs, config):
         max_cluster_size=0 if most is None else round(most * len(points)),
         cluster_selection_method=config.selection,
     ).fit_predict(points.astype(np.float64))
-    assert cluster(points, config).labels.tolist() == plain.tolist()
+    assert same_partition(cluster(points, config).labels, plain)
 
 
-def test_min_samples_is_never_left_to_hdbscan(blobs, monkeypatch):
-    given, build = [], hdbscan.HDBSCAN
-    monkeypatch.setattr(hdbscan, "HDBSCAN", lambda **kw: given.append(kw) or build(**kw))
+def test_the_order_of_the_tokens_does_not_matter(blobs):
+    points = np.round(blobs[0])  # with ties
+    order = np.random.default_rng(5).permutation(len(points))
+    labels = cluster(points, RAW).labels
+    np.testing.assert_array_equal(cluster(points[order], RAW).labels, labels[order])
+
+
+def test_min_samples_and_sizes_are_never_left_to_hdbscan(blobs, monkeypatch):
+    given, find = [], clustering.density_clusters
+    monkeypatch.setattr(
+        clustering, "density_clusters", lambda rows, **kw: given.append(kw) or find(rows, **kw)
+    )
     cluster(blobs[0], ClusterConfig(reduce="none"))
-    assert given[0]["min_samples"] == 10
-    assert given[0]["min_cluster_size"] == 2  # its default for min_samples
+    assert given == [
+        {"min_samples": 10, "min_cluster_size": 2, "max_cluster_size": 41, "selection": "eom"}
+    ]
 
 
 @pytest.mark.parametrize("reduce", ["none", "pca"])
