@@ -11,6 +11,7 @@ from moee_analysis.plots.class_distance import family_separation as family_separ
 from moee_analysis.plots.class_routing import class_information as class_information
 from moee_analysis.plots.class_routing import class_routing as class_routing
 from moee_analysis.plots.class_routing import specificity as specificity
+from moee_analysis.plots.clustering_time import clustering_time as clustering_time
 from moee_analysis.plots.experts import layers as layers
 from moee_analysis.plots.experts import neurons as neurons
 from moee_analysis.plots.experts import overlap as overlap
