@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,10 +12,20 @@ import numpy as np
 import torch
 
 from moee_analysis import models
+from moee_analysis.activation_files import (
+    DEFAULT,
+    FILES,
+    File,
+    contents_of,
+    create,
+    opened,
+    size_of,
+    write,
+)
 from moee_analysis.errors import MoeeError
 from moee_analysis.progress import progress
-from moee_analysis.sensitivity import output_gradients, taken_apart
-from moee_analysis.store import content_key, kept, write_json
+from moee_analysis.sensitivity import output_gradients
+from moee_analysis.store import content_key, resumed, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,13 +36,9 @@ if TYPE_CHECKING:
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
 
-    Opened = dict[tuple[str, str], np.memmap]
-
 BATCH = 64
 GRADIENT_BATCH = 32  # a pass that can be run backward keeps every layer's activations
-FILES = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
-"""What a site's files hold, by kind of values; gradients have an axis of probes before the rows."""
-DEFAULT = ("inputs", "hidden")
+SAVED_EVERY = 512  # images, whole batches of them
 
 
 @dataclass
@@ -170,7 +175,8 @@ def record(
 ) -> Activations:
     """Record a token sample of every site over ``images``, or find it in the store ``root``.
 
-    The size is printed before recording starts.
+    The size is printed before recording starts. A recording that was killed goes on where it was
+    last saved, and comes to the same bytes.
 
     Parameters
     ----------
@@ -199,7 +205,7 @@ def record(
         plan=[plan.per_image, plan.prefix, plan.seed],
         **task.unusual(),
     )
-    return Activations(kept(root, f"activations-{key}", partial(_record_into, task=task)), key)
+    return Activations(resumed(root, f"activations-{key}", partial(_record_into, task=task)), key)
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -227,22 +233,40 @@ class _Task:
         kinds = {} if self.kinds == DEFAULT else {"kinds": self.kinds}
         return kinds | ({"probes": self.probes} if self.gradients else {})
 
-    def row(self, site: MlpSite) -> dict[str, torch.Tensor]:
-        """One row of every file of ``site``, all zeros: its type and shape."""
+    def one_row(self) -> dict[File, np.ndarray]:
+        """One row of every file, all zeros: its type and shape."""
+        return {(s.name, content): row for s in self.sites for content, row in self._row(s).items()}
+
+    def _row(self, site: MlpSite) -> dict[str, np.ndarray]:
         shapes = {"inputs": (1, site.dim), "hidden": (1, site.hidden)}
         shapes["gradients"] = (1, self.probes, site.dim)
-        return _contents({kind: torch.zeros(shapes[kind]) for kind in self.kinds})
+        contents = contents_of({kind: torch.zeros(shapes[kind]) for kind in self.kinds})
+        return {content: row.numpy() for content, row in contents.items()}
 
 
 def _record_into(folder: Path, *, task: _Task) -> None:
+    done = folder / "progress.json"
     tokens = _token_counts(task.model, task.sites)
-    files = _open_files(folder, task, tokens)
+    if not done.exists():
+        _create(folder, task, tokens)
+        write_json(done, {"images": 0})
+    _fill(folder, task)
+    write_json(folder / "manifest.json", {"tokens": tokens, **task.unusual()})
+    done.unlink()
+
+
+def _create(folder: Path, task: _Task, tokens: dict[str, int]) -> None:
+    """Say what will be written, and create it in its full size."""
+    counts = {name: len(task.plan.weights(count)) for name, count in tokens.items()}
+    rows = {file: len(task.images) * counts[file[0]] for file in task.one_row()}
+    print(
+        f"recording {len(task.sites)} layers on {len(task.images)} images, "
+        f"{'/'.join(map(str, sorted(set(counts.values()))))} tokens of each: "
+        f"{size_of(task.one_row(), rows) / 1e6:.0f} MB on disk"
+    )
+    create(folder, task.one_row(), rows)
     for count in set(tokens.values()):
         np.save(folder / f"tokens-{count}.npy", _where(task.plan, len(task.images), count))
-    _fill(files, task)
-    for mapped in files.values():
-        mapped.flush()
-    write_json(folder / "manifest.json", {"tokens": tokens, **task.unusual()})
 
 
 def _token_counts(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, int]:
@@ -250,35 +274,6 @@ def _token_counts(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, int]:
     with recording(model, sites) as captured, torch.inference_mode():
         model(torch.zeros(1, *models.input_size(model), device=device))
         return {name: seen.inputs.shape[:2].numel() for name, seen in captured.items()}
-
-
-def _open_files(folder: Path, task: _Task, tokens: dict[str, int]) -> Opened:
-    """Open every file of every site, if there is room; each is seen with its rows first."""
-    kept_tokens = {name: len(task.plan.weights(count)) for name, count in tokens.items()}
-    one = {(s.name, content): row for s in task.sites for content, row in task.row(s).items()}
-    rows = {file: len(task.images) * kept_tokens[file[0]] for file in one}
-    _announce(folder, task, set(kept_tokens.values()), sum(rows[f] * one[f].nbytes for f in one))
-    return {file: _opened(folder, file, one[file], rows[file]) for file in one}
-
-
-def _opened(folder: Path, file: tuple[str, str], row: torch.Tensor, rows: int) -> np.memmap:
-    axis = int(file[1] in FILES["gradients"])
-    shape = (*row.shape[1 : 1 + axis], rows, *row.shape[1 + axis :])
-    path, dtype = folder / f"{'.'.join(file)}.npy", row.numpy().dtype
-    return np.moveaxis(np.lib.format.open_memmap(path, "w+", dtype, shape), axis, 0)
-
-
-def _announce(folder: Path, task: _Task, tokens: set[int], size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    print(
-        f"recording {len(task.sites)} layers on {len(task.images)} images, "
-        f"{'/'.join(map(str, sorted(tokens)))} tokens of each: {size / 1e6:.0f} MB on disk"
-    )
-    if size > free:
-        raise MoeeError(
-            f"{size / 1e6:.0f} MB of free disk for the activations", f"{free / 1e6:.0f} MB",
-            "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
-        )  # fmt: skip
 
 
 def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
@@ -292,20 +287,33 @@ def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
     return where.reshape(-1)
 
 
-def _fill(files: Opened, task: _Task) -> None:
+def _fill(folder: Path, task: _Task) -> None:
+    """Record the images that are not saved yet, and save every so many of them."""
+    files = opened(folder, task.one_row())
+    first = json.loads((folder / "progress.json").read_text())["images"]
+    for count in _recorded(files, task, first):
+        if count % SAVED_EVERY == 0 or count == len(task.images):
+            for mapped in files.values():
+                mapped.flush()
+            write_json(folder / "progress.json", {"images": count})
+
+
+def _recorded(files: dict[File, np.ndarray], task: _Task, first: int) -> Iterator[int]:
+    """Record from image number ``first`` on, and yield how many there are after every batch."""
     device = next(task.model.parameters()).device
     size = GRADIENT_BATCH if task.gradients else BATCH
     label = "recording with gradients" if task.gradients else "recording"
-    batches = task.images.batches(task.model, batch_size=size)
-    first = 0
-    for batch in progress(batches, label=label, total=-(-len(task.images) // size)):
+    rest = task.images.take(range(first, len(task.images)))
+    batches = rest.batches(task.model, batch_size=size)
+    for batch in progress(batches, label=label, total=-(-len(rest) // size)):
         numbers = range(first, first + len(batch))
         for name, tokens in _seen(task, batch.to(device), numbers).items():
             chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
             rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
-            for content, values in _contents(rows).items():
-                _write(files[name, content], values, start=first * chosen.shape[1], name=name)
+            for content, values in contents_of(rows).items():
+                write(files[name, content], values, start=first * chosen.shape[1], name=name)
         first += len(batch)
+        yield first
 
 
 def _seen(task: _Task, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
@@ -329,22 +337,3 @@ def _rows(tokens: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
     """The rows (images * kept, ...) at positions ``chosen`` (images, kept) of the tokens."""
     index = torch.from_numpy(chosen).long().to(tokens.device)
     return torch.cat([image[kept] for image, kept in zip(tokens, index, strict=True)]).cpu()
-
-
-def _contents(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the files of one site hold of its rows."""
-    contents = {kind: values.half() for kind, values in rows.items() if kind != "gradients"}
-    if "gradients" in rows:
-        directions, contents["norms"] = taken_apart(rows["gradients"])
-        contents["directions"] = directions.half()
-    return contents
-
-
-def _write(file: np.memmap, rows: torch.Tensor, *, start: int, name: str) -> None:
-    if not torch.isfinite(rows).all():
-        raise MoeeError(
-            "activations within half precision (below 65504) and finite",
-            f"larger or NaN values in {name}",
-            "check the weights and the images' normalisation",
-        )
-    file[start : start + len(rows)] = rows.numpy()

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from moee_analysis.errors import MoeeError
 
 if TYPE_CHECKING:
@@ -37,6 +39,53 @@ def kept(root: Path, name: str, build: Callable[[Path], None]) -> Path:
         with new_folder(final, replace=False) as partial:
             build(partial)
     return final
+
+
+def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder ``root/name``, letting ``build(folder)`` fill or finish it if it is absent.
+
+    What a killed process leaves stays hidden, and is there when ``build`` is called again, which
+    must tell for itself what of it is whole. One process builds at a time, others wait.
+
+    Raises
+    ------
+    MoeeError
+        A folder that cannot be written to; whatever ``build`` raises, and then nothing is left.
+    """
+    final, unfinished = root / name, root / f".{name}-unfinished"
+    if final.is_dir():
+        return final
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root / f".{name}.lock"):
+            if not final.is_dir():
+                unfinished.mkdir(exist_ok=True)
+                _finish(unfinished, final, build)
+    except OSError as error:
+        raise MoeeError(
+            f"a place to write '{final}'", str(error),
+            "make room, or choose another folder (MOEE_STORE)",
+        ) from None  # fmt: skip
+    return final
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same ``path``."""
+    with FileLock(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # who waits for it finds the work done
+
+
+def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:
+    try:
+        build(unfinished)
+    except MoeeError:  # the next attempt would fail as well
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    unfinished.rename(final)
 
 
 @contextmanager

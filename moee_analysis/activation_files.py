@@ -1,0 +1,102 @@
+"""The files of a recording: a site's rows, in their full size from the start, filled bit by bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.sensitivity import taken_apart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+File = tuple[str, str]  # a site's name, and what the file holds of it
+
+FILES = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
+"""What a site's files hold, by kind of values; gradients have an axis of probes before the rows."""
+DEFAULT = ("inputs", "hidden")
+
+
+def contents_of(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the files of one site hold of its ``rows``, by kind of values."""
+    contents = {kind: values.half() for kind, values in rows.items() if kind != "gradients"}
+    if "gradients" in rows:
+        directions, contents["norms"] = taken_apart(rows["gradients"])
+        contents["directions"] = directions.half()
+    return contents
+
+
+def size_of(one: Mapping[File, np.ndarray], rows: Mapping[File, int]) -> int:
+    """Bytes of so many ``rows`` of files of which ``one`` is a single row."""
+    return sum(rows[file] * row.nbytes for file, row in one.items())
+
+
+def create(folder: Path, one: Mapping[File, np.ndarray], rows: Mapping[File, int]) -> None:
+    """Create all files of so many ``rows``, of the type and shape of ``one`` each.
+
+    Raises
+    ------
+    MoeeError
+        Not enough room for them. All of it is taken now, so that it does not run out later.
+    """
+    size, free = size_of(one, rows), shutil.disk_usage(folder).free
+    if size > free:
+        raise _no_room(size, f"{free / 1e6:.0f} MB")
+    for file, row in one.items():
+        axis = _row_axis(file)
+        shape = (*row.shape[1 : 1 + axis], rows[file], *row.shape[1 + axis :])
+        mapped = np.lib.format.open_memmap(_path(folder, file), "w+", row.dtype, shape)
+        _take_room(_path(folder, file), mapped.offset + mapped.nbytes)
+
+
+def _take_room(path: Path, size: int) -> None:
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:  # another program was quicker, or a quota is used up
+        raise _no_room(size, str(error)) from None
+
+
+def _no_room(size: int, found: str) -> MoeeError:
+    return MoeeError(
+        f"{size / 1e6:.0f} MB of free disk for the activations", found,
+        "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
+    )  # fmt: skip
+
+
+def opened(folder: Path, files: Iterable[File]) -> dict[File, np.ndarray]:
+    """Map ``files`` that were created; each is seen with its rows first."""
+    mapped = {file: np.lib.format.open_memmap(_path(folder, file), "r+") for file in files}
+    return {file: np.moveaxis(rows, _row_axis(file), 0) for file, rows in mapped.items()}
+
+
+def write(file: np.ndarray, rows: torch.Tensor, *, start: int, name: str) -> None:
+    """Write ``rows`` into a mapped file of the site ``name``, from row ``start`` on.
+
+    Raises
+    ------
+    MoeeError
+        Values that half precision does not hold.
+    """
+    if not torch.isfinite(rows).all():
+        raise MoeeError(
+            "activations within half precision (below 65504) and finite",
+            f"larger or NaN values in {name}",
+            "check the weights and the images' normalisation",
+        )
+    file[start : start + len(rows)] = rows.numpy()
+
+
+def _path(folder: Path, file: File) -> Path:
+    return folder / f"{'.'.join(file)}.npy"
+
+
+def _row_axis(file: File) -> int:
+    """Where the rows are on disk: gradients have their probes first."""
+    return int(file[1] in FILES["gradients"])
