@@ -329,14 +329,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written to {options.out}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model, and which images."""
     add = parser.add_argument
     add("--model", default="bundled", help="'bundled' or a timm model name")
     add("--weights", help="a local .safetensors or .pth state dict")
     add("--calibration", default="bundled", help="folder of class folders")
     add("--images", default="bundled", help="folder of class folders, others than these")
     add("--preset", default="small", choices=PRESETS)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add_inputs(parser)
     add("--limit", type=int, help="images to measure on; else as many as the preset says")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--points", type=Point.parsed, nargs="+", default=POINTS, help="as in 0.28 0.29/0.20")

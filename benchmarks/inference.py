@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fidelity import Bench, Point, check_apart, counting_routes, savings
+from fidelity import Bench, Point, add_inputs, check_apart, counting_routes, savings
 from inference_tables import DENSE, facts_of, reasons, speed, told, write
 from timm.layers import Mlp
 from torch import nn
@@ -32,7 +32,7 @@ from moee_analysis.images import load_images
 from moee_analysis.layers import all_mlps, moe_layers, moe_names, replace_module, set_dispatch
 from moee_analysis.models import architecture, find_mlps, fingerprint, load_model
 from moee_analysis.paths import store_folder
-from moee_analysis.presets import PRESETS, preset_named
+from moee_analysis.presets import preset_named
 from moee_analysis.tuning import situation, unmeasured
 
 if TYPE_CHECKING:
@@ -317,11 +317,7 @@ def extracted(options: Namespace, dense: nn.Module, images: ImageSet) -> dict[st
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default="bundled", help="'bundled' or a timm model name")
-    add("--weights", help="a local .safetensors or .pth state dict")
-    add("--calibration", default="bundled", help="folder of class folders")
-    add("--images", default="bundled", help="folder of class folders, others than these")
-    add("--preset", default="small", choices=PRESETS)
+    add_inputs(parser)
     add("--limit", type=int, help="images whose routes count; else as many as the preset says")
     add("--seed", type=int, default=0)
     add("--macs-reduction", type=float, default=0.28, help="share of the dense MACs to save")

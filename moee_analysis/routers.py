@@ -23,7 +23,7 @@ def best_experts(scores: torch.Tensor) -> torch.Tensor:
 
     ``scores`` are (n, experts). On a CPU, NumPy's search of rows is several times as fast.
     """
-    plain = type(scores) is torch.Tensor and scores.device.type == "cpu" and not scores.is_meta
+    plain = type(scores) is torch.Tensor and scores.device.type == "cpu"
     if plain and scores.dtype == torch.float32 and not torch.compiler.is_compiling():
         return torch.from_numpy(scores.detach().numpy().argmax(axis=1, keepdims=True))
     return scores.argmax(dim=1, keepdim=True)

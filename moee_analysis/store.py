@@ -50,7 +50,7 @@ def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     Raises
     ------
     MoeeError
-        A folder that cannot be written to; whatever ``build`` raises, and then nothing is left.
+        A folder that cannot be written to; what ``build`` refuses, and then nothing of it is left.
     """
     final, unfinished = root / name, root / f".{name}-unfinished"
     if final.is_dir():
@@ -76,7 +76,7 @@ def _alone(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # who waits for it finds the work done
+            path.unlink(missing_ok=True)  # whoever waits for this one tries again with a new one
 
 
 def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:

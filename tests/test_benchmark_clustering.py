@@ -7,17 +7,15 @@ import os
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.scripts import benchmark
 
 FILES = {"clustering.json", "clustering.md", "clustering.png"}
 
 
 @pytest.fixture(scope="module")
 def clustering():
-    """The script, imported as it is when it runs: with its own folder on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("clustering")
+    with benchmark("clustering") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

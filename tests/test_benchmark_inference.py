@@ -15,8 +15,8 @@ from moee_analysis.extraction import extract
 from moee_analysis.layers import all_mlps, moe_layers
 from moee_analysis.presets import PRESETS
 from moee_analysis.rivals.static_pruning import prune
-from tests.conftest import ROOT
 from tests.makers import SMALL_VIT, best, hooks_of, image_folder, lively, pixels_of
+from tests.scripts import benchmark
 from tests.toys import toy_images, toy_swin, toy_vit
 
 IMAGES = toy_images(60)
@@ -27,10 +27,8 @@ NAMES = ["dense", "dense, MLPs in blocks", "static pruning", "best"]
 
 @pytest.fixture(scope="module")
 def inference():
-    """The script, imported as it is when it runs: with its own folder on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("inference")
+    with benchmark("inference") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from moee_analysis import measure
 from moee_analysis.controls import randomly_routed
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
-from tests.conftest import ROOT
 from tests.makers import best, hooks_of
+from tests.scripts import benchmark
 from tests.toys import toy_images, toy_vit
 
 IMAGES = toy_images(60)
@@ -23,10 +23,8 @@ TWO = ("magnitude", "best, random routing")
 
 @pytest.fixture(scope="module")
 def fidelity():
-    """The script, imported as it is when it runs: with its own folder on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("fidelity")
+    with benchmark("fidelity") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

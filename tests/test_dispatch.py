@@ -130,8 +130,8 @@ def test_gradients_of_all_ways_are_right(way, readout, router):
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_is_as_precise_as_in_the_dense_layer(way, dtype):
-    mlp, layer, _, _ = made(readout="shift")
+def test_mixed_precision_is_near_to_single_precision(way, dtype):
+    _, layer, _, _ = made(readout="shift")
     x = torch.randn(60, DIM)
     layer.way = way
     with torch.inference_mode():
@@ -140,10 +140,9 @@ def test_mixed_precision_is_as_precise_as_in_the_dense_layer(way, dtype):
         with torch.autocast("cpu", dtype=dtype):
             found = layer(x)
             same = (layer.router(x) == chosen)[:, 0]
-            dense_error = (mlp(x).float() - mlp(x.double().float())).abs().max()
     assert found.dtype == dtype
     assert same.float().mean() > 0.9  # at a lower precision a token may change its expert
-    assert (found.float() - exact)[same].abs().max() < 0.05 + 4 * dense_error
+    assert (found.float() - exact)[same].abs().max() < 0.05
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w.name != "grouped_mm"], ids=str)
