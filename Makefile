@@ -1,5 +1,6 @@
 # make report   run every notebook and print the path of the report's index
 # make test     style and tests
+# make bench    measure how fast clustering, extraction and inference are
 # make lab      open JupyterLab on the notebooks
 # make format   put code and notebooks in the house style
 # make clean    remove the environment and everything that was made
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lab format clean
+.PHONY: help setup report test bench lab format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -44,6 +45,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/speed.py --out $(OUT)/speed $(ARGS)
 
 lab: $(STAMP)
 	@$(BIN)/moee lab $(ARGS)

@@ -99,9 +99,10 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def recorded(source: Source, file: Path, count: int) -> Row:
     """Save ``count`` tokens of a layer's hidden activations, in random order; say what they are."""
-    from moee_analysis.activations import TokenPlan, prefix_tokens, record
+    from moee_analysis.activations import TokenPlan, prefix_tokens
     from moee_analysis.images import load_images
     from moee_analysis.models import architecture, find_mlps, fingerprint, load_model
+    from moee_analysis.recording import record
 
     model = load_model(source.model, weights=source.weights)
     images = load_images(source.images, split="calibration", limit=source.limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moee_analysis import measure as measure
 from moee_analysis import plots as plots
+from moee_analysis.calibration import Limits as Limits
 from moee_analysis.clustering import ClusterConfig as ClusterConfig
 from moee_analysis.config import ExtractConfig as ExtractConfig
 from moee_analysis.errors import MoeeError as MoeeError

@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from moee_analysis import models
-from moee_analysis.activation_files import (
-    DEFAULT,
-    FILES,
-    File,
-    contents_of,
-    create,
-    opened,
-    size_of,
-    write,
-)
+from moee_analysis.activation_files import DEFAULT, FILES
 from moee_analysis.errors import MoeeError
-from moee_analysis.progress import progress
-from moee_analysis.sensitivity import output_gradients
-from moee_analysis.store import content_key, resumed, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    import torch
     from torch import nn
 
-    from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
-
-BATCH = 64
-GRADIENT_BATCH = 32  # a pass that can be run backward keeps every layer's activations
-SAVED_EVERY = 512  # images, whole batches of them
 
 
 @dataclass
@@ -79,12 +61,14 @@ def _keep(target: Captured, field: str, _module: nn.Module, args: tuple[torch.Te
 class TokenPlan:
     """Which tokens of an image are kept: all prefix tokens (CLS) and ``per_image`` others.
 
-    ``per_image`` None keeps every token.
+    ``per_image`` None keeps every token. The images are numbered from ``first`` on, where they are
+    a part of many.
     """
 
     per_image: int | None
     prefix: int
     seed: int = 0
+    first: int = 0
 
     def positions(self, image: int, tokens: int) -> np.ndarray:
         """Return the kept positions in image number ``image`` of ``tokens`` tokens, ascending."""
@@ -113,7 +97,8 @@ class LayerSample:
     ``inputs`` (rows, dim) and ``hidden`` (rows, hidden) in half precision; ``image`` and
     ``position`` say where each row comes from, ``weight`` how many tokens it stands for. The
     gradients at the MLP's outputs are ``directions`` (probes, rows, dim), unit vectors or zeros
-    in half precision, times ``norms`` (probes, rows) float32.
+    in half precision, times ``norms`` (probes, rows) float32. ``start`` is the number of the first
+    row among those of all images.
     """
 
     inputs: np.ndarray
@@ -123,9 +108,17 @@ class LayerSample:
     weight: np.ndarray
     directions: np.ndarray | None = None
     norms: np.ndarray | None = None
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def part(self, rows: slice) -> LayerSample:
+        """Some consecutive rows of the sample, none of them copied."""
+        values = {name: v for name, v in vars(self).items() if isinstance(v, np.ndarray)}
+        probed = ("directions", "norms")
+        own = {name: v[:, rows] if name in probed else v[rows] for name, v in values.items()}
+        return replace(self, **own, start=self.start + rows.start)
 
     def gradients(self, rows: slice | np.ndarray) -> np.ndarray:
         """Gradients of :func:`output_gradients` at ``rows``, (probes, n, dim) float32.
@@ -156,184 +149,15 @@ class Activations:
     def layer(self, site: MlpSite) -> LayerSample:
         """Return the sample of ``site``, mapped from disk."""
         tokens = self._manifest["tokens"][site.name]
-        where = np.load(self.folder / f"tokens-{tokens}.npy")
+        where = np.load(self.folder / f"tokens-{tokens}.npy", mmap_mode="r")
         contents = [c for kind in self._manifest.get("kinds", DEFAULT) for c in FILES[kind]]
         mapped = {c: np.load(self.folder / f"{site.name}.{c}.npy", mmap_mode="r") for c in contents}
         whence = {field: where[field] for field in where.dtype.names}
-        return LayerSample(**{"hidden": None} | mapped | whence)
-
-
-def record(
-    model: nn.Module,
-    images: ImageSet,
-    sites: Sequence[MlpSite],
-    *,
-    plan: TokenPlan,
-    root: Path,
-    kinds: Sequence[str] = DEFAULT,
-    probes: int = 2,
-) -> Activations:
-    """Record a token sample of every site over ``images``, or find it in the store ``root``.
-
-    The size is printed before recording starts. A recording that was killed goes on where it was
-    last saved, and comes to the same bytes.
-
-    Parameters
-    ----------
-    kinds
-        "inputs", with or without "hidden" and "gradients".
-    probes
-        Gradients of each token, drawn by the plan's seed and the number of the image.
-
-    Raises
-    ------
-    MoeeError
-        Not enough room on the disk; values beyond half precision; kinds or probes that cannot
-        be recorded, gradients of an MLP that gets windows among them.
-    """
-    if "inputs" not in kinds or set(kinds) - set(FILES) or probes < 1:
-        raise MoeeError(
-            f"inputs and others of {', '.join(FILES)}; probes >= 1", f"{kinds}; {probes} probes",
-            'name them as in kinds=("inputs", "gradients"), probes=2',
-        )  # fmt: skip
-    ordered = tuple(kind for kind in FILES if kind in kinds)
-    task = _Task(model, images, tuple(sites), plan, ordered, probes)
-    key = content_key(
-        model=models.fingerprint(model),
-        images=images.fingerprint,
-        sites=[site.name for site in sites],
-        plan=[plan.per_image, plan.prefix, plan.seed],
-        **task.unusual(),
-    )
-    return Activations(resumed(root, f"activations-{key}", partial(_record_into, task=task)), key)
+        first, last = where["image"][[0, -1]]
+        start = int(first) * (len(where) // int(last - first + 1))
+        return LayerSample(**{"hidden": None} | mapped | whence, start=start)
 
 
 def prefix_tokens(model: nn.Module) -> int:
     """Return the number of leading tokens that are no patches (CLS, distillation, registers)."""
     return int(vars(model).get("num_prefix_tokens", 0))
-
-
-@dataclass(frozen=True)
-class _Task:
-    """All that decides a recording."""
-
-    model: nn.Module
-    images: ImageSet
-    sites: tuple[MlpSite, ...]
-    plan: TokenPlan
-    kinds: tuple[str, ...]
-    probes: int
-
-    @property
-    def gradients(self) -> bool:
-        return "gradients" in self.kinds
-
-    def unusual(self) -> dict:
-        """What tells this recording from that of inputs and hidden activations."""
-        kinds = {} if self.kinds == DEFAULT else {"kinds": self.kinds}
-        return kinds | ({"probes": self.probes} if self.gradients else {})
-
-    def one_row(self) -> dict[File, np.ndarray]:
-        """One row of every file, all zeros: its type and shape."""
-        return {(s.name, content): row for s in self.sites for content, row in self._row(s).items()}
-
-    def _row(self, site: MlpSite) -> dict[str, np.ndarray]:
-        shapes = {"inputs": (1, site.dim), "hidden": (1, site.hidden)}
-        shapes["gradients"] = (1, self.probes, site.dim)
-        contents = contents_of({kind: torch.zeros(shapes[kind]) for kind in self.kinds})
-        return {content: row.numpy() for content, row in contents.items()}
-
-
-def _record_into(folder: Path, *, task: _Task) -> None:
-    done = folder / "progress.json"
-    tokens = _token_counts(task.model, task.sites)
-    if not done.exists():
-        _create(folder, task, tokens)
-        write_json(done, {"images": 0})
-    _fill(folder, task)
-    write_json(folder / "manifest.json", {"tokens": tokens, **task.unusual()})
-    done.unlink()
-
-
-def _create(folder: Path, task: _Task, tokens: dict[str, int]) -> None:
-    """Say what will be written, and create it in its full size."""
-    counts = {name: len(task.plan.weights(count)) for name, count in tokens.items()}
-    rows = {file: len(task.images) * counts[file[0]] for file in task.one_row()}
-    print(
-        f"recording {len(task.sites)} layers on {len(task.images)} images, "
-        f"{'/'.join(map(str, sorted(set(counts.values()))))} tokens of each: "
-        f"{size_of(task.one_row(), rows) / 1e6:.0f} MB on disk"
-    )
-    create(folder, task.one_row(), rows)
-    for count in set(tokens.values()):
-        np.save(folder / f"tokens-{count}.npy", _where(task.plan, len(task.images), count))
-
-
-def _token_counts(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, int]:
-    device = next(model.parameters()).device
-    with recording(model, sites) as captured, torch.inference_mode():
-        model(torch.zeros(1, *models.input_size(model), device=device))
-        return {name: seen.inputs.shape[:2].numel() for name, seen in captured.items()}
-
-
-def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
-    """Image, position and weight of every sampled row, as one structured array."""
-    weights = plan.weights(tokens)
-    fields = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
-    where = np.empty((images, len(weights)), dtype=fields)
-    where["image"] = np.arange(images)[:, None]
-    where["position"] = [plan.positions(image, tokens) for image in range(images)]
-    where["weight"] = weights
-    return where.reshape(-1)
-
-
-def _fill(folder: Path, task: _Task) -> None:
-    """Record the images that are not saved yet, and save every so many of them."""
-    files = opened(folder, task.one_row())
-    first = json.loads((folder / "progress.json").read_text())["images"]
-    for count in _recorded(files, task, first):
-        if count % SAVED_EVERY == 0 or count == len(task.images):
-            for mapped in files.values():
-                mapped.flush()
-            write_json(folder / "progress.json", {"images": count})
-
-
-def _recorded(files: dict[File, np.ndarray], task: _Task, first: int) -> Iterator[int]:
-    """Record from image number ``first`` on, and yield how many there are after every batch."""
-    device = next(task.model.parameters()).device
-    size = GRADIENT_BATCH if task.gradients else BATCH
-    label = "recording with gradients" if task.gradients else "recording"
-    rest = task.images.take(range(first, len(task.images)))
-    batches = rest.batches(task.model, batch_size=size)
-    for batch in progress(batches, label=label, total=-(-len(rest) // size)):
-        numbers = range(first, first + len(batch))
-        for name, tokens in _seen(task, batch.to(device), numbers).items():
-            chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
-            rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
-            for content, values in contents_of(rows).items():
-                write(files[name, content], values, start=first * chosen.shape[1], name=name)
-        first += len(batch)
-        yield first
-
-
-def _seen(task: _Task, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
-    """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
-    model, sites, seeds = task.model, task.sites, [(task.plan.seed, n) for n in numbers]
-    gradients = {}
-    with recording(model, sites) as captured:
-        if task.gradients:
-            gradients = output_gradients(model, sites, x, seeds=seeds, probes=task.probes)
-        else:
-            with torch.inference_mode():
-                model(x)
-    seen = {name: {"gradients": g.permute(1, 2, 0, 3)} for name, g in gradients.items()}
-    for name, tokens in captured.items():
-        of_images = {k: v.reshape(len(x), -1, v.shape[-1]) for k, v in vars(tokens).items()}
-        seen[name] = seen.get(name, {}) | of_images
-    return seen
-
-
-def _rows(tokens: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
-    """The rows (images * kept, ...) at positions ``chosen`` (images, kept) of the tokens."""
-    index = torch.from_numpy(chosen).long().to(tokens.device)
-    return torch.cat([image[kept] for image, kept in zip(tokens, index, strict=True)]).cpu()

@@ -3,73 +3,99 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from moee_analysis.layers import MoeMlp, Readout, replace_module
-from moee_analysis.moments import moments_of
-from moee_analysis.planning import sampled
-from moee_analysis.progress import progress
-from moee_analysis.recorded import recorded_layer
-from moee_analysis.refit import Part, each_readout, mean_shift, shared_readout
+from moee_analysis.moments import covariances
+from moee_analysis.refit import RefitTally, each_readout, mean_shift, shared_readout
+from moee_analysis.sums import Sums, summed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
 
-    from moee_analysis.config import ExtractConfig
-    from moee_analysis.images import ImageSet
+    from moee_analysis.calibration import Calibration
     from moee_analysis.planning import LayerPlan
-    from moee_analysis.recorded import Recorded
 
 
 def build_moe(
-    model: nn.Module,
-    images: ImageSet,
-    plans: Sequence[LayerPlan],
-    kept: Mapping[str, np.ndarray],
-    config: ExtractConfig,
-    *,
-    root: Path,
+    calibration: Calibration, plans: Sequence[LayerPlan], kept: Mapping[str, np.ndarray]
 ) -> nn.Module:
-    """Copy ``model`` with its planned layers replaced by mixtures of experts.
+    """Copy the calibrated model with its planned layers replaced by mixtures of experts.
 
-    ``kept`` are the neurons of every expert, bool (experts, hidden), by site name; ``images`` and
-    ``root`` are those of the plans.
+    ``kept`` are the neurons of every expert, bool (experts, hidden), by site name.
     """
-    moe = copy.deepcopy(model)
-    activations = sampled(model, images, config, root=root)
-    device = next(model.parameters()).device
-    for plan in progress([p for p in plans if p.converted], label="refitting layers"):
-        layer = recorded_layer(activations, model, plan.site)
-        mask = kept[plan.site.name]
-        readout = refitted(layer, plan, mask, config.refit)
-        experts = [np.flatnonzero(of_expert) for of_expert in mask]
+    moe = copy.deepcopy(calibration.model)
+    device = next(moe.parameters()).device
+    converted = {plan.site.name: plan for plan in plans if plan.converted}
+    readouts = _readouts(calibration, converted, kept)
+    for name, plan in converted.items():
+        experts = [np.flatnonzero(of_expert) for of_expert in kept[name]]
         mlp = plan.site.module(moe)
-        replacement = MoeMlp(mlp, plan.router(), experts, plan.shares, readout)
-        replace_module(moe, plan.site.name, replacement.to(device))
+        replacement = MoeMlp(mlp, plan.router(), experts, plan.shares, readouts[name])
+        replace_module(moe, name, replacement.to(device))
     return moe.eval()
 
 
-def refitted(layer: Recorded, plan: LayerPlan, kept: np.ndarray, refit: str) -> Readout:
-    """What stands in for the dropped neurons of a layer, by the name of the refit."""
+def _readouts(
+    calibration: Calibration, plans: Mapping[str, LayerPlan], kept: Mapping[str, np.ndarray]
+) -> dict[str, Readout]:
+    """What stands in for the dropped neurons of each layer, by the name of the refit."""
+    refit = calibration.config.refit
     if refit == "none":
-        return Readout()
-    weight = layer.mlp.fc2.weight.detach().float().cpu()
-    mask = torch.from_numpy(kept)
+        return dict.fromkeys(plans, Readout())
+    old = {name: _Old.of(calibration.model, plan, kept[name]) for name, plan in plans.items()}
     if refit == "shift":
-        means = torch.from_numpy(plan.scores.means).float()
-        return Readout(shift=mean_shift(weight, mask, means))
-    fit = shared_readout if refit == "shared" else each_readout
-    return fit(weight, _parts(layer, plan, mask))
+        return {n: Readout(shift=mean_shift(o.weight, o.kept, o.means)) for n, o in old.items()}
+    if refit == "each":
+        return _for_each(calibration, plans, old)
+    tallies = [refit_tally(plan, kept[name]) for name, plan in plans.items()]
+    found = summed(calibration, tallies, label="refitting layers")
+    return {tally.site.name: old[tally.site.name].shared(sums) for tally, sums in found}
 
 
-def _parts(layer: Recorded, plan: LayerPlan, kept: torch.Tensor) -> Iterator[Part]:
-    for expert, mask in enumerate(kept):
-        moments = moments_of(layer.sample, np.flatnonzero(plan.members == expert))
-        tokens = plan.tokens * float(plan.shares[expert])
-        yield Part(mask, moments, weight=tokens * float(plan.scores.weight[expert]))
+def _for_each(
+    calibration: Calibration, plans: Mapping[str, LayerPlan], old: Mapping[str, _Old]
+) -> dict[str, Readout]:
+    assignments = {name: plan.assignment for name, plan in plans.items()}
+    means = {name: plan.known.means for name, plan in plans.items()}
+    found = covariances(calibration, assignments, means, label="refitting experts")
+    return {
+        name: old[name].each(covariance for *_, covariance in of_layer)
+        for name, of_layer in groupby(found, key=lambda item: item[0])
+    }
+
+
+def refit_tally(plan: LayerPlan, kept: np.ndarray) -> RefitTally:
+    """What a layer adds up for one W2, its experts keeping ``kept``, bool (experts, hidden)."""
+    known = plan.known
+    of_image = plan.tokens * plan.shares * plan.scores.weight
+    weights = of_image / np.maximum(known.weight, np.finfo(float).tiny)
+    return RefitTally(plan.site, plan.assignment, kept, known.means, weights)
+
+
+@dataclass(frozen=True)
+class _Old:
+    """A layer before its refit: W2, neurons and mean activations of its experts."""
+
+    weight: torch.Tensor
+    kept: torch.Tensor
+    means: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: LayerPlan, kept: np.ndarray) -> _Old:
+        weight = plan.site.module(model).fc2.weight.detach().float().cpu()
+        means = torch.from_numpy(plan.known.means).float()
+        return cls(weight, torch.from_numpy(kept), means)
+
+    def shared(self, sums: Sums) -> Readout:
+        return shared_readout(self.weight, sums, self.kept, self.means)
+
+    def each(self, covariances: Iterable[torch.Tensor]) -> Readout:
+        return each_readout(self.weight, covariances, self.kept, self.means)

@@ -17,13 +17,17 @@ from moee_analysis.presets import PRESETS
 
 if TYPE_CHECKING:
     from moee_analysis.attention import LowRankAttention
+    from moee_analysis.calibration import Limits
     from moee_analysis.clustering import ClusterConfig
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code.
+
+    Under torchrun, ``extract`` is one command of all processes.
+    """
     parser = _parser()
     arguments, others = parser.parse_known_args(argv)
     if others and arguments.command is not _lab:
@@ -71,6 +75,7 @@ def _add_extract(commands: argparse._SubParsersAction) -> None:
         "--attention", help="dense; read: only where it is read; low_rank: smaller heads too"
     )
     _compute_options(parser)
+    _resource_options(parser)
     parser.set_defaults(command=_extract)
 
 
@@ -108,8 +113,26 @@ def _compute_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse unreadable images")
 
 
+def _resource_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store", type=Path, help="folder that keeps tokens and clusters; a killed run goes on"
+    )
+    parser.add_argument("--memory-gb", type=float, help="for sums over the tokens; default 4")
+    parser.add_argument(
+        "--disk-gb", type=float, help="for recorded tokens; default half of what is free"
+    )
+
+
 def _extract(arguments: argparse.Namespace) -> int:
+    from moee_analysis.distributed import together
+
+    with together():
+        return _extract_together(arguments)
+
+
+def _extract_together(arguments: argparse.Namespace) -> int:
     import moee_analysis as moee
+    from moee_analysis.distributed import local_device, rank
     from moee_analysis.saving import check_target
 
     config = moee.ExtractConfig(
@@ -124,13 +147,22 @@ def _extract(arguments: argparse.Namespace) -> int:
         attention=arguments.attention,
     )
     check_target(arguments.out)
-    model = moee.load_model(arguments.model, weights=arguments.weights, device=arguments.device)
+    device = local_device(arguments.device)
+    model = moee.load_model(arguments.model, weights=arguments.weights, device=device)
     images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
-    run = moee.extract(model, images, config)
-    run.save(arguments.out)
-    print(_layers_text(run))
-    print(f"saved to {arguments.out}")
+    run = moee.extract(model, images, config, store=arguments.store, limits=_limits(arguments))
+    if rank() == 0:
+        run.save(arguments.out)
+        print(_layers_text(run))
+        print(f"saved to {arguments.out}")
     return 0
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    from moee_analysis.calibration import Limits
+
+    given = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
+    return Limits(**{name: 1e9 * size for name, size in given.items() if size is not None})
 
 
 def _clustering(arguments: argparse.Namespace) -> ClusterConfig:

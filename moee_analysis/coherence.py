@@ -9,110 +9,128 @@ once for every layer, and multiplies the scores of its routed experts.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from moee_analysis.fisher import expert_metrics
-from moee_analysis.planning import sampled
-from moee_analysis.progress import progress
-from moee_analysis.recorded import recorded_layer
 from moee_analysis.refit import mean_shift
+from moee_analysis.scoring import metrics_of
+from moee_analysis.sums import Sums, summed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from torch import nn
-
-    from moee_analysis.config import ExtractConfig
-    from moee_analysis.images import ImageSet
+    from moee_analysis.assignment import Assignment
+    from moee_analysis.calibration import Calibration
+    from moee_analysis.models import MlpSite
     from moee_analysis.planning import LayerPlan
     from moee_analysis.recorded import Recorded
+    from moee_analysis.statistics import ExpertStatistics
 
 IMAGES = 400  # enough to show what is a property of the layer
 CHUNK = 50  # images at a time
 
 
 def cohering(
-    model: nn.Module,
-    images: ImageSet,
-    plans: Sequence[LayerPlan],
-    kept: Mapping[str, np.ndarray],
-    config: ExtractConfig,
-    *,
-    root: Path,
+    calibration: Calibration, plans: Sequence[LayerPlan], kept: Mapping[str, np.ndarray]
 ) -> list[LayerPlan]:
     """Multiply the scores of every layer by its measured coherence.
 
     ``kept`` are the neurons, bool (experts, hidden) by site name, that a first sizing of the
-    ``plans`` keeps: the errors are those of all others. ``images`` and ``root`` are the plans'.
+    ``plans`` keeps: the errors are those of all others.
     """
-    activations = sampled(model, images, config, root=root)
-    found = []
-    for plan in progress(plans, label="measuring coherence"):
-        if plan.converted and not plan.constant.any():
-            layer = recorded_layer(activations, model, plan.site)
-            found.append(scaled(plan, coherence(layer, plan, kept[plan.site.name])))
-        else:
-            found.append(plan)
-    return found
+    images = looked_at(len(calibration.images))
+    tallies = [
+        CoherenceTally(plan.site, plan.assignment, plan.known, kept[plan.site.name], images)
+        for plan in plans
+        if plan.converted and not plan.unread
+    ]
+    found = {
+        tally.site.name: coherence(sums)
+        for tally, sums in summed(calibration, tallies, label="measuring coherence")
+    }
+    return [
+        scaled(plan, found[plan.site.name]) if plan.site.name in found else plan for plan in plans
+    ]
 
 
-def coherence(layer: Recorded, plan: LayerPlan, kept: np.ndarray) -> float:
-    """Cost of the errors of whole images over the sum of the costs of their routed tokens.
+def looked_at(images: int) -> np.ndarray:
+    """Numbers of the images that are looked at: from all over the set, which may be sorted."""
+    return np.unique(np.linspace(0, images - 1, min(images, IMAGES)).round().astype(int))
+
+
+@dataclass(frozen=True)
+class CoherenceTally:
+    """Adds up what the errors of whole images cost, and what they cost token by token.
 
     The errors are those of a layer whose experts keep ``kept``, bool (experts, hidden), with the
-    means of the other neurons made good.
-
-    Returns
-    -------
-    float
-        About 1 where tokens err independently of each other and of how much they matter; 1
-        where there is no error, or none that is read.
+    means of the other neurons made good. Only the routed tokens of ``images`` count.
     """
-    metrics = torch.stack(expert_metrics(layer.sample, plan.members, plan.kinds(layer)))
-    costs = [_costs(layer, plan, kept, metrics, images) for images in _chosen(layer)]
-    together, apart = np.sum(costs, axis=0)
-    return float(together / apart) if together > 0 and apart > 0 else 1.0
+
+    site: MlpSite
+    assignment: Assignment
+    known: ExpertStatistics
+    kept: np.ndarray
+    images: np.ndarray
+    gradients: bool = True
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of two sums, in nats."""
+        return {"together": (), "apart": ()}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the sums."""
+        kept = hashlib.sha256(self.kept.tobytes()).hexdigest()
+        return {"experts": self.assignment.digest, "kept": kept, "images": self.images.tolist()}
+
+    def add(self, sums: Sums, layer: Recorded) -> None:
+        """Add a part of the tokens."""
+        seen = layer.sample.image
+        images = self.images[(self.images >= seen.min()) & (self.images <= seen.max())]
+        if len(images) == 0:
+            return
+        _, members = self.assignment.of(layer)
+        metrics = torch.stack(list(metrics_of(layer.mlp, self.known)))
+        for few in np.array_split(images, -(-len(images) // CHUNK)):
+            counted = np.isin(seen, few) & (members >= self.assignment.leading)
+            rows = np.flatnonzero(counted)
+            errors = self._errors(layer, rows, members[rows])
+            sums["together"] += _together(layer, rows, errors, few)
+            weight = torch.from_numpy(layer.sample.weight[rows])
+            sums["apart"] += _one_by_one(errors, weight, metrics, members[rows])
+
+    def _errors(self, layer: Recorded, rows: np.ndarray, members: np.ndarray) -> torch.Tensor:
+        """What the dropped neurons contribute beyond their mean at ``rows``, float32 (n, dim)."""
+        W2 = layer.mlp.fc2.weight.detach().float().cpu()
+        mask, means = torch.from_numpy(self.kept), torch.from_numpy(self.known.means).float()
+        expert = torch.from_numpy(members)
+        hidden = torch.from_numpy(np.asarray(layer.sample.hidden[rows], dtype=np.float32))
+        return mean_shift(W2, mask, means)[expert] - (hidden * ~mask[expert]) @ W2.T
 
 
-def _chosen(layer: Recorded) -> list[np.ndarray]:
-    """Images to look at, in chunks: from all over the set, which may be sorted by class."""
-    count = int(layer.sample.image.max()) + 1
-    even = np.unique(np.linspace(0, count - 1, min(count, IMAGES)).round().astype(int))
-    return np.array_split(even, -(-len(even) // CHUNK))
+def coherence(sums: Sums) -> float:
+    """Cost of the errors of whole images over the sum of the costs of their routed tokens.
+
+    About 1 where tokens err independently of each other and of how much they matter; 1 where
+    there is no error, or none that is read.
+    """
+    together, apart = float(sums["together"]), float(sums["apart"])
+    return together / apart if together > 0 and apart > 0 else 1.0
 
 
-def _costs(
-    layer: Recorded,
-    plan: LayerPlan,
-    kept: np.ndarray,
-    metrics: torch.Tensor,
-    images: np.ndarray,
-) -> tuple[float, float]:
-    """What the errors of ``images`` cost as wholes, and token by token, in nats."""
+def _together(layer: Recorded, rows: np.ndarray, errors: torch.Tensor, images: np.ndarray) -> float:
+    """What the ``errors`` at ``rows`` cost as those of whole ``images``, in nats."""
     sample = layer.sample
-    routed = plan.members >= len(set(plan.prefix))
-    rows = np.flatnonzero(np.isin(sample.image, images) & routed)
-    errors = _errors(layer, plan, kept, rows)
     weight = torch.from_numpy(sample.weight[rows])
     moved = torch.from_numpy(sample.gradients(rows)).mul_(errors).sum(dim=2) * weight
     of_image = torch.from_numpy(np.searchsorted(images, sample.image[rows]))
     sums = moved.new_zeros(len(moved), len(images)).index_add_(1, of_image, moved)
-    together = float(sums.square().mean(dim=0).sum()) / 2
-    return together, _one_by_one(errors, weight, metrics, plan.members[rows])
-
-
-def _errors(layer: Recorded, plan: LayerPlan, kept: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-    """What the dropped neurons contribute beyond their mean at ``rows``, float32 (rows, dim)."""
-    W2 = layer.mlp.fc2.weight.detach().float().cpu()
-    mask, means = torch.from_numpy(kept), torch.from_numpy(plan.scores.means).float()
-    expert = torch.from_numpy(plan.members[rows])
-    hidden = torch.from_numpy(np.asarray(layer.sample.hidden[rows], dtype=np.float32))
-    return mean_shift(W2, mask, means)[expert] - (hidden * ~mask[expert]) @ W2.T
+    return float(sums.square().mean(dim=0).sum()) / 2
 
 
 def _one_by_one(
@@ -130,7 +148,7 @@ def _one_by_one(
 def scaled(plan: LayerPlan, factor: float) -> LayerPlan:
     """Multiply the scores of the routed experts of a plan by ``factor``."""
     neurons = plan.scores.neurons.copy()
-    neurons[len(set(plan.prefix)) :] *= factor
+    neurons[plan.assignment.leading :] *= factor
     return replace(
         plan,
         scores=replace(plan.scores, neurons=neurons),

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moee_analysis.calibration import calibration_of
 from moee_analysis.counting import count, moe_macs
+from moee_analysis.draws import inputs_at
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import Extraction, extract
 from moee_analysis.layers import moe_layers, moe_names
-from moee_analysis.models import find_mlps
-from moee_analysis.planning import sampled
 from moee_analysis.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
 
 if TYPE_CHECKING:
@@ -127,14 +127,20 @@ def random_centres(
     dict
         Router by layer index, for ``measure.routes(run.dense(), ..., routers=...)``.
     """
-    limited = images.limit(run.config.calibration_images, seed=run.config.seed)
-    activations = sampled(run.dense(), limited, run.config, root=Path(store))
-    sites = {site.index: site for site in find_mlps(run.dense())}
-    routers = {}
-    for index, layer in moe_layers(run.model).items():
-        inputs = activations.layer(sites[index]).inputs
-        rng = np.random.default_rng([seed, index])
-        rows = np.sort(rng.choice(len(inputs), size=layer.n_experts, replace=False))
-        centres = torch.from_numpy(inputs[rows].astype(np.float32))
-        routers[index] = CosineRouter(centres.to(layer.shares.device))
-    return routers
+    calibration = calibration_of(run.dense(), images, run.config, root=Path(store))
+    layers = moe_layers(run.model)
+    rows = {}
+    for site in calibration.sites:
+        if site.index in layers:
+            tokens = calibration.kept_per_image[site.name] * len(calibration.images)
+            rng = np.random.default_rng([seed, site.index])
+            count = layers[site.index].n_experts
+            rows[site.name] = np.sort(rng.choice(tokens, size=count, replace=False))
+    found = inputs_at(calibration, rows)
+    return {
+        site.index: CosineRouter(
+            torch.from_numpy(found[site.name]).to(layers[site.index].shares.device)
+        )
+        for site in calibration.sites
+        if site.name in found
+    }

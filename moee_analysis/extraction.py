@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from moee_analysis.attention_planning import plan_attentions, reduce_attention
 from moee_analysis.building import build_moe
+from moee_analysis.calibration import Calibration, Limits
 from moee_analysis.coherence import cohering
 from moee_analysis.config import ExtractConfig
+from moee_analysis.distributed import agreed
 from moee_analysis.environment import versions
 from moee_analysis.errors import MoeeError
+from moee_analysis.memory import expected
 from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.narrowing import narrowed
 from moee_analysis.planning import LayerPlan, plan_layers
+from moee_analysis.progress import tell
 from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
 from moee_analysis.sizing import sized
 from moee_analysis.store import content_key, kept
+from moee_analysis.sums import forget
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +125,7 @@ def extract(
     config: ExtractConfig | None = None,
     *,
     store: str | Path | None = None,
+    limits: Limits | None = None,
 ) -> Extraction:
     """Take ``model`` apart into a mixture of experts, without training.
 
@@ -134,7 +140,9 @@ def extract(
     store
         Folder of a content-keyed store: activations, clusters and the result are kept there
         and found again (the result only of a model that its timm name rebuilds). None keeps
-        nothing.
+        nothing. A run that was killed goes on where it was last saved in its store.
+    limits
+        What it may take of memory and disk; None is the default :class:`Limits`.
 
     Raises
     ------
@@ -143,44 +151,46 @@ def extract(
     """
     config = (config or ExtractConfig()).resolved()
     images = images.limit(config.calibration_images, seed=config.seed)
+    limits = limits or Limits()
     if store is None:
         with tempfile.TemporaryDirectory(prefix="moee-") as root:
-            return _extract(model, images, config, root=Path(root))
+            return _extract(model, images, config, root=Path(root), limits=limits)
     if not rebuilds(model):
-        return _extract(model, images, config, root=Path(store))
-    return _through_store(model, images, config, root=Path(store))
+        return _extract(model, images, config, root=Path(store), limits=limits)
+    return _through_store(model, images, config, root=Path(store), limits=limits)
 
 
 def _through_store(
-    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path, limits: Limits
 ) -> Extraction:
     facts = {"model": fingerprint(model), "images": images.fingerprint, "config": asdict(config)}
-    key = content_key(run_format=FORMAT, **facts)
-
-    def build(folder: Path) -> None:
-        run = _extract(model, images, config, root=root)
-        fill_run(folder, run.model, run._facts())
-
-    run = load(kept(root, f"run-{key}", build))
+    name = f"run-{content_key(run_format=FORMAT, **facts)}"
+    if not agreed((root / name).is_dir()):
+        made = _extract(model, images, config, root=root, limits=limits)
+        kept(root, name, lambda folder: fill_run(folder, made.model, made._facts()))
+    run = load(root / name)
     run.model.to(next(model.parameters()).device)
     return replace(run, original=model)
 
 
 def _extract(
-    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path, limits: Limits
 ) -> Extraction:
     provenance = _provenance(model, images, config)
+    calibration = Calibration(model, images, config, root, limits)
+    tell(str(expected(calibration)))
     attentions = plan_attentions(model, images, config, root=root)
-    plans = plan_layers(model, images, config, root=root)
+    plans = plan_layers(calibration)
     sizes = sized(model, plans, config, attentions)
     if config.measures_coherence:
-        plans = cohering(model, images, plans, sizes.kept, config, root=root)
+        plans = cohering(calibration, plans, sizes.kept)
         sizes = sized(model, plans, config, attentions)
     if config.narrows_unions:
-        plans = narrowed(model, images, plans, config, attentions=attentions, root=root)
+        plans = narrowed(calibration, plans, attentions=attentions)
         sizes = sized(model, plans, config, attentions)
-    moe = build_moe(model, images, plans, sizes.kept, config, root=root)
+    moe = build_moe(calibration, plans, sizes.kept)
     reduce_attention(moe, attentions, sizes.modes)
+    forget(calibration)
     return Extraction(
         moe,
         config,

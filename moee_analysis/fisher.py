@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
+    import numpy as np
     from timm.layers import Mlp
 
     from moee_analysis.activations import LayerSample
@@ -26,52 +26,56 @@ CHUNK = 16384
 DAMPING = 0.2  # share of the mean eigenvalue added to all
 
 
-def fisher(
-    sample: LayerSample, rows: np.ndarray, prior: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Q of the tokens at ``rows`` of a sample with gradients, float64 (dim, dim).
+def products(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
+    """Sum of g g^T over the tokens that ``rows`` stand for, averaged over the probes.
 
-    ``prior`` (dim, dim), the metric of a larger group of tokens, is mixed in as if it were that of
-    :data:`PRIOR` tokens more.
+    Float64 (dim, dim).
+
+    Raises
+    ------
+    MoeeError
+        A sample without gradients.
     """
-    total = sum(_products(sample, rows[i : i + CHUNK]) for i in range(0, max(len(rows), 1), CHUNK))
-    tokens = float(sample.weight[rows].sum(dtype=np.float64))
-    if prior is None:
-        return total / max(tokens, np.finfo(float).tiny)
-    return (total + PRIOR * prior) / (tokens + PRIOR)
+    dim = sample.inputs.shape[1]
+    total = torch.zeros(dim, dim, dtype=torch.float64)
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        gradients = torch.from_numpy(sample.gradients(part))
+        weighted = gradients * torch.from_numpy(sample.weight[part])[:, None]
+        total += weighted.flatten(end_dim=1).T @ gradients.flatten(end_dim=1) / len(gradients)
+    return total
 
 
-def expert_metrics(
-    sample: LayerSample, members: np.ndarray, kinds: Sequence[np.ndarray]
-) -> list[torch.Tensor]:
-    """Damped metric of every expert, such that an error e costs e^T Q e nats: float64 (dim, dim).
+def expert_metrics(sums: Mapping[str, torch.Tensor], kinds: np.ndarray) -> torch.Tensor:
+    """Damped metric of every expert, such that an error e costs e^T Q e nats.
+
+    An expert's own is mixed with that of all tokens of the kind it serves, as if these were
+    :data:`PRIOR` tokens more.
 
     Parameters
     ----------
-    members
-        Expert that each row of the sample counts for, -1 for none, int (rows,).
+    sums
+        :func:`products` of the tokens of each expert, ``fisher`` (experts, dim, dim), and of each
+        kind, ``kinds`` (kinds, dim, dim); the numbers of these tokens, ``weight`` and
+        ``of_kinds``.
     kinds
-        For each expert, the rows of all tokens of the kind it serves: the prior of its metric.
+        The kind that each expert serves, int (experts,).
+
+    Returns
+    -------
+    torch.Tensor
+        Float64 (experts, dim, dim).
     """
-    distinct = {id(rows): rows for rows in kinds}
-    priors = {key: fisher(sample, rows) for key, rows in distinct.items()}
-    return [
-        damped(fisher(sample, np.flatnonzero(members == expert), priors[id(kind)])) / 2
-        for expert, kind in enumerate(kinds)
-    ]
-
-
-def _products(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
-    """Sum of g g^T over the tokens that the rows stand for, averaged over the probes."""
-    gradients = torch.from_numpy(sample.gradients(rows))
-    weighted = gradients * torch.from_numpy(sample.weight[rows])[:, None]
-    products = weighted.flatten(end_dim=1).T @ gradients.flatten(end_dim=1)
-    return products.double() / len(gradients)
+    least = torch.finfo(torch.float64).tiny
+    priors = sums["kinds"] / sums["of_kinds"].clamp_min(least)[:, None, None]
+    mixed = (sums["fisher"] + PRIOR * priors[kinds]) / (sums["weight"] + PRIOR)[:, None, None]
+    return damped(mixed) / 2
 
 
 def damped(metric: torch.Tensor) -> torch.Tensor:
-    """``metric`` plus a share of its mean eigenvalue in every direction."""
-    return metric + DAMPING * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
+    """``metric`` (..., dim, dim) plus a share of its mean eigenvalue in every direction."""
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    return metric + DAMPING * mean * torch.eye(metric.shape[-1], dtype=metric.dtype)
 
 
 def root(metric: torch.Tensor) -> torch.Tensor:

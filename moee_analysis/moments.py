@@ -1,52 +1,96 @@
-"""Mean and covariance of the hidden activations of one expert's tokens, over chunks of rows."""
+"""Covariances of the hidden activations of every expert, some experts at a time."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from moee_analysis.assignment import by_expert
+from moee_analysis.sums import Sums, summed
+
 if TYPE_CHECKING:
-    from moee_analysis.activations import LayerSample
+    from collections.abc import Iterator, Mapping
+
+    from moee_analysis.assignment import Assignment
+    from moee_analysis.calibration import Calibration
+    from moee_analysis.models import MlpSite
+    from moee_analysis.recorded import Recorded
 
 CHUNK = 16384
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Weighted mean (hidden,) and covariance (hidden, hidden), float32, of some tokens.
+class MomentTally:
+    """Adds up products of deviations of the hidden activations of some ``experts`` of a layer.
 
-    ``weight`` is the number of tokens that the rows stand for.
+    ``means`` (all experts, hidden) are what they deviate from, so that float32 loses nothing to
+    a large common mean.
     """
 
-    weight: float
-    mean: torch.Tensor
-    covariance: torch.Tensor
+    site: MlpSite
+    assignment: Assignment
+    experts: range
+    means: np.ndarray
+    gradients: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the products (experts, hidden, hidden) and the numbers of tokens (experts,)."""
+        count, hidden = len(self.experts), self.site.hidden
+        return {"products": (count, hidden, hidden), "weight": (count,)}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the sums."""
+        means = hashlib.sha256(np.ascontiguousarray(self.means).tobytes()).hexdigest()
+        experts = [self.experts.start, self.experts.stop]
+        return {"experts": self.assignment.digest, "moments": experts, "means": means}
+
+    def add(self, sums: Sums, layer: Recorded) -> None:
+        """Add a part of the tokens."""
+        _, members = self.assignment.of(layer)
+        of_expert = by_expert(members, self.assignment.experts)
+        for place, expert in enumerate(self.experts):
+            mean = torch.from_numpy(self.means[expert]).float()
+            for start in range(0, len(of_expert[expert]), CHUNK):
+                rows = of_expert[expert][start : start + CHUNK]
+                hidden = np.asarray(layer.sample.hidden[rows], dtype=np.float32)
+                deviation = torch.from_numpy(hidden) - mean
+                weight = torch.from_numpy(layer.sample.weight[rows])
+                sums["products"][place] += (deviation * weight[:, None]).T @ deviation
+                sums["weight"][place] += weight.sum(dtype=torch.float64)
 
 
-def moments_of(sample: LayerSample, rows: np.ndarray) -> Moments:
-    """Mean and covariance of the hidden activations at ``rows`` of a layer's sample.
+def covariances(
+    calibration: Calibration,
+    assignments: Mapping[str, Assignment],
+    means: Mapping[str, np.ndarray],
+    *,
+    label: str,
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield site name, expert and covariance (hidden, hidden), float64, for all experts.
 
-    Sums run over deviations from the mean of the first chunk, so that float32 loses nothing to a
-    large common mean; chunks are added in float64.
+    ``means`` are those of the experts' hidden activations, (experts, hidden) by site name. Only
+    as many covariances are held at once as fit in the calibration's memory.
     """
-    hidden = sample.hidden[:1].shape[1]
-    origin = _hidden(sample, rows[:CHUNK]).mean(dim=0) if len(rows) else torch.zeros(hidden)
-    first = torch.zeros(hidden, dtype=torch.float64)
-    second = torch.zeros(hidden, hidden, dtype=torch.float64)
-    for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK]
-        deviation = _hidden(sample, part) - origin
-        weighted = deviation * torch.from_numpy(sample.weight[part])[:, None]
-        first += weighted.sum(dim=0)
-        second += weighted.T @ deviation
-    weight = float(sample.weight[rows].sum(dtype=np.float64))
-    mean = first / max(weight, np.finfo(float).tiny)
-    covariance = second / max(weight, np.finfo(float).tiny) - torch.outer(mean, mean)
-    return Moments(weight, (origin + mean).float(), covariance.float())
+    tallies = [
+        MomentTally(site, assignments[site.name], experts, means[site.name])
+        for site in calibration.sites
+        if site.name in assignments
+        for experts in _blocks(site, assignments[site.name].experts, calibration.limits.memory)
+    ]
+    for tally, sums in summed(calibration, tallies, label=label):
+        least = torch.finfo(torch.float64).tiny
+        for place, expert in enumerate(tally.experts):
+            weight = sums["weight"][place].clamp_min(least)
+            yield tally.site.name, expert, sums["products"][place] / weight
 
 
-def _hidden(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(sample.hidden[rows], dtype=np.float32))
+def _blocks(site: MlpSite, experts: int, memory: float) -> list[range]:
+    """Divide the experts of a layer into blocks whose covariances fit in ``memory``."""
+    size = max(1, int(memory // (8 * site.hidden**2)))
+    return [range(start, min(start + size, experts)) for start in range(0, experts, size)]

@@ -11,63 +11,55 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moee_analysis.coherence import scaled
-from moee_analysis.planning import sampled
-from moee_analysis.progress import progress
-from moee_analysis.recorded import recorded_layer
-from moee_analysis.scoring import score
+from moee_analysis.scoring import eliminated, score
 from moee_analysis.sizing import sized
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
-    from torch import nn
 
     from moee_analysis.attention_planning import AttentionPlan
-    from moee_analysis.config import ExtractConfig
-    from moee_analysis.images import ImageSet
+    from moee_analysis.calibration import Calibration
     from moee_analysis.planning import LayerPlan
-    from moee_analysis.recorded import Recorded
 
 STEPS = (0.35, 0.7, 1.0)  # shares of the parameters to save
 
 
 def narrowed(
-    model: nn.Module,
-    images: ImageSet,
+    calibration: Calibration,
     plans: Sequence[LayerPlan],
-    config: ExtractConfig,
     *,
     attentions: Sequence[AttentionPlan] = (),
-    root: Path,
 ) -> list[LayerPlan]:
     """Score the neurons again within the unions that a budget of parameters leaves, step by step.
 
-    What is not in the last union scores nothing. ``images`` and ``root`` are those of the
-    ``plans``; the configuration binds the parameters, those of ``attentions`` among them.
+    What is not in the last union scores nothing. The calibration is that of the ``plans``; its
+    configuration binds the parameters, those of ``attentions`` among them.
     """
-    activations = sampled(model, images, config, root=root)
+    config = calibration.config
     for step in STEPS:
         asked = replace(config, params_reduction=step * config.params_reduction)
-        kept = sized(model, plans, asked, attentions).kept
-        found = []
-        for plan in progress(plans, label="narrowing unions"):
-            if plan.converted and not plan.constant.any():
-                layer = recorded_layer(activations, model, plan.site)
-                found.append(_rescored(layer, plan, kept[plan.site.name].any(axis=0), config))
-            else:
-                found.append(plan)
-        plans = found
+        kept = sized(calibration.model, plans, asked, attentions).kept
+        routed = {p.site.name: p for p in plans if p.converted and not p.unread}
+        unions = {name: kept[name].any(axis=0) for name in routed}
+        again = _rescored(calibration, routed, unions)
+        plans = [again.get(plan.site.name, plan) for plan in plans]
     return list(plans)
 
 
 def _rescored(
-    layer: Recorded, plan: LayerPlan, among: np.ndarray, config: ExtractConfig
-) -> LayerPlan:
-    """A plan whose scores are those ``among`` some neurons, bool (hidden,)."""
-    scores = score(
-        layer.mlp, layer.sample, plan.members, plan.kinds(layer),
-        order=config.order, metric=config.metric, among=among,
-    )  # fmt: skip
-    return scaled(replace(plan, scores=scores, coherence=1.0), plan.coherence)
+    calibration: Calibration, plans: Mapping[str, LayerPlan], among: Mapping[str, np.ndarray]
+) -> dict[str, LayerPlan]:
+    """Plans whose scores are those ``among`` some neurons, bool (hidden,), by site name."""
+    order, costs = calibration.config.order, {}
+    if order == "obs":
+        assignments = {name: plan.assignment for name, plan in plans.items()}
+        known = {name: plan.known for name, plan in plans.items()}
+        costs = eliminated(calibration, assignments, known, among=among)
+    found = {}
+    for name, plan in plans.items():
+        mlp = plan.site.module(calibration.model)
+        scores = score(mlp, plan.known, order=order, costs=costs.get(name), among=among[name])
+        found[name] = scaled(replace(plan, scores=scores, coherence=1.0), plan.coherence)
+    return found

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from moee_analysis.activations import TokenPlan, prefix_tokens, record
-from moee_analysis.clustering import NOISE
+from moee_analysis.assignment import Assignment
+from moee_analysis.distributed import agreed, all_sum, processes, rank
+from moee_analysis.draws import drawn
 from moee_analysis.errors import MoeeError
-from moee_analysis.models import find_mlps
-from moee_analysis.partition import Partition, one_expert, partition
-from moee_analysis.progress import progress
-from moee_analysis.recorded import recorded_layer
+from moee_analysis.partition import Partition, clustered, partition, trusted
 from moee_analysis.routers import TokenKindRouter
-from moee_analysis.scoring import Scores, score
+from moee_analysis.scoring import Scores, eliminated, score
+from moee_analysis.statistics import ExpertStatistics, gathered
 from moee_analysis.store import content_key, kept
 from moee_analysis.token_kinds import prefix_kinds, unread_patches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
-    from moee_analysis.activations import Activations
-    from moee_analysis.config import ExtractConfig
-    from moee_analysis.images import ImageSet
+    from moee_analysis.calibration import Calibration
     from moee_analysis.models import MlpSite
-    from moee_analysis.recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -38,19 +33,17 @@ class LayerPlan:
     """Everything known about one layer before the size of its experts is chosen.
 
     Experts of leading tokens (``prefix``: the expert of each) come before those of the
-    ``partition``. ``members`` is the expert that each row of the layer's sample counts for, -1 for
-    none. ``shares`` (experts,) of the ``tokens`` of an image go to each; ``constant`` (experts,)
-    marks those that keep no neuron. ``scores`` is None where the layer stays dense; those of the
-    partition's experts have the factor ``coherence``.
+    ``partition``. ``tokens`` of an image pass through the layer; where it is ``unread``, nothing
+    reads the outputs at the others. ``known`` and ``scores`` are None where the layer stays
+    dense; the scores of the partition's experts have the factor ``coherence``.
     """
 
     site: MlpSite
     partition: Partition
     prefix: tuple[int, ...] = ()
     tokens: int = 0
-    members: np.ndarray | None = None
-    shares: np.ndarray | None = None
-    constant: np.ndarray | None = None
+    unread: bool = False
+    known: ExpertStatistics | None = None
     scores: Scores | None = None
     coherence: float = 1.0
 
@@ -59,12 +52,20 @@ class LayerPlan:
         """Whether this layer becomes a mixture of experts."""
         return self.scores is not None
 
-    def kinds(self, layer: Recorded) -> list[np.ndarray]:
-        """For each expert, the rows of the layer's sample of the kind of token it serves."""
-        leading = layer.sample.position < len(self.prefix)
-        own, others = np.flatnonzero(leading), np.flatnonzero(~leading)
-        first = len(set(self.prefix))
-        return [own] * first + [others] * self.partition.experts
+    @property
+    def assignment(self) -> Assignment:
+        """Which expert every token of the layer goes to."""
+        return Assignment(self.prefix, self.partition)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Share of the tokens that goes to each expert, (experts,)."""
+        return self.known.routed / self.known.routed.sum()
+
+    @property
+    def constant(self) -> np.ndarray:
+        """Which experts keep no neuron, bool (experts,): those of tokens that nothing reads."""
+        return (self.assignment.kinds == 1) & self.unread
 
     def router(self) -> nn.Module:
         """Return a new router of this layer."""
@@ -72,121 +73,112 @@ class LayerPlan:
         return TokenKindRouter(self.prefix, router, tokens=self.tokens) if self.prefix else router
 
 
-def plan_layers(
-    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
-) -> list[LayerPlan]:
-    """Record, cluster and score the calibration tokens; one plan per MLP of the model."""
-    wanted = _wanted(find_mlps(model), config.layers)
-    activations = sampled(model, images, config, root=root)
-    unread = unread_patches(model) if config.unread == "constant" else frozenset()
-    kinds = _expert_of_each(prefix_kinds(model))
-    left_out = Partition(reason="not asked for")
-    plans = {site.index: LayerPlan(site, left_out) for site in find_mlps(model)}
-    chosen = [plan.site for plan in plans.values() if plan.site.index in wanted]
-    for site in progress(chosen, label="planning layers"):
-        layer = recorded_layer(activations, model, site)
-        prefix = kinds if config.tokens == "kinds" or site.name in unread else ()
-        plans[site.index] = plan_layer(
-            layer, config, prefix, unread=site.name in unread, root=root
-        )  # fmt: skip
+def plan_layers(calibration: Calibration) -> list[LayerPlan]:
+    """Cluster and score the calibration tokens; one plan per MLP of the model."""
+    plans = {plan.site.name: plan for plan in _asked_for(calibration)}
+    leading = {
+        name: len(plan.prefix) for name, plan in plans.items() if _needs_clusters(plan, calibration)
+    }
+    for name, found in _partitions(calibration, leading).items():
+        plans[name] = replace(plans[name], partition=found)
+    plans |= _with_statistics(calibration, _feasible(plans))
+    plans |= _with_scores(calibration, _feasible(plans))
     return list(plans.values())
 
 
-def sampled(
-    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
-) -> Activations:
-    """Record the tokens that ``config`` asks for, in all layers, or find them in the store."""
-    tokens = TokenPlan(config.tokens_per_image, prefix_tokens(model), config.seed)
-    kinds = ("inputs", "hidden")
-    if config.needs_gradients:
-        kinds = ("inputs", "gradients")
-    elif config.tokens_per_image is None:  # too many to keep their hidden activations as well
-        kinds = ("inputs",)
-    return record(model, images, find_mlps(model), plan=tokens, root=root, kinds=kinds)
+def _asked_for(calibration: Calibration) -> list[LayerPlan]:
+    """What is known of every layer without a look at its tokens."""
+    config, sites = calibration.config, calibration.sites
+    wanted, kinds = _wanted(sites, config.layers), _expert_of_each(prefix_kinds(calibration.model))
+    unread = unread_patches(calibration.model) if config.unread == "constant" else frozenset()
+    plans = []
+    for site in sites:
+        alone = site.name in unread
+        plans.append(
+            LayerPlan(
+                site,
+                Partition(reason="" if site.index in wanted else "not asked for"),
+                kinds if config.tokens == "kinds" or alone else (),
+                calibration.tokens_per_image[site.name],
+                alone,
+            )
+        )
+    return plans
 
 
-def plan_layer(
-    layer: Recorded,
-    config: ExtractConfig,
-    prefix: tuple[int, ...] = (),
-    *,
-    unread: bool = False,
-    root: Path,
-) -> LayerPlan:
-    """Divide one layer's tokens among experts, and score their neurons.
+def _needs_clusters(plan: LayerPlan, calibration: Calibration) -> bool:
+    """Whether there are tokens to be divided among several experts."""
+    others = calibration.kept_per_image[plan.site.name] - len(plan.prefix)
+    alone = plan.unread or calibration.config.experts == "one" or others < 1
+    return not plan.partition.reason and not alone
 
-    Parameters
-    ----------
-    prefix
-        Expert of each leading token that is not routed like the others.
-    unread
-        Nothing reads the outputs at the others: they share an expert that keeps no neuron.
+
+def _feasible(plans: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    return {name: plan for name, plan in plans.items() if not plan.partition.reason}
+
+
+def _partitions(calibration: Calibration, leading: Mapping[str, int]) -> dict[str, Partition]:
+    """Divide tokens among experts, by site name; several processes share the clustering.
+
+    ``leading`` tokens of every image, by site name, have experts of their own.
     """
-    others = np.flatnonzero(layer.sample.position >= len(prefix))
-    if unread or config.experts == "one":
-        divided = one_expert(len(others))
-    else:
-        divided = partition(layer, others, config, root=root)
-    plan = LayerPlan(layer.site, divided, prefix, layer.tokens_per_image)
-    return (
-        plan if divided.reason else _scored(plan, layer, others, config, unread=unread, root=root)
-    )
+    config, found = calibration.config, []
+    for number, draw in enumerate(drawn(calibration, leading)):
+        labels = torch.zeros(len(draw.rows), dtype=torch.int64)
+        if number % processes() == rank():
+            labels += torch.from_numpy(clustered(draw, config, root=calibration.root))
+        found.append((replace(draw, hidden=None), labels))
+    return {
+        draw.site.name: partition(draw, trusted(all_sum(labels).numpy(), draw, config), config)
+        for draw, labels in found
+    }
 
 
-def _scored(
-    plan: LayerPlan,
-    layer: Recorded,
-    others: np.ndarray,
-    config: ExtractConfig,
-    *,
-    unread: bool,
-    root: Path,
-) -> LayerPlan:
-    """Add to a plan how often its experts are used and what their neurons are worth."""
-    first = len(set(plan.prefix))
-    experts = first + plan.partition.experts
-    routed = _with_prefix(layer, plan.prefix, others, plan.partition.routed)
-    members = _with_prefix(layer, plan.prefix, others, plan.partition.members)
-    weight = np.bincount(routed, weights=layer.sample.weight, minlength=experts)
-    known = _kept_scores(layer, members, plan.kinds(layer), config, root=root)
-    constant = (np.arange(experts) >= first) & unread
-    return replace(
-        plan, members=members, shares=weight / weight.sum(), constant=constant, scores=known
-    )
+def _with_statistics(
+    calibration: Calibration, plans: Mapping[str, LayerPlan]
+) -> dict[str, LayerPlan]:
+    """Add what is known of the experts' tokens; leave out experts that get none."""
+    known = gathered(calibration, {name: plan.assignment for name, plan in plans.items()})
+    found = {}
+    for name, plan in plans.items():
+        alive = known[name].routed > 0
+        alive |= plan.partition.centres is None  # a single expert stays, with tokens or without
+        divided = plan.assignment.alive(known[name].routed).partition
+        found[name] = replace(plan, partition=divided)
+        if not divided.reason:
+            found[name] = replace(found[name], known=known[name].of(alive))
+    return found
 
 
-def _kept_scores(
-    layer: Recorded,
-    members: np.ndarray,
-    kinds: Sequence[np.ndarray],
-    config: ExtractConfig,
-    *,
-    root: Path,
-) -> Scores:
-    """Score the neurons of all experts, or find the scores in the store."""
-    named = {"order": config.order, "metric": config.metric}
-    digest = hashlib.sha256(members.tobytes()).hexdigest()
-    key = content_key(activations=layer.key, site=layer.site.name, members=digest, **named)
-
-    def build(folder: Path) -> None:
-        found = score(layer.mlp, layer.sample, members, kinds, **named)
-        for name, values in vars(found).items():
-            np.save(folder / f"{name}.npy", values)
-
-    folder = kept(root, f"scores-{key}", build)
-    return Scores(**{f.name: np.load(folder / f"{f.name}.npy") for f in fields(Scores)})
+def _with_scores(calibration: Calibration, plans: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """Add the scores of the neurons of every expert."""
+    order, costs = calibration.config.order, {}
+    if order == "obs":
+        costs = _kept_costs(calibration, plans)
+    return {
+        name: replace(
+            plan,
+            scores=score(
+                plan.site.module(calibration.model), plan.known, order=order, costs=costs.get(name)
+            ),
+        )
+        for name, plan in plans.items()
+    }
 
 
-def _with_prefix(
-    layer: Recorded, prefix: tuple[int, ...], others: np.ndarray, experts: np.ndarray
-) -> np.ndarray:
-    """Expert of every row of the sample, from the ``experts`` of the rows of ``others``."""
-    position = layer.sample.position
-    everywhere = np.full(len(position), NOISE)
-    everywhere[others] = np.where(experts == NOISE, NOISE, experts + len(set(prefix)))
-    leading = position < len(prefix)
-    everywhere[leading] = np.array(prefix, dtype=np.int64)[position[leading]]
-    return everywhere
+def _kept_costs(calibration: Calibration, plans: Mapping[str, LayerPlan]) -> dict[str, np.ndarray]:
+    """Costs of elimination by site name, computed or found in the store."""
+    facts = {"tokens": calibration.key, "metric": calibration.config.metric}
+    folders = {}
+    for name, plan in plans.items():
+        key = content_key(site=name, experts=plan.assignment.digest, **facts)
+        folders[name] = calibration.root / f"costs-{key}"
+    missing = {name: p for name, p in plans.items() if not agreed(folders[name].is_dir())}
+    assignments = {name: plan.assignment for name, plan in missing.items()}
+    found = eliminated(calibration, assignments, {name: p.known for name, p in missing.items()})
+    for name, costs in found.items():
+        kept(calibration.root, folders[name].name, lambda f, c=costs: np.save(f / "costs.npy", c))
+    return {name: np.load(folder / "costs.npy") for name, folder in folders.items()}
 
 
 def _expert_of_each(kinds: Sequence[str]) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from tqdm.std import tqdm
 
+from moee_analysis.distributed import rank
+
 T = TypeVar("T")
 
 
@@ -17,15 +19,21 @@ def is_headless() -> bool:
     return os.environ.get("MOEE_HEADLESS") == "1"
 
 
+def tell(line: str) -> None:
+    """Print a line, once for all processes."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` and say how far along we are.
 
     A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
-    a plain log one line per tenth.
+    a plain log one line per tenth. Of several processes the first one speaks.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if is_headless():
+    if is_headless() or rank() > 0:
         return iter(items)
     if _in_notebook():
         from tqdm.notebook import tqdm as notebook_tqdm

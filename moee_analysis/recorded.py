@@ -9,27 +9,29 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from timm.layers import Mlp
     from torch import nn
 
-    from moee_analysis.activations import Activations, LayerSample
+    from moee_analysis.activations import LayerSample
     from moee_analysis.models import MlpSite
+
+CHUNK = 8192  # rows whose hidden activations are in memory at once
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A layer's MLP and its recorded tokens; ``key`` names the recording in the store."""
+    """A layer's MLP and some of its recorded tokens."""
 
     site: MlpSite
     mlp: Mlp
     sample: LayerSample
-    key: str
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Tokens of an image that pass through the layer."""
-        images = int(self.sample.image.max()) + 1
-        return round(self.sample.weight.sum(dtype=np.float64) / images)
+    def chunks(self) -> Iterator[slice]:
+        """Slices of all rows, one after the other."""
+        for start in range(0, len(self.sample), CHUNK):
+            yield slice(start, min(start + CHUNK, len(self.sample)))
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Recomputed:
             return self.mlp.act(self.mlp.fc1(x)).float().cpu().numpy()
 
 
-def recorded_layer(activations: Activations, model: nn.Module, site: MlpSite) -> Recorded:
+def recorded_layer(sample: LayerSample, model: nn.Module, site: MlpSite) -> Recorded:
     """Return a layer's tokens; hidden activations that were not recorded are recomputed."""
-    sample, mlp = activations.layer(site), site.module(model)
+    mlp = site.module(model)
     if sample.hidden is None:
         sample = replace(sample, hidden=Recomputed(mlp, sample.inputs))
-    return Recorded(site, mlp, sample, activations.key)
+    return Recorded(site, mlp, sample)

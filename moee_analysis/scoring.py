@@ -8,103 +8,107 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moee_analysis.distributed import all_sum, processes, rank
 from moee_analysis.elimination import elimination_costs
-from moee_analysis.fisher import expert_metrics, importance, root
-from moee_analysis.moments import moments_of
-from moee_analysis.statistics import statistics_of
+from moee_analysis.fisher import importance, root
+from moee_analysis.moments import covariances
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping
 
     from timm.layers import Mlp
 
-    from moee_analysis.activations import LayerSample
+    from moee_analysis.assignment import Assignment
+    from moee_analysis.calibration import Calibration
     from moee_analysis.statistics import ExpertStatistics
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known of a layer's experts once their tokens are.
+    """What the neurons of a layer's experts are worth.
 
     ``neurons`` (experts, hidden): with the orders ``weighted`` and ``obs`` what dropping a neuron
     costs per token, in squared error of the outputs or, in the Fisher metric, about in nats.
-    ``means`` (experts, hidden): mean hidden activations. ``weight`` (experts,): how much a squared
-    error of an output counts, for one token. All float64.
+    ``weight`` (experts,): how much a squared error of an output counts, for one token. Float64.
     """
 
     neurons: np.ndarray
-    means: np.ndarray
     weight: np.ndarray
 
 
 def score(
     mlp: Mlp,
-    sample: LayerSample,
-    members: np.ndarray,
-    kinds: Sequence[np.ndarray],
+    known: ExpertStatistics,
     *,
     order: str,
-    metric: str,
+    costs: np.ndarray | None = None,
     among: np.ndarray | None = None,
 ) -> Scores:
-    """Score the neurons of all experts of a layer.
+    """Score the neurons of all experts of a layer, of which so much is ``known``.
 
     Parameters
     ----------
-    members
-        Expert that each row of the sample counts for, -1 for none, int (rows,).
-    kinds
-        For each expert, the rows of all tokens of the kind it serves: the prior of its metric.
     order
         ``magnitude`` |W1_j| |W2_j|, the same for all experts and without any data;
         ``variance`` of the activation (MoEE); ``weighted``, variance times W2_j^T Q W2_j, what
         dropping the neuron alone adds to the error once its mean is kept (in the Fisher metric
-        the diagonal of its information); ``obs``, see
-        :func:`~moee_analysis.elimination.elimination_costs`.
-    metric
-        ``outputs``: Q is the identity; ``fisher``: that of :mod:`moee_analysis.fisher`.
+        the diagonal of its information); ``obs``, the ``costs`` of
+        :func:`eliminated`, (experts, hidden). Q is the identity where there is no metric.
     among
         Neurons that there still are, bool (hidden,), the others score nothing; None: all.
     """
-    W2 = _matrix(mlp.fc2)
-    metrics = [torch.eye(len(W2), dtype=W2.dtype)] * len(kinds)
-    if metric == "fisher":
-        metrics = expert_metrics(sample, members, kinds)
-    weight = np.array([float(Q.diagonal().mean()) for Q in metrics])
-    among = np.ones(W2.shape[1], dtype=bool) if among is None else among
-    if order == "obs":
-        return Scores(*_eliminated(sample, members, W2, metrics, among), weight)
-    statistics = statistics_of(sample, lambda rows: members[rows], experts=len(kinds))
-    neurons = _one_by_one(mlp, statistics, metrics, order)
-    return Scores(neurons * among, statistics.mean_hidden, weight)
+    neurons = costs if order == "obs" else _one_by_one(mlp, known, order)
+    weight = np.array([float(Q.diagonal().mean()) for Q in metrics_of(mlp, known)])
+    return Scores(neurons if among is None else neurons * among, weight)
 
 
-def _one_by_one(
-    mlp: Mlp, statistics: ExpertStatistics, metrics: list[torch.Tensor], order: str
-) -> np.ndarray:
+def metric_of(mlp: Mlp, known: ExpertStatistics, expert: int) -> torch.Tensor:
+    """The metric Q of an expert's outputs, float64 (dim, dim)."""
+    if known.metrics is None:
+        return torch.eye(mlp.fc2.out_features, dtype=torch.float64)
+    return torch.from_numpy(np.array(known.metrics[expert], dtype=np.float64))
+
+
+def metrics_of(mlp: Mlp, known: ExpertStatistics) -> Iterator[torch.Tensor]:
+    """Yield the metric of every expert's outputs, float64 (dim, dim)."""
+    return (metric_of(mlp, known, expert) for expert in range(len(known.routed)))
+
+
+def _one_by_one(mlp: Mlp, known: ExpertStatistics, order: str) -> np.ndarray:
     """Scores (experts, hidden) that ask of each neuron what it does by itself."""
     W1, W2 = _matrix(mlp.fc1), _matrix(mlp.fc2)
     if order == "magnitude":
-        return np.tile((W1.norm(dim=1) * W2.norm(dim=0)).numpy(), (len(metrics), 1))
+        return np.tile((W1.norm(dim=1) * W2.norm(dim=0)).numpy(), (len(known.routed), 1))
     if order == "variance":
-        return statistics.variance
-    return statistics.variance * torch.stack([importance(W2, Q) for Q in metrics]).numpy()
+        return known.variance
+    return known.variance * torch.stack([importance(W2, Q) for Q in metrics_of(mlp, known)]).numpy()
 
 
-def _eliminated(
-    sample: LayerSample,
-    members: np.ndarray,
-    W2: torch.Tensor,
-    metrics: list[torch.Tensor],
-    among: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Costs of removal and mean activations, both (experts, hidden), of every expert's neurons."""
-    costs, means, left = [], [], torch.from_numpy(among)
-    for expert, Q in enumerate(metrics):
-        moments = moments_of(sample, np.flatnonzero(members == expert))
-        costs.append(elimination_costs(moments.covariance, root(Q) @ W2, among=left))
-        means.append(moments.mean.double())
-    return torch.stack(costs).numpy(), torch.stack(means).numpy()
+def eliminated(
+    calibration: Calibration,
+    assignments: Mapping[str, Assignment],
+    known: Mapping[str, ExpertStatistics],
+    *,
+    among: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Costs of removing each neuron of every expert, float64 (experts, hidden), by site name.
+
+    They are those of :func:`~moee_analysis.elimination.elimination_costs`, ``among`` the neurons
+    that there still are, bool (hidden,) by site name; None: all. Several processes share the work.
+    """
+    mlps = {site.name: site.module(calibration.model) for site in calibration.sites}
+    costs = {
+        name: torch.zeros(known[name].means.shape, dtype=torch.float64) for name in assignments
+    }
+    means = {name: known[name].means for name in assignments}
+    found = covariances(calibration, assignments, means, label="eliminating neurons")
+    for number, (name, expert, covariance) in enumerate(found):
+        if number % processes() == rank():
+            Q = metric_of(mlps[name], known[name], expert)
+            left = None if among is None else torch.from_numpy(among[name])
+            readout = root(Q) @ _matrix(mlps[name].fc2)
+            costs[name][expert] = elimination_costs(covariance, readout, among=left)
+    return {name: all_sum(each).numpy() for name, each in costs.items()}
 
 
 def _matrix(linear: torch.nn.Linear) -> torch.Tensor:

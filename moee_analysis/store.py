@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-FORMAT = 3
+FORMAT = 4
 """Part of every key: raise it whenever a step of the extraction changes its results."""
 
 

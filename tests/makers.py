@@ -53,14 +53,14 @@ def best(**settings) -> ExtractConfig:
     return ExtractConfig(**{"recipe": "best", "clustering": MEANS, **settings})
 
 
-def sample_of(hidden=None, *, inputs=None, weight=None, gradients=None, position=None):
+def sample_of(hidden=None, *, inputs=None, weight=None, gradients=None, position=None, image=None):
     """A layer's sample of given values, one image; what is not given is zeros, the weights ones."""
     rows = len(next(v for v in (hidden, inputs, weight, position) if v is not None))
     norms = None if gradients is None else np.ones(gradients.shape[:2], np.float32)
     return LayerSample(
         np.zeros((rows, 4), np.float16) if inputs is None else inputs,
         hidden,
-        np.zeros(rows, np.int32),
+        np.zeros(rows, np.int32) if image is None else image,
         np.zeros(rows, np.int32) if position is None else position,
         np.ones(rows, np.float32) if weight is None else weight,
         gradients,

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from moee_analysis.activations import recording
-from moee_analysis.building import build_moe
+from moee_analysis.building import build_moe, refit_tally
+from moee_analysis.calibration import Calibration, Limits
 from moee_analysis.layers import MoeMlp, moe_layers
 from moee_analysis.models import find_mlps, fingerprint
 from moee_analysis.planning import plan_layers
-from tests.makers import best, pixels_of
+from tests.makers import best, pixels_of, same_models
 from tests.toys import toy_images, toy_vit
 
 IMAGES = toy_images(12)
@@ -22,11 +25,12 @@ def built(tmp_path_factory):
     """A function that builds the layers 0 and 1 with given neurons and refit."""
     root, model = tmp_path_factory.mktemp("store"), toy_vit()
     config = best(metric="outputs", layers=(0, 1)).resolved()
-    plans = plan_layers(model, IMAGES, config, root=root)
+    plans = plan_layers(Calibration(model, IMAGES, config, root))
 
-    def build(kept, **pieces):
+    def build(kept, *, limits=None, **pieces):
         chosen = best(metric="outputs", layers=(0, 1), **pieces).resolved()
-        return build_moe(model, IMAGES, plans, kept(plans), chosen, root=root)
+        calibration = Calibration(model, IMAGES, chosen, root, limits or Limits())
+        return build_moe(calibration, plans, kept(plans))
 
     return model, plans, build
 
@@ -137,3 +141,23 @@ def test_only_a_refit_each_stores_the_output_weights_of_every_expert(built):
             columns = len(layer.kept) if single else sum(layer.expert_sizes)
             assert layer.fc2.weight.shape[1] == columns
             assert layer.shift.shape == (layer.n_experts, 32)
+
+
+@pytest.mark.parametrize("refit", ["shared", "each"])
+def test_a_refit_does_not_depend_on_what_it_may_take_of_memory(built, refit):
+    _, _, build = built
+    roomy, narrow = (
+        build(at_random, refit=refit, limits=Limits(memory=memory)) for memory in (1e9, 1)
+    )
+    assert same_models(roomy, narrow)
+
+
+def test_an_expert_counts_by_its_tokens_and_by_how_much_their_errors_do(built):
+    _, plans, _ = built
+    plan = plans[0]
+    weight = np.arange(1.0, 1 + len(plan.shares))
+    tally = refit_tally(
+        replace(plan, scores=replace(plan.scores, weight=weight)), at_random(plans)[plan.site.name]
+    )
+    # what all of its tokens count, is its share of an image's tokens times what an error counts
+    np.testing.assert_allclose(tally.weights * plan.known.weight, 17 * plan.shares * weight)

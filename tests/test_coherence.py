@@ -4,46 +4,53 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from timm.layers import Mlp
 
 from moee_analysis import coherence as measured
-from moee_analysis.coherence import coherence, cohering
+from moee_analysis.calibration import Calibration
+from moee_analysis.coherence import CoherenceTally, coherence, cohering, looked_at
 from moee_analysis.extraction import extract
-from moee_analysis.fisher import DAMPING, expert_metrics
-from moee_analysis.models import MlpSite
-from moee_analysis.partition import one_expert
+from moee_analysis.fisher import DAMPING
 from moee_analysis.planning import LayerPlan, plan_layers
-from moee_analysis.recorded import Recorded
 from moee_analysis.scoring import score
+from moee_analysis.statistics import ExpertTally, statistics_of
+from moee_analysis.sums import summed_alone
 from tests.makers import best, sample_of
+from tests.planted import Made, added_up, agree, assigned, layer_of, part_of, parts_of
 from tests.toys import toy_images, toy_vit
 
 IMAGES, TOKENS, DIM, HIDDEN = 40, 6, 5, 8
 ROWS = IMAGES * TOKENS
-SITE = MlpSite("mlp", 0, DIM, HIDDEN)
 KEPT = np.zeros((3, HIDDEN), dtype=bool)
 KEPT[:, ::2] = True
+CUTS = (TOKENS, 7 * TOKENS, 30 * TOKENS)  # parts are whole images
 
 
-def layer_of(hidden, gradients):
+def made_of(hidden, gradients):
     """A layer of such hidden activations (rows, hidden) and gradients (probes, rows, dim)."""
-    torch.manual_seed(0)
-    mlp = Mlp(DIM, HIDDEN).requires_grad_(requires_grad=False)
     image, position = np.divmod(np.arange(ROWS, dtype=np.int32), TOKENS)
-    sample = sample_of(hidden, position=position, gradients=gradients.astype(np.float32))
-    return Recorded(SITE, mlp, replace(sample, image=image), "made")
+    return layer_of(
+        sample_of(
+            hidden,
+            inputs=np.zeros((ROWS, DIM), np.float16),
+            position=position,
+            image=image,
+            gradients=gradients.astype(np.float32),
+        )
+    )
 
 
-def planned(layer, *, experts=2):
-    """CLS has an expert, the others are dealt to so many."""
-    routed = np.arange(ROWS) % experts
-    position = layer.sample.position
-    members = np.where(position == 0, 0, 1 + routed)
-    plan = LayerPlan(SITE, replace(one_expert(0), centres=np.zeros((experts, DIM))), (0,), TOKENS)
-    kinds = plan.kinds(layer)
-    scores = score(layer.mlp, layer.sample, members, kinds, order="variance", metric="fisher")
-    return replace(plan, members=members, constant=np.zeros(3, dtype=bool), scores=scores)
+def tally_of(layer, kept=KEPT, *, members=None, images=None):
+    """CLS has an expert, the others are dealt to two."""
+    members = np.arange(ROWS) % 2 if members is None else members
+    assignment = assigned(members, dim=DIM, prefix=(0,))
+    known = ExpertTally(layer.site, assignment, gradients=True)
+    known = statistics_of(known, summed_alone(known, layer))
+    images = looked_at(IMAGES) if images is None else images
+    return CoherenceTally(layer.site, assignment, known, kept, images)
+
+
+def measure(layer, *args, **given):
+    return coherence(summed_alone(tally_of(layer, *args, **given), layer))
 
 
 def drawn(seed=0):
@@ -51,53 +58,114 @@ def drawn(seed=0):
     return rng.normal(size=(ROWS, HIDDEN)), rng.normal(size=(2, ROWS, DIM))
 
 
-def one_by_one(layer, plan, kept):
-    """Cost of whole images over that of their tokens, token by token."""
-    metrics = expert_metrics(layer.sample, plan.members, plan.kinds(layer))
+def one_by_one(layer, tally):
+    """Cost of whole images, and that of their tokens, token by token."""
     W2, g = layer.mlp.fc2.weight.double().numpy(), layer.sample.gradients(np.arange(ROWS))
+    _, members = tally.assignment.of(layer)
     together = apart = 0.0
-    for image in range(IMAGES):
+    for image in tally.images:
         moved = np.zeros(len(g))
         for row in np.flatnonzero((layer.sample.image == image) & (layer.sample.position > 0)):
-            expert = plan.members[row]
-            hidden = layer.sample.hidden[row].astype(float) - plan.scores.means[expert]
-            error = -W2 @ (hidden * ~kept[expert])
-            moved += g[:, row].astype(float) @ error
-            apart += error @ metrics[expert].numpy() @ error
+            expert = members[row]
+            if expert < 0:
+                continue
+            hidden = layer.sample.hidden[row].astype(float) - tally.known.means[expert]
+            error = -W2 @ (hidden * ~tally.kept[expert])
+            moved += g[:, row].astype(float) @ error * layer.sample.weight[row]
+            apart += error @ tally.known.metrics[expert] @ error * layer.sample.weight[row]
         together += np.mean(moved**2) / 2
-    return together / apart
+    return together, apart
+
+
+def weighted(layer):
+    """The same with tokens that stand for several."""
+    weight = np.random.default_rng(3).integers(1, 4, size=ROWS).astype(np.float32)
+    return replace(layer, sample=replace(layer.sample, weight=weight))
 
 
 @pytest.mark.parametrize("chunk", [7, 50])
-def test_coherence_is_what_whole_images_cost_over_what_their_tokens_do(monkeypatch, chunk):
+@pytest.mark.parametrize("lone", [False, True])
+def test_coherence_is_what_whole_images_cost_over_what_their_tokens_do(monkeypatch, chunk, lone):
     monkeypatch.setattr(measured, "CHUNK", chunk)
-    layer = layer_of(*drawn())
-    plan = planned(layer)
-    assert coherence(layer, plan, KEPT) == pytest.approx(one_by_one(layer, plan, KEPT), rel=1e-4)
+    layer = weighted(made_of(*drawn()))
+    members = np.arange(ROWS) % 3 - 1 if lone else None  # some tokens count for no expert
+    tally = tally_of(layer, members=members)
+    sums, (together, apart) = summed_alone(tally, layer), one_by_one(layer, tally)
+    assert float(sums["together"]) == pytest.approx(together, rel=1e-4)
+    assert float(sums["apart"]) == pytest.approx(apart, rel=1e-4)
+    assert coherence(sums) == pytest.approx(together / apart, rel=1e-4)
+
+
+@pytest.mark.parametrize("cuts", [CUTS, range(TOKENS, ROWS, TOKENS)])
+def test_parts_add_up_to_one_pass(cuts):
+    layer = weighted(made_of(*drawn()))
+    tally = tally_of(layer, images=np.array([0, 1, 5, 22, 39]))
+    whole = summed_alone(tally, layer)
+    agree(added_up(tally, parts_of(layer, cuts)), whole)
+    assert float(whole["together"]) == pytest.approx(one_by_one(layer, tally)[0], rel=1e-4)
+
+
+def test_a_part_without_images_to_look_at_adds_nothing():
+    layer = made_of(*drawn())
+    tally = tally_of(layer, images=np.array([0, 39]))
+    assert not any(summed_alone(tally, part_of(layer, TOKENS, 9 * TOKENS)).values())
 
 
 def test_errors_that_have_nothing_in_common_cost_what_they_cost_alone():
-    layer = layer_of(*drawn())
-    assert coherence(layer, planned(layer), KEPT) == pytest.approx(1 / (1 + DAMPING), rel=0.2)
+    assert measure(made_of(*drawn())) == pytest.approx(1 / (1 + DAMPING), rel=0.2)
 
 
 def test_errors_that_agree_cost_as_many_times_more_as_there_are_tokens():
     hidden, gradients = drawn()
     image = np.arange(ROWS) // TOKENS
-    layer = layer_of(hidden[image], gradients[:, image])
-    found = coherence(layer, planned(layer), KEPT)
+    found = measure(made_of(hidden[image], gradients[:, image]))
     assert found == pytest.approx((TOKENS - 1) / (1 + DAMPING), rel=0.25)
 
 
 def test_where_nothing_is_lost_there_is_nothing_to_cohere():
-    layer = layer_of(*drawn())
-    assert coherence(layer, planned(layer), np.ones_like(KEPT)) == 1
+    assert measure(made_of(*drawn()), np.ones_like(KEPT)) == 1
 
 
 def test_where_nothing_is_read_there_is_nothing_to_cohere():
     hidden, gradients = drawn()
-    layer = layer_of(hidden, 0 * gradients)
-    assert coherence(layer, planned(layer), KEPT) == 1
+    assert measure(made_of(hidden, 0 * gradients)) == 1
+
+
+# Which images
+
+
+@pytest.mark.parametrize("images", [1, 2, 399, 400])
+def test_few_images_are_all_looked_at(images):
+    assert looked_at(images).tolist() == list(range(images))
+
+
+@pytest.mark.parametrize("images", [401, 555, 2000, 50_000])
+def test_of_many_images_some_are_looked_at_from_all_over(images):
+    found = looked_at(images)
+    assert len(found) == len(set(found)) == measured.IMAGES
+    assert (found[0], found[-1]) == (0, images - 1)
+    gaps = np.diff(found)
+    assert gaps.max() - gaps.min() <= 1
+
+
+# Plans
+
+
+def planned(layer):
+    tally = tally_of(layer)
+    scores = score(layer.mlp, tally.known, order="variance")
+    found, known = tally.assignment, tally.known
+    return LayerPlan(layer.site, found.partition, found.prefix, TOKENS, known=known, scores=scores)
+
+
+def test_plans_are_scaled_by_what_is_measured_in_parts(tmp_path):
+    layer = made_of(*drawn())
+    made, plan = Made([layer], tmp_path, best().resolved(), CUTS), planned(layer)
+    (found,) = cohering(made, [plan], {"mlp": KEPT})
+    factor = measure(layer)
+    assert found.coherence == pytest.approx(factor, rel=1e-6)
+    np.testing.assert_array_equal(found.scores.neurons[0], plan.scores.neurons[0])
+    np.testing.assert_allclose(found.scores.neurons[1:], factor * plan.scores.neurons[1:])
 
 
 # A model
@@ -105,11 +173,11 @@ def test_where_nothing_is_read_there_is_nothing_to_cohere():
 
 @pytest.fixture(scope="module")
 def sized(tmp_path_factory):
-    root, images, config = tmp_path_factory.mktemp("store"), toy_images(10), best().resolved()
-    model = toy_vit()
-    plans = plan_layers(model, images, replace(config, layers=(1, 2)), root=root)
+    root, config = tmp_path_factory.mktemp("store"), best(layers=(1, 2)).resolved()
+    calibration = Calibration(toy_vit(), toy_images(10), config, root)
+    plans = plan_layers(calibration)
     kept = {p.site.name: p.scores.neurons > np.median(p.scores.neurons) for p in plans[1:]}
-    return plans, cohering(model, images, plans, kept, config, root=root)
+    return plans, cohering(calibration, plans, kept)
 
 
 def test_scores_of_routed_experts_are_multiplied_by_what_a_layer_s_errors_share(sized):
@@ -119,7 +187,8 @@ def test_scores_of_routed_experts_are_multiplied_by_what_a_layer_s_errors_share(
     np.testing.assert_allclose(factors[1:], factors[1, 0])
     assert factors[1, 0] > 0
     assert factors[1, 0] != 1
-    np.testing.assert_array_equal(after.means, before.means)
+    np.testing.assert_array_equal(after.weight, before.weight)
+    assert sized[0][1].known is sized[1][1].known
     assert [plans[1].coherence for plans in sized] == [1, pytest.approx(factors[1, 0])]
 
 

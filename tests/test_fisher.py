@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from timm.layers import Mlp
 
 from moee_analysis import fisher as fishers
-from moee_analysis.activations import LayerSample
 from moee_analysis.errors import MoeeError
-from moee_analysis.fisher import DAMPING, PRIOR, damped, fisher, importance, input_root, root
+from moee_analysis.fisher import (
+    DAMPING,
+    PRIOR,
+    damped,
+    expert_metrics,
+    importance,
+    input_root,
+    products,
+    root,
+)
 from moee_analysis.models import find_mlps
 from moee_analysis.sensitivity import output_gradients
 from tests.makers import pixels_of, sample_of
@@ -23,16 +33,18 @@ def drawn():
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(PROBES, ROWS, DIM)).astype("f2")
     norms = rng.gamma(1.0, size=(PROBES, ROWS)).astype("f4")
-    sample = sample_of(inputs=np.zeros((ROWS, DIM), "f2"), gradients=gradients)
-    return LayerSample(**{**vars(sample), "norms": norms})
+    weight = rng.integers(1, 4, size=ROWS).astype("f4")
+    inputs = np.zeros((ROWS, DIM), "f2")
+    return replace(sample_of(inputs=inputs, gradients=gradients, weight=weight), norms=norms)
 
 
 def outer_products(sample, rows):
-    """Mean of g g^T over tokens and probes, one after the other."""
+    """Sum over tokens of their weight times g g^T, mean over probes, one after the other."""
     total = np.zeros((DIM, DIM))
-    for g in sample.gradients(rows).astype("f8").reshape(-1, DIM):
-        total += np.outer(g, g)
-    return total / (PROBES * len(rows))
+    for row in rows:
+        for g in sample.gradients([row])[:, 0].astype("f8"):
+            total += sample.weight[row] * np.outer(g, g) / PROBES
+    return total
 
 
 def some_metric(seed=0):
@@ -46,36 +58,76 @@ def mlp():
     return Mlp(DIM, HIDDEN)
 
 
-@pytest.mark.parametrize("rows", [np.arange(ROWS), np.array([0, 3, 4, 17])])
+# Products, and metrics from their sums
+
+
+@pytest.mark.parametrize("rows", [np.arange(ROWS), np.array([0, 3, 4, 17]), np.array([], int)])
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_the_metric_is_the_mean_product_of_gradients(drawn, monkeypatch, rows, chunk):
+def test_products_of_gradients_are_summed_as_often_as_a_token_counts(
+    drawn, monkeypatch, rows, chunk
+):
     monkeypatch.setattr(fishers, "CHUNK", chunk)
-    np.testing.assert_allclose(fisher(drawn, rows), outer_products(drawn, rows), rtol=1e-5)
+    expected = outer_products(drawn, rows)
+    found = products(drawn, rows)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prior_counts_as_so_many_tokens_more(drawn):
-    few, everyone = np.arange(4), np.arange(ROWS)
-    prior = fisher(drawn, everyone)
-    expected = (4 * outer_products(drawn, few) + PRIOR * outer_products(drawn, everyone)) / (
-        4 + PRIOR
-    )
-    np.testing.assert_allclose(fisher(drawn, few, prior=prior), expected, rtol=1e-5)
+EXPERTS = 4
 
 
-def test_without_tokens_the_metric_is_the_prior(drawn):
-    nobody = np.array([], dtype=int)
-    assert not fisher(drawn, nobody).any()
-    torch.testing.assert_close(fisher(drawn, nobody, prior=some_metric()), some_metric())
+def some_sums():
+    """Four experts, the last without tokens; the first serves another kind than the others."""
+    draw = torch.Generator().manual_seed(0)
+    halves = torch.randn(EXPERTS + 2, DIM, DIM, generator=draw, dtype=torch.float64)
+    squares = halves @ halves.mT
+    weight = torch.tensor([40.0, 1.0, 7000.0, 0.0], dtype=torch.float64)
+    fisher = weight[:, None, None] * squares[:EXPERTS]
+    of_kinds = torch.tensor([40.0, 9000.0], dtype=torch.float64)
+    kinds = of_kinds[:, None, None] * squares[EXPERTS:]
+    return {"fisher": fisher, "kinds": kinds, "weight": weight, "of_kinds": of_kinds}
+
+
+KINDS = np.array([0, 1, 1, 1])
+
+
+def test_a_prior_counts_as_so_many_tokens_more():
+    sums = some_sums()
+    found = expert_metrics(sums, KINDS)
+    for expert, kind in enumerate(KINDS):
+        own, weight = sums["fisher"][expert].numpy(), float(sums["weight"][expert])
+        prior = sums["kinds"][kind].numpy() / float(sums["of_kinds"][kind])
+        Q = (own + PRIOR * prior) / (weight + PRIOR)
+        expected = (Q + DAMPING * np.trace(Q) / DIM * np.eye(DIM)) / 2
+        np.testing.assert_allclose(found[expert], expected, rtol=1e-10)
+
+
+def test_without_tokens_the_metric_is_the_prior():
+    sums = some_sums()
+    prior = sums["kinds"][1] / sums["of_kinds"][1]
+    torch.testing.assert_close(expert_metrics(sums, KINDS)[3], damped(prior) / 2)
+
+
+def test_without_any_tokens_of_its_kind_the_metric_is_nothing():
+    sums = {name: torch.zeros_like(values) for name, values in some_sums().items()}
+    assert not expert_metrics(sums, KINDS).any()
 
 
 def test_a_sample_without_gradients_is_refused():
     with pytest.raises(MoeeError, match="gradients"):
-        fisher(sample_of(np.zeros((3, 4), "f2")), np.arange(3))
+        products(sample_of(np.zeros((3, 4), "f2")), np.arange(3))
 
 
 def test_damping_raises_every_eigenvalue_by_a_share_of_their_mean():
     before, after = (torch.linalg.eigvalsh(m) for m in (some_metric(), damped(some_metric())))
     torch.testing.assert_close(after, before + DAMPING * before.mean())
+
+
+def test_many_metrics_are_damped_as_one_by_one():
+    metrics = torch.stack([some_metric(seed) for seed in range(6)]).reshape(2, 3, DIM, DIM)
+    found = damped(metrics)
+    for i, j in np.ndindex(2, 3):
+        torch.testing.assert_close(found[i, j], damped(metrics[i, j]))
 
 
 def test_a_root_squared_is_the_metric():
@@ -130,7 +182,8 @@ def recorded_gradients(model, site, x):
     images, tokens = g[site.name].shape[1:3]
     position = np.tile(np.arange(tokens), images)
     flat = g[site.name].reshape(MANY, images * tokens, -1).numpy()
-    return sample_of(position=position, gradients=flat)
+    inputs = np.zeros((len(position), flat.shape[-1]), "f2")
+    return sample_of(inputs=inputs, position=position, gradients=flat)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -143,7 +196,8 @@ def test_errors_of_random_signs_cost_as_much_divergence_as_the_metric_says(layer
     rows = np.flatnonzero(np.isin(sample.position, chosen))
     draw = torch.Generator().manual_seed(layer)
     error = 1e-3 * torch.randn(32, generator=draw, dtype=torch.float64)
-    expected = len(chosen) * float(error @ fisher(sample, rows) @ error) / 2
+    metric = products(sample, rows) / len(rows)
+    expected = len(chosen) * float(error @ metric @ error) / 2
     costs = []
     for _ in range(MANY):
         signs = torch.zeros(8, 17, 1, dtype=torch.float64)

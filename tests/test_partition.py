@@ -9,31 +9,45 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from moee_analysis import partition as partitions
+from moee_analysis.assignment import Assignment
 from moee_analysis.clustering import NOISE, ClusterConfig, Clusters
-from moee_analysis.fisher import damped, fisher, input_root
-from moee_analysis.partition import clustered, divided, metric_root, one_expert, partition
-from moee_analysis.recorded import Recorded
+from moee_analysis.fisher import damped, input_root
+from moee_analysis.partition import Partition, clustered, divided, metric_root, partition, trusted
 from moee_analysis.routers import ConstantRouter, CosineRouter, NearestRouter
-from moee_analysis.statistics import statistics_of
-from tests.makers import CLUSTERING, MEANS, best, quick, sample_of
-from tests.planted import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, planted
+from moee_analysis.statistics import ExpertTally, statistics_of
+from moee_analysis.sums import summed_alone
+from tests.makers import CLUSTERING, MEANS, best, quick
+from tests.planted import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, draw_from, planted
 
 INPUTS = PLANTED.sample.inputs.astype(np.float32)
 
 
-def made(noise, *, layer=PLANTED, labels=LABELS, rows=ROWS, **settings):
-    everything = np.arange(len(layer.sample))
-    return divided(layer, everything, rows, Clusters(labels), noise=noise, **settings)
+def made(noise, *, layer=PLANTED, labels=LABELS, rows=ROWS, leading=0, **settings):
+    draw = draw_from(layer, rows, leading=leading)
+    return divided(draw, Clusters(labels), noise=noise, **settings)
 
 
-def counted(found):
-    """Tokens that each expert's statistics count."""
-    return np.bincount(found.members[found.members != NOISE], minlength=found.experts).tolist()
+def routed(found, layer=PLANTED):
+    """Tokens that each expert gets."""
+    return np.bincount(found.routed(layer.sample.inputs), minlength=found.experts).tolist()
+
+
+def counted(found, layer=PLANTED, *, leading=0):
+    """Tokens that each expert's statistics count, leading ones aside."""
+    _, members = Assignment((0,) * leading, found).of(layer)
+    own = members[(members != NOISE) & (layer.sample.position >= leading)]
+    return np.bincount(own - bool(leading), minlength=found.experts).tolist()
+
+
+def alive(found, layer):
+    """The same without experts that get no tokens."""
+    return Assignment((), found).alive(np.array(routed(found, layer))).partition
 
 
 def most_variable(found):
     """Neurons of every expert's tokens, the most variable first."""
-    known = statistics_of(PLANTED.sample, lambda rows: found.members[rows], experts=found.experts)
+    tally = ExpertTally(SITE, Assignment((), found), gradients=False)
+    known = statistics_of(tally, summed_alone(tally, PLANTED))
     return np.argsort(-known.variance, axis=1)
 
 
@@ -59,7 +73,7 @@ def test_noise_dropped_counts_for_no_statistics_but_is_still_routed():
     found = made("drop")
     assert counted(found) == [40, 20]
     assert most_variable(found)[:, 0].tolist() == [0, 1]
-    assert np.bincount(found.routed).tolist() == [70, 20]
+    assert routed(found) == [70, 20]
 
 
 def test_noise_as_the_rest_gets_an_expert_of_its_own():
@@ -79,18 +93,22 @@ def test_an_expert_that_no_token_is_routed_to_is_left_out(noise):
     # The third cluster lies half to the north and half to the east: its mean is nobody's nearest.
     layer = planted((NORTH, 40, 0), (EAST, 40, 1), (NORTH, 10, 2), (EAST, 10, 2), spread=0)
     labels = np.repeat([0, 2, 1], [40, 40, 20])
-    found = made(noise, layer=layer, labels=labels, rows=np.arange(100))
+    whole = made(noise, layer=layer, labels=labels, rows=np.arange(100))
+    assert routed(whole, layer) == [50, 0, 50]
+    assert whole.route_agreement == pytest.approx(0.8)  # those 20 tokens do not come back
+    found = alive(whole, layer)
     assert found.experts == len(found.centres) == 2
-    assert np.bincount(found.routed).tolist() == [50, 50]
+    assert routed(found, layer) == [50, 50]
+    assert counted(found, layer) == ([50, 50] if noise == "reroute" else [40, 40])
     np.testing.assert_allclose(found.centres @ np.stack([NORTH, EAST]).T, np.eye(2), atol=1e-3)
-    assert found.route_agreement == 1.0
+    assert found.route_agreement == whole.route_agreement
 
 
 def test_a_layer_that_routes_everything_to_one_expert_stays_dense():
     layer = planted((NORTH, 40, 0), (2 * NORTH, 40, 1), spread=0)
     labels = np.repeat([0, 1], 40)
     found = made("reroute", layer=layer, labels=labels, rows=np.arange(80))
-    assert found.reason == "all tokens route to one expert"
+    assert alive(found, layer).reason == "all tokens route to one expert"
 
 
 def test_only_some_rows_need_to_be_clustered():
@@ -99,14 +117,12 @@ def test_only_some_rows_need_to_be_clustered():
     assert counted(made("drop", labels=LABELS[rows], rows=rows)) == [20, 10]
 
 
-def test_only_candidates_are_routed():
-    candidates = np.arange(5, 90)
-    rows = candidates[::2]
+def test_leading_tokens_are_neither_clustered_nor_counted():
+    rows = np.arange(5, 90)[::2]
     for noise, counts in (("reroute", [65, 20]), ("drop", [18, 10])):
-        found = divided(PLANTED, candidates, rows, Clusters(LABELS[rows]), noise=noise)
-        assert len(found.routed) == len(found.members) == 85
-        assert counted(found) == counts
-        assert np.bincount(found.routed).tolist() == [65, 20]
+        found = made(noise, labels=LABELS[rows], rows=rows, leading=5)
+        assert counted(found, leading=5) == counts
+        assert np.bincount(found.routed(INPUTS[5:])).tolist() == [65, 20]
 
 
 def test_route_agreement_is_the_share_of_members_that_come_back():
@@ -120,10 +136,20 @@ def test_route_agreement_is_the_share_of_members_that_come_back():
 
 
 def test_a_single_expert_takes_every_token_and_needs_no_router():
-    found = one_expert(7)
-    assert found.routed.tolist() == found.members.tolist() == 7 * [0]
+    found = Partition()
+    assert found.routed(INPUTS[:7]).tolist() == 7 * [0]
+    assert found.members(np.zeros(7, dtype=int), np.arange(7)).tolist() == 7 * [0]
     assert found.experts == 1
     assert isinstance(found.router(), ConstantRouter)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 90])
+def test_tokens_are_routed_in_chunks_and_none_are_routed_at_all(monkeypatch, chunk):
+    found = made("drop")
+    whole = found.routed(INPUTS)
+    monkeypatch.setattr(partitions, "CHUNK", chunk)
+    np.testing.assert_array_equal(found.routed(INPUTS), whole)
+    assert found.routed(INPUTS[:0]).shape == (0,)
 
 
 # A metric
@@ -136,26 +162,31 @@ def test_with_a_metric_every_token_goes_to_the_centre_nearest_after_it():
     centres = [points[label == LABELS].mean(axis=0) for label in (0, 1, NOISE)]
     np.testing.assert_allclose(found.centres, centres, atol=1e-5)
     distances = np.linalg.norm(points[:, None] - np.stack(centres), axis=2)
-    np.testing.assert_array_equal(found.routed, distances.argmin(axis=1))
+    np.testing.assert_array_equal(found.routed(INPUTS), distances.argmin(axis=1))
     assert isinstance(found.router(), NearestRouter)
     again = found.router()(torch.from_numpy(INPUTS))[:, 0]
-    np.testing.assert_array_equal(again, found.routed)
+    np.testing.assert_array_equal(again, found.routed(INPUTS))
 
 
-@pytest.fixture
-def graded():
-    """The planted layer with gradients."""
-    gradients = np.random.default_rng(2).normal(size=(2, 90, DIM)).astype(np.float16)
-    sample = sample_of(PLANTED.sample.hidden, inputs=PLANTED.sample.inputs, gradients=gradients)
-    return Recorded(SITE, PLANTED.mlp, sample, "graded")
+GRADED = replace(
+    PLANTED,
+    sample=replace(
+        PLANTED.sample,
+        directions=np.random.default_rng(2).normal(size=(2, 90, DIM)).astype(np.float16),
+        norms=np.ones((2, 90), np.float32),
+    ),
+)
+DRAW = draw_from(GRADED)
 
 
 @pytest.mark.parametrize("metric", ["outputs", "fisher"])
-def test_the_metric_of_the_inputs_is_that_of_the_outputs_up_to_its_scale(graded, metric):
-    rows = np.arange(10, 90)
-    found = metric_root(graded, rows, best(metric=metric).resolved())
-    of_outputs = damped(fisher(graded.sample, rows)) if metric == "fisher" else torch.eye(DIM)
-    plain = input_root(PLANTED.mlp, of_outputs.double()).numpy()
+def test_the_metric_of_the_inputs_is_that_of_the_outputs_up_to_its_scale(metric):
+    found = metric_root(draw_from(GRADED, leading=10), best(metric=metric).resolved())
+    of_outputs = torch.eye(DIM).double()
+    if metric == "fisher":
+        products = [np.outer(g, g) for g in GRADED.sample.gradients(ROWS[10:]).reshape(-1, DIM)]
+        of_outputs = damped(torch.from_numpy(np.mean(products, axis=0)).double())
+    plain = input_root(PLANTED.mlp, of_outputs).numpy()
     np.testing.assert_allclose(found, plain / plain.diagonal().mean(), rtol=1e-4, atol=1e-6)
     assert found.dtype == np.float32
 
@@ -163,109 +194,134 @@ def test_the_metric_of_the_inputs_is_that_of_the_outputs_up_to_its_scale(graded,
 PROJECTED = replace(MEANS, reduce="pca", components=3)
 
 
-def test_principal_components_are_those_of_the_inputs_in_the_metric(graded):
-    rows = np.arange(10, 90)
-    whole = metric_root(graded, rows, best().resolved())
-    found = metric_root(graded, rows, best(clustering=PROJECTED).resolved())
+def test_principal_components_are_those_of_the_inputs_in_the_metric():
+    draw = draw_from(GRADED, np.arange(20, 40), leading=10)  # all but 10 tokens are drawn from
+    whole = metric_root(draw, best().resolved())
+    found = metric_root(draw, best(clustering=PROJECTED).resolved())
     assert found.shape == (3, DIM)
-    oracle = PCA(3).fit((INPUTS @ whole.T)[rows]).components_ @ whole
+    oracle = PCA(3).fit((INPUTS @ whole.T)[10:]).components_ @ whole
     for component, expected in zip(found[::-1], oracle, strict=True):
         sign = np.sign(component @ expected)
         np.testing.assert_allclose(sign * component, expected, rtol=2e-3, atol=1e-4)
 
 
-def test_more_components_than_there_are_inputs_are_all_of_them(graded):
+def test_more_components_than_there_are_inputs_are_all_of_them():
     many = replace(PROJECTED, components=DIM + 5)
-    found = metric_root(graded, ROWS, best(clustering=many).resolved())
-    whole = metric_root(graded, ROWS, best().resolved())
+    found = metric_root(DRAW, best(clustering=many).resolved())
+    whole = metric_root(DRAW, best().resolved())
     np.testing.assert_allclose(found.T @ found, whole.T @ whole, rtol=1e-3, atol=1e-5)
 
 
-def test_how_many_clusters_and_components_suits_the_layer(graded, tmp_path):
+def found_in(draw, config, root):
+    """The partition by the clusters that are found with a store."""
+    labels = clustered(draw, config, root=root)
+    return partition(draw, trusted(labels, draw, config), config)
+
+
+def test_how_many_clusters_and_components_suits_the_layer(tmp_path):
     free = replace(PROJECTED, count=None, components=None)
     fitting = free.for_width(SITE.hidden)
     left_open, filled = (best(clustering=c).resolved() for c in (free, fitting))
-    root = metric_root(graded, ROWS, left_open)
-    np.testing.assert_array_equal(root, metric_root(graded, ROWS, filled))
-    found = partition(graded, ROWS, left_open, root=tmp_path / "open")
-    again = partition(graded, ROWS, filled, root=tmp_path / "filled")
-    np.testing.assert_array_equal(found.routed, again.routed)
+    root = metric_root(DRAW, left_open)
+    np.testing.assert_array_equal(root, metric_root(DRAW, filled))
+    found = found_in(DRAW, left_open, tmp_path / "open")
+    again = found_in(DRAW, filled, tmp_path / "filled")
+    np.testing.assert_array_equal(found.routed(INPUTS), again.routed(INPUTS))
 
 
 @pytest.mark.parametrize("router", ["nearest", "cosine"])
-def test_the_nearest_router_looks_where_the_clusters_were_found(graded, tmp_path, router):
+def test_the_nearest_router_looks_where_the_clusters_were_found(tmp_path, router):
     config = best(clustering=PROJECTED, router=router).resolved()
-    points = INPUTS @ metric_root(graded, ROWS, config).T
-    _, clusters = clustered(graded, ROWS, config, root=tmp_path)
+    points = INPUTS @ metric_root(DRAW, config).T
     plain = KMeans(4, n_init=1, max_iter=25, random_state=config.seed).fit_predict(points)
-    np.testing.assert_array_equal(clusters.labels, plain)
-    found = partition(graded, ROWS, config, root=tmp_path)
+    np.testing.assert_array_equal(clustered(DRAW, config, root=tmp_path), plain)
+    found = found_in(DRAW, config, tmp_path)
     assert found.centres.shape == (4, DIM if router == "cosine" else 3)
     if router == "nearest":
         distances = np.linalg.norm(points[:, None] - found.centres, axis=2)
-        np.testing.assert_array_equal(found.routed, distances.argmin(axis=1))
+        np.testing.assert_array_equal(found.routed(INPUTS), distances.argmin(axis=1))
 
 
-def test_a_metric_of_nothing_is_no_division_by_zero(graded):
-    graded.sample.directions[:] = 0
-    assert not metric_root(graded, ROWS, best().resolved()).any()
+def test_a_metric_of_nothing_is_no_division_by_zero():
+    unread = replace(GRADED, sample=replace(GRADED.sample, norms=np.zeros((2, 90), np.float32)))
+    assert not metric_root(draw_from(unread), best().resolved()).any()
 
 
 # Clusters in the store
 
 
-def test_means_are_those_of_the_inputs_in_the_metric(graded, tmp_path):
+def test_means_are_those_of_the_inputs_in_the_metric(tmp_path):
     config = best(seed=3).resolved()
-    rows, clusters = clustered(graded, ROWS, config, root=tmp_path)
-    points = INPUTS @ metric_root(graded, ROWS, config).T
-    plain = KMeans(4, n_init=1, max_iter=25, random_state=3).fit_predict(points[rows])
-    np.testing.assert_array_equal(clusters.labels, plain)
+    draw = draw_from(GRADED, np.arange(7, 90, 2))
+    points = draw.inputs @ metric_root(draw, config).T
+    plain = KMeans(4, n_init=1, max_iter=25, random_state=3).fit_predict(points)
+    np.testing.assert_array_equal(clustered(draw, config, root=tmp_path), plain)
 
 
-def test_only_candidates_are_clustered_and_at_most_so_many(graded, tmp_path):
-    candidates = np.arange(7, 90)
-    rows, clusters = clustered(
-        graded, candidates, best(cluster_tokens=40).resolved(), root=tmp_path
-    )
-    assert len(set(rows)) == len(rows) == len(clusters.labels) == 40
-    assert set(rows) <= set(candidates)
-    everything, _ = clustered(graded, candidates, best().resolved(), root=tmp_path)
-    np.testing.assert_array_equal(everything, candidates)
+def test_where_activations_are_clustered_inputs_and_metric_do_not_matter(tmp_path):
+    config = quick(clustering=replace(MEANS, space="hidden")).resolved()
+    plain = KMeans(4, n_init=1, max_iter=25, random_state=0).fit_predict(DRAW.hidden)
+    nowhere = replace(DRAW, inputs=0 * DRAW.inputs, fisher=None)
+    np.testing.assert_array_equal(clustered(nowhere, config, root=tmp_path), plain)
 
 
 @pytest.mark.parametrize("config", [best(), quick(clustering=CLUSTERING)])
-def test_clusters_are_found_again_in_the_store(graded, tmp_path, monkeypatch, config):
+def test_clusters_are_found_again_in_the_store(tmp_path, monkeypatch, config):
     config = config.resolved()
-    rows, first = clustered(graded, ROWS, config, root=tmp_path)
+    first = clustered(DRAW, config, root=tmp_path)
+    assert len(first) == 90
     for name in ("labels_of", "reduce_dimensions"):
         monkeypatch.setattr(partitions, name, lambda *_, **__: pytest.fail("again"))
-    again_rows, again = clustered(graded, ROWS, config, root=tmp_path)
-    np.testing.assert_array_equal(again_rows, rows)
-    np.testing.assert_array_equal(again.labels, first.labels)
+    np.testing.assert_array_equal(clustered(DRAW, config, root=tmp_path), first)
 
 
-@pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"cluster_tokens": 50}, {"tokens": "alike"}, {"metric": "outputs"}]
-)
-def test_what_decides_the_clusters_decides_where_they_are_kept(graded, tmp_path, other):
-    clustered(graded, ROWS, best().resolved(), root=tmp_path)
-    clustered(graded, ROWS, best(**other).resolved(), root=tmp_path)
+@pytest.mark.parametrize("other", [{"seed": 1}, {"tokens": "alike"}, {"metric": "outputs"}])
+def test_what_decides_the_clusters_decides_where_they_are_kept(tmp_path, other):
+    clustered(DRAW, best().resolved(), root=tmp_path)
+    clustered(DRAW, best(**other).resolved(), root=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_layer_without_clusters_keeps_its_reason(tmp_path, monkeypatch):
-    nothing = Clusters(LABELS, "1 clusters found")
-    monkeypatch.setattr(partitions, "clustered", lambda *_, **__: (ROWS, nothing))
-    found = partition(PLANTED, ROWS, quick().resolved(), root=tmp_path)
+@pytest.mark.parametrize(
+    "other",
+    [
+        draw_from(GRADED, ROWS[:50]),
+        replace(DRAW, key="another sample"),
+        replace(DRAW, site=replace(SITE, name="another layer")),
+    ],
+)
+def test_what_is_drawn_decides_where_the_clusters_are_kept(tmp_path, other):
+    clustered(DRAW, best().resolved(), root=tmp_path)
+    clustered(other, best().resolved(), root=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_layer_without_clusters_keeps_its_reason():
+    found = partition(draw_from(PLANTED), Clusters(LABELS, "1 clusters found"), quick().resolved())
     assert found.reason == "1 clusters found"
     assert found.noise_share == pytest.approx(30 / 90)
-    assert found.routed is None
+    assert found.centres is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"), [(LABELS, ""), (0 * LABELS, "1 clusters"), (LABELS - 1, "1 clusters")]
+)
+def test_clusters_are_trusted_by_the_rules_of_the_configuration(labels, reason):
+    clusters = trusted(np.maximum(labels, NOISE), draw_from(PLANTED), quick().resolved())
+    assert clusters.reason.startswith(reason)
+    assert bool(clusters.reason) == bool(reason)
+    np.testing.assert_array_equal(clusters.labels, np.maximum(labels, NOISE))
+
+
+def test_too_much_noise_is_not_trusted():
+    strict = quick(clustering=replace(CLUSTERING, max_noise=0.3)).resolved()
+    assert "33% noise" in trusted(LABELS, draw_from(PLANTED), strict).reason
 
 
 def test_random_centres_are_the_inputs_of_so_many_tokens(tmp_path):
     settings = ClusterConfig(method="random", reduce="none", count=5, min_samples=3)
     config = quick(clustering=settings).resolved()
-    found = partition(PLANTED, ROWS, config, root=tmp_path)
+    found = alive(found_in(draw_from(PLANTED), config, tmp_path), PLANTED)
     assert 2 <= found.experts <= 5
     assert all((np.abs(INPUTS - centre).max(axis=1) < 1e-6).any() for centre in found.centres)
-    assert np.bincount(found.members).sum() == 90
+    assert sum(counted(found)) == 90

@@ -4,17 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.activations import TokenPlan, record
+from moee_analysis import recorded as layers
+from moee_analysis.activations import TokenPlan
 from moee_analysis.models import find_mlps
 from moee_analysis.recorded import Recomputed, recorded_layer
-from tests.toys import toy_images, toy_swin, toy_vit
+from moee_analysis.recording import record
+from tests.planted import PLANTED
+from tests.toys import toy_images, toy_vit
 
 
-def recorded(root, *, model=None, kinds=("inputs",), per_image=None):
-    model = model or toy_vit()
-    plan, sites = TokenPlan(per_image, 1), find_mlps(model)
+def recorded(root, *, kinds=("inputs",)):
+    model = toy_vit()
+    plan, sites = TokenPlan(None, 1), find_mlps(model)
     activations = record(model, toy_images(5), sites, plan=plan, root=root, kinds=kinds)
-    return [recorded_layer(activations, model, site) for site in sites]
+    return [recorded_layer(activations.layer(site), model, site) for site in sites]
 
 
 def test_hidden_activations_that_were_not_recorded_are_computed_from_the_inputs(tmp_path):
@@ -40,9 +43,25 @@ def test_recorded_activations_are_not_computed_again(tmp_path):
         assert isinstance(layer.sample.hidden, np.ndarray)
 
 
-@pytest.mark.parametrize("per_image", [None, 5])
-def test_a_sample_knows_how_many_tokens_an_image_has(tmp_path, per_image):
-    vit = recorded(tmp_path, per_image=per_image)
-    swin = recorded(tmp_path, model=toy_swin(), per_image=per_image)
-    assert [layer.tokens_per_image for layer in vit] == [17, 17, 17]
-    assert [layer.tokens_per_image for layer in swin] == [64, 16]
+def test_a_layer_has_its_site_and_its_mlp(tmp_path):
+    for layer, block in zip(recorded(tmp_path), toy_vit().blocks, strict=True):
+        assert torch.equal(layer.mlp.fc1.weight, block.mlp.fc1.weight)
+        assert layer.site.hidden == 64
+
+
+def test_hidden_activations_of_a_part_are_computed_from_its_own_inputs(tmp_path):
+    model, site = toy_vit(), find_mlps(toy_vit())[0]
+    sample = record(
+        model, toy_images(5), [site], plan=TokenPlan(5, 1), root=tmp_path, kinds=("inputs",)
+    ).layer(site)
+    whole = recorded_layer(sample, model, site).sample.hidden[slice(None)]
+    part = recorded_layer(sample.part(slice(7, 20)), model, site).sample
+    np.testing.assert_allclose(part.hidden[np.array([0, 5])], whole[[7, 12]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 89, 90, 1000])
+def test_chunks_are_all_rows_one_after_the_other(monkeypatch, chunk):
+    monkeypatch.setattr(layers, "CHUNK", chunk)
+    chunks = list(PLANTED.chunks())
+    assert np.concatenate([np.arange(90)[rows] for rows in chunks]).tolist() == list(range(90))
+    assert all(rows.stop - rows.start <= chunk for rows in chunks)

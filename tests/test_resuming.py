@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis import activation_files, activations
-from moee_analysis.activations import TokenPlan, record
+from moee_analysis import activation_files, recording
+from moee_analysis.activations import TokenPlan
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import find_mlps
+from moee_analysis.recording import record
 from moee_analysis.store import resumed
 from tests.toys import toy_images, toy_vit
 
@@ -26,7 +27,7 @@ KINDS = ("inputs", "hidden", "gradients")
 def record_often_saved(root):
     """Record with gradients on one thread, saving after every batch of four images."""
     torch.set_num_threads(1)
-    activations.GRADIENT_BATCH = activations.SAVED_EVERY = 4
+    recording.BATCH = recording.SAVED_EVERY = 4
     return recorded(root)
 
 
@@ -84,10 +85,10 @@ def test_a_recording_killed_at_random_moments_comes_to_the_same_bytes(processes,
 
 
 def test_only_what_is_not_saved_is_recorded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "GRADIENT_BATCH", 4)
-    monkeypatch.setattr(activations, "SAVED_EVERY", 8)
+    monkeypatch.setattr(recording, "BATCH", 4)
+    monkeypatch.setattr(recording, "SAVED_EVERY", 8)
     whole = recorded(tmp_path / "whole", images=30)
-    seen, own = [], activations._seen
+    seen, own = [], recording._seen
 
     def stopping_at(number):
         def seen_until(task, x, numbers):
@@ -98,12 +99,12 @@ def test_only_what_is_not_saved_is_recorded_again(tmp_path, monkeypatch):
 
         return seen_until
 
-    monkeypatch.setattr(activations, "_seen", stopping_at(20))
+    monkeypatch.setattr(recording, "_seen", stopping_at(20))
     with pytest.raises(KeyboardInterrupt):
         recorded(tmp_path / "stopped", images=30)
     assert seen == [0, 4, 8, 12, 16]
     seen.clear()
-    monkeypatch.setattr(activations, "_seen", stopping_at(None))
+    monkeypatch.setattr(recording, "_seen", stopping_at(None))
     again = recorded(tmp_path / "stopped", images=30)
     assert seen == [16, 20, 24, 28]
     assert contents(again.folder) == contents(whole.folder)

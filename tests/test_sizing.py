@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moee_analysis.calibration import Calibration
 from moee_analysis.counting import count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
@@ -29,7 +30,10 @@ def planned(tmp_path_factory):
     """Plans of the two recipes for a toy."""
     root, model = tmp_path_factory.mktemp("store"), toy_vit()
     settings = {"best": best().resolved(), "paper": quick().resolved()}
-    return model, {name: plan_layers(model, IMAGES, c, root=root) for name, c in settings.items()}
+    return model, {
+        name: plan_layers(Calibration(model, IMAGES, config, root))
+        for name, config in settings.items()
+    }
 
 
 # Budgets of whole runs

@@ -10,12 +10,13 @@ from sklearn.metrics import adjusted_rand_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moee_analysis.activations import TokenPlan, prefix_tokens, record
+from moee_analysis.activations import TokenPlan, prefix_tokens
 from moee_analysis.density import labels_of_tree
 from moee_analysis.distances import BATCH, Distances
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import load_images
 from moee_analysis.models import find_mlps, load_model
+from moee_analysis.recording import record
 from moee_analysis.spanning_tree import Distinct, reachable, spanning_tree
 from tests.partitions import same_partition
 

@@ -6,7 +6,7 @@ import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,23 +14,27 @@ import torch
 from torch import nn
 
 from moee_analysis.activations import recording
+from moee_analysis.calibration import calibration_of
 from moee_analysis.counting import evaluating
+from moee_analysis.draws import drawn
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import MoeMlp, moe_layers
-from moee_analysis.models import find_mlps
+from moee_analysis.models import find_mlps, fingerprint
 from moee_analysis.partition import metric_root, router_to
-from moee_analysis.planning import sampled
 from moee_analysis.progress import progress
-from moee_analysis.recorded import recorded_layer
 from moee_analysis.routers import ConstantRouter, RandomRouter, TokenKindRouter
+from moee_analysis.sums import Sums, summed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from moee_analysis.calibration import Calibration
     from moee_analysis.config import ExtractConfig
+    from moee_analysis.draws import Draw
     from moee_analysis.extraction import Extraction
     from moee_analysis.images import ImageSet
+    from moee_analysis.models import MlpSite
     from moee_analysis.recorded import Recorded
 
 
@@ -88,16 +92,17 @@ def router_choices(
         The store that holds (or will hold) the sampled tokens.
     """
     dense, config = run.dense(), run.config
-    limited = images.limit(config.calibration_images, seed=config.seed)
-    activations = sampled(dense, limited, config, root=Path(store))
-    sites = {site.index: site for site in find_mlps(dense)}
+    calibration = calibration_of(dense, images, config, root=Path(store))
+    layers = {index: layer for index, layer in moe_layers(run.model).items() if _several(layer)}
+    sites = [site for site in calibration.sites if site.index in layers]
+    means = _means_as_routed(calibration, {site: layers[site.index] for site in sites})
+    leading = {site.name: _leading_tokens(layers[site.index]) for site in sites}
     choices: dict[str, dict[int, nn.Module]] = {}
-    for index, layer in moe_layers(run.model).items():
-        if layer.n_experts - _leading(layer) > 1:
-            recorded = recorded_layer(activations, dense, sites[index])
-            found = _to_centres(recorded, layer, config) | _others(recorded, layer, seed=seed)
-            for name, router in found.items():
-                choices.setdefault(name, {})[index] = _beside_leading(router, layer)
+    for draw in drawn(calibration, leading, hidden=False):
+        site, layer = draw.site, layers[draw.site.index]
+        found = _to_centres(draw, means[site.name], config) | _others(draw, layer, seed=seed)
+        for name, router in (found | {config.router: _own(layer)}).items():
+            choices.setdefault(name, {})[site.index] = _beside_leading(router, layer)
     return choices
 
 
@@ -249,25 +254,64 @@ def _chosen(router: nn.Module, layer: MoeMlp, x: torch.Tensor) -> torch.Tensor:
     return chosen.reshape(-1, 1) - _leading(layer)
 
 
-def _to_centres(recorded: Recorded, layer: MoeMlp, config: ExtractConfig) -> dict[str, nn.Module]:
-    """Routers by cosine and to the nearest; the one that is not the run's own gets new centres."""
-    rows = np.flatnonzero(recorded.sample.position >= _leading_tokens(layer))
-    inputs = torch.from_numpy(recorded.sample.inputs[rows].astype(np.float32))
-    own = copy.deepcopy(_inner(layer)).cpu()
-    expert = own(inputs)[:, 0]
-    sums = torch.zeros(layer.n_experts - _leading(layer), inputs.shape[1])
-    means = sums.index_add(0, expert, inputs)
-    means /= expert.bincount(minlength=len(means)).clamp_min(1)[:, None]
-    root = metric_root(recorded, rows, config)
-    nearest = router_to(means.numpy() @ root.T, root)
-    return {"cosine": router_to(means.numpy(), None), "nearest": nearest, config.router: own}
+def _several(layer: MoeMlp) -> bool:
+    """Whether there are experts to choose from."""
+    return layer.n_experts - _leading(layer) > 1
 
 
-def _others(recorded: Recorded, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
+def _own(layer: MoeMlp) -> nn.Module:
+    """A copy of the router of the tokens that have no expert by position."""
+    return copy.deepcopy(_inner(layer)).cpu()
+
+
+@dataclass(frozen=True)
+class _MeanTally:
+    """Adds up the inputs of the tokens that each expert of a routed layer gets."""
+
+    site: MlpSite
+    layer: MoeMlp
+    gradients: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        experts = self.layer.n_experts - _leading(self.layer)
+        return {"inputs": (experts, self.site.dim), "tokens": (experts,)}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"router": fingerprint(_own(self.layer))}
+
+    def add(self, sums: Sums, layer: Recorded) -> None:
+        """Add a part of the tokens."""
+        rows = np.flatnonzero(layer.sample.position >= _leading_tokens(self.layer))
+        inputs = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
+        expert = _own(self.layer)(inputs)[:, 0]
+        sums["inputs"].index_add_(0, expert, inputs.double())
+        sums["tokens"] += expert.bincount(minlength=len(sums["tokens"]))
+
+
+def _means_as_routed(
+    calibration: Calibration, layers: Mapping[MlpSite, MoeMlp]
+) -> dict[str, np.ndarray]:
+    """Mean input of the tokens of each expert, float32 (experts, dim), by site name."""
+    tallies = [_MeanTally(site, layer) for site, layer in layers.items()]
+    return {
+        tally.site.name: (sums["inputs"] / sums["tokens"].clamp_min(1)[:, None]).float().numpy()
+        for tally, sums in summed(calibration, tallies, label="mean inputs as routed")
+    }
+
+
+def _to_centres(draw: Draw, means: np.ndarray, config: ExtractConfig) -> dict[str, nn.Module]:
+    """Routers to the ``means`` of the experts' tokens, by cosine and to the nearest."""
+    root = metric_root(draw, config)
+    return {"cosine": router_to(means, None), "nearest": router_to(means @ root.T, root)}
+
+
+def _others(draw: Draw, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
     """Routers that no centre has a part in."""
-    site, shares = recorded.site, layer.shares[_leading(layer) :].cpu()
+    site, shares = draw.site, layer.shares[_leading(layer) :].cpu()
     return {
         "random": RandomRouter(shares, dim=site.dim, seed=1000 * seed + site.index),
         "constant": ConstantRouter(int(shares.argmax())),
-        "oracle": _oracle(recorded.mlp, layer),
+        "oracle": _oracle(draw.mlp, layer),
     }

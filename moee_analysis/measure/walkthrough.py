@@ -10,18 +10,16 @@ import numpy as np
 import pandas as pd
 
 from moee_analysis.activations import prefix_tokens
+from moee_analysis.calibration import calibration_of
 from moee_analysis.clustering import cluster, reduce_dimensions
-from moee_analysis.models import find_mlps
-from moee_analysis.partition import clustered
-from moee_analysis.planning import sampled
-from moee_analysis.recorded import recorded_layer
+from moee_analysis.draws import drawn
+from moee_analysis.partition import clustered, trusted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moee_analysis.extraction import Extraction
     from moee_analysis.images import ImageSet
-    from moee_analysis.recorded import Recorded
 
 
 def embedding(
@@ -100,22 +98,15 @@ def _shuffled_components(points: np.ndarray, rng: np.random.Generator) -> np.nda
     return (rng.permuted(scores, axis=0) * scale) @ axes + mean
 
 
-def _routed(layer: Recorded, run: Extraction) -> np.ndarray:
-    """Rows of the tokens that the run routes by their content."""
-    leading = prefix_tokens(run.dense()) if run.config.tokens == "kinds" else 0
-    return np.flatnonzero(layer.sample.position >= leading)
-
-
 def _clusters(
     run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Clustered activations, float32 (tokens, hidden), and their labels, by layer."""
-    limited = images.limit(run.config.calibration_images, seed=run.config.seed)
-    activations = sampled(run.dense(), limited, run.config, root=store)
+    calibration = calibration_of(run.dense(), images, run.config, root=store)
+    leading = prefix_tokens(run.dense()) if run.config.tokens == "kinds" else 0
+    wanted = {site.name: leading for site in calibration.sites if site.index in layers}
     found = {}
-    for site in find_mlps(run.dense()):
-        if site.index in layers:
-            layer = recorded_layer(activations, run.dense(), site)
-            rows, clusters = clustered(layer, _routed(layer, run), run.config, root=store)
-            found[site.index] = layer.sample.hidden[rows].astype(np.float32), clusters.labels
+    for draw in drawn(calibration, wanted, hidden=True):
+        labels = trusted(clustered(draw, run.config, root=store), draw, run.config).labels
+        found[draw.site.index] = draw.hidden, labels
     return found

@@ -6,14 +6,17 @@ import torch
 
 from moee_analysis import measure
 from moee_analysis.activations import recording
+from moee_analysis.calibration import calibration_of
 from moee_analysis.controls import with_one_expert
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
 from moee_analysis.layers import moe_layers
-from moee_analysis.measure.router_regret import OracleRouter
+from moee_analysis.measure.router_regret import OracleRouter, _MeanTally
 from moee_analysis.models import find_mlps
 from moee_analysis.routers import ConstantRouter, CosineRouter, NearestRouter, RandomRouter
+from moee_analysis.sums import summed_alone
 from tests.makers import best, quick, same_models
+from tests.planted import added_up, agree, parts_of
 from tests.toys import toy_images, toy_kinds, toy_moe, toy_vit
 
 CALIBRATION, IMAGES = toy_images(24), toy_images(34).take(range(24, 34))
@@ -157,6 +160,21 @@ def test_the_other_one_has_the_means_of_the_tokens_that_the_run_routes(run, choi
             assert isinstance(inner(router), NearestRouter)
             scores = inner(router)(means)[:, 0]
             assert torch.equal(scores, torch.arange(len(means)))  # a mean is nearest to itself
+
+
+@pytest.mark.parametrize("cuts", [(1,), (4, 5, 60), (17, 34)])
+def test_means_are_those_of_tokens_in_parts(run, store, cuts):
+    calibration = calibration_of(run.dense(), CALIBRATION, run.config, root=store)
+    index, moe = next(iter(moe_layers(run.model).items()))
+    site = calibration.sites[index]
+    (layers,) = calibration.parts([site], label="all")
+    layer, tally = layers[site.name], _MeanTally(site, moe)
+    sums = summed_alone(tally, layer)
+    agree(added_up(tally, parts_of(layer, cuts)), sums)
+    routed = layer.sample.position >= leading(run)
+    assert float(sums["tokens"].sum()) == routed.sum()
+    total = layer.sample.inputs[routed].astype(float).sum(axis=0)
+    np.testing.assert_allclose(sums["inputs"].sum(dim=0), total, rtol=1e-5, atol=1e-3)
 
 
 def test_random_and_constant_follow_the_calibration(run, choices):

@@ -1,0 +1,193 @@
+"""The tokens of the calibration images, a part of the images at a time.
+
+Nothing above this file sees more than one part. Where the disk has room, all parts are recorded
+once and read again by every pass; where it has not, every pass records a part, uses it and removes
+it, so that any number of images will do. The tokens are the same, whichever it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from moee_analysis.activations import TokenPlan, prefix_tokens
+from moee_analysis.distributed import own_share, processes
+from moee_analysis.models import find_mlps, fingerprint
+from moee_analysis.progress import progress, tell
+from moee_analysis.recorded import Recorded, recorded_layer
+from moee_analysis.recording import Recording
+from moee_analysis.store import content_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.activations import Activations
+    from moee_analysis.config import ExtractConfig
+    from moee_analysis.images import ImageSet
+    from moee_analysis.models import MlpSite
+
+PART = 128  # images, whole batches of them
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an extraction may take of a machine; its result does not depend on it.
+
+    ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
+    ``disk`` bytes of recorded tokens are kept; None: half of what is free. More of them are
+    recorded part by part, by every pass again.
+    """
+
+    memory: float = 4e9
+    disk: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The sampled tokens of all MLPs on the calibration images, as ``config`` asks for them.
+
+    ``root`` is the store that holds them, ``passes`` are folders in it of what passes over the
+    tokens have saved. Of several processes each has whole parts of its own.
+    """
+
+    model: nn.Module
+    images: ImageSet
+    config: ExtractConfig
+    root: Path
+    limits: Limits = Limits()
+    passes: list[Path] = field(default_factory=list, compare=False)
+
+    @cached_property
+    def sites(self) -> tuple[MlpSite, ...]:
+        """All MLPs of the model."""
+        return tuple(find_mlps(self.model))
+
+    @cached_property
+    def key(self) -> str:
+        """Key of all tokens of all processes in a store."""
+        plan, kinds = self._plan(0), self._kinds
+        return content_key(
+            model=fingerprint(self.model), images=self.images.fingerprint, kinds=kinds,
+            plan=[plan.per_image, plan.prefix, plan.seed],
+        )  # fmt: skip
+
+    @cached_property
+    def tokens_per_image(self) -> dict[str, int]:
+        """How many tokens of every image each site sees, by its name."""
+        return self._recording(range(0), self.sites).tokens
+
+    @cached_property
+    def kept_per_image(self) -> dict[str, int]:
+        """How many tokens of every image each site has in the sample, by its name."""
+        return self._recording(range(0), self.sites).kept
+
+    @cached_property
+    def own(self) -> list[range]:
+        """Numbers of the images of each part of this process."""
+        starts = range(0, len(self.images), PART)
+        parts = [range(s, min(s + PART, len(self.images))) for s in starts]
+        return [parts[number] for number in own_share(len(parts))]
+
+    def parts(
+        self, sites: Sequence[MlpSite], *, label: str, gradients: bool = False, skip: int = 0
+    ) -> Iterator[dict[str, Recorded]]:
+        """Yield the tokens of ``sites``, by name, part after part of this process.
+
+        Parameters
+        ----------
+        gradients
+            Whether those of the logits are needed, which the configuration has recorded.
+        skip
+            So many parts at the beginning.
+        """
+        for numbers in progress(self.own[skip:], label=label):
+            if self._all is None:
+                yield from self._on_the_way(numbers, sites, gradients=gradients)
+            else:
+                first = self.own[0].start
+                yield self._of_images(
+                    self._all, sites, range(numbers.start - first, numbers.stop - first)
+                )
+
+    def _of_images(
+        self, activations: Activations, sites: Sequence[MlpSite], numbers: range
+    ) -> dict[str, Recorded]:
+        """The tokens of the recorded images with these numbers, counted from the first of them."""
+        found = {}
+        for site in sites:
+            kept = self.kept_per_image[site.name]
+            rows = slice(numbers.start * kept, numbers.stop * kept)
+            found[site.name] = recorded_layer(activations.layer(site).part(rows), self.model, site)
+        return found
+
+    def _on_the_way(
+        self, numbers: range, sites: Sequence[MlpSite], *, gradients: bool
+    ) -> Iterator[dict[str, Recorded]]:
+        """Record a part, and remove it when it was used."""
+        activations = self._recording(numbers, sites, gradients=gradients).made(self.root)
+        try:
+            yield self._of_images(activations, sites, range(len(numbers)))
+        finally:
+            shutil.rmtree(activations.folder, ignore_errors=True)
+
+    @cached_property
+    def _all(self) -> Activations | None:
+        """All parts of this process, recorded; None where there is no room for them."""
+        recording = self._recording(range(self.own[0].start, self.own[-1].stop), self.sites)
+        room = self._room
+        if recording.folder(self.root).is_dir() or recording.bytes <= room:
+            return recording.made(self.root, label="recording")
+        tell(
+            f"the tokens take {recording.bytes / 1e9:.1f} GB on disk, more than {room / 1e9:.1f}: "
+            f"every pass over them runs the model again, {PART} images at a time"
+        )
+        return None
+
+    @property
+    def _room(self) -> float:
+        """Bytes that recorded tokens of this process may take on the disk."""
+        if self.limits.disk is not None:
+            return self.limits.disk / processes()
+        self.root.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.root).free / 2 / processes()
+
+    def _recording(
+        self, numbers: range, sites: Sequence[MlpSite], *, gradients: bool = True
+    ) -> Recording:
+        kinds = tuple(kind for kind in self._kinds if gradients or kind != "gradients")
+        images = self.images.take(numbers)
+        return Recording(self.model, images, tuple(sites), self._plan(numbers.start), kinds)
+
+    def _plan(self, first: int) -> TokenPlan:
+        config = self.config
+        return TokenPlan(config.tokens_per_image, prefix_tokens(self.model), config.seed, first)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """What the configuration has to know of every token."""
+        if self.config.needs_gradients:
+            return ("inputs", "gradients")
+        if self.config.tokens_per_image is None:  # too many to keep their hidden activations too
+            return ("inputs",)
+        return ("inputs", "hidden")
+
+
+def calibration_of(
+    model: nn.Module,
+    images: ImageSet,
+    config: ExtractConfig,
+    *,
+    root: Path,
+    limits: Limits | None = None,
+) -> Calibration:
+    """Return the tokens that a run of ``config`` is calibrated on.
+
+    ``images`` are all there are for it: the configuration's ``calibration_images`` are taken.
+    """
+    images = images.limit(config.calibration_images, seed=config.seed)
+    return Calibration(model, images, config, root, limits or Limits())

@@ -1,0 +1,66 @@
+"""One extraction in many processes: whose images are whose, and sums over all of them.
+
+``torchrun --nproc-per-node N -m moee_analysis.cli extract ...`` starts them. Every process sees
+consecutive images, and all come to the same sums, hence to the same experts. What travels are
+sums, in float64 on the CPU; the one primitive is :func:`all_sum`. A process that fails ends: it is
+torchrun that ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the processes that torchrun has started, if it has, and leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many processes there are; 1 where nobody has started others."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up the ``tensor`` of every process, in place, to the same bits in all of them."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def agreed(flag: bool) -> bool:  # noqa: FBT001
+    """Whether ``flag`` holds in every process."""
+    return int(all_sum(torch.tensor(int(flag)))) == processes()
+
+
+def own_share(count: int) -> range:
+    """Those of ``count`` things in a row that are this process's, as even as possible."""
+    edges = [count * number // processes() for number in range(processes() + 1)]
+    return range(edges[rank()], edges[rank() + 1])
+
+
+def local_device(device: str) -> str:
+    """The accelerator of this process, where ``device`` names only its kind ("cuda")."""
+    own = os.environ.get("LOCAL_RANK")
+    return device if own is None or device == "cpu" or ":" in device else f"{device}:{own}"

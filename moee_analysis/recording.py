@@ -1,0 +1,250 @@
+"""Making a recording: the model runs over images once, and sampled tokens go to disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moee_analysis import models
+from moee_analysis.activation_files import (
+    DEFAULT,
+    FILES,
+    File,
+    contents_of,
+    create,
+    opened,
+    size_of,
+    write,
+)
+from moee_analysis.activations import Activations, recording
+from moee_analysis.errors import MoeeError
+from moee_analysis.progress import progress, tell
+from moee_analysis.sensitivity import output_gradients
+from moee_analysis.store import content_key, resumed, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.activations import TokenPlan
+    from moee_analysis.images import ImageSet
+    from moee_analysis.models import MlpSite
+
+BATCH = 32  # images; a pass that can be run backward keeps every layer's activations
+SAVED_EVERY = 512  # images, whole batches of them
+
+
+def record(
+    model: nn.Module,
+    images: ImageSet,
+    sites: Sequence[MlpSite],
+    *,
+    plan: TokenPlan,
+    root: Path,
+    kinds: Sequence[str] = DEFAULT,
+    probes: int = 2,
+) -> Activations:
+    """Record a token sample of every site over ``images``, or find it in the store ``root``.
+
+    The size is printed before recording starts. A recording that was killed goes on where it was
+    last saved, and comes to the same bytes.
+
+    Parameters
+    ----------
+    kinds
+        "inputs", with or without "hidden" and "gradients".
+    probes
+        Gradients of each token, drawn by the plan's seed and the number of the image.
+
+    Raises
+    ------
+    MoeeError
+        Not enough room on the disk; values beyond half precision; kinds or probes that cannot
+        be recorded, gradients of an MLP that gets windows among them.
+    """
+    recording = Recording(model, images, tuple(sites), plan, tuple(kinds), probes)
+    return recording.made(root, label="recording")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All that decides a recording; :func:`record` explains it."""
+
+    model: nn.Module
+    images: ImageSet
+    sites: tuple[MlpSite, ...]
+    plan: TokenPlan
+    kinds: tuple[str, ...] = DEFAULT
+    probes: int = 2
+
+    def __post_init__(self) -> None:
+        if "inputs" not in self.kinds or set(self.kinds) - set(FILES) or self.probes < 1:
+            raise MoeeError(
+                f"inputs and others of {', '.join(FILES)}; probes >= 1",
+                f"{self.kinds}; {self.probes} probes",
+                'name them as in kinds=("inputs", "gradients"), probes=2',
+            )  # fmt: skip
+        object.__setattr__(self, "kinds", tuple(kind for kind in FILES if kind in self.kinds))
+
+    @cached_property
+    def key(self) -> str:
+        """Key of the recording in a store."""
+        plan = self.plan
+        return content_key(
+            model=models.fingerprint(self.model),
+            images=self.images.fingerprint,
+            sites=[site.name for site in self.sites],
+            plan=[plan.per_image, plan.prefix, plan.seed, plan.first],
+            **self.unusual,
+        )
+
+    def folder(self, root: Path) -> Path:
+        """Where the recording is in the store ``root`` once it is made."""
+        return root / f"activations-{self.key}"
+
+    def made(self, root: Path, *, label: str = "") -> Activations:
+        """Record, or find the recording in the store ``root``; nothing is told without a label."""
+        build = partial(_record_into, task=self, label=label)
+        return Activations(resumed(root, self.folder(root).name, build), self.key)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients are recorded."""
+        return "gradients" in self.kinds
+
+    @property
+    def unusual(self) -> dict:
+        """What tells this recording from that of inputs and hidden activations."""
+        kinds = {} if self.kinds == DEFAULT else {"kinds": self.kinds}
+        return kinds | ({"probes": self.probes} if self.gradients else {})
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """How many tokens of an image each site sees, by its name."""
+        device = next(self.model.parameters()).device
+        with recording(self.model, self.sites) as captured, torch.inference_mode():
+            self.model(torch.zeros(1, *models.input_size(self.model), device=device))
+            return {name: seen.inputs.shape[:2].numel() for name, seen in captured.items()}
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """How many of them are kept."""
+        return {name: len(self.plan.weights(count)) for name, count in self.tokens.items()}
+
+    @property
+    def rows(self) -> dict[File, int]:
+        """Rows of every file."""
+        kept = self.kept
+        return {file: len(self.images) * kept[file[0]] for file in self.one_row}
+
+    @property
+    def bytes(self) -> int:
+        """What the recording takes on disk."""
+        return size_of(self.one_row, self.rows)
+
+    @cached_property
+    def one_row(self) -> dict[File, np.ndarray]:
+        """One row of every file, all zeros: its type and shape."""
+        return {(s.name, content): row for s in self.sites for content, row in self._row(s).items()}
+
+    def _row(self, site: MlpSite) -> dict[str, np.ndarray]:
+        shapes = {"inputs": (1, site.dim), "hidden": (1, site.hidden)}
+        shapes["gradients"] = (1, self.probes, site.dim)
+        contents = contents_of({kind: torch.zeros(shapes[kind]) for kind in self.kinds})
+        return {content: row.numpy() for content, row in contents.items()}
+
+
+def _record_into(folder: Path, *, task: Recording, label: str) -> None:
+    done = folder / "progress.json"
+    if not done.exists():
+        if label:
+            tell(_what(task))
+        create(folder, task.one_row, task.rows)
+        for count in set(task.tokens.values()):
+            _write_where(folder / f"tokens-{count}.npy", task.plan, len(task.images), count)
+        write_json(done, {"images": 0})
+    _fill(folder, task, label)
+    write_json(folder / "manifest.json", {"tokens": task.tokens, **task.unusual})
+    done.unlink()
+
+
+def _what(task: Recording) -> str:
+    kept = "/".join(map(str, sorted(set(task.kept.values()))))
+    return (
+        f"recording {len(task.sites)} layers on {len(task.images)} images, "
+        f"{kept} tokens of each: {task.bytes / 1e6:.0f} MB on disk"
+    )
+
+
+def _write_where(path: Path, plan: TokenPlan, images: int, tokens: int) -> None:
+    """Write image, position and weight of every sampled row, as one structured array."""
+    weights = plan.weights(tokens)
+    fields = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
+    where = np.lib.format.open_memmap(path, "w+", fields, (images * len(weights),))
+    of_images = where.reshape(images, len(weights))
+    for number, row in enumerate(of_images, start=plan.first):
+        row["image"], row["weight"] = number, weights
+        row["position"] = plan.positions(number, tokens)
+    where.flush()
+
+
+def _fill(folder: Path, task: Recording, label: str) -> None:
+    """Record the images that are not saved yet, and save every so many of them."""
+    files = opened(folder, task.one_row)
+    first = json.loads((folder / "progress.json").read_text())["images"]
+    for count in _recorded(files, task, first, label):
+        if count % SAVED_EVERY == 0 or count == len(task.images):
+            for mapped in files.values():
+                mapped.flush()
+            write_json(folder / "progress.json", {"images": count})
+
+
+def _recorded(
+    files: dict[File, np.ndarray], task: Recording, first: int, label: str
+) -> Iterator[int]:
+    """Record from the image ``first`` on, and yield how many there are after every batch."""
+    device = next(task.model.parameters()).device
+    rest = task.images.take(range(first, len(task.images)))
+    batches = rest.batches(task.model, batch_size=BATCH)
+    if label:
+        label += " with gradients" if task.gradients else ""
+        batches = progress(batches, label=label, total=-(-len(rest) // BATCH))
+    for batch in batches:
+        numbers = range(task.plan.first + first, task.plan.first + first + len(batch))
+        for name, tokens in _seen(task, batch.to(device), numbers).items():
+            chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
+            rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
+            for content, values in contents_of(rows).items():
+                write(files[name, content], values, start=first * chosen.shape[1], name=name)
+        first += len(batch)
+        yield first
+
+
+def _seen(task: Recording, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
+    """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
+    model, sites, seeds = task.model, task.sites, [(task.plan.seed, n) for n in numbers]
+    gradients = {}
+    with recording(model, sites) as captured:
+        if task.gradients:
+            gradients = output_gradients(model, sites, x, seeds=seeds, probes=task.probes)
+        else:
+            with torch.inference_mode():
+                model(x)
+    seen = {name: {"gradients": g.permute(1, 2, 0, 3)} for name, g in gradients.items()}
+    for name, tokens in captured.items():
+        of_images = {k: v.reshape(len(x), -1, v.shape[-1]) for k, v in vars(tokens).items()}
+        seen[name] = seen.get(name, {}) | of_images
+    return seen
+
+
+def _rows(tokens: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
+    """The rows (images * kept, ...) at positions ``chosen`` (images, kept) of the tokens."""
+    index = torch.from_numpy(chosen).long().to(tokens.device)
+    return torch.cat([image[kept] for image, kept in zip(tokens, index, strict=True)]).cpu()

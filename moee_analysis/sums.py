@@ -1,0 +1,186 @@
+"""Sums over all tokens: part by part, process by process, and on from where they were saved.
+
+Whatever an extraction knows of its tokens is a sum over them, or a few of them picked out. A
+:class:`Tally` says what one layer adds up, :func:`summed` does it for many.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moee_analysis.distributed import all_sum
+from moee_analysis.errors import MoeeError
+from moee_analysis.store import content_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from moee_analysis.calibration import Calibration
+    from moee_analysis.models import MlpSite
+    from moee_analysis.recorded import Recorded
+
+Sums = dict[str, torch.Tensor]
+
+SAVED_AFTER = 60.0  # seconds
+
+
+class Tally(Protocol):
+    """What is added up over the tokens of one layer."""
+
+    @property
+    def site(self) -> MlpSite:
+        """The layer."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients of the logits are needed."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the sums, all float64, by their names."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides the sums beside the tokens, as plain JSON values."""
+
+    def add(self, sums: Sums, layer: Recorded) -> None:
+        """Add a part of the tokens to ``sums``, in place."""
+
+
+def size_of(tally: Tally) -> int:
+    """Bytes of the sums of a tally."""
+    return 8 * sum(math.prod(shape) for shape in tally.shapes.values())
+
+
+def summed(
+    calibration: Calibration, tallies: Sequence[Tally], *, label: str
+) -> Iterator[tuple[Tally, Sums]]:
+    """Yield every tally with its sums over all tokens, of all processes.
+
+    As many at a time are summed as fit in the calibration's memory. A pass over the tokens that
+    is killed goes on where it was last saved, to the same bits; what took long stays saved until
+    :func:`forget`.
+
+    Raises
+    ------
+    MoeeError
+        The disk has no room to save the sums, or for the tokens.
+    """
+    groups = _groups(tallies, calibration.limits.memory)
+    for number, group in enumerate(groups, start=1):
+        of_many = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
+        sums = _pass(calibration, group, label + of_many)
+        while group:
+            yield group.pop(0), {name: all_sum(total) for name, total in sums.pop(0).items()}
+
+
+def forget(calibration: Calibration) -> None:
+    """Remove the sums that passes over these tokens have saved."""
+    while calibration.passes:
+        shutil.rmtree(calibration.passes.pop(), ignore_errors=True)
+
+
+def summed_alone(tally: Tally, layer: Recorded) -> Sums:
+    """Sums of a tally over the tokens of one recorded layer, all in one part."""
+    sums = _zeros(tally)
+    tally.add(sums, layer)
+    return sums
+
+
+def _groups(tallies: Sequence[Tally], memory: float) -> list[list[Tally]]:
+    """Divide tallies, in their order, into groups of ``memory`` bytes; each has one at least."""
+    groups: list[list[Tally]] = []
+    free = 0.0
+    for tally in tallies:
+        if not groups or size_of(tally) > free:
+            groups.append([])
+            free = memory
+        groups[-1].append(tally)
+        free -= size_of(tally)
+    return groups
+
+
+def _pass(calibration: Calibration, group: Sequence[Tally], label: str) -> list[Sums]:
+    """Sums over the tokens of this process, one pass."""
+    sites = {tally.site.name: tally.site for tally in group}
+    saved = _Saved(_folder(calibration, group))
+    calibration.passes.append(saved.folder)
+    done, sums = saved.read(group)
+    gradients = any(tally.gradients for tally in group)
+    parts = calibration.parts(list(sites.values()), label=label, gradients=gradients, skip=done)
+    for number, layers in enumerate(parts, start=done + 1):
+        for tally, total in zip(group, sums, strict=True):
+            tally.add(total, layers[tally.site.name])
+        saved.keep(sums, number, last=number == len(calibration.own))
+    return sums
+
+
+def _folder(calibration: Calibration, group: Sequence[Tally]) -> Path:
+    own = [[part.start, part.stop] for part in calibration.own]
+    facts = [{"site": tally.site.name, **tally.facts} for tally in group]
+    return calibration.root / f"sums-{content_key(tokens=calibration.key, own=own, of=facts)}"
+
+
+def _zeros(tally: Tally) -> Sums:
+    return {name: torch.zeros(s, dtype=torch.float64) for name, s in sorted(tally.shapes.items())}
+
+
+@dataclass
+class _Saved:
+    """Sums of a pass that is under way; what is saved is whole, whenever the process dies."""
+
+    folder: Path
+    begun: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "sums.safetensors"
+
+    def read(self, group: Sequence[Tally]) -> tuple[int, list[Sums]]:
+        """How many parts are done, and their sums; none, and zeros, where nothing is saved."""
+        sums = [_zeros(tally) for tally in group]
+        if not self._file.exists():
+            return 0, sums
+        try:
+            with safe_open(self._file, "pt") as file:
+                for number, total in enumerate(sums):
+                    for name, values in total.items():
+                        values.copy_(file.get_tensor(f"{number}.{name}"))
+                return int(file.metadata()["parts"]), sums
+        except (SafetensorError, OSError) as error:
+            raise MoeeError(
+                f"saved sums in '{self._file}'", str(error), "remove the file, and run it again"
+            ) from None
+
+    def keep(self, sums: Sequence[Sums], parts: int, *, last: bool) -> None:
+        """Save the sums of so many parts, unless others were saved not long ago.
+
+        The ``last`` ones are saved if the pass took long.
+        """
+        now = time.monotonic()
+        if now - (self.begun if last else self.saved) >= SAVED_AFTER:
+            self._write(sums, parts)
+            self.saved = now
+
+    def _write(self, sums: Sequence[Sums], parts: int) -> None:
+        tensors = {f"{n}.{name}": v for n, total in enumerate(sums) for name, v in total.items()}
+        new = self.folder / "new"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, new, metadata={"parts": str(parts)})
+            new.replace(self._file)
+        except (SafetensorError, OSError) as error:
+            new.unlink(missing_ok=True)
+            raise MoeeError(
+                f"a place to write '{self._file}'", str(error), "make room, and run it again"
+            ) from None
