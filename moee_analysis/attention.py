@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.layers import Attention
 from torch import nn
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils import skip_init
 
 from moee_analysis.counting import count_parameters
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,27 @@ class AttentionSite:
         return model.get_submodule(self.name)
 
 
+def plain_attentions(model: nn.Module) -> list[AttentionSite]:
+    """Find every plain self-attention (``timm.layers.Attention``), in order, if there are any."""
+    return [site_of(name, m) for name, m in model.named_modules() if _is_plain(m)]
+
+
 def find_attentions(model: nn.Module) -> list[AttentionSite]:
-    """Find every plain self-attention (``timm.layers.Attention``), in order.
+    """Find the plain self-attentions, as :func:`plain_attentions`, of a model that has some.
 
     Raises
     ------
     MoeeError
         The model has none: no attention, or one with windows, rotary embeddings or norms inside.
     """
-    named = [(name, m) for name, m in model.named_modules() if _is_plain(m)]
-    if not named:
+    sites = plain_attentions(model)
+    if not sites:
         raise MoeeError(
             "a model with plain self-attention (timm.layers.Attention)",
             f"none in {type(model).__name__}",
             'leave its attention dense: attention="dense"',
         )
-    return [site_of(name, m) for name, m in named]
+    return sites
 
 
 def site_of(name: str, attention: Attention) -> AttentionSite:
@@ -85,17 +89,17 @@ def heads_of(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 class Ranks:
     """The shape of a :class:`LowRankAttention`.
 
-    ``scores`` and ``values`` are dimensions that each head has for comparing tokens, and for what
-    they pass on. Only the first ``queries`` tokens are asked for; None: all.
+    ``scores`` and ``values`` are dimensions that every head has for comparing tokens, and for what
+    it passes on. Only the first ``queries`` tokens are asked for; None: all.
     """
 
-    scores: tuple[int, ...]
-    values: tuple[int, ...]
+    scores: int
+    values: int
     queries: int | None = None
 
 
 class LowRankAttention(nn.Module):
-    """Self-attention with as few dimensions in every head as it needs.
+    """Self-attention with as few dimensions in its heads as it needs.
 
     Takes and gives what timm's ``Attention`` does, without a mask. The outputs of tokens beyond
     the first ``queries`` are zeros.
@@ -114,10 +118,11 @@ class LowRankAttention(nn.Module):
     def __init__(self, site: AttentionSite, ranks: Ranks, *, bias: bool) -> None:
         super().__init__()
         self.site, self.ranks = site, ranks
-        self.q = skip_init(nn.Linear, site.dim, sum(ranks.scores), bias=bias)
-        self.k = skip_init(nn.Linear, site.dim, sum(ranks.scores), bias=False)
-        self.v = skip_init(nn.Linear, site.dim, sum(ranks.values), bias=False)
-        self.proj = skip_init(nn.Linear, sum(ranks.values), site.dim)
+        scores, values = site.heads * ranks.scores, site.heads * ranks.values
+        self.sizes = [scores, values, scores]
+        self.kvq = _unfilled(site.dim, sum(self.sizes), bias=False)
+        self.register_parameter("bias", nn.Parameter(torch.empty(scores)) if bias else None)
+        self.proj = _unfilled(values, site.dim, bias=True)
 
     def forward(
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **others: Any
@@ -131,34 +136,88 @@ class LowRankAttention(nn.Module):
         """
         if attn_mask is not None or any(others.values()):  # is_causal
             raise MoeeError("attention without a mask", "one", "leave the attention dense")
-        read = x[:, : self.ranks.queries]
-        scores = self.ranks.scores
-        heads = zip(
-            self.q(read).split(scores, dim=-1),
-            self.k(x).split(scores, dim=-1),
-            self.v(x).split(self.ranks.values, dim=-1),
-            strict=True,
-        )
-        seen = [(q @ k.mT).softmax(dim=-1) @ v for q, k, v in heads]
-        out = self.proj(torch.cat(seen, dim=-1))
-        unread = out.new_zeros(len(x), x.shape[1] - read.shape[1], out.shape[-1])
-        return torch.cat([out, unread], dim=1)
+        if self.ranks.queries is None:
+            return self._out(self._by_all(x))
+        out = self._out(self._by_some(x))
+        return pad(out, (0, 0, 0, x.shape[1] - out.shape[1]))
+
+    def _by_all(self, x: torch.Tensor) -> torch.Tensor:
+        """What all tokens see, (images, heads, tokens, values)."""
+        bias = None if self.bias is None else pad(self.bias, (sum(self.sizes[:2]), 0))
+        kvq = linear(x, self.kvq.weight, bias)
+        if _needs_one_width(x) and 0 < self.ranks.scores != self.ranks.values > 0:
+            return self._of_one_width(kvq)
+        k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
+        return scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    def _by_some(self, x: torch.Tensor) -> torch.Tensor:
+        """What those tokens see that are asked for, (images, heads, queries, values)."""
+        of_all, of_read = self.kvq.weight.split([sum(self.sizes[:2]), self.sizes[2]])
+        k, v = map(self._in_heads, linear(x, of_all).split(self.sizes[:2], dim=-1))
+        q = self._in_heads(linear(x[:, : self.ranks.queries], of_read, self.bias))
+        return scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    def _of_one_width(self, kvq: torch.Tensor) -> torch.Tensor:
+        """Attention with the narrower ones of keys and values as wide as the others.
+
+        They are windows, without a copy, whose ends lie in the next head or the next of k, v and
+        q: zeros at the ends of queries meet those of keys, and those of values are not passed on.
+        """
+        scores, values = self.ranks.scores, self.ranks.values
+        k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
+        if scores < values:
+            k, q = self._windows(kvq, scores, values), pad(q, (0, values - scores))
+        else:
+            v = self._windows(kvq[..., self.sizes[0] :], values, scores)
+        return scaled_dot_product_attention(q, k, v, scale=1.0)[..., :values]
+
+    def _windows(self, kvq: torch.Tensor, step: int, width: int) -> torch.Tensor:
+        """Start with every head, ``step`` from one to the next: (images, heads, tokens, width)."""
+        reached = (self.site.heads - 1) * step + width
+        return kvq[..., :reached].unfold(-1, width, step).transpose(1, 2)
+
+    def _out(self, seen: torch.Tensor) -> torch.Tensor:
+        return self.proj(seen.transpose(1, 2).flatten(2))
+
+    def _in_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the heads apart: (images, tokens, heads * rank) to (images, heads, tokens, rank)."""
+        heads = self.site.heads
+        return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
+
+
+def _unfilled(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    with warnings.catch_warnings():
+        # torch warns that a layer of no inputs has no initial values to draw
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        return skip_init(nn.Linear, inputs, outputs, bias=bias)
+
+
+def _needs_one_width(x: torch.Tensor) -> bool:
+    """Whether the fast kernel is there, and takes only queries, keys and values of one width."""
+    fast = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
+    return fast and x.device.type == "cpu"
 
 
 @dataclass(frozen=True)
 class Factors:
     """Low-rank maps left right^T in the place of identities, one for each head.
 
-    ``left`` and ``right`` are (head_dim, rank), of any device and precision.
+    ``left`` and ``right`` are (heads, head_dim, rank), of any device and precision.
     """
 
-    left: Sequence[torch.Tensor]
-    right: Sequence[torch.Tensor]
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @classmethod
+    def whole(cls, site: AttentionSite) -> Factors:
+        """The identities themselves."""
+        each = torch.eye(site.head_dim, dtype=torch.float64).expand(site.heads, -1, -1)
+        return cls(each, each)
 
     @property
-    def ranks(self) -> tuple[int, ...]:
+    def rank(self) -> int:
         """Of every head."""
-        return tuple(each.shape[1] for each in self.left)
+        return self.left.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -179,57 +238,40 @@ class Reduction:
 def low_rank(site: AttentionSite, attention: Attention, reduction: Reduction) -> LowRankAttention:
     """Cut the low-rank attention of a ``reduction`` out of a dense one."""
     like = attention.qkv.weight
-    ranks = Ranks(reduction.scores.ranks, reduction.values.ranks, reduction.queries)
+    ranks = Ranks(reduction.scores.rank, reduction.values.rank, reduction.queries)
     built = LowRankAttention(site, ranks, bias=attention.qkv.bias is not None)
-    tensors = _scores(site, attention, reduction.scores) | _values(site, attention, reduction)
-    built.load_state_dict(tensors)
+    built.load_state_dict(_weights(site, attention, reduction))
     return built.to(like).requires_grad_(like.requires_grad)
 
 
-def _scores(site: AttentionSite, attention: Attention, maps: Factors) -> dict[str, torch.Tensor]:
-    """Weights that queries and keys are made with."""
-    (q, k, _), bias = _in_heads(site, attention)
-    tensors = {"q.weight": _joined(maps.left, q), "k.weight": _joined(maps.right, k)}
-    if bias is not None:
-        tensors["q.bias"] = _joined(maps.left, bias[0])
-    return {name: t if name == "k.weight" else t * attention.scale for name, t in tensors.items()}
-
-
-def _values(
+def _weights(
     site: AttentionSite, attention: Attention, reduction: Reduction
 ) -> dict[str, torch.Tensor]:
-    """Weights of values and of the output, whose bias takes up what is constant."""
-    (_, _, v), bias = _in_heads(site, attention)
-    out = _exact(attention.proj.weight).unflatten(1, (site.heads, site.head_dim)).unbind(1)
-    left, right = map(_each_exact, (reduction.values.left, reduction.values.right))
-    mean = _exact(reduction.mean)
-    own = torch.zeros_like(mean) if bias is None else bias[2]
-    constant = [m + a @ (b.T @ (c - m)) for m, a, b, c in zip(mean, left, right, own, strict=True)]
-    shift = sum(w @ c for w, c in zip(out, constant, strict=True))
+    """Everything that a low-rank attention stores."""
+    shape = (3, site.heads, site.head_dim)
+    q, k, v = _exact(attention.qkv.weight).unflatten(0, shape)
+    scores, values = reduction.scores, reduction.values
+    asked = attention.scale * _exact(scores.left).mT
+    made = [_exact(scores.right).mT @ k, _exact(values.right).mT @ v, asked @ q]
+    tensors = {"kvq.weight": torch.cat([each.flatten(0, 1) for each in made])}
+    own = torch.zeros(shape[1:], dtype=torch.float64)
+    if attention.qkv.bias is not None:
+        of_queries, _, own = _exact(attention.qkv.bias).view(shape)
+        tensors["bias"] = (asked @ of_queries[..., None]).flatten()
+    return tensors | _outputs(site, attention, reduction, own)
+
+
+def _outputs(
+    site: AttentionSite, attention: Attention, reduction: Reduction, bias: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The output projection; its bias takes up what is constant, that of values with it."""
+    out = _exact(attention.proj.weight).unflatten(1, (site.heads, site.head_dim)).transpose(0, 1)
+    left, right, mean = map(_exact, (reduction.values.left, reduction.values.right, reduction.mean))
+    kept = left @ (right.mT @ (bias - mean)[..., None])
+    shift = (out @ (mean[..., None] + kept)).sum(dim=0)[:, 0]
     if attention.proj.bias is not None:
         shift = shift + _exact(attention.proj.bias)
-    weight = torch.cat([w @ a for w, a in zip(out, left, strict=True)], dim=1)
-    return {"v.weight": _joined(right, v), "proj.weight": weight, "proj.bias": shift}
-
-
-def _in_heads(
-    site: AttentionSite, attention: Attention
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights (3, heads, head_dim, dim) and biases (3, heads, head_dim) of q, k and v."""
-    shape = (3, site.heads, site.head_dim)
-    bias = attention.qkv.bias
-    return _exact(attention.qkv.weight).unflatten(0, shape), (
-        None if bias is None else _exact(bias).view(shape)
-    )
-
-
-def _joined(maps: Sequence[torch.Tensor], heads: torch.Tensor) -> torch.Tensor:
-    """What every head's map makes of its weights or biases, one head after the other."""
-    return torch.cat([a.T @ w for a, w in zip(_each_exact(maps), heads, strict=True)])
-
-
-def _each_exact(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [_exact(each) for each in maps]
+    return {"proj.weight": torch.cat([*(out @ left)], dim=1), "proj.bias": shift}
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

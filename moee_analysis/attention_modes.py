@@ -73,9 +73,12 @@ class Modes:
         return torch.stack([elimination_costs(of_head, ones) for of_head in self.gram]).numpy()
 
     def factors(self, kept: np.ndarray) -> Factors:
-        """Maps of the modes that are ``kept``, bool (heads, modes), their gains refitted."""
-        pairs = [self._head(head, torch.from_numpy(mask)) for head, mask in enumerate(kept)]
-        return Factors(*zip(*pairs, strict=True))
+        """Maps of the modes that are ``kept``, bool (heads, modes), their gains refitted.
+
+        Every head keeps as many.
+        """
+        left, right = zip(*map(self._head, range(len(kept)), torch.from_numpy(kept)), strict=True)
+        return Factors(torch.stack(left), torch.stack(right))
 
     def _head(self, head: int, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if kept.all():

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from moee_analysis.activations import prefix_tokens
-from moee_analysis.attention import AttentionSite, Factors, Reduction, find_attentions, low_rank
+from moee_analysis.attention import (
+    AttentionSite,
+    Factors,
+    Reduction,
+    find_attentions,
+    low_rank,
+    plain_attentions,
+)
 from moee_analysis.attention_modes import AttentionModes, attention_modes
 from moee_analysis.budget import Offer
 from moee_analysis.counting import count
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from moee_analysis.config import ExtractConfig
     from moee_analysis.images import ImageSet
 
+STEP = 8  # modes of a head: kernels are no faster for ranks between its multiples
 Kept = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)
 
 
@@ -80,27 +89,50 @@ class AttentionPlan:
         """What removing modes costs, of the scores and of the values, both (heads, modes)."""
         return self.modes.scores.costs(), self.modes.values.costs()
 
+    @property
+    def _step(self) -> int:
+        """Modes that a head gets at a time."""
+        return gcd(STEP, self.site.head_dim)
+
     def offers(self) -> list[Offer]:
-        """What the modes of the scores, and those of the values, offer for keeping."""
+        """What blocks of the scores' modes, and of the values', offer for keeping.
+
+        A block is the next few best modes of every head, for heads of one rank are computed
+        together.
+        """
+        modes = self._step * self.site.heads
         return [
-            Offer(costs.reshape(1, -1), np.ones(1), self._macs, parameters)
+            Offer(self._in_blocks(costs), np.ones(1), modes * self._macs, modes * parameters)
             for costs, parameters in zip(self.costs, self._parameters, strict=True)
         ]
 
+    def _in_blocks(self, costs: np.ndarray) -> np.ndarray:
+        """What removing each block costs, (1, blocks); the first one is worth most."""
+        best_first = -np.sort(-costs, axis=1)
+        return best_first.sum(axis=0).reshape(1, -1, self._step).sum(axis=2)
+
     def in_heads(self, scores: np.ndarray, values: np.ndarray) -> Kept:
-        """Kept modes as bool (heads, modes), of any shape; no scores where values are gone."""
-        shape = (self.site.heads, self.site.head_dim)
-        scores, values = scores.reshape(shape), values.reshape(shape)
-        return scores & values.any(axis=1, keepdims=True), values
+        """Modes of so many blocks, bool (1, blocks); no scores where values are gone."""
+        blocks = [int(scores.sum()) if values.any() else 0, int(values.sum())]
+        return tuple(
+            _best(costs, count * self._step)
+            for costs, count in zip(self.costs, blocks, strict=True)
+        )
 
     def reduction(self, kept: Kept | None) -> Reduction:
         """The attention of the ``kept`` scores and values; None: of all."""
         if kept is None:
-            whole = [torch.eye(self.site.head_dim)] * self.site.heads
-            identity, mean = Factors(whole, whole), torch.zeros(len(whole), self.site.head_dim)
+            identity = Factors.whole(self.site)
+            mean = torch.zeros(self.site.heads, self.site.head_dim)
             return Reduction(identity, identity, mean, self.queries)
         scores, values = self.modes.scores.factors(kept[0]), self.modes.values.factors(kept[1])
         return Reduction(scores, values, self.modes.mean, self.queries)
+
+
+def _best(costs: np.ndarray, rank: int) -> np.ndarray:
+    """The ``rank`` modes of every head that cost most to remove, bool (heads, modes)."""
+    places = np.argsort(np.argsort(-costs, axis=1, kind="stable"), axis=1)
+    return places < rank
 
 
 def plan_attentions(
@@ -111,11 +143,12 @@ def plan_attentions(
     Raises
     ------
     MoeeError
-        The model has no plain attention.
+        All are asked for, and the model has no plain attention.
     """
-    if config.attention == "dense":
+    find = find_attentions if config.attention == "low_rank" else plain_attentions
+    sites = {} if config.attention == "dense" else {site.name: site for site in find(model)}
+    if not sites:
         return []
-    sites = {site.name: site for site in find_attentions(model)}
     tokens = count(model, sites=sites).tokens
     unread = unread_patches(model, list(sites.values()))
     queries = {name: prefix_tokens(model) if name in unread else None for name in sites}

@@ -235,8 +235,10 @@ def _layers_text(run: object) -> str:
 
 
 def _heads_text(attention: LowRankAttention) -> str:
-    ranks, dense = attention.ranks, attention.site.heads * attention.site.head_dim
-    scores, values = (f"{sum(each) / dense:.0%}" for each in (ranks.scores, ranks.values))
+    ranks = attention.ranks
+    scores, values = (
+        f"{rank / attention.site.head_dim:.0%}" for rank in (ranks.scores, ranks.values)
+    )
     asked = f", asked for {ranks.queries} token(s)" if ranks.queries else ""
     return f"{scores} of the dimensions of the heads' scores, {values} of their values{asked}"
 

@@ -80,11 +80,11 @@ class ClusterConfig:
     def for_width(self, hidden: int) -> ClusterConfig:
         """Fill in ``count`` and ``components``, if None, for a layer of so many hidden neurons.
 
-        A cluster for every 6 neurons, so that routers and shifts stay small beside the weights, and
-        128 at most, so that every expert has enough tokens to be known by; a component for every
-        48 neurons, that is, usually for every 12 inputs.
+        A cluster for every 12 neurons, so that routers and shifts stay small beside the weights,
+        and 64 at most, so that every expert has enough tokens to be known by, and to be computed
+        with few at a time; a component for every 48 neurons, that is, usually for every 12 inputs.
         """
-        count = min(max(hidden // 6, 2), 128) if self.count is None else self.count
+        count = min(max(hidden // 12, 2), 64) if self.count is None else self.count
         components = max(hidden // 48, 2) if self.components is None else self.components
         return replace(self, count=count, components=components)
 

@@ -12,10 +12,13 @@ the outputs (n, dim). None of them works token by token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import grouped_mm, linear
+
+from moee_analysis.layouts import Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moee_analysis.layers import MoeMlp
-    from moee_analysis.layouts import Layout, Part
+    from moee_analysis.layouts import Layout
 
 WAYS = ("masked", "sorted", "grouped_mm")
 BLOCK = 1024  # tokens whose hidden activations stay in the cache
@@ -55,33 +58,32 @@ class Way:
 
 def masked(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Compute all stored neurons for all tokens, and drop what a token's experts lack."""
+    if chosen.shape[1] == 1 and layer.columns is None:
+        compute, experts = _whole(layer), chosen[:, 0]
+    else:
+        compute, experts = partial(_summed, layer), chosen
     if torch.compiler.is_compiling() or len(tokens) <= BLOCK:  # a trace fits any number of tokens
-        return _masked(layer, tokens, chosen)
-    blocks = zip(tokens.split(BLOCK), chosen.split(BLOCK), strict=True)
-    return torch.cat([_masked(layer, x, experts) for x, experts in blocks])
+        return compute(tokens, experts)
+    blocks = zip(tokens.split(BLOCK), experts.split(BLOCK), strict=True)
+    return torch.cat([compute(*block) for block in blocks])
 
 
-def _masked(layer: MoeMlp, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+def _whole(layer: MoeMlp) -> _PartMlp:
+    """All experts as one group, in their own order."""
+    part = Part(0, layer.n_experts, None, None, layer.lacking)
+    return _PartMlp.of(layer, part, layer.fc2.weight.T, _constants(layer, per_token=1))
+
+
+def _summed(layer: MoeMlp, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Outputs for ``x`` (n, dim) of several experts each, or of such with a W2 of their own."""
     hidden = layer.act(layer.fc1(x))
-    if layer.columns is not None:  # of every expert: it has output weights of its own
+    if layer.columns is not None:
         hidden = hidden.index_select(1, layer.neurons)
-    hidden = _only(hidden, _sums(layer.kept_by_expert.to(hidden.dtype), experts))
-    if layer.shift is None:
-        return layer.fc2(hidden)
-    constant = layer.fc2.bias + _sums(layer.shift, experts)
+    hidden = hidden * (layer.lacking == 0).to(hidden.dtype)[chosen].sum(dim=1)
+    constant = layer.fc2.bias
+    if layer.shift is not None:
+        constant = constant + layer.shift[chosen].sum(dim=1)
     return torch.addmm(constant, hidden, layer.fc2.weight.T)
-
-
-def _only(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Activations times what is ``kept``, in their own memory where nothing else needs them."""
-    return hidden * kept if hidden.requires_grad else hidden.mul_(kept)
-
-
-def _sums(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Sum of the ``rows`` (experts, any) that are ``chosen`` (n, k) by each token: (n, any)."""
-    if chosen.shape[1] == 1:
-        return rows.index_select(0, chosen[:, 0])
-    return rows[chosen].sum(dim=1)
 
 
 def in_groups(
@@ -113,7 +115,12 @@ def _met(layout: Layout, chosen: torch.Tensor) -> Iterator[tuple[Part, Iterator[
 
 @dataclass(frozen=True)
 class _PartMlp:
-    """The MLP of a group of experts: its neurons one after the other in memory."""
+    """The MLP of a group of experts: its neurons one after the other in memory.
+
+    ``biases`` (experts, neurons) are b1 for the neurons that an expert keeps, and far below zero
+    for those it lacks, which makes them silent without a pass of its own over the activations;
+    None: nothing is lacking, or what is far below zero activates something.
+    """
 
     part: Part
     act: nn.Module
@@ -121,6 +128,7 @@ class _PartMlp:
     b1: torch.Tensor | None
     outward: torch.Tensor  # W2^T
     constants: torch.Tensor  # of all experts, in the layout's order
+    biases: torch.Tensor | None
 
     @classmethod
     def of(
@@ -130,17 +138,33 @@ class _PartMlp:
         if part.neurons is not None:
             W1, outward = W1.index_select(0, part.neurons), outward.index_select(0, part.columns)
             b1 = None if b1 is None else b1.index_select(0, part.neurons)
-        return cls(part, layer.act, W1, b1, outward, constants)
+        biases = None
+        if part.lacking is not None and layer.silent:
+            biases = part.lacking if b1 is None else part.lacking + b1
+        return cls(part, layer.act, W1, b1, outward, constants, biases)
 
     def __call__(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Outputs (n, dim) for ``x`` (n, dim) of the experts at ``places`` of the layout."""
-        hidden = self.act(linear(x, self.W1, self.b1))
-        if self.part.kept is not None:
-            own = self.part.kept.to(hidden.dtype).index_select(0, places - self.part.start)
-            hidden = _only(hidden, own)
+        hidden = self._hidden(x, places - self.part.start if self.part.start else places)
         if self.part.stop - self.part.start == 1:
             return torch.addmm(self.constants[self.part.start], hidden, self.outward)
-        return torch.addmm(self.constants.index_select(0, places), hidden, self.outward)
+        return _added(self.constants.index_select(0, places), hidden, self.outward)
+
+    def _hidden(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Activations (n, neurons), zeros where the ``experts`` of the group lack the neuron."""
+        if self.biases is not None:
+            return self.act(_added(self.biases.index_select(0, experts), x, self.W1.T))
+        hidden = self.act(linear(x, self.W1, self.b1))
+        if self.part.lacking is None:
+            return hidden
+        return hidden * (self.part.lacking == 0).index_select(0, experts)
+
+
+def _added(to: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``to`` + ``x weight``, in the memory of ``to`` where neither autograd nor autocast minds."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return torch.addmm(to, x, weight)
+    return to.addmm_(x, weight)
 
 
 def by_grouped_mm(
@@ -166,6 +190,7 @@ def by_grouped_mm(
 
 def _constants(layer: MoeMlp, per_token: int) -> torch.Tensor:
     """What each expert adds whatever its token is, (experts, dim); b2 too if it is the only one."""
-    bias = layer.fc2.bias.expand(layer.n_experts, -1)
-    shift = torch.zeros_like(bias) if layer.shift is None else layer.shift
-    return shift + bias if per_token == 1 else shift
+    bias = layer.fc2.bias if per_token == 1 else torch.zeros_like(layer.fc2.bias)
+    if layer.shift is None:
+        return bias.expand(layer.n_experts, -1)
+    return layer.shift + bias

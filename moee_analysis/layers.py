@@ -12,7 +12,7 @@ from torch import nn
 from moee_analysis.counting import tokens_of
 from moee_analysis.dispatch import WAYS, Way
 from moee_analysis.errors import MoeeError
-from moee_analysis.layouts import layout_of
+from moee_analysis.layouts import FAR_BELOW, layout_of
 from moee_analysis.models import is_plain_mlp
 from moee_analysis.tuning import measured, situation, unmeasured
 
@@ -100,7 +100,8 @@ class MoeMlp(nn.Module):
         self.register_buffer("columns", None if torch.equal(columns, neurons) else columns)
         self.register_buffer("sizes", torch.tensor([len(i) for i in ids]))
         self.register_buffer("shares", torch.as_tensor(shares, dtype=torch.float32))
-        self.register_buffer("kept_by_expert", self._kept_by_expert(), persistent=False)
+        self.register_buffer("lacking", self._lacking(), persistent=False)
+        self.silent = _silent(mlp.act, like=mlp.fc1.weight)
         self.way: Way | None = None
         self.choices: dict[Hashable, Choice] = {}
         self._layouts: dict[Hashable, Layout] = {}
@@ -153,18 +154,21 @@ class MoeMlp(nn.Module):
             self.choices[key] = measured(self, tokens, chosen)
         return self.choices[key]
 
-    def _kept_by_expert(self) -> torch.Tensor:
-        """1 where a column of fc2 is for a neuron of the expert, else 0: (experts, columns)."""
-        weight = self.fc2.weight
-        kept = weight.new_zeros(len(self.sizes), weight.shape[1], requires_grad=False)
+    def _lacking(self) -> torch.Tensor:
+        """0 where a column of fc2 is for a neuron of the expert, else far below 0.
+
+        (experts, columns).
+        """
+        shape = len(self.sizes), self.fc2.in_features
+        lacking = self.fc2.weight.new_full(shape, FAR_BELOW, requires_grad=False)
         columns = self.neurons if self.columns is None else self.columns
         experts = torch.arange(len(self.sizes), device=columns.device)
-        kept[experts.repeat_interleave(self.sizes), columns] = 1
-        return kept
+        lacking[experts.repeat_interleave(self.sizes), columns] = 0
+        return lacking
 
     def _renewed(self, _keys: object) -> None:
         """Forget what was made of other lists of neurons."""
-        self.kept_by_expert = self._kept_by_expert()
+        self.lacking = self._lacking()
         self._layouts.clear()
         self.choices.clear()
 
@@ -234,6 +238,12 @@ def _check(readout: Readout, mlp: Mlp, *, experts: int) -> None:
                 str(tuple(given.shape)),
                 "number experts, outputs and hidden neurons as in the dense MLP",
             )
+
+
+@torch.no_grad()
+def _silent(act: nn.Module, *, like: torch.Tensor) -> bool:
+    """Whether what is far below zero activates nothing at all."""
+    return not act(like.new_full((1,), FAR_BELOW)).any()
 
 
 def _used(weight: torch.Tensor, union: torch.Tensor, experts: list[torch.Tensor]) -> torch.Tensor:

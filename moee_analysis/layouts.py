@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moee_analysis.grouping import Group
     from moee_analysis.layers import MoeMlp
 
+FAR_BELOW = -3e4  # where activations are silent; half-way to where half precision ends
 ALIGNED = 16  # neurons: torch's grouped products want rows of whole 16 bytes
 
 
@@ -24,15 +25,15 @@ class Part:
     """A group of experts, which stand at ``start`` to ``stop`` in the order of the layout.
 
     ``neurons`` and ``columns`` are the ids in fc1 and fc2 of all that any of them keeps; None: of
-    all there are. ``kept`` (experts, neurons) is 1 where one is an expert's own, else 0; None: 1
-    everywhere.
+    all there are. ``lacking`` (experts, neurons) is 0 for the neurons that an expert keeps, and
+    :data:`FAR_BELOW` for those it lacks; None: 0 everywhere.
     """
 
     start: int
     stop: int
     neurons: torch.Tensor | None
     columns: torch.Tensor | None
-    kept: torch.Tensor | None
+    lacking: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,10 @@ class Layout:
     def _part(self, start: int, stop: int, group: Group) -> Part:
         every = len(group.neurons) == self.layer.fc1.out_features and self.layer.columns is None
         columns = None if every else self._tensor(group.neurons)
-        kept = None if group.kept.all() else self._tensor(group.kept)
-        return Part(
-            start,
-            stop,
-            None if every else self._neurons(columns),
-            columns,
-            None if kept is None else kept.to(self.layer.fc1.weight.dtype),
-        )
+        lacking = None
+        if not group.kept.all():
+            lacking = self._tensor(FAR_BELOW * ~group.kept).to(self.layer.fc1.weight.dtype)
+        return Part(start, stop, None if every else self._neurons(columns), columns, lacking)
 
     def _neurons(self, columns: torch.Tensor) -> torch.Tensor:
         """The neurons whose outputs the ``columns`` weigh."""
@@ -117,7 +114,7 @@ class Layout:
 
 def layout_of(layer: MoeMlp, count: int | None) -> Layout:
     """Arrange a layer's experts in ``count`` groups at most; None: every expert by itself."""
-    kept = layer.kept_by_expert.bool().cpu().numpy()
+    kept = (layer.lacking == 0).cpu().numpy()
     shares = layer.shares.double().cpu().numpy()
     groups = grouped(kept, shares, len(kept) if count is None else count)
     order = torch.from_numpy(np.concatenate([group.experts for group in groups]))

@@ -76,10 +76,9 @@ class NearestRouter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        tokens = tokens_of(x)
-        if self.projection is not None:
-            tokens = tokens @ self.projection.T
-        scores = nn.functional.linear(tokens, self.directions, self.offsets)
+        if self.projection is not None:  # before tokens without the leading ones are copied
+            x = x @ self.projection.T
+        scores = nn.functional.linear(tokens_of(x), self.directions, self.offsets)
         return best_experts(scores)
 
     @property

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FORMAT = 3
+FORMAT = 4
 KIND = "moee run"
 TENSORS = "model.safetensors"
 FACTS = "run.json"
@@ -111,7 +111,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
             for name in moe_names(model).values()
         },
         "attentions": {
-            name: asdict(m.ranks) | {"bias": m.q.bias is not None}
+            name: asdict(m.ranks) | {"bias": m.bias is not None}
             for name, m in reduced_attentions(model).items()
         },
     }
@@ -142,7 +142,7 @@ def _rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.
 
 def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRankAttention:
     """Build an attention of the saved ranks; its weights are loaded afterwards."""
-    ranks = Ranks(tuple(shape["scores"]), tuple(shape["values"]), shape["queries"])
+    ranks = Ranks(shape["scores"], shape["values"], shape["queries"])
     return LowRankAttention(site_of(name, dense), ranks, bias=shape["bias"])
 
 

@@ -27,7 +27,7 @@ class Sizes:
 
     ``kept`` bool (experts, hidden), by site name; ``variance_kept`` is the share p of its scores
     that every expert keeps, None for a global budget. ``modes``, by the name of an attention of
-    low rank: its kept scores and values, both bool (heads, head_dim).
+    low rank: its kept scores and values, both bool (heads, head_dim), as many in every head.
     """
 
     kept: dict[str, np.ndarray]
@@ -58,12 +58,12 @@ def sized(
 
 
 def _of_share(plans: Sequence[LayerPlan], attentions: Sequence[AttentionPlan], p: float) -> Sizes:
-    """What holds the share ``p`` of the scores of every expert, and of every head."""
+    """What holds the share ``p`` of the scores of every expert, and of every attention."""
     kept = {
         plan.site.name: _fewest(plan.scores.neurons, p) & ~plan.constant[:, None] for plan in plans
     }
     modes = {
-        each.site.name: each.in_heads(*(_fewest(costs, p) for costs in each.costs))
+        each.site.name: each.in_heads(*(_fewest(offer.scores, p) for offer in each.offers()))
         for each in attentions
         if each.modes is not None
     }

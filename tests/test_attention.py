@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moee_analysis.attention import Factors, Reduction, find_attentions, low_rank, site_of
 from moee_analysis.counting import count, count_parameters
@@ -22,12 +23,16 @@ def attention(**settings):
     return dense, torch.randn(3, 5, 16)
 
 
-def maps(ranks, *, seed):
+def maps(rank, *, seed):
     drawn = torch.Generator().manual_seed(seed)
-    return Factors(
-        [torch.randn(8, r, generator=drawn, dtype=torch.float64) for r in ranks],
-        [torch.randn(8, r, generator=drawn, dtype=torch.float64) for r in ranks],
-    )
+    return Factors(*torch.randn(2, 2, 8, rank, generator=drawn, dtype=torch.float64))
+
+
+def reduced(dense, *ranks, queries=None):
+    """Maps of these ranks of scores and values, and the attention that has them."""
+    mean = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
+    reduction = Reduction(maps(ranks[0], seed=1), maps(ranks[1], seed=2), mean, queries)
+    return reduction, low_rank(site_of("attn", dense), dense, reduction)
 
 
 def slow(dense, x, reduction):
@@ -60,42 +65,79 @@ def _bias(dense):
 
 
 @pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"proj_bias": False}])
-@pytest.mark.parametrize("ranks", [((3, 5), (2, 8)), ((0, 4), (1, 3)), ((2, 2), (0, 6))])
+@pytest.mark.parametrize("ranks", [(3, 5), (7, 2), (4, 4), (8, 8), (1, 8), (0, 4), (4, 0), (0, 0)])
 def test_low_rank_attention_is_dense_attention_with_maps_in_its_heads(ranks, biases):
     dense, x = attention(**biases)
-    drawn = torch.Generator().manual_seed(3)
-    mean = torch.randn(2, 8, generator=drawn)
-    reduction = Reduction(maps(ranks[0], seed=1), maps(ranks[1], seed=2), mean)
-    found = low_rank(site_of("attn", dense), dense, reduction)(x)
-    assert torch.allclose(found.double(), slow(dense, x, reduction), atol=1e-4)
+    reduction, found = reduced(dense, *ranks)
+    assert torch.allclose(found(x).double(), slow(dense, x, reduction), atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [(3, 5), (7, 2), (4, 4)])
+def test_plain_products_compute_the_same(ranks):
+    dense, x = attention(qkv_bias=True)
+    _, found = reduced(dense, *ranks)
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = found(x)
+    assert torch.allclose(found(x), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [(3, 5), (7, 2), (4, 4)])
+@pytest.mark.parametrize("queries", [None, 2])
+def test_gradients_are_right(ranks, queries):
+    dense, _ = attention(qkv_bias=True)
+    _, found = reduced(dense, *ranks, queries=queries)
+    names, values = zip(*found.double().named_parameters(), strict=True)
+    values = [value.detach().clone().requires_grad_() for value in values]
+    x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(found, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *values))
+
+
+@pytest.mark.parametrize("queries", [None, 1])
+@pytest.mark.parametrize("ranks", [(3, 5), (7, 2), (4, 4)])
+def test_it_compiles_and_exports_for_any_number_of_images(ranks, queries, tmp_path):
+    dense, x = attention(qkv_bias=True)
+    _, found = reduced(dense, *ranks, queries=queries)
+    compiled = torch.compile(found, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), found(x))
+    images = {"x": {0: torch.export.Dim.AUTO}}
+    exported = torch.export.export(found, (x,), dynamic_shapes=images)
+    torch.export.save(exported, tmp_path / "attention.pt2")
+    more = torch.randn(7, 5, 16)
+    again = torch.export.load(tmp_path / "attention.pt2").module()
+    torch.testing.assert_close(again(more), found(more))
 
 
 def test_only_tokens_that_are_read_are_asked_for():
     dense, x = attention(qkv_bias=True)
-    whole = Factors([torch.eye(8)] * 2, [torch.eye(8)] * 2)
+    site = site_of("attn", dense)
+    whole = Factors.whole(site)
     reduction = Reduction(whole, whole, torch.zeros(2, 8), queries=2)
-    found = low_rank(site_of("attn", dense), dense, reduction)(x)
+    found = low_rank(site, dense, reduction)(x)
     assert torch.allclose(found[:, :2], dense(x)[:, :2], atol=1e-6)
     assert not found[:, 2:].any()
 
 
 def test_attention_of_all_dimensions_is_the_dense_one():
     model, x = toy_vit(), torch.randn(2, 3, 32, 32)
-    reduced = copy.deepcopy(model)
+    other = copy.deepcopy(model)
     for site in find_attentions(model):
-        whole = Factors([torch.eye(site.head_dim)] * 2, [torch.eye(site.head_dim)] * 2)
+        whole = Factors.whole(site)
         reduction = Reduction(whole, whole, torch.zeros(2, site.head_dim))
-        replace_module(reduced, site.name, low_rank(site, site.module(model), reduction))
-    assert torch.allclose(reduced(x), model(x), atol=1e-5)
+        replace_module(other, site.name, low_rank(site, site.module(model), reduction))
+    assert torch.allclose(other(x), model(x), atol=1e-5)
 
 
 def test_what_it_costs_is_counted_as_it_runs():
     dense, _ = attention(qkv_bias=True)
-    reduction = Reduction(maps((3, 5), seed=1), maps((2, 6), seed=2), torch.zeros(2, 8))
-    found = low_rank(site_of("attn", dense), dense, reduction)
-    assert count_parameters(found) == (2 * 16 + 1) * 8 + 2 * 16 * 8 + 16
-    asked = count(reduced_attention(toy_vit(), ranks=(3, 5), queries=1))
-    assert asked.by_module["blocks.2.attn"] == 2 * 8 * (32 * (1 + 17) + 17)
+    _, found = reduced(dense, 3, 5)
+    assert count_parameters(found) == 2 * (3 * (2 * 16 + 1) + 5 * 2 * 16) + 16
+    for queries, asked in ((1, 1), (None, 17)):
+        macs = count(reduced_attention(toy_vit(), ranks=(3, 5), queries=queries)).by_module
+        assert macs["blocks.2.attn"] == 2 * (3 + 5) * (32 * (asked + 17) + 17 * asked)
     site = find_attentions(toy_vit())[2]
     assert site.macs(17) == count(toy_vit()).by_module[site.name]
 

@@ -15,6 +15,7 @@ from tests.makers import best, lively, quick
 from tests.toys import toy_images, toy_swin, toy_vit
 
 IMAGES = toy_images(12)
+ONE_BLOCK = 0.015  # share of the small model's MACs in modes that come and go together
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,15 @@ def test_attention_of_what_is_read_changes_no_prediction():
 
 
 def test_dense_attention_is_left_alone(model, store):
-    run = extracted(model, store, macs_reduction=0.1)
+    run = extracted(model, store, macs_reduction=0.1, attention="dense")
     assert not reduced_attentions(run.model)
     assert len(find_attentions(run.model)) == len(find_attentions(model))
+
+
+def test_a_model_without_plain_attention_is_left_dense_where_only_what_is_read_is_asked_for():
+    config = best(macs_reduction=0.1).resolved()
+    assert config.attention == "read"
+    assert plan_attentions(toy_swin(), IMAGES, config, root=None) == []
 
 
 def test_keeping_everything_is_the_dense_model():
@@ -93,8 +100,9 @@ def test_attention_takes_what_neurons_need_not_save(model, store):
     )
     active = [np.mean([each.active_fraction for each in run.layers]) for run in (dense, low)]
     assert active[1] > active[0]
-    ranks = [sum(m.ranks.scores) for m in reduced_attentions(low.model).values()]
-    assert min(ranks) < 64
+    found = reduced_attentions(low.model).values()
+    assert min(m.ranks.scores for m in found) < find_attentions(model)[0].head_dim
+    assert all(rank % 8 == 0 for m in found for rank in (m.ranks.scores, m.ranks.values))
 
 
 # What comes after
@@ -114,7 +122,7 @@ def test_controls_keep_the_attention(model, store):
     assert len(reduced_attentions(at_random)) == 6
     static = statically_pruned(run, IMAGES, store=store)
     assert static.config.attention == "low_rank"
-    assert savings(static, model)[0] == pytest.approx(0.3, abs=0.003)
+    assert 0.3 <= savings(static, model)[0] < 0.3 + ONE_BLOCK
 
 
 def test_a_model_without_plain_attention_is_refused_before_the_work(monkeypatch):

@@ -202,7 +202,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "count", "components"), [(6, 2, 2), (256, 42, 5), (768, 128, 16), (3072, 128, 64)]
+    ("hidden", "count", "components"), [(6, 2, 2), (256, 21, 5), (768, 64, 16), (3072, 64, 64)]
 )
 def test_what_is_not_given_suits_the_width_of_the_layer(hidden, count, components):
     free = ClusterConfig(method="kmeans", count=None, components=None)

@@ -102,6 +102,21 @@ def test_biases_may_be_missing(way):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("act", [torch.nn.Identity, torch.nn.Tanh, torch.nn.LeakyReLU])
+def test_activations_that_are_never_silent_are_dropped_all_the_same(way, act):
+    torch.manual_seed(0)
+    mlp, experts = Mlp(DIM, HIDDEN, act_layer=act), lists("drawn", np.random.default_rng(0))
+    experts = [np.sort(ids) for ids in experts]
+    router, shares = CosineRouter(torch.randn(EXPERTS, DIM)), np.full(EXPERTS, 1 / EXPERTS)
+    layer = MoeMlp(mlp, router, experts, shares)
+    assert not layer.silent
+    x = torch.randn(9, DIM)
+    layer.way = way
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), token_by_token(mlp, layer, experts, Readout(), x))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 3])
 def test_any_number_of_tokens_is_right_in_blocks(way, tokens):
     _, layer, _, _ = made()

@@ -181,10 +181,10 @@ def test_the_files_of_two_runs_do_not_mix(saved_run, tmp_path):
 
 
 def test_a_newer_format_is_refused(saved_run, monkeypatch, small_run):
-    monkeypatch.setattr(saving, "FORMAT", 4)
+    monkeypatch.setattr(saving, "FORMAT", saving.FORMAT + 1)
     small_run.save(saved_run)
     monkeypatch.undo()
-    with pytest.raises(MoeeError, match="format 4") as error:
+    with pytest.raises(MoeeError, match="format 5") as error:
         load(saved_run)
     assert "version" in error.value.hint
 

@@ -94,11 +94,11 @@ def toy_kinds(model, *, seed: int = 0, layers=None):
 
 
 def reduced_attention(model, *, ranks=(5, 16), queries=None):
-    """A ViT itself, the heads of its last attention cut down to so many dimensions."""
+    """A ViT itself, the heads of its last attention cut to so many dimensions of scores, values."""
     site = find_attentions(model)[-1]
-    maps = [torch.eye(site.head_dim)[:, :rank] for rank in ranks]
-    factors = Factors(maps, maps)
-    reduction = Reduction(factors, factors, torch.zeros(len(maps), site.head_dim), queries)
+    maps = [torch.eye(site.head_dim)[:, :rank].expand(site.heads, -1, -1) for rank in ranks]
+    scores, values = (Factors(each, each) for each in maps)
+    reduction = Reduction(scores, values, torch.zeros(site.heads, site.head_dim), queries)
     replace_module(model, site.name, low_rank(site, site.module(model), reduction))
     return model
 

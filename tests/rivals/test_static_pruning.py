@@ -39,7 +39,8 @@ def parameters_saved(run):
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_macs_asked_for_are_reached(name, reduction):
     run = prune(toy_vit(), IMAGES, name, macs_reduction=reduction)
-    assert reduction - 1e-9 <= macs_saved(run) <= reduction + 0.003
+    step = 0.02 if "attention" in name else 0.003  # heads get 8 of their 16 modes at a time
+    assert reduction - 1e-9 <= macs_saved(run) <= reduction + step
     assert parameters_saved(run) > 0
 
 
