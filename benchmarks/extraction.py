@@ -86,7 +86,7 @@ def run(tasks: Sequence[Task], out: Path) -> list[Row]:
         Model, weights or images that cannot be loaded; fewer images than are asked for.
     """
     rows: list[Row] = []
-    facts = apart(facts_of, tasks[0]) | _circumstances()
+    facts = apart(facts_of, tasks[-1]) | _circumstances()
     out.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         rows.append(apart(measured, task))

@@ -70,6 +70,16 @@ def _no_room(size: int, found: str) -> MoeeError:
     )  # fmt: skip
 
 
+def in_memory(one: Mapping[File, np.ndarray], rows: Mapping[File, int]) -> dict[File, np.ndarray]:
+    """What files of so many ``rows`` would hold, in memory; each is seen with its rows first."""
+    return {file: np.empty((rows[file], *row.shape[1:]), row.dtype) for file, row in one.items()}
+
+
+def as_on_disk(file: File, rows: np.ndarray) -> np.ndarray:
+    """The ``rows`` of a file in the order of its axes on disk: gradients have probes first."""
+    return np.moveaxis(rows, 0, _row_axis(file))
+
+
 def opened(folder: Path, files: Iterable[File]) -> dict[File, np.ndarray]:
     """Map ``files`` that were created; each is seen with its rows first."""
     mapped = {file: np.lib.format.open_memmap(_path(folder, file), "r+") for file in files}

@@ -27,6 +27,7 @@ from torch import nn
 
 from moee_analysis.attention import AttentionSite, Factors, find_attentions, heads_of
 from moee_analysis.counting import evaluating
+from moee_analysis.distributed import agreed, all_sum, own_share
 from moee_analysis.elimination import RIDGE, elimination_costs
 from moee_analysis.layers import replace_module
 from moee_analysis.models import fingerprint
@@ -35,7 +36,7 @@ from moee_analysis.sensitivity import probe
 from moee_analysis.store import content_key, kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -132,12 +133,11 @@ def attention_modes(
     """
     sites = find_attentions(model)
     facts = {"model": fingerprint(model), "images": images.fingerprint, "seed": seed}
-    key = content_key(attention_modes=dict(queries), **facts)
-
-    def build(folder: Path) -> None:
-        save_file(_flat(_measured(model, images, sites, queries, seed)), folder / FILE)
-
-    tensors = load_file(kept(root, f"attention-{key}", build) / FILE)
+    folder = root / f"attention-{content_key(attention_modes=dict(queries), **facts)}"
+    if not agreed(folder.is_dir()):
+        found = _flat(_measured(model, images, sites, queries, seed))
+        kept(root, folder.name, lambda new: save_file(found, new / FILE))
+    tensors = load_file(folder / FILE)
     return {site.name: _of_site(site.name, tensors) for site in sites}
 
 
@@ -177,10 +177,10 @@ def _measured(
     with evaluating(model):
         _centre(model, probed, images.limit(CENTRE_IMAGES, seed=seed))
         gradients = _gradients(model, probed, images, seed=seed, label="attention modes")
-        sides = _means(_sides, gradients)
+        sides = _means(_sides, gradients, _zeros(sites, 2))
         bases = {place: _basis(*both) for place, both in sides.items()}
         gradients = _gradients(model, probed, images, seed=seed, label="attention costs")
-        grams = _means(lambda place, T: _gram(bases[place], T), gradients)
+        grams = _means(lambda place, T: _gram(bases[place], T), gradients, _zeros(sites, 1))
     modes = {place: Modes(*basis, *grams[place]) for place, basis in bases.items()}
     return {
         name: AttentionModes(modes[name, 0], modes[name, 1], module.mean[:, 0].double().cpu())
@@ -203,10 +203,15 @@ def _centre(model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet) -
 def _gradients(
     model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet, *, seed: int, label: str
 ) -> Iterator[dict[Place, torch.Tensor]]:
-    """T of every identity, (images * probes, heads, head_dim, head_dim), batch by batch."""
-    batches, device = images.batches(model, batch_size=BATCH), next(model.parameters()).device
-    first = 0
-    for batch in progress(batches, label=label, total=-(-len(images) // BATCH)):
+    """T of every identity, (images * probes, heads, head_dim, head_dim), batch by batch.
+
+    Of several processes each has whole batches of its own.
+    """
+    own, device = own_share(-(-len(images) // BATCH)), next(model.parameters()).device
+    first = own.start * BATCH
+    mine = images.take(range(first, min(own.stop * BATCH, len(images))))
+    batches = mine.batches(model, batch_size=BATCH)
+    for batch in progress(batches, label=label, total=len(own)):
         with torch.enable_grad():
             logits = model(batch.to(device))
         places = {(name, i): t for name, m in probed.items() for i, t in enumerate(m.identities)}
@@ -222,18 +227,32 @@ def _gradients(
 def _means(
     products: Callable[[Place, torch.Tensor], tuple[torch.Tensor, ...]],
     gradients: Iterator[dict[Place, torch.Tensor]],
+    totals: Mapping[Place, tuple[torch.Tensor, ...]],
 ) -> dict[Place, tuple[torch.Tensor, ...]]:
-    """Means over all gradients of what ``products`` sums over some of them, by place."""
-    total: dict[Place, list[torch.Tensor]] = {}
-    count = 0
+    """Means over all gradients, of all processes, of what ``products`` sums over some of them.
+
+    ``totals`` are zeros of the shapes of these sums, by place.
+    """
+    count = torch.zeros((), dtype=torch.float64)
     for found in gradients:
         for place, T in found.items():
-            summed = products(place, T)
-            total[place] = [
-                a + b for a, b in zip(total.get(place, [0.0] * len(summed)), summed, strict=True)
-            ]
+            for total, summed in zip(totals[place], products(place, T), strict=True):
+                total.add_(summed)
         count += len(T)
-    return {place: tuple(each / count for each in sums) for place, sums in total.items()}
+    all_sum(count)
+    return {place: tuple(all_sum(t) / count for t in sums) for place, sums in totals.items()}
+
+
+def _zeros(sites: Sequence[AttentionSite], sums: int) -> dict[Place, tuple[torch.Tensor, ...]]:
+    """So many zeros (heads, head_dim, head_dim) for the scores and the values of every site."""
+    return {
+        (site.name, place): tuple(
+            torch.zeros(site.heads, site.head_dim, site.head_dim, dtype=torch.float64)
+            for _ in range(sums)
+        )
+        for site in sites
+        for place in (0, 1)
+    }
 
 
 def _sides(_: Place, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

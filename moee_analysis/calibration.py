@@ -1,8 +1,8 @@
 """The tokens of the calibration images, a part of the images at a time.
 
 Nothing above this file sees more than one part. Where the disk has room, all parts are recorded
-once and read again by every pass; where it has not, every pass records a part, uses it and removes
-it, so that any number of images will do. The tokens are the same, whichever it is.
+once and read again by every pass; where it has not, every pass runs the model again, so that any
+number of images will do. The tokens are the same, whichever it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moee_analysis.activations import TokenPlan, prefix_tokens
 from moee_analysis.distributed import own_share, processes
 from moee_analysis.models import find_mlps, fingerprint
-from moee_analysis.progress import progress, tell
+from moee_analysis.progress import progress
 from moee_analysis.recorded import Recorded, recorded_layer
 from moee_analysis.recording import Recording
 from moee_analysis.store import content_key
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moee_analysis.activations import Activations
+    from moee_analysis.activations import Activations, LayerSample
     from moee_analysis.config import ExtractConfig
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
@@ -52,7 +52,8 @@ class Calibration:
     """The sampled tokens of all MLPs on the calibration images, as ``config`` asks for them.
 
     ``root`` is the store that holds them, ``passes`` are folders in it of what passes over the
-    tokens have saved. Of several processes each has whole parts of its own.
+    tokens have saved. Of several processes each has whole parts of its own. Only parts with images
+    that are ``looked_at`` are seen; None: all.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Calibration:
     root: Path
     limits: Limits = Limits()
     passes: list[Path] = field(default_factory=list, compare=False)
+    looked_at: tuple[int, ...] | None = None
 
     @cached_property
     def sites(self) -> tuple[MlpSite, ...]:
@@ -93,6 +95,14 @@ class Calibration:
         parts = [range(s, min(s + PART, len(self.images))) for s in starts]
         return [parts[number] for number in own_share(len(parts))]
 
+    @property
+    def chosen(self) -> list[range]:
+        """Those of them that are seen."""
+        if self.looked_at is None:
+            return self.own
+        starts = {number // PART * PART for number in self.looked_at}
+        return [part for part in self.own if part.start in starts]
+
     def parts(
         self, sites: Sequence[MlpSite], *, label: str, gradients: bool = False, skip: int = 0
     ) -> Iterator[dict[str, Recorded]]:
@@ -105,48 +115,41 @@ class Calibration:
         skip
             So many parts at the beginning.
         """
-        for numbers in progress(self.own[skip:], label=label):
+        for numbers in progress(self.chosen[skip:], label=label):
             if self._all is None:
-                yield from self._on_the_way(numbers, sites, gradients=gradients)
+                recording = self._recording(numbers, sites, gradients=gradients)
+                samples = recording.held()
             else:
-                first = self.own[0].start
-                yield self._of_images(
-                    self._all, sites, range(numbers.start - first, numbers.stop - first)
-                )
+                samples = {site.name: self._recorded(site, numbers) for site in sites}
+            yield {
+                site.name: recorded_layer(samples[site.name], self.model, site) for site in sites
+            }
 
-    def _of_images(
-        self, activations: Activations, sites: Sequence[MlpSite], numbers: range
-    ) -> dict[str, Recorded]:
-        """The tokens of the recorded images with these numbers, counted from the first of them."""
-        found = {}
-        for site in sites:
-            kept = self.kept_per_image[site.name]
-            rows = slice(numbers.start * kept, numbers.stop * kept)
-            found[site.name] = recorded_layer(activations.layer(site).part(rows), self.model, site)
-        return found
+    def _recorded(self, site: MlpSite, numbers: range) -> LayerSample:
+        """The recorded tokens of the images with these numbers."""
+        kept, first = self.kept_per_image[site.name], self.own[0].start
+        rows = slice((numbers.start - first) * kept, (numbers.stop - first) * kept)
+        return self._all.layer(site).part(rows)
 
-    def _on_the_way(
-        self, numbers: range, sites: Sequence[MlpSite], *, gradients: bool
-    ) -> Iterator[dict[str, Recorded]]:
-        """Record a part, and remove it when it was used."""
-        activations = self._recording(numbers, sites, gradients=gradients).made(self.root)
-        try:
-            yield self._of_images(activations, sites, range(len(numbers)))
-        finally:
-            shutil.rmtree(activations.folder, ignore_errors=True)
+    @cached_property
+    def on_disk(self) -> bool:
+        """Whether the tokens of this process are, or will be, recorded on the disk."""
+        recording = self._whole
+        return recording.folder(self.root).is_dir() or recording.bytes <= self._room
 
     @cached_property
     def _all(self) -> Activations | None:
         """All parts of this process, recorded; None where there is no room for them."""
-        recording = self._recording(range(self.own[0].start, self.own[-1].stop), self.sites)
-        room = self._room
-        if recording.folder(self.root).is_dir() or recording.bytes <= room:
-            return recording.made(self.root, label="recording")
-        tell(
-            f"the tokens take {recording.bytes / 1e9:.1f} GB on disk, more than {room / 1e9:.1f}: "
-            f"every pass over them runs the model again, {PART} images at a time"
-        )
-        return None
+        return self._whole.made(self.root, label="recording") if self.on_disk else None
+
+    @property
+    def _whole(self) -> Recording:
+        last = self.own[-1].stop if self.own else 0
+        return self._recording(range(self.own[0].start if self.own else 0, last), self.sites)
+
+    def bytes_of(self, images: int) -> int:
+        """What the tokens of so many images take, on disk or in memory."""
+        return self._recording(range(images), self.sites).bytes
 
     @property
     def _room(self) -> float:

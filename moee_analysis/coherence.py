@@ -43,6 +43,7 @@ def cohering(
     ``plans`` keeps: the errors are those of all others.
     """
     images = looked_at(len(calibration.images))
+    some = replace(calibration, looked_at=tuple(images.tolist()))
     tallies = [
         CoherenceTally(plan.site, plan.assignment, plan.known, kept[plan.site.name], images)
         for plan in plans
@@ -50,7 +51,7 @@ def cohering(
     ]
     found = {
         tally.site.name: coherence(sums)
-        for tally, sums in summed(calibration, tallies, label="measuring coherence")
+        for tally, sums in summed(some, tallies, label="measuring coherence")
     }
     return [
         scaled(plan, found[plan.site.name]) if plan.site.name in found else plan for plan in plans

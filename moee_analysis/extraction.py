@@ -179,6 +179,8 @@ def _extract(
     provenance = _provenance(model, images, config)
     calibration = Calibration(model, images, config, root, limits)
     tell(str(expected(calibration)))
+    if not calibration.on_disk:
+        tell("the disk has no room for the tokens: every pass over them runs the model again")
     attentions = plan_attentions(model, images, config, root=root)
     plans = plan_layers(calibration)
     sizes = sized(model, plans, config, attentions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moee_analysis.calibration import PART
 from moee_analysis.recorded import CHUNK
 from moee_analysis.recording import BATCH
 
@@ -22,9 +23,9 @@ class Memory:
 
     ``weights`` are those of the dense model and its copy. ``activations`` are those of a batch:
     about 8 dim + 3 hidden numbers for every token and block, where gradients are taken, and of one
-    block alone where not. ``tokens`` are the inputs of clustered tokens, and all that is done to a
-    chunk of rows. ``sums`` are the largest of the sums over tokens; ``passes`` over the images make
-    them.
+    block alone where not. ``tokens`` are the inputs of clustered tokens, all that is done to a
+    chunk of rows and, where the disk has no room for the tokens, those of one part of the images.
+    ``sums`` are the largest of the sums over tokens.
     """
 
     weights: float
@@ -57,7 +58,9 @@ def expected(calibration: Calibration) -> Memory:
     return Memory(
         weights,
         BATCH * kept,
-        sum(_clustered(site, config) for site in sites) + max(_chunk(site) for site in sites),
+        sum(_clustered(site, config) for site in sites)
+        + max(_chunk(site) for site in sites)
+        + (0 if calibration.on_disk else calibration.bytes_of(min(PART, len(calibration.images)))),
         _sums(calibration),
     )
 

@@ -55,13 +55,13 @@ class MomentTally:
         _, members = self.assignment.of(layer)
         of_expert = by_expert(members, self.assignment.experts)
         for place, expert in enumerate(self.experts):
-            mean = torch.from_numpy(self.means[expert]).float()
+            mean = torch.from_numpy(self.means[expert]).float().to(layer.device)
             for start in range(0, len(of_expert[expert]), CHUNK):
                 rows = of_expert[expert][start : start + CHUNK]
                 hidden = np.asarray(layer.sample.hidden[rows], dtype=np.float32)
-                deviation = torch.from_numpy(hidden) - mean
-                weight = torch.from_numpy(layer.sample.weight[rows])
-                sums["products"][place] += (deviation * weight[:, None]).T @ deviation
+                deviation = torch.from_numpy(hidden).to(layer.device) - mean
+                weight = torch.from_numpy(layer.sample.weight[rows]).to(layer.device)
+                sums["products"][place] += ((deviation * weight[:, None]).T @ deviation).cpu()
                 sums["weight"][place] += weight.sum(dtype=torch.float64)
 
 

@@ -28,6 +28,11 @@ class Recorded:
     mlp: Mlp
     sample: LayerSample
 
+    @property
+    def device(self) -> torch.device:
+        """Where the MLP is, and where large products of its activations are made."""
+        return self.mlp.fc1.weight.device
+
     def chunks(self) -> Iterator[slice]:
         """Slices of all rows, one after the other."""
         for start in range(0, len(self.sample), CHUNK):

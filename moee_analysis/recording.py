@@ -15,20 +15,22 @@ from moee_analysis.activation_files import (
     DEFAULT,
     FILES,
     File,
+    as_on_disk,
     contents_of,
     create,
+    in_memory,
     opened,
     size_of,
     write,
 )
-from moee_analysis.activations import Activations, recording
+from moee_analysis.activations import Activations, LayerSample, recording
 from moee_analysis.errors import MoeeError
 from moee_analysis.progress import progress, tell
 from moee_analysis.sensitivity import output_gradients
 from moee_analysis.store import content_key, resumed, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 BATCH = 32  # images; a pass that can be run backward keeps every layer's activations
 SAVED_EVERY = 512  # images, whole batches of them
+WHERE = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
 
 
 def record(
@@ -114,6 +117,20 @@ class Recording:
         build = partial(_record_into, task=self, label=label)
         return Activations(resumed(root, self.folder(root).name, build), self.key)
 
+    def held(self) -> dict[str, LayerSample]:
+        """Record into memory alone; the sample of every site, by its name."""
+        files = in_memory(self.one_row, self.rows)
+        for _ in _recorded(files, self, 0, ""):
+            pass
+        return {site.name: self._sample(site, files) for site in self.sites}
+
+    def _sample(self, site: MlpSite, files: Mapping[File, np.ndarray]) -> LayerSample:
+        own = {file[1]: as_on_disk(file, v) for file, v in files.items() if file[0] == site.name}
+        where = _where(self.plan, len(self.images), self.tokens[site.name])
+        whence = {field: where[field] for field in where.dtype.names}
+        start = self.plan.first * self.kept[site.name]
+        return LayerSample(**{"hidden": None} | own | whence, start=start)
+
     @property
     def gradients(self) -> bool:
         """Whether gradients are recorded."""
@@ -168,7 +185,9 @@ def _record_into(folder: Path, *, task: Recording, label: str) -> None:
             tell(_what(task))
         create(folder, task.one_row, task.rows)
         for count in set(task.tokens.values()):
-            _write_where(folder / f"tokens-{count}.npy", task.plan, len(task.images), count)
+            rows = len(task.images) * len(task.plan.weights(count))
+            path = folder / f"tokens-{count}.npy"
+            _fill_where(np.lib.format.open_memmap(path, "w+", WHERE, (rows,)), task.plan, count)
         write_json(done, {"images": 0})
     _fill(folder, task, label)
     write_json(folder / "manifest.json", {"tokens": task.tokens, **task.unusual})
@@ -183,16 +202,18 @@ def _what(task: Recording) -> str:
     )
 
 
-def _write_where(path: Path, plan: TokenPlan, images: int, tokens: int) -> None:
-    """Write image, position and weight of every sampled row, as one structured array."""
+def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
+    """Image, position and weight of every sampled row, as one structured array."""
+    where = np.empty(images * len(plan.weights(tokens)), WHERE)
+    _fill_where(where, plan, tokens)
+    return where
+
+
+def _fill_where(where: np.ndarray, plan: TokenPlan, tokens: int) -> None:
     weights = plan.weights(tokens)
-    fields = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
-    where = np.lib.format.open_memmap(path, "w+", fields, (images * len(weights),))
-    of_images = where.reshape(images, len(weights))
-    for number, row in enumerate(of_images, start=plan.first):
-        row["image"], row["weight"] = number, weights
-        row["position"] = plan.positions(number, tokens)
-    where.flush()
+    for number, rows in enumerate(where.reshape(-1, len(weights)), start=plan.first):
+        rows["image"], rows["weight"] = number, weights
+        rows["position"] = plan.positions(number, tokens)
 
 
 def _fill(folder: Path, task: Recording, label: str) -> None:

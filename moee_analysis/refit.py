@@ -66,19 +66,21 @@ class RefitTally:
 
     def add(self, sums: Sums, layer: Recorded) -> None:
         """Add a part of the tokens."""
-        kept, means = torch.from_numpy(self.kept), torch.from_numpy(self.means).float()
-        weights = torch.from_numpy(self.weights).float()
+        kept = torch.from_numpy(self.kept).to(layer.device)
+        means = torch.from_numpy(self.means).float().to(layer.device)
+        weights = torch.from_numpy(self.weights).float().to(layer.device)
         _, members = self.assignment.of(layer)
         for rows in layer.chunks():
             counted = np.flatnonzero(members[rows] >= 0)
-            expert = torch.from_numpy(members[rows][counted])
+            expert = torch.from_numpy(members[rows][counted]).to(layer.device)
             hidden = np.asarray(layer.sample.hidden[rows], dtype=np.float32)[counted]
-            deviation = torch.from_numpy(hidden) - means[expert]
+            deviation = torch.from_numpy(hidden).to(layer.device) - means[expert]
             own = deviation * kept[expert]
-            weight = weights[expert] * torch.from_numpy(layer.sample.weight[rows][counted])
+            of_row = torch.from_numpy(layer.sample.weight[rows][counted]).to(layer.device)
+            weight = weights[expert] * of_row
             weighted = own * weight[:, None]
-            sums["across"] += deviation.T @ weighted
-            sums["within"] += own.T @ weighted
+            sums["across"] += (deviation.T @ weighted).cpu()
+            sums["within"] += (own.T @ weighted).cpu()
 
 
 def mean_shift(weight: torch.Tensor, kept: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

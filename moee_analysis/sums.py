@@ -120,12 +120,12 @@ def _pass(calibration: Calibration, group: Sequence[Tally], label: str) -> list[
     for number, layers in enumerate(parts, start=done + 1):
         for tally, total in zip(group, sums, strict=True):
             tally.add(total, layers[tally.site.name])
-        saved.keep(sums, number, last=number == len(calibration.own))
+        saved.keep(sums, number, last=number == len(calibration.chosen))
     return sums
 
 
 def _folder(calibration: Calibration, group: Sequence[Tally]) -> Path:
-    own = [[part.start, part.stop] for part in calibration.own]
+    own = [[part.start, part.stop] for part in calibration.chosen]
     facts = [{"site": tally.site.name, **tally.facts} for tally in group]
     return calibration.root / f"sums-{content_key(tokens=calibration.key, own=own, of=facts)}"
 

@@ -131,6 +131,7 @@ class Made:
     key: str = "made"
     passes: list[Path] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    looked_at: tuple[int, ...] | None = None
 
     @property
     def sites(self):
@@ -156,6 +157,10 @@ class Made:
     @property
     def own(self):
         return [range(number, number + 1) for number in range(len(self.cuts) + 1)]
+
+    @property
+    def chosen(self):
+        return self.own
 
     def parts(self, sites, *, label, gradients=False, skip=0):
         self.labels.append(label)

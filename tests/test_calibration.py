@@ -86,17 +86,29 @@ def test_parts_at_the_beginning_can_be_skipped(tmp_path):
         assert seen == [0, 8, 16][skip:]
 
 
-def test_without_room_nothing_stays_on_the_disk(tmp_path, capsys):
+def test_without_room_nothing_is_on_the_disk(tmp_path):
     calibration = made(tmp_path, limits=NOWHERE)
+    assert not calibration.on_disk
     for _ in calibration.parts(calibration.sites, label="reading"):
-        assert len(list(tmp_path.iterdir())) == 1
-    assert not list(tmp_path.iterdir())
-    assert "runs the model again, 8 images at a time" in capsys.readouterr().out
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_disk_is_used_up_to_its_limit(tmp_path):
+    size = made(tmp_path).bytes_of(IMAGES)
+    assert made(tmp_path, limits=Limits(disk=size)).on_disk
+    assert not made(tmp_path, limits=Limits(disk=size - 1)).on_disk
+
+
+def test_only_parts_with_images_that_are_looked_at_are_seen(tmp_path):
+    for limits in (Limits(), NOWHERE):
+        calibration = made(tmp_path, looked_at=(1, 7, 17), limits=limits)
+        parts = calibration.parts(calibration.sites, label="reading")
+        assert [int(part["blocks.0.mlp"].sample.image[0]) for part in parts] == [0, 16]
 
 
 def test_what_is_kept_already_is_used_even_without_room(tmp_path, monkeypatch):
     rows_of(made(tmp_path))
-    monkeypatch.setattr(Calibration, "_on_the_way", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr(recording.Recording, "held", lambda _: pytest.fail("again"))
     rows_of(made(tmp_path, limits=NOWHERE))
 
 
