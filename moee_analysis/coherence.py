@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moee_analysis.assignment import by_expert
 from moee_analysis.refit import mean_shift
 from moee_analysis.scoring import metrics_of
 from moee_analysis.sums import Sums, summed
@@ -96,7 +97,7 @@ class CoherenceTally:
         if len(images) == 0:
             return
         _, members = self.assignment.of(layer)
-        metrics = torch.stack(list(metrics_of(layer.mlp, self.known)))
+        metrics = torch.stack(list(metrics_of(layer.mlp, self.known))).float()
         for few in np.array_split(images, -(-len(images) // CHUNK)):
             counted = np.isin(seen, few) & (members >= self.assignment.leading)
             rows = np.flatnonzero(counted)
@@ -139,10 +140,10 @@ def _one_by_one(
 ) -> float:
     """Sum over tokens of delta^T Q_e delta, with Q_e half the Fisher information."""
     total = 0.0
-    for number in np.unique(expert):
-        own = torch.from_numpy(expert == number)
-        delta = errors[own].double()
-        total += float((((delta @ metrics[number]) * delta).sum(dim=1) * weight[own]).sum())
+    for number, own in enumerate(by_expert(expert, len(metrics))):
+        delta = errors[own]
+        cost = ((delta @ metrics[number]) * delta).sum(dim=1, dtype=torch.float64)
+        total += float(cost @ weight[own].double())
     return total
 
 
