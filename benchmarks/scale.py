@@ -39,7 +39,7 @@ from moee_analysis.partition import Partition
 from moee_analysis.recipes import recipe_named
 from moee_analysis.refit import RefitTally
 from moee_analysis.statistics import ExpertTally
-from moee_analysis.sums import size_of
+from moee_analysis.sums import size_of, that_fit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,17 +86,17 @@ def sizes(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         calibration = Calibration(model, images, config.resolved(), Path(folder), NOTHING_KEPT)
         memory = expected(calibration)
-        passes = {
-            name: sum(size_of(tally) for tally in tallies)
-            for name, tallies in tallies_of(calibration).items()
-        }
+        tallies = tallies_of(calibration)
+        sums = {name: sum(map(size_of, own)) for name, own in tallies.items()}
+        room = calibration.limits.memory
+        passes = {name: len(that_fit(own, room)) for name, own in tallies.items()}
         tokens = calibration.bytes_of(1)
     dense = count(model)
     return {
         "macs": dense.total, "parameters": sum(p.numel() for p in model.parameters()),
         "layers": len(calibration.sites), "dim": calibration.sites[0].dim,
         "hidden": calibration.sites[0].hidden,
-        "tokens": tokens, "memory": vars(memory), "sums": passes,
+        "tokens": tokens, "memory": vars(memory), "sums": sums, "passes": passes,
     }  # fmt: skip
 
 

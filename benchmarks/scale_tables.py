@@ -34,7 +34,10 @@ def worked_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list
     wide = own["tokens"] / base["tokens"]
     square = wide * own["dim"] / base["dim"]
     looked_at = min(IMAGENET, facts["looked_at"] * facts["part"])
-    model = work * (speed["gradients"] * (2 * IMAGENET + looked_at) + speed["forward"] * IMAGENET)
+    passes = own["passes"]
+    graded = (passes["drawing"] + passes["statistics"]) * IMAGENET + looked_at
+    plain = passes["refit"] * IMAGENET
+    model = work * (speed["gradients"] * graded + speed["forward"] * plain)
     sums = IMAGENET * wide * (speed["sums of drawing"] + speed["sums of statistics"])
     sums += IMAGENET * square * speed["sums of refit"]
     rate = base["macs"] / speed["forward"]
@@ -43,7 +46,7 @@ def worked_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list
             "processes": n,
             "hours_model": model / n / 3600,
             "hours_sums": sums / n / 3600,
-            "hours_clusters": math.ceil(own["layers"] / n) * speed["clustering of a layer"] / 3600,
+            "seconds_clusters": math.ceil(own["layers"] / n) * speed["clustering of a layer"],
             "hours_gpu": (model + sums) * rate / ASSUMED / n / 3600,
             "memory": sum(own["memory"].values()),
             "sent": 2 * (n - 1) / n * sum(own["sums"].values()),
@@ -63,15 +66,16 @@ def size_table(known: dict[str, Row]) -> str:
     """What every model costs, and bytes."""
     header = [
         "model", "GMACs", "M parameters", "tokens of an image (MB)", "weights (GB)",
-        "activations (GB)", "part and chunk (GB)", "sums (GB)", "memory (GB)",
+        "activations (GB)", "part and chunk (GB)", "sums (GB)", "memory (GB)", "passes",
     ]  # fmt: skip
     lines = []
     for name, own in known.items():
         sizes = [f"{value / 1e9:.1f}" for value in own["memory"].values()]
         total = f"{sum(own['memory'].values()) / 1e9:.1f}"
+        passes = " + ".join(str(count) for count in own["passes"].values())
         lines.append(
             [name, f"{own['macs'] / 1e9:.1f}", f"{own['parameters'] / 1e6:.0f}",
-             f"{own['tokens'] / 1e6:.1f}", *sizes, total]
+             f"{own['tokens'] / 1e6:.1f}", *sizes, total, passes]
         )  # fmt: skip
     return _table(header, lines)
 
@@ -79,12 +83,12 @@ def size_table(known: dict[str, Row]) -> str:
 def time_table(plans: dict[str, list[Row]]) -> str:
     """Hours and traffic on the full train set."""
     header = [
-        "model", "processes", "the model (h)", "sums (h)", "clustering (h)",
+        "model", "processes", "the model (h)", "sums (h)", "clustering (s)",
         "on GPUs, assumed (h)", "memory of each (GB)", "sent by each (GB)",
     ]  # fmt: skip
     lines = [
         [name, str(row["processes"]), f"{row['hours_model']:.0f}", f"{row['hours_sums']:.0f}",
-         f"{row['hours_clusters']:.3f}", f"{row['hours_gpu']:.2f}", f"{row['memory'] / 1e9:.1f}",
+         f"{row['seconds_clusters']:.1f}", f"{row['hours_gpu']:.2f}", f"{row['memory'] / 1e9:.1f}",
          f"{row['sent'] / 1e9:.1f}"]
         for name, rows in plans.items()
         for row in rows

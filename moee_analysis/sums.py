@@ -75,7 +75,7 @@ def summed(
     MoeeError
         The disk has no room to save the sums, or for the tokens.
     """
-    groups = _groups(tallies, calibration.limits.memory)
+    groups = that_fit(tallies, calibration.limits.memory)
     for number, group in enumerate(groups, start=1):
         of_many = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
         sums = _pass(calibration, group, label + of_many)
@@ -96,7 +96,7 @@ def summed_alone(tally: Tally, layer: Recorded) -> Sums:
     return sums
 
 
-def _groups(tallies: Sequence[Tally], memory: float) -> list[list[Tally]]:
+def that_fit(tallies: Sequence[Tally], memory: float) -> list[list[Tally]]:
     """Divide tallies, in their order, into groups of ``memory`` bytes; each has one at least."""
     groups: list[list[Tally]] = []
     free = 0.0

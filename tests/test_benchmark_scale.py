@@ -43,6 +43,7 @@ def test_sums_are_those_of_a_real_run(scale, tmp_path):
     assert found["sums"]["statistics"] == 6 * 8 * (5 * (2 + 2 * hidden + dim**2) + 2 * dim**2 + 2)
     assert found["sums"]["refit"] == 6 * 8 * 2 * hidden**2
     assert found["sums"]["drawing"] == 6 * 8 * (drawn * dim + dim + 2 * dim**2 + 2)
+    assert found["passes"] == {"drawing": 1, "statistics": 1, "refit": 1}
     assert found["tokens"] == 6 * 101 * (2 * dim + 2 * (2 * dim + 4))
 
 
@@ -50,6 +51,7 @@ def sized(macs, tokens, dim, layers=2):
     return {
         "macs": macs, "tokens": tokens, "dim": dim, "layers": layers,
         "memory": {"sums": 1e9, "weights": 2e9}, "sums": {"a": 4e9, "b": 4e9},
+        "passes": {"drawing": 1, "statistics": 1, "refit": 1},
     }  # fmt: skip
 
 
@@ -62,10 +64,14 @@ def test_hours_follow_from_the_seconds_of_one_image(tables):
     n = tables.IMAGENET
     assert one["hours_model"] == pytest.approx((3 * (2 * n + 8) + n) / 3600)
     assert one["hours_sums"] == pytest.approx(1.5 * n / 3600)
-    assert one["hours_clusters"] == 2
+    assert one["seconds_clusters"] == 7200
     assert one["sent"] == 0
+    known["small"]["passes"] = {"drawing": 1, "statistics": 2, "refit": 3}
+    more = tables.worked_out(facts, speed, known, "small")[0]
+    assert more["hours_model"] == pytest.approx((3 * (3 * n + 8) + 3 * n) / 3600)
+    known["small"]["passes"] = known["wide"]["passes"]
     assert eight["hours_model"] == pytest.approx(one["hours_model"] / 8)
-    assert eight["hours_clusters"] == 1
+    assert eight["seconds_clusters"] == 3600
     assert eight["sent"] == pytest.approx(2 * 7 / 8 * 8e9)
     assert eight["memory"] == one["memory"] == 3e9
     everything = one["hours_model"] + one["hours_sums"]
