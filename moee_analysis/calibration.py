@@ -156,8 +156,8 @@ class Calibration:
         """Bytes that recorded tokens of this process may take on the disk."""
         if self.limits.disk is not None:
             return self.limits.disk / processes()
-        self.root.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.root).free / 2 / processes()
+        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+        return shutil.disk_usage(there).free / 2 / processes()
 
     def _recording(
         self, numbers: range, sites: Sequence[MlpSite], *, gradients: bool = True

@@ -25,6 +25,7 @@ from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.narrowing import narrowed
 from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.progress import tell
+from moee_analysis.recording import check_unchanged
 from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
 from moee_analysis.sizing import sized
 from moee_analysis.store import content_key, kept
@@ -192,6 +193,7 @@ def _extract(
         sizes = sized(model, plans, config, attentions)
     moe = build_moe(calibration, plans, sizes.kept)
     reduce_attention(moe, attentions, sizes.modes)
+    check_unchanged(calibration)
     forget(calibration)
     return Extraction(
         moe,

@@ -8,6 +8,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -51,8 +52,14 @@ class Folder:
     parts: tuple[str, ...] = ()
 
     def picture(self, row: int) -> Image.Image:
-        """RGB picture number ``row``."""
-        with Image.open(self.paths[row]) as image:
+        """RGB picture number ``row``.
+
+        Raises
+        ------
+        MoeeError
+            The file cannot be read any more.
+        """
+        with _still_there(self.paths[row]), Image.open(self.paths[row]) as image:
             return image.convert("RGB")
 
     def mask(self, row: int) -> np.ndarray:
@@ -63,8 +70,20 @@ class Folder:
         )  # fmt: skip
 
     def digest(self, row: int) -> bytes:
-        """Hash of the picture's content."""
-        return hashlib.sha256(self.paths[row].read_bytes()).digest()
+        """Hash of the picture's content; raises what :meth:`picture` does."""
+        with _still_there(self.paths[row]):
+            return hashlib.sha256(self.paths[row].read_bytes()).digest()
+
+
+@contextmanager
+def _still_there(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MoeeError(
+            f"the image '{path}', which could be read before", str(error),
+            "put it back, or load the images again",
+        ) from None  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moee_analysis.activations import TokenPlan
+    from moee_analysis.calibration import Calibration
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
 
@@ -190,8 +191,24 @@ def _record_into(folder: Path, *, task: Recording, label: str) -> None:
             _fill_where(np.lib.format.open_memmap(path, "w+", WHERE, (rows,)), task.plan, count)
         write_json(done, {"images": 0})
     _fill(folder, task, label)
+    check_unchanged(task)
     write_json(folder / "manifest.json", {"tokens": task.tokens, **task.unusual})
     done.unlink()
+
+
+def check_unchanged(task: Recording | Calibration) -> None:
+    """Refuse what was made of ``task`` if its images or weights are not those it began with.
+
+    Raises
+    ------
+    MoeeError
+        They were changed meanwhile.
+    """
+    if replace(task, images=replace(task.images)).key != task.key:  # read again
+        raise MoeeError(
+            "images and weights that stay as they are", "some that were changed meanwhile",
+            "run it again; what was there before is as it was",
+        )  # fmt: skip
 
 
 def _what(task: Recording) -> str:
