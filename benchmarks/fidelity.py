@@ -80,7 +80,7 @@ class System:
 STATIC, MIXTURE, CONTROL = "static pruning", "mixture of experts", "controls of best"
 ATTENTION = "attention too"
 _paper = partial(ExtractConfig, recipe="paper")
-_best = partial(ExtractConfig, recipe="best", attention="dense")  # MLPs alone, as its rivals
+_best = partial(ExtractConfig, recipe="best")
 _both = partial(_best, attention="low_rank")
 
 _baselines = {name: System(STATIC, partial(config_of, name)) for name in BASELINES}

@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "coherence": "measured",
         "union": "at_once",
         "refit": "shared",
-        "attention": "read",
+        "attention": "dense",
     },
 }
 

@@ -54,14 +54,13 @@ def test_attention_of_what_is_read_changes_no_prediction():
 
 
 def test_dense_attention_is_left_alone(model, store):
-    run = extracted(model, store, macs_reduction=0.1, attention="dense")
+    run = extracted(model, store, macs_reduction=0.1)
     assert not reduced_attentions(run.model)
     assert len(find_attentions(run.model)) == len(find_attentions(model))
 
 
 def test_a_model_without_plain_attention_is_left_dense_where_only_what_is_read_is_asked_for():
-    config = best(macs_reduction=0.1).resolved()
-    assert config.attention == "read"
+    config = best(macs_reduction=0.1, attention="read").resolved()
     assert plan_attentions(toy_swin(), IMAGES, config, root=None) == []
 
 

@@ -43,7 +43,7 @@ def planned(tmp_path_factory):
     ("build", "reduction"), [(toy_vit, 0.15), (toy_vit, 0.3), (toy_swin, 0.3), (lively, 0.25)]
 )
 def test_one_budget_of_macs_is_met(build, reduction):
-    run = extract(build(), IMAGES, best(macs_reduction=reduction, attention="dense"))
+    run = extract(build(), IMAGES, best(macs_reduction=reduction))
     assert run.variance_kept is None
     assert reduction - 1e-9 <= saved(run)["macs"] < reduction + CLOSE
 
