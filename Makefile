@@ -47,7 +47,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(STAMP)
-	@$(BIN)/python benchmarks/speed.py --out $(OUT)/speed $(ARGS)
+	@env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/speed.py --out $(OUT)/speed $(ARGS)
 
 lab: $(STAMP)
 	@$(BIN)/moee lab $(ARGS)

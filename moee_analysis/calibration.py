@@ -39,8 +39,8 @@ class Limits:
     """What an extraction may take of a machine; its result does not depend on it.
 
     ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
-    ``disk`` bytes of recorded tokens are kept; None: half of what is free. More of them are
-    recorded part by part, by every pass again.
+    ``disk`` bytes of recorded tokens are kept; None: half of what is free. Where there are more,
+    every pass makes them again.
     """
 
     memory: float = 4e9
