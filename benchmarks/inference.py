@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fidelity import Bench, Point, add_inputs, check_apart, counting_routes, savings
 from inference_tables import DENSE, facts_of, reasons, speed, told, write
-from timm.layers import Mlp
 from torch import nn
 from torch.utils.benchmark import Timer, set_torch_threads, timer
 
 from moee_analysis.counting import tokens_of
-from moee_analysis.dispatch import BLOCK
+from moee_analysis.dense_layers import BlockedMlp
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import load
 from moee_analysis.images import load_images
@@ -109,33 +108,17 @@ def promises(
 
 
 def without_routing(model: nn.Module) -> nn.Module:
-    """Return a copy of a statically pruned model whose layers of one expert are plain MLPs."""
+    """Return a copy of a statically pruned model whose layers of one expert are MLPs in blocks."""
     model = copy.deepcopy(model)
     names = moe_names(model)
     for index, layer in moe_layers(model).items():
         if layer.n_experts == 1:
-            mlp = Mlp(1)
+            mlp = BlockedMlp(1)
             mlp.fc1, mlp.act, mlp.fc2 = layer.fc1, layer.act, layer.fc2
             if layer.shift is not None:
                 mlp.fc2.bias.data += layer.shift.data[0]
             replace_module(model, names[index], mlp)
     return model
-
-
-class InBlocks(nn.Module):
-    """An MLP computed so many tokens at a time that its hidden activations stay in the cache."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens (..., dim) to (..., dim)."""
-        tokens = tokens_of(x)
-        if len(tokens) <= BLOCK:
-            return self.mlp(x)
-        out = torch.cat([self.mlp(block) for block in tokens.split(BLOCK)])
-        return out.reshape(*x.shape[:-1], -1)
 
 
 @contextmanager
@@ -144,7 +127,7 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
     mlps = {site.name: site.module(model) for site in find_mlps(model)}
     try:
         for name, mlp in mlps.items():
-            replace_module(model, name, InBlocks(mlp))
+            replace_module(model, name, BlockedMlp.of(mlp))
         yield
     finally:
         for name, mlp in mlps.items():

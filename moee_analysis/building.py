@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moee_analysis.dense_layers import compute_in_blocks
 from moee_analysis.layers import MoeMlp, Readout, replace_module
 from moee_analysis.moments import covariances
 from moee_analysis.refit import RefitTally, each_readout, mean_shift, shared_readout
@@ -40,6 +41,7 @@ def build_moe(
         mlp = plan.site.module(moe)
         replacement = MoeMlp(mlp, plan.router(), experts, plan.shares, readouts[name])
         replace_module(moe, name, replacement.to(device))
+    compute_in_blocks(moe)
     return moe.eval()
 
 

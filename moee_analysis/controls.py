@@ -77,7 +77,8 @@ def statically_pruned(
 ) -> Extraction:
     """Prune the same layers to the same MACs by the same rule, with one expert for all tokens.
 
-    ``images`` are the run's own calibration images. The MACs are the run's budget, or else what
+    Layers that stayed dense because experts would have saved too little are pruned too. ``images``
+    are the run's own calibration images. The MACs are the run's budget, or else what
     it came to on the calibration images.
 
     Raises
@@ -85,7 +86,7 @@ def statically_pruned(
     MoeeError
         The run left every layer dense.
     """
-    converted = tuple(layer.index for layer in run.layers if layer.converted)
+    converted = tuple(layer.index for layer in run.layers if layer.converted or layer.thin)
     if not converted:
         raise MoeeError(
             "a run with converted layers", "a run that left every layer dense",

@@ -16,22 +16,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import grouped_mm, linear
+from torch.nn.functional import grouped_mm
 
-from moee_analysis.layouts import Part
+from moee_analysis.part_mlps import padded, parts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from torch import nn
 
     from moee_analysis.layers import MoeMlp
     from moee_analysis.layouts import Layout
 
 WAYS = ("masked", "sorted", "grouped_mm")
-BLOCK = 1024  # tokens whose hidden activations stay in the cache
-
-Block = tuple[torch.Tensor, torch.Tensor]  # pairs of a token and an expert: which, and their places
+BLOCK = 1024  # tokens whose hidden activations stay in the cache of a CPU
 
 
 @dataclass(frozen=True)
@@ -59,19 +55,23 @@ class Way:
 def masked(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Compute all stored neurons for all tokens, and drop what a token's experts lack."""
     if chosen.shape[1] == 1 and layer.columns is None:
-        compute, experts = _whole(layer), chosen[:, 0]
+        compute, experts = whole(layer), chosen[:, 0]
     else:
         compute, experts = partial(_summed, layer), chosen
-    if torch.compiler.is_compiling() or len(tokens) <= BLOCK:  # a trace fits any number of tokens
-        return compute(tokens, experts)
-    blocks = zip(tokens.split(BLOCK), experts.split(BLOCK), strict=True)
-    return torch.cat([compute(*block) for block in blocks])
+    blocks = zip(in_blocks(tokens), in_blocks(experts), strict=True)
+    outputs = [compute(*block) for block in blocks]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _whole(layer: MoeMlp) -> _PartMlp:
-    """All experts as one group, in their own order."""
-    part = Part(0, layer.n_experts, None, None, layer.lacking)
-    return _PartMlp.of(layer, part, layer.fc2.weight.T, _constants(layer, per_token=1))
+def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split ``tokens`` (n, ...) into so many at a time that their activations stay in the cache.
+
+    They stay together where no cache is to be filled: off the CPU, and in a trace, which has to
+    fit any number of tokens.
+    """
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or len(tokens) <= BLOCK:
+        return (tokens,)
+    return tokens.split(BLOCK)
 
 
 def _summed(layer: MoeMlp, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -90,81 +90,24 @@ def in_groups(
     layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor, layout: Layout
 ) -> torch.Tensor:
     """Outputs (n k, dim) of pairs of a token and an expert, one group of experts at a time."""
-    per_token, out = chosen.shape[1], None
-    constants = _constants(layer, per_token).index_select(0, layout.order)
-    outward = layer.fc2.weight.T.contiguous()
-    for part, blocks in _met(layout, chosen):
-        mlp = _PartMlp.of(layer, part, outward, constants)
-        for pairs, places in blocks:
-            x = tokens.index_select(0, pairs if per_token == 1 else pairs // per_token)
-            y = mlp(x, places)
-            out = y.new_empty(chosen.numel(), y.shape[1]) if out is None else out
-            out.index_copy_(0, pairs, y)
-    return out
-
-
-def _met(layout: Layout, chosen: torch.Tensor) -> Iterator[tuple[Part, Iterator[Block]]]:
-    """Yield the groups that get any tokens, each with the blocks of its pairs, sorted by expert."""
+    per_token, outputs = chosen.shape[1], []
+    mlps = parts(layer, layout, per_token=per_token, tokens=len(tokens))
     places, pairs = layout.place[chosen.flatten()].sort()
+    for number, met in _met(layout, places):
+        mlp = mlps(number)
+        for of_block, at in zip(in_blocks(pairs[met]), in_blocks(places[met]), strict=True):
+            x = tokens.index_select(0, of_block if per_token == 1 else of_block // per_token)
+            outputs.append(mlp(x, at))
+    return torch.cat(outputs).index_select(0, pairs.argsort())
+
+
+def _met(layout: Layout, places: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield the groups that get any tokens, and where the sorted ``places`` have theirs."""
     stops = [*places.bincount(minlength=len(layout.place)).cumsum(0).tolist(), 0]
-    for part in layout.parts:
+    for number, part in enumerate(layout.parts):
         met = slice(stops[part.start - 1], stops[part.stop - 1])
         if met.start < met.stop:
-            yield part, zip(pairs[met].split(BLOCK), places[met].split(BLOCK), strict=True)
-
-
-@dataclass(frozen=True)
-class _PartMlp:
-    """The MLP of a group of experts: its neurons one after the other in memory.
-
-    ``biases`` (experts, neurons) are b1 for the neurons that an expert keeps, and far below zero
-    for those it lacks, which makes them silent without a pass of its own over the activations;
-    None: nothing is lacking, or what is far below zero activates something.
-    """
-
-    part: Part
-    act: nn.Module
-    W1: torch.Tensor
-    b1: torch.Tensor | None
-    outward: torch.Tensor  # W2^T
-    constants: torch.Tensor  # of all experts, in the layout's order
-    biases: torch.Tensor | None
-
-    @classmethod
-    def of(
-        cls, layer: MoeMlp, part: Part, outward: torch.Tensor, constants: torch.Tensor
-    ) -> _PartMlp:
-        W1, b1 = layer.fc1.weight, layer.fc1.bias
-        if part.neurons is not None:
-            W1, outward = W1.index_select(0, part.neurons), outward.index_select(0, part.columns)
-            b1 = None if b1 is None else b1.index_select(0, part.neurons)
-        biases = None
-        if part.lacking is not None and layer.silent:
-            biases = part.lacking if b1 is None else part.lacking + b1
-        return cls(part, layer.act, W1, b1, outward, constants, biases)
-
-    def __call__(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, dim) for ``x`` (n, dim) of the experts at ``places`` of the layout."""
-        hidden = self._hidden(x, places - self.part.start if self.part.start else places)
-        if self.part.stop - self.part.start == 1:
-            return torch.addmm(self.constants[self.part.start], hidden, self.outward)
-        return _added(self.constants.index_select(0, places), hidden, self.outward)
-
-    def _hidden(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Activations (n, neurons), zeros where the ``experts`` of the group lack the neuron."""
-        if self.biases is not None:
-            return self.act(_added(self.biases.index_select(0, experts), x, self.W1.T))
-        hidden = self.act(linear(x, self.W1, self.b1))
-        if self.part.lacking is None:
-            return hidden
-        return hidden * (self.part.lacking == 0).index_select(0, experts)
-
-
-def _added(to: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``to`` + ``x weight``, in the memory of ``to`` where neither autograd nor autocast minds."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return torch.addmm(to, x, weight)
-    return to.addmm_(x, weight)
+            yield number, met
 
 
 def by_grouped_mm(
@@ -177,20 +120,11 @@ def by_grouped_mm(
     x = tokens.index_select(0, pairs // per_token)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    W1, out = layer.fc1.weight[groups.neurons].to(x.dtype), layer.fc2.weight.T[groups.columns]
-    hidden = grouped_mm(x, W1.mT, offs=stops)
-    if layer.fc1.bias is not None:
-        bias = layer.fc1.bias[groups.neurons].to(x.dtype)
-        hidden = hidden + bias.index_select(0, groups.group.index_select(0, places))
-    hidden = layer.act(hidden) * groups.kept.to(x.dtype).index_select(0, places)
-    y = grouped_mm(hidden, out.to(x.dtype), offs=stops)
-    constants = _constants(layer, per_token).index_select(0, layout.order).to(x.dtype)
-    return torch.empty_like(y).index_copy_(0, pairs, y + constants.index_select(0, places))
-
-
-def _constants(layer: MoeMlp, per_token: int) -> torch.Tensor:
-    """What each expert adds whatever its token is, (experts, dim); b2 too if it is the only one."""
-    bias = layer.fc2.bias if per_token == 1 else torch.zeros_like(layer.fc2.bias)
-    if layer.shift is None:
-        return bias.expand(layer.n_experts, -1)
-    return layer.shift + bias
+    mlps = padded(layer, layout, x.dtype, per_token=per_token, tokens=len(tokens))
+    hidden = grouped_mm(x, mlps.W1.mT, offs=stops)
+    if mlps.b1 is not None:
+        hidden = hidden + mlps.b1.index_select(0, groups.group.index_select(0, places))
+    hidden = layer.act(hidden) * mlps.kept.index_select(0, places)
+    y = grouped_mm(hidden, mlps.outward, offs=stops)
+    y = y + mlps.constants.index_select(0, places)
+    return y.index_select(0, pairs.argsort())

@@ -27,7 +27,7 @@ from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.progress import tell
 from moee_analysis.recording import check_unchanged
 from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
-from moee_analysis.sizing import sized
+from moee_analysis.sizing import sized, without_thin
 from moee_analysis.store import content_key, kept
 from moee_analysis.sums import forget
 
@@ -44,7 +44,8 @@ class LayerReport:
 
     ``noise_share`` is the share of clustered tokens in no cluster, ``route_agreement`` the share
     of clustered tokens that the router sends to their own cluster, ``active_fraction`` the
-    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored.
+    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored. A
+    layer that is ``thin`` stays dense because its experts would save too little.
     """
 
     index: int
@@ -58,6 +59,7 @@ class LayerReport:
     active_fraction: float = 1.0
     union_fraction: float = 1.0
     sizes: tuple[int, ...] = ()
+    thin: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,9 @@ def _extract(
     if config.narrows_unions:
         plans = narrowed(calibration, plans, attentions=attentions)
         sizes = sized(model, plans, config, attentions)
+    if config.thin == "dense":
+        plans = without_thin(plans, sizes.kept)
+        sizes = sized(model, plans, config, attentions)
     moe = build_moe(calibration, plans, sizes.kept)
     reduce_attention(moe, attentions, sizes.modes)
     check_unchanged(calibration)
@@ -215,6 +220,7 @@ def _report(plan: LayerPlan, kept: np.ndarray | None) -> LayerReport:
         plan.converted,
         partition.reason,
         noise_share=partition.noise_share,
+        thin=plan.thin,
     )
     if kept is None:
         return facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -104,6 +104,7 @@ class MoeMlp(nn.Module):
         self.silent = _silent(mlp.act, like=mlp.fc1.weight)
         self.way: Way | None = None
         self.choices: dict[Hashable, Choice] = {}
+        self.laid_out: dict[Hashable, Any] = {}  # what dispatch keeps of the weights
         self._layouts: dict[Hashable, Layout] = {}
         self.register_load_state_dict_post_hook(MoeMlp._renewed)
 
@@ -152,6 +153,7 @@ class MoeMlp(nn.Module):
         key = situation(tokens)
         if key not in self.choices:
             self.choices[key] = measured(self, tokens, chosen)
+            self.laid_out.clear()  # for ways that are not the fastest
         return self.choices[key]
 
     def _lacking(self) -> torch.Tensor:
@@ -169,8 +171,13 @@ class MoeMlp(nn.Module):
     def _renewed(self, _keys: object) -> None:
         """Forget what was made of other lists of neurons."""
         self.lacking = self._lacking()
+        self.laid_out.clear()
         self._layouts.clear()
         self.choices.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MoeMlp:
+        self.laid_out.clear()  # weights that were moved may stand where others stood before
+        return super()._apply(*args, **kwargs)
 
     def _place(self, expert: int) -> slice:
         """Where the lists of all experts hold this one's."""

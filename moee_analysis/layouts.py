@@ -64,6 +64,11 @@ class Layout:
     order: torch.Tensor
     place: torch.Tensor
 
+    @property
+    def neurons(self) -> int:
+        """Neurons of all groups; those that several of them have count several times."""
+        return sum(len(group.neurons) for group in self.groups)
+
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The groups one by one."""

@@ -34,7 +34,8 @@ class LayerPlan:
 
     Experts of leading tokens (``prefix``: the expert of each) come before those of the
     ``partition``. ``tokens`` of an image pass through the layer; where it is ``unread``, nothing
-    reads the outputs at the others. ``known`` and ``scores`` are None where the layer stays
+    reads the outputs at the others; where it is ``thin``, it stays dense because experts would save
+    too little. ``known`` and ``scores`` are None where the layer stays
     dense; the scores of the partition's experts have the factor ``coherence``.
     """
 
@@ -46,6 +47,7 @@ class LayerPlan:
     known: ExpertStatistics | None = None
     scores: Scores | None = None
     coherence: float = 1.0
+    thin: bool = False
 
     @property
     def converted(self) -> bool:

@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "budget": ("share", "global"),
     "coherence": ("ignored", "measured"),
     "union": ("at_once", "steps"),
+    "thin": ("routed", "dense"),
     "refit": ("none", "shift", "shared", "each"),
     "attention": ("dense", "read", "low_rank"),
 }
@@ -42,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "budget": "share",
         "coherence": "ignored",
         "union": "at_once",
+        "thin": "routed",
         "refit": "none",
         "attention": "dense",
     },
@@ -55,6 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "budget": "global",
         "coherence": "measured",
         "union": "at_once",
+        "thin": "dense",
         "refit": "shared",
         "attention": "dense",
     },

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from moee_analysis.attention import LowRankAttention, Ranks, reduced_attentions, site_of
+from moee_analysis.dense_layers import compute_in_blocks
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, Readout, moe_names, replace_module
 from moee_analysis.models import architecture, build_model
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FORMAT = 4
+FORMAT = 5
 KIND = "moee run"
 TENSORS = "model.safetensors"
 FACTS = "run.json"
@@ -137,6 +138,7 @@ def _rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.
         replace_module(model, name, layer)
     for name, ranks in described["attentions"].items():
         replace_module(model, name, _attention_like(model.get_submodule(name), name, ranks))
+    compute_in_blocks(model)
     return model.requires_grad_(requires_grad=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,13 +12,16 @@ from moee_analysis.counting import count, count_parameters
 from moee_analysis.selection import rank_neurons, variance_for_macs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from moee_analysis.attention_planning import AttentionPlan
     from moee_analysis.config import ExtractConfig
     from moee_analysis.planning import LayerPlan
+
+WORTHWHILE = 0.1  # of a layer's MACs: about what routing and masks take of its time
+OF_MEAN = 0.25  # but no more of what layers save on average, so that others can bear it
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,31 @@ def sized(
     if config.macs_reduction is not None:
         p = _share_for_macs(model, converted, attentions, config.macs_reduction)
     return _of_share(converted, attentions, p)
+
+
+def without_thin(plans: Sequence[LayerPlan], kept: Mapping[str, np.ndarray]) -> list[LayerPlan]:
+    """Leave those layers dense whose experts would save less than is worth routing for.
+
+    That is :data:`WORTHWHILE` of their MACs, or :data:`OF_MEAN` of what routed layers save on
+    average if that is less. Layers that need no router are converted however little that saves.
+    ``kept`` are the neurons of every expert, bool (experts, hidden), by site name.
+    """
+    routed = [plan for plan in plans if plan.converted and plan.partition.centres is not None]
+    saved = {plan.site.name: _saved(plan, kept[plan.site.name]) for plan in routed}
+    least = min(WORTHWHILE, OF_MEAN * float(np.mean(list(saved.values()) or [0])))
+    thin = {name: share for name, share in saved.items() if share < least}
+    return [_left_dense(p, thin[p.site.name]) if p.site.name in thin else p for p in plans]
+
+
+def _left_dense(plan: LayerPlan, saved: float) -> LayerPlan:
+    reason = f"its experts would save {max(saved, 0):.0%} of its MACs"
+    partition = replace(plan.partition, reason=reason)
+    return replace(plan, partition=partition, known=None, scores=None, thin=True)
+
+
+def _saved(plan: LayerPlan, kept: np.ndarray) -> float:
+    """Share of a layer's MACs that it saves, its router counted."""
+    return 1 - _macs(plan, kept) / (2 * plan.site.dim * plan.site.hidden)
 
 
 def _of_share(plans: Sequence[LayerPlan], attentions: Sequence[AttentionPlan], p: float) -> Sizes:

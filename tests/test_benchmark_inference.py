@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moee_analysis import measure, tuning
+from moee_analysis import dispatch, measure, tuning
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
 from moee_analysis.layers import all_mlps, moe_layers
@@ -146,9 +146,9 @@ def test_blocks_compute_the_same(inference, network, monkeypatch):
     model = network()
     x = pixels_of(model)
     expected = answer(model, x)
-    monkeypatch.setattr(inference, "BLOCK", 7)
+    monkeypatch.setattr(dispatch, "BLOCK", 7)
     seen = []
-    hook = next(iter(all_mlps(model).values())).register_forward_pre_hook(
+    hook = next(iter(all_mlps(model).values())).fc1.register_forward_pre_hook(
         lambda _, args: seen.append(len(args[0]))
     )
     with hook, inference.in_blocks(model):

@@ -14,8 +14,7 @@ from moee_analysis.recipes import BOUND, CHOICES, RECIPES
 OTHER = {
     "clustering": ClusterConfig(reduce="pca"), "router": "nearest", "tokens": "kinds",
     "unread": "constant", "order": "obs", "metric": "fisher", "refit": "shift",
-    "coherence": "measured",
-    "union": "steps",
+    "coherence": "measured", "union": "steps", "thin": "dense",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from timm.layers import Mlp
 from moee_analysis.dispatch import BLOCK, Way
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, Readout, moe_layers, set_dispatch
+from moee_analysis.part_mlps import FEW, MOST
 from moee_analysis.routers import CosineRouter, TokenKindRouter
 from tests.toys import toy_moe, toy_vit
 
@@ -236,3 +237,73 @@ def test_every_layer_of_a_model_is_set_and_set_back():
 def test_other_ways_are_refused(way, groups):
     with pytest.raises(MoeeError):
         set_dispatch(toy_moe(toy_vit(), layers={0}), way, groups=groups)
+
+
+# What is kept of the weights from one call to the next
+
+
+def halved_and_back(layer):
+    layer.bfloat16().float()
+
+
+def stepped(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with torch.enable_grad():
+        layer(torch.randn(20, DIM)).square().sum().backward()
+    optimizer.step()
+
+
+def put_elsewhere(layer):
+    layer.fc2.weight.data = 2 * layer.fc2.weight.data
+
+
+def written_to(layer):
+    with torch.inference_mode():
+        layer.fc1.weight.mul_(2)
+        layer.shift.add_(1)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("change", [halved_and_back, stepped, put_elsewhere, written_to])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_that_change_between_calls_take_effect(way, change, mode):
+    _, layer, _, _ = made()
+    twin = copy.deepcopy(layer)
+    layer.way = twin.way = way
+    x = torch.randn(30, DIM)
+    with mode():
+        before = layer(x)
+    change(layer)
+    twin.load_state_dict(layer.state_dict())
+    with mode():
+        torch.testing.assert_close(layer(x), twin(x))
+        assert not torch.equal(layer(x), before)
+
+
+def kept_neurons(layer):
+    """Neurons that are kept laid out, of all ways together."""
+    found = layer.laid_out.values()
+    return sum(len(mlp.W1) for _, parts in found if isinstance(parts, list) for mlp in parts)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, None])
+def test_only_so_many_neurons_are_kept_and_only_for_few_tokens(groups):
+    _, layer, _, _ = made()
+    layer.way = Way("sorted", groups)
+    with torch.no_grad():
+        layer(torch.randn(FEW + 1, DIM))
+        assert not layer.laid_out
+        layer(torch.randn(9, DIM))
+    neurons = layer.layout(groups).neurons
+    assert kept_neurons(layer) == (neurons if neurons <= MOST * layer.fc1.out_features else 0)
+
+
+def test_nothing_is_kept_in_training_or_of_weights_that_tell_no_change():
+    _, layer, _, _ = made()
+    layer.way = Way("sorted", 1)
+    layer(torch.randn(9, DIM))
+    with torch.inference_mode():
+        other = copy.deepcopy(layer)
+        other(torch.randn(9, DIM))
+    assert not layer.laid_out
+    assert not other.laid_out

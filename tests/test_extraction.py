@@ -196,7 +196,7 @@ def test_a_budget_counts_only_the_layers_that_are_converted():
 @pytest.mark.parametrize("build", [toy_vit, toy_swin, lively])
 def test_the_best_recipe_with_nothing_to_save_is_the_dense_model(build):
     model, whole = build(), {"budget": "share", "variance_kept": 1.0}
-    run = extract(model, IMAGES, best(**whole))
+    run = extract(model, IMAGES, best(thin="routed", **whole))
     assert all(layer.converted for layer in run.layers)
     x = pixels_of(model, count=5)
     torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
@@ -204,7 +204,7 @@ def test_the_best_recipe_with_nothing_to_save_is_the_dense_model(build):
 
 def test_with_a_budget_for_everything_all_that_is_read_is_kept():
     model = toy_vit()
-    run = extract(model, IMAGES, best(macs_reduction=1e-6))
+    run = extract(model, IMAGES, best(macs_reduction=1e-6, thin="routed"))
     assert [layer.sizes for layer in run.layers] == [5 * (64,), 5 * (64,), (64, 0)]
     x = pixels_of(model, count=5)
     torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)

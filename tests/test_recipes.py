@@ -53,7 +53,7 @@ def test_the_paper_s_recipe_adds_nothing():
     plain = {
         "router": "cosine", "tokens": "alike", "unread": "routed", "order": "variance",
         "metric": "outputs", "budget": "share", "coherence": "ignored", "union": "at_once",
-        "refit": "none",
+        "thin": "routed", "refit": "none",
     }  # fmt: skip
     assert recipe_named("paper").items() >= plain.items()
 
@@ -103,7 +103,8 @@ def test_tokens_can_be_clustered_in_every_way(store, method, space, reduce):
 def test_as_many_means_as_asked_for_are_as_many_experts_at_most(store, recipe):
     for count in (2, 7):
         clustering = ClusterConfig(**{**vars(MEANS), "count": count})
-        run = extract(lively(), IMAGES, small(recipe, clustering=clustering), store=store)
+        config = small(recipe, clustering=clustering, thin="routed")
+        run = extract(lively(), IMAGES, config, store=store)
         found = moe_layers(run.model)[0].router
         assert 2 <= getattr(found, "inner", found).n_experts <= count
 

@@ -11,7 +11,7 @@ from moee_analysis.layers import moe_layers
 from moee_analysis.measure import macs
 from moee_analysis.planning import plan_layers
 from moee_analysis.selection import rank_neurons
-from moee_analysis.sizing import sized
+from moee_analysis.sizing import WORTHWHILE, sized, without_thin
 from tests.makers import best, lively, quick
 from tests.toys import toy_images, toy_swin, toy_vit
 
@@ -93,8 +93,58 @@ def test_a_budget_that_cannot_be_met_is_refused(budget, told):
 
 
 def test_everything_is_kept_where_nothing_has_to_be_saved():
-    run = extract(toy_vit(), IMAGES, best(macs_reduction=1e-6))
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=1e-6, thin="routed"))
     assert [set(layer.sizes) for layer in run.layers] == [{64}, {64}, {64, 0}]
+
+
+# Layers that would save too little
+
+
+def keeping(plans, shares):
+    """The first neurons of every expert, so that the routed layers save about these shares."""
+    kept = {}
+    for plan, share in zip(plans, shares, strict=True):
+        mask = np.zeros(plan.scores.neurons.shape, dtype=bool)
+        of_router = plan.router().macs / (2 * plan.site.dim)
+        mask[:, : round((1 - share) * plan.site.hidden - of_router)] = True
+        kept[plan.site.name] = mask
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("shares", "thin"),
+    [
+        ((0.5, 0.5, 0.0), []),
+        ((0.03, 0.7, 0.0), [0]),
+        ((WORTHWHILE + 0.02, 0.8, 0.0), []),  # a quarter of the mean is more, but this is enough
+        ((0.01, 0.3, 0.0), [0]),
+        ((0.05, 0.1, 0.0), []),  # no layer saves much
+    ],
+)
+def test_routed_layers_that_save_hardly_anything_stay_dense(planned, shares, thin):
+    _, plans = planned
+    left = without_thin(plans["best"], keeping(plans["best"], shares))
+    assert [plan.site.index for plan in left if plan.thin] == thin
+    for plan, before in zip(left, plans["best"], strict=True):
+        assert plan.converted != plan.thin
+        assert plan.thin or plan is before  # the last layer needs no router
+        assert not plan.thin or plan.partition.reason.startswith("its experts would save ")
+
+
+@pytest.mark.parametrize("budgets", [{"macs_reduction": 0.22}, {"params_reduction": 0.15}])
+def test_the_others_meet_the_budget_of_layers_that_stay_dense(budgets):
+    model = toy_vit()
+    model.blocks[0].mlp.fc2.weight.data *= 30  # the prediction depends on this layer most
+    runs = {
+        thin: extract(model, IMAGES, best(thin=thin, **budgets)) for thin in ("dense", "routed")
+    }
+    assert [layer.thin for layer in runs["dense"].layers] == [True, False, False]
+    assert list(moe_layers(runs["dense"].model)) == [1, 2]
+    assert list(moe_layers(runs["routed"].model)) == [0, 1, 2]
+    for run in runs.values():
+        for name, reduction in budgets.items():
+            found = saved(run)[name.removesuffix("_reduction")]
+            assert reduction - 1e-9 <= found < reduction + CLOSE
 
 
 # What one layer keeps

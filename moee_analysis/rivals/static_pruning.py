@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _STATIC = {
     "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",
-    "union": "at_once", "attention": "dense",
+    "union": "at_once", "thin": "routed", "attention": "dense",
 }  # fmt: skip
 _OBS = {
     "order": "obs", "metric": "fisher", "budget": "global", "refit": "shared",
