@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +15,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.sensitivity import taken_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
 File = tuple[str, str]  # a site's name, and what the file holds of it
@@ -80,10 +82,26 @@ def as_on_disk(file: File, rows: np.ndarray) -> np.ndarray:
     return np.moveaxis(rows, 0, _row_axis(file))
 
 
-def opened(folder: Path, files: Iterable[File]) -> dict[File, np.ndarray]:
-    """Map ``files`` that were created; each is seen with its rows first."""
-    mapped = {file: np.lib.format.open_memmap(_path(folder, file), "r+") for file in files}
-    return {file: np.moveaxis(rows, _row_axis(file), 0) for file, rows in mapped.items()}
+@dataclass(frozen=True)
+class OnDisk(Mapping):
+    """Files of ``folder`` that were created, seen with their rows first.
+
+    Each is mapped anew when it is asked for, so that what was written leaves the memory of the
+    process with the array.
+    """
+
+    folder: Path
+    files: Collection[File]
+
+    def __getitem__(self, file: File) -> np.ndarray:
+        mapped = np.lib.format.open_memmap(_path(self.folder, file), "r+")
+        return np.moveaxis(mapped, _row_axis(file), 0)
+
+    def __iter__(self) -> Iterator[File]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 def write(file: np.ndarray, rows: torch.Tensor, *, start: int, name: str) -> None:

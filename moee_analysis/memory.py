@@ -24,8 +24,8 @@ class Memory:
     ``weights`` are those of the dense model and its copy. ``activations`` are those of a batch:
     about 8 dim + 3 hidden numbers for every token and block, where gradients are taken, and of one
     block alone where not. ``tokens`` are the inputs of clustered tokens, all that is done to a
-    chunk of rows and, where the disk has no room for the tokens, those of one part of the images.
-    ``sums`` are the largest of the sums over tokens.
+    chunk of rows, and what is known of the tokens of one part of the images, made again or mapped
+    from the disk. ``sums`` are the largest of the sums over tokens.
     """
 
     weights: float
@@ -60,7 +60,7 @@ def expected(calibration: Calibration) -> Memory:
         BATCH * kept,
         sum(_clustered(site, config) for site in sites)
         + max(_chunk(site) for site in sites)
-        + (0 if calibration.on_disk else calibration.bytes_of(min(PART, len(calibration.images)))),
+        + calibration.bytes_of(min(PART, len(calibration.images))),
         _sums(calibration),
     )
 

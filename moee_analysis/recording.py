@@ -15,11 +15,11 @@ from moee_analysis.activation_files import (
     DEFAULT,
     FILES,
     File,
+    OnDisk,
     as_on_disk,
     contents_of,
     create,
     in_memory,
-    opened,
     size_of,
     write,
 )
@@ -235,7 +235,7 @@ def _fill_where(where: np.ndarray, plan: TokenPlan, tokens: int) -> None:
 
 def _fill(folder: Path, task: Recording, label: str) -> None:
     """Record the images that are not saved yet, and save every so many of them."""
-    files = opened(folder, task.one_row)
+    files = OnDisk(folder, task.one_row)
     first = json.loads((folder / "progress.json").read_text())["images"]
     for count in _recorded(files, task, first, label):
         if count % SAVED_EVERY == 0 or count == len(task.images):
@@ -245,7 +245,7 @@ def _fill(folder: Path, task: Recording, label: str) -> None:
 
 
 def _recorded(
-    files: dict[File, np.ndarray], task: Recording, first: int, label: str
+    files: Mapping[File, np.ndarray], task: Recording, first: int, label: str
 ) -> Iterator[int]:
     """Record from the image ``first`` on, and yield how many there are after every batch."""
     device = next(task.model.parameters()).device

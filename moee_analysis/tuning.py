@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LITTLE = 20_000_000  # MACs below which no way is faster than another by much
 ENOUGH = 0.01  # seconds after which a way need not be timed again
 GROUPS = (2, 4, 16, 64)  # of experts; tried beside all in one and every one by itself
-AGAIN, CLOSE = 2, 1.2  # times that ways no slower than this, in shares of the fastest, are timed
+AGAIN, CLOSE = 2, 1.5  # times that ways no slower than this, in shares of the fastest, are timed
 MASKED = Way("masked")
 
 
