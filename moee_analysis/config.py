@@ -50,8 +50,8 @@ class ExtractConfig:
       ``global`` budget; without effect elsewhere.
     - ``union``: neurons that no expert of a layer keeps go ``at_once``, or in ``steps``, and others
       are scored again in between. Without effect unless the parameters are bound.
-    - ``thin``: layers whose experts would save hardly any MACs stay ``dense``, which is faster and
-      loses nothing, and the others save the more; or are ``routed`` too.
+    - ``thin``: layers whose experts would save hardly any MACs stay ``dense``, which is faster, and
+      the others save the more; or are ``routed`` too.
     - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), a W2
       refitted for all experts (``shared``) or for ``each``.
     - ``attention``: ``dense``; asked only for tokens whose outputs are ``read``, which loses

@@ -195,6 +195,7 @@ def _extract(
         sizes = sized(model, plans, config, attentions)
     if config.thin == "dense":
         plans = without_thin(plans, sizes.kept)
+    if any(plan.thin for plan in plans):
         sizes = sized(model, plans, config, attentions)
     moe = build_moe(calibration, plans, sizes.kept)
     reduce_attention(moe, attentions, sizes.modes)

@@ -141,7 +141,10 @@ def worth_keeping(layer: MoeMlp, neurons: int, *, tokens: int) -> bool:
 
 
 def kept(layer: MoeMlp, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` makes of the weights of ``layer``, once for as long as they do not change."""
+    """What ``make`` makes of the weights of ``layer``, once for as long as they do not change.
+
+    All changes that torch counts are seen; values written through ``.data`` are not counted.
+    """
     version = _version(layer)
     if version is None:
         return make()

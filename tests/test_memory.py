@@ -22,8 +22,9 @@ def told(config, tmp_path, **settings):
     return expected(Calibration(toy_vit(), toy_images(40), config.resolved(), tmp_path, **settings))
 
 
-def test_the_formula_with_the_numbers_of_a_toy(tmp_path):
-    found = told(best(cluster_tokens=100), tmp_path)
+@pytest.mark.parametrize("limits", [Limits(), NOWHERE], ids=["on disk", "made again"])
+def test_the_formula_with_the_numbers_of_a_toy(tmp_path, limits):
+    found = told(best(cluster_tokens=100), tmp_path, limits=limits)
     parameters = sum(p.numel() for p in toy_vit().parameters())
     of_token = 4 * (8 * DIM + 3 * HIDDEN)
     experts = 4 + 2
