@@ -11,32 +11,33 @@ from __future__ import annotations
 
 import argparse
 import copy
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from fidelity import Bench, Point, add_inputs, check_apart, counting_routes, savings
-from inference_tables import DENSE, facts_of, reasons, speed, told, write
+from inference_tables import ALIKE, DENSE, facts_of, reasons, speed, told, write
 from torch import nn
 from torch.utils.benchmark import Timer, set_torch_threads, timer
 
 from moee_analysis.counting import tokens_of
-from moee_analysis.dense_layers import BlockedMlp
+from moee_analysis.dense_layers import BlockedMlp, compute_in_blocks
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import load
 from moee_analysis.images import load_images
 from moee_analysis.layers import all_mlps, moe_layers, moe_names, replace_module, set_dispatch
-from moee_analysis.models import architecture, find_mlps, fingerprint, load_model
+from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.paths import store_folder
 from moee_analysis.presets import preset_named
 from moee_analysis.tuning import situation, unmeasured
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from moee_analysis.extraction import Extraction
     from moee_analysis.images import ImageSet
@@ -44,19 +45,18 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
 
-BLOCKS = "dense, MLPs in blocks"
 EXTRACTED = {"static pruning": "fisher OBS", "best": "best"}  # as they are called in fidelity.py
 ATTENTION = {"read": "best, attention as read", "low_rank": "best, attention too"}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+IN_TURN = 4  # batches of different images: how many tokens an expert gets differs
 
 
 @dataclass(frozen=True)
 class System:
-    """A model, the speed-up that its MACs promise, and what has to be ``around`` it to run."""
+    """A model, and the speed-up that its MACs promise."""
 
     model: nn.Module
     promised: float = 1.0
-    around: Callable[[nn.Module], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,16 @@ def thread_counts(most: int) -> tuple[int, ...]:
 def systems_of(
     dense: nn.Module, runs: Mapping[str, Extraction], images: ImageSet
 ) -> dict[str, System]:
-    """Return the dense model, its MLPs in blocks, and the ``runs``, by name."""
+    """Return the dense model, the same with MLPs computed like ours, and the ``runs``, by name."""
     models = {
         name: without_routing(run.model) if run.config.experts == "one" else run.model
         for name, run in runs.items()
     }
     promised = promises(models, dense, images)
     made = {name: System(model.eval(), promised[name]) for name, model in models.items()}
-    return {DENSE: System(dense), BLOCKS: System(dense, around=in_blocks), **made}
+    alike = copy.deepcopy(dense)
+    compute_in_blocks(alike)
+    return {DENSE: System(dense), ALIKE: System(alike), **made}
 
 
 def promises(
@@ -121,19 +123,6 @@ def without_routing(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def in_blocks(model: nn.Module) -> Iterator[None]:
-    """Compute the dense MLPs of ``model`` in blocks of tokens while open."""
-    mlps = {site.name: site.module(model) for site in find_mlps(model)}
-    try:
-        for name, mlp in mlps.items():
-            replace_module(model, name, BlockedMlp.of(mlp))
-        yield
-    finally:
-        for name, mlp in mlps.items():
-            replace_module(model, name, mlp)
-
-
 # Times
 
 
@@ -141,7 +130,7 @@ def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[li
     """Time all ``systems``; then, with the largest batch, the layers of those with experts."""
     dense = systems[DENSE].model
     batches = {size: drawn(images, size, dense) for size in plan.batches}
-    largest = batches[max(batches)]
+    largest = batches[max(batches)][0]
     device, precision = largest.device.type, PRECISIONS[plan.precision]
     rows, layers = [], []
     for threads in plan.threads:
@@ -150,8 +139,8 @@ def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[li
             torch.autocast(device, precision, enabled=precision is not None),
             set_torch_threads(threads),
         ):
-            for size, x in batches.items():
-                found = measured(systems, x, plan)
+            for size, drawn_batches in batches.items():
+                found = measured(systems, drawn_batches, plan)
                 rows += [{"batch": size, "threads": threads} | row for row in found]
                 title = f"{threads} threads, batch {size}"
                 print(title, *map(told, found), sep="\n", flush=True)
@@ -163,52 +152,53 @@ def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[li
     return rows, layers
 
 
-def drawn(images: ImageSet, size: int, model: nn.Module) -> torch.Tensor:
-    """A batch of ``images`` as ``model`` takes them, even over the classes."""
+def drawn(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
+    """A few batches of ``images`` as ``model`` takes them, each even over the classes."""
     if len(images) < size:
         raise MoeeError(
             f"{size} images for a batch", f"{len(images)}", "give more --images, or other --batches"
         )
-    batch = torch.cat(list(images.limit(size).batches(model)))
-    return batch.to(next(model.parameters()))
+    count = min(IN_TURN, len(images) // size)
+    all_images = torch.cat(list(images.limit(count * size).batches(model)))
+    return [all_images[start::count].to(next(model.parameters())) for start in range(count)]
 
 
-def measured(systems: Mapping[str, System], x: torch.Tensor, plan: Plan) -> list[Row]:
+def measured(
+    systems: Mapping[str, System], batches: Sequence[torch.Tensor], plan: Plan
+) -> list[Row]:
     """A row for each of ``systems``, as many threads being used as torch has now."""
-    first = {name: first_call(system, x) for name, system in systems.items()}
-    rounds = [in_turn(systems, x, number, seconds=plan.seconds) for number in range(plan.rounds)]
+    first = {name: first_call(system.model, batches[0]) for name, system in systems.items()}
+    rounds = [
+        in_turn(systems, batches, number, seconds=plan.seconds) for number in range(plan.rounds)
+    ]
     times = {name: [each[name] for each in rounds] for name in systems}
     return [
         {"system": name, "first_call": first[name]}
-        | speed(times[name], times[DENSE], promised=system.promised)
-        | {"choices": reasons(choices(system.model, x))}
+        | speed(times[name], times[DENSE], times[ALIKE], promised=system.promised)
+        | {"choices": reasons(choices(system.model, batches[0]))}
         for name, system in systems.items()
     ]
 
 
-def first_call(system: System, x: torch.Tensor) -> float:
+def first_call(model: nn.Module, x: torch.Tensor) -> float:
     """Seconds of a call in which layers find out which way of computing them is the fastest."""
-    with system.around(system.model):
-        start = timer()
-        system.model(x)
-        return timer() - start
+    start = timer()
+    model(x)
+    return timer() - start
 
 
 def in_turn(
-    systems: Mapping[str, System], x: torch.Tensor, number: int, *, seconds: float
+    systems: Mapping[str, System], batches: Sequence[torch.Tensor], number: int, *, seconds: float
 ) -> dict[str, float]:
     """Milliseconds of a call of each system, in one round; every other one goes backwards."""
-    times = {}
-    for name in list(systems)[:: -1 if number % 2 else 1]:
-        with systems[name].around(systems[name].model):
-            times[name] = milliseconds(systems[name].model, x, seconds=seconds)
-    return times
+    order = list(systems)[:: -1 if number % 2 else 1]
+    return {name: milliseconds(systems[name].model, *batches, seconds=seconds) for name in order}
 
 
-def milliseconds(module: nn.Module, x: torch.Tensor, *, seconds: float) -> float:
-    """Median time of a call, measured for so many ``seconds`` at least."""
-    names = {"module": module, "x": x}
-    clock = Timer("module(x)", globals=names, num_threads=torch.get_num_threads())
+def milliseconds(module: nn.Module, *inputs: torch.Tensor, seconds: float) -> float:
+    """Median time of a call with the ``inputs`` in turn, in so many ``seconds`` at least."""
+    names = {"module": module, "inputs": cycle(inputs)}
+    clock = Timer("module(next(inputs))", globals=names, num_threads=torch.get_num_threads())
     return 1e3 * clock.blocked_autorange(min_run_time=seconds).median
 
 

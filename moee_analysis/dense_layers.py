@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import Mlp
 
 from moee_analysis.counting import tokens_of
 from moee_analysis.dispatch import in_blocks
+from moee_analysis.laid_out import LaidOut
 from moee_analysis.layers import all_mlps, replace_module
+from moee_analysis.products import Product, fastest_kernel
+from moee_analysis.tuning import LITTLE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 
 class BlockedMlp(Mlp):
     """A plain MLP, so many tokens at a time that its hidden activations stay in the cache.
 
-    Its parameters are those of the MLP it is ``of``.
+    Its parameters are those of the MLP it is ``of``. Products are oneDNN's where these are faster,
+    as in the layers that are routed.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.laid_out = LaidOut()
 
     @classmethod
     def of(cls, mlp: Mlp) -> BlockedMlp:
@@ -31,11 +41,30 @@ class BlockedMlp(Mlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (..., dim) to (..., dim)."""
-        blocks = in_blocks(tokens_of(x))
-        if len(blocks) == 1:
+        if self._watched():
             return super().forward(x)
-        out = torch.cat([super(BlockedMlp, self).forward(block) for block in blocks])
-        return out.reshape(*x.shape[:-1], -1)
+        tokens = tokens_of(x)
+        compute = self._by_onednn() if self._suits_onednn(tokens) else super().forward
+        blocks = in_blocks(tokens)
+        out = compute(tokens) if len(blocks) == 1 else torch.cat([*map(compute, blocks)])
+        return out.reshape(*x.shape[:-1], self.fc2.out_features)
+
+    def _watched(self) -> bool:
+        """Whether hooks look at what is between the products: they see all tokens at once."""
+        return any(part._forward_hooks or part._forward_pre_hooks for part in self.children())
+
+    def _suits_onednn(self, tokens: torch.Tensor) -> bool:
+        enough = len(tokens) * self.fc1.weight.numel() * 2 >= LITTLE
+        return enough and not self.training and fastest_kernel(tokens) == "onednn"
+
+    def _by_onednn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        weights = self.fc1.weight, self.fc2.weight
+        inward, outward = self.laid_out.get("onednn", weights, lambda: _packed(*weights))
+        return lambda x: outward(inward.activated(x, self.fc1.bias, self.act), self.fc2.bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> BlockedMlp:
+        self.laid_out.clear()  # weights that were moved may stand where others stood before
+        return super()._apply(*args, **kwargs)
 
 
 def compute_in_blocks(model: nn.Module) -> None:
@@ -43,3 +72,7 @@ def compute_in_blocks(model: nn.Module) -> None:
     for name, module in all_mlps(model).items():
         if isinstance(module, Mlp):
             replace_module(model, name, BlockedMlp.of(module))
+
+
+def _packed(*weights: torch.Tensor) -> list[Product]:
+    return [Product.of(weight, "onednn", packed=True) for weight in weights]

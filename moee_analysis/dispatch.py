@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from moee_analysis.part_mlps import padded, parts, whole
+from moee_analysis.products import KERNELS, STEP, onednn_takes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,30 +33,40 @@ BLOCK = 1024  # tokens whose hidden activations stay in the cache of a CPU
 
 @dataclass(frozen=True)
 class Way:
-    """One of :data:`WAYS`, with so many ``groups`` of experts; None: every expert by itself."""
+    """One of :data:`WAYS`, with so many ``groups`` of experts; None: every expert by itself.
+
+    ``kernel`` multiplies the matrices, if it takes such tokens.
+    """
 
     name: str
     groups: int | None = None
+    kernel: str = "blas"
 
     def __str__(self) -> str:
-        return self.name if self.groups is None else f"{self.name}, {self.groups} groups"
+        groups = [] if self.groups is None else [f"{self.groups} groups"]
+        kernel = [] if self.kernel == "blas" else [KERNELS[self.kernel]]
+        return ", ".join([self.name, *groups, *kernel])
 
     def __call__(self, layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Compute the layer's outputs (n, dim) for ``tokens`` (n, dim)."""
+        kernel = self.kernel if onednn_takes(tokens) else "blas"
         if self.name == "masked" or not len(tokens) or not layer.fc1.out_features:
-            return masked(layer, tokens, chosen)
-        compute = in_groups if self.name == "sorted" else by_grouped_mm
-        pairs = compute(layer, tokens, chosen, layer.layout(self.groups))
+            return masked(layer, tokens, chosen, kernel)
+        layout = layer.layout(self.groups)
+        if self.name == "sorted":
+            pairs = in_groups(layer, tokens, chosen, layout, kernel)
+        else:
+            pairs = by_grouped_mm(layer, tokens, chosen, layout)
         per_token = chosen.shape[1]
         if per_token == 1:
             return pairs
         return pairs.unflatten(0, (-1, per_token)).sum(dim=1) + layer.fc2.bias
 
 
-def masked(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def masked(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor, kernel: str) -> torch.Tensor:
     """Compute all stored neurons for all tokens, and drop what a token's experts lack."""
     if chosen.shape[1] == 1 and layer.columns is None:
-        compute, experts = whole(layer), chosen[:, 0]
+        compute, experts = whole(layer, kernel), chosen[:, 0]
     else:
         compute, experts = partial(_summed, layer), chosen
     blocks = zip(in_blocks(tokens), in_blocks(experts), strict=True)
@@ -87,18 +98,24 @@ def _summed(layer: MoeMlp, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tenso
 
 
 def in_groups(
-    layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor, layout: Layout
+    layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor, layout: Layout, kernel: str
 ) -> torch.Tensor:
     """Outputs (n k, dim) of pairs of a token and an expert, one group of experts at a time."""
     per_token, outputs = chosen.shape[1], []
-    mlps = parts(layer, layout, per_token=per_token, tokens=len(tokens))
+    mlps = parts(layer, layout, kernel, per_token=per_token, tokens=len(tokens))
     places, pairs = layout.place[chosen.flatten()].sort()
     for number, met in _met(layout, places):
         mlp = mlps(number)
-        for of_block, at in zip(in_blocks(pairs[met]), in_blocks(places[met]), strict=True):
+        for block in zip(in_blocks(pairs[met]), in_blocks(places[met]), strict=True):
+            of_block, at = map(_in_steps, block) if kernel == "onednn" else block
             x = tokens.index_select(0, of_block if per_token == 1 else of_block // per_token)
-            outputs.append(mlp(x, at))
-    return torch.cat(outputs).index_select(0, pairs.argsort())
+            outputs.append(mlp(x, at)[: len(block[0])])
+    return torch.cat(outputs).index_select(0, _inverse(pairs))
+
+
+def _in_steps(ids: torch.Tensor) -> torch.Tensor:
+    """``ids`` (n,), the last of them again until they are a multiple of :data:`STEP`."""
+    return torch.cat([ids, ids[-1:].expand(-len(ids) % STEP)])
 
 
 def _met(layout: Layout, places: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -127,4 +144,9 @@ def by_grouped_mm(
     hidden = layer.act(hidden) * mlps.kept.index_select(0, places)
     y = grouped_mm(hidden, mlps.outward, offs=stops)
     y = y + mlps.constants.index_select(0, places)
-    return y.index_select(0, pairs.argsort())
+    return y.index_select(0, _inverse(pairs))
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """Where each one stands in ``order``, a permutation (n,)."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -12,8 +12,10 @@ from torch import nn
 from moee_analysis.counting import tokens_of
 from moee_analysis.dispatch import WAYS, Way
 from moee_analysis.errors import MoeeError
+from moee_analysis.laid_out import LaidOut
 from moee_analysis.layouts import FAR_BELOW, layout_of
 from moee_analysis.models import is_plain_mlp
+from moee_analysis.products import KERNELS
 from moee_analysis.tuning import measured, situation, unmeasured
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class MoeMlp(nn.Module):
         self.silent = _silent(mlp.act, like=mlp.fc1.weight)
         self.way: Way | None = None
         self.choices: dict[Hashable, Choice] = {}
-        self.laid_out: dict[Hashable, Any] = {}  # what dispatch keeps of the weights
+        self.laid_out = LaidOut()
         self._layouts: dict[Hashable, Layout] = {}
         self.register_load_state_dict_post_hook(MoeMlp._renewed)
 
@@ -185,7 +187,9 @@ class MoeMlp(nn.Module):
         return slice(start, start + int(self.sizes[expert]))
 
 
-def set_dispatch(model: nn.Module, way: str, *, groups: int | None = None) -> None:
+def set_dispatch(
+    model: nn.Module, way: str, *, groups: int | None = None, kernel: str = "blas"
+) -> None:
     """Choose how the routed layers of ``model`` are computed.
 
     Parameters
@@ -195,18 +199,23 @@ def set_dispatch(model: nn.Module, way: str, *, groups: int | None = None) -> No
         fastest of them for each layer, measured once for about as many tokens.
     groups
         Groups that experts are computed in; None: every expert by itself.
+    kernel
+        ``blas`` or ``onednn``, what multiplies the matrices (:mod:`moee_analysis.products`);
+        ``auto`` chooses this too.
 
     Raises
     ------
     MoeeError
-        Another way, fewer than one group, or groups where there are none.
+        Another way or kernel, fewer than one group, or groups where there are none.
     """
     if way not in ("auto", *WAYS):
         raise MoeeError(f"a way among auto, {', '.join(WAYS)}", f"'{way}'", "name one of them")
     if groups is not None and (groups < 1 or way in ("auto", "masked")):
         raise MoeeError("one group or more, of a way with groups", f"{groups}", "leave it out")
+    if kernel not in KERNELS:
+        raise MoeeError(f"a kernel among {', '.join(KERNELS)}", f"'{kernel}'", "name one of them")
     for layer in moe_layers(model).values():
-        layer.way = None if way == "auto" else Way(way, groups)
+        layer.way = None if way == "auto" else Way(way, groups, kernel)
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoeMlp]:

@@ -1,24 +1,24 @@
-"""Groups of experts as MLPs: their weights laid out for one product, and kept while they hold."""
+"""Groups of experts as MLPs: their weights laid out for one product."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
 from moee_analysis.layouts import Part
+from moee_analysis.products import STEP, Product
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable
 
     from torch import nn
 
     from moee_analysis.layers import MoeMlp
     from moee_analysis.layouts import Layout
 
-T = TypeVar("T")
 MOST = 3  # times the stored neurons that may be kept laid out for one way of computing a layer
 FEW = 8192  # tokens beyond which laying out takes no time to speak of
 
@@ -27,76 +27,111 @@ FEW = 8192  # tokens beyond which laying out takes no time to speak of
 class PartMlp:
     """The MLP of a group of experts: its neurons one after the other in memory.
 
-    ``biases`` (experts, neurons) are b1 for the neurons that an expert keeps, and far below zero
-    for those it lacks, which makes them silent without a pass of its own over the activations;
-    None: nothing is lacking, or what is far below zero activates something.
+    Neurons that an expert lacks are told in one of two ways, both (experts, neurons); in none, if
+    nothing is lacking. ``biases`` are b1, and far below zero for what is lacking, which makes it
+    silent without a pass of its own over the activations. Where oneDNN activates as it multiplies,
+    or what is far below zero activates something, activations are multiplied by ``kept``, 0 or 1.
     """
 
     part: Part
     act: nn.Module
-    W1: torch.Tensor
+    inward: Product  # W1
     b1: torch.Tensor | None
-    outward: torch.Tensor  # W2^T
+    outward: Product  # W2
     constants: torch.Tensor  # of all experts, in the layout's order
     biases: torch.Tensor | None
-
-    @classmethod
-    def of(
-        cls, layer: MoeMlp, part: Part, outward: torch.Tensor, constants: torch.Tensor
-    ) -> PartMlp:
-        """Lay out a ``part`` of the layer, of whose W2^T ``outward`` has the rows."""
-        W1, b1 = layer.fc1.weight, layer.fc1.bias
-        if part.neurons is not None:
-            W1, outward = W1.index_select(0, part.neurons), outward.index_select(0, part.columns)
-            b1 = None if b1 is None else b1.index_select(0, part.neurons)
-        biases = None
-        if part.lacking is not None and layer.silent:
-            biases = part.lacking if b1 is None else part.lacking + b1
-        return cls(part, layer.act, W1, b1, outward, constants, biases)
+    kept: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Outputs (n, dim) for ``x`` (n, dim) of the experts at ``places`` of the layout."""
         hidden = self._hidden(x, places - self.part.start if self.part.start else places)
         if self.part.stop - self.part.start == 1:
-            return torch.addmm(self.constants[self.part.start], hidden, self.outward)
-        return _added(self.constants.index_select(0, places), hidden, self.outward)
+            return self.outward(hidden, self.constants[self.part.start])
+        return self.outward.onto(self.constants.index_select(0, places), hidden)
 
     def _hidden(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Activations (n, neurons), zeros where the ``experts`` of the group lack the neuron."""
         if self.biases is not None:
-            return self.act(_added(self.biases.index_select(0, experts), x, self.W1.T))
-        hidden = self.act(linear(x, self.W1, self.b1))
-        if self.part.lacking is None:
+            return self.act(self.inward.onto(self.biases.index_select(0, experts), x))
+        hidden = self.inward.activated(x, self.b1, self.act)
+        if self.kept is None:
             return hidden
-        return hidden * (self.part.lacking == 0).index_select(0, experts)
+        kept = self.kept.index_select(0, experts)
+        return hidden * kept if torch.is_grad_enabled() else hidden.mul_(kept)
 
 
-def whole(layer: MoeMlp) -> PartMlp:
+@dataclass(frozen=True)
+class Maker:
+    """Makes the MLPs of a layer's groups, by one ``kernel``, ``packed`` if they serve many calls.
+
+    ``outward`` is W2^T (columns, dim), ``constants`` (experts, dim) are in the layout's order.
+    """
+
+    layer: MoeMlp
+    outward: torch.Tensor
+    constants: torch.Tensor
+    kernel: str
+    packed: bool
+
+    def __call__(self, part: Part) -> PartMlp:
+        """Lay out the weights of a ``part`` of the layer."""
+        layer, outward, lacking = self.layer, self.outward, part.lacking
+        W1, b1 = layer.fc1.weight, layer.fc1.bias
+        if part.neurons is not None:
+            W1, outward = W1.index_select(0, part.neurons), outward.index_select(0, part.columns)
+            b1 = None if b1 is None else b1.index_select(0, part.neurons)
+        biases = kept = None
+        if lacking is not None and layer.silent and self.kernel == "blas":
+            biases = lacking if b1 is None else lacking + b1
+        elif lacking is not None:
+            kept = (lacking == 0).to(W1.dtype)
+        if self.kernel == "onednn":
+            W1, b1, kept, outward = _in_steps(W1, b1, kept, outward)
+        inward, outward = self._product(W1), self._product(outward.T)
+        return PartMlp(part, layer.act, inward, b1, outward, self.constants, biases, kept)
+
+    def _product(self, weight: torch.Tensor) -> Product:
+        return Product.of(weight, self.kernel, packed=self.packed)
+
+
+def whole(layer: MoeMlp, kernel: str) -> PartMlp:
     """All experts as one group, in their own order, of tokens that have one expert each."""
 
     def made() -> PartMlp:
-        part = Part(0, layer.n_experts, None, None, layer.lacking)
-        return PartMlp.of(layer, part, layer.fc2.weight.T, constants(layer, per_token=1))
+        shared = constants(layer, per_token=1)
+        make = Maker(layer, layer.fc2.weight.T, shared, kernel, packed=True)
+        return make(Part(0, layer.n_experts, None, None, layer.lacking))
 
-    return kept(layer, "whole", made)
+    return layer.laid_out.get(("whole", kernel), weights_of(layer), made)
 
 
 def parts(
-    layer: MoeMlp, layout: Layout, *, per_token: int, tokens: int
+    layer: MoeMlp, layout: Layout, kernel: str, *, per_token: int, tokens: int
 ) -> Callable[[int], PartMlp]:
     """The MLP of each group of ``layout`` by its number, for a call with so many ``tokens``."""
+    worth = worth_keeping(layer, layout.neurons, tokens=tokens)
 
     def made_one_by_one() -> Callable[[int], PartMlp]:
         shared = constants(layer, per_token).index_select(0, layout.order)
-        outward = layer.fc2.weight.T.contiguous()
-        return lambda number: PartMlp.of(layer, layout.parts[number], outward, shared)
+        make = Maker(layer, layer.fc2.weight.T.contiguous(), shared, kernel, packed=worth)
+        return lambda number: make(layout.parts[number])
 
     def made() -> list[PartMlp]:
         return [*map(made_one_by_one(), range(len(layout.parts)))]
 
-    if worth_keeping(layer, layout.neurons, tokens=tokens):
-        return kept(layer, ("parts", len(layout.parts), per_token), made).__getitem__
+    if worth:
+        key = "parts", len(layout.parts), per_token, kernel
+        return layer.laid_out.get(key, weights_of(layer), made).__getitem__
     return made_one_by_one()
+
+
+def _in_steps(
+    W1: torch.Tensor, b1: torch.Tensor | None, kept: torch.Tensor | None, outward: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Join neurons without weights until they are a multiple of :data:`STEP`."""
+    missing = -len(W1) % STEP
+    b1, kept = (None if each is None else pad(each, (0, missing)) for each in (b1, kept))
+    return pad(W1, (0, 0, 0, missing)), b1, kept, pad(outward, (0, 0, 0, missing))
 
 
 @dataclass(frozen=True)
@@ -131,7 +166,8 @@ def padded(
         )
 
     if worth_keeping(layer, groups.neurons.numel(), tokens=tokens):
-        return kept(layer, ("padded", len(groups.neurons), per_token, dtype), made)
+        key = "padded", len(groups.neurons), per_token, dtype
+        return layer.laid_out.get(key, weights_of(layer), made)
     return made()
 
 
@@ -140,30 +176,10 @@ def worth_keeping(layer: MoeMlp, neurons: int, *, tokens: int) -> bool:
     return tokens <= FEW and neurons <= MOST * layer.fc1.out_features
 
 
-def kept(layer: MoeMlp, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` makes of the weights of ``layer``, once for as long as they do not change.
-
-    All changes that torch counts are seen; values written through ``.data`` are not counted.
-    """
-    version = _version(layer)
-    if version is None:
-        return make()
-    found = layer.laid_out.get(key)
-    if found is None or found[0] != version:
-        found = layer.laid_out[key] = version, make()
-    return found[1]
-
-
-def _version(layer: MoeMlp) -> Hashable | None:
-    """What changes with the weights of ``layer``; None if that cannot be told, or in training."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    fc1, fc2 = layer.fc1, layer.fc2
-    given = (fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer.shift)
-    weights = [weight for weight in given if weight is not None]
-    if any(weight.is_inference() for weight in weights):
-        return None
-    return tuple([(weight.data_ptr(), weight._version) for weight in weights])
+def weights_of(layer: MoeMlp) -> list[torch.Tensor]:
+    """All weights that are laid out."""
+    given = (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias, layer.shift)
+    return [weight for weight in given if weight is not None]
 
 
 def constants(layer: MoeMlp, per_token: int) -> torch.Tensor:
@@ -172,10 +188,3 @@ def constants(layer: MoeMlp, per_token: int) -> torch.Tensor:
     if layer.shift is None:
         return bias.expand(layer.n_experts, -1)
     return layer.shift + bias
-
-
-def _added(to: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``to`` + ``x weight``, in the memory of ``to`` where neither autograd nor autocast minds."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return torch.addmm(to, x, weight)
-    return to.addmm_(x, weight)

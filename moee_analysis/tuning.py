@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moee_analysis.dispatch import Way
+from moee_analysis.products import fastest_kernel, onednn_speed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -53,8 +54,8 @@ def situation(tokens: torch.Tensor) -> Hashable:
 
 def measured(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
     """Time every way on these tokens, and choose the fastest."""
-    MASKED(layer, tokens, chosen)  # whoever comes first waits for memory
     ways = candidates(layer, tokens)
+    ways[0](layer, tokens, chosen)  # whoever comes first waits for memory
     seconds = {way: _seconds(way, layer, tokens, chosen) for way in ways}
     for _ in range(AGAIN):
         close = CLOSE * min(seconds.values())
@@ -62,13 +63,19 @@ def measured(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> Choic
             seconds[way] = min(seconds[way], _seconds(way, layer, tokens, chosen))
     best = min(seconds, key=seconds.get)
     times = ", ".join(f"{way} {1e3 * s:.3g} ms" for way, s in seconds.items())
-    return Choice(best, f"fastest for {len(tokens)} tokens: {times}", seconds)
+    why = f"fastest for {len(tokens)} tokens: {times}"
+    if best.kernel == "onednn":
+        why += (
+            f"; oneDNN multiplies {onednn_speed(torch.get_num_threads()):.2g} times as fast as BLAS"
+        )
+    return Choice(best, why, seconds)
 
 
 def candidates(layer: MoeMlp, tokens: torch.Tensor) -> list[Way]:
     """Ways that may be the fastest one for such tokens."""
     counts = [count for count in GROUPS if count < layer.n_experts]
-    ways = [MASKED, *(Way("sorted", count) for count in counts), Way("sorted")]
+    kernel = fastest_kernel(tokens)
+    ways = [Way("masked", None, kernel), *(Way("sorted", n, kernel) for n in (*counts, None))]
     if _has_grouped_mm(tokens):
         ways += [Way("grouped_mm", count) for count in counts] + [Way("grouped_mm")]
     return ways

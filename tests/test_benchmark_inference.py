@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moee_analysis import dispatch, measure, tuning
+from moee_analysis import measure, tuning
+from moee_analysis.dense_layers import BlockedMlp
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
 from moee_analysis.layers import all_mlps, moe_layers
@@ -22,7 +23,7 @@ from tests.toys import toy_images, toy_swin, toy_vit
 IMAGES = toy_images(60)
 CALIBRATION, UNSEEN = IMAGES.take(range(24)), IMAGES.take(range(24, 60))
 FILES = {"inference.json", "inference.md", "inference.png"}
-NAMES = ["dense", "dense, MLPs in blocks", "static pruning", "best"]
+NAMES = ["dense", "dense, MLPs computed like ours", "static pruning", "best"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_layers_are_timed_beside_their_routers_and_the_dense_mlps(inference, sys
 
 def test_a_row_says_which_way_was_chosen_and_why(inference, systems, plan, worth_measuring):
     with torch.inference_mode():
-        rows = inference.measured(systems, pixels_of(systems["dense"].model), plan)
+        rows = inference.measured(systems, [pixels_of(systems["dense"].model)], plan)
     (row,) = [row for row in rows if row["system"] == "best"]
     assert [choice["layer"] for choice in row["choices"]] == [0, 1, 2]
     for choice in row["choices"]:
@@ -117,11 +118,11 @@ def test_ways_are_counted(tables):
 
 
 def test_speed_ups_are_ratios_within_a_round(tables):
-    row = tables.speed([1.0, 2.0, 4.0], [2.0, 5.0, 6.0], promised=1.5)
-    assert (row["ms"], row["dense_ms"], row["speedup"]) == (2, 5, 2)
+    row = tables.speed([1.0, 2.0, 4.0], [2.0, 5.0, 6.0], [3.0, 3.0, 4.0], promised=1.5)
+    assert (row["ms"], row["dense_ms"], row["speedup"], row["alike"]) == (2, 5, 2, 1.5)
     assert (row["speedup_low"], row["speedup_high"]) == (1.75, 2.25)
     assert row["reached"] == 2
-    assert tables.speed([1.0], [1.0], promised=1.0)["reached"] is None
+    assert tables.speed([1.0], [1.0], [1.0], promised=1.0)["reached"] is None
 
 
 def test_macs_promise_what_the_measure_counts(inference, systems, dense, runs):
@@ -142,25 +143,21 @@ def test_static_pruning_is_timed_without_routing_and_computes_the_same(systems, 
 
 
 @pytest.mark.parametrize("network", [toy_vit, toy_swin])
-def test_blocks_compute_the_same(inference, network, monkeypatch):
+def test_the_dense_model_computed_alike_is_another_one_of_the_same_answers(inference, network):
     model = network()
-    x = pixels_of(model)
-    expected = answer(model, x)
-    monkeypatch.setattr(dispatch, "BLOCK", 7)
-    seen = []
-    hook = next(iter(all_mlps(model).values())).fc1.register_forward_pre_hook(
-        lambda _, args: seen.append(len(args[0]))
-    )
-    with hook, inference.in_blocks(model):
-        torch.testing.assert_close(answer(model, x), expected)
-    assert max(seen) == 7
+    before, x = all_mlps(model), pixels_of(model)
+    alike = inference.systems_of(model, {}, UNSEEN)["dense, MLPs computed like ours"].model
+    torch.testing.assert_close(answer(alike, x), answer(model, x))
+    assert {type(mlp) for mlp in all_mlps(alike).values()} == {BlockedMlp}
+    assert all_mlps(model) == before
 
 
-def test_an_error_leaves_the_dense_model_as_it_was(inference, dense):
-    before = all_mlps(dense)
-    with pytest.raises(RuntimeError, match="shape"), inference.in_blocks(dense):
-        dense.blocks(torch.zeros(1, 17, 5))
-    assert all_mlps(dense) == before
+def test_batches_are_of_different_images_and_each_is_even_over_the_classes(inference, dense):
+    batches = inference.drawn(UNSEEN, 9, dense)
+    assert [len(batch) for batch in batches] == [9] * 4
+    every = torch.cat(list(UNSEEN.batches(dense)))
+    assert torch.equal(torch.cat(batches), torch.cat([every[start::4] for start in range(4)]))
+    assert len(inference.drawn(UNSEEN, 36, dense)) == 1
 
 
 def test_an_error_leaves_the_number_of_threads_as_it_was(inference, systems, plan, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import Mlp
 
+from moee_analysis import dense_layers, products
 from moee_analysis.dense_layers import BlockedMlp, compute_in_blocks
 from moee_analysis.dispatch import BLOCK
 from moee_analysis.extraction import extract, load
@@ -45,6 +46,49 @@ def test_parameters_are_shared_and_keep_their_names(mlp):
     assert dict(blocked.named_parameters()) == dict(mlp.named_parameters())
     assert dict(blocked.named_children()) == dict(mlp.named_children())
     assert not BlockedMlp.of(mlp.eval()).training
+
+
+@pytest.fixture
+def always_onednn(monkeypatch):
+    monkeypatch.setattr(products, "onednn_speed", lambda threads: 2.0)
+    monkeypatch.setattr(dense_layers, "LITTLE", 0)
+
+
+@pytest.mark.usefixtures("always_onednn")
+@pytest.mark.parametrize("tokens", [1, BLOCK, BLOCK + 3])
+def test_products_of_onednn_give_what_the_mlp_gives_whatever_is_done_to_it(mlp, tokens):
+    blocked, x = BlockedMlp.of(mlp.eval()), torch.randn(tokens, DIM)
+    with torch.no_grad():
+        for each in (blocked, copy.deepcopy(blocked)):
+            torch.testing.assert_close(each(x), mlp(x))
+        mlp.fc1.weight.mul_(2)
+        torch.testing.assert_close(blocked(x), mlp(x))
+        mlp.fc2.bias.add_(1)
+        torch.testing.assert_close(blocked(x), mlp(x))
+        other = Mlp(DIM, HIDDEN)
+        blocked.load_state_dict(other.state_dict())
+        torch.testing.assert_close(blocked(x), other(x))
+        torch.testing.assert_close(blocked.double()(x.double()), other.double()(x.double()))
+
+
+@pytest.mark.usefixtures("always_onednn")
+def test_hooks_inside_see_what_they_see_in_the_mlp(mlp):
+    blocked, seen = BlockedMlp.of(mlp.eval()), []
+    x = torch.randn(2, BLOCK, DIM)
+    with torch.no_grad():
+        handle = blocked.act.register_forward_hook(lambda *args: seen.append(args[2]))
+        blocked(x)
+        handle.remove()
+        blocked(x)
+        torch.testing.assert_close(seen, [mlp.act(mlp.fc1(x))])
+
+
+@pytest.mark.usefixtures("always_onednn")
+def test_dropout_drops_in_training():
+    blocked, x = BlockedMlp.of(Mlp(DIM, HIDDEN, drop=0.9)), torch.randn(5, DIM)
+    with torch.no_grad():
+        assert not torch.equal(blocked.train()(x), blocked(x))
+        assert torch.equal(blocked.eval()(x), blocked(x))
 
 
 def test_compiling_needs_one_graph(mlp):

@@ -13,6 +13,7 @@ from moee_analysis.dispatch import BLOCK, Way
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, Readout, moe_layers, set_dispatch
 from moee_analysis.part_mlps import FEW, MOST
+from moee_analysis.products import KERNELS
 from moee_analysis.routers import CosineRouter, TokenKindRouter
 from tests.toys import toy_moe, toy_vit
 
@@ -20,6 +21,7 @@ DIM, HIDDEN, EXPERTS = 8, 24, 6
 WAYS = [
     Way("masked"), Way("sorted"), Way("sorted", 1), Way("sorted", 2), Way("sorted", 4),
     Way("grouped_mm"), Way("grouped_mm", 1), Way("grouped_mm", 3),
+    Way("masked", None, "onednn"), Way("sorted", None, "onednn"), Way("sorted", 2, "onednn"),
 ]  # fmt: skip
 READOUTS = ["dense", "shift", "shared", "own"]
 
@@ -227,16 +229,22 @@ def test_every_layer_of_a_model_is_set_and_set_back():
     model = toy_moe(toy_vit(), layers={0, 2})
     set_dispatch(model, "sorted", groups=2)
     assert {layer.way for layer in moe_layers(model).values()} == {Way("sorted", 2)}
+    set_dispatch(model, "masked", kernel="onednn")
+    assert {str(layer.way) for layer in moe_layers(model).values()} == {"masked, oneDNN"}
     set_dispatch(model, "auto")
     assert {layer.way for layer in moe_layers(model).values()} == {None}
 
 
 @pytest.mark.parametrize(
-    ("way", "groups"), [("quick", None), ("auto", 2), ("masked", 2), ("sorted", 0)]
-)
-def test_other_ways_are_refused(way, groups):
+    ("way", "settings"),
+    [
+        ("quick", {}), ("auto", {"groups": 2}), ("masked", {"groups": 2}),
+        ("sorted", {"groups": 0}), ("sorted", {"kernel": "quick"}),
+    ],
+)  # fmt: skip
+def test_other_ways_are_refused(way, settings):
     with pytest.raises(MoeeError):
-        set_dispatch(toy_moe(toy_vit(), layers={0}), way, groups=groups)
+        set_dispatch(toy_moe(toy_vit(), layers={0}), way, **settings)
 
 
 # What is kept of the weights from one call to the next
@@ -280,10 +288,21 @@ def test_weights_that_change_between_calls_take_effect(way, change, mode):
         assert not torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("groups", [1, 2, None])
+def test_weights_that_are_not_kept_give_the_same(groups):
+    _, layer, _, _ = made()
+    x = torch.randn(FEW + 1, DIM)
+    with torch.no_grad():
+        layer.way = Way("masked")
+        before = layer(x)
+        for kernel in KERNELS:
+            layer.way = Way("sorted", groups, kernel)
+            torch.testing.assert_close(layer(x), before)
+
+
 def kept_neurons(layer):
     """Neurons that are kept laid out, of all ways together."""
-    found = layer.laid_out.values()
-    return sum(len(mlp.W1) for _, parts in found if isinstance(parts, list) for mlp in parts)
+    return sum(len(mlp.inward.weight) for parts in layer.laid_out for mlp in parts)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, None])
