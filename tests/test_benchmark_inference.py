@@ -175,7 +175,7 @@ def test_an_error_leaves_the_number_of_threads_as_it_was(inference, systems, pla
 
 def test_every_other_round_goes_backwards(inference, systems, monkeypatch):
     monkeypatch.setattr(inference, "milliseconds", lambda *_args, **_options: 1.0)
-    orders = [list(inference.in_turn(systems, None, n, seconds=0)) for n in range(3)]
+    orders = [list(inference.in_turn(systems, [], n, seconds=0)) for n in range(3)]
     assert orders == [NAMES, NAMES[::-1], NAMES]
 
 
