@@ -83,7 +83,8 @@ def onednn_takes(x: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
-        and _has_onednn()
+        and torch.backends.mkldnn.enabled
+        and _onednn_runs()
     )
 
 
@@ -101,7 +102,12 @@ def onednn_speed(threads: int) -> float:
     return seconds["blas"] / seconds["onednn"]
 
 
-def _has_onednn() -> bool:
-    names = ("_linear_pointwise", "_reorder_linear_weight")
-    known = all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return known and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+@cache
+def _onednn_runs() -> bool:
+    """Whether this torch has the operations, and they do what they have to on this processor."""
+    x, weight = torch.arange(6.0).reshape(2, 3), torch.ones(4, 3)
+    try:
+        found = [Product.of(weight, "onednn", packed=packed)(x) for packed in (False, True)]
+    except (AttributeError, RuntimeError):
+        return False
+    return all(torch.equal(each, x @ weight.T) for each in found)

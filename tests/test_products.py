@@ -81,6 +81,17 @@ def test_blas_is_used_for_all_else(monkeypatch):
     assert fastest_kernel(TOKENS) == "blas"
 
 
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_a_torch_whose_onednn_does_not_run_does_without(error, monkeypatch):
+    def fails(*_args, **_settings):
+        raise error("not here")
+
+    monkeypatch.setattr(Product, "of", fails)
+    monkeypatch.setattr(products, "_onednn_runs", products._onednn_runs.__wrapped__)
+    with torch.no_grad():
+        assert fastest_kernel(TOKENS) == "blas"
+
+
 def test_the_speed_is_measured_once_and_draws_no_random_numbers():
     before = torch.random.get_rng_state()
     speed = products.onednn_speed(torch.get_num_threads())
