@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moee_analysis.dispatch import Way
-from moee_analysis.products import fastest_kernel, onednn_speed
+from moee_analysis.products import fastest_kernel, onednn_speed, onednn_takes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -46,10 +46,11 @@ def unmeasured(layer: MoeMlp, tokens: torch.Tensor) -> Choice | None:
 
 
 def situation(tokens: torch.Tensor) -> Hashable:
-    """What a choice holds for: about so many tokens, on this device, with so many threads."""
+    """What a choice holds for: about so many tokens, so computed, with so many threads."""
     device = tokens.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return len(tokens).bit_length(), tokens.device, tokens.dtype, precision, torch.get_num_threads()
+    computed = tokens.device, tokens.dtype, precision, onednn_takes(tokens)
+    return len(tokens).bit_length(), *computed, torch.get_num_threads()
 
 
 def measured(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
@@ -65,9 +66,8 @@ def measured(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> Choic
     times = ", ".join(f"{way} {1e3 * s:.3g} ms" for way, s in seconds.items())
     why = f"fastest for {len(tokens)} tokens: {times}"
     if best.kernel == "onednn":
-        why += (
-            f"; oneDNN multiplies {onednn_speed(torch.get_num_threads()):.2g} times as fast as BLAS"
-        )
+        speed = onednn_speed(torch.get_num_threads())
+        why += f"; oneDNN multiplies {speed:.2g} times as fast as BLAS here"
     return Choice(best, why, seconds)
 
 

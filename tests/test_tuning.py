@@ -6,6 +6,7 @@ import torch
 from timm.layers import Mlp
 from torch.nn.parallel import DistributedDataParallel
 
+from moee_analysis import products, tuning
 from moee_analysis.dispatch import Way
 from moee_analysis.layers import MoeMlp
 from moee_analysis.routers import CosineRouter
@@ -45,6 +46,21 @@ def test_every_number_of_groups_is_tried_that_there_can_be(layer):
     ways = candidates(layer, torch.zeros(1, DIM))
     counts = (2, 4, 16, None)
     assert ways == [Way("masked"), *(Way("sorted", count) for count in counts)]
+
+
+def test_onednn_takes_part_where_it_is_fast_and_is_told(layer, monkeypatch):
+    monkeypatch.setattr(products, "onednn_speed", lambda threads: 2.0)
+    monkeypatch.setattr(tuning, "onednn_speed", lambda threads: 2.0)
+    x = torch.randn(ENOUGH, DIM)
+    layer(x)  # with gradients, which oneDNN does not know
+    assert {way.kernel for way in only_choice(layer).seconds} == {"blas"}
+    with torch.no_grad():
+        if not products.onednn_takes(x):
+            pytest.skip("this torch has no oneDNN")
+        torch.testing.assert_close(layer(x), Way("masked")(layer, x, layer.router(x)))
+    _, choice = layer.choices.values()
+    assert {way.kernel for way in choice.seconds} == {"onednn"}
+    assert choice.reason.endswith("oneDNN multiplies 2 times as fast as BLAS here")
 
 
 def test_measuring_is_done_once_for_about_as_many_tokens(layer):
