@@ -80,6 +80,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:
+    for cut_off in unfinished.glob(".*"):  # what `write_json` wrote when it was killed
+        cut_off.unlink()
     try:
         build(unfinished)
     except MoeeError:  # the next attempt would fail as well

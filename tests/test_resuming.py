@@ -127,6 +127,17 @@ def test_a_place_that_cannot_be_written_to_is_told(tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_a_write_that_was_cut_off_is_gone_when_all_is_done(tmp_path):
+    def cut_off(folder):
+        (folder / ".progress.json-cut").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tmp_path, "thing", cut_off)
+    resumed(tmp_path, "thing", lambda folder: (folder / "whole").touch())
+    assert [path.name for path in (tmp_path / "thing").iterdir()] == ["whole"]
+
+
 def test_what_a_build_refuses_is_not_kept_but_what_stops_it_is(tmp_path):
     def refuse(folder):
         (folder / "half").touch()
