@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from timm.layers import Mlp
+from torch import nn
 
 from moee_analysis import dense_layers, products
 from moee_analysis.dense_layers import BlockedMlp, compute_in_blocks
@@ -69,6 +70,22 @@ def test_products_of_onednn_give_what_the_mlp_gives_whatever_is_done_to_it(mlp, 
         blocked.load_state_dict(other.state_dict())
         torch.testing.assert_close(blocked(x), other(x))
         torch.testing.assert_close(blocked.double()(x.double()), other.double()(x.double()))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.usefixtures("always_onednn")
+def test_activations_are_made_a_block_at_a_time(mlp, enabled, monkeypatch):
+    class Noting(nn.GELU):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    seen, blocked = [], BlockedMlp.of(mlp.eval())
+    blocked.act = Noting()
+    with torch.no_grad():
+        blocked(torch.randn(2, BLOCK + 1, DIM))
+    assert seen == [BLOCK, BLOCK, 2]
 
 
 @pytest.mark.usefixtures("always_onednn")

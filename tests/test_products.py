@@ -6,9 +6,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis import products
-from moee_analysis.products import Product, fastest_kernel, onednn_takes
+from moee_analysis.products import Product, fastest_kernel
 
-KINDS = [("blas", False), ("onednn", False), ("onednn", True)]
+needs_onednn = pytest.mark.skipif(not products._onednn_runs(), reason="this torch has no oneDNN")
+KINDS = [
+    ("blas", False),
+    *(pytest.param("onednn", packed, marks=needs_onednn) for packed in (False, True)),
+]
 TOKENS = torch.ones(4, 8)
 
 
@@ -42,6 +46,7 @@ def test_activations_are_those_of_a_pass_of_their_own(kernel, packed, act, has_b
         torch.testing.assert_close(found, act(nn.functional.linear(x, weight, bias)))
 
 
+@needs_onednn
 def test_weights_of_another_order_in_memory_are_the_same_weights():
     x, weight, _ = drawn(9, 16, 24)
     turned = weight.T.contiguous().T
@@ -56,11 +61,10 @@ def fast(monkeypatch):
     """A machine on which oneDNN is fast."""
     monkeypatch.setattr(products, "onednn_speed", lambda threads: 2.0)
     with torch.no_grad():
-        if not onednn_takes(TOKENS):
-            pytest.skip("this torch has no oneDNN")
         yield
 
 
+@needs_onednn
 def test_the_faster_kernel_is_used_for_plain_inference(fast, monkeypatch):
     assert fastest_kernel(TOKENS) == "onednn"
     monkeypatch.setattr(products, "onednn_speed", lambda threads: 1.05)
@@ -92,6 +96,7 @@ def test_a_torch_whose_onednn_does_not_run_does_without(error, monkeypatch):
         assert fastest_kernel(TOKENS) == "blas"
 
 
+@needs_onednn
 def test_the_speed_is_measured_once_and_draws_no_random_numbers():
     before = torch.random.get_rng_state()
     speed = products.onednn_speed(torch.get_num_threads())
