@@ -1,4 +1,4 @@
-"""Models: the bundled one, any timm name, local checkpoints; and the MLPs inside them."""
+"""Models: the bundled ones, any timm name, local checkpoints; and the MLPs inside them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ import torch
 from huggingface_hub import constants as hub
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import Mlp
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 BUNDLED = "bundled"
+BUNDLED_MODELS: dict[str, type[nn.Module]] = {
+    BUNDLED: VisionTransformer,
+    "bundled_swin": SwinTransformer,
+    "bundled_convnext": ConvNeXt,
+}
+"""Names of the models in the data folder, and timm's class of each."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ def load_model(
     Parameters
     ----------
     name
-        ``"bundled"`` (a small ViT trained on the rendered scenes) or any name timm knows.
+        ``"bundled"`` (a small ViT trained on the rendered scenes), ``"bundled_swin"``,
+        ``"bundled_convnext"``, or any name timm knows.
     weights
         A local ``.safetensors`` or ``.pth`` state dict; None takes the bundled weights, or
         timm's pretrained weights from the hub. Only tensors are ever read from a file.
@@ -75,8 +84,8 @@ def load_model(
     check_device(device)
     if weights is not None:
         model = _with_local_weights(name, Path(weights))
-    elif name == BUNDLED:
-        model = _with_local_weights(name, data_folder() / "bundled.safetensors")
+    elif name in BUNDLED_MODELS:
+        model = _with_local_weights(name, data_folder() / f"{name}.safetensors")
     else:
         model = _from_hub(name)
     return model.eval().requires_grad_(requires_grad=False).to(device)
@@ -100,8 +109,8 @@ def build_model(
 
     ``num_classes`` and ``pretrained_cfg`` replace the architecture's own where given.
     """
-    if name == BUNDLED:
-        model = _bundled_architecture()
+    if name in BUNDLED_MODELS:
+        model = _bundled_architecture(name)
     else:
         _check_name(name)
         classes = {} if num_classes is None else {"num_classes": num_classes}
@@ -231,9 +240,11 @@ def _check_name(name: str) -> None:
     if Path(name).suffix in {".safetensors", ".pth", ".pt"}:
         hint = f"pass the architecture as the name and the file as weights='{name}'"
     else:
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        known = [*BUNDLED_MODELS, *timm.list_models()]
+        close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
-    raise MoeeError("'bundled' or the name of a timm model", f"'{name}'", hint.rstrip("."))
+    expected = f"{', '.join(BUNDLED_MODELS)} or the name of a timm model"
+    raise MoeeError(expected, f"'{name}'", hint.rstrip("."))
 
 
 def _check_tag(name: str) -> None:
@@ -246,13 +257,9 @@ def _check_tag(name: str) -> None:
         ) from None
 
 
-def _bundled_card() -> dict[str, Any]:
-    return json.loads((data_folder() / "bundled.json").read_text())
-
-
-def _bundled_architecture() -> nn.Module:
-    card = _bundled_card()
-    model = VisionTransformer(**card["kwargs"])
+def _bundled_architecture(name: str) -> nn.Module:
+    card = json.loads((data_folder() / f"{name}.json").read_text())
+    model = BUNDLED_MODELS[name](**card["kwargs"])
     model.pretrained_cfg = card["pretrained_cfg"]
     return model
 
@@ -262,10 +269,10 @@ def _with_local_weights(name: str, path: Path) -> nn.Module:
     stored_cfg = _stored_cfg(metadata, path)
     model = build_model(name, pretrained_cfg=stored_cfg)
     head = _classifier(model, tensors)
-    if head is not None and name != BUNDLED and head.shape[0] != model.num_classes:
+    if head is not None and name not in BUNDLED_MODELS and head.shape[0] != model.num_classes:
         model = build_model(name, num_classes=head.shape[0], pretrained_cfg=stored_cfg)
     load_tensors(model, tensors, source=str(path))
-    if name != BUNDLED or path.parent != data_folder():
+    if name not in BUNDLED_MODELS or path.parent != data_folder():
         model.pretrained_cfg["file"] = str(path.resolve())
     return model
 
@@ -300,7 +307,7 @@ def _from_hub(name: str) -> nn.Module:
         raise MoeeError(
             f"pretrained weights of '{name}' from the hub",
             f"{type(error).__name__} (offline, or a model without pretrained weights)",
-            "pass weights='path/to/file.safetensors', or use the bundled model",
+            "pass weights='path/to/file.safetensors', or use a bundled model",
         ) from None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import load_images
-from moee_analysis.models import BUNDLED
+from moee_analysis.models import BUNDLED, BUNDLED_MODELS
 from moee_analysis.presets import preset_named
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def choose_images(given: Parameters) -> ImageSets:
         One folder for both sets, or too few images to share out.
     """
     source = given.calibration
-    if source is None and BUNDLED in (given.model, given.images):
+    if source is None and (given.model in BUNDLED_MODELS or given.images == BUNDLED):
         source = BUNDLED
     if source is None:
         return _set_aside(given)
