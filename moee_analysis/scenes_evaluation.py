@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moee_analysis.models import find_mlps
 from moee_analysis.progress import progress
 from moee_analysis.scenes import CLASSES, scene
 from moee_analysis.scenes_drawing import PARTS, SIDE
@@ -17,7 +18,6 @@ from moee_analysis.scenes_drawing import PARTS, SIDE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from timm.models.vision_transformer import VisionTransformer
     from torch import nn
 
 PATCH = 8
@@ -97,9 +97,9 @@ def per_class(model: nn.Module, pictures: Pictures) -> dict[str, float]:
     }
 
 
-def hidden_variances(model: VisionTransformer, pictures: Pictures) -> list[torch.Tensor]:
+def hidden_variances(model: nn.Module, pictures: Pictures) -> list[torch.Tensor]:
     """Variance of each hidden neuron's activation over all tokens, one float64 [hidden] a layer."""
-    moments = [torch.zeros(3, 1, dtype=torch.float64) for _ in model.blocks]
+    moments = [torch.zeros(3, 1, dtype=torch.float64) for _ in find_mlps(model)]
 
     def add(layer: int, _module: nn.Module, _inputs: object, a: torch.Tensor) -> None:
         a = a.flatten(0, -2).double()
@@ -112,7 +112,7 @@ def hidden_variances(model: VisionTransformer, pictures: Pictures) -> list[torch
 
 
 @contextmanager
-def half_pruned(model: VisionTransformer, calibration: Pictures) -> Iterator[None]:
+def half_pruned(model: nn.Module, calibration: Pictures) -> Iterator[None]:
     """Silence, in every layer, the half of the hidden neurons that varies least.
 
     Nothing makes up for them. A model that hardly suffers could not tell a good compression from
@@ -128,9 +128,9 @@ def half_pruned(model: VisionTransformer, calibration: Pictures) -> Iterator[Non
 
 
 @contextmanager
-def _hooked(model: VisionTransformer, hooks: Sequence[object]) -> Iterator[None]:
+def _hooked(model: nn.Module, hooks: Sequence[object]) -> Iterator[None]:
     """Call one forward hook on the activations of each layer's MLP; gone afterwards."""
     with ExitStack() as stack:
-        for block, hook in zip(model.blocks, hooks, strict=True):
-            stack.callback(block.mlp.act.register_forward_hook(hook).remove)
+        for site, hook in zip(find_mlps(model), hooks, strict=True):
+            stack.callback(site.module(model).act.register_forward_hook(hook).remove)
         yield
