@@ -103,9 +103,7 @@ class Recipe:
     gradient_norm: float = 1.0
 
 
-_ALL_PATCHES = Recipe(
-    epochs=18, whole_epochs=18, cooldown_epochs=7, free_epochs=10, patches_seen=GRID * GRID
-)
+_ALL_PATCHES = Recipe(whole_epochs=Recipe.epochs, patches_seen=GRID * GRID)
 
 RECIPES: dict[str, Recipe] = {
     "bundled": Recipe(),

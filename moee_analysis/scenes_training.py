@@ -175,11 +175,11 @@ class Training:
 
 def make(name: str, recipe: Recipe, folder: Path, *, command: str) -> dict[str, object]:
     """Render, train, evaluate and write both files; returns the card."""
-    start = time.monotonic()
+    start = time.process_time()  # of one core, however busy the machine is with other work
     pictures = rendered("train", recipe.train_images)
     calibration = rendered("calibration", recipe.calibration_images)
     model = train(name, recipe, pictures, calibration.first(1000))
-    minutes = (time.monotonic() - start) / 60
+    minutes = (time.process_time() - start) / 60
     evaluation = rendered("evaluation", recipe.evaluation_images)
     scores = accuracy(model, pictures, evaluation, calibration)
     model_card = card(name, recipe, scores, minutes=minutes, command=command)
