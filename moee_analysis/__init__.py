@@ -13,5 +13,6 @@ from moee_analysis.extraction import extract as extract
 from moee_analysis.extraction import load as load
 from moee_analysis.images import load_images as load_images
 from moee_analysis.layers import set_dispatch as set_dispatch
+from moee_analysis.mlp_survey import survey as survey
 from moee_analysis.models import find_mlps as find_mlps
 from moee_analysis.models import load_model as load_model

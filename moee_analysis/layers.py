@@ -14,7 +14,7 @@ from moee_analysis.dispatch import WAYS, Way
 from moee_analysis.errors import MoeeError
 from moee_analysis.laid_out import LaidOut
 from moee_analysis.layouts import FAR_BELOW, layout_of
-from moee_analysis.models import is_plain_mlp
+from moee_analysis.mlp_survey import survey
 from moee_analysis.products import KERNELS
 from moee_analysis.tuning import measured, situation, unmeasured
 
@@ -229,11 +229,15 @@ def moe_names(model: nn.Module) -> dict[int, str]:
 
 
 def all_mlps(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every MLP by module name, routed or dense, in order."""
+    """Return every MLP by module name, routed or dense, in order.
+
+    Dense ones are those that could be routed, as :func:`survey` says.
+    """
+    dense = {mlp.name for mlp in survey(model) if mlp.convertible}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, MoeMlp) or is_plain_mlp(module)
+        if isinstance(module, MoeMlp) or name in dense
     }
 
 

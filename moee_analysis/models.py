@@ -19,18 +19,20 @@ import timm
 import torch
 from huggingface_hub import constants as hub
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.layers import Mlp
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.mlp_survey import survey
 from moee_analysis.paths import data_folder
 from moee_analysis.weights import load_tensors, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from moee_analysis.mlp_survey import SurveyedMlp
 
 BUNDLED = "bundled"
 BUNDLED_MODELS: dict[str, type[nn.Module]] = {
@@ -122,23 +124,24 @@ def build_model(
 def find_mlps(model: nn.Module) -> list[MlpSite]:
     """Find every Linear-activation-Linear MLP (``timm.layers.Mlp``), in order, from 0.
 
+    Those that :func:`survey` gives a reason against are left out.
+
     Raises
     ------
     MoeeError
-        The model has none; the message lists the MLP-like modules that were found.
+        The model has none; the message lists the MLP-like modules that were found, and why they
+        are left out.
     """
-    named = [(name, m) for name, m in model.named_modules() if is_plain_mlp(m)]
-    if not named:
+    surveyed = survey(model)
+    names = [mlp.name for mlp in surveyed if mlp.convertible]
+    if not names:
         raise MoeeError(
             "a model with Linear-activation-Linear MLPs (timm.layers.Mlp)",
-            _other_mlps(model),
-            "choose a ViT, DeiT, Swin, ConvNeXt or relative; gated and convolutional MLPs "
-            "cannot be taken apart",
+            _only_others(surveyed, model),
+            "choose a ViT, DeiT, Swin, ConvNeXt or another of docs/architectures.md; gated and "
+            "convolutional MLPs cannot be taken apart",
         )
-    return [
-        MlpSite(name, index, m.fc1.in_features, m.fc1.out_features)
-        for index, (name, m) in enumerate(named)
-    ]
+    return [_site(model, name, index) for index, name in enumerate(names)]
 
 
 def model_transform(model: nn.Module) -> Callable:
@@ -204,33 +207,18 @@ def architecture(model: nn.Module) -> str:
     return name
 
 
-def is_plain_mlp(module: nn.Module) -> bool:
-    """Whether ``module`` is a Linear-activation-Linear MLP and nothing else."""
-    return (
-        isinstance(module, Mlp)
-        and isinstance(module.fc1, nn.Linear)
-        and isinstance(module.fc2, nn.Linear)
-        and isinstance(module.norm, nn.Identity)
-    )
+def _site(model: nn.Module, name: str, index: int) -> MlpSite:
+    mlp = model.get_submodule(name)
+    return MlpSite(name, index, mlp.fc1.in_features, mlp.fc1.out_features)
 
 
-def _other_mlps(model: nn.Module) -> str:
-    """What there is instead of plain MLPs, as text."""
-    hints = ("mlp", "glu", "ffn", "feedforward")
-    kinds = Counter(
-        _kind(m) for m in model.modules() if any(h in type(m).__name__.lower() for h in hints)
-    )
+def _only_others(surveyed: list[SurveyedMlp], model: nn.Module) -> str:
+    """What there is instead of plain MLPs, and why it is none, as text."""
+    kinds = Counter((mlp.kind, mlp.reason) for mlp in surveyed)
     if not kinds:
         return f"no MLP at all in {type(model).__name__}"
-    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    return f"only {listed} in {type(model).__name__}"
-
-
-def _kind(module: nn.Module) -> str:
-    name = type(module).__name__
-    if isinstance(module, Mlp):
-        return f"{name} ({type(module.fc1).__name__}, {type(module.norm).__name__})"
-    return name
+    listed = [f"{count} x {kind} ({reason})" for (kind, reason), count in kinds.most_common()]
+    return f"only {', '.join(listed)} in {type(model).__name__}"
 
 
 def _check_name(name: str) -> None:
