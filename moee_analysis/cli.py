@@ -102,7 +102,8 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="bundled", help="'bundled' or a timm model name")
+    names = "'bundled', 'bundled_swin', 'bundled_convnext' or a timm model name"
+    parser.add_argument("--model", default="bundled", help=names)
     parser.add_argument("--weights", help="a local .safetensors or .pth state dict")
 
 
