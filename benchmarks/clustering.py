@@ -99,7 +99,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def recorded(source: Source, file: Path, count: int) -> Row:
     """Save ``count`` tokens of a layer's hidden activations, in random order; say what they are."""
-    from moee_analysis.activations import TokenPlan, prefix_tokens
+    from moee_analysis.activations import TokenPlan
     from moee_analysis.images import load_images
     from moee_analysis.models import architecture, find_mlps, fingerprint, load_model
     from moee_analysis.recording import record
@@ -109,7 +109,7 @@ def recorded(source: Source, file: Path, count: int) -> Row:
     sites = [site for site in find_mlps(model) if site.index == source.layer]
     if not sites:
         raise MoeeError("a layer of the model", str(source.layer), "count its layers from 0")
-    plan = TokenPlan(None, prefix_tokens(model))
+    plan = TokenPlan(None, prefix=0)
     with tempfile.TemporaryDirectory() as store:
         hidden = record(model, images, sites, plan=plan, root=Path(store)).layer(sites[0]).hidden
         if len(hidden) < count:

@@ -62,13 +62,14 @@ class TokenPlan:
     """Which tokens of an image are kept: all prefix tokens (CLS) and ``per_image`` others.
 
     ``per_image`` None keeps every token. The images are numbered from ``first`` on, where they are
-    a part of many.
+    a part of many. Layers of so many tokens as are in ``patches_alone`` see no prefix.
     """
 
     per_image: int | None
     prefix: int
     seed: int = 0
     first: int = 0
+    patches_alone: frozenset[int] = frozenset()
 
     def positions(self, image: int, tokens: int) -> np.ndarray:
         """Return the kept positions in image number ``image`` of ``tokens`` tokens, ascending."""
@@ -83,9 +84,15 @@ class TokenPlan:
         patches = np.full(count, (tokens - prefix) / max(count, 1))
         return np.concatenate([np.ones(prefix), patches])
 
+    @property
+    def facts(self) -> list[int | list[int] | None]:
+        """What decides the tokens, apart from the number of the first image."""
+        alone = [sorted(self.patches_alone)] if self.patches_alone else []
+        return [self.per_image, self.prefix, self.seed, *alone]
+
     def _counts(self, tokens: int) -> tuple[int, int]:
         """Kept prefix tokens and kept patches; an MLP may see the prefix alone."""
-        prefix = min(self.prefix, tokens)
+        prefix = 0 if tokens in self.patches_alone else min(self.prefix, tokens)
         patches = tokens - prefix
         return prefix, patches if self.per_image is None else min(self.per_image, patches)
 
@@ -156,8 +163,3 @@ class Activations:
         first, last = where["image"][[0, -1]]
         start = int(first) * (len(where) // int(last - first + 1))
         return LayerSample(**{"hidden": None} | mapped | whence, start=start)
-
-
-def prefix_tokens(model: nn.Module) -> int:
-    """Return the number of leading tokens that are no patches (CLS, distillation, registers)."""
-    return int(vars(model).get("num_prefix_tokens", 0))

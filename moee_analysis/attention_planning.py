@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moee_analysis.activations import prefix_tokens
 from moee_analysis.attention import (
     AttentionSite,
     Factors,
@@ -23,7 +22,7 @@ from moee_analysis.attention_modes import AttentionModes, attention_modes
 from moee_analysis.budget import Offer
 from moee_analysis.counting import count
 from moee_analysis.layers import replace_module
-from moee_analysis.token_kinds import unread_patches
+from moee_analysis.token_kinds import leading_kinds, unread_patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -151,7 +150,8 @@ def plan_attentions(
         return []
     tokens = count(model, sites=sites).tokens
     unread = unread_patches(model, list(sites.values()))
-    queries = {name: prefix_tokens(model) if name in unread else None for name in sites}
+    leading = leading_kinds(model, sites)
+    queries = {name: len(leading[name]) or None if name in unread else None for name in sites}
     modes: dict[str, AttentionModes] = {}
     if config.attention == "low_rank":
         modes = attention_modes(model, images, queries, seed=config.seed, root=root)

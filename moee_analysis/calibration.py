@@ -8,17 +8,17 @@ number of images will do. The tokens are the same, whichever it is.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from moee_analysis.activations import TokenPlan, prefix_tokens
 from moee_analysis.distributed import own_share, processes
 from moee_analysis.models import find_mlps, fingerprint
 from moee_analysis.progress import progress
 from moee_analysis.recorded import Recorded, recorded_layer
 from moee_analysis.recording import Recording
 from moee_analysis.store import content_key
+from moee_analysis.token_kinds import leading_kinds, token_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moee_analysis.activations import Activations, LayerSample
+    from moee_analysis.activations import Activations, LayerSample, TokenPlan
     from moee_analysis.config import ExtractConfig
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
@@ -72,11 +72,15 @@ class Calibration:
     @cached_property
     def key(self) -> str:
         """Key of all tokens of all processes in a store."""
-        plan, kinds = self._plan(0), self._kinds
         return content_key(
-            model=fingerprint(self.model), images=self.images.fingerprint, kinds=kinds,
-            plan=[plan.per_image, plan.prefix, plan.seed],
+            model=fingerprint(self.model), images=self.images.fingerprint, kinds=self._kinds,
+            plan=self._plan.facts,
         )  # fmt: skip
+
+    @cached_property
+    def leading(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of the leading tokens that each site sees, by its name."""
+        return leading_kinds(self.model, [site.name for site in self.sites])
 
     @cached_property
     def tokens_per_image(self) -> dict[str, int]:
@@ -164,11 +168,15 @@ class Calibration:
     ) -> Recording:
         kinds = tuple(kind for kind in self._kinds if gradients or kind != "gradients")
         images = self.images.take(numbers)
-        return Recording(self.model, images, tuple(sites), self._plan(numbers.start), kinds)
+        plan = replace(self._plan, first=numbers.start)
+        return Recording(self.model, images, tuple(sites), plan, kinds)
 
-    def _plan(self, first: int) -> TokenPlan:
+    @cached_property
+    def _plan(self) -> TokenPlan:
+        """Which tokens of every image are in the sample."""
+        names = [site.name for site in self.sites]
         config = self.config
-        return TokenPlan(config.tokens_per_image, prefix_tokens(self.model), config.seed, first)
+        return token_plan(self.model, names, config.tokens_per_image, seed=config.seed)
 
     @property
     def _kinds(self) -> tuple[str, ...]:

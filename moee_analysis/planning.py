@@ -17,7 +17,7 @@ from moee_analysis.routers import TokenKindRouter
 from moee_analysis.scoring import Scores, eliminated, score
 from moee_analysis.statistics import ExpertStatistics, gathered
 from moee_analysis.store import content_key, kept
-from moee_analysis.token_kinds import prefix_kinds, unread_patches
+from moee_analysis.token_kinds import unread_patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ def plan_layers(calibration: Calibration) -> list[LayerPlan]:
 def _asked_for(calibration: Calibration) -> list[LayerPlan]:
     """What is known of every layer without a look at its tokens."""
     config, sites = calibration.config, calibration.sites
-    wanted, kinds = _wanted(sites, config.layers), _expert_of_each(prefix_kinds(calibration.model))
+    wanted = _wanted(sites, config.layers)
     unread = unread_patches(calibration.model) if config.unread == "constant" else frozenset()
     plans = []
     for site in sites:
@@ -100,7 +100,7 @@ def _asked_for(calibration: Calibration) -> list[LayerPlan]:
             LayerPlan(
                 site,
                 Partition(reason="" if site.index in wanted else "not asked for"),
-                kinds if config.tokens == "kinds" or alone else (),
+                prefix_experts(calibration, site, unread=alone),
                 calibration.tokens_per_image[site.name],
                 alone,
             )
@@ -183,8 +183,16 @@ def _kept_costs(calibration: Calibration, plans: Mapping[str, LayerPlan]) -> dic
     return {name: np.load(folder / "costs.npy") for name, folder in folders.items()}
 
 
-def _expert_of_each(kinds: Sequence[str]) -> tuple[int, ...]:
-    """Number the kinds of the leading tokens; tokens of one kind share an expert."""
+def prefix_experts(
+    calibration: Calibration, site: MlpSite, *, unread: bool = False
+) -> tuple[int, ...]:
+    """Expert of each leading token of a layer; tokens of one kind share it, () where none has one.
+
+    Where the patches are ``unread``, leading tokens have their own in any case.
+    """
+    kinds = calibration.leading[site.name]
+    if calibration.config.tokens != "kinds" and not unread:
+        return ()
     names = list(dict.fromkeys(kinds))
     return tuple(names.index(kind) for kind in kinds)
 

@@ -71,7 +71,7 @@ def record(
     ------
     MoeeError
         Not enough room on the disk; values beyond half precision; kinds or probes that cannot
-        be recorded, gradients of an MLP that gets windows among them.
+        be recorded.
     """
     recording = Recording(model, images, tuple(sites), plan, tuple(kinds), probes)
     return recording.made(root, label="recording")
@@ -105,7 +105,7 @@ class Recording:
             model=models.fingerprint(self.model),
             images=self.images.fingerprint,
             sites=[site.name for site in self.sites],
-            plan=[plan.per_image, plan.prefix, plan.seed, plan.first],
+            plan=[*plan.facts, plan.first],
             **self.unusual,
         )
 

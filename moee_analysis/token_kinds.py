@@ -2,50 +2,130 @@
 
 from __future__ import annotations
 
+import math
+import re
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from moee_analysis.activations import prefix_tokens
+from moee_analysis.activations import TokenPlan
+from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import find_mlps, input_size
 from moee_analysis.sensitivity import output_gradients
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
     from moee_analysis.attention import AttentionSite
     from moee_analysis.models import MlpSite
 
-PREFIX_KINDS = {"cls_token": "cls", "dist_token": "dist", "reg_token": "register"}
-"""Kind of the tokens in timm's parameters of these names, in the order in which they stand."""
+PREFIX_KINDS = {"cls_token": ("cls", "dist"), "dist_token": ("dist",), "reg_token": ("register",)}
+"""Kinds of the tokens in timm's parameters of these names, in the order in which they stand.
+
+A distilled PiT has both of its leading tokens in one parameter.
+"""
 
 
 def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
     """Return the kind of every leading token: "cls", "dist" or "register", in their order.
 
     The order is that of timm's ``_pos_embed``: class, then distillation or register tokens, then
-    patches. Empty for a model of patches alone.
+    patches. Empty for a model of patches alone. A model may have a class token for each of its
+    branches (CoaT, CrossViT); no layer sees more than one of them. Which layers see the leading
+    tokens at all says :func:`leading_kinds`.
 
     Raises
     ------
     MoeeError
         The model's own parameters are not as many tokens as its ``num_prefix_tokens``.
     """
-    expected = prefix_tokens(model)
+    expected = vars(model).get("num_prefix_tokens")
     if expected == 0:
         return ()
-    own = {name.rpartition(".")[2]: len(p[0]) for name, p in model.named_parameters() if p.ndim > 2}
-    kinds = [kind for name, kind in PREFIX_KINDS.items() for _ in range(own.get(name, 0))]
-    if len(kinds) != expected:
+    own = {_stem(name): len(p[0]) for name, p in model.named_parameters() if p.ndim > 2}
+    kinds = [kind for name in PREFIX_KINDS for kind in _of_parameter(name, own.get(name, 0))]
+    if expected is not None and len(kinds) != expected:
         raise MoeeError(
             f"{expected} leading tokens, as num_prefix_tokens says",
             f"{', '.join(kinds) or 'none'} among the parameters of {type(model).__name__}",
             f"use a model whose leading tokens are timm's {', '.join(PREFIX_KINDS)}",
         )
     return tuple(kinds)
+
+
+def _stem(name: str) -> str:
+    """The last part of a parameter's name, without the number of a branch."""
+    return re.sub(r"_token_?\d+$", "_token", name.rpartition(".")[2])
+
+
+def _of_parameter(name: str, tokens: int) -> tuple[str, ...]:
+    """Kinds of so many tokens in the parameter called ``name``; the last kind goes on."""
+    kinds = PREFIX_KINDS[name][:tokens]
+    return kinds + kinds[-1:] * (tokens - len(kinds))
+
+
+def kinds_seen(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the kinds of the leading tokens that a layer sees, in their order.
+
+    A map of rows and columns has none, nor have as many tokens as the model has patches (the
+    ``blocks`` of CaiT and XCiT, the first ones of ConViT). No more tokens than leading ones are
+    these alone (CaiT's ``blocks_token_only``, XCiT's ``cls_attn_blocks``, VOLO's
+    ``post_network``).
+
+    Parameters
+    ----------
+    shape
+        Of one image's tokens at the layer: (tokens,) or (rows, columns).
+    """
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if len(shape) != 1 or shape[0] == patches:
+        return ()
+    return prefix_kinds(model)[: shape[0]]
+
+
+def leading_kinds(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of the leading tokens that each of some layers sees, by module name.
+
+    The model runs once on an image of zeros. A layer that gets parts of an image (windows, the
+    pixels of a patch) in the place of images sees no leading tokens.
+    """
+    shapes = _shapes(model, names) if prefix_kinds(model) else dict.fromkeys(names, (1, 0))
+    return {name: _kinds_of_input(model, shape) for name, shape in shapes.items()}
+
+
+def token_plan(
+    model: nn.Module, names: Iterable[str], per_image: int | None, *, seed: int = 0
+) -> TokenPlan:
+    """Plan to keep all leading tokens and ``per_image`` patches (None: all) at some layers."""
+    prefix = len(prefix_kinds(model))
+    shapes = _shapes(model, names) if prefix else {}
+    alone = {math.prod(s[:-1]) for s in shapes.values() if not _kinds_of_input(model, s)}
+    return TokenPlan(per_image, prefix, seed, patches_alone=frozenset(alone))
+
+
+def _kinds_of_input(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
+    """Kinds of the leading tokens in an input (parts of an image, *tokens, dim)."""
+    return kinds_seen(model, shape[1:-1]) if shape[0] == 1 else ()
+
+
+def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what each layer gets of one image."""
+    like, found = next(model.parameters()), {}
+
+    def see(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        found[name] = tuple(args[0].shape)
+
+    with ExitStack() as hooks, evaluating(model):
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(partial(see, name))
+            hooks.callback(hook.remove)
+        model(torch.zeros(1, *input_size(model)).to(like))
+    return found
 
 
 def unread_patches(
@@ -66,5 +146,6 @@ def unread_patches(
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
     sites = find_mlps(model) if sites is None else sites
     gradients = output_gradients(model, sites, image.to(like), seeds=[(0, 0)], probes=1)
-    prefix = prefix_tokens(model)
-    return frozenset(name for name, g in gradients.items() if not g[:, :, prefix:].any())
+    leading = leading_kinds(model, gradients)
+    patches = {name: g[:, :, len(leading[name]) :] for name, g in gradients.items()}
+    return frozenset(name for name, of_patches in patches.items() if not of_patches.any())

@@ -132,6 +132,7 @@ class Made:
     passes: list[Path] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     looked_at: tuple[int, ...] | None = None
+    kinds: tuple[str, ...] = ()
 
     @property
     def sites(self):
@@ -153,6 +154,10 @@ class Made:
     @property
     def kept_per_image(self):
         return {each.site.name: len(each.sample) // len(self.images) for each in self.layers}
+
+    @property
+    def leading(self):
+        return {each.site.name: self.kinds for each in self.layers}
 
     @property
     def own(self):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.activations import TokenPlan, prefix_tokens, recording
-from moee_analysis.models import build_model, find_mlps
+from moee_analysis.activations import TokenPlan, recording
+from moee_analysis.models import find_mlps
 from tests.makers import hooks_of, pixels_of, sample_of
 from tests.toys import toy_swin, toy_vit
 
@@ -96,10 +96,11 @@ def test_no_number_of_tokens_means_all_of_them_each_for_itself(tokens, prefix):
     assert plan.weights(tokens).tolist() == [1] * tokens
 
 
-def test_prefix_tokens_are_those_that_are_no_patches():
-    assert prefix_tokens(toy_vit()) == 1
-    assert prefix_tokens(toy_swin()) == 0
-    assert prefix_tokens(build_model("deit_tiny_distilled_patch16_224")) == 2
+def test_layers_of_patches_alone_have_no_prefix_and_a_plan_of_their_own():
+    plan = TokenPlan(per_image=5, prefix=1, patches_alone=frozenset({16}))
+    assert plan.weights(16).tolist() == [16 / 5] * 5
+    assert plan.weights(17).tolist() == [1] + [16 / 5] * 5
+    assert plan.facts != TokenPlan(per_image=5, prefix=1).facts
 
 
 # A part of a sample

@@ -127,9 +127,9 @@ def paired(tmp_path, monkeypatch):
     """Plan the layer of two leading tokens, of such kinds, and four others."""
 
     def plan(kinds=("cls", "dist"), *, unread=(), settings=quick, layer=PAIRED, **given):
-        monkeypatch.setattr(planning, "prefix_kinds", lambda _: kinds)
         monkeypatch.setattr(planning, "unread_patches", lambda _: frozenset(unread))
-        (found,) = plan_layers(Made([layer], tmp_path, settings(**given).resolved(), cuts=(6, 42)))
+        config = settings(**given).resolved()
+        (found,) = plan_layers(Made([layer], tmp_path, config, cuts=(6, 42), kinds=kinds))
         return found
 
     return plan

@@ -12,12 +12,13 @@ import torch
 
 from moee_analysis import recording as recordings
 from moee_analysis.activation_files import FILES
-from moee_analysis.activations import TokenPlan, prefix_tokens, recording
+from moee_analysis.activations import TokenPlan, recording
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import build_model, find_mlps, fingerprint
 from moee_analysis.recording import Recording, record
 from moee_analysis.sensitivity import output_gradients
 from moee_analysis.store import content_key
+from moee_analysis.token_kinds import token_plan
 from tests.makers import hooks_of
 from tests.toys import toy_images, toy_swin, toy_vit
 
@@ -25,8 +26,9 @@ from tests.toys import toy_images, toy_swin, toy_vit
 
 
 def recorded(model, images, root, *, per_image=5, seed=0, **settings):
-    plan = TokenPlan(per_image, prefix_tokens(model), seed)
-    return record(model, images, find_mlps(model), plan=plan, root=root, **settings)
+    sites = find_mlps(model)
+    plan = token_plan(model, [site.name for site in sites], per_image, seed=seed)
+    return record(model, images, sites, plan=plan, root=root, **settings)
 
 
 def rows_of(model, images, site, sample, kind):
@@ -146,8 +148,9 @@ def test_where_the_images_start_makes_another_sample(tmp_path):
 @pytest.mark.parametrize("build", [toy_vit, toy_swin])
 @pytest.mark.parametrize("kinds", [("inputs", "hidden"), ("gradients", "inputs")])
 def test_a_recording_knows_its_size_its_tokens_and_its_place(tmp_path, build, kinds):
-    model, plan = build(), TokenPlan(5, prefix_tokens(build()))
-    task = Recording(model, toy_images(6), tuple(find_mlps(model)), plan, kinds)
+    model, sites = build(), tuple(find_mlps(build()))
+    plan = token_plan(model, [site.name for site in sites], 5)
+    task = Recording(model, toy_images(6), sites, plan, kinds)
     assert not task.folder(tmp_path).exists()
     size, kept, tokens = task.bytes, task.kept, task.tokens
     made = task.made(tmp_path)

@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moee_analysis.activations import TokenPlan, prefix_tokens
+from moee_analysis.activations import TokenPlan
 from moee_analysis.density import labels_of_tree
 from moee_analysis.distances import BATCH, Distances
 from moee_analysis.errors import MoeeError
@@ -186,7 +186,7 @@ def test_without_ties_labels_are_those_of_plain_hdbscan(seed, dim):
 def test_clusters_of_real_activations_are_those_of_plain_hdbscan(tmp_path):
     model, images = load_model(), load_images(split="calibration", limit=16)
     site = find_mlps(model)[8]
-    plan = TokenPlan(60, prefix_tokens(model))
+    plan = TokenPlan(60, prefix=1)
     hidden = record(model, images, [site], plan=plan, root=tmp_path).layer(site).hidden
     tree = spanning_tree(hidden, 10)
     for selection in ("eom", "leaf"):

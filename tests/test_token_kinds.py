@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -9,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import find_mlps
-from moee_analysis.token_kinds import prefix_kinds, unread_patches
+from moee_analysis.token_kinds import leading_kinds, prefix_kinds, token_plan, unread_patches
 from tests.makers import SMALL_CONVNEXT, hooks_of, lively, pixels_of
 from tests.toys import CLASSES, toy_swin, toy_vit
 
@@ -81,6 +82,40 @@ def test_the_order_is_that_in_which_the_tokens_enter_the_first_block(build):
     entering = model._pos_embed(model.patch_embed(pixels_of(model)))[0, :, 0]
     seen = [kind for value in entering for kind, mark in marks.values() if abs(value - mark) < 100]
     assert tuple(seen) == prefix_kinds(model)
+
+
+SEEN = {
+    "cait_xxs24_224": {"blocks.0.mlp": (), "blocks_token_only.1.mlp": ("cls",)},
+    "xcit_nano_12_p16_224": {"blocks.0.mlp": (), "cls_attn_blocks.1.mlp": ("cls",)},
+    "convit_tiny": {"blocks.9.mlp": (), "blocks.10.mlp": ("cls",)},
+    "volo_d1_224": {"network.0.0.mlp": (), "network.2.0.mlp": (), "post_network.1.mlp": ("cls",)},
+    "pit_ti_distilled_224": {
+        f"transformers.{stage}.blocks.0.mlp": ("cls", "dist") for stage in range(3)
+    },
+    "tnt_s_legacy_patch16_224": {"blocks.0.mlp_in": (), "blocks.0.mlp": ("cls",)},
+    "crossvit_tiny_240": {f"blocks.0.blocks.{branch}.0.mlp": ("cls",) for branch in (0, 1)},
+    "vit_small_patch16_dinov3": {"blocks.0.mlp": ("cls", *4 * ["register"])},
+    "vit_base_patch16_siglip_224": {"blocks.0.mlp": (), "attn_pool.mlp": ()},
+    "deit_tiny_distilled_patch16_224": dict.fromkeys(
+        ("blocks.0.mlp", "blocks.0.attn"), ("cls", "dist")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_every_layer_sees_the_leading_tokens_that_reach_it(name):
+    with torch.device("meta"):  # shapes are all there is to see
+        model = timm.create_model(name).eval()
+    assert leading_kinds(model, SEEN[name]) == SEEN[name]
+    assert hooks_of(model) == 0
+
+
+def test_patches_alone_are_sampled_without_a_prefix():
+    with torch.device("meta"):
+        model = timm.create_model("cait_xxs24_224").eval()
+    plan = token_plan(model, [site.name for site in find_mlps(model)], 7, seed=3)
+    assert plan.weights(196).tolist() == [28] * 7
+    assert plan.weights(1).tolist() == [1]
 
 
 def test_leading_tokens_of_an_unknown_kind_are_refused():

@@ -17,6 +17,7 @@ from moee_analysis.images import fitting_batch
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import class_labels, find_mlps
 from moee_analysis.progress import progress
+from moee_analysis.token_kinds import kinds_seen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -218,7 +219,7 @@ def _tapping(taps: list[_Tap]) -> Iterator[None]:
 
 def _prefix(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Tokens before the patches; networks of feature maps (Swin, ConvNeXt) have none."""
-    return getattr(model, "num_prefix_tokens", 0) if len(shape) == 1 else 0
+    return len(kinds_seen(model, shape))
 
 
 def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from moee_analysis.activations import prefix_tokens
 from moee_analysis.calibration import calibration_of
 from moee_analysis.clustering import cluster, reduce_dimensions
 from moee_analysis.draws import drawn
 from moee_analysis.partition import clustered, trusted
+from moee_analysis.planning import prefix_experts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,8 +103,8 @@ def _clusters(
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Clustered activations, float32 (tokens, hidden), and their labels, by layer."""
     calibration = calibration_of(run.dense(), images, run.config, root=store)
-    leading = prefix_tokens(run.dense()) if run.config.tokens == "kinds" else 0
-    wanted = {site.name: leading for site in calibration.sites if site.index in layers}
+    sites = [site for site in calibration.sites if site.index in layers]
+    wanted = {site.name: len(prefix_experts(calibration, site)) for site in sites}
     found = {}
     for draw in drawn(calibration, wanted, hidden=True):
         labels = trusted(clustered(draw, run.config, root=store), draw, run.config).labels
