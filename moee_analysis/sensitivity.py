@@ -82,12 +82,13 @@ def output_gradients(
     -------
     dict
         By name of site, (probes, images, tokens, dim) float32; a grid of tokens is flattened
-        row by row. All zeros where the logits do not depend on an output.
+        row by row, windows in the place of an image one after the other. All zeros where the
+        logits do not depend on an output.
 
     Raises
     ------
     MoeeError
-        A site that is not called exactly once, or that gets windows in the place of images.
+        A site that is not called exactly once, or that gets no whole number of windows per image.
     """
     with evaluating(model), torch.enable_grad(), _outputs(model, sites) as calls:
         logits = model(x)
@@ -134,8 +135,8 @@ def _keep(
 
 
 def _only(name: str, seen: list[torch.Tensor], images: int) -> torch.Tensor:
-    """Return the output of a site's only call."""
-    if [len(output) for output in seen] != [images]:
+    """Return the output of a site's only call, of images or as many windows of each."""
+    if len(seen) != 1 or len(seen[0]) % images:
         shapes = ", ".join(str(tuple(output.shape)) for output in seen)
         raise MoeeError(
             f"one call of '{name}' with all tokens of {images} images",
