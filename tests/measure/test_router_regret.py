@@ -121,6 +121,13 @@ def test_the_oracle_pays_for_the_dense_mlp_and_every_expert():
     assert oracle.macs == 2 * 32 * (64 + 9 + 14 + 0)
 
 
+def test_the_oracle_can_be_asked_while_its_dense_mlp_is_watched(run, choices):
+    watched = measure.routes(run.dense(), IMAGES, routers=choices["oracle"])
+    for index, oracle in choices["oracle"].items():
+        x = inputs_of(run, index, IMAGES)
+        np.testing.assert_array_equal(watched.experts[index], oracle(x).reshape(x.shape[:2]))
+
+
 def test_there_are_five_routers_for_every_routed_layer(run, choices):
     assert sorted(choices) == sorted(NAMES)
     several = [
