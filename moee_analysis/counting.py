@@ -80,6 +80,7 @@ def count(
     image = torch.zeros(1, *(size or input_size(model)), device=like.device, dtype=like.dtype)
     with (
         evaluating(model),
+        _frozen(model),
         _counting_tokens(model, names) as tokens,
         _countable_attention(model),
         FlopCounterMode(display=False) as counter,
@@ -113,11 +114,17 @@ def count_parameters(module: nn.Module) -> int:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module gets its own training flag back."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with or without gradients as it was; every module gets its own flag back."""
     flags = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in flags.items():
             module.training = training
@@ -175,6 +182,19 @@ def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
     return x.new_zeros(*x.shape[:-1], dim)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients: the counter trips over those that are given to modules."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad = True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 @contextmanager
@@ -47,6 +47,17 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     if processes() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def sum_gradients(parameters: Sequence[torch.Tensor]) -> None:
+    """Add up the gradients of every process, in place; none at all counts as zeros."""
+    if processes() == 1:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    summed = all_sum(torch.cat([g.detach().flatten().cpu() for g in grads]))
+    parts = summed.split([g.numel() for g in grads])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter)
 
 
 def agreed(flag: bool) -> bool:  # noqa: FBT001

@@ -25,6 +25,12 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
+def tell_progress(line: str) -> None:
+    """Print a line for whoever is watching, once for all processes."""
+    if not is_headless():
+        tell(line)
+
+
 def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` and say how far along we are.
 

@@ -1,7 +1,7 @@
 """Routers: which expert a token goes to.
 
 Each maps the whole input of an MLP, (..., dim), to the expert ids (n, k) of its n tokens in
-row-major order.
+row-major order. Those that compare experts have ``scores``, (n, experts); the highest decides.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ class CosineRouter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        scores = tokens_of(x) @ nn.functional.normalize(self.centres, dim=1).T
-        return best_experts(scores)
+        return best_experts(self.scores(x))
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product of every token with every normalised centre."""
+        return tokens_of(x) @ nn.functional.normalize(self.centres, dim=1).T
 
     @property
     def n_experts(self) -> int:
@@ -76,10 +79,13 @@ class NearestRouter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        return best_experts(self.scores(x))
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Return directions_e . P x + offsets_e of every token and expert."""
         if self.projection is not None:  # before tokens without the leading ones are copied
             x = x @ self.projection.T
-        scores = nn.functional.linear(tokens_of(x), self.directions, self.offsets)
-        return best_experts(scores)
+        return nn.functional.linear(tokens_of(x), self.directions, self.offsets)
 
     @property
     def n_experts(self) -> int:

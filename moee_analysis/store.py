@@ -52,7 +52,7 @@ def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     MoeeError
         A folder that cannot be written to; what ``build`` refuses, and then nothing of it is left.
     """
-    final, unfinished = root / name, root / f".{name}-unfinished"
+    final, unfinished = root / name, unfinished_folder(root / name)
     if final.is_dir():
         return final
     try:
@@ -67,6 +67,11 @@ def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
             "make room, or choose another folder (MOEE_STORE)",
         ) from None  # fmt: skip
     return final
+
+
+def unfinished_folder(final: Path) -> Path:
+    """Where :func:`resumed` fills the folder ``final``, until it is complete."""
+    return final.with_name(f".{final.name}-unfinished")
 
 
 @contextmanager

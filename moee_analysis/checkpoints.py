@@ -1,0 +1,99 @@
+"""Where a training stands, on disk after every epoch: tensors as safetensors, the rest as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moee_analysis.distributed import all_sum, rank
+from moee_analysis.store import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+FACTS = "checkpoint.json"
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """What a training has come to: ``rows`` of its history, epoch ``best`` of them, and its end.
+
+    ``stopped`` says why it ended before its time; "" where it has not.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best: int = 0
+    stopped: str = ""
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs that are done; the first row is of the model before any."""
+        return len(self.rows) - 1
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, groups: Mapping[str, Tensors], *, key: str
+) -> None:
+    """Save ``groups`` of tensors and the ``progress``; the checkpoint before is there until then.
+
+    ``key`` says of which training it is. Of several processes the first one saves, for all.
+    """
+    if rank() == 0:
+        _save(folder, progress, groups, key)
+    all_sum(torch.zeros(1))  # none goes on before it is there
+
+
+def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: str) -> None:
+    tensors = {f"{group}/{name}": t for group, own in groups.items() for name, t in own.items()}
+    file = f"checkpoint-{progress.epochs}.safetensors"
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / file)
+    write_json(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
+    for older in folder.glob("checkpoint-*.safetensors"):
+        if older.name != file:
+            older.unlink()
+
+
+def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
+    """What was saved last in ``folder``, if anything was."""
+    facts = checkpoint_facts(folder)
+    if facts is None:
+        return None
+    groups: dict[str, Tensors] = {}
+    for name, tensor in load_file(folder / facts["tensors"]).items():
+        group, _, own = name.partition("/")
+        groups.setdefault(group, {})[own] = tensor
+    return Progress(facts["rows"], facts["best"], facts["stopped"]), groups
+
+
+def checkpoint_facts(folder: Path) -> dict[str, Any] | None:
+    """The JSON of the checkpoint in ``folder``; None where there is none."""
+    path = folder / FACTS
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files of the checkpoint."""
+    for path in (*folder.glob("checkpoint-*.safetensors"), folder / FACTS):
+        path.unlink(missing_ok=True)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Tensors:
+    """Return what an optimizer keeps of every parameter, by the parameter's number and its name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": t for number, own in state.items() for name, t in own.items()}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Give an optimizer of the same parameters back what :func:`moments` returned."""
+    state: dict[int, Tensors] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

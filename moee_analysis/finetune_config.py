@@ -1,0 +1,107 @@
+"""What decides a fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from moee_analysis.clustering import whole_number
+from moee_analysis.errors import MoeeError
+from moee_analysis.router_training import ROUTERS
+from moee_analysis.training_images import AUGMENTATIONS
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a model learns to predict what its dense model predicts; no labels are used.
+
+    Attributes
+    ----------
+    epochs
+        Passes over the training images.
+    learning_rate
+        AdamW's, after a warm-up of ``warmup_epochs``; from there it falls to zero by a cosine.
+    batch_size
+        Images of one step, over all processes; computed in ``accumulate`` parts of it.
+    temperature
+        Divides the logits of both models; the loss is in nats at 1.
+    block_weight
+        Of the relative squared errors of all blocks' outputs, beside the logits.
+    router
+        ``frozen``; learning ``straight_through``, or from an ``auxiliary`` task, whose loss has
+        the weight ``router_weight`` (:mod:`moee_analysis.router_training`).
+    augmentation
+        ``none``, ``light`` or ``strong`` (:mod:`moee_analysis.training_images`).
+    ema
+        Decay per step of a running mean of the weights, which is then the model that is kept;
+        None: the weights themselves.
+    held_out
+        Share of the images that is never trained on. The epoch of the lowest divergence there is
+        kept, and ``patience`` epochs without a lower one end the training.
+    clip
+        Largest norm of the gradients.
+    precision
+        ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 on an accelerator that has it.
+    seed
+        Of the held-out images, their order and the augmentations.
+
+    Raises
+    ------
+    MoeeError
+        A value out of its range.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 1.5e-5
+    batch_size: int = 32
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    warmup_epochs: float = 0.5
+    temperature: float = 1.0
+    block_weight: float = 0.0
+    router: Literal["frozen", "straight_through", "auxiliary"] = "frozen"
+    router_weight: float = 0.1
+    augmentation: Literal["none", "light", "strong"] = "light"
+    ema: float | None = None
+    held_out: float = 0.1
+    patience: int = 3
+    clip: float = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        named = {"router": ROUTERS, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
+        for name, choices in named.items():
+            if getattr(self, name) not in choices:
+                _refuse(f"{name} among {', '.join(choices)}", getattr(self, name))
+        for name, least in _LEAST.items():
+            whole_number(name, getattr(self, name), least=least)
+        for name in _POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
+                _refuse(f"{name} above 0", getattr(self, name))
+        for name in _NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                _refuse(f"{name} of 0 or more", getattr(self, name))
+        for name, share in {"held_out": self.held_out, "ema": self.ema}.items():
+            if share is not None and not 0 < share < 1:
+                _refuse(f"{name} between 0 and 1", share)
+
+    def autocasts(self, device: torch.device) -> bool:
+        """Whether products are made in bfloat16 on this ``device``."""
+        if self.precision != "auto":
+            return self.precision == "bfloat16"
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+_LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "patience": 1, "seed": 0}
+_POSITIVE = ("learning_rate", "temperature", "clip")
+_NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "block_weight", "router_weight")
+
+
+def _refuse(expected: str, found: Any) -> None:
+    raise MoeeError(expected, str(found), "correct it")

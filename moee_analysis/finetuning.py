@@ -1,0 +1,239 @@
+"""Fine-tuning: a run learns to predict what its dense model predicts, its experts staying the same.
+
+Knowledge distillation (Hinton et al., arXiv:1503.02531) without labels; AdamW, with a warm-up and a
+cosine. Weights and shifts change, and routers where wanted; which hidden neurons an expert has
+never does.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from moee_analysis.checkpoints import checkpoint_facts, remove_checkpoint
+from moee_analysis.counting import evaluating
+from moee_analysis.distributed import agreed, all_sum, rank
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction import Extraction, load
+from moee_analysis.finetune_config import FinetuneConfig
+from moee_analysis.layers import moe_layers
+from moee_analysis.models import fingerprint
+from moee_analysis.saving import check_rebuilds, fill_run
+from moee_analysis.store import content_key, resumed, unfinished_folder
+from moee_analysis.training import NOT_FINITE, Training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moee_analysis.checkpoints import Progress
+    from moee_analysis.images import ImageSet
+
+METRICS = "metrics.csv"
+_FACT = "finetunings"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuned run and how it came about.
+
+    ``history`` has a row for every epoch, the first before any training: ``epoch``, ``steps``,
+    ``loss`` (mean over the training images), and on the images held out ``kl`` (mean
+    KL(dense || run) in nats) and ``agreement`` (share of images with the dense prediction). The run
+    has the weights after epoch ``best``. ``stopped`` says why the training ended early, if it did.
+    """
+
+    run: Extraction
+    history: pd.DataFrame
+    best: int
+    stopped: str
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss was finite to the end."""
+        return not self.stopped.startswith(NOT_FINITE)
+
+
+def finetune(
+    run: Extraction,
+    images: ImageSet,
+    config: FinetuneConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    weights: str | Path | None = None,
+) -> Finetuned:
+    """Train a copy of the run's model to predict what the dense model predicts.
+
+    Parameters
+    ----------
+    images
+        Training images; those of the calibration will do. Their labels are not used. A part of
+        them is held out, see ``config``.
+    config
+        None is the default :class:`FinetuneConfig`.
+    out
+        Folder for the fine-tuned run. It appears when the training has ended; until then a
+        checkpoint is kept beside it, and a training that was killed goes on there. One that has
+        ended is not repeated. None keeps nothing.
+    weights
+        The dense weights, if they have moved.
+
+    Raises
+    ------
+    MoeeError
+        Fewer than two images; a folder that holds something else; a loss that is not finite before
+        any epoch has made the model better.
+    """
+    config = config or FinetuneConfig()
+    dense = run.dense(weights=weights)
+    student = copy.deepcopy(run.model)
+    dense = copy.deepcopy(dense).to(next(student.parameters()).device)
+    facts = {"run": fingerprint(student), "dense": fingerprint(dense), "config": asdict(config)}
+    key = content_key(**facts, images=images.fingerprint)
+    training = Training(student, dense, images, config, Path(), key)
+    _check_images(training)
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+            return _of(_trained(replace(training, folder=Path(folder)), run), run)
+    check_rebuilds(student)
+    _through(Path(out).resolve(), training, run)
+    return _of(load(out), run)
+
+
+def history_of(run: Extraction) -> pd.DataFrame:
+    """Return the table of :class:`Finetuned` of a run that was fine-tuned, saved or not.
+
+    Raises
+    ------
+    MoeeError
+        The run was never fine-tuned.
+    """
+    return pd.DataFrame(_last(run)["history"]).astype({"loss": float})
+
+
+def _last(run: Extraction) -> dict[str, Any]:
+    """Facts of the run's last fine-tuning."""
+    found = run.provenance.get(_FACT)
+    if not found:
+        raise MoeeError("a run that was fine-tuned", "one as it was extracted", "finetune it first")
+    return found[-1]
+
+
+def _of(tuned: Extraction, run: Extraction) -> Finetuned:
+    tuned.model.to(next(run.model.parameters()).device)
+    facts = _last(tuned)
+    tuned = replace(tuned, original=run.original)
+    return Finetuned(tuned, history_of(tuned), facts["best"], facts["stopped"])
+
+
+def _check_images(training: Training) -> None:
+    counts = [len(images) for images in training.sets]
+    if min(counts) < 1:
+        raise MoeeError(
+            "images to train on and others to hold out", f"{counts[0]} and {counts[1]}",
+            "give more images, or another share 'held_out'",
+        )  # fmt: skip
+
+
+def _through(folder: Path, training: Training, run: Extraction) -> None:
+    """Fill ``folder`` with the trained run, unless it is there."""
+    if agreed(folder.exists()):
+        _check_same(folder, training.key)
+        return
+    unfinished = unfinished_folder(folder)
+    begun = checkpoint_facts(unfinished)
+    if begun is not None and begun["key"] != training.key:
+        raise MoeeError(
+            f"the fine-tuning that was begun in '{unfinished}'",
+            "another run, other images or other settings",
+            "repeat it as it was, remove that folder, or choose another one",
+        )
+    all_sum(torch.zeros(1))  # all have looked before the first one begins
+    if rank() == 0:
+        resumed(folder.parent, folder.name, partial(_fill, training=training, run=run))
+    else:
+        _fill(unfinished, training=training, run=run)
+    all_sum(torch.zeros(1))  # the folder is there
+
+
+def _check_same(folder: Path, key: str) -> None:
+    known = load(folder).provenance.get(_FACT) if folder.is_dir() else None
+    if not known or known[-1]["key"] != key:
+        raise MoeeError(
+            f"a new folder '{folder}', or what this fine-tuning has left there before",
+            "something else", "choose another folder",
+        )  # fmt: skip
+
+
+def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
+    all_sum(torch.zeros(1))  # the folder is there
+    tuned = _trained(replace(training, folder=folder), run)
+    if rank() == 0:
+        fill_run(folder, tuned.model, tuned._facts())
+        history_of(tuned).to_csv(folder / METRICS, index=False)
+        remove_checkpoint(folder)
+
+
+def _trained(training: Training, run: Extraction) -> Extraction:
+    """Train, and tell in the run's facts how that went."""
+    progress = training.run()
+    if progress.stopped.startswith(NOT_FINITE) and progress.best == 0:
+        raise MoeeError(
+            "a finite loss", progress.stopped, "lower the learning rate; the run is as it was"
+        )
+    if progress.best:
+        _count_shares(training)
+    facts = [*run.provenance.get(_FACT, []), _facts(training, progress)]
+    layers = moe_layers(training.student)
+    reports = tuple(
+        replace(layer, active_fraction=_active(layers[layer.index])) if layer.converted else layer
+        for layer in run.layers
+    )
+    provenance = run.provenance | {_FACT: facts}
+    return replace(run, model=training.student, layers=reports, provenance=provenance)
+
+
+def _facts(training: Training, progress: Progress) -> dict[str, Any]:
+    return {
+        "key": training.key,
+        "config": asdict(training.config),
+        "images": training.images.name,
+        "n_images": len(training.sets[0]),
+        "n_held_out": len(training.sets[1]),
+        "images_sha256": training.images.fingerprint,
+        "best": progress.best,
+        "stopped": progress.stopped,
+        "history": progress.rows,
+    }
+
+
+def _active(layer: nn.Module) -> float:
+    return float(layer.shares.double() @ layer.sizes.double()) / layer.hidden_dense
+
+
+@torch.no_grad()
+def _count_shares(training: Training) -> None:
+    """Let the layers record how often their experts are used now, on the images held out."""
+    layers = moe_layers(training.student).values()
+    counts = [torch.zeros_like(layer.shares, dtype=torch.float64) for layer in layers]
+    tokens = [0 for _ in layers]
+
+    def count(number: int, _router: nn.Module, _args: tuple, chosen: torch.Tensor) -> None:
+        counts[number] += chosen.flatten().bincount(minlength=len(counts[number]))
+        tokens[number] += len(chosen)
+
+    with evaluating(training.student), ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+            hook = layer.router.register_forward_hook(partial(count, number))
+            hooks.callback(hook.remove)
+        for x in training.sets[1].batches(training.dense, batch_size=training.config.batch_size):
+            training.student(x.to(next(training.student.parameters()).device))
+    for layer, counted, total in zip(layers, counts, tokens, strict=True):
+        layer.shares.copy_(counted / total)
