@@ -64,7 +64,8 @@ def modularity(
     Raises
     ------
     MoeeError
-        Images without part masks, routes of other images, no layer with one expert per token.
+        Images without part masks, routes of other images, no layer with one expert per token and
+        a grid of patches.
     """
     several = all_routes(source, images)
     masks = _masks(images)
@@ -266,7 +267,13 @@ def _patch_layers(routes: Routes, layers: Sequence[int], images: ImageSet) -> li
             "a system with one expert per token", f"several per token in '{routes.system}'",
             "modularity compares partitions: use top-1 routers",
         )  # fmt: skip
-    return chosen_layers(routes.experts, layers)
+    placed = [layer for layer in routes.experts if min(routes.grid[layer]) > 1]
+    if not placed:
+        raise MoeeError(
+            "a layer whose patches have known places", f"none in '{routes.system}'",
+            "extract experts of layers that see the patches of an image",
+        )  # fmt: skip
+    return chosen_layers(placed, layers)
 
 
 def _profile(table: np.ndarray, names: tuple[str, ...]) -> pd.DataFrame:

@@ -14,10 +14,11 @@ from torch import nn
 from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import fitting_batch
-from moee_analysis.layers import moe_layers
+from moee_analysis.layers import moe_layers, moe_names
 from moee_analysis.models import class_labels, find_mlps
 from moee_analysis.progress import progress
 from moee_analysis.token_kinds import kinds_seen
+from moee_analysis.token_positions import patch_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,7 +36,8 @@ class Routes:
     counts
         int32 (images, experts): how many tokens of an image use an expert.
     experts
-        int16 (images, tokens): the expert of each token; only layers with one expert per token.
+        int16 (images, tokens): the expert of each token, leading ones and then patches row by row;
+        only layers with one expert per token.
     labels
         int64 (images,): class index of each image.
     class_names
@@ -43,7 +45,8 @@ class Routes:
     k
         Experts per token.
     prefix_tokens, grid
-        Tokens before the patches (CLS), and rows and columns of the patches after them.
+        Tokens before the patches (CLS), and rows and columns of the patches after them: (1, n)
+        where the places of patches are not known, (0, 0) where there are none.
     tokens_per_image
         Tokens of one image.
     system
@@ -111,14 +114,23 @@ def routes(
     labels = images.labels(model)
     _run(model, images, taps, batch_size or fitting_batch(model))
     names = class_labels(model)
+    leading = {tap.index: _leading(model, tap.shape) for tap in taps}
+    places = {
+        tap.index: patch_places(model, tap.name, tap.shape, leading=leading[tap.index])
+        for tap in taps
+    }
     return Routes(
         counts={tap.index: tap.all_counts() for tap in taps},
-        experts={tap.index: np.concatenate(tap.experts) for tap in taps if tap.experts},
+        experts={
+            tap.index: _row_by_row(np.concatenate(tap.experts), places[tap.index])
+            for tap in taps
+            if tap.experts
+        },
         labels=labels,
         class_names={int(label): names[label] for label in np.unique(labels)},
         k={tap.index: tap.k for tap in taps},
-        prefix_tokens={tap.index: _prefix(model, tap.shape) for tap in taps},
-        grid={tap.index: _grid(model, tap.shape) for tap in taps},
+        prefix_tokens=leading,
+        grid={index: of_layer.shape for index, of_layer in places.items()},
         tokens_per_image={tap.index: math.prod(tap.shape) for tap in taps},
         system=system,
     )
@@ -134,11 +146,12 @@ class _Tap:
     """Where one layer's routing is read, and what has been read so far."""
 
     index: int
+    name: str
     site: nn.Module
     router: nn.Module
     n_experts: int  # a router that does not say is known by the experts it has chosen
     inside: bool  # the site runs the router itself
-    shape: tuple[int, ...] = ()  # of an image's tokens: (tokens,) or (rows, columns)
+    shape: tuple[int, ...] = ()  # of an image's tokens: (windows, tokens) or (1, rows, columns)
     k: int = 1
     images: int = 0  # in the present batch
     counts: list[np.ndarray] = field(default_factory=list)
@@ -146,7 +159,7 @@ class _Tap:
 
     def see_input(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         (x,) = args
-        self.images, self.shape = x.shape[0], tuple(x.shape[1:-1])
+        self.shape = (x.shape[0] // self.images, *x.shape[1:-1])
         if not self.inside:
             self.router(x)
 
@@ -180,14 +193,15 @@ def _own_taps(model: nn.Module) -> list[_Tap]:
             f"a dense {type(model).__name__}",
             "extract its experts first, or pass routers={layer: router}",
         )
+    names = moe_names(model)
     return [
-        _Tap(index, layer, layer.router, layer.n_experts, inside=True)
+        _Tap(index, names[index], layer, layer.router, layer.n_experts, inside=True)
         for index, layer in layers.items()
     ]
 
 
 def _outside_taps(model: nn.Module, routers: Mapping[int, nn.Module]) -> list[_Tap]:
-    sites = {site.index: site.module(model) for site in find_mlps(model)}
+    sites = {site.index: site for site in find_mlps(model)}
     unknown = sorted(set(routers) - set(sites))
     if unknown:
         raise MoeeError(
@@ -195,9 +209,12 @@ def _outside_taps(model: nn.Module, routers: Mapping[int, nn.Module]) -> list[_T
             "count layers from 0",
         )  # fmt: skip
     return [
-        _Tap(index, sites[index], router, getattr(router, "n_experts", 1), inside=False)
+        _Tap(
+            index, sites[index].name, sites[index].module(model), router,
+            getattr(router, "n_experts", 1), inside=False,
+        )
         for index, router in sorted(routers.items())
-    ]
+    ]  # fmt: skip
 
 
 def _run(model: nn.Module, images: ImageSet, taps: list[_Tap], batch_size: int) -> None:
@@ -205,6 +222,8 @@ def _run(model: nn.Module, images: ImageSet, taps: list[_Tap], batch_size: int) 
     like = next(model.parameters())
     with evaluating(model), _tapping(taps):
         for x in progress(batches, label="routing", total=math.ceil(len(images) / batch_size)):
+            for tap in taps:
+                tap.images = len(x)
             model(x.to(like))
 
 
@@ -217,19 +236,12 @@ def _tapping(taps: list[_Tap]) -> Iterator[None]:
         yield
 
 
-def _prefix(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Tokens before the patches; networks of feature maps (Swin, ConvNeXt) have none."""
-    return len(kinds_seen(model, shape))
+def _leading(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Tokens before the patches, of tokens (windows, ...) of an image; windows have none."""
+    return len(kinds_seen(model, shape[1:])) if shape[0] == 1 else 0
 
 
-def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of the patches."""
-    if len(shape) == 2:
-        return shape
-    patches = shape[0] - _prefix(model, shape)
-    embedding = getattr(model, "patch_embed", None)
-    grid = tuple(getattr(embedding, "grid_size", None) or ())
-    if math.prod(grid) == patches:
-        return grid
-    side = math.isqrt(patches)
-    return (side, side) if side * side == patches else (1, patches)
+def _row_by_row(experts: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Experts of leading tokens, as they stand, and of patches in the order of their places."""
+    leading = experts.shape[1] - places.size
+    return np.hstack([experts[:, :leading], experts[:, leading:][:, places.ravel()]])

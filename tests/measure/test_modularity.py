@@ -123,3 +123,13 @@ def test_several_experts_per_token_are_refused(images):
     routes = replace(drawn_routes(classes=4, each=10), experts={})
     with pytest.raises(MoeeError, match="one expert per token"):
         measure.modularity(routes, images)
+
+
+def test_layers_whose_patches_have_no_known_places_are_left_out(images):
+    routes = drawn_routes(classes=4, each=10)
+    some, none = (
+        replace(routes, grid=grid) for grid in ({0: (1, 16), 1: (4, 4)}, {0: (1, 16), 1: (0, 0)})
+    )
+    assert measure.part_profile(some, images)["layer"].unique().tolist() == [1]
+    with pytest.raises(MoeeError, match="known places"):
+        measure.modularity(none, images)
