@@ -149,7 +149,13 @@ def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRa
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    """All tensors of ``model``, those with several names once for each, as files want them."""
+    tensors, seen = {}, set()
+    for name, stored in model.state_dict().items():
+        tensor = stored.detach().cpu().contiguous()
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _below(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
