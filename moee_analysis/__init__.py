@@ -11,6 +11,10 @@ from moee_analysis.errors import MoeeError as MoeeError
 from moee_analysis.extraction import Extraction as Extraction
 from moee_analysis.extraction import extract as extract
 from moee_analysis.extraction import load as load
+from moee_analysis.finetune_config import FinetuneConfig as FinetuneConfig
+from moee_analysis.finetuning import Finetuned as Finetuned
+from moee_analysis.finetuning import finetune as finetune
+from moee_analysis.finetuning import history_of as history_of
 from moee_analysis.images import load_images as load_images
 from moee_analysis.layers import set_dispatch as set_dispatch
 from moee_analysis.mlp_survey import survey as survey

@@ -1,4 +1,4 @@
-"""The command line: ``moee extract | evaluate | report | lab``.
+"""The command line: ``moee extract | evaluate | finetune | report | lab``.
 
 Exit codes: 0 done, 1 failed, 2 bad input (told in one line).
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moee_analysis.attention import LowRankAttention
     from moee_analysis.calibration import Limits
     from moee_analysis.clustering import ClusterConfig
+    from moee_analysis.finetuning import Finetuned
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -26,7 +27,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    Under torchrun, ``extract`` is one command of all processes.
+    Under torchrun, ``extract`` and ``finetune`` are one command of all processes.
     """
     parser = _parser()
     arguments, others = parser.parse_known_args(argv)
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_extract(commands)
     _add_evaluate(commands)
+    _add_finetune(commands)
     _add_report(commands)
     lab = commands.add_parser("lab", help="open JupyterLab; passes its options on")
     lab.set_defaults(command=_lab)
@@ -72,6 +74,9 @@ def _add_extract(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--noise", default="reroute", help="noise tokens: reroute, drop or rest")
     parser.add_argument(
+        "--dense-tokens", metavar="KINDS", help="kinds that keep all neurons, such as cls,register"
+    )
+    parser.add_argument(
         "--attention", help="dense; read: only where it is read; low_rank: smaller heads too"
     )
     _compute_options(parser)
@@ -88,6 +93,42 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse unreadable images")
     parser.add_argument("--device", default="cpu")
     parser.set_defaults(command=_evaluate)
+
+
+def _add_finetune(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "finetune", help="train a run towards its dense model",
+        description="Trains a run to predict what its dense model predicts; labels are not used. "
+        "A command that was killed goes on after its last whole epoch when it is repeated.",
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, help="folder of a saved run")
+    parser.add_argument("--images", default="bundled", help="folder of class folders to train on")
+    parser.add_argument("--out", required=True, type=Path, help="new folder for the tuned run")
+    parser.add_argument("--limit", type=int, help="at most so many images")
+    for name, (kind, told) in FINETUNE_OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=told)
+    parser.add_argument("--weights", help="the dense weights, if they have moved")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--strict", action="store_true", help="refuse unreadable images")
+    parser.set_defaults(command=_finetune)
+
+
+FINETUNE_OPTIONS: dict[str, tuple[Callable[[str], object], str]] = {
+    "epochs": (int, "passes over the images"),
+    "learning_rate": (float, "highest rate of AdamW"),
+    "batch_size": (int, "images of a step, over all processes"),
+    "accumulate": (int, "parts that a step is computed in, for less memory"),
+    "weight_decay": (float, "of AdamW"),
+    "block_weight": (float, "of errors of the blocks' outputs, beside the logits"),
+    "router": (str, "frozen, straight_through or auxiliary"),
+    "augmentation": (str, "none, light or strong"),
+    "ema": (float, "decay of a running mean of the weights"),
+    "held_out": (float, "share of the images to watch and not to train on"),
+    "patience": (int, "epochs without progress that end the training"),
+    "precision": (str, "auto, float32 or bfloat16"),
+    "seed": (int, "of order, augmentation and held-out images"),
+}
+"""Settings of ``FinetuneConfig`` that can be given, what they are and what they mean."""
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
@@ -146,6 +187,7 @@ def _extract_together(arguments: argparse.Namespace) -> int:
         clustering=_clustering(arguments),
         noise=arguments.noise,
         attention=arguments.attention,
+        dense_tokens=tuple(arguments.dense_tokens.split(",")) if arguments.dense_tokens else (),
     )
     check_target(arguments.out)
     device = local_device(arguments.device)
@@ -189,6 +231,44 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         write_json(arguments.json, numbers)
     print(_numbers_text(numbers))
     return 0
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from moee_analysis.distributed import together
+
+    with together():
+        return _finetune_together(arguments)
+
+
+def _finetune_together(arguments: argparse.Namespace) -> int:
+    import moee_analysis as moee
+    from moee_analysis.distributed import local_device, rank
+    from moee_analysis.models import check_device
+
+    given = {name: getattr(arguments, name) for name in FINETUNE_OPTIONS}
+    config = moee.FinetuneConfig(**{name: v for name, v in given.items() if v is not None})
+    device = local_device(arguments.device)
+    check_device(device)
+    run = moee.load(arguments.run)
+    run.model.to(device)
+    images = moee.load_images(
+        arguments.images, split="train", limit=arguments.limit, strict=arguments.strict
+    )
+    tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
+    if rank() == 0:
+        curve = moee.plots.fine_tuning(tuned.history, caption=_what_was_tuned(tuned))
+        curve.savefig(arguments.out / "curve.png")
+        print(f"{_what_was_tuned(tuned)}\nsaved to {arguments.out}")
+    return 0 if tuned.finite else 1
+
+
+def _what_was_tuned(tuned: Finetuned) -> str:
+    first, kept = tuned.history["kl"].iloc[[0, tuned.best]]
+    early = f"; ended early: {tuned.stopped}" if tuned.stopped else ""
+    return (
+        f"divergence from the dense model on images held out: {kept:.4f} nats after epoch "
+        f"{tuned.best} (before: {first:.4f}){early}"
+    )
 
 
 def _check_file(path: Path) -> None:

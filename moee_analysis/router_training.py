@@ -70,7 +70,7 @@ def trainable_routers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for router, own in zip(routers, names, strict=True):
-            for name in set(own) & set(router._parameters):
+            for name in [name for name in own if name in router._parameters]:
                 router.register_buffer(name, router._parameters.pop(name).detach())
 
 

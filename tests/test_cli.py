@@ -209,3 +209,36 @@ def test_smaller_heads_are_told(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert sum("of the dimensions of the heads' scores" in line for line in lines) == 12
     assert "asked for 1 token(s)" in next(line for line in lines if "blocks.11.attn" in line)
+
+
+def test_finetune_makes_a_run_that_can_be_evaluated(told, tmp_path, capsys, monkeypatch):
+    root, before = told
+    monkeypatch.setenv("MOEE_HEADLESS", "1")
+    command = ["finetune", root / "run", "--images", root / "scenes", "--out", tmp_path / "tuned"]
+    command += ["--epochs", 3, "--learning-rate", 1e-4, "--held-out", 0.4, "--batch-size", 8]
+    command += ["--augmentation", "none", "--seed", 3]
+    assert run_cli(*command) == 0
+    out = capsys.readouterr().out
+    assert "held out" in out
+    assert f"saved to {tmp_path / 'tuned'}" in out
+    assert sorted(path.name for path in (tmp_path / "tuned").iterdir()) == [
+        "curve.png", "metrics.csv", "model.safetensors", "run.json",
+    ]  # fmt: skip
+    numbers = tmp_path / "numbers.json"
+    assert (
+        run_cli("evaluate", tmp_path / "tuned", "--images", root / "scenes", "--json", numbers) == 0
+    )
+    after = json.loads(numbers.read_text())
+    assert after["kl"] < before["kl"]
+    assert after["provenance"]["finetunings"][0]["config"]["seed"] == 3
+    assert run_cli(*command) == 0  # it has ended
+    assert "another folder" in refused(capsys, *command, "--epochs", 2)
+
+
+def test_finetune_refuses_what_is_wrong_in_one_line(told, tmp_path, capsys):
+    command = ["finetune", told[0] / "run", "--out", tmp_path / "tuned"]
+    assert "epochs" in refused(capsys, *command, "--epochs", 0)
+    assert "router" in refused(capsys, *command, "--router", "melted")
+    assert "toaster" in refused(capsys, *command, "--device", "toaster")
+    assert "class folders" in refused(capsys, *command, "--images", tmp_path)
+    assert not list(tmp_path.iterdir())
