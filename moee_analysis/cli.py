@@ -256,7 +256,7 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
     )
     tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
     if rank() == 0:
-        curve = moee.plots.fine_tuning(tuned.history, caption=_what_was_tuned(tuned))
+        curve = moee.plots.history(tuned.history, caption=_what_was_tuned(tuned))
         curve.savefig(arguments.out / "curve.png")
         print(f"{_what_was_tuned(tuned)}\nsaved to {arguments.out}")
     return 0 if tuned.finite else 1

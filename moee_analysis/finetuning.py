@@ -26,7 +26,7 @@ from moee_analysis.extraction import Extraction, load
 from moee_analysis.finetune_config import FinetuneConfig
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import fingerprint
-from moee_analysis.saving import check_rebuilds, fill_run
+from moee_analysis.saving import check_rebuilds, fill_run, rebuilds
 from moee_analysis.store import content_key, resumed, unfinished_folder
 from moee_analysis.training import NOT_FINITE, Training
 
@@ -67,6 +67,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     out: str | Path | None = None,
+    store: str | Path | None = None,
     weights: str | Path | None = None,
 ) -> Finetuned:
     """Train a copy of the run's model to predict what the dense model predicts.
@@ -81,7 +82,10 @@ def finetune(
     out
         Folder for the fine-tuned run. It appears when the training has ended; until then a
         checkpoint is kept beside it, and a training that was killed goes on there. One that has
-        ended is not repeated. None keeps nothing.
+        ended is not repeated.
+    store
+        Folder of a content-keyed store, instead: the fine-tuned run is kept there and found again,
+        if its timm name rebuilds the model. With neither of them nothing is kept.
     weights
         The dense weights, if they have moved.
 
@@ -99,12 +103,12 @@ def finetune(
     key = content_key(**facts, images=images.fingerprint)
     training = Training(student, dense, images, config, Path(), key)
     _check_images(training)
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="moee-") as folder:
-            return _of(_trained(replace(training, folder=Path(folder)), run), run)
-    check_rebuilds(student)
-    _through(Path(out).resolve(), training, run)
-    return _of(load(out), run)
+    folder = _folder(training, out, store)
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="moee-") as root:
+            return _of(_trained(replace(training, folder=Path(root)), run), run)
+    _through(folder, training, run)
+    return _of(load(folder), run)
 
 
 def history_of(run: Extraction) -> pd.DataFrame:
@@ -131,6 +135,16 @@ def _of(tuned: Extraction, run: Extraction) -> Finetuned:
     facts = _last(tuned)
     tuned = replace(tuned, original=run.original)
     return Finetuned(tuned, history_of(tuned), facts["best"], facts["stopped"])
+
+
+def _folder(training: Training, out: str | Path | None, store: str | Path | None) -> Path | None:
+    """Where the fine-tuned run is kept, if it is."""
+    if out is not None:
+        check_rebuilds(training.student)
+        return Path(out).resolve()
+    if store is None or not rebuilds(training.student):
+        return None
+    return Path(store).resolve() / f"finetuned-{training.key}"
 
 
 def _check_images(training: Training) -> None:

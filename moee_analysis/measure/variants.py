@@ -176,14 +176,24 @@ def _extracted(dense: nn.Module, calibration: ImageSet, config: ExtractConfig, s
 def _cost(row: Made, dense: nn.Module, counted: MacCount) -> dict[str, Any]:
     saved = dict.fromkeys(("macs_reduction", "params_reduction", "router_macs"), math.nan)
     if row.model is not None:
-        mlps = all_mlps(row.model)
-        cost = moe_macs(row.model, {name: _macs_per_token(mlp) for name, mlp in mlps.items()})
-        saved["macs_reduction"] = 1 - cost / counted.total
-        saved["params_reduction"] = 1 - count_parameters(row.model) / count_parameters(dense)
-        routers = {name: mlp.router.macs for name, mlp in mlps.items() if isinstance(mlp, MoeMlp)}
-        in_routers = sum(counted.tokens[name] * each for name, each in routers.items())
-        saved["router_macs"] = in_routers / counted.total
+        saved = savings(row.model, dense, counted)
     return {**saved, "seconds": row.seconds, "reason": row.reason}
+
+
+def savings(model: nn.Module, dense: nn.Module, counted: MacCount) -> dict[str, float]:
+    """What ``model`` saves of the dense model's MACs and parameters, and what its routers cost.
+
+    Shares, with the routing shares that its layers record; ``counted`` is of the dense model.
+    """
+    mlps = all_mlps(model)
+    cost = moe_macs(model, {name: _macs_per_token(mlp) for name, mlp in mlps.items()})
+    routers = {name: mlp.router.macs for name, mlp in mlps.items() if isinstance(mlp, MoeMlp)}
+    in_routers = sum(counted.tokens[name] * each for name, each in routers.items())
+    return {
+        "macs_reduction": 1 - cost / counted.total,
+        "params_reduction": 1 - count_parameters(model) / count_parameters(dense),
+        "router_macs": in_routers / counted.total,
+    }
 
 
 def _macs_per_token(mlp: nn.Module) -> float:

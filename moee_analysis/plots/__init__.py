@@ -18,6 +18,7 @@ from moee_analysis.plots.experts import overlap as overlap
 from moee_analysis.plots.experts import sizes as sizes
 from moee_analysis.plots.fidelity import fidelity as fidelity
 from moee_analysis.plots.fine_tuning import fine_tuning as fine_tuning
+from moee_analysis.plots.fine_tuning import history as history
 from moee_analysis.plots.inference import inference as inference
 from moee_analysis.plots.macs import macs as macs
 from moee_analysis.plots.modularity import modularity as modularity
