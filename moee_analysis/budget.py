@@ -69,8 +69,9 @@ def choose(
     for name, budget in (("MACs", macs), ("parameters", parameters)):
         if budget < 0:
             raise MoeeError(
-                f"a budget of {name} that the layers left dense, routers and shifts fit into",
-                f"{-budget:.3g} too few", "ask for less, convert more layers, or fewer experts",
+                f"a budget of {name} that what stays dense, routers and shifts fit into",
+                f"{-budget:.3g} too few",
+                "ask for less, convert more layers, or have fewer experts or tokens kept dense",
             )  # fmt: skip
 
     def within(per_parameter: float) -> list[np.ndarray]:

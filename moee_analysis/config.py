@@ -8,7 +8,7 @@ from typing import Any, Literal
 from moee_analysis.clustering import ClusterConfig, whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.presets import preset_named
-from moee_analysis.recipes import CHOICES, recipe_named
+from moee_analysis.recipes import CHOICES, TOKEN_KINDS, recipe_named
 
 EXPERTS = ("clusters", "one")
 NOISE_POLICIES = ("reroute", "drop", "rest")
@@ -39,6 +39,11 @@ class ExtractConfig:
       (where ``clustering`` takes principal components of the inputs, in these).
     - ``tokens``: ``alike``, or each kind of leading token (CLS, distillation, registers) by its
       position to an expert of its own (``kinds``).
+    - ``dense_tokens``: kinds of tokens among ``cls``, ``dist``, ``register`` and ``patch`` whose
+      expert is the whole MLP, exactly: it keeps all neurons, so that a layer which they pass
+      through stores all of its own. Leading tokens then have experts by kind, and an MLP that sees
+      no other kinds stays dense. Not with the refit ``shared``, which changes the W2 of all
+      experts; where the recipe has it, the refit is ``shift``.
     - ``unread``: patch tokens whose MLP output nothing reads are ``routed`` like others, or get a
       ``constant``.
     - ``order``: the neurons' scores: ``magnitude`` of their weights, ``variance``, variance
@@ -73,6 +78,7 @@ class ExtractConfig:
     experts: Literal["clusters", "one"] = "clusters"
     router: Literal["cosine", "nearest"] | None = None
     tokens: Literal["alike", "kinds"] | None = None
+    dense_tokens: tuple[str, ...] = ()
     unread: Literal["routed", "constant"] | None = None
     order: Literal["magnitude", "variance", "weighted", "obs"] | None = None
     metric: Literal["outputs", "fisher"] | None = None
@@ -99,6 +105,7 @@ class ExtractConfig:
                 whole_number(name, getattr(self, name), least=1)
         whole_number("seed", self.seed, least=0)
         preset_named(self.preset)
+        self._check_dense_tokens()
         self._check_budget()
 
     @property
@@ -124,11 +131,13 @@ class ExtractConfig:
     def from_json(cls, content: dict[str, Any]) -> ExtractConfig:
         """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON."""
         layers, clustering = content["layers"], content["clustering"]
+        dense_tokens = content.get("dense_tokens", ())  # runs saved before it was a setting
         return cls(
             **{
                 **content,
                 "layers": None if layers is None else tuple(layers),
                 "clustering": None if clustering is None else ClusterConfig(**clustering),
+                "dense_tokens": tuple(dense_tokens),
             }
         )
 
@@ -150,7 +159,12 @@ class ExtractConfig:
 
     @property
     def _recipe(self) -> dict[str, Any]:
-        return recipe_named(self.recipe, bound=self.params_reduction is not None)
+        """The pieces of the recipe; tokens that are kept dense change two of them."""
+        pieces = recipe_named(self.recipe, bound=self.params_reduction is not None)
+        if self.dense_tokens:
+            pieces["tokens"] = "kinds"
+            pieces["refit"] = "shift" if pieces["refit"] == "shared" else pieces["refit"]
+        return pieces
 
     def _piece(self, name: str) -> Any:
         given = getattr(self, name)
@@ -163,6 +177,26 @@ class ExtractConfig:
             return {} if given else {"macs_reduction": MACS_REDUCTION}
         p = None if self.macs_reduction is not None else self.variance_kept or VARIANCE_KEPT
         return {"variance_kept": p}
+
+    def _check_dense_tokens(self) -> None:
+        kinds = ", ".join(TOKEN_KINDS)
+        unknown = [kind for kind in self.dense_tokens if kind not in TOKEN_KINDS]
+        if unknown or isinstance(self.dense_tokens, str):
+            found = self.dense_tokens if isinstance(self.dense_tokens, str) else unknown[0]
+            raise MoeeError(
+                f"dense_tokens as a tuple of kinds among {kinds}", f"'{found}'",
+                'name them as in dense_tokens=("cls", "register")',
+            )  # fmt: skip
+        if self.dense_tokens and self.tokens == "alike":
+            raise MoeeError(
+                'dense_tokens with tokens="kinds"', 'tokens="alike"',
+                "tokens of a kind that is kept dense need an expert of their own",
+            )  # fmt: skip
+        if self.dense_tokens and self.refit == "shared":
+            raise MoeeError(
+                "dense_tokens with a refit that leaves their W2 as it is (none, shift, each)",
+                'refit="shared", one W2 for all experts', "choose another refit",
+            )  # fmt: skip
 
     def _check_budget(self) -> None:
         if self.macs_reduction is not None and self.variance_kept is not None:

@@ -45,7 +45,8 @@ class LayerReport:
     ``noise_share`` is the share of clustered tokens in no cluster, ``route_agreement`` the share
     of clustered tokens that the router sends to their own cluster, ``active_fraction`` the
     expected share of hidden neurons a token uses, ``union_fraction`` the share still stored. A
-    layer that is ``thin`` stays dense because its experts would save too little.
+    layer that is ``thin`` stays dense because its experts would save too little. The tokens of the
+    kinds in ``dense_tokens`` keep all neurons.
     """
 
     index: int
@@ -60,6 +61,13 @@ class LayerReport:
     union_fraction: float = 1.0
     sizes: tuple[int, ...] = ()
     thin: bool = False
+    dense_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> LayerReport:
+        """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
+        lists = {name: tuple(content.get(name, ())) for name in ("sizes", "dense_tokens")}
+        return cls(**content | lists)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def load(folder: str | Path) -> Extraction:
         saved.model,
         ExtractConfig.from_json(facts["config"]),
         facts["variance_kept"],
-        tuple(LayerReport(**{**f, "sizes": tuple(f["sizes"])}) for f in facts["layers"]),
+        tuple(LayerReport.from_json(layer) for layer in facts["layers"]),
         facts["provenance"],
     )
 
@@ -222,6 +230,7 @@ def _report(plan: LayerPlan, kept: np.ndarray | None) -> LayerReport:
         partition.reason,
         noise_share=partition.noise_share,
         thin=plan.thin,
+        dense_tokens=plan.dense,
     )
     if kept is None:
         return facts

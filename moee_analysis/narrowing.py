@@ -41,7 +41,9 @@ def narrowed(
     for step in STEPS:
         asked = replace(config, params_reduction=step * config.params_reduction)
         kept = sized(calibration.model, plans, asked, attentions).kept
-        routed = {p.site.name: p for p in plans if p.converted and not p.unread}
+        routed = {
+            p.site.name: p for p in plans if p.converted and not p.unread and not any(p.whole)
+        }
         unions = {name: kept[name].any(axis=0) for name in routed}
         again = _rescored(calibration, routed, unions)
         plans = [again.get(plan.site.name, plan) for plan in plans]

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from moee_analysis.calibration import Calibration
     from moee_analysis.models import MlpSite
 
+UNASKED = "not asked for"
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -36,7 +38,9 @@ class LayerPlan:
     ``partition``. ``tokens`` of an image pass through the layer; where it is ``unread``, nothing
     reads the outputs at the others; where it is ``thin``, it stays dense because experts would save
     too little. ``known`` and ``scores`` are None where the layer stays
-    dense; the scores of the partition's experts have the factor ``coherence``.
+    dense; the scores of the partition's experts have the factor ``coherence``. ``kinds`` are those
+    of the experts of leading tokens; tokens of the kinds in ``dense``, "patch" among them for all
+    others, keep all neurons.
     """
 
     site: MlpSite
@@ -48,6 +52,8 @@ class LayerPlan:
     scores: Scores | None = None
     coherence: float = 1.0
     thin: bool = False
+    kinds: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
     @property
     def converted(self) -> bool:
@@ -68,6 +74,12 @@ class LayerPlan:
     def constant(self) -> np.ndarray:
         """Which experts keep no neuron, bool (experts,): those of tokens that nothing reads."""
         return (self.assignment.kinds == 1) & self.unread
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Which experts keep all neurons, bool (experts,): those of tokens that are kept dense."""
+        kinds = [*self.kinds, *["patch"] * self.partition.experts]
+        return np.array([kind in self.dense for kind in kinds])
 
     def router(self) -> nn.Module:
         """Return a new router of this layer."""
@@ -92,27 +104,64 @@ def _asked_for(calibration: Calibration) -> list[LayerPlan]:
     """What is known of every layer without a look at its tokens."""
     config, sites = calibration.config, calibration.sites
     wanted = _wanted(sites, config.layers)
-    unread = unread_patches(calibration.model) if config.unread == "constant" else frozenset()
-    plans = []
-    for site in sites:
-        alone = site.name in unread
-        plans.append(
-            LayerPlan(
-                site,
-                Partition(reason="" if site.index in wanted else "not asked for"),
-                prefix_experts(calibration, site, unread=alone),
-                calibration.tokens_per_image[site.name],
-                alone,
-            )
+    unread = frozenset()
+    if config.unread == "constant" and "patch" not in config.dense_tokens:
+        unread = unread_patches(calibration.model)
+    plans = [_blank(calibration, site, unread=site.name in unread) for site in sites]
+    _check_dense_tokens(calibration, [plan for plan in plans if plan.site.index in wanted])
+    return [
+        plan if plan.site.index in wanted else replace(plan, partition=Partition(reason=UNASKED))
+        for plan in plans
+    ]
+
+
+def _blank(calibration: Calibration, site: MlpSite, *, unread: bool) -> LayerPlan:
+    """A layer of which only the kinds of its tokens are known."""
+    tokens, seen = calibration.tokens_per_image[site.name], calibration.leading[site.name]
+    prefix = prefix_experts(calibration, site, unread=unread)
+    dense = tuple(k for k in calibration.config.dense_tokens if k in _kinds(calibration, site))
+    all_dense = set(_kinds(calibration, site)) <= set(dense)
+    return LayerPlan(
+        site,
+        Partition(reason="all of its tokens are kept dense" if all_dense else ""),
+        prefix,
+        tokens,
+        unread,
+        kinds=tuple(dict.fromkeys(seen)) if prefix else (),
+        dense=dense,
+    )
+
+
+def _kinds(calibration: Calibration, site: MlpSite) -> tuple[str, ...]:
+    """The kinds of all tokens that a layer sees, each once."""
+    leading = calibration.leading[site.name]
+    patches = calibration.tokens_per_image[site.name] > len(leading)
+    return (*dict.fromkeys(leading), *(["patch"] if patches else []))
+
+
+def _check_dense_tokens(calibration: Calibration, plans: Sequence[LayerPlan]) -> None:
+    """Refuse to keep dense what there is not, or all there is."""
+    wanted = calibration.config.dense_tokens
+    seen = dict.fromkeys(kind for plan in plans for kind in _kinds(calibration, plan.site))
+    unknown = [kind for kind in wanted if kind not in seen]
+    if unknown:
+        raise MoeeError(
+            f"dense_tokens among those that the layers see ({', '.join(seen)})",
+            f"'{unknown[0]}'", "leave it out",
+        )  # fmt: skip
+    if all(plan.partition.reason for plan in plans):
+        raise MoeeError(
+            "tokens that are left to experts",
+            f"all kinds that the layers see ({', '.join(seen)}) among dense_tokens",
+            "keep fewer kinds dense",
         )
-    return plans
 
 
 def _needs_clusters(plan: LayerPlan, calibration: Calibration) -> bool:
     """Whether there are tokens to be divided among several experts."""
     others = calibration.kept_per_image[plan.site.name] - len(plan.prefix)
-    alone = plan.unread or calibration.config.experts == "one" or others < 1
-    return not plan.partition.reason and not alone
+    alone = plan.unread or "patch" in plan.dense or calibration.config.experts == "one"
+    return not plan.partition.reason and not alone and others > 0
 
 
 def _feasible(plans: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:

@@ -28,6 +28,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The pieces that are chosen by name, and their names; explained in ``ExtractConfig``."""
 
+TOKEN_KINDS = ("cls", "dist", "register", "patch")
+"""Kinds of tokens that can be kept dense, as :mod:`moee_analysis.token_kinds` tells them."""
+
 _MEANS = ClusterConfig(
     method="kmeans", space="inputs", reduce="pca", components=None, count=None
 )  # as many as suit the width of a layer

@@ -110,7 +110,8 @@ def shared_readout(
 
     W = W2 (sum_e w_e C_e D_e + r I) (sum_e w_e D_e C_e D_e + r I)^-1, which minimises
     sum_e w_e E_e |W2 (a - mu_e) - W D_e (a - mu_e)|^2 + r |W - W2|^2; the shifts make the means
-    equal: W2 mu_e - W D_e mu_e. With one expert this is the refit of OB2C.
+    equal: W2 mu_e - W D_e mu_e. With one expert this is the refit of OB2C. Where no neuron is
+    dropped, W2 stays.
 
     Parameters
     ----------
@@ -123,6 +124,8 @@ def shared_readout(
     ridge
         r as a share of the mean diagonal of the matrix that is inverted.
     """
+    if kept.all():
+        return Readout(weight.clone(), weight.new_zeros(len(kept), len(weight)))
     refitted = _solved(weight, sums["across"], sums["within"], ridge)
     return Readout(refitted, means @ weight.T - (means * kept) @ refitted.T)
 

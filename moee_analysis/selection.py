@@ -77,7 +77,8 @@ def variance_for_macs(macs: Callable[[float], float], *, dense: float, reduction
             f"a MACs reduction of {reduction:.1%}",
             f"at most {1 - macs(low) / dense:.1%} with one neuron per expert in the layers "
             "that have clusters",
-            "ask for less, or let more layers be converted (see the reasons per layer)",
+            "ask for less, keep fewer tokens dense, or let more layers be converted (see the "
+            "reasons per layer)",
         )
     if macs(high) <= budget:
         return high

@@ -9,6 +9,7 @@ import numpy as np
 
 from moee_analysis.budget import Offer, choose
 from moee_analysis.counting import count, count_parameters
+from moee_analysis.errors import MoeeError
 from moee_analysis.selection import rank_neurons, variance_for_macs
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def _saved(plan: LayerPlan, kept: np.ndarray) -> float:
 def _of_share(plans: Sequence[LayerPlan], attentions: Sequence[AttentionPlan], p: float) -> Sizes:
     """What holds the share ``p`` of the scores of every expert, and of every attention."""
     kept = {
-        plan.site.name: _fewest(plan.scores.neurons, p) & ~plan.constant[:, None] for plan in plans
+        plan.site.name: _with_whole(plan, _fewest(plan.scores.neurons, p) & ~plan.constant[:, None])
+        for plan in plans
     }
     modes = {
         each.site.name: each.in_heads(*(_fewest(offer.scores, p) for offer in each.offers()))
@@ -96,6 +98,11 @@ def _of_share(plans: Sequence[LayerPlan], attentions: Sequence[AttentionPlan], p
         if each.modes is not None
     }
     return Sizes(kept, p, modes)
+
+
+def _with_whole(plan: LayerPlan, kept: np.ndarray) -> np.ndarray:
+    """``kept``, and all neurons of the tokens that are kept dense, bool (experts, hidden)."""
+    return kept | plan.whole[:, None]
 
 
 def _fewest(scores: np.ndarray, p: float) -> np.ndarray:
@@ -145,7 +152,7 @@ def _globally(
     if config.params_reduction is not None:
         budgets["parameters"] = _free_parameters(model, plans, attentions, config)
     chosen = iter(choose(offers, **budgets))
-    kept = {plan.site.name: next(chosen) for plan in plans}
+    kept = {plan.site.name: _with_whole(plan, next(chosen)) for plan in plans}
     modes = {each.site.name: each.in_heads(next(chosen), next(chosen)) for each in low_rank}
     return Sizes(kept, None, modes)
 
@@ -159,7 +166,8 @@ def _free_macs(
     """MACs of one image that are left for neurons and modes."""
     sites = [each.site.name for each in (*plans, *attentions)]
     dense = count(model, sites=sites)
-    fixed = {plan.site.name: plan.router().macs for plan in plans}
+    nothing = {plan.site.name: np.zeros_like(plan.scores.neurons, dtype=bool) for plan in plans}
+    fixed = {p.site.name: _macs(p, _with_whole(p, nothing[p.site.name])) for p in plans}
     fixed |= {each.site.name: each.fixed_macs / each.tokens for each in attentions}
     return (1 - reduction) * dense.total - dense.replacing(fixed)
 
@@ -175,18 +183,34 @@ def _free_parameters(
     inside = sum(count_parameters(each.site.module(model)) for each in (*plans, *attentions))
     fixed = sum(_fixed_parameters(plan, model, config) for plan in plans)
     fixed += sum(each.fixed_parameters for each in attentions)
-    return (1 - config.params_reduction) * total - (total - inside) - fixed
+    free = (1 - config.params_reduction) * total - (total - inside) - fixed
+    if free < 0 and any(plan.whole.any() for plan in plans):
+        raise MoeeError(
+            f"a parameters reduction of {config.params_reduction:.1%}",
+            f"layers that store all of their neurons for dense_tokens={config.dense_tokens}",
+            "keep no tokens dense, or bind only the MACs",
+        )
+    return free
 
 
 def _offer(plan: LayerPlan) -> Offer:
-    scores = np.where(plan.constant[:, None], 0, plan.scores.neurons)
-    return Offer(
-        scores, plan.tokens * plan.shares, macs=2 * plan.site.dim, parameters=2 * plan.site.dim + 1
-    )
+    unasked = (plan.constant | plan.whole)[:, None]  # these keep none, or all, at any price
+    scores = np.where(unasked, 0, plan.scores.neurons)
+    parameters = 0 if plan.whole.any() else _per_neuron(plan)
+    return Offer(scores, plan.tokens * plan.shares, macs=2 * plan.site.dim, parameters=parameters)
+
+
+def _per_neuron(plan: LayerPlan) -> int:
+    """Parameters that a layer stores for a hidden neuron."""
+    return 2 * plan.site.dim + 1
 
 
 def _fixed_parameters(plan: LayerPlan, model: nn.Module, config: ExtractConfig) -> int:
-    """What a converted layer stores beside its neurons: the output bias, router and shifts."""
+    """What a converted layer stores in any case: the output bias, router and shifts.
+
+    And all neurons, where tokens are kept dense.
+    """
     out = plan.site.module(model).fc2.out_features
     shifts = 0 if config.refit == "none" else out * len(plan.shares)
-    return out + count_parameters(plan.router()) + shifts
+    neurons = plan.site.hidden * _per_neuron(plan) if plan.whole.any() else 0
+    return out + count_parameters(plan.router()) + shifts + neurons

@@ -31,9 +31,10 @@ def layers(run: Extraction) -> pd.DataFrame:
     -------
     DataFrame
         The fields of :class:`~moee_analysis.extraction.LayerReport`, a row per layer, without
-        the sizes of the experts.
+        the sizes of the experts; ``dense_tokens`` as one text.
     """
-    return pd.DataFrame([asdict(layer) for layer in run.layers]).drop(columns="sizes")
+    table = pd.DataFrame([asdict(layer) for layer in run.layers]).drop(columns="sizes")
+    return table.assign(dense_tokens=[", ".join(kinds) for kinds in table["dense_tokens"]])
 
 
 def sizes(
