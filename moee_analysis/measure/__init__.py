@@ -5,6 +5,8 @@ from __future__ import annotations
 from moee_analysis.measure.ablation import ablation as ablation
 from moee_analysis.measure.ablation import sweeps as sweeps
 from moee_analysis.measure.accuracy import accuracy as accuracy
+from moee_analysis.measure.architectures import architecture_variants as architecture_variants
+from moee_analysis.measure.architectures import architectures as architectures
 from moee_analysis.measure.class_distance import class_distance as class_distance
 from moee_analysis.measure.class_distance import family_separation as family_separation
 from moee_analysis.measure.class_relatedness import class_relatedness as class_relatedness

@@ -5,6 +5,8 @@ from __future__ import annotations
 from moee_analysis.plots import style as style
 from moee_analysis.plots.ablation import ablation as ablation
 from moee_analysis.plots.accuracy import accuracy as accuracy
+from moee_analysis.plots.architectures import architecture_variants as architecture_variants
+from moee_analysis.plots.architectures import architectures as architectures
 from moee_analysis.plots.class_distance import class_distance as class_distance
 from moee_analysis.plots.class_distance import class_relatedness as class_relatedness
 from moee_analysis.plots.class_distance import family_separation as family_separation
