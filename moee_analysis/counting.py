@@ -6,12 +6,14 @@ head and routers (1 MAC = 2 FLOPs). Norms, softmax, GELU and biases are not.
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,8 +84,8 @@ def count(
         evaluating(model),
         _frozen(model),
         _counting_tokens(model, names) as tokens,
-        _countable_attention(model),
-        FlopCounterMode(display=False) as counter,
+        _countable_products(model),
+        FlopCounterMode(display=False, custom_mapping=RECURRENT) as counter,
     ):
         model(image)
     return MacCount(counter.get_total_flops() // 2, _by_module(counter, model), tokens)
@@ -133,6 +135,15 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
     """Flatten the input of an MLP, [B, tokens, d] or [B, H, W, d], to [B * tokens, d]."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _of_lstm(x: Any, inward: Any, across: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of an LSTM in one direction, from the shapes of (steps, images, dim) and weights."""
+    return 2 * math.prod(x[:2]) * (math.prod(inward) + math.prod(across))
+
+
+RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _of_lstm}
+"""Products that the counter does not know."""
 
 
 def _is_record(name: str, tensor: torch.Tensor) -> bool:
@@ -198,13 +209,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _countable_attention(model: nn.Module) -> Iterator[None]:
-    """Compute attention by plain matrix products: fused kernels count as nothing on some CPUs."""
+def _countable_products(model: nn.Module) -> Iterator[None]:
+    """Compute attention by plain matrix products, and LSTMs without cuDNN.
+
+    Fused kernels count as nothing on some devices.
+    """
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     try:
         for module in fused:
             module.fused_attn = False
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
             yield
     finally:
         for module in fused:
