@@ -10,6 +10,7 @@ from torch import nn
 from moee_analysis.counting import count, count_parameters, evaluating, moe_macs
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import moe_layers, moe_names
+from tests.families import small
 from tests.toys import toy_moe, toy_swin, toy_vit
 
 
@@ -33,6 +34,53 @@ def test_deit_costs_what_is_published(name, dim, published):
         dim=dim, hidden=4 * dim, depth=12, patches=196, pixels=768, classes=1000
     )
     assert total == pytest.approx(published, rel=1e-3)
+
+
+def swin_closed_form(*, dim, depths, window, side, classes):
+    """Patches of 4 x 4; windows of attention; merging 2 x 2 tokens; widths double."""
+    macs = side**2 * 48 * dim
+    for stage, depth in enumerate(depths):
+        if stage:
+            side, dim = side // 2, 2 * dim
+            macs += side**2 * (2 * dim) * dim  # of four tokens of half the width
+        tokens = side**2
+        block = 4 * tokens * dim**2 + 2 * tokens * window**2 * dim + 2 * tokens * dim * 4 * dim
+        macs += depth * block
+    return macs + dim * classes
+
+
+def convnext_closed_form(*, dims, depths, side, classes):
+    """A stem of 4 x 4; depthwise convolutions of 7 x 7; downsampling of 2 x 2."""
+    macs = side**2 * 48 * dims[0]
+    for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        if stage:
+            side //= 2
+            macs += side**2 * 4 * dims[stage - 1] * dim
+        macs += depth * side**2 * (49 * dim + 2 * dim * 4 * dim)
+    return macs + dims[-1] * classes
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "published"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            swin_closed_form(dim=96, depths=(2, 2, 6, 2), window=7, side=56, classes=1000),
+            4.5e9,
+        ),
+        (
+            "convnext_tiny",
+            convnext_closed_form(
+                dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), side=56, classes=1000
+            ),
+            4.5e9,
+        ),
+    ],
+)
+def test_windows_downsampling_and_depthwise_convolutions_are_counted(name, expected, published):
+    total = count(timm.create_model(name, pretrained=False)).total
+    assert total == expected
+    assert total == pytest.approx(published, rel=1e-2)
 
 
 def test_deit_tiny_stores_what_is_published():
@@ -121,6 +169,18 @@ def test_the_model_is_left_as_it_was_after_an_error():
     assert model.training
     assert all(block.attn.fused_attn for block in model.blocks)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_parameters_that_are_handed_to_modules_may_ask_for_gradients():
+    model = small("small_siglip").requires_grad_()
+    model.blocks[0].requires_grad_(requires_grad=False)
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    total = count(model).total
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    assert total == count(model.requires_grad_(requires_grad=False)).total
+    with pytest.raises(AssertionError):
+        count(model.requires_grad_(), size=(3, 20, 20))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_evaluating_has_no_gradients():
