@@ -92,6 +92,11 @@ class Bench:
         """The images the model is looked at with; never used for calibration."""
         return self._image_sets.evaluation
 
+    @property
+    def training(self) -> ImageSet:
+        """Images to fine-tune with, never evaluated: scenes of their own, or the calibration's."""
+        return self._image_sets.training
+
     @cached_property
     def run(self) -> Extraction:
         """MoEE as published, at :data:`MACS_REDUCTION`; computed once, then found in the store."""
@@ -213,6 +218,10 @@ class Bench:
             f"> **{source}** {statement}\n>\n> **Found here** {found}\n>\n"
             f'> <strong class="{colour}">{verdict}</strong>'
         )
+
+    def answer(self, text: str) -> Markdown:
+        """Show what the solution of an exercise found; it is not kept in the results."""
+        return markdown(text)
 
     def caption(
         self,

@@ -1,4 +1,4 @@
-"""The page of one notebook: its story, figures and tables; the code behind a switch."""
+"""The page of one notebook: its story, figures and tables; code and solutions out of sight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.report_html import document, standing_alone
+from moee_analysis.report_solutions import folded
 from moee_analysis.report_worker import NOTEBOOK
 from moee_analysis.results import FILE
 
@@ -81,7 +82,7 @@ def _notebook_body(path: Path) -> str:
     config.TagRemovePreprocessor.remove_all_outputs_tags = ("remove-output",)
     exporter = HTMLExporter(config=config, template_name="basic", exclude_anchor_links=True)
     body, _ = exporter.from_notebook_node(notebook)
-    return standing_alone(body)
+    return folded(standing_alone(body))
 
 
 def _shows_something(output: Any) -> bool:

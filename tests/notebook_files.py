@@ -21,7 +21,10 @@ KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python
 
 
 def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
-    """A notebook of a title, the parameters cell and ``cells``; ``md:`` starts Markdown."""
+    """A notebook of a title, the parameters cell and ``cells``.
+
+    ``md:`` starts Markdown, ``solution:`` the code of an exercise's solution.
+    """
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": KERNELSPEC})
     notebook.cells = [
         nbformat.v4.new_markdown_cell(f"# The {path.stem} notebook\n\nWhat **it** shows."),
@@ -35,4 +38,5 @@ def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Pat
 def _cell(source: str) -> nbformat.NotebookNode:
     if source.startswith("md:"):
         return nbformat.v4.new_markdown_cell(source.removeprefix("md:"))
-    return nbformat.v4.new_code_cell(source)
+    tags = {"tags": ["solution"]} if source.startswith("solution:") else {}
+    return nbformat.v4.new_code_cell(source.removeprefix("solution:"), metadata=tags)

@@ -167,6 +167,12 @@ def test_headline_is_shown_and_kept(tmp_path, bench):
     assert _written(tmp_path)["headline"] == {"label": "MACs saved", "value": 0.27981}
 
 
+def test_an_answer_is_shown_and_not_kept(tmp_path, bench):
+    before = _written(tmp_path)
+    assert bench.answer("there are **7** of them").data == "there are **7** of them"
+    assert _written(tmp_path) == before
+
+
 def test_finish_tells_versions_device_time_and_parameters(tmp_path, bench):
     shown = bench.finish().data
     kept = _written(tmp_path)["environment"]
@@ -317,3 +323,15 @@ def test_choose_among_prefers_what_the_images_show(bench):
     labels = models.class_labels(bench.dense)
     assert [labels[c] for c in chosen[:2]] == ["cliff", "goldfish"]
     assert len(set(chosen)) == 3
+
+
+def test_training_images_of_the_scenes_are_images_of_their_own(bench):
+    sets = [bench.training, bench.calibration, bench.images]
+    assert len(bench.training) == bench.preset.training_images
+    digests = [{s.source.digest(row) for row in s.rows} for s in sets]
+    assert not digests[0] & (digests[1] | digests[2])
+
+
+def test_other_models_are_trained_on_the_calibration_images(toy_model, folder):
+    bench = open_notebook("01_test", model="toy", images=folder, preset="smoke")
+    assert bench.training is bench.calibration

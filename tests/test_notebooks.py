@@ -7,10 +7,12 @@ import re
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 
 from moee_analysis import paths
 from moee_analysis.report import report
 from moee_analysis.report_parameters import check_parameters, declared_parameters
+from moee_analysis.report_solutions import SOLUTION
 from moee_analysis.report_worker import NOTEBOOK
 
 NOTEBOOKS = sorted(paths.notebooks_folder().glob("*.ipynb"))
@@ -33,6 +35,25 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 def _cells(path, kind):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
+
+
+def _solves(cell):
+    return SOLUTION in cell.metadata.get("tags", [])
+
+
+def _exercises(path):
+    """The number of each exercise that is asked, and the cells of its solution."""
+    found, number = {}, None
+    for cell in nbformat.read(path, as_version=4).cells:
+        asked = re.match(r"### Exercise (\d)\. \S", cell.source)
+        if asked:
+            number = int(asked[1])
+            found[number] = []
+        elif _solves(cell):
+            found[number].append(cell)
+        else:
+            number = None
+    return found
 
 
 def test_there_are_notebooks():
@@ -95,6 +116,19 @@ def test_is_opened_under_its_own_name(path):
     assert f'"{path.stem}"' in opening[0]
 
 
+@each_notebook
+def test_ends_in_exercises_with_solutions_that_are_hidden(path):
+    found = _exercises(path)
+    assert list(found) in ([1, 2], [1, 2, 3])
+    for cells in found.values():
+        assert len(cells) in (1, 2)
+        for cell in cells:
+            assert cell.cell_type == "code"
+            assert cell.metadata.jupyter == {"source_hidden": True, "outputs_hidden": True}
+    cells = nbformat.read(path, as_version=4).cells
+    assert (_solves(cells[-2]), cells[-1].source) == (True, "bench.finish()")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Every notebook, run at the smoke preset through one fresh store."""
@@ -155,7 +189,37 @@ def test_keeps_every_figure_and_table_it_names(path, made):
 @each_notebook
 def test_shows_each_figure_once_and_nothing_in_red(path, made):
     executed = nbformat.read(made[path.stem].folder / NOTEBOOK, as_version=4)
-    outputs = [o for c in executed.cells for o in c.get("outputs", [])]
-    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    story = [o for c in executed.cells if not _solves(c) for o in c.get("outputs", [])]
+    pictures = [o for o in story if "image/png" in o.get("data", {})]
     assert len(pictures) == len(_results(made[path.stem])["figures"])
+    outputs = [o for c in executed.cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o.get("name") == "stderr"]
+
+
+@each_notebook
+def test_every_solution_runs_shows_and_answers(path, made):
+    for cells in _exercises(made[path.stem].folder / NOTEBOOK).values():
+        assert all(cell.execution_count for cell in cells)
+        answer = cells[-1].outputs[-1]
+        assert len(answer["data"]["text/markdown"].split()) > 10
+        assert not re.search(r"\bnan\b", answer["data"]["text/markdown"])
+
+
+@each_notebook
+def test_solutions_keep_nothing_in_the_results(path):
+    """What an exercise finds is no finding of the notebook."""
+    solved = [c.source for c in _cells(path, "code") if _solves(c)]
+    keeps = re.compile(r"bench\.(record|table|figure|show|claim|headline)\(")
+    assert not [source for source in solved if keeps.search(source)]
+
+
+@each_notebook
+def test_the_page_folds_every_solution(path, made):
+    page = BeautifulSoup(made[path.stem].page.read_text(), "html.parser")
+    folds = page.find_all("details")
+    assert [fold.summary.get_text() for fold in folds] == ["Solution"] * len(_exercises(path))
+    assert not [fold for fold in folds if fold.has_attr("open")]
+    told = [fold.find_previous_sibling().get_text() for fold in folds]
+    assert all(text.strip().startswith("Exercise") for text in told)
+    inside = [cell for fold in folds for cell in fold.find_all(class_="code_cell")]
+    assert len(inside) == sum(map(_solves, _cells(path, "code")))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 
 from moee_analysis import kernel, paths
 from moee_analysis.errors import MoeeError
@@ -17,6 +18,7 @@ from moee_analysis.report import report
 from moee_analysis.report_html import standing_alone
 from moee_analysis.report_page import read_story
 from moee_analysis.report_parameters import check_parameters
+from moee_analysis.report_solutions import folded
 from tests.notebook_files import write_notebook
 
 ENDLESS = "while True: pass"
@@ -42,6 +44,11 @@ NOTEBOOKS = {
         "md:![far](https://example.org/far.png) <script src='https://example.org/b.js'></script>",
         KEEPS_A_PICTURE,
         REMOTE,
+        "md:### Exercise 1. Twice\n\nHow many are twice as many?",
+        "solution:twice = 2 * number",
+        "solution:print(f'{twice} are twice as many')",
+        "md:### Exercise 2. Thrice\n\nAnd thrice?",
+        "solution:3 * number",
         "import sys; print(sys.executable, number, share, layers, out)",
     ],
     "error": ["print('before')", "raise ValueError('the <cell> failed')", "print('after')"],
@@ -206,6 +213,24 @@ def test_a_page_keeps_what_is_harmless(made):
     assert ">kept</p>" in page
     assert '<a href="https://example.org/far.png">far</a>' in page
     assert re.search(r"<h1[^>]*>The fine notebook</h1>", page)
+
+
+def test_solutions_are_folded_and_the_cells_of_one_share_a_fold(made):
+    out, _, _ = made
+    page = BeautifulSoup((out / "fine" / "page.html").read_text(), "html.parser")
+    first, second = page.find_all("details")
+    assert not first.has_attr("open")
+    assert first.contents[0].name == "summary"
+    assert "twice = 2 * number" in first.get_text()
+    assert "14 are twice as many" in first.get_text()
+    assert "21" in second.get_text()
+    assert "Thrice" in second.find_previous_sibling().get_text()
+
+
+def test_a_solution_that_failed_stands_open():
+    cell = '<div class="cell code_cell celltag_solution"><div class="{}">1 / 0</div></div>'
+    assert '<details class="solution"><summary>' in folded(cell.format("output_text"))
+    assert '<details class="solution" open="">' in folded(cell.format("output_error"))
 
 
 def test_the_index_has_a_card_for_each_notebook(made):
