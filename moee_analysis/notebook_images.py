@@ -21,10 +21,14 @@ SET_ASIDE = 0.5
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Disjoint images for making the experts and for looking at them, and remarks on both."""
+    """Disjoint images for making the experts and for looking at them, and remarks on both.
+
+    ``training`` are for fine-tuning; they are those of the calibration where there are no others.
+    """
 
     calibration: ImageSet
     evaluation: ImageSet
+    training: ImageSet
     notes: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
@@ -59,7 +63,11 @@ def choose_images(given: Parameters) -> ImageSets:
         source, split="calibration", limit=sizes.calibration_images, seed=given.seed
     )
     evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=given.seed)
-    return ImageSets(calibration, evaluation, (*_skipped(calibration), *_skipped(evaluation)))
+    training = calibration
+    if source == BUNDLED:
+        training = load_images(source, split="train", limit=sizes.training_images, seed=given.seed)
+    notes = (*_skipped(calibration), *_skipped(evaluation))
+    return ImageSets(calibration, evaluation, training, notes)
 
 
 def _set_aside(given: Parameters) -> ImageSets:
@@ -79,11 +87,9 @@ def _set_aside(given: Parameters) -> ImageSets:
         f"No calibration set was given: {len(calibration)} of the {len(images)} images of "
         f"{images.name} were set aside for calibration and are never evaluated."
     )
-    return ImageSets(
-        calibration.limit(limits[0], seed=given.seed),
-        evaluation.limit(limits[1], seed=given.seed),
-        (note, *_skipped(images)),
-    )
+    calibration = calibration.limit(limits[0], seed=given.seed)
+    evaluation = evaluation.limit(limits[1], seed=given.seed)
+    return ImageSets(calibration, evaluation, calibration, (note, *_skipped(images)))
 
 
 def _skipped(images: ImageSet) -> tuple[str, ...]:

@@ -17,12 +17,13 @@ class Preset:
     cluster_tokens: int  # tokens clustered per layer; all sampled tokens enter the statistics
     resamples: int  # bootstrap resamples of the images
     permutations: int  # label permutations of a null distribution
+    training_images: int  # to fine-tune with, of the bundled scenes
 
 
 PRESETS: dict[str, Preset] = {
-    "smoke": Preset(160, 120, 6, 700, 50, 20),
-    "small": Preset(1000, 1000, 16, 8000, 500, 200),
-    "full": Preset(None, None, 32, 20000, 2000, 1000),
+    "smoke": Preset(160, 120, 6, 700, 50, 20, 40),
+    "small": Preset(1000, 1000, 16, 8000, 500, 200, 600),
+    "full": Preset(None, None, 32, 20000, 2000, 1000, 8000),
 }
 
 
