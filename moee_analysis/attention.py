@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.layers import Attention
+from timm.models.mobilevit import MobileVitBlock
 from torch import nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils import skip_init
@@ -36,8 +37,14 @@ class AttentionSite:
 
 
 def plain_attentions(model: nn.Module) -> list[AttentionSite]:
-    """Find every plain self-attention (``timm.layers.Attention``), in order, if there are any."""
-    return [site_of(name, m) for name, m in model.named_modules() if _is_plain(m)]
+    """Find every plain self-attention (``timm.layers.Attention``), in order, if there are any.
+
+    Those of MobileViT are left out: their tokens are windows, of which an image has several.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, MobileVitBlock)]
+    windowed = {part for block in blocks for part in block.modules()}
+    plain = [(name, m) for name, m in model.named_modules() if _is_plain(m)]
+    return [site_of(name, m) for name, m in plain if m not in windowed]
 
 
 def find_attentions(model: nn.Module) -> list[AttentionSite]:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moee_analysis import measure
+from moee_analysis.attention import plain_attentions, reduced_attentions
 from moee_analysis.counting import count, moe_macs
 from moee_analysis.extraction import extract, load
 from moee_analysis.layers import MoeMlp, moe_layers, moe_names, replace_module
@@ -173,3 +174,16 @@ def check_training(model, x):
     assert any(weight.grad is not None and weight.grad.any() for weight in weights)
     torch.optim.SGD(model.parameters(), lr=1e-2).step()
     assert not torch.equal(model.eval()(x), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["small_vit_average", "small_siglip", "small_pit", "small_crossvit"]
+)
+def test_plain_attentions_can_be_reduced_too(name):
+    dense = small(name)
+    config = best(macs_reduction=0.15, attention="low_rank")
+    run = extract(dense, IMAGES, config)
+    assert reduced_attentions(run.model).keys() == {s.name for s in plain_attentions(dense)}
+    total = measure.macs(run).set_index("component").loc["total"]
+    assert 0.149 < 1 - total["macs"] / total["macs_dense"] < 0.2  # in blocks of ranks
+    assert torch.isfinite(run.model(pixels_of(dense))).all()

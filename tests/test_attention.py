@@ -12,6 +12,7 @@ from moee_analysis.attention import Factors, Reduction, find_attentions, low_ran
 from moee_analysis.counting import count, count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import replace_module
+from tests.families import small
 from tests.makers import SMALL_CONVNEXT, lively
 from tests.toys import CLASSES, reduced_attention, toy_swin, toy_vit
 
@@ -164,12 +165,13 @@ def test_attentions_are_found_in_order():
     [
         toy_swin,
         lambda: lively(SMALL_CONVNEXT),
+        lambda: small("small_mobilevit"),
         lambda: VisionTransformer(
             img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, qk_norm=True,
             num_classes=len(CLASSES),
         ),
     ],
-    ids=["windows", "convolutions", "norms inside"],
+    ids=["windows", "convolutions", "windows as images", "norms inside"],
 )  # fmt: skip
 def test_models_without_plain_attention_are_refused(build):
     with pytest.raises(MoeeError, match="plain self-attention") as error:
