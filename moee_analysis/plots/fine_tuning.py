@@ -94,7 +94,9 @@ def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         _draw(right, percent, "agreement", label=system, color=colours[system])
     if len(colours) == 1:
         trained = named.dropna(subset="loss")
-        left.plot(trained["epoch"], trained["loss"], color=style.GREY, label="training loss")
+        left.plot(
+            trained["epoch"], trained["loss"], color=style.GREY, marker=".", label="training loss"
+        )
     left.set(ylabel="KL(dense || model) (nats)", title="divergence from the dense model")
     right.set(ylabel="same prediction (% of images)", title="agreement with the dense model")
     left.set_ylim(bottom=0)
