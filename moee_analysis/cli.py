@@ -332,9 +332,21 @@ def _numbers_text(numbers: dict) -> str:
         f"{retention}, agreement {numbers['agreement']:.1%}; random routing "
         f"{numbers['random_routing_top1']:.1%}) on {numbers['n_images']} images\n"
         f"MACs {numbers['macs_moe'] / 1e9:.3f} G (dense {numbers['macs_dense'] / 1e9:.3f} G, "
-        f"-{numbers['macs_reduction']:.1%})\n"
+        f"-{numbers['macs_reduction']:.1%})\n{_unread_text(numbers)}"
         f"parameters {numbers['params_moe'] / 1e6:.3f} M (dense "
         f"{numbers['params_dense'] / 1e6:.3f} M, -{numbers['params_reduction']:.1%})"
+    )
+
+
+def _unread_text(numbers: dict) -> str:
+    """What goes to tokens that nothing reads, a line of its own; nothing where nothing does."""
+    if not numbers["unread_sites"]:
+        return ""
+    return (
+        f"  of these {numbers['macs_unread_moe'] / 1e9:.3f} G (dense "
+        f"{numbers['macs_unread_dense'] / 1e9:.3f} G) for tokens that nothing reads, in "
+        f"{', '.join(numbers['unread_sites'])}; without these "
+        f"-{numbers['macs_reduction_read']:.1%}\n"
     )
 
 

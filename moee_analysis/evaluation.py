@@ -26,7 +26,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy, MACs and parameters of a run and its dense model on the same images.
 
-    MACs are those of one image, with the routing shares measured on ``images``. What is not
+    MACs are those of one image, with the routing shares measured on ``images``; those
+    ``macs_unread`` are spent on tokens that nothing reads, in the modules ``unread_sites``, and
+    ``macs_reduction_read`` is what is saved of all others. What is not
     defined (retention where the dense model gets nothing right) is None.
     """
     check_device(device)
@@ -34,7 +36,9 @@ def evaluate(
     systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
     scores = measure.accuracy(systems, images, reference=dense).set_index("system")
     moe = scores.loc["moe"]
-    cost = measure.macs(run, images).set_index("component").loc["total"]
+    costs = measure.macs(run, images)
+    cost = costs.set_index("component").loc["total"]
+    read = cost[["macs", "macs_dense"]] - cost[["macs_unread", "macs_unread_dense"]].to_numpy()
     return {
         "dense_top1": float(moe["reference_top1"]),
         "moe_top1": float(moe["top1"]),
@@ -48,6 +52,10 @@ def evaluate(
         "macs_dense": float(cost["macs_dense"]),
         "macs_moe": float(cost["macs"]),
         "macs_reduction": 1 - float(cost["macs"] / cost["macs_dense"]),
+        "macs_unread_dense": float(cost["macs_unread_dense"]),
+        "macs_unread_moe": float(cost["macs_unread"]),
+        "macs_reduction_read": 1 - float(read["macs"] / read["macs_dense"]),
+        "unread_sites": costs.attrs["unread_sites"],
         "params_dense": int(cost["params_dense"]),
         "params_moe": int(cost["params"]),
         "params_reduction": 1 - float(cost["params"] / cost["params_dense"]),

@@ -92,7 +92,8 @@ def leading_kinds(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str
     """Return the kinds of the leading tokens that each of some layers sees, by module name.
 
     The model runs once on an image of zeros. A layer that gets parts of an image (windows, the
-    pixels of a patch) in the place of images sees no leading tokens.
+    pixels of a patch) in the place of images sees no leading tokens; nothing is said of one that
+    is called several times, or never.
     """
     shapes = _shapes(model, names) if prefix_kinds(model) else dict.fromkeys(names, (1, 0))
     return {name: _kinds_of_input(model, shape) for name, shape in shapes.items()}
@@ -114,17 +115,38 @@ def _kinds_of_input(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what each layer gets of one image."""
+    """Shapes of what each layer gets of one image, if it is called once."""
     like, found = next(model.parameters()), {}
 
     def see(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found[name] = tuple(args[0].shape)
+        found.setdefault(name, []).append(tuple(args[0].shape))
 
     with ExitStack() as hooks, evaluating(model):
         for name in names:
             hook = model.get_submodule(name).register_forward_pre_hook(partial(see, name))
             hooks.callback(hook.remove)
         model(torch.zeros(1, *input_size(model)).to(like))
+    return {name: shapes[0] for name, shapes in found.items() if len(shapes) == 1}
+
+
+def unread_kinds(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of the tokens whose outputs at each of the ``sites`` nothing reads any more.
+
+    There the gradient of the logits is exactly zero at every token of the kind, for a random
+    image: at the patches ("patch") in the last block of a ViT whose head reads the CLS token
+    alone, at the CLS token where it reads the mean of the patches. ``sites`` None: all MLPs.
+
+    Raises
+    ------
+    MoeeError
+        The model has no MLPs, or a site that :func:`output_gradients` refuses.
+    """
+    found = {}
+    for name, (kinds, read) in _read(model, sites).items():
+        known = {kind for kind, is_read in zip(kinds, read, strict=True) if is_read}
+        found[name] = tuple(kind for kind in dict.fromkeys(kinds) if kind not in known)
     return found
 
 
@@ -133,19 +155,27 @@ def unread_patches(
 ) -> frozenset[str]:
     """Return the names of the ``sites`` whose outputs at the patches nothing reads any more.
 
-    There the gradient of the logits is exactly zero at every patch of a random image: the last
-    block of a ViT whose head reads the CLS token alone. An MLP that gets no patches is one of
-    them. ``sites`` None: all MLPs.
-
-    Raises
-    ------
-    MoeeError
-        The model has no MLPs, or a site that :func:`output_gradients` refuses.
+    As :func:`unread_kinds`; an MLP that gets no patches is one of them.
     """
+    return frozenset(
+        name
+        for name, (kinds, read) in _read(model, sites).items()
+        if not any(r for kind, r in zip(kinds, read, strict=True) if kind == "patch")
+    )
+
+
+def _read(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None
+) -> dict[str, tuple[list[str], list[bool]]]:
+    """The kind of every token of one image at each site, and whether anything reads its output."""
     like = next(model.parameters())
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
     sites = find_mlps(model) if sites is None else sites
     gradients = output_gradients(model, sites, image.to(like), seeds=[(0, 0)], probes=1)
     leading = leading_kinds(model, gradients)
-    patches = {name: g[:, :, len(leading[name]) :] for name, g in gradients.items()}
-    return frozenset(name for name, of_patches in patches.items() if not of_patches.any())
+    found = {}
+    for name, gradient in gradients.items():
+        read = gradient.flatten(0, 1).any(dim=2).any(dim=0).tolist()
+        kinds = [*leading[name], *["patch"] * (len(read) - len(leading[name]))]
+        found[name] = kinds, read
+    return found

@@ -62,6 +62,15 @@ def test_costs_are_those_of_the_two_models(run, numbers):
     assert numbers["params_reduction"] == pytest.approx(saved)
 
 
+def test_what_nothing_reads_is_counted_apart(numbers):
+    wasted = 16 * 2 * 32 * 64 + 16 * 2 * 32 * (32 + 17)  # MLP and attention of the last block
+    assert numbers["macs_unread_dense"] == wasted
+    assert 0 < numbers["macs_unread_moe"] <= wasted
+    assert numbers["unread_sites"] == ["blocks.2.attn", "blocks.2.mlp"]
+    read = {s: numbers[f"macs_{s}"] - numbers[f"macs_unread_{s}"] for s in ("moe", "dense")}
+    assert numbers["macs_reduction_read"] == pytest.approx(1 - read["moe"] / read["dense"])
+
+
 def test_with_everything_kept_the_two_agree():
     run = extract(toy_vit(), IMAGES, quick(variance_kept=1.0))
     numbers = evaluate(run, IMAGES)

@@ -14,17 +14,33 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, all_mlps
 from moee_analysis.measure.routes import Routes, model_of
 from moee_analysis.measure.routes import routes as route
+from moee_analysis.unread import unread_macs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
 
     from moee_analysis.extraction import Extraction
     from moee_analysis.images import ImageSet
+    from moee_analysis.unread import UnreadMacs
 
 ELSEWHERE = "everything else"
 TOTAL = "total"
+NAMES = {
+    "cls": "CLS token", "dist": "distillation token", "register": "registers", "patch": "patches",
+}  # fmt: skip
 
 _WHOLE = dict.fromkeys(("layer", "experts", "macs_dense", "params_dense", "params"), "int64")
+_SUMS = [
+    "experts",
+    "macs_dense",
+    "macs",
+    "macs_unread_dense",
+    "macs_unread",
+    "params_dense",
+    "params",
+]
 
 
 def macs(
@@ -38,7 +54,8 @@ def macs(
 
     A routed layer costs its router plus ``2 d sum_e f_e |S_e|`` for each token; ``f_e`` are the
     routing shares of ``images``, or of ``routes`` where they have been routed already, or else
-    of the calibration.
+    of the calibration. What is spent on tokens that nothing reads is counted, and told apart
+    (:func:`~moee_analysis.unread.unread_macs`).
 
     Parameters
     ----------
@@ -50,9 +67,11 @@ def macs(
     DataFrame
         A row for every MLP, one for every attention of lower rank, one for ``everything else``,
         one for the ``total``: ``component``, ``layer`` (-1 where it is no MLP), ``converted``,
-        ``experts``, ``macs_dense``, ``macs`` (per image; 1 MAC = 2 FLOPs), ``params_dense``,
+        ``experts``, ``macs_dense``, ``macs`` (per image; 1 MAC = 2 FLOPs), ``macs_unread_dense``,
+        ``macs_unread`` (those of them for tokens that nothing reads), ``params_dense``,
         ``params``, ``active_fraction`` (hidden neurons a token uses), ``union_fraction`` (hidden
         neurons stored), ``share_source`` (``calibration``, ``evaluated images`` or ``dense``).
+        ``attrs["unread_sites"]`` are the names of the modules with tokens that nothing reads.
 
     Raises
     ------
@@ -65,8 +84,13 @@ def macs(
         routes = route(model, images, batch_size=batch_size)
     reduced = reduced_attentions(model)
     counted = count(model, sites=mlps | reduced)
+    shares = {
+        name: _shares(routes, index, mlp)
+        for index, (name, mlp) in enumerate(mlps.items())
+        if isinstance(mlp, MoeMlp)
+    }
     rows = [
-        _routed_row(name, index, mlp, counted, _shares(routes, index, mlp))
+        _routed_row(name, index, mlp, counted, shares[name])
         | {"share_source": "calibration" if routes is None else "evaluated images"}
         if isinstance(mlp, MoeMlp)
         else _dense_row(name, index, mlp, counted)
@@ -74,9 +98,23 @@ def macs(
     ]
     rows += [_attention_row(name, each, counted) for name, each in reduced.items()]
     rows.append(_elsewhere(model, mlps | reduced, counted))
+    unread = unread_macs(model, shares=shares)
+    rows = [row | _unread(row["component"], unread, [*mlps, *reduced]) for row in rows]
     table = pd.DataFrame([*rows, _total(rows, mlps)]).astype(_WHOLE)
-    table.attrs["caption"] = _how_counted(table, routes)
+    table.attrs |= {"caption": _how_counted(table, routes, unread), "unread_sites": list(unread)}
     return table
+
+
+def _unread(
+    component: str, unread: Mapping[str, UnreadMacs], named: Sequence[str]
+) -> dict[str, float]:
+    """MACs of a component for tokens that nothing reads; elsewhere is all that is not named."""
+    own = [component] if component != ELSEWHERE else [name for name in unread if name not in named]
+    found = [unread[name] for name in own if name in unread]
+    return {
+        "macs_unread_dense": sum(each.dense for each in found),
+        "macs_unread": sum(each.now for each in found),
+    }
 
 
 def _any_routed(mlps: dict[str, nn.Module]) -> bool:
@@ -160,7 +198,7 @@ def _unchanged(name: str, macs: float, parameters: int) -> dict[str, Any]:
 def _total(rows: list[dict[str, Any]], mlps: dict[str, nn.Module]) -> dict[str, Any]:
     """Sums; the fractions are means over all MLPs, weighted by their hidden neurons."""
     table, hidden = pd.DataFrame(rows), pd.Series([_hidden(mlp) for mlp in mlps.values()])
-    sums = table[["experts", "macs_dense", "macs", "params_dense", "params"]].sum().to_dict()
+    sums = table[_SUMS].sum().to_dict()
     fractions = table[["active_fraction", "union_fraction"]].iloc[: len(mlps)]
     means = fractions.mul(hidden, axis=0).sum() / max(1, hidden.sum())
     sources = table.loc[table["converted"], "share_source"]
@@ -174,7 +212,9 @@ def _total(rows: list[dict[str, Any]], mlps: dict[str, nn.Module]) -> dict[str, 
     }
 
 
-def _how_counted(table: pd.DataFrame, routes: Routes | None) -> str:
+def _how_counted(
+    table: pd.DataFrame, routes: Routes | None, unread: Mapping[str, UnreadMacs]
+) -> str:
     source = table["share_source"].iloc[-1]
     measured = {
         "dense": "no layer is routed",
@@ -184,5 +224,39 @@ def _how_counted(table: pd.DataFrame, routes: Routes | None) -> str:
     return (
         "MACs of one image (1 MAC = 2 FLOPs; matrix products and convolutions, routers included; "
         f"norms, softmax, activations and biases not counted); {measured[source]}. "
+        f"{_what_nothing_reads(table.iloc[-1], unread)}"
         "Parameters as stored, what experts share once."
     )
+
+
+def _what_nothing_reads(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
+    """``Of these, 87.1 M (6.9 %) go to tokens that nothing reads: ...``, or nothing."""
+    if not unread:
+        return ""
+    dense, now = (
+        f"{_short(total[part])} ({100 * total[part] / total[whole]:.1f} %)"
+        for part, whole in (("macs_unread_dense", "macs_dense"), ("macs_unread", "macs"))
+    )
+    before = "" if dense == now else f", in the dense model {dense},"
+    return f"Of these, {now}{before} go to tokens that nothing reads: {_tokens(unread)}. "
+
+
+def _tokens(unread: Mapping[str, UnreadMacs]) -> str:
+    """Say which tokens they are: ``the patches of blocks.11.attn and blocks.11.mlp``."""
+    of_kinds: dict[tuple[str, ...], list[str]] = {}
+    for name, each in unread.items():
+        of_kinds.setdefault(each.kinds, []).append(name)
+    return "; ".join(
+        f"the {_listed([NAMES[kind] for kind in kinds])} of {_listed(names)}"
+        for kinds, names in of_kinds.items()
+    )
+
+
+def _short(macs: float) -> str:
+    """``87.1 M`` or ``3.47 G``."""
+    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
+
+
+def _listed(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

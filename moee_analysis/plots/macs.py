@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw a table of ``measure.macs``: MACs and parameters of every MLP, dense and now.
 
-    Outlines are the dense model, filled bars what is left, pale bars layers that stayed dense;
-    the titles give the totals of the whole network.
+    Outlines are the dense model, filled bars what is left, pale bars layers that stayed dense,
+    hatched parts what goes to tokens that nothing reads; the titles give the totals of the whole
+    network.
     """
     layers = table[table["layer"] >= 0]
     total = table[table["component"] == "total"].iloc[0]
     fig, (left, right) = style.figure(max(6.4, 3.4 + 0.34 * len(layers)), 2.7, 1, 2)
     _draw_bars(left, layers, "macs", style.PALETTE[0])
+    _draw_unread(left, layers)
     _draw_bars(right, layers, "params", style.PALETTE[2])
     left.set(ylabel="MACs per image (M)", title=_change("MACs", total, "macs"))
     right.set(ylabel="parameters (M)", title=_change("parameters", total, "params"))
@@ -44,6 +46,18 @@ def _draw_bars(ax: Axes, layers: pd.DataFrame, column: str, colour: str) -> None
     ax.grid(visible=False, axis="x")
 
 
+def _draw_unread(ax: Axes, layers: pd.DataFrame) -> None:
+    """Hatch what goes to tokens that nothing reads: at the top of a bar, and of its outline."""
+    for name, colour in (("macs", "white"), ("macs_dense", style.GREY)):
+        unread = layers[name.replace("macs", "macs_unread")] / 1e6
+        some = unread > 0
+        top = layers[name] / 1e6
+        ax.bar(
+            layers["layer"][some], unread[some], bottom=(top - unread)[some], width=0.72,
+            facecolor="none", edgecolor=colour, hatch="////", lw=0,
+        )  # fmt: skip
+
+
 def _change(name: str, total: pd.Series, column: str) -> str:
     """``MACs: 1.254 → 0.903 G (−28.0 %)``, of the whole network."""
     dense, now = total[f"{column}_dense"], total[column]
@@ -54,4 +68,6 @@ def _change(name: str, total: pd.Series, column: str) -> str:
 
 def _facts(table: pd.DataFrame) -> str:
     legend = "Outlines: the dense model; pale: layers that stayed dense. "
+    if (table["macs_unread_dense"] > 0).any():
+        legend += "Hatched: for tokens that nothing reads. "
     return legend + table.attrs.get("caption", "")

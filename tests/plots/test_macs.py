@@ -15,9 +15,19 @@ def test_bars_are_the_table(table):
     left, right = plots.macs(table).axes
     mlps = table[table["layer"] >= 0]
     for ax, column in ((left, "macs"), (right, "params")):
-        heights = [bar.get_height() for bar in ax.patches]
+        heights = [bar.get_height() for bar in ax.patches if not bar.get_hatch()]
         now, dense = mlps[column] / 1e6, mlps[f"{column}_dense"] / 1e6
         assert heights == pytest.approx([*now, *dense])
+
+
+def test_what_goes_to_tokens_that_nothing_reads_is_hatched(table):
+    left, right = plots.macs(table).axes
+    now, dense = [bar for bar in left.patches if bar.get_hatch()]
+    last = table[table["layer"] == 2].iloc[0]
+    for bar, column in ((now, "macs"), (dense, "macs_dense")):
+        assert bar.get_height() == pytest.approx(last[column.replace("macs", "macs_unread")] / 1e6)
+        assert bar.get_y() + bar.get_height() == pytest.approx(last[column] / 1e6)
+    assert not any(bar.get_hatch() for bar in right.patches)
 
 
 def test_titles_give_the_totals_of_the_network(table):
