@@ -1,4 +1,7 @@
-"""Where a training stands, on disk after every epoch: tensors as safetensors, the rest as JSON."""
+"""Where a training stands, on disk after every epoch: tensors as safetensors, the rest as JSON.
+
+Its history is a CSV beside them, which stays when the checkpoint is removed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FACTS = "checkpoint.json"
+METRICS = "metrics.csv"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -55,6 +60,7 @@ def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: 
     file = f"checkpoint-{progress.epochs}.safetensors"
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / file)
     write_json(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
+    pd.DataFrame(progress.rows).to_csv(folder / METRICS, index=False)
     for older in folder.glob("checkpoint-*.safetensors"):
         if older.name != file:
             older.unlink()
@@ -79,7 +85,7 @@ def checkpoint_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the files of the checkpoint."""
+    """Remove the files of the checkpoint, but for the history."""
     for path in (*folder.glob("checkpoint-*.safetensors"), folder / FACTS):
         path.unlink(missing_ok=True)
 

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from moee_analysis.checkpoints import Progress
     from moee_analysis.images import ImageSet
 
-METRICS = "metrics.csv"
 _FACT = "finetunings"
 
 
@@ -96,9 +95,8 @@ def finetune(
         any epoch has made the model better.
     """
     config = config or FinetuneConfig()
-    dense = run.dense(weights=weights)
     student = copy.deepcopy(run.model)
-    dense = copy.deepcopy(dense).to(next(student.parameters()).device)
+    dense = run.dense(weights=weights).to(next(student.parameters()).device)
     facts = {"run": fingerprint(student), "dense": fingerprint(dense), "config": asdict(config)}
     key = content_key(**facts, images=images.fingerprint)
     training = Training(student, dense, images, config, Path(), key)
@@ -191,7 +189,6 @@ def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
     tuned = _trained(replace(training, folder=folder), run)
     if rank() == 0:
         fill_run(folder, tuned.model, tuned._facts())
-        history_of(tuned).to_csv(folder / METRICS, index=False)
         remove_checkpoint(folder)
 
 

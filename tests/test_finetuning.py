@@ -11,11 +11,12 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from moee_analysis import training
+from moee_analysis.checkpoints import METRICS
 from moee_analysis.controls import statically_pruned
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract, load
 from moee_analysis.finetune_config import FinetuneConfig
-from moee_analysis.finetuning import METRICS, finetune, history_of
+from moee_analysis.finetuning import finetune, history_of
 from moee_analysis.images import load_images
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import load_model

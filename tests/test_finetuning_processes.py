@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moee_analysis import distributed
+from moee_analysis.checkpoints import METRICS
 from moee_analysis.distributed import sum_gradients
 from moee_analysis.extraction import extract, load
 from moee_analysis.finetune_config import FinetuneConfig
-from moee_analysis.finetuning import METRICS, finetune
+from moee_analysis.finetuning import finetune
 from moee_analysis.models import load_model
 from tests.killing import killed_after
 from tests.makers import SMALL_VIT, contents, lively, quick
