@@ -48,13 +48,13 @@ def _draw_bars(ax: Axes, layers: pd.DataFrame, column: str, colour: str) -> None
 
 def _draw_unread(ax: Axes, layers: pd.DataFrame) -> None:
     """Hatch what goes to tokens that nothing reads: at the top of a bar, and of its outline."""
-    for name, colour in (("macs", "white"), ("macs_dense", style.GREY)):
+    for name, colour, above in (("macs", "white", 3), ("macs_dense", style.GREY, 0.5)):
         unread = layers[name.replace("macs", "macs_unread")] / 1e6
         some = unread > 0
         top = layers[name] / 1e6
         ax.bar(
             layers["layer"][some], unread[some], bottom=(top - unread)[some], width=0.72,
-            facecolor="none", edgecolor=colour, hatch="////", lw=0,
+            facecolor="none", edgecolor=colour, hatch="////", lw=0, zorder=above,
         )  # fmt: skip
 
 
