@@ -118,7 +118,7 @@ REASONS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
     (_called("head"), "the classifier's head: one vector of an image, no tokens"),
     (_called("glu", "gated"), "gated: a hidden neuron is the product of two"),
     (_called("globalresponse"), "GRN inside: a hidden neuron depends on those of all tokens"),
-    (_convolves, "convolutional: a hidden neuron is a map, not a number of one token"),
+    (_convolves, "convolutional: made of convolutions, not of Linear layers alone"),
     (_norms, "a norm inside, beside its Linear layers"),
     (lambda _: True, "not a timm.layers.Mlp"),
 )

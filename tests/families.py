@@ -15,6 +15,8 @@ import torch
 from timm.models import register_model
 from timm.models.byobnet import ByobNet, ByoModelCfg
 from timm.models.coat import CoaT
+from timm.models.csatv2 import CSATv2
+from timm.models.efficientformer import EfficientFormer
 from timm.models.gcvit import GlobalContextVit
 from timm.models.hieradet_sam2 import HieraDet
 from timm.models.metaformer import (
@@ -248,6 +250,21 @@ FAMILIES: dict[str, Family] = {
             hidden_sizes=(8, 8),
             mlp_ratios=(3.0, 3.0),
         )
+    ),
+    "small_efficientformer": Family(
+        partial(
+            EfficientFormer,
+            depths=(1, 1, 1, 2),
+            embed_dims=(16, 16, 24, 32),
+            num_vit=1,
+        ),
+        size=224,  # its attention is of 7 x 7 tokens, whatever its width
+    ),
+    "small_csatv2": Family(
+        partial(
+            CSATv2, dims=(16, 16, 24, 32), depths=(1, 1, 1, 1), transformer_depths=(0, 0, 1, 1)
+        ),
+        size=128,
     ),
     "small_caformer": Family(
         partial(
