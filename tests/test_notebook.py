@@ -209,8 +209,9 @@ def test_without_a_calibration_set_a_part_of_the_images_is_set_aside(tmp_path, f
     assert "set aside" in bench._repr_markdown_()
 
 
-def test_the_bundled_model_is_calibrated_with_its_own_images(folder):
-    bench = open_notebook("x", images=folder, preset="smoke")
+@pytest.mark.parametrize("name", models.BUNDLED_MODELS)
+def test_a_bundled_model_is_calibrated_with_its_own_images(name, folder):
+    bench = open_notebook("x", model=name, images=folder, preset="smoke")
     assert bench.calibration.name == "bundled scenes, calibration"
     assert len(bench.images) == PER_CLASS * len(toys.CLASSES)
 

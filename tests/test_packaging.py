@@ -11,8 +11,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from moee_analysis.models import BUNDLED_MODELS
+
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 CONDA_NAMES = {"pytorch": "torch", "huggingface_hub": "huggingface-hub"}
 CONDA_ONLY = {"python", "pip"}
 CARD = {
@@ -81,6 +84,13 @@ def test_the_pins_are_exact_and_of_every_platform():
     assert not [name for name in _constraints() if PLATFORM_ONLY.match(name)]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert all(line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+
+
+def test_the_wheel_holds_every_bundled_model_and_its_card():
+    wheel = TOOLS["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"]["data"] == "moee_analysis/data"
+    files = {f"{name}.{ending}" for name in BUNDLED_MODELS for ending in ("json", "safetensors")}
+    assert {path.name for path in (ROOT / "data").iterdir()} == files
 
 
 def test_the_licence_is_the_one_declared():
