@@ -267,13 +267,12 @@ def _patch_layers(routes: Routes, layers: Sequence[int], images: ImageSet) -> li
             "a system with one expert per token", f"several per token in '{routes.system}'",
             "modularity compares partitions: use top-1 routers",
         )  # fmt: skip
-    placed = [layer for layer in routes.experts if min(routes.grid[layer]) > 1]
-    if not placed:
+    if not routes.placed:
         raise MoeeError(
             "a layer whose patches have known places", f"none in '{routes.system}'",
             "extract experts of layers that see the patches of an image",
         )  # fmt: skip
-    return chosen_layers(placed, layers)
+    return chosen_layers(routes.placed, layers)
 
 
 def _profile(table: np.ndarray, names: tuple[str, ...]) -> pd.DataFrame:

@@ -69,6 +69,11 @@ class Routes:
         return tuple(sorted(self.counts))
 
     @property
+    def placed(self) -> tuple[int, ...]:
+        """Indices of those with one expert per token whose patches have known places, in order."""
+        return tuple(layer for layer in sorted(self.experts) if min(self.grid[layer]) > 1)
+
+    @property
     def n_images(self) -> int:
         """Number of images."""
         return len(self.labels)
