@@ -10,6 +10,8 @@ from moee_analysis.layers import moe_layers
 from moee_analysis.models import find_mlps
 from moee_analysis.rivals.moefication import moefy
 from moee_analysis.routers import CosineRouter, TokenKindRouter
+from moee_analysis.token_positions import patch_places
+from tests.families import small
 from tests.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
 
 
@@ -128,3 +130,20 @@ def test_a_router_for_a_missing_layer_is_refused():
     router = CosineRouter(torch.ones(2, 32))
     with pytest.raises(MoeeError, match="layer 7"):
         measure.routes(toy_vit(), toy_images(3), routers={7: router})
+
+
+@pytest.mark.parametrize("name", ["small_hiera", "small_mobilevit", "small_nest", "small_tnt"])
+def test_patches_are_where_they_are_in_the_image(name):
+    model, images, seen = small(name), toy_images(3), []
+    site = find_mlps(model)[0]
+    centres = torch.randn(4, site.dim, generator=torch.Generator().manual_seed(0))
+    router = CosineRouter(centres)
+    found = measure.routes(model, images, routers={0: router}, batch_size=2)
+    site.module(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.cat(list(images.batches(model))))
+    parts = (len(seen[0]) // 3, *seen[0].shape[1:-1])
+    chosen = router(seen[0]).reshape(3, -1).numpy()
+    np.testing.assert_array_equal(
+        found.patch_experts(0), chosen[:, patch_places(model, site.name, parts)]
+    )
+    assert found.placed == (0,)
