@@ -50,7 +50,7 @@ def _exercises(path):
             number = int(asked[1])
             found[number] = []
         elif _solves(cell):
-            found[number].append(cell)
+            found.setdefault(number, []).append(cell)
         else:
             number = None
     return found
