@@ -58,7 +58,11 @@ def save_checkpoint(
 def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: str) -> None:
     tensors = {f"{group}/{name}": t for group, own in groups.items() for name, t in own.items()}
     file = f"checkpoint-{progress.epochs}.safetensors"
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / file)
+    copies = {  # a weight with several names is several tensors of the file
+        name: t.detach().clone(memory_format=torch.contiguous_format).cpu()
+        for name, t in tensors.items()
+    }
+    save_file(copies, folder / file)
     write_json(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
     pd.DataFrame(progress.rows).to_csv(folder / METRICS, index=False)
     for older in folder.glob("checkpoint-*.safetensors"):

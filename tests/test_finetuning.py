@@ -21,6 +21,7 @@ from moee_analysis.images import load_images
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import load_model
 from moee_analysis.store import unfinished_folder
+from tests.families import FAMILIES, small
 from tests.makers import best, contents, divergence, hooks_of, lively, quick, same_models
 from tests.toys import toy_images, toy_vit
 
@@ -180,6 +181,16 @@ def test_any_recipe_can_be_trained(config):
     run = extract(lively(), toy_images(), config)
     tuned = finetune(run, toy_images(20), tuning(epochs=1, block_weight=0.5))
     assert tuned.history["loss"].iloc[1] > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_trained_with_all_losses(name):
+    run = extract(small(name), toy_images(12), quick())
+    config = tuning(epochs=1, held_out=0.2, block_weight=0.5, router="auxiliary")
+    tuned = finetune(run, toy_images(10), config)
+    assert tuned.history["loss"].iloc[1] > 0
+    assert tuned.history["kl"].notna().all()
+    assert not hooks_of(run.dense())
 
 
 def test_training_in_bfloat16_learns_as_well(run):
