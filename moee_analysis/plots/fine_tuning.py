@@ -55,7 +55,9 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 def _draw_seeds(ax: Axes, x: pd.Series, rows: pd.DataFrame, colour: str) -> None:
     if rows["seed"].nunique() > 1:
-        ax.plot(x, 100 * rows["retention"], ls="", marker=".", ms=4, color=colour, alpha=0.7)
+        ax.plot(
+            x, 100 * rows["retention"], ls="", marker=".", ms=6, c=colour, mec="white", zorder=5
+        )
 
 
 def _legend(fig: Figure, colours: dict[str, str], markers: dict[str, str]) -> None:
