@@ -127,8 +127,9 @@ def test_the_shares_are_those_of_the_held_out_images(run, tuned):
 
 def test_parts_of_a_batch_add_up_to_the_batch(run):
     whole, parts = (finetune(run, IMAGES, tuning(epochs=1, accumulate=n)) for n in (1, 3))
+    pd.testing.assert_frame_equal(whole.history, parts.history, rtol=1e-4)
     for one, other in zip(whole.run.model.parameters(), parts.run.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # AdamW takes signs of noise
 
 
 def test_one_step_is_that_of_adamw_on_the_divergence(run):
