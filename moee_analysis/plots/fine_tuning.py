@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _LINE = {"lw": 1.4, "ms": 5, "mew": 1.2}
 _STAGES = {"before": {"ls": "--", "mfc": "white"}, "after": {"ls": "-"}}
 _MARKERS = "osD^v"
+_BESIDE = 0.3  # points of MACs from a mean to its seeds
 _APART = 0.8  # points of MACs between the first and the last line, so that intervals show
 
 
@@ -27,7 +28,7 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw a table of ``measure.fine_tuning``: retention against the MACs saved.
 
     Dashed lines and hollow marks are before, solid ones after fine-tuning, with intervals over
-    images and seeds; small dots are single seeds. Lines stand a little apart.
+    images and seeds; small dots beside them are single seeds. Lines stand a little apart.
     """
     fig, ax = style.figure(6.2, 3.4)
     colours = style.colours(table["system"])
@@ -55,9 +56,8 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 def _draw_seeds(ax: Axes, x: pd.Series, rows: pd.DataFrame, colour: str) -> None:
     if rows["seed"].nunique() > 1:
-        ax.plot(
-            x, 100 * rows["retention"], ls="", marker=".", ms=6, c=colour, mec="white", zorder=5
-        )
+        kept = 100 * rows["retention"]
+        ax.plot(x + _BESIDE, kept, ls="", marker=".", ms=3.5, color=colour)
 
 
 def _legend(fig: Figure, colours: dict[str, str], markers: dict[str, str]) -> None:
