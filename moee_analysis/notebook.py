@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from moee_analysis import environment, models
+from moee_analysis.counting import count
 from moee_analysis.errors import MoeeError
 from moee_analysis.notebook_display import markdown, prepare_display, two_columns
 from moee_analysis.notebook_images import ImageSets, choose_images
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from moee_analysis.images import ImageSet
 
 MACS_REDUCTION = 0.28
-"""Share of the dense model's MACs that the notebooks' extraction saves, as in the paper."""
+"""Share of the dense model's MACs that the notebooks' extraction saves at most, as in the paper."""
 
 VERDICTS = {
     True: ("✓ holds", "good"),
@@ -98,13 +99,20 @@ class Bench:
         return self._image_sets.training
 
     @cached_property
+    def saving(self) -> float:
+        """Share of all MACs to save: :data:`MACS_REDUCTION`, or 60 % of what the MLPs spend."""
+        counted = count(self.dense)
+        in_mlps = sum(counted.by_module[name] for name in counted.tokens)
+        return min(MACS_REDUCTION, round(0.6 * in_mlps / counted.total, 3))
+
+    @cached_property
     def run(self) -> Extraction:
-        """MoEE as published, at :data:`MACS_REDUCTION`; computed once, then found in the store."""
+        """MoEE as published, with this :attr:`saving`; computed once, then found in the store."""
         from moee_analysis.extraction import ExtractConfig, extract
 
         config = ExtractConfig(
             recipe="paper",
-            macs_reduction=MACS_REDUCTION,
+            macs_reduction=self.saving,
             preset=self.parameters.preset,
             seed=self.seed,
         )

@@ -256,7 +256,7 @@ def test_the_run_is_the_paper_s_at_the_paper_s_budget_and_goes_through_the_store
     (model, images, config), options = bench.run
     assert model is bench.dense
     assert images is bench.calibration
-    assert (config.recipe, config.macs_reduction) == ("paper", MACS_REDUCTION)
+    assert (config.recipe, config.macs_reduction) == ("paper", bench.saving)
     assert (config.preset, config.seed) == ("smoke", 5)
     assert options == {"store": tmp_path}
     assert bench.run is bench.run
@@ -336,3 +336,11 @@ def test_training_images_of_the_scenes_are_images_of_their_own(bench):
 def test_other_models_are_trained_on_the_calibration_images(toy_model, folder):
     bench = open_notebook("01_test", model="toy", images=folder, preset="smoke")
     assert bench.training is bench.calibration
+
+
+def test_less_is_saved_where_mlps_are_a_small_part_of_the_model(toy_model):
+    assert open_notebook("01_test", model="toy", preset="smoke").saving < MACS_REDUCTION
+
+
+def test_the_bundled_models_save_what_the_paper_does(bench):
+    assert bench.saving == MACS_REDUCTION
