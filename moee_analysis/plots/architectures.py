@@ -69,7 +69,7 @@ def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) ->
     ax.set_xticks(range(len(models)), models)
     ax.set_xlim(-0.5, len(models) - 0.5)
     ax.grid(visible=False, axis="x")
-    ax.set(ylabel="top-1 retained (% of the dense model's)")
+    ax.set(ylabel="dense top-1 retained (%)")
     legend_above(fig, ax, columns=3)
     return finish(fig, table, caption)
 
