@@ -132,15 +132,10 @@ def _of_routes(
     known = class_information(routed, **drawn)
     for row in known.itertuples():
         yield _row(row.layer, "class", row.corrected, 0.0)
-    if images.parts and _with_patches(routed):
-        shown = modularity(routed, images, layers=_with_patches(routed), **drawn)
+    if images.parts and routed.placed:
+        shown = modularity(routed, images, **drawn)
         for row in shown.itertuples():
             yield _row(row.layer, "part", row.ami, row.null_mean)
-
-
-def _with_patches(routed: Routes) -> list[int]:
-    """Layers whose tokens show patches at known places, more than one of them."""
-    return [layer for layer in routed.experts if min(routed.grid[layer]) > 1]
 
 
 def architecture_variants(
