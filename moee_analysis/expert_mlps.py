@@ -1,0 +1,65 @@
+"""Experts with weights of their own: many MLPs of one shape, computed as batched products."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from timm.layers import Mlp
+
+
+class ExpertMlps(nn.Module):
+    """E Linear-activation-Linear MLPs, each of which sees inputs of its own.
+
+    Parameters
+    ----------
+    mlps
+        MLPs of one shape, whose weights are copied: ``fc1_weight`` (experts, hidden, dim),
+        ``fc1_bias`` (experts, hidden), ``fc2_weight`` (experts, dim, hidden), ``fc2_bias``
+        (experts, dim).
+    act
+        Activation between the two linear maps.
+    drop
+        Share of hidden activations, and of outputs, that drop out in training.
+    """
+
+    def __init__(self, mlps: Sequence[Mlp], act: nn.Module, *, drop: float = 0.0) -> None:
+        super().__init__()
+        for layer in ("fc1", "fc2"):
+            linear = [getattr(mlp, layer) for mlp in mlps]
+            weight = torch.stack([each.weight.detach() for each in linear])
+            bias = torch.stack([_bias(each) for each in linear])
+            self.register_parameter(f"{layer}_weight", nn.Parameter(weight))
+            self.register_parameter(f"{layer}_bias", nn.Parameter(bias))
+        self.act = act
+        self.drop = nn.Dropout(drop)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts."""
+        return len(self.fc1_weight)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden neurons of each expert."""
+        return self.fc1_weight.shape[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map inputs (images, experts, inputs of each, dim) to outputs of the same shape."""
+        own = x.transpose(0, 1).flatten(1, 2)  # (experts, all inputs of each, dim)
+        hidden = torch.baddbmm(self.fc1_bias[:, None], own, self.fc1_weight.mT)
+        hidden = self.drop(self.act(hidden))
+        output = torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight.mT)
+        return self.drop(output).unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor:
+    """Bias of a linear map; zeros where it has none."""
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features)
+    return linear.bias.detach()
