@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from moee_analysis.calibration import calibration_of
 from moee_analysis.counting import count, moe_macs
 from moee_analysis.draws import inputs_at
 from moee_analysis.errors import MoeeError
+from moee_analysis.expert_layers import expert_layers
 from moee_analysis.extraction import Extraction, extract
-from moee_analysis.layers import moe_layers, moe_names
+from moee_analysis.layers import MoeMlp, all_mlps, moe_layers, moe_names
+from moee_analysis.oracle import beside_leading, oracle_of, prefix_experts
 from moee_analysis.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import nn
 
     from moee_analysis.config import ExtractConfig
     from moee_analysis.images import ImageSet
@@ -46,18 +47,63 @@ def with_random_centres(config: ExtractConfig) -> ExtractConfig:
     return replace(config, clustering=clustering, noise="reroute")
 
 
-def randomly_routed(run: Extraction, *, seed: int = 0) -> nn.Module:
-    """Copy the run's model and send every token to a random expert, as often as calibration did.
+def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
+    """Copy the model and let chance route its tokens, using experts as often as before.
 
-    It costs what the run costs, less the routers; only *which* expert a token meets differs.
-    Leading tokens that have an expert of their own (:class:`TokenKindRouter`) keep it.
+    It costs what the model costs, less the routers; only *which* experts a token meets differs.
+    Leading tokens that have an expert of their own (:class:`TokenKindRouter`) keep it. In layers of
+    slots tokens change places in what the router says of them.
     """
-    model = copy.deepcopy(run.model)
+    model = _copied(run)
     for index, layer in moe_layers(model).items():
-        draw = partial(RandomRouter, dim=layer.fc1.in_features, seed=1000 * seed + index)
-        router = _at_random(layer.router, layer.shares, draw)
-        layer.router = router.to(layer.shares.device)
+        k = round(layer.shares.sum().item())
+        draw = partial(RandomRouter, dim=layer.fc1.in_features, k=k, seed=1000 * seed + index)
+        layer.router = _at_random(layer.router, layer.shares, draw).to(layer.shares.device)
+    for layer in _with_own_experts(model):
+        layer.router = layer.random_router(seed=seed)
     return model
+
+
+def constantly_routed(run: Extraction | nn.Module) -> nn.Module:
+    """Copy the model and send all tokens to the same experts: those that most tokens used.
+
+    Leading tokens that have an expert of their own keep it. In layers of slots all tokens are
+    mixed evenly.
+    """
+    model = _copied(run)
+    for layer in moe_layers(model).values():
+        leading = prefix_experts(layer)
+        shares = layer.shares[leading:]
+        k = max(1, round(shares.sum().item()))
+        most = shares.topk(k).indices.tolist()
+        constant = ConstantRouter(most[0] if k == 1 else most)
+        layer.router = beside_leading(constant, layer).to(layer.shares.device)
+    for layer in _with_own_experts(model):
+        layer.router = layer.constant_router()
+    return model
+
+
+def oracle_routed(run: Extraction | nn.Module, dense: nn.Module) -> nn.Module:
+    """Copy the model and send each token to the expert whose output is nearest to the dense MLP's.
+
+    Layers with several experts a token, and leading tokens that have an expert of their own, keep
+    their routers.
+    """
+    model, mlps = _copied(run), list(all_mlps(dense).values())
+    for index, layer in moe_layers(model).items():
+        several = layer.n_experts - prefix_experts(layer) > 1
+        if several and round(layer.shares.sum().item()) == 1:
+            layer.router = beside_leading(oracle_of(mlps[index], layer), layer)
+    return model
+
+
+def _copied(run: Extraction | nn.Module) -> nn.Module:
+    return copy.deepcopy(run if isinstance(run, nn.Module) else run.model)
+
+
+def _with_own_experts(model: nn.Module) -> list[nn.Module]:
+    """Layers whose experts are no parts of a dense MLP."""
+    return [layer for layer in expert_layers(model).values() if not isinstance(layer, MoeMlp)]
 
 
 def _at_random(

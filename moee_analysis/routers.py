@@ -120,28 +120,36 @@ def nearest_in_metric(centres: torch.Tensor, root: torch.Tensor) -> NearestRoute
 
 
 class RandomRouter(nn.Module):
-    """Send every token to a random expert: the control that a router must beat.
+    """Send every token to random experts: the control that a router must beat.
 
-    A token's expert is a pseudo-random function of its content and the seed, so that any pass
-    over the same images repeats it. ``shares`` (experts,) are the probabilities.
+    A token's experts are a pseudo-random function of its content and the seed, so that any pass
+    over the same images repeats it. ``shares`` (experts,) are the probabilities; of several experts
+    of a token (``k``) no two are the same.
     """
 
-    def __init__(self, shares: torch.Tensor, *, dim: int, seed: int = 0) -> None:
+    def __init__(self, shares: torch.Tensor, *, dim: int, k: int = 1, seed: int = 0) -> None:
         super().__init__()
-        direction = torch.randn(dim, generator=torch.Generator().manual_seed(seed))
-        edges = torch.cumsum(shares.double() / shares.sum(), dim=0)[:-1]
-        self.register_buffer("direction", direction.double(), persistent=False)
-        self.register_buffer("edges", edges, persistent=False)
+        generator, draws = torch.Generator().manual_seed(seed), 1 if k == 1 else len(shares)
+        directions = torch.randn(dim, draws, generator=generator).double()
+        probabilities = shares.double() / shares.sum()
+        self.register_buffer("directions", directions, persistent=False)
+        self.register_buffer("edges", probabilities.cumsum(dim=0)[:-1], persistent=False)
+        self.register_buffer("chances", probabilities.clamp_min(1e-300), persistent=False)
+        self.k = k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        spread = 1000 * (tokens_of(x).double() @ self.direction)
-        return torch.searchsorted(self.edges, spread - spread.floor())[:, None]
+        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim)."""
+        spread = 1000 * (tokens_of(x).double() @ self.directions)
+        drawn = spread - spread.floor()
+        if self.k == 1:
+            return torch.searchsorted(self.edges, drawn[:, 0])[:, None]
+        # the k first of exponential waiting times (Efraimidis and Spirakis 2006)
+        return (-(1 - drawn).log() / self.chances).topk(self.k, dim=1, largest=False).indices
 
     @property
     def n_experts(self) -> int:
         """Number of experts to choose from."""
-        return len(self.edges) + 1
+        return len(self.chances)
 
     @property
     def macs(self) -> int:
@@ -150,16 +158,16 @@ class RandomRouter(nn.Module):
 
 
 class ConstantRouter(nn.Module):
-    """Send every token to the same expert: what a converted layer does without routing."""
+    """Send every token to the same expert or experts: a converted layer without routing."""
 
-    def __init__(self, expert: int = 0) -> None:
+    def __init__(self, expert: int | Sequence[int] = 0) -> None:
         super().__init__()
         self.register_buffer("expert", torch.tensor(expert))
-        self.n_experts = expert + 1
+        self.n_experts = int(self.expert.max()) + 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        return self.expert.expand(tokens_of(x).shape[0], 1)
+        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim)."""
+        return self.expert.reshape(1, -1).expand(tokens_of(x).shape[0], -1)
 
     @property
     def macs(self) -> int:

@@ -21,6 +21,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import MoeMlp, moe_layers
 from moee_analysis.models import find_mlps, fingerprint
+from moee_analysis.oracle import OracleRouter, beside_leading, oracle_of, prefix_experts
 from moee_analysis.partition import metric_root, router_to
 from moee_analysis.progress import progress
 from moee_analysis.routers import ConstantRouter, RandomRouter, TokenKindRouter
@@ -36,45 +37,6 @@ if TYPE_CHECKING:
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
     from moee_analysis.recorded import Recorded
-
-
-class OracleRouter(nn.Module):
-    """Send a token to the expert whose output for it is nearest to that of the dense MLP.
-
-    It computes all that a router should save. The first ``leading`` experts are never chosen, and
-    not counted.
-    """
-
-    def __init__(self, dense: nn.Module, layer: MoeMlp, *, leading: int = 0) -> None:
-        super().__init__()
-        self.n_experts = layer.n_experts - leading
-        self._known = (dense, copy.deepcopy(layer))  # in a tuple: not among the model's modules
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        return self.errors(x).argmin(dim=1, keepdim=True)
-
-    def errors(self, x: torch.Tensor) -> torch.Tensor:
-        """Squared error of the output of every expert, (n, experts), for the tokens of ``x``."""
-        layer, wanted, found = self._known[1], self.wanted(x), []
-        for expert in range(layer.n_experts - self.n_experts, layer.n_experts):
-            layer.router = ConstantRouter(expert).to(x.device)
-            found.append((layer(x) - wanted).square().sum(dim=-1).flatten())
-        return torch.stack(found, dim=1)
-
-    def wanted(self, x: torch.Tensor) -> torch.Tensor:
-        """Output of the dense MLP for ``x``.
-
-        Without its hooks: one of them may be what asks (``measure.routes(run.dense(), ...)``).
-        """
-        return self._known[0].forward(x)
-
-    @property
-    def macs(self) -> float:
-        """MACs per token: the dense MLP, and every expert."""
-        dense, layer = self._known
-        ends = layer.fc1.in_features + layer.fc2.out_features
-        return ends * (dense.fc1.out_features + sum(layer.expert_sizes[-self.n_experts :]))
 
 
 def router_choices(
@@ -105,7 +67,7 @@ def router_choices(
         site, layer = draw.site, layers[draw.site.index]
         found = _to_centres(draw, means[site.name], config) | _others(draw, layer, seed=seed)
         for name, router in (found | {config.router: _own(layer)}).items():
-            choices.setdefault(name, {})[site.index] = _beside_leading(router, layer)
+            choices.setdefault(name, {})[site.index] = beside_leading(router, layer)
     return choices
 
 
@@ -152,7 +114,7 @@ def router_regret(
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
     dense, layers = run.dense(), _compared(run, routers)
     sites = {site.index: site for site in find_mlps(dense)}
-    sums = {index: _Sums(_oracle(sites[index].module(dense), layers[index])) for index in layers}
+    sums = {index: _Sums(oracle_of(sites[index].module(dense), layers[index])) for index in layers}
     batch_size = batch_size or fitting_batch(dense)
     batches = images.batches(dense, batch_size=batch_size)
     with evaluating(dense), recording(dense, [sites[index] for index in layers]) as seen:
@@ -226,15 +188,6 @@ class _Sums:
             }
 
 
-def _oracle(dense: nn.Module, layer: MoeMlp) -> OracleRouter:
-    return OracleRouter(dense, layer, leading=_leading(layer))
-
-
-def _leading(layer: MoeMlp) -> int:
-    """Experts that leading tokens have by their position."""
-    return layer.router.prefix_experts if isinstance(layer.router, TokenKindRouter) else 0
-
-
 def _leading_tokens(layer: MoeMlp) -> int:
     return len(layer.router.prefix) if isinstance(layer.router, TokenKindRouter) else 0
 
@@ -244,22 +197,15 @@ def _inner(layer: MoeMlp) -> nn.Module:
     return layer.router.inner if isinstance(layer.router, TokenKindRouter) else layer.router
 
 
-def _beside_leading(router: nn.Module, layer: MoeMlp) -> nn.Module:
-    """``router`` for the other tokens; leading ones keep their experts."""
-    if not isinstance(layer.router, TokenKindRouter):
-        return router
-    return TokenKindRouter(layer.router.prefix.tolist(), router, tokens=layer.router.tokens)
-
-
 def _chosen(router: nn.Module, layer: MoeMlp, x: torch.Tensor) -> torch.Tensor:
     """Experts (n, 1) of the routed tokens of ``x`` [images, tokens, dim], counted from 0."""
     chosen = router.to(x.device)(x).reshape(*x.shape[:2])[:, _leading_tokens(layer) :]
-    return chosen.reshape(-1, 1) - _leading(layer)
+    return chosen.reshape(-1, 1) - prefix_experts(layer)
 
 
 def _several(layer: MoeMlp) -> bool:
     """Whether there are experts to choose from."""
-    return layer.n_experts - _leading(layer) > 1
+    return layer.n_experts - prefix_experts(layer) > 1
 
 
 def _own(layer: MoeMlp) -> nn.Module:
@@ -277,7 +223,7 @@ class _MeanTally:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        experts = self.layer.n_experts - _leading(self.layer)
+        experts = self.layer.n_experts - prefix_experts(self.layer)
         return {"inputs": (experts, self.site.dim), "tokens": (experts,)}
 
     @property
@@ -312,9 +258,9 @@ def _to_centres(draw: Draw, means: np.ndarray, config: ExtractConfig) -> dict[st
 
 def _others(draw: Draw, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
     """Routers that no centre has a part in."""
-    site, shares = draw.site, layer.shares[_leading(layer) :].cpu()
+    site, shares = draw.site, layer.shares[prefix_experts(layer) :].cpu()
     return {
         "random": RandomRouter(shares, dim=site.dim, seed=1000 * seed + site.index),
         "constant": ConstantRouter(int(shares.argmax())),
-        "oracle": _oracle(draw.mlp, layer),
+        "oracle": oracle_of(draw.mlp, layer),
     }

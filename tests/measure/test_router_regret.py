@@ -11,8 +11,9 @@ from moee_analysis.controls import with_one_expert
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
 from moee_analysis.layers import moe_layers
-from moee_analysis.measure.router_regret import OracleRouter, _MeanTally
+from moee_analysis.measure.router_regret import _MeanTally
 from moee_analysis.models import find_mlps
+from moee_analysis.oracle import OracleRouter
 from moee_analysis.routers import ConstantRouter, CosineRouter, NearestRouter, RandomRouter
 from moee_analysis.sums import summed_alone
 from tests.makers import best, quick, same_models
@@ -201,7 +202,7 @@ def test_random_and_constant_follow_the_calibration(run, choices):
 def test_other_seeds_draw_other_random_routers(run, choices, store):
     other = measure.router_choices(run, CALIBRATION, store=store, seed=6)
     index = min(choices["random"])
-    one, two = (inner(c["random"][index]).direction for c in (choices, other))
+    one, two = (inner(c["random"][index]).directions for c in (choices, other))
     assert not torch.equal(one, two)
 
 
