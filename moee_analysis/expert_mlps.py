@@ -52,10 +52,30 @@ class ExpertMlps(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map inputs (images, experts, inputs of each, dim) to outputs of the same shape."""
         own = x.transpose(0, 1).flatten(1, 2)  # (experts, all inputs of each, dim)
-        hidden = torch.baddbmm(self.fc1_bias[:, None], own, self.fc1_weight.mT)
+        return self._batched(own).unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+
+    def in_turn(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Map inputs (n, dim), those of one expert after those of another, to their outputs.
+
+        ``counts`` are the inputs of each expert, in this order; they sum to n.
+        """
+        if len(set(counts)) == 1:
+            return self._batched(x.unflatten(0, (self.n_experts, -1))).flatten(0, 1)
+        # taken apart at once: the gradient of a single expert's slice is as large as them all
+        weights = zip(*(parameter.unbind() for parameter in self.parameters()), strict=True)
+        return torch.cat([self._one(*own) for own in zip(x.split(counts), weights, strict=True)])
+
+    def _batched(self, x: torch.Tensor) -> torch.Tensor:
+        """Map as many inputs of every expert, (experts, inputs, dim), to their outputs."""
+        hidden = torch.baddbmm(self.fc1_bias[:, None], x, self.fc1_weight.mT)
         hidden = self.drop(self.act(hidden))
-        output = torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight.mT)
-        return self.drop(output).unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+        return self.drop(torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight.mT))
+
+    def _one(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Map the inputs (n, dim) of the one expert whose ``weights`` these are."""
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+        hidden = self.drop(self.act(nn.functional.linear(x, fc1_weight, fc1_bias)))
+        return self.drop(nn.functional.linear(hidden, fc2_weight, fc2_bias))
 
 
 def _bias(linear: nn.Linear) -> torch.Tensor:

@@ -65,7 +65,7 @@ class SlotMlp(nn.Module):
         tokens = x.flatten(1, -2)
         mixing = self.router(tokens)
         made = self.made(tokens, mixing).flatten(1, 2)
-        return (mixing.combine @ made).reshape(x.shape)
+        return (mixing.combine @ made).reshape(*x.shape[:-1], made.shape[-1])
 
     def made(self, tokens: torch.Tensor, mixing: Mixing) -> torch.Tensor:
         """What experts make of their slots of ``tokens``: (images, experts, slots, dim)."""
@@ -81,6 +81,14 @@ class SlotMlp(nn.Module):
         """
         by_slot = mixing.combine.detach().double().sum(dim=(0, 1))
         return by_slot.unflatten(0, (self.n_experts, self.slots)).sum(dim=1)
+
+    def random_router(self, seed: int = 0) -> ShuffledMixing:
+        """Return a router that gives every token the mixing of another one."""
+        return ShuffledMixing(self.router, seed=seed)
+
+    def constant_router(self) -> EvenMixing:
+        """Return a router that mixes all tokens, and all slots, evenly."""
+        return EvenMixing(self.n_experts * self.slots)
 
 
 class ShuffledMixing(nn.Module):
