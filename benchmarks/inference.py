@@ -14,7 +14,6 @@ import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +21,15 @@ import torch
 from fidelity import Bench, Point, add_inputs, check_apart, counting_routes, savings
 from inference_tables import ALIKE, DENSE, facts_of, reasons, speed, told, write
 from torch import nn
-from torch.utils.benchmark import Timer, set_torch_threads, timer
+from torch.utils.benchmark import set_torch_threads, timer
 
 from moee_analysis.counting import tokens_of
-from moee_analysis.dense_layers import BlockedMlp, compute_in_blocks
+from moee_analysis.dense_layers import compute_in_blocks, without_routing
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import load
 from moee_analysis.images import load_images
-from moee_analysis.layers import all_mlps, moe_layers, moe_names, replace_module, set_dispatch
+from moee_analysis.layers import all_mlps, moe_layers, set_dispatch
+from moee_analysis.measure.latency import drawn, in_turn, milliseconds
 from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.paths import store_folder
 from moee_analysis.presets import preset_named
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 EXTRACTED = {"static pruning": "fisher OBS", "best": "best"}  # as they are called in fidelity.py
 ATTENTION = {"read": "best, attention as read", "low_rank": "best, attention too"}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-IN_TURN = 4  # batches of different images: how many tokens an expert gets differs
 
 
 @dataclass(frozen=True)
@@ -109,20 +108,6 @@ def promises(
     return {name: 1 / (1 - shares["macs_reduction"]) for name, shares in saved.items()}
 
 
-def without_routing(model: nn.Module) -> nn.Module:
-    """Return a copy of a statically pruned model whose layers of one expert are MLPs in blocks."""
-    model = copy.deepcopy(model)
-    names = moe_names(model)
-    for index, layer in moe_layers(model).items():
-        if layer.n_experts == 1:
-            mlp = BlockedMlp(1)
-            mlp.fc1, mlp.act, mlp.fc2 = layer.fc1, layer.act, layer.fc2
-            if layer.shift is not None:
-                mlp.fc2.bias.data += layer.shift.data[0]
-            replace_module(model, names[index], mlp)
-    return model
-
-
 # Times
 
 
@@ -152,24 +137,14 @@ def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[li
     return rows, layers
 
 
-def drawn(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
-    """A few batches of ``images`` as ``model`` takes them, each even over the classes."""
-    if len(images) < size:
-        raise MoeeError(
-            f"{size} images for a batch", f"{len(images)}", "give more --images, or other --batches"
-        )
-    count = min(IN_TURN, len(images) // size)
-    all_images = torch.cat(list(images.limit(count * size).batches(model)))
-    return [all_images[start::count].to(next(model.parameters())) for start in range(count)]
-
-
 def measured(
     systems: Mapping[str, System], batches: Sequence[torch.Tensor], plan: Plan
 ) -> list[Row]:
     """A row for each of ``systems``, as many threads being used as torch has now."""
     first = {name: first_call(system.model, batches[0]) for name, system in systems.items()}
+    models = {name: system.model for name, system in systems.items()}
     rounds = [
-        in_turn(systems, batches, number, seconds=plan.seconds) for number in range(plan.rounds)
+        in_turn(models, batches, number, seconds=plan.seconds) for number in range(plan.rounds)
     ]
     times = {name: [each[name] for each in rounds] for name in systems}
     return [
@@ -185,21 +160,6 @@ def first_call(model: nn.Module, x: torch.Tensor) -> float:
     start = timer()
     model(x)
     return timer() - start
-
-
-def in_turn(
-    systems: Mapping[str, System], batches: Sequence[torch.Tensor], number: int, *, seconds: float
-) -> dict[str, float]:
-    """Milliseconds of a call of each system, in one round; every other one goes backwards."""
-    order = list(systems)[:: -1 if number % 2 else 1]
-    return {name: milliseconds(systems[name].model, *batches, seconds=seconds) for name in order}
-
-
-def milliseconds(module: nn.Module, *inputs: torch.Tensor, seconds: float) -> float:
-    """Median time of a call with the ``inputs`` in turn, in so many ``seconds`` at least."""
-    names = {"module": module, "inputs": cycle(inputs)}
-    clock = Timer("module(next(inputs))", globals=names, num_threads=torch.get_num_threads())
-    return 1e3 * clock.blocked_autorange(min_run_time=seconds).median
 
 
 # Layers

@@ -1,7 +1,8 @@
-"""Layers that stay dense, computed in blocks of tokens like those with experts."""
+"""Layers without routing, computed in blocks of tokens like those with experts."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from timm.layers import Mlp
 from moee_analysis.counting import tokens_of
 from moee_analysis.dispatch import in_blocks
 from moee_analysis.laid_out import LaidOut
-from moee_analysis.layers import all_mlps, replace_module
+from moee_analysis.layers import all_mlps, moe_layers, moe_names, replace_module
 from moee_analysis.products import Product, fastest_kernel
 from moee_analysis.tuning import LITTLE
 
@@ -72,6 +73,20 @@ def compute_in_blocks(model: nn.Module) -> None:
     for name, module in all_mlps(model).items():
         if isinstance(module, Mlp):
             replace_module(model, name, BlockedMlp.of(module))
+
+
+def without_routing(model: nn.Module) -> nn.Module:
+    """Return a copy of a statically pruned model whose layers of one expert are MLPs in blocks."""
+    model = copy.deepcopy(model)
+    names = moe_names(model)
+    for index, layer in moe_layers(model).items():
+        if layer.n_experts == 1:
+            mlp = BlockedMlp(1)
+            mlp.fc1, mlp.act, mlp.fc2 = layer.fc1, layer.act, layer.fc2
+            if layer.shift is not None:
+                mlp.fc2.bias.data += layer.shift.data[0]
+            replace_module(model, names[index], mlp)
+    return model
 
 
 def _packed(*weights: torch.Tensor) -> list[Product]:

@@ -152,31 +152,17 @@ def test_the_dense_model_computed_alike_is_another_one_of_the_same_answers(infer
     assert all_mlps(model) == before
 
 
-def test_batches_are_of_different_images_and_each_is_even_over_the_classes(inference, dense):
-    batches = inference.drawn(UNSEEN, 9, dense)
-    assert [len(batch) for batch in batches] == [9] * 4
-    every = torch.cat(list(UNSEEN.batches(dense)))
-    assert torch.equal(torch.cat(batches), torch.cat([every[start::4] for start in range(4)]))
-    assert len(inference.drawn(UNSEEN, 36, dense)) == 1
-
-
 def test_an_error_leaves_the_number_of_threads_as_it_was(inference, systems, plan, monkeypatch):
     def stop(*_args, **_options):
         assert torch.get_num_threads() == 1
         raise RuntimeError("stop")
 
     most = torch.get_num_threads()
-    monkeypatch.setattr(inference, "milliseconds", stop)
+    monkeypatch.setattr(inference, "in_turn", stop)
     with pytest.raises(RuntimeError, match="stop"):
         inference.run(systems, UNSEEN, plan)
     assert torch.get_num_threads() == most
     assert not torch.is_inference_mode_enabled()
-
-
-def test_every_other_round_goes_backwards(inference, systems, monkeypatch):
-    monkeypatch.setattr(inference, "milliseconds", lambda *_args, **_options: 1.0)
-    orders = [list(inference.in_turn(systems, [], n, seconds=0)) for n in range(3)]
-    assert orders == [NAMES, NAMES[::-1], NAMES]
 
 
 def test_a_lower_precision_is_that_of_the_products(inference, systems, plan, monkeypatch):

@@ -18,6 +18,7 @@ from moee_analysis.measure.experts import neurons as neurons
 from moee_analysis.measure.experts import overlap as overlap
 from moee_analysis.measure.experts import sizes as sizes
 from moee_analysis.measure.fine_tuning import fine_tuning as fine_tuning
+from moee_analysis.measure.latency import latency as latency
 from moee_analysis.measure.macs import macs as macs
 from moee_analysis.measure.modularity import modularity as modularity
 from moee_analysis.measure.modularity import part_profile as part_profile
