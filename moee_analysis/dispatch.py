@@ -90,7 +90,10 @@ def _summed(layer: MoeMlp, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tenso
     hidden = layer.act(layer.fc1(x))
     if layer.columns is not None:
         hidden = hidden.index_select(1, layer.neurons)
-    hidden = hidden * (layer.lacking == 0).to(hidden.dtype)[chosen].sum(dim=1)
+    kept = (layer.lacking == 0).to(hidden.dtype)
+    ones = torch.ones_like(chosen, dtype=hidden.dtype)
+    chooses = hidden.new_zeros(x.shape[0], len(kept)).scatter_add(1, chosen, ones)
+    hidden = hidden * (chooses @ kept)  # how many of the token's experts keep the neuron
     constant = layer.fc2.bias
     if layer.shift is not None:
         constant = constant + layer.shift[chosen].sum(dim=1)

@@ -134,6 +134,10 @@ class MoeMlp(nn.Module):
         dim = self.fc1.in_features + self.fc2.out_features
         return self.router.macs + dim * neurons
 
+    def usage(self, routed: torch.Tensor) -> torch.Tensor:
+        """How many tokens use each expert, float64 (experts,), by what the router returned."""
+        return torch.bincount(routed.flatten(), minlength=self.n_experts).double()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (..., dim) to (..., dim)."""
         tokens, chosen = tokens_of(x), self.router(x)

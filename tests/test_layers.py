@@ -172,6 +172,17 @@ def test_the_cost_is_the_router_and_the_neurons_weighted_by_use():
     assert layer.macs_per_token(measured) == 3 * DIM + 2 * DIM
 
 
+@pytest.mark.parametrize("router", [CosineRouter, TopTwo])
+def test_usage_is_how_many_tokens_have_an_expert(router):
+    _, layer = made(router=router, experts=WITH_EMPTY)
+    chosen = layer.router(torch.randn(4, 5, DIM, dtype=torch.float64))
+    expected = [sum(expert in row for row in chosen.tolist()) for expert in range(3)]
+    usage = layer.usage(chosen)
+    assert usage.dtype == torch.float64
+    assert usage.tolist() == expected
+    assert layer.usage(chosen[:0]).tolist() == [0, 0, 0]
+
+
 def test_mixed_precision_works_as_with_the_dense_layer():
     _, layer = made()
     layer.float()
