@@ -34,8 +34,8 @@ class JetpackConfig:
     - ``consistent_channels``: one set of channels in all of the model (of a stage, where it has
       stages), as in the paper; or every expert of every layer draws its own, as in the released
       code.
-    - ``head``: the classifier starts ``fresh`` (published), or is ``recycled``; a fresh one may have
-      other ``num_classes``.
+    - ``head``: the classifier starts ``fresh`` (published), or is ``recycled``; a fresh one may
+      have other ``num_classes``.
 
     The layers of experts (SpheroMoE):
 
