@@ -60,9 +60,10 @@ class ExpertMlps(nn.Module):
         ``counts`` are the inputs of each expert, in this order; they sum to n.
         """
         if len(set(counts)) == 1:
-            return self._batched(x.unflatten(0, (self.n_experts, -1))).flatten(0, 1)
+            return self._batched(x.unflatten(0, (self.n_experts, counts[0]))).flatten(0, 1)
+        stacked = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
         # taken apart at once: the gradient of a single expert's slice is as large as them all
-        weights = zip(*(parameter.unbind() for parameter in self.parameters()), strict=True)
+        weights = zip(*(each.unbind() for each in stacked), strict=True)
         return torch.cat([self._one(*own) for own in zip(x.split(counts), weights, strict=True)])
 
     def _batched(self, x: torch.Tensor) -> torch.Tensor:
