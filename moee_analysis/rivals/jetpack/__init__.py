@@ -7,4 +7,6 @@ Tasks", NeurIPS 2024, and its released code.
 from __future__ import annotations
 
 from moee_analysis.rivals.jetpack.config import JetpackConfig as JetpackConfig
+from moee_analysis.rivals.jetpack.converting import convert as convert
+from moee_analysis.rivals.jetpack.converting import narrowed as narrowed
 from moee_analysis.rivals.jetpack.successor import successor as successor

@@ -7,6 +7,7 @@ inner ones of an attention or an MLP by its name (``blocks.3.attn``, ``blocks.3.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,9 +64,12 @@ UNITS: dict[type[nn.Module], Mapping[str, tuple[str | None, ...]]] = {
 """Kinds of units along the axes of a module's weight, by timm's class and the module's name."""
 
 
-def channel_counts(model: nn.Module) -> dict[str, int]:
-    """Channels of every stage."""
-    return {stage_of(model, site.name): site.dim for site in find_mlps(model)}
+def unit_counts(model: nn.Module) -> dict[str, int]:
+    """Channels of every stage, heads of every attention, hidden neurons of every MLP, by place."""
+    sites = find_mlps(model)
+    channels = {stage_of(model, site.name): site.dim for site in sites}
+    heads = {name: count for name, (count, _) in heads_of(model).items()}
+    return channels | heads | {site.name: site.hidden for site in sites}
 
 
 def heads_of(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -84,21 +88,10 @@ def stage_of(model: nn.Module, name: str) -> str:
     return "stages.0" if first == "stem" else f"stages.{len(model.stages) - 1}"
 
 
-def narrowed_tensors(
-    model: nn.Module, kept: Mapping[str, np.ndarray], *, without: str
-) -> dict[str, torch.Tensor]:
-    """State dict of what ``kept`` units, ids by the place of each kind, leave of ``model``.
-
-    Parameters
-    ----------
-    without
-        Module whose tensors are left out.
-    """
-    return {
-        name: _narrowed(model, name, tensor, kept)
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(f"{without}.")
-    }
+def narrowed_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """State dict of what ``kept`` units, ids by their place, leave of ``model``."""
+    tensors = model.state_dict().items()
+    return {name: _narrowed(model, name, tensor, kept) for name, tensor in tensors}
 
 
 def classifier_of(model: nn.Module) -> str:
@@ -121,7 +114,7 @@ def _narrowed(
 
 
 def _kinds(model: nn.Module, module: str) -> tuple[str | None, ...]:
-    pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
+    pattern = re.sub(r"(stages|blocks)\.\d+", r"\1.*", module)
     try:
         return UNITS[type(model)][pattern]
     except KeyError:

@@ -5,7 +5,8 @@ Source: MoE Jetpack, section 3.3, and its released code where the paper leaves s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,9 +14,6 @@ from torch.nn import functional
 
 from moee_analysis.rivals.jetpack.entmax import entmax15
 from moee_analysis.slot_layers import Mixing
-
-if TYPE_CHECKING:
-    from moee_analysis.rivals.jetpack.config import JetpackConfig
 
 
 class SpheroRouter(nn.Module):
@@ -27,29 +25,54 @@ class SpheroRouter(nn.Module):
     softmaxed (or ``entmax15``) over all slots. All of these are learned.
 
     Noise is added to the logits in training alone; the released code adds it in evaluation too.
+
+    Parameters
+    ----------
+    slots
+        Slots of each expert.
+    temperature
+        Of dispatch and combine at the start.
+    combine
+        ``softmax``, or ``entmax15``, which leaves most slots out.
+    normalize_key
+        Whether tokens are scaled to length 1 as well, so that logits are cosines.
+    noise
+        Standard deviation; None is one over the number of experts.
+    seed
+        Of the queries.
     """
 
-    def __init__(self, dim: int, experts: int, slots: int, config: JetpackConfig) -> None:
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        *,
+        slots: int = 1,
+        temperature: float = 0.5,
+        combine: Literal["softmax", "entmax15"] = "softmax",
+        normalize_key: bool = True,
+        noise: float | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(seed)
         queries = nn.init.orthogonal_(torch.empty(experts, slots * dim), generator=generator)
         self.queries = nn.Parameter(queries.unflatten(1, (slots, dim)).contiguous())
         self.query_norm = nn.LayerNorm(dim)
-        self.dispatch_temperature = nn.Parameter(torch.tensor(config.temperature))
-        self.combine_temperature = nn.Parameter(torch.tensor(config.temperature))
-        self.normalize_key = config.normalize_key
-        self.noise = 1 / experts if config.noise is None else config.noise
-        self.sparse = config.combine == "entmax15"
+        self.dispatch_temperature = nn.Parameter(torch.tensor(temperature))
+        self.combine_temperature = nn.Parameter(torch.tensor(temperature))
+        self.combine = entmax15 if combine == "entmax15" else partial(torch.softmax, dim=-1)
+        self.normalize_key = normalize_key
+        self.noise = 1 / experts if noise is None else noise
 
     def forward(self, tokens: torch.Tensor) -> Mixing:
         """Return the mixing of ``tokens`` (images, tokens, dim)."""
         logits = self.logits(tokens)
         if self.training and self.noise > 0:
             logits = logits + self.noise * torch.randn_like(logits)
-        combine = logits / self.combine_temperature
         return Mixing(
             (logits / self.dispatch_temperature).softmax(dim=1),
-            entmax15(combine) if self.sparse else combine.softmax(dim=2),
+            self.combine(logits / self.combine_temperature),
         )
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,176 @@
+"""From a dense model to a mixture of soft experts that starts with its weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.expert_mlps import ExpertMlps
+from moee_analysis.layers import replace_module
+from moee_analysis.models import find_mlps
+from moee_analysis.rivals.jetpack.anatomy import classifier_of, narrowed_tensors
+from moee_analysis.rivals.jetpack.config import JetpackConfig
+from moee_analysis.rivals.jetpack.profiling import profile
+from moee_analysis.rivals.jetpack.recycling import Recycling
+from moee_analysis.rivals.jetpack.sizing import sizes_of
+from moee_analysis.rivals.jetpack.sphero import ExpertDropout, SpheroRouter
+from moee_analysis.rivals.jetpack.successor import successor
+from moee_analysis.slot_layers import SlotMlp
+from moee_analysis.soft_routing import SoftRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from timm.layers import Mlp
+    from torch import nn
+
+    from moee_analysis.images import ImageSet
+    from moee_analysis.models import MlpSite
+    from moee_analysis.rivals.jetpack.sizing import LayerSize
+
+
+def convert(
+    dense: nn.Module,
+    images: ImageSet,
+    config: JetpackConfig | None = None,
+    *,
+    dense_part: nn.Module | None = None,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Make the start of a mixture of soft experts of ``dense``, to be trained.
+
+    In some of its layers a :class:`SlotMlp` stands in the place of the MLP: core experts, then
+    universal ones, both cut from the dense MLP. Before training it predicts next to nothing.
+
+    Parameters
+    ----------
+    dense
+        A plain vision transformer or ConvNeXt of timm's; it is not changed.
+    images
+        Calibration images; their labels are not used, nor are they looked at by the methods
+        ``uniform`` and ``random``.
+    config
+        Width, experts and how weights are chosen; None is the default :class:`JetpackConfig`.
+    dense_part
+        A model of the new width whose weights serve outside the experts, as in the released code;
+        None narrows ``dense``.
+    store
+        Folder where the sums over activations are kept and found again; None keeps nothing.
+
+    Raises
+    ------
+    MoeeError
+        Another kind of model, a width, layers or a budget that it cannot have, a dense part that
+        does not fit.
+    """
+    config = config or JetpackConfig()
+    recycling = _recycled(dense, images, config, store=store)
+    model = recycling.narrow
+    sites = _chosen_sites(dense, config.layers)
+    own = find_mlps(model)
+    sizes = sizes_of(model, [own[site.index] for site in sites], config, dense=dense)
+    layers = {site.name: _layer(recycling, site, sizes[site.name]) for site in sites}
+    _fill(recycling, dense_part)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    like = next(dense.parameters())
+    return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
+
+
+def narrowed(
+    dense: nn.Module,
+    images: ImageSet,
+    config: JetpackConfig | None = None,
+    *,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Narrow ``dense`` to the width of ``config``, without experts (weight selection).
+
+    It is the dense part that :func:`convert` puts experts into, and a baseline of its own. The
+    arguments and errors are those of :func:`convert`.
+
+    Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
+    """
+    recycling = _recycled(dense, images, config or JetpackConfig(), store=store)
+    _fill(recycling, None)
+    return recycling.narrow
+
+
+def _recycled(
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, *, store: str | Path | None
+) -> Recycling:
+    narrow = successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
+    found = None
+    if config.needs_images:
+        together = config.method == "graph"
+        found = profile(dense, images, together=together, store=store)
+    return Recycling(dense, narrow, found, config)
+
+
+def _chosen_sites(dense: nn.Module, layers: tuple[int, ...] | None) -> list[MlpSite]:
+    sites = find_mlps(dense)
+    if layers is None:
+        return sites[len(sites) // 2 :]
+    if not layers or set(layers) - set(range(len(sites))):
+        raise MoeeError(f"layers among 0 to {len(sites) - 1}", str(layers), "count them from 0")
+    return [sites[index] for index in sorted(set(layers))]
+
+
+def _fill(recycling: Recycling, dense_part: nn.Module | None) -> None:
+    """Give the narrow model its dense part; a fresh classifier stays as it is."""
+    model, config = recycling.narrow, recycling.config
+    fresh = classifier_of(model) if config.head == "fresh" else None
+    if dense_part is None:
+        tensors = narrowed_tensors(recycling.dense, recycling.kept)
+    else:
+        tensors = dense_part.state_dict()
+    own = model.state_dict()
+    tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[0] != fresh}
+    wrong = [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]
+    if wrong:
+        raise MoeeError(
+            f"a dense part that is a {type(model).__name__} of width {model.num_features}",
+            f"another '{wrong[0]}'",
+            "pass a model like successor(dense, width)",
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def _layer(recycling: Recycling, site: MlpSite, size: LayerSize) -> SlotMlp:
+    """Experts that stand in the place of the MLP at ``site``."""
+    config = recycling.config
+    groups = recycling.experts(
+        site, core=size.core, universal=size.universal, ratio=config.universal_ratio
+    )
+    depth = site.index / max(1, len(find_mlps(recycling.dense)) - 1)
+    dropout = ExpertDropout(
+        depth * config.expert_drop, of_images=config.expert_drop_mode == "sample"
+    )
+    router = _router(config, site, size, dim=groups[0][0].fc1.in_features)
+    experts = [_stacked(group, drop=config.drop) for group in groups]
+    return SlotMlp(router, experts, slots=size.slots, drop=dropout)
+
+
+def _stacked(mlps: Sequence[Mlp], *, drop: float) -> ExpertMlps:
+    return ExpertMlps(mlps, copy.deepcopy(mlps[0].act), drop=drop)
+
+
+def _router(config: JetpackConfig, site: MlpSite, size: LayerSize, *, dim: int) -> nn.Module:
+    seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
+    if config.router == "soft":
+        noise = config.noise or 0.0
+        return SoftRouter(dim, size.experts, slots=size.slots, noise=noise, seed=seed)
+    return SpheroRouter(
+        dim,
+        size.experts,
+        slots=size.slots,
+        temperature=config.temperature,
+        combine=config.combine,
+        normalize_key=config.normalize_key,
+        noise=config.noise,
+        seed=seed,
+    )

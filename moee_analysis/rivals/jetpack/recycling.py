@@ -1,0 +1,130 @@
+"""Checkpoint recycling: which units of a dense model a narrower one, and its experts, take over.
+
+Source: MoE Jetpack, section 3.2. Heads are kept whole, so that a narrower model has fewer of them;
+the released code mixes their dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from timm.layers import Mlp
+
+from moee_analysis.models import find_mlps
+from moee_analysis.rivals.jetpack.anatomy import heads_of, stage_of, unit_counts
+from moee_analysis.rivals.jetpack.choosing import Units, drawn, evenly, shared
+from moee_analysis.rivals.jetpack.graph import parts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from moee_analysis.models import MlpSite
+    from moee_analysis.rivals.jetpack.config import JetpackConfig
+    from moee_analysis.rivals.jetpack.profiling import Profile
+
+    Chooser = Callable[[int], tuple[np.ndarray, np.ndarray]]
+    """Number of hidden neurons -> ids of an expert's channels and neurons."""
+
+
+@dataclass(frozen=True)
+class Recycling:
+    """A ``dense`` model whose weights go to ``narrow``, a model of the same kind.
+
+    ``found`` is the profile of the dense model, None where the method needs none.
+    """
+
+    dense: nn.Module
+    narrow: nn.Module
+    found: Profile | None
+    config: JetpackConfig
+
+    @cached_property
+    def kept(self) -> dict[str, np.ndarray]:
+        """Units that the dense part of the narrow model takes over, ids by their place.
+
+        One set of channels for each stage, by the mean of what they are worth in its layers; heads
+        and hidden neurons layer by layer.
+        """
+        rng, sizes = np.random.default_rng([self.config.seed, 0]), unit_counts(self.narrow)
+        kept = {
+            place: shared(self.config.method, self._shared_units(place, total), sizes[place], rng)
+            for place, total in unit_counts(self.dense).items()
+        }
+        for place, (_, dims) in heads_of(self.dense).items():
+            kept[place] = (kept[place][:, None] * dims + np.arange(dims)).flatten()
+        return kept
+
+    def experts(self, site: MlpSite, *, core: int, universal: int, ratio: float) -> list[list[Mlp]]:
+        """Core and universal experts of the layer ``site``; a group of none is left out.
+
+        Universal ones have ``ratio`` times as many hidden neurons as core ones.
+        """
+        rng = np.random.default_rng([self.config.seed, 1, site.index])
+        draw = self._consistent if self.config.consistent_channels else self._released
+        chosen = draw(site, rng)
+        hidden, mlp = site.module(self.narrow).fc1.out_features, site.module(self.dense)
+        small = max(1, round(ratio * hidden))
+        groups = [[cut(mlp, *chosen(hidden)) for _ in range(core)]]
+        groups += [[cut(mlp, *chosen(small)) for _ in range(universal)]]
+        return [group for group in groups if group]
+
+    def _consistent(self, site: MlpSite, rng: np.random.Generator) -> Chooser:
+        """All experts have the channels of the model, and draw neurons."""
+        channels = self.kept[stage_of(self.dense, site.name)]
+        neurons = self._units(site.name, site.hidden)
+        return lambda size: (channels, drawn(self.config.method, neurons, size, rng))
+
+    def _released(self, site: MlpSite, rng: np.random.Generator) -> Chooser:
+        """Every expert draws channels as well; small ones thin out what a large one draws."""
+        method, narrow = self.config.method, site.module(self.narrow).fc1
+        channels = self._units(f"{site.name}.fc1", site.dim)
+        neurons = self._units(site.name, site.hidden)
+
+        def chosen(size: int) -> tuple[np.ndarray, np.ndarray]:
+            full = drawn(method, neurons, narrow.out_features, rng)
+            return drawn(method, channels, narrow.in_features, rng), full[evenly(len(full), size)]
+
+        return chosen
+
+    def _units(self, place: str, total: int) -> Units:
+        """Units at one place, for experts to draw from."""
+        if self.found is None:
+            return Units(total)
+        worth = self.found.worth(place, self.config.metric)
+        if self.config.method != "graph":
+            return Units(total, worth)
+        together = self.found.together(place)
+        return Units(total, worth, together, parts_of(together, seed=self.config.seed))
+
+    def _shared_units(self, place: str, total: int) -> Units:
+        """Channels of a stage, heads of an attention, or hidden neurons, for all tokens."""
+        if self.found is None:
+            return Units(total)
+        names = [site.name for site in find_mlps(self.dense)]
+        inputs = [f"{name}.fc1" for name in names if stage_of(self.dense, name) == place]
+        places = inputs if place in set(map(partial(stage_of, self.dense), names)) else [place]
+        worth = np.mean([self.found.worth(each, self.config.metric) for each in places], axis=0)
+        return Units(total, worth.reshape(total, -1).mean(axis=1))  # a head's: of its dimensions
+
+
+def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> Mlp:
+    """Copy some hidden neurons of an MLP, reading and writing some channels; b2 is kept whole."""
+    on = mlp.fc1.weight.device
+    rows, columns = (torch.as_tensor(ids).to(on) for ids in (neurons, channels))
+    weights = {
+        "fc1.weight": mlp.fc1.weight[rows][:, columns],
+        "fc2.weight": mlp.fc2.weight[columns][:, rows],
+    }
+    if mlp.fc1.bias is not None:
+        weights |= {"fc1.bias": mlp.fc1.bias[rows], "fc2.bias": mlp.fc2.bias[columns]}
+    with torch.device("meta"):
+        part = Mlp(len(channels), len(neurons), bias=mlp.fc1.bias is not None)
+    part.load_state_dict({name: w.detach().clone() for name, w in weights.items()}, assign=True)
+    part.act = mlp.act
+    return part

@@ -1,0 +1,124 @@
+"""How many experts and slots each layer has: as published, as told, or as a budget of MACs allows.
+
+A layer costs its experts, slot by slot, and three products of all tokens with all slots: logits,
+dispatch and combine. The paper leaves these out of its FLOPs; here they count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from moee_analysis.counting import MacCount, count
+from moee_analysis.errors import MoeeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from moee_analysis.models import MlpSite
+    from moee_analysis.rivals.jetpack.config import JetpackConfig
+
+UNIVERSAL_PER_CORE = 2  # as published
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Experts of a layer, and slots of each of them."""
+
+    core: int
+    universal: int
+    slots: int = 1
+
+    @property
+    def experts(self) -> int:
+        """Experts of both kinds."""
+        return self.core + self.universal
+
+    def macs(self, site: MlpSite, tokens: int, ratio: float) -> int:
+        """MACs of the layer at ``site`` for an image of so many tokens."""
+        small = max(1, round(ratio * site.hidden))
+        hidden = self.core * site.hidden + self.universal * small
+        return self.slots * site.dim * (2 * hidden + 3 * tokens * self.experts)
+
+
+def sizes_of(
+    model: nn.Module, sites: Sequence[MlpSite], config: JetpackConfig, *, dense: nn.Module
+) -> dict[str, LayerSize]:
+    """Size of every layer of ``model`` that gets experts, by its name.
+
+    Parameters
+    ----------
+    model
+        The model to get experts, still with MLPs.
+    dense
+        The model whose MACs the budget is a share of.
+
+    Raises
+    ------
+    MoeeError
+        A budget that cannot be met, or one of a narrower model.
+    """
+    counted = count(model)
+    if config.macs_reduction is None:
+        patches = _patches(model, counted)
+        return {site.name: _published(config, patches[site.name]) for site in sites}
+    if model.num_features != dense.num_features:
+        raise MoeeError(
+            "a MACs reduction at the dense model's width",
+            f"macs_reduction={config.macs_reduction} at width {model.num_features}",
+            "leave the width as it is, or choose core, universal and slots",
+        )
+    return _within_budget(counted, sites, config, total=count(dense).total)
+
+
+def _published(config: JetpackConfig, patches: int) -> LayerSize:
+    if config.core is not None:
+        return LayerSize(config.core, config.universal, config.slots)
+    core = max(1, patches // 2)
+    return LayerSize(core, UNIVERSAL_PER_CORE * core, config.slots)
+
+
+def _patches(model: nn.Module, counted: MacCount) -> dict[str, int]:
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return {name: tokens - prefix for name, tokens in counted.tokens.items()}
+
+
+def _within_budget(
+    counted: MacCount, sites: Sequence[MlpSite], config: JetpackConfig, *, total: int
+) -> dict[str, LayerSize]:
+    """Give all layers the same share of what their MLPs cost, what is over to the last ones."""
+    step, ratio = _step(config), config.universal_ratio
+    costs = {s.name: step.macs(s, counted.tokens[s.name], ratio) for s in sites}
+    mlps = {site.name: counted.by_module[site.name] for site in sites}
+    outside = counted.total - sum(mlps.values())
+    budget = (1 - config.macs_reduction) * total - outside
+    steps = {name: int(budget / sum(mlps.values()) * mlps[name] / costs[name]) for name in costs}
+    if min(steps.values()) < 1:
+        raise MoeeError(
+            f"a macs_reduction of at most {_most(mlps, costs, outside=outside, total=total):.3f}",
+            str(config.macs_reduction),
+            "save less, or choose fewer experts or layers",
+        )
+    for name in reversed(costs):
+        over = budget - sum(steps[each] * costs[each] for each in costs)
+        steps[name] += over >= costs[name]
+    return {name: _stepped(step, config, count=steps[name]) for name in costs}
+
+
+def _step(config: JetpackConfig) -> LayerSize:
+    """The least that a layer can have: a slot of every expert, or a core expert and its others."""
+    return LayerSize(1, UNIVERSAL_PER_CORE) if config.core is None else _published(config, 0)
+
+
+def _stepped(step: LayerSize, config: JetpackConfig, *, count: int) -> LayerSize:
+    if config.core is None:
+        return LayerSize(count * step.core, count * step.universal)
+    return replace(step, slots=count)
+
+
+def _most(mlps: Mapping[str, int], costs: Mapping[str, int], *, outside: int, total: int) -> float:
+    """The largest share of MACs that even shares of all layers can save."""
+    share = max(costs[name] / mlps[name] for name in costs)
+    return 1 - (outside + share * sum(mlps.values())) / total
