@@ -13,7 +13,7 @@ from moee_analysis.counting import MacCount, count
 from moee_analysis.errors import MoeeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
 
@@ -88,22 +88,23 @@ def _patches(model: nn.Module, counted: MacCount) -> dict[str, int]:
 def _within_budget(
     counted: MacCount, sites: Sequence[MlpSite], config: JetpackConfig, *, total: int
 ) -> dict[str, LayerSize]:
-    """Give all layers the same share of what their MLPs cost, what is over to the last ones."""
+    """Give layers step after step, each time the one that has least for what its MLP cost."""
     step, ratio = _step(config), config.universal_ratio
     costs = {s.name: step.macs(s, counted.tokens[s.name], ratio) for s in sites}
     mlps = {site.name: counted.by_module[site.name] for site in sites}
     outside = counted.total - sum(mlps.values())
-    budget = (1 - config.macs_reduction) * total - outside
-    steps = {name: int(budget / sum(mlps.values()) * mlps[name] / costs[name]) for name in costs}
-    if min(steps.values()) < 1:
+    left = (1 - config.macs_reduction) * total - outside - sum(costs.values())
+    if left < 0:
         raise MoeeError(
-            f"a macs_reduction of at most {_most(mlps, costs, outside=outside, total=total):.3f}",
+            f"a macs_reduction of at most {1 - (outside + sum(costs.values())) / total:.3f}",
             str(config.macs_reduction),
             "save less, or choose fewer experts or layers",
         )
-    for name in reversed(costs):
-        over = budget - sum(steps[each] * costs[each] for each in costs)
-        steps[name] += over >= costs[name]
+    steps = dict.fromkeys(costs, 1)
+    while fitting := [name for name in costs if costs[name] <= left]:
+        least = min(fitting, key=lambda name: (steps[name] + 1) * costs[name] / mlps[name])
+        steps[least] += 1
+        left -= costs[least]
     return {name: _stepped(step, config, count=steps[name]) for name in costs}
 
 
@@ -116,9 +117,3 @@ def _stepped(step: LayerSize, config: JetpackConfig, *, count: int) -> LayerSize
     if config.core is None:
         return LayerSize(count * step.core, count * step.universal)
     return replace(step, slots=count)
-
-
-def _most(mlps: Mapping[str, int], costs: Mapping[str, int], *, outside: int, total: int) -> float:
-    """The largest share of MACs that even shares of all layers can save."""
-    share = max(costs[name] / mlps[name] for name in costs)
-    return 1 - (outside + share * sum(mlps.values())) / total
