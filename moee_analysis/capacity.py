@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,9 @@ def saving(
     counts = [1] * len(layers)
     left = (1 - macs_reduction) * dense - fixed - sum(layer.each for layer in layers)
     if left < 0:
+        most = math.floor(1000 * (macs_reduction + left / dense)) / 1000
         raise MoeeError(
-            f"a MACs reduction of at most {macs_reduction + left / dense:.1%}",
+            f"a MACs reduction of at most {most:.1%}",
             f"{macs_reduction:.1%}", "save less, or have fewer experts or more layers with experts",
         )  # fmt: skip
     while growing := [
