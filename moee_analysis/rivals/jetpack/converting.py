@@ -20,12 +20,11 @@ from moee_analysis.rivals.jetpack.sphero import ExpertDropout, SpheroRouter
 from moee_analysis.rivals.jetpack.successor import successor
 from moee_analysis.slot_layers import SlotMlp
 from moee_analysis.soft_routing import SoftRouter
+from moee_analysis.upcycling import chosen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-    from timm.layers import Mlp
     from torch import nn
 
     from moee_analysis.images import ImageSet
@@ -70,9 +69,10 @@ def convert(
     config = config or JetpackConfig()
     recycling = _recycled(dense, images, config, store=store)
     model = recycling.narrow
-    sites = _chosen_sites(dense, config.layers)
-    own = find_mlps(model)
-    sizes = sizes_of(model, [own[site.index] for site in sites], config, dense=dense)
+    mlps = find_mlps(model)
+    second_half = range(len(mlps) // 2, len(mlps))
+    sites = chosen(mlps, second_half if config.layers is None else config.layers)
+    sizes = sizes_of(model, sites, config, dense=dense)
     layers = {site.name: _layer(recycling, site, sizes[site.name]) for site in sites}
     _fill(recycling, dense_part)
     for name, layer in layers.items():
@@ -111,15 +111,6 @@ def _recycled(
     return Recycling(dense, narrow, found, config)
 
 
-def _chosen_sites(dense: nn.Module, layers: tuple[int, ...] | None) -> list[MlpSite]:
-    sites = find_mlps(dense)
-    if layers is None:
-        return sites[len(sites) // 2 :]
-    if not layers or set(layers) - set(range(len(sites))):
-        raise MoeeError(f"layers among 0 to {len(sites) - 1}", str(layers), "count them from 0")
-    return [sites[index] for index in sorted(set(layers))]
-
-
 def _fill(recycling: Recycling, dense_part: nn.Module | None) -> None:
     """Give the narrow model its dense part; a fresh classifier stays as it is."""
     model, config = recycling.narrow, recycling.config
@@ -141,31 +132,24 @@ def _fill(recycling: Recycling, dense_part: nn.Module | None) -> None:
 
 
 def _layer(recycling: Recycling, site: MlpSite, size: LayerSize) -> SlotMlp:
-    """Experts that stand in the place of the MLP at ``site``."""
-    config = recycling.config
+    """Experts that stand in the place of the narrow model's MLP at ``site``."""
+    config, depth = recycling.config, site.index / max(1, len(find_mlps(recycling.narrow)) - 1)
     groups = recycling.experts(
         site, core=size.core, universal=size.universal, ratio=config.universal_ratio
     )
-    depth = site.index / max(1, len(find_mlps(recycling.dense)) - 1)
-    dropout = ExpertDropout(
-        depth * config.expert_drop, of_images=config.expert_drop_mode == "sample"
-    )
-    router = _router(config, site, size, dim=groups[0][0].fc1.in_features)
-    experts = [_stacked(group, drop=config.drop) for group in groups]
-    return SlotMlp(router, experts, slots=size.slots, drop=dropout)
+    experts = [ExpertMlps(g, copy.deepcopy(g[0].act), drop=config.drop) for g in groups]
+    of_images = config.expert_drop_mode == "sample"
+    dropout = ExpertDropout(depth * config.expert_drop, of_images=of_images)
+    return SlotMlp(_router(config, site, size), experts, slots=size.slots, drop=dropout)
 
 
-def _stacked(mlps: Sequence[Mlp], *, drop: float) -> ExpertMlps:
-    return ExpertMlps(mlps, copy.deepcopy(mlps[0].act), drop=drop)
-
-
-def _router(config: JetpackConfig, site: MlpSite, size: LayerSize, *, dim: int) -> nn.Module:
+def _router(config: JetpackConfig, site: MlpSite, size: LayerSize) -> nn.Module:
     seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
     if config.router == "soft":
         noise = config.noise or 0.0
-        return SoftRouter(dim, size.experts, slots=size.slots, noise=noise, seed=seed)
+        return SoftRouter(site.dim, size.experts, slots=size.slots, noise=noise, seed=seed)
     return SpheroRouter(
-        dim,
+        site.dim,
         size.experts,
         slots=size.slots,
         temperature=config.temperature,

@@ -61,34 +61,36 @@ class Recycling:
         return kept
 
     def experts(self, site: MlpSite, *, core: int, universal: int, ratio: float) -> list[list[Mlp]]:
-        """Core and universal experts of the layer ``site``; a group of none is left out.
+        """Core and universal experts for the ``site`` of the narrow model; no group is empty.
 
         Universal ones have ``ratio`` times as many hidden neurons as core ones.
         """
+        mlp = site.module(self.dense)
         rng = np.random.default_rng([self.config.seed, 1, site.index])
         draw = self._consistent if self.config.consistent_channels else self._released
-        chosen = draw(site, rng)
-        hidden, mlp = site.module(self.narrow).fc1.out_features, site.module(self.dense)
-        small = max(1, round(ratio * hidden))
-        groups = [[cut(mlp, *chosen(hidden)) for _ in range(core)]]
-        groups += [[cut(mlp, *chosen(small)) for _ in range(universal)]]
+        drawn_units = draw(site, rng)
+        small = max(1, round(ratio * site.hidden))
+        groups = [
+            [cut(mlp, *drawn_units(hidden)) for _ in range(count)]
+            for count, hidden in ((core, site.hidden), (universal, small))
+        ]
         return [group for group in groups if group]
 
     def _consistent(self, site: MlpSite, rng: np.random.Generator) -> Chooser:
         """All experts have the channels of the model, and draw neurons."""
         channels = self.kept[stage_of(self.dense, site.name)]
-        neurons = self._units(site.name, site.hidden)
+        neurons = self._units(site.name, site.module(self.dense).fc1.out_features)
         return lambda size: (channels, drawn(self.config.method, neurons, size, rng))
 
     def _released(self, site: MlpSite, rng: np.random.Generator) -> Chooser:
         """Every expert draws channels as well; small ones thin out what a large one draws."""
-        method, narrow = self.config.method, site.module(self.narrow).fc1
-        channels = self._units(f"{site.name}.fc1", site.dim)
-        neurons = self._units(site.name, site.hidden)
+        method, fc1 = self.config.method, site.module(self.dense).fc1
+        channels = self._units(f"{site.name}.fc1", fc1.in_features)
+        neurons = self._units(site.name, fc1.out_features)
 
         def chosen(size: int) -> tuple[np.ndarray, np.ndarray]:
-            full = drawn(method, neurons, narrow.out_features, rng)
-            return drawn(method, channels, narrow.in_features, rng), full[evenly(len(full), size)]
+            full = drawn(method, neurons, site.hidden, rng)
+            return drawn(method, channels, site.dim, rng), full[evenly(site.hidden, size)]
 
         return chosen
 

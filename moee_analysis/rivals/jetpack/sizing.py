@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from moee_analysis.capacity import ExpertCost, saving
 from moee_analysis.counting import MacCount, count
 from moee_analysis.errors import MoeeError
 
@@ -88,24 +89,19 @@ def _patches(model: nn.Module, counted: MacCount) -> dict[str, int]:
 def _within_budget(
     counted: MacCount, sites: Sequence[MlpSite], config: JetpackConfig, *, total: int
 ) -> dict[str, LayerSize]:
-    """Give layers step after step, each time the one that has least for what its MLP cost."""
+    """Slots of every expert, or experts of one slot, as many as a budget allows."""
     step, ratio = _step(config), config.universal_ratio
-    costs = {s.name: step.macs(s, counted.tokens[s.name], ratio) for s in sites}
-    mlps = {site.name: counted.by_module[site.name] for site in sites}
-    outside = counted.total - sum(mlps.values())
-    left = (1 - config.macs_reduction) * total - outside - sum(costs.values())
-    if left < 0:
-        raise MoeeError(
-            f"a macs_reduction of at most {1 - (outside + sum(costs.values())) / total:.3f}",
-            str(config.macs_reduction),
-            "save less, or choose fewer experts or layers",
-        )
-    steps = dict.fromkeys(costs, 1)
-    while fitting := [name for name in costs if costs[name] <= left]:
-        least = min(fitting, key=lambda name: (steps[name] + 1) * costs[name] / mlps[name])
-        steps[least] += 1
-        left -= costs[least]
-    return {name: _stepped(step, config, count=steps[name]) for name in costs}
+    tokens = [counted.tokens[site.name] for site in sites]
+    costs = [
+        ExpertCost(step.macs(site, each, ratio), each)
+        for site, each in zip(sites, tokens, strict=True)
+    ]
+    outside = counted.replacing({site.name: 0 for site in sites})
+    counts = saving(config.macs_reduction, costs, dense=total, fixed=outside)
+    return {
+        site.name: _stepped(step, config, count=steps)
+        for site, steps in zip(sites, counts, strict=True)
+    }
 
 
 def _step(config: JetpackConfig) -> LayerSize:
