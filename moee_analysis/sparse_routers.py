@@ -168,9 +168,9 @@ class ExpertChoiceRouter(nn.Module):
         weights, ids = noisy.softmax(dim=-1).mT.topk(taken)  # (images, experts, taken)
         if self.preference is not None:
             ids = self.preference(tokens).mT.topk(taken).indices
-        first = count * torch.arange(images, device=x.device)
-        ids, weights = ((ids + first[:, None, None]).transpose(0, 1), weights.transpose(0, 1))
-        ids, weights = ids.flatten(), weights.flatten()
+        first = count * torch.arange(images, device=x.device)[:, None, None]
+        ids = (first + ids).transpose(0, 1).flatten()  # expert by expert, of all images
+        weights = weights.transpose(0, 1).flatten()
         if self.renormalise:
             sums = weights.new_zeros(images * count).index_add(0, ids, weights)
             weights = weights / sums[ids]
