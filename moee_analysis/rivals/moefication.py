@@ -18,7 +18,7 @@ from moee_analysis.counting import count, tokens_of
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import MoeMlp, replace_module
 from moee_analysis.models import find_mlps
-from moee_analysis.rivals.balanced_kmeans import balanced_kmeans, means
+from moee_analysis.balanced_kmeans import balanced_kmeans, means
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moee_analysis.rivals.balanced_kmeans import balanced_kmeans, means
+from moee_analysis.balanced_kmeans import balanced_kmeans, means
 
 
 def inertia(points, labels, clusters):
