@@ -137,7 +137,8 @@ def _layer(recycling: Recycling, site: MlpSite, size: LayerSize) -> SlotMlp:
     groups = recycling.experts(
         site, core=size.core, universal=size.universal, ratio=config.universal_ratio
     )
-    experts = [ExpertMlps(g, copy.deepcopy(g[0].act), drop=config.drop) for g in groups]
+    act = site.module(recycling.dense).act
+    experts = [ExpertMlps(group, copy.deepcopy(act), drop=config.drop) for group in groups]
     of_images = config.expert_drop_mode == "sample"
     dropout = ExpertDropout(depth * config.expert_drop, of_images=of_images)
     return SlotMlp(_router(config, site, size), experts, slots=size.slots, drop=dropout)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from timm.layers import Mlp
 
 from moee_analysis.models import find_mlps
 from moee_analysis.rivals.jetpack.anatomy import heads_of, stage_of, unit_counts
@@ -22,6 +21,7 @@ from moee_analysis.rivals.jetpack.graph import parts_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from timm.layers import Mlp
     from torch import nn
 
     from moee_analysis.models import MlpSite
@@ -30,6 +30,20 @@ if TYPE_CHECKING:
 
     Chooser = Callable[[int], tuple[np.ndarray, np.ndarray]]
     """Number of hidden neurons -> ids of an expert's channels and neurons."""
+
+
+class CutLinear(NamedTuple):
+    """Some outputs and inputs of a linear map."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class CutMlp(NamedTuple):
+    """Some hidden neurons and channels of an MLP."""
+
+    fc1: CutLinear
+    fc2: CutLinear
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,9 @@ class Recycling:
             kept[place] = (kept[place][:, None] * dims + np.arange(dims)).flatten()
         return kept
 
-    def experts(self, site: MlpSite, *, core: int, universal: int, ratio: float) -> list[list[Mlp]]:
+    def experts(
+        self, site: MlpSite, *, core: int, universal: int, ratio: float
+    ) -> list[list[CutMlp]]:
         """Core and universal experts for the ``site`` of the narrow model; no group is empty.
 
         Universal ones have ``ratio`` times as many hidden neurons as core ones.
@@ -115,18 +131,15 @@ class Recycling:
         return Units(total, worth.reshape(total, -1).mean(axis=1))  # a head's: of its dimensions
 
 
-def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> Mlp:
+def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> CutMlp:
     """Copy some hidden neurons of an MLP, reading and writing some channels; b2 is kept whole."""
     on = mlp.fc1.weight.device
     rows, columns = (torch.as_tensor(ids).to(on) for ids in (neurons, channels))
-    weights = {
-        "fc1.weight": mlp.fc1.weight[rows][:, columns],
-        "fc2.weight": mlp.fc2.weight[columns][:, rows],
-    }
-    if mlp.fc1.bias is not None:
-        weights |= {"fc1.bias": mlp.fc1.bias[rows], "fc2.bias": mlp.fc2.bias[columns]}
-    with torch.device("meta"):
-        part = Mlp(len(channels), len(neurons), bias=mlp.fc1.bias is not None)
-    part.load_state_dict({name: w.detach().clone() for name, w in weights.items()}, assign=True)
-    part.act = mlp.act
-    return part
+    return CutMlp(_part(mlp.fc1, rows, columns), _part(mlp.fc2, columns, rows))
+
+
+def _part(linear: nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor) -> CutLinear:
+    weight = linear.weight.detach()[outputs][:, inputs]
+    if linear.bias is None:
+        return CutLinear(weight, weight.new_zeros(len(outputs)))
+    return CutLinear(weight, linear.bias.detach()[outputs])

@@ -61,10 +61,12 @@ def sizes_of(
     MoeeError
         A budget that cannot be met, or one of a narrower model.
     """
+    if config.macs_reduction is None and config.core is not None:
+        told = LayerSize(config.core, config.universal, config.slots)
+        return {site.name: told for site in sites}
     counted = count(model)
     if config.macs_reduction is None:
-        patches = _patches(model, counted)
-        return {site.name: _published(config, patches[site.name]) for site in sites}
+        return {site.name: _published(_patches(model, counted, site), config) for site in sites}
     if model.num_features != dense.num_features:
         raise MoeeError(
             "a MACs reduction at the dense model's width",
@@ -74,16 +76,13 @@ def sizes_of(
     return _within_budget(counted, sites, config, total=count(dense).total)
 
 
-def _published(config: JetpackConfig, patches: int) -> LayerSize:
-    if config.core is not None:
-        return LayerSize(config.core, config.universal, config.slots)
+def _published(patches: int, config: JetpackConfig) -> LayerSize:
     core = max(1, patches // 2)
     return LayerSize(core, UNIVERSAL_PER_CORE * core, config.slots)
 
 
-def _patches(model: nn.Module, counted: MacCount) -> dict[str, int]:
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    return {name: tokens - prefix for name, tokens in counted.tokens.items()}
+def _patches(model: nn.Module, counted: MacCount, site: MlpSite) -> int:
+    return counted.tokens[site.name] - getattr(model, "num_prefix_tokens", 0)
 
 
 def _within_budget(
@@ -106,7 +105,9 @@ def _within_budget(
 
 def _step(config: JetpackConfig) -> LayerSize:
     """The least that a layer can have: a slot of every expert, or a core expert and its others."""
-    return LayerSize(1, UNIVERSAL_PER_CORE) if config.core is None else _published(config, 0)
+    if config.core is None:
+        return LayerSize(1, UNIVERSAL_PER_CORE)
+    return LayerSize(config.core, config.universal)
 
 
 def _stepped(step: LayerSize, config: JetpackConfig, *, count: int) -> LayerSize:

@@ -41,9 +41,10 @@ def successor(
     settings = _settings(dense)
     classes = dense.num_classes if num_classes is None else num_classes
     changed = _of_width(dense, settings, width or dense.num_features)
-    model = _seeded(type(dense), settings | changed | {"num_classes": classes}, seed)
-    model.pretrained_cfg = _described(dense, classes)
     like = next(dense.parameters())
+    with torch.device("meta" if like.is_meta else "cpu"):
+        model = _seeded(type(dense), settings | changed | {"num_classes": classes}, seed)
+    model.pretrained_cfg = _described(dense, classes)
     return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
 
 
