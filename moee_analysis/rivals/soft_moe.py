@@ -2,9 +2,8 @@
 
 Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308.00951, and its
 reference router (:mod:`moee_analysis.soft_routing`). The original is trained from scratch, without
-a class token; here a leading token is mixed like all others. Whatever the experts start as, slots
-that are almost the mean of all tokens are nothing the dense model knows: before training such a
-model predicts little.
+a class token; here a leading token is mixed like all others. At first every slot is almost the mean
+of all tokens, which the dense model's MLPs never saw: much is lost until the model is trained.
 """
 
 from __future__ import annotations
