@@ -12,7 +12,7 @@ from moee_analysis.counting import count
 from moee_analysis.errors import MoeeError
 from moee_analysis.finetuning import finetune
 from moee_analysis.measure.accuracy import REFERENCE, image_scores
-from moee_analysis.measure.resampling import repeat
+from moee_analysis.measure.resampling import over_seeds
 from moee_analysis.measure.variants import savings
 from moee_analysis.progress import progress
 
@@ -127,20 +127,8 @@ def _together(
     scores: Mapping[tuple, Scores], own: np.ndarray, key: tuple, resamples: int
 ) -> dict[str, float]:
     """Retention over all seeds of a stage, and its interval."""
-    right = np.stack([s["right"] for name, s in scores.items() if name[:3] == key]).astype(float)
-
-    def retention(chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        seeds, rows = chosen
-        return right[seeds][:, rows].mean() / max(own[rows].mean(), 1e-12)
-
-    draws = repeat(
-        retention,
-        lambda rng: tuple(rng.integers(size, size=size) for size in right.shape),
-        times=resamples,
-        seed=0,
-    )
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return {"mean": right.mean() / max(own.mean(), 1e-12), "low": low, "high": high}
+    right = np.stack([s["right"] for name, s in scores.items() if name[:3] == key])
+    return over_seeds(right, own, resamples=resamples)
 
 
 def _caption(tuned: Mapping[tuple, Finetuned], images: ImageSet, seeds: Sequence[int]) -> str:

@@ -87,6 +87,38 @@ def repeat(
     return np.stack([statistic(draw(rng)) for _ in range(times)])
 
 
+def over_seeds(right: np.ndarray, own: np.ndarray, *, resamples: int) -> dict[str, float]:
+    """Retention over several seeds, and its 95 % interval by a bootstrap of images and of seeds.
+
+    Parameters
+    ----------
+    right
+        What every seed gets right, bool (seeds, images).
+    own
+        What the dense model gets right, bool (images,).
+
+    Returns
+    -------
+    dict
+        ``mean``, ``low`` and ``high``, shares of the dense model's top-1.
+    """
+    every, dense = right.astype(float), own.astype(float)
+
+    def retention(chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        seeds, images = chosen
+        return every[seeds][:, images].mean() / max(dense[images].mean(), 1e-12)
+
+    draws = repeat(
+        retention,
+        lambda rng: tuple(rng.integers(size, size=size) for size in every.shape),
+        times=resamples,
+        seed=0,
+    )
+    low, high = np.quantile(draws, (0.025, 0.975))
+    mean = every.mean() / max(dense.mean(), 1e-12)
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
+
+
 def basic_interval(
     value: np.ndarray, resampled: np.ndarray, *, least: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:

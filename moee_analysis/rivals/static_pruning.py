@@ -9,6 +9,7 @@ that they save there what the best mixture of experts saves.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.config import ExtractConfig
@@ -53,6 +54,46 @@ ranks the raw variances of all layers together, and so does its baseline here. `
 the leading tokens keep other neurons than the patches, by position; ``attention too`` does so as
 well, and cuts heads down to the modes that :mod:`moee_analysis.attention_modes` finds.
 """
+
+
+@dataclass(frozen=True)
+class StaticPruningConfig:
+    """How a model is pruned: by which of :data:`BASELINES`, and the rest as in :func:`prune`.
+
+    Raises
+    ------
+    MoeeError
+        No such baseline; a setting out of its range.
+    """
+
+    baseline: str = "fisher OBS, CLS apart"
+    macs_reduction: float = 0.28
+    params_reduction: float | None = None
+    preset: str = "small"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.extraction()
+
+    def extraction(self) -> ExtractConfig:
+        """Return the same settings in the pieces of an extraction."""
+        return config_of(
+            self.baseline, macs_reduction=self.macs_reduction,
+            params_reduction=self.params_reduction, preset=self.preset, seed=self.seed,
+        )  # fmt: skip
+
+
+def convert(
+    dense: nn.Module,
+    images: ImageSet,
+    config: StaticPruningConfig | None = None,
+    *,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Prune the MLPs of ``dense``, as :func:`prune` does, and return the model alone."""
+    config = config or StaticPruningConfig()
+    settings = {name: value for name, value in vars(config).items() if name != "baseline"}
+    return prune(dense, images, config.baseline, **settings, store=store).model
 
 
 def prune(
