@@ -139,7 +139,7 @@ def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> CutMlp:
 
 
 def _part(linear: nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor) -> CutLinear:
-    weight = linear.weight.detach()[outputs][:, inputs]
+    weight = linear.weight.detach().index_select(0, outputs).index_select(1, inputs)
     if linear.bias is None:
         return CutLinear(weight, weight.new_zeros(len(outputs)))
-    return CutLinear(weight, linear.bias.detach()[outputs])
+    return CutLinear(weight, linear.bias.detach().index_select(0, outputs))
