@@ -26,6 +26,7 @@ from moee_analysis.training_images import seeded
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
     from torch import nn
 
     from moee_analysis.images import ImageSet
@@ -39,10 +40,12 @@ class Trained:
     ``history`` has a row for each look at the images to check, the first before any training:
     ``step`` (updates so far), ``epoch`` (passes over the training images, a fraction), ``images``
     (seen so far), ``loss`` (mean since the last row, nan in the first) and ``top1`` (a share).
+    ``right`` says of each row and image whether the model was right, bool (rows, images).
     """
 
     model: nn.Module
     history: pd.DataFrame
+    right: np.ndarray
 
 
 def train(
@@ -80,11 +83,12 @@ def train(
         quick_attention(learner),
         _balancing(learner, training.balance),
     ):
-        history = training.run()
+        rows = training.run()
     learner.zero_grad(set_to_none=True)
     for own, copied in zip(model.parameters(), learner.parameters(), strict=True):
         copied.requires_grad_(own.requires_grad)
-    return Trained(learner.eval(), pd.DataFrame(history))
+    right = torch.stack(training.right).numpy()
+    return Trained(learner.eval(), pd.DataFrame(rows), right)
 
 
 @dataclass
@@ -97,6 +101,7 @@ class _Training:
     config: SupervisedConfig
     optimizer: torch.optim.Optimizer = field(init=False)
     balance: list[torch.Tensor] = field(default_factory=list)
+    right: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         groups = parameter_groups(
@@ -139,13 +144,13 @@ class _Training:
         if losses and not math.isfinite(mean):
             raise MoeeError("a finite loss", f"{mean} up to step {step}", "lower the learning rate")
         seen = step * self.config.batch_size
-        right = right_of(self.model, self.check)
+        self.right.append(right_of(self.model, self.check))
         return {
             "step": step,
             "epoch": seen / len(self.images),
             "images": seen,
             "loss": mean,
-            "top1": right.double().mean().item(),
+            "top1": self.right[-1].double().mean().item(),
         }
 
 

@@ -66,6 +66,8 @@ def test_the_loss_falls_and_the_images_are_learnt():
         [0, 0], [20, 200], [40, 400], [60, 600]
     ]  # fmt: skip
     assert trained.history["epoch"].tolist() == pytest.approx([0, 20 / 3, 40 / 3, 20])
+    assert trained.right.shape == (4, len(TRAINING))
+    assert trained.right.mean(axis=1).tolist() == trained.history["top1"].tolist()
     assert right_of(trained.model, TRAINING).double().mean() == trained.history["top1"].iloc[-1]
 
 

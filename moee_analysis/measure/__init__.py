@@ -13,12 +13,16 @@ from moee_analysis.measure.class_relatedness import class_relatedness as class_r
 from moee_analysis.measure.class_routing import class_information as class_information
 from moee_analysis.measure.class_routing import class_routing as class_routing
 from moee_analysis.measure.class_routing import specificity as specificity
+from moee_analysis.measure.contributions import contributions as contributions
 from moee_analysis.measure.experts import layers as layers
 from moee_analysis.measure.experts import neurons as neurons
 from moee_analysis.measure.experts import overlap as overlap
 from moee_analysis.measure.experts import sizes as sizes
 from moee_analysis.measure.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.measure.latency import latency as latency
+from moee_analysis.measure.learning import learned as learned
+from moee_analysis.measure.learning import learning_curves as learning_curves
+from moee_analysis.measure.learning import which_beats_which as which_beats_which
 from moee_analysis.measure.macs import macs as macs
 from moee_analysis.measure.modularity import modularity as modularity
 from moee_analysis.measure.modularity import part_profile as part_profile
@@ -31,6 +35,8 @@ from moee_analysis.measure.routing import balance as balance
 from moee_analysis.measure.routing import routing as routing
 from moee_analysis.measure.similarity import similarity as similarity
 from moee_analysis.measure.similarity import similarity_summary as similarity_summary
+from moee_analysis.measure.trainings import Trainings as Trainings
+from moee_analysis.measure.trainings import trainings as trainings
 from moee_analysis.measure.variants import variants as variants
 from moee_analysis.measure.walkthrough import embedding as embedding
 from moee_analysis.measure.walkthrough import surrogate as surrogate
