@@ -23,12 +23,15 @@ from moee_analysis.soft_routing import SoftRouter
 from moee_analysis.upcycling import chosen
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from torch import nn
 
     from moee_analysis.images import ImageSet
     from moee_analysis.models import MlpSite
+    from moee_analysis.rivals.jetpack.profiling import Profile
     from moee_analysis.rivals.jetpack.sizing import LayerSize
 
 
@@ -67,12 +70,12 @@ def convert(
         does not fit.
     """
     config = config or JetpackConfig()
-    recycling = _recycled(dense, images, config, store=store)
-    model = recycling.narrow
+    model = _successor(dense, config)
     mlps = find_mlps(model)
     second_half = range(len(mlps) // 2, len(mlps))
     sites = chosen(mlps, second_half if config.layers is None else config.layers)
     sizes = sizes_of(model, sites, config, dense=dense)
+    recycling = Recycling(dense, model, _profile(dense, images, config, store), config)
     layers = {site.name: _layer(recycling, site, sizes[site.name]) for site in sites}
     _fill(recycling, dense_part)
     for name, layer in layers.items():
@@ -95,40 +98,46 @@ def narrowed(
 
     Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
     """
-    recycling = _recycled(dense, images, config or JetpackConfig(), store=store)
-    _fill(recycling, None)
-    return recycling.narrow
+    config = config or JetpackConfig()
+    model = _successor(dense, config)
+    _fill(Recycling(dense, model, _profile(dense, images, config, store), config), None)
+    return model
 
 
-def _recycled(
-    dense: nn.Module, images: ImageSet, config: JetpackConfig, *, store: str | Path | None
-) -> Recycling:
-    narrow = successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
-    found = None
-    if config.needs_images:
-        together = config.method == "graph"
-        found = profile(dense, images, together=together, store=store)
-    return Recycling(dense, narrow, found, config)
+def _successor(dense: nn.Module, config: JetpackConfig) -> nn.Module:
+    return successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
+
+
+def _profile(
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, store: str | Path | None
+) -> Profile | None:
+    """What activations say, where they decide anything."""
+    if not config.needs_images:
+        return None
+    return profile(dense, images, together=config.method == "graph", store=store)
 
 
 def _fill(recycling: Recycling, dense_part: nn.Module | None) -> None:
     """Give the narrow model its dense part; a fresh classifier stays as it is."""
-    model, config = recycling.narrow, recycling.config
-    fresh = classifier_of(model) if config.head == "fresh" else None
+    model = recycling.narrow
+    fresh = classifier_of(model) if recycling.config.head == "fresh" else None
     if dense_part is None:
-        tensors = narrowed_tensors(recycling.dense, recycling.kept)
+        given = narrowed_tensors(recycling.dense, recycling.kept)
     else:
-        tensors = dense_part.state_dict()
-    own = model.state_dict()
-    tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[0] != fresh}
-    wrong = [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]
-    if wrong:
-        raise MoeeError(
-            f"a dense part that is a {type(model).__name__} of width {model.num_features}",
-            f"another '{wrong[0]}'",
-            "pass a model like successor(dense, width)",
-        )
-    model.load_state_dict(tensors, strict=False)
+        given = dense_part.state_dict()
+    given, wanted = (_without(tensors, fresh) for tensors in (given, model.state_dict()))
+    for name in sorted(given.keys() | wanted.keys()):
+        if name not in given or name not in wanted or given[name].shape != wanted[name].shape:
+            raise MoeeError(
+                f"a dense part that is a {type(model).__name__} of width {model.num_features}",
+                f"another '{name}'",
+                "pass a model like successor(dense, width)",
+            )
+    model.load_state_dict(given, strict=False)
+
+
+def _without(tensors: Mapping[str, torch.Tensor], module: str | None) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in tensors.items() if name.rpartition(".")[0] != module}
 
 
 def _layer(recycling: Recycling, site: MlpSite, size: LayerSize) -> SlotMlp:

@@ -7,7 +7,7 @@ the released code mixes their dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -124,9 +124,9 @@ class Recycling:
         """Channels of a stage, heads of an attention, or hidden neurons, for all tokens."""
         if self.found is None:
             return Units(total)
-        names = [site.name for site in find_mlps(self.dense)]
-        inputs = [f"{name}.fc1" for name in names if stage_of(self.dense, name) == place]
-        places = inputs if place in set(map(partial(stage_of, self.dense), names)) else [place]
+        mlps = [site.name for site in find_mlps(self.dense)]
+        inputs = [f"{name}.fc1" for name in mlps if stage_of(self.dense, name) == place]
+        places = inputs or [place]
         worth = np.mean([self.found.worth(each, self.config.metric) for each in places], axis=0)
         return Units(total, worth.reshape(total, -1).mean(axis=1))  # a head's: of its dimensions
 

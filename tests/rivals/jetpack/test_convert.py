@@ -171,9 +171,10 @@ def test_a_dense_part_may_come_from_another_model(head):
     assert torch.equal(model.head.weight, part.head.weight) == (head == "recycled")
 
 
-def test_a_dense_part_of_another_width_is_refused():
+@pytest.mark.parametrize("part", [toy_vit, lambda: successor(toy_vit(depth=2), 16)])
+def test_a_dense_part_of_another_size_is_refused(part):
     with pytest.raises(MoeeError, match="dense part that is a VisionTransformer of width 16"):
-        convert(toy_vit(), IMAGES, JetpackConfig(width=16), dense_part=toy_vit())
+        convert(toy_vit(), IMAGES, JetpackConfig(width=16), dense_part=part())
 
 
 @pytest.mark.parametrize("name", MAKERS)
