@@ -13,7 +13,7 @@ from moee_analysis.attention import Factors, Reduction, find_attentions, low_ran
 from moee_analysis.counting import count
 from moee_analysis.extraction import extract
 from moee_analysis.layers import moe_layers, replace_module
-from moee_analysis.rivals.moefication import moefy
+from moee_analysis.rivals.moefication import MoeficationConfig, convert
 from moee_analysis.rivals.static_pruning import prune
 from moee_analysis.unread import UnreadMacs, unread_macs
 from tests.makers import SMALL_CONVNEXT, best, lively, pixels_of, quick
@@ -144,7 +144,8 @@ def test_a_constant_in_the_place_of_unread_outputs_leaves_nothing_to_waste(syste
 
 
 def test_moefication_wastes_as_much_as_it_spends():
-    table = measure.macs(moefy(toy_vit(), active=0.5, n_experts=16)).set_index("component")
+    config = MoeficationConfig(active=0.5, n_experts=16, router="centre")
+    table = measure.macs(convert(toy_vit(), IMAGES, config)).set_index("component")
     row = table.loc["blocks.2.mlp"]
     assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
     assert row["macs_unread_dense"] == MLP

@@ -8,7 +8,7 @@ from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import find_mlps
-from moee_analysis.rivals.moefication import moefy
+from moee_analysis.rivals.moefication import MoeficationConfig, convert
 from moee_analysis.routers import CosineRouter, TokenKindRouter
 from moee_analysis.token_positions import patch_places
 from tests.families import small
@@ -69,7 +69,8 @@ def test_facts_of_feature_maps():
 def test_shares_sum_to_the_experts_per_token():
     images = toy_images(6)
     top1 = measure.routes(toy_moe(toy_vit()), images)
-    top3 = measure.routes(moefy(toy_vit(), active=3 / 8, n_experts=8), images)
+    config = MoeficationConfig(active=3 / 8, n_experts=8, router="centre")
+    top3 = measure.routes(convert(toy_vit(), images, config), images)
     assert top1.shares(0).sum() == pytest.approx(1)
     assert top3.shares(0).sum() == pytest.approx(3)
     assert top3.k[0] == 3

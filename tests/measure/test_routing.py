@@ -8,7 +8,7 @@ import pytest
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing import METRICS, balance_metrics
-from moee_analysis.rivals.moefication import moefy
+from moee_analysis.rivals.moefication import MoeficationConfig, convert
 from tests.toys import toy_images, toy_moe, toy_vit
 
 
@@ -32,8 +32,9 @@ def test_shares_sum_to_one_and_ranks_sort_them(routes):
 
 
 def test_several_experts_per_token_still_sum_to_one():
-    model = moefy(toy_vit(), active=3 / 8, n_experts=8)
-    table = measure.routing(measure.routes(model, toy_images(6), system="MoEfication"))
+    images, config = toy_images(6), MoeficationConfig(active=3 / 8, n_experts=8, router="centre")
+    model = convert(toy_vit(), images, config)
+    table = measure.routing(measure.routes(model, images, system="MoEfication"))
     assert set(table["k"]) == {3}
     assert set(table["system"]) == {"MoEfication"}
     assert table.groupby("layer")["share"].sum().to_numpy() == pytest.approx(1)
