@@ -1,4 +1,4 @@
-"""The command line: ``moee extract | evaluate | finetune | report | lab``.
+"""The command line: ``moee extract | evaluate | finetune | compare | report | lab``.
 
 Exit codes: 0 done, 1 failed, 2 bad input (told in one line).
 """
@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moee_analysis.cli_text import comparison_text, layers_text, numbers_text, tuned_text
 from moee_analysis.errors import MoeeError
-from moee_analysis.presets import PRESETS
+from moee_analysis.presets import PRESETS, preset_named
 
 if TYPE_CHECKING:
-    from moee_analysis.attention import LowRankAttention
     from moee_analysis.calibration import Limits
     from moee_analysis.clustering import ClusterConfig
-    from moee_analysis.finetuning import Finetuned
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -50,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_evaluate(commands)
     _add_finetune(commands)
+    _add_compare(commands)
     _add_report(commands)
     lab = commands.add_parser("lab", help="open JupyterLab; passes its options on")
     lab.set_defaults(command=_lab)
@@ -131,6 +131,28 @@ FINETUNE_OPTIONS: dict[str, tuple[Callable[[str], object], str]] = {
 """Settings of ``FinetuneConfig`` that can be given, what they are and what they mean."""
 
 
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "compare", help="set every training-free system side by side at the same MACs",
+        description="Converts a model by every training-free system, at the same MACs, and "
+        "measures all of them on the same images, with random, constant and oracle routing and "
+        "static pruning beside each.",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument("--calibration", default="bundled", help="folder of class folders")
+    parser.add_argument("--images", default="bundled", help="folder of class folders, others")
+    parser.add_argument(
+        "--macs-reduction", type=float, nargs="+", default=[0.28], help="shares of MACs to save"
+    )
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="as they are listed; all")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
+    parser.add_argument("--no-latency", action="store_true", help="measure no times")
+    parser.add_argument("--json", type=Path, help="write the numbers there, a row per system")
+    parser.add_argument("--store", type=Path, help="folder that keeps tokens and clusters")
+    _compute_options(parser)
+    parser.set_defaults(command=_compare)
+
+
 def _add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("report", help="run every notebook and write an HTML report")
     _model_options(parser)
@@ -196,7 +218,7 @@ def _extract_together(arguments: argparse.Namespace) -> int:
     run = moee.extract(model, images, config, store=arguments.store, limits=_limits(arguments))
     if rank() == 0:
         run.save(arguments.out)
-        print(_layers_text(run))
+        print(layers_text(run))
         print(f"saved to {arguments.out}")
     return 0
 
@@ -229,7 +251,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     numbers = evaluate(run, images, weights=arguments.weights, device=arguments.device)
     if arguments.json:
         write_json(arguments.json, numbers)
-    print(_numbers_text(numbers))
+    print(numbers_text(numbers))
     return 0
 
 
@@ -256,19 +278,38 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
     )
     tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
     if rank() == 0:
-        curve = moee.plots.history(tuned.history, caption=_what_was_tuned(tuned))
+        curve = moee.plots.history(tuned.history, caption=tuned_text(tuned))
         curve.savefig(arguments.out / "curve.png")
-        print(f"{_what_was_tuned(tuned)}\nsaved to {arguments.out}")
+        print(f"{tuned_text(tuned)}\nsaved to {arguments.out}")
     return 0 if tuned.finite else 1
 
 
-def _what_was_tuned(tuned: Finetuned) -> str:
-    first, kept = tuned.history["kl"].iloc[[0, tuned.best]]
-    early = f"; ended early: {tuned.stopped}" if tuned.stopped else ""
-    return (
-        f"divergence from the dense model on images held out: {kept:.4f} nats after epoch "
-        f"{tuned.best} (before: {first:.4f}){early}"
+def _compare(arguments: argparse.Namespace) -> int:
+    import moee_analysis as moee
+    from moee_analysis.comparison import Contest, compare
+    from moee_analysis.comparison_rows import comparison_table
+    from moee_analysis.store import write_json
+
+    if arguments.json:
+        _check_file(arguments.json)
+    model = moee.load_model(arguments.model, weights=arguments.weights, device=arguments.device)
+    sizes, strict = preset_named(arguments.preset), arguments.strict
+    calibration = moee.load_images(
+        arguments.calibration, split="calibration", limit=sizes.calibration_images, strict=strict
     )
+    images = moee.load_images(arguments.images, limit=sizes.evaluation_images, strict=strict)
+    contest = Contest(
+        model, calibration, images, arguments.preset, arguments.store, sizes.resamples,
+        latency=not arguments.no_latency,
+    )  # fmt: skip
+    rows = compare(
+        contest, macs_reductions=arguments.macs_reduction, systems=arguments.systems,
+        seeds=range(arguments.seed, arguments.seed + arguments.seeds),
+    )  # fmt: skip
+    if arguments.json:
+        write_json(arguments.json, rows)
+    print(comparison_text(comparison_table(rows)))
+    return 0
 
 
 def _check_file(path: Path) -> None:
@@ -294,60 +335,6 @@ def _lab(arguments: argparse.Namespace) -> int:
     from moee_analysis.report import open_lab
 
     return open_lab(arguments.others)
-
-
-def _layers_text(run: object) -> str:
-    from moee_analysis.attention import reduced_attentions
-
-    lines = ["layer  experts  noise  active  stored  (share of hidden neurons)"]
-    for layer in run.layers:
-        kept = (
-            f"{layer.experts:7d} {layer.noise_share:6.0%} {layer.active_fraction:7.1%} "
-            f"{layer.union_fraction:7.1%}"
-            if layer.converted
-            else f"  dense: {layer.reason}"
-        )
-        lines.append(f"{layer.index:5d}  {kept}")
-    for name, attention in reduced_attentions(run.model).items():
-        lines.append(f"{name}: {_heads_text(attention)}")
-    if run.variance_kept is not None:
-        lines.append(f"variance kept by each expert: p = {run.variance_kept:.1%}")
-    return "\n".join(lines)
-
-
-def _heads_text(attention: LowRankAttention) -> str:
-    ranks = attention.ranks
-    scores, values = (
-        f"{rank / attention.site.head_dim:.0%}" for rank in (ranks.scores, ranks.values)
-    )
-    asked = f", asked for {ranks.queries} token(s)" if ranks.queries else ""
-    return f"{scores} of the dimensions of the heads' scores, {values} of their values{asked}"
-
-
-def _numbers_text(numbers: dict) -> str:
-    known = numbers["retention"] is not None
-    retention = f"{numbers['retention']:.1%}" if known else "undefined"
-    return (
-        f"top-1 {numbers['moe_top1']:.1%} (dense {numbers['dense_top1']:.1%}, retention "
-        f"{retention}, agreement {numbers['agreement']:.1%}; random routing "
-        f"{numbers['random_routing_top1']:.1%}) on {numbers['n_images']} images\n"
-        f"MACs {numbers['macs_moe'] / 1e9:.3f} G (dense {numbers['macs_dense'] / 1e9:.3f} G, "
-        f"-{numbers['macs_reduction']:.1%})\n{_unread_text(numbers)}"
-        f"parameters {numbers['params_moe'] / 1e6:.3f} M (dense "
-        f"{numbers['params_dense'] / 1e6:.3f} M, -{numbers['params_reduction']:.1%})"
-    )
-
-
-def _unread_text(numbers: dict) -> str:
-    """What goes to tokens that nothing reads, a line of its own; nothing where nothing does."""
-    if not numbers["unread_sites"]:
-        return ""
-    return (
-        f"  of these {numbers['macs_unread_moe'] / 1e9:.3f} G (dense "
-        f"{numbers['macs_unread_dense'] / 1e9:.3f} G) for tokens that nothing reads, in "
-        f"{', '.join(numbers['unread_sites'])}; without these "
-        f"-{numbers['macs_reduction_read']:.1%}\n"
-    )
 
 
 if __name__ == "__main__":

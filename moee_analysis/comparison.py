@@ -126,7 +126,7 @@ def compare(
         raise MoeeError("a budget and a seed", "none", "name one of each")
     named = systems_named(systems)
     if all(system.routed for system in named.values()):
-        named |= systems_named([STATIC])
+        named = systems_named([*named, STATIC])
     counted, rows = count(contest.dense), []
     for saved in macs_reductions:
         found, right = [], {}
@@ -247,7 +247,8 @@ def _times(contest: Contest, models: Mapping[str, nn.Module]) -> dict[str, Row]:
     if not contest.latency or not models:
         return {}
     quickest = {name: without_routing(model) for name, model in models.items()}
-    table = measure.latency(quickest, contest.images, reference=contest.dense)
+    short = {"rounds": 3, "seconds": 0.05}
+    table = measure.latency(quickest, contest.images, reference=contest.dense, **short)
     return {row.pop("system"): row for row in table.to_dict("records")}
 
 

@@ -40,6 +40,8 @@ class System:
     ----------
     family
         Whose idea it is.
+    told
+        What it does, in a line.
     config
         Dense model and what is asked -> configuration.
     convert
@@ -52,6 +54,7 @@ class System:
     """
 
     family: str
+    told: str
     config: Callable[[nn.Module, Asked], Any]
     convert: Callable[..., Extraction | nn.Module]
     routed: bool = True
@@ -70,68 +73,96 @@ class System:
         return self.convert(dense, images, self.config(dense, asked), store=store)
 
 
-def _moee(recipe: str, **others: Any) -> System:
+def _moee(told: str, **pieces: Any) -> System:
     def config(_dense: nn.Module, asked: Asked) -> ExtractConfig:
-        return ExtractConfig(recipe=recipe, **vars(asked), **others)
+        return ExtractConfig(**vars(asked), **pieces)
 
-    return System("MoEE", config, extract, oracle=oracle_routed)
+    return System("MoEE", told, config, extract, oracle=oracle_routed)
 
 
-def _static(baseline: str) -> System:
+def _static(told: str, baseline: str) -> System:
     def config(_dense: nn.Module, asked: Asked) -> static_pruning.StaticPruningConfig:
         return static_pruning.StaticPruningConfig(baseline, **vars(asked))
 
-    return System("static pruning", config, static_pruning.convert, routed=False)
+    return System("static pruning", told, config, static_pruning.convert, routed=False)
 
 
-def _moefied(**settings: Any) -> System:
+def _moefied(told: str, **settings: Any) -> System:
     def config(_dense: nn.Module, asked: Asked) -> moefication.MoeficationConfig:
         budget = {"macs_reduction": asked.macs_reduction, "seed": asked.seed}
         return moefication.MoeficationConfig(**budget, **settings)
 
-    return System("MoEfication", config, moefication.convert, oracle=None)
+    def oracle(model: nn.Module, _dense: nn.Module) -> nn.Module:
+        return moefication.oracle_routed(model)
+
+    return System("MoEfication", told, config, moefication.convert, oracle=oracle)
 
 
-def _upcycled(**settings: Any) -> System:
-    def config(dense: nn.Module, asked: Asked) -> sparse_upcycling.SparseUpcyclingConfig:
-        budget = {"macs_reduction": asked.macs_reduction, "layers": _all_layers(dense)}
-        own = budget if settings["router"] == "expert_choice" else {}
-        return sparse_upcycling.SparseUpcyclingConfig(seed=asked.seed, **own, **settings)
+def _top_k(_dense: nn.Module, asked: Asked) -> sparse_upcycling.SparseUpcyclingConfig:
+    return sparse_upcycling.SparseUpcyclingConfig(router="top_k", k=1, seed=asked.seed)
 
-    return System("Sparse Upcycling", config, sparse_upcycling.convert)
+
+def _expert_choice(dense: nn.Module, asked: Asked) -> sparse_upcycling.SparseUpcyclingConfig:
+    return sparse_upcycling.SparseUpcyclingConfig(**_saving_everywhere(dense, asked))
 
 
 def _soft(dense: nn.Module, asked: Asked) -> soft_moe.SoftMoeConfig:
-    budget = {"macs_reduction": asked.macs_reduction, "layers": _all_layers(dense)}
-    return soft_moe.SoftMoeConfig(experts=8, seed=asked.seed, **budget)
+    return soft_moe.SoftMoeConfig(**_saving_everywhere(dense, asked))
 
 
-def _jetpack(dense: nn.Module, asked: Asked) -> jetpack.JetpackConfig:
-    budget = {"macs_reduction": asked.macs_reduction, "layers": _all_layers(dense)}
-    return jetpack.JetpackConfig(
-        core=4, universal=8, head="recycled", seed=asked.seed, **budget
-    )  # fmt: skip
+def _recycled(dense: nn.Module, asked: Asked) -> jetpack.JetpackConfig:
+    experts = {"core": 4, "universal": 8}
+    return jetpack.JetpackConfig(head="recycled", **experts, **_saving_everywhere(dense, asked))
 
 
-def _all_layers(dense: nn.Module) -> tuple[int, ...]:
-    """All MLPs: half of them, as published, could not save so much."""
-    return tuple(site.index for site in find_mlps(dense))
+def _saving_everywhere(dense: nn.Module, asked: Asked) -> dict[str, Any]:
+    """A budget for all MLPs: half of them, as published, could not save so much."""
+    layers = tuple(site.index for site in find_mlps(dense))
+    return {"macs_reduction": asked.macs_reduction, "seed": asked.seed, "layers": layers}
 
 
 SYSTEMS: dict[str, System] = {
-    "MoEE, paper": _moee("paper"),
-    "MoEE, best": _moee("best"),
-    "MoEE, best, attention too": _moee("best", attention="low_rank"),
-    "static: magnitude": _static("magnitude"),
-    "static: variance + mean shift": _static("variance + mean shift"),
-    "static: output-weighted least squares": _static("output-weighted least squares"),
-    "static: fisher OBS, CLS apart": _static("fisher OBS, CLS apart"),
-    "MoEfication: k-means, centre": _moefied(split="kmeans", router="centre"),
-    "Sparse Upcycling: top-1": _upcycled(experts=8, router="top_k", k=1),
-    "Sparse Upcycling: Expert Choice": _upcycled(experts=8, router="expert_choice"),
-    "Soft MoE, upcycled": System("Soft MoE", _soft, soft_moe.convert),
-    "MoE Jetpack, recycled": System("MoE Jetpack", _jetpack, jetpack.convert),
-}
+    "MoEE, paper": _moee("clusters of hidden activations, cosine router", recipe="paper"),
+    "MoEE, best": _moee("all that this project found to help", recipe="best"),
+    "MoEE, best, attention too": _moee(
+        "the same, and smaller heads", recipe="best", attention="low_rank"
+    ),
+    "static: magnitude": _static("shortest weights first, without data", "magnitude"),
+    "static: variance + mean shift": _static(
+        "VBP: least variance first, means kept", "variance + mean shift"
+    ),
+    "static: least squares": _static(
+        "least effect on the output, refitted", "output-weighted least squares"
+    ),
+    "static: fisher OBS, CLS apart": _static(
+        "least effect on the logits, refitted; CLS has neurons of its own", "fisher OBS, CLS apart"
+    ),
+    "MoEfication: k-means, centre": _moefied(
+        "similar neurons, nearest centre", split="kmeans", router="centre"
+    ),
+    "MoEfication: k-means, MLP": _moefied(
+        "similar neurons, a router that learned which fire", split="kmeans", router="mlp"
+    ),
+    "MoEfication: graph, MLP, means kept": _moefied(
+        "neurons active together, a router that learned, unused experts give their mean",
+        split="graph", router="mlp", score="out", mean_compensation=True,
+    ),
+    "Sparse Upcycling: top-1": System(
+        "Sparse Upcycling", "copies of every second MLP, one for each token", _top_k,
+        sparse_upcycling.convert,
+    ),
+    "Sparse Upcycling: Expert Choice": System(
+        "Sparse Upcycling", "copies of the MLP that choose their tokens, untrained",
+        _expert_choice, sparse_upcycling.convert,
+    ),
+    "Soft MoE: upcycled": System(
+        "Soft MoE", "copies of the MLP on mixtures of tokens, untrained", _soft, soft_moe.convert
+    ),
+    "MoE Jetpack: recycled": System(
+        "MoE Jetpack", "experts drawn by importance on mixtures of tokens, untrained", _recycled,
+        jetpack.convert,
+    ),
+}  # fmt: skip
 """All systems. Those that were made to be trained are shown as they begin."""
 
 STATIC = "static: fisher OBS, CLS apart"

@@ -14,6 +14,9 @@ from moee_analysis.plots.class_routing import class_information as class_informa
 from moee_analysis.plots.class_routing import class_routing as class_routing
 from moee_analysis.plots.class_routing import specificity as specificity
 from moee_analysis.plots.clustering_time import clustering_time as clustering_time
+from moee_analysis.plots.comparison import comparison as comparison
+from moee_analysis.plots.comparison import routing_controls as routing_controls
+from moee_analysis.plots.contributions import contributions as contributions
 from moee_analysis.plots.experts import layers as layers
 from moee_analysis.plots.experts import neurons as neurons
 from moee_analysis.plots.experts import overlap as overlap
@@ -22,6 +25,9 @@ from moee_analysis.plots.fidelity import fidelity as fidelity
 from moee_analysis.plots.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.plots.fine_tuning import history as history
 from moee_analysis.plots.inference import inference as inference
+from moee_analysis.plots.learning import learned as learned
+from moee_analysis.plots.learning import learning_curves as learning_curves
+from moee_analysis.plots.learning import which_beats_which as which_beats_which
 from moee_analysis.plots.macs import macs as macs
 from moee_analysis.plots.modularity import modularity as modularity
 from moee_analysis.plots.modularity import part_profile as part_profile
