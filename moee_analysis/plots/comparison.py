@@ -101,7 +101,7 @@ def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 def _frontier(known: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Steps of the most that is kept by a system that saves at least so many MACs."""
-    rows = known[known["macs_reduction"] > 0].sort_values("macs_reduction")
+    rows = known[known["macs_reduction"] > 0].sort_values(["macs_reduction", "mean"])
     most = rows["mean"][::-1].cummax()[::-1]
     x = np.concatenate([[0], 100 * np.repeat(rows["macs_reduction"].to_numpy(), 2)])
     y = 100 * np.repeat(most.to_numpy(), 2)
