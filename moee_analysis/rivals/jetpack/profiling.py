@@ -72,11 +72,11 @@ def profile(
     key = content_key(
         profile=1, model=fingerprint(model), images=images.fingerprint, together=together
     )
-    folder = kept(Path(store), f"profile-{key}", partial(_fill, model, images, together))
+    folder = kept(Path(store), f"profile-{key}", partial(_fill, model, images, together=together))
     return Profile(load_file(folder / "sums.safetensors"))
 
 
-def _fill(model: nn.Module, images: ImageSet, together: bool, folder: Path) -> None:  # noqa: FBT001
+def _fill(model: nn.Module, images: ImageSet, folder: Path, *, together: bool) -> None:
     save_file(_sums(model, images, together=together), folder / "sums.safetensors")
 
 
@@ -100,7 +100,7 @@ def _adding(model: nn.Module, *, together: bool) -> Iterator[dict[str, torch.Ten
     sums: dict[str, torch.Tensor] = {}
     with ExitStack() as hooks:
         for name, (place, pairs) in places.items():
-            add = partial(_add, sums, place, pairs)
+            add = partial(_add, sums, place, pairs=pairs)
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(add).remove)
         yield sums
 
@@ -108,9 +108,10 @@ def _adding(model: nn.Module, *, together: bool) -> Iterator[dict[str, torch.Ten
 def _add(
     sums: dict[str, torch.Tensor],
     place: str,
-    pairs: bool,  # noqa: FBT001 (hooks get their arguments by position)
-    _: nn.Module,
+    _module: nn.Module,
     args: tuple[torch.Tensor],
+    *,
+    pairs: bool,
 ) -> None:
     tokens = args[0].detach().flatten(0, -2).float()
     active = (tokens > 0).float()
