@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,19 +128,36 @@ def compare(
     named = systems_named(systems)
     if all(system.routed for system in named.values()):
         named = systems_named([*named, STATIC])
-    counted, rows = count(contest.dense), []
-    for saved in macs_reductions:
-        found, right = [], {}
-        for seed in seeds:
-            asked = Asked(saved, contest.preset, seed)
-            for group in _groups(_entries(contest, named, asked)):
-                new, scores = _measured(
-                    contest, group, asked, counted=counted, timed=seed == seeds[0]
-                )
-                found += new
-                right |= {(name, seed): each for name, each in scores.items()}
-        rows += _finished(found, right, resamples=contest.resamples)
-    return rows
+    with _with_store(contest) as stored:
+        return [
+            row
+            for saved in macs_reductions
+            for row in _at_budget(stored, named, saved, seeds=seeds)
+        ]
+
+
+def _at_budget(
+    contest: Contest, systems: Mapping[str, System], saved: float, *, seeds: Sequence[int]
+) -> list[Row]:
+    """Rows of all systems with all seeds at one budget of MACs."""
+    counted, found, right = count(contest.dense), [], {}
+    for seed in seeds:
+        asked = Asked(saved, contest.preset, seed)
+        for group in _groups(_entries(contest, systems, asked)):
+            new, scores = _measured(contest, group, asked, counted=counted, timed=seed == seeds[0])
+            found += new
+            right |= {(name, seed): each for name, each in scores.items()}
+    return _finished(found, right, resamples=contest.resamples)
+
+
+@contextmanager
+def _with_store(contest: Contest) -> Iterator[Contest]:
+    """A store of its own where there is none: all systems see the same recorded tokens."""
+    if contest.store is not None:
+        yield contest
+        return
+    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+        yield replace(contest, store=folder)
 
 
 # Making

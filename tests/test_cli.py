@@ -242,3 +242,40 @@ def test_finetune_refuses_what_is_wrong_in_one_line(told, tmp_path, capsys):
     assert "toaster" in refused(capsys, *command, "--device", "toaster")
     assert "class folders" in refused(capsys, *command, "--images", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    from moee_analysis import images
+
+    monkeypatch.setitem(images.scenes.SPLIT_SIZES, "calibration", 40)
+    monkeypatch.setitem(images.scenes.SPLIT_SIZES, "evaluation", 30)
+
+
+def test_compare_writes_a_row_for_every_system(few_scenes, tmp_path, capsys):
+    systems = ["static: magnitude", "MoEfication: k-means, centre"]
+    command = ["compare", "--systems", *systems, "--preset", "smoke", "--no-latency"]
+    command += ["--macs-reduction", 0.2, 0.9, "--json", tmp_path / "rows.json"]
+    assert run_cli(*command) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["system"], row["macs_asked"], row["seed"]) for row in rows] == [
+        (name, asked, 0) for asked in (0.2, 0.9) for name in systems
+    ]
+    for row in rows[:2]:
+        assert set(row) >= FIELDS
+        assert set(row["controls"]) == {
+            "random_routing", "constant_routing", "oracle_routing", "static_pruning",
+        }  # fmt: skip
+    out = capsys.readouterr().out
+    assert "asked to save 20% of the MACs" in out
+    assert all(f"  {name}" in out for name in systems)
+    assert f"{systems[0]}: expected" in out  # 90 % is more than the MLPs cost
+
+
+def test_compare_refuses_what_is_wrong_in_one_line(few_scenes, tmp_path, capsys):
+    assert "systems among" in refused(capsys, "compare", "--systems", "magic")
+    assert "a budget and a seed" in refused(capsys, "compare", "--seeds", 0)
+    assert "a folder" in refused(capsys, "compare", "--json", tmp_path)
+    assert "not used for calibration" in refused(
+        capsys, "compare", "--calibration", scenes(tmp_path / "a"), "--images", tmp_path / "a"
+    )
