@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moee_analysis.rivals.moefication.tokens import LayerTokens
 
 
+@torch.inference_mode(mode=False)
 def convert(
     dense: nn.Module,
     images: ImageSet,

@@ -65,7 +65,7 @@ def trained(
         found.append(_share(router, inputs[judge], scores[judge]))
         if found[-1] > max(found[:-1]):
             best = copy.deepcopy(router)
-        if int(np.argmax(found)) + PATIENCE < len(found):
+        if len(found) - 1 - int(np.argmax(found)) == PATIENCE:
             break
     for held in best.buffers():
         held.requires_grad_(requires_grad=False)

@@ -287,7 +287,16 @@ def test_a_converted_model_can_be_trained(x):
     assert all(p.grad.abs().sum() > 0 for p in (layer.fc1.weight, layer.fc2.weight, layer.shift))
 
 
-def test_a_trainable_model_stays_trainable(x):
+def test_conversion_works_where_gradients_are_off(x):
+    expected = moefied(router="mlp")(x)
+    with torch.inference_mode():
+        model = moefied(router="mlp")
+    assert torch.equal(model(x), expected)
+    model.requires_grad_(requires_grad=True)
+    model(x).sum().backward()
+
+
+def test_a_trainable_model_stays_trainable():
     dense = toy_vit().requires_grad_(requires_grad=True)
     layer = moe_layers(moefied(dense, mean_compensation=True))[0]
     assert layer.fc1.weight.requires_grad
