@@ -16,9 +16,10 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.sparse_layers import SparseMlp
+from moee_analysis.sparse_routers import TopKRouter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from moee_analysis.sparse_routers import Routed
 
@@ -75,6 +76,22 @@ def routed_by(model: nn.Module) -> Iterator[dict[str, Routed]]:
                 hook = layer.router.register_forward_hook(partial(keep, name))
                 hooks.callback(hook.remove)
         yield last
+
+
+def balance_loss(model: nn.Module, routed: Mapping[str, Routed]) -> torch.Tensor | float:
+    """Sum of the importance and, with noise, load losses of the top-k layers of ``model``.
+
+    ``routed`` is what :func:`routed_by` kept; 0 where no token chooses its experts.
+    """
+    total = 0.0
+    for name, each in routed.items():
+        router = model.get_submodule(name).router
+        if isinstance(router, TopKRouter):
+            total = total + importance_loss(each.logits)
+            if router.gate.noise > 0:
+                facts = {"k": router.k, "noise": router.gate.noise}
+                total = total + load_loss(each.logits, each.noisy, **facts)
+    return total
 
 
 def _cv_squared(x: torch.Tensor) -> torch.Tensor:

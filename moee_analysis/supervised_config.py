@@ -39,7 +39,8 @@ class SupervisedConfig:
         ``none``, ``flip`` (mirror images, one half), ``light`` or ``strong``
         (:mod:`moee_analysis.training_images`).
     balance_weight
-        Of the auxiliary losses that routers of sparse layers ask for.
+        Of the losses by which top-k routers learn to use their experts alike, as in V-MoE
+        (:mod:`moee_analysis.routing_losses`).
     clip
         Largest norm of the gradients.
     check_every

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -20,16 +19,18 @@ from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import fitting_batch
 from moee_analysis.parameter_groups import parameter_groups
+from moee_analysis.routing_losses import balance_loss, routed_by
 from moee_analysis.training_batches import Batches, Loaded
 from moee_analysis.training_images import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import numpy as np
     from torch import nn
 
     from moee_analysis.images import ImageSet
+    from moee_analysis.sparse_routers import Routed
     from moee_analysis.supervised_config import SupervisedConfig
 
 
@@ -81,9 +82,9 @@ def train(
     with (
         _all_seeded(config.seed, device),
         quick_attention(learner),
-        _balancing(learner, training.balance),
+        routed_by(learner) as routed,
     ):
-        rows = training.run()
+        rows = training.run(routed)
     learner.zero_grad(set_to_none=True)
     for own, copied in zip(model.parameters(), learner.parameters(), strict=True):
         copied.requires_grad_(own.requires_grad)
@@ -100,7 +101,6 @@ class _Training:
     check: Loaded
     config: SupervisedConfig
     optimizer: torch.optim.Optimizer = field(init=False)
-    balance: list[torch.Tensor] = field(default_factory=list)
     right: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -112,12 +112,12 @@ class _Training:
         parts = [{k: v for k, v in group.items() if k != "names"} for group in groups]
         self.optimizer = torch.optim.AdamW(parts, lr=self.config.learning_rate, fused=True)
 
-    def run(self) -> list[dict[str, float]]:
-        """Make all updates; return the rows of the history."""
+    def run(self, routed: Mapping[str, Routed]) -> list[dict[str, float]]:
+        """Make all updates; return the rows of the history. Routers leave ``routed`` behind."""
         rows, losses = [self._row(0, [])], []
         for step, (x, targets) in enumerate(Batches(self.images, self.model, self.config), start=1):
             self._set_rates(step - 1)
-            losses.append(self._update(x, targets))
+            losses.append(self._update(x, targets, routed))
             if self.config.checked(step):
                 rows.append(self._row(step, losses))
                 losses = []
@@ -128,13 +128,14 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
 
-    def _update(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """One update; return the loss, the auxiliary ones apart."""
+    def _update(
+        self, x: torch.Tensor, targets: torch.Tensor, routed: Mapping[str, Routed]
+    ) -> torch.Tensor:
+        """One update; return the cross-entropy."""
         device = next(self.model.parameters()).device
-        self.balance.clear()
         loss = cross_entropy(self.model(x.to(device)).float(), targets.to(device))
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + self.config.balance_weight * sum(self.balance)).backward()
+        (loss + self.config.balance_weight * balance_loss(self.model, routed)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         return loss.detach()
@@ -164,24 +165,6 @@ def right_of(model: nn.Module, images: ImageSet | Loaded) -> torch.Tensor:
             for start in range(0, len(loaded), size)
         ]
     return torch.cat(found) == loaded.labels
-
-
-@contextmanager
-def _balancing(model: nn.Module, losses: list[torch.Tensor]) -> Iterator[None]:
-    """While open, layers whose experts may be unevenly used in training add their losses.
-
-    Such a layer has a method ``balance_loss``, from what its ``router`` returns to a scalar.
-    """
-
-    def add(layer: nn.Module, _router: nn.Module, _args: tuple, routed: Any) -> None:
-        if layer.training:
-            losses.append(layer.balance_loss(routed))
-
-    with ExitStack() as hooks:
-        for layer in [m for m in model.modules() if hasattr(m, "balance_loss")]:
-            hook = layer.router.register_forward_hook(partial(add, layer))
-            hooks.callback(hook.remove)
-        yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from moee_analysis.expert_mlps import ExpertMlps
 from moee_analysis.layers import replace_module
 from moee_analysis.models import find_mlps
 from moee_analysis.parameter_groups import parameter_groups
+from moee_analysis.rivals.sparse_upcycling import SparseUpcyclingConfig, convert
+from moee_analysis.routing_losses import importance_loss, routed_by
 from moee_analysis.slot_layers import EvenMixing, Mixing, SlotMlp
 from moee_analysis.supervised_config import SupervisedConfig
 from moee_analysis.supervised_training import right_of, train
@@ -77,7 +80,7 @@ def test_the_loss_falls_and_the_images_are_learnt():
     ids=str,
 )
 def test_the_same_bytes_whatever_random_state_is_met_and_all_are_given_back(changed):
-    model, config = slotted(toy_vit()), SupervisedConfig(**{**vars(QUICK), **changed})
+    model, config = slotted(toy_vit()), replace(QUICK, **changed)
     torch.manual_seed(1)
     before, met = states(), []
     for _ in range(2):
@@ -86,7 +89,7 @@ def test_the_same_bytes_whatever_random_state_is_met_and_all_are_given_back(chan
         torch.manual_seed(1)
     assert same_models(met[0].model, met[1].model)
     assert met[0].history.equals(met[1].history)
-    other = train(model, TRAINING, SupervisedConfig(**{**vars(config), "seed": 1}), check=CHECK)
+    other = train(model, TRAINING, replace(config, seed=1), check=CHECK)
     assert not same_models(met[0].model, other.model)
 
 
@@ -115,26 +118,22 @@ def test_a_loss_that_is_not_finite_is_told_and_nothing_is_left_behind():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_router_that_asks_for_balance_is_heard():
-    class Balanced(SlotMlp):
-        def balance_loss(self, mixing):
-            return 1e3 * mixing.combine[..., 0].square().mean()  # nobody should need expert 0
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_top_k_routers_learn_to_use_their_experts_alike(noise):
+    """Experts that start alike are chosen by chance; the losses even that out."""
 
-    def share_of_first(weight):
-        model = slotted(toy_vit())
-        layer = model.blocks[1].mlp
-        replace_module(model, "blocks.1.mlp", Balanced(layer.router, layer.groups).eval())
-        config = SupervisedConfig(**{**vars(QUICK), "steps": 40, "balance_weight": weight})
+    def unevenness(weight):
+        upcycling = SparseUpcyclingConfig(experts=4, k=1, router="top_k", noise=noise, layers=(1,))
+        model = convert(toy_vit(), TRAINING, upcycling)
+        with torch.no_grad():
+            model.blocks[1].mlp.router.gate.weight.mul_(20)
+        config = replace(QUICK, steps=60, learning_rate=3e-3, balance_weight=weight)
         trained = train(model, TRAINING, config, check=CHECK).model
-        seen = []
-        hook = trained.blocks[1].mlp.router.register_forward_hook(
-            lambda _r, _x, mixing: seen.append(mixing.combine[..., 0].mean().item())
-        )
-        right_of(trained, CHECK)
-        hook.remove()
-        return seen[0]
+        with routed_by(trained) as routed:
+            right_of(trained, CHECK)
+        return importance_loss(routed["blocks.1.mlp"].logits).item()
 
-    assert share_of_first(1.0) < 0.9 * share_of_first(0.0)
+    assert unevenness(1.0) < 0.5 * unevenness(0.0)
 
 
 def test_rates_and_decay_by_group():

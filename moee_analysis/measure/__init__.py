@@ -20,6 +20,7 @@ from moee_analysis.measure.experts import overlap as overlap
 from moee_analysis.measure.experts import sizes as sizes
 from moee_analysis.measure.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.measure.latency import latency as latency
+from moee_analysis.measure.learning import beats_all as beats_all
 from moee_analysis.measure.learning import learned as learned
 from moee_analysis.measure.learning import learning_curves as learning_curves
 from moee_analysis.measure.learning import which_beats_which as which_beats_which

@@ -14,6 +14,8 @@ import pandas as pd
 from moee_analysis.measure.resampling import repeat
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from moee_analysis.measure.trainings import Trainings
 
 
@@ -97,6 +99,17 @@ def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFra
     table = pd.DataFrame(rows)
     table.attrs["caption"] = trained.caption
     return table
+
+
+def beats_all(pairs: pd.DataFrame, start: str, others: Iterable[str]) -> bool | None:
+    """Whether ``start`` beats every one of ``others`` in a table of :func:`which_beats_which`.
+
+    True where all intervals lie above 0, False where one lies below, None otherwise.
+    """
+    rows = pairs.set_index(["start_a", "start_b"]).loc[[(start, other) for other in others]]
+    if (rows["high"] < 0).any():
+        return False
+    return True if (rows["low"] > 0).all() else None
 
 
 def _pair(

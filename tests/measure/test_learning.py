@@ -89,6 +89,13 @@ def test_a_start_beats_another_where_the_interval_says_so():
     assert (table.loc[[(n, n) for n in "abc"], ["difference", "low", "high"]] == 0).all(axis=None)
 
 
+def test_beating_all_others_is_yes_no_or_neither():
+    pairs = measure.which_beats_which(trainings_of(RISING))
+    assert measure.beats_all(pairs, "a", ["b", "c"]) is True
+    assert measure.beats_all(pairs, "b", ["a", "c"]) is False
+    assert measure.beats_all(pairs, "b", ["c"]) is None
+
+
 def test_a_difference_on_the_same_images_is_surer_than_each_value():
     right = drawn([[0.1, 0.2, 0.6]], seeds=1)
     better = right.copy()
