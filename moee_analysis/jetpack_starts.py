@@ -92,12 +92,16 @@ class JetpackStudy:
 
     def jetpack(self, **settings: Any) -> Callable[[int], nn.Module]:
         """MoE Jetpack with other ``settings`` than those of the study."""
-        core, universal = self._numbers(1 / 3)
-        own = {"layers": self.layers, "core": core, "universal": universal}
-        config = replace(self._narrow, **(own | settings))
+        config = self.jetpack_config(**settings)
         return lambda seed: jetpack.convert(
             self.dense, self.images, replace(config, seed=seed), store=self.store
         )
+
+    def jetpack_config(self, **settings: Any) -> JetpackConfig:
+        """Configuration of the study's successors, one third of their experts core."""
+        core, universal = self._numbers(1 / 3)
+        own = {"layers": self.layers, "core": core, "universal": universal}
+        return replace(self._narrow, **(own | settings))
 
     def scratch(self, seed: int) -> nn.Module:
         """The successor's architecture with random weights."""

@@ -71,7 +71,7 @@ def _settings(dense: nn.Module) -> dict[str, Any]:
     try:
         settings = SETTINGS[type(dense)](dense)
         with torch.device("meta"):
-            like = type(dense)(**settings)
+            like = type(dense)(**settings, **_SHAPES_ALONE.get(type(dense), {}))
     except (AttributeError, TypeError, ValueError, AssertionError) as error:
         raise _unsupported(f"a variant ({error})") from None
     if repr(like) != repr(dense) or _shapes(like) != _shapes(dense):
@@ -129,6 +129,7 @@ def _of_convnext(convnext: ConvNeXt) -> dict[str, Any]:
 
 
 SETTINGS = {VisionTransformer: _of_vit, ConvNeXt: _of_convnext}
+_SHAPES_ALONE = {VisionTransformer: {"weight_init": "skip"}}  # drawing takes long on that device
 
 
 def _scale(scaled: nn.Module) -> float | None:
