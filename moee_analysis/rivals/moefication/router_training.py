@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from moee_analysis.errors import MoeeError
 from moee_analysis.rivals.moefication.captured import captured
 from moee_analysis.rivals.moefication.routers import MlpRouter
 
@@ -57,6 +58,11 @@ def trained(
         Tokens (n, dim), and the true scores of the experts for each, (n, experts), none negative.
     image
         Image of each token, (n,).
+
+    Raises
+    ------
+    MoeeError
+        A single token.
     """
     teach, judge = _divided(image, seed)
     router = MlpRouter(centres.clone(), torch.eye(len(centres)).to(centres), k=k)
@@ -97,6 +103,10 @@ def _divided(image: np.ndarray, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     judges = np.isin(image, images[:count])
     if len(images) == 1:
         judges = np.arange(len(image)) % round(1 / HELD_OUT) == 0
+    if judges.all():
+        raise MoeeError(
+            "two calibration tokens or more to train a router", f"{len(image)}", "use more images"
+        )
     return torch.from_numpy(np.flatnonzero(~judges)), torch.from_numpy(np.flatnonzero(judges))
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moee_analysis.errors import MoeeError
 from moee_analysis.rivals.moefication import captured
 from moee_analysis.rivals.moefication.router_training import EPOCHS, PATIENCE, trained
 
@@ -77,6 +78,12 @@ def test_one_image_is_enough():
     inputs, scores, _ = problem(images=1, per_image=40)
     found = trained(other_centres(), inputs, scores, image=np.zeros(40), k=K)
     assert max(found.captured) >= found.captured[0]
+
+
+def test_one_token_is_not_enough():
+    inputs, scores, _ = problem(images=1, per_image=1)
+    with pytest.raises(MoeeError, match="two calibration tokens"):
+        trained(other_centres(), inputs, scores, image=np.zeros(1), k=K)
 
 
 def test_it_trains_where_gradients_are_off():
