@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -60,6 +65,17 @@ class Trainings:
         """Names of the starts."""
         return list(self.sizes["start"])
 
+    def of(self, names: Iterable[str]) -> Trainings:
+        """Those of some starts, in the order of ``names``."""
+        names = list(names)
+        chosen = dict(list(self.history.groupby("start")))
+        return replace(
+            self,
+            history=pd.concat([chosen[name] for name in names], ignore_index=True),
+            right=self.right[[self.starts.index(name) for name in names]],
+            sizes=self.sizes.set_index("start").loc[names].reset_index(),
+        )
+
     def trained(self, start: str, seed: int, model: nn.Module) -> nn.Module:
         """Give ``model``, made as that start makes it, the weights it was trained to."""
         model.load_state_dict(load_file(self.folders[start, seed] / _WEIGHTS))
@@ -74,8 +90,12 @@ def trainings(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     store: str | Path,
+    workers: int = 1,
 ) -> Trainings:
     """Train what every start makes with every seed, by one recipe.
+
+    Every training computes with one thread on a CPU, so that its bytes are the same whatever else
+    is trained beside it.
 
     Parameters
     ----------
@@ -90,6 +110,9 @@ def trainings(
     store
         Folder that keeps every training, under what decides it: a notebook that runs again finds
         them.
+    workers
+        Processes that train side by side, for models on a CPU. A script that has more than one
+        must be guarded by ``if __name__ == "__main__":``.
 
     Raises
     ------
@@ -97,14 +120,14 @@ def trainings(
         No starts or no seeds; images that are in both sets; a loss that is not finite.
     """
     _check(starts, training, images, seeds)
-    like = next(iter(starts.values()))(seeds[0])
-    sets = Loaded.of(training, like), Loaded.of(images, like)
-    jobs = [(name, seed) for name in starts for seed in seeds]
-    folders, sizes = {}, {}
-    for name, seed in progress(jobs, label="trainings"):
-        model, own = starts[name](seed), replace(config, seed=seed)
-        folders[name, seed] = _trained(name, model, sets, own, Path(store))
-        sizes.setdefault(name, _size(name, model))
+    jobs = {
+        (name, seed): _Job(name, start(seed), replace(config, seed=seed), Path(store))
+        for name, start in starts.items()
+        for seed in seeds
+    }
+    sizes = [_size(name, jobs[name, seeds[0]].model) for name in starts]
+    sets = _Sets(training, images)
+    folders = dict(zip(jobs, _done(list(jobs.values()), sets, workers), strict=True))
     histories = [
         pd.read_csv(folder / _HISTORY).assign(start=name, seed=seed)
         for (name, seed), folder in folders.items()
@@ -115,7 +138,7 @@ def trainings(
     return Trainings(
         whole[[*first, *(column for column in whole if column not in first)]],
         right.reshape(len(starts), len(seeds), *right.shape[1:]),
-        pd.DataFrame(sizes.values()),
+        pd.DataFrame(sizes),
         folders,
         _caption(training, images, config, seeds),
     )
@@ -134,36 +157,97 @@ def _check(
         )  # fmt: skip
 
 
-def _trained(
-    name: str,
-    model: nn.Module,
-    sets: tuple[Loaded, Loaded],
-    config: SupervisedConfig,
-    store: Path,
-) -> Path:
-    """Folder of a training, which is done now if it is not there."""
-    training, images = (each.images.fingerprint for each in sets)
-    key = content_key(
-        model=fingerprint(model),
-        settings=_settings(model),
-        training=training,
-        images=images,
-        config=asdict(config),
-    )
+@dataclass(frozen=True)
+class _Sets:
+    """Images to train on and to evaluate, loaded when they are first needed in a process."""
+
+    training: ImageSet
+    images: ImageSet
+
+    def loaded(self, model: nn.Module) -> tuple[Loaded, Loaded]:
+        """Both of them, as ``model`` sees images."""
+        if "_loaded" not in vars(self):
+            both = Loaded.of(self.training, model), Loaded.of(self.images, model)
+            object.__setattr__(self, "_loaded", both)
+        return vars(self)["_loaded"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One training, and the store where it is kept."""
+
+    name: str
+    model: nn.Module
+    config: SupervisedConfig
+    store: Path
+
+    def folder(self, sets: _Sets) -> Path:
+        """Where it is, or will be, kept: by everything that decides it."""
+        key = content_key(
+            model=fingerprint(self.model),
+            settings=_settings(self.model),
+            training=sets.training.fingerprint,
+            images=sets.images.fingerprint,
+            config=asdict(self.config),
+        )
+        return self.store / f"trained-{key}"
+
+    def fill(self, folder: Path, *, sets: _Sets) -> None:
+        """Train, and write what came of it."""
+        training, images = sets.loaded(self.model)
+        with _one_thread():
+            trained = train(self.model, training, self.config, check=images)
+        trained.history.to_csv(folder / _HISTORY, index=False)
+        np.save(folder / _RIGHT, trained.right)
+        save_file(trained.model.state_dict(), folder / _WEIGHTS)
+        write_json(folder / "config.json", asdict(self.config))
+
+    def done(self, folder: Path, sets: _Sets) -> None:
+        """Train and keep, unless the folder is there."""
+        try:
+            kept(folder.parent, folder.name, partial(self.fill, sets=sets))
+        except MoeeError as error:
+            found = f"'{self.name}': {error.found}"
+            raise MoeeError(error.expected, found, error.hint) from None
+
+
+def _done(jobs: Sequence[_Job], sets: _Sets, workers: int) -> list[Path]:
+    """Do what is not in the store; return all folders."""
+    folders = [job.folder(sets) for job in jobs]
+    missing = {f: j for f, j in zip(folders, jobs, strict=True) if not f.is_dir()}
+    if workers > 1 and len(missing) > 1:
+        spawned = {"mp_context": multiprocessing.get_context("spawn")}
+        processes = min(workers, len(missing))
+        with ProcessPoolExecutor(processes, **spawned, initializer=_get, initargs=(sets,)) as pool:
+            waiting = pool.map(_do, missing.values(), missing)
+            deque(progress(waiting, label="trainings", total=len(missing)), maxlen=0)
+    else:
+        for folder, job in progress(missing.items(), label="trainings", total=len(missing)):
+            job.done(folder, sets)
+    return folders
+
+
+def _get(sets: _Sets) -> None:
+    """Begin a process that trains: what it trains on stays there."""
+    _own.append(sets)
+
+
+def _do(job: _Job, folder: Path) -> None:
+    """One training in a process of its own."""
+    job.done(folder, _own[-1])
+
+
+_own: list[_Sets] = []
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     try:
-        return kept(store, f"trained-{key}", partial(_fill, model=model, sets=sets, config=config))
-    except MoeeError as error:
-        raise MoeeError(error.expected, f"'{name}': {error.found}", error.hint) from None
-
-
-def _fill(
-    folder: Path, *, model: nn.Module, sets: tuple[Loaded, Loaded], config: SupervisedConfig
-) -> None:
-    trained = train(model, sets[0], config, check=sets[1])
-    trained.history.to_csv(folder / _HISTORY, index=False)
-    np.save(folder / _RIGHT, trained.right)
-    save_file(trained.model.state_dict(), folder / _WEIGHTS)
-    write_json(folder / "config.json", asdict(config))
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.supervised_config import SupervisedConfig
 from moee_analysis.supervised_training import right_of, train
-from tests.makers import same_models
+from tests.makers import contents, same_models
 from tests.toys import toy_images, toy_vit
 
 TRAINING, IMAGES = toy_images(40).take(range(24)), toy_images(40).take(range(24, 40))
@@ -17,8 +17,9 @@ CONFIG = SupervisedConfig(steps=4, batch_size=8, check_every=2)
 STARTS = {"shallow": lambda seed: toy_vit(depth=1, seed=seed), "deep": lambda s: toy_vit(seed=s)}
 
 
-def trained_in(store, starts=STARTS, *, config=CONFIG, seeds=(3, 5)):
-    return measure.trainings(starts, TRAINING, IMAGES, config, seeds=seeds, store=store)
+def trained_in(store, starts=STARTS, *, config=CONFIG, seeds=(3, 5), workers=1):
+    facts = {"seeds": seeds, "store": store, "workers": workers}
+    return measure.trainings(starts, TRAINING, IMAGES, config, **facts)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,22 @@ def test_rates_that_are_no_weights_make_another_training(store, trained):
     other = trained_in(store, {"deep": dropping})
     assert not other.history["loss"].equals(trained.history["loss"][6:])
     assert other.folders["deep", 3] != trained.folders["deep", 3]
+
+
+def test_processes_side_by_side_come_to_the_same_bytes(trained, tmp_path):
+    beside = trained_in(tmp_path, workers=2)
+    for key, folder in trained.folders.items():
+        assert contents(beside.folders[key]) == contents(folder)
+    assert beside.history.equals(trained.history)
+
+
+def test_some_of_the_starts(trained):
+    one = trained.of(["deep"])
+    assert one.starts == ["deep"]
+    assert np.array_equal(one.right, trained.right[1:])
+    assert one.history["start"].unique().tolist() == ["deep"]
+    turned = trained.of(["deep", "shallow"])
+    assert turned.history["top1"].tolist() == turned.right.mean(axis=3).ravel().tolist()
 
 
 def test_images_in_both_sets_are_refused(store):
