@@ -140,12 +140,17 @@ SYSTEMS: dict[str, System] = {
     "MoEfication: k-means, centre": _moefied(
         "similar neurons, nearest centre", split="kmeans", router="centre"
     ),
-    "MoEfication: k-means, MLP": _moefied(
-        "similar neurons, a router that learned which fire", split="kmeans", router="mlp"
+    "MoEfication: k-means, centre, means kept": _moefied(
+        "the same, and unused experts give their mean", split="kmeans", router="centre",
+        mean_compensation=True,
+    ),
+    "MoEfication: k-means, MLP, means kept": _moefied(
+        "the same, with a router that learned which experts fire", split="kmeans", router="mlp",
+        mean_compensation=True,
     ),
     "MoEfication: graph, MLP, means kept": _moefied(
-        "neurons active together, a router that learned, unused experts give their mean",
-        split="graph", router="mlp", score="out", mean_compensation=True,
+        "the same, of neurons that are active together", split="graph", router="mlp",
+        mean_compensation=True,
     ),
     "Sparse Upcycling: top-1": System(
         "Sparse Upcycling", "copies of every second MLP, one for each token", _top_k,
