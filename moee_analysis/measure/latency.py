@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.benchmark import Timer
 
 from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
@@ -102,6 +101,8 @@ def in_turn(
 
 def milliseconds(module: nn.Module, *inputs: torch.Tensor, seconds: float) -> float:
     """Median time of a call with the ``inputs`` in turn, in so many ``seconds`` at least."""
+    from torch.utils.benchmark import Timer  # it looks for compilers, and may warn about them
+
     names = {"module": module, "inputs": cycle(inputs)}
     clock = Timer("module(next(inputs))", globals=names, num_threads=torch.get_num_threads())
     return 1e3 * clock.blocked_autorange(min_run_time=seconds).median
