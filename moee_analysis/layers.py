@@ -124,6 +124,14 @@ class MoeMlp(nn.Module):
         """Indices of the expert's neurons among the layer's stored neurons, ascending."""
         return self.neurons[self._place(expert)]
 
+    def expert_output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What one expert makes of activations of all stored neurons, (n, kept) -> (n, dim)."""
+        place = self._place(expert)
+        columns = self.neurons if self.columns is None else self.columns
+        constant = self.fc2.bias if self.shift is None else self.fc2.bias + self.shift[expert]
+        own = hidden.index_select(1, self.neurons[place])
+        return torch.addmm(constant, own, self.fc2.weight.index_select(1, columns[place]).T)
+
     def macs_per_token(self, shares: torch.Tensor | None = None) -> float:
         """Expected MACs of one token: the router, and 2 d |S_e| weighted by how often e is used.
 

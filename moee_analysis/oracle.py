@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moee_analysis.routers import ConstantRouter, TokenKindRouter
+from moee_analysis.counting import tokens_of
+from moee_analysis.dispatch import in_blocks
+from moee_analysis.routers import TokenKindRouter
 
 if TYPE_CHECKING:
     from moee_analysis.layers import MoeMlp
@@ -32,10 +34,15 @@ class OracleRouter(nn.Module):
 
     def errors(self, x: torch.Tensor) -> torch.Tensor:
         """Squared error of the output of every expert, (n, experts), for the tokens of ``x``."""
-        layer, wanted, found = self._known[1], self.wanted(x), []
-        for expert in range(layer.n_experts - self.n_experts, layer.n_experts):
-            layer.router = ConstantRouter(expert).to(x.device)
-            found.append((layer(x) - wanted).square().sum(dim=-1).flatten())
+        wanted = tokens_of(self.wanted(x))
+        blocks = zip(in_blocks(tokens_of(x)), in_blocks(wanted), strict=True)
+        return torch.cat([self._errors(*block) for block in blocks])
+
+    def _errors(self, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        layer = self._known[1]
+        hidden = layer.act(layer.fc1(tokens))
+        experts = range(layer.n_experts - self.n_experts, layer.n_experts)
+        found = [(layer.expert_output(e, hidden) - wanted).square().sum(dim=1) for e in experts]
         return torch.stack(found, dim=1)
 
     def wanted(self, x: torch.Tensor) -> torch.Tensor:
