@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moee_analysis.images import ImageSet
+    from moee_analysis.models import MlpSite
 
     Starts = Mapping[str, Callable[[int], nn.Module]]
 
@@ -127,6 +128,12 @@ class JetpackStudy:
     def _tokens(self) -> dict[str, int]:
         return count(self.dense).tokens
 
+    @cached_property
+    def _successor_mlp(self) -> tuple[MlpSite, int]:
+        """The successor's first MLP of those that get experts, and its tokens."""
+        site = find_mlps(self.scratch(0))[self.layers[0]]
+        return site, self._tokens[site.name]
+
     def _earlier(self, number: int) -> tuple[int, ...]:
         """The last layers before those with experts that have as many tokens."""
         sites = {site.index: site for site in find_mlps(self.dense)}
@@ -136,8 +143,7 @@ class JetpackStudy:
 
     def _numbers(self, core_share: float) -> tuple[int, int]:
         """Core and universal experts that cost the MACs of the MLP, mixing included."""
-        site = find_mlps(self.scratch(0))[self.layers[0]]
-        tokens = self._tokens[site.name]
+        site, tokens = self._successor_mlp
         one = {"tokens": tokens, "ratio": self.recipe.universal_ratio}
         core, universal = (LayerSize(*n).macs(site, **one) for n in ((1, 0), (0, 1)))
         each = core_share * core + (1 - core_share) * universal
