@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANELS = {
-    "contribution": "length of what is added",
-    "relative": "over the length of the whole output",
-    "mass": "share of the combine weights",
+    "contribution": "length added",
+    "relative": "over length of whole output",
+    "mass": "share of combine weights",
 }
 
 

@@ -69,10 +69,17 @@ def _draw_reached(ax: Axes, table: pd.DataFrame, look: list[str]) -> None:
     for row, (colour, (_, one)) in enumerate(zip(look, table.iterrows(), strict=True)):
         low, high = min(one["images_low"], end), min(one["images_high"], end)
         ax.hlines(row, low, high, color=colour, lw=3, alpha=0.4)
-        if np.isinf(one["images_high"]):
-            ax.plot(end, row, ">", color=colour, ms=4, clip_on=False)
         never = np.isnan(one["images"])
-        ax.plot(end if never else one["images"], row, "x" if never else "o", color=colour, ms=5)
+        if np.isinf(one["images_high"]) and not never:
+            ax.plot(end, row, ">", color=colour, ms=4, clip_on=False)
+        ax.plot(
+            end if never else one["images"],
+            row,
+            "x" if never else "o",
+            color=colour,
+            ms=5,
+            clip_on=False,
+        )
     ax.set(xlabel=f"images seen until {100 * table['level'].iloc[0]:.0f} % top-1")
     ax.set_xlim(0, end)
 

@@ -30,8 +30,11 @@ def test_ends_and_images_needed_stand_side_by_side():
     drawn = left.collections[-1].get_offsets()[:, 0]
     assert drawn.tolist() == pytest.approx((100 * table["top1"]).tolist())
     marks = [line.get_marker() for line in right.lines]
-    assert (marks.count("o"), marks.count("x"), marks.count(">")) == (1, 2, 2)
+    assert (marks.count("o"), marks.count("x"), marks.count(">")) == (1, 2, 0)
     assert "70 %" in right.get_xlabel()
+    barely = measure.learned(TRAINED, level=table["top1"].iloc[0])
+    (first, *_) = plots.learned(barely).axes[1].lines
+    assert first.get_marker() == ">"
 
 
 def test_sure_differences_are_bold():
