@@ -31,8 +31,8 @@ _CONTROLS = {
 def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw retention against the MACs saved (Pareto), one panel for each family of systems.
 
-    Every panel shows all other systems in light grey, and in black the frontier: the most that any
-    system keeps at so many MACs. Bars are intervals over images and seeds. Systems of a panel stand
+    Every panel shows all other systems in light grey, and in black the frontier: the system of each
+    budget that keeps most. Bars are intervals over images and seeds. Systems of a panel stand
     a little apart. Hollow marks cannot reduce MACs.
 
     Parameters
@@ -57,7 +57,7 @@ def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     fig.supylabel("top-1 retained (% of the dense model's)")
     handles = [Line2D([], [], color="black", lw=1, ls=":"), Line2D([], [], **_FAINT)]
     handles.append(Line2D([], [], color=style.GREY, lw=1))
-    names = ["most that any system keeps", "systems of other families", "dense model"]
+    names = ["most that a system keeps", "systems of other families", "dense model"]
     fig.legend(handles, names, loc="outside upper left", ncols=3, borderpad=0)
     return finish(fig, table, caption)
 
@@ -88,7 +88,9 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     axes[0, 0].invert_yaxis()
     fig.supxlabel("top-1 retained (% of the dense model's)")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper left", ncols=5, borderpad=0)
+    fig.legend(
+        handles, names, loc="outside upper left", ncols=5 if len(budgets) > 1 else 3, borderpad=0
+    )
     return finish(fig, table, caption)
 
 
@@ -100,12 +102,11 @@ def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _frontier(known: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Steps of the most that is kept by a system that saves at least so many MACs."""
-    rows = known[known["macs_reduction"] > 0].sort_values(["macs_reduction", "mean"])
-    most = rows["mean"][::-1].cummax()[::-1]
-    x = np.concatenate([[0], 100 * np.repeat(rows["macs_reduction"].to_numpy(), 2)])
-    y = 100 * np.repeat(most.to_numpy(), 2)
-    return x[: len(y)], y
+    """The dense model, and of each budget the system that saves MACs and keeps most."""
+    saving = known[known["reduces_macs"] > 0]
+    best = saving.loc[saving.groupby("macs_asked")["mean"].idxmax()]
+    points = best.sort_values("macs_reduction")[["macs_reduction", "mean"]].to_numpy()
+    return tuple(100 * np.vstack([[0, 1], points]).T)
 
 
 def _draw(ax: Axes, rows: pd.DataFrame, *, shift: float = 0.0, **look: object) -> None:

@@ -52,9 +52,8 @@ def test_points_are_percent_and_the_frontier_is_the_most_that_is_kept(table):
     ax = plots.comparison(table).axes[0]
     own = next(line for line in ax.lines if line.get_label() == "best")
     assert own.get_xydata().tolist() == [pytest.approx([20, 78]), pytest.approx([30, 68])]
-    front = next(line for line in ax.lines if line.get_linestyle() == ":").get_ydata()
-    assert front.max() == pytest.approx(78)
-    assert front.min() == pytest.approx(68)
+    front = next(line for line in ax.lines if line.get_linestyle() == ":").get_xydata()
+    assert front.tolist() == [[0, 100], pytest.approx([20, 78]), pytest.approx([30, 68])]
 
 
 def test_seeds_are_one_point(table):
