@@ -175,6 +175,6 @@ def _caption(rows: list[Row]) -> str:
     )  # fmt: skip
     return (
         f"{rows[0]['n_images'] if rows else 0} images evaluated, reference: the dense model; "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, bars are 95 % intervals of a bootstrap of images and seeds; MACs "
-        f"as experts are used on these images, routers included{timed}."
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, bars are 95 % intervals of a bootstrap of images "
+        f"and seeds; MACs as experts are used on these images, routers included{timed}."
     )
