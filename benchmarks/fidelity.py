@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import time
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -20,18 +19,17 @@ from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from fidelity_tables import COLUMNS, budget_name, change, write
 
 from moee_analysis import measure
 from moee_analysis.config import ExtractConfig
 from moee_analysis.controls import randomly_routed, with_one_expert, with_random_centres
-from moee_analysis.counting import count, count_parameters, moe_macs
+from moee_analysis.counting import count, count_parameters
 from moee_analysis.environment import describe_device, versions
 from moee_analysis.errors import MoeeError
+from moee_analysis.expert_layers import counting_usage, macs_as_used
 from moee_analysis.extraction import extract
 from moee_analysis.images import load_images
-from moee_analysis.layers import moe_layers, moe_names
 from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.paths import store_folder
 from moee_analysis.presets import PRESETS, preset_named
@@ -39,9 +37,10 @@ from moee_analysis.rivals.static_pruning import BASELINES, config_of, prune
 from moee_analysis.store import content_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
+    import torch
     from torch import nn
 
     from moee_analysis.extraction import Extraction
@@ -257,43 +256,23 @@ def _made(bench: Bench, name: str, point: Point, seed: int) -> tuple[Row, nn.Mod
 
 def _numbers(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, Row]:
     """Accuracy beside the dense model, and what is saved, of all models in one pass."""
-    with counting_routes(models) as routes:
+    with counting_usage(models) as usage:
         table = measure.accuracy(models, bench.images, reference=bench.model)
     table = table.rename(columns={"reference_top1": "dense_top1"}).set_index("system")
     found = {}
     for name, model in models.items():
-        numbers = table.loc[name].to_dict() | savings(model, bench.model, routes[name])
+        numbers = table.loc[name].to_dict() | savings(model, bench.model, usage[name])
         known = {n: float(numbers[n]) for n in COLUMNS if n in numbers}
         found[name] = {n: v if math.isfinite(v) else None for n, v in known.items()}
     return found
 
 
-@contextmanager
-def counting_routes(
-    models: Mapping[str, nn.Module],
-) -> Iterator[dict[str, dict[int, torch.Tensor]]]:
-    """While open, count the tokens of every expert: (experts,) by model and layer index."""
-    counts: dict[str, dict[int, torch.Tensor]] = {name: {} for name in models}
-    with ExitStack() as hooks:
-        for name, model in models.items():
-            for index, layer in moe_layers(model).items():
-                total = counts[name][index] = torch.zeros(layer.n_experts, dtype=torch.int64)
-                hooks.callback(layer.router.register_forward_hook(partial(_add, total)).remove)
-        yield counts
-
-
-def _add(total: torch.Tensor, _router: nn.Module, _args: tuple, chosen: torch.Tensor) -> None:
-    total += chosen.flatten().cpu().bincount(minlength=len(total))
-
-
 def savings(
-    model: nn.Module, dense: nn.Module, routes: Mapping[int, torch.Tensor]
+    model: nn.Module, dense: nn.Module, usage: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
-    """Shares of the dense MACs and stored parameters saved, with ``routes`` as counted above."""
-    names, layers = moe_names(model), moe_layers(model)
-    cost = {names[i]: layers[i].macs_per_token(n / n.sum()) for i, n in routes.items()}
+    """Shares of the dense MACs and stored parameters saved, experts used as ``usage`` says."""
     return {
-        "macs_reduction": 1 - moe_macs(model, cost) / count(dense).total,
+        "macs_reduction": 1 - macs_as_used(model, usage) / count(dense).total,
         "params_reduction": 1 - count_parameters(model) / count_parameters(dense),
     }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fidelity import Bench, Point, add_inputs, check_apart, counting_routes, savings
+from fidelity import Bench, Point, add_inputs, check_apart, savings
 from inference_tables import ALIKE, DENSE, facts_of, reasons, speed, told, write
 from torch import nn
 from torch.utils.benchmark import set_torch_threads, timer
@@ -26,6 +26,7 @@ from torch.utils.benchmark import set_torch_threads, timer
 from moee_analysis.counting import tokens_of
 from moee_analysis.dense_layers import compute_in_blocks, without_routing
 from moee_analysis.errors import MoeeError
+from moee_analysis.expert_layers import counting_usage
 from moee_analysis.extraction import load
 from moee_analysis.images import load_images
 from moee_analysis.layers import all_mlps, moe_layers, set_dispatch
@@ -100,11 +101,11 @@ def promises(
     for model in models.values():
         set_dispatch(model, "masked")  # which needs no choice: the first ones are timed later
     like = next(dense.parameters())
-    with counting_routes(models) as routes, torch.inference_mode():
+    with counting_usage(models) as usage, torch.inference_mode():
         for x in images.batches(dense):
             for model in models.values():
                 model(x.to(like))
-    saved = {name: savings(model, dense, routes[name]) for name, model in models.items()}
+    saved = {name: savings(model, dense, usage[name]) for name, model in models.items()}
     return {name: 1 / (1 - shares["macs_reduction"]) for name, shares in saved.items()}
 
 

@@ -173,8 +173,9 @@ def _caption(rows: list[Row]) -> str:
         f"; times of batches of {times[0]['batch_size']} with {times[0]['threads']} threads"
         if times else ""
     )  # fmt: skip
+    several = "s" * (len(seeds) > 1)
     return (
         f"{rows[0]['n_images'] if rows else 0} images evaluated, reference: the dense model; "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, bars are 95 % intervals of a bootstrap of images "
-        f"and seeds; MACs as experts are used on these images, routers included{timed}."
+        f"{len(seeds)} seed{several}, bars are 95 % intervals of a bootstrap of images and seeds; "
+        f"MACs as experts are used on these images, routers included{timed}."
     )
