@@ -76,10 +76,13 @@ class SpheroRouter(nn.Module):
         )
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return products of tokens and queries, (images, tokens, experts x slots)."""
+        """Return products of tokens and queries, (images, tokens, experts x slots).
+
+        They have the precision of the queries, which autocast may lower in the product.
+        """
         queries = functional.normalize(self.query_norm(self.queries.flatten(0, 1)), dim=1)
         keys = functional.normalize(tokens, dim=2) if self.normalize_key else tokens
-        return keys @ queries.T
+        return (keys @ queries.T).to(self.queries.dtype)
 
 
 class ExpertDropout(nn.Module):

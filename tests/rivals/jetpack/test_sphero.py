@@ -23,6 +23,15 @@ def test_slots_are_made_of_all_of_the_tokens_and_tokens_of_all_of_the_slots(comb
     assert (combined >= 0).all()
 
 
+@pytest.mark.parametrize("combine", COMBINES)
+def test_low_precision_products_still_give_shares(combine):
+    router = SpheroRouter(16, 60, slots=3, combine=combine)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        dispatch, combined = router(tokens())
+    torch.testing.assert_close(dispatch.sum(dim=1), torch.ones(2, 180), atol=1e-4, rtol=0)
+    torch.testing.assert_close(combined.sum(dim=2), torch.ones(2, 9), atol=1e-4, rtol=0)
+
+
 def test_logits_are_cosines_of_normed_queries_each_for_itself():
     router = SpheroRouter(16, 3, slots=2).requires_grad_(requires_grad=False)
     router.query_norm.weight.uniform_(0.5, 2)
