@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from moee_analysis import measure, plots
 from moee_analysis.environment import describe_device, versions
@@ -51,12 +52,13 @@ class Task:
     recipe: SupervisedConfig
     seeds: Sequence[int]
     resamples: int = 2000
+    workers: int = 1
 
     def trained(self, study: JetpackStudy, part: str, store: Path) -> Trainings:
         """Train every start of a part of the study."""
         return measure.trainings(
             getattr(study, part)(), self.training, self.images, self.recipe, seeds=self.seeds,
-            store=store,
+            store=store, workers=self.workers,
         )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.classes:
             sets = tuple(each.of_classes(options.classes) for each in sets)
         training, images = sets[0].limit(options.limit), sets[1].limit(options.evaluated)
-        task = Task(training, images, recipe, options.seeds)
+        task = Task(training, images, recipe, options.seeds, workers=options.workers)
         run(study, task, parts=options.parts, store=store, out=options.out)
     except MoeeError as error:
         parser.exit(2, f"jetpack: {error}\n")
@@ -166,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="scenes to train on; else all")
     add("--evaluated", type=int, help="scenes to evaluate; else all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--workers", type=int, default=torch.get_num_threads(), help="processes that train")
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     for name, kind in RECIPE.items():
         add(f"--{name.replace('_', '-')}", type=kind, help="as in SupervisedConfig")
