@@ -171,6 +171,17 @@ def extract(
     return _through_store(model, images, config, root=Path(store), limits=limits)
 
 
+def convert(
+    dense: nn.Module,
+    images: ImageSet,
+    config: ExtractConfig | None = None,
+    *,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Return the model of :func:`extract` alone: the interface that all systems share."""
+    return extract(dense, images, config, store=store).model
+
+
 def _through_store(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path, limits: Limits
 ) -> Extraction:
