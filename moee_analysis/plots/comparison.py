@@ -77,13 +77,13 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     budgets = sorted(routed["macs_asked"].unique())
     systems = list(routed["system"].drop_duplicates())
     fig, axes = style.figure(
-        2.2 + 2.3 * len(budgets), 1.3 + 0.3 * len(systems), 1, len(budgets), sharey=True,
+        2.4 + 2.4 * len(budgets), 1.3 + 0.3 * len(systems), 1, len(budgets), sharey=True,
         sharex=True, squeeze=False,
     )  # fmt: skip
     for ax, budget in zip(axes[0], budgets, strict=True):
         rows = routed[routed["macs_asked"] == budget].set_index("system").reindex(systems)
         _draw_controls(ax, rows)
-        ax.set_title(f"asked to save {100 * budget:g} % of the MACs")
+        ax.set_title(f"asked for −{100 * budget:g} % MACs")
     axes[0, 0].set_yticks(range(len(systems)), systems)
     axes[0, 0].invert_yaxis()
     fig.supxlabel("top-1 retained (% of the dense model's)")

@@ -65,7 +65,7 @@ def test_seeds_are_one_point(table):
 def test_controls_of_routed_systems_beside_static_pruning(table):
     axes = plots.routing_controls(table).axes
     assert [ax.get_title(loc="left") for ax in axes] == [
-        "asked to save 20 % of the MACs", "asked to save 30 % of the MACs",
+        "asked for −20 % MACs", "asked for −30 % MACs",
     ]  # fmt: skip
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["MoEE, best", "top-1"]
     drawn = {line.get_label(): list(line.get_xdata()) for line in axes[0].lines}
