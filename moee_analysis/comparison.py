@@ -267,7 +267,7 @@ def _times(contest: Contest, models: Mapping[str, nn.Module]) -> dict[str, Row]:
         return {}
     quickest = {name: without_routing(model) for name, model in models.items()}
     table = measure.latency(
-        quickest, contest.images, reference=contest.dense, batch_size=BATCH, rounds=3, seconds=0.05
+        quickest, contest.images, reference=contest.dense, batch_size=BATCH, rounds=5, seconds=0.05
     )
     return {row.pop("system"): row for row in table.to_dict("records")}
 
