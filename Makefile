@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "Setting up $(VENV) with $$($$python --version); this takes a few minutes once."; \
 	    $$python -m venv $(VENV); fi
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --only-binary pymetis -e '.[graph]' \
+	    || echo "Without METIS here: graphs of neurons are divided by their eigenvectors."
 	@touch $@
 
 report: $(STAMP)
