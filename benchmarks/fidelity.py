@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fidelity_tables import COLUMNS, budget_name, change, write
 
 from moee_analysis import measure
+from moee_analysis.apart import check_apart
 from moee_analysis.config import ExtractConfig
 from moee_analysis.controls import randomly_routed, with_one_expert, with_random_centres
 from moee_analysis.counting import count, count_parameters
@@ -165,7 +166,7 @@ def run(
     MoeeError
         Images that are calibration images too; an ``out`` of another model or other images.
     """
-    check_apart(bench)
+    check_apart(bench.calibration, bench.images, use="used for calibration")
     facts, rows = found_in(out, bench.facts())
     out.mkdir(parents=True, exist_ok=True)
     tasks = [(point, seed) for point in points for seed in seeds]
@@ -180,18 +181,6 @@ def run(
             facts = bench.facts() | _circumstances()
             write(out, facts, rows, order=list(SYSTEMS))
     return write(out, facts, rows, order=list(SYSTEMS))
-
-
-def check_apart(bench: Bench) -> None:
-    """Refuse to measure on images that the systems are made from."""
-    made_from, seen = (
-        {s.source.digest(row) for row in s.rows} for s in (bench.calibration, bench.images)
-    )
-    if made_from & seen:
-        raise MoeeError(
-            "images that are not used for calibration", f"{len(made_from & seen)} that are",
-            "choose other --images, or another --calibration",
-        )  # fmt: skip
 
 
 def found_in(out: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]:
@@ -292,20 +281,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
     parser = _parser()
     options = parser.parse_args(argv)
-    sizes = preset_named(options.preset)
     try:
-        bench = Bench(
-            load_model(options.model, weights=options.weights),
-            load_images(options.calibration, split="calibration", limit=sizes.calibration_images),
-            load_images(options.images, limit=options.limit or sizes.evaluation_images),
-            options.preset,
-            options.store or store_folder(),
-        )
+        bench = Bench(*inputs(options), options.preset, options.store or store_folder())
         asked = {name: getattr(options, name) for name in ("systems", "points", "seeds", "out")}
         run(bench, **asked)
     except MoeeError as error:
         parser.exit(2, f"fidelity: {error}\n")
     print(f"written to {options.out}")
+
+
+def inputs(options: argparse.Namespace) -> tuple[nn.Module, ImageSet, ImageSet]:
+    """Return the model, the images to calibrate with and those to measure on, as asked for."""
+    sizes = preset_named(options.preset)
+    return (
+        load_model(options.model, weights=options.weights),
+        load_images(options.calibration, split="calibration", limit=sizes.calibration_images),
+        load_images(options.images, limit=options.limit or sizes.evaluation_images),
+    )
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:

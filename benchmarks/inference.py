@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fidelity import Bench, Point, add_inputs, check_apart, savings
+from fidelity import Bench, Point, add_inputs, savings
 from inference_tables import ALIKE, DENSE, facts_of, reasons, speed, told, write
 from torch import nn
 from torch.utils.benchmark import set_torch_threads, timer
 
+from moee_analysis.apart import check_apart
 from moee_analysis.counting import tokens_of
 from moee_analysis.dense_layers import compute_in_blocks, without_routing
 from moee_analysis.errors import MoeeError
@@ -239,7 +240,7 @@ def extracted(options: Namespace, dense: nn.Module, images: ImageSet) -> dict[st
     limit = preset_named(options.preset).calibration_images
     calibration = load_images(options.calibration, split="calibration", limit=limit)
     bench = Bench(dense, calibration, images, options.preset, options.store or store_folder())
-    check_apart(bench)
+    check_apart(calibration, images, use="used for calibration")
     names = EXTRACTED | {ATTENTION[mode]: ATTENTION[mode] for mode in options.attention}
     runs = {}
     for name, known_as in names.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from fidelity import add_inputs
+from fidelity import add_inputs, inputs
 from fidelity_tables import change
 
 from moee_analysis import plots
@@ -23,10 +23,8 @@ from moee_analysis.comparison import POINTS, Contest, compare
 from moee_analysis.comparison_rows import comparison_table
 from moee_analysis.environment import describe_device, versions
 from moee_analysis.errors import MoeeError
-from moee_analysis.images import load_images
-from moee_analysis.models import architecture, fingerprint, load_model
+from moee_analysis.models import architecture, fingerprint
 from moee_analysis.paths import store_folder
-from moee_analysis.presets import preset_named
 from moee_analysis.store import write_json
 from moee_analysis.systems import SYSTEMS, systems_named
 
@@ -159,15 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
     parser = _parser()
     options = parser.parse_args(argv)
-    sizes = preset_named(options.preset)
     try:
-        contest = Contest(
-            load_model(options.model, weights=options.weights),
-            load_images(options.calibration, split="calibration", limit=sizes.calibration_images),
-            load_images(options.images, limit=options.limit or sizes.evaluation_images),
-            options.preset,
-            options.store or store_folder(),
-        )
+        contest = Contest(*inputs(options), options.preset, options.store or store_folder())
         asked = {n: getattr(options, n) for n in ("macs_reductions", "seeds", "systems", "out")}
         run(contest, **asked)
     except MoeeError as error:

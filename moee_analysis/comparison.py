@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moee_analysis import measure
+from moee_analysis.apart import check_apart
 from moee_analysis.comparison_rows import (
     accuracy_of,
     balance_of,
@@ -62,14 +63,7 @@ class Contest:
     latency: bool = True
 
     def __post_init__(self) -> None:
-        made_from, seen = (
-            {s.source.digest(row) for row in s.rows} for s in (self.calibration, self.images)
-        )
-        if made_from & seen:
-            raise MoeeError(
-                "images that are not used for calibration", f"{len(made_from & seen)} that are",
-                "choose other images",
-            )  # fmt: skip
+        check_apart(self.calibration, self.images, use="used for calibration")
 
 
 @dataclass(frozen=True)

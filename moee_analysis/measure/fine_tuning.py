@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moee_analysis.apart import check_apart
 from moee_analysis.counting import count
 from moee_analysis.errors import MoeeError
 from moee_analysis.finetuning import finetune
@@ -105,12 +106,7 @@ def _check(
 ) -> None:
     if not seeds or not runs or not all(runs.values()):
         raise MoeeError("a run or more of every system, and a seed", "none", "name some")
-    digests = [{s.source.digest(row) for row in s.rows} for s in (training, images)]
-    if set.intersection(*digests):
-        raise MoeeError(
-            "images to evaluate that are not trained on",
-            f"{len(set.intersection(*digests))} that are", "choose others",
-        )  # fmt: skip
+    check_apart(training, images, use="trained on")
 
 
 def _scored(scores: Scores, own: np.ndarray) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import nn
 
+from moee_analysis.apart import check_apart
 from moee_analysis.counting import count, count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.training_jobs import HISTORY, RIGHT, WEIGHTS, TrainingBench, TrainingJob
@@ -137,12 +138,7 @@ def _check(
 ) -> None:
     if not starts or not seeds or len(set(seeds)) < len(seeds):
         raise MoeeError("a start or more, and seeds that differ", "none, or twice", "name some")
-    digests = [{s.source.digest(row) for row in s.rows} for s in (training, images)]
-    if set.intersection(*digests):
-        raise MoeeError(
-            "images to evaluate that are not trained on",
-            f"{len(set.intersection(*digests))} that are", "choose others",
-        )  # fmt: skip
+    check_apart(training, images, use="trained on")
 
 
 def _size(name: str, model: nn.Module) -> dict[str, Any]:
