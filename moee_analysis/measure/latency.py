@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -60,9 +61,10 @@ def latency(
     size = min(batch_size or fitting_batch(reference), len(images))
     batches = drawn(images, size, reference)
     every = {**models, None: reference}
-    with evaluating(reference):
+    with ExitStack() as stack:
         for model in every.values():
-            model.eval()(batches[0])  # layers find out which way of computing them is the fastest
+            stack.enter_context(evaluating(model))
+            model(batches[0])  # layers find out which way of computing them is the fastest
         times = [in_turn(every, batches, number, seconds=seconds) for number in range(rounds)]
     rows = [_row(name, times) for name in models]
     facts = {"batch_size": size, "threads": torch.get_num_threads()}

@@ -32,6 +32,13 @@ def test_times_are_ratios_to_the_reference(no_clock):
     assert set(table["batch_size"]) == {9}
 
 
+def test_models_keep_their_training_flags(no_clock):
+    own, reference = toy_vit(depth=1).train(), toy_vit(depth=1).train()
+    measure.latency({"own": own}, IMAGES, reference=reference, rounds=1)
+    assert own.training
+    assert reference.training
+
+
 def test_a_round_that_was_disturbed_does_not_count(monkeypatch):
     own, reference = toy_vit(depth=1), toy_vit(depth=1)
     times = {own: iter([9.0, 2.0, 2.5]), reference: iter([4.0, 4.5, 40.0])}
