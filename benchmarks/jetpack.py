@@ -109,7 +109,12 @@ def _contributions(out: Path, study: JetpackStudy, task: Task, trained: Training
         ).assign(seed=seed)
         for seed in task.seeds
     ]
-    _kept(out, "contributions", plots.contributions, pd.concat(tables, ignore_index=True))
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs["caption"] = (
+        f"Jetpack, {len(task.images)} images: means over all tokens; "
+        f"bands are the range of {len(task.seeds)} seeds."
+    )
+    _kept(out, "contributions", plots.contributions, table)
 
 
 def _kept(out: Path, name: str, plot: Any, table: pd.DataFrame) -> None:
