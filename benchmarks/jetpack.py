@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,18 @@ from moee_analysis.environment import describe_device, versions
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import load_images
 from moee_analysis.jetpack_starts import JETPACK, PRETRAINED, JetpackStudy
-from moee_analysis.models import BUNDLED, load_model
+from moee_analysis.models import BUNDLED, architecture, load_model
 from moee_analysis.paths import store_folder
 from moee_analysis.store import write_json
 from moee_analysis.supervised_config import SupervisedConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from moee_analysis.images import ImageSet
     from moee_analysis.measure import Trainings
+
+    Write = Callable[[str, Any, pd.DataFrame], None]
 
 PARTS = ("components", "methods", "core_shares", "sizes")
 HEAD = """\
@@ -54,6 +57,13 @@ class Task:
     resamples: int = 2000
     workers: int = 1
 
+    def told(self, study: JetpackStudy) -> str:
+        """What all captions begin with."""
+        classes = ", ".join(dict.fromkeys(self.images.folders))
+        width = study.jetpack_config().width
+        name = architecture(study.dense)
+        return f"Successors of width {width} of the model '{name}' learn {classes}."
+
     def trained(self, study: JetpackStudy, part: str, store: Path) -> Trainings:
         """Train every start of a part of the study."""
         return measure.trainings(
@@ -72,11 +82,12 @@ def run(study: JetpackStudy, task: Task, *, parts: Sequence[str], store: Path, o
     """
     trained = {part: task.trained(study, part, store) for part in parts}
     out.mkdir(parents=True, exist_ok=True)
-    tables = {part: _written(out, part, found, task) for part, found in trained.items()}
+    write = partial(_kept, out, task.told(study))
+    tables = {part: _written(write, part, found, task) for part, found in trained.items()}
     with_jetpack = [found for found in trained.values() if JETPACK in found.starts]
     if with_jetpack:
-        _contributions(out, study, task, with_jetpack[0])
-    caption = trained[parts[0]].caption
+        _contributions(write, study, task, with_jetpack[0])
+    caption = f"{task.told(study)} {trained[parts[0]].caption}"
     texts = [f"## {part.replace('_', ' ')}\n\n{as_markdown(t)}" for part, t in tables.items()]
     (out / "jetpack.md").write_text("\n\n".join([*texts, caption]) + "\n")
     rows = {part: _plain(table) for part, table in tables.items()}
@@ -88,21 +99,21 @@ def run(study: JetpackStudy, task: Task, *, parts: Sequence[str], store: Path, o
     write_json(out / "jetpack.json", {"facts": facts, "rows": rows})
 
 
-def _written(out: Path, part: str, trained: Trainings, task: Task) -> pd.DataFrame:
+def _written(write: Write, part: str, trained: Trainings, task: Task) -> pd.DataFrame:
     """Write curves, ends and differences of one part; return the ends."""
     level = None
     if PRETRAINED in trained.starts:
         level = float(trained.right[trained.starts.index(PRETRAINED), :, -1].mean())
     drawn = {"resamples": task.resamples}
     ends = measure.learned(trained, level=level, **drawn)
-    _kept(out, f"{part}_curves", plots.learning_curves, measure.learning_curves(trained, **drawn))
-    _kept(out, f"{part}_ends", plots.learned, ends)
+    write(f"{part}_curves", plots.learning_curves, measure.learning_curves(trained, **drawn))
+    write(f"{part}_ends", plots.learned, ends)
     pairs = measure.which_beats_which(trained, **drawn)
-    _kept(out, f"{part}_differences", plots.which_beats_which, pairs)
+    write(f"{part}_differences", plots.which_beats_which, pairs)
     return ends
 
 
-def _contributions(out: Path, study: JetpackStudy, task: Task, trained: Trainings) -> None:
+def _contributions(write: Write, study: JetpackStudy, task: Task, trained: Trainings) -> None:
     tables = [
         measure.contributions(
             trained.trained(JETPACK, seed, study.jetpack()(seed)), task.images
@@ -111,15 +122,15 @@ def _contributions(out: Path, study: JetpackStudy, task: Task, trained: Training
     ]
     table = pd.concat(tables, ignore_index=True)
     table.attrs["caption"] = (
-        f"Jetpack, {len(task.images)} images: means over all tokens; "
+        f"MoE Jetpack, {len(task.images)} images: means over all tokens; "
         f"bands are the range of {len(task.seeds)} seeds."
     )
-    _kept(out, "contributions", plots.contributions, table)
+    write("contributions", plots.contributions, table)
 
 
-def _kept(out: Path, name: str, plot: Any, table: pd.DataFrame) -> None:
+def _kept(out: Path, told: str, name: str, plot: Any, table: pd.DataFrame) -> None:
     table.to_csv(out / f"{name}.csv", index=False)
-    plot(table).savefig(out / f"{name}.png")
+    plot(table, caption=f"{told} {table.attrs['caption']}").savefig(out / f"{name}.png")
 
 
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
