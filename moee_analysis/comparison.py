@@ -29,7 +29,7 @@ from moee_analysis.extraction import Extraction
 from moee_analysis.layers import set_dispatch
 from moee_analysis.measure.accuracy import REFERENCE, image_scores
 from moee_analysis.measure.resampling import over_seeds
-from moee_analysis.progress import progress, tell
+from moee_analysis.progress import progress, tell, unwatched
 from moee_analysis.systems import STATIC, Asked, System, systems_named
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ def _entries(contest: Contest, systems: Mapping[str, System], asked: Asked) -> I
 def _made(contest: Contest, name: str, system: System, asked: Asked) -> Entry:
     started = time.perf_counter()
     try:
-        made = system.make(contest.dense, contest.calibration, asked, store=contest.store)
+        with unwatched():
+            made = system.make(contest.dense, contest.calibration, asked, store=contest.store)
     except MoeeError as error:
         tell(f"{name}: {error}")
         return Entry(name, system, time.perf_counter() - started, reason=str(error))

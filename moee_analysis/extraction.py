@@ -24,7 +24,7 @@ from moee_analysis.memory import expected
 from moee_analysis.models import architecture, fingerprint, load_model
 from moee_analysis.narrowing import narrowed
 from moee_analysis.planning import LayerPlan, plan_layers
-from moee_analysis.progress import tell
+from moee_analysis.progress import tell, tell_progress
 from moee_analysis.recording import check_unchanged
 from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
 from moee_analysis.sizing import sized, without_thin
@@ -200,7 +200,7 @@ def _extract(
 ) -> Extraction:
     provenance = _provenance(model, images, config)
     calibration = Calibration(model, images, config, root, limits)
-    tell(str(expected(calibration)))
+    tell_progress(str(expected(calibration)))
     if not calibration.on_disk:
         tell("the disk has no room for the tokens: every pass over them runs the model again")
     attentions = plan_attentions(model, images, config, root=root)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from tqdm.std import tqdm
@@ -13,10 +15,22 @@ from moee_analysis.distributed import rank
 
 T = TypeVar("T")
 
+_UNWATCHED: ContextVar[bool] = ContextVar("unwatched", default=False)
+
 
 def is_headless() -> bool:
     """Whether nobody is watching: the report runner sets ``MOEE_HEADLESS=1``."""
-    return os.environ.get("MOEE_HEADLESS") == "1"
+    return _UNWATCHED.get() or os.environ.get("MOEE_HEADLESS") == "1"
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """While open, nothing is said of progress: for one of many jobs that have a bar in common."""
+    before = _UNWATCHED.set(True)
+    try:
+        yield
+    finally:
+        _UNWATCHED.reset(before)
 
 
 def tell(line: str) -> None:

@@ -25,7 +25,7 @@ from moee_analysis.activation_files import (
 )
 from moee_analysis.activations import Activations, LayerSample, recording
 from moee_analysis.errors import MoeeError
-from moee_analysis.progress import progress, tell
+from moee_analysis.progress import progress, tell_progress
 from moee_analysis.sensitivity import output_gradients
 from moee_analysis.store import content_key, resumed, write_json
 
@@ -183,7 +183,7 @@ def _record_into(folder: Path, *, task: Recording, label: str) -> None:
     done = folder / "progress.json"
     if not done.exists():
         if label:
-            tell(_what(task))
+            tell_progress(_what(task))
         create(folder, task.one_row, task.rows)
         for count in set(task.tokens.values()):
             rows = len(task.images) * len(task.plan.weights(count))

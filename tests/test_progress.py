@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import sys
 
-from moee_analysis.progress import is_headless, progress
+import pytest
+
+from moee_analysis.progress import is_headless, progress, tell_progress, unwatched
 
 
 def test_a_log_gets_one_line_per_tenth(monkeypatch, capsys):
@@ -26,3 +28,18 @@ def test_a_headless_notebook_gets_nothing(monkeypatch, capsys):
     assert is_headless()
     assert list(progress([1, 2], label="working")) == [1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_one_of_many_jobs_says_nothing_until_it_is_over(monkeypatch, capsys):
+    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
+    with pytest.raises(ZeroDivisionError), unwatched():
+        _fails_after_a_step()
+    assert capsys.readouterr() == ("", "")
+    tell_progress("the next job")
+    assert capsys.readouterr().out == "the next job\n"
+
+
+def _fails_after_a_step():
+    tell_progress("a step")
+    assert list(progress([1, 2], label="working")) == [1, 2]
+    raise ZeroDivisionError
