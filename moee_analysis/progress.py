@@ -19,7 +19,7 @@ _UNWATCHED: ContextVar[bool] = ContextVar("unwatched", default=False)
 
 
 def is_headless() -> bool:
-    """Whether nobody is watching: the report runner sets ``MOEE_HEADLESS=1``."""
+    """Whether nobody is watching: ``MOEE_HEADLESS=1`` (as in reports), or :func:`unwatched`."""
     return _UNWATCHED.get() or os.environ.get("MOEE_HEADLESS") == "1"
 
 
