@@ -38,6 +38,8 @@ from moee_analysis.measure.similarity import similarity as similarity
 from moee_analysis.measure.similarity import similarity_summary as similarity_summary
 from moee_analysis.measure.trainings import Trainings as Trainings
 from moee_analysis.measure.trainings import trainings as trainings
+from moee_analysis.measure.typical import top_patches as top_patches
+from moee_analysis.measure.typical import typical as typical
 from moee_analysis.measure.variants import variants as variants
 from moee_analysis.measure.walkthrough import embedding as embedding
 from moee_analysis.measure.walkthrough import surrogate as surrogate

@@ -37,6 +37,8 @@ from moee_analysis.plots.routing import routing as routing
 from moee_analysis.plots.similarity import similarity as similarity
 from moee_analysis.plots.similarity import similarity_summary as similarity_summary
 from moee_analysis.plots.sweeps import sweeps as sweeps
+from moee_analysis.plots.typical import image_layers as image_layers
+from moee_analysis.plots.typical import top_patches as top_patches
 from moee_analysis.plots.walkthrough import embedding as embedding
 from moee_analysis.plots.walkthrough import patches as patches
 from moee_analysis.plots.walkthrough import surrogate as surrogate

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_hex, to_rgb
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from moee_analysis.plots import style
@@ -12,7 +14,6 @@ from moee_analysis.plots import style
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -38,6 +39,39 @@ def expert_colours(count: int) -> list[str]:
     """
     every = [_mixed(hue, *mixture) for mixture in _MIXTURES for hue in _HUES]
     return [every[place % len(every)] for place in range(count)]
+
+
+def patch_experts(
+    ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: Sequence[str]
+) -> None:
+    """Lay the colours of patches' experts (rows, columns) over a pale grey picture."""
+    height, width = picture.shape[:2]
+    ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
+    ax.imshow(
+        experts, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.68,
+        interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )  # fmt: skip
+
+
+def part_masks(axes: Sequence[Axes], masks: Sequence[np.ndarray]) -> dict[int, str]:
+    """Draw part masks, one on each of ``axes``; return the colours of parts, largest part first."""
+    pixels = np.bincount(np.concatenate([mask.ravel() for mask in masks]))
+    present = np.argsort(-pixels, kind="stable")[: np.count_nonzero(pixels)]
+    place = np.zeros(len(pixels), dtype=np.int64)
+    place[present] = np.arange(len(present))
+    colours = expert_colours(len(present))
+    for ax, mask in zip(axes, masks, strict=False):
+        ax.imshow(
+            place[mask], cmap=ListedColormap(colours), vmin=-0.5, vmax=len(present) - 0.5,
+            interpolation="nearest",
+        )  # fmt: skip
+    return dict(zip(present.tolist(), colours, strict=True))
+
+
+def number(ax: Axes, x: float, y: float, text: str, *, size: float = 7) -> None:
+    """Write ``text`` at a place of a picture, readable on every colour."""
+    halo = [withStroke(linewidth=2, foreground="white")]
+    ax.text(x, y, text, size=size, ha="center", va="center", color=style.INK, path_effects=halo)
 
 
 def square(table: pd.DataFrame, value: str, name: str) -> tuple[np.ndarray, list[str]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.plots import drawing, style
@@ -114,12 +112,7 @@ def _draw_tokens(ax: Axes, tokens: pd.DataFrame) -> None:
     for cluster, part in rest.groupby("cluster"):
         ax.scatter(part["x"], part["y"], s=size, color=colours[cluster], lw=0, rasterized=True)
     for cluster, part in rest.groupby("cluster"):
-        _number(ax, part["x"].median(), part["y"].median(), str(cluster))
-
-
-def _number(ax: Axes, x: float, y: float, text: str) -> None:
-    halo = [withStroke(linewidth=2, foreground="white")]
-    ax.text(x, y, text, size=7, ha="center", va="center", color=style.INK, path_effects=halo)
+        drawing.number(ax, part["x"].median(), part["y"].median(), str(cluster))
 
 
 def _draw_experts(
@@ -127,33 +120,18 @@ def _draw_experts(
 ) -> None:
     """Lay the colours of the experts over the grey pictures; name the experts in the last place."""
     colours = drawing.expert_colours(int(experts.max()) + 1)
-    cmap = ListedColormap(colours)
     for ax, picture, choice in zip(axes, pictures, experts, strict=False):
-        height, width = picture.shape[:2]
-        ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
-        ax.imshow(
-            choice, cmap=cmap, vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.68,
-            interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-        )  # fmt: skip
+        drawing.patch_experts(ax, picture, choice, colours)
     axes[0].set_ylabel(style.layer_label(layer), size=8)
     used = np.unique(experts)
     _name_colours(axes[-1], [(str(e), colours[e]) for e in used], columns=4, title="expert")
 
 
 def _draw_masks(axes: np.ndarray, masks: Sequence[np.ndarray], parts: Sequence[str]) -> None:
-    pixels = np.bincount(np.concatenate([mask.ravel() for mask in masks]))
-    present = np.argsort(-pixels, kind="stable")[: np.count_nonzero(pixels)]
-    place = np.zeros(len(pixels), dtype=np.int64)  # the largest part first
-    place[present] = np.arange(len(present))
-    colours = drawing.expert_colours(len(present))
-    for ax, mask in zip(axes, masks, strict=False):
-        ax.imshow(
-            place[mask], cmap=ListedColormap(colours), vmin=-0.5, vmax=len(present) - 0.5,
-            interpolation="nearest",
-        )  # fmt: skip
+    colours = drawing.part_masks(axes, masks)
     axes[0].set_ylabel("parts", size=8)
     if parts:
-        named = [(parts[value], colour) for value, colour in zip(present, colours, strict=True)]
+        named = [(parts[value], colour) for value, colour in colours.items()]
         _name_colours(axes[-1], named[:_NAMED_PARTS], columns=2, title="part")
 
 
