@@ -1,0 +1,43 @@
+"""What fine-tuning gives back, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moee_analysis.findings.wording import bits, listed, of_each, percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def fine_tuning(table: pd.DataFrame) -> str:
+    """Say what each system keeps before and after, at the largest saving of MACs."""
+    saved = table.groupby("budget")["macs_reduction"].mean()
+    most = table[table["budget"] == saved.idxmax()]
+    told = of_each(most, _stages)
+    return f"At {percent(saved.max())} fewer MACs are kept of the dense top-1: {told}."
+
+
+def history(table: pd.DataFrame) -> str:
+    """Say how far the divergence falls, after which epoch it is lowest, and what then agrees."""
+    named = table if "system" in table else table.assign(system="On images held out")
+    told = of_each(named, _falls)
+    return f"{told}."
+
+
+def _stages(rows: pd.DataFrame) -> str:
+    first = rows.drop_duplicates("stage")
+    return listed(
+        f"{percent(mean)} {stage}"
+        for stage, mean in zip(first["stage"], first["mean"], strict=True)
+    )
+
+
+def _falls(rows: pd.DataFrame) -> str:
+    began, kept = rows.iloc[0], rows.loc[rows["kl"].idxmin()]
+    return (
+        f"the divergence from the dense model goes from {bits(began['kl'])} to "
+        f"{bits(kept['kl'])} nats, its lowest, after epoch {kept['epoch']:.0f}; the same "
+        f"prediction have {percent(began['agreement'])} and {percent(kept['agreement'])} of the "
+        "images"
+    )
