@@ -14,8 +14,13 @@ LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Versions of this package, of Python and of the libraries that make the numbers."""
-    found = {"moee-analysis": _version("moee-analysis"), "python": platform.python_version()}
+    found = {"moee-analysis": own_version(), "python": platform.python_version()}
     return found | {name: _version(name) for name in LIBRARIES}
+
+
+def own_version() -> str:
+    """Version of this package."""
+    return _version("moee-analysis")
 
 
 def describe_device(device: str) -> str:

@@ -156,7 +156,6 @@ def test_moved_weights_can_be_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     "command",
     [
-        [],
         ["explode"],
         ["extract"],
         ["extract", "--out", "run", "--preset", "huge"],
@@ -169,14 +168,6 @@ def test_a_command_that_cannot_be_read_exits_with_2(command, capsys):
         cli.main(command)
     assert stop.value.code == 2
     assert "usage: moee" in capsys.readouterr().err
-
-
-def test_help_names_the_commands(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("extract", "evaluate", "report", "lab"))
 
 
 def test_an_interruption_is_a_failure_without_a_traceback(monkeypatch, capsys, tmp_path):

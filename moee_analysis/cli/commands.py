@@ -1,0 +1,230 @@
+"""What every command does with its arguments; each returns the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS
+from moee_analysis.errors import MoeeError
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.calibration import Limits
+    from moee_analysis.clustering import ClusterConfig
+    from moee_analysis.extraction import Extraction
+
+Command = Callable[["argparse.Namespace"], int]
+
+
+def extract(arguments: argparse.Namespace) -> int:
+    """Take a model apart and save the run."""
+    from moee_analysis.distributed import together
+
+    with together():
+        return _extract_together(arguments)
+
+
+def _extract_together(arguments: argparse.Namespace) -> int:
+    import moee_analysis as moee
+    from moee_analysis.cli.text import layers_text
+    from moee_analysis.distributed import local_device, rank
+    from moee_analysis.saving import check_target
+
+    config = moee.ExtractConfig(
+        recipe=arguments.recipe,
+        macs_reduction=arguments.macs_reduction,
+        params_reduction=arguments.params_reduction,
+        variance_kept=arguments.variance_kept,
+        preset=arguments.preset,
+        seed=arguments.seed,
+        clustering=_clustering(arguments),
+        noise=arguments.noise,
+        attention=arguments.attention,
+        dense_tokens=tuple(arguments.dense_tokens.split(",")) if arguments.dense_tokens else (),
+    )
+    check_target(arguments.out)
+    device = local_device(arguments.device)
+    model = moee.load_model(arguments.model, weights=arguments.weights, device=device)
+    images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
+    run = moee.extract(model, images, config, store=arguments.store, limits=_limits(arguments))
+    if rank() == 0:
+        run.save(arguments.out)
+        print(layers_text(run))
+        print(f"saved to {arguments.out}")
+    return 0
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    from moee_analysis.calibration import Limits
+
+    given = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
+    return Limits(**{name: 1e9 * size for name, size in given.items() if size is not None})
+
+
+def _clustering(arguments: argparse.Namespace) -> ClusterConfig:
+    """The recipe's clustering, reduced as asked for."""
+    from moee_analysis.recipes import recipe_named
+
+    bound = arguments.params_reduction is not None
+    clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
+    return replace(clustering, reduce=arguments.reduce) if arguments.reduce else clustering
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Compare a run with its dense model."""
+    import moee_analysis as moee
+    from moee_analysis.cli.text import numbers_text
+    from moee_analysis.evaluation import evaluate as evaluated
+    from moee_analysis.store import write_json
+
+    if arguments.json:
+        _check_file(arguments.json)
+    run = moee.load(arguments.run)
+    images = moee.load_images(arguments.images, strict=arguments.strict)
+    numbers = evaluated(run, images, weights=arguments.weights, device=arguments.device)
+    if arguments.json:
+        write_json(arguments.json, numbers)
+    print(numbers_text(numbers))
+    return 0
+
+
+def finetune(arguments: argparse.Namespace) -> int:
+    """Train a run towards its dense model."""
+    from moee_analysis.distributed import together
+
+    with together():
+        return _finetune_together(arguments)
+
+
+def _finetune_together(arguments: argparse.Namespace) -> int:
+    import moee_analysis as moee
+    from moee_analysis.cli.text import tuned_text
+    from moee_analysis.distributed import local_device, rank
+    from moee_analysis.models import check_device
+
+    given = {name: getattr(arguments, name) for name in FINETUNE_OPTIONS}
+    config = moee.FinetuneConfig(**{name: v for name, v in given.items() if v is not None})
+    device = local_device(arguments.device)
+    check_device(device)
+    run = moee.load(arguments.run)
+    run.model.to(device)
+    images = moee.load_images(
+        arguments.images, split="train", limit=arguments.limit, strict=arguments.strict
+    )
+    tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
+    if rank() == 0:
+        curve = moee.plots.history(tuned.history, caption=tuned_text(tuned))
+        curve.savefig(arguments.out / "curve.png")
+        print(f"{tuned_text(tuned)}\nsaved to {arguments.out}")
+    return 0 if tuned.finite else 1
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Set all systems side by side."""
+    import moee_analysis as moee
+    from moee_analysis.cli.text import comparison_text
+    from moee_analysis.comparison import Contest
+    from moee_analysis.comparison import compare as compared
+    from moee_analysis.comparison_rows import comparison_table
+    from moee_analysis.presets import preset_named
+    from moee_analysis.store import write_json
+
+    if arguments.json:
+        _check_file(arguments.json)
+    model = moee.load_model(arguments.model, weights=arguments.weights, device=arguments.device)
+    sizes, strict = preset_named(arguments.preset), arguments.strict
+    calibration = moee.load_images(
+        arguments.calibration, split="calibration", limit=sizes.calibration_images, strict=strict
+    )
+    images = moee.load_images(arguments.images, limit=sizes.evaluation_images, strict=strict)
+    contest = Contest(
+        model, calibration, images, arguments.preset, arguments.store, sizes.resamples,
+        latency=not arguments.no_latency,
+    )  # fmt: skip
+    rows = compared(
+        contest, macs_reductions=arguments.macs_reduction, systems=arguments.systems,
+        seeds=range(arguments.seed, arguments.seed + arguments.seeds),
+    )  # fmt: skip
+    if arguments.json:
+        write_json(arguments.json, rows)
+    print(comparison_text(comparison_table(rows)))
+    return 0
+
+
+def atlas(arguments: argparse.Namespace) -> int:
+    """Write the atlas of a run's experts."""
+    import moee_analysis as moee
+    from moee_analysis.atlas import write_atlas
+    from moee_analysis.browser import open_page
+    from moee_analysis.models import check_device
+
+    _check_file(arguments.out)
+    check_device(arguments.device)
+    run = moee.load(arguments.run)
+    run.model.to(arguments.device)
+    images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
+    page = write_atlas(run, images, arguments.out, dense=_dense(run, arguments))
+    print(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    if arguments.open:
+        open_page(page)
+    return 0
+
+
+def _dense(run: Extraction, arguments: argparse.Namespace) -> nn.Module | None:
+    """The dense model of a run, None if it is not there any more."""
+    try:
+        return run.dense(weights=arguments.weights).to(arguments.device)
+    except MoeeError as error:
+        if arguments.weights:
+            raise
+        print(f"without the dense model: {error}")
+        return None
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that cannot be written before computing what belongs into it."""
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder" if path.is_dir() else f"no folder '{path.parent}'"
+        raise MoeeError(f"a place for the file '{path}'", found, "choose another place")
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Run all notebooks and write their pages."""
+    from moee_analysis.browser import open_page
+    from moee_analysis.report import INDEX
+    from moee_analysis.report import report as reported
+
+    names = ("model", "weights", "calibration", "images", "seed")
+    outcomes = reported(
+        {name: getattr(arguments, name) for name in names},
+        out=arguments.out,
+        preset=arguments.preset,
+    )
+    if arguments.open:
+        open_page(arguments.out / INDEX)
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+def lab(arguments: argparse.Namespace) -> int:
+    """Open JupyterLab until it is closed."""
+    from moee_analysis.report import open_lab
+
+    return open_lab(arguments.others)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Say what works here and what a run would cost."""
+    from moee_analysis.cli.doctor_text import diagnosis_json, diagnosis_text
+    from moee_analysis.doctor import examined
+
+    diagnosis = examined(
+        arguments.model, weights=arguments.weights, images=arguments.images, preset=arguments.preset
+    )
+    print(diagnosis_json(diagnosis) if arguments.json else diagnosis_text(diagnosis))
+    return 0 if diagnosis.ok else 1

@@ -1,0 +1,253 @@
+"""What the command line takes: every command with its options, their defaults and units."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.cli import commands
+from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS
+from moee_analysis.cli.guide import GUIDES, WHAT_IT_IS, description_of, examples_of, first_steps
+from moee_analysis.environment import own_version
+from moee_analysis.presets import PRESETS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves paragraphs and examples as they are, and names defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(100, shutil.get_terminal_size().columns) - 2
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told, silent = action.help or "", (None, False, argparse.SUPPRESS)
+        if any(action.default is each for each in silent) or "(default" in told:
+            return told
+        return f"{told} (default: %(default)s)"
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if action.nargs != argparse.PARSER:
+            return super()._format_action(action)
+        return "".join(map(self._format_action, action._get_subactions()))  # without a headline
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; ``command`` is None where none is given."""
+    parser = argparse.ArgumentParser(
+        prog="moee", description=WHAT_IT_IS, epilog=first_steps(), formatter_class=_Help
+    )
+    parser.add_argument("--version", action="version", version=f"moee {own_version()}")
+    parser.set_defaults(command=None, passes_on=False)
+    listed = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (add_options, run) in COMMANDS.items():
+        command = listed.add_parser(
+            name, help=GUIDES[name].line, description=description_of(name),
+            epilog=examples_of(name), formatter_class=_Help,
+        )  # fmt: skip
+        add_options(command)
+        command.set_defaults(command=run)
+    return parser
+
+
+def _extract_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, help="new folder for the run")
+    _model_options(parser)
+    _images(
+        parser, "--calibration", "images to calibrate on: folder of class folders, or 'bundled'"
+    )
+    _budget_options(parser.add_argument_group("how much to save"))
+    _method_options(parser.add_argument_group("how"))
+    _compute_options(parser)
+    _resource_options(parser.add_argument_group("memory and disk"))
+
+
+def _budget_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--macs-reduction", type=float, metavar="SHARE",
+        help="share of all MACs to save, such as 0.28; best without any budget takes 0.28",
+    )  # fmt: skip
+    group.add_argument(
+        "--params-reduction", type=float, metavar="SHARE",
+        help="share of the stored parameters to save; not with the recipe paper",
+    )  # fmt: skip
+    group.add_argument(
+        "--variance-kept", type=float, metavar="SHARE",
+        help="the paper's p, in place of --macs-reduction; paper without any budget takes 0.9",
+    )  # fmt: skip
+
+
+def _method_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recipe", default="paper", metavar="{paper,best}",
+        help="paper: MoEE as published; best: keeps most accuracy",
+    )  # fmt: skip
+    group.add_argument(
+        "--reduce", metavar="{umap,pca,none}",
+        help="before clustering; none is the paper taken literally; else the recipe's",
+    )  # fmt: skip
+    group.add_argument(
+        "--noise", default="reroute", metavar="{reroute,drop,rest}",
+        help="tokens in no cluster: routed like others, left out, or an expert of their own",
+    )  # fmt: skip
+    group.add_argument(
+        "--dense-tokens", metavar="KINDS",
+        help="kinds that keep all neurons, with commas: cls,dist,register,patch; else none",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", metavar="{dense,read,low_rank}",
+        help="left as it is; computed only where it is read; smaller heads too; else the recipe's",
+    )  # fmt: skip
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    _run_and_images(parser, "images to compare on")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    _loading_options(parser)
+
+
+def _finetune_options(parser: argparse.ArgumentParser) -> None:
+    _run_and_images(parser, "images to train on")
+    parser.add_argument("--out", required=True, type=Path, help="new folder for the tuned run")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many images; else all")
+    group = parser.add_argument_group("training")
+    for name, (kind, told) in FINETUNE_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=told)
+    _loading_options(parser)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    _images(
+        parser, "--calibration", "images to calibrate on: folder of class folders, or 'bundled'"
+    )
+    _images(parser, "--images", "other images, to compare on")
+    parser.add_argument(
+        "--macs-reduction", type=float, nargs="+", default=[0.28], metavar="SHARE",
+        help="shares of all MACs to save, one comparison for each (default: 0.28)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--systems", nargs="+", metavar="NAME", help="such as 'MoEE, best'; else all systems"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="how many seeds, from --seed on"
+    )
+    parser.add_argument("--no-latency", action="store_true", help="measure no times")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a row per system there")
+    parser.add_argument("--store", type=Path, help="folder that keeps tokens and clusters")
+    _compute_options(parser)
+
+
+def _atlas_options(parser: argparse.ArgumentParser) -> None:
+    _run_and_images(parser, "images to show")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the HTML file")
+    parser.add_argument(
+        "--limit", type=int, default=200, metavar="N", help="at most so many, even over the classes"
+    )
+    _open_option(parser)
+    _loading_options(parser)
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    _images(parser, "--images", "images to look at: folder of class folders, or 'bundled'")
+    parser.add_argument(
+        "--calibration", metavar="DIR", help="other images, to calibrate on; else half of --images"
+    )
+    parser.add_argument(
+        "--out", default=Path("reports"), type=Path, metavar="DIR", help="folder of the report"
+    )
+    _open_option(parser)
+    _preset_and_seed(parser)
+
+
+def _lab_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "moee lab [-h] [options of jupyter lab ...]"
+    parser.set_defaults(passes_on=True)
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="of the run whose cost is told; else the preset's"
+    )
+    parser.add_argument(
+        "--preset", default="small", choices=PRESETS, help="how much compute that run takes"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for machines")
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    names = "'bundled', 'bundled_swin', 'bundled_convnext' or a timm model name"
+    parser.add_argument("--model", default="bundled", metavar="NAME", help=names)
+    parser.add_argument(
+        "--weights", metavar="FILE", help="a local .safetensors or .pth state dict; else the hub's"
+    )
+
+
+def _images(parser: argparse.ArgumentParser, name: str, told: str) -> None:
+    parser.add_argument(name, default="bundled", metavar="DIR", help=told)
+
+
+def _run_and_images(parser: argparse.ArgumentParser, told: str) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that extract made")
+    _images(parser, "--images", f"{told}: folder of class folders, or 'bundled'")
+
+
+def _loading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="FILE", help="the dense weights, if they have moved")
+    _device_and_strict(parser)
+
+
+def _compute_options(parser: argparse.ArgumentParser) -> None:
+    _preset_and_seed(parser)
+    _device_and_strict(parser)
+
+
+def _preset_and_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="small", choices=PRESETS, help="how much compute")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of everything that is drawn"
+    )
+
+
+def _device_and_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse unreadable images instead of skipping them"
+    )
+
+
+def _open_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--open", action="store_true", help="open it in the browser when finished")
+
+
+def _resource_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--store", type=Path, metavar="DIR",
+        help="folder that keeps tokens and clusters; with it a killed run goes on where it was",
+    )  # fmt: skip
+    group.add_argument(
+        "--memory-gb", type=float, metavar="GB", help="for sums over the tokens (default: 4)"
+    )
+    group.add_argument(
+        "--disk-gb", type=float, metavar="GB",
+        help="for recorded tokens (default: half of what is free)",
+    )  # fmt: skip
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Any], commands.Command]] = {
+    "extract": (_extract_options, commands.extract),
+    "evaluate": (_evaluate_options, commands.evaluate),
+    "finetune": (_finetune_options, commands.finetune),
+    "compare": (_compare_options, commands.compare),
+    "atlas": (_atlas_options, commands.atlas),
+    "report": (_report_options, commands.report),
+    "lab": (_lab_options, commands.lab),
+    "doctor": (_doctor_options, commands.doctor),
+}
+"""Every command: what adds its options, and what runs it."""
