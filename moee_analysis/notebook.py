@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,18 +10,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from moee_analysis import environment, models
+from moee_analysis import environment, findings, models
 from moee_analysis.counting import count
-from moee_analysis.errors import MoeeError
-from moee_analysis.notebook_display import markdown, prepare_display, two_columns
+from moee_analysis.notebook_choices import checked_layers, class_index, liked_first
+from moee_analysis.notebook_display import is_figure, markdown, prepare_display, two_columns
 from moee_analysis.notebook_images import ImageSets, choose_images
 from moee_analysis.notebook_parameters import Parameters
+from moee_analysis.notebook_words import (
+    VERDICTS,
+    caption_text,
+    claim_text,
+    headline_text,
+    listed,
+)
 from moee_analysis.paths import store_folder
 from moee_analysis.presets import Preset, preset_named
-from moee_analysis.results import Results, picture, readable
+from moee_analysis.results import Results, alternative, picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,13 +42,6 @@ if TYPE_CHECKING:
 
 MACS_REDUCTION = 0.28
 """Share of the dense model's MACs that the notebooks' extraction saves at most, as in the paper."""
-
-VERDICTS = {
-    True: ("✓ holds", "good"),
-    False: ("✗ does not hold", "bad"),
-    None: ("◐ holds in part", "half"),
-}
-"""Words for a verdict, and the class that colours them on the report's pages."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +125,7 @@ class Bench:
         MoeeError
             A layer the model does not have.
         """
-        count = len(models.find_mlps(self.dense))
-        chosen = list(self.parameters.layers or default)
-        beyond = [layer for layer in chosen if layer >= count]
-        if beyond:
-            raise MoeeError(
-                f"layers from 0 to {count - 1} of this model", str(beyond), "correct 'layers'"
-            )
-        return chosen
+        return checked_layers(self.dense, self.parameters.layers or default)
 
     def choose_classes(self, default: Sequence[int | str]) -> list[int]:
         """Return the model's class indices to show: the parameter ``classes``, or ``default``.
@@ -145,7 +137,7 @@ class Bench:
         MoeeError
             A class the model does not know.
         """
-        return [_class_index(self.dense, c) for c in (self.parameters.classes or default)]
+        return [class_index(self.dense, c) for c in (self.parameters.classes or default)]
 
     def choose_among(self, preferred: Sequence[str], *, count: int) -> list[int]:
         """Return class indices to show: the parameter ``classes``, or ``count`` of the images' own.
@@ -154,10 +146,8 @@ class Bench:
         """
         if self.parameters.classes:
             return self.choose_classes(())
-        labels = models.class_labels(self.dense)
-        present = list(dict.fromkeys(self.images.labels(self.dense).tolist()))
-        liked = [c for name in preferred for c in present if labels[c] == name]
-        return [*liked, *(c for c in present if c not in liked)][:count]
+        present = self.images.labels(self.dense).tolist()
+        return liked_first(self.dense, present, preferred, count)
 
     def record(self, key: str, value: Any) -> None:
         """Keep a number (or text, list, mapping) as ``values.<key>``; NaN is kept as null."""
@@ -169,15 +159,38 @@ class Bench:
         return table
 
     def figure(
-        self, name: str, fig: Figure, *, caption: str | None = None, cover: bool = False
-    ) -> Figure:
+        self,
+        name: str,
+        fig: Figure | Any,
+        *,
+        finding: str | None = None,
+        caption: str | None = None,
+        cover: bool = False,
+    ) -> Any:
         """Keep ``fig`` as ``figures/<name>.png`` and return it, to be shown.
 
-        ``caption`` is also what a screen reader says. The ``cover`` figure stands for the
-        notebook on the report's index; without one the first figure does.
+        The ``finding`` says in a sentence or two what is to be seen, such as what a function of
+        ``moee_analysis.findings`` tells; without one it is the label that the figure has. A screen
+        reader says it, and then the ``caption``. The ``cover`` figure stands for the notebook on
+        the report's index; without one the first figure does.
+
+        Something else than a figure, such as a panel of widgets, is returned as it is, not kept.
         """
-        fig.set_label(caption or name.replace("_", " "))
-        self.results.figure(name, picture(fig), caption=caption, cover=cover)
+        if not is_figure(fig):
+            return fig
+        told = {"finding": finding or fig.get_label(), "caption": caption}
+        self.results.figure(name, picture(fig), told, cover=cover)
+        fig.set_label(alternative(told) or name.replace("_", " "))
+        return fig
+
+    def draw(self, plot: Callable[..., Figure], *given: Any, **options: Any) -> Figure:
+        """Return the figure that ``plot`` makes of what is ``given``, with its finding as label.
+
+        It is not kept: for the solutions of exercises, and to look at something in passing.
+        """
+        told = {"finding": findings.of(plot)(*given), "caption": options.get("caption")}
+        fig = plot(*given, **options)
+        fig.set_label(alternative(told))
         return fig
 
     def show(
@@ -193,17 +206,27 @@ class Bench:
         """Keep ``table`` and the figure that ``plot`` makes of it; return the figure, to be shown.
 
         ``facts`` are those of :meth:`caption`, which is written below the figure, with what the
-        measure says of its table; ``options`` go to ``plot``.
+        measure says of its table; ``options`` go to ``plot``. What is to be seen says the plot's
+        twin in ``moee_analysis.findings``.
+
+        Raises
+        ------
+        MoeeError
+            The plot has no such twin.
         """
+        finding = findings.of(plot)(table)
         caption = self.caption(**facts)
         told = ". ".join(part for part in (caption, table.attrs.get("caption")) if part)
         fig = plot(self.table(name, table), caption=told, **(options or {}))
-        return self.figure(name, fig, caption=caption, cover=cover)
+        return self.figure(name, fig, finding=finding, caption=caption, cover=cover)
 
-    def headline(self, label: str, value: float | str) -> Markdown:
-        """Keep the one number that sums the notebook up, for the report's index; show it."""
-        self.results.put("headline", {"label": label, "value": value})
-        return markdown(f"**{readable(value)}** {label}")
+    def headline(self, label: str, value: float | str, *, dense: str) -> Markdown:
+        """Keep the one number that sums the notebook up, for the report's index; show it.
+
+        ``dense`` is what the dense model comes to, or its counterpart where it has no such number.
+        """
+        self.results.put("headline", {"label": label, "value": value, "dense": dense})
+        return markdown(headline_text(label, value, dense))
 
     def claim(
         self,
@@ -218,14 +241,10 @@ class Bench:
         ``holds`` is True, False, or None for a claim that holds in part; ``ours`` marks a claim of
         this project's, of which the paper says nothing.
         """
-        verdict, colour = VERDICTS[holds]
-        kept = {"statement": statement, "found": found, "holds": holds, "verdict": verdict}
-        self.results.append("claims", kept | {"ours": ours})
+        kept = {"statement": statement, "found": found, "holds": holds}
+        self.results.append("claims", kept | {"verdict": VERDICTS[holds][0], "ours": ours})
         source = "Tested here" if ours else "The paper says"
-        return markdown(
-            f"> **{source}** {statement}\n>\n> **Found here** {found}\n>\n"
-            f'> <strong class="{colour}">{verdict}</strong>'
-        )
+        return markdown(claim_text(statement, found, holds, source))
 
     def answer(self, text: str) -> Markdown:
         """Show what the solution of an exercise found; it is not kept in the results."""
@@ -240,21 +259,15 @@ class Bench:
         n: int | None = None,
     ) -> str:
         """Say which layer, site, tokens, number of images, model and seed a figure shows."""
-        facts = [
-            f"layer {layer}" if layer is not None else None,
-            site,
-            f"{tokens} tokens" if tokens else None,
-            f"n = {readable(n)} images" if n is not None else None,
-            f"model {self.parameters.model}",
-            f"preset {self.parameters.preset}",
-            f"seed {self.seed}",
-        ]
-        return ", ".join(fact for fact in facts if fact) + " (layers counted from 0)"
+        given = self.parameters
+        run = {"model": given.model, "preset": given.preset, "seed": self.seed}
+        return caption_text(layer, site, tokens, n, run)
 
     def finish(self) -> Markdown:
         """Keep and show versions, device, time and parameters; a notebook's last cell."""
         facts = {
             "device": environment.describe_device(self.device),
+            "cores": os.cpu_count(),
             "seconds": round(time.monotonic() - self.started, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -262,7 +275,7 @@ class Bench:
         self.results.put("environment", facts | {"versions": versions})
         given = {k: v for k, v in self.parameters.told().items() if v not in (None, [])}
         return markdown(
-            two_columns({**facts, "parameters": _listed(given), "versions": _listed(versions)})
+            two_columns({**facts, "parameters": listed(given), "versions": listed(versions)})
         )
 
     @cached_property
@@ -332,23 +345,3 @@ def open_notebook(
     kept.put("notebook", name)
     kept.put("parameters", given.told())
     return Bench(name, given, kept)
-
-
-def _listed(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{name}\u00a0{value}" for name, value in facts.items())
-
-
-def _class_index(model: nn.Module, wanted: int | str) -> int:
-    names = models.class_names(model)
-    labels = models.class_labels(model)
-    if isinstance(wanted, (int, np.integer)) and 0 <= wanted < len(names):
-        return int(wanted)
-    for known in (names, labels):
-        if wanted in known:
-            return known.index(wanted)
-    close = difflib.get_close_matches(str(wanted), [*labels, *names], n=3)
-    raise MoeeError(
-        f"one of the model's {len(names)} classes, by name or index",
-        repr(wanted),
-        f"did you mean {', '.join(close)}" if close else f"such as '{labels[0]}'",
-    )

@@ -24,6 +24,13 @@ def markdown(text: str) -> Markdown:
     return Markdown(text)
 
 
+def is_figure(shown: object) -> bool:
+    """Whether ``shown`` is a figure of matplotlib's."""
+    from matplotlib.figure import Figure
+
+    return isinstance(shown, Figure)
+
+
 def two_columns(rows: dict[str, Any]) -> str:
     """``rows`` as a Markdown table of names and values."""
     lines = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items()]
@@ -52,7 +59,15 @@ def _shown_figure(fig: Figure) -> tuple[str, dict[str, Any]]:
     png = picture(fig)
     (pixels,) = struct.unpack(">I", png[16:20])  # the width in a PNG's header
     width = round(pixels * CSS_PIXELS_PER_INCH / fig.dpi)
-    return base64.b64encode(png).decode(), {"width": width, "alt": fig.get_label() or "figure"}
+    return base64.b64encode(png).decode(), {"width": width, "alt": _described(fig)}
+
+
+def _described(fig: Figure) -> str:
+    """The label of ``fig``, or else what is written below it, or else its panels' titles."""
+    below = [text.get_text() for text in fig.texts]
+    titles = [ax.get_title("left") or ax.get_title() for ax in fig.axes]
+    said = fig.get_label() or ". ".join(below) or ", ".join(t for t in titles if t)
+    return " ".join(said.split()) or "figure"
 
 
 def _shown_table(table: pd.DataFrame) -> str:

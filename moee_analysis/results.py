@@ -56,15 +56,19 @@ class Results:
         if self.folder is not None:
             table.to_csv(self._place(file), index=not is_plain_index(table))
         entry = {"file": file, "rows": len(table), "columns": [str(c) for c in table.columns]}
-        self.put_into("tables", name, entry | _caption(table.attrs.get("caption")))
+        told = table.attrs.get("caption")
+        self.put_into("tables", name, entry | ({"caption": told} if told else {}))
 
-    def figure(self, name: str, png: bytes, *, caption: str | None, cover: bool) -> None:
-        """Keep the picture ``png`` as ``figures/<name>.png``; a ``cover`` stands for the run."""
+    def figure(self, name: str, png: bytes, told: Mapping[str, str | None], *, cover: bool) -> None:
+        """Keep the picture ``png`` as ``figures/<name>.png``; a ``cover`` stands for the run.
+
+        ``told`` has its ``finding`` and its ``caption``, as far as there are any.
+        """
         file = f"figures/{_file_name(name)}.png"
         if self.folder is not None:
             self._place(file).write_bytes(png)
-        entry = {"file": file} | _caption(caption) | ({"cover": True} if cover else {})
-        self.put_into("figures", name, entry)
+        said = {kind: text for kind, text in told.items() if text}
+        self.put_into("figures", name, {"file": file} | said | ({"cover": True} if cover else {}))
 
     def _place(self, file: str) -> Path:
         assert self.folder is not None
@@ -117,6 +121,11 @@ def picture(fig: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def alternative(figure: Mapping[str, Any]) -> str:
+    """What stands for a kept figure where it is not seen: its ``finding``, then its ``caption``."""
+    return " ".join(text for kind in ("finding", "caption") if (text := figure.get(kind)))
+
+
 def readable(value: float | str | Mapping[str, Any] | None) -> str:
     """``value`` as a reader likes it: three digits that count, a narrow space per thousand."""
     if value is None:
@@ -126,10 +135,6 @@ def readable(value: float | str | Mapping[str, Any] | None) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}".replace(",", "\u202f")
     return f"{value:#.3g}".rstrip(".")
-
-
-def _caption(text: str | None) -> dict[str, str]:
-    return {"caption": text} if text else {}
 
 
 def is_plain_index(table: pd.DataFrame) -> bool:

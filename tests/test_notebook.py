@@ -9,7 +9,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
-from moee_analysis import extraction, models
+from moee_analysis import extraction, models, plots
 from moee_analysis.errors import MoeeError
 from moee_analysis.notebook import MACS_REDUCTION, open_notebook
 from moee_analysis.notebook_display import prepare_display
@@ -128,11 +128,29 @@ def _figure():
 
 def test_figures_are_kept_as_shown_and_returned(tmp_path, bench):
     fig = _figure()
-    assert bench.figure("one", fig, caption="a line", cover=True) is fig
+    assert bench.figure("one", fig, finding="It rises to 2.", caption="a line", cover=True) is fig
     with Image.open(tmp_path / "out/figures/one.png") as kept:
         assert kept.width > 200
-    entry = {"file": "figures/one.png", "caption": "a line", "cover": True}
+    told = {"finding": "It rises to 2.", "caption": "a line"}
+    entry = {"file": "figures/one.png", "cover": True} | told
     assert _written(tmp_path)["figures"] == {"one": entry}
+    assert fig.get_label() == "It rises to 2. a line"
+
+
+def test_the_label_of_a_figure_is_its_finding_where_none_is_given(tmp_path, bench):
+    fig = _figure()
+    fig.set_label("It rises to 2.")
+    bench.figure("one", fig, caption="a line")
+    assert _written(tmp_path)["figures"]["one"]["finding"] == "It rises to 2."
+    assert bench.figure("two", _figure()).get_label() == "two"
+
+
+def test_what_is_no_figure_passes_through_unkept(tmp_path, bench):
+    before = _written(tmp_path)
+    panel = object()
+    assert bench.figure("one", panel, finding="It rises.", cover=True) is panel
+    assert _written(tmp_path) == before
+    assert not (tmp_path / "out" / "figures").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "", "a/b", ".x"])
@@ -162,9 +180,13 @@ def test_a_claim_of_ours_is_not_the_paper_s(tmp_path, bench):
     assert _written(tmp_path)["claims"][0]["ours"]
 
 
-def test_headline_is_shown_and_kept(tmp_path, bench):
-    assert bench.headline("MACs saved", 0.27981).data == "**0.280** MACs saved"
-    assert _written(tmp_path)["headline"] == {"label": "MACs saved", "value": 0.27981}
+def test_headline_is_shown_and_kept_with_the_dense_model_beside(tmp_path, bench):
+    shown = bench.headline("G MACs", 0.90281, dense="1.25 G").data
+    assert shown == "**0.903** G MACs (dense: 1.25 G)"
+    kept = {"label": "G MACs", "value": 0.90281, "dense": "1.25 G"}
+    assert _written(tmp_path)["headline"] == kept
+    with pytest.raises(TypeError, match="dense"):
+        bench.headline("G MACs", 0.9)
 
 
 def test_an_answer_is_shown_and_not_kept(tmp_path, bench):
@@ -180,6 +202,7 @@ def test_finish_tells_versions_device_time_and_parameters(tmp_path, bench):
     assert kept["device"] in shown
     assert "preset\u00a0smoke" in shown
     assert kept["seconds"] >= 0
+    assert kept["cores"] >= 1
 
 
 def test_caption_says_what_is_shown(bench):
@@ -271,11 +294,22 @@ def shell(monkeypatch):
 
 
 def test_a_notebook_shows_figures_in_inches_with_a_description(shell, bench):
-    fig = bench.figure("one", _figure(), caption="a line")
+    fig = bench.figure("one", _figure(), finding="It rises to 2.", caption="a line")
     data, metadata = shell.display_formatter.format(fig, include=["image/png"])
     assert data["image/png"]
-    assert metadata["image/png"]["alt"] == "a line"
+    assert metadata["image/png"]["alt"] == "It rises to 2. a line"
     assert metadata["image/png"]["width"] == pytest.approx(2 * 96, rel=0.1)
+
+
+def test_a_figure_without_a_label_is_described_by_what_is_written_on_it(shell):
+    fig, said = _figure(), []
+    for name in ("figure", "a title", "words below"):
+        fig.axes[0].set_title("" if name == "figure" else "a title")
+        if name == "words below":
+            fig.text(0, 0, "words\nbelow")
+        metadata = shell.display_formatter.format(fig, include=["image/png"])[1]
+        said.append(metadata["image/png"]["alt"])
+    assert said == ["figure", "a title", "words below"]
 
 
 def test_a_notebook_shows_tables_without_a_meaningless_index(shell):
@@ -300,23 +334,43 @@ def test_plain_refuses_what_json_has_no_type_for():
         plain([object()])
 
 
-def test_show_keeps_table_and_figure_with_one_caption(tmp_path, bench):
-    table = pd.DataFrame({"a": [1, 2]})
+SCORES = pd.DataFrame(
+    {"system": ["dense", "MoEE"], "top1": [0.9, 0.45], "low": 0.4, "high": 0.95,
+     "retention": [1.0, 0.5], "retention_low": 0.4, "retention_high": 1.0, "kl": [0.0, 0.3],
+     "agreement": [1.0, 0.5], "reference_top1": 0.9, "n_images": 7}
+)  # fmt: skip
+KEPT = "MoEE keeps 50.0 % of the dense top-1 (90.0 %)."
+
+
+def test_show_keeps_table_figure_and_finding_with_one_caption(tmp_path, bench):
+    table = SCORES.copy()
     table.attrs["caption"] = "What the measure says"
-    seen = {}
-
-    def plot(given, *, caption):
-        seen["caption"] = caption
-        fig = plt.figure()
-        plt.close(fig)
-        return fig
-
-    bench.show("both", plot, table, layer=3, n=7)
-    assert seen["caption"].startswith("layer 3, n = 7 images")
-    assert seen["caption"].endswith("What the measure says")
+    fig = bench.show("both", plots.accuracy, table, layer=3, n=7)
+    written = " ".join(fig.texts[-1].get_text().split())
+    assert written.startswith("layer 3, n = 7 images")
+    assert written.endswith("What the measure says")
     found = _written(tmp_path)
     assert "both" in found["tables"]
-    assert "both" in found["figures"]
+    entry = found["figures"]["both"]
+    assert entry["finding"] == KEPT
+    assert fig.get_label() == f"{KEPT} {entry['caption']}"
+
+
+def test_a_plot_without_a_finding_is_refused_before_anything_is_kept(tmp_path, bench):
+    def no_such_plot(table, *, caption):
+        return _figure()
+
+    before = _written(tmp_path)
+    with pytest.raises(MoeeError, match="a function 'no_such_plot' in"):
+        bench.show("both", no_such_plot, SCORES)
+    assert _written(tmp_path) == before
+
+
+def test_a_figure_that_is_drawn_in_passing_says_its_finding_and_is_not_kept(tmp_path, bench):
+    before = _written(tmp_path)
+    fig = bench.draw(plots.accuracy, SCORES, caption="of a test")
+    assert fig.get_label() == f"{KEPT} of a test"
+    assert _written(tmp_path) == before
 
 
 def test_choose_among_prefers_what_the_images_show(bench):

@@ -32,7 +32,7 @@ def architecture_variants(table: pd.DataFrame) -> str:
     tried = table[table["variant"] != "dense"]
     told = of_each(
         tried,
-        lambda rows: listed(f"{percent(r.retention)} with {r.variant}" for r in rows.itertuples()),
+        lambda rows: listed(f"{percent(r.retention)} ({r.variant})" for r in rows.itertuples()),
         by="model",
     )
     return f"Kept of the dense top-1: {told}."

@@ -32,7 +32,7 @@ def neurons(table: pd.DataFrame) -> str:
     """Say what share of its neurons the experts of each layer keep, and what none keeps."""
     several = table["system"].nunique() > 1
     told = [
-        f"{_kept(part)} in layer {layer}{f' of {system}' if several else ''}"
+        _kept(part, f"layer {layer}{f' of {system}' if several else ''}")
         for (system, layer), part in table.groupby(["system", "layer"], sort=False)
     ]
     return f"Of the hidden neurons an expert keeps {'; '.join(told)}."
@@ -58,7 +58,7 @@ def _sizes(experts: pd.DataFrame) -> str:
     )
 
 
-def _kept(part: pd.DataFrame) -> str:
+def _kept(part: pd.DataFrame, where: str) -> str:
     by_expert = part.groupby("expert")["kept"].mean()
     unused = 1 - part.groupby("neuron")["kept"].any().mean()
-    return f"{span(by_expert, percent)} and no expert {percent(unused)}"
+    return f"{span(by_expert, percent)} in {where} ({percent(unused)} are kept by none)"

@@ -15,7 +15,7 @@ def fine_tuning(table: pd.DataFrame) -> str:
     saved = table.groupby("budget")["macs_reduction"].mean()
     most = table[table["budget"] == saved.idxmax()]
     told = of_each(most, _stages)
-    return f"At {percent(saved.max())} fewer MACs are kept of the dense top-1: {told}."
+    return f"Kept of the dense top-1 at {percent(saved.max())} fewer MACs: {told}."
 
 
 def history(table: pd.DataFrame) -> str:
@@ -37,7 +37,6 @@ def _falls(rows: pd.DataFrame) -> str:
     began, kept = rows.iloc[0], rows.loc[rows["kl"].idxmin()]
     return (
         f"the divergence from the dense model goes from {bits(began['kl'])} to "
-        f"{bits(kept['kl'])} nats, its lowest, after epoch {kept['epoch']:.0f}; the same "
-        f"prediction have {percent(began['agreement'])} and {percent(kept['agreement'])} of the "
-        "images"
+        f"{bits(kept['kl'])} nats, its lowest, after epoch {kept['epoch']:.0f}, and the agreement "
+        f"with its predictions from {percent(began['agreement'])} to {percent(kept['agreement'])}"
     )
