@@ -19,6 +19,7 @@ from moee_analysis.measure.experts import neurons as neurons
 from moee_analysis.measure.experts import overlap as overlap
 from moee_analysis.measure.experts import sizes as sizes
 from moee_analysis.measure.fine_tuning import fine_tuning as fine_tuning
+from moee_analysis.measure.knock_out import knock_out as knock_out
 from moee_analysis.measure.latency import latency as latency
 from moee_analysis.measure.learning import beats_all as beats_all
 from moee_analysis.measure.learning import learned as learned
@@ -40,6 +41,8 @@ from moee_analysis.measure.trainings import Trainings as Trainings
 from moee_analysis.measure.trainings import trainings as trainings
 from moee_analysis.measure.typical import top_patches as top_patches
 from moee_analysis.measure.typical import typical as typical
+from moee_analysis.measure.use_and_need import use_and_need as use_and_need
+from moee_analysis.measure.use_and_need import uses_and_needs as uses_and_needs
 from moee_analysis.measure.variants import variants as variants
 from moee_analysis.measure.walkthrough import embedding as embedding
 from moee_analysis.measure.walkthrough import surrogate as surrogate

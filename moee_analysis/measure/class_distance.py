@@ -13,7 +13,12 @@ from scipy.stats import rankdata
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.divergence import image_shares, jensen_shannon
 from moee_analysis.measure.resampling import against_chance
-from moee_analysis.measure.sources import all_routes, chosen_classes, chosen_layers, plain
+from moee_analysis.measure.sources import (
+    all_routes,
+    chosen_classes,
+    chosen_layers,
+    families_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,7 +134,7 @@ def _distances(
 ) -> pd.DataFrame:
     shown = _divisible(routes, chosen_classes(routes.class_names, classes), named=bool(classes))
     names = [routes.class_names[c] for c in shown]
-    family = None if families is None else _families_of(names, families)
+    family = None if families is None else families_of(names, families)
     wanted = chosen_layers(routes.layers, layers)
     js = _halves(routes, shown, wanted, plan)  # (layers, classes, classes)
     order = np.empty(len(shown), dtype=np.int64)
@@ -159,17 +164,6 @@ def _divisible(routes: Routes, classes: list[int], *, named: bool) -> list[int]:
             "add images or choose other classes",
         )  # fmt: skip
     return [c for c in classes if sizes[c] >= 2]
-
-
-def _families_of(names: list[str], families: Mapping[str, str]) -> list[str]:
-    known = {plain(name): family for name, family in families.items()}
-    missing = [name for name in names if plain(name) not in known]
-    if missing:
-        raise MoeeError(
-            "a family of every class", f"none of {', '.join(missing[:3])}",
-            "add it to families, or choose the classes that have one",
-        )  # fmt: skip
-    return [known[plain(name)] for name in names]
 
 
 def _halves(

@@ -83,6 +83,24 @@ def chosen_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> lis
     return [index[key] for key in keys] or sorted(names)
 
 
+def families_of(names: Sequence[str], families: Mapping[str, str]) -> list[str]:
+    """Return the family of every class of ``names``, which are compared as :func:`plain` does.
+
+    Raises
+    ------
+    MoeeError
+        A class without a family.
+    """
+    known = {plain(name): family for name, family in families.items()}
+    missing = [name for name in names if plain(name) not in known]
+    if missing:
+        raise MoeeError(
+            "a family of every class", f"none of {', '.join(missing[:3])}",
+            "add it to families, or choose the classes that have one",
+        )  # fmt: skip
+    return [known[plain(name)] for name in names]
+
+
 def plain(name: str) -> str:
     """Return ``name`` as it is compared: ``Fire engine`` is ``fire_engine``."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower())
