@@ -7,10 +7,11 @@ import json
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.report_access import accessible, told_below
 from moee_analysis.report_html import document, standing_alone
 from moee_analysis.report_solutions import folded
 from moee_analysis.report_worker import NOTEBOOK
-from moee_analysis.results import FILE
+from moee_analysis.results import FILE, alternative
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +24,7 @@ ENDINGS = {
     "timeout": "A cell took too long; the notebook was stopped",
     "dead_kernel": "The process that ran this notebook died",
 }
-SWITCH = ('<input type="checkbox" id="code">\n', '<label for="code"></label>')
+SWITCH = '<label class="switch"><input type="checkbox" id="code"> Show code</label>'
 LOG_LINES = 40
 LIVE_ONLY = {"application/vnd.jupyter.widget-view+json", "application/javascript"}
 
@@ -36,10 +37,15 @@ def write_page(folder: Path, status: Mapping[str, Any]) -> None:
     """
     executed = folder / NOTEBOOK
     complete = executed.is_file()
-    inside = _notebook_body(executed) if complete else _remains(folder, status)
-    switch, label = SWITCH if complete else ("", "")
-    body = f"""{switch}<header class="bar">
-<a href="../index.html">← All notebooks</a>{label}
+    figures = _figures(folder)
+    if complete:
+        findings = {alternative(figure): figure.get("finding") for figure in figures}
+        told = {alt: finding for alt, finding in findings.items() if finding}
+        inside = accessible(_notebook_body(executed), told)
+    else:
+        inside = _remains(folder, status, figures)
+    body = f"""<header class="bar">
+<nav><a href="../index.html">← All notebooks</a></nav>{SWITCH if complete else ""}
 </header>
 <main class="page">
 {_banner(status)}{inside}
@@ -108,22 +114,33 @@ def _banner(status: Mapping[str, Any]) -> str:
     )
 
 
-def _remains(folder: Path, status: Mapping[str, Any]) -> str:
+def _figures(folder: Path) -> list[dict[str, Any]]:
+    """The figures that a run kept, as its results tell of them."""
+    found = folder / FILE
+    results = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    return list(results.get("figures", {}).values())
+
+
+def _remains(folder: Path, status: Mapping[str, Any], figures: list[dict[str, Any]]) -> str:
     """What a run left that has no notebook: its figures, and the end of its log."""
     parts = [f"<h1>{escape(status['title'])}</h1>", f"<p>{escape(status['summary'])}</p>"]
-    figures = sorted((folder / "figures").glob("*.png"))
     if figures:
         parts.append("<h2>Kept before it stopped</h2>")
-    parts += [
-        f'<p class="kept"><img src="{data_uri(f.read_bytes())}" alt="{escape(f.stem)}"></p>'
-        for f in figures
-    ]
+    parts += [_kept(folder, figure) for figure in figures]
     log = folder / LOG
     if log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         tail = escape("\n".join(lines[-LOG_LINES:]))
         parts.append(f'<h2>The end of its log</h2><pre class="log">{tail}</pre>')
     return "\n".join(parts)
+
+
+def _kept(folder: Path, figure: Mapping[str, Any]) -> str:
+    """A figure with its alternative text, and its finding below."""
+    picture = data_uri((folder / figure["file"]).read_bytes())
+    image = f'<img src="{picture}" alt="{escape(alternative(figure))}">'
+    below = told_below(figure["finding"]) if figure.get("finding") else ""
+    return f'<div class="kept">{image}{below}</div>'
 
 
 def _files(folder: Path, status: Mapping[str, Any]) -> str:

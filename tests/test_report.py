@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from moee_analysis import kernel, paths
+from moee_analysis import kernel
 from moee_analysis.errors import MoeeError
 from moee_analysis.report import report
 from moee_analysis.report_html import standing_alone
@@ -21,19 +21,21 @@ from moee_analysis.report_parameters import check_parameters
 from moee_analysis.report_solutions import folded
 from tests.notebook_files import write_notebook
 
+DESCRIBED = "All 1200 pixels are teal. a &lt;teal&gt; one"
 ENDLESS = "while True: pass"
 KEEPS_A_PICTURE = """import io, json, os, pathlib
 from PIL import Image
 folder = pathlib.Path(out)
 (folder / "figures").mkdir()
 Image.new("RGB", (40, 30), "teal").save(folder / "figures" / "one.png")
-figures = {"one": {"file": "figures/one.png", "caption": "a <teal> picture"}}
+one = {"file": "figures/one.png", "finding": "All 1200 pixels are teal.", "caption": "a <teal> one"}
 claims = [
-    {"statement": "s", "found": "f", "holds": True, "verdict": "holds"},
-    {"statement": "t", "found": "g", "holds": False, "verdict": "does not", "ours": True},
+    {"statement": "s", "found": "f", "holds": True, "verdict": "✓ holds"},
+    {"statement": "<t>", "found": "g", "holds": False, "verdict": "✗ does not", "ours": True},
 ]
-headline = {"label": "of <everything>", "value": 0.4567}
-found = {"figures": figures, "claims": claims, "headline": headline, "values": {"number": number}}
+headline = {"label": "of <everything>", "value": 0.4567, "dense": "<all> of it"}
+found = {"figures": {"one": one}, "claims": claims, "headline": headline}
+found |= {"values": {"number": number}}
 (folder / "results.json").write_text(json.dumps(found | {"parameters": {"preset": preset}}))"""
 REMOTE = """from IPython.display import HTML, Javascript
 display(Javascript("alert(1)"))
@@ -111,7 +113,9 @@ def test_no_notebook_that_looks_complete_survives_a_timeout_or_a_dead_kernel(mad
 
 def test_what_was_kept_before_the_kernel_died_is_shown(made):
     out, outcomes, _ = made
-    assert "Kept before it stopped" in outcomes["killed"].page.read_text()
+    page = outcomes["killed"].page.read_text()
+    assert "Kept before it stopped" in page
+    assert f'alt="{DESCRIBED}"' in page
     assert (out / "killed" / "results.json").is_file()
 
 
@@ -160,7 +164,7 @@ def test_lab_opens_the_notebooks_with_this_interpreter_and_survives_ctrl_c(monke
     monkeypatch.setattr(kernel.subprocess, "Popen", Lab)
     assert kernel.open_lab() == 3
     [(command, environment)] = started
-    assert command == [sys.executable, "-m", "jupyterlab", str(paths.notebooks_folder())]
+    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
     assert "moee-kernel-" in environment["JUPYTER_PATH"]
 
 
@@ -240,9 +244,8 @@ def test_the_index_has_a_card_for_each_notebook(made):
     for name in NOTEBOOKS:
         assert f'href="{name}/page.html">The {name} notebook</a>' in index
     assert "1 of 5 notebooks ran to their end. Of 2 claims of the paper, 2 hold here." in index
-    assert "<b>0.457</b><span>of &lt;everything&gt;</span>" in index
     assert 'src="data:image/webp;base64,' in index
-    assert "a &lt;teal&gt; picture" in index
+    assert f'alt="{DESCRIBED}"' in index
 
 
 def _refused(tmp_path, parameters, match, **options):
