@@ -28,6 +28,7 @@ from moee_analysis.measure.learning import which_beats_which as which_beats_whic
 from moee_analysis.measure.macs import macs as macs
 from moee_analysis.measure.modularity import modularity as modularity
 from moee_analysis.measure.modularity import part_profile as part_profile
+from moee_analysis.measure.parts_unseen import parts_unseen as parts_unseen
 from moee_analysis.measure.router_regret import rerouted as rerouted
 from moee_analysis.measure.router_regret import router_choices as router_choices
 from moee_analysis.measure.router_regret import router_regret as router_regret

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from moee_analysis.knock_out import Rule, knocked_out, per_image
+from moee_analysis.images import fitting_batch
+from moee_analysis.knock_out import Rule, at_random, knocked_out, per_image
 from moee_analysis.layers import moe_layers, moe_names
+from moee_analysis.progress import progress
 from moee_analysis.rest_of_network import block_of, seeing_inputs, starting_at
 
 if TYPE_CHECKING:
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from moee_analysis.images import ImageSet
     from moee_analysis.rest_of_network import Block
 
 
@@ -79,8 +84,42 @@ def interventions(
             row, image = rows[part], images[part]
             given = partial(_given, masks[row, image])
             with knocked_out(model, layer, given, constants[layer]), start.at(image):
-                seen[row, image] = look(x[image])
+                seen[row.to(seen.device), image.to(seen.device)] = look(x[image])
         yield Outcomes(layer, masks.float().mean(dim=2), intact, seen)
+
+
+def with_controls(
+    rules: Mapping[tuple[int, ...], Rule], *, leading: int, draws: int, seed: int
+) -> list[Rule]:
+    """Every rule followed by its controls: so many draws of as many tokens.
+
+    The numbers that stand for a rule are part of the seed of its controls.
+    """
+    return [
+        each
+        for key, rule in rules.items()
+        for each in (rule, *(_control(rule, leading, [seed, *key, d]) for d in range(draws)))
+    ]
+
+
+def _control(rule: Rule, leading: int, seed: list[int]) -> Rule:
+    return at_random(rule, leading=leading, seed=seed)
+
+
+def averaged(values: np.ndarray, draws: int) -> np.ndarray:
+    """Values (rules, ...) of :func:`with_controls` as (rules, 2, ...): own, and mean control."""
+    each = values.reshape(-1, 1 + draws, *values.shape[1:])
+    return np.stack([each[:, 0], each[:, 1:].mean(axis=1)], axis=1)
+
+
+def batches_of(
+    model: nn.Module, images: ImageSet, batch_size: int | None, *, label: str
+) -> Iterator[torch.Tensor]:
+    """Yield the images in batches where the model is; ``label`` is what a progress bar says."""
+    size, like = batch_size or fitting_batch(model), next(model.parameters())
+    total = math.ceil(len(images) / size)
+    for x in progress(images.batches(model, batch_size=size), label=label, total=total):
+        yield x.to(like)
 
 
 @dataclass(frozen=True)

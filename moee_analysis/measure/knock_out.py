@@ -14,25 +14,22 @@ import torch
 from moee_analysis.apart import check_apart
 from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
-from moee_analysis.images import fitting_batch
-from moee_analysis.knock_out import alone, at_random, mean_outputs, removed
+from moee_analysis.knock_out import alone, mean_outputs, removed
 from moee_analysis.layers import moe_layers
 from moee_analysis.measure.accuracy import image_scores
-from moee_analysis.measure.interventions import interventions
+from moee_analysis.measure.interventions import averaged, batches_of, interventions, with_controls
 from moee_analysis.measure.routes import model_of
 from moee_analysis.measure.sources import chosen_layers, families_of
 from moee_analysis.models import class_labels
-from moee_analysis.progress import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from moee_analysis.extraction import Extraction
     from moee_analysis.images import ImageSet
     from moee_analysis.knock_out import Rule
-    from moee_analysis.measure.interventions import Outcomes
 
 WHAT = {"removed": removed, "alone": alone}
 """What is done with an expert: it is knocked out, or all others are."""
@@ -111,7 +108,7 @@ def knock_out(
     weights = {group: group.resampled(resamples, seed) for group in groups}
     tables = []
     for layer, of_layer in facts.items():
-        rows = _with_controls(of_layer, 1 + controls)
+        rows = np.stack([averaged(fact, controls) for fact in of_layer])
         tables += [_table(layer, rows, intact, dense, each) for each in weights.items()]
     table = pd.concat(tables, ignore_index=True)
     table.attrs["caption"] = (
@@ -169,13 +166,12 @@ def _rules(
     model: nn.Module, layer: int, constant: torch.Tensor, controls: int, seed: int
 ) -> list[Rule]:
     """Every knock-out of a layer, each followed by its controls."""
-    leading, rules = len(constant) - 1, []
     experts = range(moe_layers(model)[layer].n_experts)
-    for expert, (place, what) in product(experts, enumerate(WHAT.values())):
-        rule = what(expert)
-        seeds = [[seed, layer, expert, place, draw] for draw in range(controls)]
-        rules += [rule, *(at_random(rule, leading=leading, seed=each) for each in seeds)]
-    return rules
+    rules = {
+        (layer, expert, place): what(expert)
+        for expert, (place, what) in product(experts, enumerate(WHAT.values()))
+    }
+    return with_controls(rules, leading=len(constant) - 1, draws=controls, seed=seed)
 
 
 def _all_facts(
@@ -190,31 +186,18 @@ def _all_facts(
     Facts are the share of tokens knocked out, whether the model is right, and the log-probability
     of the true class.
     """
-    intact, facts = [], {layer: [] for layer in plan}
-    like = next(model.parameters())
+    intact, facts, done = [], {layer: [] for layer in plan}, 0
+    labels = torch.from_numpy(images.labels(model)).to(next(model.parameters()).device)
     with evaluating(model):
-        for x, truth in _batches(model, images, batch_size or fitting_batch(model)):
-            for one in interventions(model, x.to(like), plan, constants, model):
-                facts[one.layer].append(_facts(one, truth.to(like.device)))
+        for x in batches_of(model, images, batch_size, label="knock-outs"):
+            truth = labels[done : done + len(x)]
+            for one in interventions(model, x, plan, constants, model):
+                facts[one.layer].append(_judged(one.knocked_out, one.seen, truth))
             none = torch.zeros_like(one.knocked_out[:1])
-            intact.append(_judged(none, one.intact[None], truth.to(like.device))[:, 0])
+            intact.append(_judged(none, one.intact[None], truth)[:, 0])
+            done += len(x)
     whole = {layer: np.concatenate(parts, axis=2) for layer, parts in facts.items()}
     return np.concatenate(intact, axis=1), whole
-
-
-def _batches(
-    model: nn.Module, images: ImageSet, size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Images and their classes."""
-    labels = torch.from_numpy(images.labels(model))
-    total = math.ceil(len(images) / size)
-    batches = progress(images.batches(model, batch_size=size), label="knock-outs", total=total)
-    for number, x in enumerate(batches):
-        yield x, labels[number * size :][: len(x)]
-
-
-def _facts(one: Outcomes, truth: torch.Tensor) -> np.ndarray:
-    return _judged(one.knocked_out, one.seen, truth)
 
 
 def _judged(share: torch.Tensor, logits: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
@@ -225,13 +208,6 @@ def _judged(share: torch.Tensor, logits: torch.Tensor, truth: torch.Tensor) -> n
     return torch.stack([share, right.to(share), logp.to(share)]).double().cpu().numpy()
 
 
-def _with_controls(facts: np.ndarray, draws: int) -> np.ndarray:
-    """Facts (3, experts, what, systems, images), controls averaged over their draws."""
-    images = facts.shape[-1]
-    each = facts.reshape(3, -1, len(WHAT), draws, images)
-    return np.stack([each[..., 0, :], each[..., 1:, :].mean(axis=3)], axis=3)
-
-
 def _table(
     layer: int,
     facts: np.ndarray,
@@ -239,9 +215,9 @@ def _table(
     dense: np.ndarray,
     drawn: tuple[_Group, np.ndarray],
 ) -> pd.DataFrame:
-    """Rows of one layer and one group, from facts (3, experts, what, systems, images)."""
+    """Rows of one layer and one group, from facts (3, knock-outs, systems, images)."""
     group, weights = drawn
-    experts, own = facts.shape[1], group.images
+    experts, own = facts.shape[1] // len(WHAT), group.images
     share, right, logp = facts.reshape(3, -1, facts.shape[-1])[..., own]
     change, drop = right - intact[1, own], logp - intact[2, own]
     low, high = _interval(change, weights)
