@@ -40,6 +40,8 @@ from moee_analysis.findings.routing import balance as balance
 from moee_analysis.findings.routing import routing as routing
 from moee_analysis.findings.similarity import similarity as similarity
 from moee_analysis.findings.similarity import similarity_summary as similarity_summary
+from moee_analysis.findings.typical import image_layers as image_layers
+from moee_analysis.findings.typical import top_patches as top_patches
 from moee_analysis.findings.walkthrough import embedding as embedding
 from moee_analysis.findings.walkthrough import patches as patches
 from moee_analysis.findings.walkthrough import surrogate as surrogate
