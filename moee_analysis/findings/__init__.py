@@ -29,12 +29,16 @@ from moee_analysis.findings.experts import overlap as overlap
 from moee_analysis.findings.experts import sizes as sizes
 from moee_analysis.findings.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.findings.fine_tuning import history as history
+from moee_analysis.findings.knock_out import class_knock_out as class_knock_out
+from moee_analysis.findings.knock_out import knock_out as knock_out
+from moee_analysis.findings.knock_out import use_and_need as use_and_need
 from moee_analysis.findings.learning import learned as learned
 from moee_analysis.findings.learning import learning_curves as learning_curves
 from moee_analysis.findings.learning import which_beats_which as which_beats_which
 from moee_analysis.findings.macs import macs as macs
 from moee_analysis.findings.modularity import modularity as modularity
 from moee_analysis.findings.modularity import part_profile as part_profile
+from moee_analysis.findings.parts_unseen import parts_unseen as parts_unseen
 from moee_analysis.findings.router_regret import router_regret as router_regret
 from moee_analysis.findings.routing import balance as balance
 from moee_analysis.findings.routing import routing as routing

@@ -113,8 +113,8 @@ def knock_out(
     table = pd.concat(tables, ignore_index=True)
     table.attrs["caption"] = (
         f"Tokens knocked out get the layer's mean output over {len(calibration)} calibration "
-        f"images. Control: as many tokens of each of the {len(images)} images, patches at random, "
-        f"{controls} draw(s). 95 % intervals: {resamples} resamples of images, seed {seed}."
+        f"images. Control: as many tokens of each of the {len(images)} images, patches at random "
+        f"(draws: {controls}). 95 % intervals: {resamples} resamples of images, seed {seed}."
     )
     return table
 

@@ -115,7 +115,7 @@ def parts_unseen(
     table.attrs["caption"] = (
         f"Linear probe of the tokens that enter the last block, trained on {len(calibration)} "
         f"calibration scenes, every part with the same weight; {len(images)} scenes, parts of at "
-        f"least {least} patches. Control: as many random patches of each image, {controls} draw(s)."
+        f"least {least} patches. Control: as many random patches of each image."
     )
     return table
 

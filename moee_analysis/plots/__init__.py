@@ -25,12 +25,16 @@ from moee_analysis.plots.fidelity import fidelity as fidelity
 from moee_analysis.plots.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.plots.fine_tuning import history as history
 from moee_analysis.plots.inference import inference as inference
+from moee_analysis.plots.knock_out import class_knock_out as class_knock_out
+from moee_analysis.plots.knock_out import knock_out as knock_out
+from moee_analysis.plots.knock_out import use_and_need as use_and_need
 from moee_analysis.plots.learning import learned as learned
 from moee_analysis.plots.learning import learning_curves as learning_curves
 from moee_analysis.plots.learning import which_beats_which as which_beats_which
 from moee_analysis.plots.macs import macs as macs
 from moee_analysis.plots.modularity import modularity as modularity
 from moee_analysis.plots.modularity import part_profile as part_profile
+from moee_analysis.plots.parts_unseen import parts_unseen as parts_unseen
 from moee_analysis.plots.router_regret import router_regret as router_regret
 from moee_analysis.plots.routing import balance as balance
 from moee_analysis.plots.routing import routing as routing
