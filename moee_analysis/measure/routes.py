@@ -95,6 +95,7 @@ def routes(
     routers: Mapping[int, nn.Module] | None = None,
     system: str = "MoEE",
     batch_size: int | None = None,
+    by_folder: bool = False,
 ) -> Routes:
     """Route all tokens of ``images`` in one forward pass.
 
@@ -108,17 +109,20 @@ def routes(
         the input of that MLP of ``model`` and changes nothing in the pass.
     system
         Name of the routed system, for tables and captions.
+    by_folder
+        The classes are the folders of the images, numbered in the order of their names, also where
+        they are none of the model's; those that are have its readable names.
 
     Raises
     ------
     MoeeError
-        No routed layer in the model, or a router for a layer that the model does not have.
+        No routed layer in the model, or a router for a layer that the model does not have; a
+        folder that is none of the model's classes, unless ``by_folder``.
     """
     model = model_of(model)
     taps = _own_taps(model) if routers is None else _outside_taps(model, routers)
-    labels = images.labels(model)
+    labels, names = (_folder_classes if by_folder else _model_classes)(model, images)
     _run(model, images, taps, batch_size or fitting_batch(model))
-    names = class_labels(model)
     leading = {tap.index: _leading(model, tap.shape) for tap in taps}
     places = {
         tap.index: patch_places(model, tap.name, tap.shape, leading=leading[tap.index])
@@ -132,13 +136,32 @@ def routes(
             if tap.experts
         },
         labels=labels,
-        class_names={int(label): names[label] for label in np.unique(labels)},
+        class_names=names,
         k={tap.index: tap.k for tap in taps},
         prefix_tokens=leading,
         grid={index: of_layer.shape for index, of_layer in places.items()},
         tokens_per_image={tap.index: math.prod(tap.shape) for tap in taps},
         system=system,
     )
+
+
+def _model_classes(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, dict[int, str]]:
+    labels, names = images.labels(model), class_labels(model)
+    return labels, {int(label): names[label] for label in np.unique(labels)}
+
+
+def _folder_classes(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, dict[int, str]]:
+    folders = sorted(set(images.folders))
+    names = {number: _readable(model, images, folder) for number, folder in enumerate(folders)}
+    return np.array([folders.index(folder) for folder in images.folders]), names
+
+
+def _readable(model: nn.Module, images: ImageSet, folder: str) -> str:
+    try:
+        (label,) = images.take([images.folders.index(folder)]).labels(model)
+    except MoeeError:
+        return folder
+    return class_labels(model)[label]
 
 
 def model_of(run: Extraction | nn.Module) -> nn.Module:
