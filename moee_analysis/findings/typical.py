@@ -62,6 +62,6 @@ def image_layers(
 
 def _expert(row: pd.Series) -> str:
     return (
-        f"expert {row['expert']} of layer {row['layer']} takes {percent(row['share'])} of the "
-        f"patches, in {row['images']} images"
+        f"expert {row['expert']:.0f} of layer {row['layer']:.0f} takes {percent(row['share'])} of "
+        f"the patches, in {row['images']:.0f} images"
     )
