@@ -192,7 +192,8 @@ def _centre(model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet) -
     """Give every attention the mean of what its heads gather for the tokens that are read."""
     sums = dict.fromkeys(probed, 0.0)
     device = next(model.parameters()).device
-    for batch in images.batches(model, batch_size=BATCH):
+    batches = images.batches(model, batch_size=BATCH)
+    for batch in progress(batches, label="attention means", total=-(-len(images) // BATCH)):
         model(batch.to(device))
         for name, module in probed.items():
             sums[name] += module.gathered.double().mean(dim=2).sum(dim=0)

@@ -13,6 +13,7 @@ import torch
 from moee_analysis.dense_layers import compute_in_blocks
 from moee_analysis.layers import MoeMlp, Readout, replace_module
 from moee_analysis.moments import covariances
+from moee_analysis.progress import progress
 from moee_analysis.refit import RefitTally, each_readout, mean_shift, shared_readout
 from moee_analysis.sums import Sums, summed
 
@@ -59,7 +60,8 @@ def _readouts(
         return _for_each(calibration, plans, old)
     tallies = [refit_tally(plan, kept[name]) for name, plan in plans.items()]
     found = summed(calibration, tallies, label="refitting layers")
-    return {tally.site.name: old[tally.site.name].shared(sums) for tally, sums in found}
+    solved = progress(found, label="solving for output weights", total=len(tallies))
+    return {tally.site.name: old[tally.site.name].shared(sums) for tally, sums in solved}
 
 
 def _for_each(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from moee_analysis.distributed import own_share, processes
 from moee_analysis.models import find_mlps, fingerprint
-from moee_analysis.progress import progress
 from moee_analysis.recorded import Recorded, recorded_layer
 from moee_analysis.recording import Recording
 from moee_analysis.store import content_key
@@ -108,7 +107,7 @@ class Calibration:
         return [part for part in self.own if part.start in starts]
 
     def parts(
-        self, sites: Sequence[MlpSite], *, label: str, gradients: bool = False, skip: int = 0
+        self, sites: Sequence[MlpSite], *, gradients: bool = False, skip: int = 0
     ) -> Iterator[dict[str, Recorded]]:
         """Yield the tokens of ``sites``, by name, part after part of this process.
 
@@ -119,7 +118,7 @@ class Calibration:
         skip
             So many parts at the beginning.
         """
-        for numbers in progress(self.chosen[skip:], label=label):
+        for numbers in self.chosen[skip:]:
             if self._all is None:
                 recording = self._recording(numbers, sites, gradients=gradients)
                 samples = recording.held()

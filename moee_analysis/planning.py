@@ -13,6 +13,7 @@ from moee_analysis.distributed import agreed, all_sum, processes, rank
 from moee_analysis.draws import drawn
 from moee_analysis.errors import MoeeError
 from moee_analysis.partition import Partition, clustered, partition, trusted
+from moee_analysis.progress import progress
 from moee_analysis.routers import TokenKindRouter
 from moee_analysis.scoring import Scores, eliminated, score
 from moee_analysis.statistics import ExpertStatistics, gathered
@@ -174,7 +175,8 @@ def _partitions(calibration: Calibration, leading: Mapping[str, int]) -> dict[st
     ``leading`` tokens of every image, by site name, have experts of their own.
     """
     config, found = calibration.config, []
-    for number, draw in enumerate(drawn(calibration, leading)):
+    draws = progress(drawn(calibration, leading), label="clustering layers", total=len(leading))
+    for number, draw in enumerate(draws):
         labels = torch.zeros(len(draw.rows), dtype=torch.int64)
         if number % processes() == rank():
             labels += torch.from_numpy(clustered(draw, config, root=calibration.root))
@@ -213,7 +215,7 @@ def _with_scores(calibration: Calibration, plans: Mapping[str, LayerPlan]) -> di
                 plan.site.module(calibration.model), plan.known, order=order, costs=costs.get(name)
             ),
         )
-        for name, plan in plans.items()
+        for name, plan in progress(plans.items(), label="scoring neurons")
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,9 +35,10 @@ def unwatched() -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line, once for all processes; bars make room for it."""
     if rank() == 0:
-        print(line, flush=True)
+        with tqdm.external_write_mode():
+            print(line, flush=True)
 
 
 def tell_progress(line: str) -> None:
@@ -46,33 +48,46 @@ def tell_progress(line: str) -> None:
 
 
 def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` and say how far along we are.
+    """Yield ``items`` and say how far along we are, and how much time is left.
 
     A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
-    a plain log one line per tenth. Of several processes the first one speaks.
+    a plain log one line per tenth. A bar within another one vanishes when it is full. Of several
+    processes the first one speaks.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
     if is_headless() or rank() > 0:
         return iter(items)
-    if is_in_notebook():
+    if _in_notebook():
         from tqdm.notebook import tqdm as notebook_tqdm
 
         return iter(notebook_tqdm(items, desc=label, total=total))
-    if sys.stderr.isatty():
-        return iter(tqdm(items, desc=label, total=total))
+    if has_bars():
+        return iter(tqdm(items, desc=label, total=total, leave=None))
     return _logged(items, label, total)
 
 
-def is_in_notebook() -> bool:
-    """Whether this runs in the kernel of a notebook."""
+def has_bars() -> bool:
+    """Whether a person watches a terminal in which bars can move."""
+    return not is_headless() and rank() == 0 and sys.stderr.isatty()
+
+
+def _in_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and shell.config.get("IPKernelApp") is not None
 
 
 def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-    tenth = max(1, -(-(total or 1) // 10))
+    tenth, begun = max(1, -(-(total or 1) // 10)), time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         if total and (done % tenth == 0 or done == total):
-            print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
+            line = f"{label}: {done}/{total}, {_time_told(time.monotonic() - begun, done, total)}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _time_told(passed: float, done: int, total: int) -> str:
+    """How much time is left if all is like what is ``done``, or how much it took."""
+    if done == total:
+        return f"took {tqdm.format_interval(passed)}"
+    return f"{tqdm.format_interval(passed / done * (total - done))} left"

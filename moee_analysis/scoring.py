@@ -12,6 +12,7 @@ from moee_analysis.distributed import all_sum, processes, rank
 from moee_analysis.elimination import elimination_costs
 from moee_analysis.fisher import importance, root
 from moee_analysis.moments import covariances
+from moee_analysis.progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -101,7 +102,9 @@ def eliminated(
         name: torch.zeros(known[name].means.shape, dtype=torch.float64) for name in assignments
     }
     means = {name: known[name].means for name in assignments}
-    found = covariances(calibration, assignments, means, label="eliminating neurons")
+    found = covariances(calibration, assignments, means, label="covariances of neurons")
+    experts = sum(len(each) for each in costs.values())
+    found = progress(found, label="eliminating neurons", total=experts)
     for number, (name, expert, covariance) in enumerate(found):
         if number % processes() == rank():
             Q = metric_of(mlps[name], known[name], expert)

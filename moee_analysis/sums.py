@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from moee_analysis.distributed import all_sum
 from moee_analysis.errors import MoeeError
+from moee_analysis.progress import progress
 from moee_analysis.store import content_key
 
 if TYPE_CHECKING:
@@ -116,12 +117,25 @@ def _pass(calibration: Calibration, group: Sequence[Tally], label: str) -> list[
     calibration.passes.append(saved.folder)
     done, sums = saved.read(group)
     gradients = any(tally.gradients for tally in group)
-    parts = calibration.parts(list(sites.values()), label=label, gradients=gradients, skip=done)
-    for number, layers in enumerate(parts, start=done + 1):
+    parts = calibration.parts(list(sites.values()), gradients=gradients, skip=done)
+    steps = _layer_by_layer(parts, group, sums)
+    total = (len(calibration.chosen) - done) * len(group)
+    for taken, _ in enumerate(progress(steps, label=label, total=total), start=1):
+        parts_taken, rest = divmod(taken, len(group))
+        if not rest:
+            number = done + parts_taken
+            saved.keep(sums, number, last=number == len(calibration.chosen))
+    return sums
+
+
+def _layer_by_layer(
+    parts: Iterator[dict[str, Recorded]], group: Sequence[Tally], sums: Sequence[Sums]
+) -> Iterator[Tally]:
+    """Add every layer of every part, and yield its tally: steps short enough to tell the time."""
+    for layers in parts:
         for tally, total in zip(group, sums, strict=True):
             tally.add(total, layers[tally.site.name])
-        saved.keep(sums, number, last=number == len(calibration.chosen))
-    return sums
+            yield tally
 
 
 def _folder(calibration: Calibration, group: Sequence[Tally]) -> Path:

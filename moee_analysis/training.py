@@ -179,7 +179,9 @@ class Training:
         _, held_out = self.sets
         own = held_out.take(own_share(len(held_out)))
         sums = torch.zeros(3, dtype=torch.float64)
-        for x in own.batches(self.dense, batch_size=self.config.batch_size):
+        batches = own.batches(self.dense, batch_size=self.config.batch_size)
+        total = -(-len(own) // self.config.batch_size)
+        for x in shown(batches, label="images held out", total=total):
             found = self._kept(x.to(self._device)).float().detach()
             with torch.no_grad():
                 wanted = self.dense(x.to(self._device)).float()

@@ -130,7 +130,7 @@ class Made:
     limits: Limits = field(default_factory=Limits)
     key: str = "made"
     passes: list[Path] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
+    reads: list[list[str]] = field(default_factory=list)
     looked_at: tuple[int, ...] | None = None
     kinds: tuple[str, ...] = ()
 
@@ -167,9 +167,9 @@ class Made:
     def chosen(self):
         return self.own
 
-    def parts(self, sites, *, label, gradients=False, skip=0):
-        self.labels.append(label)
+    def parts(self, sites, *, gradients=False, skip=0):
         names = [site.name for site in sites]
+        self.reads.append(names)
         divided = {e.site.name: parts_of(e, self.cuts) for e in self.layers if e.site.name in names}
         for number in range(skip, len(self.own)):
             yield {name: parts[number] for name, parts in divided.items()}

@@ -34,7 +34,7 @@ def made(root, config=None, **settings):
 
 def rows_of(calibration, **settings):
     """All rows of every site, the parts one after the other."""
-    parts = list(calibration.parts(calibration.sites, label="reading", **settings))
+    parts = list(calibration.parts(calibration.sites, **settings))
     found = {}
     for site in calibration.sites:
         samples = [part[site.name].sample for part in parts]
@@ -65,7 +65,7 @@ def test_gradients_are_the_same_whether_they_are_kept_or_made_again(tmp_path):
     both = []
     for limits in (Limits(), NOWHERE):
         calibration = made(tmp_path / str(limits.disk), limits=limits)
-        parts = calibration.parts(calibration.sites, label="reading", gradients=True)
+        parts = calibration.parts(calibration.sites, gradients=True)
         both.append([{n: p[n].sample.gradients(slice(None)) for n in p} for p in parts])
     for one, other in zip(*both, strict=True):
         same(one, other)
@@ -81,7 +81,7 @@ def test_rows_are_numbered_through_all_images(tmp_path):
 def test_parts_at_the_beginning_can_be_skipped(tmp_path):
     calibration = made(tmp_path)
     for skip in range(4):
-        parts = list(calibration.parts(calibration.sites, label="reading", skip=skip))
+        parts = list(calibration.parts(calibration.sites, skip=skip))
         seen = [int(part["blocks.0.mlp"].sample.image[0]) for part in parts]
         assert seen == [0, 8, 16][skip:]
 
@@ -89,7 +89,7 @@ def test_parts_at_the_beginning_can_be_skipped(tmp_path):
 def test_without_room_nothing_is_on_the_disk(tmp_path):
     calibration = made(tmp_path, limits=NOWHERE)
     assert not calibration.on_disk
-    for _ in calibration.parts(calibration.sites, label="reading"):
+    for _ in calibration.parts(calibration.sites):
         assert not list(tmp_path.iterdir())
 
 
@@ -102,7 +102,7 @@ def test_the_disk_is_used_up_to_its_limit(tmp_path):
 def test_only_parts_with_images_that_are_looked_at_are_seen(tmp_path):
     for limits in (Limits(), NOWHERE):
         calibration = made(tmp_path, looked_at=(1, 7, 17), limits=limits)
-        parts = calibration.parts(calibration.sites, label="reading")
+        parts = calibration.parts(calibration.sites)
         assert [int(part["blocks.0.mlp"].sample.image[0]) for part in parts] == [0, 16]
 
 
@@ -115,7 +115,7 @@ def test_what_is_kept_already_is_used_even_without_room(tmp_path, monkeypatch):
 def test_gradients_are_made_again_only_where_they_are_asked_for(tmp_path):
     calibration = made(tmp_path, limits=NOWHERE)
     sites = find_mlps(calibration.model)[:1]
-    (first, *_) = calibration.parts(sites, label="reading", gradients=False)
+    (first, *_) = calibration.parts(sites, gradients=False)
     assert list(first) == [sites[0].name]
     assert first[sites[0].name].sample.directions is None
 

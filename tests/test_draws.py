@@ -146,7 +146,7 @@ def test_all_layers_are_drawn_in_one_pass_and_hold_what_is_clustered(
     made = two_layers(layer, tmp_path, config().resolved())
     draws = list(drawn(made, {"mlp": 1, "other": 0}))
     assert [draw.site.name for draw in draws] == ["mlp", "other"]
-    assert len(made.labels) == 1
+    assert len(made.reads) == 1
     for draw, each, leading in zip(draws, made.layers, (1, 0), strict=True):
         expected = np.flatnonzero(each.sample.position >= leading)
         np.testing.assert_array_equal(draw.rows, expected)

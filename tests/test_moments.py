@@ -144,7 +144,7 @@ def test_experts_come_in_as_many_passes_as_memory_asks_for(layer, tmp_path, held
     means = {"mlp": means_of(layer, assignment)}
     made = Made([layer], tmp_path, cuts=CUTS, limits=memory)
     found = list(covariances(made, {"mlp": assignment}, means, label="covariances"))
-    assert len(made.labels) == passes
+    assert len(made.reads) == passes
     plain = found_in(layer, tmp_path, prefix=(0,))
     for (*_, covariance), whole in zip(found, plain, strict=True):
         np.testing.assert_array_equal(covariance, whole)
@@ -157,4 +157,4 @@ def test_layers_come_one_after_the_other(layer, tmp_path):
     means = {name: means_of(layer, each) for name, each in assignments.items()}
     found = [(n, e) for n, e, _ in covariances(made, assignments, means, label="both")]
     assert found == [("mlp", e) for e in range(3)] + [("other", e) for e in range(4)]
-    assert len(made.labels) == 1
+    assert len(made.reads) == 1

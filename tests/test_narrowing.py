@@ -35,7 +35,7 @@ def planned(tmp_path_factory):
 
 def hidden_of(calibration, plan):
     """Hidden activations of every expert's tokens, float64 (tokens, hidden)."""
-    (layer,) = (part[plan.site.name] for part in calibration.parts([plan.site], label="all"))
+    (layer,) = (part[plan.site.name] for part in calibration.parts([plan.site]))
     _, members = plan.assignment.of(layer)
     hidden = layer.sample.hidden[np.arange(len(layer.sample))].astype(float)
     return [hidden[members == expert] for expert in range(plan.assignment.experts)]

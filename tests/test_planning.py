@@ -331,7 +331,7 @@ def test_where_an_mlp_gets_the_cls_token_alone_the_expert_of_patches_is_empty(tm
 )
 def test_only_what_a_recipe_needs_is_recorded(tmp_path, config, hidden, gradients):
     calibration, site = calibrated(tmp_path, config), find_mlps(toy_vit())[0]
-    (layers,) = calibration.parts([site], label="all", gradients=gradients)
+    (layers,) = calibration.parts([site], gradients=gradients)
     sample = layers[site.name].sample
     assert isinstance(sample.hidden, np.ndarray) is hidden
     assert (sample.directions is not None) is gradients

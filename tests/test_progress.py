@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import re
 import sys
 
 import pytest
@@ -12,9 +14,59 @@ def test_a_log_gets_one_line_per_tenth(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     assert list(progress(range(40), label="working")) == list(range(40))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "working: 4/40"
-    assert lines[-1] == "working: 40/40"
+    assert re.fullmatch(r"working: 4/40, \d\d:\d\d left", lines[0])
+    assert re.fullmatch(r"working: 40/40, took \d\d:\d\d", lines[-1])
     assert len(lines) == 10
+
+
+def test_a_log_tells_the_time_left_by_what_has_passed(monkeypatch, capsys):
+    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
+    now = iter([100.0, 130.0, 190.0, 3800.0])
+    monkeypatch.setattr("moee_analysis.progress.time.monotonic", lambda: next(now))
+    assert list(progress("abc", label="working")) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines() == [
+        "working: 1/3, 01:00 left", "working: 2/3, 00:45 left", "working: 3/3, took 1:01:40",
+    ]  # fmt: skip
+
+
+def a_screen(monkeypatch):
+    """A terminal that remembers all that was written to it."""
+    written = io.StringIO()
+    written.isatty = lambda: True
+    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(sys, "stdout", written)
+    return written
+
+
+def test_a_terminal_gets_a_bar_that_stays_with_the_time_left(monkeypatch):
+    screen = a_screen(monkeypatch)
+    assert list(progress(range(3), label="working")) == [0, 1, 2]
+    assert re.search(r"working: +0%.*0/3 \[00:00<\?", screen.getvalue())
+    assert "3/3 [00:00<00:00" in last_line(screen)
+
+
+def last_line(screen):
+    """What stands in the lowest line that is not empty, after all that was written over."""
+    lines = [line.split("\r")[-1].strip() for line in screen.getvalue().split("\n")]
+    return [line for line in lines if line][-1]
+
+
+def test_a_bar_within_a_bar_vanishes_when_it_is_full(monkeypatch):
+    screen = a_screen(monkeypatch)
+    for _ in progress(range(2), label="outer"):
+        assert list(progress("ab", label="inner")) == ["a", "b"]
+        assert "inner" not in last_line(screen)
+    assert "inner" in screen.getvalue()
+    assert last_line(screen).startswith("outer: 100%")
+
+
+def test_a_line_between_does_not_tear_a_bar(monkeypatch):
+    screen = a_screen(monkeypatch)
+    for _ in progress(range(2), label="working"):
+        tell_progress("a line")
+        assert re.search(r"\ra line\n", screen.getvalue())
+    assert last_line(screen).startswith("working: 100%")
 
 
 def test_a_length_can_be_given_or_be_unknown(capsys):

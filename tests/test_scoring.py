@@ -180,4 +180,4 @@ def test_an_expert_of_one_token_or_none_has_finite_scores(scored, order, metric,
 def test_nothing_to_eliminate_is_no_pass(tmp_path):
     made = Made([layer_of(drawn())], tmp_path)
     assert eliminated(made, {}, {}) == {}
-    assert made.labels == []
+    assert made.reads == []

@@ -163,7 +163,7 @@ def made_of(layer, root, config=quick):
 def test_all_layers_are_gathered_in_one_pass(layer, tmp_path, config, graded):
     made, assignments = made_of(layer, tmp_path, config)
     found = gathered(made, assignments)
-    assert len(made.labels) == 1
+    assert len(made.reads) == 1
     for name, known in found.items():
         tally = ExpertTally(layer.site, assignments[name], graded)
         alone = statistics_of(tally, summed_alone(tally, layer))
@@ -180,7 +180,7 @@ def test_all_layers_are_gathered_in_one_pass(layer, tmp_path, config, graded):
 def test_what_was_gathered_is_found_again(layer, tmp_path):
     made, assignments = made_of(layer, tmp_path, best)
     first, again = gathered(made, assignments), gathered(made, assignments)
-    assert len(made.labels) == 1
+    assert len(made.reads) == 1
     for name, known in first.items():
         for field, values in vars(known).items():
             np.testing.assert_array_equal(getattr(again[name], field), values)
@@ -203,4 +203,4 @@ def test_what_decides_the_statistics_decides_where_they_are_kept(layer, tmp_path
 def test_nothing_to_gather_is_no_pass(layer, tmp_path):
     made, _ = made_of(layer, tmp_path)
     assert gathered(made, {}) == {}
-    assert made.labels == []
+    assert made.reads == []

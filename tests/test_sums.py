@@ -53,7 +53,7 @@ def tokens(tmp_path, monkeypatch):
 
 def whole(calibration, site):
     """Inputs of all tokens, one after the other."""
-    parts = calibration.parts([site], label="reading")
+    parts = calibration.parts([site])
     return np.concatenate([part[site.name].sample.inputs for part in parts]).astype(float)
 
 
@@ -69,7 +69,7 @@ def test_sums_over_parts_are_those_over_all_tokens(tokens):
 
 
 def test_one_recorded_layer_is_summed_alone(tokens):
-    (part, *_) = tokens.parts(tokens.sites, label="reading")
+    (part, *_) = tokens.parts(tokens.sites)
     layer = part[tokens.sites[0].name]
     sums = summed_alone(Totals(tokens.sites[0]), layer)
     assert sums["tokens"] == len(layer.sample) == 4 * 17

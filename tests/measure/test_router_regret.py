@@ -175,7 +175,7 @@ def test_means_are_those_of_tokens_in_parts(run, store, cuts):
     calibration = calibration_of(run.dense(), CALIBRATION, run.config, root=store)
     index, moe = next(iter(moe_layers(run.model).items()))
     site = calibration.sites[index]
-    (layers,) = calibration.parts([site], label="all")
+    (layers,) = calibration.parts([site])
     layer, tally = layers[site.name], _MeanTally(site, moe)
     sums = summed_alone(tally, layer)
     agree(added_up(tally, parts_of(layer, cuts)), sums)
