@@ -24,7 +24,7 @@ def ablation(table: pd.DataFrame) -> str:
     beside = [f"{row.value} of {row.recipe} {bits(row.kl)}" for row in controls.itertuples()]
     if beside:
         extremes.append(f" Controls: {listed(beside)} nats.")
-    return f"KL divergence from the dense model: {told or 'unknown'}.{''.join(extremes)}"
+    return f"KL divergence from the dense model: {told}.{''.join(extremes)}"
 
 
 def sweeps(table: pd.DataFrame) -> str:

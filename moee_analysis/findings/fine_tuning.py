@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moee_analysis.findings.wording import bits, listed, of_each, percent
+from moee_analysis.findings.wording import bits, largest, listed, of_each, percent, smallest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 def fine_tuning(table: pd.DataFrame) -> str:
     """Say what each system keeps before and after, at the largest saving of MACs."""
-    saved = table.groupby("budget")["macs_reduction"].mean()
-    most = table[table["budget"] == saved.idxmax()]
-    told = of_each(most, _stages)
-    return f"Kept of the dense top-1 at {percent(saved.max())} fewer MACs: {told}."
+    saved = table.groupby("budget")["macs_reduction"].mean().reset_index()
+    most = largest(saved, "macs_reduction")
+    if most is None:
+        return "No saving is known."
+    told = of_each(table[table["budget"] == most["budget"]], _stages)
+    return f"Kept of the dense top-1 at {percent(most['macs_reduction'])} fewer MACs: {told}."
 
 
 def history(table: pd.DataFrame) -> str:
@@ -34,7 +36,9 @@ def _stages(rows: pd.DataFrame) -> str:
 
 
 def _falls(rows: pd.DataFrame) -> str:
-    began, kept = rows.iloc[0], rows.loc[rows["kl"].idxmin()]
+    began, kept = rows.iloc[0], smallest(rows, "kl")
+    if kept is None:
+        return "the divergence from the dense model is unknown"
     return (
         f"the divergence from the dense model goes from {bits(began['kl'])} to "
         f"{bits(kept['kl'])} nats, its lowest, after epoch {kept['epoch']:.0f}, and the agreement "

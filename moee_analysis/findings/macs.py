@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moee_analysis.findings.wording import change, largest, smallest
+from moee_analysis.findings.wording import change, largest, smallest, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def macs(table: pd.DataFrame) -> str:
     """Say what the whole network saves, and in which MLPs most and least is saved."""
     total = table[table["component"] == "total"].iloc[0]
-    now, dense = total["macs"] / 1e6, total["macs_dense"] / 1e6
+    now, dense = (whole(total[name] / 1e6) for name in ("macs", "macs_dense"))
     first = (
-        f"An image takes {now:.0f} instead of the dense model's {dense:.0f} million MACs "
+        f"An image takes {now} instead of the dense model's {dense} million MACs "
         f"({change(total['macs'], total['macs_dense'])}); stored parameters change by "
         f"{change(total['params'], total['params_dense'])}."
     )

@@ -29,7 +29,7 @@ def similarity_summary(table: pd.DataFrame) -> str:
     told = of_each(
         table,
         lambda part: (
-            f"{course(part, 'mean')} (centred {span(part['centred_mean'])}); nearly orthogonal "
+            f"{course(part, 'mean')}, centred {span(part['centred_mean'])}; nearly orthogonal "
             f"are {span(part['near_orthogonal'], percent)} of the pairs, the common mean holds "
             f"{span(part['common_mean'], percent)}"
         ),

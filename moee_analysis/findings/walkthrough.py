@@ -20,7 +20,8 @@ def embedding(table: pd.DataFrame) -> str:
     for layer, tokens in table.groupby("layer"):
         clusters = tokens.loc[tokens["cluster"] >= 0, "cluster"].nunique()
         noise = (tokens["cluster"] < 0).mean()
-        told.append(f"{clusters} clusters in layer {layer} ({percent(noise)} in none)")
+        many = "1 cluster" if clusters == 1 else f"{clusters} clusters"
+        told.append(f"{many} in layer {layer} ({percent(noise)} in none)")
     return f"The tokens fall into {listed(told)}." if told else "No layer is shown."
 
 
@@ -51,7 +52,8 @@ def patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -
     """
     told = [f"in layer {layer} {_regions(experts[layer])}" for layer in sorted(experts)]
     found = "; ".join(told) or "there is no layer of patches to show"
-    return f"{len(pictures)} pictures: {found}."
+    many = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    return f"{many}: {found}."
 
 
 def _regions(choice: np.ndarray) -> str:

@@ -51,11 +51,10 @@ def span(values: pd.Series, form: Callable[[float], str] = number) -> str:
 
 
 def course(rows: pd.DataFrame, value: str, form: Callable[[float], str] = number) -> str:
-    """The range of a column over the layers, and the layer in which it is highest."""
-    top = largest(rows, value)
-    told = span(rows[value], form)
-    several = top is not None and rows["layer"].nunique() > 1
-    return f"{told} (highest in layer {top['layer']})" if several else told
+    """The range of a column over the layers, and the layer in which it is highest, if in one."""
+    top, told = largest(rows, value), span(rows[value], form)
+    varies = top is not None and rows["layer"].nunique() > 1 and told != form(top[value])
+    return f"{told} (highest in layer {top['layer']})" if varies else told
 
 
 def largest(rows: pd.DataFrame, value: str) -> pd.Series | None:
@@ -71,8 +70,8 @@ def smallest(rows: pd.DataFrame, value: str) -> pd.Series | None:
 
 
 def listed(parts: Iterable[str]) -> str:
-    """``a, b and c``."""
-    *first, last = parts
+    """``a, b and c``; nothing is unknown."""
+    *first, last = list(parts) or [UNKNOWN]
     return f"{', '.join(first)} and {last}" if first else last
 
 
