@@ -105,10 +105,8 @@ def use_and_need(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 
 def _dots(ax: Axes, rows: pd.DataFrame, side: float, look: dict[str, str]) -> None:
-    """A column of dots for every layer, and a bar at their mean."""
+    """A column of dots for every layer, a little to one side."""
     ax.plot(rows["layer"] + side, 100 * rows["top1"], ls="", marker="o", ms=2.6, mew=0.6, **look)
-    means = 100 * rows.groupby("layer")["top1"].mean()
-    ax.plot(means.index + side, means, ls="", marker="_", ms=9, mew=1.6, color=look["color"])
 
 
 def _label(system: str) -> str:
@@ -123,7 +121,8 @@ def _around_zero(values: np.ndarray) -> TwoSlopeNorm:
 
 def _by_share(rows: pd.DataFrame, classes: list[str]) -> tuple[np.ndarray, list[str]]:
     """Changes (classes, experts), and the experts' numbers, both by their share of tokens."""
-    order = rows.groupby("expert")["knocked_out"].mean().sort_values(ascending=False, kind="stable")
+    shares = rows.pivot(index="expert", columns="group", values="knocked_out").sum(axis=1)
+    order = shares.sort_values(ascending=False, kind="stable")
     changes = rows.pivot(index="group", columns="expert", values="logp_change")
     return changes.loc[classes, order.index].to_numpy(), [str(expert) for expert in order.index]
 
