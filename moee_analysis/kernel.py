@@ -6,17 +6,21 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from moee_analysis.errors import MoeeError
 from moee_analysis.paths import notebooks_folder
+from moee_analysis.store import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 NAME = "python3"
 QUIET = ["--IPKernelApp.log_level=ERROR"]
+NEWS = "@jupyterlab/apputils-extension:announcements"
 
 
 @contextmanager
@@ -31,22 +35,57 @@ def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
     with TemporaryDirectory(prefix="moee-kernel-") as name:
         folder = Path(name)
         write_kernel_spec(folder / "kernels" / NAME, extra_arguments=QUIET)
-        others = os.environ.get("JUPYTER_PATH")
-        path = os.pathsep.join([name, others] if others else [name])
         private = {"IPYTHONDIR": f"{name}/ipython", "JUPYTER_RUNTIME_DIR": f"{name}/runtime"}
-        yield {**os.environ, "JUPYTER_PATH": path, **(private if hermetic else {})}
+        yield {**os.environ, **_first("JUPYTER_PATH", name), **(private if hermetic else {})}
+
+
+def _first(variable: str, folder: str) -> dict[str, str]:
+    """The environment's ``variable`` with ``folder`` before those that are listed there."""
+    others = os.environ.get(variable)
+    return {variable: os.pathsep.join([folder, others] if others else [folder])}
 
 
 def open_lab(options: Sequence[str] = ()) -> int:
     """Open JupyterLab on the project's notebooks, with this interpreter; return its exit code.
 
-    ``options`` are JupyterLab's own, such as ``--no-browser``.
+    ``options`` are JupyterLab's own, such as ``--no-browser``; they win over ours.
+
+    Raises
+    ------
+    MoeeError
+        JupyterLab is not installed.
     """
-    command = [sys.executable, "-m", "jupyterlab", str(notebooks_folder()), *options]
-    with own_kernel() as environment:
-        lab = subprocess.Popen(command, env=environment)
+    if find_spec("jupyterlab") is None:
+        raise MoeeError(
+            f"JupyterLab beside {sys.executable}", "none",
+            "pip install jupyterlab, or read the notebooks in another editor",
+        )  # fmt: skip
+    command = [sys.executable, "-m", "jupyterlab", *options]
+    with own_kernel() as environment, _settings() as folder:
+        lab = subprocess.Popen(command, env=environment | _first("JUPYTER_CONFIG_PATH", folder))
         while True:
             try:
                 return lab.wait()
             except KeyboardInterrupt:  # JupyterLab hears it too, and asks whether it is meant
                 continue
+
+
+@contextmanager
+def _settings() -> Iterator[str]:
+    """A folder of settings for JupyterLab; options on its command line win over them.
+
+    It opens the folder of the notebooks, and leaves out the plugin that asks on the first start
+    whether to fetch news, and looks for updates. The root is the checkout, so that documents
+    beside the notebooks can be opened too; where the notebooks lie inside an installed package,
+    it is their folder alone.
+    """
+    notebooks = notebooks_folder()
+    alone = notebooks.parent == Path(__file__).resolve().parent
+    root, url = (notebooks, "/lab") if alone else (notebooks.parent, f"/lab/tree/{notebooks.name}")
+    with TemporaryDirectory(prefix="moee-lab-") as name:
+        folder = Path(name)
+        (folder / "labconfig").mkdir()
+        write_json(folder / "jupyter_server_config.json", {"ServerApp": {"root_dir": str(root)}})
+        write_json(folder / "jupyter_lab_config.json", {"LabApp": {"default_url": url}})
+        write_json(folder / "labconfig" / "page_config.json", {"disabledExtensions": {NEWS: True}})
+        yield name

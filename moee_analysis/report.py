@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm.std import tqdm
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.kernel import open_lab, own_kernel
@@ -19,6 +22,7 @@ from moee_analysis.presets import preset_named
 from moee_analysis.report_index import INDEX, write_index
 from moee_analysis.report_page import LOG, PAGE, read_story, write_page
 from moee_analysis.report_parameters import OWN, check_parameters
+from moee_analysis.report_progress import CELLS, cell_bar, cells_noted
 from moee_analysis.report_worker import STATUS
 from moee_analysis.store import new_folder, write_json
 
@@ -31,6 +35,7 @@ CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
 """The longest a single cell may take, per preset."""
 
 STOP_SECONDS = 15
+LOOK_SECONDS = 0.5  # between looks at how far a notebook is
 WORKER_ENVIRONMENT = {
     "MOEE_HEADLESS": "1",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -109,15 +114,25 @@ def report(
     folder = _checked_folder(Path(out), chosen)
     seconds = timeout or CELL_SECONDS[preset]
     outcomes: list[Outcome] = []
-    for number, notebook in enumerate(chosen, start=1):
-        place = f"[{number}/{len(chosen)}] {notebook.stem}"
-        say(f"{place}: started")
-        outcome = _run(notebook, folder, given | {"preset": preset}, seconds=seconds)
-        outcomes.append(outcome)
-        say(f"{place}: {_ending(outcome)}")
-        write_index(folder, [done.folder for done in outcomes])
+    with cell_bar(chosen) as bar:
+        for number, notebook in enumerate(chosen):
+            place = f"[{number + 1}/{len(chosen)}] {notebook.stem}"
+            _say(say, f"{place}: started")
+            outcome = _run(
+                notebook, folder, given | {"preset": preset}, seconds=seconds,
+                seen=partial(bar.show, number),
+            )  # fmt: skip
+            outcomes.append(outcome)
+            _say(say, f"{place}: {_ending(outcome)}")
+            write_index(folder, [done.folder for done in outcomes])
     say(f"report: {folder / INDEX}")
     return outcomes
+
+
+def _say(say: Callable[[str], None], line: str) -> None:
+    """Let ``say`` tell a line; a bar makes room for it."""
+    with tqdm.external_write_mode():
+        say(line)
 
 
 def _chosen(notebooks: Sequence[str | Path] | None) -> list[Path]:
@@ -156,8 +171,18 @@ def _checked_folder(out: Path, notebooks: Sequence[Path]) -> Path:
     return out
 
 
-def _run(notebook: Path, out: Path, parameters: dict[str, Any], *, seconds: int) -> Outcome:
-    """Run one notebook in a new folder, which takes its place under ``out`` when complete."""
+def _run(
+    notebook: Path,
+    out: Path,
+    parameters: dict[str, Any],
+    *,
+    seconds: int,
+    seen: Callable[[int], None],
+) -> Outcome:
+    """Run one notebook in a new folder, which takes its place under ``out`` when complete.
+
+    ``seen`` is told again and again how many code cells have ended.
+    """
     final = out / notebook.stem
     with new_folder(final) as folder:
         job = {
@@ -167,7 +192,7 @@ def _run(notebook: Path, out: Path, parameters: dict[str, Any], *, seconds: int)
             "timeout": seconds,
             "cwd": str(Path.cwd()),
         }
-        status = _work(job, folder) | read_story(notebook)
+        status = _work(job, folder, seen) | read_story(notebook)
         write_json(folder / STATUS, status)
         _tidy(folder, {folder.resolve(): final, notebook: notebook.name})
         write_page(folder, status)
@@ -181,7 +206,7 @@ def _run(notebook: Path, out: Path, parameters: dict[str, Any], *, seconds: int)
     )
 
 
-def _work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _work(job: dict[str, Any], folder: Path, seen: Callable[[int], None]) -> dict[str, Any]:
     """Run the job in a process of its own and return the status it leaves."""
     started = time.monotonic()
     command = [sys.executable, "-m", "moee_analysis.report_worker", json.dumps(job)]
@@ -190,7 +215,11 @@ def _work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         (folder / LOG).open("w") as log,
         _process(command, log, environment | WORKER_ENVIRONMENT) as child,
     ):
-        code = child.wait()
+        while True:
+            seen(cells_noted(folder))
+            with suppress(subprocess.TimeoutExpired):
+                code = child.wait(LOOK_SECONDS)
+                break
     if not (folder / STATUS).is_file():
         ended = f"the process that ran the notebook ended with code {code}"
         passed = round(time.monotonic() - started, 1)
@@ -223,7 +252,8 @@ def _process(
 
 
 def _tidy(folder: Path, names: Mapping[Path, Path | str]) -> None:
-    """Drop an empty log; in the notebook, give the places of this machine their ``names``."""
+    """Drop an empty log and notes; in the notebook, give this machine's places their ``names``."""
+    (folder / CELLS).unlink(missing_ok=True)
     if not (folder / LOG).stat().st_size:
         (folder / LOG).unlink()
     for path in folder.glob("*.ipynb"):

@@ -15,6 +15,7 @@ from typing import Any
 
 from moee_analysis import kernel
 from moee_analysis.report_parameters import literal
+from moee_analysis.report_progress import note_cell
 from moee_analysis.store import write_json
 
 NOTEBOOK = "notebook.ipynb"
@@ -51,6 +52,7 @@ def run_notebook(
             execution_timeout=timeout,
             coalesce_streams=True,
             shutdown_kernel="immediate",
+            on_cell_complete=lambda **_: note_cell(folder),
         )
     except papermill.PapermillExecutionError as error:
         status = _cell_error(error)
