@@ -20,7 +20,11 @@ STATUSES = {
     "timeout": '<span class="bad">✗ stopped: too slow</span>',
     "dead_kernel": '<span class="bad">✗ its kernel died</span>',
 }
-TALLIES = {True: ("good", "✓ {} hold"), None: ("half", "◐ {} in part"), False: ("bad", "✗ {} not")}
+TALLIES = {
+    True: ("good", "✓ {} holds", "✓ {} hold"),
+    None: ("half", "◐ {} holds in part", "◐ {} hold in part"),
+    False: ("bad", "✗ {} does not", "✗ {} do not"),
+}
 SOURCES = {True: "tested here", False: "the paper says"}
 
 
@@ -83,9 +87,7 @@ def _claims(claims: Sequence[dict[str, Any]]) -> str:
         return ""
     verdicts = [claim["holds"] for claim in claims]
     tallies = ", ".join(
-        f'<span class="{colour}">{words.format(verdicts.count(holds))}</span>'
-        for holds, (colour, words) in TALLIES.items()
-        if holds in verdicts
+        _tally(holds, verdicts.count(holds)) for holds in TALLIES if holds in verdicts
     )
     many = "1 claim" if len(claims) == 1 else f"{len(claims)} claims"
     every = "".join(_claim(claim) for claim in claims)
@@ -94,8 +96,13 @@ def _claims(claims: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _tally(holds: bool | None, count: int) -> str:  # noqa: FBT001
+    colour, one, several = TALLIES[holds]
+    return f'<span class="{colour}">{(one if count == 1 else several).format(count)}</span>'
+
+
 def _claim(claim: dict[str, Any]) -> str:
-    colour, _ = TALLIES[claim["holds"]]
+    colour, *_ = TALLIES[claim["holds"]]
     source = SOURCES[claim.get("ours", False)]
     verdict, statement = escape(claim["verdict"]), escape(claim["statement"])
     return f'<li><b class="{colour}">{verdict}</b>, {source}: {statement}</li>'

@@ -91,9 +91,10 @@ def _environment(runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     last = known[-1] if known else {}
     versions = last.get("versions") or environment.versions()
     finished = datetime.fromisoformat(last["finished"]) if last else datetime.now(UTC)
+    device = last.get("device", "unknown")
     rows = {
-        "Device": last.get("device"),
-        "CPU cores": last.get("cores"),
+        "Device": device,
+        "CPU cores": None if "cores" in device else last.get("cores"),
         "PyTorch": versions["torch"],
         "Time": _duration(sum(status["seconds"] for status, _ in runs)),
         "Date": finished.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),

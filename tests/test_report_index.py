@@ -64,7 +64,7 @@ def test_without_a_cover_the_first_figure_stands_for_the_notebook(index):
 
 def test_a_card_says_in_words_which_claims_hold(index):
     claims = index(FOUND).article.find("details", class_="claims")
-    assert claims.summary.get_text() == "3 claims: ✓ 2 hold, ✗ 1 not"
+    assert claims.summary.get_text() == "3 claims: ✓ 2 hold, ✗ 1 does not"
     assert not claims.has_attr("open")
     assert [item.get_text() for item in claims.find_all("li")] == [
         "✓ holds, the paper says: s",

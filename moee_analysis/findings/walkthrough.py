@@ -50,10 +50,10 @@ def patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -
     experts
         Expert of each patch by layer, int (pictures, rows, columns).
     """
-    told = [f"in layer {layer} {_regions(experts[layer])}" for layer in sorted(experts)]
+    told = [f"layer {layer}: {_regions(experts[layer])}" for layer in sorted(experts)]
     found = "; ".join(told) or "there is no layer of patches to show"
     many = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
-    return f"{many}: {found}."
+    return f"{many}. {sentence(found)}"
 
 
 def _regions(choice: np.ndarray) -> str:

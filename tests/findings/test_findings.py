@@ -200,7 +200,7 @@ def test_several_systems_are_named():
 def test_patches_say_whether_neighbours_share_an_expert():
     said = findings.patches([np.zeros((4, 4, 3), np.uint8)], CHOICE)
     assert said == (
-        "1 picture: in layer 3 2 experts take the patches, and 50.0 % of neighbouring patches "
+        "1 picture. Layer 3: 2 experts take the patches, and 50.0 % of neighbouring patches "
         "share one (by chance 50.0 %)."
     )
     assert "no layer" in findings.patches([], {})
