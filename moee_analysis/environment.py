@@ -6,6 +6,7 @@ import os
 import platform
 from importlib import metadata
 
+PACKAGE = "moee-analysis"
 LIBRARIES = (
     "torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "hdbscan", "umap-learn",
     "matplotlib", "seaborn", "papermill",
@@ -14,13 +15,13 @@ LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Versions of this package, of Python and of the libraries that make the numbers."""
-    found = {"moee-analysis": own_version(), "python": platform.python_version()}
+    found = {PACKAGE: own_version(), "python": platform.python_version()}
     return found | {name: _version(name) for name in LIBRARIES}
 
 
 def own_version() -> str:
     """Version of this package."""
-    return _version("moee-analysis")
+    return _version(PACKAGE)
 
 
 def describe_device(device: str) -> str:

@@ -16,6 +16,8 @@ from moee_analysis.distributed import rank
 
 T = TypeVar("T")
 
+SHORT = 3.0  # seconds that a log has nothing to say about
+
 _UNWATCHED: ContextVar[bool] = ContextVar("unwatched", default=False)
 
 
@@ -51,7 +53,7 @@ def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Ite
     """Yield ``items`` and say how far along we are, and how much time is left.
 
     A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
-    a plain log one line per tenth. A bar within another one vanishes when it is full. Of several
+    a plain log one line per tenth of what takes longer than :data:`SHORT`. A bar within another one vanishes when it is full. Of several
     processes the first one speaks.
     """
     if total is None and isinstance(items, Sized):
@@ -81,8 +83,9 @@ def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
     tenth, begun = max(1, -(-(total or 1) // 10)), time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if total and (done % tenth == 0 or done == total):
-            line = f"{label}: {done}/{total}, {_time_told(time.monotonic() - begun, done, total)}"
+        passed = time.monotonic() - begun
+        if passed > SHORT and total and (done % tenth == 0 or done == total):
+            line = f"{label}: {done}/{total}, {_time_told(passed, done, total)}"
             print(line, file=sys.stderr, flush=True)
 
 

@@ -292,6 +292,7 @@ def test_the_size_counts_the_files_of_the_gradients(tmp_path, monkeypatch):
 
 def test_the_log_says_how_far_a_recording_is_if_it_has_a_name(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MOEE_HEADLESS", raising=False)
+    monkeypatch.setattr("moee_analysis.progress.SHORT", 0)
     model, sites = toy_vit(), tuple(find_mlps(toy_vit()))
     task = Recording(model, toy_images(40), sites, TokenPlan(5, 1), **WITH_GRADIENTS)
     task.made(tmp_path / "in silence")
