@@ -29,6 +29,8 @@ PARAMETERS = {
 }
 CELL_LINES = 16
 ABSOLUTE = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|mnt|opt|data)/|[A-Z]:\\)")
+FINDING = re.compile(r"[^.]*\d.*\.", re.DOTALL)
+"""A sentence or more with a number."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -184,6 +186,36 @@ def test_keeps_every_figure_and_table_it_names(path, made):
     for entry in [*found["figures"].values(), *found.get("tables", {}).values()]:
         assert (folder / entry["file"]).stat().st_size > 0
     assert all(entry["caption"] for entry in found["figures"].values())
+
+
+@each_notebook
+def test_every_figure_says_with_numbers_what_is_to_be_seen(path, made):
+    for entry in _results(made[path.stem])["figures"].values():
+        assert FINDING.fullmatch(entry["finding"]), entry
+        assert entry["finding"] not in entry["caption"]
+
+
+@each_notebook
+def test_pictures_are_described_by_their_finding_in_solutions_too(path, made):
+    executed = nbformat.read(made[path.stem].folder / NOTEBOOK, as_version=4)
+    outputs = [o for c in executed.cells for o in c.get("outputs", [])]
+    told = [o.metadata["image/png"]["alt"] for o in outputs if "image/png" in o.get("data", {})]
+    findings = {e["finding"] for e in _results(made[path.stem])["figures"].values()}
+    assert sum(alt.startswith(tuple(findings)) for alt in told) >= len(findings)
+    assert all(FINDING.match(alt) for alt in told)
+    page = BeautifulSoup(made[path.stem].page.read_text(), "html.parser")
+    assert [image["alt"] for image in page.find_all("img")] == told
+    assert findings <= {line.get_text() for line in page.find_all(class_="finding")}
+
+
+@each_notebook
+def test_the_card_has_the_dense_model_beside_the_key_number(path, made):
+    dense = _results(made[path.stem])["headline"]["dense"]
+    assert re.search(r"\d", dense)
+    index = made[path.stem].folder.parent / "index.html"
+    page = BeautifulSoup(index.read_text(), "html.parser")
+    card = page.find("a", href=f"{path.stem}/page.html").find_parent("article")
+    assert card.find(class_="dense").get_text() == f"Dense: {dense}"
 
 
 @each_notebook
