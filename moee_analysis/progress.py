@@ -60,7 +60,7 @@ def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Ite
         total = len(items)
     if is_headless() or rank() > 0:
         return iter(items)
-    if _in_notebook():
+    if is_in_notebook():
         from tqdm.notebook import tqdm as notebook_tqdm
 
         return iter(notebook_tqdm(items, desc=label, total=total))
@@ -74,7 +74,8 @@ def has_bars() -> bool:
     return not is_headless() and rank() == 0 and sys.stderr.isatty()
 
 
-def _in_notebook() -> bool:
+def is_in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and shell.config.get("IPKernelApp") is not None
 
