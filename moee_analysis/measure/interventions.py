@@ -54,6 +54,8 @@ def interventions(
     rules: Mapping[int, Sequence[Rule]],
     constants: Mapping[int, torch.Tensor],
     look: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    size: int | None = None,
 ) -> Iterator[Outcomes]:
     """Yield the outcomes of every layer's knock-outs on the images ``x``, layer by layer.
 
@@ -69,7 +71,10 @@ def interventions(
         As :func:`~moee_analysis.knock_out.mean_outputs` returns them.
     look
         Runs ``model`` on some images and returns what is of interest, (images, ...).
+    size
+        Images of one run, of whatever knock-outs of a layer; None: what fits the model.
     """
+    size = size or fitting_batch(model)
     names = moe_names(model)
     blocks = {layer: block_of(model, names[layer]) for layer in rules}
     known = [block for block in blocks.values() if block is not None]
@@ -80,7 +85,7 @@ def interventions(
         start = _Start(x, blocks[layer], entering.get(blocks[layer]))
         seen = intact.repeat(len(of_layer), *(1 for _ in intact.shape))
         rows, images = masks.any(dim=2).nonzero(as_tuple=True)
-        for part in torch.arange(len(rows)).split(len(x)):
+        for part in torch.arange(len(rows)).split(size):
             row, image = rows[part], images[part]
             given = partial(_given, masks[row, image])
             with knocked_out(model, layer, given, constants[layer]), start.at(image):

@@ -191,7 +191,7 @@ def _all_facts(
     with evaluating(model):
         for x in batches_of(model, images, batch_size, label="knock-outs"):
             truth = labels[done : done + len(x)]
-            for one in interventions(model, x, plan, constants, model):
+            for one in interventions(model, x, plan, constants, model, size=batch_size):
                 facts[one.layer].append(_judged(one.knocked_out, one.seen, truth))
             none = torch.zeros_like(one.knocked_out[:1])
             intact.append(_judged(none, one.intact[None], truth)[:, 0])

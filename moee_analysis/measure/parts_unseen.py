@@ -168,7 +168,7 @@ def _all_counts(
     with evaluating(model):
         for x in batches_of(model, images, batch_size, label="knock-outs"):
             own = truth[done : done + len(x)]
-            for one in interventions(model, x, plan, constants, probe):
+            for one in interventions(model, x, plan, constants, probe, size=batch_size):
                 counts[one.layer].append(_Counts.of(one, own, len(images.parts)))
             done += len(x)
     return {layer: _Counts.joined(parts) for layer, parts in counts.items()}
