@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -61,13 +62,27 @@ def open_lab(options: Sequence[str] = ()) -> int:
             "pip install jupyterlab, or read the notebooks in another editor",
         )  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", *options]
-    with own_kernel() as environment, _settings() as folder:
+    with own_kernel() as environment, _settings() as folder, _exit_by_sigterm():
         lab = subprocess.Popen(command, env=environment | _first("JUPYTER_CONFIG_PATH", folder))
         while True:
             try:
                 return lab.wait()
             except KeyboardInterrupt:  # JupyterLab hears it too, and asks whether it is meant
                 continue
+            except SystemExit:
+                lab.terminate()
+                lab.wait()
+                raise
+
+
+@contextmanager
+def _exit_by_sigterm() -> Iterator[None]:
+    """While open, SIGTERM ends this process as ``sys.exit`` does, and so leaves nothing behind."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -53,8 +53,8 @@ def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Ite
     """Yield ``items`` and say how far along we are, and how much time is left.
 
     A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
-    a plain log one line per tenth of what takes longer than :data:`SHORT`. A bar within another one vanishes when it is full. Of several
-    processes the first one speaks.
+    a plain log one line per tenth of what takes longer than :data:`SHORT`. A bar within another
+    one vanishes when it is full. Of several processes the first one speaks.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -64,6 +65,31 @@ def test_lab_gets_the_user_s_options_on_its_command_line(asked):
     kernel.open_lab(["--notebook-dir=/elsewhere", "--no-browser"])
     [(command, _)] = asked
     assert command[3:] == ["--notebook-dir=/elsewhere", "--no-browser"]
+
+
+def test_lab_ends_with_the_command_that_has_started_it(monkeypatch):
+    told = []
+
+    class Lab:
+        def __init__(self, command, *, env):
+            self.waits = 0
+
+        def wait(self):
+            self.waits += 1
+            if self.waits == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return 0
+
+        def terminate(self):
+            told.append("terminate")
+
+    monkeypatch.setattr(kernel.subprocess, "Popen", Lab)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        kernel.open_lab()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert told == ["terminate"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_missing_jupyterlab_is_told_in_one_line(monkeypatch):
