@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING
+
+from moee_analysis.cli.guide import WIDTH
 
 if TYPE_CHECKING:
     from moee_analysis.costs import Cost, Costs
@@ -23,7 +26,7 @@ def diagnosis_text(diagnosis: Diagnosis) -> str:
     """All that was found, in lines: versions, machine, parts, costs, and what to do."""
     found, machine = diagnosis.versions, diagnosis.machine
     lines = [
-        ", ".join(f"{name} {version}" for name, version in found.items()),
+        *textwrap.wrap(", ".join(f"{name} {version}" for name, version in found.items()), WIDTH),
         f"{machine['python']} on {machine['system']} ({machine['processor']})",
         "",
         *(_check_text(check) for check in diagnosis.checks),
