@@ -17,7 +17,7 @@ from moee_analysis.clustering import whole_number
 from moee_analysis.config import ExtractConfig
 from moee_analysis.images import ImageSet, Scenes
 from moee_analysis.memory import expected
-from moee_analysis.models import architecture, input_size
+from moee_analysis.models import BUNDLED_MODELS, architecture, input_size
 from moee_analysis.presets import preset_named
 from moee_analysis.recording import BATCH
 from moee_analysis.scenes import SPLIT_SIZES
@@ -37,7 +37,7 @@ SCATTERS = 0.38
 """UMAP and HDBSCAN take so many scattered sums of a million numbers for a token of a layer."""
 
 REPORTS = {"small": 95.0}
-"""The report of a preset takes as long as so many of its ``best`` extractions."""
+"""A report on a bundled model takes as long as so many ``best`` extractions of its preset."""
 
 REPORT_DISK = 4.0  # times what one of them keeps; its store holds all that the notebooks share
 
@@ -94,7 +94,7 @@ def speed_of(model: nn.Module) -> Speed:
 
 
 def costs_of(model: nn.Module, speed: Speed, *, images: int | None, preset: str) -> Costs:
-    """Estimate what extractions of ``model`` would cost, and a report with it.
+    """Estimate what extractions of ``model`` would cost, and a report where one was measured.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def costs_of(model: nn.Module, speed: Speed, *, images: int | None, preset: str)
     there = images or sizes.calibration_images or SPLIT_SIZES["calibration"]
     count = min(there, sizes.calibration_images or there)
     runs = [_extraction(model, speed, recipe, count=count, preset=preset) for recipe in RECIPES]
-    if preset in REPORTS:
+    if preset in REPORTS and architecture(model) in BUNDLED_MODELS:
         best = runs[-1]
         seconds = REPORTS[preset] * (best.seconds - START)
         runs.append(replace(best, run="report", seconds=seconds, disk=REPORT_DISK * best.disk))

@@ -81,6 +81,11 @@ def test_all_images_count_with_the_full_preset():
     assert "report" not in [cost.run for cost in found.runs]  # nobody has measured it
 
 
+def test_a_report_on_another_model_is_not_guessed(small_run):
+    runs = costs_of(small_run.original, SPEED, images=100, preset="small").runs
+    assert [cost.run for cost in runs] == [f"extract --recipe {recipe}" for recipe in RECIPES]
+
+
 def test_a_machine_twice_as_slow_takes_about_twice_as_long():
     model = load_model()
     slow = Speed(*(2 * seconds for seconds in vars(SPEED).values()))
