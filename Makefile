@@ -1,5 +1,6 @@
 # make report   run every notebook and print the path of the report's index
 # make test     style and tests
+# make test-browser   the atlas, the report and JupyterLab in a real browser
 # make bench    measure how fast clustering, extraction and inference are
 # make lab      open JupyterLab on the notebooks
 # make format   put code and notebooks in the house style
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test bench lab format clean
+.PHONY: help setup report test test-browser bench lab format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -48,6 +49,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(ARGS)
+
+test-browser: $(STAMP)
+	@chromium=$$(tests/browser/set_up.sh $(VENV)) && \
+	    MOEE_CHROMIUM=$$chromium $(BIN)/python -m pytest tests/browser $(ARGS)
 
 bench: $(STAMP)
 	@env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/speed.py --out $(OUT)/speed $(ARGS)

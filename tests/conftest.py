@@ -13,6 +13,7 @@ from tests.makers import lively, quick
 from tests.toys import toy_images
 
 ROOT = Path(__file__).resolve().parents[1]
+collect_ignore = [] if os.environ.get("MOEE_CHROMIUM") else ["browser"]
 
 
 @pytest.fixture(scope="session")

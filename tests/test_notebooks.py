@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import re
 
 import nbformat
@@ -133,11 +134,15 @@ def test_ends_in_exercises_with_solutions_that_are_hidden(path):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Every notebook, run at the smoke preset through one fresh store."""
+    """Every notebook, run at the smoke preset through one fresh store.
+
+    ``MOEE_KEEP_REPORT`` is where their report stays, for the browser tests.
+    """
     folder = tmp_path_factory.mktemp("notebooks")
+    out = os.environ.get("MOEE_KEEP_REPORT") or folder / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEE_STORE", str(folder / "store"))
-        outcomes = report({"seed": 1}, out=folder / "out", preset="smoke", notebooks=NOTEBOOKS)
+        outcomes = report({"seed": 1}, out=out, preset="smoke", notebooks=NOTEBOOKS)
     return {outcome.notebook: outcome for outcome in outcomes}
 
 

@@ -1,0 +1,117 @@
+"""A notebook in JupyterLab, as a newcomer meets it: Run All, then move a slider."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections import deque
+from contextlib import contextmanager
+from itertools import takewhile
+from threading import Thread
+
+import pytest
+
+from moee_analysis import paths
+from tests.browser.conftest import set_for_a_while
+
+NAME = "03_class_specific_experts.ipynb"
+TOKEN = "in-a-test"
+RUN_MILLISECONDS = 300_000
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    """A folder with notebook 03, which asks for little compute."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    text = (paths.notebooks_folder() / NAME).read_text(encoding="utf-8")
+    asked = text.replace('preset: str = \\"small\\"', 'preset: str = \\"smoke\\"')
+    assert asked != text
+    (folder / NAME).write_text(asked, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def lab(notebooks, store, tmp_path):
+    """Address of a JupyterLab that ``moee lab`` has started on these notebooks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    private = {
+        f"JUPYTERLAB_{kind}_DIR": str(tmp_path / kind) for kind in ("SETTINGS", "WORKSPACES")
+    }
+    options = [
+        "--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={TOKEN}",
+        f"--ServerApp.root_dir={notebooks}", "--LabApp.default_url=/lab",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "moee_analysis", "lab", *options]
+    with set_for_a_while(**private), started(command):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def started(command):
+    """A process that has said where it serves, and is over when this is."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        told = list(takewhile(lambda line: "is running at" not in line, process.stderr))
+        assert process.poll() is None, "".join(told)
+        Thread(target=deque, args=(process.stderr, 0), daemon=True).start()  # let it go on talking
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def run_all(page):
+    """Choose Run All in the menu, and wait until no cell is waiting any more."""
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(".jp-InputPrompt").get_by_text("[*]").first.wait_for(state="attached")
+    page.wait_for_function(
+        """() => ![...document.querySelectorAll(".jp-InputPrompt")]
+        .some((prompt) => prompt.textContent.includes("*"))""",
+        timeout=RUN_MILLISECONDS,
+    )
+
+
+def go_to(page, heading):
+    """Jump to a heading by the table of contents."""
+    page.get_by_role("tab", name="Table of Contents").click()
+    page.locator(".jp-TableOfContents-content").get_by_text(heading, exact=True).click()
+
+
+def saved(page, path):
+    """The notebook as it is on disk after saving."""
+    page.keyboard.press("Control+s")
+    page.locator(".jp-mod-dirty").first.wait_for(state="detached")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_notebook_03_runs_and_its_slider_changes_the_figure(open_page, lab, notebooks, shots):
+    page = open_page(f"{lab}/lab/tree/{NAME}?token={TOKEN}", width=1400, height=1000)
+    page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=60_000)
+    run_all(page)
+    go_to(page, "Any class, any layer")
+    figure = page.locator(".jp-OutputArea img[alt*='layer ']").first
+    figure.wait_for(timeout=20_000)
+    page.screenshot(path=shots / "lab.png")
+    before = figure.get_attribute("src"), figure.get_attribute("alt")
+    slider = page.locator(".jp-OutputArea .noUi-handle").first
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "([node, src]) => node.isConnected && node.src !== src || "
+        "document.querySelector(\".jp-OutputArea img[alt*='layer ']\").src !== src",
+        arg=[figure.element_handle(), before[0]],
+    )
+    changed = page.locator(".jp-OutputArea img[alt*='layer ']").first
+    assert changed.get_attribute("alt") != before[1]
+    page.screenshot(path=shots / "lab_slider_moved.png")
+    cells = saved(page, notebooks / NAME)["cells"]
+    ran = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in ran)
+    assert not [o for cell in ran for o in cell["outputs"] if o["output_type"] == "error"]
