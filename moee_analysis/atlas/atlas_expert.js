@@ -7,8 +7,7 @@ function showLayers() {
   const items = layers.map((one, index) => ({
     value: index, label: `layer ${one.layer}`, content: [make("span", {}, String(one.layer))],
   }));
-  const act = (layer) => choose({ layer: Number(layer) });
-  byId("layers").replaceChildren(...radios("layer", items, (v) => v === chosen.layer, act));
+  byId("layers").replaceChildren(...radios("layer", items));
 }
 
 function showExperts() {
@@ -22,8 +21,7 @@ function showExperts() {
       make("i", { class: "use", "--share": String(experts[index].share / most) }),
     ],
   }));
-  const act = (expert) => choose({ expert: Number(expert) });
-  byId("experts").replaceChildren(...radios("expert", items, (v) => v === chosen.expert, act));
+  byId("experts").replaceChildren(...radios("expert", items));
 }
 
 function showExpert() {
@@ -35,14 +33,14 @@ function showExpert() {
     `Takes ${percent(expert.share)} of the patches, in ${expert.images} of ${images.length} ` +
     `images, and keeps ${expert.neurons} of ${hidden} hidden neurons ` +
     `(${percent(expert.neurons / hidden)}).${leading}`;
-  byId("top").replaceChildren(...expert.top.map((patch) => crop(grid, patch)));
-  if (!expert.top.length) byId("top").append(make("li", {}, "No patch of these images goes to it."));
-  byId("tables").replaceChildren(
+  const none = make("li", {}, "No patch of these images goes to it.");
+  refill("top", expert.top.length ? expert.top.map((patch) => crop(grid, patch)) : [none]);
+  refill("tables", [
     shares("Classes that use it more than others do", ["class", "its tokens", "all"], expert.classes),
     shares("Parts its patches show more than others do", ["part", "its patches", "all"], expert.parts),
     others("Neighbours by mean input", ["expert", "cosine", "raw"], expert.near),
     others("Overlap of neurons", ["expert", "shared", "chance"], expert.overlap),
-  );
+  ]);
 }
 
 // A button with a patch, framed, and what is around it.
@@ -119,9 +117,8 @@ function table(title, heads, body) {
 }
 
 listeners.push((changed) => {
-  if (changed("layer")) showLayers();
-  if (changed("layer") || changed("expert")) {
-    showExperts();
-    showExpert();
-  }
+  if (changed("layer")) showExperts();
+  check("layers", chosen.layer);
+  check("experts", chosen.expert);
+  if (changed("layer") || changed("expert")) showExpert();
 });

@@ -13,8 +13,7 @@ function showStrip() {
       label: `image ${index + 1}: ${image.class}`,
       content: [make("img", { src: source(index), alt: "", loading: "lazy", decoding: "async" })],
     }));
-  const act = (image) => choose({ image: Number(image) });
-  byId("strip").replaceChildren(...radios("image", items, (v) => v === chosen.image, act));
+  byId("strip").replaceChildren(...radios("image", items));
 }
 
 function showClasses() {
@@ -38,10 +37,9 @@ function showImage() {
   picture.alt = `image ${chosen.image + 1}: ${image.class}`;
   const dense = image.dense === undefined ? "" : `, the dense model “${image.dense}”`;
   byId("said").textContent = `The mixture says “${image.moe}”${dense}.`;
-  for (const button of byId("strip").querySelectorAll("input")) {
-    button.checked = Number(button.value) === chosen.image;
-    if (button.checked) keepInView(byId("strip"), button.parentElement);
-  }
+  check("strip", chosen.image);
+  const thumbnail = byId("strip").querySelector("label:has(:checked)");
+  if (thumbnail) keepInView(byId("strip"), thumbnail);
 }
 
 // Scroll the strip alone, never the page.
@@ -106,7 +104,7 @@ function showAcross() {
   byId("patch-told").textContent =
     `Row ${Math.floor(down * rows)}, column ${Math.floor(right * columns)}: expert ${own} in ` +
     `layer ${layerAt().layer} (${percent(layerAt().experts[own].share)} of all patches).`;
-  byId("across").replaceChildren(...layers.map((layer, index) => {
+  refill("across", layers.map((layer, index) => {
     const expert = routed(layer, image, down, right);
     const canvas = make("canvas", { width: SMALL, height: SMALL });
     pictureOf(image).then((picture) => drawSame(canvas, picture, layer, expert));
@@ -196,6 +194,7 @@ addEventListener("hashchange", () => choose(fromAddress()));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showAcross);
 
 Object.assign(chosen, fromAddress());
+showLayers();
 showClasses();
 showStrip();
 for (const listen of listeners) listen(() => true);

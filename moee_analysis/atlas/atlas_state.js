@@ -88,13 +88,26 @@ function pictureOf(image) {
   return decoded.get(image);
 }
 
+// Put other children into a place; who was on a button there with the keyboard stays on it.
+function refill(id, children) {
+  const place = byId(id);
+  const at = [...place.querySelectorAll("button")].indexOf(document.activeElement);
+  place.replaceChildren(...children);
+  if (at >= 0) place.querySelectorAll("button")[at]?.focus({ preventScroll: true });
+}
+
+function check(id, value) {
+  for (const button of byId(id).querySelectorAll("input")) {
+    button.checked = Number(button.value) === value;
+  }
+}
+
 // Radio buttons: one stop for the Tab key, arrows within.
-function radios(name, items, isChosen, act) {
+function radios(name, items) {
   return items.map(({ value, label, content }) => {
     const button = make("input", {
-      type: "radio", name, value, "aria-label": label, onchange: () => act(value),
+      type: "radio", name, value, "aria-label": label, onchange: () => choose({ [name]: value }),
     });
-    button.checked = isChosen(value);
     return make("label", { title: label }, button, ...content);
   });
 }

@@ -83,7 +83,7 @@ def _layer(seen: Seen, layer: int, tables: dict[str, pd.DataFrame | None]) -> di
     module, experts = moe_layers(seen.run.model)[layer], seen.routed.patch_experts(layer)
     counts = np.bincount(experts.ravel(), minlength=module.n_experts)
     images = [int((experts == e).any(axis=(1, 2)).sum()) for e in range(module.n_experts)]
-    near = _near(seen.known.means[layer])
+    near = _near(seen.known.means[layer], seen.routed.counts[layer].sum(axis=0))
     prefix = seen.routed.prefix_tokens[layer]
     leading = seen.routed.experts[layer][:, :prefix]
     return {
@@ -127,7 +127,7 @@ def _ahead(rows: pd.DataFrame | None, name: str) -> list[list[Any]]:
     return [[str(n), _short(share), _short(usual)] for n, share, usual in columns]
 
 
-def _near(means: np.ndarray) -> list[list[list[float]]]:
+def _near(means: np.ndarray, tokens: np.ndarray) -> list[list[list[float]]]:
     """For every expert those of the most similar mean inputs: expert, centred cosine, raw cosine.
 
     Experts that no token of these images goes to have no mean, and none near them.
@@ -136,7 +136,7 @@ def _near(means: np.ndarray) -> list[list[list[float]]]:
     near: list[list[list[float]]] = [[] for _ in means]
     if len(met) < 2:
         return near
-    pairs = measure.similarity({0: means[met]})
+    pairs = measure.similarity({0: means[met]}, shares={0: tokens[met]})
     for expert, rows in pairs[pairs["expert_a"] != pairs["expert_b"]].groupby("expert_a"):
         best = rows.nlargest(OTHERS, "cosine_centred")
         columns = zip(best["expert_b"], best["cosine_centred"], best["cosine"], strict=True)
