@@ -20,6 +20,7 @@ from PIL import Image
 
 from moee_analysis import models, scenes
 from moee_analysis.errors import MoeeError
+from moee_analysis.progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -139,7 +140,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """SHA-256 of the list of images: classes and contents, in order."""
         digest = hashlib.sha256()
-        for row, folder in zip(self.rows, self.folders, strict=True):
+        images = zip(self.rows, self.folders, strict=True)
+        for row, folder in progress(images, label="hashing images", total=len(self), delay=1):
             digest.update(folder.encode() + b"\0" + self.source.digest(row))
         return digest.hexdigest()
 
@@ -301,7 +303,8 @@ def _readable(images: ImageSet, folder: Path, *, strict: bool) -> ImageSet:
     """Drop the images whose files cannot be decoded, by name; refuse them if ``strict``."""
     paths = [images.source.paths[row] for row in images.rows]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        good = list(pool.map(_decodes, paths))
+        decoded = pool.map(_decodes, paths)
+        good = list(progress(decoded, label="checking images", total=len(paths), delay=1))
     skipped = tuple(str(p.relative_to(folder)) for p, ok in zip(paths, good, strict=True) if not ok)
     if not skipped:
         return images

@@ -49,12 +49,15 @@ def tell_progress(line: str) -> None:
         tell(line)
 
 
-def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
+def progress(
+    items: Iterable[T], *, label: str, total: int | None = None, delay: float = 0.0
+) -> Iterator[T]:
     """Yield ``items`` and say how far along we are, and how much time is left.
 
     A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
     a plain log one line per tenth of what takes longer than :data:`SHORT`. A bar within another
-    one vanishes when it is full. Of several processes the first one speaks.
+    one vanishes when it is full. Of several processes the first one speaks. Bars of many short
+    steps appear after a ``delay`` in seconds, if they have not ended by then.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -63,9 +66,9 @@ def progress(items: Iterable[T], *, label: str, total: int | None = None) -> Ite
     if is_in_notebook():
         from tqdm.notebook import tqdm as notebook_tqdm
 
-        return iter(notebook_tqdm(items, desc=label, total=total))
+        return iter(notebook_tqdm(items, desc=label, total=total, delay=delay))
     if has_bars():
-        return iter(tqdm(items, desc=label, total=total, leave=None))
+        return iter(tqdm(items, desc=label, total=total, leave=None, delay=delay))
     return _logged(items, label, total)
 
 

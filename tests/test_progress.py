@@ -65,6 +65,12 @@ def test_a_bar_within_a_bar_vanishes_when_it_is_full(monkeypatch):
     assert last_line(screen).startswith("outer: 100%")
 
 
+def test_a_bar_that_is_delayed_does_not_show_what_is_soon_over(monkeypatch):
+    screen = a_screen(monkeypatch)
+    assert list(progress("abc", label="short", delay=60)) == ["a", "b", "c"]
+    assert "short" not in screen.getvalue()
+
+
 def test_a_line_between_does_not_tear_a_bar(monkeypatch):
     screen = a_screen(monkeypatch)
     for _ in progress(range(2), label="working"):
