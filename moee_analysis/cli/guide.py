@@ -136,7 +136,7 @@ GUIDES = {
              "moee doctor"),
             ("what 5000 images of a model of your own would cost",
              "moee doctor --model deit_tiny_patch16_224 --weights deit_tiny.safetensors "
-             "--images 5000"),
+             "--images 5000 --preset full"),
             ("for machines",
              "moee doctor --json"),
         ),

@@ -173,7 +173,10 @@ def _lab_options(parser: argparse.ArgumentParser) -> None:
 def _doctor_options(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
     parser.add_argument(
-        "--images", type=int, metavar="N", help="of the run whose cost is told; else the preset's"
+        "--images",
+        type=int,
+        metavar="N",
+        help="that there are for the run whose cost is told; else as many as the preset takes",
     )
     parser.add_argument(
         "--preset", default="small", choices=PRESETS, help="how much compute that run takes"
