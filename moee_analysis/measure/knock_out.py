@@ -82,9 +82,10 @@ def knock_out(
     -------
     DataFrame
         ``layer``, ``expert``, ``what`` (removed | alone), ``system`` (expert | random tokens),
-        ``kind`` (all | class | family), ``group`` (its name), ``family`` (of a class; empty
-        without ``families``), ``images`` (of the group), ``knocked_out`` (mean share of an image's
-        tokens), ``top1_dense``, ``top1_intact``, ``top1``, ``change`` (of top-1, from intact),
+        ``kind`` (all | class | family), ``group`` (its name, with the index where classes share
+        one), ``family`` (of a class; empty without ``families``), ``images`` (of the group),
+        ``knocked_out`` (mean share of an image's tokens), ``top1_dense``, ``top1_intact``,
+        ``top1``, ``change`` (of top-1, from intact),
         ``low``, ``high``, ``logp_change`` (of the mean log-probability of the true class, in nats),
         ``logp_low``, ``logp_high``. Intervals are 95 %, paired: both on the same resampled images;
         empty for a single image. Shares are 0 to 1.
@@ -141,11 +142,12 @@ def _groups(model: nn.Module, images: ImageSet, families: Mapping[str, str] | No
     own = [names[c] for c in classes]
     family = [""] * len(own) if families is None else families_of(own, families)
     of_image = np.array(family)[np.searchsorted(classes, labels)]
+    unlike = [f"{n} ({c})" if own.count(n) > 1 else n for n, c in zip(own, classes, strict=True)]
     return [
         _Group("all", "all", "", np.arange(len(labels))),
         *(
             _Group("class", name, kin, np.flatnonzero(labels == c))
-            for c, name, kin in zip(classes, own, family, strict=True)
+            for c, name, kin in zip(classes, unlike, family, strict=True)
         ),
         *(
             _Group("family", name, name, np.flatnonzero(of_image == name))

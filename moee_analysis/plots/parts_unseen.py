@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+_DOT = {"color": style.INK, "mec": "white"}
+
 
 @style.house
 def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
@@ -41,7 +43,7 @@ def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
             numbers = drawing.thinned([str(e) for e in range(change.shape[1])], most=14)
             drawing.name_cells(ax, names, numbers)
             clear = (_square(cells, "low", parts) > 0) | (_square(cells, "high", parts) < 0)
-            ax.plot(*np.nonzero(clear)[::-1], ls="", marker="o", ms=1.6, color=style.INK)
+            ax.plot(*np.nonzero(clear)[::-1], ls="", marker="o", ms=2.4, mew=0.5, **_DOT)
             ax.set_title(f"{style.layer_label(layer)}, {system}")
     fig.supxlabel("expert removed, or replaced by as many random patches", size=9)
     fig.supylabel("part (recall of the intact model)", size=9)

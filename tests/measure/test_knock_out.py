@@ -4,6 +4,8 @@ to carry a class.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,6 +94,14 @@ def test_groups_intervals_and_the_dense_model(table):
     with torch.no_grad():
         dense = (toy_vit()(x).argmax(dim=1).numpy() == truth).mean()
     assert set(rows_of(table, kind="all")["top1_dense"]) == {dense}
+
+
+def test_classes_of_the_same_name_stay_apart(monkeypatch):
+    module = sys.modules["moee_analysis.measure.knock_out"]
+    monkeypatch.setattr(module, "class_labels", lambda _: ("crane", "blue", "crane", "white"))
+    table = measure.knock_out(colour_model(), COLOURED, coloured_images(*range(100, 104)))
+    names = table[table["kind"] == "class"]["group"].unique()
+    assert list(names) == ["crane (0)", "blue", "crane (2)", "white"]
 
 
 def test_batches_of_other_sizes_and_other_layers_change_nothing(table):
