@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moee_analysis.explore import Plot, Values
 
 _THUMBNAIL = 96  # pixels
+_SMALL = 560  # pixels up to which a narrow figure is enlarged
 _WIDE = {"width": "26rem"}
 _LABEL = {"description_width": "5rem"}
 
@@ -160,7 +161,8 @@ def _told(chosen: Mapping[str, Any]) -> str:
 
 def _shown(fig: Figure, told: str, caption: str) -> str:
     """``fig`` as HTML that a screen reader can tell, with the caption below."""
-    width = round(96 * fig.get_size_inches()[0])
+    inches = fig.get_size_inches()[0]
+    width = round(max(96 * inches, min(fig.dpi * inches, _SMALL)))
     below = f'<p style="color: var(--jp-ui-font-color2); margin: 0">{escape(caption)}</p>'
     told = ". ".join(text for text in (fig.get_label(), told) if text)
     return (

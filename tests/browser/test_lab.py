@@ -54,15 +54,16 @@ def lab(notebooks, store, tmp_path):
 @contextmanager
 def started(command):
     """A process that has said where it serves, and is over when this is."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        told = list(takewhile(lambda line: "is running at" not in line, process.stderr))
-        assert process.poll() is None, "".join(told)
-        Thread(target=deque, args=(process.stderr, 0), daemon=True).start()  # let it go on talking
-        yield
-    finally:
-        process.terminate()
-        process.wait(20)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        listener = Thread(target=deque, args=(process.stderr, 0))  # it goes on talking
+        try:
+            told = list(takewhile(lambda line: "is running at" not in line, process.stderr))
+            assert process.poll() is None, "".join(told)
+            listener.start()
+            yield
+        finally:
+            process.terminate()
+            listener.join()
 
 
 def run_all(page):
@@ -91,7 +92,7 @@ def saved(page, path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_notebook_03_runs_and_its_slider_changes_the_figure(open_page, lab, notebooks, shots):
+def test_notebook_03_runs_and_its_slider_changes_the_figure(lab, notebooks, open_page, shots):
     page = open_page(f"{lab}/lab/tree/{NAME}?token={TOKEN}", width=1400, height=1000)
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=60_000)
     run_all(page)
