@@ -136,6 +136,18 @@ def test_without_the_dense_model_it_says_nothing_of_it(run, images):
     assert "MACs" not in dict(facts["about"])
 
 
+def test_layers_that_are_not_shown_are_named_with_the_reason(small_run, images):
+    named = replace(images, folders=("n01443537",) * len(images))
+    first, *others = small_run.layers
+    made = replace(
+        small_run, layers=(*others, replace(first, index=9, converted=False, reason="<no>"))
+    )
+    facts = atlas_facts(made, named)
+    assert facts["absent"] == "Not shown: layer 9 stayed dense: <no>."
+    assert "&lt;no&gt;" in page(facts)
+    assert atlas_facts(small_run, named)["absent"] == ""
+
+
 def test_windows_are_put_where_they_are(images):
     run = run_of(toy_moe(toy_swin()))
     facts, routed = atlas_facts(run, images), measure.routes(run, images)

@@ -66,14 +66,20 @@ def atlas_facts(
     """Return all that the page shows, in JSON's types.
 
     ``layers`` (see :func:`moee_analysis.atlas.facts.layer_facts`), each with ``routes``;
-    ``images`` (class, picture, predictions); ``about``, names and values of what was looked at.
+    ``images`` (class, picture, predictions); ``about``, names and values of what was looked at;
+    ``absent``, the layers that are not shown, and why.
     """
     seen = seen_through(run, images)
     layers = [
         facts | {"routes": packed_routes(seen, facts["layer"])} for facts in layer_facts(seen)
     ]
     pictures = image_facts(seen, dense)
-    return {"about": _about(seen, dense, layers), "layers": layers, "images": pictures}
+    return {
+        "about": _about(seen, dense, layers),
+        "absent": _absent(seen),
+        "layers": layers,
+        "images": pictures,
+    }
 
 
 def page(facts: dict[str, Any]) -> str:
@@ -97,6 +103,7 @@ def page(facts: dict[str, Any]) -> str:
         .replace("{{style}}", style)
         .replace("{{script}}", script)
         .replace("{{about}}", about)
+        .replace("{{absent}}", escape(facts["absent"]))
         .replace("{{facts}}", _harmless({"layers": facts["layers"], "images": facts["images"]}))
     )
 
@@ -128,6 +135,17 @@ def _about(
         *_saved(seen, dense),
         ("Made", f"{datetime.now().astimezone():%Y-%m-%d}, moee-analysis {_version()}"),
     ]
+
+
+def _absent(seen: Seen) -> str:
+    """The layers that are not shown, and why; nothing if all are."""
+    told = [
+        f"layer {report.index} "
+        + ("has no patches with places" if report.converted else f"stayed dense: {report.reason}")
+        for report in seen.run.layers
+        if report.index not in seen.routed.placed
+    ]
+    return f"Not shown: {'; '.join(told)}." if told else ""
 
 
 def _saved(seen: Seen, dense: nn.Module | None) -> list[tuple[str, str]]:
