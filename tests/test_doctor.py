@@ -60,7 +60,7 @@ def test_costs_are_told_for_every_recipe(healthy):
     ]
     assert healthy.costs.images == 160
     for cost in healthy.costs.runs:
-        assert 0 < cost.seconds < 3600
+        assert cost.seconds > 0
         assert cost.memory > psutil.Process().memory_info().rss / 2
         assert cost.disk > 0
 
