@@ -36,7 +36,7 @@ SCATTERED = 1_000_000
 SCATTERS = 0.38
 """UMAP and HDBSCAN take so many scattered sums of a million numbers for a token of a layer."""
 
-REPORTS = {"smoke": 190.0, "small": 95.0}
+REPORTS = {"smoke": 92.0, "small": 98.0}
 """A report on a bundled model takes as long as so many ``best`` extractions of its preset."""
 
 REPORT_DISK = 4.0  # times what one of them keeps; its store holds all that the notebooks share
@@ -109,7 +109,7 @@ def costs_of(model: nn.Module, speed: Speed, *, images: int | None, preset: str)
     runs = [_extraction(model, speed, recipe, count=count, preset=preset) for recipe in RECIPES]
     if preset in REPORTS and architecture(model) in BUNDLED_MODELS:
         best = runs[-1]
-        seconds = REPORTS[preset] * (best.seconds - START)
+        seconds = REPORTS[preset] * best.seconds
         runs.append(replace(best, run="report", seconds=seconds, disk=REPORT_DISK * best.disk))
     return Costs(architecture(model), count, preset, speed, tuple(runs))
 
