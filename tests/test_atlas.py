@@ -193,7 +193,7 @@ def test_the_browser_is_told_to_run_this_script_alone(facts):
 def test_names_cannot_become_markup(run):
     named = replace(toy_images(6), name=NASTY, folders=(NASTY,) * 6)
     made = replace(run, provenance={"model": NASTY})
-    text = page(atlas_facts(made, named))
+    text = page(atlas_facts(made, named, dense=toy_vit()))
     soup = BeautifulSoup(text, "html.parser")
     assert len(soup.find_all("script")) == 2
     assert NASTY not in text

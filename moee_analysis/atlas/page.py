@@ -152,7 +152,7 @@ def _saved(seen: Seen, dense: nn.Module | None) -> list[tuple[str, str]]:
     """What the run saves, beside its dense model."""
     if dense is None:
         return []
-    costs = measure.macs(replace(seen.run, original=dense), seen.images)
+    costs = measure.macs(replace(seen.run, original=dense), routes=seen.routed)
     total = costs.set_index("component").loc["total"]
     macs, parameters = (total[kind] / total[f"{kind}_dense"] - 1 for kind in ("macs", "params"))
     return [
