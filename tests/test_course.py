@@ -1,0 +1,97 @@
+"""The lesson: its links lead somewhere, its solutions print what it quotes, it takes 90 minutes."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LESSON, EXERCISES, NOTES = (
+    ROOT / "docs" / f"course{which}.md" for which in ("", "_exercises", "_instructor")
+)
+CODE = re.compile(r"^```python\n([^`]*)```$", re.M)
+SOLUTION = re.compile(r"^```python\n([^`]*)```\n\n```text\n([^`]*)```$", re.M)
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def _links(page: Path) -> list[str]:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return re.findall(r"\]\(([^)\s]+)\)", prose)
+
+
+@cache
+def _cells(notebook: Path) -> set[str]:
+    return {cell["id"] for cell in json.loads(notebook.read_text())["cells"]}
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [LESSON, EXERCISES, NOTES], ids=lambda page: page.stem)
+def test_every_link_leads_to_a_file_and_a_cell_that_are_there(page):
+    for link in _links(page):
+        place, _, fragment = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.is_file(), link
+        if target.suffix == ".ipynb" and fragment:
+            assert fragment.removeprefix("cell-id=") in _cells(target), link
+        elif fragment:
+            assert fragment in _anchors(target), link
+
+
+def test_every_term_of_the_glossary_links_to_a_cell():
+    rows = LESSON.read_text().partition("## Glossary")[2].splitlines()
+    terms = [row for row in rows if row.startswith("|")][2:]
+    assert len(terms) >= 25
+    assert all("#cell-id=" in row.split("|")[1] for row in terms)
+    names = [re.search(r"\[(.+?)\]", row)[1].lower() for row in terms]
+    assert names == sorted(names)
+
+
+def test_the_blocks_of_the_lesson_take_90_minutes():
+    minutes = re.findall(r"^## .*\((\d+) minutes\)$", LESSON.read_text(), re.M)
+    assert sum(map(int, minutes)) == 90
+
+
+def test_every_exercise_has_a_solution_that_is_hidden():
+    each = EXERCISES.read_text().partition("\n## More")[0].split("\n## ")[1:]
+    assert 6 <= len(each) <= 8
+    for exercise in each:
+        asked, _, hidden = exercise.partition("<details><summary>Solution</summary>\n")
+        assert "```" not in asked
+        assert SOLUTION.search(hidden)
+        assert hidden.rstrip().endswith("</details>")
+
+
+def test_the_solutions_run_and_print_what_the_lesson_quotes(tmp_path, monkeypatch, capsys):
+    """In order, in one namespace; numbers may differ as much as those of two machines."""
+    monkeypatch.setenv("MOEE_STORE", str(tmp_path))
+    text = EXERCISES.read_text()
+    first, *solutions = CODE.findall(text)
+    quoted = dict(SOLUTION.findall(text))
+    assert len(quoted) == len(solutions)
+    names: dict[str, object] = {}
+    exec(first, names)
+    for code in solutions:
+        capsys.readouterr()
+        exec(code, names)
+        _assert_alike(capsys.readouterr().out, quoted[code])
+
+
+def _assert_alike(printed: str, quoted: str) -> None:
+    """The same words at the end, after what ``extract`` says of itself, and numbers near those."""
+    printed = "".join(printed.splitlines(keepends=True)[-len(quoted.splitlines()) :])
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", quoted), printed
+    for found, told in zip(NUMBER.findall(printed), NUMBER.findall(quoted), strict=True):
+        last_digit = 10.0 ** -len(told.partition(".")[2])
+        assert float(found) == pytest.approx(float(told), rel=0.2, abs=3 * last_digit), printed
