@@ -18,7 +18,7 @@ LESSON, EXERCISES, NOTES = (
     ROOT / "docs" / f"course{which}.md" for which in ("", "_exercises", "_instructor")
 )
 CODE = re.compile(r"^```python\n([^`]*)```$", re.M)
-SOLUTION = re.compile(r"^```python\n([^`]*)```\n\n```text\n([^`]*)```$", re.M)
+SOLUTION = re.compile(r"^```python\n([^`]*)```\n\nIt prints\n\n```text\n([^`]*)```$", re.M)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
