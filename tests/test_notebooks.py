@@ -234,6 +234,15 @@ def test_shows_each_figure_once_and_nothing_in_red(path, made):
 
 
 @each_notebook
+def test_leaves_no_widget_behind(path, made):
+    """Panels and bars are for JupyterLab: headless a reader gets figures."""
+    executed = nbformat.read(made[path.stem].folder / NOTEBOOK, as_version=4)
+    shown = [o.get("data", {}) for c in executed.cells for o in c.get("outputs", [])]
+    assert not [kind for data in shown for kind in data if "widget" in kind]
+    assert "widgets" not in executed.metadata
+
+
+@each_notebook
 def test_every_solution_runs_shows_and_answers(path, made):
     for cells in _exercises(made[path.stem].folder / NOTEBOOK).values():
         assert all(cell.execution_count for cell in cells)

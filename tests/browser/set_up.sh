@@ -3,7 +3,7 @@
 #
 #   tests/browser/set_up.sh VENV
 #
-# Ends with code 1, and says why, where Chromium is not installed and cannot be.
+# Ends with code 3, and says so, where Chromium is not installed and cannot be.
 set -euo pipefail
 venv=$1
 
@@ -23,7 +23,7 @@ install_browser() {
 
 if ! browser >/dev/null && ! install_browser; then
     echo "Chromium is not installed, and cannot be installed here; install it, then repeat." >&2
-    exit 1
+    exit 3
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
     -e '.[browser]' >&2
