@@ -16,8 +16,8 @@ browser() {
 
 install_browser() {
     command -v apt-get >/dev/null || return 1
-    local root=""
-    [ "$(id -u)" = 0 ] || root="sudo -n"
+    local root="env DEBIAN_FRONTEND=noninteractive"
+    [ "$(id -u)" = 0 ] || root="sudo -n $root"
     { $root apt-get update --quiet=2 && $root apt-get install --quiet=2 --yes chromium; } >&2
 }
 

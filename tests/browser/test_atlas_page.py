@@ -30,8 +30,6 @@ def test_it_opens_at_once_with_an_expert_and_its_patches(page, shots):
     page.screenshot(path=shots / "atlas.png", full_page=True)
     assert re.fullmatch(r"Layer \d+, expert \d+", title(page))
     assert page.locator("#top canvas").count() > 0
-    spent = page.evaluate("performance.getEntriesByType('navigation')[0].domComplete")
-    print(f"opened in {spent:.0f} ms")
 
 
 def test_every_crop_shows_a_picture(page):
