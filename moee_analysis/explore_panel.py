@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import numpy as np
+from PIL import Image
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.explore import DependsOn, Pictures, options_of
@@ -25,6 +27,7 @@ _THUMBNAIL = 96  # pixels
 _SMALL = 560  # pixels up to which a narrow figure is enlarged
 _WIDE = {"width": "26rem"}
 _LABEL = {"description_width": "5rem"}
+_WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}
 
 
 def panel(plot: Plot, choices: Mapping[str, Values], caption: str | None) -> widgets.Widget:
@@ -35,9 +38,6 @@ def panel(plot: Plot, choices: Mapping[str, Values], caption: str | None) -> wid
     made.draw()
     controls = [made.boxes[name] for name in choices]
     return widgets.VBox([widgets.HBox(controls, layout=_WRAPPED), made.screen])
-
-
-_WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}
 
 
 @dataclass
@@ -144,10 +144,6 @@ def _move(slider: widgets.Widget, by: int, count: int) -> None:
 
 
 def _small(pixels: np.ndarray) -> bytes:
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
