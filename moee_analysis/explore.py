@@ -66,9 +66,9 @@ def explore(
 ) -> Widget | Figure:
     """Show ``plot(**choice)`` for a choice that a person makes, or for a few of them.
 
-    In JupyterLab this is a panel: whole numbers are a slider, other values a list to pick from,
-    :class:`Pictures` a browser of images; the figure follows. Headless, and outside notebooks, it
-    is one figure with the plots of a few choices side by side, and no widget.
+    In JupyterLab this is a panel: ascending whole numbers are a slider, other values a list to
+    pick from, :class:`Pictures` a browser of images; the figure follows. Headless, and outside
+    notebooks, it is one figure with the plots of a few choices side by side, and no widget.
 
     Parameters
     ----------

@@ -57,7 +57,7 @@ class _Panel:
         """Make the control of a choice, which those before it may decide."""
         values = self.choices[name]
         options = options_of(values, self.chosen())
-        self.controls[name] = control = _control(name, options)
+        self.controls[name] = control = _control(name, options, ordered=_is_scale(values))
         self.boxes[name] = _browser(control, values) if isinstance(values, Pictures) else control
         control.observe(lambda _: self.follow(name), names="value")
 
@@ -91,9 +91,15 @@ class _Panel:
         self.screen.value = self.drawn[key]
 
 
-def _control(name: str, options: Any) -> widgets.Widget:
-    """A slider for whole numbers, a list for everything else."""
-    ordered = all(isinstance(value, (int, np.integer)) for value in options) and len(options) > 1
+def _is_scale(values: Values) -> bool:
+    """Whether all that can be chosen are whole numbers in ascending order, more than one."""
+    every = values.values.values() if isinstance(values, DependsOn) else [options_of(values, {})]
+    whole = all(isinstance(value, (int, np.integer)) for one in every for value in one)
+    return whole and any(len(one) > 1 for one in every) and all(list(o) == sorted(o) for o in every)
+
+
+def _control(name: str, options: Any, *, ordered: bool) -> widgets.Widget:
+    """A slider for what is ordered, a list for everything else."""
     kind = widgets.SelectionSlider if ordered else widgets.Dropdown
     extra = {"continuous_update": False} if ordered else {}
     return kind(

@@ -140,6 +140,16 @@ def test_live_a_choice_offers_what_the_one_before_allows(live):
     assert pick.value == 1
 
 
+def test_live_numbers_in_an_order_of_their_own_are_a_list(live):
+    ranked = TABLE.sort_values(["layer", "share"])
+    experts = values_of(ranked, "expert", by="layer")
+    panel = explore(of_table(bars, ranked), layer=[0, 3], expert=experts)
+    assert isinstance(controls(panel)["layer"], ipywidgets.SelectionSlider)
+    pick = controls(panel)["expert"]
+    assert isinstance(pick, ipywidgets.Dropdown)
+    assert [value for _, value in pick.options] == [2, 1, 0]
+
+
 def test_live_texts_are_a_list_and_never_markup(live):
     names = ["<script>alert(1)</script>", "b"]
     panel = explore(lambda class_name: style.figure(1, 1)[0], class_name=names)
