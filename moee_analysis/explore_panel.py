@@ -92,10 +92,10 @@ class _Panel:
 
 
 def _is_scale(values: Values) -> bool:
-    """Whether all that can be chosen are whole numbers in ascending order, more than one."""
+    """Whether all that can be chosen are whole numbers in ascending order, always more than one."""
     every = values.values.values() if isinstance(values, DependsOn) else [options_of(values, {})]
     whole = all(isinstance(value, (int, np.integer)) for one in every for value in one)
-    return whole and any(len(one) > 1 for one in every) and all(list(o) == sorted(o) for o in every)
+    return whole and all(len(one) > 1 and list(one) == sorted(one) for one in every)
 
 
 def _control(name: str, options: Any, *, ordered: bool) -> widgets.Widget:
