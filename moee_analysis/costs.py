@@ -36,7 +36,7 @@ SCATTERED = 1_000_000
 SCATTERS = 0.38
 """UMAP and HDBSCAN take so many scattered sums of a million numbers for a token of a layer."""
 
-REPORTS = {"smoke": 92.0, "small": 98.0}
+REPORTS = {"smoke": 55.0, "small": 170.0}
 """A report on a bundled model takes as long as so many ``best`` extractions of its preset."""
 
 REPORT_DISK = 4.0  # times what one of them keeps; its store holds all that the notebooks share
