@@ -123,7 +123,7 @@ def of_table(plot: Plot, table: pd.DataFrame, **options: Any) -> Plot:
     return drawn
 
 
-def values_of(table: pd.DataFrame, column: str, *, by: str | None = None) -> Sequence[Any]:
+def values_of(table: pd.DataFrame, column: str, *, by: str | None = None) -> Values:
     """Values of a column in order of appearance; ``by`` another column: those of each of its own.
 
     Raises
