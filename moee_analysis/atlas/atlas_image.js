@@ -187,7 +187,7 @@ byId("next").addEventListener("click", () => step(1));
 byId("patches").addEventListener("keydown", onKey);
 byId("patches").addEventListener("pointerover", onPatch((cell) => choose(placeOf(cell))));
 byId("patches").addEventListener("click", onPatch((cell) => {
-  choose({ ...placeOf(cell) });
+  choose(placeOf(cell));
   choose({ expert: routed(layerAt(), chosen.image, chosen.down, chosen.right) });
 }));
 addEventListener("hashchange", () => choose(fromAddress()));

@@ -112,6 +112,15 @@ def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()
     return table[["system", "layer", *(c for c in table if c not in {"system", "layer"})]]
 
 
+def check_masks(images: ImageSet) -> None:
+    """Raise a MoeeError if the images have no part masks."""
+    if not images.parts:
+        raise MoeeError(
+            "images with part masks", f"'{images.name}', which has none",
+            "only the bundled scenes know their parts: use load_images('bundled')",
+        )  # fmt: skip
+
+
 def patch_parts(mask: np.ndarray, grid: tuple[int, int], n_parts: int) -> np.ndarray:
     """Part that covers most of each patch: int64 (rows * columns,).
 
@@ -247,11 +256,7 @@ def _counted(routes: Routes, layer: int, parts: np.ndarray) -> np.ndarray:
 
 def _masks(images: ImageSet) -> Callable[[tuple[int, int]], np.ndarray]:
     """Return a function from a patch grid to the part of each patch, int64 (images, patches)."""
-    if not images.parts:
-        raise MoeeError(
-            "images with part masks", f"'{images.name}', which has none",
-            "only the bundled scenes know their parts: use load_images('bundled')",
-        )  # fmt: skip
+    check_masks(images)
     masks = [images.mask(index) for index in range(len(images))]
     return cache(lambda grid: np.stack([patch_parts(m, grid, len(images.parts)) for m in masks]))
 

@@ -19,6 +19,7 @@ from moee_analysis.measure.interventions import (
     interventions,
     with_controls,
 )
+from moee_analysis.measure.modularity import check_masks
 from moee_analysis.measure.part_probe import PartProbe, Place
 from moee_analysis.measure.routes import model_of
 from moee_analysis.measure.sources import chosen_layers
@@ -92,7 +93,8 @@ def parts_unseen(
     """
     if min(controls, resamples) < 1:
         raise MoeeError("at least 1 control and 1 resample", f"{controls}, {resamples}", "raise it")
-    _check_masks(images, calibration)
+    check_masks(images)
+    check_masks(calibration)
     check_apart(calibration, images, use="used for calibration")
     model = model_of(run)
     place = Place.of(model)
@@ -226,12 +228,3 @@ def _shown_parts(truth: np.ndarray, names: tuple[str, ...], least: int) -> dict[
             f"a part that {least} patches show", f"at most {patches.max()}", "take more images"
         )
     return {part: names[part] for part in frequent}
-
-
-def _check_masks(*several: ImageSet) -> None:
-    for images in several:
-        if not images.parts:
-            raise MoeeError(
-                "images with part masks", f"'{images.name}', which has none",
-                "only the bundled scenes know their parts: use load_images('bundled')",
-            )  # fmt: skip

@@ -238,15 +238,19 @@ def _see_tokens(model: nn.Module, images: ImageSet, routed: Routes, see: See) ->
 @contextmanager
 def _watching(model: nn.Module, routed: Routes, see: See, size: list[int]) -> Iterator[None]:
     """While open, ``see`` gets the inputs of the layers with one expert per token."""
-    names = moe_names(model)
+    names, orders = moe_names(model), {}
+
+    def order_of(layer: int, shape: tuple[int, ...]) -> np.ndarray:
+        if layer not in orders:
+            leading = routed.prefix_tokens[layer]
+            places = patch_places(model, names[layer], shape, leading=leading).ravel()
+            orders[layer] = np.concatenate([np.arange(leading), leading + places])
+        return orders[layer]
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def look(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             (x,) = args
-            leading = routed.prefix_tokens[layer]
-            shape = (x.shape[0] // size[0], *x.shape[1:-1])
-            places = patch_places(model, names[layer], shape, leading=leading).ravel()
-            order = np.concatenate([np.arange(leading), leading + places])
+            order = order_of(layer, (x.shape[0] // size[0], *x.shape[1:-1]))
             see(layer, x.reshape(size[0], -1, x.shape[-1])[:, order].double().cpu())
 
         return look
