@@ -29,10 +29,11 @@ from moee_analysis.dense_layers import compute_in_blocks, without_routing
 from moee_analysis.errors import MoeeError
 from moee_analysis.expert_layers import counting_usage
 from moee_analysis.extraction import load
+from moee_analysis.fingerprints import hash_weights
 from moee_analysis.images import load_images
 from moee_analysis.layers import all_mlps, moe_layers, set_dispatch
 from moee_analysis.measure.latency import drawn, in_turn, milliseconds
-from moee_analysis.models import architecture, fingerprint, load_model
+from moee_analysis.models import architecture, load_model
 from moee_analysis.paths import store_folder
 from moee_analysis.presets import preset_named
 from moee_analysis.tuning import situation, unmeasured
@@ -226,7 +227,7 @@ def loaded(folders: Sequence[Path], dense: nn.Module) -> dict[str, Extraction]:
         raise MoeeError("runs in folders of different names", ", ".join(runs), "rename the folders")
     like = next(dense.parameters())
     for name, each in runs.items():
-        if each.provenance["weights_sha256"] != fingerprint(dense):
+        if each.provenance["weights_sha256"] != hash_weights(dense):
             raise MoeeError(
                 f"a run of this {architecture(dense)}", f"'{name}' of other weights",
                 "pass the --model and --weights it was extracted from",

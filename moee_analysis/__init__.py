@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moee_analysis import measure as measure
     from moee_analysis import plots as plots
     from moee_analysis.calibration import Limits as Limits
+    from moee_analysis.classes import name_classes as name_classes
     from moee_analysis.clustering import ClusterConfig as ClusterConfig
     from moee_analysis.config import ExtractConfig as ExtractConfig
     from moee_analysis.errors import MoeeError as MoeeError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "calibration": ("Limits",),
+    "classes": ("name_classes",),
     "clustering": ("ClusterConfig",),
     "config": ("ExtractConfig",),
     "errors": ("MoeeError",),

@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moee_analysis.attention import AttentionSite, Factors, find_attentions, heads_of
-from moee_analysis.counting import evaluating
 from moee_analysis.distributed import agreed, all_sum, own_share
 from moee_analysis.elimination import RIDGE, elimination_costs
+from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.inputs import like
 from moee_analysis.layers import replace_module
 from moee_analysis.models import fingerprint
 from moee_analysis.progress import progress
@@ -191,10 +192,9 @@ def _measured(
 def _centre(model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet) -> None:
     """Give every attention the mean of what its heads gather for the tokens that are read."""
     sums = dict.fromkeys(probed, 0.0)
-    device = next(model.parameters()).device
     batches = images.batches(model, batch_size=BATCH)
     for batch in progress(batches, label="attention means", total=-(-len(images) // BATCH)):
-        model(batch.to(device))
+        model(like(batch, model))
         for name, module in probed.items():
             sums[name] += module.gathered.double().mean(dim=2).sum(dim=0)
     for name, module in probed.items():
@@ -208,13 +208,13 @@ def _gradients(
 
     Of several processes each has whole batches of its own.
     """
-    own, device = own_share(-(-len(images) // BATCH)), next(model.parameters()).device
+    own = own_share(-(-len(images) // BATCH))
     first = own.start * BATCH
     mine = images.take(range(first, min(own.stop * BATCH, len(images))))
     batches = mine.batches(model, batch_size=BATCH)
     for batch in progress(batches, label=label, total=len(own)):
         with torch.enable_grad():
-            logits = model(batch.to(device))
+            logits = model(like(batch, model))
         places = {(name, i): t for name, m in probed.items() for i, t in enumerate(m.identities)}
         for number in range(PROBES):
             v = probe(logits, [(seed, first + row, number) for row in range(len(batch))])

@@ -6,6 +6,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,12 +30,13 @@ from moee_analysis.extraction import Extraction
 from moee_analysis.layers import set_dispatch
 from moee_analysis.measure.accuracy import REFERENCE, image_scores
 from moee_analysis.measure.resampling import over_seeds
+from moee_analysis.models import unwrapped
 from moee_analysis.progress import progress, tell, unwatched
+from moee_analysis.store import check_writable
 from moee_analysis.systems import STATIC, Asked, System, systems_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from torch import nn
 
@@ -52,7 +54,14 @@ TOGETHER = 3e9  # bytes of models that see the images in one pass
 
 @dataclass(frozen=True)
 class Contest:
-    """What all systems are made from and measured on; no image is in both sets."""
+    """What all systems are made from and measured on.
+
+    Raises
+    ------
+    MoeeError
+        An image that is in both sets; classes that are not those of the model; a store that cannot
+        be written to.
+    """
 
     dense: nn.Module
     calibration: ImageSet
@@ -63,6 +72,8 @@ class Contest:
     latency: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dense", unwrapped(self.dense))
+        self.images.labels(self.dense)
         check_apart(self.calibration, self.images, use="used for calibration")
 
 
@@ -149,6 +160,7 @@ def _at_budget(
 def _with_store(contest: Contest) -> Iterator[Contest]:
     """A store of its own where there is none: all systems see the same recorded tokens."""
     if contest.store is not None:
+        check_writable(Path(contest.store))
         yield contest
         return
     with tempfile.TemporaryDirectory(prefix="moee-") as folder:

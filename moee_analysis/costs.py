@@ -17,7 +17,7 @@ from moee_analysis.clustering import whole_number
 from moee_analysis.config import ExtractConfig
 from moee_analysis.images import ImageSet, Scenes
 from moee_analysis.memory import expected
-from moee_analysis.models import BUNDLED_MODELS, architecture, input_size
+from moee_analysis.models import BUNDLED_MODELS, architecture, blank
 from moee_analysis.presets import preset_named
 from moee_analysis.recording import BATCH
 from moee_analysis.scenes import SPLIT_SIZES
@@ -79,7 +79,7 @@ def speed_of(model: nn.Module) -> Speed:
     """Measure for some seconds, with the scenes as pictures."""
     size, seen, scene, image = 8, 0, 0.0, 0.0
     with torch.inference_mode():
-        model(torch.zeros(BATCH, *input_size(model)))  # whoever comes first waits for memory
+        model(blank(model, images=BATCH))  # whoever comes first waits for memory
         while image < ENOUGH and size <= MANY:
             scenes = _scenes(range(seen, seen + size))
             scene = _seconds(lambda s=scenes: [s.picture(i) for i in range(len(s))])

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models import find_mlps, input_size
+from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.models import blank, find_mlps, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -78,8 +79,8 @@ def count(
         Channels, height and width of the image; None: the model's own input size.
     """
     names = [site.name for site in find_mlps(model)] if sites is None else list(sites)
-    like = next(model.parameters())
-    image = torch.zeros(1, *(size or input_size(model)), device=like.device, dtype=like.dtype)
+    model = unwrapped(model)
+    image = blank(model, size=size)
     with (
         evaluating(model),
         _frozen(model),
@@ -111,25 +112,6 @@ def count_parameters(module: nn.Module) -> int:
     stored = module.state_dict(keep_vars=True)
     function = {id(t): t for name, t in stored.items() if not _is_record(name, t)}
     return sum(tensor.numel() for tensor in function.values())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own training flag back."""
-    with in_evaluation_mode(model), torch.no_grad():
-        yield
-
-
-@contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with or without gradients as it was; every module gets its own flag back."""
-    flags = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,7 @@ def examined(
     weights: str | Path | None = None,
     images: int | None = None,
     preset: str = "small",
+    **arguments: Any,
 ) -> Diagnosis:
     """Look at this machine, and estimate what a run with ``model`` would cost on it.
 
@@ -73,6 +74,8 @@ def examined(
     ----------
     images
         How many there are to calibrate on; None: as many as the ``preset`` takes.
+    arguments
+        Of ``timm.create_model``, as in :func:`~moee_analysis.models.load_model`.
 
     Raises
     ------
@@ -82,7 +85,7 @@ def examined(
     checks = [*_software(), *_machine_checks(), *_optional(), *_store(), *_bundled()]
     costs = None
     if model != "bundled" or weights or checks[-1].ok:
-        loaded = load_model(model, weights=weights)
+        loaded = load_model(model, weights=weights, **arguments)
         costs = costs_of(loaded, speed_of(loaded), images=images, preset=preset)
     return Diagnosis(versions(), machine(), tuple(checks), costs)
 

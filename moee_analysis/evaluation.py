@@ -7,10 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis import measure
+from moee_analysis.apart import OTHERS, check_unused
 from moee_analysis.controls import randomly_routed
+from moee_analysis.errors import MoeeError
 from moee_analysis.models import check_device
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from moee_analysis.extraction import Extraction
@@ -32,6 +35,7 @@ def evaluate(
     defined (retention where the dense model gets nothing right) is None.
     """
     check_device(device)
+    check_unseen(run, images)
     dense = run.dense(weights=weights).to(device)
     systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
     scores = measure.accuracy(systems, images, reference=dense).set_index("system")
@@ -63,8 +67,37 @@ def evaluate(
         "skipped_images": list(images.skipped),
         "variance_kept": run.variance_kept,
         "layers": [asdict(layer) for layer in run.layers],
-        "provenance": run.provenance,
+        "provenance": _without_contents(run.provenance),
     }
+
+
+def check_unseen(run: Extraction, images: ImageSet) -> None:
+    """Refuse to evaluate a run on images that it was calibrated or fine-tuned on.
+
+    Raises
+    ------
+    MoeeError
+        Pictures of the same content, whatever their files are called. Of a run that was saved
+        before this was kept it is known only of the whole set.
+    """
+    _check_facts(run.provenance, images, use="used for calibration")
+    for tuning in run.provenance.get("finetunings", []):
+        _check_facts(tuning, images, use="trained on")
+
+
+def _check_facts(facts: Mapping[str, Any], images: ImageSet, *, use: str) -> None:
+    if "contents" in facts:
+        check_unused(facts["contents"], images, use=use)
+    elif facts["images_sha256"] == images.fingerprint:
+        raise MoeeError(f"images to evaluate that are not {use}", "the same set", OTHERS)
+
+
+def _without_contents(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of a run without the hashes of all pictures, which nobody reads."""
+    told = {key: value for key, value in facts.items() if key != "contents"}
+    if "finetunings" in told:
+        told["finetunings"] = [_without_contents(each) for each in told["finetunings"]]
+    return told
 
 
 def _number(value: float) -> float | None:

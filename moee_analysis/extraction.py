@@ -7,35 +7,46 @@ open, and what is chosen here, stands in docs/paper.md.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from moee_analysis.apart import contents_of
 from moee_analysis.attention_planning import plan_attentions, reduce_attention
 from moee_analysis.building import build_moe
 from moee_analysis.calibration import Calibration, Limits
+from moee_analysis.classes import knows_classes, name_by_folders
 from moee_analysis.coherence import cohering
 from moee_analysis.config import ExtractConfig
 from moee_analysis.distributed import agreed
 from moee_analysis.environment import versions
 from moee_analysis.errors import MoeeError
+from moee_analysis.fingerprints import Identity, identity
 from moee_analysis.memory import expected
-from moee_analysis.models import architecture, fingerprint, load_model
+from moee_analysis.models import architecture, find_mlps, load_model, unwrapped
 from moee_analysis.narrowing import narrowed
 from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.progress import tell, tell_progress
+from moee_analysis.rebuilding import arguments_of
 from moee_analysis.recording import check_unchanged
-from moee_analysis.saving import FORMAT, fill_run, read_run, rebuilds, write_run
+from moee_analysis.saving import FORMAT, fill_run, read_run, write_run
 from moee_analysis.sizing import sized, without_thin
-from moee_analysis.store import content_key, kept
+from moee_analysis.store import check_writable, content_key, kept
 from moee_analysis.sums import forget
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import nn
 
+    from moee_analysis.attention_planning import AttentionPlan
     from moee_analysis.images import ImageSet
+    from moee_analysis.sizing import Sizes
 
 
 @dataclass(frozen=True)
@@ -92,11 +103,15 @@ class Extraction:
         Raises
         ------
         MoeeError
-            Its weights are no longer where they were, or are not the same.
+            Its weights are no longer where they were, or it is not the same model.
         """
         if self.original is not None:
             return self.original
-        return _load_dense(self.provenance, weights)
+        dense = _load_dense(self.provenance, weights)
+        names = self.model.pretrained_cfg.get("label_names")
+        if names:
+            dense.pretrained_cfg = {**dense.pretrained_cfg, "label_names": names}
+        return dense
 
     def save(self, folder: str | Path) -> None:
         """Save as ``folder`` (one safetensors, one JSON); complete or not at all."""
@@ -111,22 +126,32 @@ class Extraction:
         }
 
 
-def load(folder: str | Path) -> Extraction:
+def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
     """Load a saved run; needs neither calibration images nor the dense weights.
+
+    Parameters
+    ----------
+    dense
+        The model that the run was made from. Only one that was changed by hand, in ways that no
+        argument of ``timm.create_model`` says, has to be given.
 
     Raises
     ------
     MoeeError
-        Missing, truncated, foreign, edited or newer files.
+        Missing, truncated, foreign, edited or newer files; a network that gives other outputs than
+        the one that was saved.
     """
-    saved = read_run(Path(folder))
+    saved = read_run(Path(folder), dense=dense)
     facts = saved.facts
+    if dense is not None:
+        _check_dense(dense, facts["provenance"], source="the one given")
     return Extraction(
         saved.model,
         ExtractConfig.from_json(facts["config"]),
         facts["variance_kept"],
         tuple(LayerReport.from_json(layer) for layer in facts["layers"]),
         facts["provenance"],
+        original=dense,
     )
 
 
@@ -143,32 +168,57 @@ def extract(
     Parameters
     ----------
     model
-        A dense timm model; it is not changed.
+        A dense timm model; it is not changed. What ``torch.compile`` or ``DataParallel`` have
+        wrapped is looked through. One of half or double precision is looked at in single
+        precision, and the mixture has its own again.
     images
         Calibration images; their labels are not used.
     config
         Recipe, budget and everything else; None is the default :class:`ExtractConfig`.
     store
         Folder of a content-keyed store: activations, clusters and the result are kept there
-        and found again (the result only of a model that its timm name rebuilds). None keeps
-        nothing. A run that was killed goes on where it was last saved in its store.
+        and found again. None keeps nothing. A run that was killed goes on where it was last saved
+        in its store.
     limits
         What it may take of memory and disk; None is the default :class:`Limits`.
 
     Raises
     ------
     MoeeError
-        No MLPs to convert, too few tokens, a budget that cannot be met, a full disk.
+        A model without values or of several precisions; no MLPs to convert, too few tokens, a
+        budget that cannot be met, a full disk.
     """
     config = (config or ExtractConfig()).resolved()
+    model = unwrapped(model)
+    check_model(model)
     images = images.limit(config.calibration_images, seed=config.seed)
     limits = limits or Limits()
     if store is None:
         with tempfile.TemporaryDirectory(prefix="moee-") as root:
-            return _extract(model, images, config, root=Path(root), limits=limits)
-    if not rebuilds(model):
-        return _extract(model, images, config, root=Path(store), limits=limits)
-    return _through_store(model, images, config, root=Path(store), limits=limits)
+            run = _extract(model, images, config, root=Path(root), limits=limits)
+    else:
+        run = _through_store(model, images, config, root=Path(store), limits=limits)
+    return replace(run, original=model)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be taken apart, before anything is computed.
+
+    Raises
+    ------
+    MoeeError
+        It holds no values (on the device "meta") or several precisions; it has no MLPs to convert,
+        or no ``pretrained_cfg`` that names its architecture.
+    """
+    types = {p.dtype for p in model.parameters()}
+    if len(types) != 1 or any(p.is_meta for p in model.parameters()):
+        found = "tensors without values (meta)" if len(types) == 1 else f"{len(types)} of them"
+        raise MoeeError(
+            "a model with weights of one precision", found,
+            "load its weights; convert it as a whole, as by model.float()",
+        )  # fmt: skip
+    find_mlps(model)
+    architecture(model)
 
 
 def convert(
@@ -185,25 +235,46 @@ def convert(
 def _through_store(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path, limits: Limits
 ) -> Extraction:
-    facts = {"model": fingerprint(model), "images": images.fingerprint, "config": asdict(config)}
-    name = f"run-{content_key(run_format=FORMAT, **facts)}"
+    facts = {"model": identity(model).digest, "images": images.fingerprint}
+    name = f"run-{content_key(run_format=FORMAT, config=asdict(config), **facts)}"
     if not agreed((root / name).is_dir()):
+        check_writable(root)
         made = _extract(model, images, config, root=root, limits=limits)
         kept(root, name, lambda folder: fill_run(folder, made.model, made._facts()))
-    run = load(root / name)
+    run = load(root / name, dense=model)
     run.model.to(next(model.parameters()).device)
-    return replace(run, original=model)
+    return run
 
 
 def _extract(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path, limits: Limits
 ) -> Extraction:
     provenance = _provenance(model, images, config)
-    calibration = Calibration(model, images, config, root, limits)
+    calibration = Calibration(_in_single_precision(model), images, config, root, limits)
     tell_progress(str(expected(calibration)))
     if not calibration.on_disk:
         tell("the disk has no room for the tokens: every pass over them runs the model again")
-    attentions = plan_attentions(model, images, config, root=root)
+    plans, sizes, attentions = _planned(calibration)
+    moe = build_moe(calibration, plans, sizes.kept)
+    reduce_attention(moe, attentions, sizes.modes)
+    check_unchanged(calibration)
+    forget(calibration)
+    moe.to(next(model.parameters()).dtype)
+    if not knows_classes(model):
+        name_by_folders(moe, images.classes)
+    return Extraction(
+        moe,
+        config,
+        sizes.variance_kept,
+        tuple(_report(plan, sizes.kept.get(plan.site.name)) for plan in plans),
+        provenance,
+    )
+
+
+def _planned(calibration: Calibration) -> tuple[list[LayerPlan], Sizes, Sequence[AttentionPlan]]:
+    """What becomes of every layer, sized to the budget again whenever more is known of it."""
+    model, config = calibration.model, calibration.config
+    attentions = plan_attentions(model, calibration.images, config, root=calibration.root)
     plans = plan_layers(calibration)
     sizes = sized(model, plans, config, attentions)
     if config.measures_coherence:
@@ -216,18 +287,14 @@ def _extract(
         plans = without_thin(plans, sizes.kept)
     if any(plan.thin for plan in plans):
         sizes = sized(model, plans, config, attentions)
-    moe = build_moe(calibration, plans, sizes.kept)
-    reduce_attention(moe, attentions, sizes.modes)
-    check_unchanged(calibration)
-    forget(calibration)
-    return Extraction(
-        moe,
-        config,
-        sizes.variance_kept,
-        tuple(_report(plan, sizes.kept.get(plan.site.name)) for plan in plans),
-        provenance,
-        original=model,
-    )
+    return plans, sizes, attentions
+
+
+def _in_single_precision(model: nn.Module) -> nn.Module:
+    """The model, or a copy: sums over tokens in half precision would be wrong."""
+    if next(model.parameters()).dtype == torch.float32:
+        return model
+    return copy.deepcopy(model).float()
 
 
 def _report(plan: LayerPlan, kept: np.ndarray | None) -> LayerReport:
@@ -257,13 +324,18 @@ def _report(plan: LayerPlan, kept: np.ndarray | None) -> LayerReport:
 
 
 def _provenance(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
+    known = identity(model)
     return {
         "model": architecture(model),
+        "arguments": arguments_of(model),
         "weights_file": model.pretrained_cfg.get("file"),
-        "weights_sha256": fingerprint(model),
+        "weights_sha256": known.weights,
+        "transform_sha256": known.transform,
+        "answers": list(known.answers),
         "images": images.name,
         "n_images": len(images),
         "images_sha256": images.fingerprint,
+        "contents": contents_of(images),
         "seed": config.seed,
         "versions": versions(),
     }
@@ -276,10 +348,25 @@ def _load_dense(provenance: dict[str, Any], weights: str | Path | None) -> nn.Mo
             f"the dense weights of this run at '{file}'", "no such file",
             "pass the weights the run was extracted from (--weights FILE)",
         )  # fmt: skip
-    model = load_model(provenance["model"], weights=file)
-    if fingerprint(model) != provenance["weights_sha256"]:
+    model = load_model(provenance["model"], weights=file, **provenance.get("arguments", {}))
+    _check_dense(model, provenance, source=file or "hub")
+    return model
+
+
+def _check_dense(model: nn.Module, provenance: dict[str, Any], *, source: str | Path) -> None:
+    if found := _difference(identity(model), provenance):
         raise MoeeError(
-            "the dense weights this run was extracted from", f"other weights ({file or 'hub'})",
+            "the dense model this run was extracted from", f"{found} ({source})",
             "pass the original weights (--weights FILE), or extract again",
         )  # fmt: skip
-    return model
+
+
+def _difference(found: Identity, provenance: dict[str, Any]) -> str:
+    """What of a model is not as the run's ``provenance`` says; old runs know the weights alone."""
+    asked = replace(
+        found,
+        weights=provenance["weights_sha256"],
+        transform=provenance.get("transform_sha256", found.transform),
+        answers=tuple(provenance.get("answers", found.answers)),
+    )
+    return asked.difference(found)

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from moee_analysis.apart import contents_of, without_repeats
 from moee_analysis.checkpoints import checkpoint_facts, remove_checkpoint
-from moee_analysis.counting import evaluating
 from moee_analysis.distributed import agreed, all_sum, rank
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.extraction import Extraction, load
 from moee_analysis.finetune_config import FinetuneConfig
+from moee_analysis.fingerprints import fingerprint
+from moee_analysis.inputs import like
 from moee_analysis.layers import moe_layers
-from moee_analysis.models import fingerprint
-from moee_analysis.saving import check_rebuilds, fill_run, rebuilds
+from moee_analysis.saving import fill_run
 from moee_analysis.store import content_key, resumed, unfinished_folder
 from moee_analysis.training import NOT_FINITE, Training
 
@@ -83,8 +85,8 @@ def finetune(
         checkpoint is kept beside it, and a training that was killed goes on there. One that has
         ended is not repeated.
     store
-        Folder of a content-keyed store, instead: the fine-tuned run is kept there and found again,
-        if its timm name rebuilds the model. With neither of them nothing is kept.
+        Folder of a content-keyed store, instead: the fine-tuned run is kept there and found again.
+        With neither of them nothing is kept.
     weights
         The dense weights, if they have moved.
 
@@ -95,8 +97,11 @@ def finetune(
         any epoch has made the model better.
     """
     config = config or FinetuneConfig()
-    student = copy.deepcopy(run.model)
+    images = without_repeats(images)
+    student = copy.deepcopy(run.model).float()  # steps of training are lost in half precision
     dense = run.dense(weights=weights).to(next(student.parameters()).device)
+    if next(dense.parameters()).dtype != torch.float32:
+        dense = copy.deepcopy(dense).float()
     facts = {"run": fingerprint(student), "dense": fingerprint(dense), "config": asdict(config)}
     key = content_key(**facts, images=images.fingerprint)
     training = Training(student, dense, images, config, Path(), key)
@@ -106,7 +111,7 @@ def finetune(
         with tempfile.TemporaryDirectory(prefix="moee-") as root:
             return _of(_trained(replace(training, folder=Path(root)), run), run)
     _through(folder, training, run)
-    return _of(load(folder), run)
+    return _of(load(folder, dense=run.original), run)
 
 
 def history_of(run: Extraction) -> pd.DataFrame:
@@ -138,9 +143,8 @@ def _of(tuned: Extraction, run: Extraction) -> Finetuned:
 def _folder(training: Training, out: str | Path | None, store: str | Path | None) -> Path | None:
     """Where the fine-tuned run is kept, if it is."""
     if out is not None:
-        check_rebuilds(training.student)
         return Path(out).resolve()
-    if store is None or not rebuilds(training.student):
+    if store is None:
         return None
     return Path(store).resolve() / f"finetuned-{training.key}"
 
@@ -157,7 +161,7 @@ def _check_images(training: Training) -> None:
 def _through(folder: Path, training: Training, run: Extraction) -> None:
     """Fill ``folder`` with the trained run, unless it is there."""
     if agreed(folder.exists()):
-        _check_same(folder, training.key)
+        _check_same(folder, training.key, run)
         return
     unfinished = unfinished_folder(folder)
     begun = checkpoint_facts(unfinished)
@@ -175,8 +179,9 @@ def _through(folder: Path, training: Training, run: Extraction) -> None:
     all_sum(torch.zeros(1))  # the folder is there
 
 
-def _check_same(folder: Path, key: str) -> None:
-    known = load(folder).provenance.get(_FACT) if folder.is_dir() else None
+def _check_same(folder: Path, key: str, run: Extraction) -> None:
+    there = load(folder, dense=run.original) if folder.is_dir() else None
+    known = there and there.provenance.get(_FACT)
     if not known or known[-1]["key"] != key:
         raise MoeeError(
             f"a new folder '{folder}', or what this fine-tuning has left there before",
@@ -201,6 +206,7 @@ def _trained(training: Training, run: Extraction) -> Extraction:
         )
     if progress.best:
         _count_shares(training)
+    training.student.to(next(run.model.parameters()).dtype)
     facts = [*run.provenance.get(_FACT, []), _facts(training, progress)]
     layers = moe_layers(training.student)
     reports = tuple(
@@ -219,6 +225,7 @@ def _facts(training: Training, progress: Progress) -> dict[str, Any]:
         "n_images": len(training.sets[0]),
         "n_held_out": len(training.sets[1]),
         "images_sha256": training.images.fingerprint,
+        "contents": contents_of(training.images),
         "best": progress.best,
         "stopped": progress.stopped,
         "history": progress.rows,
@@ -245,6 +252,6 @@ def _count_shares(training: Training) -> None:
             hook = layer.router.register_forward_hook(partial(count, number))
             hooks.callback(hook.remove)
         for x in training.sets[1].batches(training.dense, batch_size=training.config.batch_size):
-            training.student(x.to(next(training.student.parameters()).device))
+            training.student(like(x, training.student))
     for layer, counted, total in zip(layers, counts, tokens, strict=True):
         layer.shares.copy_(counted / total)

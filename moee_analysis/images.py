@@ -19,7 +19,10 @@ import torch
 from PIL import Image
 
 from moee_analysis import models, scenes
+from moee_analysis.classes import names_by_folders
 from moee_analysis.errors import MoeeError
+from moee_analysis.image_files import list_images, skipped_text, unreadable_among
+from moee_analysis.pictures import UnreadableError, read_picture
 from moee_analysis.progress import progress
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+    from moee_analysis.image_files import Skipped
 
 
 class Source(Protocol):
@@ -60,8 +63,8 @@ class Folder:
         MoeeError
             The file cannot be read any more.
         """
-        with _still_there(self.paths[row]), Image.open(self.paths[row]) as image:
-            return image.convert("RGB")
+        with _still_there(self.paths[row]):
+            return read_picture(self.paths[row])
 
     def mask(self, row: int) -> np.ndarray:
         """Refuse: photographs have no part masks."""
@@ -71,7 +74,7 @@ class Folder:
         )  # fmt: skip
 
     def digest(self, row: int) -> bytes:
-        """Hash of the picture's content; raises what :meth:`picture` does."""
+        """Hash of the file's content; raises what :meth:`picture` does."""
         with _still_there(self.paths[row]):
             return hashlib.sha256(self.paths[row].read_bytes()).digest()
 
@@ -80,7 +83,7 @@ class Folder:
 def _still_there(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, UnreadableError) as error:
         raise MoeeError(
             f"the image '{path}', which could be read before", str(error),
             "put it back, or load the images again",
@@ -119,7 +122,8 @@ class ImageSet:
 
     ``folders`` names the class of each image as its source does (wnid or class name),
     ``rows`` says which picture of ``source`` each image is, ``skipped`` lists the files that
-    could not be read.
+    were not read, ``skipped_text`` says why. ``classes`` are all class folders of the source, in
+    order, also those of which no image is in the set.
     """
 
     name: str
@@ -127,6 +131,12 @@ class ImageSet:
     rows: tuple[int, ...]
     folders: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    skipped_text: str = ""
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            object.__setattr__(self, "classes", tuple(sorted(set(self.folders))))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -149,9 +159,15 @@ class ImageSet:
         """Image ``index`` as it is in the source."""
         return self.source.picture(self.rows[index])
 
+    def name_of(self, index: int) -> str:
+        """Where image ``index`` comes from: its file, or its number and class."""
+        paths = getattr(self.source, "paths", None)
+        row = self.rows[index]
+        return f"image {row} ({self.folders[index]})" if paths is None else str(paths[row])
+
     def as_seen(self, index: int, model: nn.Module) -> np.ndarray:
         """Image ``index`` cropped and scaled as ``model`` sees it: uint8 (height, width, 3)."""
-        steps = models.model_transform(model).transforms[:2]  # resize, crop
+        *steps, _to_tensor, _normalise = models.model_transform(model).transforms
         picture = self.picture(index)
         for step in steps:
             picture = step(picture)
@@ -164,19 +180,23 @@ class ImageSet:
     def labels(self, model: nn.Module) -> np.ndarray:
         """Class index of every image among the outputs of ``model``, int64 (images,).
 
+        A classifier that does not name its classes is taken to have been trained on the class
+        folders in their order, if there is one for each output; that is told.
+
         Raises
         ------
         MoeeError
-            A folder that is none of the model's classes, or could be two of them.
+            A model without classes; a folder that is none of them, or could be two of them.
         """
-        known = _class_index(model)
+        known = _class_index(model, self.classes)
         unknown = sorted({f for f in self.folders if _plain(f) not in known})
         if unknown:
             examples = ", ".join(models.class_names(model)[:3])
             raise MoeeError(
                 f"folders named after the model's classes (such as {examples})",
                 f"{len(unknown)} unknown or ambiguous: {', '.join(unknown[:5])}",
-                "rename the folders, or pass the model they belong to",
+                "rename the folders, or name the model's own classes: --classes FILE, or "
+                "moee.name_classes(model, names)",
             )
         return np.array([known[_plain(f)] for f in self.folders], dtype=np.int64)
 
@@ -282,57 +302,51 @@ def _bundled(split: str) -> ImageSet:
         raise MoeeError(f"a split among {', '.join(scenes.SPLIT_SIZES)}", f"'{split}'", "name one")
     rows = tuple(range(scenes.SPLIT_SIZES[split]))
     labels = tuple(scenes.CLASSES[row % len(scenes.CLASSES)] for row in rows)
-    return ImageSet(f"bundled scenes, {split}", Scenes(split), rows, labels)
+    name = f"bundled scenes, {split}"
+    return ImageSet(name, Scenes(split), rows, labels, classes=tuple(sorted(scenes.CLASSES)))
 
 
 def _from_folder(folder: Path, *, limit: int | None, strict: bool, seed: int) -> ImageSet:
     if not folder.is_dir():
         raise MoeeError(f"a folder of class folders at '{folder}'", "no folder", "check the path")
-    paths = tuple(sorted(p for p in folder.glob("*/**/*") if p.suffix.lower() in SUFFIXES))
-    if not paths:
+    listing = list_images(folder)
+    if not listing.paths:
+        found = f"none ({skipped_text(listing.skipped)})" if listing.skipped else "none"
         raise MoeeError(
-            f"class folders with images in '{folder}'", "no image in any of its folders",
+            f"class folders with images in '{folder}'", found,
             f"arrange the images as {folder.name}/<wnid or class name>/<image>",
         )  # fmt: skip
-    classes = tuple(path.relative_to(folder).parts[0] for path in paths)
-    chosen = ImageSet(folder.name, Folder(paths), tuple(range(len(paths))), classes)
-    return _readable(chosen.limit(limit, seed=seed), folder, strict=strict)
+    folders = tuple(path.relative_to(folder).parts[0] for path in listing.paths)
+    classes = tuple(sorted(set(folders)))
+    rows = tuple(range(len(folders)))
+    images = ImageSet(folder.name, Folder(listing.paths), rows, folders, classes=classes)
+    return _readable(images.limit(limit, seed=seed), folder, listing.skipped, strict=strict)
 
 
-def _readable(images: ImageSet, folder: Path, *, strict: bool) -> ImageSet:
+def _readable(
+    images: ImageSet, folder: Path, skipped: Sequence[Skipped], *, strict: bool
+) -> ImageSet:
     """Drop the images whose files cannot be decoded, by name; refuse them if ``strict``."""
-    paths = [images.source.paths[row] for row in images.rows]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        decoded = pool.map(_decodes, paths)
-        good = list(progress(decoded, label="checking images", total=len(paths), delay=1))
-    skipped = tuple(str(p.relative_to(folder)) for p, ok in zip(paths, good, strict=True) if not ok)
+    bad = unreadable_among([images.source.paths[row] for row in images.rows], folder)
+    if bad and (strict or len(bad) == len(images)):
+        raise MoeeError(
+            f"readable images in '{folder}'",
+            f"{len(bad)} unreadable: {skipped_text(list(bad.values()))}",
+            "mend or remove these files, or load without strict=True",
+        )
+    skipped = [*bad.values(), *skipped]
     if not skipped:
         return images
-    listed = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-    if strict or len(skipped) == len(images):
-        raise MoeeError(
-            f"readable images in '{folder}'", f"{len(skipped)} unreadable: {listed}",
-            "mend or remove these files, or load without strict=True",
-        )  # fmt: skip
-    warnings.warn(
-        f"skipped {len(skipped)} of {len(images)} images that cannot be read: {listed}",
-        stacklevel=3,
-    )
-    return replace(images.take(np.flatnonzero(good)), skipped=skipped)
+    told = skipped_text(skipped)
+    warnings.warn(f"skipped {len(skipped)} files in '{folder}': {told}", stacklevel=4)
+    good = images.take([i for i in range(len(images)) if i not in bad])
+    return replace(good, skipped=tuple(each.path for each in skipped), skipped_text=told)
 
 
-def _decodes(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (32, 32))
-            image.load()
-    except Exception:  # a damaged file can break a decoder in any way
-        return False
-    return True
-
-
-def _class_index(model: nn.Module) -> dict[str, int]:
+def _class_index(model: nn.Module, folders: Sequence[str]) -> dict[str, int]:
     """Both the names and the readable labels of the model's classes -> index."""
+    if names := names_by_folders(model, folders):
+        return _unambiguous(names)
     return _unambiguous(models.class_labels(model)) | _unambiguous(models.class_names(model))
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import moe_layers, moe_names
 from moee_analysis.progress import progress

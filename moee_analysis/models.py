@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import socket
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,21 +17,33 @@ from urllib.request import getproxies
 import timm
 import torch
 from huggingface_hub import constants as hub
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.layers import to_2tuple
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from moee_analysis.classes import class_labels, class_names, name_classes, read_class_names
 from moee_analysis.errors import MoeeError
+from moee_analysis.fingerprints import fingerprint
+from moee_analysis.inputs import blank, input_size, model_transform
 from moee_analysis.mlp_survey import survey
 from moee_analysis.paths import data_folder
-from moee_analysis.weights import load_tensors, read_tensors
+from moee_analysis.progress import tell
+from moee_analysis.unwrapping import unwrapped
+from moee_analysis.weight_fitting import fit_weights, without_prefix
+from moee_analysis.weights import read_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from moee_analysis.mlp_survey import SurveyedMlp
+
+__all__ = [
+    "BUNDLED", "BUNDLED_MODELS", "MlpSite", "architecture", "blank", "build_model", "check_device",
+    "class_labels", "class_names", "find_mlps", "fingerprint", "input_size", "load_model",
+    "model_transform", "name_classes", "unwrapped",
+]  # fmt: skip
 
 BUNDLED = "bundled"
 BUNDLED_MODELS: dict[str, type[nn.Module]] = {
@@ -62,7 +73,12 @@ class MlpSite:
 
 
 def load_model(
-    name: str = BUNDLED, *, weights: str | Path | None = None, device: str = "cpu"
+    name: str = BUNDLED,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    classes: str | Path | Sequence[str] | None = None,
+    **arguments: Any,
 ) -> nn.Module:
     """Load a dense model, ready for evaluation.
 
@@ -72,52 +88,88 @@ def load_model(
         ``"bundled"`` (a small ViT trained on the rendered scenes), ``"bundled_swin"``,
         ``"bundled_convnext"``, or any name timm knows.
     weights
-        A local ``.safetensors`` or ``.pth`` state dict; None takes the bundled weights, or
-        timm's pretrained weights from the hub. Only tensors are ever read from a file.
+        A local ``.safetensors`` or a checkpoint of PyTorch's; None takes the bundled weights, or
+        timm's pretrained weights from the hub. Only tensors are ever read from a file. The head
+        follows the weights; sizes and channels are resampled as timm does.
     device
         Where the model goes.
+    classes
+        Names of its classes in the order of its outputs, or a file of them (one name a line, or
+        JSON); None: those it states itself.
+    arguments
+        Of ``timm.create_model``, such as ``img_size``, ``in_chans``, ``global_pool`` or
+        ``act_layer``. They are kept with whatever is saved of the model. None leaves one out.
 
     Raises
     ------
     MoeeError
-        Unknown name; no weights to be had (offline); a file that is not a state dict of
-        this model; a device that is not there.
+        Unknown name or argument; no weights to be had (offline); a file that is not a state dict
+        of this model; a device that is not there; names that are not as many as the outputs.
     """
     check_device(device)
+    names = read_class_names(classes) if isinstance(classes, str | Path) else classes
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     if weights is not None:
-        model = _with_local_weights(name, Path(weights))
+        model = _with_local_weights(name, Path(weights), arguments)
     elif name in BUNDLED_MODELS:
-        model = _with_local_weights(name, data_folder() / f"{name}.safetensors")
+        model = _with_local_weights(name, data_folder() / f"{name}.safetensors", arguments)
     else:
-        model = _from_hub(name)
+        model = _from_hub(name, arguments)
+    if names is not None:
+        name_classes(model, names)
     return model.eval().requires_grad_(requires_grad=False).to(device)
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that PyTorch does not know or that this machine does not have."""
+    """Refuse a device that PyTorch does not know, that is not here, or that holds no values."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        where = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        where, told = "", f"'{device}' ({str(error).splitlines()[0][:80]})"
+    if where == "meta":
+        told = "'meta', which has shapes and no values"
+    if where in ("", "meta"):
         raise MoeeError(
-            "a device of this machine", f"'{device}' ({str(error).splitlines()[0][:80]})",
-            "use cpu, or cuda where there is one",
-        ) from None  # fmt: skip
+            "a device of this machine", told, "use cpu, or cuda where there is one"
+        ) from None
 
 
 def build_model(
-    name: str, *, num_classes: int | None = None, pretrained_cfg: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+    **arguments: Any,
 ) -> nn.Module:
-    """Build the architecture ``name`` with random weights.
+    """Build the architecture ``name`` with random weights, and ``arguments`` of timm's.
 
-    ``num_classes`` and ``pretrained_cfg`` replace the architecture's own where given.
+    ``pretrained_cfg`` replaces the architecture's own where given. The image size of a model that
+    takes any is stated there alone.
+
+    Raises
+    ------
+    MoeeError
+        A name or an argument that timm does not know.
     """
-    if name in BUNDLED_MODELS:
-        model = _bundled_architecture(name)
-    else:
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    if name not in BUNDLED_MODELS:
         _check_name(name)
-        classes = {} if num_classes is None else {"num_classes": num_classes}
-        model = timm.create_model(name, pretrained=False, **classes)
-    model.pretrained_cfg = {**model.pretrained_cfg, **(pretrained_cfg or {})}
+    create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model
+    try:
+        model = _created(create, name, arguments)
+    except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise MoeeError(
+            f"arguments that timm.create_model('{name}') takes", f"{told} ({reason})",
+            "correct them, or leave them out",
+        ) from None  # fmt: skip
+    cfg = {**model.pretrained_cfg, **(pretrained_cfg or {})}
+    channels, *size = tuple(cfg.get("input_size") or (3, 224, 224))
+    if "img_size" in arguments:
+        size = to_2tuple(arguments["img_size"])
+    cfg["input_size"] = (arguments.get("in_chans", channels), *size)
+    model.pretrained_cfg = cfg
+    model._model_args = arguments  # as timm's factory keeps them, and as it does before 1.0.31
     return model.eval()
 
 
@@ -132,6 +184,7 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
         The model has none; the message lists the MLP-like modules that were found, and why they
         are left out.
     """
+    model = unwrapped(model)
     surveyed = survey(model)
     names = [mlp.name for mlp in surveyed if mlp.convertible]
     if not names:
@@ -144,51 +197,6 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
     return [_site(model, name, index) for index, name in enumerate(names)]
 
 
-def model_transform(model: nn.Module) -> Callable:
-    """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``."""
-    settings = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    return timm.data.create_transform(**settings, is_training=False)
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of one input image."""
-    return tuple(timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)["input_size"])
-
-
-def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the model's classes in the order of its outputs; wnids for ImageNet.
-
-    Raises
-    ------
-    MoeeError
-        The model does not say which classes it knows.
-    """
-    own = model.pretrained_cfg.get("label_names")
-    if own:
-        return tuple(own)
-    return tuple(_imagenet(model).label_names())
-
-
-def class_labels(model: nn.Module) -> tuple[str, ...]:
-    """Readable names of the model's classes, in the order of its outputs."""
-    own = model.pretrained_cfg.get("label_names")
-    if own:
-        return tuple(name.replace("_", " ") for name in own)
-    info = _imagenet(model)
-    names = (info.index_to_description(i) for i in range(info.num_classes()))
-    return tuple(name.split(",")[0] for name in names)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the model's weights: names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def architecture(model: nn.Module) -> str:
     """Name under which :func:`build_model` builds this architecture.
 
@@ -197,7 +205,8 @@ def architecture(model: nn.Module) -> str:
     MoeeError
         The model carries no ``pretrained_cfg`` with an architecture.
     """
-    name = getattr(model, "pretrained_cfg", {}).get("architecture")
+    model = unwrapped(model)
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
         raise MoeeError(
             "a timm model whose pretrained_cfg names its architecture",
@@ -245,24 +254,44 @@ def _check_tag(name: str) -> None:
         ) from None
 
 
-def _bundled_architecture(name: str) -> nn.Module:
+def _created(
+    create: Callable[..., nn.Module], name: str, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """Let ``create`` build a model; one that takes images of any size is told none."""
+    try:
+        return create(name, **arguments)
+    except TypeError as error:
+        if "img_size" not in arguments or "img_size" not in str(error):
+            raise
+    return create(name, **{key: v for key, v in arguments.items() if key != "img_size"})
+
+
+def _bundled_architecture(name: str, **arguments: Any) -> nn.Module:
     card = json.loads((data_folder() / f"{name}.json").read_text())
-    model = BUNDLED_MODELS[name](**card["kwargs"])
+    model = BUNDLED_MODELS[name](**{**card["kwargs"], **arguments})
     model.pretrained_cfg = card["pretrained_cfg"]
     return model
 
 
-def _with_local_weights(name: str, path: Path) -> nn.Module:
+def _with_local_weights(name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
     tensors, metadata = read_tensors(path)
-    stored_cfg = _stored_cfg(metadata, path)
-    model = build_model(name, pretrained_cfg=stored_cfg)
-    head = _classifier(model, tensors)
-    if head is not None and name not in BUNDLED_MODELS and head.shape[0] != model.num_classes:
-        model = build_model(name, num_classes=head.shape[0], pretrained_cfg=stored_cfg)
-    load_tensors(model, tensors, source=str(path))
+    stored = _stored_cfg(metadata, path)
+    arguments = _as_stored(stored) | arguments
+    model = build_model(name, pretrained_cfg=stored, **arguments)
+    if "num_classes" not in arguments:
+        classes = _classes_in(tensors, model, path)
+        if classes != model.num_classes:
+            model = build_model(name, pretrained_cfg=stored, num_classes=classes, **arguments)
+    fit_weights(model, tensors, source=str(path))
     if name not in BUNDLED_MODELS or path.parent != data_folder():
         model.pretrained_cfg["file"] = str(path.resolve())
     return model
+
+
+def _as_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for a model that takes the images which a file says its weights were trained on."""
+    size = stored.get("input_size")
+    return {} if size is None else {"in_chans": size[0], "img_size": tuple(size[1:])}
 
 
 def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -279,24 +308,36 @@ def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     )
 
 
-def _classifier(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """The given weights of the model's (first) classifier."""
-    names = model.pretrained_cfg.get("classifier")
-    first = names[0] if isinstance(names, (list, tuple)) and names else names
-    return tensors.get(f"{first}.weight")
+def _classes_in(tensors: Mapping[str, torch.Tensor], model: nn.Module, path: Path) -> int:
+    """How many classes the weights in a file tell apart; 0 where they are of no classifier."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    heads = [named] if isinstance(named, str) else list(named)
+    own, _ = without_prefix(tensors, set(model.state_dict()))
+    if not heads or not model.num_classes:
+        return model.num_classes
+    given = [own[f"{head}.weight"] for head in heads if f"{head}.weight" in own]
+    if given:
+        return len(given[0])
+    if any(name.startswith(tuple(f"{head}." for head in heads)) for name in own):
+        return model.num_classes
+    tell(f"weights: no classifier in {path}: a model of features (num_classes=0)")
+    return 0
 
 
-def _from_hub(name: str) -> nn.Module:
-    _check_name(name)
+def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    model = build_model(name, **arguments)
     try:
         with nullcontext() if _hub_answers() else _hub_offline():
-            return timm.create_model(name, pretrained=True)
+            loaded = _created(partial(timm.create_model, pretrained=True), name, arguments)
     except Exception as error:  # the hub's client raises many unrelated types when offline
         raise MoeeError(
             f"pretrained weights of '{name}' from the hub",
             f"{type(error).__name__} (offline, or a model without pretrained weights)",
-            "pass weights='path/to/file.safetensors', or use a bundled model",
+            "pass weights='path/to/file.safetensors' (--weights FILE), or use a bundled model",
         ) from None
+    loaded.pretrained_cfg = model.pretrained_cfg
+    loaded._model_args = model._model_args
+    return loaded
 
 
 def _hub_answers() -> bool:
@@ -319,20 +360,3 @@ def _hub_offline() -> Iterator[None]:
         yield
     finally:
         hub.HF_HUB_OFFLINE = before
-
-
-def _imagenet(model: nn.Module) -> ImageNetInfo:
-    subset = infer_imagenet_subset(model)
-    if subset is None:
-        raise MoeeError(
-            "a model that says which classes it knows",
-            f"{model.num_classes} classes without names in pretrained_cfg['label_names']",
-            "set model.pretrained_cfg['label_names'] to the class names in output order",
-        )
-    return _imagenet_info(subset)
-
-
-@cache
-def _imagenet_info(subset: str) -> ImageNetInfo:
-    """The classes of one of ImageNet's subsets; timm reads them from files each time."""
-    return ImageNetInfo(subset)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moee_analysis import environment, findings, models
+from moee_analysis.classes import name_by_folders
 from moee_analysis.counting import count
 from moee_analysis.notebook_choices import checked_layers, class_index, liked_first
 from moee_analysis.notebook_display import is_figure, markdown, prepare_display, two_columns
@@ -80,7 +81,12 @@ class Bench:
     def dense(self) -> nn.Module:
         """The model as it was trained."""
         given = self.parameters
-        return models.load_model(given.model, weights=given.weights, device=self.device)
+        model = models.load_model(
+            given.model, weights=given.weights, device=self.device, classes=given.class_file,
+            img_size=given.img_size, in_chans=given.in_chans,
+        )  # fmt: skip
+        name_by_folders(model, self.images.classes)
+        return model
 
     @property
     def calibration(self) -> ImageSet:
@@ -300,46 +306,25 @@ class Bench:
         return two_columns(rows) + "".join(f"\n\n*{note}*" for note in sets.notes)
 
 
-def open_notebook(
-    name: str,
-    *,
-    model: str = models.BUNDLED,
-    weights: str | None = None,
-    calibration: str | None = None,
-    images: str = models.BUNDLED,
-    layers: Sequence[int] = (),
-    classes: Sequence[int | str] = (),
-    preset: str = "small",
-    seed: int = 0,
-    out: str | None = None,
-) -> Bench:
+def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Bench:
     """Check a notebook's parameters and set up its workbench.
 
     Parameters
     ----------
     name
         The notebook's file name without its suffix.
-    model, weights, calibration, images, layers, classes, preset, seed
-        The parameters cell, see :class:`moee_analysis.notebook_parameters.Parameters`.
     out
         Folder for ``results.json``, ``tables/`` and ``figures/``; None writes nothing.
+    parameters
+        The other lines of the parameters cell, see
+        :class:`moee_analysis.notebook_parameters.Parameters`.
 
     Raises
     ------
     MoeeError
         A parameter of the wrong type or out of range.
     """
-    given = Parameters(
-        model=model,
-        weights=weights,
-        calibration=calibration,
-        images=images,
-        layers=layers,
-        classes=classes,
-        preset=preset,
-        seed=seed,
-        out=out,
-    )
+    given = Parameters(**parameters, out=out)
     prepare_display()
     kept = Results(None if out is None else Path(out))
     kept.put("notebook", name)

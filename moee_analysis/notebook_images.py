@@ -6,14 +6,20 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.apart import check_apart, without_repeats
+from moee_analysis.classes import is_classifier
 from moee_analysis.errors import MoeeError
 from moee_analysis.images import load_images
-from moee_analysis.models import BUNDLED, BUNDLED_MODELS
+from moee_analysis.models import BUNDLED, BUNDLED_MODELS, load_model
+from moee_analysis.notebook_parameters import Parameters
+from moee_analysis.paths import store_folder
 from moee_analysis.presets import preset_named
+from moee_analysis.store import check_writable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moee_analysis.images import ImageSet
-    from moee_analysis.notebook_parameters import Parameters
 
 SET_ASIDE = 0.5
 """Share of ``images`` used for calibration when no other calibration set is given."""
@@ -45,7 +51,7 @@ def choose_images(given: Parameters) -> ImageSets:
     Raises
     ------
     MoeeError
-        One folder for both sets, or too few images to share out.
+        One folder for both sets, pictures that are in both, or too few images to share out.
     """
     source = given.calibration
     if source is None and (given.model in BUNDLED_MODELS or given.images == BUNDLED):
@@ -63,6 +69,8 @@ def choose_images(given: Parameters) -> ImageSets:
         source, split="calibration", limit=sizes.calibration_images, seed=given.seed
     )
     evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=given.seed)
+    if {source, given.images} != {BUNDLED}:
+        check_apart(calibration, evaluation, use="used for calibration")
     training = calibration
     if source == BUNDLED:
         training = load_images(source, split="train", limit=sizes.training_images, seed=given.seed)
@@ -70,12 +78,35 @@ def choose_images(given: Parameters) -> ImageSets:
     return ImageSets(calibration, evaluation, training, notes)
 
 
+def check_report(parameters: Mapping[str, Any]) -> None:
+    """Refuse what the notebooks of a report could not do, before the first one runs.
+
+    Raises
+    ------
+    MoeeError
+        A store that cannot be written to; a model or images that cannot be loaded; images of other
+        classes than those of the model.
+    """
+    given = Parameters(**parameters)
+    check_writable(store_folder())
+    if given.model in BUNDLED_MODELS and not given.weights and given.images == BUNDLED:
+        return
+    images = choose_images(given).evaluation
+    model = load_model(
+        given.model, weights=given.weights, classes=given.class_file, img_size=given.img_size,
+        in_chans=given.in_chans,
+    )  # fmt: skip
+    if is_classifier(model):
+        images.labels(model)
+
+
 def _set_aside(given: Parameters) -> ImageSets:
     """Both sets from the one folder ``images``."""
     sizes = preset_named(given.preset)
     limits = (sizes.calibration_images, sizes.evaluation_images)
     total = None if None in limits else math.ceil(max(limits) / min(SET_ASIDE, 1 - SET_ASIDE))
-    images = load_images(given.images, limit=total, seed=given.seed)
+    there = load_images(given.images, limit=total, seed=given.seed)
+    images = without_repeats(there)
     if len(images) < 2:
         raise MoeeError(
             "at least two images, for calibration and for evaluation",
@@ -83,19 +114,21 @@ def _set_aside(given: Parameters) -> ImageSets:
             "add images, or name a 'calibration' folder",
         )
     calibration, evaluation = images.split(SET_ASIDE, seed=given.seed)
-    note = (
+    notes = [
         f"No calibration set was given: {len(calibration)} of the {len(images)} images of "
         f"{images.name} were set aside for calibration and are never evaluated."
-    )
+    ]
+    if len(images) < len(there):
+        notes.append(f"{len(there) - len(images)} images are there twice and count once.")
     calibration = calibration.limit(limits[0], seed=given.seed)
     evaluation = evaluation.limit(limits[1], seed=given.seed)
-    return ImageSets(calibration, evaluation, calibration, (note, *_skipped(images)))
+    return ImageSets(calibration, evaluation, calibration, (*notes, *_skipped(images)))
 
 
 def _skipped(images: ImageSet) -> tuple[str, ...]:
     if not images.skipped:
         return ()
-    return (f"{len(images.skipped)} images of {images.name} could not be read and were skipped.",)
+    return (f"Skipped of {images.name}: {images.skipped_text}.",)
 
 
 def _told(images: ImageSet) -> dict[str, Any]:

@@ -23,6 +23,9 @@ class Parameters:
 
     model: str = "bundled"
     weights: str | None = None
+    img_size: int | None = None
+    in_chans: int | None = None
+    class_file: str | None = None
     calibration: str | None = None
     images: str = "bundled"
     layers: tuple[int, ...] = ()
@@ -34,8 +37,10 @@ class Parameters:
     def __post_init__(self) -> None:
         for name in ("model", "images", "preset"):
             _require(name, getattr(self, name), "a text that is not empty", _is_text)
-        for name in ("weights", "calibration", "out"):
+        for name in ("weights", "class_file", "calibration", "out"):
             _require(name, getattr(self, name), "a path as text, or None", _is_text_or_none)
+        for name in ("img_size", "in_chans"):
+            _require(name, getattr(self, name), "a whole number from 1, or None", _is_size_or_none)
         _require("layers", self.layers, "a list of layers counted from 0, each once", _are_layers)
         _require("classes", self.classes, "a list of class names or indices", _are_classes)
         _require("seed", self.seed, f"a whole number from 0 to {SEEDS - 1}", _is_seed)
@@ -69,6 +74,10 @@ def _is_text_or_none(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size_or_none(value: Any) -> bool:
+    return value is None or (_is_count(value) and value > 0)
 
 
 def _is_seed(value: Any) -> bool:

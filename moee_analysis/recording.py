@@ -25,6 +25,7 @@ from moee_analysis.activation_files import (
 )
 from moee_analysis.activations import Activations, LayerSample, recording
 from moee_analysis.errors import MoeeError
+from moee_analysis.inputs import like
 from moee_analysis.progress import progress, tell_progress
 from moee_analysis.sensitivity import output_gradients
 from moee_analysis.store import content_key, resumed, write_json
@@ -146,9 +147,8 @@ class Recording:
     @cached_property
     def tokens(self) -> dict[str, int]:
         """How many tokens of an image each site sees, by its name."""
-        device = next(self.model.parameters()).device
         with recording(self.model, self.sites) as captured, torch.inference_mode():
-            self.model(torch.zeros(1, *models.input_size(self.model), device=device))
+            self.model(models.blank(self.model))
             return {name: seen.inputs.shape[:2].numel() for name, seen in captured.items()}
 
     @property
@@ -248,7 +248,6 @@ def _recorded(
     files: Mapping[File, np.ndarray], task: Recording, first: int, label: str
 ) -> Iterator[int]:
     """Record from the image ``first`` on, and yield how many there are after every batch."""
-    device = next(task.model.parameters()).device
     rest = task.images.take(range(first, len(task.images)))
     batches = rest.batches(task.model, batch_size=BATCH)
     if label:
@@ -256,7 +255,7 @@ def _recorded(
         batches = progress(batches, label=label, total=-(-len(rest) // BATCH))
     for batch in batches:
         numbers = range(task.plan.first + first, task.plan.first + first + len(batch))
-        for name, tokens in _seen(task, batch.to(device), numbers).items():
+        for name, tokens in _seen(task, like(batch, task.model), numbers).items():
             chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
             rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
             for content, values in contents_of(rows).items():

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-FORMAT = 4
+FORMAT = 5
 """Part of every key: raise it whenever a step of the extraction changes its results."""
+
+ELSEWHERE = "make room, or name another folder for the store: --store DIR, or MOEE_STORE"
 
 
 def content_key(**facts: Any) -> str:
@@ -36,9 +38,27 @@ def kept(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     """
     final = root / name
     if not final.is_dir():
-        with new_folder(final, replace=False) as partial:
+        with new_folder(final, replace=False, hint=ELSEWHERE) as partial:
             build(partial)
     return final
+
+
+def check_writable(root: Path) -> None:
+    """Refuse a store that cannot be written to, before anything is computed for it.
+
+    Raises
+    ------
+    MoeeError
+        It cannot be made, or not be written to.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise MoeeError(
+            f"a store that can be written to at '{root}'", str(error), ELSEWHERE
+        ) from None
 
 
 def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
@@ -62,10 +82,7 @@ def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
                 unfinished.mkdir(exist_ok=True)
                 _finish(unfinished, final, build)
     except OSError as error:
-        raise MoeeError(
-            f"a place to write '{final}'", str(error),
-            "make room, or choose another folder (MOEE_STORE)",
-        ) from None  # fmt: skip
+        raise MoeeError(f"a place to write '{final}'", str(error), ELSEWHERE) from None
     return final
 
 
@@ -96,20 +113,20 @@ def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> Non
 
 
 @contextmanager
-def new_folder(final: Path, *, replace: bool = True) -> Iterator[Path]:
+def new_folder(
+    final: Path, *, replace: bool = True, hint: str = "choose a folder that can be written to"
+) -> Iterator[Path]:
     """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
 
     An older ``final`` stays untouched until the new one is complete, and for good without
-    ``replace``.
+    ``replace``. ``hint`` says what to do where no folder can be made.
     """
     final = Path(final).resolve()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     except OSError as error:
-        raise MoeeError(
-            f"a place to write '{final}'", str(error), "choose a folder that can be written to"
-        ) from None
+        raise MoeeError(f"a place to write '{final}'", str(error), hint) from None
     try:
         yield partial
         partial.chmod(0o755)

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
 from moee_analysis.parameter_groups import parameter_groups
 from moee_analysis.routing_losses import balance_loss, routed_by

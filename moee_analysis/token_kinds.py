@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from moee_analysis.activations import TokenPlan
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
-from moee_analysis.models import find_mlps, input_size
+from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.inputs import like
+from moee_analysis.models import blank, find_mlps, input_size
 from moee_analysis.sensitivity import output_gradients
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _kinds_of_input(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
 
 def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of what each layer gets of one image, if it is called once."""
-    like, found = next(model.parameters()), {}
+    found: dict[str, list[tuple[int, ...]]] = {}
 
     def see(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         found.setdefault(name, []).append(tuple(args[0].shape))
@@ -125,7 +126,7 @@ def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]
         for name in names:
             hook = model.get_submodule(name).register_forward_pre_hook(partial(see, name))
             hooks.callback(hook.remove)
-        model(torch.zeros(1, *input_size(model)).to(like))
+        model(blank(model))
     return {name: shapes[0] for name, shapes in found.items() if len(shapes) == 1}
 
 
@@ -168,10 +169,9 @@ def _read(
     model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None
 ) -> dict[str, tuple[list[str], list[bool]]]:
     """The kind of every token of one image at each site, and whether anything reads its output."""
-    like = next(model.parameters())
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
     sites = find_mlps(model) if sites is None else sites
-    gradients = output_gradients(model, sites, image.to(like), seeds=[(0, 0)], probes=1)
+    gradients = output_gradients(model, sites, like(image, model), seeds=[(0, 0)], probes=1)
     leading = leading_kinds(model, gradients)
     found = {}
     for name, gradient in gradients.items():

@@ -27,9 +27,9 @@ from moee_analysis.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from moee_analysis.counting import in_evaluation_mode
 from moee_analysis.distillation import divergences
 from moee_analysis.distributed import all_sum, own_share, sum_gradients
+from moee_analysis.evaluation_mode import in_evaluation_mode
 from moee_analysis.losses import losses_of
 from moee_analysis.progress import progress as shown
 from moee_analysis.progress import tell_progress

@@ -10,7 +10,8 @@ import torch
 from timm.data import Mixup
 from torch.nn.functional import one_hot
 
-from moee_analysis.models import class_names, model_transform
+from moee_analysis.classes import count_classes
+from moee_analysis.models import model_transform
 from moee_analysis.supervised_config import FLIP
 from moee_analysis.training_images import Augmented, training_transform
 
@@ -49,13 +50,13 @@ class Loaded:
         """Decode ``images`` for ``model``; what is loaded stays as it is."""
         if isinstance(images, cls):
             return images
-        *steps, _to_tensor, normalise = model_transform(model).transforms
+        *steps, to_tensor, normalise = model_transform(model).transforms
         pixels = []
         for index in range(len(images)):
             picture = images.picture(index)
             for step in steps:
                 picture = step(picture)
-            pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+            pixels.append((255 * to_tensor(picture)).round().to(torch.uint8))
         labels = torch.from_numpy(images.labels(model))
         return cls(images, torch.stack(pixels), labels, normalise)
 
@@ -82,7 +83,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield a batch for each update."""
         prepared = self._mirrored() if self._in_memory else self._augmented()
-        smoothing, classes = self.config.label_smoothing, len(class_names(self.model))
+        smoothing, classes = self.config.label_smoothing, count_classes(self.model)
         mix = Mixup(
             mixup_alpha=self.config.mixup, cutmix_alpha=self.config.cutmix,
             label_smoothing=smoothing, num_classes=classes,

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import timm.data
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moee_analysis.distributed import processes, rank
 from moee_analysis.errors import MoeeError
-from moee_analysis.models import model_transform
+from moee_analysis.inputs import data_config, model_transform, transform_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,8 +51,7 @@ def training_transform(model: nn.Module, augmentation: str) -> Callable:
     settings = AUGMENTATIONS[augmentation]
     if settings is None:
         return model_transform(model)
-    own = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    return timm.data.create_transform(**own, is_training=True, **settings)
+    return transform_of(data_config(model), **settings)
 
 
 @contextmanager

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.layers import replace_module
-from moee_analysis.models import input_size
+from moee_analysis.models import blank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from moee_analysis.models import MlpSite
@@ -60,12 +59,11 @@ def places(model: nn.Module, sites: Sequence[MlpSite]) -> list[Place]:
     def see(name: str, _mlp: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         shapes[name] = args[0].shape
 
-    like = next(model.parameters())
     with evaluating(model), ExitStack() as hooks:
         for site in sites:
             hook = site.module(model).register_forward_pre_hook(partial(see, site.name))
             hooks.callback(hook.remove)
-        model(torch.zeros(1, *input_size(model), device=like.device, dtype=like.dtype))
+        model(blank(model))
     return [Place(site, shapes[site.name][0], shapes[site.name][1:-1].numel()) for site in sites]
 
 

@@ -1,23 +1,45 @@
-"""State dicts from files: safetensors, or a .pth of nothing but tensors."""
+"""State dicts from files: safetensors, or what training scripts save, of which tensors are read."""
 
 from __future__ import annotations
 
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.progress import tell
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import nn
 
+Tensors = dict[str, torch.Tensor]
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a state dict and its metadata from ``.safetensors``, or from ``.pth`` (tensors only).
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+WRAPPERS = (*AVERAGED, "state_dict", "model", "model_state_dict", "model_state", "net", "network",
+            "module", "weights")  # fmt: skip
+"""Keys that training scripts put a state dict under, the best first: averaged weights."""
+
+DEEP = 3  # wrappers within each other
+HARMLESS = [
+    argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
+]  # fmt: skip
+"""Plain data beside the weights: the options of a training, NumPy's numbers."""
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read a state dict and its metadata from ``.safetensors``, or from a checkpoint of PyTorch's.
+
+    Of a checkpoint the weights are found by the usual names, averaged ones (EMA) preferred, which
+    is told. Nothing but tensors and plain data is ever read.
 
     Raises
     ------
@@ -25,10 +47,11 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         Missing, truncated or foreign file.
     """
     if not path.is_file():
-        raise MoeeError(f"a weights file at '{path}'", "no such file", "check the path")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise MoeeError(f"a weights file at '{path}'", found, "check the path")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _read_pth(path), {}
+    return _read_checkpoint(path), {}
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
@@ -37,24 +60,40 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, sourc
     Raises
     ------
     MoeeError
-        Names or shapes differ; the message lists the first of them.
+        Names or shapes differ; the message lists the first three of each kind.
     """
-    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = [f"{n} missing" for n in own if n not in given]
-    wrong += [f"{n} not in the model" for n in given if n not in own]
-    wrong += [f"{n} is {given[n]}, not {own[n]}" for n in own if given.get(n, own[n]) != own[n]]
+    wrong = misfits(model, tensors)
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise MoeeError(
-            f"the tensors of {type(model).__name__} in '{source}'",
-            "; ".join(wrong[:3]) + more,
-            "check that the file belongs to this architecture",
-        )
+            f"the tensors of {type(model).__name__} in '{source}'", wrong,
+            "check that the file belongs to this architecture (--model) and its settings",
+        )  # fmt: skip
     model.load_state_dict(tensors)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def misfits(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str:
+    """What of ``tensors`` does not fit ``model``: three of each kind, and how many; "" if none."""
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    both = own.keys() & given.keys()
+    kinds = {
+        "missing": [name for name in own if name not in given],
+        "not in the model": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} is {given[name]}, not {own[name]}"
+            for name in own
+            if name in both and given[name] != own[name]
+        ],
+    }
+    return "; ".join(f"{kind}: {_three(names)}" for kind, names in kinds.items() if names)
+
+
+def _three(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -64,28 +103,67 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
         ) from None
 
 
-def _read_pth(path: Path) -> dict[str, torch.Tensor]:
+def _read_checkpoint(path: Path) -> Tensors:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can break the reader in any way
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MoeeError(
+            f"a checkpoint of tensors and plain data at '{path}'", _foreign(error), SAVE_ALONE
+        ) from None
+    except Exception as error:  # a damaged file can break the reader in any way
         raise MoeeError(
             f"a checkpoint of tensors at '{path}'",
             f"something else ({type(error).__name__})",
-            "save the state dict alone, best as .safetensors",
+            f"fetch or save it again; else {SAVE_ALONE}",
         ) from None
-    content = _unwrapped(content)
-    if not isinstance(content, dict) or not all(torch.is_tensor(t) for t in content.values()):
+    return _state_dict(content, path)
+
+
+SAVE_ALONE = (
+    "save the state dict alone, where the file was made: save model.state_dict(), best by "
+    "safetensors.torch.save_file"
+)
+
+
+def _foreign(error: Exception) -> str:
+    """What the reader refused, by its name."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f"an object of {named[1]}" if named else "something else"
+    return f"{what}, which could run code when it is read (UnpicklingError)"
+
+
+def _state_dict(content: Any, path: Path) -> Tensors:
+    """The weights of a checkpoint, inside the wrappers that training scripts put around them."""
+    passed: list[str] = []
+    for _ in range(DEEP):
+        key = _wrapper(content)
+        if key is None:
+            break
+        passed.append(key)
+        content = content[key]
+    tensors = _tensors_in(content)
+    if not tensors:
+        keys = list(map(str, content)) if isinstance(content, Mapping) else []
+        listed = f" with the keys {_three(keys)}" if keys else ""
+        where = "".join(f"['{key}']" for key in passed)
         raise MoeeError(
-            f"a state dict (name -> tensor) in '{path}'",
-            f"a {type(content).__name__}",
-            "save model.state_dict(), not the model",
-        )
-    return content
+            f"a state dict (name -> tensor) in '{path}', or under one of {', '.join(WRAPPERS)}",
+            f"a {type(content).__name__}{listed}{f' in {where}' if where else ''}", SAVE_ALONE,
+        )  # fmt: skip
+    if any(key in AVERAGED for key in passed):
+        tell(f"weights: those of '{passed[0]}' in {path.name}, the averaged ones (EMA)")
+    return tensors
 
 
-def _unwrapped(content: Any) -> Any:
-    """The state dict inside the wrappers that training scripts commonly write."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            return content[key]
-    return content
+def _wrapper(content: Any) -> str | None:
+    """The key of a state dict, or of a further wrapper, in ``content``; None: it is one itself."""
+    if not isinstance(content, Mapping) or _tensors_in(content):
+        return None
+    return next((k for k in WRAPPERS if isinstance(content.get(k), Mapping) and content[k]), None)
+
+
+def _tensors_in(content: Any) -> Tensors:
+    if not isinstance(content, Mapping):
+        return {}
+    return {name: t for name, t in content.items() if isinstance(name, str) and torch.is_tensor(t)}

@@ -23,11 +23,11 @@ def told(tmp_path_factory):
     return root, json.loads((root / "numbers.json").read_text())
 
 
-def scenes(folder):
-    """A folder of 60 of the bundled evaluation scenes, as a user would have photographs."""
+def scenes(folder, split="evaluation"):
+    """A folder of 60 of the bundled scenes, as a user would have photographs."""
     from moee_analysis.images import load_images
 
-    images = load_images(limit=60)
+    images = load_images(split=split, limit=60)
     for index, name in enumerate(images.folders):
         (folder / name).mkdir(parents=True, exist_ok=True)
         images.picture(index).save(folder / name / f"{index}.png")
@@ -174,7 +174,7 @@ def test_an_interruption_is_a_failure_without_a_traceback(monkeypatch, capsys, t
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moee_analysis.load_model", stop)
+    monkeypatch.setattr("moee_analysis.models.load_model", stop)
     assert run_cli(*EXTRACT, "--out", tmp_path / "run") == 1
     assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -205,7 +205,8 @@ def test_smaller_heads_are_told(tmp_path, capsys, monkeypatch):
 def test_finetune_makes_a_run_that_can_be_evaluated(told, tmp_path, capsys, monkeypatch):
     root, before = told
     monkeypatch.setenv("MOEE_HEADLESS", "1")
-    command = ["finetune", root / "run", "--images", root / "scenes", "--out", tmp_path / "tuned"]
+    seen = scenes(tmp_path / "seen", split="train")
+    command = ["finetune", root / "run", "--images", seen, "--out", tmp_path / "tuned"]
     command += ["--epochs", 3, "--learning-rate", 1e-4, "--held-out", 0.4, "--batch-size", 8]
     command += ["--augmentation", "none", "--seed", 3]
     assert run_cli(*command) == 0
@@ -224,6 +225,9 @@ def test_finetune_makes_a_run_that_can_be_evaluated(told, tmp_path, capsys, monk
     assert after["provenance"]["finetunings"][0]["config"]["seed"] == 3
     assert run_cli(*command) == 0  # it has ended
     assert "another folder" in refused(capsys, *command, "--epochs", 2)
+    told = refused(capsys, "evaluate", tmp_path / "tuned", "--images", seen)
+    assert "60 that are" in told
+    assert "trained on" in told
 
 
 def test_finetune_refuses_what_is_wrong_in_one_line(told, tmp_path, capsys):

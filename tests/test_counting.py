@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from moee_analysis.counting import count, count_parameters, evaluating, moe_macs
+from moee_analysis.counting import count, count_parameters, moe_macs
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.layers import moe_layers, moe_names
 from tests.families import small
 from tests.toys import toy_moe, toy_swin, toy_vit

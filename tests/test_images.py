@@ -21,6 +21,7 @@ IMAGENET = build_model(SMALL_VIT)
 def named(names) -> torch.nn.Module:
     """A model whose classes have these names."""
     model = toy_vit()
+    model.reset_classifier(len(names))
     model.pretrained_cfg["label_names"] = tuple(names)
     return model
 
@@ -76,7 +77,12 @@ def test_pictures_are_found_at_any_depth_and_other_files_left_alone(tmp_path):
     picture(1).save(tmp_path / "ant" / "more" / "a.JPEG")
     (tmp_path / "ant" / "notes.txt").write_text("not a picture")
     picture(2).save(tmp_path / "loose.png")
-    assert load_images(tmp_path).folders == ("ant", "ant")
+    with pytest.warns(UserWarning, match="skipped 2 files") as caught:
+        images = load_images(tmp_path)
+    assert images.folders == ("ant", "ant")
+    told = "1 no image (.txt): ant/notes.txt; 1 in no class folder: loose.png"
+    assert images.skipped_text == told
+    assert told in str(caught[0].message)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
@@ -102,9 +108,9 @@ def damaged(tmp_path):
 
 
 def test_unreadable_pictures_are_skipped_and_named(damaged):
-    with pytest.warns(UserWarning, match="skipped 3 of 6 images") as caught:
+    with pytest.warns(UserWarning, match="skipped 3 files") as caught:
         images = load_images(damaged)
-    assert "ant/0.png, ant/1.png, bee/2.png" in str(caught[0].message)
+    assert "ant/0.png, ant/1.png; 1 damaged" in str(caught[0].message)
     assert images.skipped == ("ant/0.png", "ant/1.png", "bee/2.png")
     assert images.folders == ("ant", "bee", "bee")
     assert len(torch.cat(list(images.batches(toy_vit())))) == 3
@@ -120,7 +126,7 @@ def test_a_truncated_photograph_is_skipped(tmp_path):
 
 
 def test_strict_refuses_unreadable_pictures(damaged):
-    with pytest.raises(MoeeError, match=r"3 unreadable: ant/0\.png"):
+    with pytest.raises(MoeeError, match=r"3 unreadable: .*: ant/0\.png"):
         load_images(damaged, strict=True)
 
 

@@ -133,7 +133,7 @@ def test_imagenet_models_know_their_classes():
 
 def test_a_model_with_unnamed_classes_says_how_to_name_them():
     model = build_model(SMALL_VIT, num_classes=7)
-    with pytest.raises(MoeeError, match="label_names"):
+    with pytest.raises(MoeeError, match="--classes FILE"):
         class_names(model)
 
 

@@ -88,6 +88,9 @@ def test_parameters_are_kept_without_the_place_of_the_output(tmp_path, bench):
     assert _written(tmp_path)["parameters"] == {
         "model": "bundled",
         "weights": None,
+        "img_size": None,
+        "in_chans": None,
+        "class_file": None,
         "calibration": None,
         "images": "bundled",
         "layers": [],
@@ -248,9 +251,11 @@ def test_one_folder_for_calibration_and_evaluation_is_refused(folder):
 def test_unreadable_images_are_noted(tmp_path, folder):
     (tmp_path / "photos" / "ant" / "0.png").write_bytes(b"no image")
     bench = open_notebook("x", images=folder, preset="smoke", out=str(tmp_path / "out"))
-    with pytest.warns(UserWarning, match="cannot be read"):
+    with pytest.warns(UserWarning, match="damaged or no picture"):
         assert len(bench.images) == PER_CLASS * len(toys.CLASSES) - 1
-    assert "1 images of photos could not be read" in _written(tmp_path)["notes"][0]
+    (note,) = _written(tmp_path)["notes"]
+    assert note.startswith("Skipped of photos: 1 damaged or no picture")
+    assert note.endswith(": ant/0.png.")
 
 
 def test_layers_and_classes_are_the_parameters_or_the_notebook_s_own(toy_model):

@@ -20,6 +20,9 @@ NOTEBOOKS = sorted(paths.notebooks_folder().glob("*.ipynb"))
 PARAMETERS = {
     "model": ("str", '"bundled"'),
     "weights": ("str", "None"),
+    "img_size": ("int", "None"),
+    "in_chans": ("int", "None"),
+    "class_file": ("str", "None"),
     "calibration": ("str", "None"),
     "images": ("str", '"bundled"'),
     "layers": ("list", "[]"),

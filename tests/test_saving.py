@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from moee_analysis import images, saving
 from moee_analysis.controls import randomly_routed
@@ -184,7 +186,7 @@ def test_a_newer_format_is_refused(saved_run, monkeypatch, small_run):
     monkeypatch.setattr(saving, "FORMAT", saving.FORMAT + 1)
     small_run.save(saved_run)
     monkeypatch.undo()
-    with pytest.raises(MoeeError, match="format 5") as error:
+    with pytest.raises(MoeeError, match=f"format {saving.FORMAT + 1}") as error:
         load(saved_run)
     assert "version" in error.value.hint
 
@@ -192,6 +194,7 @@ def test_a_newer_format_is_refused(saved_run, monkeypatch, small_run):
 def test_a_run_that_the_store_holds_in_another_format_is_made_again(tmp_path, monkeypatch):
     for module in ("saving", "extraction"):
         monkeypatch.setattr(f"moee_analysis.{module}.FORMAT", 1)
+    monkeypatch.setattr(saving, "READABLE", (1,))
     extract(lively(), toy_images(), quick(), store=tmp_path)
     monkeypatch.undo()
     assert extract(lively(), toy_images(), quick(), store=tmp_path).model
@@ -257,14 +260,38 @@ def test_a_failing_save_leaves_no_half_written_run(
     assert len(list(tmp_path.iterdir())) == int(earlier)
 
 
-def test_a_model_that_its_name_does_not_rebuild_is_refused(tmp_path):
-    with pytest.raises(MoeeError):
-        extract(toy_vit(), toy_images(), quick()).save(tmp_path / "toy")
-    other = lively()
-    other.pretrained_cfg = {**other.pretrained_cfg, "architecture": "test_vit2"}
-    with pytest.raises(MoeeError, match=r"timm\.create_model\('test_vit2'\)"):
-        extract(other, toy_images(), quick()).save(tmp_path / "other")
-    assert not list(tmp_path.iterdir())
+def changed_by_hand():
+    """A model whose head no argument of timm's makes."""
+    model = lively()
+    model.head = nn.Sequential(nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 4))
+    return model
+
+
+def named_wrongly():
+    model = lively()
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "test_vit2"}
+    return model
+
+
+@pytest.mark.parametrize("make", [toy_vit, changed_by_hand, named_wrongly])
+def test_a_model_that_no_name_rebuilds_is_loaded_around_the_dense_one(tmp_path, make):
+    dense = make()
+    run = extract(dense, toy_images(), quick())
+    run.save(tmp_path / "run")
+    with pytest.raises(MoeeError, match="no name rebuilds") as error:
+        load(tmp_path / "run")
+    assert "moee.load(folder, dense=model)" in error.value.hint
+    loaded = load(tmp_path / "run", dense=dense)
+    assert same_models(loaded.model, run.model)
+    assert loaded.dense() is dense
+    with pytest.raises(MoeeError, match="other weights"):
+        load(tmp_path / "run", dense=disturbed(dense))
+
+
+def disturbed(model):
+    model = copy.deepcopy(model)
+    model.norm.bias += 1
+    return model
 
 
 def test_a_control_is_not_mistaken_for_a_run(small_run, tmp_path):

@@ -77,7 +77,7 @@ def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
     path = stored(tmp_path / "w.pth", lively("test_convnext").state_dict())
     with pytest.raises(MoeeError) as error:
         load_model(SMALL_VIT, weights=path)
-    assert "cls_token missing" in error.value.found
+    assert "missing: cls_token, pos_embed" in error.value.found
     assert "more" in error.value.found
     assert "architecture" in error.value.hint
 
@@ -108,7 +108,7 @@ def test_a_foreign_file_is_refused(tmp_path, name, content):
 @pytest.mark.parametrize("name", ["missing.pth", "folder"])
 def test_a_missing_file_is_told(tmp_path, name):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(MoeeError, match="no such file"):
+    with pytest.raises(MoeeError, match=r"no such file|a folder"):
         load_model(SMALL_VIT, weights=tmp_path / name)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from moee_analysis.counting import evaluating
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
 from moee_analysis.models import class_labels
 from moee_analysis.progress import progress

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from moee_analysis.calibration import Limits
     from moee_analysis.clustering import ClusterConfig
     from moee_analysis.extraction import Extraction
+    from moee_analysis.images import ImageSet
+
+MODEL_ARGUMENTS = ("img_size", "in_chans")
+"""Options that are arguments of ``timm.create_model``."""
 
 Command = Callable[["argparse.Namespace"], int]
 
@@ -32,6 +36,7 @@ def extract(arguments: argparse.Namespace) -> int:
 
 def _extract_together(arguments: argparse.Namespace) -> int:
     import moee_analysis as moee
+    from moee_analysis.classes import name_by_folders
     from moee_analysis.cli.text import layers_text
     from moee_analysis.distributed import local_device, rank
     from moee_analysis.saving import check_target
@@ -50,14 +55,35 @@ def _extract_together(arguments: argparse.Namespace) -> int:
     )
     check_target(arguments.out)
     device = local_device(arguments.device)
-    model = moee.load_model(arguments.model, weights=arguments.weights, device=device)
+    model = _model(arguments, device)
     images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
+    name_by_folders(model, images.classes)
     run = moee.extract(model, images, config, store=arguments.store, limits=_limits(arguments))
     if rank() == 0:
         run.save(arguments.out)
         print(layers_text(run))
         print(f"saved to {arguments.out}")
     return 0
+
+
+def _model(arguments: argparse.Namespace, device: str) -> nn.Module:
+    """The dense model that the options name."""
+    from moee_analysis.models import load_model
+
+    given = {name: getattr(arguments, name) for name in ("weights", "classes", *MODEL_ARGUMENTS)}
+    return load_model(arguments.model, device=device, **given)
+
+
+def _named_run(arguments: argparse.Namespace, images: ImageSet) -> Extraction:
+    """The run, with the names of its classes that are given, or those of the class folders."""
+    from moee_analysis.classes import name_by_folders, name_classes, read_class_names
+    from moee_analysis.extraction import load
+
+    run = load(arguments.run)
+    if arguments.classes:
+        name_classes(run.model, read_class_names(arguments.classes))
+    name_by_folders(run.model, images.classes)
+    return run
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
@@ -85,8 +111,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         _check_file(arguments.json)
-    run = moee.load(arguments.run)
     images = moee.load_images(arguments.images, strict=arguments.strict)
+    run = _named_run(arguments, images)
     numbers = evaluated(run, images, weights=arguments.weights, device=arguments.device)
     if arguments.json:
         write_json(arguments.json, numbers)
@@ -128,6 +154,7 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     """Set all systems side by side."""
     import moee_analysis as moee
+    from moee_analysis.classes import name_by_folders
     from moee_analysis.cli.text import comparison_text
     from moee_analysis.comparison import Contest
     from moee_analysis.comparison import compare as compared
@@ -137,12 +164,13 @@ def compare(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         _check_file(arguments.json)
-    model = moee.load_model(arguments.model, weights=arguments.weights, device=arguments.device)
+    model = _model(arguments, arguments.device)
     sizes, strict = preset_named(arguments.preset), arguments.strict
     calibration = moee.load_images(
         arguments.calibration, split="calibration", limit=sizes.calibration_images, strict=strict
     )
     images = moee.load_images(arguments.images, limit=sizes.evaluation_images, strict=strict)
+    name_by_folders(model, images.classes)
     contest = Contest(
         model, calibration, images, arguments.preset, arguments.store, sizes.resamples,
         latency=not arguments.no_latency,
@@ -166,9 +194,9 @@ def atlas(arguments: argparse.Namespace) -> int:
 
     _check_file(arguments.out)
     check_device(arguments.device)
-    run = moee.load(arguments.run)
-    run.model.to(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
+    run = _named_run(arguments, images)
+    run.model.to(arguments.device)
     page = write_atlas(run, images, arguments.out, dense=_dense(run, arguments))
     print(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
@@ -197,12 +225,15 @@ def _check_file(path: Path) -> None:
 def report(arguments: argparse.Namespace) -> int:
     """Run all notebooks and write their pages."""
     from moee_analysis.browser import open_page
+    from moee_analysis.notebook_images import check_report
     from moee_analysis.report import INDEX
     from moee_analysis.report import report as reported
 
-    names = ("model", "weights", "calibration", "images", "seed")
+    names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
+    given = {name: getattr(arguments, name) for name in names} | {"class_file": arguments.classes}
+    check_report(given | {"preset": arguments.preset})
     outcomes = reported(
-        {name: getattr(arguments, name) for name in names},
+        given,
         out=arguments.out,
         preset=arguments.preset,
     )
@@ -224,7 +255,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     from moee_analysis.doctor import examined
 
     diagnosis = examined(
-        arguments.model, weights=arguments.weights, images=arguments.images, preset=arguments.preset
-    )
+        arguments.model, weights=arguments.weights, images=arguments.images,
+        preset=arguments.preset, **{name: getattr(arguments, name) for name in MODEL_ARGUMENTS},
+    )  # fmt: skip
     print(diagnosis_json(diagnosis) if arguments.json else diagnosis_text(diagnosis))
     return 0 if diagnosis.ok else 1

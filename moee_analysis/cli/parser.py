@@ -107,6 +107,7 @@ def _method_options(group: argparse._ArgumentGroup) -> None:
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _run_and_images(parser, "images to compare on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    _classes_option(parser, "else those that were saved with the run")
     _loading_options(parser)
 
 
@@ -148,6 +149,7 @@ def _atlas_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, default=200, metavar="N", help="at most so many, even over the classes"
     )
+    _classes_option(parser, "else those that were saved with the run")
     _open_option(parser)
     _loading_options(parser)
 
@@ -190,6 +192,20 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="FILE", help="a local .safetensors or .pth state dict; else the hub's"
     )
+    _classes_option(parser, "else those it states, or the class folders if as many")
+    parser.add_argument(
+        "--img-size", type=int, metavar="N", help="of the images, in pixels; else the model's own"
+    )
+    parser.add_argument(
+        "--in-chans", type=int, metavar="N", help="channels of the images; else the model's own"
+    )
+
+
+def _classes_option(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    parser.add_argument(
+        "--classes", metavar="FILE",
+        help=f"names of the model's classes, one a line or JSON; {otherwise}",
+    )  # fmt: skip
 
 
 def _images(parser: argparse.ArgumentParser, name: str, told: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from moee_analysis.counting import evaluating
+from moee_analysis.classes import knows_classes
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
 from moee_analysis.progress import progress
 
@@ -95,7 +96,7 @@ def image_scores(
     contestants = dict(systems) if reference is None else {**systems, REFERENCE: reference}
     first = next(iter(systems.values())) if reference is None else reference
     batch_size = batch_size or fitting_batch(first)
-    labels = torch.from_numpy(images.labels(first))
+    labels = torch.from_numpy(_labels(images, [first, *systems.values()]))
     total = math.ceil(len(images) / batch_size)
     batches = progress(images.batches(first, batch_size=batch_size), label="accuracy", total=total)
     parts: dict[Hashable, list[dict[str, np.ndarray]]] = {name: [] for name in contestants}
@@ -107,6 +108,12 @@ def image_scores(
             for name, scores in _score_batch(contestants, reference, x, truth).items():
                 parts[name].append(scores)
     return {name: _concatenated(scores) for name, scores in parts.items()}
+
+
+def _labels(images: ImageSet, models: Sequence[nn.Module]) -> np.ndarray:
+    """Labels by the first of the ``models`` that names its classes."""
+    named = next(filter(knows_classes, models), models[0])
+    return images.labels(named)
 
 
 def summarised(
@@ -149,6 +156,12 @@ def _score_batch(
 ) -> dict[Hashable, dict[str, np.ndarray]]:
     """Scores of the images ``x`` [B, 3, H, W]; every distinct model runs once."""
     logits = {model: _logits(model, x) for model in dict.fromkeys(contestants.values())}
+    outputs = {of_model.shape[1] for of_model in logits.values()}
+    if len(outputs) > 1:
+        raise MoeeError(
+            "models of the same classes", f"{' and '.join(map(str, sorted(outputs)))} outputs",
+            "compare those that were made from one model",
+        )  # fmt: skip
     own = logits.get(baseline)
     return {name: _scores(logits[model], truth, own) for name, model in contestants.items()}
 

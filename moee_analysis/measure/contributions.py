@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.mlp_survey import survey
 from moee_analysis.progress import progress
 from moee_analysis.slot_layers import SlotMlp
@@ -66,7 +66,7 @@ def contributions(
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_hook(partial(_add, sums[name])).remove)
         for x in progress(images.batches(model), label="contributions"):
-            model(x.to(next(model.parameters()).device))
+            model(x.to(next(model.parameters())))
     places = _places(model, layers)
     rows = [row for name in layers for row in _rows(places[name], layers[name], sums[name], groups)]
     table = pd.DataFrame(rows)

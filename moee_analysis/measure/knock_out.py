@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 
 from moee_analysis.apart import check_apart
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.knock_out import alone, mean_outputs, removed
 from moee_analysis.layers import moe_layers
 from moee_analysis.measure.accuracy import image_scores

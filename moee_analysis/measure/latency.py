@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
 
 if TYPE_CHECKING:

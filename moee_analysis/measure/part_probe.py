@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moee_analysis.counting import evaluating
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.layers import all_mlps, moe_names
 from moee_analysis.measure.interventions import batches_of
 from moee_analysis.measure.modularity import patch_parts
-from moee_analysis.models import input_size
+from moee_analysis.models import blank
 from moee_analysis.token_kinds import kinds_seen
 from moee_analysis.token_positions import patch_places
 
@@ -40,9 +40,9 @@ class Place:
     def of(cls, model: nn.Module) -> Place:
         """Find the last block, and how its tokens lie in the image."""
         bare = cls(model, list(all_mlps(model))[-1])
-        blank = torch.zeros(1, *input_size(model)).to(next(model.parameters()))
+        black = blank(model)
         with evaluating(model):
-            grid = bare.entering(blank).shape[1:-1]
+            grid = bare.entering(black).shape[1:-1]
         leading = len(kinds_seen(model, grid))
         order = patch_places(model, bare.mlp, (1, *grid), leading=leading)
         return cls(model, bare.mlp, leading, order)

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from moee_analysis.apart import check_apart
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.knock_out import mean_outputs, removed
 from moee_analysis.layers import moe_layers
 from moee_analysis.measure.interventions import (

@@ -15,12 +15,13 @@ from torch import nn
 
 from moee_analysis.activations import recording
 from moee_analysis.calibration import calibration_of
-from moee_analysis.counting import evaluating
 from moee_analysis.draws import drawn
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.fingerprints import hash_weights
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import MoeMlp, moe_layers
-from moee_analysis.models import find_mlps, fingerprint
+from moee_analysis.models import find_mlps
 from moee_analysis.oracle import OracleRouter, beside_leading, oracle_of, prefix_experts
 from moee_analysis.partition import metric_root, router_to
 from moee_analysis.progress import progress
@@ -228,7 +229,7 @@ class _MeanTally:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"router": fingerprint(_own(self.layer))}
+        return {"router": hash_weights(_own(self.layer))}
 
     def add(self, sums: Sums, layer: Recorded) -> None:
         """Add a part of the tokens."""

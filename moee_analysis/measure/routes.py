@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.counting import evaluating
+from moee_analysis.classes import class_labels, knows_classes
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import moe_layers, moe_names
-from moee_analysis.models import class_labels, find_mlps
+from moee_analysis.models import find_mlps
 from moee_analysis.progress import progress
 from moee_analysis.token_kinds import kinds_seen
 from moee_analysis.token_positions import patch_places
@@ -111,7 +112,8 @@ def routes(
         Name of the routed system, for tables and captions.
     by_folder
         The classes are the folders of the images, numbered in the order of their names, also where
-        they are none of the model's; those that are have its readable names.
+        they are none of the model's; those that are have its readable names. So they are wherever
+        the model names no classes.
 
     Raises
     ------
@@ -121,7 +123,7 @@ def routes(
     """
     model = model_of(model)
     taps = _own_taps(model) if routers is None else _outside_taps(model, routers)
-    labels, names = (_folder_classes if by_folder else _model_classes)(model, images)
+    labels, names = _classes(model, images, by_folder=by_folder)
     _run(model, images, taps, batch_size or fitting_batch(model))
     leading = {tap.index: _leading(model, tap.shape) for tap in taps}
     places = {
@@ -145,7 +147,15 @@ def routes(
     )
 
 
-def _model_classes(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, dict[int, str]]:
+def _classes(
+    model: nn.Module, images: ImageSet, *, by_folder: bool
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Label of every image, and the readable names of all; of the folders where the model has none.
+
+    Routing needs no labels, so a network without a classifier is no obstacle.
+    """
+    if by_folder or not knows_classes(model):
+        return _folder_classes(model, images)
     labels, names = images.labels(model), class_labels(model)
     return labels, {int(label): names[label] for label in np.unique(labels)}
 

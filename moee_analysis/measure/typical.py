@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
 from moee_analysis.layers import moe_layers, moe_names
 from moee_analysis.measure.routes import model_of, routes

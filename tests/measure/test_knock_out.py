@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moee_analysis import measure
-from moee_analysis.counting import evaluating
 from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.knock_out import alone, knocked_out, mean_outputs, removed
 from moee_analysis.layers import moe_layers
 from moee_analysis.measure.interventions import averaged, interventions, with_controls

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from moee_analysis.counting import evaluating
+from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.inputs import like
 from moee_analysis.models import find_mlps, fingerprint
 from moee_analysis.progress import progress
 from moee_analysis.rivals.jetpack.anatomy import heads_of
@@ -81,12 +82,11 @@ def _fill(model: nn.Module, images: ImageSet, folder: Path, *, together: bool) -
 
 
 def _sums(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
     batches = images.batches(model, batch_size=BATCH)
     total = -(-len(images) // BATCH)
     with _adding(model, together=together) as sums, evaluating(model):
         for batch in progress(batches, label="profiling activations", total=total):
-            model(batch.to(device))
+            model(like(batch, model))
     return {name: tensor.cpu() for name, tensor in sums.items()}
 
 

@@ -1,0 +1,239 @@
+"""The classes of a model: their names, where these come from, and that there is one an output."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.inputs import blank
+from moee_analysis.progress import tell
+from moee_analysis.unwrapping import unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+NAME_THEM = (
+    "name its classes in the order of its outputs: --classes FILE (one name a line, or JSON), or "
+    "moee.name_classes(model, names)"
+)
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's classes in the order of its outputs; wnids for ImageNet.
+
+    Raises
+    ------
+    MoeeError
+        The model does not say which classes it knows, or has not one output for each.
+    """
+    return _matched(model, _stated(model, readable=False))
+
+
+def class_labels(model: nn.Module) -> tuple[str, ...]:
+    """Readable names of the model's classes, in the order of its outputs; raises as above."""
+    return _matched(model, _stated(model, readable=True))
+
+
+def knows_classes(model: nn.Module) -> bool:
+    """Whether :func:`class_names` has an answer."""
+    try:
+        class_names(model)
+    except MoeeError:
+        return False
+    return True
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether :func:`count_classes` has an answer."""
+    try:
+        count_classes(model)
+    except MoeeError:
+        return False
+    return True
+
+
+def name_classes(model: nn.Module, names: Sequence[str]) -> None:
+    """Give a classifier the names of its classes, in the order of its outputs.
+
+    Raises
+    ------
+    MoeeError
+        Another number of names than of outputs, a name twice, or an empty one.
+    """
+    network, outputs = unwrapped(model), count_classes(model)
+    unique = set(names)
+    if len(names) != outputs or len(unique) < len(names) or "" in unique:
+        twice = len(names) - len(unique)
+        found = f"{len(names)}" + (f", {twice} of them more than once" if twice else "")
+        raise MoeeError(
+            f"one name for each of the model's {outputs} outputs", found,
+            "list every class once, in the order of the outputs",
+        )  # fmt: skip
+    network.pretrained_cfg = {**network.pretrained_cfg, "label_names": tuple(names)}
+
+
+def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
+    """Let a classifier that names no classes have the names of :func:`names_by_folders`."""
+    names = names_by_folders(model, folders)
+    if names:
+        name_classes(model, names)
+
+
+def names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
+    """Return class ``folders`` as the names of a classifier that has none, one for each output.
+
+    They are taken in the order of the alphabet, as training scripts do, and that is told. Empty
+    where the model has names, or another number of outputs.
+    """
+    if knows_classes(model):
+        return ()
+    names = tuple(sorted(folders))
+    if not is_classifier(model) or (outputs := count_classes(model)) != len(names):
+        return ()
+    _tell_once(
+        f"the model's {outputs} classes have no names: they are taken to be the {outputs} class "
+        f"folders in the order of the alphabet, {_some(names)}"
+    )
+    return names
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Read names of classes from a file: one a line, or JSON.
+
+    The JSON is a list of names, an object from index to name, as Hugging Face's ``id2label``, or
+    from name to index, as torchvision's ``class_to_idx``.
+
+    Raises
+    ------
+    MoeeError
+        No such file, or something else in it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoeeError(f"a text file of class names at '{path}'", str(error), _FORMS) from None
+    if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
+        return _from_json(text, path)
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise MoeeError(f"class names in '{path}'", "an empty file", _FORMS)
+    return names
+
+
+def count_classes(model: nn.Module) -> int:
+    """Outputs of a classifier, counted by running it on a black image.
+
+    Raises
+    ------
+    MoeeError
+        The model is no classifier: it has no head, a single output, or other outputs than scores.
+    """
+    network = unwrapped(model)
+    if getattr(network, "num_classes", None) == 0:
+        raise _no_classifier("none (num_classes=0): its outputs are features")
+    with evaluating(network):
+        outputs = network(blank(network))
+    if not torch.is_tensor(outputs) or outputs.ndim != 2:
+        shape = tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__
+        raise _no_classifier(f"outputs of an image that are {shape}")
+    if outputs.shape[1] < 2:
+        raise _no_classifier("a single output, such as a regression has")
+    return outputs.shape[1]
+
+
+_FORMS = "write one name a line, or JSON: a list, or an object of indices and names"
+
+
+def _no_classifier(found: str) -> MoeeError:
+    return MoeeError(
+        "a classifier with a score for each of its classes", found,
+        "measure what needs no labels (routing, similarity, agreement), or take a classifier",
+    )  # fmt: skip
+
+
+def _stated(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
+    """Names that the model's configuration states; None where it states none."""
+    network = unwrapped(model)
+    own = network.pretrained_cfg.get("label_names")
+    if own:
+        return tuple(name.replace("_", " ") for name in own) if readable else tuple(own)
+    subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
+    if subset is None:
+        return None
+    return _imagenet_labels(subset) if readable else tuple(_imagenet(subset).label_names())
+
+
+def _matched(model: nn.Module, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """``names``, if there is one for each output of the model."""
+    outputs = count_classes(model)
+    if names is None:
+        raise MoeeError(
+            "a model that says which classes it knows", f"{outputs} outputs without names",
+            NAME_THEM,
+        )  # fmt: skip
+    if len(names) != outputs:
+        raise MoeeError(
+            f"an output for each of the {len(names)} classes the model names "
+            f"({_some(names)})", f"{outputs} outputs", NAME_THEM,
+        )  # fmt: skip
+    return names
+
+
+def _from_json(text: str, path: Path) -> tuple[str, ...]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise MoeeError(f"class names as JSON in '{path}'", str(error), _FORMS) from None
+    names = _listed(content)
+    if not names or not all(isinstance(name, str) for name in names):
+        found = f"{type(content).__name__} of other things"
+        raise MoeeError(f"class names in '{path}'", found, _FORMS)
+    return tuple(name.strip() for name in names)
+
+
+def _listed(content: object) -> list[object]:
+    """Names in the order of their indices."""
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        return []
+    for key in ("id2label", "label_names", "classes"):  # in a configuration beside other things
+        if isinstance(content.get(key), list | dict):
+            return _listed(content[key])
+    if all(type(index) is int for index in content.values()):  # class_to_idx
+        content = {str(index): name for name, index in content.items()}
+    numbered = sorted((int(key), name) for key, name in content.items() if str(key).isdecimal())
+    complete = [number for number, _ in numbered] == list(range(len(content)))
+    return [name for _, name in numbered] if complete else []
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@cache
+def _imagenet(subset: str) -> ImageNetInfo:
+    """The classes of one of ImageNet's subsets; timm reads them from files each time."""
+    return ImageNetInfo(subset)
+
+
+@cache
+def _imagenet_labels(subset: str) -> tuple[str, ...]:
+    info = _imagenet(subset)
+    names = (info.index_to_description(i) for i in range(info.num_classes()))
+    return tuple(name.split(",")[0] for name in names)
+
+
+@cache
+def _tell_once(line: str) -> None:
+    tell(line)

@@ -1,0 +1,32 @@
+"""Models as they are evaluated: nothing drops out, and every module gets its own flag back."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own training flag back."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with or without gradients as it was; every module gets its own flag back."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training

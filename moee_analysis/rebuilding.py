@@ -1,0 +1,253 @@
+"""Networks rebuilt from what a file says of them, or around the dense network that is given.
+
+A model of timm's is rebuilt by its name and the arguments of ``timm.create_model``. Whether that
+gives the same network is seen by its answers; one that was changed by hand in ways that no argument
+says is rebuilt only around the dense network itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import create_act
+from torch import nn
+
+from moee_analysis.attention import LowRankAttention, Ranks, reduced_attentions, site_of
+from moee_analysis.dense_layers import compute_in_blocks
+from moee_analysis.errors import MoeeError
+from moee_analysis.fingerprints import alike, answers
+from moee_analysis.inputs import input_size
+from moee_analysis.layers import MoeMlp, Readout, all_mlps, moe_names, replace_module
+from moee_analysis.models import architecture, build_model
+from moee_analysis.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
+from moee_analysis.unwrapping import unwrapped
+from moee_analysis.weights import load_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KINDS = {
+    CosineRouter: "cosine", ConstantRouter: "constant", NearestRouter: "nearest",
+    TokenKindRouter: "token_kinds",
+}  # fmt: skip
+INPUT_FACTS = (
+    "architecture", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct",
+    "crop_mode", "num_classes", "label_names", "classifier", "first_conv",
+)  # fmt: skip
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Everything :func:`rebuild` needs before the tensors are loaded, as plain JSON values.
+
+    ``by_hand`` says why the name and arguments alone do not rebuild the model; None where they do.
+    """
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
+    facts = {
+        "architecture": architecture(model),
+        "arguments": arguments_of(model),
+        "dtype": str(_dtype(model)).removeprefix("torch."),
+        "pretrained_cfg": json.loads(json.dumps(cfg)),
+        "routers": {
+            name: _describe_router(model.get_submodule(name).router)
+            for name in moe_names(model).values()
+        },
+        "attentions": {
+            name: asdict(m.ranks) | {"bias": m.bias is not None}
+            for name, m in reduced_attentions(model).items()
+        },
+        "answers": list(answers(model)),
+    }
+    return facts | {"by_hand": _reason_by_hand(facts, stored_tensors(model))}
+
+
+def rebuild(
+    described: Mapping[str, Any], tensors: dict[str, torch.Tensor], *, dense: nn.Module | None
+) -> nn.Module:
+    """Build the described network with its ``tensors``, ready for evaluation.
+
+    Parameters
+    ----------
+    dense
+        The network that it was made from, which is not changed; None: it is built by its name.
+
+    Raises
+    ------
+    MoeeError
+        A network changed by hand without ``dense``; tensors that do not fit; one that gives other
+        answers than the network that was described.
+    """
+    reason = described.get("by_hand")
+    if reason and dense is None:
+        raise MoeeError(
+            "the dense network this run was made from, which no name rebuilds", f"none ({reason})",
+            "give it, with its weights: moee.load(folder, dense=model)",
+        )  # fmt: skip
+    model = _skeleton(described) if dense is None else copy.deepcopy(unwrapped(dense)).eval()
+    _put_layers(model, described, tensors)
+    load_tensors(model, tensors, source="the run")
+    model.eval()
+    if "answers" in described and not alike(described["answers"], answers(model)):
+        raise MoeeError(
+            "the network that was saved", "one that gives other outputs for the same images",
+            "load it with the versions it was made with (run.json, versions), or extract again"
+            if dense is None else "give the dense network that the run was made from",
+        )  # fmt: skip
+    return model
+
+
+def arguments_of(model: nn.Module) -> dict[str, Any]:
+    """Arguments with which ``timm.create_model`` builds a model like this one, as far as known.
+
+    They are those it was made with, if timm kept them, and what the model itself shows: outputs,
+    channels and size; activations are given by their names.
+    """
+    kept = {k: _plain(v) for k, v in getattr(model, "_model_args", {}).items()}
+    shown = _shown(model)
+    return {k: v for k, v in (kept | shown).items() if v is not None}
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors of ``model``, those with several names once for each, as files want them."""
+    tensors, seen = {}, set()
+    for name, stored in model.state_dict().items():
+        tensor = stored.detach().cpu().contiguous()
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return tensors
+
+
+def _put_layers(
+    model: nn.Module, described: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put routed layers and smaller attentions of the saved shapes into a dense network."""
+    for name, router in described["routers"].items():
+        mlp = model.get_submodule(name)
+        layer = _layer_like(_below(name, tensors), mlp, router)
+        replace_module(model, name, layer.to(mlp.fc1.weight))
+    for name, ranks in described["attentions"].items():
+        dense = model.get_submodule(name)
+        attention = _attention_like(dense, name, ranks)
+        replace_module(model, name, attention.to(dense.proj.weight))
+    compute_in_blocks(model)
+    model.requires_grad_(requires_grad=False)
+
+
+def _skeleton(described: Mapping[str, Any]) -> nn.Module:
+    """The dense network by its name; runs of before arguments were kept state their classes."""
+    arguments = described.get("arguments", {"num_classes": described.get("num_classes")})
+    cfg = described["pretrained_cfg"]
+    model = build_model(described["architecture"], pretrained_cfg=cfg, **arguments)
+    return model.to(getattr(torch, described.get("dtype", "float32")))
+
+
+def _reason_by_hand(facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str | None:
+    """Why name and arguments do not rebuild the network; None where they do."""
+    try:
+        rebuild(facts, tensors, dense=None)
+    except MoeeError as error:
+        return f"timm.create_model('{facts['architecture']}') makes another one: {error.found}"
+    return None
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON; activations by name, and None for what has no such form."""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        names = (n for n, kind in create_act._ACT_LAYER_DEFAULT.items() if kind is value)
+        return next(names, None)
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return None
+
+
+def _shown(model: nn.Module) -> dict[str, Any]:
+    """Arguments that the model itself shows, where they are not those of a plain one."""
+    try:
+        usual = _seen(build_model(architecture(model)))
+    except MoeeError:  # a name that timm does not know
+        return {}
+    return {k: v for k, v in _seen(model).items() if v != usual[k]}
+
+
+def _seen(model: nn.Module) -> dict[str, Any]:
+    channels, *size = input_size(model)
+    pool = getattr(model, "global_pool", None)
+    acts = {type(mlp.act) for mlp in all_mlps(model).values()}
+    return {
+        "num_classes": _outputs(model),
+        "global_pool": pool if isinstance(pool, str) else None,
+        "in_chans": channels,
+        "img_size": size,
+        "act_layer": _plain(acts.pop()) if len(acts) == 1 else None,
+    }
+
+
+def _outputs(model: nn.Module) -> int:
+    """Outputs of the classifier as it is; what the model says where it is no plain Linear."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    heads = [named] if isinstance(named, str) else list(named)
+    found = dict(model.named_modules())
+    linear = [found[h].out_features for h in heads if isinstance(found.get(h), nn.Linear)]
+    return linear[0] if linear else model.num_classes
+
+
+def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRankAttention:
+    """Build an attention of the saved ranks; its weights are loaded afterwards."""
+    ranks = Ranks(shape["scores"], shape["values"], shape["queries"])
+    return LowRankAttention(site_of(name, dense), ranks, bias=shape["bias"])
+
+
+def _below(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the submodule called ``name``, under the names they have there."""
+    start = f"{name}."
+    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+
+
+def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, router: dict[str, Any]) -> MoeMlp:
+    """Build a routed layer of the saved shape; its weights are loaded afterwards."""
+    lists = saved["neurons"].split(saved["sizes"].tolist())
+    experts = [saved["kept"][ids].numpy() for ids in lists]
+    dense = mlp.fc2.weight
+    own = dense.expand(len(experts), -1, -1) if "columns" in saved else None
+    readout = Readout(weight=own, shift=saved.get("shift"))
+    built = _router_like(router, _below("router", saved))
+    return MoeMlp(mlp, built, experts, saved["shares"].numpy(), readout)
+
+
+def _describe_router(router: nn.Module) -> dict[str, Any]:
+    """Everything that the tensors of a router do not tell about it."""
+    kind = KINDS.get(type(router))
+    if kind is None:
+        raise MoeeError(
+            f"a router that can be saved ({', '.join(KINDS.values())})",
+            type(router).__name__,
+            "save the run itself, not a control made from it",
+        )
+    if kind != "token_kinds":
+        return {"kind": kind}
+    inner = _describe_router(router.inner)
+    return {
+        "kind": kind, "prefix": router.prefix.tolist(), "tokens": router.tokens, "inner": inner,
+    }  # fmt: skip
+
+
+def _router_like(described: dict[str, Any], saved: dict[str, torch.Tensor]) -> nn.Module:
+    """Build a router of the saved shape; its tensors are loaded afterwards."""
+    match described["kind"]:
+        case "cosine":
+            return CosineRouter(saved["centres"].clone())
+        case "nearest":
+            return NearestRouter(**{key: tensor.clone() for key, tensor in saved.items()})
+        case "token_kinds":
+            inner = _router_like(described["inner"], _below("inner", saved))
+            return TokenKindRouter(described["prefix"], inner, tokens=described["tokens"])
+        case _:
+            return ConstantRouter(int(saved["expert"]))

@@ -1,0 +1,47 @@
+"""The network itself, inside what training and compiling wrap around it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WRAPPERS = {
+    OptimizedModule: "_orig_mod",
+    DataParallel: "module",
+    DistributedDataParallel: "module",
+    AveragedModel: "module",
+    ModelEma: "ema",
+    ModelEmaV2: "module",
+    ModelEmaV3: "module",
+}
+"""Modules that only pass images on, and the name of the network in each."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network that ``torch.compile``, ``DataParallel`` and the like are wrapped around.
+
+    A network without wrappers is returned itself. One with wrapped parts is returned as a copy
+    without them, because modules are found, counted and replaced by their names.
+    """
+    network = _inside(model)
+    wrapped = [part for part in network.modules() if type(part) in WRAPPERS]
+    if not wrapped:
+        return network
+    copies: dict[int, nn.Module] = {}
+    for part in reversed(wrapped):  # the innermost first
+        copies[id(part)] = copy.deepcopy(_inside(part), copies)
+    return copy.deepcopy(network, copies)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    while type(model) in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model)])
+    return model
