@@ -15,6 +15,7 @@ from torch.nn.utils import skip_init
 
 from moee_analysis.counting import count_parameters
 from moee_analysis.errors import MoeeError
+from moee_analysis.products import is_traced
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _unfilled(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
 
 def _needs_one_width(x: torch.Tensor) -> bool:
     """Whether the fast kernel is there, and takes only queries, keys and values of one width."""
-    fast = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
+    fast = is_traced() or torch.backends.cuda.flash_sdp_enabled()
     return fast and x.device.type == "cpu"
 
 

@@ -12,7 +12,7 @@ from moee_analysis.counting import tokens_of
 from moee_analysis.dispatch import in_blocks
 from moee_analysis.laid_out import LaidOut
 from moee_analysis.layers import all_mlps, moe_layers, moe_names, replace_module
-from moee_analysis.products import Product, fastest_kernel
+from moee_analysis.products import Product, fastest_kernel, is_traced
 from moee_analysis.tuning import LITTLE
 
 if TYPE_CHECKING:
@@ -55,8 +55,10 @@ class BlockedMlp(Mlp):
         return any(part._forward_hooks or part._forward_pre_hooks for part in self.children())
 
     def _suits_onednn(self, tokens: torch.Tensor) -> bool:
+        if self.training or is_traced():
+            return False
         enough = len(tokens) * self.fc1.weight.numel() * 2 >= LITTLE
-        return enough and not self.training and fastest_kernel(tokens) == "onednn"
+        return enough and fastest_kernel(tokens) == "onednn"
 
     def _by_onednn(self) -> Callable[[torch.Tensor], torch.Tensor]:
         weights = self.fc1.weight, self.fc2.weight

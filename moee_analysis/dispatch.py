@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from moee_analysis.part_mlps import padded, parts, whole
-from moee_analysis.products import KERNELS, STEP, onednn_takes
+from moee_analysis.products import KERNELS, STEP, is_traced, onednn_takes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     They stay together where no cache is to be filled: off the CPU, and in a trace, which has to
     fit any number of tokens.
     """
-    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or len(tokens) <= BLOCK:
+    if is_traced() or tokens.device.type != "cpu" or len(tokens) <= BLOCK:
         return (tokens,)
     return tokens.split(BLOCK)
 

@@ -80,7 +80,8 @@ def identity(model: nn.Module) -> Identity:
     """
     network = unwrapped(model)
     transform = _digest(data_config(network))
-    return Identity(hash_weights(network), _structure(network), transform, answers(network))
+    probed, found = _probed(network)
+    return Identity(hash_weights(network), _structure(probed), transform, found)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -104,17 +105,7 @@ def answers(model: nn.Module) -> tuple[float, ...]:
     MoeeError
         The model cannot be run on images of its size.
     """
-    network = unwrapped(model)
-    places = [("cpu", torch.float64), _own_place(network)]
-    for device, dtype in places:
-        try:
-            return _answers(network, device, dtype)
-        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    raise MoeeError(
-        f"a model that takes images of {' x '.join(map(str, input_size(network)))}", reason,
-        "state the size it takes in pretrained_cfg['input_size'], or build it for another img_size",
-    )  # fmt: skip
+    return _probed(unwrapped(model))[1]
 
 
 def alike(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -127,10 +118,25 @@ def alike(one: Sequence[float], other: Sequence[float]) -> bool:
     return bool(np.abs(a - b)[finite].max(initial=0) <= CLOSE * scale)
 
 
+def _probed(network: nn.Module) -> tuple[nn.Module, tuple[float, ...]]:
+    """A copy that was run on the probe, with all that a first run leaves in it, and its answers."""
+    for device, dtype in (("cpu", torch.float64), _own_place(network)):
+        try:
+            copied = copy.deepcopy(network).to(device, dtype).eval()
+            return copied, _answers(copied, device, dtype)
+        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    raise MoeeError(
+        f"a model that takes images of {' x '.join(map(str, input_size(network)))}", reason,
+        "state the size it takes in pretrained_cfg['input_size'], or build it for another img_size",
+    )  # fmt: skip
+
+
 @torch.no_grad()
-def _answers(network: nn.Module, device: str, dtype: torch.dtype) -> tuple[float, ...]:
-    probed = copy.deepcopy(network).to(device, dtype).eval()
-    outputs = probed(_probe(input_size(network)).to(device, dtype))
+def _answers(
+    network: nn.Module, device: str | torch.device, dtype: torch.dtype
+) -> tuple[float, ...]:
+    outputs = network(_probe(input_size(network)).to(device, dtype))
     flat = torch.cat([t.flatten(1) for t in _tensors_of(outputs)], dim=1).double().cpu().numpy()
     directions = np.random.default_rng(len(flat[0])).standard_normal((len(flat[0]), PROJECTED))
     return tuple((flat @ directions / math.sqrt(len(directions))).flatten().tolist())
@@ -166,7 +172,7 @@ def _structure(network: nn.Module) -> str:
     """Digest of what no stored tensor tells: classes, settings, other buffers, names and labels."""
     stored = network.state_dict().keys()
     buffers = network.named_buffers(remove_duplicate=False)
-    others = _hash_tensors({name: tensor for name, tensor in buffers if name not in stored})
+    others = _hash_tensors({k: t.double() for k, t in buffers if k not in stored})
     modules = {name: _told_module(m) for name, m in network.named_modules(remove_duplicate=False)}
     stated = {name: _told(network.pretrained_cfg.get(name)) for name in STATED}
     return _digest([modules, others, stated])
@@ -179,8 +185,9 @@ def _told_module(module: nn.Module) -> list[Any]:
         kind = nn.Identity
     if kind is nn.Identity:
         return [_name_of(kind)]
-    own = {k: v for k, v in vars(module).items() if k not in UNTOLD and "drop" not in k}
-    return [_name_of(kind), {k: _told(v) for k, v in own.items() if not k.startswith("_")}]
+    own = {k: v for k, v in vars(module).items() if k not in UNTOLD and not k.startswith("_")}
+    own = {k: _told(v) for k, v in own.items() if "drop" not in k and "cache" not in k}
+    return [_name_of(kind), own]
 
 
 def _told(value: Any) -> Any:

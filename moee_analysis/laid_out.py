@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from moee_analysis.products import is_traced
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
 
@@ -47,7 +49,7 @@ class LaidOut:
 
 def _version(weights: Sequence[torch.Tensor]) -> Hashable | None:
     """What changes with the ``weights``; None if that cannot be told, or in training."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or is_traced():
         return None
     if any(weight.is_inference() for weight in weights):
         return None

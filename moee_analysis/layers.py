@@ -191,7 +191,10 @@ class MoeMlp(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> MoeMlp:
         self.laid_out.clear()  # weights that were moved may stand where others stood before
-        return super()._apply(*args, **kwargs)
+        shares = self.shares
+        moved = super()._apply(*args, **kwargs)
+        self.shares = shares.to(self.shares.device)  # a record, exact in half precision too
+        return moved
 
     def _place(self, expert: int) -> slice:
         """Where the lists of all experts hold this one's."""

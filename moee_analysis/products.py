@@ -63,6 +63,14 @@ class Product:
         return to.addmm_(x, self.weight.T)
 
 
+def is_traced() -> bool:
+    """Whether a trace is made, by ``torch.compile``, ``torch.export`` or ``torch.jit.trace``.
+
+    It has to fit any number of tokens, so nothing may depend on how many there are.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def fastest_kernel(x: torch.Tensor) -> str:
     """The faster one of :data:`KERNELS` that can be used for tokens like ``x``."""
     if not onednn_takes(x) or onednn_speed(torch.get_num_threads()) < CLEARLY:
@@ -81,7 +89,7 @@ def onednn_takes(x: torch.Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not is_traced()
         and not is_in_torch_dispatch_mode()
         and torch.backends.mkldnn.enabled
         and _onednn_runs()

@@ -13,6 +13,7 @@ from torch import nn
 
 from moee_analysis.counting import tokens_of
 from moee_analysis.errors import MoeeError
+from moee_analysis.products import is_traced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,9 +25,14 @@ def best_experts(scores: torch.Tensor) -> torch.Tensor:
     ``scores`` are (n, experts). On a CPU, NumPy's search of rows is several times as fast.
     """
     plain = type(scores) is torch.Tensor and scores.device.type == "cpu"
-    if plain and scores.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if plain and scores.dtype == torch.float32 and not is_traced():
         return torch.from_numpy(scores.detach().numpy().argmax(axis=1, keepdims=True))
     return scores.argmax(dim=1, keepdim=True)
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    """``x``, in single precision if it has half: rounded scores would make many experts tie."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class CosineRouter(nn.Module):
@@ -45,7 +51,7 @@ class CosineRouter(nn.Module):
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of every token with every normalised centre."""
-        return tokens_of(x) @ nn.functional.normalize(self.centres, dim=1).T
+        return _exact(tokens_of(x)) @ nn.functional.normalize(_exact(self.centres), dim=1).T
 
     @property
     def n_experts(self) -> int:
@@ -84,8 +90,9 @@ class NearestRouter(nn.Module):
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Return directions_e . P x + offsets_e of every token and expert."""
         if self.projection is not None:  # before tokens without the leading ones are copied
-            x = x @ self.projection.T
-        return nn.functional.linear(tokens_of(x), self.directions, self.offsets)
+            x = _exact(x) @ _exact(self.projection).T
+        rule = _exact(self.directions), _exact(self.offsets)
+        return nn.functional.linear(_exact(tokens_of(x)), *rule)
 
     @property
     def n_experts(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moee_analysis.dispatch import Way
-from moee_analysis.products import fastest_kernel, onednn_speed, onednn_takes
+from moee_analysis.products import fastest_kernel, is_traced, onednn_speed, onednn_takes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -34,7 +34,7 @@ class Choice:
 
 def unmeasured(layer: MoeMlp, tokens: torch.Tensor) -> Choice | None:
     """Return the choice where nothing is to be measured, None where it is worth it."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return Choice(MASKED, "traced: the only way whose shapes do not depend on the routing")
     if torch.is_grad_enabled() and (
         tokens.requires_grad or any(p.requires_grad for p in layer.parameters())

@@ -98,6 +98,6 @@ def test_changed_images_make_another_run_and_leave_the_old_one(folder, tmp_path)
 def test_a_store_that_cannot_be_written_to_is_told(folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for limits in KEPT:
-        with pytest.raises(MoeeError, match="a place to write"):
+        with pytest.raises(MoeeError, match="--store DIR, or MOEE_STORE"):
             run(folder, tmp_path / "file", limits=limits)
     assert (tmp_path / "file").read_text() == "in the way"

@@ -337,9 +337,11 @@ def test_settings_out_of_their_range_are_refused(setting):
         FinetuneConfig(**setting)
 
 
-def test_a_model_that_cannot_be_saved_can_still_be_trained():
+def test_a_model_that_no_name_rebuilds_can_be_trained_and_saved(tmp_path):
     run = extract(toy_vit(), toy_images(), quick())
     tuned = finetune(run, toy_images(20), tuning(epochs=1))
     assert tuned.history["kl"].notna().all()
-    with pytest.raises(MoeeError, match="rebuilds"):
-        finetune(run, toy_images(20), tuning(epochs=1), out="never")
+    kept = finetune(run, toy_images(20), tuning(epochs=1), out=tmp_path / "tuned")
+    assert same_models(kept.run.model, tuned.run.model)
+    loaded = load(tmp_path / "tuned", dense=run.dense())
+    assert same_models(loaded.model, tuned.run.model)

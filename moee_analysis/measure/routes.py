@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -111,15 +111,14 @@ def routes(
     system
         Name of the routed system, for tables and captions.
     by_folder
-        The classes are the folders of the images, numbered in the order of their names, also where
-        they are none of the model's; those that are have its readable names. So they are wherever
-        the model names no classes.
+        The classes are the folders of the images, numbered in the order of their names; those that
+        are classes of the model have its readable names. So they are, too, where a folder is none
+        of the model's classes: routing needs no labels.
 
     Raises
     ------
     MoeeError
-        No routed layer in the model, or a router for a layer that the model does not have; a
-        folder that is none of the model's classes, unless ``by_folder``.
+        No routed layer in the model, or a router for a layer that the model does not have.
     """
     model = model_of(model)
     taps = _own_taps(model) if routers is None else _outside_taps(model, routers)
@@ -150,14 +149,13 @@ def routes(
 def _classes(
     model: nn.Module, images: ImageSet, *, by_folder: bool
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Label of every image, and the readable names of all; of the folders where the model has none.
-
-    Routing needs no labels, so a network without a classifier is no obstacle.
-    """
-    if by_folder or not knows_classes(model):
-        return _folder_classes(model, images)
-    labels, names = images.labels(model), class_labels(model)
-    return labels, {int(label): names[label] for label in np.unique(labels)}
+    """Label of every image, and the readable names of all: the model's classes, or the folders."""
+    if not by_folder:
+        with suppress(MoeeError):  # a model or folders without such classes: routing needs none
+            labels = images.labels(model)
+            names = class_labels(model) if knows_classes(model) else sorted(images.classes)
+            return labels, {int(label): names[label] for label in np.unique(labels)}
+    return _folder_classes(model, images)
 
 
 def _folder_classes(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, dict[int, str]]:
