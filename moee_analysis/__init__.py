@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.caches import prepare_caches
+
 if TYPE_CHECKING:
     from moee_analysis import measure as measure
     from moee_analysis import plots as plots
@@ -43,6 +45,7 @@ _PUBLIC = {
     "mlp_survey": ("survey",),
     "models": ("find_mlps", "load_model"),
 }
+prepare_caches()
 _PLACES = {name: place for place, names in _PUBLIC.items() for name in names}
 _MODULES = ("measure", "plots")
 

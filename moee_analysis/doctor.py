@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from moee_analysis.caches import check_numba_cache
 from moee_analysis.costs import Costs, costs_of, speed_of
 from moee_analysis.environment import PACKAGE, versions
 from moee_analysis.errors import MoeeError
@@ -82,7 +84,7 @@ def examined(
     MoeeError
         A model other than the bundled one that cannot be loaded; no images; an unknown preset.
     """
-    checks = [*_software(), *_machine_checks(), *_optional(), *_store(), *_bundled()]
+    checks = [*_software(), *_machine_checks(), *_optional(), *_places(), *_store(), *_bundled()]
     costs = None
     if model != "bundled" or weights or checks[-1].ok:
         loaded = load_model(model, weights=weights, **arguments)
@@ -188,18 +190,36 @@ def _optional() -> Iterator[Check]:
 
 def _store() -> Iterator[Check]:
     """The folder that keeps what was computed: its place, its size, what is free there."""
-    folder = store_folder()
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    files = (path for path in folder.rglob("*") if path.is_file())
-    taken, free = sum(path.stat().st_size for path in files), shutil.disk_usage(there).free
-    yield Check(
-        "store", f"{folder}: {taken / 1e9:.2f} GB", os.access(there, os.W_OK),
-        advice="set MOEE_STORE to a folder that can be written to",
-    )  # fmt: skip
+    advice = "set MOEE_STORE to a folder that can be written to"
+    try:
+        folder = store_folder()
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(there).free
+    except (MoeeError, OSError) as error:
+        found = error.found if isinstance(error, MoeeError) else str(error)
+        yield Check("store", found, ok=False, advice=advice)
+        return
+    fits = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    yield Check("store", f"{folder}: {taken / 1e9:.2f} GB", fits, advice=advice)
     yield Check(
         "disk", f"{free / 1e9:.1f} GB free there", free > LITTLE_DISK, required=False,
         advice="make room, or set MOEE_STORE to another disk",
     )  # fmt: skip
+
+
+def _places() -> Iterator[Check]:
+    """Folders that libraries write to."""
+    try:
+        with tempfile.TemporaryFile():
+            yield Check("temporary files", tempfile.gettempdir())
+    except OSError as error:
+        advice = "set TMPDIR to a folder that can be written to"
+        yield Check("temporary files", str(error), ok=False, advice=advice)
+    try:
+        yield Check("numba's cache", check_numba_cache())
+    except MoeeError as error:
+        yield Check("numba's cache", error.found, ok=False, advice=error.hint)
 
 
 def _bundled() -> Iterator[Check]:

@@ -18,6 +18,7 @@ import torch
 from moee_analysis.apart import contents_of
 from moee_analysis.attention_planning import plan_attentions, reduce_attention
 from moee_analysis.building import build_moe
+from moee_analysis.caches import check_numba_cache
 from moee_analysis.calibration import Calibration, Limits
 from moee_analysis.classes import knows_classes, name_by_folders
 from moee_analysis.coherence import cohering
@@ -191,6 +192,8 @@ def extract(
     config = (config or ExtractConfig()).resolved()
     model = unwrapped(model)
     check_model(model)
+    if config.clustering.reduce == "umap":
+        check_numba_cache()
     images = images.limit(config.calibration_images, seed=config.seed)
     limits = limits or Limits()
     if store is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from moee_analysis.caches import has_home
 from moee_analysis.errors import MoeeError
 from moee_analysis.paths import notebooks_folder
 from moee_analysis.store import write_json
@@ -29,7 +30,8 @@ def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
     """Environment variables under which the kernel ``python3`` is this very interpreter.
 
     ``JUPYTER_PATH`` comes before the kernels of the user and of the system. A ``hermetic``
-    kernel also reads no start-up files of the user and writes nothing into the home folder.
+    kernel also reads no start-up files of the user and writes nothing into the home folder. A user
+    without a home that can be written to has one for as long as this is open: Jupyter needs it.
     """
     from ipykernel.kernelspec import write_kernel_spec
 
@@ -37,7 +39,9 @@ def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
         folder = Path(name)
         write_kernel_spec(folder / "kernels" / NAME, extra_arguments=QUIET)
         private = {"IPYTHONDIR": f"{name}/ipython", "JUPYTER_RUNTIME_DIR": f"{name}/runtime"}
-        yield {**os.environ, **_first("JUPYTER_PATH", name), **(private if hermetic else {})}
+        homeless = {} if has_home() else {"HOME": name}
+        paths = _first("JUPYTER_PATH", name)
+        yield {**os.environ, **homeless, **paths, **(private if hermetic else {})}
 
 
 def _first(variable: str, folder: str) -> dict[str, str]:

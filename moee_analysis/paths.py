@@ -21,12 +21,23 @@ def notebooks_folder() -> Path:
 
 
 def store_folder() -> Path:
-    """Folder of the content-keyed store: ``$MOEE_STORE``, else the user's cache folder."""
-    named = os.environ.get("MOEE_STORE")
-    if named:
-        return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "moee-analysis"
+    """Folder of the content-keyed store: ``$MOEE_STORE``, else the user's cache folder.
+
+    Raises
+    ------
+    MoeeError
+        Neither is known: a user without a home.
+    """
+    named, cache = os.environ.get("MOEE_STORE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if named:
+            return Path(named).expanduser()
+        return Path(cache or "~/.cache").expanduser() / "moee-analysis"
+    except RuntimeError as error:
+        raise MoeeError(
+            "a place for the store", f"no home folder ({error})",
+            "set MOEE_STORE to a folder that can be written to",
+        ) from None  # fmt: skip
 
 
 def _own_folder(name: str) -> Path:
