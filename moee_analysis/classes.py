@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.inputs import blank
 from moee_analysis.progress import tell
-from moee_analysis.unwrapping import unwrapped
+from moee_analysis.unwrapping import inside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import nn
 
 NAME_THEM = (
     "name its classes in the order of its outputs: --classes FILE (one name a line, or JSON), or "
@@ -69,7 +68,7 @@ def name_classes(model: nn.Module, names: Sequence[str]) -> None:
     MoeeError
         Another number of names than of outputs, a name twice, or an empty one.
     """
-    network, outputs = unwrapped(model), count_classes(model)
+    network, outputs = inside(model), count_classes(model)
     unique = set(names)
     if len(names) != outputs or len(unique) < len(names) or "" in unique:
         twice = len(names) - len(unique)
@@ -138,8 +137,9 @@ def count_classes(model: nn.Module) -> int:
     MoeeError
         The model is no classifier: it has no head, a single output, or other outputs than scores.
     """
-    network = unwrapped(model)
-    if getattr(network, "num_classes", None) == 0:
+    network = inside(model)
+    heads = classifiers(network)
+    if getattr(network, "num_classes", None) == 0 or any(isinstance(h, nn.Identity) for h in heads):
         raise _no_classifier("none (num_classes=0): its outputs are features")
     with evaluating(network):
         outputs = network(blank(network))
@@ -149,6 +149,14 @@ def count_classes(model: nn.Module) -> int:
     if outputs.shape[1] < 2:
         raise _no_classifier("a single output, such as a regression has")
     return outputs.shape[1]
+
+
+def classifiers(network: nn.Module) -> list[nn.Module]:
+    """The last layers that give the scores; none where timm's ``pretrained_cfg`` names none."""
+    named = network.pretrained_cfg.get("classifier") or ()
+    modules = dict(network.named_modules())
+    names = [named] if isinstance(named, str) else list(named)
+    return [modules[name] for name in names if name in modules]
 
 
 _FORMS = "write one name a line, or JSON: a list, or an object of indices and names"
@@ -163,7 +171,7 @@ def _no_classifier(found: str) -> MoeeError:
 
 def _stated(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
     """Names that the model's configuration states; None where it states none."""
-    network = unwrapped(model)
+    network = inside(model)
     own = network.pretrained_cfg.get("label_names")
     if own:
         return tuple(name.replace("_", " ") for name in own) if readable else tuple(own)

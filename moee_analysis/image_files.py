@@ -79,10 +79,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
-def _below(folder: Path, top: Path, seen: set[FolderId]) -> Iterator[tuple[Path, str]]:
+def _below(
+    folder: Path, top: Path, seen: set[FolderId], *, linked: bool = False
+) -> Iterator[tuple[Path, str]]:
     """Every file below ``folder``, and why it is not read; "" if it is.
 
-    ``seen`` are the folders that a link has no need to lead to.
+    ``seen`` are the folders that a link has no need to lead to; ``linked``: one has led here.
     """
     try:
         paths = sorted(folder.iterdir())
@@ -98,11 +100,11 @@ def _below(folder: Path, top: Path, seen: set[FolderId]) -> Iterator[tuple[Path,
                 yield path, reason
             elif folder != top:
                 yield path, ""
-        elif path.is_symlink() and _id_of(path) in seen:
+        elif (by_link := linked or path.is_symlink()) and _id_of(path) in seen:
             yield path, "a link to a folder that is read in another place"
         else:
             seen.add(_id_of(path))
-            yield from _below(path, top, seen)
+            yield from _below(path, top, seen, linked=by_link)
 
 
 def _id_of(folder: Path) -> FolderId:

@@ -13,7 +13,7 @@ from timm.data.transforms import MaybeToTensor
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.unwrapping import unwrapped
+from moee_analysis.unwrapping import inside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +33,7 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     MoeeError
         The model has no ``pretrained_cfg``.
     """
-    network = unwrapped(model)
+    network = inside(model)
     channels, height, width = _stated_size(network)
     built = _built_size(network)
     return (_channels(network) or channels, *(built or (height, width)))
@@ -42,7 +42,7 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 def data_config(model: nn.Module) -> dict[str, Any]:
     """How pictures are prepared for ``model``, by timm's names: size, interpolation, mean, ..."""
     size = input_size(model)
-    config = timm.data.resolve_data_config(pretrained_cfg=unwrapped(model).pretrained_cfg)
+    config = timm.data.resolve_data_config(pretrained_cfg=inside(model).pretrained_cfg)
     of_channels = {name: _of_channels(config[name], size[0]) for name in ("mean", "std")}
     return config | of_channels | {"input_size": size}
 

@@ -30,7 +30,7 @@ from moee_analysis.inputs import blank, input_size, model_transform
 from moee_analysis.mlp_survey import survey
 from moee_analysis.paths import data_folder
 from moee_analysis.progress import tell
-from moee_analysis.unwrapping import unwrapped
+from moee_analysis.unwrapping import inside, unwrapped
 from moee_analysis.weight_fitting import fit_weights, without_prefix
 from moee_analysis.weights import read_tensors
 
@@ -205,7 +205,7 @@ def architecture(model: nn.Module) -> str:
     MoeeError
         The model carries no ``pretrained_cfg`` with an architecture.
     """
-    model = unwrapped(model)
+    model = inside(model)
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
         raise MoeeError(

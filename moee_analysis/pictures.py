@@ -45,8 +45,8 @@ def read_picture(path: Path) -> Image.Image:
     """Read a picture as it is to be seen, RGB in 8 bits.
 
     The orientation that a camera stored (EXIF) is applied. Numbers of 16 or 32 bits and floats are
-    scaled from the range that they are written in: up to 1, 255, 65535 or 2^31. Of an animation the
-    first picture counts.
+    scaled from the range that they are written in, that of 8, 12, 16 or 31 bits, or from 0 to 1:
+    the smallest that holds the picture. Of an animation the first picture counts.
 
     Raises
     ------
@@ -119,17 +119,18 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 def _in_bytes(image: Image.Image) -> np.ndarray:
     """Grey values of more than 8 bits as bytes, by the range of their kind, not of the picture."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all() or values.min() < 0:
+    values = np.array(image, np.float32)
+    largest = float(values.max())
+    if not np.isfinite(largest) or values.min() < 0:
         raise UnreadableError("values below 0 or not finite, in a range that is not known")
-    full = 65535 if image.mode.startswith("I;16") else _range_of(values.max(), image.mode)
-    return np.round(values * (255 / full)).astype(np.uint8)
+    values *= 255 / _range_of(largest, image.mode)
+    return np.round(values, out=values).astype(np.uint8)
 
 
 def _range_of(largest: float, mode: str) -> float:
     """The largest value that a picture of such a mode can be meant to have."""
     ranges = [1.0] if mode == "F" else []
-    ranges += [255.0, 65535.0]
+    ranges += [255.0, 4095.0, 65535.0]  # of 8, 12 and 16 bits
     fitting = next((full for full in ranges if largest <= full), None)
     if fitting is None and mode == "I" and largest >= 2**24:
         return 2.0**31 - 1

@@ -17,6 +17,7 @@ from timm.layers import create_act
 from torch import nn
 
 from moee_analysis.attention import LowRankAttention, Ranks, reduced_attentions, site_of
+from moee_analysis.classes import classifiers
 from moee_analysis.dense_layers import compute_in_blocks
 from moee_analysis.errors import MoeeError
 from moee_analysis.fingerprints import alike, answers
@@ -192,11 +193,12 @@ def _seen(model: nn.Module) -> dict[str, Any]:
 
 def _outputs(model: nn.Module) -> int:
     """Outputs of the classifier as it is; what the model says where it is no plain Linear."""
-    named = model.pretrained_cfg.get("classifier") or ()
-    heads = [named] if isinstance(named, str) else list(named)
-    found = dict(model.named_modules())
-    linear = [found[h].out_features for h in heads if isinstance(found.get(h), nn.Linear)]
-    return linear[0] if linear else model.num_classes
+    for head in classifiers(model):
+        if isinstance(head, nn.Linear):
+            return head.out_features
+        if isinstance(head, nn.Identity):
+            return 0
+    return model.num_classes
 
 
 def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRankAttention:

@@ -25,23 +25,24 @@ WRAPPERS = {
 """Modules that only pass images on, and the name of the network in each."""
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """Return the network within its outer wrappers; its parts stay as they are."""
+    while type(model) in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model)])
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network that ``torch.compile``, ``DataParallel`` and the like are wrapped around.
 
     A network without wrappers is returned itself. One with wrapped parts is returned as a copy
     without them, because modules are found, counted and replaced by their names.
     """
-    network = _inside(model)
+    network = inside(model)
     wrapped = [part for part in network.modules() if type(part) in WRAPPERS]
     if not wrapped:
         return network
     copies: dict[int, nn.Module] = {}
     for part in reversed(wrapped):  # the innermost first
-        copies[id(part)] = copy.deepcopy(_inside(part), copies)
+        copies[id(part)] = copy.deepcopy(inside(part), copies)
     return copy.deepcopy(network, copies)
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    while type(model) in WRAPPERS:
-        model = getattr(model, WRAPPERS[type(model)])
-    return model

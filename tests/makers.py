@@ -82,13 +82,13 @@ def picture(seed: int, *, size: int = 32, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
 
 
-def image_folder(root: Path, classes: dict[str, int]) -> Path:
-    """``root`` filled with so many pictures for each class folder."""
+def image_folder(root: Path, classes: dict[str, int], *, first: int = 0) -> Path:
+    """``root`` filled with so many pictures for each class folder, numbered from ``first`` on."""
     for number, (name, count) in enumerate(classes.items()):
         folder = root / name
         folder.mkdir(parents=True)
         for index in range(count):
-            picture(1000 * number + index).save(folder / f"{index}.png")
+            picture(1000 * number + first + index).save(folder / f"{index}.png")
     return root
 
 

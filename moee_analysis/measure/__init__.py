@@ -1,10 +1,11 @@
-"""Measures: models and images in, tidy tables out; every one has a plot of the same name."""
+"""Measures: models and images in, tidy tables out; most have a plot of the same name."""
 
 from __future__ import annotations
 
 from moee_analysis.measure.ablation import ablation as ablation
 from moee_analysis.measure.ablation import sweeps as sweeps
 from moee_analysis.measure.accuracy import accuracy as accuracy
+from moee_analysis.measure.agreement import agreement as agreement
 from moee_analysis.measure.architectures import architecture_variants as architecture_variants
 from moee_analysis.measure.architectures import architectures as architectures
 from moee_analysis.measure.class_distance import class_distance as class_distance
