@@ -11,6 +11,7 @@ import timm.data
 import torch
 from timm.data.transforms import MaybeToTensor
 from torch import nn
+from torchvision.transforms import Normalize
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.unwrapping import inside
@@ -58,12 +59,16 @@ def model_transform(model: nn.Module) -> Compose:
 
 def transform_of(config: dict[str, Any], **training: Any) -> Compose:
     """Transform of a :func:`data_config`; with the settings of ``training`` one for training."""
-    transform = timm.data.create_transform(**config, is_training=bool(training), **training)
     channels = config["input_size"][0]
+    of_picture = {name: _of_channels(config[name], RGB) for name in ("mean", "std")}
+    transform = timm.data.create_transform(
+        **config | of_picture, is_training=bool(training), **training
+    )
     if channels != RGB:
         steps = transform.transforms
         (place,) = (i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
         steps[place] = _ToChannels(channels)
+        steps[place + 1] = Normalize(config["mean"], config["std"])
     return transform
 
 

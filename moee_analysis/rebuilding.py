@@ -107,8 +107,13 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
     channels and size; activations are given by their names.
     """
     kept = {k: _plain(v) for k, v in getattr(model, "_model_args", {}).items()}
-    shown = _shown(model)
-    return {k: v for k, v in (kept | shown).items() if v is not None}
+    kept = {k: v for k, v in kept.items() if v is not None}
+    try:
+        usual = _seen(build_model(architecture(model), **kept))
+    except MoeeError:  # a name or an argument that timm does not know
+        return kept
+    shown = {k: v for k, v in _seen(model).items() if v != usual[k] and v is not None}
+    return kept | shown
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -169,16 +174,8 @@ def _plain(value: Any) -> Any:
         return None
 
 
-def _shown(model: nn.Module) -> dict[str, Any]:
-    """Arguments that the model itself shows, where they are not those of a plain one."""
-    try:
-        usual = _seen(build_model(architecture(model)))
-    except MoeeError:  # a name that timm does not know
-        return {}
-    return {k: v for k, v in _seen(model).items() if v != usual[k]}
-
-
 def _seen(model: nn.Module) -> dict[str, Any]:
+    """Arguments that a model itself shows."""
     channels, *size = input_size(model)
     pool = getattr(model, "global_pool", None)
     acts = {type(mlp.act) for mlp in all_mlps(model).values()}

@@ -11,7 +11,7 @@ from PIL import Image
 from moee_analysis.activations import LayerSample
 from moee_analysis.clustering import ClusterConfig
 from moee_analysis.config import ExtractConfig
-from moee_analysis.models import build_model
+from moee_analysis.models import build_model, input_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,7 +95,7 @@ def image_folder(root: Path, classes: dict[str, int], *, first: int = 0) -> Path
 def pixels_of(model, *, count: int = 4, seed: int = 0) -> torch.Tensor:
     """Random input of the size that ``model`` wants."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, *model.pretrained_cfg["input_size"], generator=generator)
+    return torch.randn(count, *input_size(model), generator=generator)
 
 
 def hooks_of(model) -> int:
