@@ -13,7 +13,7 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
-from moee_analysis.inputs import blank
+from moee_analysis.inputs import DOES_NOT_FIT, blank, misfit
 from moee_analysis.progress import tell
 from moee_analysis.unwrapping import inside
 
@@ -142,7 +142,10 @@ def count_classes(model: nn.Module) -> int:
     if getattr(network, "num_classes", None) == 0 or any(isinstance(h, nn.Identity) for h in heads):
         raise _no_classifier("none (num_classes=0): its outputs are features")
     with evaluating(network):
-        outputs = network(blank(network))
+        try:
+            outputs = network(blank(network))
+        except DOES_NOT_FIT as error:
+            raise misfit(network, error) from None
     if not torch.is_tensor(outputs) or outputs.ndim != 2:
         shape = tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__
         raise _no_classifier(f"outputs of an image that are {shape}")

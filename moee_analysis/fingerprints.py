@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.errors import MoeeError
-from moee_analysis.inputs import data_config, input_size
+from moee_analysis.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.unwrapping import unwrapped
 
 if TYPE_CHECKING:
@@ -120,16 +119,14 @@ def alike(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def _probed(network: nn.Module) -> tuple[nn.Module, tuple[float, ...]]:
     """A copy that was run on the probe, with all that a first run leaves in it, and its answers."""
-    for device, dtype in (("cpu", torch.float64), _own_place(network)):
+    exactly, as_it_is = ("cpu", torch.float64), _own_place(network)
+    for device, dtype in (exactly, as_it_is):
         try:
             copied = copy.deepcopy(network).to(device, dtype).eval()
             return copied, _answers(copied, device, dtype)
-        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    raise MoeeError(
-        f"a model that takes images of {' x '.join(map(str, input_size(network)))}", reason,
-        "state the size it takes in pretrained_cfg['input_size'], or build it for another img_size",
-    )  # fmt: skip
+        except DOES_NOT_FIT as error:
+            refusal = misfit(network, error)
+    raise refusal
 
 
 @torch.no_grad()

@@ -84,6 +84,20 @@ def blank(
     return like(torch.zeros(images, *(size or input_size(model))), model)
 
 
+DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
+"""What a network raises on images that it was not built for."""
+
+
+def misfit(model: nn.Module, error: Exception) -> MoeeError:
+    """Say that ``model`` cannot be run on images of the size that it states."""
+    reason = str(error).splitlines()[0][:120].rstrip(".") if str(error) else type(error).__name__
+    return MoeeError(
+        f"a model that takes images of {' x '.join(map(str, input_size(model)))}", reason,
+        "build it for a size that it takes (--img-size, --in-chans, or the arguments of "
+        "timm.create_model), or state that in pretrained_cfg['input_size']",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _ToChannels:
     """Makes a picture a float tensor of so many channels, values from 0 to 1."""

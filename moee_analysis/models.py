@@ -54,6 +54,13 @@ BUNDLED_MODELS: dict[str, type[nn.Module]] = {
 """Names of the models in the data folder, and timm's class of each."""
 
 
+CANNOT_BUILD = (
+    TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError,
+    AttributeError,
+)  # fmt: skip
+"""What timm's models raise on arguments that they do not take."""
+
+
 @dataclass(frozen=True)
 class MlpSite:
     """One Linear-activation-Linear MLP of a model.
@@ -153,11 +160,13 @@ def build_model(
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if name not in BUNDLED_MODELS:
         _check_name(name)
+    if arguments.get("in_chans", 1) < 1:
+        raise MoeeError("in_chans >= 1", str(arguments["in_chans"]), "3 are red, green and blue")
     create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model
     try:
         model = _created(create, name, arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except CANNOT_BUILD as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise MoeeError(
             f"arguments that timm.create_model('{name}') takes", f"{told} ({reason})",

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from moee_analysis import cli, report
+from moee_analysis.counting import count
 from moee_analysis.extraction import extract
 from moee_analysis.models import load_model
-from tests.makers import image_folder, lively
+from tests.makers import SMALL_VIT, image_folder, lively
 from tests.test_evaluation import FIELDS, LAYER_FIELDS
 
 EXTRACT = ["extract", "--model", "bundled", "--reduce", "pca", "--preset", "smoke"]
@@ -274,3 +276,106 @@ def test_compare_refuses_what_is_wrong_in_one_line(few_scenes, tmp_path, capsys)
     assert "not used for calibration" in refused(
         capsys, "compare", "--calibration", scenes(tmp_path / "a"), "--images", tmp_path / "a"
     )
+
+
+# Models and classes of one's own
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A tuned model of three classes, as a training script saved it, and pictures of them."""
+    root = tmp_path_factory.mktemp("own")
+    model = lively(num_classes=3)
+    tensors = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": tensors, "epoch": 3}, root / "tuned.pth")
+    (root / "classes.txt").write_text("zebra\nant\nyak\n")
+    image_folder(root / "calibration", {"ant": 12, "yak": 12, "zebra": 12})
+    image_folder(root / "evaluation", {"ant": 5, "yak": 5, "zebra": 5}, first=500)
+    image_folder(root / "one_class", {"zebra": 6}, first=800)
+    return root
+
+
+def extracted(own, *options):
+    return [
+        "extract", "--model", SMALL_VIT, "--weights", own / "tuned.pth", "--reduce", "pca",
+        "--calibration", own / "calibration", "--preset", "smoke", *options,
+    ]  # fmt: skip
+
+
+def test_a_tuned_model_is_named_by_its_folders_and_evaluated(own, tmp_path, capsys):
+    assert run_cli(*extracted(own, "--out", tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert "from behind the prefix 'module.'" in out
+    assert "the 3 class folders in the order of the alphabet, ant, yak, zebra" in out
+    for images, number in (("evaluation", 15), ("one_class", 6)):
+        command = ["evaluate", tmp_path / "run", "--images", own / images]
+        assert run_cli(*command, "--json", tmp_path / "n.json") == 0
+        assert json.loads((tmp_path / "n.json").read_text())["n_images"] == number
+    page = tmp_path / "atlas.html"
+    assert run_cli("atlas", tmp_path / "run", "--images", own / "evaluation", "--out", page) == 0
+    assert "zebra" in page.read_text()
+
+
+def test_its_classes_can_be_given_at_once_or_later(own, tmp_path):
+    given = ["--classes", own / "classes.txt"]
+    named, unnamed = tmp_path / "named", tmp_path / "unnamed"
+    assert run_cli(*extracted(own, *given, "--out", named)) == 0
+    assert run_cli(*extracted(own, "--out", unnamed)) == 0
+    numbers = []
+    written = ["--images", own / "evaluation", "--json", tmp_path / "n.json"]
+    for run in ([named], [unnamed, *given], [unnamed]):
+        assert run_cli("evaluate", *run, *written) == 0
+        numbers.append(json.loads((tmp_path / "n.json").read_text()))
+    assert numbers[0]["dense_top1"] == numbers[1]["dense_top1"] != numbers[2]["dense_top1"]
+
+
+def test_classes_that_do_not_fit_are_refused_before_anything_is_computed(own, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    command = extracted(own, "--classes", tmp_path / "two.txt", "--out", tmp_path / "run")
+    assert "each of the model's 3 outputs; found 2" in refused(capsys, *command)
+    command = ["compare", "--model", SMALL_VIT, "--weights", own / "tuned.pth"]
+    command += ["--calibration", own / "calibration", "--images", own / "one_class"]
+    assert "--classes FILE" in refused(capsys, *command)
+    command = [
+        "report",
+        "--model",
+        SMALL_VIT,
+        "--weights",
+        own / "tuned.pth",
+        "--out",
+        tmp_path / "r",
+    ]
+    assert "--classes FILE" in refused(capsys, *command, "--images", own / "one_class")
+    assert not (tmp_path / "r").exists()
+
+
+def test_calibration_pictures_are_not_evaluated(own, tmp_path, capsys):
+    assert run_cli(*extracted(own, "--out", tmp_path / "run")) == 0
+    told = refused(capsys, "evaluate", tmp_path / "run", "--images", own / "calibration")
+    assert "36 that are" in told
+    assert "--images DIR" in told
+
+
+def test_a_model_of_another_size_and_one_channel(tmp_path, own, capsys):
+    torch.save(lively(num_classes=3, in_chans=1, img_size=96).state_dict(), tmp_path / "w.pth")
+    command = extracted(own, "--out", tmp_path / "run")
+    command[command.index(own / "tuned.pth")] = tmp_path / "w.pth"
+    assert run_cli(*command, "--img-size", 96, "--in-chans", 1) == 0
+    assert "resampled" not in capsys.readouterr().out
+    numbers = tmp_path / "n.json"
+    command = ["evaluate", tmp_path / "run", "--images", own / "evaluation", "--json", numbers]
+    assert run_cli(*command) == 0
+    expected = count(lively(num_classes=3, in_chans=1, img_size=96)).total
+    assert json.loads(numbers.read_text())["macs_dense"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--img-size", 100], "3 x 100 x 100"), (["--in-chans", 0], "in_chans"),
+        (["--device", "meta"], "no values"), (["--store", "/proc/none"], "MOEE_STORE"),
+    ],
+)  # fmt: skip
+def test_what_cannot_end_well_is_not_begun(own, tmp_path, capsys, options, told):
+    assert told in refused(capsys, *extracted(own, *options, "--out", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

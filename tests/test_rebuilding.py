@@ -112,9 +112,14 @@ def test_arguments_are_kept_and_given_again(tmp_path):
     assert torch.equal(load(tmp_path / "run").dense()(x), model(x))
 
 
-@pytest.mark.parametrize("arguments", [{"nonsense": 3}, {"img_size": "big"}, {"num_heads": 7}])
+@pytest.mark.parametrize("arguments",
+    [
+        {"nonsense": 3}, {"img_size": "big"}, {"num_heads": 7}, {"img_size": 0}, {"img_size": -16},
+        {"in_chans": 0}, {"in_chans": -1}, {"act_layer": "none such"},
+    ],
+)  # fmt: skip
 def test_arguments_that_timm_does_not_take_are_refused(arguments):
-    with pytest.raises(MoeeError, match=f"arguments that .*{next(iter(arguments))}"):
+    with pytest.raises(MoeeError, match=next(iter(arguments))):
         build_model(SMALL_VIT, **arguments)
 
 
