@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,6 +130,33 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     if not names:
         raise MoeeError(f"class names in '{path}'", "an empty file", _FORMS)
     return names
+
+
+def index_of_classes(model: nn.Module, folders: Sequence[str]) -> dict[str, int]:
+    """Plain name -> index of the model's classes, by names and by readable labels.
+
+    They are class ``folders`` in their order where the model names none (:func:`names_by_folders`).
+
+    Raises
+    ------
+    MoeeError
+        A model whose classes are not known.
+    """
+    if names := names_by_folders(model, folders):
+        return _unambiguous(names)
+    return _unambiguous(class_labels(model)) | _unambiguous(class_names(model))
+
+
+def _unambiguous(names: Sequence[str]) -> dict[str, int]:
+    """Plain name -> index; a name that two classes share (ImageNet's two cranes) is left out."""
+    plain = [plain_name(name) for name in names]
+    seen = Counter(plain)
+    return {name: i for i, name in enumerate(plain) if seen[name] == 1}
+
+
+def plain_name(name: str) -> str:
+    """``name`` without differences of case, punctuation and Unicode normal form."""
+    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFC", name).casefold())
 
 
 def count_classes(model: nn.Module) -> int:

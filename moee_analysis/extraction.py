@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moee_analysis.apart import contents_of
 from moee_analysis.attention_planning import plan_attentions, reduce_attention
 from moee_analysis.building import build_moe
 from moee_analysis.caches import check_numba_cache
@@ -24,15 +23,14 @@ from moee_analysis.classes import knows_classes, name_by_folders
 from moee_analysis.coherence import cohering
 from moee_analysis.config import ExtractConfig
 from moee_analysis.distributed import agreed
-from moee_analysis.environment import versions
 from moee_analysis.errors import MoeeError
-from moee_analysis.fingerprints import Identity, identity
+from moee_analysis.fingerprints import identity
 from moee_analysis.memory import expected
-from moee_analysis.models import architecture, find_mlps, load_model, unwrapped
+from moee_analysis.models import architecture, find_mlps, unwrapped
 from moee_analysis.narrowing import narrowed
 from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.progress import tell, tell_progress
-from moee_analysis.rebuilding import arguments_of
+from moee_analysis.provenance import check_dense, load_dense, provenance_of
 from moee_analysis.recording import check_unchanged
 from moee_analysis.saving import FORMAT, fill_run, read_run, write_run
 from moee_analysis.sizing import sized, without_thin
@@ -108,7 +106,7 @@ class Extraction:
         """
         if self.original is not None:
             return self.original
-        dense = _load_dense(self.provenance, weights)
+        dense = load_dense(self.provenance, weights)
         names = self.model.pretrained_cfg.get("label_names")
         if names:
             dense.pretrained_cfg = {**dense.pretrained_cfg, "label_names": names}
@@ -145,7 +143,7 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
     saved = read_run(Path(folder), dense=dense)
     facts = saved.facts
     if dense is not None:
-        _check_dense(dense, facts["provenance"], source="the one given")
+        check_dense(dense, facts["provenance"], source="the one given")
     return Extraction(
         saved.model,
         ExtractConfig.from_json(facts["config"]),
@@ -252,7 +250,7 @@ def _through_store(
 def _extract(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path, limits: Limits
 ) -> Extraction:
-    provenance = _provenance(model, images, config)
+    provenance = provenance_of(model, images, config)
     calibration = Calibration(_in_single_precision(model), images, config, root, limits)
     tell_progress(str(expected(calibration)))
     if not calibration.on_disk:
@@ -324,52 +322,3 @@ def _report(plan: LayerPlan, kept: np.ndarray | None) -> LayerReport:
         union_fraction=float(kept.any(axis=0).mean()),
         sizes=tuple(int(size) for size in sizes),
     )
-
-
-def _provenance(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
-    known = identity(model)
-    return {
-        "model": architecture(model),
-        "arguments": arguments_of(model),
-        "weights_file": model.pretrained_cfg.get("file"),
-        "weights_sha256": known.weights,
-        "transform_sha256": known.transform,
-        "answers": list(known.answers),
-        "images": images.name,
-        "n_images": len(images),
-        "images_sha256": images.fingerprint,
-        "contents": contents_of(images),
-        "seed": config.seed,
-        "versions": versions(),
-    }
-
-
-def _load_dense(provenance: dict[str, Any], weights: str | Path | None) -> nn.Module:
-    file = weights or provenance["weights_file"]
-    if file is not None and not Path(file).is_file():
-        raise MoeeError(
-            f"the dense weights of this run at '{file}'", "no such file",
-            "pass the weights the run was extracted from (--weights FILE)",
-        )  # fmt: skip
-    model = load_model(provenance["model"], weights=file, **provenance.get("arguments", {}))
-    _check_dense(model, provenance, source=file or "hub")
-    return model
-
-
-def _check_dense(model: nn.Module, provenance: dict[str, Any], *, source: str | Path) -> None:
-    if found := _difference(identity(model), provenance):
-        raise MoeeError(
-            "the dense model this run was extracted from", f"{found} ({source})",
-            "pass the original weights (--weights FILE), or extract again",
-        )  # fmt: skip
-
-
-def _difference(found: Identity, provenance: dict[str, Any]) -> str:
-    """What of a model is not as the run's ``provenance`` says; old runs know the weights alone."""
-    asked = replace(
-        found,
-        weights=provenance["weights_sha256"],
-        transform=provenance.get("transform_sha256", found.transform),
-        answers=tuple(provenance.get("answers", found.answers)),
-    )
-    return asked.difference(found)

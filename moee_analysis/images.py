@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import unicodedata
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +16,7 @@ import torch
 from PIL import Image
 
 from moee_analysis import models, scenes
-from moee_analysis.classes import names_by_folders
+from moee_analysis.classes import index_of_classes, plain_name
 from moee_analysis.errors import MoeeError
 from moee_analysis.image_files import list_images, skipped_text, unreadable_among
 from moee_analysis.pictures import UnreadableError, read_picture
@@ -188,8 +185,8 @@ class ImageSet:
         MoeeError
             A model without classes; a folder that is none of them, or could be two of them.
         """
-        known = _class_index(model, self.classes)
-        unknown = sorted({f for f in self.folders if _plain(f) not in known})
+        known = index_of_classes(model, self.classes)
+        unknown = sorted({f for f in self.folders if plain_name(f) not in known})
         if unknown:
             examples = ", ".join(models.class_names(model)[:3])
             raise MoeeError(
@@ -198,7 +195,7 @@ class ImageSet:
                 "rename the folders, or name the model's own classes: --classes FILE, or "
                 "moee.name_classes(model, names)",
             )
-        return np.array([known[_plain(f)] for f in self.folders], dtype=np.int64)
+        return np.array([known[plain_name(f)] for f in self.folders], dtype=np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
         """Return the images at ``indices``, in that order."""
@@ -223,8 +220,8 @@ class ImageSet:
 
     def of_classes(self, folders: Sequence[str]) -> ImageSet:
         """Return the images of these classes only (folder names as in ``folders``)."""
-        wanted = {_plain(name) for name in folders}
-        return self.take([i for i, name in enumerate(self.folders) if _plain(name) in wanted])
+        wanted = {plain_name(name) for name in folders}
+        return self.take([i for i, name in enumerate(self.folders) if plain_name(name) in wanted])
 
     def batches(self, model: nn.Module, *, batch_size: int | None = None) -> Iterator[torch.Tensor]:
         """Yield the images in order, prepared by the model's own transform.
@@ -341,22 +338,3 @@ def _readable(
     warnings.warn(f"skipped {len(skipped)} files in '{folder}': {told}", stacklevel=4)
     good = images.take([i for i in range(len(images)) if i not in bad])
     return replace(good, skipped=tuple(each.path for each in skipped), skipped_text=told)
-
-
-def _class_index(model: nn.Module, folders: Sequence[str]) -> dict[str, int]:
-    """Both the names and the readable labels of the model's classes -> index."""
-    if names := names_by_folders(model, folders):
-        return _unambiguous(names)
-    return _unambiguous(models.class_labels(model)) | _unambiguous(models.class_names(model))
-
-
-def _unambiguous(names: Sequence[str]) -> dict[str, int]:
-    """Plain name -> index; a name that two classes share (ImageNet's two cranes) is left out."""
-    plain = [_plain(name) for name in names]
-    seen = Counter(plain)
-    return {name: i for i, name in enumerate(plain) if seen[name] == 1}
-
-
-def _plain(name: str) -> str:
-    """``name`` without differences of case, punctuation and Unicode normal form."""
-    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFC", name).casefold())

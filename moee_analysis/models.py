@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import socket
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import timm
 import torch
-from huggingface_hub import constants as hub
 from timm.layers import to_2tuple
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
@@ -26,6 +22,7 @@ from torch import nn
 from moee_analysis.classes import class_labels, class_names, name_classes, read_class_names
 from moee_analysis.errors import MoeeError
 from moee_analysis.fingerprints import fingerprint
+from moee_analysis.hub import hub_access
 from moee_analysis.inputs import blank, input_size, model_transform
 from moee_analysis.mlp_survey import survey
 from moee_analysis.paths import data_folder
@@ -35,7 +32,7 @@ from moee_analysis.weight_fitting import fit_weights, without_prefix
 from moee_analysis.weights import read_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from moee_analysis.mlp_survey import SurveyedMlp
 
@@ -336,7 +333,7 @@ def _classes_in(tensors: Mapping[str, torch.Tensor], model: nn.Module, path: Pat
 def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     model = build_model(name, **arguments)
     try:
-        with nullcontext() if _hub_answers() else _hub_offline():
+        with hub_access():
             loaded = _created(partial(timm.create_model, pretrained=True), name, arguments)
     except Exception as error:  # the hub's client raises many unrelated types when offline
         raise MoeeError(
@@ -347,25 +344,3 @@ def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     loaded.pretrained_cfg = model.pretrained_cfg
     loaded._model_args = model._model_args
     return loaded
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached; saves its client a minute of retries when it cannot."""
-    if getproxies():
-        return True
-    try:
-        socket.create_connection((urlsplit(hub.ENDPOINT).hostname, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def _hub_offline() -> Iterator[None]:
-    """Let the hub's client look in its cache only."""
-    before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
