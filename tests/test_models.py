@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import constants as hub
 from PIL import Image
 
-from moee_analysis import hub, models
+from moee_analysis import models
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import (
     build_model,
@@ -84,7 +84,7 @@ def test_an_unknown_tag_is_told_which_there_are(tmp_path):
 
 
 def test_offline_without_weights_says_what_to_pass(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr("moee_analysis.hub._hub_answers", lambda: False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     before = hub.HF_HUB_OFFLINE
     with pytest.raises(MoeeError) as error:
