@@ -51,6 +51,9 @@ BUNDLED_MODELS: dict[str, type[nn.Module]] = {
 """Names of the models in the data folder, and timm's class of each."""
 
 
+FACTORY = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+"""Arguments of ``timm.create_model`` that say where weights are; no saved run may name these."""
+
 CANNOT_BUILD = (
     TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError,
     AttributeError,
@@ -157,6 +160,11 @@ def build_model(
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if name not in BUNDLED_MODELS:
         _check_name(name)
+    if own := FACTORY & arguments.keys():
+        raise MoeeError(
+            "arguments of the architecture", ", ".join(sorted(own)),
+            "give a file as weights=FILE (--weights FILE); without it the hub's weights are taken",
+        )  # fmt: skip
     if arguments.get("in_chans", 1) < 1:
         raise MoeeError("in_chans >= 1", str(arguments["in_chans"]), "3 are red, green and blue")
     create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model

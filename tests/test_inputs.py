@@ -118,7 +118,7 @@ def test_a_model_of_other_channels_is_taken_apart_and_saved(tmp_path, channels, 
     run.save(tmp_path / "run")
     x = pixels_of(model)
     assert x.shape == (4, channels, 96, 96)
-    assert torch.equal(load(tmp_path / "run").model(x), run.model(x))
+    torch.testing.assert_close(load(tmp_path / "run").model(x), run.model(x))
     assert toy_images(2).as_seen(0, model).shape == (96, 96, 3)
 
 
@@ -172,7 +172,7 @@ def test_routers_of_half_precision_decide_as_exactly_as_their_centres(dtype):
             x.flatten(0, 1).double()
             @ torch.nn.functional.normalize(layer.router.centres.double(), dim=1).T
         )
-        assert torch.equal(layer.router(x)[:, 0], exact.argmax(1))
+        torch.testing.assert_close(layer.router(x)[:, 0], exact.argmax(1))
 
 
 def test_a_model_of_several_precisions_is_refused():

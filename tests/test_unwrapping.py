@@ -70,7 +70,7 @@ def test_a_wrapped_model_is_taken_apart_saved_and_measured(wrapped, tmp_path):
     run.save(tmp_path / "run")
     loaded = load(tmp_path / "run")
     x = pixels_of(unwrapped(wrapped))
-    assert torch.equal(loaded.model(x), run.model(x))
+    torch.testing.assert_close(loaded.model(x), run.model(x))
     assert same_models(
         run.model, extract(lively(num_classes=6), images, quick(experts="one")).model
     )
