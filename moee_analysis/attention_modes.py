@@ -214,7 +214,7 @@ def _gradients(
     batches = mine.batches(model, batch_size=BATCH)
     for batch in progress(batches, label=label, total=len(own)):
         with torch.enable_grad():
-            logits = model(like(batch, model))
+            logits = model(like(batch, model)).reshape(len(batch), -1)
         places = {(name, i): t for name, m in probed.items() for i, t in enumerate(m.identities)}
         for number in range(PROBES):
             v = probe(logits, [(seed, first + row, number) for row in range(len(batch))])

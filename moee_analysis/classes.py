@@ -133,7 +133,9 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
 
 
 def index_of_classes(model: nn.Module, folders: Sequence[str]) -> dict[str, int]:
-    """Plain name -> index of the model's classes, by names and by readable labels.
+    """Name -> index of the model's classes, by names and by readable labels.
+
+    Names stand there as they are and, where no two are alike, as :func:`plain_name`.
 
     They are class ``folders`` in their order where the model names none (:func:`names_by_folders`).
 
@@ -143,15 +145,20 @@ def index_of_classes(model: nn.Module, folders: Sequence[str]) -> dict[str, int]
         A model whose classes are not known.
     """
     if names := names_by_folders(model, folders):
-        return _unambiguous(names)
-    return _unambiguous(class_labels(model)) | _unambiguous(class_names(model))
+        listed = [names]
+    else:
+        listed = [class_labels(model), class_names(model)]
+    plain = [_unambiguous([plain_name(name) for name in names]) for names in listed]
+    index: dict[str, int] = {}
+    for known in (*plain, *map(_unambiguous, listed)):
+        index |= known
+    return index
 
 
 def _unambiguous(names: Sequence[str]) -> dict[str, int]:
-    """Plain name -> index; a name that two classes share (ImageNet's two cranes) is left out."""
-    plain = [plain_name(name) for name in names]
-    seen = Counter(plain)
-    return {name: i for i, name in enumerate(plain) if seen[name] == 1}
+    """Name -> index; a name that two classes share (ImageNet's two cranes) is left out."""
+    seen = Counter(names)
+    return {name: i for i, name in enumerate(names) if seen[name] == 1}
 
 
 def plain_name(name: str) -> str:
@@ -233,7 +240,7 @@ def _matched(model: nn.Module, names: tuple[str, ...] | None) -> tuple[str, ...]
 def _from_json(text: str, path: Path) -> tuple[str, ...]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MoeeError(f"class names as JSON in '{path}'", str(error), _FORMS) from None
     names = _listed(content)
     if not names or not all(isinstance(name, str) for name in names):

@@ -106,11 +106,7 @@ class Extraction:
         """
         if self.original is not None:
             return self.original
-        dense = load_dense(self.provenance, weights)
-        names = self.model.pretrained_cfg.get("label_names")
-        if names:
-            dense.pretrained_cfg = {**dense.pretrained_cfg, "label_names": names}
-        return dense
+        return load_dense(self.provenance, weights, like=self.model)
 
     def save(self, folder: str | Path) -> None:
         """Save as ``folder`` (one safetensors, one JSON); complete or not at all."""

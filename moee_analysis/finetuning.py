@@ -29,7 +29,7 @@ from moee_analysis.fingerprints import fingerprint
 from moee_analysis.inputs import like
 from moee_analysis.layers import moe_layers
 from moee_analysis.saving import fill_run
-from moee_analysis.store import content_key, resumed, unfinished_folder
+from moee_analysis.store import check_place, content_key, resumed, unfinished_folder
 from moee_analysis.training import NOT_FINITE, Training
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def finetune(
         any epoch has made the model better.
     """
     config = config or FinetuneConfig()
+    if out is not None:
+        check_place(Path(out))
     images = without_repeats(images)
     student = copy.deepcopy(run.model).float()  # steps of training are lost in half precision
     dense = run.dense(weights=weights).to(next(student.parameters()).device)

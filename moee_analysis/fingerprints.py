@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moee_analysis.errors import MoeeError
 from moee_analysis.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.unwrapping import unwrapped
 
@@ -31,7 +32,7 @@ PROJECTED = 8
 
 CLOSE = 1e-4  # of the largest answer: what other processors and versions may make of the same model
 INFINITE = 1e9  # stands for what is not finite
-STEPS = 2**14  # that the largest answer is told in, where answers are part of a fingerprint
+EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision
 
 UNTOLD = {
     *vars(nn.Module()), "training", "fused_attn", "grad_checkpointing", "pretrained_cfg",
@@ -58,8 +59,8 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all four, the answers rounded."""
-        return _digest([self.weights, self.structure, self.transform, _rounded(self.answers)])
+        """SHA-256 of all four."""
+        return _digest([self.weights, self.structure, self.transform, self.answers])
 
     def difference(self, other: Identity) -> str:
         """Which part of ``other`` is not this model's, across versions; "" if none."""
@@ -98,7 +99,8 @@ def answers(model: nn.Module) -> tuple[float, ...]:
     """Outputs for two fixed images, projected to :data:`PROJECTED` numbers each.
 
     A copy of the model is run in double precision on the CPU, so that every processor comes to the
-    same numbers, and routers to the same decisions; as it is where it cannot be run like that.
+    same numbers, and routers to the same decisions; as it is where it cannot be run like that. They
+    are rounded to what is sure.
 
     Raises
     ------
@@ -118,12 +120,22 @@ def _probed(network: nn.Module) -> tuple[nn.Module, tuple[float, ...]]:
     """A copy that was run on the probe, with all that a first run leaves in it, and its answers."""
     exactly, as_it_is = ("cpu", torch.float64), _own_place(network)
     for device, dtype in (exactly, as_it_is):
+        copied = _copied(network).to(device, dtype).eval()
         try:
-            copied = copy.deepcopy(network).to(device, dtype).eval()
             return copied, _answers(copied, device, dtype)
         except DOES_NOT_FIT as error:
             refusal = misfit(network, error)
     raise refusal
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:
+        raise MoeeError(
+            "a model that can be copied", str(error).splitlines()[0][:120],
+            "make what was put into it by hand permanent, as by torch.nn.utils.prune.remove",
+        ) from None  # fmt: skip
 
 
 @torch.no_grad()
@@ -131,10 +143,12 @@ def _answers(
     network: nn.Module, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[float, ...]:
     outputs = network(_probe(input_size(network)).to(device, dtype))
-    flat = torch.cat([t.flatten(1) for t in _tensors_of(outputs)], dim=1).double().cpu().numpy()
+    images = [t.reshape(len(t), -1).double().cpu() for t in _tensors_of(outputs)]
+    flat = torch.cat(images, dim=1).numpy()
     flat = np.nan_to_num(flat, nan=0, posinf=INFINITE, neginf=-INFINITE)  # JSON knows no others
     directions = np.random.default_rng(len(flat[0])).standard_normal((len(flat[0]), PROJECTED))
-    return tuple((flat @ directions / math.sqrt(len(directions))).flatten().tolist())
+    projected = (flat @ directions / math.sqrt(len(directions))).flatten()
+    return tuple(_rounded(projected, EXACT if dtype == torch.float64 else ROUGH))
 
 
 def _own_place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -168,21 +182,22 @@ def _structure(network: nn.Module) -> str:
     stored = network.state_dict().keys()
     buffers = network.named_buffers(remove_duplicate=False)
     others = _hash_tensors({k: t.double() for k, t in buffers if k not in stored})
-    modules = {name: _told_module(m) for name, m in network.named_modules(remove_duplicate=False)}
+    named = network.named_modules(remove_duplicate=False)
+    modules = {name: _told_module(m) for name, m in named if not _passes_all(m)}
     stated = {name: _told(network.pretrained_cfg.get(name)) for name in STATED}
     return _digest([modules, others, stated])
 
 
+def _passes_all(module: nn.Module) -> bool:
+    """Whether it changes nothing in evaluation: an identity, or what drops while training."""
+    return isinstance(module, nn.Identity) or "Drop" in type(module).__name__
+
+
 def _told_module(module: nn.Module) -> list[Any]:
-    """A module's class and settings; whatever drops at random passes all on in evaluation."""
-    kind = type(module)
-    if "Drop" in kind.__name__:
-        kind = nn.Identity
-    if kind is nn.Identity:
-        return [_name_of(kind)]
+    """A module's class and settings."""
     own = {k: v for k, v in vars(module).items() if k not in UNTOLD and not k.startswith("_")}
     own = {k: _told(v) for k, v in own.items() if "drop" not in k and "cache" not in k}
-    return [_name_of(kind), own]
+    return [_name_of(type(module)), own]
 
 
 def _told(value: Any) -> Any:
@@ -205,11 +220,11 @@ def _name_of(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '')}.{thing.__qualname__}"
 
 
-def _rounded(values: Sequence[float]) -> list[int]:
-    """Answers in steps of the power of two above the largest."""
-    largest = max(map(abs, values))
-    scale = 2.0 ** math.ceil(math.log2(largest)) if largest else 1.0
-    return [round(v / scale * STEPS) for v in values]
+def _rounded(values: np.ndarray, steps: float) -> list[float]:
+    """Values in so many steps of the power of two above the largest."""
+    largest = np.abs(values).max()
+    step = (2.0 ** math.ceil(math.log2(largest)) if largest else 1.0) / steps
+    return (np.round(values / step) * step).tolist()
 
 
 def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

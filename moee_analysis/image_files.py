@@ -48,7 +48,7 @@ def list_images(folder: Path) -> Listing:
     own = {_id_of(Path(place)) for place, _, _ in os.walk(folder)}
     for path, reason in _below(folder, folder, own):
         if reason:
-            skipped.append(Skipped(str(path.relative_to(folder)), reason))
+            skipped.append(Skipped(readable_name(str(path.relative_to(folder))), reason))
         else:
             paths.append(path)
     return Listing(tuple(sorted(paths)), tuple(skipped))
@@ -61,10 +61,15 @@ def unreadable_among(paths: Sequence[Path], folder: Path) -> dict[int, Skipped]:
         checked = pool.map(check_picture, paths)
         reasons = list(progress(checked, label="checking images", total=len(paths), delay=1))
     return {
-        place: Skipped(str(path.relative_to(folder)), reason)
+        place: Skipped(readable_name(str(path.relative_to(folder))), reason)
         for place, (path, reason) in enumerate(zip(paths, reasons, strict=True))
         if reason
     }
+
+
+def readable_name(name: str) -> str:
+    r"""Show a file's name that is not in UTF-8, as old archives have them: ``caf\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def skipped_text(skipped: Sequence[Skipped]) -> str:
@@ -122,6 +127,8 @@ def _reason(path: Path, *, alone: bool) -> str:
         return "in no class folder" if suffix in suffixes() else ""
     if path.is_symlink() and not path.exists():
         return "a link to nothing"
+    if not path.is_file():
+        return "no regular file"
     if suffix in suffixes():
         return ""
     if suffix in (".heic", ".heif"):

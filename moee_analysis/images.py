@@ -18,7 +18,7 @@ from PIL import Image
 from moee_analysis import models, scenes
 from moee_analysis.classes import index_of_classes, plain_name
 from moee_analysis.errors import MoeeError
-from moee_analysis.image_files import list_images, skipped_text, unreadable_among
+from moee_analysis.image_files import list_images, readable_name, skipped_text, unreadable_among
 from moee_analysis.pictures import UnreadableError, read_picture
 from moee_analysis.progress import progress
 
@@ -186,7 +186,8 @@ class ImageSet:
             A model without classes; a folder that is none of them, or could be two of them.
         """
         known = index_of_classes(model, self.classes)
-        unknown = sorted({f for f in self.folders if plain_name(f) not in known})
+        found = {f: known.get(f, known.get(plain_name(f))) for f in set(self.folders)}
+        unknown = sorted(folder for folder, index in found.items() if index is None)
         if unknown:
             examples = ", ".join(models.class_names(model)[:3])
             raise MoeeError(
@@ -195,7 +196,7 @@ class ImageSet:
                 "rename the folders, or name the model's own classes: --classes FILE, or "
                 "moee.name_classes(model, names)",
             )
-        return np.array([known[plain_name(f)] for f in self.folders], dtype=np.int64)
+        return np.array([found[f] for f in self.folders], dtype=np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
         """Return the images at ``indices``, in that order."""
@@ -220,6 +221,8 @@ class ImageSet:
 
     def of_classes(self, folders: Sequence[str]) -> ImageSet:
         """Return the images of these classes only (folder names as in ``folders``)."""
+        if set(folders) <= set(self.classes):
+            return self.take([i for i, name in enumerate(self.folders) if name in folders])
         wanted = {plain_name(name) for name in folders}
         return self.take([i for i, name in enumerate(self.folders) if plain_name(name) in wanted])
 
@@ -313,7 +316,7 @@ def _from_folder(folder: Path, *, limit: int | None, strict: bool, seed: int) ->
             f"class folders with images in '{folder}'", found,
             f"arrange the images as {folder.name}/<wnid or class name>/<image>",
         )  # fmt: skip
-    folders = tuple(path.relative_to(folder).parts[0] for path in listing.paths)
+    folders = tuple(readable_name(path.relative_to(folder).parts[0]) for path in listing.paths)
     classes = tuple(sorted(set(folders)))
     rows = tuple(range(len(folders)))
     images = ImageSet(folder.name, Folder(listing.paths), rows, folders, classes=classes)

@@ -28,7 +28,7 @@ from moee_analysis.mlp_survey import survey
 from moee_analysis.paths import data_folder
 from moee_analysis.progress import tell
 from moee_analysis.unwrapping import inside, unwrapped
-from moee_analysis.weight_fitting import fit_weights, without_prefix
+from moee_analysis.weight_fitting import fit_weights, named_as_in
 from moee_analysis.weights import read_tensors
 
 if TYPE_CHECKING:
@@ -51,8 +51,11 @@ BUNDLED_MODELS: dict[str, type[nn.Module]] = {
 """Names of the models in the data folder, and timm's class of each."""
 
 
-FACTORY = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-"""Arguments of ``timm.create_model`` that say where weights are; no saved run may name these."""
+FACTORY = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+    "features_only",
+}  # fmt: skip
+"""Arguments of ``timm.create_model`` of where weights are, or of what is no model of images."""
 
 CANNOT_BUILD = (
     TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError,
@@ -116,6 +119,7 @@ def load_model(
     check_device(device)
     names = read_class_names(classes) if isinstance(classes, str | Path) else classes
     arguments = {key: value for key, value in arguments.items() if value is not None}
+    _check_arguments(arguments)
     if weights is not None:
         model = _with_local_weights(name, Path(weights), arguments)
     elif name in BUNDLED_MODELS:
@@ -160,13 +164,7 @@ def build_model(
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if name not in BUNDLED_MODELS:
         _check_name(name)
-    if own := FACTORY & arguments.keys():
-        raise MoeeError(
-            "arguments of the architecture", ", ".join(sorted(own)),
-            "give a file as weights=FILE (--weights FILE); without it the hub's weights are taken",
-        )  # fmt: skip
-    if arguments.get("in_chans", 1) < 1:
-        raise MoeeError("in_chans >= 1", str(arguments["in_chans"]), "3 are red, green and blue")
+    _check_arguments(arguments)
     create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model
     try:
         model = _created(create, name, arguments)
@@ -268,6 +266,19 @@ def _check_tag(name: str) -> None:
         ) from None
 
 
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that are not of the architecture; they may come from the file of a run."""
+    if own := FACTORY & arguments.keys():
+        raise MoeeError(
+            "arguments of the architecture", ", ".join(sorted(own)),
+            "leave them out; weights are given as a file, weights=FILE (--weights FILE), or are "
+            "the hub's",
+        )  # fmt: skip
+    channels = arguments.get("in_chans", 1)
+    if type(channels) is not int or channels < 1:
+        raise MoeeError("in_chans as a number >= 1", repr(channels), "3 are red, green and blue")
+
+
 def _created(
     create: Callable[..., nn.Module], name: str, arguments: Mapping[str, Any]
 ) -> nn.Module:
@@ -326,14 +337,14 @@ def _classes_in(tensors: Mapping[str, torch.Tensor], model: nn.Module, path: Pat
     """How many classes the weights in a file tell apart; 0 where they are of no classifier."""
     named = model.pretrained_cfg.get("classifier") or ()
     heads = [named] if isinstance(named, str) else list(named)
-    own, _ = without_prefix(tensors, set(model.state_dict()))
     if not heads or not model.num_classes:
         return model.num_classes
-    given = [own[f"{head}.weight"] for head in heads if f"{head}.weight" in own]
-    if given:
-        return len(given[0])
-    if any(name.startswith(tuple(f"{head}." for head in heads)) for name in own):
-        return model.num_classes
+    for own in named_as_in(model, tensors):
+        given = [own[f"{head}.weight"] for head in heads if f"{head}.weight" in own]
+        if given:
+            return len(given[0])
+        if any(name.startswith(tuple(f"{head}." for head in heads)) for name in own):
+            return model.num_classes
     tell(f"weights: no classifier in {path}: a model of features (num_classes=0)")
     return 0
 

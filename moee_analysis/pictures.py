@@ -26,6 +26,15 @@ TURNS = {
 """What makes a picture upright, by the orientation that its camera stored (EXIF)."""
 
 
+EIGHT_BITS, SIXTEEN_BITS = (31, 255), (4095, 65535)
+RANGES = {
+    "I;16": ((0, 255), SIXTEEN_BITS),
+    "I": (EIGHT_BITS, SIXTEEN_BITS, (2**24, 2**31)),
+    "F": ((0, 1), EIGHT_BITS, SIXTEEN_BITS),
+}
+"""Ranges of grey values: the second is meant where the largest value is above the first."""
+
+
 class UnreadableError(Exception):
     """A file that cannot be shown as a picture; the message says why."""
 
@@ -45,8 +54,9 @@ def read_picture(path: Path) -> Image.Image:
     """Read a picture as it is to be seen, RGB in 8 bits.
 
     The orientation that a camera stored (EXIF) is applied. Numbers of 16 or 32 bits and floats are
-    scaled from the range that they are written in, that of 8, 12, 16 or 31 bits, or from 0 to 1:
-    the smallest that holds the picture. Of an animation the first picture counts.
+    scaled from the range that they are written in, that of 8, 16 or 31 bits, or from 0 to 1. Where
+    the numbers leave it open which one that is, the picture is refused: 12 bits in a file of 16
+    are not to be told from a dark picture. Of an animation the first picture counts.
 
     Raises
     ------
@@ -58,6 +68,7 @@ def read_picture(path: Path) -> Image.Image:
     with _opened(path) as image:
         if image.width * image.height > MANY:
             image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG alone can
+        image.load()  # which turns a TIFF upright by itself
         return _as_rgb(_upright(_middle(image), image))
 
 
@@ -123,17 +134,14 @@ def _in_bytes(image: Image.Image) -> np.ndarray:
     largest = float(values.max())
     if not np.isfinite(largest) or values.min() < 0:
         raise UnreadableError("values below 0 or not finite, in a range that is not known")
-    values *= 255 / _range_of(largest, image.mode)
+    if largest:
+        values *= 255 / _range_of(largest, image.mode)
     return np.round(values, out=values).astype(np.uint8)
 
 
 def _range_of(largest: float, mode: str) -> float:
-    """The largest value that a picture of such a mode can be meant to have."""
-    ranges = [1.0] if mode == "F" else []
-    ranges += [255.0, 4095.0, 65535.0]  # of 8, 12 and 16 bits
-    fitting = next((full for full in ranges if largest <= full), None)
-    if fitting is None and mode == "I" and largest >= 2**24:
-        return 2.0**31 - 1
-    if fitting is None:
-        raise UnreadableError(f"values up to {largest:.4g}, in a range that is not known")
-    return fitting
+    """The largest value that a picture of such a mode is meant to have, as its own largest says."""
+    for above, full in RANGES["I;16" if mode.startswith("I;16") else mode]:
+        if above < largest <= full:
+            return full
+    raise UnreadableError(f"values up to {largest:.4g}, in a range that is not known")

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moee_analysis.apart import contents_of
 from moee_analysis.environment import versions
 from moee_analysis.errors import MoeeError
 from moee_analysis.fingerprints import Identity, identity
 from moee_analysis.models import architecture, load_model
-from moee_analysis.rebuilding import arguments_of
+from moee_analysis.rebuilding import arguments_of, dtype_of, input_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +33,7 @@ def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> 
     return {
         "model": architecture(model),
         "arguments": arguments_of(model),
+        "dtype": dtype_of(model),
         "weights_file": model.pretrained_cfg.get("file"),
         "weights_sha256": known.weights,
         "transform_sha256": known.transform,
@@ -44,8 +47,12 @@ def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> 
     }
 
 
-def load_dense(provenance: Mapping[str, Any], weights: str | Path | None) -> nn.Module:
+def load_dense(
+    provenance: Mapping[str, Any], weights: str | Path | None, *, like: nn.Module
+) -> nn.Module:
     """Load the dense model of a run; ``weights`` are where they are now, if they have moved.
+
+    Images and classes are those of the run's own model, which it is ``like``.
 
     Raises
     ------
@@ -59,6 +66,8 @@ def load_dense(provenance: Mapping[str, Any], weights: str | Path | None) -> nn.
             "pass the weights the run was extracted from (--weights FILE)",
         )  # fmt: skip
     model = load_model(provenance["model"], weights=file, **provenance.get("arguments", {}))
+    model.to(getattr(torch, provenance.get("dtype", "float32")))
+    model.pretrained_cfg = {**model.pretrained_cfg, **input_facts(like)}
     check_dense(model, provenance, source=file or "hub")
     return model
 

@@ -46,12 +46,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     ``by_hand`` says why the name and arguments alone do not rebuild the model; None where they do.
     """
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
     facts = {
         "architecture": architecture(model),
         "arguments": arguments_of(model),
-        "dtype": str(_dtype(model)).removeprefix("torch."),
-        "pretrained_cfg": json.loads(json.dumps(cfg)),
+        "dtype": dtype_of(model),
+        "pretrained_cfg": input_facts(model),
         "routers": {
             name: _describe_router(model.get_submodule(name).router)
             for name in moe_names(model).values()
@@ -87,7 +86,7 @@ def rebuild(
             "the dense network this run was made from, which no name rebuilds", f"none ({reason})",
             "give it, with its weights: moee.load(folder, dense=model)",
         )  # fmt: skip
-    model = _skeleton(described) if dense is None else copy.deepcopy(unwrapped(dense)).eval()
+    model = _skeleton(described) if dense is None else _copy_of(dense, described)
     _put_layers(model, described, tensors)
     load_tensors(model, tensors, source="the run")
     model.eval()
@@ -150,6 +149,15 @@ def _skeleton(described: Mapping[str, Any]) -> nn.Module:
     return model.to(getattr(torch, described.get("dtype", "float32")))
 
 
+def _copy_of(dense: nn.Module, described: Mapping[str, Any]) -> nn.Module:
+    """A copy of the dense network, with the names of the classes that the run was saved with."""
+    model = copy.deepcopy(unwrapped(dense)).eval()
+    names = described["pretrained_cfg"].get("label_names")
+    if names:
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(names)}
+    return model
+
+
 def _reason_by_hand(facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str | None:
     """Why name and arguments do not rebuild the network; None where they do."""
     try:
@@ -159,8 +167,15 @@ def _reason_by_hand(facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]) 
     return None
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
+def dtype_of(model: nn.Module) -> str:
+    """Precision of a model's weights: "float32", "bfloat16", ..."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def input_facts(model: nn.Module) -> dict[str, Any]:
+    """How images come in and which classes go out, as ``pretrained_cfg`` says it, in plain JSON."""
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
+    return json.loads(json.dumps(cfg))
 
 
 def _plain(value: Any) -> Any:

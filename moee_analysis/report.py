@@ -24,7 +24,7 @@ from moee_analysis.report_page import LOG, PAGE, read_story, write_page
 from moee_analysis.report_parameters import OWN, check_parameters
 from moee_analysis.report_progress import CELLS, cell_bar, cells_noted
 from moee_analysis.report_worker import STATUS
-from moee_analysis.store import new_folder, write_json
+from moee_analysis.store import check_place, new_folder, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,7 +159,8 @@ def _checked(parameters: Mapping[str, Any], notebooks: Sequence[Path]) -> dict[s
 
 
 def _checked_folder(out: Path, notebooks: Sequence[Path]) -> Path:
-    """``out``, if nothing would be overwritten there that is not a report."""
+    """``out``, if it can be written and nothing would be overwritten that is not a report."""
+    check_place(out / INDEX)
     for stem in (notebook.stem for notebook in notebooks):
         folder = out / stem
         if folder.exists() and not (folder / STATUS).is_file():

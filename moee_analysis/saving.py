@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.rebuilding import describe, rebuild, stored_tensors
-from moee_analysis.store import new_folder, write_json
+from moee_analysis.store import check_place, new_folder, write_json
 from moee_analysis.weights import read_tensors
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def check_target(folder: Path) -> None:
     """Refuse to save over anything but an empty folder or an earlier run."""
     if folder.exists() and not folder.is_dir():
         raise MoeeError(f"a folder at '{folder}'", "a file", "choose another place")
+    check_place(folder)
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if present - {TENSORS, FACTS}:
         raise MoeeError(

@@ -26,7 +26,7 @@ def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:
     v = sqrt(p) xi - p <sqrt(p), xi> with p = softmax(logits) and xi ~ N(0, I). Its covariance
     is diag(p) - p p^T, the Fisher information of the classes in the logits (Martens,
     arXiv:1412.1193): the KL divergence of a small change of the logits is half its quadratic
-    form. No labels are needed.
+    form. No labels are needed. Of a single output, which has no classes, v is xi itself.
 
     Parameters
     ----------
@@ -51,6 +51,8 @@ def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:
         )
     drawn = [np.random.default_rng(seed).standard_normal(logits.shape[1]) for seed in seeds]
     xi = torch.from_numpy(np.stack(drawn)).to(logits)
+    if logits.shape[1] == 1:  # no classes: a small change counts by its square
+        return xi
     p = torch.softmax(logits.detach(), dim=-1)
     root = p.sqrt()
     return root * xi - p * (root * xi).sum(dim=-1, keepdim=True)
@@ -91,7 +93,7 @@ def output_gradients(
         A site that is not called exactly once, or that gets no whole number of windows per image.
     """
     with evaluating(model), torch.enable_grad(), _outputs(model, sites) as calls:
-        logits = model(x)
+        logits = model(x).reshape(len(x), -1)
     outputs = {name: _only(name, seen, len(x)) for name, seen in calls.items()}
     found: dict[str, list[torch.Tensor]] = {name: [] for name in outputs}
     for number in range(probes):

@@ -61,6 +61,20 @@ def check_writable(root: Path) -> None:
         ) from None
 
 
+def check_place(path: Path) -> None:
+    """Refuse a file or folder that cannot be made at ``path``, before it is computed.
+
+    Raises
+    ------
+    MoeeError
+        A file in the way, or a folder that cannot be written to.
+    """
+    above = next(place for place in path.absolute().parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        found = f"'{above}', " + ("not to be written to" if above.is_dir() else "a file")
+        raise MoeeError(f"a place to write '{path}'", found, "choose another place")
+
+
 def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill or finish it if it is absent.
 

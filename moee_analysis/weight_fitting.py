@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ Tensors = dict[str, torch.Tensor]
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 """What training scripts put before the names, preferred where a file holds several networks."""
 
+INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What compiling, sharding and recomputing put before the names of a network's parts."""
+
 
 def without_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> tuple[Tensors, str]:
     """Return the tensors of a network by its own ``names``, and the prefix they had in the file.
@@ -37,6 +41,7 @@ def without_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> tupl
     MoeeError
         Two networks in the file, neither of which is preferred.
     """
+    tensors = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
     prefix = _prefix_of(tensors, names)
     parts = prefix.split(".")
     outer = [".".join(parts[:depth]) + "." for depth in range(len(parts) - 1, 0, -1)]
@@ -46,6 +51,15 @@ def without_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> tupl
             if shorter + name in tensors:
                 found[name] = tensors[shorter + name]
     return found, prefix
+
+
+def named_as_in(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Yield a file's tensors by the names of ``model``: as they are, then as timm renames them."""
+    own, _ = without_prefix(tensors, set(model.state_dict()))
+    yield own
+    yield _filtered(model, own)
 
 
 def fit_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
@@ -81,18 +95,39 @@ def _prefix_of(tensors: Mapping[str, torch.Tensor], names: set[str]) -> str:
         for depth in range(len(parts)):
             if ".".join(parts[depth:]) in names:
                 counts["".join(f"{part}." for part in parts[:depth])] += 1
-    if not counts:
-        return ""
-    most = max(counts.values())
+    most = max(counts.values(), default=0)
+    shared = _shared_prefix(tensors)
+    if (shared and counts[shared] == most) or 2 * most < len(names):  # named in another way
+        return shared
     best = [prefix for prefix, count in counts.items() if count == most]
-    usual = [prefix for prefix in best if _is_usual(prefix)]
-    if len(usual or best) > 1 and "" not in best:
-        networks = ", ".join(f"'{prefix}'" for prefix in usual or best)
+    averaged = [prefix for prefix in best if re.search(r"(^|[._])ema([._]|$)", prefix)]
+    usual = [prefix for prefix in best if prefix == "" or _is_usual(prefix)]
+    chosen = averaged or usual or best
+    if len(chosen) > 1:
+        networks = ", ".join(f"'{prefix}'" for prefix in chosen)
         raise MoeeError(
             "weights of one network", f"several that fit, behind {networks}",
             "save the one that is meant alone",
         )  # fmt: skip
-    return "" if "" in best else (usual or best)[0]
+    return chosen[0]
+
+
+def _without_wrappers(name: str) -> str:
+    """``name`` without what compiling and sharding put into the middle of it."""
+    first, *rest = re.split(r"(?<=\.)(?=\w)", name)
+    while rest and _is_usual(first) and _is_usual(first + rest[0]):
+        first += rest.pop(0)
+    return first + "".join(part for part in rest if part not in INSIDE)
+
+
+def _shared_prefix(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The longest of the usual prefixes that all names have."""
+    prefix = ""
+    while longer := [
+        prefix + p for p in PREFIXES if all(name.startswith(prefix + p) for name in tensors)
+    ]:
+        prefix = longer[0]
+    return prefix
 
 
 def _is_usual(prefix: str) -> bool:
@@ -119,13 +154,7 @@ def _tell_left(
 
 def _resampled(model: nn.Module, tensors: Tensors, source: str) -> Tensors:
     """``tensors`` as timm's own filter for this architecture makes them fit, channels too."""
-    module = sys.modules[type(model).__module__]
-    filter_weights = getattr(module, "checkpoint_filter_fn", lambda tensors, _model: tensors)
-    try:
-        with _quiet_timm():
-            fitted = dict(filter_weights(dict(tensors), model))
-    except Exception:  # a foreign file can break timm's filter in any way; it is told below
-        fitted = dict(tensors)
+    fitted = _filtered(model, tensors)
     for name in _first_convolutions(model):
         if name in fitted:
             fitted[name] = _with_channels(fitted[name], model.get_parameter(name).shape[1])
@@ -134,6 +163,17 @@ def _resampled(model: nn.Module, tensors: Tensors, source: str) -> Tensors:
         told = (f"{n} {tuple(tensors[n].shape)} -> {tuple(fitted[n].shape)}" for n in changed[:3])
         tell(f"weights: resampled for this model's images: {', '.join(told)} ({source})")
     return fitted
+
+
+def _filtered(model: nn.Module, tensors: Tensors) -> Tensors:
+    """``tensors`` as timm's own filter for this architecture renames and resamples them."""
+    module = sys.modules[type(model).__module__]
+    filter_weights = getattr(module, "checkpoint_filter_fn", lambda tensors, _model: tensors)
+    try:
+        with _quiet_timm():
+            return dict(filter_weights(dict(tensors), model))
+    except Exception:  # a foreign file can break timm's filter in any way; what misfits is told
+        return dict(tensors)
 
 
 def _first_convolutions(model: nn.Module) -> list[str]:

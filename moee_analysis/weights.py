@@ -151,16 +151,25 @@ def _state_dict(content: Any, path: Path) -> Tensors:
             f"a state dict (name -> tensor) in '{path}', or under one of {', '.join(WRAPPERS)}",
             f"a {type(content).__name__}{listed}{f' in {where}' if where else ''}", SAVE_ALONE,
         )  # fmt: skip
-    if any(key in AVERAGED for key in passed):
-        tell(f"weights: those of '{passed[0]}' in {path.name}, the averaged ones (EMA)")
+    for key in set(passed) & set(AVERAGED):
+        tell(f"weights: those of '{key}' in {path.name}, the averaged ones (EMA)")
     return tensors
 
 
 def _wrapper(content: Any) -> str | None:
     """The key of a state dict, or of a further wrapper, in ``content``; None: it is one itself."""
-    if not isinstance(content, Mapping) or _tensors_in(content):
+    if not isinstance(content, Mapping):
         return None
-    return next((k for k in WRAPPERS if isinstance(content.get(k), Mapping) and content[k]), None)
+    beside = len(_tensors_in(content))  # such as the best accuracy
+    return next((k for k in WRAPPERS if _most_tensors(content.get(k)) > beside), None)
+
+
+def _most_tensors(content: Any, depth: int = DEEP) -> int:
+    """Tensors of the largest state dict in ``content`` or in the wrappers within it."""
+    if not isinstance(content, Mapping) or not depth:
+        return 0
+    within = (_most_tensors(content.get(key), depth - 1) for key in WRAPPERS)
+    return max(len(_tensors_in(content)), *within)
 
 
 def _tensors_in(content: Any) -> Tensors:

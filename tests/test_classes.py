@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract, load
 from moee_analysis.images import load_images
 from moee_analysis.models import load_model
-from tests.makers import SMALL_VIT, image_folder, lively, quick
+from tests.makers import SMALL_VIT, best, image_folder, lively, quick
 from tests.toys import CLASSES, toy_images
 
 ANIMALS = ("zebra", "ant", "yak")
@@ -35,6 +36,12 @@ def by_hand(outputs):
 def headless():
     model = lively()
     model.head = nn.Identity()
+    return model
+
+
+def flat():
+    model = lively()
+    model.head = nn.Sequential(nn.Linear(64, 1), nn.Flatten(0))
     return model
 
 
@@ -110,6 +117,29 @@ def test_a_run_keeps_the_names_that_its_folders_gave(tmp_path):
     assert few.labels(loaded.model).tolist() == [2] * 4
 
 
+def test_names_of_a_run_stay_with_it_whatever_is_given_and_stored(tmp_path):
+    images = load_images(image_folder(tmp_path / "a", {"aa": 12, "bb": 12}))
+    plain, named = lively(num_classes=2), lively(num_classes=2)
+    name_classes(named, ["bb", "aa"])
+    extract(named, images, quick()).save(tmp_path / "run")
+    for dense in (None, plain):
+        assert class_names(load(tmp_path / "run", dense=dense).model) == ("bb", "aa")
+    for _ in range(2):
+        stored = extract(plain, images, quick(), store=tmp_path / "store")
+        assert class_names(stored.model) == ("aa", "bb")
+
+
+@pytest.mark.parametrize("names", [("A", "a"), ("C#", "C++"), ("+1", "-1")])
+def test_folders_that_differ_in_case_or_signs_are_told_apart(tmp_path, names):
+    images = load_images(image_folder(tmp_path, dict.fromkeys(names, 2)))
+    model = lively(num_classes=2)
+    expected = [0, 0, 1, 1]
+    assert images.labels(model).tolist() == expected
+    name_classes(model, names[::-1])
+    assert images.labels(model).tolist() == [1 - label for label in expected]
+    assert len(images.of_classes(names[:1])) == 2
+
+
 def test_names_that_were_stated_stay(tmp_path):
     model = lively(num_classes=3)
     name_classes(model, ANIMALS)
@@ -129,6 +159,7 @@ HEADS = {
     "none by hand": headless,
     "a regression": lambda: lively(num_classes=1),
     "a regression by hand": lambda: by_hand(1),
+    "a number an image": flat,
 }
 
 
@@ -142,19 +173,20 @@ def test_no_accuracy_is_computed_against_labels_of_others(tmp_path, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_all_that_needs_no_labels_works(tmp_path, head):
+@pytest.mark.parametrize("recipe", [quick, partial(best, macs_reduction=0.2)])
+def test_all_that_needs_no_labels_works(tmp_path, head, recipe):
     images = load_images(image_folder(tmp_path / "p", {"n02917067": 12, "n01443537": 12}))
     model = HEADS[head]()
-    run = extract(model, images, quick())
+    run = extract(model, images, recipe())
     assert len(measure.routing(run, images))
-    assert len(measure.similarity(run))
+    assert recipe is not quick or len(measure.similarity(run))
     assert len(measure.macs(run, images))
     table = measure.agreement(run.model, images, reference=run.dense()).iloc[0]
     assert 0 < table["cosine"] <= 1
     assert table["error"] >= 0
     assert pd.notna(table["agreement"]) == pd.notna(table["kl"]) == (head == "another size")
     run.save(tmp_path / "run")
-    loaded = load(tmp_path / "run")
+    loaded = load(tmp_path / "run", dense=model)
     assert measure.agreement(loaded.model, images, reference=run.model)["error"].item() == 0
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from moee_analysis import cli, report
+from moee_analysis import classes, cli, report
 from moee_analysis.counting import count
 from moee_analysis.extraction import extract
 from moee_analysis.models import load_model
@@ -303,6 +305,7 @@ def extracted(own, *options):
 
 
 def test_a_tuned_model_is_named_by_its_folders_and_evaluated(own, tmp_path, capsys):
+    classes._tell_once.cache_clear()
     assert run_cli(*extracted(own, "--out", tmp_path / "run")) == 0
     out = capsys.readouterr().out
     assert "from behind the prefix 'module.'" in out
@@ -367,6 +370,27 @@ def test_a_model_of_another_size_and_one_channel(tmp_path, own, capsys):
     assert run_cli(*command) == 0
     expected = count(lively(num_classes=3, in_chans=1, img_size=96)).total
     assert json.loads(numbers.read_text())["macs_dense"] == expected
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(own, told, tmp_path, capsys, monkeypatch):
+    root, place = told[0], tmp_path / "read_only"
+    place.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != place and access(p, mode))
+    for name in ("load_model", "find_mlps"):
+        monkeypatch.setattr(f"moee_analysis.models.{name}", lambda *_, **__: pytest.fail("late"))
+    images = ["--images", own / "evaluation"]
+    for command in (
+        extracted(own, "--out", place / "run"),
+        ["evaluate", root / "run", *images, "--json", place / "n.json"],
+        ["compare", "--json", place / "n.json"],
+        ["atlas", root / "run", *images, "--out", place / "atlas.html"],
+        ["finetune", root / "run", *images, "--out", place / "tuned"],
+        ["report", "--out", place / "report", "--preset", "smoke"],
+    ):
+        told_line = refused(capsys, *command)
+        assert "read_only', not to be written to" in told_line
+        assert "choose another place" in told_line
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract, load
@@ -55,6 +56,11 @@ def hooked(model):
     return model
 
 
+def scaled(model, factor):
+    model.blocks[1].register_forward_hook(lambda _module, _args, out: out * factor)
+    return model
+
+
 def exchanged(model):
     model.norm = nn.Identity()
     return model
@@ -87,6 +93,7 @@ CHANGES = {
     "a norm": exchanged,
     "order": reordered,
     "a weight": biased,
+    "a tiny hook": lambda m: scaled(m, 1.00001),
 }  # fmt: skip
 
 
@@ -181,6 +188,22 @@ def test_half_precision_answers_as_its_own_weights_do(dtype):
     assert hash_weights(model) != hash_weights(copy.deepcopy(model).float())
 
 
+def test_a_model_that_cannot_be_copied_says_so():
+    model = lively().requires_grad_(requires_grad=True)
+    prune.l1_unstructured(model.head, "weight", 0.1)
+    with pytest.raises(MoeeError, match="can be copied"):
+        identity(model)
+    prune.remove(model.head, "weight")
+    assert identity(model)
+
+
+def test_a_run_of_a_model_with_a_transform_of_its_own_knows_its_dense_model(tmp_path):
+    torch.save(lively().state_dict(), tmp_path / "w.pth")
+    dense = with_cfg(load_model(SMALL_VIT, weights=tmp_path / "w.pth"), crop_pct=0.5)
+    extract(dense, toy_images(24), quick()).save(tmp_path / "run")
+    assert load(tmp_path / "run").dense().pretrained_cfg["crop_pct"] == 0.5
+
+
 def test_a_model_that_cannot_run_on_its_images_is_refused():
     model = with_cfg(lively("test_convnext"), input_size=(3, 1, 1))
     model.stem = nn.Identity()
@@ -234,6 +257,10 @@ def test_the_dense_model_of_a_run_has_to_be_the_same_in_all_that_counts(tmp_path
     torch.testing.assert_close(run.dense()(x), model(x))
     run.provenance["arguments"].pop("act_layer")
     with pytest.raises(MoeeError, match="other outputs for the same weights"):
+        run.dense()
+    run.provenance["arguments"]["act_layer"] = "relu"
+    run.model.pretrained_cfg["crop_pct"] = 0.5
+    with pytest.raises(MoeeError, match="another preparation of the images"):
         run.dense()
     other = with_cfg(copy.deepcopy(dense), mean=(0, 0, 0))
     with pytest.raises(MoeeError, match="another preparation of the images"):

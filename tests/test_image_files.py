@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_a_folder_that_cannot_be_opened_is_named(photos, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.warns(UserWarning, match=r"cannot be opened \(Permission denied\): bee"):
         assert len(load_images(photos)) == 2
+
+
+def test_pipes_are_not_waited_for(photos):
+    os.mkfifo(photos / "ant" / "x.jpg")
+    with pytest.warns(UserWarning, match="1 no regular file: ant/x.jpg"):
+        assert len(load_images(photos)) == 3
+
+
+def test_a_name_that_is_not_utf_8_is_shown(photos):
+    (photos / "bee").rename(os.fsdecode(bytes(photos) + b"/caf\xe9"))
+    images = load_images(photos)
+    assert images.classes == ("ant", "caf\\xe9")
+    assert images.fingerprint
+    assert images.picture(2).size
 
 
 def test_pictures_in_no_class_folder_are_told_where_there_are_no_others(tmp_path):

@@ -161,6 +161,15 @@ def test_it_is_saved_evaluated_and_tuned_in_its_precision(tmp_path, dtype, recip
     assert {t.dtype for t in tuned.run.model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+def test_the_dense_model_of_a_saved_run_has_its_precision(tmp_path, dtype):
+    torch.save(lively().state_dict(), tmp_path / "w.pth")
+    model = load_model(SMALL_VIT, weights=tmp_path / "w.pth").to(dtype)
+    extract(model, toy_images(24), quick()).save(tmp_path / "run")
+    dense, x = load(tmp_path / "run").dense(), pixels_of(model).to(dtype)
+    torch.testing.assert_close(dense(x), model(x))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_routers_of_half_precision_decide_as_exactly_as_their_centres(dtype):
     run = extract(toy_vit().to(dtype), toy_images(24), quick())

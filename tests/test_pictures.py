@@ -27,9 +27,12 @@ def saved(path, values):
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture(1, size=48).resize((60, 40)).save(tmp_path / "a.png", exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
-    assert read_picture(tmp_path / "a.png").tobytes() == upright.convert("RGB").tobytes()
+    stored = picture(1, size=48).resize((60, 40))
+    for name in ("a.png", "a.tif", "a.webp"):
+        stored.save(tmp_path / name, exif=exif, **({"lossless": True} if "webp" in name else {}))
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png")).convert("RGB")
+    for name in ("a.png", "a.tif", "a.webp"):
+        assert read_picture(tmp_path / name).tobytes() == upright.tobytes(), name
 
 
 def test_a_picture_with_a_broken_orientation_is_read_as_it_is(tmp_path):
@@ -47,8 +50,7 @@ def test_a_picture_with_a_broken_orientation_is_read_as_it_is(tmp_path):
     [
         ("a.png", 65535, np.uint16), ("a.tif", 65535, np.uint16), ("a.tif", 65535, np.int32),
         ("a.tif", 2**31 - 1, np.int32), ("a.tif", 1, np.float32), ("a.tif", 255, np.float32),
-        ("a.tif", 65535, np.float32), ("a.tif", 255, np.int32), ("a.png", 4095, np.uint16),
-        ("a.png", 255, np.uint16),
+        ("a.tif", 65535, np.float32), ("a.tif", 255, np.int32), ("a.png", 255, np.uint16),
     ],
 )  # fmt: skip
 def test_deep_pictures_show_what_they_show_in_8_bits(tmp_path, name, full, kind):
@@ -74,6 +76,10 @@ def test_a_big_endian_picture_is_read_too(tmp_path):
         (np.where(RAMP == 1, np.inf, RAMP).astype(np.float32), "not finite"),
         ((1e6 * RAMP).astype(np.float32), "1e\\+06"),
         ((70000 * RAMP).astype(np.int32), "7e\\+04"),
+        ((4095 * RAMP).astype(np.uint16), "4095"),
+        ((300 * RAMP).astype(np.uint16), "300"),
+        ((1.02 * RAMP).astype(np.float32), "1.02"),
+        ((1000 * RAMP).astype(np.float32), "1000"),
     ],
 )
 def test_numbers_of_an_unknown_range_are_refused_by_name(tmp_path, values, why):
@@ -81,6 +87,12 @@ def test_numbers_of_an_unknown_range_are_refused_by_name(tmp_path, values, why):
     with pytest.raises(UnreadableError, match=why):
         read_picture(path)
     assert "in a range that is not known" in check_picture(path)
+
+
+def test_a_black_picture_is_black(tmp_path):
+    for name, kind in (("a.png", np.uint16), ("a.tif", np.int32), ("b.tif", np.float32)):
+        black = read_picture(saved(tmp_path / name, np.zeros((8, 8), kind)))
+        assert black.getextrema() == ((0, 0),) * 3
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):

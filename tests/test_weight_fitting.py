@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from timm.models.vision_transformer import resample_abs_pos_embed
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.fingerprints import hash_weights
-from moee_analysis.models import load_model
+from moee_analysis.models import build_model, load_model
 from tests.makers import SMALL_CONVNEXT, SMALL_VIT, lively
 
 PREFIXES = (
@@ -75,6 +76,71 @@ def test_options_and_numbers_beside_the_weights_are_no_obstacle(tmp_path, model)
     }  # fmt: skip
     path = written(tmp_path / "w.pth", content)
     assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+@pytest.mark.parametrize("beside", [{"best": 0}, {"rng": 0, "step": 0}])
+def test_tensors_beside_the_weights_are_no_obstacle(tmp_path, model, beside):
+    content = {"state_dict": prefixed(model.state_dict(), "module.")}
+    content |= {name: torch.tensor(71.2) for name in beside}
+    path = written(tmp_path / "w.pth", content)
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+@pytest.mark.parametrize("prefix", ["model_ema.module.", "ema_model."])
+def test_averaged_weights_within_one_state_dict_are_preferred(tmp_path, model, prefix, capsys):
+    averaged = lively(seed=1)
+    both = prefixed(model.state_dict(), "model.") | prefixed(averaged.state_dict(), prefix)
+    path = written(tmp_path / "w.ckpt", {"state_dict": both})
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(averaged)
+    assert f"'{prefix}'" in capsys.readouterr().out
+
+
+def test_averages_in_a_list_are_passed_over(tmp_path, model):
+    shadow = {"decay": 0.9, "shadow_params": list(model.state_dict().values())}
+    path = written(tmp_path / "w.pth", {"model": model.state_dict(), "ema": shadow})
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+@pytest.mark.parametrize("inside", ["_orig_mod.", "_fsdp_wrapped_module."])
+def test_wrapped_parts_are_looked_through(tmp_path, model, inside):
+    tensors = {
+        name.replace("blocks.1.", f"blocks.1.{inside}"): tensor
+        for name, tensor in prefixed(model.state_dict(), "module.").items()
+    }
+    path = written(tmp_path / "w.pth", tensors)
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+OFFICIAL = {
+    "swin_tiny_patch4_window7_224": [("head.fc.", "head.")],
+    "convnext_atto": [
+        ("head.fc.", "head."), ("head.norm.", "norm."), (".mlp.fc1.", ".pwconv1."),
+        (".mlp.fc2.", ".pwconv2."), (".conv_dw.", ".dwconv."), ("stem.", "downsample_layers.0."),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_of_the_architecture_s_own_repository_are_timm_s_to_translate(tmp_path, name, prefix):
+    model = build_model(name, num_classes=10)
+    tensors = dict(model.state_dict())
+    for ours, theirs in OFFICIAL[name]:
+        tensors = {key.replace(ours, theirs): tensor for key, tensor in tensors.items()}
+    if "convnext" in name:
+        moved = r"stages\.(\d)\.downsample", r"downsample_layers.\1"
+        tensors = {re.sub(*moved, key).replace(".blocks.", "."): t for key, t in tensors.items()}
+    else:
+        tensors = {
+            re.sub(
+                r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", k
+            ): t
+            for k, t in tensors.items()
+        }
+    path = written(tmp_path / "w.pth", {"model": prefixed(tensors, prefix)})
+    loaded = load_model(name, weights=path)
+    assert loaded.num_classes == 10
+    assert hash_weights(loaded) == hash_weights(model)
 
 
 def test_a_head_may_stand_outside_the_backbone(tmp_path, model, capsys):

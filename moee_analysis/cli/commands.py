@@ -217,9 +217,12 @@ def _dense(run: Extraction, arguments: argparse.Namespace) -> nn.Module | None:
 
 def _check_file(path: Path) -> None:
     """Refuse a file that cannot be written before computing what belongs into it."""
+    from moee_analysis.store import check_place
+
     if path.is_dir() or not path.parent.is_dir():
         found = "a folder" if path.is_dir() else f"no folder '{path.parent}'"
         raise MoeeError(f"a place for the file '{path}'", found, "choose another place")
+    check_place(path)
 
 
 def report(arguments: argparse.Namespace) -> int:

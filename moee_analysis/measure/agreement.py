@@ -70,7 +70,7 @@ def agreement(
 def _outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Outputs of a batch, (images, numbers), float64."""
     with evaluating(model):
-        return model(like(x, model)).flatten(1).double().cpu()
+        return model(like(x, model)).reshape(len(x), -1).double().cpu()
 
 
 def _compared(name: str, found: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
