@@ -56,7 +56,7 @@ def read_picture(path: Path) -> Image.Image:
     The orientation that a camera stored (EXIF) is applied. Numbers of 16 or 32 bits and floats are
     scaled from the range that they are written in, that of 8, 16 or 31 bits, or from 0 to 1. Where
     the numbers leave it open which one that is, the picture is refused: 12 bits in a file of 16
-    are not to be told from a dark picture. Of an animation the first picture counts.
+    cannot be told from a dark picture. Of an animation the first picture counts.
 
     Raises
     ------
