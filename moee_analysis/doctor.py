@@ -77,7 +77,7 @@ def examined(
     images
         How many there are to calibrate on; None: as many as the ``preset`` takes.
     arguments
-        Of ``timm.create_model``, as in :func:`~moee_analysis.models.load_model`.
+        Further ones of :func:`~moee_analysis.models.load_model`.
 
     Raises
     ------

@@ -259,7 +259,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     diagnosis = examined(
         arguments.model, weights=arguments.weights, images=arguments.images,
-        preset=arguments.preset, **{name: getattr(arguments, name) for name in MODEL_ARGUMENTS},
+        preset=arguments.preset, **{name: getattr(arguments, name) for name in ("classes", *MODEL_ARGUMENTS)},
     )  # fmt: skip
     print(diagnosis_json(diagnosis) if arguments.json else diagnosis_text(diagnosis))
     return 0 if diagnosis.ok else 1
