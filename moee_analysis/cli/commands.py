@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS
 from moee_analysis.errors import MoeeError
@@ -70,8 +70,12 @@ def _model(arguments: argparse.Namespace, device: str) -> nn.Module:
     """The dense model that the options name."""
     from moee_analysis.models import load_model
 
-    given = {name: getattr(arguments, name) for name in ("weights", "classes", *MODEL_ARGUMENTS)}
-    return load_model(arguments.model, device=device, **given)
+    return load_model(arguments.model, device=device, **_given(arguments))
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the dense model, beside its name."""
+    return {name: getattr(arguments, name) for name in ("weights", "classes", *MODEL_ARGUMENTS)}
 
 
 def _named_run(arguments: argparse.Namespace, images: ImageSet) -> Extraction:
@@ -258,8 +262,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from moee_analysis.doctor import examined
 
     diagnosis = examined(
-        arguments.model, weights=arguments.weights, images=arguments.images,
-        preset=arguments.preset, **{name: getattr(arguments, name) for name in ("classes", *MODEL_ARGUMENTS)},
-    )  # fmt: skip
+        arguments.model, images=arguments.images, preset=arguments.preset, **_given(arguments)
+    )
     print(diagnosis_json(diagnosis) if arguments.json else diagnosis_text(diagnosis))
     return 0 if diagnosis.ok else 1
