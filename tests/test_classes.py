@@ -187,7 +187,7 @@ def test_all_that_needs_no_labels_works(tmp_path, head, recipe):
     assert pd.notna(table["agreement"]) == pd.notna(table["kl"]) == (head == "another size")
     run.save(tmp_path / "run")
     loaded = load(tmp_path / "run", dense=model)
-    assert measure.agreement(loaded.model, images, reference=run.model)["error"].item() == 0
+    assert measure.agreement(loaded.model, images, reference=run.model)["error"].item() < 1e-5
 
 
 def test_models_of_different_outputs_are_not_compared():
