@@ -1,28 +1,35 @@
-"""The content-keyed store: folders that are complete or absent, found again by what made them."""
+"""The content-keyed store: folders that are complete or absent, found again by what made them.
+
+Every folder carries checksums of its files. One that is damaged is told of, set aside, and made
+again. What processes use is marked, so that it is not removed under their hands.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import check_place, flush, writing
+from moee_analysis.folders import flush_all, locked, new_folder
+from moee_analysis.progress import tell
+from moee_analysis.seals import SEAL, damage_of, seal
+from moee_analysis.store_use import use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 
-FORMAT = 5
+FORMAT = 6
 """Part of every key: raise it whenever a step of the extraction changes its results."""
 
 ELSEWHERE = "make room, or name another folder for the store: --store DIR, or MOEE_STORE"
+ASIDE = "damaged-"
+UNFINISHED = "-unfinished"
 
 
 def content_key(**facts: Any) -> str:
@@ -31,16 +38,49 @@ def content_key(**facts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def kept(root: Path, name: str, build: Callable[[Path], None]) -> Path:
+def kept(
+    root: Path, name: str, build: Callable[[Path], None], about: Mapping[str, Any] | None = None
+) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill it first if it is absent.
 
-    The folder appears only when ``build`` has finished; a failure leaves nothing behind.
+    The folder appears only when ``build`` has finished; a failure leaves nothing behind. ``about``
+    is told of it in a list of all that is kept.
     """
     final = root / name
-    if not final.is_dir():
+    with writing(final, hint=ELSEWHERE):
+        root.mkdir(parents=True, exist_ok=True)
+    if not present(final):
         with new_folder(final, replace=False, hint=ELSEWHERE) as partial:
             build(partial)
+            seal(partial, about)
+        _check_written(final)
     return final
+
+
+def present(folder: Path) -> bool:
+    """Whether a folder of a store is there, as it was written.
+
+    One that is damaged is told of and set aside.
+    """
+    use(folder)
+    if not folder.is_dir():
+        return False
+    damage = damage_of(folder)
+    if damage:
+        set_aside(folder, damage)
+        return False
+    with suppress(OSError):
+        (folder / SEAL).touch()  # used just now
+    return True
+
+
+def set_aside(folder: Path, damage: str) -> None:
+    """Rename a folder that is damaged, so that it is made again, and say so."""
+    aside = folder.with_name(ASIDE + folder.name.lstrip("."))
+    tell(f"'{folder}' is damaged ({damage}): set aside as '{aside.name}', and made again")
+    with writing(aside, hint=ELSEWHERE), suppress(FileNotFoundError):  # another process did it
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 def check_writable(root: Path) -> None:
@@ -52,27 +92,13 @@ def check_writable(root: Path) -> None:
         It cannot be made, or not be written to.
     """
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+        check_place(root / "trial")
+    except MoeeError as error:
         raise MoeeError(
-            f"a store that can be written to at '{root}'", str(error), ELSEWHERE
+            f"a store that can be written to at '{root}'", error.found, ELSEWHERE
         ) from None
-
-
-def check_place(path: Path) -> None:
-    """Refuse a file or folder that cannot be made at ``path``, before it is computed.
-
-    Raises
-    ------
-    MoeeError
-        A file in the way, or a folder that cannot be written to.
-    """
-    above = next(place for place in path.absolute().parents if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        found = f"'{above}', " + ("not to be written to" if above.is_dir() else "a file")
-        raise MoeeError(f"a place to write '{path}'", found, "choose another place")
 
 
 def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
@@ -87,114 +113,51 @@ def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
         A folder that cannot be written to; what ``build`` refuses, and then nothing of it is left.
     """
     final, unfinished = root / name, unfinished_folder(root / name)
-    if final.is_dir():
-        return final
-    try:
+    with writing(final, hint=ELSEWHERE):
         root.mkdir(parents=True, exist_ok=True)
-        with _alone(root / f".{name}.lock"):
-            if not final.is_dir():
-                unfinished.mkdir(exist_ok=True)
-                _finish(unfinished, final, build)
-    except OSError as error:
-        raise MoeeError(f"a place to write '{final}'", str(error), ELSEWHERE) from None
+        while not present(final):
+            unfinished.mkdir(exist_ok=True)
+            with _alone(unfinished) as alone:
+                if alone:
+                    _finish(unfinished, final, build)
+                    _check_written(final)
     return final
+
+
+def _check_written(final: Path) -> None:
+    if not present(final):
+        raise MoeeError(
+            f"'{final}' as it was just written", "another content",
+            "look after that disk, or name another folder for the store: --store DIR",
+        )  # fmt: skip
 
 
 def unfinished_folder(final: Path) -> Path:
     """Where :func:`resumed` fills the folder ``final``, until it is complete."""
-    return final.with_name(f".{final.name}-unfinished")
+    return final.with_name(f".{final.name}{UNFINISHED}")
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same ``path``."""
-    with FileLock(path):
+def _alone(folder: Path) -> Iterator[bool]:
+    """Wait until no other process holds the folder; whether it is still there then."""
+    with ExitStack() as held:
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # whoever waits for this one tries again with a new one
+            held.enter_context(locked(folder))
+        except FileNotFoundError:  # another process has finished it meanwhile
+            yield False
+        else:
+            yield True
 
 
 def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:
-    for cut_off in unfinished.glob(".*"):  # what `write_json` wrote when it was killed
+    for cut_off in unfinished.glob(".*"):  # what was being written at a kill
         cut_off.unlink()
     try:
         build(unfinished)
     except MoeeError:  # the next attempt would fail as well
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    seal(unfinished)
+    flush_all(unfinished)
     unfinished.rename(final)
-
-
-@contextmanager
-def new_folder(
-    final: Path, *, replace: bool = True, hint: str = "choose a folder that can be written to"
-) -> Iterator[Path]:
-    """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
-
-    An older ``final`` stays untouched until the new one is complete, and for good without
-    ``replace``. ``hint`` says what to do where no folder can be made.
-    """
-    final = Path(final).resolve()
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    except OSError as error:
-        raise MoeeError(f"a place to write '{final}'", str(error), hint) from None
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if replace:
-            _replace_folder(partial, final)
-        else:
-            _publish_folder(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as readable JSON, atomically.
-
-    Raises
-    ------
-    MoeeError
-        The folder is missing or cannot be written to.
-    """
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise MoeeError(
-            f"a place to write '{path}'", str(error), "choose a folder that can be written to"
-        ) from None
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _replace_folder(new: Path, final: Path) -> None:
-    """Put ``new`` in the place of ``final``; the old one is removed only afterwards."""
-    old = Path(f"{new}-old")
-    with suppress(FileNotFoundError):
-        final.rename(old)
-    try:
-        new.rename(final)
-    except OSError:
-        with suppress(FileNotFoundError):
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _publish_folder(new: Path, final: Path) -> None:
-    """Rename ``new`` to ``final``, unless another process was first with the same content."""
-    try:
-        new.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
+    flush(final.parent)
