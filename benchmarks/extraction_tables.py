@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from moee_analysis.files import write_json
 from moee_analysis.plots.extraction_time import extraction_time
-from moee_analysis.store import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,13 +21,13 @@ from moee_analysis import measure, plots
 from moee_analysis.cli import FINETUNE_OPTIONS
 from moee_analysis.environment import describe_device, versions
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import write_json
 from moee_analysis.finetune_config import FinetuneConfig
 from moee_analysis.finetuning import finetune
 from moee_analysis.images import load_images
 from moee_analysis.models import load_model
 from moee_analysis.paths import store_folder
 from moee_analysis.presets import preset_named
-from moee_analysis.store import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

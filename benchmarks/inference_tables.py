@@ -13,8 +13,8 @@ import pandas as pd
 
 from moee_analysis import plots
 from moee_analysis.environment import describe_device, versions
+from moee_analysis.files import write_json
 from moee_analysis.models import architecture, fingerprint
-from moee_analysis.store import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

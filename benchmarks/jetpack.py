@@ -21,11 +21,11 @@ import torch
 from moee_analysis import measure, plots
 from moee_analysis.environment import describe_device, versions
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import write_json
 from moee_analysis.images import load_images
 from moee_analysis.jetpack_starts import JETPACK, PRETRAINED, JetpackStudy
 from moee_analysis.models import BUNDLED, architecture, load_model
 from moee_analysis.paths import store_folder
-from moee_analysis.store import write_json
 from moee_analysis.supervised_config import SupervisedConfig
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from moee_analysis.comparison import POINTS, Contest, compare
 from moee_analysis.comparison_rows import comparison_table
 from moee_analysis.environment import describe_device, versions
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import write_json
 from moee_analysis.models import architecture, fingerprint
 from moee_analysis.paths import store_folder
-from moee_analysis.store import write_json
 from moee_analysis.systems import SYSTEMS, systems_named
 
 if TYPE_CHECKING:

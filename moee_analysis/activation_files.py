@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import bytes_text
 from moee_analysis.sensitivity import taken_apart
 
 if TYPE_CHECKING:
@@ -49,25 +50,25 @@ def create(folder: Path, one: Mapping[File, np.ndarray], rows: Mapping[File, int
     """
     size, free = size_of(one, rows), shutil.disk_usage(folder).free
     if size > free:
-        raise _no_room(size, f"{free / 1e6:.0f} MB")
+        raise _no_room(folder, size, f"{bytes_text(free)} free")
     for file, row in one.items():
         axis = _row_axis(file)
         shape = (*row.shape[1 : 1 + axis], rows[file], *row.shape[1 + axis :])
-        mapped = np.lib.format.open_memmap(_path(folder, file), "w+", row.dtype, shape)
-        _take_room(_path(folder, file), mapped.offset + mapped.nbytes)
+        mapped = np.lib.format.open_memmap(folder / file_name(file), "w+", row.dtype, shape)
+        _take_room(folder, file, mapped.offset + mapped.nbytes)
 
 
-def _take_room(path: Path, size: int) -> None:
+def _take_room(folder: Path, file: File, size: int) -> None:
     try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        with (folder / file_name(file)).open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size)
     except OSError as error:  # another program was quicker, or a quota is used up
-        raise _no_room(size, str(error)) from None
+        raise _no_room(folder, size, str(error)) from None
 
 
-def _no_room(size: int, found: str) -> MoeeError:
+def _no_room(folder: Path, size: int, found: str) -> MoeeError:
     return MoeeError(
-        f"{size / 1e6:.0f} MB of free disk for the activations", found,
+        f"{bytes_text(size)} of free disk for the activations", f"{found} in '{folder.parent}'",
         "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
     )  # fmt: skip
 
@@ -94,7 +95,7 @@ class OnDisk(Mapping):
     files: Collection[File]
 
     def __getitem__(self, file: File) -> np.ndarray:
-        mapped = np.lib.format.open_memmap(_path(self.folder, file), "r+")
+        mapped = np.lib.format.open_memmap(self.folder / file_name(file), "r+")
         return np.moveaxis(mapped, _row_axis(file), 0)
 
     def __iter__(self) -> Iterator[File]:
@@ -121,8 +122,9 @@ def write(file: np.ndarray, rows: torch.Tensor, *, start: int, name: str) -> Non
     file[start : start + len(rows)] = rows.numpy()
 
 
-def _path(folder: Path, file: File) -> Path:
-    return folder / f"{'.'.join(file)}.npy"
+def file_name(file: File) -> str:
+    """Name of a file in its folder."""
+    return f"{'.'.join(file)}.npy"
 
 
 def _row_axis(file: File) -> int:

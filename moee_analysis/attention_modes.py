@@ -34,7 +34,7 @@ from moee_analysis.layers import replace_module
 from moee_analysis.models import fingerprint
 from moee_analysis.progress import progress
 from moee_analysis.sensitivity import probe
-from moee_analysis.store import content_key, kept
+from moee_analysis.store import content_key, kept, present
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,7 +135,7 @@ def attention_modes(
     sites = find_attentions(model)
     facts = {"model": fingerprint(model), "images": images.fingerprint, "seed": seed}
     folder = root / f"attention-{content_key(attention_modes=dict(queries), **facts)}"
-    if not agreed(folder.is_dir()):
+    if not agreed(present(folder)):
         found = _flat(_measured(model, images, sites, queries, seed))
         kept(root, folder.name, lambda new: save_file(found, new / FILE))
     tensors = load_file(folder / FILE)

@@ -7,7 +7,7 @@ import sys
 import webbrowser
 from typing import TYPE_CHECKING
 
-from moee_analysis.progress import is_headless
+from moee_analysis.progress import is_headless, tell
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ def open_page(page: Path) -> bool:
     page = page.resolve()
     if has_screen() and webbrowser.open(page.as_uri()):
         return True
-    print(f"no browser to open here: {page}")
+    tell(f"no browser to open here: {page}")
     return False
 
 

@@ -8,15 +8,16 @@ number of images will do. The tokens are the same, whichever it is.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from moee_analysis.checks import not_none, real_number
 from moee_analysis.distributed import own_share, processes
 from moee_analysis.models import find_mlps, fingerprint
 from moee_analysis.recorded import Recorded, recorded_layer
 from moee_analysis.recording import Recording
-from moee_analysis.store import content_key
+from moee_analysis.store import content_key, present
 from moee_analysis.token_kinds import leading_kinds, token_plan
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from moee_analysis.models import MlpSite
 
 PART = 128  # images, whole batches of them
+LARGEST = 1e18  # bytes of memory or disk
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,29 @@ class Limits:
 
     ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
     ``disk`` bytes of recorded tokens are kept; None: half of what is free. Where there are more,
-    every pass makes them again.
+    every pass makes them again; 0 keeps none.
+
+    Raises
+    ------
+    MoeeError
+        A limit that is no number of bytes.
     """
 
     memory: float = 4e9
     disk: float | None = None
+
+    def __post_init__(self) -> None:
+        real_number("memory", self.memory, above=0, most=LARGEST)
+        for name, value in not_none(self, "disk"):
+            real_number(name, value, least=0, most=LARGEST)
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The sampled tokens of all MLPs on the calibration images, as ``config`` asks for them.
 
-    ``root`` is the store that holds them, ``passes`` are folders in it of what passes over the
-    tokens have saved. Of several processes each has whole parts of its own. Only parts with images
-    that are ``looked_at`` are seen; None: all.
+    ``root`` is the store that holds them. Of several processes each has whole parts of its own.
+    Only parts with images that are ``looked_at`` are seen; None: all.
     """
 
     model: nn.Module
@@ -60,7 +71,6 @@ class Calibration:
     config: ExtractConfig
     root: Path
     limits: Limits = Limits()
-    passes: list[Path] = field(default_factory=list, compare=False)
     looked_at: tuple[int, ...] | None = None
 
     @cached_property
@@ -138,7 +148,7 @@ class Calibration:
     def on_disk(self) -> bool:
         """Whether the tokens of this process are, or will be, recorded on the disk."""
         recording = self._whole
-        return recording.folder(self.root).is_dir() or recording.bytes <= self._room
+        return present(recording.folder(self.root)) or recording.bytes <= self._room
 
     @cached_property
     def _all(self) -> Activations | None:

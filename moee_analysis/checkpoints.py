@@ -1,20 +1,20 @@
 """Where a training stands, on disk after every epoch: tensors as safetensors, the rest as JSON.
 
-Its history is a CSV beside them, which stays when the checkpoint is removed.
+Both carry checksums. The history is a CSV beside them, which stays when the training has ended.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 
 from moee_analysis.distributed import all_sum, rank
-from moee_analysis.store import write_json
+from moee_analysis.errors import MoeeError
+from moee_analysis.files import write_text
+from moee_analysis.seals import read_signed, read_signed_tensors, write_signed, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,36 +62,46 @@ def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: 
         name: t.detach().clone(memory_format=torch.contiguous_format).cpu()
         for name, t in tensors.items()
     }
-    save_file(copies, folder / file)
-    write_json(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
-    pd.DataFrame(progress.rows).to_csv(folder / METRICS, index=False)
+    write_tensors(folder / file, copies, {"key": key, "epochs": progress.epochs})
+    write_signed(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
+    write_text(folder / METRICS, pd.DataFrame(progress.rows).to_csv(index=False))
     for older in folder.glob("checkpoint-*.safetensors"):
         if older.name != file:
             older.unlink()
 
 
 def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
-    """What was saved last in ``folder``, if anything was."""
+    """What was saved last in ``folder``, if anything was.
+
+    Raises
+    ------
+    MoeeError
+        A file that is damaged, or not of this checkpoint.
+    """
     facts = checkpoint_facts(folder)
     if facts is None:
         return None
+    progress = Progress(facts["rows"], facts["best"], facts["stopped"])
+    tensors, of = read_signed_tensors(folder / facts["tensors"])
+    if of != {"key": facts["key"], "epochs": progress.epochs}:
+        raise MoeeError(f"the tensors of '{folder / FACTS}'", "others", "remove the checkpoint")
     groups: dict[str, Tensors] = {}
-    for name, tensor in load_file(folder / facts["tensors"]).items():
+    for name, tensor in tensors.items():
         group, _, own = name.partition("/")
         groups.setdefault(group, {})[own] = tensor
-    return Progress(facts["rows"], facts["best"], facts["stopped"]), groups
+    return progress, groups
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any] | None:
-    """The JSON of the checkpoint in ``folder``; None where there is none."""
+    """The JSON of the checkpoint in ``folder``; None where there is none.
+
+    Raises
+    ------
+    MoeeError
+        It is damaged.
+    """
     path = folder / FACTS
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove the files of the checkpoint, but for the history."""
-    for path in (*folder.glob("checkpoint-*.safetensors"), folder / FACTS):
-        path.unlink(missing_ok=True)
+    return read_signed(path) if path.exists() else None
 
 
 def moments(optimizer: torch.optim.Optimizer) -> Tensors:

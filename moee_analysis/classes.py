@@ -16,7 +16,9 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.files import read_text
 from moee_analysis.inputs import DOES_NOT_FIT, blank, misfit
+from moee_analysis.outside_text import printable
 from moee_analysis.progress import tell
 from moee_analysis.unwrapping import inside
 
@@ -120,10 +122,8 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         No such file, or something else in it.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MoeeError(f"a text file of class names at '{path}'", str(error), _FORMS) from None
+    text = read_text(path, expected="a text file of class names", hint=_FORMS)
+    text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
     if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
         return _from_json(text, path)
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
@@ -212,9 +212,9 @@ def _no_classifier(found: str) -> MoeeError:
 def _stated(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
     """Names that the model's configuration states; None where it states none."""
     network = inside(model)
-    own = network.pretrained_cfg.get("label_names")
+    own = tuple(map(printable, network.pretrained_cfg.get("label_names") or ()))
     if own:
-        return tuple(name.replace("_", " ") for name in own) if readable else tuple(own)
+        return tuple(name.replace("_", " ") for name in own) if readable else own
     subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
     if subset is None:
         return None

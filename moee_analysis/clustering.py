@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from moee_analysis.checks import not_none, one_of, real_number, share, whole_number
 from moee_analysis.density import density_clusters
 from moee_analysis.errors import MoeeError
 from moee_analysis.neighbors import METRICS, nearest
@@ -55,26 +56,21 @@ class ClusterConfig:
     max_noise: float = 0.8  # a layer with a larger share of noise stays dense
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("space", self.space, SPACES)
-        _one_of("reduce", self.reduce, REDUCTIONS)
-        _one_of("selection", self.selection, SELECTIONS)
-        _one_of("metric", self.metric, METRICS)
-        _share("min_cluster_size", self.min_cluster_size)
-        _share("max_noise", self.max_noise)
+        one_of("method", self.method, METHODS)
+        one_of("space", self.space, SPACES)
+        one_of("reduce", self.reduce, REDUCTIONS)
+        one_of("selection", self.selection, SELECTIONS)
+        one_of("metric", self.metric, METRICS)
+        share("min_cluster_size", self.min_cluster_size)
+        share("max_noise", self.max_noise)
         if self.max_cluster_size is not None:
-            _share("max_cluster_size", self.max_cluster_size)
-            if self.max_cluster_size < self.min_cluster_size:
-                raise MoeeError(
-                    f"max_cluster_size of at least min_cluster_size={self.min_cluster_size}",
-                    str(self.max_cluster_size),
-                    "raise it, or set it to None",
-                )
+            real_number(
+                "max_cluster_size", self.max_cluster_size, least=self.min_cluster_size, most=1
+            )
         for name in ("epochs", "min_samples"):
-            whole_number(name, getattr(self, name), least=1)
-        for name in ("count", "components"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least=1)
+            whole_number(name, getattr(self, name))
+        for name, value in not_none(self, "count", "components"):
+            whole_number(name, value)
         whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
 
     def for_width(self, hidden: int) -> ClusterConfig:
@@ -254,19 +250,3 @@ def _checked(points: np.ndarray, config: ClusterConfig) -> np.ndarray:
             f"at least {needed} tokens to cluster", str(len(points)), "take more images or tokens"
         )
     return points
-
-
-def whole_number(name: str, value: int, *, least: int) -> None:
-    """Refuse a setting that is not a whole number of at least ``least``."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise MoeeError(f"{name} as a whole number of at least {least}", repr(value), "change it")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MoeeError(f"{name} among {', '.join(choices)}", f"'{value}'", "name one of them")
-
-
-def _share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise MoeeError(f"{name} as a share in (0, 1]", str(value), "give a share, not a count")

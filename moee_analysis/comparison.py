@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import numpy as np
 
 from moee_analysis import measure
 from moee_analysis.apart import check_apart
+from moee_analysis.checks import seed_number, share, whole_number
 from moee_analysis.comparison_rows import (
     accuracy_of,
     balance_of,
@@ -27,10 +27,12 @@ from moee_analysis.dense_layers import without_routing
 from moee_analysis.errors import MoeeError
 from moee_analysis.expert_layers import counting_usage
 from moee_analysis.extraction import Extraction
+from moee_analysis.folders import scratch_folder
 from moee_analysis.layers import set_dispatch
 from moee_analysis.measure.accuracy import REFERENCE, image_scores
 from moee_analysis.measure.resampling import over_seeds
 from moee_analysis.models import unwrapped
+from moee_analysis.presets import preset_named
 from moee_analysis.progress import progress, tell, unwatched
 from moee_analysis.store import check_writable
 from moee_analysis.systems import STATIC, Asked, System, systems_named
@@ -60,7 +62,7 @@ class Contest:
     ------
     MoeeError
         An image that is in both sets; classes that are not those of the model; a store that cannot
-        be written to.
+        be written to; an unknown preset, or no resamples.
     """
 
     dense: nn.Module
@@ -72,6 +74,8 @@ class Contest:
     latency: bool = True
 
     def __post_init__(self) -> None:
+        preset_named(self.preset)
+        whole_number("resamples", self.resamples)
         object.__setattr__(self, "dense", unwrapped(self.dense))
         self.images.labels(self.dense)
         check_apart(self.calibration, self.images, use="used for calibration")
@@ -127,10 +131,15 @@ def compare(
     Raises
     ------
     MoeeError
-        No such system, no budget, no seed, or calibration images among those to measure on.
+        No such system, no budget or seed or one out of its range, or calibration images among those
+        to measure on.
     """
     if not seeds or not macs_reductions:
         raise MoeeError("a budget and a seed", "none", "name one of each")
+    for saved in macs_reductions:
+        share("macs_reductions", saved, whole=False)
+    for seed in seeds:
+        seed_number(seed, "seeds")
     named = systems_named(systems)
     if all(system.routed for system in named.values()):
         named = systems_named([*named, STATIC])
@@ -163,7 +172,7 @@ def _with_store(contest: Contest) -> Iterator[Contest]:
         check_writable(Path(contest.store))
         yield contest
         return
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+    with scratch_folder("store") as folder:
         yield replace(contest, store=folder)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moee_analysis.clustering import ClusterConfig, whole_number
+from moee_analysis.checks import layer_numbers, not_none, one_of, seed_number, share, whole_number
+from moee_analysis.clustering import ClusterConfig
 from moee_analysis.errors import MoeeError
 from moee_analysis.presets import preset_named
 from moee_analysis.recipes import CHOICES, TOKEN_KINDS, recipe_named
@@ -91,19 +92,18 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         recipe_named(self.recipe)
-        named = {"noise": NOISE_POLICIES, "experts": EXPERTS, **CHOICES}
-        for name, choices in named.items():
-            value = getattr(self, name)
-            if value not in choices and not (value is None and name in CHOICES):
-                raise MoeeError(f"{name} among {', '.join(choices)}", f"'{value}'", "name one")
-        for name in ("macs_reduction", "params_reduction", "variance_kept"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise MoeeError(f"{name} as a share in (0, 1]", str(value), "0.28 means 28 %")
-        for name in ("tokens_per_image", "cluster_tokens", "calibration_images"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least=1)
-        whole_number("seed", self.seed, least=0)
+        one_of("noise", self.noise, NOISE_POLICIES)
+        one_of("experts", self.experts, EXPERTS)
+        for name, value in not_none(self, *CHOICES):
+            one_of(name, value, CHOICES[name])
+        for name, value in not_none(self, "macs_reduction", "params_reduction", "variance_kept"):
+            share(name, value)
+        for name, value in not_none(
+            self, "tokens_per_image", "cluster_tokens", "calibration_images"
+        ):
+            whole_number(name, value)
+        seed_number(self.seed)
+        layer_numbers(self.layers)
         preset_named(self.preset)
         self._check_dense_tokens()
         self._check_budget()

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from moee_analysis.calibration import Calibration
-from moee_analysis.clustering import whole_number
+from moee_analysis.checks import whole_number
 from moee_analysis.config import ExtractConfig
 from moee_analysis.images import ImageSet, Scenes
 from moee_analysis.memory import expected
@@ -102,7 +102,7 @@ def costs_of(model: nn.Module, speed: Speed, *, images: int | None, preset: str)
         No images; an unknown preset; no MLPs that can be taken apart.
     """
     if images is not None:
-        whole_number("images", images, least=1)
+        whole_number("images", images)
     sizes = preset_named(preset)
     there = images or sizes.calibration_images or SPLIT_SIZES["calibration"]
     count = min(there, sizes.calibration_images or there)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 SIGNALS = ("SIGTERM", "SIGHUP")
+PATIENCE = 15  # seconds, for a process to end in order
 
 
 class Terminated(SystemExit):
@@ -45,11 +47,13 @@ def _end(number: int, _: FrameType | None) -> None:
     raise Terminated(128 + number)
 
 
-def die_with_parent() -> None:
-    """End this process, as by SIGTERM, when its standard input is closed: its parent has died."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
+def die_after(wait: Callable[[], object]) -> None:
+    """End this process, as by SIGTERM, when ``wait`` returns: what it serves is no longer there."""
+    threading.Thread(target=_die_after, args=(wait,), daemon=True).start()
 
 
-def _wait_for_parent() -> None:
-    sys.stdin.buffer.read()
-    signal.raise_signal(signal.SIGTERM)
+def _die_after(wait: Callable[[], object]) -> None:
+    wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(128 + signal.SIGTERM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moee_analysis.outside_text import printable
+
 
 class MoeeError(Exception):
     """Bad input or an impossible request, told in one line.
@@ -20,4 +22,5 @@ class MoeeError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"expected {self.expected}; found {self.found}. What to do: {self.hint}."
+        told = f"expected {self.expected}; found {self.found}. What to do: {self.hint}."
+        return printable(told)

@@ -8,7 +8,6 @@ open, and what is chosen here, stands in docs/paper.md.
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from moee_analysis.config import ExtractConfig
 from moee_analysis.distributed import agreed
 from moee_analysis.errors import MoeeError
 from moee_analysis.fingerprints import identity
+from moee_analysis.folders import scratch_folder
 from moee_analysis.memory import expected
 from moee_analysis.models import architecture, find_mlps, unwrapped
 from moee_analysis.narrowing import narrowed
@@ -32,9 +32,11 @@ from moee_analysis.planning import LayerPlan, plan_layers
 from moee_analysis.progress import tell, tell_progress
 from moee_analysis.provenance import check_dense, load_dense, provenance_of
 from moee_analysis.recording import check_unchanged
+from moee_analysis.run_tables import check_reports
 from moee_analysis.saving import FORMAT, fill_run, read_run, write_run
 from moee_analysis.sizing import sized, without_thin
-from moee_analysis.store import check_writable, content_key, kept
+from moee_analysis.store import check_writable, content_key, kept, present, set_aside
+from moee_analysis.store_use import collecting
 from moee_analysis.sums import forget
 
 if TYPE_CHECKING:
@@ -76,8 +78,8 @@ class LayerReport:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LayerReport:
         """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
-        lists = {name: tuple(content.get(name, ())) for name in ("sizes", "dense_tokens")}
-        return cls(**content | lists)
+        kinds = tuple(content.get("dense_tokens", ()))  # of runs before it was a setting: none
+        return cls(**content | {"sizes": tuple(content["sizes"]), "dense_tokens": kinds})
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,20 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
     Raises
     ------
     MoeeError
-        Missing, truncated, foreign, edited or newer files; a network that gives other outputs than
-        the one that was saved.
+        Missing, truncated, foreign, edited or newer files; facts or tensors that make no sense; a
+        network that gives other outputs than the one that was saved.
     """
     saved = read_run(Path(folder), dense=dense)
     facts = saved.facts
+    layers = tuple(LayerReport.from_json(layer) for layer in facts["layers"])
+    check_reports(layers, saved.model)
     if dense is not None:
         check_dense(dense, facts["provenance"], source="the one given")
     return Extraction(
         saved.model,
         ExtractConfig.from_json(facts["config"]),
         facts["variance_kept"],
-        tuple(LayerReport.from_json(layer) for layer in facts["layers"]),
+        layers,
         facts["provenance"],
         original=dense,
     )
@@ -191,8 +195,8 @@ def extract(
     images = images.limit(config.calibration_images, seed=config.seed)
     limits = limits or Limits()
     if store is None:
-        with tempfile.TemporaryDirectory(prefix="moee-") as root:
-            run = _extract(model, images, config, root=Path(root), limits=limits)
+        with scratch_folder("store") as root:
+            run = _extract(model, images, config, root=root, limits=limits)
     else:
         run = _through_store(model, images, config, root=Path(store), limits=limits)
     return replace(run, original=model)
@@ -234,13 +238,36 @@ def _through_store(
 ) -> Extraction:
     facts = {"model": identity(model).digest, "images": images.fingerprint}
     name = f"run-{content_key(run_format=FORMAT, config=asdict(config), **facts)}"
-    if not agreed((root / name).is_dir()):
+    run = _found(root / name, model)
+    if not agreed(run is not None):
         check_writable(root)
-        made = _extract(model, images, config, root=root, limits=limits)
-        kept(root, name, lambda folder: fill_run(folder, made.model, made._facts()))
-    run = load(root / name, dense=model)
+        with collecting() as used:
+            made = _extract(model, images, config, root=root, limits=limits)
+        about = {"run": _title(made), "uses": sorted(set(used))}
+        kept(root, name, lambda folder: fill_run(folder, made.model, made._facts()), about)
+        run = load(root / name, dense=model)
     run.model.to(next(model.parameters()).device)
     return run
+
+
+def _found(folder: Path, model: nn.Module) -> Extraction | None:
+    """The run that a store has in ``folder``, if it has; what cannot be loaded is set aside."""
+    if not present(folder):
+        return None
+    try:
+        return load(folder, dense=model)
+    except MoeeError as error:
+        set_aside(folder, error.found)
+        return None
+
+
+def _title(run: Extraction) -> str:
+    """What a list of runs calls this one."""
+    asked = {"MACs": run.config.macs_reduction, "parameters": run.config.params_reduction}
+    saved = [f"−{share:.0%} {kind}" for kind, share in asked.items() if share is not None]
+    facts = run.provenance
+    images = f"{facts['n_images']} images of {facts['images']}"
+    return ", ".join([facts["model"], run.config.recipe, *saved, images, f"seed {run.config.seed}"])
 
 
 def _extract(

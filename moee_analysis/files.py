@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.locks import OURS, RANDOM, made_and_held, remove_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,21 +123,28 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
         The folder is missing, cannot be written to or is full.
     """
     with writing(path, wanted=wanted):
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        except FileNotFoundError as error:
-            raise MoeeError(f"a place to write '{path}'", str(error), ANOTHER_PLACE) from None
-        os.close(handle)
-        partial = Path(name)
+        prefix = f".{path.name}{OURS}"
+        remove_left(path.parent, re.escape(prefix) + RANDOM)
+        partial, lock = made_and_held(lambda: _empty_file(path.parent, prefix))
         try:
             yield partial
             partial.chmod(0o644)
             flush(partial)
             partial.replace(path)
             flush(path.parent)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
+            os.close(lock)
+
+
+def _empty_file(folder: Path, prefix: str) -> Path:
+    try:
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
+    except FileNotFoundError:
+        told = f"no folder '{folder}'"
+        raise MoeeError(f"a place to write into '{folder}'", told, ANOTHER_PLACE) from None
+    os.close(handle)
+    return Path(name)
 
 
 def flush(path: Path) -> None:
@@ -176,9 +184,18 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
         return MoeeError(
             f"{room} for '{place}'", f"{_free(place)} ({os.strerror(code)})", hint or ROOM
         )
-    if code in REFUSED:
+    if code in REFUSED and _concerns(error, place):
         return MoeeError(f"a place to write '{place}'", str(error), hint or ANOTHER_PLACE)
     return None
+
+
+def _concerns(error: Exception, place: Path) -> bool:
+    """Whether an error is about a place, as far as it says so, or the folders that it is in."""
+    named = getattr(error, "filename", None)
+    if named is None or error.errno == errno.ENAMETOOLONG:
+        return True
+    above = nearest_folder(place)
+    return Path(named) in (place, *place.absolute().parents) or Path(named).is_relative_to(above)
 
 
 def _code(error: Exception) -> int | None:
@@ -198,7 +215,13 @@ def _free(place: Path) -> str:
 
 def nearest_folder(path: Path) -> Path:
     """The path, or the nearest of the folders that it is in, of those that there are."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    return next(place for place in (path, *path.absolute().parents) if _exists(place))
+
+
+def _exists(path: Path) -> bool:
+    with suppress(OSError):  # a name that is too long, a folder that may not be looked into
+        return path.exists()
+    return False
 
 
 def check_place(path: Path, *, wanted: int = 0) -> None:
@@ -211,6 +234,7 @@ def check_place(path: Path, *, wanted: int = 0) -> None:
         of room.
     """
     with writing(path, wanted=wanted):
+        path.with_name(f".{path.name}{OURS}unfinished").exists()  # a name may be too long
         above = nearest_folder(path.absolute().parent)
         if not above.is_dir():
             raise MoeeError(f"a place to write '{path}'", f"'{above}', a file", ANOTHER_PLACE)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from moee_analysis.clustering import whole_number
-from moee_analysis.errors import MoeeError
+from moee_analysis.checks import not_none, one_of, real_number, seed_number, share, whole_number
 from moee_analysis.router_training import ROUTERS
 from moee_analysis.training_images import AUGMENTATIONS
 
@@ -77,31 +75,20 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         named = {"router": ROUTERS, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
         for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                _refuse(f"{name} among {', '.join(choices)}", getattr(self, name))
-        for name, least in _LEAST.items():
-            whole_number(name, getattr(self, name), least=least)
-        for name in _POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                _refuse(f"{name} above 0", getattr(self, name))
-        for name in _NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                _refuse(f"{name} of 0 or more", getattr(self, name))
-        for name, share in {"held_out": self.held_out, "ema": self.ema}.items():
-            if share is not None and not 0 < share < 1:
-                _refuse(f"{name} between 0 and 1", share)
+            one_of(name, getattr(self, name), choices)
+        for name in ("epochs", "batch_size", "accumulate", "patience"):
+            whole_number(name, getattr(self, name))
+        seed_number(self.seed)
+        for name in ("learning_rate", "temperature", "clip"):
+            real_number(name, getattr(self, name), above=0)
+        for name in ("weight_decay", "warmup_epochs", "block_weight", "router_weight"):
+            real_number(name, getattr(self, name), least=0)
+        share("held_out", self.held_out, whole=False)
+        for name, value in not_none(self, "ema"):
+            share(name, value, whole=False)
 
     def autocasts(self, device: torch.device) -> bool:
         """Whether products are made in bfloat16 on this ``device``."""
         if self.precision != "auto":
             return self.precision == "bfloat16"
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-_LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "patience": 1, "seed": 0}
-_POSITIVE = ("learning_rate", "temperature", "clip")
-_NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "block_weight", "router_weight")
-
-
-def _refuse(expected: str, found: Any) -> None:
-    raise MoeeError(expected, str(found), "correct it")

@@ -8,8 +8,8 @@ never does.
 from __future__ import annotations
 
 import copy
-import tempfile
-from contextlib import ExitStack
+import shutil
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,25 @@ import pandas as pd
 import torch
 
 from moee_analysis.apart import contents_of, without_repeats
-from moee_analysis.checkpoints import checkpoint_facts, remove_checkpoint
+from moee_analysis.checkpoints import FACTS, METRICS, checkpoint_facts, read_checkpoint
 from moee_analysis.distributed import agreed, all_sum, rank
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.extraction import Extraction, load
+from moee_analysis.files import check_place
 from moee_analysis.finetune_config import FinetuneConfig
 from moee_analysis.fingerprints import fingerprint
+from moee_analysis.folders import held_folder, new_folder, scratch_folder
 from moee_analysis.inputs import like
 from moee_analysis.layers import moe_layers
+from moee_analysis.locks import remove
 from moee_analysis.saving import fill_run
-from moee_analysis.store import check_place, content_key, resumed, unfinished_folder
+from moee_analysis.store import content_key, kept, present, set_aside, unfinished_folder
 from moee_analysis.training import NOT_FINITE, Training
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import nn
 
     from moee_analysis.checkpoints import Progress
@@ -108,12 +113,12 @@ def finetune(
     key = content_key(**facts, images=images.fingerprint)
     training = Training(student, dense, images, config, Path(), key)
     _check_images(training)
-    folder = _folder(training, out, store)
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="moee-") as root:
-            return _of(_trained(replace(training, folder=Path(root)), run), run)
-    _through(folder, training, run)
-    return _of(load(folder, dense=run.original), run)
+    place = _place(training, out, store)
+    if place is None:
+        with scratch_folder("training") as root:
+            return _of(_trained(replace(training, folder=root), run), run)
+    _through(place, training, run)
+    return _of(load(place.folder, dense=run.original), run)
 
 
 def history_of(run: Extraction) -> pd.DataFrame:
@@ -142,13 +147,38 @@ def _of(tuned: Extraction, run: Extraction) -> Finetuned:
     return Finetuned(tuned, history_of(tuned), facts["best"], facts["stopped"])
 
 
-def _folder(training: Training, out: str | Path | None, store: str | Path | None) -> Path | None:
+@dataclass(frozen=True)
+class _Place:
+    """Where the fine-tuned run is kept: a folder of the user's, or one of a store."""
+
+    folder: Path
+    of_store: bool
+
+    @property
+    def work(self) -> Path:
+        """Where the checkpoint is until then."""
+        return unfinished_folder(self.folder)
+
+    def is_filled(self) -> bool:
+        """Whether the run is there; what is damaged in a store is made again."""
+        return present(self.folder) if self.of_store else self.folder.exists()
+
+    def fill(self, build: Callable[[Path], None]) -> None:
+        """Let ``build`` fill the folder, which appears when it is complete."""
+        if self.of_store:
+            kept(self.folder.parent, self.folder.name, build)
+        else:
+            with new_folder(self.folder, replace=False) as new:
+                build(new)
+
+
+def _place(training: Training, out: str | Path | None, store: str | Path | None) -> _Place | None:
     """Where the fine-tuned run is kept, if it is."""
     if out is not None:
-        return Path(out).resolve()
+        return _Place(Path(out).resolve(), of_store=False)
     if store is None:
         return None
-    return Path(store).resolve() / f"finetuned-{training.key}"
+    return _Place(Path(store).resolve() / f"finetuned-{training.key}", of_store=True)
 
 
 def _check_images(training: Training) -> None:
@@ -160,25 +190,50 @@ def _check_images(training: Training) -> None:
         )  # fmt: skip
 
 
-def _through(folder: Path, training: Training, run: Extraction) -> None:
-    """Fill ``folder`` with the trained run, unless it is there."""
-    if agreed(folder.exists()):
-        _check_same(folder, training.key, run)
+def _through(place: _Place, training: Training, run: Extraction) -> None:
+    """Fill the place with the trained run, unless it is there. One process waits for another."""
+    if agreed(place.is_filled()):
+        _check_same(place.folder, training.key, run)
         return
-    unfinished = unfinished_folder(folder)
-    begun = checkpoint_facts(unfinished)
-    if begun is not None and begun["key"] != training.key:
+    with _alone_in(place.work, training.key) if rank() == 0 else nullcontext():
+        all_sum(torch.zeros(1))  # none looks at the checkpoint before
+        if agreed(place.is_filled()):
+            _check_same(place.folder, training.key, run)
+        elif rank() == 0:
+            place.fill(partial(_fill, work=place.work, training=training, run=run))
+        else:
+            _trained(replace(training, folder=place.work), run)
+        all_sum(torch.zeros(1))  # the folder is there
+        if rank() == 0:
+            remove(place.work)
+
+
+@contextmanager
+def _alone_in(work: Path, key: str) -> Iterator[None]:
+    """Hold the folder of a checkpoint; it goes if there is none in the end."""
+    with held_folder(work):
+        try:
+            _check_checkpoint(work, key)
+            yield
+        finally:
+            if not (work / FACTS).exists():
+                remove(work)
+
+
+def _check_checkpoint(work: Path, key: str) -> None:
+    """Set a damaged checkpoint aside, and refuse that of another training."""
+    try:
+        found = read_checkpoint(work)
+    except MoeeError as damage:
+        set_aside(work, damage.found)
+        work.mkdir()
+        return
+    if found and checkpoint_facts(work)["key"] != key:
         raise MoeeError(
-            f"the fine-tuning that was begun in '{unfinished}'",
+            f"the fine-tuning that was begun in '{work}'",
             "another run, other images or other settings",
             "repeat it as it was, remove that folder, or choose another one",
         )
-    all_sum(torch.zeros(1))  # all have looked before the first one begins
-    if rank() == 0:
-        resumed(folder.parent, folder.name, partial(_fill, training=training, run=run))
-    else:
-        _fill(unfinished, training=training, run=run)
-    all_sum(torch.zeros(1))  # the folder is there
 
 
 def _check_same(folder: Path, key: str, run: Extraction) -> None:
@@ -191,18 +246,18 @@ def _check_same(folder: Path, key: str, run: Extraction) -> None:
         )  # fmt: skip
 
 
-def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
-    all_sum(torch.zeros(1))  # the folder is there
-    tuned = _trained(replace(training, folder=folder), run)
-    if rank() == 0:
-        fill_run(folder, tuned.model, tuned._facts())
-        remove_checkpoint(folder)
+def _fill(folder: Path, *, work: Path, training: Training, run: Extraction) -> None:
+    """Train in the folder ``work``, and save the run and its history as a new ``folder``."""
+    tuned = _trained(replace(training, folder=work), run)
+    fill_run(folder, tuned.model, tuned._facts())
+    shutil.copyfile(work / METRICS, folder / METRICS)
 
 
 def _trained(training: Training, run: Extraction) -> Extraction:
     """Train, and tell in the run's facts how that went."""
     progress = training.run()
     if progress.stopped.startswith(NOT_FINITE) and progress.best == 0:
+        remove(training.folder)  # it would come to the same again
         raise MoeeError(
             "a finite loss", progress.stopped, "lower the learning rate; the run is as it was"
         )

@@ -1,29 +1,26 @@
 """Temporary folders: they become what they are named for, or vanish, also after a kill.
 
-Whoever fills a folder holds a lock on it, which ends with the process. A folder that nobody holds
-was left by a process that was killed, and whoever makes the next one of its kind removes it.
+What a killed process has left goes when the next folder of its kind is made.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moee_analysis.endings import ended_in_order
 from moee_analysis.errors import MoeeError
 from moee_analysis.files import bytes_text, flush, refusal, writing
+from moee_analysis.locks import OURS, RANDOM, is_held, locked, made_and_held, remove_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RANDOM = r"[a-z0-9_]{8}"
-"""What :mod:`tempfile` puts behind a prefix."""
 OLD = "-old"
 OTHER_TEMPORARY = "make room there, or set TMPDIR to a folder on another disk"
 
@@ -44,14 +41,14 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
     with writing(final, hint=hint):
         final.parent.mkdir(parents=True, exist_ok=True)
         _restore(final)
-    with temporary_folder(final.parent, f".{final.name}-", hint=hint) as partial:
+    with temporary_folder(final.parent, f".{final.name}{OURS}", hint=hint) as partial:
         try:
             yield partial
             flush_all(partial)
         except OSError as error:
             size = f"more than {bytes_text(size_of(partial))}"
             raise refusal(error, final, wanted=size, hint=hint) or error from None
-        partial.chmod(0o755)
+        _open_to_others(partial)
         if replace:
             _replace(partial, final)
         else:
@@ -83,6 +80,27 @@ def scratch_folder(kind: str) -> Iterator[Path]:
 
 
 @contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, if it is not there, and hold it alone; wait for another process to end.
+
+    Raises
+    ------
+    MoeeError
+        It cannot be made.
+    """
+    while True:
+        with ExitStack() as held:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(folder))
+            except FileNotFoundError:  # another process has renamed or removed it meanwhile
+                continue
+            yield
+            return
+
+
+@contextmanager
 def temporary_folder(parent: Path, prefix: str, *, hint: str = "") -> Iterator[Path]:
     """Give a new folder in ``parent`` that is gone when this is closed.
 
@@ -90,41 +108,12 @@ def temporary_folder(parent: Path, prefix: str, *, hint: str = "") -> Iterator[P
     """
     remove_left(parent, re.escape(prefix) + RANDOM)
     with writing(parent / prefix.strip(".-"), hint=hint):
-        folder, lock = _held(parent, prefix)
+        folder, lock = made_and_held(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
-
-
-def remove_left(parent: Path, names: str) -> None:
-    """Remove the folders in ``parent`` that nobody holds, of ``names`` (a regular expression)."""
-    with suppress(OSError):
-        for folder in [path for path in parent.iterdir() if re.fullmatch(names, path.name)]:
-            with suppress(OSError), locked(folder, wait=False):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the folder as its only process, as long as this is open.
-
-    Raises
-    ------
-    OSError
-        No such folder; without ``wait`` also one that another process holds, or a file system that
-        has no locks.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError) if wait else nullcontext():
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle), folder.stat()):
-            raise FileNotFoundError(f"'{folder}' was replaced meanwhile")
-        yield
-    finally:
-        os.close(handle)
 
 
 def flush_all(folder: Path) -> None:
@@ -144,16 +133,12 @@ def size_of(folder: Path) -> int:
     return total
 
 
-def _held(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new folder and the lock on it, which is there before another process can take it."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        os.close(lock)  # it was taken for one that was left, between the two steps
+def _open_to_others(folder: Path) -> None:
+    """Let others read what their user may read; some libraries give a file to its owner alone."""
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o644)
 
 
 def _replace(new: Path, final: Path) -> None:
@@ -172,22 +157,14 @@ def _replace(new: Path, final: Path) -> None:
 
 def _restore(final: Path) -> None:
     """Finish an exchange of folders that a kill has cut short: the old one is there, or gone."""
-    pattern = re.escape(f".{final.name}-") + RANDOM + OLD
+    pattern = re.escape(f".{final.name}{OURS}") + RANDOM + OLD
     for old in [path for path in final.parent.iterdir() if re.fullmatch(pattern, path.name)]:
-        if _is_held(Path(str(old).removesuffix(OLD))):
+        if is_held(Path(str(old).removesuffix(OLD))):
             continue
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(final)
-
-
-def _is_held(folder: Path) -> bool:
-    try:
-        with locked(folder, wait=False):
-            return False
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
 
 
 def _publish(new: Path, final: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from moee_analysis.outside_text import printable
 from moee_analysis.pictures import check_picture, suffixes
 from moee_analysis.progress import progress
 
@@ -68,8 +69,8 @@ def unreadable_among(paths: Sequence[Path], folder: Path) -> dict[int, Skipped]:
 
 
 def readable_name(name: str) -> str:
-    r"""Show a file's name that is not in UTF-8, as old archives have them: ``caf\xe9``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""A file's name as it can be shown, also one not in UTF-8, as in old archives: ``caf\xe9``."""
+    return printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def skipped_text(skipped: Sequence[Skipped]) -> str:
@@ -133,4 +134,4 @@ def _reason(path: Path, *, alone: bool) -> str:
         return ""
     if suffix in (".heic", ".heif"):
         return "HEIC, which pip install pillow-heif lets Pillow read"
-    return f"no image ({suffix or 'no suffix'})"
+    return f"no image ({readable_name(suffix) or 'no suffix'})"

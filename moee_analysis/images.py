@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from moee_analysis import models, scenes
+from moee_analysis.checks import seed_number, whole_number
 from moee_analysis.classes import index_of_classes, plain_name
 from moee_analysis.errors import MoeeError
 from moee_analysis.image_files import list_images, readable_name, skipped_text, unreadable_among
@@ -208,7 +209,14 @@ class ImageSet:
         )
 
     def limit(self, count: int | None, *, seed: int = 0) -> ImageSet:
-        """At most ``count`` images, as even over the classes as possible, in their old order."""
+        """At most ``count`` images, as even over the classes as possible, in their old order.
+
+        Raises
+        ------
+        MoeeError
+            Fewer than one image.
+        """
+        _check_draw(count, seed)
         if count is None or count >= len(self):
             return self
         return self.take(np.sort(self._dealt(seed)[:count]))
@@ -290,11 +298,19 @@ def load_images(
     Raises
     ------
     MoeeError
-        No such folder, no images in it, unreadable files with ``strict``, unknown split.
+        No such folder, no images in it, unreadable files with ``strict``, unknown split; a limit
+        below 1.
     """
+    _check_draw(limit, seed)
     if str(source) == models.BUNDLED:
         return _bundled(split).limit(limit, seed=seed)
     return _from_folder(Path(source), limit=limit, strict=strict, seed=seed)
+
+
+def _check_draw(limit: int | None, seed: int) -> None:
+    if limit is not None:
+        whole_number("limit", limit)
+    seed_number(seed)
 
 
 def _bundled(split: str) -> ImageSet:
@@ -319,7 +335,8 @@ def _from_folder(folder: Path, *, limit: int | None, strict: bool, seed: int) ->
     folders = tuple(readable_name(path.relative_to(folder).parts[0]) for path in listing.paths)
     classes = tuple(sorted(set(folders)))
     rows = tuple(range(len(folders)))
-    images = ImageSet(folder.name, Folder(listing.paths), rows, folders, classes=classes)
+    name, source = readable_name(folder.name), Folder(listing.paths)
+    images = ImageSet(name, source, rows, folders, classes=classes)
     return _readable(images.limit(limit, seed=seed), folder, listing.skipped, strict=strict)
 
 
@@ -338,6 +355,7 @@ def _readable(
     if not skipped:
         return images
     told = skipped_text(skipped)
-    warnings.warn(f"skipped {len(skipped)} files in '{folder}': {told}", stacklevel=4)
+    place = readable_name(str(folder))
+    warnings.warn(f"skipped {len(skipped)} files in '{place}': {told}", stacklevel=4)
     good = images.take([i for i in range(len(images)) if i not in bad])
     return replace(good, skipped=tuple(each.path for each in skipped), skipped_text=told)

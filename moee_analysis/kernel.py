@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from moee_analysis.caches import has_home
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import write_json
+from moee_analysis.folders import scratch_folder
 from moee_analysis.paths import notebooks_folder
-from moee_analysis.store import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,8 +34,8 @@ def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
     """
     from ipykernel.kernelspec import write_kernel_spec
 
-    with TemporaryDirectory(prefix="moee-kernel-") as name:
-        folder = Path(name)
+    with scratch_folder("kernel") as folder:
+        name = str(folder)
         write_kernel_spec(folder / "kernels" / NAME, extra_arguments=QUIET)
         private = {"IPYTHONDIR": f"{name}/ipython", "JUPYTER_RUNTIME_DIR": f"{name}/runtime"}
         homeless = {} if has_home() else {"HOME": name}
@@ -66,7 +65,7 @@ def open_lab(options: Sequence[str] = ()) -> int:
             "pip install jupyterlab, or read the notebooks in another editor",
         )  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", *options]
-    with own_kernel() as environment, _settings() as folder, _exit_by_sigterm():
+    with own_kernel() as environment, _settings() as folder:
         lab = subprocess.Popen(command, env=environment | _first("JUPYTER_CONFIG_PATH", folder))
         while True:
             try:
@@ -77,16 +76,6 @@ def open_lab(options: Sequence[str] = ()) -> int:
                 lab.terminate()
                 lab.wait()
                 raise
-
-
-@contextmanager
-def _exit_by_sigterm() -> Iterator[None]:
-    """While open, SIGTERM ends this process as ``sys.exit`` does, and so leaves nothing behind."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -101,10 +90,9 @@ def _settings() -> Iterator[str]:
     notebooks = notebooks_folder()
     alone = notebooks.parent == Path(__file__).resolve().parent
     root, url = (notebooks, "/lab") if alone else (notebooks.parent, f"/lab/tree/{notebooks.name}")
-    with TemporaryDirectory(prefix="moee-lab-") as name:
-        folder = Path(name)
+    with scratch_folder("lab") as folder:
         (folder / "labconfig").mkdir()
         write_json(folder / "jupyter_server_config.json", {"ServerApp": {"root_dir": str(root)}})
         write_json(folder / "jupyter_lab_config.json", {"LabApp": {"default_url": url}})
         write_json(folder / "labconfig" / "page_config.json", {"disabledExtensions": {NEWS: True}})
-        yield name
+        yield str(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from moee_analysis.checks import whole_number
 from moee_analysis.classes import class_labels, class_names, name_classes, read_class_names
 from moee_analysis.errors import MoeeError
 from moee_analysis.fingerprints import fingerprint
@@ -56,12 +58,6 @@ FACTORY = {
     "features_only",
 }  # fmt: skip
 """Arguments of ``timm.create_model`` of where weights are, or of what is no model of images."""
-
-CANNOT_BUILD = (
-    TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError,
-    AttributeError,
-)  # fmt: skip
-"""What timm's models raise on arguments that they do not take."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +164,9 @@ def build_model(
     create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model
     try:
         model = _created(create, name, arguments)
-    except CANNOT_BUILD as error:
+    except Exception as error:  # timm's models raise whatever nonsense leads to
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        told = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
         raise MoeeError(
             f"arguments that timm.create_model('{name}') takes", f"{told} ({reason})",
             "correct them, or leave them out",
@@ -277,6 +273,11 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     channels = arguments.get("in_chans", 1)
     if type(channels) is not int or channels < 1:
         raise MoeeError("in_chans as a number >= 1", repr(channels), "3 are red, green and blue")
+    sides = to_2tuple(arguments.get("img_size", 1))
+    if len(sides) != 2:
+        raise MoeeError("img_size as one number or two", reprlib.repr(sides), "give pixels")
+    for side in sides:
+        whole_number("img_size", side)
 
 
 def _created(

@@ -26,6 +26,7 @@ from moee_analysis.notebook_words import (
     headline_text,
     listed,
 )
+from moee_analysis.outside_text import as_markdown
 from moee_analysis.paths import store_folder
 from moee_analysis.presets import Preset, preset_named
 from moee_analysis.results import Results, alternative, picture
@@ -254,7 +255,7 @@ class Bench:
 
     def answer(self, text: str) -> Markdown:
         """Show what the solution of an exercise found; it is not kept in the results."""
-        return markdown(text)
+        return markdown(as_markdown(text))
 
     def caption(
         self,
@@ -303,7 +304,7 @@ class Bench:
             "seed": self.seed,
             "device": environment.describe_device(self.device),
         }
-        return two_columns(rows) + "".join(f"\n\n*{note}*" for note in sets.notes)
+        return two_columns(rows) + "".join(f"\n\n*{as_markdown(note)}*" for note in sets.notes)
 
 
 def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Bench:

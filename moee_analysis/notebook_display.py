@@ -6,6 +6,7 @@ import base64
 import struct
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.outside_text import as_markdown
 from moee_analysis.results import is_plain_index, picture, readable
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def is_figure(shown: object) -> bool:
 
 
 def two_columns(rows: dict[str, Any]) -> str:
-    """``rows`` as a Markdown table of names and values."""
-    lines = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items()]
+    """``rows`` as a Markdown table of names and values, shown literally."""
+    lines = [f"| {as_markdown(key)} | {as_markdown(str(value))} |" for key, value in rows.items()]
     return "\n".join(["| | |", "|:--|:--|", *lines])
 
 
@@ -75,6 +76,7 @@ def _shown_table(table: pd.DataFrame) -> str:
     return table.to_html(
         index=not is_plain_index(table),
         border=0,
+        classes="tex2jax_ignore mathjax_ignore",  # a class may be called $x$
         max_rows=TABLE_ROWS,
         float_format=readable,
         show_dimensions=len(table) > TABLE_ROWS,

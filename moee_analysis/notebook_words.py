@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moee_analysis.outside_text import as_markdown
 from moee_analysis.results import readable
 
 VERDICTS = {
@@ -18,14 +19,15 @@ def claim_text(statement: str, found: str, holds: bool | None, source: str) -> s
     """A claim, what was found here and the verdict, as Markdown."""
     verdict, colour = VERDICTS[holds]
     return (
-        f"> **{source}** {statement}\n>\n> **Found here** {found}\n>\n"
+        f"> **{source}** {as_markdown(statement)}\n>\n> **Found here** {as_markdown(found)}\n>\n"
         f'> <strong class="{colour}">{verdict}</strong>'
     )
 
 
 def headline_text(label: str, value: float | str, dense: str) -> str:
     """The number that sums a notebook up, and the dense model beside it, as Markdown."""
-    return f"**{readable(value)}** {label} (dense: {dense})"
+    number, label, dense = map(as_markdown, (readable(value), label, dense))
+    return f"**{number}** {label} (dense: {dense})"
 
 
 def caption_text(

@@ -17,7 +17,7 @@ from moee_analysis.progress import progress
 from moee_analysis.routers import TokenKindRouter
 from moee_analysis.scoring import Scores, eliminated, score
 from moee_analysis.statistics import ExpertStatistics, gathered
-from moee_analysis.store import content_key, kept
+from moee_analysis.store import content_key, kept, present
 from moee_analysis.token_kinds import unread_patches
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _kept_costs(calibration: Calibration, plans: Mapping[str, LayerPlan]) -> dic
     for name, plan in plans.items():
         key = content_key(site=name, experts=plan.assignment.digest, **facts)
         folders[name] = calibration.root / f"costs-{key}"
-    missing = {name: p for name, p in plans.items() if not agreed(folders[name].is_dir())}
+    missing = {name: p for name, p in plans.items() if not agreed(present(folders[name]))}
     assignments = {name: plan.assignment for name, plan in missing.items()}
     found = eliminated(calibration, assignments, {name: p.known for name, p in missing.items()})
     for name, costs in found.items():

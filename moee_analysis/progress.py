@@ -13,6 +13,7 @@ from typing import TypeVar
 from tqdm.std import tqdm
 
 from moee_analysis.distributed import rank
+from moee_analysis.outside_text import printable
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ def tell(line: str) -> None:
     """Print a line, once for all processes; bars make room for it."""
     if rank() == 0:
         with tqdm.external_write_mode():
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
 
 def tell_progress(line: str) -> None:

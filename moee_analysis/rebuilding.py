@@ -8,13 +8,17 @@ says is rebuilt only around the dense network itself.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import create_act
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moee_analysis.attention import LowRankAttention, Ranks, reduced_attentions, site_of
 from moee_analysis.classes import classifiers
@@ -25,11 +29,12 @@ from moee_analysis.inputs import input_size
 from moee_analysis.layers import MoeMlp, Readout, all_mlps, moe_names, replace_module
 from moee_analysis.models import architecture, build_model
 from moee_analysis.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
+from moee_analysis.run_tables import below, check_finite, check_tables
 from moee_analysis.unwrapping import unwrapped
 from moee_analysis.weights import load_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 KINDS = {
     CosineRouter: "cosine", ConstantRouter: "constant", NearestRouter: "nearest",
@@ -39,13 +44,25 @@ INPUT_FACTS = (
     "architecture", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct",
     "crop_mode", "num_classes", "label_names", "classifier", "first_conv",
 )  # fmt: skip
+ELSEWHERE = ("device", "dtype")  # arguments that say nothing of the network
+LARGEST_IMAGE = 2**25  # numbers
+PARTS = 1000  # parameters of a network, beside twice those of its file
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Everything :func:`rebuild` needs before the tensors are loaded, as plain JSON values.
 
     ``by_hand`` says why the name and arguments alone do not rebuild the model; None where they do.
+
+    Raises
+    ------
+    MoeeError
+        A router that cannot be saved, or for other tokens than come to it; weights that are not
+        finite.
     """
+    tensors = stored_tensors(model)
+    check_finite(tensors)
+    _check_size(model)
     facts = {
         "architecture": architecture(model),
         "arguments": arguments_of(model),
@@ -59,9 +76,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
             name: asdict(m.ranks) | {"bias": m.bias is not None}
             for name, m in reduced_attentions(model).items()
         },
-        "answers": list(answers(model)),
+        "answers": _answers(model),
     }
-    return facts | {"by_hand": _reason_by_hand(facts, stored_tensors(model))}
+    return facts | {"by_hand": _reason_by_hand(facts, tensors)}
 
 
 def rebuild(
@@ -77,8 +94,8 @@ def rebuild(
     Raises
     ------
     MoeeError
-        A network changed by hand without ``dense``; tensors that do not fit; one that gives other
-        answers than the network that was described.
+        A network changed by hand without ``dense``; tensors that do not fit or make no sense; one
+        that gives other answers than the network that was described.
     """
     reason = described.get("by_hand")
     if reason and dense is None:
@@ -86,11 +103,14 @@ def rebuild(
             "the dense network this run was made from, which no name rebuilds", f"none ({reason})",
             "give it, with its weights: moee.load(folder, dense=model)",
         )  # fmt: skip
+    outline = _outline(described, parts=len(tensors)) if dense is None else unwrapped(dense)
+    _check_size(outline)
+    check_tables(described, tensors, outline)
     model = _skeleton(described) if dense is None else _copy_of(dense, described)
     _put_layers(model, described, tensors)
     load_tensors(model, tensors, source="the run")
-    model.eval()
-    if "answers" in described and not alike(described["answers"], answers(model)):
+    found = _answers(model.eval())
+    if not alike(described.get("answers", found), found):
         raise MoeeError(
             "the network that was saved", "one that gives other outputs for the same images",
             "load it with the versions it was made with (run.json, versions), or extract again"
@@ -131,7 +151,7 @@ def _put_layers(
     """Put routed layers and smaller attentions of the saved shapes into a dense network."""
     for name, router in described["routers"].items():
         mlp = model.get_submodule(name)
-        layer = _layer_like(_below(name, tensors), mlp, router)
+        layer = _layer_like(below(name, tensors), mlp, router)
         replace_module(model, name, layer.to(mlp.fc1.weight))
     for name, ranks in described["attentions"].items():
         dense = model.get_submodule(name)
@@ -141,9 +161,39 @@ def _put_layers(
     model.requires_grad_(requires_grad=False)
 
 
+def _outline(described: Mapping[str, Any], *, parts: int) -> nn.Module:
+    """The dense network without values, which takes no memory whatever a file says of it."""
+    with torch.device("meta"), _few_parameters(2 * parts + PARTS):
+        return _skeleton(described)
+
+
+@contextmanager
+def _few_parameters(most: int) -> Iterator[None]:
+    """While open, a network that gets more parameters is given up with a ValueError."""
+    counted = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(counted) > most:
+            raise ValueError(f"more than {most} parameters")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_size(model: nn.Module) -> None:
+    size = input_size(model)
+    if math.prod(size) > LARGEST_IMAGE:
+        found = " x ".join(map(str, size))
+        raise MoeeError(f"images of {LARGEST_IMAGE} numbers at most", found, "take smaller ones")
+
+
 def _skeleton(described: Mapping[str, Any]) -> nn.Module:
     """The dense network by its name; runs of before arguments were kept state their classes."""
     arguments = described.get("arguments", {"num_classes": described.get("num_classes")})
+    arguments = {key: value for key, value in arguments.items() if key not in ELSEWHERE}
     cfg = described["pretrained_cfg"]
     model = build_model(described["architecture"], pretrained_cfg=cfg, **arguments)
     return model.to(getattr(torch, described.get("dtype", "float32")))
@@ -213,16 +263,27 @@ def _outputs(model: nn.Module) -> int:
     return model.num_classes
 
 
+def _answers(model: nn.Module) -> list[float]:
+    """Answers to the probe, of a model whose routers get as many tokens as they say."""
+    with ExitStack() as hooks:
+        for router in (m for m in model.modules() if isinstance(m, TokenKindRouter)):
+            hooks.callback(router.register_forward_pre_hook(_check_tokens).remove)
+        return list(answers(model))
+
+
+def _check_tokens(router: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """Refuse other tokens than those of so many in an image that a router counts with."""
+    if args[0].ndim == 3 and args[0].shape[1] != router.tokens:
+        raise MoeeError(
+            f"routers of {args[0].shape[1]} tokens", f"one of {router.tokens}",
+            "extract for images of this size",
+        )  # fmt: skip
+
+
 def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRankAttention:
     """Build an attention of the saved ranks; its weights are loaded afterwards."""
     ranks = Ranks(shape["scores"], shape["values"], shape["queries"])
     return LowRankAttention(site_of(name, dense), ranks, bias=shape["bias"])
-
-
-def _below(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of the submodule called ``name``, under the names they have there."""
-    start = f"{name}."
-    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
 
 
 def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, router: dict[str, Any]) -> MoeMlp:
@@ -232,7 +293,7 @@ def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, router: dict[str
     dense = mlp.fc2.weight
     own = dense.expand(len(experts), -1, -1) if "columns" in saved else None
     readout = Readout(weight=own, shift=saved.get("shift"))
-    built = _router_like(router, _below("router", saved))
+    built = _router_like(router, below("router", saved))
     return MoeMlp(mlp, built, experts, saved["shares"].numpy(), readout)
 
 
@@ -261,7 +322,7 @@ def _router_like(described: dict[str, Any], saved: dict[str, torch.Tensor]) -> n
         case "nearest":
             return NearestRouter(**{key: tensor.clone() for key, tensor in saved.items()})
         case "token_kinds":
-            inner = _router_like(described["inner"], _below("inner", saved))
+            inner = _router_like(described["inner"], below("inner", saved))
             return TokenKindRouter(described["prefix"], inner, tokens=described["tokens"])
         case _:
             return ConstantRouter(int(saved["expert"]))

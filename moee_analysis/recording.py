@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -19,16 +18,20 @@ from moee_analysis.activation_files import (
     as_on_disk,
     contents_of,
     create,
+    file_name,
     in_memory,
     size_of,
     write,
 )
 from moee_analysis.activations import Activations, LayerSample, recording
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import write_json
 from moee_analysis.inputs import like
+from moee_analysis.locks import remove
 from moee_analysis.progress import progress, tell_progress
+from moee_analysis.recording_progress import Whole
 from moee_analysis.sensitivity import output_gradients
-from moee_analysis.store import content_key, resumed, write_json
+from moee_analysis.store import content_key, resumed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -180,20 +183,32 @@ class Recording:
 
 
 def _record_into(folder: Path, *, task: Recording, label: str) -> None:
-    done = folder / "progress.json"
-    if not done.exists():
+    files = OnDisk(folder, task.one_row)
+    each = {file: rows // max(len(task.images), 1) for file, rows in task.rows.items()}
+    whole = Whole(folder, files, each)
+    if not whole.go_on():
         if label:
             tell_progress(_what(task))
         create(folder, task.one_row, task.rows)
-        for count in set(task.tokens.values()):
-            rows = len(task.images) * len(task.plan.weights(count))
-            path = folder / f"tokens-{count}.npy"
-            _fill_where(np.lib.format.open_memmap(path, "w+", WHERE, (rows,)), task.plan, count)
-        write_json(done, {"images": 0})
-    _fill(folder, task, label)
+        whole.add(0)
+    for count in _recorded(files, task, whole.images, label):
+        if count % SAVED_EVERY == 0 or count == len(task.images):
+            whole.add(count)
     check_unchanged(task)
+    for count in set(task.tokens.values()):
+        where = _where(task.plan, len(task.images), count)
+        np.save(folder / f"tokens-{count}.npy", where)
     write_json(folder / "manifest.json", {"tokens": task.tokens, **task.unusual})
-    done.unlink()
+    _remove_others(folder, task)
+
+
+def _remove_others(folder: Path, task: Recording) -> None:
+    """Remove what does not belong to the recording."""
+    own = {f"tokens-{count}.npy" for count in task.tokens.values()} | {"manifest.json"}
+    own |= {file_name(file) for file in task.one_row}
+    for path in folder.iterdir():
+        if path.name not in own:
+            remove(path)
 
 
 def check_unchanged(task: Recording | Calibration) -> None:
@@ -221,27 +236,12 @@ def _what(task: Recording) -> str:
 
 def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
     """Image, position and weight of every sampled row, as one structured array."""
-    where = np.empty(images * len(plan.weights(tokens)), WHERE)
-    _fill_where(where, plan, tokens)
-    return where
-
-
-def _fill_where(where: np.ndarray, plan: TokenPlan, tokens: int) -> None:
     weights = plan.weights(tokens)
+    where = np.empty(images * len(weights), WHERE)
     for number, rows in enumerate(where.reshape(-1, len(weights)), start=plan.first):
         rows["image"], rows["weight"] = number, weights
         rows["position"] = plan.positions(number, tokens)
-
-
-def _fill(folder: Path, task: Recording, label: str) -> None:
-    """Record the images that are not saved yet, and save every so many of them."""
-    files = OnDisk(folder, task.one_row)
-    first = json.loads((folder / "progress.json").read_text())["images"]
-    for count in _recorded(files, task, first, label):
-        if count % SAVED_EVERY == 0 or count == len(task.images):
-            for mapped in files.values():
-                mapped.flush()
-            write_json(folder / "progress.json", {"images": count})
+    return where
 
 
 def _recorded(

@@ -15,8 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.std import tqdm
 
+from moee_analysis.checks import whole_number
+from moee_analysis.endings import ended_in_order
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import check_place, write_json
+from moee_analysis.folders import new_folder
 from moee_analysis.kernel import open_lab, own_kernel
+from moee_analysis.outside_text import printable
 from moee_analysis.paths import notebooks_folder
 from moee_analysis.presets import preset_named
 from moee_analysis.report_index import INDEX, write_index
@@ -24,7 +29,6 @@ from moee_analysis.report_page import LOG, PAGE, read_story, write_page
 from moee_analysis.report_parameters import OWN, check_parameters
 from moee_analysis.report_progress import CELLS, cell_bar, cells_noted
 from moee_analysis.report_worker import STATUS
-from moee_analysis.store import check_place, new_folder, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,12 +113,14 @@ def report(
         them, an ``out`` that holds something else.
     """
     preset_named(preset)
+    if timeout is not None:
+        whole_number("timeout", timeout, least=1)
     chosen = _chosen(notebooks)
     given = _checked(parameters or {}, chosen)
     folder = _checked_folder(Path(out), chosen)
     seconds = timeout or CELL_SECONDS[preset]
     outcomes: list[Outcome] = []
-    with cell_bar(chosen) as bar:
+    with ended_in_order(), cell_bar(chosen) as bar:
         for number, notebook in enumerate(chosen):
             place = f"[{number + 1}/{len(chosen)}] {notebook.stem}"
             _say(say, f"{place}: started")
@@ -125,14 +131,14 @@ def report(
             outcomes.append(outcome)
             _say(say, f"{place}: {_ending(outcome)}")
             write_index(folder, [done.folder for done in outcomes])
-    say(f"report: {folder / INDEX}")
+    _say(say, f"report: {folder / INDEX}")
     return outcomes
 
 
 def _say(say: Callable[[str], None], line: str) -> None:
     """Let ``say`` tell a line; a bar makes room for it."""
     with tqdm.external_write_mode():
-        say(line)
+        say(printable(line))
 
 
 def _chosen(notebooks: Sequence[str | Path] | None) -> list[Path]:
@@ -232,11 +238,11 @@ def _work(job: dict[str, Any], folder: Path, seen: Callable[[int], None]) -> dic
 def _process(
     command: Sequence[str], log: Any, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen]:
-    """A child process out of reach of the terminal's Ctrl-C, which is over when this is."""
+    """A child process out of reach of the terminal's Ctrl-C, which is over when this one is."""
     child = subprocess.Popen(
         command,
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # never written to: its end tells the child that this one has died
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -250,6 +256,7 @@ def _process(
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+        child.stdin.close()
 
 
 def _tidy(folder: Path, names: Mapping[Path, Path | str]) -> None:

@@ -6,6 +6,7 @@ import io
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.report_html import link
 from moee_analysis.report_page import PAGE, data_uri
 from moee_analysis.results import alternative, readable
 
@@ -34,7 +35,7 @@ def card(folder: Path, status: dict[str, Any], found: dict[str, Any]) -> str:
     return f"""<article class="card">
 {_cover(folder, found)}
 <div class="text">
-<h2><a href="{escape(folder.name)}/{PAGE}">{escape(status["title"])}</a></h2>
+<h2>{link(f"{folder.name}/{PAGE}", status["title"])}</h2>
 <p>{escape(status["summary"])}</p>
 <div class="found">
 {_headline(found)}{_error(status)}{_claims(found.get("claims", []))}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from bs4 import BeautifulSoup
+
+from moee_analysis.outside_text import printable
 
 if TYPE_CHECKING:
     from bs4.element import Tag
 
 GENERATOR = "moee-analysis"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""Content security policy: the browser itself refuses to fetch or to run anything."""
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'"
+)
+"""Content security policy: the browser itself refuses to fetch, to run or to send anything."""
 
 ACTIVE = ("script", "iframe", "object", "embed", "link", "base", "meta", "audio", "video")
 LOADING = ("src", "srcset", "poster", "background", "data", "xlink:href")
@@ -38,6 +45,11 @@ def document(title: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+def link(path: str, words: str) -> str:
+    """A link to a file, by its ``path`` from the page's folder, whatever it is called."""
+    return f'<a href="{quote(os.fsencode(path))}">{escape(printable(words))}</a>'
 
 
 def standing_alone(fragment: str) -> str:

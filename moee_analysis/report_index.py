@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moee_analysis import environment
+from moee_analysis.files import write_text
+from moee_analysis.outside_text import printable
 from moee_analysis.report_card import card
 from moee_analysis.report_html import document
 from moee_analysis.report_worker import STATUS
@@ -33,9 +35,7 @@ def write_index(out: Path, folders: list[Path]) -> None:
 </main>
 {_environment(runs)}
 </div>"""
-    partial = out / f".{INDEX}"
-    partial.write_text(document("moee_analysis report", body), encoding="utf-8")
-    partial.replace(out / INDEX)
+    write_text(out / INDEX, document("moee_analysis report", body))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,7 +109,7 @@ def _environment(runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 def _definitions(rows: dict[str, Any]) -> str:
     """What is known of ``rows`` as a definition list."""
     told = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>"
+        f"<div><dt>{name}</dt><dd>{escape(printable(str(value)))}</dd></div>"
         for name, value in rows.items()
         if value is not None
     )

@@ -7,8 +7,10 @@ import json
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.outside_text import printable
 from moee_analysis.report_access import accessible, told_below
-from moee_analysis.report_html import document, standing_alone
+from moee_analysis.report_html import document, link, standing_alone
+from moee_analysis.report_output import shorten, shortened
 from moee_analysis.report_solutions import folded
 from moee_analysis.report_worker import NOTEBOOK
 from moee_analysis.results import FILE, alternative
@@ -63,7 +65,8 @@ def read_story(notebook: Path) -> dict[str, str]:
     title, _, rest = heading.removeprefix("# ").partition("\n")
     prose = [rest, *blocks] if rest else blocks
     summary = next((b for b in prose if b and not b.startswith(("#", "|", "<", "!"))), "")
-    return {"title": title or notebook.stem.replace("_", " "), "summary": _unmarked(summary)}
+    told = {"title": title or notebook.stem.replace("_", " "), "summary": _unmarked(summary)}
+    return {name: printable(text) for name, text in told.items()}
 
 
 def data_uri(picture: bytes, kind: str = "png") -> str:
@@ -81,6 +84,8 @@ def _notebook_body(path: Path) -> str:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _shows_something(output)]
+            for output in cell.outputs:
+                shorten(output)
     config = Config()
     config.TagRemovePreprocessor.enabled = True
     config.TagRemovePreprocessor.remove_cell_tags = ("papermill-error-cell-tag", "remove-cell")
@@ -130,7 +135,7 @@ def _remains(folder: Path, status: Mapping[str, Any], figures: list[dict[str, An
     log = folder / LOG
     if log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        tail = escape("\n".join(lines[-LOG_LINES:]))
+        tail = escape(shortened("\n".join(map(printable, lines[-LOG_LINES:]))))
         parts.append(f'<h2>The end of its log</h2><pre class="log">{tail}</pre>')
     return "\n".join(parts)
 
@@ -147,7 +152,7 @@ def _files(folder: Path, status: Mapping[str, Any]) -> str:
     """Links to the files beside the page."""
     names = [name for name in (FILE, NOTEBOOK) if (folder / name).is_file()]
     names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("tables/*.csv"))
-    links = " · ".join(f'<a href="{escape(name)}">{escape(name)}</a>' for name in names)
+    links = " · ".join(link(name, name) for name in names)
     beside = f"<p>The numbers: {links}</p>" if names else ""
     return f'<footer class="fine"><p>Ran for {status["seconds"]:.0f} s.</p>{beside}</footer>'
 

@@ -43,7 +43,7 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
 
 
 def declared_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
-    """What papermill reads in the parameters cell: name -> its ``inspect_notebook`` entry.
+    """What papermill reads in the parameters cell: by name, each with its type and default.
 
     Raises
     ------
@@ -51,10 +51,10 @@ def declared_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
         The notebook is missing or foreign, has not exactly one parameters cell, or that cell
         assigns a name papermill cannot see (a union annotation, a second ``=``).
     """
-    import papermill
+    from papermill.translators import PythonTranslator
 
     source = _parameters_source(notebook)
-    declared = papermill.inspect_notebook(literal(notebook))
+    declared = {each.name: each._asdict() for each in PythonTranslator.inspect({"source": source})}
     hidden = sorted(_assigned(source, notebook) - declared.keys())
     if hidden:
         raise MoeeError(

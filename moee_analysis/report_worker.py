@@ -6,7 +6,6 @@ The report starts it as ``python -m moee_analysis.report_worker JOB``; JOB is JS
 from __future__ import annotations
 
 import json
-import re
 import signal
 import sys
 import time
@@ -14,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moee_analysis import kernel
+from moee_analysis.endings import die_after
+from moee_analysis.files import write_json
+from moee_analysis.outside_text import printable
+from moee_analysis.report_output import ESCAPES, join_streams
 from moee_analysis.report_parameters import literal
 from moee_analysis.report_progress import note_cell
-from moee_analysis.store import write_json
 
 NOTEBOOK = "notebook.ipynb"
 STATUS = "status.json"
@@ -50,8 +52,8 @@ def run_notebook(
             progress_bar=False,
             start_timeout=KERNEL_START_SECONDS,
             execution_timeout=timeout,
-            coalesce_streams=True,
             shutdown_kernel="immediate",
+            on_cell_executed=lambda cell, **_: join_streams(cell),  # nbclient takes hours
             on_cell_complete=lambda **_: note_cell(folder),
         )
     except papermill.PapermillExecutionError as error:
@@ -64,11 +66,11 @@ def run_notebook(
 
 
 def _cell_error(error: Any) -> dict[str, Any]:
-    trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    trace = ESCAPES.sub("", "\n".join(error.traceback))
     return {
         "status": "cell_error",
         "cell": error.exec_count,
-        "error": f"{error.ename}: {error.evalue}".strip()[:ERROR_LENGTH],
+        "error": _line(f"{error.ename}: {error.evalue}"),
         "traceback": trace,
     }
 
@@ -84,7 +86,12 @@ def _death(error: RuntimeError) -> str:
 def _stopped(status: str, error: str, written: Path) -> dict[str, Any]:
     cell = _cells_begun(written)
     written.unlink(missing_ok=True)
-    return {"status": status, "cell": cell, "error": error[:ERROR_LENGTH]}
+    return {"status": status, "cell": cell, "error": _line(error)}
+
+
+def _line(error: str) -> str:
+    """The beginning of what went wrong, on one line."""
+    return printable(" ".join(error.split()))[:ERROR_LENGTH]
 
 
 def _cells_begun(written: Path) -> int | None:
@@ -99,6 +106,7 @@ def _cells_begun(written: Path) -> int | None:
 def main(text: str) -> None:
     """Do the job described by the JSON ``text`` and leave ``status.json`` in its folder."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    die_after(sys.stdin.buffer.read)
     job = json.loads(text)
     folder = Path(job["folder"])
     status = run_notebook(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.store import write_json
+from moee_analysis.files import new_file, write_json, write_text, writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ class Results:
         """Keep ``table`` as ``tables/<name>.csv``."""
         file = f"tables/{_file_name(name)}.csv"
         if self.folder is not None:
-            table.to_csv(self._place(file), index=not is_plain_index(table))
+            write_text(self._place(file), table.to_csv(index=not is_plain_index(table)))
         entry = {"file": file, "rows": len(table), "columns": [str(c) for c in table.columns]}
         told = table.attrs.get("caption")
         self.put_into("tables", name, entry | ({"caption": told} if told else {}))
@@ -66,20 +66,21 @@ class Results:
         """
         file = f"figures/{_file_name(name)}.png"
         if self.folder is not None:
-            self._place(file).write_bytes(png)
+            with new_file(self._place(file), wanted=len(png)) as partial:
+                partial.write_bytes(png)
         said = {kind: text for kind, text in told.items() if text}
         self.put_into("figures", name, {"file": file} | said | ({"cover": True} if cover else {}))
 
     def _place(self, file: str) -> Path:
         assert self.folder is not None
         path = self.folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def _write(self) -> None:
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / FILE, self.content)
+            write_json(self._place(FILE), self.content)
 
 
 def plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ edited by hand or put together from two runs is refused instead of loading as a 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import check_place, read_json, write_json
+from moee_analysis.files import checksum as _checksum
+from moee_analysis.files import file_hash as _file_hash
+from moee_analysis.folders import new_folder
 from moee_analysis.rebuilding import describe, rebuild, stored_tensors
-from moee_analysis.store import check_place, new_folder, write_json
+from moee_analysis.run_schema import check_facts
 from moee_analysis.weights import read_tensors
 
 if TYPE_CHECKING:
@@ -56,7 +59,6 @@ def write_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
 def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     """Write the two files of a run into an existing ``folder``."""
     save_file(stored_tensors(model), folder / TENSORS, metadata={"format": "pt"})
-    (folder / TENSORS).chmod(0o644)  # safetensors gives it to its owner alone
     content = {
         "kind": KIND,
         "format": FORMAT,
@@ -64,7 +66,9 @@ def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         "tensors_sha256": _file_hash(folder / TENSORS),
         **facts,
     }
-    write_json(folder / FACTS, {**content, "checksum": _checksum(content)})
+    facts = {**content, "checksum": _checksum(content)}
+    check_facts(json.loads(json.dumps(facts)), folder / FACTS)  # nothing that could not be loaded
+    write_json(folder / FACTS, facts)
 
 
 def read_run(folder: Path, *, dense: nn.Module | None = None) -> SavedRun:
@@ -73,8 +77,8 @@ def read_run(folder: Path, *, dense: nn.Module | None = None) -> SavedRun:
     Raises
     ------
     MoeeError
-        Missing, truncated, foreign, edited or newer files; a network that answers otherwise than
-        the one that was saved.
+        Missing, truncated, foreign, edited or newer files; facts or tensors that make no sense; a
+        network that answers otherwise than the one that was saved.
     """
     facts = _read_facts(folder)
     tensors, _ = read_tensors(folder / TENSORS)
@@ -87,11 +91,11 @@ def read_run(folder: Path, *, dense: nn.Module | None = None) -> SavedRun:
     return SavedRun(rebuild(facts["model"], tensors, dense=dense), facts)
 
 
-def check_target(folder: Path) -> None:
-    """Refuse to save over anything but an empty folder or an earlier run."""
+def check_target(folder: Path, *, wanted: int = 0) -> None:
+    """Refuse to save over anything but an empty folder or an earlier run, of ``wanted`` bytes."""
     if folder.exists() and not folder.is_dir():
         raise MoeeError(f"a folder at '{folder}'", "a file", "choose another place")
-    check_place(folder)
+    check_place(folder, wanted=wanted)
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if present - {TENSORS, FACTS}:
         raise MoeeError(
@@ -103,19 +107,16 @@ def check_target(folder: Path) -> None:
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
+    facts = read_json(
+        path, expected=f"a run folder with {FACTS} and {TENSORS}",
+        hint="check the path, restore the file, or extract again",
+    )  # fmt: skip
     try:
-        facts = json.loads(path.read_text())
-    except OSError:
+        _check_facts(facts, path)
+    except RecursionError:
         raise MoeeError(
-            f"a run folder with {FACTS} and {TENSORS}",
-            f"no {FACTS} in '{folder}'",
-            "check the path",
+            f"the facts of a run in '{path}'", "lists too deep in each other", "check the path"
         ) from None
-    except ValueError as error:
-        raise MoeeError(
-            f"complete JSON in '{path}'", str(error), "restore the file, or extract again"
-        ) from None
-    _check_facts(facts, path)
     return facts
 
 
@@ -133,13 +134,4 @@ def _check_facts(facts: Any, path: Path) -> None:
             f"'{path}' as it was saved", "a file edited since then",
             "restore the file, or extract again with other settings",
         )  # fmt: skip
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
-    return hashlib.sha256(plain.encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    check_facts(facts, path)

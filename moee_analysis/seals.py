@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import checksum, file_hash, new_file, read_json, write_json
+from moee_analysis.files import check_file, checksum, file_hash, new_file, read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,9 +43,18 @@ def damage_of(folder: Path) -> str:
     Files that have not been touched since they were last looked at are not read again.
     """
     try:
-        files = read_signed(folder / SEAL)["files"]
-    except (MoeeError, KeyError, TypeError):
+        files = dict(read_signed(folder / SEAL)["files"])
+    except (MoeeError, KeyError, TypeError, ValueError):
         return f"no whole {SEAL}"
+    try:
+        return _damage(folder, files)
+    except MoeeError as error:
+        return error.found
+    except OSError as error:
+        return str(error)
+
+
+def _damage(folder: Path, files: Mapping[str, str]) -> str:
     strange = _names(folder) ^ files.keys()
     if strange:
         names = ", ".join(sorted(strange)[:3])
@@ -99,6 +108,7 @@ def read_signed_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     MoeeError
         A file that is damaged.
     """
+    check_file(path, expected=f"'{path}' as it was written", hint="remove it, and make it again")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -132,6 +142,7 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
+    check_file(path, expected="a file", hint="remove it")  # nobody waits for a named pipe
     there = path.stat()
     known = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns)
     if known not in _KNOWN:

@@ -11,7 +11,7 @@ import torch
 from moee_analysis.assignment import Assignment, by_expert
 from moee_analysis.distributed import agreed
 from moee_analysis.fisher import expert_metrics, products
-from moee_analysis.store import content_key, kept
+from moee_analysis.store import content_key, kept, present
 from moee_analysis.sums import Sums, summed
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def gathered(
     sites = {site.name: site for site in calibration.sites}
     tallies = [ExpertTally(sites[name], each, gradients) for name, each in assignments.items()]
     folders = {tally.site.name: _folder(calibration, tally) for tally in tallies}
-    missing = [tally for tally in tallies if not agreed(folders[tally.site.name].is_dir())]
+    missing = [tally for tally in tallies if not agreed(present(folders[tally.site.name]))]
     for tally, sums in summed(calibration, missing, label="statistics of experts"):
         _keep(folders[tally.site.name], statistics_of(tally, sums))
     return {name: _load(folder) for name, folder in folders.items()}

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.files import check_place, flush, writing
-from moee_analysis.folders import flush_all, locked, new_folder
+from moee_analysis.folders import flush_all, held_folder, new_folder
+from moee_analysis.locks import remove
 from moee_analysis.progress import tell
 from moee_analysis.seals import SEAL, damage_of, seal
 from moee_analysis.store_use import use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 
@@ -79,7 +79,7 @@ def set_aside(folder: Path, damage: str) -> None:
     aside = folder.with_name(ASIDE + folder.name.lstrip("."))
     tell(f"'{folder}' is damaged ({damage}): set aside as '{aside.name}', and made again")
     with writing(aside, hint=ELSEWHERE), suppress(FileNotFoundError):  # another process did it
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         folder.rename(aside)
 
 
@@ -113,14 +113,13 @@ def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
         A folder that cannot be written to; what ``build`` refuses, and then nothing of it is left.
     """
     final, unfinished = root / name, unfinished_folder(root / name)
-    with writing(final, hint=ELSEWHERE):
-        root.mkdir(parents=True, exist_ok=True)
-        while not present(final):
-            unfinished.mkdir(exist_ok=True)
-            with _alone(unfinished) as alone:
-                if alone:
-                    _finish(unfinished, final, build)
-                    _check_written(final)
+    if not present(final):
+        with held_folder(unfinished):
+            if present(final):  # made by the process that was waited for
+                remove(unfinished)
+            else:
+                _finish(unfinished, final, build)
+        _check_written(final)
     return final
 
 
@@ -137,27 +136,16 @@ def unfinished_folder(final: Path) -> Path:
     return final.with_name(f".{final.name}{UNFINISHED}")
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Wait until no other process holds the folder; whether it is still there then."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder))
-        except FileNotFoundError:  # another process has finished it meanwhile
-            yield False
-        else:
-            yield True
-
-
 def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:
     for cut_off in unfinished.glob(".*"):  # what was being written at a kill
         cut_off.unlink()
     try:
-        build(unfinished)
+        with writing(final, hint=ELSEWHERE):
+            build(unfinished)
+            seal(unfinished)
+            flush_all(unfinished)
     except MoeeError:  # the next attempt would fail as well
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         raise
-    seal(unfinished)
-    flush_all(unfinished)
     unfinished.rename(final)
     flush(final.parent)

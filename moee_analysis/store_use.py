@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from moee_analysis.folders import RANDOM, remove_left
+from moee_analysis.locks import OURS, RANDOM, READ, remove_left
 from moee_analysis.seals import SEAL
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MOST_HELD = 300  # open files
-TEMPORARY = rf"\.[a-z]+-[0-9a-f]{{20}}-{RANDOM}"
-"""Names of folders in a store that are being filled."""
+TEMPORARY = rf"\..+{OURS}{RANDOM}"
+"""Names of files and folders in a store that are being filled."""
 
 _COLLECTED: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 _HELD: dict[Path, int] = {}
@@ -41,7 +41,7 @@ def use(folder: Path) -> None:
     if folder in _HELD:
         os.close(_HELD.pop(folder))
     with suppress(OSError):
-        _HELD[folder] = os.open(folder / SEAL, os.O_RDONLY)
+        _HELD[folder] = os.open(folder / SEAL, READ)
         fcntl.flock(_HELD[folder], fcntl.LOCK_SH)
     while len(_HELD) > MOST_HELD:
         os.close(_HELD.pop(next(iter(_HELD))))
@@ -51,7 +51,7 @@ def use(folder: Path) -> None:
 def unused(folder: Path) -> Iterator[bool]:
     """Whether no process uses a folder of a store; none begins to while this is open."""
     try:
-        handle = os.open(folder / SEAL, os.O_RDONLY)
+        handle = os.open(folder / SEAL, READ)
     except OSError:  # a folder without checksums is of no use
         yield True
         return

@@ -7,18 +7,18 @@ Whatever an extraction knows of its tokens is a sum over them, or a few of them 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from moee_analysis.distributed import all_sum
 from moee_analysis.errors import MoeeError
-from moee_analysis.progress import progress
+from moee_analysis.files import writing
+from moee_analysis.locks import remove
+from moee_analysis.progress import progress, tell
+from moee_analysis.seals import read_signed_tensors, write_tensors
 from moee_analysis.store import content_key
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def summed(
 
 def forget(calibration: Calibration) -> None:
     """Remove the sums that passes over these tokens have saved."""
-    while calibration.passes:
-        shutil.rmtree(calibration.passes.pop(), ignore_errors=True)
+    for path in calibration.root.glob(f"{_prefix(calibration)}*"):
+        remove(path)
 
 
 def summed_alone(tally: Tally, layer: Recorded) -> Sums:
@@ -113,8 +113,7 @@ def that_fit(tallies: Sequence[Tally], memory: float) -> list[list[Tally]]:
 def _pass(calibration: Calibration, group: Sequence[Tally], label: str) -> list[Sums]:
     """Sums over the tokens of this process, one pass."""
     sites = {tally.site.name: tally.site for tally in group}
-    saved = _Saved(_folder(calibration, group))
-    calibration.passes.append(saved.folder)
+    saved = _Saved(_file(calibration, group))
     done, sums = saved.read(group)
     gradients = any(tally.gradients for tally in group)
     parts = calibration.parts(list(sites.values()), gradients=gradients, skip=done)
@@ -138,10 +137,15 @@ def _layer_by_layer(
             yield tally
 
 
-def _folder(calibration: Calibration, group: Sequence[Tally]) -> Path:
+def _prefix(calibration: Calibration) -> str:
+    return f"sums-{calibration.key}-"
+
+
+def _file(calibration: Calibration, group: Sequence[Tally]) -> Path:
     own = [[part.start, part.stop] for part in calibration.chosen]
     facts = [{"site": tally.site.name, **tally.facts} for tally in group]
-    return calibration.root / f"sums-{content_key(tokens=calibration.key, own=own, of=facts)}"
+    folder = calibration.root / f"{_prefix(calibration)}{content_key(own=own, of=facts)}"
+    return folder / "sums.safetensors"
 
 
 def _zeros(tally: Tally) -> Sums:
@@ -152,29 +156,24 @@ def _zeros(tally: Tally) -> Sums:
 class _Saved:
     """Sums of a pass that is under way; what is saved is whole, whenever the process dies."""
 
-    folder: Path
+    file: Path
     begun: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
 
-    @property
-    def _file(self) -> Path:
-        return self.folder / "sums.safetensors"
-
     def read(self, group: Sequence[Tally]) -> tuple[int, list[Sums]]:
-        """How many parts are done, and their sums; none, and zeros, where nothing is saved."""
+        """How many parts are done, and their sums; none, and zeros, where none are whole."""
         sums = [_zeros(tally) for tally in group]
-        if not self._file.exists():
+        if not self.file.exists():
             return 0, sums
         try:
-            with safe_open(self._file, "pt") as file:
-                for number, total in enumerate(sums):
-                    for name, values in total.items():
-                        values.copy_(file.get_tensor(f"{number}.{name}"))
-                return int(file.metadata()["parts"]), sums
-        except (SafetensorError, OSError) as error:
-            raise MoeeError(
-                f"saved sums in '{self._file}'", str(error), "remove the file, and run it again"
-            ) from None
+            tensors, facts = read_signed_tensors(self.file)
+        except MoeeError as error:
+            tell(f"saved sums are damaged, and made again: {error.found} ({self.file})")
+            return 0, sums
+        for number, total in enumerate(sums):
+            for name, values in total.items():
+                values.copy_(tensors[f"{number}.{name}"])
+        return facts["parts"], sums
 
     def keep(self, sums: Sequence[Sums], parts: int, *, last: bool) -> None:
         """Save the sums of so many parts, unless others were saved not long ago.
@@ -188,13 +187,6 @@ class _Saved:
 
     def _write(self, sums: Sequence[Sums], parts: int) -> None:
         tensors = {f"{n}.{name}": v for n, total in enumerate(sums) for name, v in total.items()}
-        new = self.folder / "new"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, new, metadata={"parts": str(parts)})
-            new.replace(self._file)
-        except (SafetensorError, OSError) as error:
-            new.unlink(missing_ok=True)
-            raise MoeeError(
-                f"a place to write '{self._file}'", str(error), "make room, and run it again"
-            ) from None
+        with writing(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.file, tensors, {"parts": parts})

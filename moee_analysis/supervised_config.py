@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from moee_analysis.clustering import whole_number
+from moee_analysis.checks import not_none, one_of, real_number, seed_number, share, whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.training_images import AUGMENTATIONS
 
@@ -70,29 +69,23 @@ class SupervisedConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "check_every"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least=1)
-        whole_number("seed", self.seed, least=0)
-        known = (FLIP, *AUGMENTATIONS)
-        if self.augmentation not in known:
-            _refuse(f"augmentation among {', '.join(known)}", self.augmentation)
+        for name in ("steps", "batch_size"):
+            whole_number(name, getattr(self, name))
+        for name, value in not_none(self, "check_every"):
+            whole_number(name, value)
+        seed_number(self.seed)
+        one_of("augmentation", self.augmentation, (FLIP, *AUGMENTATIONS))
         for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                _refuse(f"{name} above 0", getattr(self, name))
+            real_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "mixup", "cutmix", "balance_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                _refuse(f"{name} of 0 or more", getattr(self, name))
-        self._check_shares()
-
-    def _check_shares(self) -> None:
+            real_number(name, getattr(self, name), least=0)
         for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                _refuse(f"{name} from 0 to below 1", getattr(self, name))
-        if not 0 < self.layer_decay <= 1:
-            _refuse("layer_decay above 0 and up to 1", self.layer_decay)
+            real_number(name, getattr(self, name), least=0, below=1)
+        share("layer_decay", self.layer_decay)
         if self.mixes and self.batch_size % 2:
-            _refuse("an even batch_size with mixup or cutmix", self.batch_size)
+            raise MoeeError(
+                "an even batch_size with mixup or cutmix", str(self.batch_size), "correct it"
+            )
 
     @property
     def mixes(self) -> bool:
@@ -111,7 +104,3 @@ class SupervisedConfig:
         """Whether the model is looked at after so many updates."""
         every = self.check_every or self.steps
         return step == self.steps or step % every == 0
-
-
-def _refuse(expected: str, found: Any) -> None:
-    raise MoeeError(expected, str(found), "correct it")

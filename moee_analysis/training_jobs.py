@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from moee_analysis.endings import die_after
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import write_json
 from moee_analysis.models import fingerprint
 from moee_analysis.progress import progress
-from moee_analysis.store import content_key, kept, write_json
+from moee_analysis.store import content_key, kept, present
 from moee_analysis.supervised_training import train
 from moee_analysis.training_batches import Loaded
 
@@ -64,7 +66,7 @@ class TrainingBench:
             What :func:`~moee_analysis.supervised_training.train` refuses, and the job's name.
         """
         folders = [self.folder(job) for job in jobs]
-        missing = {f: job for f, job in zip(folders, jobs, strict=True) if not f.is_dir()}
+        missing = {f: job for f, job in zip(folders, jobs, strict=True) if not present(f)}
         if workers > 1 and len(missing) > 1:
             doing = self._side_by_side(missing, min(workers, len(missing)))
         else:
@@ -106,9 +108,12 @@ class TrainingBench:
     def _side_by_side(self, missing: dict[Path, TrainingJob], workers: int) -> Iterator[None]:
         """Do jobs in fresh processes, each of which loads the images once."""
         bare = TrainingBench(self.training, self.images, self.store)
-        with ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(bare,)
-        ) as pool:
+        with (
+            ProcessPoolExecutor(
+                workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(bare,)
+            ) as pool,
+            _stopped_with_us(pool),
+        ):
             yield from pool.map(_do, missing.values(), missing)
 
 
@@ -116,11 +121,25 @@ _OWN: list[TrainingBench] = []  # of a process that was begun for jobs
 
 
 def _begin(bench: TrainingBench) -> None:
+    die_after(multiprocessing.parent_process().join)
     _OWN.append(bench)
 
 
 def _do(job: TrainingJob, folder: Path) -> None:
     _OWN[-1].do(job, folder)
+
+
+@contextmanager
+def _stopped_with_us(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Where a person or a signal stops us, jobs that are under way are not waited for."""
+    others = set(multiprocessing.active_children())
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
 
 
 @contextmanager

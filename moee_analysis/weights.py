@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import check_file
 from moee_analysis.progress import tell
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     Raises
     ------
     MoeeError
-        Missing, truncated or foreign file.
+        No file, or one that cannot be read, is truncated or foreign.
     """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise MoeeError(f"a weights file at '{path}'", found, "check the path")
+    check_file(path, expected="a weights file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise MoeeError("a weights file that can be read", str(error), "check the path") from None
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _read_checkpoint(path), {}
@@ -72,8 +75,13 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, sourc
 
 
 def misfits(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str:
-    """What of ``tensors`` does not fit ``model``: three of each kind, and how many; "" if none."""
-    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    """What of ``tensors`` does not fit ``model``, as :func:`differences` tells it; "" if none."""
+    return differences(model.state_dict(), tensors)
+
+
+def differences(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Names and shapes in which ``tensors`` differ: three of each kind, and how many; or ""."""
+    own = {name: tuple(t.shape) for name, t in expected.items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     both = own.keys() & given.keys()
     kinds = {

@@ -11,7 +11,11 @@ from PIL import Image
 from moee_analysis.activations import LayerSample
 from moee_analysis.clustering import ClusterConfig
 from moee_analysis.config import ExtractConfig
+from moee_analysis.extraction import Extraction, LayerReport
+from moee_analysis.layers import MoeMlp, all_mlps
 from moee_analysis.models import build_model, input_size
+from moee_analysis.provenance import provenance_of
+from tests.toys import toy_images
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +55,25 @@ def quick(**settings) -> ExtractConfig:
 def best(**settings) -> ExtractConfig:
     """The recipe ``best`` with few experts, for models that are small."""
     return ExtractConfig(**{"recipe": "best", "clustering": MEANS, **settings})
+
+
+def run_of(model) -> Extraction:
+    """A run whose ``model`` has been given its routed layers by hand."""
+    reports = tuple(_report(*numbered) for numbered in enumerate(all_mlps(model).items()))
+    config = quick().resolved()
+    return Extraction(model, config, 0.8, reports, provenance_of(model, toy_images(6), config))
+
+
+def _report(index, named) -> LayerReport:
+    name, mlp = named
+    if not isinstance(mlp, MoeMlp):
+        return LayerReport(index, name, mlp.fc1.out_features, converted=False, reason="")
+    hidden = mlp.hidden_dense
+    return LayerReport(
+        index, name, hidden, converted=True, reason="", experts=mlp.n_experts,
+        active_fraction=float(mlp.shares @ mlp.sizes.float()) / hidden,
+        union_fraction=len(mlp.kept) / hidden, sizes=tuple(mlp.expert_sizes),
+    )  # fmt: skip
 
 
 def sample_of(hidden=None, *, inputs=None, weight=None, gradients=None, position=None, image=None):

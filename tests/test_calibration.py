@@ -132,7 +132,7 @@ def test_limits_change_nothing_about_a_run(recipe, pieces):
     config = recipe(macs_reduction=0.3, **pieces)
     runs = [
         extract(toy_vit(), toy_images(IMAGES), config, limits=limits)
-        for limits in (None, NOWHERE, Limits(memory=1e5), Limits(memory=0, disk=0))
+        for limits in (None, NOWHERE, Limits(memory=1e5), Limits(memory=1, disk=0))
     ]
     first, *others = (run.model.state_dict() for run in runs)
     for other in others:

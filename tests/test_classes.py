@@ -70,7 +70,7 @@ def test_other_content_is_refused(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(MoeeError, match="one name a line, or JSON"):
         read_class_names(tmp_path / "c.json")
-    with pytest.raises(MoeeError, match="No such file"):
+    with pytest.raises(MoeeError, match="no such file"):
         read_class_names(tmp_path / "missing.txt")
 
 

@@ -12,13 +12,30 @@ from moee_analysis import cli
 from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS
 from moee_analysis.cli.guide import FIRST_STEPS, GUIDES
 from moee_analysis.cli.parser import COMMANDS, command_parser
-from moee_analysis.finetune_config import FinetuneConfig
+from moee_analysis.clustering import REDUCTIONS
+from moee_analysis.config import NOISE_POLICIES
+from moee_analysis.finetune_config import PRECISIONS, FinetuneConfig
+from moee_analysis.recipes import CHOICES, RECIPES, TOKEN_KINDS
+from moee_analysis.router_training import ROUTERS
 from moee_analysis.systems import SYSTEMS
+from moee_analysis.training_images import AUGMENTATIONS
 
 EXAMPLES = sorted(
     {command for guide in GUIDES.values() for _, command in guide.examples}
     | {command for _, command in FIRST_STEPS}
 )
+
+
+@pytest.fixture(autouse=True)
+def _what_examples_name(tmp_path, monkeypatch):
+    """The folders and files of the examples, where they are looked for."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("first", "deit"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "run.json").write_text("{}")
+    for images in ("calibration", "evaluation", "classes"):
+        (tmp_path / "images" / images).mkdir(parents=True)
+    (tmp_path / "deit_tiny.safetensors").write_bytes(b"")
 
 
 def parsed(command):
@@ -94,6 +111,21 @@ def test_defaults_of_fine_tuning_are_those_that_are_told():
     for name, (kind, told) in FINETUNE_OPTIONS.items():
         found = re.search(r"\(default: (.+)\)$", told)
         assert (kind(found[1]) if found else None) == defaults[name]
+
+
+def test_the_choices_are_those_of_the_configurations():
+    """They are listed again, because the configurations need the heavy libraries."""
+    named = {
+        "recipe": RECIPES, "reduce": REDUCTIONS, "noise": NOISE_POLICIES,
+        "attention": CHOICES["attention"], "dense_tokens": TOKEN_KINDS, "router": ROUTERS,
+        "augmentation": AUGMENTATIONS, "precision": PRECISIONS,
+    }  # fmt: skip
+    for name, choices in named.items():
+        tuned = name in FINETUNE_OPTIONS
+        command = "moee finetune runs/first --out new" if tuned else "moee extract --out new"
+        for choice in choices:
+            arguments, _ = parsed(f"{command} --{name.replace('_', '-')} {choice}")
+            assert getattr(arguments, name) in (choice, (choice,))
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -80,11 +80,11 @@ def test_an_atlas_refuses_what_is_wrong_in_one_line(
     saved_run, tmp_path, asked, capsys, monkeypatch
 ):
     monkeypatch.setattr("moee_analysis.load", lambda _: pytest.fail("too late"))
-    assert "a folder" in refused(capsys, "atlas", run, "--out", tmp_path)
+    assert "a folder" in refused(capsys, "atlas", saved_run, "--out", tmp_path)
     out = tmp_path / "missing" / "atlas.html"
-    assert "no folder" in refused(capsys, "atlas", run, "--out", out)
+    assert "no folder" in refused(capsys, "atlas", saved_run, "--out", out)
     out = tmp_path / "atlas.html"
-    assert "toaster" in refused(capsys, "atlas", run, "--out", out, "--device", "toaster")
+    assert "toaster" in refused(capsys, "atlas", saved_run, "--out", out, "--device", "toaster")
     assert asked == []
 
 

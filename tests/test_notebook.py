@@ -194,7 +194,7 @@ def test_headline_is_shown_and_kept_with_the_dense_model_beside(tmp_path, bench)
 
 def test_an_answer_is_shown_and_not_kept(tmp_path, bench):
     before = _written(tmp_path)
-    assert bench.answer("there are **7** of them").data == "there are **7** of them"
+    assert bench.answer("there are 7 of them").data == "there are 7 of them"
     assert _written(tmp_path) == before
 
 

@@ -16,7 +16,10 @@ from moee_analysis.models import BUNDLED_MODELS
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
-CONDA_NAMES = {"pytorch": "torch", "huggingface_hub": "huggingface-hub"}
+CONDA_NAMES = {
+    "pytorch": "torch", "huggingface_hub": "huggingface-hub",
+    "python-fastjsonschema": "fastjsonschema",
+}  # fmt: skip
 CONDA_ONLY = {"python", "pip"}
 CARD = {
     "python", "pytorch", "timm", "hdbscan", "umap-learn", "matplotlib", "seaborn", "jupyterlab",

@@ -16,6 +16,7 @@ from moee_analysis.activations import TokenPlan, recording
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import build_model, find_mlps, fingerprint
 from moee_analysis.recording import Recording, record
+from moee_analysis.seals import SEAL
 from moee_analysis.sensitivity import output_gradients
 from moee_analysis.store import content_key
 from moee_analysis.token_kinds import token_plan
@@ -256,7 +257,9 @@ def test_the_usual_kinds_keep_their_key_and_their_files(tmp_path):
         model=fingerprint(model), images=images.fingerprint, sites=sites, plan=[5, 1, 0, 0]
     )
     files = {f"{name}.{kind}.npy" for name in sites for kind in ("inputs", "hidden")}
-    assert {p.name for p in found.folder.iterdir()} == files | {"tokens-17.npy", "manifest.json"}
+    assert {p.name for p in found.folder.iterdir()} == files | {
+        "tokens-17.npy", "manifest.json", SEAL,
+    }  # fmt: skip
     assert json.loads((found.folder / "manifest.json").read_text()) == {
         "tokens": dict.fromkeys(sites, 17)
     }

@@ -135,6 +135,15 @@ def test_the_executed_notebook_names_the_report_s_folder(made):
     assert told.input_path == "fine.ipynb"
 
 
+def test_a_notebook_that_names_no_kernel_runs_too(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "print(number)")
+    notebook = nbformat.read(path, as_version=4)
+    del notebook.metadata["kernelspec"]
+    nbformat.write(notebook, path)
+    (outcome,) = report({"number": 3}, out=tmp_path / "out", preset="smoke", notebooks=[path])
+    assert outcome.ok, outcome.error
+
+
 def test_a_kernel_of_another_interpreter_is_not_used(tmp_path, monkeypatch):
     from jupyter_client.kernelspec import KernelSpecManager
 

@@ -6,8 +6,8 @@ import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
 
+from moee_analysis.files import write_json
 from moee_analysis.report_index import write_index
-from moee_analysis.store import write_json
 
 RAN = {"status": "ok", "seconds": 3725.0, "title": "A <notebook>", "summary": "What it shows."}
 CLAIMS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 from itertools import count
@@ -17,6 +18,7 @@ from moee_analysis.activations import TokenPlan
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import find_mlps
 from moee_analysis.recording import record
+from moee_analysis.seals import SEAL
 from moee_analysis.store import resumed
 from tests.toys import toy_images, toy_vit
 
@@ -43,7 +45,7 @@ def contents(folder):
 def unfinished(root):
     """Images that are saved in the recording that was killed, None if there is none yet."""
     found = [path.read_text() for path in root.glob(".*-unfinished/progress.json")]
-    return int(found[0].split(":")[1].strip(" }\n")) if found else None
+    return json.loads(found[0])["images"] if found else None
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_a_write_that_was_cut_off_is_gone_when_all_is_done(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         resumed(tmp_path, "thing", cut_off)
     resumed(tmp_path, "thing", lambda folder: (folder / "whole").touch())
-    assert [path.name for path in (tmp_path / "thing").iterdir()] == ["whole"]
+    assert {path.name for path in (tmp_path / "thing").iterdir()} == {"whole", SEAL}
 
 
 def test_what_a_build_refuses_is_not_kept_but_what_stops_it_is(tmp_path):

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract, load
 from moee_analysis.layers import moe_layers
 from moee_analysis.models import class_names, load_model
-from moee_analysis.saving import read_run, write_run
+from moee_analysis.saving import write_run
 from tests.makers import SMALL_VIT, contents, lively, pixels_of, quick, same_models
 from tests.toys import toy_images, toy_vit
 
@@ -133,6 +135,15 @@ def test_a_missing_file_is_told(saved_run, name):
         load(saved_run)
     with pytest.raises(MoeeError, match="check the path"):
         load(saved_run / "missing")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_told(saved_run, name, put):
+    (saved_run / name).unlink()
+    put(saved_run / name)
+    with pytest.raises(MoeeError, match=r"a named pipe|a folder"):
+        load(saved_run)
 
 
 def edited(facts, change):
@@ -253,7 +264,7 @@ def test_a_failing_save_leaves_no_half_written_run(
         small_run.save(tmp_path / "run")
     before = contents(tmp_path / "run") if earlier else None
     monkeypatch.setattr(saving, broken, full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(MoeeError, match="No space left"):
         small_run.save(tmp_path / "run")
     if earlier:
         assert contents(tmp_path / "run") == before
@@ -300,7 +311,15 @@ def test_a_control_is_not_mistaken_for_a_run(small_run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_facts_are_kept_beside_the_model(small_run, tmp_path):
-    write_run(tmp_path / "run", small_run.model, {"note": [1, None, "é"]})
-    saved = read_run(tmp_path / "run")
-    assert saved.facts["note"] == [1, None, "é"]
+def test_what_is_told_of_the_origin_is_kept(small_run, tmp_path):
+    told = small_run.provenance | {"note": [1, None, "é"]}
+    replace(small_run, provenance=told).save(tmp_path / "run")
+    assert load(tmp_path / "run").provenance == told
+
+
+def test_weights_that_are_not_finite_are_not_saved(small_run, tmp_path):
+    model = copy.deepcopy(small_run.model)
+    model.norm.bias[0] = torch.nan
+    with pytest.raises(MoeeError, match=r"NaN or infinity in norm\.bias"):
+        replace(small_run, model=model).save(tmp_path / "run")
+    assert not list(tmp_path.iterdir())

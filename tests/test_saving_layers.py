@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction import load
 from moee_analysis.layers import MoeMlp, Readout, moe_layers, replace_module
 from moee_analysis.models import find_mlps
 from moee_analysis.routers import (
@@ -15,8 +18,8 @@ from moee_analysis.routers import (
     RandomRouter,
     TokenKindRouter,
 )
-from moee_analysis.saving import read_run, write_run
-from tests.makers import contents, lively, pixels_of, same_models
+from moee_analysis.saving import FACTS, write_run
+from tests.makers import contents, lively, pixels_of, run_of, same_models
 from tests.toys import toy_kinds
 
 
@@ -51,8 +54,8 @@ READOUTS = {
 
 
 def same_after_saving(model, folder):
-    write_run(folder, model, {})
-    loaded = read_run(folder).model
+    run_of(model).save(folder)
+    loaded = load(folder).model
     x = pixels_of(model)
     assert same_models(loaded, model)
     assert torch.equal(loaded(x), model(x))
@@ -60,7 +63,7 @@ def same_after_saving(model, folder):
         other = moe_layers(loaded)[index]
         assert other.router.n_experts == layer.router.n_experts
         assert other.macs_per_token() == layer.macs_per_token()
-    write_run(folder.with_name("copy"), loaded, {})
+    run_of(loaded).save(folder.with_name("copy"))
     assert contents(folder.with_name("copy")) == contents(folder)
 
 
@@ -89,7 +92,7 @@ def test_every_readout_is_loaded_as_it_was_saved(readout, experts, tmp_path):
 
 def test_layers_with_everything_are_saved_and_described(tmp_path):
     same_after_saving(toy_kinds(lively()).eval(), tmp_path / "run")
-    told = read_run(tmp_path / "run").facts["model"]["routers"]
+    told = json.loads((tmp_path / "run" / FACTS).read_text())["model"]["routers"]
     nested = {"kind": "token_kinds", "prefix": [0], "tokens": 101, "inner": {"kind": "nearest"}}
     assert told == {f"blocks.{index}.mlp": nested for index in range(6)}
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.store import content_key, kept, new_folder, write_json
+from moee_analysis.files import write_json
+from moee_analysis.folders import new_folder
+from moee_analysis.seals import SEAL, damage_of
+from moee_analysis.store import check_writable, content_key, kept, resumed
 
 
 def fill(folder):
@@ -97,3 +101,48 @@ def test_the_key_depends_on_every_fact_and_on_no_order():
     assert key == content_key(b=[2, 3], a=1)
     assert key != content_key(a=1, b=[3, 2])
     assert key != content_key(a=2, b=[2, 3])
+
+
+def damaged(folder):
+    (folder / "result").write_text("mode")  # one bit
+
+
+@pytest.mark.parametrize("damage", [
+    damaged, lambda folder: (folder / "result").unlink(), lambda folder: (folder / SEAL).unlink(),
+    lambda folder: (folder / "strange").touch(), lambda folder: (folder / SEAL).write_text("{}"),
+])  # fmt: skip
+def test_what_is_damaged_is_named_set_aside_and_made_again(tmp_path, capsys, damage):
+    for make in (kept, resumed):
+        name = make.__name__
+        folder = make(tmp_path, name, fill)
+        damage(folder)
+        assert make(tmp_path, name, fill) == folder
+        assert (folder / "result").read_text() == "made"
+        assert not damage_of(folder)
+        told = capsys.readouterr().out
+        assert f"'{folder}' is damaged" in told
+        assert f"set aside as 'damaged-{name}'" in told
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "kept", "resumed", "damaged-kept", "damaged-resumed",
+    }  # fmt: skip
+
+
+def test_a_disk_that_does_not_keep_what_is_written_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("moee_analysis.store.damage_of", lambda _: "result has changed")
+    with pytest.raises(MoeeError, match="look after that disk"):
+        kept(tmp_path, "thing", fill)
+
+
+def test_a_store_that_is_full_is_told_and_as_before(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept(tmp_path, "old", fill)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, before[1]))
+    try:
+        for make in (kept, resumed):
+            with pytest.raises(MoeeError, match=r"room for .*--store DIR"):
+                make(tmp_path, "thing", fill)
+        with pytest.raises(MoeeError, match="a store that can be written to"):
+            check_writable(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moee_analysis import calibration as calibrations
+from moee_analysis import seals
 from moee_analysis import sums as summing
 from moee_analysis.calibration import Calibration, Limits
 from moee_analysis.errors import MoeeError
@@ -134,7 +135,7 @@ def test_what_took_long_is_not_summed_again(tokens, monkeypatch):
 
 
 def test_little_is_saved_of_a_pass_that_takes_no_time(tokens, monkeypatch):
-    monkeypatch.setattr(summing, "save_file", lambda *_, **__: pytest.fail("saved"))
+    monkeypatch.setattr(summing, "write_tensors", lambda *_, **__: pytest.fail("saved"))
     assert list(summed(tokens, [Totals(tokens.sites[0])], label="adding"))
 
 
@@ -148,21 +149,27 @@ def test_a_disk_that_fills_up_is_told_and_loses_nothing(tokens, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(summing, "save_file", full)
+    monkeypatch.setattr(seals, "save_file", full)
     with pytest.raises(MoeeError, match="No space left"):
         list(summed(tokens, [Totals(tokens.sites[0])], label="adding"))
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-def test_saved_sums_that_are_no_sums_are_told(tokens, monkeypatch):
+@pytest.mark.parametrize("place", [None, 20, -20])
+def test_saved_sums_that_are_damaged_are_told_and_made_again(tokens, monkeypatch, capsys, place):
+    (_, right), *_ = summed(tokens, [Totals(tokens.sites[0])], label="adding")
     monkeypatch.setattr(summing, "SAVED_AFTER", 0.0)
     with pytest.raises(KeyboardInterrupt):
         list(summed(tokens, [Totals(tokens.sites[0], stops_at=12)], label="adding"))
     (saved,) = tokens.root.glob("sums-*/sums.safetensors")
-    saved.write_bytes(b"edited")
-    with pytest.raises(MoeeError, match="saved sums"):
-        list(summed(tokens, [Totals(tokens.sites[0])], label="adding"))
+    content = bytearray(saved.read_bytes())
+    if place is not None:
+        content[place] ^= 1
+    saved.write_bytes(content if place is not None else b"edited")
+    (_, found), *_ = summed(tokens, [Totals(tokens.sites[0])], label="adding")
+    assert "saved sums are damaged" in capsys.readouterr().out
+    assert all(torch.equal(values, found[name]) for name, values in right.items())
 
 
 def test_nothing_to_add_takes_no_pass():

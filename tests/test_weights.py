@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,14 @@ def test_metadata_that_is_no_configuration_is_refused(tmp_path, text):
         load_model(SMALL_VIT, weights=path)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_a_file_that_may_not_be_read_is_told(tmp_path, name):
+    stored(tmp_path / name, lively().state_dict()).chmod(0)
+    with pytest.raises(MoeeError, match="Permission denied"):
+        load_model(SMALL_VIT, weights=tmp_path / name)
+
+
 def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
     path = stored(tmp_path / "w.pth", lively("test_convnext").state_dict())
     with pytest.raises(MoeeError) as error:
@@ -105,10 +114,11 @@ def test_a_foreign_file_is_refused(tmp_path, name, content):
         load_model(SMALL_VIT, weights=tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["missing.pth", "folder"])
-def test_a_missing_file_is_told(tmp_path, name):
+@pytest.mark.parametrize("name", ["missing.pth", "folder", "pipe.safetensors"])
+def test_what_is_no_file_is_told(tmp_path, name):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(MoeeError, match=r"no such file|a folder"):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(MoeeError, match=r"no such file|a folder|a named pipe"):
         load_model(SMALL_VIT, weights=tmp_path / name)
 
 

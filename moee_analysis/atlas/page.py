@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from dataclasses import replace
 from datetime import datetime
 from html import escape
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from moee_analysis import environment, measure
 from moee_analysis.atlas.facts import layer_facts, seen_through
 from moee_analysis.atlas.pictures import image_facts, packed_routes
+from moee_analysis.files import check_place, write_text
+from moee_analysis.outside_text import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,10 +57,10 @@ def write_atlas(
         No images, or no layer that can be shown.
     """
     out = Path(out)
+    check_place(out)
     text = page(atlas_facts(run, images, dense=dense))
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(out)
+    write_text(out, text)
+    return out
 
 
 def atlas_facts(
@@ -91,21 +94,22 @@ def page(facts: dict[str, Any]) -> str:
     style = "\n".join(_file(name) for name in STYLES)
     script = '"use strict";\n' + "\n".join(_file(name) for name in SCRIPTS)
     policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
     )
     about = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(printable(value))}</dd></div>"
         for name, value in facts["about"]
     )
-    return (
-        _file("atlas.html")
-        .replace("{{policy}}", policy)
-        .replace("{{style}}", style)
-        .replace("{{script}}", script)
-        .replace("{{about}}", about)
-        .replace("{{absent}}", escape(facts["absent"]))
-        .replace("{{facts}}", _harmless({"layers": facts["layers"], "images": facts["images"]}))
-    )
+    parts = {
+        "policy": policy,
+        "style": style,
+        "script": script,
+        "about": about,
+        "absent": escape(printable(facts["absent"])),
+        "facts": _harmless({"layers": facts["layers"], "images": facts["images"]}),
+    }
+    return re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], _file("atlas.html"))
 
 
 def _file(name: str) -> str:

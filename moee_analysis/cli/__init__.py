@@ -1,19 +1,26 @@
 """The command line ``moee``: what it says of itself, what it takes, what it does and prints.
 
-Exit codes: 0 done, 1 failed, 2 bad input (told in one line).
+Exit codes: 0 done, 1 failed or interrupted, 2 bad input or no room (told in one line), 143 ended by
+SIGTERM.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS as FINETUNE_OPTIONS
 from moee_analysis.cli.parser import command_parser
+from moee_analysis.endings import Terminated, ended_in_order
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+NOTHING_LEFT = "nothing half-written was left behind"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,17 +30,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = command_parser()
     arguments, others = parser.parse_known_args(argv)
+    if others and not arguments.passes_on:
+        arguments.parser.refuse_word(others[0])
     if arguments.command is None:
         parser.print_help()
         return 0
-    if others and not arguments.passes_on:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.others = others
     try:
-        return arguments.command(arguments)
-    except MoeeError as error:
-        print(f"moee: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("moee: interrupted, nothing half-written was left behind", file=sys.stderr)
-        return 1
+        with ended_in_order():
+            code = arguments.command(arguments)
+            sys.stdout.flush()
+    except (MoeeError, KeyboardInterrupt, Terminated, OSError) as end:
+        code, told = _ending(end)
+        print(f"moee: {told}", file=sys.stderr)
+    return code
+
+
+def _ending(end: BaseException) -> tuple[int, str]:
+    """Exit code and line of a command that did not come to its end; other errors are raised."""
+    if isinstance(end, MoeeError):
+        return 2, str(end)
+    if isinstance(end, KeyboardInterrupt):
+        return 1, f"interrupted, {NOTHING_LEFT}"
+    if isinstance(end, Terminated):
+        return end.code, f"terminated, {NOTHING_LEFT}"
+    if isinstance(end, BrokenPipeError):  # as of "| head": the rest has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1, "nobody reads on"
+    refused = refusal(end, Path(getattr(end, "filename", None) or "."))
+    if refused is None:
+        raise end
+    return 2, str(refused)

@@ -11,7 +11,6 @@ from moee_analysis.errors import MoeeError
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from torch import nn
 
@@ -39,6 +38,7 @@ def _extract_together(arguments: argparse.Namespace) -> int:
     from moee_analysis.classes import name_by_folders
     from moee_analysis.cli.text import layers_text
     from moee_analysis.distributed import local_device, rank
+    from moee_analysis.progress import tell
     from moee_analysis.saving import check_target
 
     config = moee.ExtractConfig(
@@ -51,18 +51,19 @@ def _extract_together(arguments: argparse.Namespace) -> int:
         clustering=_clustering(arguments),
         noise=arguments.noise,
         attention=arguments.attention,
-        dense_tokens=tuple(arguments.dense_tokens.split(",")) if arguments.dense_tokens else (),
+        dense_tokens=arguments.dense_tokens or (),
     )
     check_target(arguments.out)
     device = local_device(arguments.device)
     model = _model(arguments, device)
+    check_target(arguments.out, wanted=sum(t.nbytes for t in model.state_dict().values()))
     images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
     name_by_folders(model, images.classes)
     run = moee.extract(model, images, config, store=arguments.store, limits=_limits(arguments))
     if rank() == 0:
         run.save(arguments.out)
         print(layers_text(run))
-        print(f"saved to {arguments.out}")
+        tell(f"saved to {arguments.out}")
     return 0
 
 
@@ -111,10 +112,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli.text import numbers_text
     from moee_analysis.evaluation import evaluate as evaluated
-    from moee_analysis.store import write_json
+    from moee_analysis.files import write_json
 
-    if arguments.json:
-        _check_file(arguments.json)
     images = moee.load_images(arguments.images, strict=arguments.strict)
     run = _named_run(arguments, images)
     numbers = evaluated(run, images, weights=arguments.weights, device=arguments.device)
@@ -136,7 +135,9 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli.text import tuned_text
     from moee_analysis.distributed import local_device, rank
+    from moee_analysis.files import new_file
     from moee_analysis.models import check_device
+    from moee_analysis.progress import tell
 
     given = {name: getattr(arguments, name) for name in FINETUNE_OPTIONS}
     config = moee.FinetuneConfig(**{name: v for name, v in given.items() if v is not None})
@@ -150,8 +151,10 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
     tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
     if rank() == 0:
         curve = moee.plots.history(tuned.history, caption=tuned_text(tuned))
-        curve.savefig(arguments.out / "curve.png")
-        print(f"{tuned_text(tuned)}\nsaved to {arguments.out}")
+        with new_file(arguments.out / "curve.png") as partial:
+            curve.savefig(partial, format="png")
+        print(tuned_text(tuned))
+        tell(f"saved to {arguments.out}")
     return 0 if tuned.finite else 1
 
 
@@ -163,11 +166,11 @@ def compare(arguments: argparse.Namespace) -> int:
     from moee_analysis.comparison import Contest
     from moee_analysis.comparison import compare as compared
     from moee_analysis.comparison_rows import comparison_table
+    from moee_analysis.files import write_json
     from moee_analysis.presets import preset_named
-    from moee_analysis.store import write_json
+    from moee_analysis.systems import systems_named
 
-    if arguments.json:
-        _check_file(arguments.json)
+    systems_named(arguments.systems)
     model = _model(arguments, arguments.device)
     sizes, strict = preset_named(arguments.preset), arguments.strict
     calibration = moee.load_images(
@@ -195,14 +198,14 @@ def atlas(arguments: argparse.Namespace) -> int:
     from moee_analysis.atlas import write_atlas
     from moee_analysis.browser import open_page
     from moee_analysis.models import check_device
+    from moee_analysis.progress import tell
 
-    _check_file(arguments.out)
     check_device(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
     run = _named_run(arguments, images)
     run.model.to(arguments.device)
     page = write_atlas(run, images, arguments.out, dense=_dense(run, arguments))
-    print(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    tell(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
         open_page(page)
     return 0
@@ -217,16 +220,6 @@ def _dense(run: Extraction, arguments: argparse.Namespace) -> nn.Module | None:
             raise
         print(f"without the dense model: {error}")
         return None
-
-
-def _check_file(path: Path) -> None:
-    """Refuse a file that cannot be written before computing what belongs into it."""
-    from moee_analysis.store import check_place
-
-    if path.is_dir() or not path.parent.is_dir():
-        found = "a folder" if path.is_dir() else f"no folder '{path.parent}'"
-        raise MoeeError(f"a place for the file '{path}'", found, "choose another place")
-    check_place(path)
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -247,6 +240,20 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.open:
         open_page(arguments.out / INDEX)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+def store(arguments: argparse.Namespace) -> int:
+    """List what a store holds, or remove what was not used for longest."""
+    from moee_analysis.cli.store_text import pruned_text, store_text
+    from moee_analysis.paths import store_folder
+    from moee_analysis.store_upkeep import entries, prune
+
+    root = arguments.store or store_folder()
+    if arguments.prune is None:
+        print(store_text(root, entries(root)))
+    else:
+        print(pruned_text(prune(root, arguments.prune), arguments.prune))
+    return 0
 
 
 def lab(arguments: argparse.Namespace) -> int:

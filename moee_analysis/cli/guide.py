@@ -113,6 +113,19 @@ GUIDES = {
              "--images images/classes"),
         ),
     ),
+    "store": Guide(
+        "list what the store holds, by run and size, or remove what is oldest",
+        "The store keeps recorded tokens, clusters, statistics and runs, so that none is computed "
+        "twice. This lists them by run, with what a run has alone and what it shares, and by kind "
+        "where no run is left. With --prune damaged folders go first, then those that were not "
+        "used for longest, never what a running process uses. All of it can be made again.",
+        (
+            ("what there is",
+             "moee store"),
+            ("twenty gigabytes of it at most",
+             "moee store --prune 20GB"),
+        ),
+    ),
     "lab": Guide(
         "open JupyterLab on the notebooks",
         "Opens JupyterLab on the project's notebooks, with this interpreter and without news or "

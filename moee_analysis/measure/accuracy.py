@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+from moee_analysis.checks import whole_number
 from moee_analysis.classes import knows_classes
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
@@ -63,8 +64,9 @@ def accuracy(
     Raises
     ------
     MoeeError
-        No images, no models, or a reference that is not among them.
+        No images, no models, no resamples, or a reference that is not among them.
     """
+    whole_number("resamples", resamples)
     systems = _named(models)
     baseline = _baseline(systems, reference)
     scores = image_scores(systems, images, reference=baseline, batch_size=batch_size)

@@ -10,6 +10,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
+from moee_analysis.checks import whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.divergence import image_shares, jensen_shannon
 from moee_analysis.measure.resampling import against_chance
@@ -105,8 +106,9 @@ def family_separation(
     Raises
     ------
     MoeeError
-        A table without families, or in which no two classes share one (or all do).
+        A table without families, or in which no two classes share one (or all do); no permutations.
     """
+    whole_number("permutations", permutations)
     if "same_family" not in table:
         raise MoeeError(
             "a table of class_distance with families", "no column 'same_family'",

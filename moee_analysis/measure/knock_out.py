@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from moee_analysis.apart import check_apart
-from moee_analysis.errors import MoeeError
+from moee_analysis.checks import whole_number
 from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.knock_out import alone, mean_outputs, removed
 from moee_analysis.layers import moe_layers
@@ -96,8 +96,8 @@ def knock_out(
         Images of the calibration, no images, a layer without experts or with several per token, a
         class without a family, fewer than one control or resample.
     """
-    if min(controls, resamples) < 1:
-        raise MoeeError("at least 1 control and 1 resample", f"{controls}, {resamples}", "raise it")
+    whole_number("controls", controls)
+    whole_number("resamples", resamples)
     check_apart(calibration, images, use="used for calibration")
     model = model_of(run)
     shown = chosen_layers(moe_layers(model), layers)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
+from moee_analysis.checks import real_number, whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
@@ -54,8 +55,10 @@ def latency(
     Raises
     ------
     MoeeError
-        No images.
+        No images, no rounds, no time.
     """
+    whole_number("rounds", rounds)
+    real_number("seconds", seconds, above=0)
     if not len(images):
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
     size = min(batch_size or fitting_batch(reference), len(images))

@@ -12,6 +12,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.special import entr, xlogy
 from scipy.stats import random_table
 
+from moee_analysis.checks import whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.resampling import Groups, against_chance, basic_interval, repeat
 from moee_analysis.measure.sources import all_routes, chosen_layers
@@ -65,8 +66,10 @@ def modularity(
     ------
     MoeeError
         Images without part masks, routes of other images, no layer with one expert per token and
-        a grid of patches.
+        a grid of patches, no permutations or resamples.
     """
+    whole_number("permutations", permutations)
+    whole_number("resamples", resamples)
     several = all_routes(source, images)
     masks = _masks(images)
     plan = _Plan(permutations, resamples, seed)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moee_analysis.apart import check_apart
+from moee_analysis.checks import whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.knock_out import mean_outputs, removed
@@ -91,8 +92,8 @@ def parts_unseen(
         Images without part masks or of the calibration, a layer without experts or in the last
         block, no part that is shown often enough, fewer than one control or resample.
     """
-    if min(controls, resamples) < 1:
-        raise MoeeError("at least 1 control and 1 resample", f"{controls}, {resamples}", "raise it")
+    whole_number("controls", controls)
+    whole_number("resamples", resamples)
     check_masks(images)
     check_masks(calibration)
     check_apart(calibration, images, use="used for calibration")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moee_analysis.errors import MoeeError
+from moee_analysis.checks import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,8 +81,7 @@ def repeat(
     MoeeError
         Fewer than one time.
     """
-    if times < 1:
-        raise MoeeError("at least 1 permutation and 1 resample", str(times), "200 are usual")
+    whole_number("the number of permutations or resamples", times)
     rng = np.random.default_rng(seed)
     return np.stack([statistic(draw(rng)) for _ in range(times)])
 

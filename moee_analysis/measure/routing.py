@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from moee_analysis.checks import whole_number
 from moee_analysis.measure.sources import all_routes
 
 if TYPE_CHECKING:
@@ -77,7 +78,13 @@ def balance(
         E max f (at most E / k), ``cv2`` squared coefficient of variation, ``dead`` experts that
         no token uses. ``low`` and ``high`` are the basic 95 % interval 2v - q of the bootstrap
         over images, kept within the metric's range.
+
+    Raises
+    ------
+    MoeeError
+        No resamples, or what :func:`routing` refuses.
     """
+    whole_number("resamples", resamples)
     if isinstance(source, pd.DataFrame):
         groups = source.groupby(["system", "layer"], sort=False)
         return pd.DataFrame([row for _, layer in groups for row in _rows_of_table(layer)])

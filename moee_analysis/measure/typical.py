@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from moee_analysis.checks import whole_number
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.images import fitting_batch
@@ -115,8 +116,10 @@ def top_patches(
     Raises
     ------
     MoeeError
-        No layer with one expert per token whose patches have places, or another layer asked for.
+        No layer with one expert per token whose patches have places, or another layer asked for; a
+        count below 1.
     """
+    whole_number("count", count)
     routed = routed or routes(model_of(model), images)
     shown = chosen_layers(routed.placed, layers)
     if not shown:

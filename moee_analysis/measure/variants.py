@@ -16,12 +16,13 @@ from torch import nn
 from moee_analysis.counting import MacCount, count, count_parameters, moe_macs
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
+from moee_analysis.files import write_json
 from moee_analysis.layers import MoeMlp, all_mlps
 from moee_analysis.measure.accuracy import REFERENCE, image_scores, summarised
 from moee_analysis.measure.resampling import repeat
 from moee_analysis.models import fingerprint
 from moee_analysis.progress import progress
-from moee_analysis.store import content_key, kept, write_json
+from moee_analysis.store import content_key, kept
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping

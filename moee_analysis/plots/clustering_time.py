@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from matplotlib.ticker import FuncFormatter
-
 from moee_analysis.plots import style
+from moee_analysis.plots.drawing import plain_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +32,7 @@ def clustering_time(table: pd.DataFrame, *, caption: str | None = None) -> Figur
     _draw(time, table, "seconds")
     _draw(memory, table, "peak_gb")
     time.set(ylabel="time (s)", title="time", yscale="log")
-    time.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain_log(time.yaxis, subs=(1, 3))
     memory.set(ylabel="largest memory (GB)", title="memory of the whole process", ylim=(0, None))
     time.legend(loc="lower right")
     return style.caption(fig, caption or table.attrs.get("caption"))
@@ -53,4 +52,4 @@ def _draw(ax: Axes, table: pd.DataFrame, column: str) -> None:
 
 def _named(system: str, rows: pd.DataFrame) -> str:
     exponent = rows["exponent"].iloc[0]
-    return system if math.isnan(exponent) else f"{system}: $n^{{{exponent:.2f}}}$"
+    return system if math.isnan(exponent) else f"{system}: n^{exponent:.2f}"

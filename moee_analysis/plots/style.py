@@ -63,6 +63,7 @@ HOUSE: dict[str, Any] = {
     "grid.color": "#E4E6EA",
     "grid.linewidth": 0.6,
     "text.color": INK,
+    "text.parse_math": False,  # a class may be called $x$
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": 8,
@@ -126,6 +127,7 @@ def stacked(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFig
     return fig, list(parts[:, 0])
 
 
+@house
 def caption(fig: Figure, text: str | None) -> Figure:
     """Write ``text`` small and grey below ``fig``, wrapped to its width; ``None`` writes nothing.
 

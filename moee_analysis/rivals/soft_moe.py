@@ -16,7 +16,15 @@ import torch
 from torch.nn.init import trunc_normal_, zeros_
 
 from moee_analysis.capacity import ExpertCost, per_expert, saving
-from moee_analysis.clustering import whole_number
+from moee_analysis.checks import (
+    layer_numbers,
+    not_none,
+    one_of,
+    real_number,
+    seed_number,
+    share,
+    whole_number,
+)
 from moee_analysis.counting import count
 from moee_analysis.errors import MoeeError
 from moee_analysis.expert_mlps import ExpertMlps
@@ -71,32 +79,20 @@ class SoftMoeConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        whole_number("experts", self.experts, least=1)
-        whole_number("seed", self.seed, least=0)
-        if self.initialisation not in INITIALISATIONS:
-            raise MoeeError(
-                f"an initialisation among {', '.join(INITIALISATIONS)}",
-                f"'{self.initialisation}'", "name one",
-            )  # fmt: skip
-        if not self.capacity_factor > 0:
-            raise MoeeError(
-                "a capacity factor above 0", str(self.capacity_factor), "1: a slot for each token"
-            )
-        if self.drop is not None and not 0 <= self.drop < 1:
-            raise MoeeError("drop as a share in [0, 1)", str(self.drop), "0.4 means 40 %")
-        if not self.noise >= 0:
-            raise MoeeError("noise of 0 or more", str(self.noise), "it is a standard deviation")
-        self._check_slots()
-
-    def _check_slots(self) -> None:
-        if self.slots is not None:
-            whole_number("slots", self.slots, least=1)
-            if self.macs_reduction is not None:
-                raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
-        if self.macs_reduction is not None and not 0 < self.macs_reduction < 1:
-            raise MoeeError(
-                "macs_reduction as a share in (0, 1)", str(self.macs_reduction), "0.28 means 28 %"
-            )
+        whole_number("experts", self.experts)
+        seed_number(self.seed)
+        layer_numbers(self.layers)
+        one_of("initialisation", self.initialisation, INITIALISATIONS)
+        real_number("capacity_factor", self.capacity_factor, above=0)
+        real_number("noise", self.noise, least=0)
+        for name, value in not_none(self, "drop"):
+            real_number(name, value, least=0, below=1)
+        for name, value in not_none(self, "slots"):
+            whole_number(name, value)
+        for name, value in not_none(self, "macs_reduction"):
+            share(name, value, whole=False)
+        if self.slots is not None and self.macs_reduction is not None:
+            raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
 
 
 def convert(

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from moee_analysis.capacity import ExpertCost, saving
-from moee_analysis.clustering import whole_number
+from moee_analysis.checks import (
+    layer_numbers,
+    not_none,
+    one_of,
+    real_number,
+    seed_number,
+    share,
+    whole_number,
+)
 from moee_analysis.counting import count
 from moee_analysis.errors import MoeeError
 from moee_analysis.expert_mlps import ExpertMlps
@@ -72,16 +80,18 @@ class SparseUpcyclingConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("experts", 1), ("k", 1), ("seed", 0)):
-            whole_number(name, getattr(self, name), least=least)
-        if self.router not in ROUTERS:
-            raise MoeeError(f"a router among {', '.join(ROUTERS)}", f"'{self.router}'", "name one")
+        whole_number("experts", self.experts)
+        whole_number("k", self.k)
+        seed_number(self.seed)
+        layer_numbers(self.layers)
+        one_of("router", self.router, ROUTERS)
         if self.router == "top_k" and self.k > self.experts:
             raise MoeeError(f"k of at most {self.experts} experts", str(self.k), "choose fewer")
-        if self.capacity is not None and not self.capacity > 0:
-            raise MoeeError("a capacity above 0", str(self.capacity), "1 is the dense work")
-        if not self.noise >= 0:
-            raise MoeeError("noise of 0 or more", str(self.noise), "it is a standard deviation")
+        real_number("noise", self.noise, least=0)
+        for name, value in not_none(self, "capacity"):
+            real_number(name, value, above=0)
+        for name, value in not_none(self, "macs_reduction"):
+            share(name, value, whole=False)
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -95,10 +105,6 @@ class SparseUpcyclingConfig:
             )
         if self.capacity is not None:
             raise MoeeError("a capacity or a MACs reduction", "both", "leave one of them out")
-        if not 0 < self.macs_reduction < 1:
-            raise MoeeError(
-                "macs_reduction as a share in (0, 1)", str(self.macs_reduction), "0.28 means 28 %"
-            )
 
 
 def convert(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moee_analysis.checks import share
 from moee_analysis.config import ExtractConfig
 from moee_analysis.counting import count_parameters
 from moee_analysis.errors import MoeeError
@@ -73,6 +74,7 @@ class StaticPruningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        share("macs_reduction", self.macs_reduction)
         self.extraction()
 
     def extraction(self) -> ExtractConfig:

@@ -174,7 +174,7 @@ def test_several_experts_per_token_and_the_calibration_s_own_images_are_refused(
         measure.knock_out(vit(), IMAGES, IMAGES.take([3]))
     with pytest.raises(MoeeError, match="layer 7"):
         measure.knock_out(vit(), IMAGES, CALIBRATION, layers=[7])
-    with pytest.raises(MoeeError, match="at least 1 control"):
+    with pytest.raises(MoeeError, match="controls as a whole number"):
         measure.knock_out(vit(), IMAGES, CALIBRATION, controls=0)
     with pytest.raises(MoeeError, match="family of every class"):
         measure.knock_out(vit(), IMAGES, CALIBRATION, families={"ant": "insect"})

@@ -57,5 +57,5 @@ def test_p_is_never_zero_and_counts_ties():
 
 
 def test_nothing_to_repeat_is_refused():
-    with pytest.raises(MoeeError, match="at least 1 permutation"):
+    with pytest.raises(MoeeError, match="permutations or resamples as a whole number"):
         repeat(lambda x: x, lambda rng: rng.random(), times=0, seed=0)

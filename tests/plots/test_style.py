@@ -86,3 +86,18 @@ def test_names_keep_apart():
     few = style.colours(["MoEE", "dense", "MoEE", "static"])
     assert few == {"MoEE": style.PALETTE[0], "dense": style.GREY, "static": style.PALETTE[1]}
     assert len(set(style.colours(map(str, range(12))).values())) == 12
+
+
+def test_names_are_no_formulas():
+    names = ["$\\frac$", "$x$", "a$b"]
+
+    @style.house
+    def drawn():
+        fig, ax = style.figure(4, 3)
+        ax.set_xticks(range(3), names)
+        return style.caption(fig, ", ".join(names))
+
+    fig = drawn()
+    fig.canvas.draw()
+    assert [text.get_text() for text in fig.axes[0].get_xticklabels()] == names
+    assert not any(text.get_parse_math() for text in fig.axes[0].get_xticklabels())

@@ -155,10 +155,10 @@ def test_measures_and_controls_take_the_model():
     ({"slots": 0}, "slots as a whole number"),
     ({"slots": 1, "macs_reduction": 0.1}, "slots or a MACs reduction"),
     ({"macs_reduction": 28}, "0.28 means 28 %"),
-    ({"capacity_factor": 0.0}, "capacity factor above 0"),
+    ({"capacity_factor": 0.0}, "capacity_factor as a number above 0"),
     ({"initialisation": "copied"}, "upcycled, fresh"),
-    ({"drop": 1.0}, "drop as a share"),
-    ({"noise": -0.1}, "noise of 0 or more"),
+    ({"drop": 1.0}, "drop as a number at least 0 and below 1"),
+    ({"noise": -0.1}, "noise as a number at least 0"),
     ({"layers": (9,)}, "layers between 0 and 2"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused(settings, message):

@@ -151,8 +151,8 @@ def test_measures_and_controls_take_the_model(router):
     ({"router": "top_k", "k": 5}, "at most 4 experts"),
     ({"router": "top_k", "k": 0}, "k as a whole number"),
     ({"experts": 0}, "experts as a whole number"),
-    ({"capacity": 0.0}, "capacity above 0"),
-    ({"noise": -1.0}, "noise of 0 or more"),
+    ({"capacity": 0.0}, "capacity as a number above 0"),
+    ({"noise": -1.0}, "noise as a number at least 0"),
     ({"layers": (3,)}, "layers between 0 and 2"),
     ({"layers": ()}, "layers between 0 and 2"),
 ])  # fmt: skip

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moee_analysis.clustering import whole_number
+from moee_analysis.checks import (
+    layer_numbers,
+    not_none,
+    one_of,
+    real_number,
+    seed_number,
+    share,
+    whole_number,
+)
 from moee_analysis.errors import MoeeError
 
 CHOICES = {
@@ -83,14 +91,12 @@ class JetpackConfig:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                found = f"'{getattr(self, name)}'"
-                raise MoeeError(f"{name} among {', '.join(choices)}", found, "name one")
-        for name, least in {"width": 1, "num_classes": 0, "core": 0, "universal": 0}.items():
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least=least)
-        whole_number("slots", self.slots, least=1)
-        whole_number("seed", self.seed, least=0)
+            one_of(name, getattr(self, name), choices)
+        for name, value in not_none(self, "width", "num_classes", "core", "universal"):
+            whole_number(name, value, least=1 if name == "width" else 0)
+        whole_number("slots", self.slots)
+        seed_number(self.seed)
+        layer_numbers(self.layers)
         self._check_shares()
         self._check_experts()
         self._check_together()
@@ -101,17 +107,14 @@ class JetpackConfig:
         return self.method in ("importance", "graph")
 
     def _check_shares(self) -> None:
-        for name in ("universal_ratio", "macs_reduction"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise MoeeError(f"{name} as a share in (0, 1]", str(value), "0.25 means 25 %")
+        share("universal_ratio", self.universal_ratio)
+        for name, value in not_none(self, "macs_reduction"):
+            share(name, value)
         for name in ("drop", "expert_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise MoeeError(f"{name} as a rate in [0, 1)", str(getattr(self, name)), "lower it")
-        if not self.temperature > 0:
-            raise MoeeError("a temperature above 0", str(self.temperature), "raise it")
-        if self.noise is not None and self.noise < 0:
-            raise MoeeError("noise of at least 0", str(self.noise), "0 is none")
+            real_number(name, getattr(self, name), least=0, below=1)
+        real_number("temperature", self.temperature, above=0)
+        for name, value in not_none(self, "noise"):
+            real_number(name, value, least=0)
 
     def _check_experts(self) -> None:
         given = [value for value in (self.core, self.universal) if value is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from moee_analysis.clustering import whole_number
+from moee_analysis.checks import layer_numbers, not_none, one_of, seed_number, share, whole_number
 from moee_analysis.config import MACS_REDUCTION
 from moee_analysis.errors import MoeeError
 
@@ -67,9 +67,7 @@ class MoeficationConfig:
     def __post_init__(self) -> None:
         choices = {"split": SPLITS, "router": ROUTERS, "score": SCORES, "activation": ACTIVATIONS}
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                found = f"'{getattr(self, name)}'"
-                raise MoeeError(f"{name} among {', '.join(known)}", found, "name one")
+            one_of(name, getattr(self, name), known)
         for one, other in (("macs_reduction", "active"), ("n_experts", "expert_size")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise MoeeError(f"{one} or {other}", "both", "give one of them")
@@ -97,13 +95,10 @@ class MoeficationConfig:
         return experts
 
     def _check_numbers(self) -> None:
-        if self.macs_reduction is not None and not 0 < self.macs_reduction < 1:
-            found = str(self.macs_reduction)
-            raise MoeeError("macs_reduction as a share in (0, 1)", found, "0.28 means 28 %")
-        if self.active is not None and not 0 < self.active <= 1:
-            raise MoeeError("active as a share in (0, 1]", str(self.active), "0.2 means 20 %")
-        for name in ("n_experts", "expert_size"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least=1)
-        whole_number("tokens", self.tokens, least=1)
-        whole_number("seed", self.seed, least=0)
+        for name, value in not_none(self, "macs_reduction", "active"):
+            share(name, value, whole=name == "active")
+        for name, value in not_none(self, "n_experts", "expert_size"):
+            whole_number(name, value)
+        whole_number("tokens", self.tokens)
+        seed_number(self.seed)
+        layer_numbers(self.layers)

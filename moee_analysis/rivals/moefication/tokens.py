@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moee_analysis.folders import scratch_folder
 from moee_analysis.recording import record
 from moee_analysis.token_kinds import token_plan
 
@@ -51,8 +51,8 @@ def in_folder(store: str | Path | None) -> Iterator[Path]:
     if store is not None:
         yield Path(store)
         return
-    with tempfile.TemporaryDirectory(prefix="moee-") as root:
-        yield Path(root)
+    with scratch_folder("store") as root:
+        yield root
 
 
 def recorded_inputs(

@@ -1,0 +1,98 @@
+"""What a setting must be: the checks of all configurations, and of the command line.
+
+All raise a ``MoeeError`` that names the setting, where it has a ``name``.
+"""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.errors import MoeeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+MOST = 10**9
+"""No count and no factor is larger, unless something was mistyped."""
+
+LAST_SEED = 2**32 - 1
+"""The largest seed that NumPy takes."""
+
+BOUNDS = {
+    "above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le,
+}  # fmt: skip
+
+
+def whole_number(name: str, value: Any, *, least: int = 1, most: int = MOST) -> None:
+    """Refuse what is not a whole number from ``least`` to ``most``."""
+    if not _is(Integral, value) or not least <= value <= most:
+        _refuse(name, f"a whole number from {least} to {most}", value)
+
+
+def seed_number(value: Any, name: str = "seed") -> None:
+    """Refuse what is no seed of NumPy and PyTorch."""
+    whole_number(name, value, least=0, most=LAST_SEED)
+
+
+def real_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Refuse what is not a number within the bounds; infinity and NaN are within none.
+
+    ``above`` or ``least`` is given; without ``below`` and ``most``, a billion is the most.
+    """
+    most = MOST if below is None and most is None else most
+    given = zip(BOUNDS.items(), (above, least, below, most), strict=True)
+    bounds = [(word, holds, bound) for (word, holds), bound in given if bound is not None]
+    if not _is(Real, value) or not all(holds(value, bound) for _, holds, bound in bounds):
+        told = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
+        _refuse(name, f"a number {told}", value)
+
+
+def share(name: str, value: Any, *, whole: bool = True) -> None:
+    """Refuse what is not a share above 0 and up to 1 or, unless ``whole`` can be, below 1."""
+    if not _is(Real, value) or not 0 < value <= 1 or (value == 1 and not whole):
+        _refuse(name, f"a share in (0, 1{']' if whole else ')'}", value, hint="0.28 means 28 %")
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse what is none of the ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise MoeeError(f"{name} among {', '.join(choices)}", reprlib.repr(value), "name one")
+
+
+def layer_numbers(value: Any) -> None:
+    """Refuse ``layers`` that are neither None nor numbers of layers, counted from 0."""
+    if value is None:
+        return
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        _refuse("layers", "a tuple of numbers, counted from 0", value)
+    for number in value:
+        whole_number("layers", number, least=0)
+
+
+def not_none(config: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    """Yield those settings of a configuration that are not None, with their names."""
+    for name in names:
+        if getattr(config, name) is not None:
+            yield name, getattr(config, name)
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _refuse(name: str, expected: str, found: Any, *, hint: str = "correct it") -> None:
+    expected = f"{name} as {expected}" if name else expected
+    raise MoeeError(expected, reprlib.repr(found), hint)

@@ -1,0 +1,203 @@
+"""What the options of the command line may be: a text in, a value out, or one line of why not.
+
+None of the heavy libraries is needed for that: a wrong call is refused at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import ArgumentTypeError
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis import checks
+from moee_analysis.errors import MoeeError
+from moee_analysis.files import check_file, check_place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BUNDLED = "bundled"
+FACTS = "run.json"
+DEVICE = r"(cpu|cuda|hpu|mps|mtia|xpu)(:\d{1,3})?"
+LONGEST = 200  # letters of the name of a model or a system
+LONGEST_FILE = 240  # bytes of the name of a file: temporary names are longer, 255 is the most
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+UNSET = "name one; an empty one may be a variable that is not set"
+
+
+def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse tell what ``read`` refuses."""
+
+    @wraps(read)
+    def reader(text: str) -> Any:
+        try:
+            return read(text)
+        except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+            refused = MoeeError("a path that can be used", str(error), "choose another")
+        except MoeeError as error:
+            refused = error
+        raise ArgumentTypeError(str(refused))
+
+    return reader
+
+
+def number(
+    kind: Callable[[str], Any], check: Callable[..., None], **bounds: Any
+) -> Callable[[str], Any]:
+    """Reader of a number of this ``kind`` that passes one of :mod:`moee_analysis.checks`."""
+
+    @_told
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+        check("", value, **bounds)
+        return value
+
+    return read
+
+
+def whole(*, least: int = 1, most: int = checks.MOST) -> Callable[[str], int]:
+    """Reader of a whole number from ``least`` to ``most``."""
+    return number(int, checks.whole_number, least=least, most=most)
+
+
+def real(**bounds: float) -> Callable[[str], float]:
+    """Reader of a number within the bounds of :func:`moee_analysis.checks.real_number`."""
+    return number(float, checks.real_number, **bounds)
+
+
+share = number(float, checks.share)
+"""Reader of a share above 0 and up to 1."""
+
+part = number(float, checks.share, whole=False)
+"""Reader of a share between 0 and 1."""
+
+seed = whole(least=0, most=checks.LAST_SEED)
+"""Reader of a seed."""
+
+
+def among(*choices: str) -> Callable[[str], str]:
+    """Reader of one of the ``choices``."""
+
+    @_told
+    def read(text: str) -> str:
+        checks.one_of("one", text, choices)
+        return text
+
+    return read
+
+
+def several(*choices: str) -> Callable[[str], tuple[str, ...]]:
+    """Reader of some of the ``choices``, with commas between them."""
+    one = among(*choices)
+    return lambda text: tuple(one(each) for each in text.split(","))
+
+
+@_told
+def name(text: str) -> str:
+    """A name of something that only heavy libraries know."""
+    if not text.strip() or not text.isprintable() or len(text) > LONGEST:
+        found = f"{len(text)} letters" if len(text) > LONGEST else repr(text)
+        raise MoeeError(f"a name of up to {LONGEST} letters that can be printed", found, UNSET)
+    return text
+
+
+@_told
+def device(text: str) -> str:
+    """A device as PyTorch names it; whether it is here is not known yet."""
+    if not re.fullmatch(DEVICE, text):
+        hint = "use cpu, or cuda where there is one"
+        raise MoeeError("a device such as cpu, cuda, cuda:1, mps or xpu", repr(text), hint)
+    return text
+
+
+@_told
+def existing_file(text: str) -> str:
+    """A file that can be read."""
+    expected, path = "a file that can be read", _path(text)
+    check_file(path, expected=expected)
+    if not os.access(path, os.R_OK):
+        raise MoeeError(expected, f"one that cannot at '{path}'", "change its permissions")
+    return text
+
+
+@_told
+def images(text: str) -> str:
+    """``bundled``, or a folder."""
+    if text != BUNDLED:
+        _check_folder(_path(text), f"'{BUNDLED}' or a folder of class folders")
+    return text
+
+
+@_told
+def run_folder(text: str) -> Path:
+    """The folder of a run that is there."""
+    expected, path = "the folder of a run, as extract makes it", _path(text)
+    _check_folder(path, expected)
+    check_file(path / FACTS, expected=expected)
+    return path
+
+
+@_told
+def new_folder(text: str) -> Path:
+    """A place for a folder; one that is there already will do."""
+    path = _new_path(text)
+    if path.exists():
+        _check_folder(path, "a place for a folder")
+    check_place(path.resolve())
+    return path
+
+
+@_told
+def store(text: str) -> Path:
+    """The folder of a store; one that is there may be one that can only be read."""
+    path = _new_path(text)
+    if path.exists():
+        _check_folder(path, "the folder of a store")
+    else:
+        check_place(path.resolve())
+    return path
+
+
+@_told
+def size(text: str) -> float:
+    """A size in bytes, or with a unit as in ``20GB``."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([kMGT]?B)?", text)
+    if not found:
+        raise MoeeError("a size such as 20GB, 500MB or 0", repr(text), "correct it")
+    return float(found[1]) * UNITS[found[2] or "B"]
+
+
+@_told
+def new_file(text: str) -> Path:
+    """A place for a file in a folder that is there; an older file will be replaced."""
+    path, expected = _new_path(text), "a place for a file"
+    _check_folder(path.parent, f"{expected} '{path}'")
+    if path.exists():
+        check_file(path, expected=expected, hint="choose another place")
+    check_place(path.resolve())
+    return path
+
+
+def _path(text: str) -> Path:
+    if not text.strip() or "\0" in text:
+        raise MoeeError("a path", repr(text), UNSET)
+    return Path(text)
+
+
+def _new_path(text: str) -> Path:
+    path = _path(text)
+    longest = max(len(os.fsencode(part)) for part in path.parts or (text,))
+    if longest > LONGEST_FILE:
+        raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
+    return path
+
+
+def _check_folder(path: Path, expected: str) -> None:
+    if not path.is_dir():
+        raise MoeeError(expected, f"no folder '{path}'", "check the path")

@@ -1,0 +1,121 @@
+"""No configuration takes a number that makes no sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from moee_analysis import checks, measure
+from moee_analysis.calibration import Limits
+from moee_analysis.clustering import ClusterConfig
+from moee_analysis.comparison import Contest
+from moee_analysis.config import ExtractConfig
+from moee_analysis.errors import MoeeError
+from moee_analysis.finetune_config import FinetuneConfig
+from moee_analysis.rivals.jetpack import JetpackConfig
+from moee_analysis.rivals.moefication import MoeficationConfig
+from moee_analysis.rivals.soft_moe import SoftMoeConfig
+from moee_analysis.rivals.sparse_upcycling import SparseUpcyclingConfig
+from moee_analysis.rivals.static_pruning import StaticPruningConfig
+from moee_analysis.supervised_config import SupervisedConfig
+
+CONFIGS = (
+    ExtractConfig, ClusterConfig, FinetuneConfig, SupervisedConfig, StaticPruningConfig,
+    MoeficationConfig, SparseUpcyclingConfig, SoftMoeConfig, JetpackConfig, Limits,
+)  # fmt: skip
+SENSELESS = (math.nan, math.inf, -math.inf, -1, -0.5, 10**30, 1e300, True, "1", "", [], (), 1j)
+
+
+def numbers_of(config):
+    """The fields of a configuration that are numbers."""
+    return [f for f in dataclasses.fields(config) if f.type.startswith(("int", "float"))]
+
+
+def senseless(field):
+    """What a field must not be."""
+    values = [*SENSELESS]
+    if "None" not in field.type:
+        values.append(None)
+    if field.type.startswith("int"):
+        values += [1.5, 1.0, np.float64(2)]
+    return [*values, 2**32] if field.name == "seed" else values
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [(config, field) for config in CONFIGS for field in numbers_of(config)],
+    ids=lambda each: getattr(each, "__name__", None) or each.name,
+)
+def test_no_field_takes_a_number_without_sense(config, field):
+    for value in senseless(field):
+        with pytest.raises(MoeeError, match=rf"expected {field.name} as a .*; found "):
+            config(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    "config", [config for config in CONFIGS if "layers" in config.__dataclass_fields__]
+)
+def test_layers_are_whole_numbers(config):
+    for layers in (3, "0", (0.5,), (-1,), (True,), ("0",), (math.nan,), np.arange(2)):
+        with pytest.raises(MoeeError, match="expected layers as a"):
+            config(layers=layers)
+    assert config(layers=(0, 2)).layers == (0, 2)
+
+
+@pytest.mark.parametrize("wrong", [{"resamples": 0}, {"resamples": 1.5}, {"preset": "huge"}])
+def test_a_contest_is_refused_before_its_images_are_compared(wrong):
+    with pytest.raises(MoeeError):
+        Contest(None, None, None, **wrong)
+
+
+def test_numbers_of_numpy_are_numbers():
+    checks.whole_number("n", np.int64(3))
+    checks.real_number("x", np.float32(0.5), above=0, most=1)
+    checks.share("x", np.float64(0.5))
+    checks.seed_number(np.uint32(2**32 - 1))
+    assert FinetuneConfig(epochs=np.int32(2), learning_rate=1).epochs == 2
+
+
+def test_bounds_are_told_and_kept():
+    with pytest.raises(MoeeError, match=r"x as a number above 0 and at most 2; found 0\. "):
+        checks.real_number("x", 0, above=0, most=2)
+    with pytest.raises(MoeeError, match=r"x as a number at least 0 and below 1; found 1\. "):
+        checks.real_number("x", 1, least=0, below=1)
+    with pytest.raises(MoeeError, match=r"x as a share in \(0, 1\); found 1\. "):
+        checks.share("x", 1, whole=False)
+    with pytest.raises(MoeeError, match=r"expected a whole number from 2 to 3; found 4\. "):
+        checks.whole_number("", 4, least=2, most=3)
+    checks.real_number("x", 2, above=0, most=2)
+    checks.real_number("x", Fraction(0), least=0, below=1)
+    checks.share("x", 1)
+    checks.whole_number("n", 3, least=2, most=3)
+
+
+def test_a_name_is_one_of_those_there_are():
+    checks.one_of("router", "a", {"a": 1, "b": 2})
+    for wrong in ("c", "", None, [], 1):
+        with pytest.raises(MoeeError, match="router among a, b; found"):
+            checks.one_of("router", wrong, {"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wrong"),
+    [
+        ("accuracy", 2, "resamples"),
+        ("balance", 1, "resamples"),
+        ("modularity", 2, "permutations"),
+        ("modularity", 2, "resamples"),
+        ("family_separation", 1, "permutations"),
+        ("class_relatedness", 2, "permutations"),
+        ("use_and_need", 1, "permutations"),
+        ("top_patches", 2, "count"),
+    ],
+)
+def test_a_measure_refuses_counts_before_it_looks_at_anything(name, given, wrong):
+    for value in (0, -1, 1.5, math.nan, None):
+        with pytest.raises(MoeeError, match=f"{wrong} as a whole number"):
+            getattr(measure, name)(*[None] * given, **{wrong: value})

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from moee_analysis.endings import Terminated, ended_in_order
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_closes_what_is_open_and_is_as_before_afterwards(number, code):
+    closed = []
+
+    def end():
+        with ended_in_order():
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.raise_signal(number)  # once is enough
+                closed.append(True)
+
+    with pytest.raises(Terminated) as caught:
+        end()
+    assert caught.value.code == code
+    assert closed
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_handlers_of_others_stay():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with ended_in_order():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_threads_are_left_alone():
+    found = []
+
+    def use():
+        with ended_in_order():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert found == [signal.SIG_DFL]
+
+
+def test_a_process_ends_with_what_it_serves():
+    script = (
+        "import sys, time; from moee_analysis.endings import die_after, ended_in_order\n"
+        "with ended_in_order():\n"
+        "    try:\n"
+        "        die_after(sys.stdin.buffer.read); print('ready', flush=True); time.sleep(60)\n"
+        "    finally:\n"
+        "        print('closed', flush=True)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )
+    assert child.stdout.readline() == "ready\n"
+    told, _ = child.communicate()  # closes its input
+    assert (child.returncode, told) == (143, "closed\n")

@@ -1,0 +1,186 @@
+"""Commands that are ended at random moments: nothing is lost, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moee_analysis.cli import main
+from moee_analysis.report import report
+from tests.makers import SMALL_VIT, lively, picture_folder
+
+SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 1}
+KILLS = 6  # at least, of every command
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start quickly, as everything is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Weights of a small model, and a few pictures."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_file(lively().state_dict(), folder / "weights.safetensors")
+    picture_folder(folder / "images", 16)
+    return folder
+
+
+def run_command(argv, place):
+    """Run one command as a process that tells into a file, with temporary files of its own."""
+    _begin(place)
+    sys.exit(main(argv))
+
+
+def run_report(notebook, place):
+    _begin(place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", tempfile.tempdir)
+        report(out=place / "out", notebooks=[notebook], preset="smoke")
+
+
+def _begin(place):
+    torch.set_num_threads(1)
+    tempfile.tempdir = str(place / "tmp")
+    with (place / "told").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def arguments(name, inputs, place, run):
+    images = str(inputs / "images")
+    if name == "finetune":
+        return ["finetune", str(run), "--images", images, "--epochs", "3", "--batch-size", "4",
+                "--out", str(place / "out")]  # fmt: skip
+    own = [] if name == "extract without a store" else ["--store", str(place / "store")]
+    return ["extract", "--model", SMALL_VIT, "--weights", str(inputs / "weights.safetensors"),
+            "--recipe", "best", "--calibration", images, "--macs-reduction", "0.28",
+            "--out", str(place / "out"), *own]  # fmt: skip
+
+
+def new_place(folder):
+    (folder / "tmp").mkdir(parents=True)
+    return folder
+
+
+def ended(process, number, seconds):
+    """Send the signal after so many seconds; whether the process had not ended before."""
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        os.kill(process.pid, number)
+    process.join()
+    return process.exitcode != 0
+
+
+def left(place):
+    """What should not be there when all is done."""
+    found = [path for path in place.rglob("*") if path.name.startswith((".", "sums-", "damaged-"))]
+    return [*found, *(place / "tmp").iterdir()]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(processes, inputs, tmp_path_factory):
+    """What every command comes to that nobody ends, and how long it takes."""
+    found = {}
+    for name in ("extract", "extract without a store", "finetune"):
+        place = new_place(tmp_path_factory.mktemp("whole") / name)
+        run = found["extract"][0] / "out" if found else None
+        process = processes.Process(
+            target=run_command, args=(arguments(name, inputs, place, run), place)
+        )
+        started = time.monotonic()
+        process.start()
+        process.join()
+        assert process.exitcode == 0, (place / "told").read_text()
+        found[name] = place, time.monotonic() - started
+        assert not left(place)
+    return found
+
+
+@pytest.mark.parametrize("name", ["extract", "extract without a store", "finetune"])
+def test_a_command_ended_at_random_moments_comes_to_the_same_bytes(
+    processes, inputs, whole, tmp_path, name
+):
+    rng, kills = np.random.default_rng(0), 0
+    (right, seconds), run = whole[name], whole["extract"][0] / "out"
+    for attempt in range(20):
+        place = new_place(tmp_path / str(attempt))
+        target, args = run_command, (arguments(name, inputs, place, run), place)
+        for number, code in list(SIGNALS.items()) * 2:
+            process = processes.Process(target=target, args=args)
+            if not ended(process, number, rng.uniform(0.1, seconds)):
+                break
+            kills += 1
+            told = (place / "told").read_text() if (place / "told").exists() else ""
+            assert process.exitcode in {code, -number}, told
+            if process.exitcode == code and number != signal.SIGKILL:
+                assert "nothing half-written was left behind" in told.splitlines()[-1]
+                assert "Traceback" not in told
+                assert not [path for path in place.rglob("*") if "-moee-" in path.name]
+                assert not list((place / "tmp").iterdir())
+        process = processes.Process(target=target, args=args)
+        process.start()
+        process.join()
+        assert process.exitcode == 0, (place / "told").read_text()
+        assert contents(place / "out") == contents(right / "out")
+        assert not left(place)
+        if kills >= KILLS:
+            return
+    pytest.fail("it was never ended in time")
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    cell = nbformat.v4.new_code_cell('preset: str = "small"\nout: str = None')
+    cell.metadata["tags"] = ["parameters"]
+    work = nbformat.v4.new_code_cell("import time\nfor _ in range(10): time.sleep(0.1)")
+    path = tmp_path_factory.mktemp("notebook") / "tiny.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell, work]), path)
+    return path
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_report_takes_its_processes_with_it(processes, notebook, tmp_path, number):
+    rng, place = np.random.default_rng(int(number)), new_place(tmp_path / "report")
+    for seconds in rng.uniform(0.5, 5, size=2):
+        process = processes.Process(target=run_report, args=(notebook, place))
+        process.start()
+        process.join(seconds)
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, number)
+        process.join()
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+        assert not (place / "out" / "index.html").exists()
+        if number == signal.SIGTERM:
+            assert process.exitcode == 143
+            assert not list((place / "tmp").iterdir())
+            assert not list((place / "out").iterdir())
+    process = processes.Process(target=run_report, args=(notebook, place))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert {path.name for path in (place / "out").iterdir()} == {"index.html", "tiny"}
+    assert json.loads((place / "out" / "tiny" / "status.json").read_text())["status"] == "ok"
+    assert not list((place / "tmp").iterdir())
