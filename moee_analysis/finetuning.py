@@ -8,6 +8,7 @@ never does.
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,7 @@ from moee_analysis.fingerprints import fingerprint
 from moee_analysis.folders import held_folder, new_folder, scratch_folder
 from moee_analysis.inputs import like
 from moee_analysis.layers import moe_layers
-from moee_analysis.locks import remove
+from moee_analysis.locks import remove, remove_left
 from moee_analysis.saving import fill_run
 from moee_analysis.store import content_key, kept, present, set_aside, unfinished_folder
 from moee_analysis.training import NOT_FINITE, Training
@@ -194,6 +195,7 @@ def _through(place: _Place, training: Training, run: Extraction) -> None:
     """Fill the place with the trained run, unless it is there. One process waits for another."""
     if agreed(place.is_filled()):
         _check_same(place.folder, training.key, run)
+        remove_left(place.work.parent, re.escape(place.work.name))  # by a kill in the last moment
         return
     with _alone_in(place.work, training.key) if rank() == 0 else nullcontext():
         all_sum(torch.zeros(1))  # none looks at the checkpoint before

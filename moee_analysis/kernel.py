@@ -29,18 +29,27 @@ def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
     """Environment variables under which the kernel ``python3`` is this very interpreter.
 
     ``JUPYTER_PATH`` comes before the kernels of the user and of the system. A ``hermetic``
-    kernel also reads no start-up files of the user and writes nothing into the home folder. A user
-    without a home that can be written to has one for as long as this is open: Jupyter needs it.
+    kernel also reads no start-up files of the user, writes nothing into the home folder, and its
+    temporary files go when this is closed. A user without a home that can be written to has one
+    for as long: Jupyter needs it.
     """
     from ipykernel.kernelspec import write_kernel_spec
 
     with scratch_folder("kernel") as folder:
         name = str(folder)
         write_kernel_spec(folder / "kernels" / NAME, extra_arguments=QUIET)
-        private = {"IPYTHONDIR": f"{name}/ipython", "JUPYTER_RUNTIME_DIR": f"{name}/runtime"}
+        private = {
+            "IPYTHONDIR": f"{name}/ipython", "JUPYTER_RUNTIME_DIR": f"{name}/runtime",
+            "TMPDIR": _made(folder / "tmp"),
+        }  # fmt: skip
         homeless = {} if has_home() else {"HOME": name}
         paths = _first("JUPYTER_PATH", name)
         yield {**os.environ, **homeless, **paths, **(private if hermetic else {})}
+
+
+def _made(folder: Path) -> str:
+    folder.mkdir()
+    return str(folder)
 
 
 def _first(variable: str, folder: str) -> dict[str, str]:

@@ -114,7 +114,7 @@ GUIDES = {
         ),
     ),
     "store": Guide(
-        "list what the store holds, by run and size, or remove what is oldest",
+        "list what the store holds, or remove what is oldest",
         "The store keeps recorded tokens, clusters, statistics and runs, so that none is computed "
         "twice. This lists them by run, with what a run has alone and what it shares, and by kind "
         "where no run is left. With --prune damaged folders go first, then those that were not "
