@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-           errno.EIO)  # fmt: skip
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
+           errno.ENAMETOOLONG, errno.EIO)  # fmt: skip
 ODD = {"is_dir": "a folder", "is_fifo": "a named pipe", "is_socket": "a socket",
        "is_char_device": "a device", "is_block_device": "a device"}  # fmt: skip
+DISK_ERRORS = (OSError, SafetensorError)
+"""As which the refusals of a disk come; others come as these too."""
+
 TRIAL = 1 << 16  # bytes
 LARGEST_TEXT = 1 << 28  # bytes; nothing here writes more
 ROOM = "make room there, or choose another place"
@@ -138,11 +141,7 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
 
 
 def _empty_file(folder: Path, prefix: str) -> Path:
-    try:
-        handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
-    except FileNotFoundError:
-        told = f"no folder '{folder}'"
-        raise MoeeError(f"a place to write into '{folder}'", told, ANOTHER_PLACE) from None
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
     os.close(handle)
     return Path(name)
 
@@ -168,7 +167,7 @@ def writing(place: Path, *, wanted: int = 0, hint: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except DISK_ERRORS as error:
         told = refusal(error, place, wanted=bytes_text(wanted) if wanted else "", hint=hint)
         raise told or error from None
 
@@ -178,7 +177,7 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
 
     ``wanted`` is a size, in words. Without a ``hint`` it is about room, or another place.
     """
-    code = _code(error)
+    code, place = _code(error), named_finally(place)
     if code in FULL:
         room = f"{wanted} of room" if wanted else "room"
         return MoeeError(
@@ -189,13 +188,18 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
     return None
 
 
+def named_finally(place: Path) -> Path:
+    """The path that something in a temporary file or folder will have."""
+    return Path(re.sub(rf"(?<=/)\.([^/]+){OURS}{RANDOM}(?=/|$)", r"\1", str(place)))
+
+
 def _concerns(error: Exception, place: Path) -> bool:
     """Whether an error is about a place, as far as it says so, or the folders that it is in."""
     named = getattr(error, "filename", None)
-    if named is None or error.errno == errno.ENAMETOOLONG:
+    if named is None or error.errno == errno.ENAMETOOLONG or OURS in str(named):
         return True
-    above = nearest_folder(place)
-    return Path(named) in (place, *place.absolute().parents) or Path(named).is_relative_to(above)
+    within = Path(named).absolute().is_relative_to(place.absolute())
+    return within or Path(named).absolute() in place.absolute().parents
 
 
 def _code(error: Exception) -> int | None:
@@ -234,14 +238,22 @@ def check_place(path: Path, *, wanted: int = 0) -> None:
         of room.
     """
     with writing(path, wanted=wanted):
+        path = _resolved(path)
         path.with_name(f".{path.name}{OURS}unfinished").exists()  # a name may be too long
-        above = nearest_folder(path.absolute().parent)
+        above = nearest_folder(path.parent)
         if not above.is_dir():
             raise MoeeError(f"a place to write '{path}'", f"'{above}', a file", ANOTHER_PLACE)
-        with tempfile.TemporaryFile(dir=above) as file:
+        with tempfile.TemporaryFile(prefix=OURS, dir=above) as file:
             file.write(bytes(TRIAL))
         if shutil.disk_usage(above).free < wanted:
             raise OSError(errno.ENOSPC, "No space left")
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # links in a circle
+        raise MoeeError(f"a place to write '{path}'", str(error), ANOTHER_PLACE) from None
 
 
 def bytes_text(count: float) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from moee_analysis.endings import ended_in_order
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import bytes_text, flush, refusal, writing
+from moee_analysis.files import DISK_ERRORS, bytes_text, flush, refusal, writing
 from moee_analysis.locks import OURS, RANDOM, is_held, locked, made_and_held, remove_left
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
         try:
             yield partial
             flush_all(partial)
-        except OSError as error:
+        except DISK_ERRORS as error:
             size = f"more than {bytes_text(size_of(partial))}"
             raise refusal(error, final, wanted=size, hint=hint) or error from None
         _open_to_others(partial)

@@ -9,6 +9,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.presets import preset_named
 
 SEEDS = 2**32
+LARGEST_SIZE = 10_000  # pixels or channels
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_size_or_none(value: Any) -> bool:
-    return value is None or (_is_count(value) and value > 0)
+    return value is None or (_is_count(value) and 0 < value <= LARGEST_SIZE)
 
 
 def _is_seed(value: Any) -> bool:

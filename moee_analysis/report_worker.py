@@ -6,6 +6,7 @@ The report starts it as ``python -m moee_analysis.report_worker JOB``; JOB is JS
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -106,7 +107,7 @@ def _cells_begun(written: Path) -> int | None:
 def main(text: str) -> None:
     """Do the job described by the JSON ``text`` and leave ``status.json`` in its folder."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    die_after(sys.stdin.buffer.read)
+    die_after(lambda: os.read(sys.stdin.fileno(), 1))  # which the report never writes to
     job = json.loads(text)
     folder = Path(job["folder"])
     status = run_notebook(

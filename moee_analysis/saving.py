@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import check_place, read_json, write_json
+from moee_analysis.files import check_place, read_json, write_json, writing
 from moee_analysis.files import checksum as _checksum
 from moee_analysis.files import file_hash as _file_hash
 from moee_analysis.folders import new_folder
@@ -58,7 +58,9 @@ def write_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
 
 def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     """Write the two files of a run into an existing ``folder``."""
-    save_file(stored_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+    tensors = stored_tensors(model)
+    with writing(folder / TENSORS, wanted=sum(t.nbytes for t in tensors.values())):
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     content = {
         "kind": KIND,
         "format": FORMAT,

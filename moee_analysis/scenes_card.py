@@ -8,8 +8,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from safetensors.torch import save
+from safetensors.torch import save_file
 
+from moee_analysis.files import new_file, write_text
 from moee_analysis.scenes import CLASSES, SPLIT_SEEDS
 from moee_analysis.scenes_drawing import SIDE
 from moee_analysis.scenes_evaluation import half_pruned, per_class, top1
@@ -85,14 +86,6 @@ def write(folder: Path, model: nn.Module, model_card: dict[str, object]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(model_card, indent=2) + "\n"
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    _replace(folder / f"{model_card['name']}.safetensors", save(weights))
-    _replace(folder / f"{model_card['name']}.json", text.encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with new_file(folder / f"{model_card['name']}.safetensors") as partial:
+        save_file(weights, partial)
+    write_text(folder / f"{model_card['name']}.json", text)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT = 6
 """Part of every key: raise it whenever a step of the extraction changes its results."""
 
-ELSEWHERE = "make room, or name another folder for the store: --store DIR, or MOEE_STORE"
+ELSEWHERE = "make room, or name another folder: --store DIR, or MOEE_STORE; TMPDIR without a store"
 ASIDE = "damaged-"
 UNFINISHED = "-unfinished"
 
@@ -138,7 +138,7 @@ def unfinished_folder(final: Path) -> Path:
 
 def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:
     for cut_off in unfinished.glob(".*"):  # what was being written at a kill
-        cut_off.unlink()
+        remove(cut_off)
     try:
         with writing(final, hint=ELSEWHERE):
             build(unfinished)

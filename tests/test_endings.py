@@ -55,10 +55,10 @@ def test_other_threads_are_left_alone():
 
 def test_a_process_ends_with_what_it_serves():
     script = (
-        "import sys, time; from moee_analysis.endings import die_after, ended_in_order\n"
+        "import os, time; from moee_analysis.endings import die_after, ended_in_order\n"
         "with ended_in_order():\n"
         "    try:\n"
-        "        die_after(sys.stdin.buffer.read); print('ready', flush=True); time.sleep(60)\n"
+        "        die_after(lambda: os.read(0, 1)); print('ready', flush=True); time.sleep(60)\n"
         "    finally:\n"
         "        print('closed', flush=True)\n"
     )

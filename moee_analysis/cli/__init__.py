@@ -6,7 +6,9 @@ SIGTERM.
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS as FINETUNE_OPTI
 from moee_analysis.cli.parser import command_parser
 from moee_analysis.endings import Terminated, ended_in_order
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import refusal
+from moee_analysis.files import FULL, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ended_in_order():
             code = arguments.command(arguments)
             sys.stdout.flush()
+    except BrokenPipeError:  # as of "| head": the rest has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (MoeeError, KeyboardInterrupt, Terminated, OSError) as end:
         code, told = _ending(end)
         print(f"moee: {told}", file=sys.stderr)
@@ -54,10 +59,8 @@ def _ending(end: BaseException) -> tuple[int, str]:
         return 1, f"interrupted, {NOTHING_LEFT}"
     if isinstance(end, Terminated):
         return end.code, f"terminated, {NOTHING_LEFT}"
-    if isinstance(end, BrokenPipeError):  # as of "| head": the rest has no reader
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1, "nobody reads on"
-    refused = refusal(end, Path(getattr(end, "filename", None) or "."))
-    if refused is None:
+    if end.errno not in (*FULL, errno.EROFS):
         raise end
-    return 2, str(refused)
+    if end.filename is None:
+        return 2, str(MoeeError("room for what is printed", str(end), "make room there"))
+    return 2, str(refusal(end, Path(end.filename)))

@@ -131,9 +131,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--no-latency", action="store_true", help="measure no times")
     _json_option(parser, "write a row per system there")
-    parser.add_argument(
-        "--store", type=values.store, help="folder that keeps tokens and clusters"
-    )
+    parser.add_argument("--store", type=values.store, help="folder that keeps tokens and clusters")
     _compute_options(parser)
 
 

@@ -149,7 +149,7 @@ def new_folder(text: str) -> Path:
     path = _new_path(text)
     if path.exists():
         _check_folder(path, "a place for a folder")
-    check_place(path.resolve())
+    check_place(path)
     return path
 
 
@@ -160,7 +160,7 @@ def store(text: str) -> Path:
     if path.exists():
         _check_folder(path, "the folder of a store")
     else:
-        check_place(path.resolve())
+        check_place(path)
     return path
 
 
@@ -180,7 +180,7 @@ def new_file(text: str) -> Path:
     _check_folder(path.parent, f"{expected} '{path}'")
     if path.exists():
         check_file(path, expected=expected, hint="choose another place")
-    check_place(path.resolve())
+    check_place(path)
     return path
 
 
