@@ -228,6 +228,13 @@ def _exists(path: Path) -> bool:
     return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; no name is too odd to ask."""
+    with suppress(OSError, ValueError):
+        return path.is_dir()
+    return False
+
+
 def check_place(path: Path, *, wanted: int = 0) -> None:
     """Refuse a file or folder that cannot be written at ``path``, before it is computed: try it.
 
@@ -252,7 +259,7 @@ def check_place(path: Path, *, wanted: int = 0) -> None:
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except RuntimeError as error:  # links in a circle
+    except (RuntimeError, ValueError) as error:  # links in a circle, a byte of zeros
         raise MoeeError(f"a place to write '{path}'", str(error), ANOTHER_PLACE) from None
 
 

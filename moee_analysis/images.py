@@ -19,6 +19,7 @@ from moee_analysis import models, scenes
 from moee_analysis.checks import seed_number, whole_number
 from moee_analysis.classes import index_of_classes, plain_name
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import is_folder
 from moee_analysis.image_files import list_images, readable_name, skipped_text, unreadable_among
 from moee_analysis.pictures import UnreadableError, read_picture
 from moee_analysis.progress import progress
@@ -302,6 +303,8 @@ def load_images(
         below 1.
     """
     _check_draw(limit, seed)
+    if not str(source).strip():
+        raise MoeeError("a folder of class folders", "no name", "name it; '.' is the present one")
     if str(source) == models.BUNDLED:
         return _bundled(split).limit(limit, seed=seed)
     return _from_folder(Path(source), limit=limit, strict=strict, seed=seed)
@@ -323,7 +326,7 @@ def _bundled(split: str) -> ImageSet:
 
 
 def _from_folder(folder: Path, *, limit: int | None, strict: bool, seed: int) -> ImageSet:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise MoeeError(f"a folder of class folders at '{folder}'", "no folder", "check the path")
     listing = list_images(folder)
     if not listing.paths:

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.files import check_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,8 +74,7 @@ def literal(path: Path) -> str:
 def _parameters_source(notebook: Path) -> str:
     import nbformat
 
-    if not notebook.is_file():
-        raise MoeeError(f"a notebook at '{notebook}'", "no such file", "check the path")
+    check_file(notebook, expected="a notebook")
     try:
         cells = nbformat.read(notebook, as_version=4).cells
     except Exception as error:  # a foreign file breaks the reader in many ways

@@ -95,9 +95,9 @@ def read_run(folder: Path, *, dense: nn.Module | None = None) -> SavedRun:
 
 def check_target(folder: Path, *, wanted: int = 0) -> None:
     """Refuse to save over anything but an empty folder or an earlier run, of ``wanted`` bytes."""
+    check_place(folder, wanted=wanted)
     if folder.exists() and not folder.is_dir():
         raise MoeeError(f"a folder at '{folder}'", "a file", "choose another place")
-    check_place(folder, wanted=wanted)
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if present - {TENSORS, FACTS}:
         raise MoeeError(

@@ -6,8 +6,12 @@ import signal
 
 import pytest
 
+from moee_analysis.cli import main
+from moee_analysis.extraction import extract
 from moee_analysis.store import kept, present, resumed, set_aside, unfinished_folder
 from moee_analysis.store_upkeep import entries, prune, shares
+from tests.makers import best, lively
+from tests.toys import toy_images
 
 NAMES = {kind: f"{kind}-{number:020x}" for number, kind in enumerate(
     ("activations", "clusters", "run", "statistics", "trained")
@@ -108,3 +112,35 @@ def test_what_a_running_process_uses_stays(store):
 
 def test_a_store_that_is_not_there_holds_nothing(tmp_path):
     assert entries(tmp_path / "none") == []
+
+
+def test_the_command_lists_and_prunes(store, capsys):
+    assert main(["store", "--store", str(store)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "in 5 folders" in told[0]
+    assert told[2].endswith("a model, best")
+    assert any("statistics of experts (folders: 1)" in line for line in told)
+    assert main(["store", "--store", str(store), "--prune", "2.5kB"]) == 0
+    assert "removed 3 folders" in capsys.readouterr().out
+    assert main(["store", "--store", str(store), "--prune", "0"]) == 0
+    assert "0 bytes are left" in capsys.readouterr().out
+    assert not list(store.iterdir())
+
+
+def test_names_in_the_list_act_on_no_terminal(tmp_path, capsys):
+    keep(tmp_path, "run", 1, {"run": "a\x1b[31mred\nmodel \u202e"})
+    assert main(["store", "--store", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert r"a\x1b[31mred\nmodel \u202e" in told
+
+
+def test_runs_are_listed_with_what_they_were_made_of(tmp_path):
+    images = toy_images(12)
+    for saved in (0.3, 0.2):
+        extract(lively(), images, best(macs_reduction=saved), store=tmp_path)
+    told, rest = shares(entries(tmp_path))
+    assert [each.run.title for each in told] == [
+        f"test_vit, best, −{saved} MACs, 12 images of noise, seed 0" for saved in ("20%", "30%")
+    ]
+    assert all(each.shared > each.alone for each in told)  # the tokens
+    assert not rest
