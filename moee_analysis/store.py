@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from moee_analysis.files import check_place, flush, is_folder, writing
 from moee_analysis.folders import flush_all, held_folder, new_folder
 from moee_analysis.locks import remove
 from moee_analysis.progress import tell
-from moee_analysis.seals import SEAL, damage_of, seal
+from moee_analysis.seals import damage_of, seal
 from moee_analysis.store_use import use
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def present(folder: Path) -> bool:
         set_aside(folder, damage)
         return False
     with suppress(OSError):
-        (folder / SEAL).touch()  # used just now
+        os.utime(folder)  # used just now
     return True
 
 

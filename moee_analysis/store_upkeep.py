@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moee_analysis.folders import size_of, temporary_folder
 from moee_analysis.locks import OURS, is_held
-from moee_analysis.seals import SEAL, about
+from moee_analysis.seals import about
 from moee_analysis.store import ASIDE, UNFINISHED
 from moee_analysis.store_use import unused
 
@@ -71,9 +71,7 @@ def entries(root: Path) -> list[Entry]:
 
 
 def _entry(path: Path) -> Entry:
-    sealed = path / SEAL
-    used = (sealed if sealed.exists() else path).stat().st_mtime
-    told = about(path) if sealed.exists() else {}
+    told, used = about(path), path.stat().st_mtime
     title, uses = str(told.get("run", "")), tuple(map(str, told.get("uses", ())))
     return Entry(path, _kind(path.name), size_of(path), used, title, uses)
 

@@ -46,7 +46,7 @@ def test_what_was_trained_is_not_trained_again(script, made):
     before = {path: path.stat().st_mtime_ns for path in (made / "store").glob("trained-*/*")}
     folders = ["--store", str(made / "store"), "--out", str(made / "again")]
     script.main([*FAST, *FEW, "--parts", "components", "--classes", "pug", "cat", *folders])
-    assert len(before) == 6 * 2 * 4
+    assert len(before) == 6 * 2 * 5
     after = {path: path.stat().st_mtime_ns for path in (made / "store").glob("trained-*/*")}
     assert after == before
     first, again = ((made / name / "jetpack.md").read_text() for name in ("out", "again"))

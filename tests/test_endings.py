@@ -10,6 +10,17 @@ import pytest
 
 from moee_analysis.endings import Terminated, ended_in_order
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """Those of a process that was not started by ``nohup``."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_closes_what_is_open_and_is_as_before_afterwards(number, code):

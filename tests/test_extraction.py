@@ -279,7 +279,9 @@ def test_another_seed_draws_other_tokens():
 def test_a_store_changes_nothing_and_saves_the_work(tmp_path, monkeypatch, build):
     plain = extract(build(), IMAGES, quick())
     first = extract(build(), IMAGES, quick(), store=tmp_path)
-    monkeypatch.setattr("moee_analysis.recording._fill", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr(
+        "moee_analysis.recording._record_into", lambda *_, **__: pytest.fail("again")
+    )
     again = extract(build(), IMAGES, quick(), store=tmp_path)
     assert experts_of(plain) == experts_of(first) == experts_of(again)
     assert plain.layers == again.layers

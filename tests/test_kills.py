@@ -121,18 +121,26 @@ def test_a_command_ended_at_random_moments_comes_to_the_same_bytes(inputs, whole
     pytest.fail("it was never ended in time")
 
 
-@pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
+@pytest.fixture
+def go(tmp_path):
+    """A file without which the notebook does not come to its end."""
+    return tmp_path / "go"
+
+
+@pytest.fixture
+def notebook(tmp_path, go):
     cell = nbformat.v4.new_code_cell('preset: str = "small"\nout: str = None')
     cell.metadata["tags"] = ["parameters"]
-    work = nbformat.v4.new_code_cell("import time\nfor _ in range(10): time.sleep(0.1)")
-    path = tmp_path_factory.mktemp("notebook") / "tiny.ipynb"
+    work = nbformat.v4.new_code_cell(
+        f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.1)"
+    )
+    path = tmp_path / "tiny.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[cell, work]), path)
     return path
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_report_takes_its_processes_with_it(notebook, tmp_path, number):
+def test_a_report_takes_its_processes_with_it(notebook, go, tmp_path, number):
     rng, place = np.random.default_rng(int(number)), new_place(tmp_path / "report")
     for seconds in rng.uniform(0.5, 5, size=2):
         process = started(run_report, notebook, place)
@@ -147,6 +155,7 @@ def test_a_report_takes_its_processes_with_it(notebook, tmp_path, number):
             assert process.exitcode == 143
             assert not list((place / "tmp").iterdir())
             assert not list((place / "out").iterdir())
+    go.touch()
     complete(place, run_report, notebook, place)
     assert {path.name for path in (place / "out").iterdir()} == {"index.html", "tiny"}
     assert {path.name for path in (place / "out" / "tiny").iterdir()} == {

@@ -136,7 +136,7 @@ def test_a_single_token_and_none_have_no_covariance(layer, tmp_path):
     assert not found[2].any()
 
 
-@pytest.mark.parametrize(("held", "passes"), [(0, 4), (1, 4), (2, 2), (3, 2), (4, 1), (100, 1)])
+@pytest.mark.parametrize(("held", "passes"), [(0.01, 4), (1, 4), (2, 2), (3, 2), (4, 1), (100, 1)])
 def test_experts_come_in_as_many_passes_as_memory_asks_for(layer, tmp_path, held, passes):
     """``held`` covariances of an expert fit, and a little more for the numbers of tokens."""
     memory = Limits(memory=held * (8 * HIDDEN**2 + 8))
