@@ -254,10 +254,11 @@ def _found(folder: Path, model: nn.Module) -> Extraction | None:
     """The run that a store has in ``folder``, if it has; what cannot be loaded is set aside."""
     if not present(folder):
         return None
+    seen = folder.stat()
     try:
         return load(folder, dense=model)
     except MoeeError as error:
-        set_aside(folder, error.found)
+        set_aside(folder, error.found, seen=seen)
         return None
 
 

@@ -227,7 +227,7 @@ def _check_checkpoint(work: Path, key: str) -> None:
     try:
         found = read_checkpoint(work)
     except MoeeError as damage:
-        set_aside(work, damage.found)
+        set_aside(work, damage.found, seen=work.stat())
         work.mkdir()
         return
     if found and checkpoint_facts(work)["key"] != key:

@@ -66,22 +66,30 @@ def present(folder: Path) -> bool:
     use(folder)
     if not is_folder(folder):
         return False
+    seen = folder.stat()
     damage = damage_of(folder)
     if damage:
-        set_aside(folder, damage)
+        set_aside(folder, damage, seen=seen)
         return False
     with suppress(OSError):
         os.utime(folder)  # used just now
     return True
 
 
-def set_aside(folder: Path, damage: str) -> None:
-    """Rename a folder that is damaged, so that it is made again, and say so."""
+def set_aside(folder: Path, damage: str, *, seen: os.stat_result) -> None:
+    """Rename a folder that is damaged, so that it is made again, and say so.
+
+    One that is no longer the one that was ``seen`` stays: another process has made it again.
+    """
     aside = folder.with_name(ASIDE + folder.name.lstrip("."))
     tell(f"'{folder}' is damaged ({damage}): set aside as '{aside.name}', and made again")
-    with writing(aside, hint=ELSEWHERE), suppress(FileNotFoundError):  # another process did it
-        remove(aside)
-        folder.rename(aside)
+    with writing(aside, hint=ELSEWHERE):
+        try:
+            if os.path.samestat(seen, folder.stat()):
+                remove(aside)
+                folder.rename(aside)
+        except FileNotFoundError:
+            return
 
 
 def check_writable(root: Path) -> None:

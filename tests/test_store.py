@@ -9,7 +9,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.files import write_json
 from moee_analysis.folders import new_folder
 from moee_analysis.seals import SEAL, damage_of
-from moee_analysis.store import check_writable, content_key, kept, resumed
+from moee_analysis.store import check_writable, content_key, kept, resumed, set_aside
 
 
 def fill(folder):
@@ -146,3 +146,12 @@ def test_a_store_that_is_full_is_told_and_as_before(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_another_process_has_made_again_meanwhile_stays(tmp_path):
+    folder = kept(tmp_path, "thing", fill)
+    seen = folder.stat()
+    folder.rename(tmp_path / "old")
+    kept(tmp_path, "thing", fill)
+    set_aside(folder, "changed", seen=seen)
+    assert (folder / "result").read_text() == "made"

@@ -76,7 +76,8 @@ def test_a_use_is_noted(store):
 def test_damaged_folders_go_first_and_foreign_ones_never(store, capsys):
     for name in ("notes", ".config-insiders", "run-2024"):
         (store / name).mkdir()
-    set_aside(store / NAMES["activations"], "a test")
+    damaged = store / NAMES["activations"]
+    set_aside(damaged, "a test", seen=damaged.stat())
     pruned = prune(store, sum(entry.size for entry in entries(store)) - 1)
     assert [entry.kind for entry in pruned.removed] == ["damaged"]
     prune(store, 0)
