@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import check_place, flush, is_folder, writing
+from moee_analysis.files import check_place, flush, writing
 from moee_analysis.folders import flush_all, held_folder, new_folder
 from moee_analysis.locks import remove
 from moee_analysis.progress import tell
@@ -64,9 +64,10 @@ def present(folder: Path) -> bool:
     One that is damaged is told of and set aside.
     """
     use(folder)
-    if not is_folder(folder):
+    try:
+        seen = folder.stat()
+    except (OSError, ValueError):  # also a name that is too odd
         return False
-    seen = folder.stat()
     damage = damage_of(folder)
     if damage:
         set_aside(folder, damage, seen=seen)
