@@ -5,6 +5,7 @@ Both carry checksums. The history is a CSV beside them, which stays when the tra
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from moee_analysis.distributed import all_sum, rank
 from moee_analysis.errors import MoeeError
 from moee_analysis.files import write_text
+from moee_analysis.locks import OURS
 from moee_analysis.seals import read_signed, read_signed_tensors, write_signed, write_tensors
 
 if TYPE_CHECKING:
@@ -90,6 +92,15 @@ def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
         group, _, own = name.partition("/")
         groups.setdefault(group, {})[own] = tensor
     return progress, groups
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove what :func:`save_checkpoint` has written, and the folder if nothing else is in it."""
+    for pattern in ("checkpoint-*.safetensors", FACTS, METRICS, f".*{OURS}*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any] | None:

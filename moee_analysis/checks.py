@@ -38,6 +38,13 @@ def seed_number(value: Any, name: str = "seed") -> None:
     whole_number(name, value, least=0, most=LAST_SEED)
 
 
+def draw_numbers(seed: Any, **counts: Any) -> None:
+    """Refuse what is no ``seed``, and ``counts`` of draws, by name, that are below 1."""
+    for name, value in counts.items():
+        whole_number(name, value)
+    seed_number(seed)
+
+
 def real_number(
     name: str,
     value: Any,

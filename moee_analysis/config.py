@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -105,6 +106,7 @@ class ExtractConfig:
         seed_number(self.seed)
         layer_numbers(self.layers)
         preset_named(self.preset)
+        self._check_clustering()
         self._check_dense_tokens()
         self._check_budget()
 
@@ -178,13 +180,21 @@ class ExtractConfig:
         p = None if self.macs_reduction is not None else self.variance_kept or VARIANCE_KEPT
         return {"variance_kept": p}
 
-    def _check_dense_tokens(self) -> None:
-        kinds = ", ".join(TOKEN_KINDS)
-        unknown = [kind for kind in self.dense_tokens if kind not in TOKEN_KINDS]
-        if unknown or isinstance(self.dense_tokens, str):
-            found = self.dense_tokens if isinstance(self.dense_tokens, str) else unknown[0]
+    def _check_clustering(self) -> None:
+        if not isinstance(self.clustering, ClusterConfig | None):
             raise MoeeError(
-                f"dense_tokens as a tuple of kinds among {kinds}", f"'{found}'",
+                "clustering as a ClusterConfig", reprlib.repr(self.clustering),
+                "leave it out, or pass moee.ClusterConfig(...)",
+            )  # fmt: skip
+
+    def _check_dense_tokens(self) -> None:
+        listed = isinstance(self.dense_tokens, (tuple, list))
+        found = self.dense_tokens if listed else [self.dense_tokens]
+        unknown = [kind for kind in found if not listed or kind not in TOKEN_KINDS]
+        if unknown:
+            raise MoeeError(
+                f"dense_tokens as a tuple of kinds among {', '.join(TOKEN_KINDS)}",
+                reprlib.repr(unknown[0]),
                 'name them as in dense_tokens=("cls", "register")',
             )  # fmt: skip
         if self.dense_tokens and self.tokens == "alike":

@@ -254,7 +254,7 @@ def _found(folder: Path, model: nn.Module) -> Extraction | None:
     """The run that a store has in ``folder``, if it has; what cannot be loaded is set aside."""
     if not present(folder):
         return None
-    seen = folder.stat()
+    seen = folder.lstat()
     try:
         return load(folder, dense=model)
     except MoeeError as error:

@@ -12,18 +12,19 @@ import tempfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.locks import OURS, RANDOM, made_and_held, remove_left
+from moee_analysis.locks import OURS, RANDOM, made_and_held, remove_left, temporary_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
-           errno.ENAMETOOLONG, errno.EIO)  # fmt: skip
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+           errno.EEXIST, errno.ENAMETOOLONG, errno.EIO)  # fmt: skip
 ODD = {"is_dir": "a folder", "is_fifo": "a named pipe", "is_socket": "a socket",
        "is_char_device": "a device", "is_block_device": "a device"}  # fmt: skip
 DISK_ERRORS = (OSError, SafetensorError)
@@ -126,9 +127,9 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
         The folder is missing, cannot be written to or is full.
     """
     with writing(path, wanted=wanted):
-        prefix = f".{path.name}{OURS}"
+        prefix = temporary_prefix(path.name)
         remove_left(path.parent, re.escape(prefix) + RANDOM)
-        partial, lock = made_and_held(lambda: _empty_file(path.parent, prefix))
+        partial, lock = made_and_held(lambda: _empty_file(path.with_name(prefix + uuid4().hex)))
         try:
             yield partial
             partial.chmod(0o644)
@@ -140,10 +141,9 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
             os.close(lock)
 
 
-def _empty_file(folder: Path, prefix: str) -> Path:
-    handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
-    os.close(handle)
-    return Path(name)
+def _empty_file(path: Path) -> Path:
+    path.touch(0o600, exist_ok=False)
+    return path
 
 
 def flush(path: Path) -> None:
@@ -245,8 +245,10 @@ def check_place(path: Path, *, wanted: int = 0) -> None:
         of room.
     """
     with writing(path, wanted=wanted):
-        path = _resolved(path)
-        path.with_name(f".{path.name}{OURS}unfinished").exists()  # a name may be too long
+        path = resolved(path)
+        if not path.name or not _is_text(path):
+            raise MoeeError("a place with a name in UTF-8", repr(str(path)), ANOTHER_PLACE)
+        path.with_name(f".{path.name}-unfinished").exists()  # a name may be too long
         above = nearest_folder(path.parent)
         if not above.is_dir():
             raise MoeeError(f"a place to write '{path}'", f"'{above}', a file", ANOTHER_PLACE)
@@ -256,7 +258,22 @@ def check_place(path: Path, *, wanted: int = 0) -> None:
             raise OSError(errno.ENOSPC, "No space left")
 
 
-def _resolved(path: Path) -> Path:
+def _is_text(path: Path) -> bool:
+    """Whether a path is one that also libraries which want UTF-8 can open."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def resolved(path: Path) -> Path:
+    """The whole path, links followed.
+
+    Raises
+    ------
+    MoeeError
+        Links in a circle, or a byte of zeros in it.
+    """
     try:
         return path.resolve()
     except (RuntimeError, ValueError) as error:  # links in a circle, a byte of zeros

@@ -8,9 +8,7 @@ never does.
 from __future__ import annotations
 
 import copy
-import re
-import shutil
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,18 +18,24 @@ import pandas as pd
 import torch
 
 from moee_analysis.apart import contents_of, without_repeats
-from moee_analysis.checkpoints import FACTS, METRICS, checkpoint_facts, read_checkpoint
+from moee_analysis.checkpoints import (
+    FACTS,
+    METRICS,
+    checkpoint_facts,
+    read_checkpoint,
+    remove_checkpoint,
+)
 from moee_analysis.distributed import agreed, all_sum, rank
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
 from moee_analysis.extraction import Extraction, load
-from moee_analysis.files import check_place
+from moee_analysis.files import check_place, write_text
 from moee_analysis.finetune_config import FinetuneConfig
 from moee_analysis.fingerprints import fingerprint
 from moee_analysis.folders import held_folder, new_folder, scratch_folder
 from moee_analysis.inputs import like
 from moee_analysis.layers import moe_layers
-from moee_analysis.locks import remove, remove_left
+from moee_analysis.locks import locked
 from moee_analysis.saving import fill_run
 from moee_analysis.store import content_key, kept, present, set_aside, unfinished_folder
 from moee_analysis.training import NOT_FINITE, Training
@@ -195,7 +199,8 @@ def _through(place: _Place, training: Training, run: Extraction) -> None:
     """Fill the place with the trained run, unless it is there. One process waits for another."""
     if agreed(place.is_filled()):
         _check_same(place.folder, training.key, run)
-        remove_left(place.work.parent, re.escape(place.work.name))  # by a kill in the last moment
+        with suppress(OSError), locked(place.work, wait=False):
+            remove_checkpoint(place.work)  # left by a kill in the last moment
         return
     with _alone_in(place.work, training.key) if rank() == 0 else nullcontext():
         all_sum(torch.zeros(1))  # none looks at the checkpoint before
@@ -207,7 +212,7 @@ def _through(place: _Place, training: Training, run: Extraction) -> None:
             _trained(replace(training, folder=place.work), run)
         all_sum(torch.zeros(1))  # the folder is there
         if rank() == 0:
-            remove(place.work)
+            remove_checkpoint(place.work)
 
 
 @contextmanager
@@ -219,7 +224,7 @@ def _alone_in(work: Path, key: str) -> Iterator[None]:
             yield
         finally:
             if not (work / FACTS).exists():
-                remove(work)
+                remove_checkpoint(work)
 
 
 def _check_checkpoint(work: Path, key: str) -> None:
@@ -227,7 +232,7 @@ def _check_checkpoint(work: Path, key: str) -> None:
     try:
         found = read_checkpoint(work)
     except MoeeError as damage:
-        set_aside(work, damage.found, seen=work.stat())
+        set_aside(work, damage.found, seen=work.lstat())
         work.mkdir()
         return
     if found and checkpoint_facts(work)["key"] != key:
@@ -252,14 +257,15 @@ def _fill(folder: Path, *, work: Path, training: Training, run: Extraction) -> N
     """Train in the folder ``work``, and save the run and its history as a new ``folder``."""
     tuned = _trained(replace(training, folder=work), run)
     fill_run(folder, tuned.model, tuned._facts())
-    shutil.copyfile(work / METRICS, folder / METRICS)
+    history = pd.DataFrame(_last(tuned)["history"])
+    write_text(folder / METRICS, history.to_csv(index=False))
 
 
 def _trained(training: Training, run: Extraction) -> Extraction:
     """Train, and tell in the run's facts how that went."""
     progress = training.run()
     if progress.stopped.startswith(NOT_FINITE) and progress.best == 0:
-        remove(training.folder)  # it would come to the same again
+        remove_checkpoint(training.folder)  # it would come to the same again
         raise MoeeError(
             "a finite loss", progress.stopped, "lower the learning rate; the run is as it was"
         )

@@ -12,11 +12,19 @@ import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from moee_analysis.endings import ended_in_order
 from moee_analysis.errors import MoeeError
 from moee_analysis.files import DISK_ERRORS, bytes_text, flush, refusal, writing
-from moee_analysis.locks import OURS, RANDOM, is_held, locked, made_and_held, remove_left
+from moee_analysis.locks import (
+    RANDOM,
+    is_held,
+    locked,
+    made_and_held,
+    remove_left,
+    temporary_prefix,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +49,7 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
     with writing(final, hint=hint):
         final.parent.mkdir(parents=True, exist_ok=True)
         _restore(final)
-    with temporary_folder(final.parent, f".{final.name}{OURS}", hint=hint) as partial:
+    with temporary_folder(final.parent, temporary_prefix(final.name), hint=hint) as partial:
         try:
             yield partial
             flush_all(partial)
@@ -108,12 +116,17 @@ def temporary_folder(parent: Path, prefix: str, *, hint: str = "") -> Iterator[P
     """
     remove_left(parent, re.escape(prefix) + RANDOM)
     with writing(parent / prefix.strip(".-"), hint=hint):
-        folder, lock = made_and_held(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
+        folder, lock = made_and_held(lambda: _empty_folder(parent / (prefix + uuid4().hex)))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _empty_folder(path: Path) -> Path:
+    path.mkdir(0o700)
+    return path
 
 
 def flush_all(folder: Path) -> None:
@@ -157,7 +170,7 @@ def _replace(new: Path, final: Path) -> None:
 
 def _restore(final: Path) -> None:
     """Finish an exchange of folders that a kill has cut short: the old one is there, or gone."""
-    pattern = re.escape(f".{final.name}{OURS}") + RANDOM + OLD
+    pattern = re.escape(temporary_prefix(final.name)) + RANDOM + OLD
     for old in [path for path in final.parent.iterdir() if re.fullmatch(pattern, path.name)]:
         if is_held(Path(str(old).removesuffix(OLD))):
             continue

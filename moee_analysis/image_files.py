@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,10 @@ def list_images(folder: Path) -> Listing:
     """
     paths: list[Path] = []
     skipped: list[Skipped] = []
-    own = {_id_of(Path(place)) for place, _, _ in os.walk(folder)}
+    own: set[FolderId] = set()
+    for place, _, _ in os.walk(folder):
+        with suppress(OSError):  # it may be gone by now
+            own.add(_id_of(Path(place)))
     for path, reason in _below(folder, folder, own):
         if reason:
             skipped.append(Skipped(readable_name(str(path.relative_to(folder))), reason))
@@ -98,19 +102,27 @@ def _below(
         yield folder, f"a folder that cannot be opened ({error.strerror})"
         return
     for path in paths:
-        if path.name.startswith("."):
-            if path.suffix.lower() in suffixes():
-                yield path, "hidden"
-        elif not path.is_dir():
-            if reason := _reason(path, alone=folder == top):
-                yield path, reason
-            elif folder != top:
-                yield path, ""
-        elif (by_link := linked or path.is_symlink()) and _id_of(path) in seen:
-            yield path, "a link to a folder that is read in another place"
-        else:
-            seen.add(_id_of(path))
-            yield from _below(path, top, seen, linked=by_link)
+        try:
+            yield from _at(path, top, seen, linked=linked)
+        except OSError as error:
+            yield path, f"nothing that can be looked at ({error.strerror})"
+
+
+def _at(path: Path, top: Path, seen: set[FolderId], *, linked: bool) -> Iterator[tuple[Path, str]]:
+    """What :func:`_below` yields of one ``path``."""
+    if path.name.startswith("."):
+        if path.suffix.lower() in suffixes():
+            yield path, "hidden"
+    elif not path.is_dir():
+        if reason := _reason(path, alone=path.parent == top):
+            yield path, reason
+        elif path.parent != top:
+            yield path, ""
+    elif (by_link := linked or path.is_symlink()) and _id_of(path) in seen:
+        yield path, "a link to a folder that is read in another place"
+    else:
+        seen.add(_id_of(path))
+        yield from _below(path, top, seen, linked=by_link)
 
 
 def _id_of(folder: Path) -> FolderId:

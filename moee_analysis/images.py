@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from moee_analysis import models, scenes
-from moee_analysis.checks import seed_number, whole_number
+from moee_analysis.checks import one_of, real_number, seed_number, whole_number
 from moee_analysis.classes import index_of_classes, plain_name
 from moee_analysis.errors import MoeeError
 from moee_analysis.files import is_folder
@@ -223,7 +223,15 @@ class ImageSet:
         return self.take(np.sort(self._dealt(seed)[:count]))
 
     def split(self, share: float, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-        """Two disjoint sets: ``share`` of the images, even over the classes, and the rest."""
+        """Two disjoint sets: ``share`` of the images, even over the classes, and the rest.
+
+        Raises
+        ------
+        MoeeError
+            A share that is not from 0 to 1.
+        """
+        real_number("share", share, least=0, most=1)
+        seed_number(seed)
         dealt = self._dealt(seed)
         count = round(share * len(self))
         return self.take(np.sort(dealt[:count])), self.take(np.sort(dealt[count:]))
@@ -241,7 +249,7 @@ class ImageSet:
         Each batch is float32 (batch, channels, height, width); the next one is decoded while
         the present one is used. ``batch_size`` None is :func:`fitting_batch`.
         """
-        batch_size = batch_size or fitting_batch(model)
+        batch_size = fitting_batch(model, batch_size)
         transform = models.model_transform(model)
         starts = range(0, len(self), batch_size)
         with ThreadPoolExecutor(max_workers=2) as pool:
@@ -265,11 +273,19 @@ class ImageSet:
         return shuffled[np.argsort(turns[shuffled], kind="stable")]
 
 
-def fitting_batch(model: nn.Module) -> int:
-    """Images of a batch: the pixels of 64 of 224 x 224, but 256 images at most.
+def fitting_batch(model: nn.Module, wanted: int | None = None) -> int:
+    """Images of a batch: as ``wanted``, or the pixels of 64 of 224 x 224, but 256 images at most.
 
     Small images come in large batches, so that each expert gets tokens worth a matrix product.
+
+    Raises
+    ------
+    MoeeError
+        ``wanted`` is no number of images.
     """
+    if wanted is not None and wanted != 0:
+        whole_number("batch_size", wanted)
+        return wanted
     _, height, width = models.input_size(model)
     return max(1, min(256, 64 * 224 * 224 // (height * width)))
 
@@ -317,8 +333,7 @@ def _check_draw(limit: int | None, seed: int) -> None:
 
 
 def _bundled(split: str) -> ImageSet:
-    if split not in scenes.SPLIT_SIZES:
-        raise MoeeError(f"a split among {', '.join(scenes.SPLIT_SIZES)}", f"'{split}'", "name one")
+    one_of("a split", split, scenes.SPLIT_SIZES)
     rows = tuple(range(scenes.SPLIT_SIZES[split]))
     labels = tuple(scenes.CLASSES[row % len(scenes.CLASSES)] for row in rows)
     name = f"bundled scenes, {split}"

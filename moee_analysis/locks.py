@@ -16,14 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-RANDOM = "[a-z0-9_]{8}"
-"""What :mod:`tempfile` puts behind a prefix, as a regular expression."""
+RANDOM = "[0-9a-f]{32}"
+"""What :func:`temporary_prefix` is followed by, as a regular expression."""
 
 READ = os.O_RDONLY | os.O_NONBLOCK
 """How what is locked is opened: nobody waits for a named pipe."""
 
 OURS = "-moee-"
-"""In all temporary names: nothing else is ever taken for what a killed process has left."""
+"""In all temporary names. With :data:`RANDOM` behind it no name of anybody else's is like it."""
+
+LONGEST = 150  # bytes of a name in a temporary one, so that this is none that is too long
+
+
+def temporary_prefix(name: str) -> str:
+    """What the temporary names begin with of what will have this ``name``."""
+    return f".{name.encode(errors='ignore')[:LONGEST].decode(errors='ignore')}{OURS}"
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moee_analysis.errors import MoeeError
+from moee_analysis.checks import one_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,5 @@ PRESETS: dict[str, Preset] = {
 
 def preset_named(name: str) -> Preset:
     """Return the preset called ``name``; a MoeeError lists the names there are."""
-    if name not in PRESETS:
-        raise MoeeError(f"a preset among {', '.join(PRESETS)}", f"'{name}'", "name one of them")
+    one_of("a preset", name, PRESETS)
     return PRESETS[name]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from moee_analysis.checks import one_of
 from moee_analysis.clustering import ClusterConfig
-from moee_analysis.errors import MoeeError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "router": ("cosine", "nearest"),
@@ -81,6 +81,5 @@ def recipe_named(name: str, *, bound: bool = False) -> dict[str, Any]:
     MoeeError
         No such recipe; it lists the names there are.
     """
-    if name not in RECIPES:
-        raise MoeeError(f"recipe among {', '.join(RECIPES)}", f"'{name}'", "name one")
+    one_of("recipe", name, RECIPES)
     return RECIPES[name] | (BOUND.get(name, {}) if bound else {})

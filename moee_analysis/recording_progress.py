@@ -52,6 +52,7 @@ class Whole:
             return False
         try:
             saved = read_signed(path)
+            self._check_sizes()
             self._hash(saved["images"])
         except MoeeError as error:
             damage = error.found
@@ -67,6 +68,12 @@ class Whole:
     @property
     def _told(self) -> dict[str, str]:
         return {".".join(file): found.hexdigest() for file, found in sorted(self.hashes.items())}
+
+    def _check_sizes(self) -> None:
+        for file, mapped in self.files.items():
+            size = (self.folder / file_name(file)).stat().st_size
+            if size != mapped.offset + mapped.nbytes:
+                raise ValueError(f"{file_name(file)} has another size")
 
     def _header(self, file: File, size: int) -> bytes:
         with (self.folder / file_name(file)).open("rb") as opened:

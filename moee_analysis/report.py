@@ -144,13 +144,24 @@ def _say(say: Callable[[str], None], line: str) -> None:
 def _chosen(notebooks: Sequence[str | Path] | None) -> list[Path]:
     """Absolute paths of the notebooks to run, each under a name of its own."""
     listed = sorted(notebooks_folder().glob("*.ipynb")) if notebooks is None else notebooks
-    chosen = [Path(path).resolve() for path in listed]
+    chosen = [_absolute(path) for path in listed]
     if not chosen:
         raise MoeeError("at least one notebook", "none", "name the notebooks to run")
     twice = [stem for stem, count in Counter(path.stem for path in chosen).items() if count > 1]
     if twice:
         raise MoeeError("notebooks with different names", f"'{twice[0]}' twice", "rename one")
     return chosen
+
+
+def _absolute(path: str | Path) -> Path:
+    try:
+        path = Path(path).resolve()
+        str(path).encode()  # papermill and pages take names in UTF-8 alone
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise MoeeError(
+            "the path of a notebook, in UTF-8", f"{str(path)!r} ({error})", "rename the notebook"
+        ) from None
+    return path
 
 
 def _checked(parameters: Mapping[str, Any], notebooks: Sequence[Path]) -> dict[str, Any]:

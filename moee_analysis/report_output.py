@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 LONGEST = 20_000
 """Characters of one output on a page."""
 
+LONGEST_MARKUP = 400_000
+"""Characters of HTML, SVG and the like in one output; a page with more takes long to be made."""
+
+LEFT_OUT = "[{} are left out here; the notebook has them]"
+
 ESCAPES = re.compile(r"\x1b\[[^@-~\n]*[@-~]")
 """Sequences that colour text or move the cursor."""
 
@@ -65,8 +70,18 @@ def shorten(output: NotebookNode) -> None:
         output.text = shortened(output.text)
     elif output.output_type == "error":
         output.traceback = [shortened(part) for part in output.traceback]
-    elif "text/plain" in output.data:
-        output.data["text/plain"] = shortened(output.data["text/plain"])
+    else:
+        _shorten_data(output.data)
+
+
+def _shorten_data(data: dict[str, Any]) -> None:
+    """Shorten plain text; half of any markup is none, so that goes, and plain text tells it."""
+    told = [shortened(data.pop("text/plain"))] if "text/plain" in data else []
+    markup = [kind for kind in data if kind.startswith("text/") or kind == "image/svg+xml"]
+    heavy = [kind for kind in markup if len(data[kind]) > LONGEST_MARKUP]
+    told += [LEFT_OUT.format(f"{len(data.pop(kind))} characters of {kind}") for kind in heavy]
+    if told:
+        data["text/plain"] = "\n".join(told)
 
 
 def shortened(text: str) -> str:
@@ -77,5 +92,5 @@ def shortened(text: str) -> str:
     left_out, half = len(plain) - LONGEST, LONGEST // 2
     if left_out <= 0:
         return plain
-    note = f"[{left_out} characters are left out here; the notebook has them]"
+    note = LEFT_OUT.format(f"{left_out} characters")
     return f"{plain[:half]}\n{note}\n{plain[-half:]}"

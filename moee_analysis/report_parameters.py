@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
@@ -76,12 +77,12 @@ def _parameters_source(notebook: Path) -> str:
 
     check_file(notebook, expected="a notebook")
     try:
-        cells = nbformat.read(notebook, as_version=4).cells
+        read = nbformat.read(notebook, as_version=4)
+        nbformat.validate(read)  # the reader only logs what is wrong
     except Exception as error:  # a foreign file breaks the reader in many ways
-        raise MoeeError(
-            f"a notebook at '{notebook}'", f"{type(error).__name__}", "check the file"
-        ) from None
-    tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+        found = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+        raise MoeeError(f"a notebook at '{notebook}'", found, "check the file") from None
+    tagged = [c.source for c in read.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:
         raise MoeeError(
             f"one cell with the tag 'parameters' in {notebook.name}",

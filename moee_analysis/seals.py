@@ -31,10 +31,13 @@ CHECKSUM = "checksum"
 _KNOWN: dict[tuple[int, ...], str] = {}
 
 
-def seal(folder: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write the checksums of all files in ``folder`` into it, and what to tell ``about`` it."""
+def seal(folder: Path, name: str, about: Mapping[str, Any] | None = None) -> None:
+    """Write the checksums of all files in ``folder`` into it, and what to tell ``about`` it.
+
+    ``name`` is the one that it will have: whole files in another place are damage too.
+    """
     hashes = _hashes(folder, sorted(_names(folder)))
-    write_signed(folder / SEAL, {"files": hashes, "about": dict(about or {})})
+    write_signed(folder / SEAL, {"name": name, "files": hashes, "about": dict(about or {})})
 
 
 def damage_of(folder: Path) -> str:
@@ -43,9 +46,12 @@ def damage_of(folder: Path) -> str:
     Files that have not been touched since they were last looked at are not read again.
     """
     try:
-        files = dict(read_signed(folder / SEAL)["files"])
+        told = read_signed(folder / SEAL)
+        name, files = told["name"], dict(told["files"])
     except (MoeeError, KeyError, TypeError, ValueError):
         return f"no whole {SEAL}"
+    if name != folder.name:
+        return f"what belongs to '{name}'"
     try:
         return _damage(folder, files)
     except MoeeError as error:

@@ -53,7 +53,7 @@ def kept(
     if not present(final):
         with new_folder(final, replace=False, hint=ELSEWHERE) as partial:
             build(partial)
-            seal(partial, about)
+            seal(partial, name, about)
         _check_written(final)
     return final
 
@@ -65,7 +65,7 @@ def present(folder: Path) -> bool:
     """
     use(folder)
     try:
-        seen = folder.stat()
+        seen = folder.lstat()
     except (OSError, ValueError):  # also a name that is too odd
         return False
     damage = damage_of(folder)
@@ -86,7 +86,7 @@ def set_aside(folder: Path, damage: str, *, seen: os.stat_result) -> None:
     tell(f"'{folder}' is damaged ({damage}): set aside as '{aside.name}', and made again")
     with writing(aside, hint=ELSEWHERE):
         try:
-            if os.path.samestat(seen, folder.stat()):
+            if os.path.samestat(seen, folder.lstat()):
                 remove(aside)
                 folder.rename(aside)
         except FileNotFoundError:
@@ -102,9 +102,9 @@ def check_writable(root: Path) -> None:
         It cannot be made, or not be written to.
     """
     try:
+        check_place(root / "trial")
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
-        check_place(root / "trial")
     except MoeeError as error:
         raise MoeeError(
             f"a store that can be written to at '{root}'", error.found, ELSEWHERE
@@ -147,12 +147,13 @@ def unfinished_folder(final: Path) -> Path:
 
 
 def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:
-    for cut_off in unfinished.glob(".*"):  # what was being written at a kill
-        remove(cut_off)
+    for path in unfinished.iterdir():
+        if path.name.startswith(".") or not path.is_file():  # what was being written at a kill
+            remove(path)
     try:
         with writing(final, hint=ELSEWHERE):
             build(unfinished)
-            seal(unfinished)
+            seal(unfinished, final.name)
             flush_all(unfinished)
     except MoeeError:  # the next attempt would fail as well
         remove(unfinished)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moee_analysis.folders import size_of, temporary_folder
-from moee_analysis.locks import OURS, is_held
-from moee_analysis.seals import about
+from moee_analysis.locks import is_held, temporary_prefix
+from moee_analysis.seals import SEAL, about
 from moee_analysis.store import ASIDE, UNFINISHED
 from moee_analysis.store_use import unused
 
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEY = "[0-9a-f]{20}"
-NAMES = rf"({ASIDE})?\.?[a-z]+-{KEY}(-{KEY})?({UNFINISHED})?"
-"""Names of the folders of a store, as a regular expression."""
+KINDS = (
+    "activations", "attention", "clusters", "costs", "finetuned", "profile", "reduced", "run",
+    "seconds", "statistics", "trained",
+)  # fmt: skip
+SEALED = rf"({'|'.join(KINDS)})-{KEY}"
+OTHERS = rf"sums-{KEY}-{KEY}|\.{SEALED}{UNFINISHED}|{ASIDE}{SEALED}({UNFINISHED})?"
+"""Names of the folders of a store: those with checksums, and the others."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,16 @@ def entries(root: Path) -> list[Entry]:
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         with suppress(OSError):  # removed meanwhile
-            if re.fullmatch(NAMES, path.name) and path.is_dir():
+            if _is_of_store(path):
                 found.append(_entry(path))
     return sorted(found, key=lambda entry: entry.used)
+
+
+def _is_of_store(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return False
+    sealed = re.fullmatch(SEALED, path.name) and (path / SEAL).is_file()
+    return bool(sealed or re.fullmatch(OTHERS, path.name))
 
 
 def _entry(path: Path) -> Entry:
@@ -123,7 +135,7 @@ def _remove(path: Path) -> bool:
         if free:
             with (
                 suppress(FileNotFoundError),
-                temporary_folder(path.parent, f".removed{OURS}") as bin_,
+                temporary_folder(path.parent, temporary_prefix("removed")) as bin_,
             ):
                 path.rename(bin_ / path.name)
         return free

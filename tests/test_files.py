@@ -109,14 +109,16 @@ def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path):
 
 
 def test_what_a_killed_process_left_goes_with_the_next_file_but_nothing_else(tmp_path):
-    left, others = tmp_path / f".x{OURS}abcdefgh", tmp_path / ".x-insiders"
+    left, others = tmp_path / f".x{OURS}{'0' * 32}", tmp_path / ".x-insiders"
     left.touch()
     others.mkdir()
+    (tmp_path / f".x{OURS}analysis").mkdir()
     with new_file(tmp_path / "x") as held:
         write_text(tmp_path / "x", "another process, meanwhile")
         assert held.exists()
     assert not left.exists()
     assert others.exists()
+    assert (tmp_path / f".x{OURS}analysis").exists()
 
 
 @pytest.mark.parametrize("write", [

@@ -65,7 +65,7 @@ def test_folders_that_are_held_or_of_others_stay(tmp_path):
 
 
 def test_an_exchange_of_folders_that_was_cut_short_is_undone(tmp_path):
-    old = tmp_path / f".run{OURS}abcdefgh-old"
+    old = tmp_path / f".run{OURS}{'0' * 32}-old"
     old.mkdir()
     (old / "result").write_text("old")
     with pytest.raises(RuntimeError, match="old"), new_folder(tmp_path / "run"):

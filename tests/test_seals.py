@@ -31,7 +31,7 @@ def flip(path, place, bit=0):
 def sealed(tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(9))
     (tmp_path / "facts.json").write_text('{"a": 1}')
-    seal(tmp_path, {"run": "a run"})
+    seal(tmp_path, tmp_path.name, {"run": "a run"})
     assert not damage_of(tmp_path)
     return tmp_path
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 
 import pytest
@@ -9,7 +10,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.files import write_json
 from moee_analysis.folders import new_folder
 from moee_analysis.seals import SEAL, damage_of
-from moee_analysis.store import check_writable, content_key, kept, resumed, set_aside
+from moee_analysis.store import check_writable, content_key, kept, present, resumed, set_aside
 
 
 def fill(folder):
@@ -155,3 +156,25 @@ def test_what_another_process_has_made_again_meanwhile_stays(tmp_path):
     kept(tmp_path, "thing", fill)
     set_aside(folder, "changed", seen=seen)
     assert (folder / "result").read_text() == "made"
+
+
+def test_whole_folders_in_each_others_places_are_damage(tmp_path):
+    one, other = (
+        kept(tmp_path, name, lambda new, name=name: (new / "x").write_text(name)) for name in "ab"
+    )
+    one.rename(tmp_path / "c")
+    other.rename(one)
+    (tmp_path / "c").rename(other)
+    assert not present(one)
+    assert not present(other)
+
+
+@pytest.mark.parametrize("put", [
+    lambda path: path.touch(), os.mkfifo, lambda path: path.symlink_to("nowhere"),
+])  # fmt: skip
+def test_what_is_no_folder_is_set_aside(tmp_path, put):
+    for make in (kept, resumed):
+        put(tmp_path / make.__name__)
+        folder = make(tmp_path, make.__name__, fill)
+        assert folder.is_dir()
+        assert not folder.is_symlink()

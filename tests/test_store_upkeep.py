@@ -74,14 +74,19 @@ def test_a_use_is_noted(store):
 
 
 def test_damaged_folders_go_first_and_foreign_ones_never(store, capsys):
-    for name in ("notes", ".config-insiders", "run-2024"):
+    own = {
+        "notes", ".config-insiders", "run-2024", ".venv-moee-analysis",
+        "photos-20261129213011123456",
+        "run-20261129213011123456", f".backup-{0:020x}-unfinished", f"damaged-photos-{0:020x}",
+    }  # fmt: skip
+    for name in own:
         (store / name).mkdir()
     damaged = store / NAMES["activations"]
     set_aside(damaged, "a test", seen=damaged.stat())
     pruned = prune(store, sum(entry.size for entry in entries(store)) - 1)
     assert [entry.kind for entry in pruned.removed] == ["damaged"]
     prune(store, 0)
-    assert {path.name for path in store.iterdir()} == {"notes", ".config-insiders", "run-2024"}
+    assert {path.name for path in store.iterdir()} == own
 
 
 def use(root, ready):

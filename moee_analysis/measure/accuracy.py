@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.classes import knows_classes
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
@@ -64,9 +64,10 @@ def accuracy(
     Raises
     ------
     MoeeError
-        No images, no models, no resamples, or a reference that is not among them.
+        No images, no models, no resamples, a reference that is not among them, or a
+        ``batch_size`` or ``seed`` that is none.
     """
-    whole_number("resamples", resamples)
+    draw_numbers(seed, resamples=resamples)
     systems = _named(models)
     baseline = _baseline(systems, reference)
     scores = image_scores(systems, images, reference=baseline, batch_size=batch_size)
@@ -97,7 +98,7 @@ def image_scores(
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
     contestants = dict(systems) if reference is None else {**systems, REFERENCE: reference}
     first = next(iter(systems.values())) if reference is None else reference
-    batch_size = batch_size or fitting_batch(first)
+    batch_size = fitting_batch(first, batch_size)
     labels = torch.from_numpy(_labels(images, [first, *systems.values()]))
     total = math.ceil(len(images) / batch_size)
     batches = progress(images.batches(first, batch_size=batch_size), label="accuracy", total=total)

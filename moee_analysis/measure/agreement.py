@@ -55,7 +55,7 @@ def agreement(
     systems = dict(models) if isinstance(models, Mapping) else {"model": models}
     if not len(images) or not systems:
         raise MoeeError("a model and an image at least", "none", "choose others")
-    size = batch_size or fitting_batch(reference)
+    size = fitting_batch(reference, batch_size)
     batches = images.batches(reference, batch_size=size)
     total = math.ceil(len(images) / size)
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in systems}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moee_analysis.checks import draw_numbers
 from moee_analysis.controls import randomly_routed
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.class_routing import class_information
@@ -70,6 +71,7 @@ def architectures(
     """
     if not runs:
         raise MoeeError("a run or more", "none", "extract some")
+    draw_numbers(seed, permutations=permutations, resamples=resamples)
     drawn = {"permutations": permutations, "resamples": resamples, "seed": seed}
     table = pd.concat(
         [_layers(name, run, images, drawn) for name, run in runs.items()], ignore_index=True
@@ -163,6 +165,7 @@ def architecture_variants(
     """
     if not models:
         raise MoeeError("a model or more", "none", "load some")
+    draw_numbers(seed, resamples=resamples)
     tables = []
     for name, dense in models.items():
         made = made_of(dense, calibration, configs.values(), store)

@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.divergence import image_shares, jensen_shannon
 from moee_analysis.measure.resampling import against_chance
@@ -69,6 +69,7 @@ def class_distance(
     MoeeError
         A chosen class with fewer than two images or without a family, an unknown layer.
     """
+    draw_numbers(seed, splits=splits)
     several = all_routes(source, images)
     table = pd.concat(
         [_distances(routes, layers, classes, families, (splits, seed)) for routes in several],
@@ -108,7 +109,7 @@ def family_separation(
     MoeeError
         A table without families, or in which no two classes share one (or all do); no permutations.
     """
-    whole_number("permutations", permutations)
+    draw_numbers(seed, permutations=permutations)
     if "same_family" not in table:
         raise MoeeError(
             "a table of class_distance with families", "no column 'same_family'",

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.resampling import against_chance
 
@@ -43,7 +43,7 @@ def class_relatedness(
     MoeeError
         Fewer than four classes, a model without a linear classifier, no permutations.
     """
-    whole_number("permutations", permutations)
+    draw_numbers(seed, permutations=permutations)
     rows = []
     for (system, layer), part in table.groupby(["system", "layer"], sort=False):
         square = part.pivot(index="class_index_a", columns="class_index_b", values="js")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from moee_analysis.checks import draw_numbers
 from moee_analysis.measure.divergence import entropy, image_shares, jensen_shannon
 from moee_analysis.measure.resampling import Groups, against_chance, basic_interval, repeat
 from moee_analysis.measure.sources import all_routes, chosen_classes, chosen_layers
@@ -102,6 +103,7 @@ def specificity(
     MoeeError
         As :func:`class_routing`; fewer than one permutation or resample.
     """
+    draw_numbers(seed, permutations=permutations, resamples=resamples)
     several = all_routes(source, images)
     tables = []
     for routes in several:
@@ -138,6 +140,7 @@ def class_information(
         (mutual information of class and expert / entropy of the expert, 0 to 1),
         ``corrected``, ``low``, ``high``, ``null_mean``, ``null_high``, ``p``, ``excess``, ``seed``.
     """
+    draw_numbers(seed, permutations=permutations, resamples=resamples)
     several = all_routes(source, images)
     tables = []
     for routes in several:

@@ -74,7 +74,7 @@ def interventions(
     size
         Images of one run, of whatever knock-outs of a layer; None: what fits the model.
     """
-    size = size or fitting_batch(model)
+    size = fitting_batch(model, size)
     names = moe_names(model)
     blocks = {layer: block_of(model, names[layer]) for layer in rules}
     known = [block for block in blocks.values() if block is not None]
@@ -121,7 +121,7 @@ def batches_of(
     model: nn.Module, images: ImageSet, batch_size: int | None, *, label: str
 ) -> Iterator[torch.Tensor]:
     """Yield the images in batches where the model is; ``label`` is what a progress bar says."""
-    size, like = batch_size or fitting_batch(model), next(model.parameters())
+    size, like = fitting_batch(model, batch_size), next(model.parameters())
     total = math.ceil(len(images) / size)
     for x in progress(images.batches(model, batch_size=size), label=label, total=total):
         yield x.to(like)

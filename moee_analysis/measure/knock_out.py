@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 
 from moee_analysis.apart import check_apart
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.images import fitting_batch
 from moee_analysis.knock_out import alone, mean_outputs, removed
 from moee_analysis.layers import moe_layers
 from moee_analysis.measure.accuracy import image_scores
@@ -96,16 +97,16 @@ def knock_out(
         Images of the calibration, no images, a layer without experts or with several per token, a
         class without a family, fewer than one control or resample.
     """
-    whole_number("controls", controls)
-    whole_number("resamples", resamples)
-    check_apart(calibration, images, use="used for calibration")
+    draw_numbers(seed, controls=controls, resamples=resamples)
     model = model_of(run)
+    size = fitting_batch(model, batch_size)
+    check_apart(calibration, images, use="used for calibration")
     shown = chosen_layers(moe_layers(model), layers)
     constants = mean_outputs(model, calibration, layers=shown)
     groups = _groups(model, images, families)
     dense = _dense_right(reference, images)
     plan = {layer: _rules(model, layer, constants[layer], controls, seed) for layer in shown}
-    intact, facts = _all_facts(model, images, plan, constants, batch_size)
+    intact, facts = _all_facts(model, images, plan, constants, size)
     weights = {group: group.resampled(resamples, seed) for group in groups}
     tables = []
     for layer, of_layer in facts.items():
@@ -181,7 +182,7 @@ def _all_facts(
     images: ImageSet,
     plan: Mapping[int, Sequence[Rule]],
     constants: Mapping[int, torch.Tensor],
-    batch_size: int | None,
+    size: int,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Facts of every image, intact (3, images) and by layer (3, rules, images).
 
@@ -191,9 +192,9 @@ def _all_facts(
     intact, facts, done = [], {layer: [] for layer in plan}, 0
     labels = torch.from_numpy(images.labels(model)).to(next(model.parameters()).device)
     with evaluating(model):
-        for x in batches_of(model, images, batch_size, label="knock-outs"):
+        for x in batches_of(model, images, size, label="knock-outs"):
             truth = labels[done : done + len(x)]
-            for one in interventions(model, x, plan, constants, model, size=batch_size):
+            for one in interventions(model, x, plan, constants, model, size=size):
                 facts[one.layer].append(_judged(one.knocked_out, one.seen, truth))
             none = torch.zeros_like(one.knocked_out[:1])
             intact.append(_judged(none, one.intact[None], truth)[:, 0])

@@ -61,7 +61,7 @@ def latency(
     real_number("seconds", seconds, above=0)
     if not len(images):
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
-    size = min(batch_size or fitting_batch(reference), len(images))
+    size = min(fitting_batch(reference, batch_size), len(images))
     batches = drawn(images, size, reference)
     every = {**models, None: reference}
     with ExitStack() as stack:

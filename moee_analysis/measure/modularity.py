@@ -12,7 +12,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.special import entr, xlogy
 from scipy.stats import random_table
 
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.resampling import Groups, against_chance, basic_interval, repeat
 from moee_analysis.measure.sources import all_routes, chosen_layers
@@ -68,8 +68,7 @@ def modularity(
         Images without part masks, routes of other images, no layer with one expert per token and
         a grid of patches, no permutations or resamples.
     """
-    whole_number("permutations", permutations)
-    whole_number("resamples", resamples)
+    draw_numbers(seed, permutations=permutations, resamples=resamples)
     several = all_routes(source, images)
     masks = _masks(images)
     plan = _Plan(permutations, resamples, seed)

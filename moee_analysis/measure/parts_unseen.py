@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from moee_analysis.apart import check_apart
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
+from moee_analysis.images import fitting_batch
 from moee_analysis.knock_out import mean_outputs, removed
 from moee_analysis.layers import moe_layers
 from moee_analysis.measure.interventions import (
@@ -92,22 +93,22 @@ def parts_unseen(
         Images without part masks or of the calibration, a layer without experts or in the last
         block, no part that is shown often enough, fewer than one control or resample.
     """
-    whole_number("controls", controls)
-    whole_number("resamples", resamples)
+    draw_numbers(seed, controls=controls, resamples=resamples)
+    model = model_of(run)
+    size = fitting_batch(model, batch_size)
     check_masks(images)
     check_masks(calibration)
     check_apart(calibration, images, use="used for calibration")
-    model = model_of(run)
     place = Place.of(model)
     shown = chosen_layers(place.layers_before(), layers)
     constants = mean_outputs(model, calibration, layers=shown)
-    probe = PartProbe.trained(place, calibration, batch_size)
+    probe = PartProbe.trained(place, calibration, size)
     plan = {}
     for layer in shown:
         experts, leading = range(moe_layers(model)[layer].n_experts), len(constants[layer]) - 1
         rules = {(layer, expert): removed(expert) for expert in experts}
         plan[layer] = with_controls(rules, leading=leading, draws=controls, seed=seed)
-    counts = _all_counts(probe, images, plan, constants, batch_size)
+    counts = _all_counts(probe, images, plan, constants, size)
     parts = _shown_parts(place.parts(images), images.parts, least)
     even = np.full(len(images), 1 / len(images))
     draws = np.random.default_rng(seed).multinomial(len(images), even, resamples).astype(float)
@@ -162,16 +163,16 @@ def _all_counts(
     images: ImageSet,
     plan: Mapping[int, Sequence[Rule]],
     constants: Mapping[int, torch.Tensor],
-    batch_size: int | None,
+    size: int,
 ) -> dict[int, _Counts]:
     """Count by layer what the probe names rightly under each rule."""
     model, truth = probe.place.model, probe.place.parts(images)
     counts: dict[int, list[_Counts]] = {layer: [] for layer in plan}
     done = 0
     with evaluating(model):
-        for x in batches_of(model, images, batch_size, label="knock-outs"):
+        for x in batches_of(model, images, size, label="knock-outs"):
             own = truth[done : done + len(x)]
-            for one in interventions(model, x, plan, constants, probe, size=batch_size):
+            for one in interventions(model, x, plan, constants, probe, size=size):
                 counts[one.layer].append(_Counts.of(one, own, len(images.parts)))
             done += len(x)
     return {layer: _Counts.joined(parts) for layer, parts in counts.items()}

@@ -15,6 +15,7 @@ from torch import nn
 
 from moee_analysis.activations import recording
 from moee_analysis.calibration import calibration_of
+from moee_analysis.checks import seed_number
 from moee_analysis.draws import drawn
 from moee_analysis.errors import MoeeError
 from moee_analysis.evaluation_mode import evaluating
@@ -57,6 +58,7 @@ def router_choices(
     store
         The store that holds (or will hold) the sampled tokens.
     """
+    seed_number(seed)
     dense, config = run.dense(), run.config
     calibration = calibration_of(dense, images, config, root=Path(store))
     layers = {index: layer for index, layer in moe_layers(run.model).items() if _several(layer)}
@@ -114,9 +116,9 @@ def router_regret(
     if not len(images):
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
     dense, layers = run.dense(), _compared(run, routers)
+    batch_size = fitting_batch(dense, batch_size)
     sites = {site.index: site for site in find_mlps(dense)}
     sums = {index: _Sums(oracle_of(sites[index].module(dense), layers[index])) for index in layers}
-    batch_size = batch_size or fitting_batch(dense)
     batches = images.batches(dense, batch_size=batch_size)
     with evaluating(dense), recording(dense, [sites[index] for index in layers]) as seen:
         for x in progress(batches, label="routers", total=math.ceil(len(images) / batch_size)):

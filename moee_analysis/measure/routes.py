@@ -121,9 +121,10 @@ def routes(
         No routed layer in the model, or a router for a layer that the model does not have.
     """
     model = model_of(model)
+    size = fitting_batch(model, batch_size)
     taps = _own_taps(model) if routers is None else _outside_taps(model, routers)
     labels, names = _classes(model, images, by_folder=by_folder)
-    _run(model, images, taps, batch_size or fitting_batch(model))
+    _run(model, images, taps, size)
     leading = {tap.index: _leading(model, tap.shape) for tap in taps}
     places = {
         tap.index: patch_places(model, tap.name, tap.shape, leading=leading[tap.index])

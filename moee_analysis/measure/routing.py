@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.measure.sources import all_routes
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def balance(
     MoeeError
         No resamples, or what :func:`routing` refuses.
     """
-    whole_number("resamples", resamples)
+    draw_numbers(seed, resamples=resamples)
     if isinstance(source, pd.DataFrame):
         groups = source.groupby(["system", "layer"], sort=False)
         return pd.DataFrame([row for _, layer in groups for row in _rows_of_table(layer)])

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moee_analysis.checks import layer_numbers
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routes import Routes, model_of, routes
 
@@ -47,17 +48,19 @@ def chosen_layers(names: Iterable[int], wanted: Sequence[int]) -> list[int]:
     Raises
     ------
     MoeeError
-        A layer that is not among ``names``.
+        A layer that is not among ``names``, or what is no tuple of layers.
     """
+    layer_numbers(wanted)
+    wanted = set(wanted or ())
     known = sorted(names)
-    missing = sorted(set(wanted) - set(known))
+    missing = sorted(wanted - set(known))
     if missing:
         raise MoeeError(
             f"layers among {', '.join(map(str, known))} (those with experts)",
             f"layer {missing[0]}",
             "layers are counted from 0; a layer left dense has no experts",
         )
-    return sorted(set(wanted)) or known
+    return sorted(wanted) or known
 
 
 def chosen_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> list[int]:

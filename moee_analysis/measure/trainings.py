@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moee_analysis.apart import check_apart
+from moee_analysis.checks import seed_number
 from moee_analysis.counting import count, count_parameters
 from moee_analysis.errors import MoeeError
 from moee_analysis.training_jobs import HISTORY, RIGHT, WEIGHTS, TrainingBench, TrainingJob
@@ -136,6 +137,8 @@ def trainings(
 def _check(
     starts: Mapping[str, Start], training: ImageSet, images: ImageSet, seeds: Sequence[int]
 ) -> None:
+    for seed in seeds:
+        seed_number(seed, "seeds")
     if not starts or not seeds or len(set(seeds)) < len(seeds):
         raise MoeeError("a start or more, and seeds that differ", "none, or twice", "name some")
     check_apart(training, images, use="trained on")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from moee_analysis.checks import whole_number
+from moee_analysis.checks import draw_numbers
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.resampling import against_chance
 
@@ -75,7 +75,7 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
     MoeeError
         Fewer than four classes, or no permutations.
     """
-    whole_number("permutations", permutations)
+    draw_numbers(seed, permutations=permutations)
     pairs = uses_and_needs(table)
     rows = [
         {"layer": layer, "system": system} | _row(part, permutations, np.random.default_rng(seed))

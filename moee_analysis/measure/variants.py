@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from moee_analysis.checks import draw_numbers
 from moee_analysis.counting import MacCount, count, count_parameters, moe_macs
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import extract
@@ -79,6 +80,7 @@ def variants(
     MoeeError
         No variants, no images, or a variant to compare with that is not among those tried.
     """
+    draw_numbers(seed, resamples=resamples)
     names = _checked(tried, beside or {})
     made = made_of(dense, calibration, tried.values(), Path(store))
     rows = [made.get(each) or Made(model=each) for each in tried.values()]

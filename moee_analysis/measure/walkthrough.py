@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from moee_analysis.calibration import calibration_of
+from moee_analysis.checks import layer_numbers, seed_number
 from moee_analysis.clustering import cluster, reduce_dimensions
 from moee_analysis.draws import drawn
 from moee_analysis.partition import clustered, trusted
@@ -47,6 +48,7 @@ def embedding(
     DataFrame
         A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """
+    seed_number(seed)
     found = _clusters(run, images, layers, Path(store))
     tables = []
     for layer, (hidden, labels) in found.items():
@@ -74,6 +76,7 @@ def surrogate(
         ``layer``, ``data`` (``activations`` or ``surrogate``), ``clusters``, ``noise_share``,
         ``tokens``.
     """
+    seed_number(seed)
     rows = []
     for layer, (hidden, labels) in _clusters(run, images, layers, Path(store)).items():
         made = _shuffled_components(hidden, np.random.default_rng([seed, layer]))
@@ -102,6 +105,7 @@ def _clusters(
     run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Clustered activations, float32 (tokens, hidden), and their labels, by layer."""
+    layer_numbers(layers)
     calibration = calibration_of(run.dense(), images, run.config, root=store)
     sites = [site for site in calibration.sites if site.index in layers]
     wanted = {site.name: len(prefix_experts(calibration, site)) for site in sites}
