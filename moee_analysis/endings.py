@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-SIGNALS = ("SIGTERM", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PATIENCE = 15  # seconds, for a process to end in order
 
 
@@ -25,26 +25,43 @@ class Terminated(SystemExit):
 def ended_in_order() -> Iterator[None]:
     """While open, SIGTERM ends this process by :class:`Terminated`, which closes what is open.
 
-    So does SIGHUP, of a terminal that is closed. Without effect outside the main thread, and where
+    So does SIGHUP, of a terminal that is closed. These and Ctrl-C end it also where a library makes
+    another error of them. Without effect outside the main thread, and where
     a program has handlers of its own, or ignores the signals as under ``nohup``.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    named = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    ours = [number for number in named if signal.getsignal(number) is signal.SIG_DFL]
+    asked: list[int] = []
+
+    def end(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_IGN)  # once is enough: what is open closes in peace
+        raise Terminated(128 + number)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.default_int_handler(number, frame)
+
+    wanted = dict.fromkeys(SIGNALS, (signal.SIG_DFL, end))
+    wanted[signal.SIGINT] = (signal.default_int_handler, interrupt)
+    ours = {number: both for number, both in wanted.items() if signal.getsignal(number) is both[0]}
     try:
-        for number in ours:
-            signal.signal(number, _end)
+        for number, (_, own) in ours.items():
+            signal.signal(number, own)
         yield
+    except Exception:
+        if not asked:
+            raise
+        # a library has made an error of its own of the interruption
+        raise _ending_by(asked[0]) from None
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, (usual, _) in ours.items():
+            signal.signal(number, usual)
 
 
-def _end(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough: what is open closes in peace
-    raise Terminated(128 + number)
+def _ending_by(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)
 
 
 def die_after(wait: Callable[[], object]) -> None:

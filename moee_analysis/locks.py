@@ -77,7 +77,7 @@ def made_and_held(make: Callable[[], Path]) -> tuple[Path, int]:
 
 def remove_left(parent: Path, names: str) -> None:
     """Remove what lies in ``parent`` under ``names`` (a regular expression) and nobody holds."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         for path in [path for path in parent.iterdir() if re.fullmatch(names, path.name)]:
             with suppress(OSError), locked(path, wait=False):
                 remove(path)

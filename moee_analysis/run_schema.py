@@ -130,7 +130,18 @@ DEFINITIONS = {
     },
 }  # fmt: skip
 
-ARGUMENTS = _object(optional=("num_classes",), others=PLAIN, num_classes=COUNT)
+LOADING = (
+    "cache_dir", "checkpoint_path", "classes", "model_name", "name", "pretrained",
+    "pretrained_cfg", "pretrained_cfg_overlay", "weights",
+)  # fmt: skip
+"""Arguments by which timm would load other files, which no run has."""
+
+ARGUMENTS = _object(
+    optional=("num_classes", *LOADING),
+    others=PLAIN,
+    num_classes=COUNT,
+    **{name: {"not": {}} for name in LOADING},
+)
 INPUT = _object(
     optional=(
         "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode",

@@ -40,7 +40,7 @@ def use(folder: Path) -> None:
         remove_left(folder.parent, TEMPORARY)
     if folder in _HELD:
         os.close(_HELD.pop(folder))
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         _HELD[folder] = os.open(folder / SEAL, READ)
         fcntl.flock(_HELD[folder], fcntl.LOCK_SH)
     while len(_HELD) > MOST_HELD:

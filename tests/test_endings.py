@@ -83,3 +83,19 @@ def test_a_process_ends_with_what_it_serves():
     assert child.stdout.readline() == "ready\n"
     told, _ = child.communicate()  # closes its input
     assert (child.returncode, told) == (143, "closed\n")
+
+
+def test_an_interruption_that_a_library_makes_another_error_of_is_one():
+    def ended_by(number):
+        with ended_in_order():
+            try:
+                signal.raise_signal(number)
+            except BaseException:
+                raise ImportError("half a module") from None
+
+    with pytest.raises(KeyboardInterrupt):
+        ended_by(signal.SIGINT)
+    with pytest.raises(Terminated):
+        ended_by(signal.SIGTERM)
+    with pytest.raises(ImportError), ended_in_order():
+        raise ImportError

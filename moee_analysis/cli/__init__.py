@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_in_order():
             code = arguments.command(arguments)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed from the beginning
+                sys.stdout.flush()
     except BrokenPipeError:  # as of "| head": the rest has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
