@@ -159,7 +159,9 @@ def _absolute(path: str | Path) -> Path:
         str(path).encode()  # papermill and pages take names in UTF-8 alone
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise MoeeError(
-            "the path of a notebook, in UTF-8", f"{str(path)!r} ({error})", "rename the notebook"
+            "the path of a notebook, in UTF-8",
+            f"{str(path)!r} ({error})",
+            "rename it or its folder",
         ) from None
     return path
 

@@ -80,7 +80,8 @@ def _parameters_source(notebook: Path) -> str:
         read = nbformat.read(notebook, as_version=4)
         nbformat.validate(read)  # the reader only logs what is wrong
     except Exception as error:  # a foreign file breaks the reader in many ways
-        found = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+        told = f"{type(error).__name__}: {error}".partition("\n")[0]
+        found = shorten(told, 160, placeholder=" ...")
         raise MoeeError(f"a notebook at '{notebook}'", found, "check the file") from None
     tagged = [c.source for c in read.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:

@@ -22,6 +22,7 @@ from moee_analysis.rivals.soft_moe import SoftMoeConfig
 from moee_analysis.rivals.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.rivals.static_pruning import StaticPruningConfig
 from moee_analysis.supervised_config import SupervisedConfig
+from tests.toys import toy_images, toy_moe, toy_vit
 
 CONFIGS = (
     ExtractConfig, ClusterConfig, FinetuneConfig, SupervisedConfig, StaticPruningConfig,
@@ -119,3 +120,41 @@ def test_a_measure_refuses_counts_before_it_looks_at_anything(name, given, wrong
     for value in (0, -1, 1.5, math.nan, None):
         with pytest.raises(MoeeError, match=f"{wrong} as a whole number"):
             getattr(measure, name)(*[None] * given, **{wrong: value})
+
+
+SEEDED = {
+    "accuracy": 2, "architectures": 2, "balance": 1, "class_distance": 1, "class_information": 1,
+    "class_relatedness": 2, "family_separation": 1, "knock_out": 3, "modularity": 2,
+    "parts_unseen": 3, "specificity": 1, "use_and_need": 1,
+}  # fmt: skip
+STORED = {"router_choices": 2, "variants": 4}
+WALKED = {"embedding": 2, "surrogate": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "others"),
+    [(name, given, {}) for name, given in SEEDED.items()]
+    + [(name, given, {"store": "store"}) for name, given in STORED.items()]
+    + [(name, given, {"store": "store", "layers": ()}) for name, given in WALKED.items()],
+)
+def test_a_measure_refuses_a_seed_before_it_looks_at_anything(name, given, others):
+    for value in (-1, math.nan, "3", 1.5, 10**30, None):
+        with pytest.raises(MoeeError, match="seed as a whole number"):
+            getattr(measure, name)(*[{"any": None}] * given, seed=value, **others)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "agreement", "latency"])
+def test_a_measure_refuses_batches_of_no_number(name):
+    model = toy_vit()
+    for value in (-1, math.nan, "3", 1.5):
+        with pytest.raises(MoeeError, match="batch_size as a whole number"):
+            getattr(measure, name)(
+                {"dense": model}, toy_images(4), reference=model, batch_size=value
+            )
+
+
+@pytest.mark.parametrize("name", ["neurons", "overlap", "sizes"])
+def test_a_measure_refuses_layers_of_no_numbers(name):
+    for value in (5, "0", (0.5,), ([],)):
+        with pytest.raises(MoeeError, match="layers as a"):
+            getattr(measure, name)(toy_moe(toy_vit(depth=2)), layers=value)

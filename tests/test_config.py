@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -52,6 +53,15 @@ OTHER = {
         {"calibration_images": 2.5},
         {"seed": -1},
         {"seed": None},
+        {"recipe": []},
+        {"preset": []},
+        {"dense_tokens": 5},
+        {"dense_tokens": None},
+        {"dense_tokens": (1,)},
+        {"dense_tokens": "cls"},
+        {"clustering": math.inf},
+        {"clustering": []},
+        {"clustering": "kmeans"},
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):

@@ -93,6 +93,20 @@ def test_a_folder_that_cannot_be_opened_is_named(photos, monkeypatch):
         assert len(load_images(photos)) == 2
 
 
+def test_what_cannot_be_looked_at_is_named(photos, monkeypatch):
+    looked = Path.is_dir
+
+    def forbidden(path):
+        if path.name == "cwd":
+            raise PermissionError(13, "Permission denied")
+        return looked(path)
+
+    (photos / "bee" / "cwd").symlink_to(photos)
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    with pytest.warns(UserWarning, match=r"looked at \(Permission denied\): bee/cwd"):
+        assert len(load_images(photos)) == 3
+
+
 def test_pipes_are_not_waited_for(photos):
     os.mkfifo(photos / "ant" / "x.jpg")
     with pytest.warns(UserWarning, match="1 no regular file: ant/x.jpg"):

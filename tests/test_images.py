@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -171,8 +172,9 @@ def test_the_bundled_splits_differ_and_know_their_parts():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(MoeeError, match="calibration, evaluation"):
-        load_images(split="test")
+    for split in ("test", [], None):
+        with pytest.raises(MoeeError, match="calibration, evaluation"):
+            load_images(split=split)
 
 
 # Choosing among images
@@ -194,6 +196,23 @@ def test_a_split_shares_nothing_and_loses_nothing():
     assert len(one) == 12
     assert sorted(one.rows + other.rows) == list(images.rows)
     assert np.bincount(one.labels(toy_vit())).tolist() == [2] * 6
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, "3", -0.1, 1.5, None])
+def test_what_is_no_share_of_the_images_is_refused(share):
+    with pytest.raises(MoeeError, match="share as a number at least 0 and at most 1"):
+        toy_images(6).split(share)
+
+
+@pytest.mark.parametrize("size", [-1, "3", math.nan, 1.5, True])
+def test_what_is_no_size_of_a_batch_is_refused(size):
+    with pytest.raises(MoeeError, match="batch_size as a whole number"):
+        next(toy_images(6).batches(toy_vit(), batch_size=size))
+
+
+def test_batches_of_no_given_size_fit_the_model():
+    for size in (None, 0):
+        assert len(next(toy_images(6).batches(toy_vit(), batch_size=size))) == 6
 
 
 def test_classes_can_be_chosen_by_name():

@@ -316,6 +316,31 @@ def test_missing_and_foreign_notebooks_are_refused(tmp_path):
             report(out=tmp_path / "out", notebooks=[path])
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda notebook: notebook["metadata"].update(kernelspec=5),
+        lambda notebook: notebook["metadata"]["kernelspec"].pop("display_name"),
+        lambda notebook: notebook["cells"][1].pop("source"),
+        lambda notebook: notebook["cells"][1]["metadata"].update(tags=5),
+    ],
+)
+def test_a_notebook_that_breaks_the_format_is_refused_before_anything_runs(tmp_path, spoil):
+    path = write_notebook(tmp_path / "one.ipynb", "1 / 0")
+    notebook = json.loads(path.read_text())
+    spoil(notebook)
+    path.write_text(json.dumps(notebook))
+    with pytest.raises(MoeeError, match="found NotebookValidationError: "):
+        report(out=tmp_path / "out", notebooks=[path])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.ipynb", "caf\udce9/a.ipynb", "a\0b.ipynb", 5])
+def test_paths_that_cannot_be_written_down_are_refused(tmp_path, name):
+    with pytest.raises(MoeeError, match="the path of a notebook, in UTF-8"):
+        report(out=tmp_path / "out", notebooks=[name])
+
+
 def test_two_notebooks_of_one_name_are_refused(tmp_path):
     (tmp_path / "b").mkdir()
     twins = [write_notebook(tmp_path / name) for name in ("a.ipynb", "b/a.ipynb")]

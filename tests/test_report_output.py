@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 from nbformat.v4 import new_code_cell, new_output
 
-from moee_analysis.report_output import LONGEST, as_typed, join_streams, shorten, shortened
+from moee_analysis.report_output import (
+    LONGEST,
+    LONGEST_MARKUP,
+    as_typed,
+    join_streams,
+    shorten,
+    shortened,
+)
 
 MANY = 3_000_000
 
@@ -82,3 +89,20 @@ def test_colours_go_before_characters_do():
 def test_every_kind_of_output_is_shortened(output):
     shorten(output)
     assert len(str(output)) < LONGEST + 1000
+
+
+@pytest.mark.parametrize("kind", ["text/html", "text/markdown", "text/latex", "image/svg+xml"])
+def test_markup_that_is_too_long_is_left_out_and_that_is_told(kind):
+    for plain in ({}, {"text/plain": "x" * MANY}):
+        output = new_output("display_data", data={kind: "<b>" * MANY, "image/png": "y", **plain})
+        shorten(output)
+        assert output.data.keys() == {"image/png", "text/plain"}
+        assert f"[{3 * MANY} characters of {kind} are left out here" in output.data["text/plain"]
+        assert len(output.data["text/plain"]) < LONGEST + 200
+
+
+def test_markup_of_some_length_and_pictures_stay():
+    data = {"text/html": "x" * LONGEST_MARKUP, "image/png": "y" * MANY}
+    output = new_output("display_data", data=dict(data))
+    shorten(output)
+    assert output.data == data
