@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PATIENCE = 15  # seconds, for a process to end in order
 
+_WAITING: list[int] = []
+"""The first signal that came in each of the sections that are undisturbed, 0 for none."""
+
 
 class Terminated(SystemExit):
     """The process was asked to end by a signal; its code is what a shell expects then, as 143."""
@@ -36,19 +39,18 @@ def ended_in_order() -> Iterator[None]:
 
     def end(number: int, _: FrameType | None) -> None:
         asked.append(number)
-        signal.signal(number, signal.SIG_IGN)  # once is enough: what is open closes in peace
-        raise Terminated(128 + number)
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)  # once is enough: what is open closes in peace
+        if _WAITING:
+            _WAITING[-1] = _WAITING[-1] or number
+        else:
+            raise _ending_by(number)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.default_int_handler(number, frame)
-
-    wanted = dict.fromkeys(SIGNALS, (signal.SIG_DFL, end))
-    wanted[signal.SIGINT] = (signal.default_int_handler, interrupt)
-    ours = {number: both for number, both in wanted.items() if signal.getsignal(number) is both[0]}
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    ours = {number: was for number, was in usual.items() if signal.getsignal(number) is was}
     try:
-        for number, (_, own) in ours.items():
-            signal.signal(number, own)
+        for number in ours:
+            signal.signal(number, end)
         yield
     except Exception:
         if not asked:
@@ -56,8 +58,25 @@ def ended_in_order() -> Iterator[None]:
         # a library has made an error of its own of the interruption
         raise _ending_by(asked[0]) from None
     finally:
-        for number, (usual, _) in ours.items():
-            signal.signal(number, usual)
+        for number, was in ours.items():
+            signal.signal(number, was)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """While open, what would end this process in order waits: for steps that belong together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _WAITING.append(0)
+    try:
+        yield
+    finally:
+        number = _WAITING.pop()
+    if number and _WAITING:
+        _WAITING[-1] = _WAITING[-1] or number
+    elif number:
+        raise _ending_by(number)
 
 
 def _ending_by(number: int) -> BaseException:

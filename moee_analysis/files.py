@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
+from moee_analysis.endings import undisturbed
 from moee_analysis.errors import MoeeError
 from moee_analysis.locks import OURS, RANDOM, made_and_held, remove_left, temporary_prefix
 
@@ -129,16 +130,22 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
     with writing(path, wanted=wanted):
         prefix = temporary_prefix(path.name)
         remove_left(path.parent, re.escape(prefix) + RANDOM)
-        partial, lock = made_and_held(lambda: _empty_file(path.with_name(prefix + uuid4().hex)))
-        try:
+        with ExitStack() as stack:
+            with undisturbed():
+                new = path.with_name(prefix + uuid4().hex)
+                partial, lock = made_and_held(lambda: _empty_file(new))
+                stack.callback(_remove, partial, lock)
             yield partial
             partial.chmod(0o644)
             flush(partial)
             partial.replace(path)
             flush(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-            os.close(lock)
+
+
+def _remove(partial: Path, lock: int) -> None:
+    with undisturbed():
+        partial.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def _empty_file(path: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from moee_analysis.endings import ended_in_order
+from moee_analysis.endings import ended_in_order, undisturbed
 from moee_analysis.errors import MoeeError
 from moee_analysis.files import DISK_ERRORS, bytes_text, flush, refusal, writing
 from moee_analysis.locks import (
@@ -115,11 +115,15 @@ def temporary_folder(parent: Path, prefix: str, *, hint: str = "") -> Iterator[P
     Those that killed processes have left with the same ``prefix`` go too.
     """
     remove_left(parent, re.escape(prefix) + RANDOM)
-    with writing(parent / prefix.strip(".-"), hint=hint):
-        folder, lock = made_and_held(lambda: _empty_folder(parent / (prefix + uuid4().hex)))
-    try:
+    with ExitStack() as stack:
+        with writing(parent / prefix.strip(".-"), hint=hint), undisturbed():
+            folder, lock = made_and_held(lambda: _empty_folder(parent / (prefix + uuid4().hex)))
+            stack.callback(_remove, folder, lock)
         yield folder
-    finally:
+
+
+def _remove(folder: Path, lock: int) -> None:
+    with undisturbed():
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from moee_analysis.endings import Terminated, ended_in_order
+from moee_analysis.endings import Terminated, ended_in_order, undisturbed
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -99,3 +99,18 @@ def test_an_interruption_that_a_library_makes_another_error_of_is_one():
         ended_by(signal.SIGTERM)
     with pytest.raises(ImportError), ended_in_order():
         raise ImportError
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGINT])
+def test_steps_that_belong_together_are_not_parted(number):
+    done = []
+
+    def work():
+        with ended_in_order(), undisturbed():
+            with undisturbed():
+                signal.raise_signal(number)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Terminated):
+        work()
+    assert done
