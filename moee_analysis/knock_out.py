@@ -143,7 +143,7 @@ def mean_outputs(
     names = moe_names(model)
     kinds = leading_kinds(model, [names[layer] for layer in sites])
     sums = {layer: _Sums(site, len(kinds.get(names[layer], ()))) for layer, site in sites.items()}
-    batch_size, like = batch_size or fitting_batch(model), next(model.parameters())
+    batch_size, like = fitting_batch(model, batch_size), next(model.parameters())
     batches = progress(
         images.batches(model, batch_size=batch_size),
         label="mean outputs",

@@ -84,7 +84,7 @@ def set_aside(folder: Path, damage: str, *, seen: os.stat_result) -> None:
     """
     aside = folder.with_name(ASIDE + folder.name.lstrip("."))
     tell(f"'{folder}' is damaged ({damage}): set aside as '{aside.name}', and made again")
-    with writing(aside, hint=ELSEWHERE):
+    with writing(folder, hint=ELSEWHERE):
         try:
             if os.path.samestat(seen, folder.lstat()):
                 remove(aside)

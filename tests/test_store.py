@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -178,3 +180,15 @@ def test_what_is_no_folder_is_set_aside(tmp_path, put):
         folder = make(tmp_path, make.__name__, fill)
         assert folder.is_dir()
         assert not folder.is_symlink()
+
+
+def test_what_can_neither_be_read_nor_set_aside_is_refused(tmp_path, monkeypatch):
+    folder = kept(tmp_path, "thing", fill)
+    damaged(folder)
+
+    def refuse(self, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self), None, str(target))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(MoeeError, match=r"a place to write .*name another folder"):
+        present(folder)

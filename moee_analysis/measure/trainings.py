@@ -139,7 +139,7 @@ def _check(
 ) -> None:
     for seed in seeds:
         seed_number(seed, "seeds")
-    if not starts or not seeds or len(set(seeds)) < len(seeds):
+    if not isinstance(seeds, Sequence) or not starts or not seeds or len(set(seeds)) < len(seeds):
         raise MoeeError("a start or more, and seeds that differ", "none, or twice", "name some")
     check_apart(training, images, use="trained on")
 
