@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 from functools import cache
@@ -41,7 +42,9 @@ def new_place(folder):
 
 
 def begin(place):
-    """Tell into a file, and keep temporary files apart."""
+    """Tell into a file, keep temporary files apart, and hear signals, also below ``nohup``."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     tempfile.tempdir = str(place / "tmp")
     with (place / "told").open("w") as file:
