@@ -384,7 +384,7 @@ def test_a_place_that_cannot_be_written_is_told_at_once(own, told, tmp_path, cap
     root, place = told[0], tmp_path / "read_only"
     place.mkdir()
 
-    def trial(dir):
+    def trial(prefix, dir):
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", trial)

@@ -15,8 +15,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def _usual_handlers():
-    """Those of a process that was not started by ``nohup``."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    """Those of a process that was not started by ``nohup``, or behind a shell's ``&``."""
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
