@@ -143,7 +143,10 @@ def notebook(tmp_path, go):
 def test_a_report_takes_its_processes_with_it(notebook, go, tmp_path, number):
     rng, place = np.random.default_rng(int(number)), new_place(tmp_path / "report")
     for seconds in rng.uniform(0.5, 5, size=2):
+        (place / "told").unlink(missing_ok=True)
         process = started(run_report, notebook, place)
+        while not (place / "told").exists():  # from then on it hears signals
+            process.join(0.02)
         process.join(seconds)
         children = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, number)
