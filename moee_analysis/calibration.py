@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from moee_analysis.checks import not_none, real_number
 from moee_analysis.distributed import own_share, processes
+from moee_analysis.files import nearest_folder
 from moee_analysis.models import find_mlps, fingerprint
 from moee_analysis.recorded import Recorded, recorded_layer
 from moee_analysis.recording import Recording
@@ -169,8 +170,7 @@ class Calibration:
         """Bytes that recorded tokens of this process may take on the disk."""
         if self.limits.disk is not None:
             return self.limits.disk / processes()
-        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-        return shutil.disk_usage(there).free / 2 / processes()
+        return shutil.disk_usage(nearest_folder(self.root)).free / 2 / processes()
 
     def _recording(
         self, numbers: range, sites: Sequence[MlpSite], *, gradients: bool = True

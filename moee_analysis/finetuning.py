@@ -217,25 +217,29 @@ def _through(place: _Place, training: Training, run: Extraction) -> None:
 
 @contextmanager
 def _alone_in(work: Path, key: str) -> Iterator[None]:
-    """Hold the folder of a checkpoint; it goes if there is none in the end."""
+    """Hold the folder of a checkpoint, a damaged one set aside; without one it goes in the end."""
     with held_folder(work):
+        _set_damaged_aside(work)
+    with held_folder(work):  # made anew where it was
         try:
-            _check_checkpoint(work, key)
+            _check_key(work, key)
             yield
         finally:
             if not (work / FACTS).exists():
                 remove_checkpoint(work)
 
 
-def _check_checkpoint(work: Path, key: str) -> None:
-    """Set a damaged checkpoint aside, and refuse that of another training."""
+def _set_damaged_aside(work: Path) -> None:
     try:
-        found = read_checkpoint(work)
+        read_checkpoint(work)
     except MoeeError as damage:
         set_aside(work, damage.found, seen=work.lstat())
-        work.mkdir()
-        return
-    if found and checkpoint_facts(work)["key"] != key:
+
+
+def _check_key(work: Path, key: str) -> None:
+    """Refuse the checkpoint of another training."""
+    facts = checkpoint_facts(work)
+    if facts is not None and facts["key"] != key:
         raise MoeeError(
             f"the fine-tuning that was begun in '{work}'",
             "another run, other images or other settings",

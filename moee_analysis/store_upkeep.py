@@ -135,7 +135,7 @@ def _remove(path: Path) -> bool:
         if free:
             with (
                 suppress(FileNotFoundError),
-                temporary_folder(path.parent, temporary_prefix("removed")) as bin_,
+                temporary_folder(path.parent, temporary_prefix("removed")) as gone,
             ):
-                path.rename(bin_ / path.name)
+                path.rename(gone / path.name)
         return free

@@ -38,7 +38,7 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
     lines += map(_run_text, runs)
     if rest:
         lines.append("of no run that is listed here")
-    return printable_lines([*lines, *_kinds(rest)])
+    return "\n".join(map(printable, [*lines, *_kinds(rest)]))  # a run stays one line
 
 
 def pruned_text(pruned: Pruned, most: float) -> str:
@@ -48,11 +48,6 @@ def pruned_text(pruned: Pruned, most: float) -> str:
     if pruned.left > most:
         line += f", of which {bytes_text(pruned.in_use)} are in use by processes that run"
     return line
-
-
-def printable_lines(lines: Iterable[str]) -> str:
-    """Lines, each of which stays one whatever names are in it."""
-    return "\n".join(map(printable, lines))
 
 
 def _run_text(share: Share) -> str:
