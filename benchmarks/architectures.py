@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moee_analysis.activations import recording
-from moee_analysis.attention import plain_attentions
-from moee_analysis.counting import count, count_parameters
-from moee_analysis.environment import versions
-from moee_analysis.mlp_survey import survey
-from moee_analysis.models import build_model, find_mlps, input_size
-from moee_analysis.token_kinds import leading_kinds
+from moee_analysis.extraction.record.hooks import recording
+from moee_analysis.extraction.record.token_kinds import leading_kinds
+from moee_analysis.models.attention import plain_attentions
+from moee_analysis.models.loading import build_model, find_mlps, input_size
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.models.survey import survey
+from moee_analysis.utils.versions import versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import nn
 
-    from moee_analysis.models import MlpSite
+    from moee_analysis.models.loading import MlpSite
 
 FAMILIES = {
     "ViT": "vit_tiny_patch16_224",

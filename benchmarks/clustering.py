@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from clustering_tables import as_text, write
 
-from moee_analysis.density import labels_of_tree
-from moee_analysis.environment import describe_device, versions
 from moee_analysis.errors import MoeeError
-from moee_analysis.spanning_tree import reachable, tree_of
+from moee_analysis.extraction.cluster.exact_hdbscan import labels_of_tree
+from moee_analysis.extraction.cluster.spanning_tree import reachable, tree_of
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,10 +99,10 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def recorded(source: Source, file: Path, count: int) -> Row:
     """Save ``count`` tokens of a layer's hidden activations, in random order; say what they are."""
-    from moee_analysis.activations import TokenPlan
-    from moee_analysis.images import load_images
-    from moee_analysis.models import architecture, find_mlps, fingerprint, load_model
-    from moee_analysis.recording import record
+    from moee_analysis.data.images import load_images
+    from moee_analysis.extraction.record.hooks import TokenPlan
+    from moee_analysis.extraction.record.recording import record
+    from moee_analysis.models.loading import architecture, find_mlps, fingerprint, load_model
 
     model = load_model(source.model, weights=source.weights)
     images = load_images(source.images, split="calibration", limit=source.limit)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from figures.clustering_time import clustering_time
 
-from moee_analysis.files import write_json
-from moee_analysis.plots.clustering_time import clustering_time
+from moee_analysis.utils.storage.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -22,23 +22,23 @@ import torch
 from clustering import apart
 from extraction_tables import as_text, write
 
-from moee_analysis.calibration import calibration_of
-from moee_analysis.config import ExtractConfig
-from moee_analysis.environment import describe_device, versions
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import extract
-from moee_analysis.images import load_images
-from moee_analysis.memory import expected
-from moee_analysis.models import architecture, fingerprint, load_model
-from moee_analysis.presets import PRESETS
-from moee_analysis.recording import BATCH
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config.presets import PRESETS
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.record.calibration_set import calibration_of
+from moee_analysis.extraction.record.memory_estimate import expected
+from moee_analysis.extraction.record.recording import BATCH
+from moee_analysis.models.loading import architecture, fingerprint, load_model
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from moee_analysis.images import ImageSet
+    from moee_analysis.data.images import ImageSet
 
     Row = dict[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from figures.extraction_time import extraction_time
 
-from moee_analysis.files import write_json
-from moee_analysis.plots.extraction_time import extraction_time
+from moee_analysis.utils.storage.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,20 +22,20 @@ from typing import TYPE_CHECKING, Any
 from fidelity_tables import COLUMNS, budget_name, change, write
 
 from moee_analysis import measure
-from moee_analysis.apart import check_apart
-from moee_analysis.config import ExtractConfig
-from moee_analysis.controls import randomly_routed, with_one_expert, with_random_centres
-from moee_analysis.counting import count, count_parameters
-from moee_analysis.environment import describe_device, versions
+from moee_analysis.baselines.controls import randomly_routed, with_one_expert, with_random_centres
+from moee_analysis.baselines.static_pruning import BASELINES, config_of, prune
+from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.expert_layers import counting_usage, macs_as_used
-from moee_analysis.extraction import extract
-from moee_analysis.images import load_images
-from moee_analysis.models import architecture, fingerprint, load_model
-from moee_analysis.paths import store_folder
-from moee_analysis.presets import PRESETS, preset_named
-from moee_analysis.rivals.static_pruning import BASELINES, config_of, prune
-from moee_analysis.store import content_key
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config.presets import PRESETS, preset_named
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.models.loading import architecture, fingerprint, load_model
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.moe.expert_layer import counting_usage, macs_as_used
+from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.storage.store import content_key
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from moee_analysis.extraction import Extraction
-    from moee_analysis.images import ImageSet
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.pipeline import Extraction
 
     Row = dict[str, Any]
 

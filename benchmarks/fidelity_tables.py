@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from figures.fidelity import fidelity
 
-from moee_analysis import plots
-from moee_analysis.files import write_json
+from moee_analysis.utils.storage.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,7 +41,7 @@ def write(
     table.to_csv(out / "fidelity.csv", index=False)
     summary, caption = over_seeds(table), how_measured(facts, table)
     (out / "fidelity.md").write_text(f"{as_markdown(summary)}\n{caption}\n")
-    plots.fidelity(for_figure(summary), caption=caption).savefig(out / "fidelity.png")
+    fidelity(for_figure(summary), caption=caption).savefig(out / "fidelity.png")
     return table
 
 

@@ -19,21 +19,21 @@ from fidelity_tables import budget_name, change
 
 from moee_analysis import measure, plots
 from moee_analysis.cli import FINETUNE_OPTIONS
-from moee_analysis.environment import describe_device, versions
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import write_json
-from moee_analysis.finetune_config import FinetuneConfig
-from moee_analysis.finetuning import finetune
-from moee_analysis.images import load_images
-from moee_analysis.models import load_model
-from moee_analysis.paths import store_folder
-from moee_analysis.presets import preset_named
+from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.models.loading import load_model
+from moee_analysis.training.finetune import finetune
+from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from moee_analysis.extraction import Extraction
-    from moee_analysis.images import ImageSet
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.pipeline import Extraction
 
 HEAD = """\
 | system | asked | stage | top-1 kept (%) | agreement (%) | KL (nats) | MACs (%) | stored (%) |

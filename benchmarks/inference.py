@@ -23,28 +23,28 @@ from inference_tables import ALIKE, DENSE, facts_of, reasons, speed, told, write
 from torch import nn
 from torch.utils.benchmark import set_torch_threads, timer
 
-from moee_analysis.apart import check_apart
-from moee_analysis.counting import tokens_of
-from moee_analysis.dense_layers import compute_in_blocks, without_routing
+from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.expert_layers import counting_usage
-from moee_analysis.extraction import load
-from moee_analysis.fingerprints import hash_weights
-from moee_analysis.images import load_images
-from moee_analysis.layers import all_mlps, moe_layers, set_dispatch
-from moee_analysis.measure.latency import drawn, in_turn, milliseconds
-from moee_analysis.models import architecture, load_model
-from moee_analysis.paths import store_folder
-from moee_analysis.presets import preset_named
-from moee_analysis.tuning import situation, unmeasured
+from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.extraction.pipeline import load
+from moee_analysis.measure.evaluation.latency import drawn, in_turn, milliseconds
+from moee_analysis.models.fingerprints import hash_weights
+from moee_analysis.models.loading import architecture, load_model
+from moee_analysis.models.macs import tokens_of
+from moee_analysis.moe.blocked_mlp import compute_in_blocks, without_routing
+from moee_analysis.moe.expert_layer import counting_usage
+from moee_analysis.moe.kernels.autotune import situation, unmeasured
+from moee_analysis.moe.layer import all_mlps, moe_layers, set_dispatch
+from moee_analysis.utils.paths import store_folder
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Mapping, Sequence
 
-    from moee_analysis.extraction import Extraction
-    from moee_analysis.images import ImageSet
-    from moee_analysis.tuning import Choice
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.pipeline import Extraction
+    from moee_analysis.moe.kernels.autotune import Choice
 
     Row = dict[str, Any]
 

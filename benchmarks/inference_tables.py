@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from figures.inference import inference
 
-from moee_analysis import plots
-from moee_analysis.environment import describe_device, versions
-from moee_analysis.files import write_json
-from moee_analysis.models import architecture, fingerprint
+from moee_analysis.models.loading import architecture, fingerprint
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from inference import Plan
     from torch import nn
 
-    from moee_analysis.extraction import Extraction
-    from moee_analysis.images import ImageSet
-    from moee_analysis.tuning import Choice
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.pipeline import Extraction
+    from moee_analysis.moe.kernels.autotune import Choice
 
     Row = dict[str, Any]
 
@@ -100,7 +100,7 @@ def write(
     write_json(out / "inference.json", {"facts": facts, "rows": list(rows), "layers": list(layers)})
     table, caption = table_of(rows), how_measured(facts)
     (out / "inference.md").write_text(f"{as_markdown(table)}\n\n{caption}\n")
-    plots.inference(table, caption=caption).savefig(out / "inference.png")
+    inference(table, caption=caption).savefig(out / "inference.png")
     return table
 
 

@@ -19,19 +19,19 @@ import pandas as pd
 import torch
 
 from moee_analysis import measure, plots
-from moee_analysis.environment import describe_device, versions
+from moee_analysis.baselines.jetpack_study import JETPACK, PRETRAINED, JetpackStudy
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import write_json
-from moee_analysis.images import load_images
-from moee_analysis.jetpack_starts import JETPACK, PRETRAINED, JetpackStudy
-from moee_analysis.models import BUNDLED, architecture, load_model
-from moee_analysis.paths import store_folder
-from moee_analysis.supervised_config import SupervisedConfig
+from moee_analysis.models.loading import BUNDLED, architecture, load_model
+from moee_analysis.training.supervised_config import SupervisedConfig
+from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from moee_analysis.images import ImageSet
+    from moee_analysis.data.images import ImageSet
     from moee_analysis.measure import Trainings
 
     Write = Callable[[str, Any, pd.DataFrame], None]

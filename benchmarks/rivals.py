@@ -19,14 +19,14 @@ from fidelity import add_inputs, inputs
 from fidelity_tables import change
 
 from moee_analysis import plots
-from moee_analysis.comparison import POINTS, Contest, compare
-from moee_analysis.comparison_rows import comparison_table
-from moee_analysis.environment import describe_device, versions
+from moee_analysis.baselines.registry import SYSTEMS, systems_named
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import write_json
-from moee_analysis.models import architecture, fingerprint
-from moee_analysis.paths import store_folder
-from moee_analysis.systems import SYSTEMS, systems_named
+from moee_analysis.measure.evaluation.comparison import POINTS, Contest, compare
+from moee_analysis.measure.evaluation.comparison_table import comparison_table
+from moee_analysis.models.loading import architecture, fingerprint
+from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

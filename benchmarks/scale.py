@@ -24,29 +24,29 @@ import torch
 from extraction import plain_pass
 from scale_tables import write
 
-from moee_analysis.assignment import Assignment
-from moee_analysis.calibration import PART, Calibration, Limits
-from moee_analysis.coherence import IMAGES
-from moee_analysis.config import ExtractConfig
-from moee_analysis.counting import count
-from moee_analysis.draws import DrawTally
-from moee_analysis.environment import describe_device, versions
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import extract
-from moee_analysis.images import load_images
-from moee_analysis.memory import expected
-from moee_analysis.partition import Partition
-from moee_analysis.recipes import recipe_named
-from moee_analysis.refit import RefitTally
-from moee_analysis.statistics import ExpertTally
-from moee_analysis.sums import size_of, that_fit
+from moee_analysis.extraction.cluster.assignment import Assignment
+from moee_analysis.extraction.cluster.clusters_to_router import Partition
+from moee_analysis.extraction.cluster.sample_tokens import DrawTally
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config.recipes import recipe_named
+from moee_analysis.extraction.cross_token_fisher import IMAGES
+from moee_analysis.extraction.experts.expert_statistics import ExpertTally
+from moee_analysis.extraction.experts.refit_w2 import RefitTally
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.record.accumulate import size_of, that_fit
+from moee_analysis.extraction.record.calibration_set import PART, Calibration, Limits
+from moee_analysis.extraction.record.memory_estimate import expected
+from moee_analysis.models.macs import count
+from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from moee_analysis.images import ImageSet
+    from moee_analysis.data.images import ImageSet
 
     Row = dict[str, Any]
 

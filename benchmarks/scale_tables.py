@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from moee_analysis.files import write_json
+from moee_analysis.utils.storage.files import write_json
 
 if TYPE_CHECKING:
     from pathlib import Path

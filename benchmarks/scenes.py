@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from moee_analysis.scenes import CLASSES, render
+from moee_analysis.data.scenes.scene import CLASSES, render
 
 WANTED = 500
 

@@ -8,42 +8,42 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moee_analysis.caches import prepare_caches
+from moee_analysis.utils.caches import prepare_caches
 
 if TYPE_CHECKING:
     from moee_analysis import measure as measure
     from moee_analysis import plots as plots
-    from moee_analysis.calibration import Limits as Limits
-    from moee_analysis.classes import name_classes as name_classes
-    from moee_analysis.clustering import ClusterConfig as ClusterConfig
-    from moee_analysis.config import ExtractConfig as ExtractConfig
+    from moee_analysis.data.images import load_images as load_images
     from moee_analysis.errors import MoeeError as MoeeError
-    from moee_analysis.extraction import Extraction as Extraction
-    from moee_analysis.extraction import extract as extract
-    from moee_analysis.extraction import load as load
-    from moee_analysis.finetune_config import FinetuneConfig as FinetuneConfig
-    from moee_analysis.finetuning import Finetuned as Finetuned
-    from moee_analysis.finetuning import finetune as finetune
-    from moee_analysis.finetuning import history_of as history_of
-    from moee_analysis.images import load_images as load_images
-    from moee_analysis.layers import set_dispatch as set_dispatch
-    from moee_analysis.mlp_survey import survey as survey
-    from moee_analysis.models import find_mlps as find_mlps
-    from moee_analysis.models import load_model as load_model
+    from moee_analysis.extraction.cluster.clustering import ClusterConfig as ClusterConfig
+    from moee_analysis.extraction.config.extract_config import ExtractConfig as ExtractConfig
+    from moee_analysis.extraction.pipeline import Extraction as Extraction
+    from moee_analysis.extraction.pipeline import extract as extract
+    from moee_analysis.extraction.pipeline import load as load
+    from moee_analysis.extraction.record.calibration_set import Limits as Limits
+    from moee_analysis.models.class_names import name_classes as name_classes
+    from moee_analysis.models.loading import find_mlps as find_mlps
+    from moee_analysis.models.loading import load_model as load_model
+    from moee_analysis.models.survey import survey as survey
+    from moee_analysis.moe.layer import set_dispatch as set_dispatch
+    from moee_analysis.training.finetune import Finetuned as Finetuned
+    from moee_analysis.training.finetune import finetune as finetune
+    from moee_analysis.training.finetune import history_of as history_of
+    from moee_analysis.training.finetune_config import FinetuneConfig as FinetuneConfig
 
 _PUBLIC = {
-    "calibration": ("Limits",),
-    "classes": ("name_classes",),
-    "clustering": ("ClusterConfig",),
-    "config": ("ExtractConfig",),
+    "data.images": ("load_images",),
     "errors": ("MoeeError",),
-    "extraction": ("Extraction", "extract", "load"),
-    "finetune_config": ("FinetuneConfig",),
-    "finetuning": ("Finetuned", "finetune", "history_of"),
-    "images": ("load_images",),
-    "layers": ("set_dispatch",),
-    "mlp_survey": ("survey",),
-    "models": ("find_mlps", "load_model"),
+    "extraction.cluster.clustering": ("ClusterConfig",),
+    "extraction.config.extract_config": ("ExtractConfig",),
+    "extraction.pipeline": ("Extraction", "extract", "load"),
+    "extraction.record.calibration_set": ("Limits",),
+    "models.class_names": ("name_classes",),
+    "models.loading": ("find_mlps", "load_model"),
+    "models.survey": ("survey",),
+    "moe.layer": ("set_dispatch",),
+    "training.finetune": ("Finetuned", "finetune", "history_of"),
+    "training.finetune_config": ("FinetuneConfig",),
 }
 prepare_caches()
 _PLACES = {name: place for place, names in _PUBLIC.items() for name in names}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moee_analysis.extraction import extract
-from tests.makers import lively, quick
-from tests.toys import toy_images
+from moee_analysis.extraction.pipeline import extract
+from tests.helpers.makers import lively, quick
+from tests.helpers.toys import toy_images
 
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("MOEE_CHROMIUM") else ["browser"]

@@ -9,16 +9,16 @@ import pytest
 from bs4 import BeautifulSoup
 from nbconvert.filters import markdown2html
 
-from moee_analysis.atlas import write_atlas
-from moee_analysis.classes import class_names, name_by_folders, read_class_names
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import extract
-from moee_analysis.images import load_images
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.models.class_names import class_names, name_by_folders, read_class_names
 from moee_analysis.outside_text import as_markdown, printable
-from moee_analysis.progress import tell
-from moee_analysis.report import report
-from tests.makers import image_folder, lively, quick
-from tests.notebook_files import write_notebook
+from moee_analysis.report.atlas import write_atlas
+from moee_analysis.report.runner.run_notebooks import report
+from moee_analysis.utils.progress import tell
+from tests.helpers.makers import image_folder, lively, quick
+from tests.helpers.notebook_files import write_notebook
 
 SHOWN = {
     "{{facts}}": "{{facts}}",
@@ -37,7 +37,7 @@ SHOWN = {
 
 PARAMETERS = 'images: str = "bundled"\npreset: str = "small"\nout: str = None'
 CELLS = [
-    """from moee_analysis.notebook import open_notebook
+    """from moee_analysis.report.notebook.bench import open_notebook
 import pandas as pd
 bench = open_notebook("x", images=images, preset=preset, out=out)
 bench""",

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from moee_analysis.models import BUNDLED_MODELS
+from moee_analysis.models.loading import BUNDLED_MODELS
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -91,7 +91,7 @@ def test_the_pins_are_exact_and_of_every_platform():
 
 def test_the_wheel_holds_every_bundled_model_and_its_card():
     wheel = TOOLS["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"]["data"] == "moee_analysis/data"
+    assert wheel["force-include"]["data"] == "moee_analysis/shipped/data"
     files = {f"{name}.{ending}" for name in BUNDLED_MODELS for ending in ("json", "safetensors")}
     assert {path.name for path in (ROOT / "data").iterdir()} == files
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS as FINETUNE_OPTIONS
 from moee_analysis.cli.parser import command_parser
-from moee_analysis.endings import Terminated, ended_in_order
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import FULL, refusal
+from moee_analysis.utils.signals import Terminated, ended_in_order
+from moee_analysis.utils.storage.files import FULL, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

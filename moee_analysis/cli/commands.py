@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moee_analysis.calibration import Limits
-    from moee_analysis.clustering import ClusterConfig
-    from moee_analysis.extraction import Extraction
-    from moee_analysis.images import ImageSet
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.cluster.clustering import ClusterConfig
+    from moee_analysis.extraction.pipeline import Extraction
+    from moee_analysis.extraction.record.calibration_set import Limits
 
 MODEL_ARGUMENTS = ("img_size", "in_chans")
 """Options that are arguments of ``timm.create_model``."""
@@ -27,7 +27,7 @@ Command = Callable[["argparse.Namespace"], int]
 
 def extract(arguments: argparse.Namespace) -> int:
     """Take a model apart and save the run."""
-    from moee_analysis.distributed import together
+    from moee_analysis.utils.distributed import together
 
     with together():
         return _extract_together(arguments)
@@ -35,11 +35,11 @@ def extract(arguments: argparse.Namespace) -> int:
 
 def _extract_together(arguments: argparse.Namespace) -> int:
     import moee_analysis as moee
-    from moee_analysis.classes import name_by_folders
-    from moee_analysis.cli.text import layers_text
-    from moee_analysis.distributed import local_device, rank
-    from moee_analysis.progress import tell
-    from moee_analysis.saving import check_target
+    from moee_analysis.cli.printing import layers_text
+    from moee_analysis.extraction.saving.run_files import check_target
+    from moee_analysis.models.class_names import name_by_folders
+    from moee_analysis.utils.distributed import local_device, rank
+    from moee_analysis.utils.progress import tell
 
     config = moee.ExtractConfig(
         recipe=arguments.recipe,
@@ -69,7 +69,7 @@ def _extract_together(arguments: argparse.Namespace) -> int:
 
 def _model(arguments: argparse.Namespace, device: str) -> nn.Module:
     """The dense model that the options name."""
-    from moee_analysis.models import load_model
+    from moee_analysis.models.loading import load_model
 
     return load_model(arguments.model, device=device, **_given(arguments))
 
@@ -81,8 +81,8 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _named_run(arguments: argparse.Namespace, images: ImageSet) -> Extraction:
     """The run, with the names of its classes that are given, or those of the class folders."""
-    from moee_analysis.classes import name_by_folders, name_classes, read_class_names
-    from moee_analysis.extraction import load
+    from moee_analysis.extraction.pipeline import load
+    from moee_analysis.models.class_names import name_by_folders, name_classes, read_class_names
 
     run = load(arguments.run)
     if arguments.classes:
@@ -92,7 +92,7 @@ def _named_run(arguments: argparse.Namespace, images: ImageSet) -> Extraction:
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
-    from moee_analysis.calibration import Limits
+    from moee_analysis.extraction.record.calibration_set import Limits
 
     given = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
     return Limits(**{name: 1e9 * size for name, size in given.items() if size is not None})
@@ -100,7 +100,7 @@ def _limits(arguments: argparse.Namespace) -> Limits:
 
 def _clustering(arguments: argparse.Namespace) -> ClusterConfig:
     """The recipe's clustering, reduced as asked for."""
-    from moee_analysis.recipes import recipe_named
+    from moee_analysis.extraction.config.recipes import recipe_named
 
     bound = arguments.params_reduction is not None
     clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
@@ -110,9 +110,9 @@ def _clustering(arguments: argparse.Namespace) -> ClusterConfig:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Compare a run with its dense model."""
     import moee_analysis as moee
-    from moee_analysis.cli.text import numbers_text
-    from moee_analysis.evaluation import evaluate as evaluated
-    from moee_analysis.files import write_json
+    from moee_analysis.cli.printing import numbers_text
+    from moee_analysis.measure.evaluation.evaluate import evaluate as evaluated
+    from moee_analysis.utils.storage.files import write_json
 
     images = moee.load_images(arguments.images, strict=arguments.strict)
     run = _named_run(arguments, images)
@@ -125,7 +125,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def finetune(arguments: argparse.Namespace) -> int:
     """Train a run towards its dense model."""
-    from moee_analysis.distributed import together
+    from moee_analysis.utils.distributed import together
 
     with together():
         return _finetune_together(arguments)
@@ -133,11 +133,11 @@ def finetune(arguments: argparse.Namespace) -> int:
 
 def _finetune_together(arguments: argparse.Namespace) -> int:
     import moee_analysis as moee
-    from moee_analysis.cli.text import tuned_text
-    from moee_analysis.distributed import local_device, rank
-    from moee_analysis.files import new_file
-    from moee_analysis.models import check_device
-    from moee_analysis.progress import tell
+    from moee_analysis.cli.printing import tuned_text
+    from moee_analysis.models.loading import check_device
+    from moee_analysis.utils.distributed import local_device, rank
+    from moee_analysis.utils.progress import tell
+    from moee_analysis.utils.storage.files import new_file
 
     given = {name: getattr(arguments, name) for name in FINETUNE_OPTIONS}
     config = moee.FinetuneConfig(**{name: v for name, v in given.items() if v is not None})
@@ -161,14 +161,14 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     """Set all systems side by side."""
     import moee_analysis as moee
-    from moee_analysis.classes import name_by_folders
-    from moee_analysis.cli.text import comparison_text
-    from moee_analysis.comparison import Contest
-    from moee_analysis.comparison import compare as compared
-    from moee_analysis.comparison_rows import comparison_table
-    from moee_analysis.files import write_json
-    from moee_analysis.presets import preset_named
-    from moee_analysis.systems import systems_named
+    from moee_analysis.baselines.registry import systems_named
+    from moee_analysis.cli.printing import comparison_text
+    from moee_analysis.extraction.config.presets import preset_named
+    from moee_analysis.measure.evaluation.comparison import Contest
+    from moee_analysis.measure.evaluation.comparison import compare as compared
+    from moee_analysis.measure.evaluation.comparison_table import comparison_table
+    from moee_analysis.models.class_names import name_by_folders
+    from moee_analysis.utils.storage.files import write_json
 
     systems_named(arguments.systems)
     model = _model(arguments, arguments.device)
@@ -195,10 +195,10 @@ def compare(arguments: argparse.Namespace) -> int:
 def atlas(arguments: argparse.Namespace) -> int:
     """Write the atlas of a run's experts."""
     import moee_analysis as moee
-    from moee_analysis.atlas import write_atlas
-    from moee_analysis.browser import open_page
-    from moee_analysis.models import check_device
-    from moee_analysis.progress import tell
+    from moee_analysis.models.loading import check_device
+    from moee_analysis.report.atlas import write_atlas
+    from moee_analysis.utils.progress import tell
+    from moee_analysis.utils.web_browser import open_page
 
     check_device(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
@@ -224,10 +224,10 @@ def _dense(run: Extraction, arguments: argparse.Namespace) -> nn.Module | None:
 
 def report(arguments: argparse.Namespace) -> int:
     """Run all notebooks and write their pages."""
-    from moee_analysis.browser import open_page
-    from moee_analysis.notebook_images import check_report
-    from moee_analysis.report import INDEX
-    from moee_analysis.report import report as reported
+    from moee_analysis.report.notebook.image_sets import check_report
+    from moee_analysis.report.runner.run_notebooks import INDEX
+    from moee_analysis.report.runner.run_notebooks import report as reported
+    from moee_analysis.utils.web_browser import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
     given = {name: getattr(arguments, name) for name in names} | {"class_file": arguments.classes}
@@ -245,8 +245,8 @@ def report(arguments: argparse.Namespace) -> int:
 def store(arguments: argparse.Namespace) -> int:
     """List what a store holds, or remove what was not used for longest."""
     from moee_analysis.cli.store_text import pruned_text, store_text
-    from moee_analysis.paths import store_folder
-    from moee_analysis.store_upkeep import entries, prune
+    from moee_analysis.utils.paths import store_folder
+    from moee_analysis.utils.storage.upkeep import entries, prune
 
     root = arguments.store or store_folder()
     if arguments.prune is None:
@@ -258,15 +258,15 @@ def store(arguments: argparse.Namespace) -> int:
 
 def lab(arguments: argparse.Namespace) -> int:
     """Open JupyterLab until it is closed."""
-    from moee_analysis.report import open_lab
+    from moee_analysis.report.runner.run_notebooks import open_lab
 
     return open_lab(arguments.others)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Say what works here and what a run would cost."""
+    from moee_analysis.cli.doctor import examined
     from moee_analysis.cli.doctor_text import diagnosis_json, diagnosis_text
-    from moee_analysis.doctor import examined
 
     diagnosis = examined(
         arguments.model, images=arguments.images, preset=arguments.preset, **_given(arguments)

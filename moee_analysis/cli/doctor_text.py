@@ -7,11 +7,11 @@ import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moee_analysis.cli.guide import WIDTH
+from moee_analysis.cli.help import WIDTH
 
 if TYPE_CHECKING:
-    from moee_analysis.costs import Cost, Costs
-    from moee_analysis.doctor import Check, Diagnosis
+    from moee_analysis.cli.costs import Cost, Costs
+    from moee_analysis.cli.doctor import Check, Diagnosis
 
 MARKS = {(True, True): "✓", (True, False): "✓", (False, True): "✗", (False, False): "·"}
 """By whether a part is there, and whether it is required."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from moee_analysis.cli import commands, values
 from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS
-from moee_analysis.cli.guide import GUIDES, WHAT_IT_IS, description_of, examples_of, first_steps
+from moee_analysis.cli.help import GUIDES, WHAT_IT_IS, description_of, examples_of, first_steps
 from moee_analysis.cli.parsing import Help, Parser
-from moee_analysis.environment import own_version
-from moee_analysis.presets import PRESETS
+from moee_analysis.extraction.config.presets import PRESETS
+from moee_analysis.utils.versions import own_version
 
 if TYPE_CHECKING:
     import argparse
@@ -19,7 +19,7 @@ LARGEST_SIZE = 10_000
 """More pixels of a side, or channels, no model here has."""
 
 LARGEST_GB = 1e9
-"""As :class:`~moee_analysis.calibration.Limits` have it."""
+"""As ``Limits`` have it."""
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -7,15 +7,15 @@ from collections import defaultdict
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from moee_analysis.files import bytes_text, nearest_folder
 from moee_analysis.outside_text import printable
-from moee_analysis.store_upkeep import shares
+from moee_analysis.utils.storage.files import bytes_text, nearest_folder
+from moee_analysis.utils.storage.upkeep import shares
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from moee_analysis.store_upkeep import Entry, Pruned, Share
+    from moee_analysis.utils.storage.upkeep import Entry, Pruned, Share
 
 CALLED = {
     "activations": "recorded tokens", "clusters": "clusters", "reduced": "reduced tokens",

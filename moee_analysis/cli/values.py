@@ -12,9 +12,9 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moee_analysis import checks
 from moee_analysis.errors import MoeeError
-from moee_analysis.files import check_file, check_place
+from moee_analysis.utils import checks
+from moee_analysis.utils.storage.files import check_file, check_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
 def number(
     kind: Callable[[str], Any], check: Callable[..., None], **bounds: Any
 ) -> Callable[[str], Any]:
-    """Reader of a number of this ``kind`` that passes one of :mod:`moee_analysis.checks`."""
+    """Reader of a number of this ``kind`` that passes one of ``checks``."""
 
     @_told
     def read(text: str) -> Any:
@@ -67,7 +67,7 @@ def whole(*, least: int = 1, most: int = checks.MOST) -> Callable[[str], int]:
 
 
 def real(**bounds: float) -> Callable[[str], float]:
-    """Reader of a number within the bounds of :func:`moee_analysis.checks.real_number`."""
+    """Reader of a number within the bounds of ``real_number``."""
     return number(float, checks.real_number, **bounds)
 
 

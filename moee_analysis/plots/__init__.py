@@ -13,7 +13,6 @@ from moee_analysis.plots.class_distance import family_separation as family_separ
 from moee_analysis.plots.class_routing import class_information as class_information
 from moee_analysis.plots.class_routing import class_routing as class_routing
 from moee_analysis.plots.class_routing import specificity as specificity
-from moee_analysis.plots.clustering_time import clustering_time as clustering_time
 from moee_analysis.plots.comparison import comparison as comparison
 from moee_analysis.plots.comparison import routing_controls as routing_controls
 from moee_analysis.plots.contributions import contributions as contributions
@@ -21,10 +20,8 @@ from moee_analysis.plots.experts import layers as layers
 from moee_analysis.plots.experts import neurons as neurons
 from moee_analysis.plots.experts import overlap as overlap
 from moee_analysis.plots.experts import sizes as sizes
-from moee_analysis.plots.fidelity import fidelity as fidelity
 from moee_analysis.plots.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.plots.fine_tuning import history as history
-from moee_analysis.plots.inference import inference as inference
 from moee_analysis.plots.knock_out import class_knock_out as class_knock_out
 from moee_analysis.plots.knock_out import knock_out as knock_out
 from moee_analysis.plots.knock_out import use_and_need as use_and_need

@@ -38,7 +38,7 @@ def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     Parameters
     ----------
     table
-        What :func:`~moee_analysis.comparison_rows.comparison_table` returns.
+        What ``comparison_table`` returns.
     """
     known = _over_seeds(table)
     families = list(known["family"].drop_duplicates())
@@ -71,7 +71,7 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     Parameters
     ----------
     table
-        What :func:`~moee_analysis.comparison_rows.comparison_table` returns.
+        What ``comparison_table`` returns.
     """
     routed = _over_seeds(table).dropna(subset="random_routing")
     budgets = sorted(routed["macs_asked"].unique())

@@ -83,7 +83,7 @@ def image_layers(
     Parameters
     ----------
     pictures, experts, names, masks
-        As in :func:`moee_analysis.plots.patches`.
+        As in ``patches``.
     image
         Which of the pictures to draw.
     """

@@ -13,9 +13,9 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 import moee_analysis as moee
-from moee_analysis import paths
-from moee_analysis.atlas import write_atlas
-from moee_analysis.report import report
+from moee_analysis.report.atlas import write_atlas
+from moee_analysis.report.runner.run_notebooks import report
+from moee_analysis.utils import paths
 
 ROOT = Path(__file__).resolve().parents[2]
 AXE = ROOT / ".venv" / "browser" / "node_modules" / "axe-core" / "axe.min.js"

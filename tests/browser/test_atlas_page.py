@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.atlas import write_atlas
-from moee_analysis.config import ExtractConfig
-from moee_analysis.extraction import Extraction
-from tests.toys import toy_images, toy_moe, toy_vit
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.report.atlas import write_atlas
+from tests.helpers.toys import toy_images, toy_moe, toy_vit
 
 SCHEMES = ("light", "dark")
 WIDTHS = (360, 1280, 1920)

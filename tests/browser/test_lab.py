@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 
-from moee_analysis import paths
+from moee_analysis.utils import paths
 from tests.browser.conftest import set_for_a_while
 
 NAME = "03_class_specific_experts.ipynb"

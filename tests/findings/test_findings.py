@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moee_analysis import findings, paths, plots
+from moee_analysis import findings, plots
 from moee_analysis.errors import MoeeError
-from tests.findings.tables import CHOICE, TABLES
+from moee_analysis.utils import paths
+from tests.helpers.finding_tables import CHOICE, TABLES
 
 SAID = {
     "accuracy": "MoEE keeps 50.0 % of the dense top-1 (90.0 %), random 10.0 %.",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moee_analysis import measure, plots
-from tests.made_routes import drawn_routes
+from tests.helpers.made_routes import drawn_routes
 
 QUICK = {"permutations": 5, "resamples": 5}
 FAMILIES = {f"class {c}": "even" if c % 2 == 0 else "odd" for c in range(4)}

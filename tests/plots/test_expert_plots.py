@@ -10,8 +10,8 @@ import pytest
 from moee_analysis import measure, plots
 from moee_analysis.errors import MoeeError
 from moee_analysis.plots.drawing import expert_colours, thinned
-from tests.made_routes import drawn_routes, masked_images
-from tests.toys import toy_moe, toy_vit
+from tests.helpers.made_routes import drawn_routes, masked_images
+from tests.helpers.toys import toy_moe, toy_vit
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moee_analysis import findings, measure, plots
-from tests.colours import COLOURS, colour_model, coloured_images
+from tests.helpers.colours import COLOURS, colour_model, coloured_images
 
 FAMILIES = dict(zip(COLOURS, ["warm", "cold", "cold", "none"], strict=True))
 NAMES = ("knock_out", "class_knock_out", "use_and_need", "parts_unseen")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from moee_analysis import measure, plots
-from tests.measure.test_learning import RISING, trainings_of
+from tests.measure.training.test_learning_curves import RISING, trainings_of
 
 TRAINED = trainings_of(RISING)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from moee_analysis import measure, plots
-from tests.toys import toy_moe, toy_vit
+from tests.helpers.toys import toy_moe, toy_vit
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moee_analysis import measure, plots
-from tests.toys import toy_images, toy_moe, toy_vit
+from tests.helpers.toys import toy_images, toy_moe, toy_vit
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Layers and algorithms that several baselines share."""

@@ -1,0 +1,193 @@
+"""Controls: what a claim about routing has to beat."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.cluster.sample_tokens import inputs_at
+from moee_analysis.extraction.pipeline import Extraction, extract
+from moee_analysis.extraction.record.calibration_set import calibration_of
+from moee_analysis.models.macs import count, moe_macs
+from moee_analysis.moe.expert_layer import expert_layers
+from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_layers, moe_names
+from moee_analysis.moe.oracle import beside_leading, oracle_of, prefix_experts
+from moee_analysis.moe.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.config.extract_config import ExtractConfig
+
+
+def with_one_expert(config: ExtractConfig) -> ExtractConfig:
+    """Return ``config`` with one expert for all tokens of a layer: static pruning by its rule.
+
+    Leading tokens that have experts of their own keep them.
+    """
+    return replace(config, experts="one")
+
+
+def with_random_centres(config: ExtractConfig) -> ExtractConfig:
+    """Return ``config`` with random tokens for centres: what the clusters of a model must beat.
+
+    Router, neurons and budget follow the same rules; there are ``clustering.count`` centres, to
+    which all tokens are routed.
+    """
+    clustering = replace(config.resolved().clustering, method="random", reduce="none")
+    return replace(config, clustering=clustering, noise="reroute")
+
+
+def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
+    """Copy the model and let chance route its tokens, using experts as often as before.
+
+    It costs what the model costs, less the routers; only *which* experts a token meets differs.
+    Leading tokens that have an expert of their own (:class:`TokenKindRouter`) keep it. In layers of
+    slots tokens change places in what the router says of them.
+    """
+    model = _copied(run)
+    for index, layer in moe_layers(model).items():
+        k = round(layer.shares.sum().item())
+        draw = partial(RandomRouter, dim=layer.fc1.in_features, k=k, seed=1000 * seed + index)
+        layer.router = _at_random(layer.router, layer.shares, draw).to(layer.shares.device)
+    for layer in _with_own_experts(model):
+        layer.router = layer.random_router(seed=seed)
+    return model
+
+
+def constantly_routed(run: Extraction | nn.Module) -> nn.Module:
+    """Copy the model and send all tokens to the same experts: those that most tokens used.
+
+    Leading tokens that have an expert of their own keep it. In layers of slots all tokens are
+    mixed evenly.
+    """
+    model = _copied(run)
+    for layer in moe_layers(model).values():
+        leading = prefix_experts(layer)
+        shares = layer.shares[leading:]
+        k = max(1, round(shares.sum().item()))
+        most = shares.topk(k).indices.tolist()
+        constant = ConstantRouter(most[0] if k == 1 else most)
+        layer.router = beside_leading(constant, layer).to(layer.shares.device)
+    for layer in _with_own_experts(model):
+        layer.router = layer.constant_router()
+    return model
+
+
+def oracle_routed(run: Extraction | nn.Module, dense: nn.Module) -> nn.Module:
+    """Copy the model and send each token to the expert whose output is nearest to the dense MLP's.
+
+    Layers with several experts a token, and leading tokens that have an expert of their own, keep
+    their routers.
+    """
+    model, mlps = _copied(run), list(all_mlps(dense).values())
+    for index, layer in moe_layers(model).items():
+        several = layer.n_experts - prefix_experts(layer) > 1
+        if several and round(layer.shares.sum().item()) == 1:
+            layer.router = beside_leading(oracle_of(mlps[index], layer), layer)
+    return model
+
+
+def _copied(run: Extraction | nn.Module) -> nn.Module:
+    return copy.deepcopy(run if isinstance(run, nn.Module) else run.model)
+
+
+def _with_own_experts(model: nn.Module) -> list[nn.Module]:
+    """Layers whose experts are no parts of a dense MLP."""
+    return [layer for layer in expert_layers(model).values() if not isinstance(layer, MoeMlp)]
+
+
+def _at_random(
+    router: nn.Module, shares: torch.Tensor, draw: Callable[[torch.Tensor], RandomRouter]
+) -> nn.Module:
+    """A router that draws from the ``shares``; only leading tokens keep their own experts."""
+    if not isinstance(router, TokenKindRouter):
+        return draw(shares)
+    inner, patches = router.inner, shares[router.prefix_experts :]
+    if not (isinstance(inner, ConstantRouter) and len(patches) == 1):
+        inner = _at_random(inner, patches, draw)
+    return TokenKindRouter(router.prefix.tolist(), inner, tokens=router.tokens)
+
+
+def statically_pruned(
+    run: Extraction, images: ImageSet, *, store: str | Path | None = None
+) -> Extraction:
+    """Prune the same layers to the same MACs by the same rule, with one expert for all tokens.
+
+    Layers that stayed dense because experts would have saved too little are pruned too. ``images``
+    are the run's own calibration images. The MACs are the run's budget, or else what
+    it came to on the calibration images.
+
+    Raises
+    ------
+    MoeeError
+        The run left every layer dense.
+    """
+    converted = tuple(layer.index for layer in run.layers if layer.converted or layer.thin)
+    if not converted:
+        raise MoeeError(
+            "a run with converted layers", "a run that left every layer dense",
+            "compare with the dense model, which is the same",
+        )  # fmt: skip
+    config = replace(with_one_expert(run.config), layers=converted, **_same_macs(run))
+    return extract(run.dense(), images, config, store=store)
+
+
+def _same_macs(run: Extraction) -> dict[str, float | None]:
+    """The settings of ``ExtractConfig`` that meet the MACs of ``run``."""
+    reduction = run.config.macs_reduction
+    if reduction is None:
+        names = moe_names(run.model)
+        layers = moe_layers(run.model)
+        cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+        reduction = 1 - cost / count(run.dense()).total
+    if reduction <= 0:  # the routers cost more than the experts save
+        return {"macs_reduction": None, "variance_kept": 1.0}
+    return {"macs_reduction": reduction, "variance_kept": None}
+
+
+def random_centres(
+    run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
+) -> dict[int, CosineRouter]:
+    """Routers of the same form whose centres are inputs of random calibration tokens.
+
+    As many experts per layer as the run has. Whatever these show too, the clusters did not cause.
+
+    Parameters
+    ----------
+    images
+        The run's own calibration images.
+    store
+        The store that holds (or will hold) the sampled tokens.
+
+    Returns
+    -------
+    dict
+        Router by layer index, for ``measure.routes(run.dense(), ..., routers=...)``.
+    """
+    calibration = calibration_of(run.dense(), images, run.config, root=Path(store))
+    layers = moe_layers(run.model)
+    rows = {}
+    for site in calibration.sites:
+        if site.index in layers:
+            tokens = calibration.kept_per_image[site.name] * len(calibration.images)
+            rng = np.random.default_rng([seed, site.index])
+            count = layers[site.index].n_experts
+            rows[site.name] = np.sort(rng.choice(tokens, size=count, replace=False))
+    found = inputs_at(calibration, rows)
+    return {
+        site.index: CosineRouter(
+            torch.from_numpy(found[site.name]).to(layers[site.index].shares.device)
+        )
+        for site in calibration.sites
+        if site.name in found
+    }

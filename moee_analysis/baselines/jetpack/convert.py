@@ -1,0 +1,170 @@
+"""From a dense model to a mixture of soft experts that starts with its weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import chosen
+from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
+from moee_analysis.baselines.common.soft_moe_router import SoftRouter
+from moee_analysis.baselines.jetpack.activation_profile import profile
+from moee_analysis.baselines.jetpack.config import JetpackConfig
+from moee_analysis.baselines.jetpack.expert_counts import sizes_of
+from moee_analysis.baselines.jetpack.narrow_model import successor
+from moee_analysis.baselines.jetpack.recycling import Recycling
+from moee_analysis.baselines.jetpack.sphero_router import ExpertDropout, SpheroRouter
+from moee_analysis.baselines.jetpack.tensor_axes import classifier_of, narrowed_tensors
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.moe.layer import replace_module
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from moee_analysis.baselines.jetpack.activation_profile import Profile
+    from moee_analysis.baselines.jetpack.expert_counts import LayerSize
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.models.loading import MlpSite
+
+
+def convert(
+    dense: nn.Module,
+    images: ImageSet,
+    config: JetpackConfig | None = None,
+    *,
+    dense_part: nn.Module | None = None,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Make the start of a mixture of soft experts of ``dense``, to be trained.
+
+    In some of its layers a :class:`SlotMlp` stands in the place of the MLP: core experts, then
+    universal ones, both cut from the dense MLP. Before training it predicts next to nothing.
+
+    Parameters
+    ----------
+    dense
+        A plain vision transformer or ConvNeXt of timm's; it is not changed.
+    images
+        Calibration images; their labels are not used, nor are they looked at by the methods
+        ``uniform`` and ``random``.
+    config
+        Width, experts and how weights are chosen; None is the default :class:`JetpackConfig`.
+    dense_part
+        A model of the new width whose weights serve outside the experts, as in the released code;
+        None narrows ``dense``.
+    store
+        Folder where the sums over activations are kept and found again; None keeps nothing.
+
+    Raises
+    ------
+    MoeeError
+        Another kind of model, a width, layers or a budget that it cannot have, a dense part that
+        does not fit.
+    """
+    config = config or JetpackConfig()
+    model = _successor(dense, config)
+    mlps = find_mlps(model)
+    second_half = range(len(mlps) // 2, len(mlps))
+    sites = chosen(mlps, second_half if config.layers is None else config.layers)
+    sizes = sizes_of(model, sites, config, dense=dense)
+    recycling = Recycling(dense, model, _profile(dense, images, config, store), config)
+    layers = {site.name: _layer(recycling, site, sizes[site.name]) for site in sites}
+    _fill(recycling, dense_part)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    like = next(dense.parameters())
+    return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
+
+
+def narrowed(
+    dense: nn.Module,
+    images: ImageSet,
+    config: JetpackConfig | None = None,
+    *,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Narrow ``dense`` to the width of ``config``, without experts (weight selection).
+
+    It is the dense part that :func:`convert` puts experts into, and a baseline of its own. The
+    arguments and errors are those of :func:`convert`.
+
+    Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
+    """
+    config = config or JetpackConfig()
+    model = _successor(dense, config)
+    _fill(Recycling(dense, model, _profile(dense, images, config, store), config), None)
+    return model
+
+
+def _successor(dense: nn.Module, config: JetpackConfig) -> nn.Module:
+    return successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
+
+
+def _profile(
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, store: str | Path | None
+) -> Profile | None:
+    """What activations say, where they decide anything."""
+    if not config.needs_images:
+        return None
+    return profile(dense, images, together=config.method == "graph", store=store)
+
+
+def _fill(recycling: Recycling, dense_part: nn.Module | None) -> None:
+    """Give the narrow model its dense part; a fresh classifier stays as it is."""
+    model = recycling.narrow
+    fresh = classifier_of(model) if recycling.config.head == "fresh" else None
+    if dense_part is None:
+        given = narrowed_tensors(recycling.dense, recycling.kept)
+    else:
+        given = dense_part.state_dict()
+    given, wanted = (_without(tensors, fresh) for tensors in (given, model.state_dict()))
+    for name in sorted(given.keys() | wanted.keys()):
+        if name not in given or name not in wanted or given[name].shape != wanted[name].shape:
+            raise MoeeError(
+                f"a dense part that is a {type(model).__name__} of width {model.num_features}",
+                f"another '{name}'",
+                "pass a model like successor(dense, width)",
+            )
+    model.load_state_dict(given, strict=False)
+
+
+def _without(tensors: Mapping[str, torch.Tensor], module: str | None) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in tensors.items() if name.rpartition(".")[0] != module}
+
+
+def _layer(recycling: Recycling, site: MlpSite, size: LayerSize) -> SlotMlp:
+    """Experts that stand in the place of the narrow model's MLP at ``site``."""
+    config, depth = recycling.config, site.index / max(1, len(find_mlps(recycling.narrow)) - 1)
+    groups = recycling.experts(
+        site, core=size.core, universal=size.universal, ratio=config.universal_ratio
+    )
+    act = site.module(recycling.dense).act
+    experts = [ExpertMlps(group, copy.deepcopy(act), drop=config.drop) for group in groups]
+    of_images = config.expert_drop_mode == "sample"
+    dropout = ExpertDropout(depth * config.expert_drop, of_images=of_images)
+    return SlotMlp(_router(config, site, size), experts, slots=size.slots, drop=dropout)
+
+
+def _router(config: JetpackConfig, site: MlpSite, size: LayerSize) -> nn.Module:
+    seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
+    if config.router == "soft":
+        noise = config.noise or 0.0
+        return SoftRouter(site.dim, size.experts, slots=size.slots, noise=noise, seed=seed)
+    return SpheroRouter(
+        site.dim,
+        size.experts,
+        slots=size.slots,
+        temperature=config.temperature,
+        combine=config.combine,
+        normalize_key=config.normalize_key,
+        noise=config.noise,
+        seed=seed,
+    )

@@ -1,0 +1,170 @@
+"""The ways to start that MoE Jetpack is compared with, each under the name it has in the study.
+
+The predecessor is a trained dense model; all successors have the same smaller width, and layers
+with experts cost about the MACs of the MLPs whose places they take, mixing included, unless the
+number of experts is what is varied. A start is a function: seed -> model, to be trained.
+
+Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.baselines import jetpack, soft_moe, sparse_upcycling
+from moee_analysis.baselines.jetpack import JetpackConfig
+from moee_analysis.baselines.jetpack.expert_counts import LayerSize
+from moee_analysis.baselines.soft_moe import SoftMoeConfig
+from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.macs import count
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.models.loading import MlpSite
+
+    Starts = Mapping[str, Callable[[int], nn.Module]]
+
+SCRATCH, PRETRAINED = "dense, scratch", "dense, pretrained"
+SOFT, UPCYCLED, RECYCLED = "Soft MoE, scratch", "Sparse Upcycling", "recycled, plain router"
+JETPACK = "MoE Jetpack"
+COPIES = "copies of one MLP"
+CORE_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
+
+
+@dataclass(frozen=True)
+class JetpackStudy:
+    """Successors of one trained ``dense`` model.
+
+    Attributes
+    ----------
+    images
+        Calibration images: their activations say what is recycled.
+    width
+        Channels of the successors; None: half of the dense model's.
+    recipe
+        Settings of every conversion by Jetpack, such as rates of dropout.
+    store
+        Folder for sums over activations.
+    """
+
+    dense: nn.Module
+    images: ImageSet
+    width: int | None = None
+    recipe: JetpackConfig = field(default_factory=JetpackConfig)
+    store: Path | None = None
+
+    def components(self) -> Starts:
+        """From the dense model to Jetpack, with what lies between and beside them."""
+        return {
+            SCRATCH: self.scratch,
+            PRETRAINED: self.pretrained,
+            SOFT: self._soft,
+            UPCYCLED: self._upcycled,
+            RECYCLED: self.jetpack(router="soft"),
+            JETPACK: self.jetpack(),
+        }
+
+    def methods(self) -> Starts:
+        """Ways to recycle weights, all with Jetpack's router; plain copies first."""
+        others = {name: self.jetpack(method=name) for name in ("random", "uniform", "graph")}
+        return {COPIES: self._copies, **others, "importance": self.jetpack()}
+
+    def core_shares(self) -> Starts:
+        """Core experts alone, universal ones alone, and between, at about the same MACs."""
+        named = {f"core {share:.0%}": self._numbers(share) for share in CORE_SHARES}
+        return {name: self.jetpack(core=c, universal=u) for name, (c, u) in named.items()}
+
+    def sizes(self) -> Starts:
+        """Fewer and more layers with experts, and half and twice as many experts in each."""
+        (core, universal), third = self._numbers(1 / 3), max(1, len(self.layers) // 3)
+        layers = (self.layers[third:], self._earlier(third) + self.layers)
+        numbers = ((max(1, core // 2), universal // 2), (2 * core, 2 * universal))
+        by_layers = {f"{len(own)} layers": self.jetpack(layers=own) for own in layers}
+        by_numbers = {f"{c} + {u} experts": self.jetpack(core=c, universal=u) for c, u in numbers}
+        return by_layers | by_numbers
+
+    def jetpack(self, **settings: Any) -> Callable[[int], nn.Module]:
+        """MoE Jetpack with other ``settings`` than those of the study."""
+        config = self.jetpack_config(**settings)
+        return lambda seed: jetpack.convert(
+            self.dense, self.images, replace(config, seed=seed), store=self.store
+        )
+
+    def jetpack_config(self, **settings: Any) -> JetpackConfig:
+        """Configuration of the study's successors, one third of their experts core."""
+        core, universal = self._numbers(1 / 3)
+        own = {"layers": self.layers, "core": core, "universal": universal}
+        return replace(self._narrow, **(own | settings))
+
+    def scratch(self, seed: int) -> nn.Module:
+        """The successor's architecture with random weights."""
+        return jetpack.successor(self.dense, self._narrow.width, seed=seed)
+
+    def pretrained(self, seed: int) -> nn.Module:
+        """The predecessor, narrowed."""
+        config = replace(self._narrow, seed=seed)
+        return jetpack.narrowed(self.dense, self.images, config, store=self.store)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """MLPs that get experts: those of the second half with as many tokens as the first."""
+        sites = find_mlps(self.dense)
+        half = sites[len(sites) // 2 :]
+        return tuple(s.index for s in half if self._tokens[s.name] == self._tokens[half[0].name])
+
+    @cached_property
+    def _narrow(self) -> JetpackConfig:
+        return replace(self.recipe, width=self.width or self.dense.num_features // 2)
+
+    @cached_property
+    def _tokens(self) -> dict[str, int]:
+        return count(self.dense).tokens
+
+    @cached_property
+    def _successor_mlp(self) -> tuple[MlpSite, int]:
+        """The successor's first MLP of those that get experts, and its tokens."""
+        site = find_mlps(self.scratch(0))[self.layers[0]]
+        return site, self._tokens[site.name]
+
+    def _earlier(self, number: int) -> tuple[int, ...]:
+        """The last layers before those with experts that have as many tokens."""
+        sites = {site.index: site for site in find_mlps(self.dense)}
+        tokens = self._tokens[sites[self.layers[0]].name]
+        before = [n for n in range(self.layers[0]) if self._tokens[sites[n].name] == tokens]
+        return tuple(before[-number:])
+
+    def _numbers(self, core_share: float) -> tuple[int, int]:
+        """Core and universal experts that cost the MACs of the MLP, mixing included."""
+        site, tokens = self._successor_mlp
+        one = {"tokens": tokens, "ratio": self.recipe.universal_ratio}
+        core, universal = (LayerSize(*n).macs(site, **one) for n in ((1, 0), (0, 1)))
+        each = core_share * core + (1 - core_share) * universal
+        total = round(2 * tokens * site.dim * site.hidden / each)
+        return round(core_share * total), total - round(core_share * total)
+
+    def _soft(self, seed: int) -> nn.Module:
+        experts, _ = self._numbers(1.0)
+        config = SoftMoeConfig(
+            experts=experts, slots=1, initialisation="fresh", drop=self.recipe.drop,
+            layers=self.layers, seed=seed,
+        )  # fmt: skip
+        return soft_moe.convert(self.scratch(seed), self.images, config)
+
+    def _upcycled(self, seed: int) -> nn.Module:
+        config = SparseUpcyclingConfig(experts=8, capacity=1.0, layers=self.layers, seed=seed)
+        return sparse_upcycling.convert(self.pretrained(seed), self.images, config)
+
+    def _copies(self, seed: int) -> nn.Module:
+        experts, _ = self._numbers(1.0)
+        config = replace(
+            self.recipe, method="uniform", layers=self.layers, core=experts, universal=0, seed=seed
+        )
+        return jetpack.convert(self.pretrained(seed), self.images, config)

@@ -1,0 +1,163 @@
+"""Soft MoE: in the second half of the layers, experts see slots, each a mixture of all tokens.
+
+Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308.00951, and its
+reference router (``soft_moe_router``). The original is trained from scratch, without
+a class token; here a leading token is mixed like all others. At first every slot is almost the mean
+of all tokens, which the dense model's MLPs never saw: much is lost until the model is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn.init import trunc_normal_, zeros_
+
+from moee_analysis.baselines.common.capacity import ExpertCost, per_expert, saving
+from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import chosen, exchanged, places
+from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
+from moee_analysis.baselines.common.soft_moe_router import SoftRouter
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.macs import count
+from moee_analysis.utils.checks import (
+    layer_numbers,
+    not_none,
+    one_of,
+    real_number,
+    seed_number,
+    share,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.baselines.common.replace_mlps import Place
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.models.loading import MlpSite
+
+INITIALISATIONS = ("upcycled", "fresh")
+SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers
+
+
+@dataclass(frozen=True)
+class SoftMoeConfig:
+    """How a model becomes a Soft MoE.
+
+    - ``slots``: of each expert; None: ``capacity_factor`` x tokens / experts, rounded (with a
+      factor of 1, as many slots as tokens), or what ``macs_reduction`` allows.
+    - ``initialisation``: experts are copies of the dense MLP (``upcycled``), or drawn anew as timm
+      draws its MLPs (``fresh``; from scratch where the given model is untrained).
+    - ``drop``: share of hidden activations, and of outputs, that drop out in training; None: that
+      of the dense MLP.
+    - ``noise``: standard deviation of noise on the logits in training.
+    - ``layers``: MLPs to exchange, counted from 0; None: the second half.
+    - ``macs_reduction``: share of all MACs of the dense model to save, by fewer slots; their
+      number differs between layers by no more than this takes. Logits, dispatch and combination
+      count.
+
+    Raises
+    ------
+    MoeeError
+        A setting out of its range.
+    """
+
+    experts: int = 8
+    slots: int | None = None
+    capacity_factor: float = 1.0
+    initialisation: Literal["upcycled", "fresh"] = "upcycled"
+    drop: float | None = None
+    noise: float = 0.0
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+    macs_reduction: float | None = None
+
+    def __post_init__(self) -> None:
+        whole_number("experts", self.experts)
+        seed_number(self.seed)
+        layer_numbers(self.layers)
+        one_of("initialisation", self.initialisation, INITIALISATIONS)
+        real_number("capacity_factor", self.capacity_factor, above=0)
+        real_number("noise", self.noise, least=0)
+        for name, value in not_none(self, "drop"):
+            real_number(name, value, least=0, below=1)
+        for name, value in not_none(self, "slots"):
+            whole_number(name, value)
+        for name, value in not_none(self, "macs_reduction"):
+            share(name, value, whole=False)
+        if self.slots is not None and self.macs_reduction is not None:
+            raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
+
+
+def convert(
+    dense: nn.Module, images: ImageSet, config: SoftMoeConfig, *, store: str | Path | None = None
+) -> nn.Module:
+    """Make a Soft MoE of a copy of ``dense``; neither ``images`` nor ``store`` are looked at.
+
+    Raises
+    ------
+    MoeeError
+        No MLPs, layers that are not there, a budget that cannot be met.
+    """
+    mlps = find_mlps(dense)
+    second_half = range(len(mlps) // 2, len(mlps))
+    sites = chosen(mlps, second_half if config.layers is None else config.layers)
+    slots = _slots(dense, places(dense, sites), config)
+    return exchanged(
+        dense,
+        {
+            site: partial(_layer, site, config, each)
+            for site, each in zip(sites, slots, strict=True)
+        },
+    )
+
+
+def _slots(dense: nn.Module, seen: list[Place], config: SoftMoeConfig) -> list[int]:
+    """Slots of each expert in every layer."""
+    if config.slots is not None:
+        return [config.slots] * len(seen)
+    if config.macs_reduction is None:
+        return [per_expert(p.tokens, config.experts, config.capacity_factor) for p in seen]
+    counted = count(dense)
+    costs = [
+        ExpertCost(
+            config.experts * _macs_of_slot(dense, place, counted.by_module[place.site.name]),
+            place.tokens,
+        )
+        for place in seen
+    ]
+    fixed = counted.replacing({place.site.name: 0 for place in seen})
+    return saving(config.macs_reduction, costs, dense=counted.total, fixed=fixed)
+
+
+def _macs_of_slot(dense: nn.Module, place: Place, mlp_macs: int) -> float:
+    """MACs of one slot more in an image: its MLP, logits, dispatch and combination."""
+    outputs = place.site.module(dense).fc2.out_features
+    mixing = place.groups * place.tokens * (2 * place.site.dim + outputs)
+    return mlp_macs / place.tokens + mixing
+
+
+def _layer(site: MlpSite, config: SoftMoeConfig, slots: int, mlp: nn.Module) -> SlotMlp:
+    seed = 1000 * config.seed + site.index
+    drop = mlp.drop1.p if config.drop is None else config.drop
+    experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)
+    if config.initialisation == "fresh":
+        _draw_anew(experts, seed=seed)
+    router = SoftRouter(site.dim, config.experts, slots=slots, noise=config.noise, seed=seed)
+    return SlotMlp(router, [experts], slots=slots)
+
+
+def _draw_anew(experts: ExpertMlps, *, seed: int) -> None:
+    """Give every expert weights of its own, as timm initialises linear layers."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in (experts.fc1_weight, experts.fc2_weight):
+        drawn = trunc_normal_(torch.empty(weight.shape), std=SPREAD, generator=generator)
+        weight.data.copy_(drawn)
+    for bias in (experts.fc1_bias, experts.fc2_bias):
+        zeros_(bias)

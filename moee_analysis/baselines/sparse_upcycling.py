@@ -1,0 +1,172 @@
+"""Sparse Upcycling: every second MLP becomes experts that are copies of it, behind a new router.
+
+Source: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
+arXiv:2212.05055. It starts where the dense model stands, or a little below, and is made to be
+trained on. Published for vision: Expert Choice with capacity 2, 32 experts, weights renormalised
+per token. The original never saves MACs; a capacity below 1, which does, is this project's port.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from moee_analysis.baselines.common.capacity import ExpertCost, saving
+from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import chosen, exchanged, places
+from moee_analysis.baselines.common.sparse_moe_layer import SparseMlp
+from moee_analysis.baselines.common.sparse_routers import ExpertChoiceRouter, Gate, TopKRouter
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.macs import count
+from moee_analysis.utils.checks import (
+    layer_numbers,
+    not_none,
+    one_of,
+    real_number,
+    seed_number,
+    share,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.baselines.common.replace_mlps import Place
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.models.loading import MlpSite
+
+ROUTERS = ("expert_choice", "top_k")
+CAPACITY = 2.0  # of Expert Choice, where nothing else decides it
+SPREAD = 0.02  # standard deviation of the router's first weights
+
+
+@dataclass(frozen=True)
+class SparseUpcyclingConfig:
+    """How a model is upcycled.
+
+    - ``router``: ``expert_choice``, every expert takes tokens of an image; or ``top_k``, every
+      token takes ``k`` experts.
+    - ``capacity``: with Expert Choice every expert takes capacity x tokens / experts of an image's
+      tokens; None: 2, or what ``macs_reduction`` allows. With ``top_k`` an expert drops tokens
+      beyond capacity x k x tokens / experts; None: it drops none.
+    - ``renormalise``: whether the weights of a token's experts sum to 1. Without it outputs are
+      scaled by gates that were never trained, and the model starts far from the dense one.
+    - ``noise``: standard deviation of noise on the logits in training, in units of 1 / experts
+      (1 in V-MoE).
+    - ``layers``: MLPs to exchange, counted from 0; None: every second one, 1, 3, 5, ...
+    - ``macs_reduction``: share of all MACs of the dense model to save, by a capacity that differs
+      between layers by no more than this takes; only with Expert Choice.
+
+    Raises
+    ------
+    MoeeError
+        A setting out of its range, or a saving that ``top_k`` cannot make.
+    """
+
+    experts: int = 8
+    router: Literal["expert_choice", "top_k"] = "expert_choice"
+    k: int = 2
+    capacity: float | None = None
+    renormalise: bool = True
+    noise: float = 0.0
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+    macs_reduction: float | None = None
+
+    def __post_init__(self) -> None:
+        whole_number("experts", self.experts)
+        whole_number("k", self.k)
+        seed_number(self.seed)
+        layer_numbers(self.layers)
+        one_of("router", self.router, ROUTERS)
+        if self.router == "top_k" and self.k > self.experts:
+            raise MoeeError(f"k of at most {self.experts} experts", str(self.k), "choose fewer")
+        real_number("noise", self.noise, least=0)
+        for name, value in not_none(self, "capacity"):
+            real_number(name, value, above=0)
+        for name, value in not_none(self, "macs_reduction"):
+            share(name, value, whole=False)
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.macs_reduction is None:
+            return
+        if self.router == "top_k":
+            raise MoeeError(
+                "router='expert_choice' where MACs are to be saved",
+                f"'top_k', whose tokens have {self.k} whole MLPs each",
+                "plain upcycling never reduces MACs: choose Expert Choice, or no budget",
+            )
+        if self.capacity is not None:
+            raise MoeeError("a capacity or a MACs reduction", "both", "leave one of them out")
+
+
+def convert(
+    dense: nn.Module,
+    images: ImageSet,
+    config: SparseUpcyclingConfig,
+    *,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Upcycle a copy of ``dense``; neither ``images`` nor ``store`` are looked at.
+
+    With renormalised weights and a router by which every token gets an expert, the model computes
+    what the dense one does. Tokens that Expert Choice leaves to no expert, or that are dropped, get
+    zeros from the layer.
+
+    Raises
+    ------
+    MoeeError
+        No MLPs, layers that are not there, a budget that cannot be met.
+    """
+    mlps = find_mlps(dense)
+    every_second = range(1, len(mlps), 2)
+    sites = chosen(mlps, every_second if config.layers is None else config.layers)
+    if config.macs_reduction is None:
+        configs = dict.fromkeys(sites, config)
+    else:
+        configs = _within_budget(dense, sites, config)
+    return exchanged(dense, {site: partial(_layer, site, own) for site, own in configs.items()})
+
+
+def _within_budget(
+    dense: nn.Module, sites: list[MlpSite], config: SparseUpcyclingConfig
+) -> dict[MlpSite, SparseUpcyclingConfig]:
+    """``config`` for every site, with the capacity that the budget allows there."""
+    counted, seen = count(dense), places(dense, sites)
+    costs = [
+        ExpertCost(config.experts * counted.by_module[p.site.name] / p.tokens, p.tokens)
+        for p in seen
+    ]
+    fixed = counted.replacing({site.name: config.experts * site.dim for site in sites})
+    counts = saving(config.macs_reduction, costs, dense=counted.total, fixed=fixed)
+    return {
+        place.site: replace(config, macs_reduction=None, capacity=_capacity(each, place, config))
+        for each, place in zip(counts, seen, strict=True)
+    }
+
+
+def _capacity(each: int, place: Place, config: SparseUpcyclingConfig) -> float:
+    """Capacity by which every expert takes ``each`` tokens."""
+    return each * config.experts / place.tokens
+
+
+def _layer(site: MlpSite, config: SparseUpcyclingConfig, mlp: nn.Module) -> SparseMlp:
+    generator = torch.Generator().manual_seed(1000 * config.seed + site.index)
+    weight = SPREAD * torch.randn(config.experts, site.dim, generator=generator)
+    gate = Gate(weight, noise=config.noise / config.experts)
+    experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=mlp.drop1.p)
+    return SparseMlp(_router(gate, config), experts)
+
+
+def _router(gate: Gate, config: SparseUpcyclingConfig) -> TopKRouter | ExpertChoiceRouter:
+    shared = {"renormalise": config.renormalise}
+    if config.router == "top_k":
+        return TopKRouter(gate, k=config.k, capacity=config.capacity, **shared)
+    return ExpertChoiceRouter(gate, capacity=config.capacity or CAPACITY, **shared)

@@ -1,0 +1,165 @@
+"""Static pruning without training: every layer keeps the same neurons for all of its tokens.
+
+The named baselines span what is published, by the pieces that also make mixtures of experts:
+magnitudes of the weights, without data; VBP ("Variance-Based Pruning", Berisha et al., ICCV 2025);
+least squares with output-weighted variances, as OB2C (2026) does, but without its denoised
+variances; then what the Fisher metric adds. All give the patches that nothing reads a constant, so
+that they save there what the best mixture of experts saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import Extraction, extract
+from moee_analysis.models.macs import count_parameters
+from moee_analysis.utils.checks import share
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.data.images import ImageSet
+
+_STATIC = {
+    "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",
+    "union": "at_once", "thin": "routed", "attention": "dense",
+}  # fmt: skip
+_OBS = {
+    "order": "obs", "metric": "fisher", "budget": "global", "refit": "shared",
+    "coherence": "measured",
+}  # fmt: skip
+_APART = _STATIC | _OBS | {"tokens": "kinds", "union": "steps"}
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "magnitude": _STATIC
+    | {"order": "magnitude", "metric": "outputs", "budget": "share", "refit": "none"},
+    "variance + mean shift": _STATIC
+    | {"order": "variance", "metric": "outputs", "budget": "global", "refit": "shift"},
+    "output-weighted least squares": _STATIC
+    | {"order": "weighted", "metric": "outputs", "budget": "global", "refit": "shared"},
+    "fisher least squares": _STATIC
+    | {"order": "weighted", "metric": "fisher", "budget": "global", "refit": "shared"},
+    "fisher OBS": _STATIC | _OBS,
+    "fisher OBS, CLS apart": _APART,
+    "fisher OBS, attention too": _APART | {"attention": "low_rank"},
+}
+"""Settings of ``ExtractConfig`` by name.
+
+Magnitudes of different layers compare badly, so every layer keeps the same share of its own. VBP
+ranks the raw variances of all layers together, and so does its baseline here. ``CLS apart`` lets
+the leading tokens keep other neurons than the patches, by position; ``attention too`` does so as
+well, and cuts heads down to the modes that ``attention_modes`` finds.
+"""
+
+
+@dataclass(frozen=True)
+class StaticPruningConfig:
+    """How a model is pruned: by which of :data:`BASELINES`, and the rest as in :func:`prune`.
+
+    Raises
+    ------
+    MoeeError
+        No such baseline; a setting out of its range.
+    """
+
+    baseline: str = "fisher OBS, CLS apart"
+    macs_reduction: float = 0.28
+    params_reduction: float | None = None
+    preset: str = "small"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        share("macs_reduction", self.macs_reduction)
+        self.extraction()
+
+    def extraction(self) -> ExtractConfig:
+        """Return the same settings in the pieces of an extraction."""
+        return config_of(
+            self.baseline, macs_reduction=self.macs_reduction,
+            params_reduction=self.params_reduction, preset=self.preset, seed=self.seed,
+        )  # fmt: skip
+
+
+def convert(
+    dense: nn.Module,
+    images: ImageSet,
+    config: StaticPruningConfig | None = None,
+    *,
+    store: str | Path | None = None,
+) -> nn.Module:
+    """Prune the MLPs of ``dense``, as :func:`prune` does, and return the model alone."""
+    config = config or StaticPruningConfig()
+    settings = {name: value for name, value in vars(config).items() if name != "baseline"}
+    return prune(dense, images, config.baseline, **settings, store=store).model
+
+
+def prune(
+    model: nn.Module,
+    images: ImageSet,
+    name: str,
+    *,
+    macs_reduction: float,
+    params_reduction: float | None = None,
+    preset: str = "small",
+    seed: int = 0,
+    store: str | Path | None = None,
+) -> Extraction:
+    """Prune the MLPs of ``model`` by the baseline called ``name``.
+
+    Parameters
+    ----------
+    images
+        Calibration images; their labels are not used.
+    macs_reduction, params_reduction
+        Shares of the dense model's MACs and stored parameters to save; None leaves the parameters
+        free.
+    preset, seed, store
+        As in ``extract``.
+
+    Raises
+    ------
+    MoeeError
+        No such baseline; a budget that cannot be met.
+    """
+    config = config_of(
+        name, macs_reduction=macs_reduction, params_reduction=params_reduction, preset=preset,
+        seed=seed,
+    )  # fmt: skip
+    run = extract(model, images, config, store=store)
+    if params_reduction is not None:
+        _check_parameters(run, model, params_reduction)
+    return run
+
+
+def config_of(
+    name: str, *, macs_reduction: float, params_reduction: float | None = None, **others: Any
+) -> ExtractConfig:
+    """Configuration of the baseline called ``name``; ``others`` are more of its settings.
+
+    Where each layer keeps a share, the parameters cannot be bound; they fall with the MACs.
+
+    Raises
+    ------
+    MoeeError
+        No such baseline; a setting out of its range.
+    """
+    if name not in BASELINES:
+        raise MoeeError(f"a baseline among {'; '.join(BASELINES)}", f"'{name}'", "name one")
+    pieces = BASELINES[name]
+    bound = params_reduction if pieces["budget"] == "global" else None
+    return ExtractConfig(**pieces, macs_reduction=macs_reduction, params_reduction=bound, **others)
+
+
+def _check_parameters(run: Extraction, model: nn.Module, wanted: float) -> None:
+    saved = 1 - count_parameters(run.model) / count_parameters(model)
+    if saved < wanted:
+        raise MoeeError(
+            f"a parameters reduction of {wanted:.1%}",
+            f"{saved:.1%} at a MACs reduction of {run.config.macs_reduction:.1%}",
+            "ask for more MACs, or choose a baseline with a global budget",
+        )

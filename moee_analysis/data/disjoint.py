@@ -1,0 +1,74 @@
+"""Images that something was made from are never images it is measured on."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.utils.progress import progress, tell
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from moee_analysis.data.images import ImageSet
+
+OTHERS = "choose others (--images DIR), or take these away from one of the two"
+BYTES = 8  # of each picture's hash: two of a million pictures are alike once in 37 million sets
+
+
+def check_apart(made_from: ImageSet, seen: ImageSet, *, use: str) -> None:
+    """Refuse images to evaluate that are among those that something is ``made_from``.
+
+    Pictures are the same where their pixels are, whatever the name and the kind of their files.
+
+    Parameters
+    ----------
+    use
+        What the others are for: ``"used for calibration"``.
+
+    Raises
+    ------
+    MoeeError
+        Pictures of the same content in both sets.
+    """
+    check_unused(contents_of(made_from), seen, use=use)
+
+
+def check_unused(contents: Iterable[str], seen: ImageSet, *, use: str) -> None:
+    """Refuse images to evaluate whose content is among ``contents``; else as above."""
+    own = contents_of(seen)
+    both = set(contents) & set(own)
+    if both:
+        place = next(place for place, content in enumerate(own) if content in both)
+        raise MoeeError(
+            f"images to evaluate that are not {use}",
+            f"{len(both)} that are, such as {seen.name_of(place)}",
+            OTHERS,
+        )
+
+
+def contents_of(images: ImageSet) -> list[str]:
+    """Hash of the pixels of every image, in order."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        hashes = pool.map(lambda index: _content(images, index), range(len(images)))
+        return list(progress(hashes, label="comparing images", total=len(images), delay=1))
+
+
+def without_repeats(images: ImageSet) -> ImageSet:
+    """The images without those whose content came before; that is told."""
+    first: dict[str, int] = {}
+    for place, content in enumerate(contents_of(images)):
+        first.setdefault(content, place)
+    repeated = len(images) - len(first)
+    if not repeated:
+        return images
+    tell(f"{repeated} of the {len(images)} images of {images.name} are there twice: counted once")
+    return images.take(list(first.values()))
+
+
+def _content(images: ImageSet, index: int) -> str:
+    picture = images.picture(index)
+    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes())
+    return digest.hexdigest()[: 2 * BYTES]

@@ -1,0 +1,1 @@
+"""MoEE: record, cluster, cut experts, route."""

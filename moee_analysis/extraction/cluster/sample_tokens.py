@@ -1,0 +1,158 @@
+"""The tokens of a layer that are clustered, drawn from all that are routed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moee_analysis.extraction.record.accumulate import Sums, summed
+from moee_analysis.extraction.record.fisher import products
+from moee_analysis.utils.storage.store import content_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from timm.layers import Mlp
+
+    from moee_analysis.extraction.record.calibration_set import Calibration
+    from moee_analysis.extraction.record.layer_tokens import Recorded
+    from moee_analysis.models.loading import MlpSite
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Drawn tokens of a layer, and what is known of all ``tokens`` they are drawn from.
+
+    ``rows`` are their numbers among all tokens of the sample, leading ones included; ``inputs``
+    (n, dim) and ``hidden`` (n, hidden) are float32, hidden activations None where nobody needs
+    them. ``covariance`` is that of the inputs, ``fisher`` the metric of the outputs, None without
+    gradients; both float64 (dim, dim). ``key`` names the sample in the store.
+    """
+
+    site: MlpSite
+    mlp: Mlp
+    rows: np.ndarray
+    inputs: np.ndarray
+    hidden: np.ndarray | None
+    tokens: int
+    covariance: torch.Tensor
+    fisher: torch.Tensor | None
+    key: str
+
+
+@dataclass(frozen=True)
+class DrawTally:
+    """Picks tokens out of a layer, and adds up the products of all but the ``leading`` ones."""
+
+    site: MlpSite
+    rows: np.ndarray
+    leading: int
+    hidden: bool = False
+    gradients: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the picked tokens (n, width), and of sums of products (dim, dim)."""
+        n, dim = len(self.rows), self.site.dim
+        shapes = {"inputs": (n, dim), "total": (dim,), "products": (dim, dim), "tokens": ()}
+        if self.hidden:
+            shapes["hidden"] = (n, self.site.hidden)
+        return shapes | ({"fisher": (dim, dim), "weight": ()} if self.gradients else {})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the sums."""
+        rows = content_key(rows=self.rows.tolist())
+        return {"drawn": rows, "leading": self.leading, "hidden": self.hidden}
+
+    def add(self, sums: Sums, layer: Recorded) -> None:
+        """Add a part of the tokens."""
+        self._pick(sums, layer)
+        for rows in layer.chunks():
+            chosen = np.arange(rows.start, rows.stop)
+            self._add_products(sums, layer, chosen[layer.sample.position[rows] >= self.leading])
+
+    def _pick(self, sums: Sums, layer: Recorded) -> None:
+        own = self.rows - layer.sample.start
+        which = np.flatnonzero((own >= 0) & (own < len(layer.sample)))
+        for name in ("inputs", "hidden") if self.hidden else ("inputs",):
+            values = np.asarray(getattr(layer.sample, name)[own[which]], dtype=np.float64)
+            sums[name][torch.from_numpy(which)] += torch.from_numpy(values)
+
+    def _add_products(self, sums: Sums, layer: Recorded, rows: np.ndarray) -> None:
+        x = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
+        sums["total"] += x.sum(dim=0)
+        sums["products"] += x.T @ x
+        sums["tokens"] += len(rows)
+        if self.gradients:
+            sums["fisher"] += products(layer.sample, rows)
+            sums["weight"] += float(layer.sample.weight[rows].sum(dtype=np.float64))
+
+
+def drawn(
+    calibration: Calibration,
+    leading: Mapping[str, int],
+    *,
+    hidden: bool | None = None,
+) -> Iterator[Draw]:
+    """Draw the tokens to cluster of some layers, as many as the configuration wants.
+
+    Parameters
+    ----------
+    leading
+        By the name of a site, how many leading tokens of an image have experts of their own.
+    hidden
+        Whether hidden activations are picked out as well; None: where they are clustered.
+    """
+    config = calibration.config
+    if hidden is None:
+        hidden = config.clustering.space == "hidden"
+    tallies = [
+        DrawTally(
+            site, rows_to_cluster(calibration, site, leading[site.name]), leading[site.name],
+            hidden, config.needs_gradients,
+        )
+        for site in calibration.sites
+        if site.name in leading
+    ]  # fmt: skip
+    for tally, sums in summed(calibration, tallies, label="drawing tokens"):
+        yield draw_of(tally, sums, tally.site.module(calibration.model), calibration.key)
+
+
+def draw_of(tally: DrawTally, sums: Sums, mlp: Mlp, key: str) -> Draw:
+    """What the ``sums`` of a tally say."""
+    tokens = int(sums["tokens"])
+    mean = sums["total"] / tokens
+    return Draw(
+        tally.site,
+        mlp,
+        tally.rows,
+        sums["inputs"].float().numpy(),
+        sums["hidden"].float().numpy() if tally.hidden else None,
+        tokens,
+        sums["products"] / tokens - torch.outer(mean, mean),
+        sums["fisher"] / sums["weight"] if tally.gradients else None,
+        key,
+    )
+
+
+def rows_to_cluster(calibration: Calibration, site: MlpSite, leading: int) -> np.ndarray:
+    """Numbers of the drawn tokens of a site among all of its sample, ascending."""
+    kept, config = calibration.kept_per_image[site.name], calibration.config
+    of_image = kept - min(leading, kept)
+    tokens = of_image * len(calibration.images)
+    rng = np.random.default_rng([config.seed, site.index])
+    chosen = rng.choice(tokens, size=min(config.cluster_tokens, tokens), replace=False)
+    image, token = np.divmod(np.sort(chosen), of_image)
+    return image * kept + kept - of_image + token
+
+
+def inputs_at(calibration: Calibration, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs of single tokens, float32 (n, dim), by the name of a site and their numbers."""
+    sites: Sequence[MlpSite] = [site for site in calibration.sites if site.name in rows]
+    tallies = [DrawTally(site, rows[site.name], 0) for site in sites]
+    found = summed(calibration, tallies, label="picking tokens")
+    return {tally.site.name: sums["inputs"].float().numpy() for tally, sums in found}

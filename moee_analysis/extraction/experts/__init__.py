@@ -1,0 +1,1 @@
+"""Phase 2: what hidden neurons are worth to an expert."""

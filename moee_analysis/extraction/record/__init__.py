@@ -1,0 +1,1 @@
+"""Inputs, hidden activations and gradients of the calibration tokens."""

@@ -1,0 +1,213 @@
+"""The tokens of the calibration images, a part of the images at a time.
+
+Nothing above this file sees more than one part. Where the disk has room, all parts are recorded
+once and read again by every pass; where it has not, every pass runs the model again, so that any
+number of images will do. The tokens are the same, whichever it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from moee_analysis.extraction.record.layer_tokens import Recorded, recorded_layer
+from moee_analysis.extraction.record.recording import Recording
+from moee_analysis.extraction.record.token_kinds import leading_kinds, token_plan
+from moee_analysis.models.loading import find_mlps, fingerprint
+from moee_analysis.utils.checks import not_none, real_number
+from moee_analysis.utils.distributed import own_share, processes
+from moee_analysis.utils.storage.files import nearest_folder
+from moee_analysis.utils.storage.store import content_key, present
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.config.extract_config import ExtractConfig
+    from moee_analysis.extraction.record.hooks import Activations, LayerSample, TokenPlan
+    from moee_analysis.models.loading import MlpSite
+
+PART = 128  # images, whole batches of them
+LARGEST = 1e18  # bytes of memory or disk
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an extraction may take of a machine; its result does not depend on it.
+
+    ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
+    ``disk`` bytes of recorded tokens are kept; None: half of what is free. Where there are more,
+    every pass makes them again; 0 keeps none.
+
+    Raises
+    ------
+    MoeeError
+        A limit that is no number of bytes.
+    """
+
+    memory: float = 4e9
+    disk: float | None = None
+
+    def __post_init__(self) -> None:
+        real_number("memory", self.memory, above=0, most=LARGEST)
+        for name, value in not_none(self, "disk"):
+            real_number(name, value, least=0, most=LARGEST)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The sampled tokens of all MLPs on the calibration images, as ``config`` asks for them.
+
+    ``root`` is the store that holds them. Of several processes each has whole parts of its own.
+    Only parts with images that are ``looked_at`` are seen; None: all.
+    """
+
+    model: nn.Module
+    images: ImageSet
+    config: ExtractConfig
+    root: Path
+    limits: Limits = Limits()
+    looked_at: tuple[int, ...] | None = None
+
+    @cached_property
+    def sites(self) -> tuple[MlpSite, ...]:
+        """All MLPs of the model."""
+        return tuple(find_mlps(self.model))
+
+    @cached_property
+    def key(self) -> str:
+        """Key of all tokens of all processes in a store."""
+        return content_key(
+            model=fingerprint(self.model), images=self.images.fingerprint, kinds=self._kinds,
+            plan=self._plan.facts,
+        )  # fmt: skip
+
+    @cached_property
+    def leading(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of the leading tokens that each site sees, by its name."""
+        return leading_kinds(self.model, [site.name for site in self.sites])
+
+    @cached_property
+    def tokens_per_image(self) -> dict[str, int]:
+        """How many tokens of every image each site sees, by its name."""
+        return self._recording(range(0), self.sites).tokens
+
+    @cached_property
+    def kept_per_image(self) -> dict[str, int]:
+        """How many tokens of every image each site has in the sample, by its name."""
+        return self._recording(range(0), self.sites).kept
+
+    @cached_property
+    def own(self) -> list[range]:
+        """Numbers of the images of each part of this process."""
+        starts = range(0, len(self.images), PART)
+        parts = [range(s, min(s + PART, len(self.images))) for s in starts]
+        return [parts[number] for number in own_share(len(parts))]
+
+    @property
+    def chosen(self) -> list[range]:
+        """Those of them that are seen."""
+        if self.looked_at is None:
+            return self.own
+        starts = {number // PART * PART for number in self.looked_at}
+        return [part for part in self.own if part.start in starts]
+
+    def parts(
+        self, sites: Sequence[MlpSite], *, gradients: bool = False, skip: int = 0
+    ) -> Iterator[dict[str, Recorded]]:
+        """Yield the tokens of ``sites``, by name, part after part of this process.
+
+        Parameters
+        ----------
+        gradients
+            Whether those of the logits are needed, which the configuration has recorded.
+        skip
+            So many parts at the beginning.
+        """
+        for numbers in self.chosen[skip:]:
+            if self._all is None:
+                recording = self._recording(numbers, sites, gradients=gradients)
+                samples = recording.held()
+            else:
+                samples = {site.name: self._recorded(site, numbers) for site in sites}
+            yield {
+                site.name: recorded_layer(samples[site.name], self.model, site) for site in sites
+            }
+
+    def _recorded(self, site: MlpSite, numbers: range) -> LayerSample:
+        """The recorded tokens of the images with these numbers."""
+        kept, first = self.kept_per_image[site.name], self.own[0].start
+        rows = slice((numbers.start - first) * kept, (numbers.stop - first) * kept)
+        return self._all.layer(site).part(rows)
+
+    @cached_property
+    def on_disk(self) -> bool:
+        """Whether the tokens of this process are, or will be, recorded on the disk."""
+        recording = self._whole
+        return present(recording.folder(self.root)) or recording.bytes <= self._room
+
+    @cached_property
+    def _all(self) -> Activations | None:
+        """All parts of this process, recorded; None where there is no room for them."""
+        return self._whole.made(self.root, label="recording") if self.on_disk else None
+
+    @property
+    def _whole(self) -> Recording:
+        last = self.own[-1].stop if self.own else 0
+        return self._recording(range(self.own[0].start if self.own else 0, last), self.sites)
+
+    def bytes_of(self, images: int) -> int:
+        """What the tokens of so many images take, on disk or in memory."""
+        return self._recording(range(images), self.sites).bytes
+
+    @property
+    def _room(self) -> float:
+        """Bytes that recorded tokens of this process may take on the disk."""
+        if self.limits.disk is not None:
+            return self.limits.disk / processes()
+        return shutil.disk_usage(nearest_folder(self.root)).free / 2 / processes()
+
+    def _recording(
+        self, numbers: range, sites: Sequence[MlpSite], *, gradients: bool = True
+    ) -> Recording:
+        kinds = tuple(kind for kind in self._kinds if gradients or kind != "gradients")
+        images = self.images.take(numbers)
+        plan = replace(self._plan, first=numbers.start)
+        return Recording(self.model, images, tuple(sites), plan, kinds)
+
+    @cached_property
+    def _plan(self) -> TokenPlan:
+        """Which tokens of every image are in the sample."""
+        names = [site.name for site in self.sites]
+        config = self.config
+        return token_plan(self.model, names, config.tokens_per_image, seed=config.seed)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """What the configuration has to know of every token."""
+        if self.config.needs_gradients:
+            return ("inputs", "gradients")
+        if self.config.tokens_per_image is None:  # too many to keep their hidden activations too
+            return ("inputs",)
+        return ("inputs", "hidden")
+
+
+def calibration_of(
+    model: nn.Module,
+    images: ImageSet,
+    config: ExtractConfig,
+    *,
+    root: Path,
+    limits: Limits | None = None,
+) -> Calibration:
+    """Return the tokens that a run of ``config`` is calibrated on.
+
+    ``images`` are all there are for it: the configuration's ``calibration_images`` are taken.
+    """
+    images = images.limit(config.calibration_images, seed=config.seed)
+    return Calibration(model, images, config, root, limits or Limits())

@@ -1,0 +1,181 @@
+"""Tokens are not all alike: what the leading ones are, and whose outputs nothing reads."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.record.hooks import TokenPlan
+from moee_analysis.extraction.record.output_gradients import output_gradients
+from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.inputs import like
+from moee_analysis.models.loading import blank, find_mlps, input_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import nn
+
+    from moee_analysis.models.attention import AttentionSite
+    from moee_analysis.models.loading import MlpSite
+
+PREFIX_KINDS = {"cls_token": ("cls", "dist"), "dist_token": ("dist",), "reg_token": ("register",)}
+"""Kinds of the tokens in timm's parameters of these names, in the order in which they stand.
+
+A distilled PiT has both of its leading tokens in one parameter.
+"""
+
+
+def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
+    """Return the kind of every leading token: "cls", "dist" or "register", in their order.
+
+    The order is that of timm's ``_pos_embed``: class, then distillation or register tokens, then
+    patches. Empty for a model of patches alone. A model may have a class token for each of its
+    branches (CoaT, CrossViT); no layer sees more than one of them. Which layers see the leading
+    tokens at all says :func:`leading_kinds`.
+
+    Raises
+    ------
+    MoeeError
+        The model's own parameters are not as many tokens as its ``num_prefix_tokens``.
+    """
+    expected = vars(model).get("num_prefix_tokens")
+    if expected == 0:
+        return ()
+    own = {_stem(name): len(p[0]) for name, p in model.named_parameters() if p.ndim > 2}
+    kinds = [kind for name in PREFIX_KINDS for kind in _of_parameter(name, own.get(name, 0))]
+    if expected is not None and len(kinds) != expected:
+        raise MoeeError(
+            f"{expected} leading tokens, as num_prefix_tokens says",
+            f"{', '.join(kinds) or 'none'} among the parameters of {type(model).__name__}",
+            f"use a model whose leading tokens are timm's {', '.join(PREFIX_KINDS)}",
+        )
+    return tuple(kinds)
+
+
+def _stem(name: str) -> str:
+    """The last part of a parameter's name, without the number of a branch."""
+    return re.sub(r"_token_?\d+$", "_token", name.rpartition(".")[2])
+
+
+def _of_parameter(name: str, tokens: int) -> tuple[str, ...]:
+    """Kinds of so many tokens in the parameter called ``name``; the last kind goes on."""
+    kinds = PREFIX_KINDS[name][:tokens]
+    return kinds + kinds[-1:] * (tokens - len(kinds))
+
+
+def kinds_seen(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the kinds of the leading tokens that a layer sees, in their order.
+
+    A map of rows and columns has none, nor have as many tokens as the model has patches (the
+    ``blocks`` of CaiT and XCiT, the first ones of ConViT). No more tokens than leading ones are
+    these alone (CaiT's ``blocks_token_only``, XCiT's ``cls_attn_blocks``, VOLO's
+    ``post_network``).
+
+    Parameters
+    ----------
+    shape
+        Of one image's tokens at the layer: (tokens,) or (rows, columns).
+    """
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if len(shape) != 1 or shape[0] == patches:
+        return ()
+    return prefix_kinds(model)[: shape[0]]
+
+
+def leading_kinds(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of the leading tokens that each of some layers sees, by module name.
+
+    The model runs once on an image of zeros. A layer that gets parts of an image (windows, the
+    pixels of a patch) in the place of images sees no leading tokens; nothing is said of one that
+    is called several times, or never.
+    """
+    shapes = _shapes(model, names) if prefix_kinds(model) else dict.fromkeys(names, (1, 0))
+    return {name: _kinds_of_input(model, shape) for name, shape in shapes.items()}
+
+
+def token_plan(
+    model: nn.Module, names: Iterable[str], per_image: int | None, *, seed: int = 0
+) -> TokenPlan:
+    """Plan to keep all leading tokens and ``per_image`` patches (None: all) at some layers."""
+    prefix = len(prefix_kinds(model))
+    shapes = _shapes(model, names) if prefix else {}
+    alone = {math.prod(s[:-1]) for s in shapes.values() if not _kinds_of_input(model, s)}
+    return TokenPlan(per_image, prefix, seed, patches_alone=frozenset(alone))
+
+
+def _kinds_of_input(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
+    """Kinds of the leading tokens in an input (parts of an image, *tokens, dim)."""
+    return kinds_seen(model, shape[1:-1]) if shape[0] == 1 else ()
+
+
+def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what each layer gets of one image, if it is called once."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+
+    def see(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        found.setdefault(name, []).append(tuple(args[0].shape))
+
+    with ExitStack() as hooks, evaluating(model):
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(partial(see, name))
+            hooks.callback(hook.remove)
+        model(blank(model))
+    return {name: shapes[0] for name, shapes in found.items() if len(shapes) == 1}
+
+
+def unread_kinds(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of the tokens whose outputs at each of the ``sites`` nothing reads any more.
+
+    There the gradient of the logits is exactly zero at every token of the kind, for a random
+    image: at the patches ("patch") in the last block of a ViT whose head reads the CLS token
+    alone, at the CLS token where it reads the mean of the patches. ``sites`` None: all MLPs.
+
+    Raises
+    ------
+    MoeeError
+        The model has no MLPs, or a site that :func:`output_gradients` refuses.
+    """
+    found = {}
+    for name, (kinds, read) in _read(model, sites).items():
+        known = {kind for kind, is_read in zip(kinds, read, strict=True) if is_read}
+        found[name] = tuple(kind for kind in dict.fromkeys(kinds) if kind not in known)
+    return found
+
+
+def unread_patches(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
+) -> frozenset[str]:
+    """Return the names of the ``sites`` whose outputs at the patches nothing reads any more.
+
+    As :func:`unread_kinds`; an MLP that gets no patches is one of them.
+    """
+    return frozenset(
+        name
+        for name, (kinds, read) in _read(model, sites).items()
+        if not any(r for kind, r in zip(kinds, read, strict=True) if kind == "patch")
+    )
+
+
+def _read(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None
+) -> dict[str, tuple[list[str], list[bool]]]:
+    """The kind of every token of one image at each site, and whether anything reads its output."""
+    image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
+    sites = find_mlps(model) if sites is None else sites
+    gradients = output_gradients(model, sites, like(image, model), seeds=[(0, 0)], probes=1)
+    leading = leading_kinds(model, gradients)
+    found = {}
+    for name, gradient in gradients.items():
+        read = gradient.flatten(0, 1).any(dim=2).any(dim=0).tolist()
+        kinds = [*leading[name], *["patch"] * (len(read) - len(leading[name]))]
+        found[name] = kinds, read
+    return found

@@ -1,0 +1,328 @@
+"""Networks rebuilt from what a file says of them, or around the dense network that is given.
+
+A model of timm's is rebuilt by its name and the arguments of ``timm.create_model``. Whether that
+gives the same network is seen by its answers; one that was changed by hand in ways that no argument
+says is rebuilt only around the dense network itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import create_act
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.saving.tables import below, check_finite, check_tables
+from moee_analysis.models.attention import LowRankAttention, Ranks, reduced_attentions, site_of
+from moee_analysis.models.class_names import classifiers
+from moee_analysis.models.fingerprints import alike, answers
+from moee_analysis.models.inputs import input_size
+from moee_analysis.models.loading import architecture, build_model
+from moee_analysis.models.state_dicts import load_tensors
+from moee_analysis.models.unwrapping import unwrapped
+from moee_analysis.moe.blocked_mlp import compute_in_blocks
+from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
+from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+KINDS = {
+    CosineRouter: "cosine", ConstantRouter: "constant", NearestRouter: "nearest",
+    TokenKindRouter: "token_kinds",
+}  # fmt: skip
+INPUT_FACTS = (
+    "architecture", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct",
+    "crop_mode", "num_classes", "label_names", "classifier", "first_conv",
+)  # fmt: skip
+ELSEWHERE = ("device", "dtype")  # arguments that say nothing of the network
+LARGEST_IMAGE = 2**25  # numbers
+PARTS = 1000  # parameters of a network, beside twice those of its file
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Everything :func:`rebuild` needs before the tensors are loaded, as plain JSON values.
+
+    ``by_hand`` says why the name and arguments alone do not rebuild the model; None where they do.
+
+    Raises
+    ------
+    MoeeError
+        A router that cannot be saved, or for other tokens than come to it; weights that are not
+        finite.
+    """
+    tensors = stored_tensors(model)
+    check_finite(tensors)
+    _check_size(model)
+    facts = {
+        "architecture": architecture(model),
+        "arguments": arguments_of(model),
+        "dtype": dtype_of(model),
+        "pretrained_cfg": input_facts(model),
+        "routers": {
+            name: _describe_router(model.get_submodule(name).router)
+            for name in moe_names(model).values()
+        },
+        "attentions": {
+            name: asdict(m.ranks) | {"bias": m.bias is not None}
+            for name, m in reduced_attentions(model).items()
+        },
+        "answers": _answers(model),
+    }
+    return facts | {"by_hand": _reason_by_hand(facts, tensors)}
+
+
+def rebuild(
+    described: Mapping[str, Any], tensors: dict[str, torch.Tensor], *, dense: nn.Module | None
+) -> nn.Module:
+    """Build the described network with its ``tensors``, ready for evaluation.
+
+    Parameters
+    ----------
+    dense
+        The network that it was made from, which is not changed; None: it is built by its name.
+
+    Raises
+    ------
+    MoeeError
+        A network changed by hand without ``dense``; tensors that do not fit or make no sense; one
+        that gives other answers than the network that was described.
+    """
+    reason = described.get("by_hand")
+    if reason and dense is None:
+        raise MoeeError(
+            "the dense network this run was made from, which no name rebuilds", f"none ({reason})",
+            "give it, with its weights: moee.load(folder, dense=model)",
+        )  # fmt: skip
+    outline = _outline(described, parts=len(tensors)) if dense is None else unwrapped(dense)
+    _check_size(outline)
+    check_tables(described, tensors, outline)
+    model = _skeleton(described) if dense is None else _copy_of(dense, described)
+    _put_layers(model, described, tensors)
+    load_tensors(model, tensors, source="the run")
+    found = _answers(model.eval())
+    if not alike(described.get("answers", found), found):
+        raise MoeeError(
+            "the network that was saved", "one that gives other outputs for the same images",
+            "load it with the versions it was made with (run.json, versions), or extract again"
+            if dense is None else "give the dense network that the run was made from",
+        )  # fmt: skip
+    return model
+
+
+def arguments_of(model: nn.Module) -> dict[str, Any]:
+    """Arguments with which ``timm.create_model`` builds a model like this one, as far as known.
+
+    They are those it was made with, if timm kept them, and what the model itself shows: outputs,
+    channels and size; activations are given by their names.
+    """
+    kept = {k: _plain(v) for k, v in getattr(model, "_model_args", {}).items()}
+    kept = {k: v for k, v in kept.items() if v is not None}
+    try:
+        usual = _seen(build_model(architecture(model), **kept))
+    except MoeeError:  # a name or an argument that timm does not know
+        return kept
+    shown = {k: v for k, v in _seen(model).items() if v != usual[k] and v is not None}
+    return kept | shown
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors of ``model``, those with several names once for each, as files want them."""
+    tensors, seen = {}, set()
+    for name, stored in model.state_dict().items():
+        tensor = stored.detach().cpu().contiguous()
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return tensors
+
+
+def _put_layers(
+    model: nn.Module, described: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put routed layers and smaller attentions of the saved shapes into a dense network."""
+    for name, router in described["routers"].items():
+        mlp = model.get_submodule(name)
+        layer = _layer_like(below(name, tensors), mlp, router)
+        replace_module(model, name, layer.to(mlp.fc1.weight))
+    for name, ranks in described["attentions"].items():
+        dense = model.get_submodule(name)
+        attention = _attention_like(dense, name, ranks)
+        replace_module(model, name, attention.to(dense.proj.weight))
+    compute_in_blocks(model)
+    model.requires_grad_(requires_grad=False)
+
+
+def _outline(described: Mapping[str, Any], *, parts: int) -> nn.Module:
+    """The dense network without values, which takes no memory whatever a file says of it."""
+    with torch.device("meta"), _few_parameters(2 * parts + PARTS):
+        return _skeleton(described)
+
+
+@contextmanager
+def _few_parameters(most: int) -> Iterator[None]:
+    """While open, a network that gets more parameters is given up with a ValueError."""
+    counted = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(counted) > most:
+            raise ValueError(f"more than {most} parameters")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_size(model: nn.Module) -> None:
+    size = input_size(model)
+    if math.prod(size) > LARGEST_IMAGE:
+        found = " x ".join(map(str, size))
+        raise MoeeError(f"images of {LARGEST_IMAGE} numbers at most", found, "take smaller ones")
+
+
+def _skeleton(described: Mapping[str, Any]) -> nn.Module:
+    """The dense network by its name; runs of before arguments were kept state their classes."""
+    arguments = described.get("arguments", {"num_classes": described.get("num_classes")})
+    arguments = {key: value for key, value in arguments.items() if key not in ELSEWHERE}
+    cfg = described["pretrained_cfg"]
+    model = build_model(described["architecture"], pretrained_cfg=cfg, **arguments)
+    return model.to(getattr(torch, described.get("dtype", "float32")))
+
+
+def _copy_of(dense: nn.Module, described: Mapping[str, Any]) -> nn.Module:
+    """A copy of the dense network, with the names of the classes that the run was saved with."""
+    model = copy.deepcopy(unwrapped(dense)).eval()
+    names = described["pretrained_cfg"].get("label_names")
+    if names:
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(names)}
+    return model
+
+
+def _reason_by_hand(facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str | None:
+    """Why name and arguments do not rebuild the network; None where they do."""
+    try:
+        rebuild(facts, tensors, dense=None)
+    except MoeeError as error:
+        return f"timm.create_model('{facts['architecture']}') makes another one: {error.found}"
+    return None
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Precision of a model's weights: "float32", "bfloat16", ..."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def input_facts(model: nn.Module) -> dict[str, Any]:
+    """How images come in and which classes go out, as ``pretrained_cfg`` says it, in plain JSON."""
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
+    return json.loads(json.dumps(cfg))
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON; activations by name, and None for what has no such form."""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        names = (n for n, kind in create_act._ACT_LAYER_DEFAULT.items() if kind is value)
+        return next(names, None)
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return None
+
+
+def _seen(model: nn.Module) -> dict[str, Any]:
+    """Arguments that a model itself shows."""
+    channels, *size = input_size(model)
+    pool = getattr(model, "global_pool", None)
+    acts = {type(mlp.act) for mlp in all_mlps(model).values()}
+    return {
+        "num_classes": _outputs(model),
+        "global_pool": pool if isinstance(pool, str) else None,
+        "in_chans": channels,
+        "img_size": size,
+        "act_layer": _plain(acts.pop()) if len(acts) == 1 else None,
+    }
+
+
+def _outputs(model: nn.Module) -> int:
+    """Outputs of the classifier as it is; what the model says where it is no plain Linear."""
+    for head in classifiers(model):
+        if isinstance(head, nn.Linear):
+            return head.out_features
+        if isinstance(head, nn.Identity):
+            return 0
+    return model.num_classes
+
+
+def _answers(model: nn.Module) -> list[float]:
+    """Answers to the probe, of a model whose routers get as many tokens as they say."""
+    with ExitStack() as hooks:
+        for router in (m for m in model.modules() if isinstance(m, TokenKindRouter)):
+            hooks.callback(router.register_forward_pre_hook(_check_tokens).remove)
+        return list(answers(model))
+
+
+def _check_tokens(router: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """Refuse other tokens than those of so many in an image that a router counts with."""
+    if args[0].ndim == 3 and args[0].shape[1] != router.tokens:
+        raise MoeeError(
+            f"routers of {args[0].shape[1]} tokens", f"one of {router.tokens}",
+            "extract for images of this size",
+        )  # fmt: skip
+
+
+def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRankAttention:
+    """Build an attention of the saved ranks; its weights are loaded afterwards."""
+    ranks = Ranks(shape["scores"], shape["values"], shape["queries"])
+    return LowRankAttention(site_of(name, dense), ranks, bias=shape["bias"])
+
+
+def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, router: dict[str, Any]) -> MoeMlp:
+    """Build a routed layer of the saved shape; its weights are loaded afterwards."""
+    lists = saved["neurons"].split(saved["sizes"].tolist())
+    experts = [saved["kept"][ids].numpy() for ids in lists]
+    dense = mlp.fc2.weight
+    own = dense.expand(len(experts), -1, -1) if "columns" in saved else None
+    readout = Readout(weight=own, shift=saved.get("shift"))
+    built = _router_like(router, below("router", saved))
+    return MoeMlp(mlp, built, experts, saved["shares"].numpy(), readout)
+
+
+def _describe_router(router: nn.Module) -> dict[str, Any]:
+    """Everything that the tensors of a router do not tell about it."""
+    kind = KINDS.get(type(router))
+    if kind is None:
+        raise MoeeError(
+            f"a router that can be saved ({', '.join(KINDS.values())})",
+            type(router).__name__,
+            "save the run itself, not a control made from it",
+        )
+    if kind != "token_kinds":
+        return {"kind": kind}
+    inner = _describe_router(router.inner)
+    return {
+        "kind": kind, "prefix": router.prefix.tolist(), "tokens": router.tokens, "inner": inner,
+    }  # fmt: skip
+
+
+def _router_like(described: dict[str, Any], saved: dict[str, torch.Tensor]) -> nn.Module:
+    """Build a router of the saved shape; its tensors are loaded afterwards."""
+    match described["kind"]:
+        case "cosine":
+            return CosineRouter(saved["centres"].clone())
+        case "nearest":
+            return NearestRouter(**{key: tensor.clone() for key, tensor in saved.items()})
+        case "token_kinds":
+            inner = _router_like(described["inner"], below("inner", saved))
+            return TokenKindRouter(described["prefix"], inner, tokens=described["tokens"])
+        case _:
+            return ConstantRouter(int(saved["expert"]))

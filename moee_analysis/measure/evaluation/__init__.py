@@ -1,0 +1,1 @@
+"""What a model keeps of the dense one, and what it costs."""

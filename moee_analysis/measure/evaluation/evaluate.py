@@ -1,0 +1,104 @@
+"""One run against its dense model, as plain numbers for a file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis import measure
+from moee_analysis.baselines.controls import randomly_routed
+from moee_analysis.data.disjoint import OTHERS, check_unused
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import check_device
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.pipeline import Extraction
+
+
+def evaluate(
+    run: Extraction,
+    images: ImageSet,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Accuracy, MACs and parameters of a run and its dense model on the same images.
+
+    MACs are those of one image, with the routing shares measured on ``images``; those
+    ``macs_unread`` are spent on tokens that nothing reads, in the modules ``unread_sites``, and
+    ``macs_reduction_read`` is what is saved of all others. What is not
+    defined (retention where the dense model gets nothing right) is None.
+    """
+    check_device(device)
+    check_unseen(run, images)
+    dense = run.dense(weights=weights).to(device)
+    systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
+    scores = measure.accuracy(systems, images, reference=dense).set_index("system")
+    moe = scores.loc["moe"]
+    costs = measure.macs(run, images)
+    cost = costs.set_index("component").loc["total"]
+    read = cost[["macs", "macs_dense"]] - cost[["macs_unread", "macs_unread_dense"]].to_numpy()
+    return {
+        "dense_top1": float(moe["reference_top1"]),
+        "moe_top1": float(moe["top1"]),
+        "moe_top1_interval": [float(moe["low"]), float(moe["high"])],
+        "moe_top5": float(moe["top5"]),
+        "retention": _number(moe["retention"]),
+        "retention_interval": [_number(moe["retention_low"]), _number(moe["retention_high"])],
+        "agreement": float(moe["agreement"]),
+        "kl": _number(moe["kl"]),
+        "random_routing_top1": float(scores.loc["random", "top1"]),
+        "macs_dense": float(cost["macs_dense"]),
+        "macs_moe": float(cost["macs"]),
+        "macs_reduction": 1 - float(cost["macs"] / cost["macs_dense"]),
+        "macs_unread_dense": float(cost["macs_unread_dense"]),
+        "macs_unread_moe": float(cost["macs_unread"]),
+        "macs_reduction_read": 1 - float(read["macs"] / read["macs_dense"]),
+        "unread_sites": costs.attrs["unread_sites"],
+        "params_dense": int(cost["params_dense"]),
+        "params_moe": int(cost["params"]),
+        "params_reduction": 1 - float(cost["params"] / cost["params_dense"]),
+        "n_images": len(images),
+        "skipped_images": list(images.skipped),
+        "variance_kept": run.variance_kept,
+        "layers": [asdict(layer) for layer in run.layers],
+        "provenance": _without_contents(run.provenance),
+    }
+
+
+def check_unseen(run: Extraction, images: ImageSet) -> None:
+    """Refuse to evaluate a run on images that it was calibrated or fine-tuned on.
+
+    Raises
+    ------
+    MoeeError
+        Pictures of the same content, whatever their files are called. Of a run that was saved
+        before this was kept it is known only of the whole set.
+    """
+    _check_facts(run.provenance, images, use="used for calibration")
+    for tuning in run.provenance.get("finetunings", []):
+        _check_facts(tuning, images, use="trained on")
+
+
+def _check_facts(facts: Mapping[str, Any], images: ImageSet, *, use: str) -> None:
+    if "contents" in facts:
+        check_unused(facts["contents"], images, use=use)
+    elif facts["images_sha256"] == images.fingerprint:
+        raise MoeeError(f"images to evaluate that are not {use}", "the same set", OTHERS)
+
+
+def _without_contents(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of a run without the hashes of all pictures, which nobody reads."""
+    told = {key: value for key, value in facts.items() if key != "contents"}
+    if "finetunings" in told:
+        told["finetunings"] = [_without_contents(each) for each in told["finetunings"]]
+    return told
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

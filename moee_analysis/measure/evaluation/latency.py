@@ -1,0 +1,125 @@
+"""How long models take: always in turn with each other, as ratios in one run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from moee_analysis.data.images import fitting_batch
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.utils.checks import real_number, whole_number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from moee_analysis.data.images import ImageSet
+
+IN_TURN = 4  # batches of different images: how many tokens an expert gets differs
+
+
+def latency(
+    models: Mapping[str, nn.Module],
+    images: ImageSet,
+    *,
+    reference: nn.Module,
+    batch_size: int | None = None,
+    rounds: int = 5,
+    seconds: float = 0.2,
+) -> pd.DataFrame:
+    """Time of a batch by every model, and how much quicker it is than the reference.
+
+    All take turns, round after round, so that whatever else the machine does slows all of them
+    down.
+
+    Parameters
+    ----------
+    batch_size
+        Images of a batch; None: as many as suit the model, or as there are.
+    rounds, seconds
+        Measurements of every model, and how long each lasts at least.
+
+    Returns
+    -------
+    DataFrame
+        A row per model: ``system``, ``batch_size``, ``threads``, ``ms`` (time of a batch, in the
+        quickest round), ``speed_up`` (that of the reference over its own), ``slowest`` and
+        ``fastest`` (extremes of the same ratio within single rounds).
+
+    Raises
+    ------
+    MoeeError
+        No images, no rounds, no time.
+    """
+    whole_number("rounds", rounds)
+    real_number("seconds", seconds, above=0)
+    if not len(images):
+        raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    size = min(fitting_batch(reference, batch_size), len(images))
+    batches = drawn(images, size, reference)
+    every = {**models, None: reference}
+    with ExitStack() as stack:
+        for model in every.values():
+            stack.enter_context(evaluating(model))
+            model(batches[0])  # layers find out which way of computing them is the fastest
+        times = [in_turn(every, batches, number, seconds=seconds) for number in range(rounds)]
+    rows = [_row(name, times) for name in models]
+    facts = {"batch_size": size, "threads": torch.get_num_threads()}
+    return pd.DataFrame(rows).assign(**facts)[
+        ["system", "batch_size", "threads", "ms", "speed_up", "slowest", "fastest"]
+    ]
+
+
+def drawn(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
+    """A few batches of ``images`` as ``model`` takes them, each even over the classes.
+
+    Raises
+    ------
+    MoeeError
+        Not images enough for one batch.
+    """
+    if len(images) < size:
+        raise MoeeError(f"{size} images for a batch", f"{len(images)}", "give more images")
+    count = min(IN_TURN, len(images) // size)
+    all_images = torch.cat(list(images.limit(count * size).batches(model)))
+    return [all_images[start::count].to(next(model.parameters())) for start in range(count)]
+
+
+def in_turn(
+    models: Mapping[str | None, nn.Module],
+    batches: Sequence[torch.Tensor],
+    number: int,
+    *,
+    seconds: float,
+) -> dict[str | None, float]:
+    """Milliseconds of a call of each model, in one round; every other one goes backwards."""
+    order = list(models)[:: -1 if number % 2 else 1]
+    return {name: milliseconds(models[name], *batches, seconds=seconds) for name in order}
+
+
+def milliseconds(module: nn.Module, *inputs: torch.Tensor, seconds: float) -> float:
+    """Median time of a call with the ``inputs`` in turn, in so many ``seconds`` at least."""
+    from torch.utils.benchmark import Timer  # it looks for compilers, and may warn about them
+
+    names = {"module": module, "inputs": cycle(inputs)}
+    clock = Timer("module(next(inputs))", globals=names, num_threads=torch.get_num_threads())
+    return 1e3 * clock.blocked_autorange(min_run_time=seconds).median
+
+
+def _row(name: str, times: Sequence[Mapping[str | None, float]]) -> dict[str, float | str]:
+    """What other jobs do to a machine only adds to its times: the shortest are the surest."""
+    own, reference = (min(each[key] for each in times) for key in (name, None))
+    ratios = [each[None] / each[name] for each in times]
+    return {
+        "system": name,
+        "ms": own,
+        "speed_up": reference / own,
+        "slowest": min(ratios),
+        "fastest": max(ratios),
+    }

@@ -1,0 +1,1 @@
+"""Where tokens go, and what experts know."""

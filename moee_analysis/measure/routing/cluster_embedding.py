@@ -1,0 +1,116 @@
+"""The steps of an extraction as tables: where the tokens lie, which clusters they form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from moee_analysis.extraction.cluster.clustering import cluster, reduce_dimensions
+from moee_analysis.extraction.cluster.clusters_to_router import clustered, trusted
+from moee_analysis.extraction.cluster.sample_tokens import drawn
+from moee_analysis.extraction.plan import prefix_experts
+from moee_analysis.extraction.record.calibration_set import calibration_of
+from moee_analysis.utils.checks import layer_numbers, seed_number
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.pipeline import Extraction
+
+
+def embedding(
+    run: Extraction,
+    images: ImageSet,
+    *,
+    layers: Sequence[int],
+    store: str | Path,
+    points: int = 4000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Hidden activations of some clustered tokens, embedded in the plane by UMAP.
+
+    The clusters are the run's own; the plane is only for the eye.
+
+    Parameters
+    ----------
+    images
+        The run's own calibration images.
+    points
+        At most so many tokens per layer.
+
+    Returns
+    -------
+    DataFrame
+        A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
+    """
+    seed_number(seed)
+    found = _clusters(run, images, layers, Path(store))
+    tables = []
+    for layer, (hidden, labels) in found.items():
+        rng = np.random.default_rng([seed, layer])
+        shown = rng.permutation(len(hidden))[:points]
+        config = replace(run.config.clustering, reduce="umap")
+        place = reduce_dimensions(hidden[shown], config, seed=seed, components=2)
+        columns = {"layer": layer, "x": place[:, 0], "y": place[:, 1], "cluster": labels[shown]}
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def surrogate(
+    run: Extraction, images: ImageSet, *, layers: Sequence[int], store: str | Path, seed: int = 0
+) -> pd.DataFrame:
+    """Clusters found in the activations, and in noise made to look like them.
+
+    The surrogate has the same principal components with the same values, each shuffled over the
+    tokens on its own: the covariance stays, any clusters go. What is found there, the reduction
+    and HDBSCAN invent.
+
+    Returns
+    -------
+    DataFrame
+        ``layer``, ``data`` (``activations`` or ``surrogate``), ``clusters``, ``noise_share``,
+        ``tokens``.
+    """
+    seed_number(seed)
+    rows = []
+    for layer, (hidden, labels) in _clusters(run, images, layers, Path(store)).items():
+        made = _shuffled_components(hidden, np.random.default_rng([seed, layer]))
+        invented = cluster(made, run.config.clustering, seed=seed).labels
+        rows += [_counted(layer, "activations", labels), _counted(layer, "surrogate", invented)]
+    return pd.DataFrame(rows)
+
+
+def _counted(layer: int, data: str, labels: np.ndarray) -> dict[str, object]:
+    return {
+        "layer": layer,
+        "data": data,
+        "clusters": int(labels.max()) + 1,
+        "noise_share": float(np.mean(labels < 0)),
+        "tokens": len(labels),
+    }
+
+
+def _shuffled_components(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    mean = points.mean(axis=0)
+    scores, scale, axes = np.linalg.svd(points - mean, full_matrices=False)
+    return (rng.permuted(scores, axis=0) * scale) @ axes + mean
+
+
+def _clusters(
+    run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Clustered activations, float32 (tokens, hidden), and their labels, by layer."""
+    layer_numbers(layers)
+    calibration = calibration_of(run.dense(), images, run.config, root=store)
+    sites = [site for site in calibration.sites if site.index in layers]
+    wanted = {site.name: len(prefix_experts(calibration, site)) for site in sites}
+    found = {}
+    for draw in drawn(calibration, wanted, hidden=True):
+        labels = trusted(clustered(draw, run.config, root=store), draw, run.config).labels
+        found[draw.site.index] = draw.hidden, labels
+    return found

@@ -1,0 +1,269 @@
+"""What a router costs beside the best one possible, token by token, with the same experts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from moee_analysis.data.images import fitting_batch
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.cluster.clusters_to_router import metric_root, router_to
+from moee_analysis.extraction.cluster.sample_tokens import drawn
+from moee_analysis.extraction.record.accumulate import Sums, summed
+from moee_analysis.extraction.record.calibration_set import calibration_of
+from moee_analysis.extraction.record.hooks import recording
+from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.fingerprints import hash_weights
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.moe.layer import MoeMlp, moe_layers
+from moee_analysis.moe.oracle import OracleRouter, beside_leading, oracle_of, prefix_experts
+from moee_analysis.moe.routers import ConstantRouter, RandomRouter, TokenKindRouter
+from moee_analysis.utils.checks import seed_number
+from moee_analysis.utils.progress import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.extraction.cluster.sample_tokens import Draw
+    from moee_analysis.extraction.config.extract_config import ExtractConfig
+    from moee_analysis.extraction.pipeline import Extraction
+    from moee_analysis.extraction.record.calibration_set import Calibration
+    from moee_analysis.extraction.record.layer_tokens import Recorded
+    from moee_analysis.models.loading import MlpSite
+
+
+def router_choices(
+    run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
+) -> dict[str, dict[int, nn.Module]]:
+    """Return other routers to the experts of a run, by name and by layer.
+
+    ``cosine`` and ``nearest``, one of them the run's own, the other to the means of the tokens
+    that the run's own routes; ``random``, as often as the calibration; ``constant``, always the
+    expert of the most tokens; ``oracle``. Leading tokens keep experts of their own, and a layer
+    with a single other expert is left out.
+
+    Parameters
+    ----------
+    images
+        The run's own calibration images.
+    store
+        The store that holds (or will hold) the sampled tokens.
+    """
+    seed_number(seed)
+    dense, config = run.dense(), run.config
+    calibration = calibration_of(dense, images, config, root=Path(store))
+    layers = {index: layer for index, layer in moe_layers(run.model).items() if _several(layer)}
+    sites = [site for site in calibration.sites if site.index in layers]
+    means = _means_as_routed(calibration, {site: layers[site.index] for site in sites})
+    leading = {site.name: _leading_tokens(layers[site.index]) for site in sites}
+    choices: dict[str, dict[int, nn.Module]] = {}
+    for draw in drawn(calibration, leading, hidden=False):
+        site, layer = draw.site, layers[draw.site.index]
+        found = _to_centres(draw, means[site.name], config) | _others(draw, layer, seed=seed)
+        for name, router in (found | {config.router: _own(layer)}).items():
+            choices.setdefault(name, {})[site.index] = beside_leading(router, layer)
+    return choices
+
+
+def rerouted(run: Extraction, routers: Mapping[int, nn.Module]) -> nn.Module:
+    """Copy the run's model and give its layers other routers, by layer index."""
+    model = copy.deepcopy(run.model)
+    for index, layer in moe_layers(model).items():
+        if index in routers:
+            layer.router = copy.deepcopy(routers[index]).to(layer.shares.device)
+    return model
+
+
+def router_regret(
+    run: Extraction,
+    images: ImageSet,
+    routers: Mapping[str, Mapping[int, nn.Module]],
+    *,
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """Error of the layers' outputs under each router, beyond that of the best expert for a token.
+
+    Every layer gets the inputs of the dense model, so that the errors of other layers are no part
+    of it. Counted are the tokens that are routed, not those with experts by position.
+
+    Parameters
+    ----------
+    routers
+        By name and layer, such as :func:`router_choices` gives.
+
+    Returns
+    -------
+    DataFrame
+        A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the
+        output over the variance of the dense one), ``regret`` (``error`` less that of the best
+        expert for every token), ``best`` (share of tokens that get an expert of no larger error),
+        ``experts``.
+
+    Raises
+    ------
+    MoeeError
+        No images, or no layer of the run for which all routers are given.
+    """
+    if not len(images):
+        raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    dense, layers = run.dense(), _compared(run, routers)
+    batch_size = fitting_batch(dense, batch_size)
+    sites = {site.index: site for site in find_mlps(dense)}
+    sums = {index: _Sums(oracle_of(sites[index].module(dense), layers[index])) for index in layers}
+    batches = images.batches(dense, batch_size=batch_size)
+    with evaluating(dense), recording(dense, [sites[index] for index in layers]) as seen:
+        for x in progress(batches, label="routers", total=math.ceil(len(images) / batch_size)):
+            dense(x.to(next(dense.parameters())))
+            for index, layer in layers.items():
+                inputs = seen[sites[index].name].inputs
+                own = {name: of_layer[index] for name, of_layer in routers.items()}
+                sums[index].add(layer, inputs, own)
+    rows = [{"layer": index} | row for index, found in sums.items() for row in found.rows()]
+    table = pd.DataFrame(rows)
+    table.attrs["caption"] = (
+        f"{len(images)} images, routed tokens only, each layer on the inputs of the dense model; "
+        "errors are relative to the variance of the dense outputs."
+    )
+    return table
+
+
+def _compared(run: Extraction, routers: Mapping[str, Mapping[int, nn.Module]]) -> dict[int, MoeMlp]:
+    """The routed layers for which every router is given."""
+    layers = moe_layers(run.model)
+    common = {i: layer for i, layer in layers.items() if all(i in of for of in routers.values())}
+    if not routers or not common:
+        raise MoeeError(
+            f"routers for some of the routed layers {sorted(layers)}",
+            ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none",
+            "take those of measure.router_choices, from a run with several experts a layer",
+        )
+    return common
+
+
+@dataclass
+class _Sums:
+    """What the errors of one layer add up to, over the routed tokens of all batches."""
+
+    oracle: OracleRouter
+    tokens: int = 0
+    outputs: torch.Tensor | float = 0.0
+    squares: float = 0.0
+    least: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    best: dict[str, int] = field(default_factory=dict)
+
+    def add(self, layer: MoeMlp, x: torch.Tensor, routers: Mapping[str, nn.Module]) -> None:
+        """Add the tokens ``x`` [images, tokens, dim]."""
+        routed = x[:, _leading_tokens(layer) :]
+        y = self.oracle.wanted(routed).double()
+        errors = self.oracle.errors(routed).double()
+        self.tokens += len(errors)
+        self.outputs = self.outputs + y.sum(dim=(0, 1))
+        self.squares += float(y.square().sum())
+        least = errors.min(dim=1).values
+        self.least += float(least.sum())
+        for name, router in routers.items():
+            own = errors.gather(1, _chosen(router, layer, x))[:, 0]
+            self.errors[name] = self.errors.get(name, 0.0) + float(own.sum())
+            self.best[name] = self.best.get(name, 0) + int((own == least).sum())
+
+    def rows(self) -> Iterator[dict[str, float | str]]:
+        """Means over the tokens, one row for each router."""
+        mean = self.outputs / self.tokens
+        variance = self.squares - self.tokens * float(mean.square().sum())
+        scale = variance or math.nan  # of outputs that never change, no share can be told
+        for name, error in self.errors.items():
+            yield {
+                "router": name,
+                "error": error / scale,
+                "regret": (error - self.least) / scale,
+                "best": self.best[name] / self.tokens,
+                "experts": self.oracle.n_experts,
+            }
+
+
+def _leading_tokens(layer: MoeMlp) -> int:
+    return len(layer.router.prefix) if isinstance(layer.router, TokenKindRouter) else 0
+
+
+def _inner(layer: MoeMlp) -> nn.Module:
+    """The router of the tokens that are not leading."""
+    return layer.router.inner if isinstance(layer.router, TokenKindRouter) else layer.router
+
+
+def _chosen(router: nn.Module, layer: MoeMlp, x: torch.Tensor) -> torch.Tensor:
+    """Experts (n, 1) of the routed tokens of ``x`` [images, tokens, dim], counted from 0."""
+    chosen = router.to(x.device)(x).reshape(*x.shape[:2])[:, _leading_tokens(layer) :]
+    return chosen.reshape(-1, 1) - prefix_experts(layer)
+
+
+def _several(layer: MoeMlp) -> bool:
+    """Whether there are experts to choose from."""
+    return layer.n_experts - prefix_experts(layer) > 1
+
+
+def _own(layer: MoeMlp) -> nn.Module:
+    """A copy of the router of the tokens that have no expert by position."""
+    return copy.deepcopy(_inner(layer)).cpu()
+
+
+@dataclass(frozen=True)
+class _MeanTally:
+    """Adds up the inputs of the tokens that each expert of a routed layer gets."""
+
+    site: MlpSite
+    layer: MoeMlp
+    gradients: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        experts = self.layer.n_experts - prefix_experts(self.layer)
+        return {"inputs": (experts, self.site.dim), "tokens": (experts,)}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"router": hash_weights(_own(self.layer))}
+
+    def add(self, sums: Sums, layer: Recorded) -> None:
+        """Add a part of the tokens."""
+        rows = np.flatnonzero(layer.sample.position >= _leading_tokens(self.layer))
+        inputs = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
+        expert = _own(self.layer)(inputs)[:, 0]
+        sums["inputs"].index_add_(0, expert, inputs.double())
+        sums["tokens"] += expert.bincount(minlength=len(sums["tokens"]))
+
+
+def _means_as_routed(
+    calibration: Calibration, layers: Mapping[MlpSite, MoeMlp]
+) -> dict[str, np.ndarray]:
+    """Mean input of the tokens of each expert, float32 (experts, dim), by site name."""
+    tallies = [_MeanTally(site, layer) for site, layer in layers.items()]
+    return {
+        tally.site.name: (sums["inputs"] / sums["tokens"].clamp_min(1)[:, None]).float().numpy()
+        for tally, sums in summed(calibration, tallies, label="mean inputs as routed")
+    }
+
+
+def _to_centres(draw: Draw, means: np.ndarray, config: ExtractConfig) -> dict[str, nn.Module]:
+    """Routers to the ``means`` of the experts' tokens, by cosine and to the nearest."""
+    root = metric_root(draw, config)
+    return {"cosine": router_to(means, None), "nearest": router_to(means @ root.T, root)}
+
+
+def _others(draw: Draw, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
+    """Routers that no centre has a part in."""
+    site, shares = draw.site, layer.shares[prefix_experts(layer) :].cpu()
+    return {
+        "random": RandomRouter(shares, dim=site.dim, seed=1000 * seed + site.index),
+        "constant": ConstantRouter(int(shares.argmax())),
+        "oracle": oracle_of(draw.mlp, layer),
+    }

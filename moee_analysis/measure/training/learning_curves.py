@@ -1,0 +1,153 @@
+"""How fast and how far models learn that start in different ways, and which start beats which.
+
+All intervals are of one bootstrap, of images and of seeds at once. Of n seeds n - 1 are drawn,
+which gives the mean of few seeds its whole variance; models are compared on the same draws.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from moee_analysis.measure.routing.bootstrap import repeat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from moee_analysis.measure.training.trainings import Trainings
+
+
+def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
+    """Top-1 against the images seen, start by start.
+
+    Returns
+    -------
+    DataFrame
+        One row for each ``start``, ``seed`` and look at the images: ``step``, ``epoch``,
+        ``images`` seen so far, ``loss``, ``top1``; and of all seeds ``mean``, ``low``, ``high``
+        (95 % interval), the same in each of them.
+    """
+    draws = _drawn_curves(trained, resamples)
+    low, high = np.quantile(draws, (0.025, 0.975), axis=0)  # (starts, looks)
+    mean = trained.right.mean(axis=(1, 3))
+    seeds = trained.right.shape[1]
+    table = trained.history.assign(
+        **{
+            name: np.repeat(values[:, None], seeds, axis=1).ravel()
+            for name, values in {"mean": mean, "low": low, "high": high}.items()
+        }
+    )
+    table.attrs["caption"] = trained.caption
+    return table
+
+
+def learned(
+    trained: Trainings, *, level: float | None = None, resamples: int = 500
+) -> pd.DataFrame:
+    """What each start comes to, what it costs, and how soon it comes near.
+
+    Parameters
+    ----------
+    level
+        Top-1 to reach; None: what the start that ends lowest comes to.
+
+    Returns
+    -------
+    DataFrame
+        One row for each ``start``: final ``top1``, mean of the seeds, its 95 % interval ``low``,
+        ``high``, and that of the ``worst`` and ``best`` seed; ``macs`` of an image, ``params``;
+        ``level``, and the ``images`` seen until the mean of the seeds reaches it (between two
+        looks by a straight line; nan: never), with ``images_low``, ``images_high`` (infinite where
+        more than 2.5 % of the resampled curves never do).
+    """
+    final = trained.right[:, :, -1].mean(axis=2)  # (starts, seeds)
+    level = final.mean(axis=1).min() if level is None else level
+    draws = _drawn_curves(trained, resamples)
+    seen = trained.history["images"].unique()
+    reached = np.apply_along_axis(_reached, 2, draws, seen, level)
+    reached_low, reached_high = np.quantile(reached, (0.025, 0.975), axis=0, method="nearest")
+    low, high = np.quantile(draws[:, :, -1], (0.025, 0.975), axis=0)
+    own = [_reached(curve, seen, level) for curve in trained.right.mean(axis=(1, 3))]
+    table = trained.sizes.assign(
+        top1=final.mean(axis=1), low=low, high=high, worst=final.min(axis=1),
+        best=final.max(axis=1), level=level, images=np.where(np.isinf(own), np.nan, own),
+        images_low=reached_low, images_high=reached_high,
+    )  # fmt: skip
+    table.attrs["caption"] = trained.caption
+    return table
+
+
+def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
+    """Differences of the final top-1 of every two starts, on the same images and seeds.
+
+    Returns
+    -------
+    DataFrame
+        One row for each ordered pair: ``start_a``, ``start_b``, ``order_a``, ``order_b`` (their
+        places); ``difference`` (top-1 of a less that of b), ``low``, ``high`` (95 % interval);
+        ``beats``: whether the interval lies above 0.
+    """
+    final = trained.right[:, :, -1].mean(axis=(1, 2))
+    draws = _drawn_curves(trained, resamples)[:, :, -1]
+    rows = [
+        _pair(trained.starts, (a, b), final[a] - final[b], draws[:, a] - draws[:, b])
+        for a in range(len(final))
+        for b in range(len(final))
+    ]
+    table = pd.DataFrame(rows)
+    table.attrs["caption"] = trained.caption
+    return table
+
+
+def beats_all(pairs: pd.DataFrame, start: str, others: Iterable[str]) -> bool | None:
+    """Whether ``start`` beats every one of ``others`` in a table of :func:`which_beats_which`.
+
+    True where all intervals lie above 0, False where one lies below, None otherwise.
+    """
+    rows = pairs.set_index(["start_a", "start_b"]).loc[[(start, other) for other in others]]
+    if (rows["high"] < 0).any():
+        return False
+    return True if (rows["low"] > 0).all() else None
+
+
+def _pair(
+    names: list[str], places: tuple[int, int], difference: float, draws: np.ndarray
+) -> dict[str, object]:
+    (a, b), (low, high) = places, np.quantile(draws, (0.025, 0.975))
+    return {
+        "start_a": names[a], "start_b": names[b], "order_a": a, "order_b": b,
+        "difference": difference, "low": low, "high": high, "beats": bool(low > 0),
+    }  # fmt: skip
+
+
+def _drawn_curves(trained: Trainings, resamples: int) -> np.ndarray:
+    """Resampled mean curves (resamples, starts, looks); the same draws whenever asked."""
+    right = trained.right.astype(np.float32)
+    _, seeds, _, images = right.shape
+
+    def curves(drawn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        of_seeds, of_images = drawn  # how often each of them is drawn
+        return np.einsum("sklm,k,m->sl", right, of_seeds, of_images, optimize=True)
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        times = rng.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds))
+        return (
+            (times / times.sum()).astype(np.float32),
+            (rng.multinomial(images, np.full(images, 1 / images)) / images).astype(np.float32),
+        )
+
+    return repeat(curves, draw, times=resamples, seed=0)
+
+
+def _reached(curve: np.ndarray, seen: np.ndarray, level: float) -> float:
+    """Images seen when a curve first comes to ``level``; infinite where it never does."""
+    above = np.flatnonzero(curve >= level - 1e-9)
+    if not len(above):
+        return np.inf
+    place = above[0]
+    if place == 0:
+        return float(seen[0])
+    part = (level - curve[place - 1]) / (curve[place] - curve[place - 1])
+    return float(seen[place - 1] + min(1.0, part) * (seen[place] - seen[place - 1]))

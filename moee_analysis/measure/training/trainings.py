@@ -1,0 +1,163 @@
+"""Models that differ in how they start, trained by one recipe with several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from safetensors.torch import load_file
+from torch import nn
+
+from moee_analysis.data.disjoint import check_apart
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.training.jobs import HISTORY, RIGHT, WEIGHTS, TrainingBench, TrainingJob
+from moee_analysis.utils.checks import seed_number
+
+if TYPE_CHECKING:
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.training.supervised_config import SupervisedConfig
+
+Start = Callable[[int], nn.Module]
+"""What makes the model that is trained with a seed."""
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """What became of every start with every seed.
+
+    Attributes
+    ----------
+    history
+        One row for each ``start``, ``seed`` and look at the images, in this order: with ``step``,
+        ``epoch``, ``images`` (seen so far), ``loss`` and ``top1``
+        (``Trained``).
+    right
+        bool (starts, seeds, looks, images): whether the model was right.
+    sizes
+        One row for each ``start``: ``macs`` of an image and stored ``params``.
+    folders
+        Where the store keeps each training, by start and seed.
+    """
+
+    history: pd.DataFrame
+    right: np.ndarray
+    sizes: pd.DataFrame
+    folders: Mapping[tuple[str, int], Path]
+    caption: str
+
+    @property
+    def starts(self) -> list[str]:
+        """Names of the starts."""
+        return list(self.sizes["start"])
+
+    def of(self, names: Iterable[str]) -> Trainings:
+        """Those of some starts, in the order of ``names``."""
+        names = list(names)
+        chosen = dict(list(self.history.groupby("start")))
+        return replace(
+            self,
+            history=pd.concat([chosen[name] for name in names], ignore_index=True),
+            right=self.right[[self.starts.index(name) for name in names]],
+            sizes=self.sizes.set_index("start").loc[names].reset_index(),
+        )
+
+    def trained(self, start: str, seed: int, model: nn.Module) -> nn.Module:
+        """Give ``model``, made as that start makes it, the weights it was trained to."""
+        model.load_state_dict(load_file(self.folders[start, seed] / WEIGHTS))
+        return model
+
+
+def trainings(
+    starts: Mapping[str, Start],
+    training: ImageSet,
+    images: ImageSet,
+    config: SupervisedConfig,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    store: str | Path,
+    workers: int = 1,
+) -> Trainings:
+    """Train what every start makes with every seed, by one recipe.
+
+    Every training computes with one thread on a CPU, so that its bytes are the same whatever else
+    is trained beside it.
+
+    Parameters
+    ----------
+    starts
+        By name: seed -> model, alike in how they see images.
+    training
+        Images to train on.
+    images
+        Others, to evaluate: at the start, every ``config.check_every`` steps, and at the end.
+    config
+        The recipe; its seed is replaced, and is that of the start too.
+    store
+        Folder that keeps every training, under what decides it: a notebook that runs again finds
+        them.
+    workers
+        Processes that train side by side, for models on a CPU. A script that has more than one
+        must be guarded by ``if __name__ == "__main__":``.
+
+    Raises
+    ------
+    MoeeError
+        No starts or no seeds; images that are in both sets; a loss that is not finite.
+    """
+    _check(starts, training, images, seeds)
+    jobs = {
+        (name, seed): TrainingJob(name, start(seed), replace(config, seed=seed))
+        for name, start in starts.items()
+        for seed in seeds
+    }
+    sizes = [_size(name, jobs[name, seeds[0]].model) for name in starts]
+    bench = TrainingBench(training, images, Path(store))
+    folders = dict(zip(jobs, bench.all_done(list(jobs.values()), workers=workers), strict=True))
+    histories = [
+        pd.read_csv(folder / HISTORY).assign(start=name, seed=seed)
+        for (name, seed), folder in folders.items()
+    ]
+    right = np.stack([np.load(folder / RIGHT) for folder in folders.values()])
+    whole = pd.concat(histories, ignore_index=True)
+    first = ["start", "seed"]
+    return Trainings(
+        whole[[*first, *(column for column in whole if column not in first)]],
+        right.reshape(len(starts), len(seeds), *right.shape[1:]),
+        pd.DataFrame(sizes),
+        folders,
+        _caption(training, images, config, seeds),
+    )
+
+
+def _check(
+    starts: Mapping[str, Start], training: ImageSet, images: ImageSet, seeds: Sequence[int]
+) -> None:
+    for seed in seeds:
+        seed_number(seed, "seeds")
+    if not isinstance(seeds, Sequence) or not starts or not seeds or len(set(seeds)) < len(seeds):
+        raise MoeeError("a start or more, and seeds that differ", "none, or twice", "name some")
+    check_apart(training, images, use="trained on")
+
+
+def _size(name: str, model: nn.Module) -> dict[str, Any]:
+    return {
+        "start": name,
+        "macs": count(model, sites=[]).total,
+        "params": count_parameters(model),
+    }
+
+
+def _caption(
+    training: ImageSet, images: ImageSet, config: SupervisedConfig, seeds: Sequence[int]
+) -> str:
+    return (
+        f"{len(images)} images evaluated; trained on {len(training)} others, "
+        f"{config.steps * config.batch_size} shown in {config.steps} steps of {config.batch_size}, "
+        f"AdamW at {config.learning_rate:g}; {len(seeds)} seeds; intervals are 95 % of a "
+        "bootstrap of images and seeds."
+    )

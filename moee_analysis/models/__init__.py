@@ -1,0 +1,1 @@
+"""Trained networks: loading, their MLPs and attentions, their MACs."""

@@ -1,0 +1,286 @@
+"""Self-attention whose heads have fewer dimensions, and that only tokens ask that are read."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models.mobilevit import MobileVitBlock
+from torch import nn
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
+from torch.nn.utils import skip_init
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.macs import count_parameters
+from moee_analysis.utils.matmul import is_traced
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One dense self-attention: its name in the model, its sizes and its stored parameters."""
+
+    name: str
+    dim: int
+    heads: int
+    head_dim: int
+    parameters: int
+
+    def macs(self, tokens: int) -> int:
+        """MACs of one image of so many tokens."""
+        return 2 * self.heads * self.head_dim * tokens * (2 * self.dim + tokens)
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """Return the module at this place of ``model``."""
+        return model.get_submodule(self.name)
+
+
+def plain_attentions(model: nn.Module) -> list[AttentionSite]:
+    """Find every plain self-attention (``timm.layers.Attention``), in order, if there are any.
+
+    Those of MobileViT are left out: their tokens are windows, of which an image has several.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, MobileVitBlock)]
+    windowed = {part for block in blocks for part in block.modules()}
+    plain = [(name, m) for name, m in model.named_modules() if _is_plain(m)]
+    return [site_of(name, m) for name, m in plain if m not in windowed]
+
+
+def find_attentions(model: nn.Module) -> list[AttentionSite]:
+    """Find the plain self-attentions, as :func:`plain_attentions`, of a model that has some.
+
+    Raises
+    ------
+    MoeeError
+        The model has none: no attention, or one with windows, rotary embeddings or norms inside.
+    """
+    sites = plain_attentions(model)
+    if not sites:
+        raise MoeeError(
+            "a model with plain self-attention (timm.layers.Attention)",
+            f"none in {type(model).__name__}",
+            'leave its attention dense: attention="dense"',
+        )
+    return sites
+
+
+def site_of(name: str, attention: Attention) -> AttentionSite:
+    """Describe a dense attention and its place in a model."""
+    dim, parameters = attention.proj.out_features, count_parameters(attention)
+    return AttentionSite(name, dim, attention.num_heads, attention.head_dim, parameters)
+
+
+def reduced_attentions(model: nn.Module) -> dict[str, LowRankAttention]:
+    """Return the attentions of lower rank, or with fewer queries, by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankAttention)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether scores are q k^T, outputs A v, and nothing stands in between."""
+    if type(module) is not Attention or getattr(module, "gate", None) is not None:
+        return False
+    between = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm")]
+    plain = all(m is None or isinstance(m, nn.Identity) for m in between)
+    return plain and module.qkv.in_features == module.proj.out_features
+
+
+def heads_of(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries (scaled), keys and values of every head, each (images, heads, tokens, head_dim)."""
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return q * attention.scale, k, v
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The shape of a :class:`LowRankAttention`.
+
+    ``scores`` and ``values`` are dimensions that every head has for comparing tokens, and for what
+    it passes on. Only the first ``queries`` tokens are asked for; None: all.
+    """
+
+    scores: int
+    values: int
+    queries: int | None = None
+
+
+class LowRankAttention(nn.Module):
+    """Self-attention with as few dimensions in its heads as it needs.
+
+    Takes and gives what timm's ``Attention`` does, without a mask. The outputs of tokens beyond
+    the first ``queries`` are zeros.
+
+    Parameters
+    ----------
+    site
+        The dense attention that this one stands in for.
+    ranks
+        How many dimensions there are.
+    bias
+        Whether queries have a bias. Keys need none (it is the same for all scores of a query, and
+        softmax takes it away); that of values goes through the attention into the output's.
+    """
+
+    def __init__(self, site: AttentionSite, ranks: Ranks, *, bias: bool) -> None:
+        super().__init__()
+        self.site, self.ranks = site, ranks
+        scores, values = site.heads * ranks.scores, site.heads * ranks.values
+        self.sizes = [scores, values, scores]
+        self.kvq = _unfilled(site.dim, sum(self.sizes), bias=False)
+        self.register_parameter("bias", nn.Parameter(torch.empty(scores)) if bias else None)
+        self.proj = _unfilled(values, site.dim, bias=True)
+
+    def forward(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **others: Any
+    ) -> torch.Tensor:
+        """Map tokens (images, tokens, dim) to the same shape.
+
+        Raises
+        ------
+        MoeeError
+            A mask is given, or asked for.
+        """
+        if attn_mask is not None or any(others.values()):  # is_causal
+            raise MoeeError("attention without a mask", "one", "leave the attention dense")
+        if self.ranks.queries is None:
+            return self._out(self._by_all(x))
+        out = self._out(self._by_some(x))
+        return pad(out, (0, 0, 0, x.shape[1] - out.shape[1]))
+
+    def _by_all(self, x: torch.Tensor) -> torch.Tensor:
+        """What all tokens see, (images, heads, tokens, values)."""
+        bias = None if self.bias is None else pad(self.bias, (sum(self.sizes[:2]), 0))
+        kvq = linear(x, self.kvq.weight, bias)
+        if _needs_one_width(x) and 0 < self.ranks.scores != self.ranks.values > 0:
+            return self._of_one_width(kvq)
+        k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
+        return scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    def _by_some(self, x: torch.Tensor) -> torch.Tensor:
+        """What those tokens see that are asked for, (images, heads, queries, values)."""
+        of_all, of_read = self.kvq.weight.split([sum(self.sizes[:2]), self.sizes[2]])
+        k, v = map(self._in_heads, linear(x, of_all).split(self.sizes[:2], dim=-1))
+        q = self._in_heads(linear(x[:, : self.ranks.queries], of_read, self.bias))
+        return scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    def _of_one_width(self, kvq: torch.Tensor) -> torch.Tensor:
+        """Attention with the narrower ones of keys and values as wide as the others.
+
+        They are windows, without a copy, whose ends lie in the next head or the next of k, v and
+        q: zeros at the ends of queries meet those of keys, and those of values are not passed on.
+        """
+        scores, values = self.ranks.scores, self.ranks.values
+        k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
+        if scores < values:
+            k, q = self._windows(kvq, scores, values), pad(q, (0, values - scores))
+        else:
+            v = self._windows(kvq[..., self.sizes[0] :], values, scores)
+        return scaled_dot_product_attention(q, k, v, scale=1.0)[..., :values]
+
+    def _windows(self, kvq: torch.Tensor, step: int, width: int) -> torch.Tensor:
+        """Start with every head, ``step`` from one to the next: (images, heads, tokens, width)."""
+        reached = (self.site.heads - 1) * step + width
+        return kvq[..., :reached].unfold(-1, width, step).transpose(1, 2)
+
+    def _out(self, seen: torch.Tensor) -> torch.Tensor:
+        return self.proj(seen.transpose(1, 2).flatten(2))
+
+    def _in_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the heads apart: (images, tokens, heads * rank) to (images, heads, tokens, rank)."""
+        heads = self.site.heads
+        return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
+
+
+def _unfilled(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    with warnings.catch_warnings():
+        # torch warns that a layer of no inputs has no initial values to draw
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        return skip_init(nn.Linear, inputs, outputs, bias=bias)
+
+
+def _needs_one_width(x: torch.Tensor) -> bool:
+    """Whether the fast kernel is there, and takes only queries, keys and values of one width."""
+    fast = is_traced() or torch.backends.cuda.flash_sdp_enabled()
+    return fast and x.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank maps left right^T in the place of identities, one for each head.
+
+    ``left`` and ``right`` are (heads, head_dim, rank), of any device and precision.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @classmethod
+    def whole(cls, site: AttentionSite) -> Factors:
+        """The identities themselves."""
+        each = torch.eye(site.head_dim, dtype=torch.float64).expand(site.heads, -1, -1)
+        return cls(each, each)
+
+    @property
+    def rank(self) -> int:
+        """Of every head."""
+        return self.left.shape[-1]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a low-rank attention does otherwise than the dense one.
+
+    With ``scores`` M, those of a query q and a key k are q M k^T. With ``values`` M and ``mean`` m
+    (heads, head_dim), a head that has gathered u passes on m + M (u - m). Only the outputs of the
+    first ``queries`` tokens are read; None: of all.
+    """
+
+    scores: Factors
+    values: Factors
+    mean: torch.Tensor
+    queries: int | None = None
+
+
+def low_rank(site: AttentionSite, attention: Attention, reduction: Reduction) -> LowRankAttention:
+    """Cut the low-rank attention of a ``reduction`` out of a dense one."""
+    like = attention.qkv.weight
+    ranks = Ranks(reduction.scores.rank, reduction.values.rank, reduction.queries)
+    built = LowRankAttention(site, ranks, bias=attention.qkv.bias is not None)
+    built.load_state_dict(_weights(site, attention, reduction))
+    return built.to(like).requires_grad_(like.requires_grad)
+
+
+def _weights(
+    site: AttentionSite, attention: Attention, reduction: Reduction
+) -> dict[str, torch.Tensor]:
+    """Everything that a low-rank attention stores."""
+    shape = (3, site.heads, site.head_dim)
+    q, k, v = _exact(attention.qkv.weight).unflatten(0, shape)
+    scores, values = reduction.scores, reduction.values
+    asked = attention.scale * _exact(scores.left).mT
+    made = [_exact(scores.right).mT @ k, _exact(values.right).mT @ v, asked @ q]
+    tensors = {"kvq.weight": torch.cat([each.flatten(0, 1) for each in made])}
+    own = torch.zeros(shape[1:], dtype=torch.float64)
+    if attention.qkv.bias is not None:
+        of_queries, _, own = _exact(attention.qkv.bias).view(shape)
+        tensors["bias"] = (asked @ of_queries[..., None]).flatten()
+    return tensors | _outputs(site, attention, reduction, own)
+
+
+def _outputs(
+    site: AttentionSite, attention: Attention, reduction: Reduction, bias: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The output projection; its bias takes up what is constant, that of values with it."""
+    out = _exact(attention.proj.weight).unflatten(1, (site.heads, site.head_dim)).transpose(0, 1)
+    left, right, mean = map(_exact, (reduction.values.left, reduction.values.right, reduction.mean))
+    kept = left @ (right.mT @ (bias - mean)[..., None])
+    shift = (out @ (mean[..., None] + kept)).sum(dim=0)[:, 0]
+    if attention.proj.bias is not None:
+        shift = shift + _exact(attention.proj.bias)
+    return {"proj.weight": torch.cat([*(out @ left)], dim=1), "proj.bias": shift}
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().double().cpu()

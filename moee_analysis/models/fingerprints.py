@@ -1,0 +1,240 @@
+"""What "the same model" means: all that decides its outputs, and outputs of its own as proof.
+
+Weights alone do not name a model: heads, activations, pooling and the preparation of images leave
+no trace in them. A fingerprint is of weights, structure and transform, and of the answers to one
+fixed batch of images, which tell whatever the other three overlook.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.inputs import DOES_NOT_FIT, data_config, input_size, misfit
+from moee_analysis.models.unwrapping import unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROJECTED = 8
+"""Numbers that are kept of the outputs for each image of the probe."""
+
+CLOSE = 1e-4  # of the largest answer: what other processors and versions may make of the same model
+INFINITE = 1e9  # stands for what is not finite
+EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision
+
+UNTOLD = {
+    *vars(nn.Module()), "training", "fused_attn", "grad_checkpointing", "pretrained_cfg",
+    "default_cfg", "pretrained_model_args", "feature_info", "weight_init_mode", "fix_init",
+    "way", "choices", "laid_out",
+}  # fmt: skip
+"""Attributes of modules that leave the outputs as they are, or are looked at in another place."""
+
+STATED = ("architecture", "label_names", "classifier", "first_conv")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a model this one: digests of three parts, and its answers to the probe.
+
+    ``structure`` may differ between versions of timm and torch for the same model; the others do
+    not.
+    """
+
+    weights: str
+    structure: str
+    transform: str
+    answers: tuple[float, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all four."""
+        return _digest([self.weights, self.structure, self.transform, self.answers])
+
+    def difference(self, other: Identity) -> str:
+        """Which part of ``other`` is not this model's, across versions; "" if none."""
+        if self.weights != other.weights:
+            return "other weights"
+        if self.transform != other.transform:
+            return "another preparation of the images"
+        return "" if alike(self.answers, other.answers) else "other outputs for the same weights"
+
+
+def identity(model: nn.Module) -> Identity:
+    """Look at all that decides the outputs of a model.
+
+    Raises
+    ------
+    MoeeError
+        A model without ``pretrained_cfg``, or one that cannot be run on images of its size.
+    """
+    network = unwrapped(model)
+    transform = _digest(data_config(network))
+    probed, found = _probed(network)
+    return Identity(hash_weights(network), _structure(probed), transform, found)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all that decides the outputs of a model; raises what :func:`identity` does."""
+    return identity(model).digest
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 of a module's stored tensors: names, shapes, types and values."""
+    return _hash_tensors(module.state_dict())
+
+
+def answers(model: nn.Module) -> tuple[float, ...]:
+    """Outputs for two fixed images, projected to :data:`PROJECTED` numbers each.
+
+    A copy of the model is run in double precision on the CPU, so that every processor comes to the
+    same numbers, and routers to the same decisions; as it is where it cannot be run like that. They
+    are rounded to what is sure.
+
+    Raises
+    ------
+    MoeeError
+        The model cannot be run on images of its size.
+    """
+    return _probed(unwrapped(model))[1]
+
+
+def alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether answers are those of the same model, whatever the processor and the versions."""
+    a, b = np.asarray(one), np.asarray(other)
+    return a.shape == b.shape and bool(np.abs(a - b).max() <= CLOSE * np.abs(a).max())
+
+
+def _probed(network: nn.Module) -> tuple[nn.Module, tuple[float, ...]]:
+    """A copy that was run on the probe, with all that a first run leaves in it, and its answers."""
+    exactly, as_it_is = ("cpu", torch.float64), _own_place(network)
+    for device, dtype in (exactly, as_it_is):
+        copied = _copied(network).to(device, dtype).eval()
+        try:
+            return copied, _answers(copied, device, dtype)
+        except DOES_NOT_FIT as error:
+            refusal = misfit(network, error)
+    raise refusal
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:
+        raise MoeeError(
+            "a model that can be copied", str(error).splitlines()[0][:120],
+            "make what was put into it by hand permanent, as by torch.nn.utils.prune.remove",
+        ) from None  # fmt: skip
+
+
+@torch.no_grad()
+def _answers(
+    network: nn.Module, device: str | torch.device, dtype: torch.dtype
+) -> tuple[float, ...]:
+    outputs = network(_probe(input_size(network)).to(device, dtype))
+    images = [t.reshape(len(t), -1).double().cpu() for t in _tensors_of(outputs)]
+    flat = torch.cat(images, dim=1).numpy()
+    flat = np.nan_to_num(flat, nan=0, posinf=INFINITE, neginf=-INFINITE)  # JSON knows no others
+    directions = np.random.default_rng(len(flat[0])).standard_normal((len(flat[0]), PROJECTED))
+    projected = (flat @ directions / math.sqrt(len(directions))).flatten()
+    return tuple(_rounded(projected, EXACT if dtype == torch.float64 else ROUGH))
+
+
+def _own_place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next(network.parameters())
+    return first.device, first.dtype
+
+
+def _probe(size: tuple[int, int, int]) -> torch.Tensor:
+    """Two images [2, C, H, W], double: noise, and waves that differ from channel to channel."""
+    channels, height, width = size
+    noise = np.random.default_rng(0).standard_normal(size)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.cos((c + 2) * x / width * math.pi + y / height * 5) for c in range(channels)]
+    return torch.from_numpy(np.stack([noise, np.stack(waves)]))
+
+
+def _tensors_of(outputs: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(outputs):
+        yield outputs
+    elif isinstance(outputs, Mapping):
+        yield from _tensors_of(list(outputs.values()))
+    elif isinstance(outputs, Sequence):
+        for each in outputs:
+            yield from _tensors_of(each)
+    else:
+        raise TypeError(f"outputs that are {type(outputs).__name__}, not tensors")
+
+
+def _structure(network: nn.Module) -> str:
+    """Digest of what no stored tensor tells: classes, settings, other buffers, names and labels."""
+    stored = network.state_dict().keys()
+    buffers = network.named_buffers(remove_duplicate=False)
+    others = _hash_tensors({k: t.double() for k, t in buffers if k not in stored})
+    named = network.named_modules(remove_duplicate=False)
+    modules = {name: _told_module(m) for name, m in named if not _passes_all(m)}
+    stated = {name: _told(network.pretrained_cfg.get(name)) for name in STATED}
+    return _digest([modules, others, stated])
+
+
+def _passes_all(module: nn.Module) -> bool:
+    """Whether it changes nothing in evaluation: an identity, or what drops while training."""
+    return isinstance(module, nn.Identity) or "Drop" in type(module).__name__
+
+
+def _told_module(module: nn.Module) -> list[Any]:
+    """A module's class and settings."""
+    own = {k: v for k, v in vars(module).items() if k not in UNTOLD and not k.startswith("_")}
+    own = {k: _told(v) for k, v in own.items() if "drop" not in k and "cache" not in k}
+    return [_name_of(type(module)), own]
+
+
+def _told(value: Any) -> Any:
+    """A setting as plain JSON: numbers and texts as they are, functions and others by name."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float() | torch.dtype():
+            return repr(value)
+        case Mapping():
+            return {str(key): _told(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_told(each) for each in value]
+        case partial():
+            return [_told(value.func), _told(value.args), _told(value.keywords)]
+    return _name_of(value if hasattr(value, "__qualname__") else type(value))
+
+
+def _name_of(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{thing.__qualname__}"
+
+
+def _rounded(values: np.ndarray, steps: float) -> list[float]:
+    """Values in so many steps of the power of two above the largest."""
+    largest = np.abs(values).max()
+    step = (2.0 ** math.ceil(math.log2(largest)) if largest else 1.0) / steps
+    return (np.round(values / step) * step).tolist()
+
+
+def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()

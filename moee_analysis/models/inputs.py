@@ -1,0 +1,151 @@
+"""What a model takes in: how many channels, which size, and how a picture is prepared for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import timm.data
+import torch
+from timm.data.transforms import MaybeToTensor
+from torch import nn
+from torchvision.transforms import Normalize
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.unwrapping import inside
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torchvision.transforms import Compose
+
+RGB = 3
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of one input image, as ``model`` was built.
+
+    ``pretrained_cfg`` says what the pretrained weights took; a model that was built for another
+    size or other channels says so in its patch embedding and its first convolution.
+
+    Raises
+    ------
+    MoeeError
+        The model has no ``pretrained_cfg``.
+    """
+    network = inside(model)
+    channels, height, width = _stated_size(network)
+    built = _built_size(network)
+    return (_channels(network) or channels, *(built or (height, width)))
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """How pictures are prepared for ``model``, by timm's names: size, interpolation, mean, ..."""
+    size = input_size(model)
+    config = timm.data.resolve_data_config(pretrained_cfg=inside(model).pretrained_cfg)
+    of_channels = {name: _of_channels(config[name], size[0]) for name in ("mean", "std")}
+    return config | of_channels | {"input_size": size}
+
+
+def model_transform(model: nn.Module) -> Compose:
+    """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``.
+
+    A model of one channel gets the luminance; one of other than three channels gets red, green and
+    blue in turn, as timm repeats the weights of its first convolution.
+    """
+    return transform_of(data_config(model))
+
+
+def transform_of(config: dict[str, Any], **training: Any) -> Compose:
+    """Transform of a :func:`data_config`; with the settings of ``training`` one for training."""
+    channels = config["input_size"][0]
+    of_picture = {name: _of_channels(config[name], RGB) for name in ("mean", "std")}
+    transform = timm.data.create_transform(
+        **config | of_picture, is_training=bool(training), **training
+    )
+    if channels != RGB:
+        steps = transform.transforms
+        (place,) = (i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+        steps[place] = _ToChannels(channels)
+        steps[place + 1] = Normalize(config["mean"], config["std"])
+    return transform
+
+
+def like(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Images ``x`` where the parameters of ``model`` are, and in their precision."""
+    return x.to(next(model.parameters()))
+
+
+def blank(
+    model: nn.Module, *, images: int = 1, size: tuple[int, int, int] | None = None
+) -> torch.Tensor:
+    """Zeros [images, C, H, W] of the precision and on the device of ``model``, and of its size."""
+    return like(torch.zeros(images, *(size or input_size(model))), model)
+
+
+DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
+"""What a network raises on images that it was not built for."""
+
+
+def misfit(model: nn.Module, error: Exception) -> MoeeError:
+    """Say that ``model`` cannot be run on images of the size that it states."""
+    reason = str(error).splitlines()[0][:120].rstrip(".") if str(error) else type(error).__name__
+    return MoeeError(
+        f"a model that takes images of {' x '.join(map(str, input_size(model)))}", reason,
+        "build it for a size that it takes (--img-size, --in-chans, or the arguments of "
+        "timm.create_model), or state that in pretrained_cfg['input_size']",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _ToChannels:
+    """Makes a picture a float tensor of so many channels, values from 0 to 1."""
+
+    channels: int
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        to_tensor = MaybeToTensor()
+        if self.channels == 1:
+            return to_tensor(picture.convert("L"))
+        rgb = to_tensor(picture.convert("RGB"))
+        return rgb[list(islice(cycle(range(RGB)), self.channels))]
+
+
+def _stated_size(network: nn.Module) -> tuple[int, int, int]:
+    cfg = getattr(network, "pretrained_cfg", None)
+    if not cfg:
+        raise MoeeError(
+            "a timm model whose pretrained_cfg says which images it takes",
+            f"a {type(network).__name__} without one",
+            "load it with load_model, or make it with timm.create_model",
+        )
+    return tuple(timm.data.resolve_data_config(pretrained_cfg=cfg)["input_size"])
+
+
+def _built_size(network: nn.Module) -> tuple[int, int] | None:
+    """Height and width that the patch embedding was built for; None where any will do."""
+    embedding = getattr(network, "patch_embed", None)
+    size = getattr(embedding, "img_size", None)
+    strict = getattr(embedding, "strict_img_size", False)
+    if size is None or not (strict or network.pretrained_cfg.get("fixed_input_size")):
+        return None
+    return tuple(size)
+
+
+def _channels(network: nn.Module) -> int | None:
+    """Channels of the first convolution, where it sees the image as it is."""
+    names = network.pretrained_cfg.get("first_conv")
+    first = names[0] if isinstance(names, list | tuple) and names else names
+    try:
+        convolution = network.get_submodule(first)
+    except (AttributeError, TypeError):
+        return None
+    return convolution.in_channels if isinstance(convolution, nn.Conv2d) else None
+
+
+def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Means or deviations of so many channels: the mean of all for one, else in turn."""
+    if len(values) == channels:
+        return tuple(values)
+    return (fmean(values),) if channels == 1 else tuple(islice(cycle(values), channels))

@@ -1,0 +1,371 @@
+"""Models: the bundled ones, any timm name, local checkpoints; and the MLPs inside them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import reprlib
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.class_names import (
+    class_labels,
+    class_names,
+    name_classes,
+    read_class_names,
+)
+from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.models.fit_weights import fit_weights, named_as_in
+from moee_analysis.models.hub import hub_access
+from moee_analysis.models.inputs import blank, input_size, model_transform
+from moee_analysis.models.state_dicts import read_tensors
+from moee_analysis.models.survey import survey
+from moee_analysis.models.unwrapping import inside, unwrapped
+from moee_analysis.utils.checks import whole_number
+from moee_analysis.utils.paths import data_folder
+from moee_analysis.utils.progress import tell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from moee_analysis.models.survey import SurveyedMlp
+
+__all__ = [
+    "BUNDLED", "BUNDLED_MODELS", "MlpSite", "architecture", "blank", "build_model", "check_device",
+    "class_labels", "class_names", "find_mlps", "fingerprint", "input_size", "load_model",
+    "model_transform", "name_classes", "unwrapped",
+]  # fmt: skip
+
+BUNDLED = "bundled"
+BUNDLED_MODELS: dict[str, type[nn.Module]] = {
+    BUNDLED: VisionTransformer,
+    "bundled_swin": SwinTransformer,
+    "bundled_convnext": ConvNeXt,
+}
+"""Names of the models in the data folder, and timm's class of each."""
+
+
+FACTORY = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+    "features_only",
+}  # fmt: skip
+"""Arguments of ``timm.create_model`` of where weights are, or of what is no model of images."""
+
+
+@dataclass(frozen=True)
+class MlpSite:
+    """One Linear-activation-Linear MLP of a model.
+
+    ``name`` is the module's name (``"blocks.0.mlp"``), ``index`` its place counted from 0,
+    ``dim`` the width of its input, ``hidden`` its number of hidden neurons.
+    """
+
+    name: str
+    index: int
+    dim: int
+    hidden: int
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """Return the module that stands at this site of ``model``."""
+        return model.get_submodule(self.name)
+
+
+def load_model(
+    name: str = BUNDLED,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    classes: str | Path | Sequence[str] | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """Load a dense model, ready for evaluation.
+
+    Parameters
+    ----------
+    name
+        ``"bundled"`` (a small ViT trained on the rendered scenes), ``"bundled_swin"``,
+        ``"bundled_convnext"``, or any name timm knows.
+    weights
+        A local ``.safetensors`` or a checkpoint of PyTorch's; None takes the bundled weights, or
+        timm's pretrained weights from the hub. Only tensors are ever read from a file. The head
+        follows the weights; sizes and channels are resampled as timm does.
+    device
+        Where the model goes.
+    classes
+        Names of its classes in the order of its outputs, or a file of them (one name a line, or
+        JSON); None: those it states itself.
+    arguments
+        Of ``timm.create_model``, such as ``img_size``, ``in_chans``, ``global_pool`` or
+        ``act_layer``. They are kept with whatever is saved of the model. None leaves one out.
+
+    Raises
+    ------
+    MoeeError
+        Unknown name or argument; no weights to be had (offline); a file that is not a state dict
+        of this model; a device that is not there; names that are not as many as the outputs.
+    """
+    check_device(device)
+    names = read_class_names(classes) if isinstance(classes, str | Path) else classes
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    _check_arguments(arguments)
+    if weights is not None:
+        model = _with_local_weights(name, Path(weights), arguments)
+    elif name in BUNDLED_MODELS:
+        model = _with_local_weights(name, data_folder() / f"{name}.safetensors", arguments)
+    else:
+        model = _from_hub(name, arguments)
+    if names is not None:
+        name_classes(model, names)
+    return model.eval().requires_grad_(requires_grad=False).to(device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know, that is not here, or that holds no values."""
+    try:
+        where = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        where, told = "", f"'{device}' ({str(error).splitlines()[0][:80]})"
+    if where == "meta":
+        told = "'meta', which has shapes and no values"
+    if where in ("", "meta"):
+        raise MoeeError(
+            "a device of this machine", told, "use cpu, or cuda where there is one"
+        ) from None
+
+
+def build_model(
+    name: str,
+    *,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """Build the architecture ``name`` with random weights, and ``arguments`` of timm's.
+
+    ``pretrained_cfg`` replaces the architecture's own where given. The image size of a model that
+    takes any is stated there alone.
+
+    Raises
+    ------
+    MoeeError
+        A name or an argument that timm does not know.
+    """
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    if name not in BUNDLED_MODELS:
+        _check_name(name)
+    _check_arguments(arguments)
+    create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model
+    try:
+        model = _created(create, name, arguments)
+    except Exception as error:  # timm's models raise whatever nonsense leads to
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        told = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
+        raise MoeeError(
+            f"arguments that timm.create_model('{name}') takes", f"{told} ({reason})",
+            "correct them, or leave them out",
+        ) from None  # fmt: skip
+    cfg = {**model.pretrained_cfg, **(pretrained_cfg or {})}
+    channels, *size = tuple(cfg.get("input_size") or (3, 224, 224))
+    if "img_size" in arguments:
+        size = to_2tuple(arguments["img_size"])
+    cfg["input_size"] = (arguments.get("in_chans", channels), *size)
+    model.pretrained_cfg = cfg
+    model._model_args = arguments  # as timm's factory keeps them, and as it does before 1.0.31
+    return model.eval()
+
+
+def find_mlps(model: nn.Module) -> list[MlpSite]:
+    """Find every Linear-activation-Linear MLP (``timm.layers.Mlp``), in order, from 0.
+
+    Those that :func:`survey` gives a reason against are left out.
+
+    Raises
+    ------
+    MoeeError
+        The model has none; the message lists the MLP-like modules that were found, and why they
+        are left out.
+    """
+    model = unwrapped(model)
+    surveyed = survey(model)
+    names = [mlp.name for mlp in surveyed if mlp.convertible]
+    if not names:
+        raise MoeeError(
+            "a model with Linear-activation-Linear MLPs (timm.layers.Mlp)",
+            _only_others(surveyed, model),
+            "choose a ViT, DeiT, Swin, ConvNeXt or another of docs/architectures.md; gated and "
+            "convolutional MLPs cannot be taken apart",
+        )
+    return [_site(model, name, index) for index, name in enumerate(names)]
+
+
+def architecture(model: nn.Module) -> str:
+    """Name under which :func:`build_model` builds this architecture.
+
+    Raises
+    ------
+    MoeeError
+        The model carries no ``pretrained_cfg`` with an architecture.
+    """
+    model = inside(model)
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        raise MoeeError(
+            "a timm model whose pretrained_cfg names its architecture",
+            f"a {type(model).__name__} without one",
+            "load it with load_model, or make it with timm.create_model",
+        )
+    return name
+
+
+def _site(model: nn.Module, name: str, index: int) -> MlpSite:
+    mlp = model.get_submodule(name)
+    return MlpSite(name, index, mlp.fc1.in_features, mlp.fc1.out_features)
+
+
+def _only_others(surveyed: list[SurveyedMlp], model: nn.Module) -> str:
+    """What there is instead of plain MLPs, and why it is none, as text."""
+    kinds = Counter((mlp.kind, mlp.reason) for mlp in surveyed)
+    if not kinds:
+        return f"no MLP at all in {type(model).__name__}"
+    listed = [f"{count} x {kind} ({reason})" for (kind, reason), count in kinds.most_common()]
+    return f"only {', '.join(listed)} in {type(model).__name__}"
+
+
+def _check_name(name: str) -> None:
+    if timm.is_model(name):
+        _check_tag(name)
+        return
+    if Path(name).suffix in {".safetensors", ".pth", ".pt"}:
+        hint = f"pass the architecture as the name and the file as weights='{name}'"
+    else:
+        known = [*BUNDLED_MODELS, *timm.list_models()]
+        close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+    expected = f"{', '.join(BUNDLED_MODELS)} or the name of a timm model"
+    raise MoeeError(expected, f"'{name}'", hint.rstrip("."))
+
+
+def _check_tag(name: str) -> None:
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        raise MoeeError(
+            "a pretrained tag that timm knows", f"'{name}'", f"choose {' or '.join(tagged[:3])}"
+        ) from None
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that are not of the architecture; they may come from the file of a run."""
+    if own := FACTORY & arguments.keys():
+        raise MoeeError(
+            "arguments of the architecture", ", ".join(sorted(own)),
+            "leave them out; weights are given as a file, weights=FILE (--weights FILE), or are "
+            "the hub's",
+        )  # fmt: skip
+    channels = arguments.get("in_chans", 1)
+    if type(channels) is not int or channels < 1:
+        raise MoeeError("in_chans as a number >= 1", repr(channels), "3 are red, green and blue")
+    sides = to_2tuple(arguments.get("img_size", 1))
+    if len(sides) != 2:
+        raise MoeeError("img_size as one number or two", reprlib.repr(sides), "give pixels")
+    for side in sides:
+        whole_number("img_size", side)
+
+
+def _created(
+    create: Callable[..., nn.Module], name: str, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """Let ``create`` build a model; one that takes images of any size is told none."""
+    try:
+        return create(name, **arguments)
+    except TypeError as error:
+        if "img_size" not in arguments or "img_size" not in str(error):
+            raise
+    return create(name, **{key: v for key, v in arguments.items() if key != "img_size"})
+
+
+def _bundled_architecture(name: str, **arguments: Any) -> nn.Module:
+    card = json.loads((data_folder() / f"{name}.json").read_text())
+    model = BUNDLED_MODELS[name](**{**card["kwargs"], **arguments})
+    model.pretrained_cfg = card["pretrained_cfg"]
+    return model
+
+
+def _with_local_weights(name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
+    tensors, metadata = read_tensors(path)
+    stored = _stored_cfg(metadata, path)
+    arguments = _as_stored(stored) | arguments
+    model = build_model(name, pretrained_cfg=stored, **arguments)
+    if "num_classes" not in arguments:
+        classes = _classes_in(tensors, model, path)
+        if classes != model.num_classes:
+            model = build_model(name, pretrained_cfg=stored, num_classes=classes, **arguments)
+    fit_weights(model, tensors, source=str(path))
+    if name not in BUNDLED_MODELS or path.parent != data_folder():
+        model.pretrained_cfg["file"] = str(path.resolve())
+    return model
+
+
+def _as_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for a model that takes the images which a file says its weights were trained on."""
+    size = stored.get("input_size")
+    return {} if size is None else {"in_chans": size[0], "img_size": tuple(size[1:])}
+
+
+def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The ``pretrained_cfg`` in a file's metadata; empty where there is none."""
+    text = metadata.get("pretrained_cfg", "{}")
+    with suppress(ValueError):
+        cfg = json.loads(text)
+        if isinstance(cfg, dict):
+            return cfg
+    raise MoeeError(
+        f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'",
+        f"'{text[:40]}'",
+        "save the file again, with or without this entry",
+    )
+
+
+def _classes_in(tensors: Mapping[str, torch.Tensor], model: nn.Module, path: Path) -> int:
+    """How many classes the weights in a file tell apart; 0 where they are of no classifier."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    heads = [named] if isinstance(named, str) else list(named)
+    if not heads or not model.num_classes:
+        return model.num_classes
+    for own in named_as_in(model, tensors):
+        given = [own[f"{head}.weight"] for head in heads if f"{head}.weight" in own]
+        if given:
+            return len(given[0])
+        if any(name.startswith(tuple(f"{head}." for head in heads)) for name in own):
+            return model.num_classes
+    tell(f"weights: no classifier in {path}: a model of features (num_classes=0)")
+    return 0
+
+
+def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    model = build_model(name, **arguments)
+    try:
+        with hub_access():
+            loaded = _created(partial(timm.create_model, pretrained=True), name, arguments)
+    except Exception as error:  # the hub's client raises many unrelated types when offline
+        raise MoeeError(
+            f"pretrained weights of '{name}' from the hub",
+            f"{type(error).__name__} (offline, or a model without pretrained weights)",
+            "pass weights='path/to/file.safetensors' (--weights FILE), or use a bundled model",
+        ) from None
+    loaded.pretrained_cfg = model.pretrained_cfg
+    loaded._model_args = model._model_args
+    return loaded

@@ -1,0 +1,207 @@
+"""The one counter of multiply-accumulates (MACs) and of stored parameters.
+
+Counted are matrix products and convolutions: patch embedding, qkv, QK^T, AV, projection, MLPs,
+head and routers (1 MAC = 2 FLOPs). Norms, softmax, GELU and biases are not.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.backends import cudnn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.loading import blank, find_mlps, unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """What one image costs.
+
+    ``total`` is in MACs; ``by_module`` are the MACs inside every module that does any, by module
+    name; ``tokens`` is the number of tokens one image sends through every site, by site name.
+    """
+
+    total: int
+    by_module: dict[str, int]
+    tokens: dict[str, int]
+
+    def replacing(self, per_token: Mapping[str, float]) -> float:
+        """MACs of one image if the named sites cost so many MACs per token instead.
+
+        Raises
+        ------
+        MoeeError
+            A name that is not a counted site.
+        """
+        self._check_sites(per_token)
+        outside = self.total - sum(self.by_module.get(name, 0) for name in per_token)
+        return outside + sum(self.tokens[name] * macs for name, macs in per_token.items())
+
+    def _check_sites(self, names: Iterable[str]) -> None:
+        unknown = sorted(set(names) - set(self.tokens))
+        if unknown:
+            raise MoeeError(
+                f"sites among {', '.join(self.tokens) or 'none'}",
+                f"'{unknown[0]}'",
+                "name the sites when counting: count(model, sites=[...])",
+            )
+
+
+def count(
+    model: nn.Module,
+    *,
+    sites: Iterable[str] | None = None,
+    size: tuple[int, int, int] | None = None,
+) -> MacCount:
+    """Count the MACs of one image by running one, all zeros, through ``model``.
+
+    The model is left as it was: same training flags, no hooks, no gradients.
+
+    Parameters
+    ----------
+    sites
+        Names of the modules whose tokens are counted; None: the MLPs of ``find_mlps``.
+    size
+        Channels, height and width of the image; None: the model's own input size.
+    """
+    names = [site.name for site in find_mlps(model)] if sites is None else list(sites)
+    model = unwrapped(model)
+    image = blank(model, size=size)
+    with (
+        evaluating(model),
+        _frozen(model),
+        _counting_tokens(model, names) as tokens,
+        _countable_products(model),
+        FlopCounterMode(display=False, custom_mapping=RECURRENT) as counter,
+    ):
+        model(image)
+    return MacCount(counter.get_total_flops() // 2, _by_module(counter, model), tokens)
+
+
+def moe_macs(model: nn.Module, per_token: Mapping[str, float]) -> float:
+    """MACs of one image of a model with routed layers.
+
+    ``per_token`` gives the MACs per token of every routed layer, by module name: its router plus
+    ``2 d sum_e f_e |S_e|``, with ``f_e`` the measured share of tokens (they sum to the number of
+    experts per token). Everything outside those layers is counted as it runs; they do not run.
+    """
+    with _skipping(model, per_token):
+        return count(model, sites=per_token).replacing(per_token)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of stored floating-point values that are part of the function.
+
+    Weights, biases, routers and other saved buffers count, what is shared counts once. Lists of
+    integers (which neurons an expert uses) and the record of routing ``shares`` do not.
+    """
+    stored = module.state_dict(keep_vars=True)
+    function = {id(t): t for name, t in stored.items() if not _is_record(name, t)}
+    return sum(tensor.numel() for tensor in function.values())
+
+
+def tokens_of(x: torch.Tensor) -> torch.Tensor:
+    """Flatten the input of an MLP, [B, tokens, d] or [B, H, W, d], to [B * tokens, d]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _of_lstm(x: Any, inward: Any, across: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of an LSTM in one direction, from the shapes of (steps, images, dim) and weights."""
+    return 2 * math.prod(x[:2]) * (math.prod(inward) + math.prod(across))
+
+
+RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _of_lstm}
+"""Products that the counter does not know."""
+
+
+def _is_record(name: str, tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or name.rpartition(".")[2] == "shares"
+
+
+def _by_module(counter: FlopCounterMode, model: nn.Module) -> dict[str, int]:
+    """MACs by module name; the counter puts the class of the whole model before each name."""
+    root = type(model).__name__ + "."
+    flops = counter.get_flop_counts()
+    return {
+        name.removeprefix(root): sum(by_operation.values()) // 2
+        for name, by_operation in flops.items()
+        if name.startswith(root)
+    }
+
+
+@contextmanager
+def _counting_tokens(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, int]]:
+    tokens = dict.fromkeys(names, 0)
+
+    def add(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        tokens[name] += tokens_of(args[0]).shape[0]
+
+    with ExitStack() as hooks:
+        for name in tokens:
+            hook = model.get_submodule(name).register_forward_pre_hook(partial(add, name))
+            hooks.callback(hook.remove)
+        yield tokens
+
+
+@contextmanager
+def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let these MLPs, dense or routed, return zeros at no cost."""
+    mlps = [model.get_submodule(name) for name in names]
+    own = [vars(mlp).get("forward") for mlp in mlps]  # tools that wrap a module leave one here
+    try:
+        for mlp in mlps:
+            mlp.forward = partial(_zeros, mlp.fc2.out_features)
+        yield
+    finally:
+        for mlp, before in zip(mlps, own, strict=True):
+            vars(mlp).pop("forward", None)
+            if before is not None:
+                mlp.forward = before
+
+
+def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(*x.shape[:-1], dim)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients: the counter trips over those that are given to modules."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad = True
+
+
+@contextmanager
+def _countable_products(model: nn.Module) -> Iterator[None]:
+    """Compute attention by plain matrix products, and LSTMs without cuDNN.
+
+    Fused kernels count as nothing on some devices.
+    """
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    try:
+        for module in fused:
+            module.fused_attn = False
+        with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
+            yield
+    finally:
+        for module in fused:
+            module.fused_attn = True

@@ -1,0 +1,1 @@
+"""The MoE layer: experts, routers, and how they are computed."""

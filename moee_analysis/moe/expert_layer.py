@@ -1,0 +1,74 @@
+"""All layers with experts alike, whatever their kind: hard or soft, of a dense MLP or their own."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from moee_analysis.models.macs import moe_macs
+from moee_analysis.moe.layer import MoeMlp
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Mapping
+
+    Usage = dict[str, torch.Tensor]
+
+
+@runtime_checkable
+class ExpertLayer(Protocol):
+    """A layer whose ``router`` decides what its ``n_experts`` experts compute."""
+
+    router: nn.Module
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts."""
+
+    def usage(self, routed: Any) -> torch.Tensor:
+        """How much each expert is used, float64 (experts,), by what the router returned.
+
+        Tokens that use it, or the shares of their outputs that come from it.
+        """
+
+
+def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
+    """Return the layers of ``model`` that have experts, in order, by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ExpertLayer)}
+
+
+@contextmanager
+def counting_usage(models: Mapping[Hashable, nn.Module]) -> Iterator[dict[Hashable, Usage]]:
+    """While open, add up how much each expert is used, float64 (experts,), by model and layer."""
+    sums: dict[Hashable, Usage] = {name: {} for name in models}
+    with ExitStack() as hooks:
+        for name, model in models.items():
+            for place, layer in expert_layers(model).items():
+                total = sums[name][place] = torch.zeros(layer.n_experts, dtype=torch.float64)
+                hook = layer.router.register_forward_hook(partial(_add, total, layer))
+                hooks.callback(hook.remove)
+        yield sums
+
+
+def _add(
+    total: torch.Tensor, layer: ExpertLayer, _router: nn.Module, _args: tuple, routed: Any
+) -> None:
+    total += layer.usage(routed).cpu()
+
+
+def macs_as_used(model: nn.Module, usage: Usage) -> float:
+    """MACs of one image, where experts are used as :func:`counting_usage` has counted.
+
+    Layers that hold parts of a dense MLP cost what their tokens use; everything else is counted as
+    it runs.
+    """
+    layers = {n: layer for n, layer in expert_layers(model).items() if isinstance(layer, MoeMlp)}
+    return moe_macs(model, {name: _as_used(layer, usage[name]) for name, layer in layers.items()})
+
+
+def _as_used(layer: MoeMlp, used: torch.Tensor) -> float:
+    experts_per_token = layer.shares.double().sum().item()
+    return layer.macs_per_token(experts_per_token * used / used.sum())

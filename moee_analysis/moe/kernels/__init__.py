@@ -1,0 +1,1 @@
+"""How a layer's experts are computed, and which way is fastest."""

@@ -1,0 +1,77 @@
+"""The best expert for every token, found by computing them all: a bound for routers."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from moee_analysis.models.macs import tokens_of
+from moee_analysis.moe.kernels.dispatch import in_blocks
+from moee_analysis.moe.routers import TokenKindRouter
+
+if TYPE_CHECKING:
+    from moee_analysis.moe.layer import MoeMlp
+
+
+class OracleRouter(nn.Module):
+    """Send a token to the expert whose output for it is nearest to that of the dense MLP.
+
+    It computes all that a router should save. The first ``leading`` experts are never chosen, and
+    not counted.
+    """
+
+    def __init__(self, dense: nn.Module, layer: MoeMlp, *, leading: int = 0) -> None:
+        super().__init__()
+        self.n_experts = layer.n_experts - leading
+        self._known = (dense, copy.deepcopy(layer))  # in a tuple: not among the model's modules
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        return self.errors(x).argmin(dim=1, keepdim=True)
+
+    def errors(self, x: torch.Tensor) -> torch.Tensor:
+        """Squared error of the output of every expert, (n, experts), for the tokens of ``x``."""
+        wanted = tokens_of(self.wanted(x))
+        blocks = zip(in_blocks(tokens_of(x)), in_blocks(wanted), strict=True)
+        return torch.cat([self._errors(*block) for block in blocks])
+
+    def _errors(self, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        layer = self._known[1]
+        hidden = layer.act(layer.fc1(tokens))
+        experts = range(layer.n_experts - self.n_experts, layer.n_experts)
+        found = [(layer.expert_output(e, hidden) - wanted).square().sum(dim=1) for e in experts]
+        return torch.stack(found, dim=1)
+
+    def wanted(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the dense MLP for ``x``.
+
+        Without its hooks: one of them may be what asks (``measure.routes(run.dense(), ...)``).
+        """
+        return self._known[0].forward(x)
+
+    @property
+    def macs(self) -> float:
+        """MACs per token: the dense MLP, and every expert."""
+        dense, layer = self._known
+        ends = layer.fc1.in_features + layer.fc2.out_features
+        return ends * (dense.fc1.out_features + sum(layer.expert_sizes[-self.n_experts :]))
+
+
+def oracle_of(dense: nn.Module, layer: MoeMlp) -> OracleRouter:
+    """Oracle of the experts of ``layer`` that leading tokens do not have by their position."""
+    return OracleRouter(dense, layer, leading=prefix_experts(layer))
+
+
+def prefix_experts(layer: MoeMlp) -> int:
+    """How many experts of ``layer`` leading tokens have by their position."""
+    return layer.router.prefix_experts if isinstance(layer.router, TokenKindRouter) else 0
+
+
+def beside_leading(router: nn.Module, layer: MoeMlp) -> nn.Module:
+    """``router`` for the other tokens of ``layer``; leading ones keep their experts."""
+    if not isinstance(layer.router, TokenKindRouter):
+        return router
+    return TokenKindRouter(layer.router.prefix.tolist(), router, tokens=layer.router.tokens)

@@ -1,0 +1,1 @@
+"""Notebooks, reports and the atlas."""

@@ -1,0 +1,140 @@
+"""Which images a notebook calibrates with and which it looks at: never the same ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moee_analysis.data.disjoint import check_apart, without_repeats
+from moee_analysis.data.images import load_images
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.models.class_names import is_classifier
+from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, load_model
+from moee_analysis.report.notebook.parameters import Parameters
+from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.storage.store import check_writable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moee_analysis.data.images import ImageSet
+
+SET_ASIDE = 0.5
+"""Share of ``images`` used for calibration when no other calibration set is given."""
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Disjoint images for making the experts and for looking at them, and remarks on both.
+
+    ``training`` are for fine-tuning; they are those of the calibration where there are no others.
+    """
+
+    calibration: ImageSet
+    evaluation: ImageSet
+    training: ImageSet
+    notes: tuple[str, ...] = ()
+
+    def told(self) -> dict[str, Any]:
+        """Names and sizes of both sets, for ``results.json``."""
+        return {"calibration": _told(self.calibration), "evaluation": _told(self.evaluation)}
+
+
+def choose_images(given: Parameters) -> ImageSets:
+    """Load the two sets that the parameters ask for, in the sizes of their preset.
+
+    Without a ``calibration`` folder the bundled set serves, if the model or the images are
+    bundled; otherwise a part of ``images`` is set aside.
+
+    Raises
+    ------
+    MoeeError
+        One folder for both sets, pictures that are in both, or too few images to share out.
+    """
+    source = given.calibration
+    if source is None and (given.model in BUNDLED_MODELS or given.images == BUNDLED):
+        source = BUNDLED
+    if source is None:
+        return _set_aside(given)
+    if source == given.images != BUNDLED:
+        raise MoeeError(
+            "'calibration' and 'images' in two folders",
+            f"'{source}' for both",
+            "leave 'calibration' empty: a part of 'images' is then set aside",
+        )
+    sizes = preset_named(given.preset)
+    calibration = load_images(
+        source, split="calibration", limit=sizes.calibration_images, seed=given.seed
+    )
+    evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=given.seed)
+    if {source, given.images} != {BUNDLED}:
+        check_apart(calibration, evaluation, use="used for calibration")
+    training = calibration
+    if source == BUNDLED:
+        training = load_images(source, split="train", limit=sizes.training_images, seed=given.seed)
+    notes = (*_skipped(calibration), *_skipped(evaluation))
+    return ImageSets(calibration, evaluation, training, notes)
+
+
+def check_report(parameters: Mapping[str, Any]) -> None:
+    """Refuse what the notebooks of a report could not do, before the first one runs.
+
+    Raises
+    ------
+    MoeeError
+        A store that cannot be written to; a model or images that cannot be loaded; images of other
+        classes than those of the model.
+    """
+    given = Parameters(**parameters)
+    check_writable(store_folder())
+    if given.model in BUNDLED_MODELS and not given.weights and given.images == BUNDLED:
+        return
+    images = choose_images(given).evaluation
+    model = load_model(
+        given.model, weights=given.weights, classes=given.class_file, img_size=given.img_size,
+        in_chans=given.in_chans,
+    )  # fmt: skip
+    if is_classifier(model):
+        images.labels(model)
+
+
+def _set_aside(given: Parameters) -> ImageSets:
+    """Both sets from the one folder ``images``."""
+    sizes = preset_named(given.preset)
+    limits = (sizes.calibration_images, sizes.evaluation_images)
+    total = None if None in limits else math.ceil(max(limits) / min(SET_ASIDE, 1 - SET_ASIDE))
+    there = load_images(given.images, limit=total, seed=given.seed)
+    images = without_repeats(there)
+    if len(images) < 2:
+        raise MoeeError(
+            "at least two images, for calibration and for evaluation",
+            str(len(images)),
+            "add images, or name a 'calibration' folder",
+        )
+    calibration, evaluation = images.split(SET_ASIDE, seed=given.seed)
+    notes = [
+        f"No calibration set was given: {len(calibration)} of the {len(images)} images of "
+        f"{images.name} were set aside for calibration and are never evaluated."
+    ]
+    if len(images) < len(there):
+        notes.append(f"{len(there) - len(images)} images are there twice and count once.")
+    calibration = calibration.limit(limits[0], seed=given.seed)
+    evaluation = evaluation.limit(limits[1], seed=given.seed)
+    return ImageSets(calibration, evaluation, calibration, (*notes, *_skipped(images)))
+
+
+def _skipped(images: ImageSet) -> tuple[str, ...]:
+    if not images.skipped:
+        return ()
+    return (f"Skipped of {images.name}: {images.skipped_text}.",)
+
+
+def _told(images: ImageSet) -> dict[str, Any]:
+    return {
+        "name": images.name,
+        "count": len(images),
+        "classes": len(set(images.folders)),
+        "skipped": list(images.skipped),
+    }

@@ -1,0 +1,154 @@
+"""What a notebook found, in files that other programs can read."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.utils.storage.files import new_file, write_json, write_text, writing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Numbers, tables, figures and claims of one notebook run.
+
+    ``content`` is the whole of ``results.json``: ``values``, ``headline``, ``claims``,
+    ``tables``, ``figures``, ``notes`` and the facts about the run. With a ``folder`` the file
+    is written anew, atomically, after every addition; without one nothing is written.
+    """
+
+    folder: Path | None = None
+    content: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, section: str, value: Any) -> None:
+        """Set ``section`` of the results."""
+        self.content[section] = plain(value)
+        self._write()
+
+    def put_into(self, section: str, key: str, value: Any) -> None:
+        """Set ``key`` in the mapping ``section``."""
+        self.content.setdefault(section, {})[key] = plain(value)
+        self._write()
+
+    def append(self, section: str, value: Any) -> None:
+        """Add ``value`` to the list ``section``."""
+        self.content.setdefault(section, []).append(plain(value))
+        self._write()
+
+    def table(self, name: str, table: pd.DataFrame) -> None:
+        """Keep ``table`` as ``tables/<name>.csv``."""
+        file = f"tables/{_file_name(name)}.csv"
+        if self.folder is not None:
+            write_text(self._place(file), table.to_csv(index=not is_plain_index(table)))
+        entry = {"file": file, "rows": len(table), "columns": [str(c) for c in table.columns]}
+        told = table.attrs.get("caption")
+        self.put_into("tables", name, entry | ({"caption": told} if told else {}))
+
+    def figure(self, name: str, png: bytes, told: Mapping[str, str | None], *, cover: bool) -> None:
+        """Keep the picture ``png`` as ``figures/<name>.png``; a ``cover`` stands for the run.
+
+        ``told`` has its ``finding`` and its ``caption``, as far as there are any.
+        """
+        file = f"figures/{_file_name(name)}.png"
+        if self.folder is not None:
+            with new_file(self._place(file), wanted=len(png)) as partial:
+                partial.write_bytes(png)
+        said = {kind: text for kind, text in told.items() if text}
+        self.put_into("figures", name, {"file": file} | said | ({"cover": True} if cover else {}))
+
+    def _place(self, file: str) -> Path:
+        assert self.folder is not None
+        path = self.folder / file
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _write(self) -> None:
+        if self.folder is not None:
+            write_json(self._place(FILE), self.content)
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's types: NumPy's become Python's, what is not finite becomes None.
+
+    Raises
+    ------
+    MoeeError
+        Something JSON has no type for.
+    """
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(plain(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    raise MoeeError(
+        "numbers, text, lists and mappings to record",
+        f"a {type(value).__name__}",
+        "record the numbers inside it, or keep it as a table or a figure",
+    )
+
+
+def picture(fig: Figure) -> bytes:
+    """``fig`` as PNG at the resolution of the house style, without date or version."""
+    buffer = io.BytesIO()
+    fig.savefig(
+        buffer,
+        format="png",
+        dpi=fig.dpi,
+        bbox_inches="tight",
+        facecolor="white",
+        metadata={"Software": None},
+    )
+    return buffer.getvalue()
+
+
+def alternative(figure: Mapping[str, Any]) -> str:
+    """What stands for a kept figure where it is not seen: its ``finding``, then its ``caption``."""
+    return " ".join(text for kind in ("finding", "caption") if (text := figure.get(kind)))
+
+
+def readable(value: float | str | Mapping[str, Any] | None) -> str:
+    """``value`` as a reader likes it: three digits that count, a narrow space per thousand."""
+    if value is None:
+        return "not defined"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", "\u202f")
+    return f"{value:#.3g}".rstrip(".")
+
+
+def is_plain_index(table: pd.DataFrame) -> bool:
+    """Whether the index only counts the rows, so that a file is better without it."""
+    return isinstance(table.index, pd.RangeIndex) and table.index.name is None
+
+
+def _file_name(name: str) -> str:
+    """``name`` itself, if it can be the name of a file everywhere."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise MoeeError(
+            "a name of letters, digits, '_' and '-'",
+            repr(name),
+            "choose a short name: a file is called by it",
+        )
+    return name

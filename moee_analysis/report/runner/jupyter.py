@@ -1,0 +1,107 @@
+"""Jupyter on this interpreter, whatever else is installed on the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.utils.caches import has_home
+from moee_analysis.utils.paths import SHIPPED, notebooks_folder
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.storage.folders import scratch_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+NAME = "python3"
+QUIET = ["--IPKernelApp.log_level=ERROR"]
+NEWS = "@jupyterlab/apputils-extension:announcements"
+
+
+@contextmanager
+def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
+    """Environment variables under which the kernel ``python3`` is this very interpreter.
+
+    ``JUPYTER_PATH`` comes before the kernels of the user and of the system. A ``hermetic``
+    kernel also reads no start-up files of the user, writes nothing into the home folder, and its
+    temporary files go when this is closed. A user without a home that can be written to has one
+    for as long: Jupyter needs it.
+    """
+    from ipykernel.kernelspec import write_kernel_spec
+
+    with scratch_folder("kernel") as folder:
+        name = str(folder)
+        write_kernel_spec(folder / "kernels" / NAME, extra_arguments=QUIET)
+        private = {
+            "IPYTHONDIR": f"{name}/ipython", "JUPYTER_RUNTIME_DIR": f"{name}/runtime",
+            "TMPDIR": _made(folder / "tmp"),
+        }  # fmt: skip
+        homeless = {} if has_home() else {"HOME": name}
+        paths = _first("JUPYTER_PATH", name)
+        yield {**os.environ, **homeless, **paths, **(private if hermetic else {})}
+
+
+def _made(folder: Path) -> str:
+    folder.mkdir()
+    return str(folder)
+
+
+def _first(variable: str, folder: str) -> dict[str, str]:
+    """The environment's ``variable`` with ``folder`` before those that are listed there."""
+    others = os.environ.get(variable)
+    return {variable: os.pathsep.join([folder, others] if others else [folder])}
+
+
+def open_lab(options: Sequence[str] = ()) -> int:
+    """Open JupyterLab on the project's notebooks, with this interpreter; return its exit code.
+
+    ``options`` are JupyterLab's own, such as ``--no-browser``; they win over ours.
+
+    Raises
+    ------
+    MoeeError
+        JupyterLab is not installed.
+    """
+    if find_spec("jupyterlab") is None:
+        raise MoeeError(
+            f"JupyterLab beside {sys.executable}", "none",
+            "pip install jupyterlab, or read the notebooks in another editor",
+        )  # fmt: skip
+    command = [sys.executable, "-m", "jupyterlab", *options]
+    with own_kernel() as environment, _settings() as folder:
+        lab = subprocess.Popen(command, env=environment | _first("JUPYTER_CONFIG_PATH", folder))
+        while True:
+            try:
+                return lab.wait()
+            except KeyboardInterrupt:  # JupyterLab hears it too, and asks whether it is meant
+                continue
+            except SystemExit:
+                lab.terminate()
+                lab.wait()
+                raise
+
+
+@contextmanager
+def _settings() -> Iterator[str]:
+    """A folder of settings for JupyterLab; options on its command line win over them.
+
+    It opens the folder of the notebooks, and leaves out the plugin that asks on the first start
+    whether to fetch news, and looks for updates. The root is the checkout, so that documents
+    beside the notebooks can be opened too; where the notebooks lie inside an installed package,
+    it is their folder alone.
+    """
+    notebooks = notebooks_folder()
+    alone = notebooks.parent.name == SHIPPED
+    root, url = (notebooks, "/lab") if alone else (notebooks.parent, f"/lab/tree/{notebooks.name}")
+    with scratch_folder("lab") as folder:
+        (folder / "labconfig").mkdir()
+        write_json(folder / "jupyter_server_config.json", {"ServerApp": {"root_dir": str(root)}})
+        write_json(folder / "jupyter_lab_config.json", {"LabApp": {"default_url": url}})
+        write_json(folder / "labconfig" / "page_config.json", {"disabledExtensions": {NEWS: True}})
+        yield str(folder)

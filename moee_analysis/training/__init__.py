@@ -1,0 +1,1 @@
+"""Training: fine-tuning by distillation, and supervised."""

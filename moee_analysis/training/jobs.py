@@ -1,0 +1,162 @@
+"""Trainings that the store keeps, one after the other or in processes side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import fingerprint
+from moee_analysis.training.batches import Loaded
+from moee_analysis.training.supervised import train
+from moee_analysis.utils.progress import progress
+from moee_analysis.utils.signals import die_after
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.storage.store import content_key, kept, present
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from moee_analysis.data.images import ImageSet
+    from moee_analysis.training.supervised_config import SupervisedConfig
+
+HISTORY, RIGHT, WEIGHTS = "history.csv", "right.npy", "model.safetensors"
+"""Files of a training: what ``train`` returns."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A model to train by a recipe; errors call it by its name."""
+
+    name: str
+    model: nn.Module
+    config: SupervisedConfig
+
+
+@dataclass
+class TrainingBench:
+    """Where jobs are done: images to train on and to evaluate, and the store of the results."""
+
+    training: ImageSet
+    images: ImageSet
+    store: Path
+    loaded: tuple[Loaded, Loaded] | None = None
+
+    def all_done(self, jobs: Sequence[TrainingJob], *, workers: int = 1) -> list[Path]:
+        """Do all jobs that the store does not have; return the folders of all.
+
+        Every training computes with one thread on a CPU, so its bytes are the same with any number
+        of processes.
+
+        Raises
+        ------
+        MoeeError
+            What ``train`` refuses, and the job's name.
+        """
+        folders = [self.folder(job) for job in jobs]
+        missing = {f: job for f, job in zip(folders, jobs, strict=True) if not present(f)}
+        if workers > 1 and len(missing) > 1:
+            doing = self._side_by_side(missing, min(workers, len(missing)))
+        else:
+            doing = (self.do(job, folder) for folder, job in missing.items())
+        deque(progress(doing, label="trainings", total=len(missing)), maxlen=0)
+        return folders
+
+    def folder(self, job: TrainingJob) -> Path:
+        """Where a job is, or will be, kept: by everything that decides it."""
+        key = content_key(
+            model=fingerprint(job.model),
+            settings=_settings(job.model),
+            training=self.training.fingerprint,
+            images=self.images.fingerprint,
+            config=asdict(job.config),
+        )
+        return self.store / f"trained-{key}"
+
+    def do(self, job: TrainingJob, folder: Path) -> None:
+        """Train and keep, unless the folder is there."""
+        try:
+            kept(folder.parent, folder.name, partial(self._fill, job=job))
+        except MoeeError as error:
+            found = f"'{job.name}': {error.found}"
+            raise MoeeError(error.expected, found, error.hint) from None
+
+    def _fill(self, folder: Path, *, job: TrainingJob) -> None:
+        if self.loaded is None:
+            both = (Loaded.of(images, job.model) for images in (self.training, self.images))
+            self.loaded = tuple(both)
+        training, images = self.loaded
+        with _one_thread():
+            trained = train(job.model, training, job.config, check=images)
+        trained.history.to_csv(folder / HISTORY, index=False)
+        np.save(folder / RIGHT, trained.right)
+        save_file(trained.model.state_dict(), folder / WEIGHTS)
+        write_json(folder / "config.json", asdict(job.config))
+
+    def _side_by_side(self, missing: dict[Path, TrainingJob], workers: int) -> Iterator[None]:
+        """Do jobs in fresh processes, each of which loads the images once."""
+        bare = TrainingBench(self.training, self.images, self.store)
+        with (
+            ProcessPoolExecutor(
+                workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(bare,)
+            ) as pool,
+            _stopped_with_us(pool),
+        ):
+            yield from pool.map(_do, missing.values(), missing)
+
+
+_OWN: list[TrainingBench] = []  # of a process that was begun for jobs
+
+
+def _begin(bench: TrainingBench) -> None:
+    die_after(multiprocessing.parent_process().join)
+    _OWN.append(bench)
+
+
+def _do(job: TrainingJob, folder: Path) -> None:
+    _OWN[-1].do(job, folder)
+
+
+@contextmanager
+def _stopped_with_us(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Where a person or a signal stops us, jobs that are under way are not waited for."""
+    others = set(multiprocessing.active_children())
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What every module is and was told, but for its weights: rates of dropout, noise, numbers."""
+    plain = (int, float, str, type(None))
+    return {
+        name: {"": type(module).__name__}
+        | {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "training"}
+        for name, module in model.named_modules()
+    }

@@ -1,0 +1,113 @@
+"""What decides a training on labelled images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.training.augmentation import AUGMENTATIONS
+from moee_analysis.utils.checks import (
+    not_none,
+    one_of,
+    real_number,
+    seed_number,
+    share,
+    whole_number,
+)
+
+FLIP = "flip"
+"""Augmentation by mirroring alone: images are prepared once."""
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """How a model learns the labels of images, by cross-entropy; as MoE Jetpack does, in short.
+
+    Attributes
+    ----------
+    steps
+        Updates, each of ``batch_size`` images; passes over the images follow each other without a
+        gap, each in an order of its own.
+    learning_rate
+        AdamW's, after a linear warm-up over the share ``warmup`` of the steps; from there it falls
+        to one percent by a cosine.
+    weight_decay
+        Of matrices; norms, biases, temperatures and position embeddings have none.
+    layer_decay
+        Factor between the rates of one layer and the one above. Whatever belongs to a layer with
+        experts, and the norm before it, learns at the full rate.
+    label_smoothing
+        Share of every target that is spread over all classes.
+    mixup, cutmix
+        Parameters of the Beta distributions of timm's ``Mixup``; 0 switches them off.
+    augmentation
+        ``none``, ``flip`` (mirror images, one half), ``light`` or ``strong``
+        (``augmentation``).
+    balance_weight
+        Of the losses by which top-k routers learn to use their experts alike, as in V-MoE
+        (``balance_losses``).
+    clip
+        Largest norm of the gradients.
+    check_every
+        Steps between two looks at images that are not trained on; None: at the end only.
+    seed
+        Of the order of images, augmentation, and everything random in the model.
+
+    Raises
+    ------
+    MoeeError
+        A value out of its range.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augmentation: str = FLIP
+    balance_weight: float = 0.01
+    clip: float = 5.0
+    check_every: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            whole_number(name, getattr(self, name))
+        for name, value in not_none(self, "check_every"):
+            whole_number(name, value)
+        seed_number(self.seed)
+        one_of("augmentation", self.augmentation, (FLIP, *AUGMENTATIONS))
+        for name in ("learning_rate", "clip"):
+            real_number(name, getattr(self, name), above=0)
+        for name in ("weight_decay", "mixup", "cutmix", "balance_weight"):
+            real_number(name, getattr(self, name), least=0)
+        for name in ("warmup", "label_smoothing"):
+            real_number(name, getattr(self, name), least=0, below=1)
+        share("layer_decay", self.layer_decay)
+        if self.mixes and self.batch_size % 2:
+            raise MoeeError(
+                "an even batch_size with mixup or cutmix", str(self.batch_size), "correct it"
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def share(self, step: int) -> float:
+        """Share of the learning rate in update ``step``, counted from 0."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        done = (step - warm) / max(1, self.steps - 1 - warm)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+    def checked(self, step: int) -> bool:
+        """Whether the model is looked at after so many updates."""
+        every = self.check_every or self.steps
+        return step == self.steps or step % every == 0

@@ -1,0 +1,1 @@
+"""Small things that any program needs: settings, signals, progress, processes, versions."""

@@ -1,0 +1,101 @@
+"""Progress that fits where it is shown: a bar for a person, a few lines for a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+from tqdm.std import tqdm
+
+from moee_analysis.outside_text import printable
+from moee_analysis.utils.distributed import rank
+
+T = TypeVar("T")
+
+SHORT = 3.0  # seconds that a log has nothing to say about
+
+_UNWATCHED: ContextVar[bool] = ContextVar("unwatched", default=False)
+
+
+def is_headless() -> bool:
+    """Whether nobody is watching: ``MOEE_HEADLESS=1`` (as in reports), or :func:`unwatched`."""
+    return _UNWATCHED.get() or os.environ.get("MOEE_HEADLESS") == "1"
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """While open, nothing is said of progress: for one of many jobs that have a bar in common."""
+    before = _UNWATCHED.set(True)
+    try:
+        yield
+    finally:
+        _UNWATCHED.reset(before)
+
+
+def tell(line: str) -> None:
+    """Print a line, once for all processes; bars make room for it."""
+    if rank() == 0:
+        with tqdm.external_write_mode():
+            print(printable(line), flush=True)
+
+
+def tell_progress(line: str) -> None:
+    """Print a line for whoever is watching, once for all processes."""
+    if not is_headless():
+        tell(line)
+
+
+def progress(
+    items: Iterable[T], *, label: str, total: int | None = None, delay: float = 0.0
+) -> Iterator[T]:
+    """Yield ``items`` and say how far along we are, and how much time is left.
+
+    A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
+    a plain log one line per tenth of what takes longer than :data:`SHORT`. A bar within another
+    one vanishes when it is full. Of several processes the first one speaks. Bars of many short
+    steps appear after a ``delay`` in seconds, if they have not ended by then.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if is_headless() or rank() > 0:
+        return iter(items)
+    if is_in_notebook():
+        from tqdm.notebook import tqdm as notebook_tqdm
+
+        return iter(notebook_tqdm(items, desc=label, total=total, delay=delay))
+    if has_bars():
+        return iter(tqdm(items, desc=label, total=total, leave=None, delay=delay))
+    return _logged(items, label, total)
+
+
+def has_bars() -> bool:
+    """Whether a person watches a terminal in which bars can move."""
+    return not is_headless() and rank() == 0 and sys.stderr.isatty()
+
+
+def is_in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and shell.config.get("IPKernelApp") is not None
+
+
+def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    tenth, begun = max(1, -(-(total or 1) // 10)), time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        passed = time.monotonic() - begun
+        if passed > SHORT and total and (done % tenth == 0 or done == total):
+            line = f"{label}: {done}/{total}, {_time_told(passed, done, total)}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _time_told(passed: float, done: int, total: int) -> str:
+    """How much time is left if all is like what is ``done``, or how much it took."""
+    if done == total:
+        return f"took {tqdm.format_interval(passed)}"
+    return f"{tqdm.format_interval(passed / done * (total - done))} left"

@@ -1,0 +1,34 @@
+"""Opening a finished page where somebody can look at it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import webbrowser
+from typing import TYPE_CHECKING
+
+from moee_analysis.utils.progress import is_headless, tell
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def open_page(page: Path) -> bool:
+    """Open a ``page`` in the user's browser, and say whether that was possible.
+
+    Where there is no screen it is not tried: a browser in the terminal would take that over.
+    """
+    page = page.resolve()
+    if has_screen() and webbrowser.open(page.as_uri()):
+        return True
+    tell(f"no browser to open here: {page}")
+    return False
+
+
+def has_screen() -> bool:
+    """Whether a browser could show something: always on a desktop system, else by a display."""
+    if is_headless():
+        return False
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))

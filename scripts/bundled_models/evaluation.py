@@ -1,0 +1,136 @@
+"""How good a model of the scenes is, and whether the task is hard enough to tell models apart."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moee_analysis.data.scenes.canvas import PARTS, SIDE
+from moee_analysis.data.scenes.scene import CLASSES, scene
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.utils.progress import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+PATCH = 8
+GRID = SIDE // PATCH
+_ROWS, _COLUMNS = np.indices((SIDE, SIDE)) // PATCH
+_PATCH_STARTS = (_ROWS * GRID + _COLUMNS) * len(PARTS)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Rendered scenes in memory.
+
+    Attributes
+    ----------
+    images
+        uint8 [n, 64, 64, 3].
+    labels
+        int64 [n], indices into `CLASSES`.
+    parts
+        uint8 [n, 64, parts]: in each 8 x 8 patch, row by row, how many pixels show each part.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    parts: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> Pictures:
+        """The first ``count`` of them."""
+        return Pictures(self.images[:count], self.labels[:count], self.parts[:count])
+
+
+def rendered(split: str, count: int) -> Pictures:
+    """Render the first ``count`` scenes of a split."""
+    images = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
+    labels = np.empty(count, dtype=np.int64)
+    parts = np.empty((count, GRID * GRID, len(PARTS)), dtype=np.uint8)
+    for index in progress(range(count), label=f"rendering {split}"):
+        drawn = scene(split, index)
+        images[index], labels[index] = drawn.image, drawn.label
+        parts[index] = part_counts(drawn.parts)
+    return Pictures(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(parts))
+
+
+def part_counts(mask: np.ndarray) -> np.ndarray:
+    """Pixels of each part in each patch of a part mask, [64, parts]."""
+    counts = np.bincount((_PATCH_STARTS + mask).ravel(), minlength=GRID * GRID * len(PARTS))
+    return counts.reshape(GRID * GRID, len(PARTS))
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """Pictures as the model takes them: float [n, 3, 64, 64], -1 to 1."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, pictures: Pictures) -> torch.Tensor:
+    """Predicted class of each picture, int64 [n]."""
+    model.eval()
+    batches = pictures.images.split(250)
+    return torch.cat([model(normalised(batch)).argmax(1) for batch in batches])
+
+
+def top1(model: nn.Module, pictures: Pictures) -> float:
+    """Share of the pictures whose predicted class is right."""
+    return (predictions(model, pictures) == pictures.labels).double().mean().item()
+
+
+def per_class(model: nn.Module, pictures: Pictures) -> dict[str, float]:
+    """Top-1 of each class."""
+    right = predictions(model, pictures) == pictures.labels
+    return {
+        CLASSES[index]: round(right[pictures.labels == index].double().mean().item(), 4)
+        for index in pictures.labels.unique().tolist()
+    }
+
+
+def hidden_variances(model: nn.Module, pictures: Pictures) -> list[torch.Tensor]:
+    """Variance of each hidden neuron's activation over all tokens, one float64 [hidden] a layer."""
+    moments = [torch.zeros(3, 1, dtype=torch.float64) for _ in find_mlps(model)]
+
+    def add(layer: int, _module: nn.Module, _inputs: object, a: torch.Tensor) -> None:
+        a = a.flatten(0, -2).double()
+        batch = (torch.full_like(a[0], len(a)), a.sum(0), a.square().sum(0))
+        moments[layer] = moments[layer] + torch.stack(batch)
+
+    with _hooked(model, [partial(add, layer) for layer in range(len(moments))]):
+        predictions(model, pictures)
+    return [squares / n - (total / n) ** 2 for n, total, squares in moments]
+
+
+@contextmanager
+def half_pruned(model: nn.Module, calibration: Pictures) -> Iterator[None]:
+    """Silence, in every layer, the half of the hidden neurons that varies least.
+
+    Nothing makes up for them. A model that hardly suffers could not tell a good compression from
+    a bad one, so this is the check that the task is hard enough.
+    """
+    hooks = []
+    for variance in hidden_variances(model, calibration):
+        keep = torch.zeros(len(variance))
+        keep[variance.argsort(descending=True)[: len(variance) // 2]] = 1.0
+        hooks.append(lambda _module, _inputs, a, keep=keep: a * keep)
+    with _hooked(model, hooks):
+        yield
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Sequence[object]) -> Iterator[None]:
+    """Call one forward hook on the activations of each layer's MLP; gone afterwards."""
+    with ExitStack() as stack:
+        for site, hook in zip(find_mlps(model), hooks, strict=True):
+            stack.callback(site.module(model).act.register_forward_hook(hook).remove)
+        yield

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.layers import Mlp
+
+from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+
+DIM, HIDDEN, EXPERTS = 6, 10, 3
+
+
+def made(*, bias=True, drop=0.0):
+    """MLPs of random weights, and the same as experts."""
+    torch.manual_seed(0)
+    mlps = [Mlp(DIM, HIDDEN, bias=bias).double() for _ in range(EXPERTS)]
+    return mlps, ExpertMlps(mlps, mlps[0].act, drop=drop)
+
+
+def inputs(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_expert_is_its_mlp(bias):
+    mlps, experts = made(bias=bias)
+    x = inputs(2, EXPERTS, 5, DIM)
+    each = [[mlp(x[image, e]) for e, mlp in enumerate(mlps)] for image in range(2)]
+    torch.testing.assert_close(experts(x), torch.stack([torch.stack(row) for row in each]))
+
+
+@pytest.mark.parametrize("counts", [(4, 1, 2), (0, 7, 0), (3, 3, 3), (0, 0, 0)])
+def test_unequal_numbers_of_inputs(counts):
+    mlps, experts = made()
+    x = inputs(sum(counts), DIM)
+    each = [mlp(part) for mlp, part in zip(mlps, x.split(counts), strict=True)]
+    torch.testing.assert_close(experts.in_turn(x, counts), torch.cat(each))
+
+
+def test_weights_are_copies():
+    mlps, experts = made()
+    x = inputs(1, EXPERTS, 2, DIM)
+    before = experts(x)
+    for mlp in mlps:
+        torch.nn.init.zeros_(mlp.fc1.weight)
+    torch.testing.assert_close(experts(x), before, rtol=0, atol=0)
+
+
+def test_sizes_and_state():
+    mlps, experts = made()
+    assert (experts.n_experts, experts.hidden) == (EXPERTS, HIDDEN)
+    other = ExpertMlps([mlps[2], mlps[1], mlps[0]], mlps[0].act)
+    other.load_state_dict(experts.state_dict())
+    x = inputs(1, EXPERTS, 2, DIM)
+    torch.testing.assert_close(other(x), experts(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 3), (2, 2, 2)])
+def test_gradients_are_those_of_each_mlp(counts):
+    mlps, experts = made()
+    x = inputs(sum(counts), DIM)
+    experts.in_turn(x, counts).square().sum().backward()
+    for e, (mlp, part) in enumerate(zip(mlps, x.split(counts), strict=True)):
+        mlp(part).square().sum().backward()
+        torch.testing.assert_close(experts.fc1_weight.grad[e], mlp.fc1.weight.grad)
+        torch.testing.assert_close(experts.fc2_weight.grad[e], mlp.fc2.weight.grad)
+        torch.testing.assert_close(experts.fc2_bias.grad[e], mlp.fc2.bias.grad)
+
+
+def test_hidden_activations_drop_out_in_training_only():
+    _, experts = made(drop=0.5)
+    x = inputs(1, EXPERTS, 50, DIM)
+    assert ((experts(x) == 0).double().mean() - 0.5).abs() < 0.1
+    experts.eval()
+    torch.testing.assert_close(experts(x), experts(x), rtol=0, atol=0)
+    plain = copy.deepcopy(experts)
+    plain.drop = torch.nn.Identity()
+    torch.testing.assert_close(experts(x), plain(x), rtol=0, atol=0)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moee_analysis.baselines.common.replace_mlps import chosen, exchanged, places
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import find_mlps
+from tests.helpers.families import small
+from tests.helpers.makers import hooks_of, pixels_of
+from tests.helpers.toys import toy_swin, toy_vit
+
+
+def test_layers_are_chosen_in_order():
+    sites = find_mlps(toy_vit())
+    assert chosen(sites, (2, 0, 2)) == [sites[0], sites[2]]
+
+
+@pytest.mark.parametrize("layers", [(), (3,), (0, -1)])
+def test_layers_that_are_not_there_are_refused(layers):
+    with pytest.raises(MoeeError, match="layers between 0 and 2"):
+        chosen(find_mlps(toy_vit()), layers)
+
+
+@pytest.mark.parametrize(("model", "expected"), [
+    (toy_vit(), [(1, 17)] * 3),
+    (toy_swin(), [(1, 64), (1, 16)]),
+    (small("small_convnext"), [(1, 256), (1, 64), (1, 16), (1, 16), (1, 4)]),
+    (small("small_mobilevit"), [(4, 16), (4, 4), (4, 4)]),  # one for each pixel of a 2 x 2 patch
+])  # fmt: skip
+def test_places_have_the_tokens_that_are_routed_together(model, expected):
+    found = places(model, find_mlps(model))
+    assert [(place.groups, place.tokens) for place in found] == expected
+    assert hooks_of(model) == 0
+
+
+def test_what_is_exchanged_has_device_precision_and_trainability_of_the_mlp():
+    dense = toy_vit().double()
+    dense.blocks[1].requires_grad_()
+    sites = find_mlps(dense)
+    model = exchanged(dense.train(), {site: lambda mlp: nn.Linear(32, 32) for site in sites[:2]})
+    first, second, third = (block.mlp for block in model.blocks)
+    assert not model.training
+    assert first.weight.dtype == torch.float64
+    assert [first.weight.requires_grad, second.weight.requires_grad] == [False, True]
+    assert type(third) is type(dense.blocks[0].mlp)
+    assert model(pixels_of(dense).double()).shape == (4, 6)

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
+from moee_analysis.baselines.common.soft_moe_router import SoftRouter
+from moee_analysis.baselines.jetpack import JetpackConfig, convert, narrowed
+from moee_analysis.baselines.jetpack import narrow_model as successor
+from moee_analysis.baselines.jetpack.sphero_router import SpheroRouter
+from moee_analysis.data.images import load_images
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import find_mlps, load_model
+from moee_analysis.models.macs import count
+from tests.helpers.makers import hooks_of, same_models
+from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.widened import (
+    convnext,
+    lively_ones,
+    vit,
+    widened_convnext,
+    widened_vit,
+)
+
+METHODS = ("importance", "graph", "uniform", "random")
+IMAGES = toy_images(12)
+FEW = {"core": 3, "universal": 5}
+MAKERS = {"vit": toy_vit, "convnext": lambda: lively_ones(convnext(32))}
+
+
+def pixels():
+    return next(IMAGES.batches(toy_vit()))
+
+
+def slot_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}
+
+
+def expert(layer, number, *, group=0):
+    """One expert as a function of tokens (n, dim)."""
+    experts = layer.groups[group]
+    return lambda x: experts(x.expand(1, experts.n_experts, *x.shape))[0, number]
+
+
+def tokens(dim, count=7):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(0))
+
+
+# What the experts are
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_evenly_spaced_core_experts_of_the_same_width_are_the_dense_mlp(name):
+    dense = MAKERS[name]()
+    model = convert(dense, IMAGES, JetpackConfig(method="uniform", **FEW))
+    for place, layer in slot_layers(model).items():
+        mlp = dense.get_submodule(place)
+        x = tokens(mlp.fc1.in_features)
+        for number in range(3):
+            torch.testing.assert_close(expert(layer, number)(x), mlp(x))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("method", ["importance", "graph"])
+def test_core_experts_find_all_that_was_planted(name, method):
+    if name == "vit":
+        wide, width = widened_vit(lively_ones(vit(2))), 16
+    else:
+        wide, width = widened_convnext(lively_ones(convnext(16))), 16
+    config = JetpackConfig(width=width, method=method, **FEW)
+    small = narrowed(wide, IMAGES, config)
+    for place, layer in slot_layers(convert(wide, IMAGES, config)).items():
+        mlp = small.get_submodule(place)
+        x = tokens(mlp.fc1.in_features)
+        if method == "importance":  # what never fires is drawn last
+            for number in range(3):
+                torch.testing.assert_close(expert(layer, number)(x), mlp(x))
+        torch.testing.assert_close(layer.groups[0].fc2_bias[1], mlp.fc2.bias)
+        assert layer.groups[0].hidden == mlp.fc1.out_features
+
+
+@pytest.mark.parametrize("consistent", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_differ_unless_they_are_evenly_spaced(method, consistent):
+    config = JetpackConfig(
+        width=16, method=method, consistent_channels=consistent, core=4, universal=4, seed=1
+    )
+    model = convert(toy_vit(), IMAGES, config)
+    for layer in slot_layers(model).values():
+        for group in layer.groups:
+            distinct = len({tuple(weights.flatten().tolist()) for weights in group.fc1_weight})
+            assert (distinct == 1) == (method == "uniform")
+
+
+def test_all_experts_of_the_model_share_its_channels_or_draw_their_own():
+    shared, own = (
+        convert(
+            lively_ones(toy_vit()), IMAGES, JetpackConfig(width=16, consistent_channels=c, **FEW)
+        )
+        for c in (True, False)
+    )
+    b2 = {n: m.groups[0].fc2_bias for n, m in slot_layers(shared).items()}
+    assert all(len(torch.unique(biases, dim=0)) == 1 for biases in b2.values())
+    b2 = {n: m.groups[0].fc2_bias for n, m in slot_layers(own).items()}
+    assert all(len(torch.unique(biases, dim=0)) == 3 for biases in b2.values())
+
+
+def test_small_experts_of_the_released_code_thin_out_a_large_one():
+    config = JetpackConfig(
+        width=16, method="uniform", consistent_channels=False, universal_ratio=0.5, **FEW
+    )
+    dense = toy_vit()
+    layer = slot_layers(convert(dense, IMAGES, config))["blocks.2.mlp"]
+    large = np.linspace(0, 63, 32).round()
+    small = large[np.linspace(0, 31, 16).round().astype(int)]
+    channels = np.linspace(0, 31, 16).round()
+    expected = dense.blocks[2].mlp.fc1.weight[small][:, channels]
+    assert torch.equal(layer.groups[1].fc1_weight[0], expected)
+
+
+def test_sizes_are_as_told():
+    config = JetpackConfig(width=16, universal_ratio=0.25, slots=2, layers=(0, 2), **FEW)
+    layers = slot_layers(convert(toy_vit(), IMAGES, config))
+    assert set(layers) == {"blocks.0.mlp", "blocks.2.mlp"}
+    core, universal = layers["blocks.0.mlp"].groups
+    assert (core.n_experts, core.hidden, universal.n_experts, universal.hidden) == (3, 32, 5, 8)
+    assert layers["blocks.0.mlp"].router.queries.shape == (8, 2, 16)
+
+
+def test_by_default_there_are_half_as_many_core_experts_as_patches():
+    layers = slot_layers(convert(toy_vit(), IMAGES, JetpackConfig(method="uniform")))
+    assert set(layers) == {"blocks.1.mlp", "blocks.2.mlp"}  # the second half, at least
+    for layer in layers.values():
+        assert [group.n_experts for group in layer.groups] == [8, 16]
+    staged = slot_layers(convert(MAKERS["convnext"](), IMAGES, JetpackConfig(method="uniform")))
+    experts = {n: [g.n_experts for g in layer.groups] for n, layer in staged.items()}
+    assert experts["stages.1.blocks.1.mlp"] == [8, 16]  # 4 x 4 patches
+    assert experts["stages.3.blocks.0.mlp"] == [1, 2]  # a single one
+
+
+def test_one_kind_of_experts_will_do():
+    model = convert(toy_vit(), IMAGES, JetpackConfig(core=0, universal=4))
+    assert [len(layer.groups) for layer in slot_layers(model).values()] == [1, 1]
+    assert model(pixels()).shape == (12, 6)
+
+
+# The dense part
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("width", [None, 16])
+def test_outside_its_experts_it_is_the_narrowed_model(name, width):
+    config = JetpackConfig(width=width, **FEW)
+    dense = MAKERS[name]()
+    small = narrowed(dense, IMAGES, config).state_dict()
+    model = convert(dense, IMAGES, config)
+    new = {f"{n}.{p}" for n, layer in slot_layers(model).items() for p in layer.state_dict()}
+    rest = {n: t for n, t in model.state_dict().items() if n not in new}
+    assert rest
+    assert all(torch.equal(small[n], t) for n, t in rest.items())
+
+
+@pytest.mark.parametrize("head", ["fresh", "recycled"])
+def test_a_dense_part_may_come_from_another_model(head):
+    dense = toy_vit()
+    part = successor(dense, 16, seed=9)
+    config = JetpackConfig(width=16, consistent_channels=False, head=head, **FEW)
+    model = convert(dense, IMAGES, config, dense_part=part)
+    assert torch.equal(model.pos_embed, part.pos_embed)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, part.blocks[0].mlp.fc1.weight)
+    assert torch.equal(model.head.weight, part.head.weight) == (head == "recycled")
+
+
+@pytest.mark.parametrize("part", [toy_vit, lambda: successor(toy_vit(depth=2), 16)])
+def test_a_dense_part_of_another_size_is_refused(part):
+    with pytest.raises(MoeeError, match="dense part that is a VisionTransformer of width 16"):
+        convert(toy_vit(), IMAGES, JetpackConfig(width=16), dense_part=part())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_dense_model_is_not_touched(name):
+    dense = MAKERS[name]()
+    before = {n: t.clone() for n, t in dense.state_dict().items()}
+    model = convert(dense, IMAGES, JetpackConfig(method="graph", **FEW))
+    model.requires_grad_(requires_grad=True)
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    assert all(torch.equal(before[n], t) for n, t in dense.state_dict().items())
+    assert hooks_of(dense) == 0
+    assert not any(p.requires_grad for p in dense.parameters())
+
+
+# The model
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("router", ["sphero", "soft"])
+def test_it_is_deterministic_in_evaluation_and_noisy_in_training(name, router):
+    config = JetpackConfig(width=16, router=router, num_classes=4, **FEW)
+    model, x = convert(MAKERS[name](), IMAGES, config), pixels()
+    assert not model.training
+    assert model(x).shape == (12, 4)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("combine", ["softmax", "entmax15"])
+def test_gradients_reach_queries_temperatures_and_all_experts(combine):
+    config = JetpackConfig(width=16, combine=combine, drop=0.0, expert_drop=0.0, **FEW)
+    model = convert(toy_vit(), IMAGES, config).requires_grad_(requires_grad=True).train()
+    model(pixels()).square().sum().backward()
+    for layer in slot_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad.abs().sum() > 0, name
+        for group in layer.groups:
+            assert (group.fc1_weight.grad.abs().sum(dim=(1, 2)) > 0).all()
+
+
+def test_the_configuration_reaches_the_layers():
+    config = JetpackConfig(
+        router="sphero", temperature=0.7, noise=0.3, normalize_key=False, drop=0.2,
+        expert_drop=0.4, expert_drop_mode="sample", **FEW,
+    )  # fmt: skip
+    layers = slot_layers(convert(toy_vit(), IMAGES, config))
+    for index, layer in ((1, layers["blocks.1.mlp"]), (2, layers["blocks.2.mlp"])):
+        router = layer.router
+        assert isinstance(router, SpheroRouter)
+        assert router.dispatch_temperature.item() == pytest.approx(0.7)
+        assert (router.noise, router.normalize_key) == (0.3, False)
+        assert layer.groups[0].drop.p == 0.2
+        assert layer.drop.rate == pytest.approx(0.4 * index / 2)  # linear in depth
+        assert layer.drop.of_images
+    soft = slot_layers(convert(toy_vit(), IMAGES, JetpackConfig(router="soft", **FEW)))
+    assert all(isinstance(layer.router, SoftRouter) for layer in soft.values())
+
+
+def test_layers_have_queries_of_their_own():
+    layers = slot_layers(convert(toy_vit(), IMAGES, JetpackConfig(**FEW)))
+    first, second = (layer.router.queries for layer in layers.values())
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides(method):
+    first, again, other = (
+        convert(toy_vit(), IMAGES, JetpackConfig(width=16, method=method, seed=seed, **FEW))
+        for seed in (1, 1, 2)
+    )
+    assert same_models(first, again)
+    assert not same_models(first, other)
+
+
+def test_blind_methods_do_not_look_at_images():
+    nothing = IMAGES.take([])
+    for method in ("uniform", "random"):
+        convert(toy_vit(), nothing, JetpackConfig(width=16, method=method, **FEW))
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("saved", [0.05, 0.1])
+@pytest.mark.parametrize("experts", [{}, {"core": 1, "universal": 1}])
+def test_a_budget_is_met_to_within_a_step(name, saved, experts):
+    dense = MAKERS[name]()
+    config = JetpackConfig(method="uniform", macs_reduction=saved, **experts)
+    model = convert(dense, IMAGES, config)
+    budget = (1 - saved) * count(dense).total
+    spent = count(model, sites=[]).total
+    steps = []
+    for place, layer in slot_layers(model).items():
+        tokens = count(dense).tokens[place]
+        mixing = 3 * tokens * layer.n_experts
+        hidden = sum(2 * group.n_experts * group.hidden for group in layer.groups)
+        units = layer.slots if experts else layer.groups[0].n_experts
+        steps.append(layer.groups[0].fc1_weight.shape[2] * layer.slots * (mixing + hidden) / units)
+    assert budget - min(steps) < spent <= budget
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"macs_reduction": 0.9}, "MACs reduction of at most"),
+        ({"macs_reduction": 0.1, "width": 16}, "at the dense model's width"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(settings, expected):
+    with pytest.raises(MoeeError, match=expected):
+        convert(toy_vit(), IMAGES, JetpackConfig(method="uniform", **settings))
+
+
+def test_the_largest_saving_it_names_can_be_had():
+    with pytest.raises(MoeeError) as error:
+        convert(toy_vit(), IMAGES, JetpackConfig(method="uniform", macs_reduction=0.9))
+    most = float(error.value.expected.split()[-1].rstrip("%")) / 100
+    convert(toy_vit(), IMAGES, JetpackConfig(method="uniform", macs_reduction=most - 0.001))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"method": "copy"}, "method among importance"),
+        ({"combine": "max"}, "combine among"),
+        ({"core": 3}, "None for both"),
+        ({"core": 0, "universal": 0}, "not both 0"),
+        ({"width": 0}, "width as a whole number"),
+        ({"slots": 0}, "slots as a whole number"),
+        ({"universal_ratio": 0}, "universal_ratio as a share"),
+        ({"temperature": 0}, "temperature as a number above 0"),
+        ({"drop": 1.0}, "drop as a number at least 0 and below 1"),
+        ({"noise": -1.0}, "noise as a number at least 0"),
+        ({"macs_reduction": 0.2, "slots": 2}, "macs_reduction or slots"),
+        ({"head": "recycled", "num_classes": 3}, "fresh head"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, expected):
+    with pytest.raises(MoeeError, match=expected):
+        JetpackConfig(**settings)
+
+
+def test_layers_that_are_not_there_are_refused():
+    with pytest.raises(MoeeError, match="layers between 0 and 2"):
+        convert(toy_vit(), IMAGES, JetpackConfig(layers=(3,)))
+
+
+# The bundled models
+
+
+@pytest.mark.parametrize(("name", "width"), [("bundled", 32), ("bundled_convnext", 64)])
+def test_the_bundled_models_convert_and_know_their_images(name, width):
+    dense, images = load_model(name), load_images("bundled", split="calibration", limit=20)
+    model = convert(dense, images, JetpackConfig(width=width))
+    x = next(images.batches(model))
+    assert model(x).shape == (20, 20)
+    assert images.labels(model).tolist() == images.labels(dense).tolist()
+    assert len(slot_layers(model)) == len(find_mlps(dense)) - len(find_mlps(dense)) // 2

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+
+from moee_analysis.baselines.jetpack.published_configs import (
+    COMPONENTS,
+    CONFIGURATIONS,
+    CONTRIBUTIONS,
+    DATA_SETS,
+    METHODS,
+    built,
+    published,
+)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return published()
+
+
+def test_parameters_are_the_papers(table):
+    assert len(table) == 11
+    for row in table.itertuples():
+        rounded = abs(row.params_counted - row.params) < 0.5
+        assert rounded or row.params_counted == pytest.approx(row.params, rel=0.005), row
+
+
+def test_the_largest_ones_to_the_million(table):
+    keys = zip(table.model, table.first_layer, table.core, strict=True)
+    counted = dict(zip(keys, table.params_counted, strict=True))
+    assert counted["V-JetMoE-T", 7, 98] == pytest.approx(265.4, abs=0.1)
+    assert counted["Soft MoE-T", 7, 197] == pytest.approx(353.9, abs=0.1)
+    assert counted["V-JetMoE-S", 7, 98] == pytest.approx(1058.1, abs=0.1)
+    assert counted["Soft MoE-S", 7, 197] == pytest.approx(1412.0, abs=0.1)
+
+
+def test_macs_without_mixing_are_those_of_the_dense_model_and_the_experts(table):
+    vit = table.macs_counted[0]
+    rest = table.macs_counted - table.macs_of_mixing
+    soft = table.model == "Soft MoE-T"  # as many slots as tokens
+    assert rest[soft].item() == pytest.approx(vit, rel=1e-6)
+    jet = table[(table.model == "V-JetMoE-T") & (table.first_layer == 7) & (table.core == 98)]
+    dense_mlp, experts = 197 * 8 * 192**2, (98 + 196 / 4) * 8 * 192**2
+    expected = vit - 6 * (dense_mlp - experts) / 1e9
+    assert rest[jet.index].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_papers_flops_lie_between_ours_with_and_without_what_it_leaves_out(table):
+    least = table.macs_counted - table.macs_of_mixing - table.macs_of_attention
+    jet = table[table.core > 0]
+    assert (jet.flops > least[jet.index] - 0.05).all()
+    assert (table.flops < table.macs_counted + 0.05).all()
+
+
+def test_layers_are_counted_from_0_in_the_models():
+    rows = {row.first_layer: row.layers for row in CONFIGURATIONS if row.first_layer}
+    assert rows[11] == (10, 11)
+    assert rows[7] == (6, 7, 8, 9, 10, 11)
+
+
+def test_no_weights_are_made():
+    assert all(p.is_meta for p in built(CONFIGURATIONS[4]).parameters())
+
+
+def test_figures_that_stand_in_several_tables_agree():
+    by_name = METHODS.set_index("method")["ImageNet-1k"]
+    assert by_name["importance"] == COMPONENTS["ImageNet-1k"].iloc[-1] == 79.9
+    vit = DATA_SETS[DATA_SETS.model == "ViT-T"].set_index("data set").Jetpack
+    assert vit[["ImageNet-1k", "CIFAR-100", "Flowers"]].tolist() == (
+        COMPONENTS.iloc[-1, 1:].tolist()
+    )
+    assert CONTRIBUTIONS.layer.tolist() == list(range(7, 13))

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.baselines.common.graph_partition import METHODS, partition
+from moee_analysis.baselines.moefication.coactivation import coactivation, edges
+
+RNG = np.random.default_rng(0)
+
+
+def activations(count=35, neurons=12, *, seed=0):
+    return torch.randn(count, neurons, generator=torch.Generator().manual_seed(seed))
+
+
+def slow(hidden):
+    """The definition, neuron by neuron."""
+    count, neurons = hidden.shape
+    fired = np.maximum(hidden.numpy(), 0)
+    total = np.zeros((neurons, neurons))
+    for start in range(0, count, 8):
+        for one in range(neurons):
+            for other in range(neurons):
+                together = sum(a[one] * a[other] for a in fired[start : start + 8])
+                total[one, other] += min(1, together)
+    return total
+
+
+def firing_in_groups(groups, size, *, tokens=800):
+    """Activations of neurons that fire in groups, one for every 8 tokens; group of each neuron."""
+    truth = RNG.permutation(np.repeat(np.arange(groups), size))
+    now = np.repeat(RNG.integers(groups, size=tokens // 8), 8)
+    noise = RNG.normal(size=(tokens, groups * size))
+    fires = truth == now[:, None]
+    return torch.from_numpy(np.where(fires, np.abs(noise), -0.1 + 0.2 * (noise > 1.5))), truth
+
+
+@pytest.mark.parametrize("count", [35, 32, 3])
+def test_it_is_what_the_definition_says(count):
+    hidden = activations(count)
+    np.testing.assert_allclose(coactivation([hidden]), slow(hidden), rtol=1e-5)
+
+
+def test_blocks_of_tokens_are_added_up():
+    hidden = activations(64)
+    whole = coactivation([hidden])
+    torch.testing.assert_close(coactivation([hidden[:24], hidden[24:]]), whole)
+    torch.testing.assert_close(whole, whole.T)
+
+
+def test_negative_activations_are_none():
+    hidden = activations()
+    torch.testing.assert_close(coactivation([hidden]), coactivation([hidden.relu()]))
+    assert not coactivation([-hidden.abs()]).any()
+
+
+def test_edges_are_counted_in_units_of_the_lowest_decile_that_is_not_zero():
+    together = torch.zeros(10, 10)
+    together[:, 5:] = torch.arange(1.0, 51.0).reshape(10, 5)
+    deciles = np.percentile(together.numpy(), range(10, 101, 10))
+    unit = 0.99 * deciles[deciles > 0][0]
+    weights = edges(together)
+    assert weights.dtype == np.int64
+    for row in range(10):
+        for column in range(10):
+            value = 0 if row == column else int(float(together[row, column]) / unit)
+            assert weights[row, column] == value
+    assert (weights[np.triu_indices(10, 1)] == 0).any()
+
+
+def test_neurons_that_never_fire_have_no_edges():
+    assert not edges(coactivation([-activations().abs()])).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_neurons_that_fire_together_become_one_expert(method):
+    if method == "metis":
+        pytest.importorskip("pymetis")
+    hidden, truth = firing_in_groups(8, 6)
+    expert_of = partition(edges(coactivation([hidden])), 8, method=method)
+    assert all(len(set(truth[expert_of == expert])) == 1 for expert in range(8))

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis import measure
+from moee_analysis.baselines.common import graph_partition
+from moee_analysis.baselines.controls import randomly_routed
+from moee_analysis.baselines.moefication import (
+    MoeficationConfig,
+    convert,
+    matching_active,
+    oracle_routed,
+)
+from moee_analysis.baselines.moefication.config import ROUTERS, SCORES, SPLITS
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.moe.layer import moe_layers, set_dispatch
+from tests.helpers.makers import SMALL_CONVNEXT, contents, hooks_of, lively, pixels_of, same_models
+from tests.helpers.toys import toy_images, toy_swin, toy_vit
+
+IMAGES = toy_images(12)
+
+
+def moefied(dense=None, **settings):
+    settings = {"n_experts": 8, **settings}
+    if "macs_reduction" not in settings:
+        settings = {"active": 0.25, **settings}
+    return convert(dense or toy_vit(), IMAGES, MoeficationConfig(**settings))
+
+
+def layer_of(**settings):
+    return moe_layers(moefied(toy_vit(depth=1), **settings))[0]
+
+
+@pytest.fixture(scope="module")
+def x():
+    return next(IMAGES.batches(toy_vit()))
+
+
+def tokens(count=200):
+    return torch.randn(count, 32, generator=torch.Generator().manual_seed(0))
+
+
+# All experts together
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_all_experts_together_are_the_dense_model(split, router, compensated, x):
+    settings = {"split": split, "router": router, "mean_compensation": compensated}
+    same = moefied(active=1.0, **settings)
+    torch.testing.assert_close(same(x), toy_vit()(x), atol=1e-5, rtol=1e-5)
+
+
+def lively_convnext():
+    """Its MLPs matter: their scales are not those of an untrained network."""
+    model = lively(SMALL_CONVNEXT)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            parameter.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("make", [toy_swin, lively_convnext])
+def test_other_families_are_converted(make):
+    dense = make()
+    settings = {"n_experts": 4, "mean_compensation": True}
+    same = convert(dense, IMAGES, MoeficationConfig(active=1.0, **settings))
+    seen = pixels_of(dense)
+    torch.testing.assert_close(same(seen), dense(seen), atol=1e-4, rtol=1e-4)
+    half = convert(dense, IMAGES, MoeficationConfig(active=0.5, **settings))
+    assert not torch.allclose(half(seen), dense(seen), atol=1e-2)
+
+
+def test_relu_takes_the_place_of_the_activation(x):
+    relu = toy_vit()
+    for block in relu.blocks:
+        block.mlp.act = torch.nn.ReLU()
+    model = moefied(active=1.0, activation="relu", mean_compensation=True)
+    torch.testing.assert_close(model(x), relu(x), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(x), toy_vit()(x), atol=1e-2)
+    part = moefied(activation="relu", layers=(1,))
+    kinds = [type(block.mlp.act).__name__ for block in part.blocks]
+    assert kinds == ["GELU", "ReLU", "GELU"]
+
+
+# Some of them
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_layer_computes_its_chosen_neurons_and_means_of_the_others(router, compensated):
+    """Token by token, by the definition: b2 + sum of W2_e a_e of chosen, W2_e mu_e of others."""
+    layer = layer_of(router=router, mean_compensation=compensated)
+    mlp = toy_vit(depth=1).blocks[0].mlp
+    inputs, mean = tokens(20), layer.origin.mean.float()
+    chosen, hidden = layer.router(inputs), mlp.act(mlp.fc1(inputs))
+    for token, out in enumerate(layer(inputs)):
+        used = torch.zeros(64, dtype=torch.bool)
+        for expert in chosen[token].tolist():
+            used[layer.kept[layer.expert_neurons(expert)]] = True
+        assert used.sum() == 16
+        rest = mean if compensated else torch.zeros(64)
+        expected = mlp.fc2(torch.where(used, hidden[token], rest))
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_mean_is_that_of_all_tokens_of_the_images():
+    dense, seen = toy_vit(depth=1), []
+    hook = dense.blocks[0].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch in IMAGES.batches(dense):
+        dense(batch)
+    hook.remove()
+    expected = torch.cat(seen).reshape(-1, 64).double().mean(0)
+    found = layer_of(tokens=10**6).origin.mean
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)  # recorded in half precision
+
+
+def test_compensation_leaves_the_mean_output_as_it_was():
+    """Of a router that does not look at the tokens, where it must hold exactly."""
+    dense, outputs = toy_vit(depth=1), {}
+    models = {
+        c: moefied(toy_vit(depth=1), mean_compensation=c, router="constant", tokens=10**6)
+        for c in (False, True)
+    }
+    for name, model in {"dense": dense, **models}.items():
+        seen = []
+        hook = model.blocks[0].mlp.register_forward_hook(lambda *args, to=seen: to.append(args[2]))
+        for batch in IMAGES.batches(dense):
+            model(batch)
+        hook.remove()
+        outputs[name] = torch.cat(seen).reshape(-1, 32).mean(0)
+    error = {c: (outputs[c] - outputs["dense"]).norm().item() for c in (False, True)}
+    assert error[True] < 0.02 * error[False]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_experts_of_a_token_differ_and_a_pass_can_be_repeated(router):
+    layer = layer_of(active=0.5, router=router)
+    chosen = layer.router(tokens())
+    assert chosen.shape == (200, 4)
+    assert all(len(set(row)) == 4 for row in chosen.tolist())
+    torch.testing.assert_close(layer.router(tokens()), chosen)
+
+
+def test_the_constant_experts_have_the_highest_mean_score():
+    constant, oracle = (layer_of(router=r, tokens=10**6) for r in ("constant", "oracle"))
+    dense, seen = toy_vit(depth=1), []
+    hook = dense.blocks[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch in IMAGES.batches(dense):
+        dense(batch)
+    hook.remove()
+    means = oracle.router.scores(torch.cat(seen)).mean(0)
+    assert set(constant.router(tokens(1))[0].tolist()) == set(means.topk(2).indices.tolist())
+
+
+def test_shares_are_those_of_the_calibration_tokens():
+    model = moefied(tokens=10**6)
+    routes = measure.routes(model, IMAGES)
+    np.testing.assert_allclose(moe_layers(model)[0].shares, routes.shares(0), atol=1e-2)
+    assert all(abs(layer.shares.sum() - 2) < 1e-5 for layer in moe_layers(model).values())
+
+
+@pytest.mark.parametrize(("settings", "sizes"), [
+    ({"n_experts": 8}, [8] * 8),
+    ({"n_experts": None, "expert_size": 16}, [16] * 4),
+    ({"n_experts": 6}, [11, 11, 11, 11, 10, 10]),
+    ({"n_experts": None}, [8] * 8),
+])  # fmt: skip
+@pytest.mark.parametrize("split", SPLITS)
+def test_experts_have_equal_sizes(split, settings, sizes):
+    layer = layer_of(split=split, router="centre", active=0.5, **settings)
+    assert sorted(layer.expert_sizes, reverse=True) == sizes
+    assert sorted(layer.neurons.tolist()) == list(range(64))
+
+
+@pytest.mark.parametrize("method", graph_partition.METHODS)
+def test_a_layer_tells_how_the_graph_was_divided(method, monkeypatch):
+    if method == "metis":
+        pytest.importorskip("pymetis")
+    monkeypatch.setattr(
+        graph_partition, "find_spec", lambda _: "there" if method == "metis" else None
+    )
+    assert layer_of(split="graph").origin.split == f"graph, {method}"
+    assert layer_of(split="kmeans").origin.split == "kmeans"
+
+
+# The budget
+
+
+@pytest.mark.parametrize("router", ["centre", "mlp", "random", "constant"])
+@pytest.mark.parametrize("make", [toy_vit, toy_swin])
+def test_the_budget_is_met_to_within_one_expert_and_pays_the_router(make, router):
+    dense, goal = make(), 0.8 * count(make()).total
+    table = measure.macs(moefied(dense, macs_reduction=0.2, router=router))
+    one = table["macs_dense"].iloc[:-2].max() / 8
+    assert goal - one - 1 <= table["macs"].iloc[-1] <= goal + 1
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("score", SCORES)
+def test_what_is_counted_is_what_runs(router, score):
+    model = moefied(router=router, score=score)
+    expected = measure.macs(model)["macs"].iloc[-1]
+    set_dispatch(model, "sorted")
+    counted = count(model, sites=[]).total
+    if router == "random":  # a draw is no product, though it is made by one
+        counted -= 3 * 17 * 32 * 8
+    assert counted == pytest.approx(expected, abs=3)
+
+
+def test_a_cheaper_router_leaves_more_experts():
+    active = [
+        matching_active(toy_vit(), MoeficationConfig(macs_reduction=0.2, n_experts=8, router=r))
+        for r in ("random", "centre", "mlp")
+    ]
+    assert active == sorted(active, reverse=True)
+    assert len(set(active)) == 3
+    fewer = MoeficationConfig(macs_reduction=0.1, n_experts=8)
+    in_few_layers = replace(fewer, layers=(0, 1))
+    assert matching_active(toy_vit(), in_few_layers) < matching_active(toy_vit(), fewer)
+
+
+def test_the_share_of_active_experts_can_be_given():
+    for active, k in ((0.25, 2), (0.5, 4), (1.0, 8)):
+        config = MoeficationConfig(active=active, n_experts=8)
+        assert matching_active(toy_vit(), config) == active
+        assert all(layer.router.k == k for layer in moe_layers(moefied(active=active)).values())
+
+
+def test_no_parameters_are_saved():
+    own = count_parameters(toy_vit())
+    stored = {r: count_parameters(moefied(router=r)) - own for r in ROUTERS}
+    centres = 3 * 8 * 32
+    none = dict.fromkeys(("oracle", "random", "constant"), 0)
+    assert stored == {"centre": centres, "mlp": centres + 3 * 8 * 8, **none}
+    assert count_parameters(moefied(router="oracle", mean_compensation=True)) == own + centres
+
+
+# The rest of the contract
+
+
+def test_the_dense_model_is_not_touched_and_nothing_is_left_behind(x, tmp_path):
+    dense = toy_vit()
+    before = dense(x)
+    config = MoeficationConfig(active=0.25, n_experts=8, mean_compensation=True, activation="relu")
+    model = convert(dense, IMAGES, config, store=tmp_path)
+    assert not moe_layers(dense)
+    assert hooks_of(dense) == hooks_of(model) == 0
+    torch.testing.assert_close(dense(x), before, atol=0, rtol=0)
+    assert not model.training
+
+
+def test_a_recording_is_found_again(tmp_path, capsys):
+    config = MoeficationConfig(active=0.25, n_experts=8)
+    one = convert(toy_vit(), IMAGES, config, store=tmp_path)
+    before = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert "recording 3 layers" in capsys.readouterr().out
+    other = convert(toy_vit(), IMAGES, replace(config, split="graph"), store=tmp_path)
+    assert "recording 3 layers" not in capsys.readouterr().out
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == before
+    assert not same_models(one, other)
+    assert contents(before[0])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_seed_decides(split, router):
+    settings = {"split": split, "router": router}
+    one, again, other = (moefied(seed=s, **settings) for s in (0, 0, 1))
+    assert same_models(one, again)
+    chosen = [moe_layers(model)[0].router(tokens()) for model in (one, again, other)]
+    assert torch.equal(chosen[0], chosen[1])
+    assert not torch.equal(chosen[0], chosen[2])
+
+
+def test_a_converted_model_can_be_trained(x):
+    model = moefied(mean_compensation=True)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.requires_grad_(requires_grad=True)
+    model(x).square().sum().backward()
+    layer = moe_layers(model)[1]
+    assert all(p.grad.abs().sum() > 0 for p in (layer.fc1.weight, layer.fc2.weight, layer.shift))
+
+
+def test_conversion_works_where_gradients_are_off(x):
+    expected = moefied(router="mlp")(x)
+    with torch.inference_mode():
+        model = moefied(router="mlp")
+    assert torch.equal(model(x), expected)
+    model.requires_grad_(requires_grad=True)
+    model(x).sum().backward()
+
+
+def test_a_trainable_model_stays_trainable():
+    dense = toy_vit().requires_grad_(requires_grad=True)
+    layer = moe_layers(moefied(dense, mean_compensation=True))[0]
+    assert layer.fc1.weight.requires_grad
+    assert layer.shift.requires_grad
+    assert not any(buffer.requires_grad for buffer in layer.buffers())
+
+
+def test_only_the_named_layers_are_converted():
+    assert list(moe_layers(moefied(layers=(1, 2)))) == [1, 2]
+
+
+def test_the_oracle_of_a_model_uses_as_many_experts(x):
+    model = moefied(active=0.5, score="out", mean_compensation=True)
+    best = oracle_routed(model)
+    own = moe_layers(moefied(active=0.5, score="out", mean_compensation=True, router="oracle"))
+    for index, layer in moe_layers(best).items():
+        assert torch.equal(layer.router(tokens()), own[index].router(tokens()))
+    assert not torch.equal(moe_layers(model)[0].router(tokens()), own[0].router(tokens()))
+
+
+def test_random_control_uses_as_many_experts():
+    layer = moe_layers(randomly_routed(moefied(active=0.5)))[0]
+    assert layer.router(tokens()).shape == (200, 4)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"active": 0.0}, "share"),
+    ({"active": 1.5}, "share"),
+    ({"macs_reduction": 1.0}, "share"),
+    ({"macs_reduction": 0.2, "active": 0.5}, "one of them"),
+    ({"n_experts": 4, "expert_size": 4}, "one of them"),
+    ({"n_experts": 0}, "n_experts"),
+    ({"tokens": 0}, "tokens"),
+    ({"seed": -1}, "seed"),
+    ({"router": "best"}, "centre, mlp, oracle"),
+    ({"split": "best"}, "kmeans, graph, random"),
+    ({"score": "best"}, "pos, abs, out, var"),
+    ({"activation": "silu"}, "own, relu"),
+])  # fmt: skip
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(MoeeError, match=message):
+        MoeficationConfig(**settings)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"active": 0.5, "n_experts": 65}, "1 to 64 experts"),
+    ({"active": 0.5, "layers": (3,)}, "layers among 0 to 2"),
+    ({"active": 0.5, "layers": ()}, "layers among 0 to 2"),
+    ({"macs_reduction": 0.9}, "MACs reduction between 0.000 and 0"),
+    ({"macs_reduction": 0.28, "router": "oracle", "score": "out"}, "leaves MACs to save"),
+])  # fmt: skip
+def test_impossible_requests_are_refused(settings, message):
+    with pytest.raises(MoeeError, match=message):
+        moefied(**settings)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from moee_analysis.baselines.moefication import CentreRouter, GroundTruthRouter, MlpRouter
+from moee_analysis.baselines.moefication.config import SCORES
+from moee_analysis.baselines.moefication.neuron_splits import centres
+from moee_analysis.baselines.moefication.routers import Origin
+from moee_analysis.moe.layer import MoeMlp
+
+DIM, HIDDEN = 6, 10
+EXPERTS = [np.array([0, 2, 3, 9]), np.array([4, 5, 7]), np.array([1, 6, 8])]
+EXPERT_OF = np.array([0, 2, 0, 0, 1, 1, 2, 1, 2, 0])
+
+
+def tokens(count=30):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, DIM, generator=generator, dtype=torch.float64)
+
+
+def made():
+    torch.manual_seed(0)
+    mlp = Mlp(DIM, HIDDEN).double()
+    return mlp, MoeMlp(mlp, nn.Identity(), EXPERTS, np.ones(3))
+
+
+def slow_score(score, mlp, hidden, mean, ids):
+    """Score of one expert for one token, by its definition."""
+    if score == "pos":
+        return sum(max(hidden[j], 0) for j in ids)
+    if score == "abs":
+        return sum(abs(hidden[j]) for j in ids)
+    W2 = mlp.fc2.weight
+    if score == "out":
+        return (W2[:, ids] @ hidden[ids]).norm()
+    return sum((hidden[j] - mean[j]) ** 2 * W2[:, j].square().sum() for j in ids)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@torch.no_grad()
+def test_true_scores_are_what_they_are_called(score):
+    mlp, layer = made()
+    mean = torch.linspace(-0.1, 0.3, HIDDEN, dtype=torch.float64)
+    router = GroundTruthRouter(layer, Origin("random", score, mean), k=2)
+    inputs = tokens()
+    hidden = mlp.act(mlp.fc1(inputs))
+    expected = torch.tensor([
+        [slow_score(score, mlp, each, mean, ids) for ids in EXPERTS] for each in hidden
+    ])  # fmt: skip
+    torch.testing.assert_close(router.scores(inputs).float(), expected.float())
+    best = router.scores(inputs).argsort(dim=1, descending=True)[:, :2]
+    assert torch.equal(router(inputs.reshape(5, 6, DIM)), best)
+    assert router.macs == DIM * HIDDEN * (2 if score == "out" else 1)
+    assert router.n_experts == 3
+
+
+def test_true_scores_follow_the_layer_that_is_trained():
+    _, layer = made()
+    router = GroundTruthRouter(layer, Origin("random", "out", torch.zeros(HIDDEN)), k=1)
+    before = router.scores(tokens())
+    with torch.no_grad():
+        layer.fc2.weight.mul_(2)
+    torch.testing.assert_close(router.scores(tokens()), 2 * before)
+
+
+def test_centres_are_mean_directions_of_rows():
+    weight = made()[0].fc1.weight
+    found = centres(weight, EXPERT_OF)
+    for expert, ids in enumerate(EXPERTS):
+        rows = torch.stack([weight[j] / weight[j].norm() for j in ids])
+        torch.testing.assert_close(found[expert], rows.mean(0))
+
+
+def test_the_centre_router_ranks_by_distance():
+    points = torch.randn(7, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    router, inputs = CentreRouter(points, k=3), tokens()
+    directions = inputs / inputs.norm(dim=1, keepdim=True)
+    expected = torch.cdist(directions, points).topk(3, largest=False).indices
+    assert torch.equal(router(inputs), expected)
+    assert router.macs == 7 * DIM
+
+
+def test_the_mlp_router_is_a_small_mlp_without_biases():
+    generator = torch.Generator().manual_seed(3)
+    V = torch.randn(7, DIM, generator=generator, dtype=torch.float64)
+    W = torch.randn(7, 7, generator=generator, dtype=torch.float64)
+    router, inputs = MlpRouter(V, W, k=3), tokens()
+    expected = [W @ torch.tanh(V @ (x / x.norm())) for x in inputs]
+    torch.testing.assert_close(router.scores(inputs), torch.stack(expected))
+    assert torch.equal(router(inputs), torch.stack(expected).topk(3).indices)
+    assert router.macs == 7 * DIM + 49
+
+
+@pytest.mark.parametrize("make", [CentreRouter, lambda c, k: MlpRouter(c, torch.eye(5), k=k)])
+def test_only_the_direction_of_a_token_counts_for_them(make):
+    router = make(torch.randn(5, DIM, generator=torch.Generator().manual_seed(4)), k=2)
+    inputs = tokens().float()
+    assert torch.equal(router(inputs), router(100 * inputs))

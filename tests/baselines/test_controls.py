@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moee_analysis.baselines.controls import (
+    random_centres,
+    randomly_routed,
+    statically_pruned,
+    with_one_expert,
+    with_random_centres,
+)
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.models.macs import count, count_parameters, moe_macs
+from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.moe.routers import (
+    ConstantRouter,
+    CosineRouter,
+    NearestRouter,
+    RandomRouter,
+    TokenKindRouter,
+)
+from tests.helpers.makers import CLUSTERING, best, pixels_of, quick
+from tests.helpers.toys import toy_images, toy_kinds, toy_vit
+
+IMAGES = toy_images()
+
+
+@pytest.fixture(scope="module")
+def run():
+    return extract(toy_vit(), IMAGES, quick(macs_reduction=0.2, layers=(0, 2)))
+
+
+def cost(run):
+    names = moe_names(run.model)
+    layers = moe_layers(run.model)
+    return moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+
+
+def test_random_routing_keeps_the_experts_and_changes_only_who_gets_which(run):
+    control = randomly_routed(run)
+    for index, layer in moe_layers(control).items():
+        own = moe_layers(run.model)[index]
+        assert isinstance(layer.router, RandomRouter)
+        assert isinstance(own.router, CosineRouter)  # the run itself is left alone
+        assert layer.expert_sizes == own.expert_sizes
+        assert torch.equal(layer.fc1.weight, own.fc1.weight)
+    x = pixels_of(run.model)
+    assert not torch.allclose(control(x), run.model(x))
+
+
+def test_random_routing_is_as_uneven_as_the_calibration(run):
+    layer = moe_layers(randomly_routed(run))[2]
+    chosen = layer.router(torch.randn(20_000, 32))[:, 0]
+    found = torch.bincount(chosen, minlength=layer.n_experts) / 20_000
+    torch.testing.assert_close(found, layer.shares, atol=0.02, rtol=0)
+
+
+def test_random_routing_repeats_itself_and_has_a_seed(run):
+    x = pixels_of(run.model)
+    assert torch.equal(randomly_routed(run)(x), randomly_routed(run)(x))
+    assert not torch.equal(randomly_routed(run)(x), randomly_routed(run, seed=1)(x))
+
+
+def test_random_routing_leaves_leading_tokens_with_their_experts(run):
+    kinds = replace(run, model=toy_kinds(toy_vit()))
+    for index, layer in moe_layers(randomly_routed(kinds)).items():
+        own = moe_layers(kinds.model)[index]
+        x = torch.randn(2000, 17, 32)
+        chosen = layer.router(x).reshape(2000, 17)
+        assert (chosen[:, 0] == 0).all()
+        found = torch.bincount(chosen.flatten(), minlength=4) / chosen.numel()
+        torch.testing.assert_close(found, own.shares, atol=0.02, rtol=0)
+        assert not torch.equal(chosen.flatten(), own.router(x).flatten())
+        assert layer.router.macs == 0
+        assert (layer.router.n_experts, layer.router.tokens) == (4, 17)
+        assert torch.equal(layer.shift, own.shift)
+
+
+def test_patches_with_a_single_expert_keep_it(run):
+    model = toy_kinds(toy_vit())
+    for layer in moe_layers(model).values():
+        layer.router = TokenKindRouter((0, 1, 2), ConstantRouter(), tokens=17)
+    control = randomly_routed(replace(run, model=model))
+    assert isinstance(moe_layers(control)[0].router.inner, ConstantRouter)
+    x = pixels_of(model)
+    assert torch.equal(control(x), model(x))
+
+
+def test_static_pruning_meets_the_same_budget_in_the_same_layers(run):
+    pruned = statically_pruned(run, IMAGES)
+    assert [p.converted for p in pruned.layers] == [p.converted for p in run.layers]
+    assert all(layer.n_experts == 1 for layer in moe_layers(pruned.model).values())
+    budget = 0.8 * count(run.dense()).total
+    assert 0.97 * budget < cost(pruned) <= budget
+    assert count_parameters(pruned.model) < count_parameters(run.model)
+
+
+def test_static_pruning_meets_the_macs_of_a_run_without_a_budget():
+    run = extract(toy_vit(), IMAGES, quick(variance_kept=0.7))
+    pruned = statically_pruned(run, IMAGES)
+    assert 0.97 * cost(run) < cost(pruned) <= cost(run) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"macs_reduction": 0.2},
+        {"params_reduction": 0.15},
+        {"budget": "share", "macs_reduction": 0.2},
+        {"budget": "share", "variance_kept": 0.8},
+    ],
+)
+def test_static_pruning_by_the_best_recipe_meets_the_same_macs(budget):
+    run = extract(toy_vit(), IMAGES, best(**budget))
+    pruned = statically_pruned(run, IMAGES)
+    assert 0.97 * cost(run) < cost(pruned) <= cost(run) * (1 + 1e-2)
+    for layer in moe_layers(pruned.model).values():
+        assert isinstance(layer.router.inner, ConstantRouter)
+        assert layer.n_experts == 2  # one of CLS, one of all patches
+
+
+def test_static_pruning_prunes_layers_that_experts_would_have_saved_too_little_in():
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=1e-3))
+    assert [layer.thin for layer in run.layers] == [True, True, False]
+    assert list(moe_layers(statically_pruned(run, IMAGES).model)) == [0, 1, 2]
+
+
+def test_random_routing_of_the_best_recipe_keeps_cls_and_constants():
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.2))
+    layers = moe_layers(randomly_routed(run))
+    assert [layer.router.prefix.tolist() for layer in layers.values()] == 3 * [[0]]
+    kinds = [type(layer.router.inner) for layer in layers.values()]
+    assert kinds == [RandomRouter, RandomRouter, ConstantRouter]
+
+
+def test_static_pruning_of_a_run_that_saves_nothing_prunes_nothing():
+    run = extract(toy_vit(), IMAGES, quick(variance_kept=1.0))
+    pruned = statically_pruned(run, IMAGES)
+    x = pixels_of(run.model)
+    torch.testing.assert_close(pruned.model(x), run.dense()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_without_experts_has_nothing_to_prune():
+    nothing = replace(CLUSTERING, max_noise=0.001)
+    run = extract(toy_vit(), IMAGES, quick(clustering=nothing))
+    with pytest.raises(MoeeError, match="every layer dense"):
+        statically_pruned(run, IMAGES)
+
+
+def test_random_centres_are_inputs_of_tokens_as_many_as_experts(run, tmp_path):
+    routers = random_centres(run, IMAGES, store=tmp_path)
+    layers = moe_layers(run.model)
+    assert {i: r.n_experts for i, r in routers.items()} == {
+        i: layer.n_experts for i, layer in layers.items()
+    }
+    again = random_centres(run, IMAGES, store=tmp_path)
+    other = random_centres(run, IMAGES, store=tmp_path, seed=1)
+    for index, router in routers.items():
+        assert torch.equal(router.centres, again[index].centres)
+        assert not torch.equal(router.centres, other[index].centres)
+
+
+@pytest.mark.parametrize("settings", [quick, best])
+def test_with_random_centres_only_the_clusters_are_other_ones(settings):
+    config = settings(macs_reduction=0.2, noise="drop")
+    control = with_random_centres(config)
+    assert control.clustering.method == "random"
+    assert control.noise == "reroute"  # a token that is no centre is no noise
+    assert replace(control, clustering=config.clustering, noise="drop") == config
+
+
+def test_with_random_centres_of_a_recipe_it_has_the_recipe_s_count():
+    config = ExtractConfig(recipe="best", macs_reduction=0.2)
+    count = config.resolved().clustering.count
+    assert with_random_centres(config).clustering.count == count
+
+
+def test_with_random_centres_the_budget_is_met_and_the_router_is_of_the_same_kind():
+    config = with_random_centres(best(macs_reduction=0.2))
+    run = extract(toy_vit(), IMAGES, config)
+    budget = 0.8 * count(run.dense()).total
+    assert 0.97 * budget < cost(run) <= budget
+    first = moe_layers(run.model)[0]
+    assert isinstance(first.router.inner, NearestRouter)
+    assert first.n_experts == 1 + config.clustering.count
+
+
+def test_with_one_expert_is_static_pruning_by_the_same_rule():
+    config = best(macs_reduction=0.2)
+    control = extract(toy_vit(), IMAGES, with_one_expert(config))
+    pruned = statically_pruned(extract(toy_vit(), IMAGES, config), IMAGES)
+    x = pixels_of(control.model)
+    torch.testing.assert_close(control.model(x), pruned.model(x))
+    assert all(layer.n_experts == 2 for layer in moe_layers(control.model).values())

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.baselines.static_pruning import BASELINES, config_of, prune
+from moee_analysis.data.images import load_images
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.recipes import CHOICES
+from moee_analysis.extraction.pipeline import load
+from moee_analysis.models.loading import find_mlps, load_model
+from moee_analysis.models.macs import count, count_parameters, moe_macs
+from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.moe.routers import ConstantRouter, TokenKindRouter
+from tests.helpers.makers import divergence, lively, pixels_of, same_models
+from tests.helpers.toys import toy_images, toy_swin, toy_vit
+
+IMAGES = toy_images()
+APART = "fisher OBS, CLS apart"
+
+
+def macs_saved(run):
+    names, layers = moe_names(run.model), moe_layers(run.model)
+    cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+    return 1 - cost / count(run.dense()).total
+
+
+def parameters_saved(run):
+    return 1 - count_parameters(run.model) / count_parameters(run.dense())
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("reduction", [0.22, 0.3])
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_macs_asked_for_are_reached(name, reduction):
+    run = prune(toy_vit(), IMAGES, name, macs_reduction=reduction)
+    step = 0.02 if "attention" in name else 0.003  # heads get 8 of their 16 modes at a time
+    assert reduction - 1e-9 <= macs_saved(run) <= reduction + step
+    assert parameters_saved(run) > 0
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_all_patches_share_one_expert_and_only_leading_tokens_have_another(name):
+    run = prune(toy_vit(), IMAGES, name, macs_reduction=0.2)
+    first, second, last = moe_layers(run.model).values()
+    for layer in (first, second):
+        if BASELINES[name]["tokens"] == "kinds":
+            assert layer.router.prefix.tolist() == [0]
+            assert isinstance(layer.router.inner, ConstantRouter)
+        else:
+            assert layer.n_experts == 1
+            assert isinstance(layer.router, ConstantRouter)
+    assert isinstance(last.router, TokenKindRouter)  # nothing reads the patches
+    assert last.expert_sizes[1] == 0 < last.expert_sizes[0]
+    assert all(told.converted for told in run.layers)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_with_next_to_nothing_to_save_the_output_is_that_of_the_dense_model(name):
+    model = toy_vit()
+    run = prune(model, IMAGES, name, macs_reduction=1e-6)
+    assert [told.sizes[0] for told in run.layers] == [64, 64, 64]
+    x = pixels_of(model)
+    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_magnitude_keeps_the_neurons_of_the_largest_weights_and_the_weights_themselves():
+    model = toy_vit()
+    run = prune(model, IMAGES, "magnitude", macs_reduction=0.2)
+    pruned = copy.deepcopy(model)
+    for site, layer in zip(find_mlps(model), moe_layers(run.model).values(), strict=True):
+        mlp = site.module(model)
+        size = mlp.fc1.weight.norm(dim=1) * mlp.fc2.weight.norm(dim=0)
+        dropped = np.setdiff1d(np.arange(64), layer.kept)
+        assert size[layer.kept].min() > size[dropped].max()
+        site.module(pruned).fc2.weight[:, dropped] = 0
+    x = pixels_of(model)
+    torch.testing.assert_close(run.model(x), pruned(x), rtol=1e-4, atol=1e-5)
+
+
+def test_variance_ranks_the_neurons_of_all_layers_together():
+    model = toy_vit()
+    run = prune(model, IMAGES, "variance + mean shift", macs_reduction=0.2)
+    seen = {}
+    for index, block in enumerate(model.blocks[:2]):
+        block.mlp.act.register_forward_hook(lambda _, __, out, i=index: seen.update({i: out}))
+    model(torch.cat(list(IMAGES.batches(model))))
+    kept = [moe_layers(run.model)[i].kept for i in (0, 1)]
+    variances = [seen[i].flatten(0, 1).var(dim=0, correction=0) for i in (0, 1)]
+    least = min(float(v[k].min()) for v, k in zip(variances, kept, strict=True))
+    for v, k in zip(variances, kept, strict=True):
+        assert v[np.setdiff1d(np.arange(64), k)].max() < 1.1 * least  # tokens are a sample
+    assert moe_layers(run.model)[0].shift is not None
+
+
+def test_a_network_without_leading_tokens_has_one_expert_in_every_layer():
+    run = prune(toy_swin(), IMAGES, APART, macs_reduction=0.2)
+    assert [layer.n_experts for layer in moe_layers(run.model).values()] == [1, 1]
+    assert 0.2 <= macs_saved(run) < 0.22  # one neuron is almost a point of so small a network
+
+
+# How good it is
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The least and the most that a baseline does, with the model and the images they are of."""
+    model, images = load_model(), load_images(split="calibration", limit=60)
+    settings = {"macs_reduction": 0.28, "preset": "smoke"}
+    return model, images, [prune(model, images, n, **settings) for n in ("magnitude", "fisher OBS")]
+
+
+def test_the_fisher_metric_stays_closer_to_the_dense_model_than_magnitudes(bundled):
+    model, images, (magnitude, obs) = bundled
+    for run in (magnitude, obs):
+        assert macs_saved(run) == pytest.approx(0.28, abs=0.003)
+    assert divergence(model, obs.model, images) < 0.5 * divergence(model, magnitude.model, images)
+
+
+def test_a_pruned_model_is_saved_and_loaded(bundled, tmp_path):
+    for number, run in enumerate(bundled[2]):
+        run.save(tmp_path / str(number))
+        again = load(tmp_path / str(number))
+        assert same_models(again.model, run.model)
+        assert again.config == run.config
+
+
+# The second budget
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_bound_parameters_are_saved_as_well(name):
+    run = prune(toy_vit(), IMAGES, name, macs_reduction=0.25, params_reduction=0.15)
+    assert macs_saved(run) >= 0.25 - 1e-9
+    assert parameters_saved(run) >= 0.15
+
+
+def test_parameters_that_fall_too_little_are_refused_with_what_is_saved():
+    with pytest.raises(MoeeError, match=r"parameters reduction of 40\.0%") as error:
+        prune(toy_vit(), IMAGES, "magnitude", macs_reduction=0.1, params_reduction=0.4)
+    assert "at a MACs reduction of 10.0%" in error.value.found
+
+
+# Names and settings
+
+
+def test_an_unknown_name_is_refused_with_those_there_are():
+    with pytest.raises(MoeeError, match="fisher OBS") as error:
+        prune(toy_vit(), IMAGES, "taylor", macs_reduction=0.2)
+    assert all(name in error.value.expected for name in BASELINES)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_nothing_rests_on_the_recipe(name):
+    assert set(CHOICES) - set(BASELINES[name]) == {"router"}  # a single expert needs none
+    assert config_of(name, macs_reduction=0.2).experts == "one"
+
+
+def test_a_store_finds_the_pruned_model_again(tmp_path):
+    settings = {"macs_reduction": 0.2, "seed": 1, "preset": "smoke", "store": tmp_path}
+    first, again = (prune(lively(), IMAGES, "magnitude", **settings) for _ in range(2))
+    assert same_models(first.model, again.model)
+    assert [p for p in tmp_path.iterdir() if p.name.startswith("run-")]
+    assert again.config.seed == 1

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hdbscan
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.cluster import clustering
+from moee_analysis.extraction.cluster.clustering import (
+    NOISE,
+    ClusterConfig,
+    Clusters,
+    cluster,
+    judged,
+    labels_of,
+    mean_labels,
+)
+from tests.helpers.makers import CLUSTERING
+from tests.helpers.partitions import same_partition
+
+RAW = ClusterConfig(reduce="none", min_samples=5, min_cluster_size=0.1, max_cluster_size=None)
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """Three groups of 50 activations of 12 neurons, and 15 in no group."""
+    rng = np.random.default_rng(0)
+    centres = 6 * rng.normal(size=(3, 12))
+    groups = [centre + 0.3 * rng.normal(size=(50, 12)) for centre in centres]
+    points = np.concatenate([*groups, 6 * rng.normal(size=(15, 12))])
+    truth = np.repeat([0, 1, 2, NOISE], [50, 50, 50, 15])
+    order = rng.permutation(len(points))
+    return points[order].astype(np.float16), truth[order]
+
+
+def same_groups(labels, truth):
+    """Whether the clusters are the planted groups, up to their numbers and a few stragglers."""
+    member = (labels != NOISE) & (truth != NOISE)
+    pairs = set(zip(labels[member], truth[member], strict=True))
+    return len(pairs) == len(set(labels[member])) == 3 and member.sum() >= 0.95 * 150
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RAW,
+        replace(RAW, selection="leaf"),
+        replace(RAW, max_cluster_size=0.4),
+        replace(RAW, min_samples=1, min_cluster_size=0.02),
+    ],
+)
+def test_without_reduction_the_clusters_are_those_of_plain_hdbscan(blobs, config):
+    points, _ = blobs
+    most = config.max_cluster_size
+    plain = hdbscan.HDBSCAN(
+        min_cluster_size=round(config.min_cluster_size * len(points)),
+        min_samples=config.min_samples,
+        max_cluster_size=0 if most is None else round(most * len(points)),
+        cluster_selection_method=config.selection,
+    ).fit_predict(points.astype(np.float64))
+    assert same_partition(cluster(points, config).labels, plain)
+
+
+def test_the_order_of_the_tokens_does_not_matter(blobs):
+    points = np.round(blobs[0])  # with ties
+    order = np.random.default_rng(5).permutation(len(points))
+    labels = cluster(points, RAW).labels
+    np.testing.assert_array_equal(cluster(points[order], RAW).labels, labels[order])
+
+
+def test_min_samples_and_sizes_are_never_left_to_hdbscan(blobs, monkeypatch):
+    given, find = [], clustering.density_clusters
+    monkeypatch.setattr(
+        clustering, "density_clusters", lambda rows, **kw: given.append(kw) or find(rows, **kw)
+    )
+    cluster(blobs[0], ClusterConfig(reduce="none"))
+    assert given == [
+        {"min_samples": 10, "min_cluster_size": 2, "max_cluster_size": 41, "selection": "eom"}
+    ]
+
+
+@pytest.mark.parametrize("reduce", ["none", "pca"])
+def test_planted_groups_are_found(blobs, reduce):
+    points, truth = blobs
+    found = cluster(points, replace(RAW, reduce=reduce, components=4))
+    assert same_groups(found.labels, truth)
+    assert (found.count, found.reason) == (3, "")
+    assert found.noise_share == np.mean(found.labels == NOISE)
+    assert found.noise_share == pytest.approx(15 / 165, abs=0.05)
+
+
+def test_umap_finds_the_groups_and_repeats_itself(blobs):
+    points, truth = blobs
+    config = replace(RAW, reduce="umap", components=2, neighbors=10)
+    found = cluster(points, config, seed=3)
+    assert same_groups(found.labels, truth)
+    assert found.labels.tolist() == cluster(points, config, seed=3).labels.tolist()
+    with pytest.raises(MoeeError, match="cosine"):
+        cluster(points, replace(config, metric="parsecs"))
+
+
+# Means, and centres at random
+
+
+def test_means_find_the_planted_groups(blobs):
+    points, truth = blobs
+    member = truth != NOISE
+    labels = mean_labels(points[member].astype(np.float32), 3)
+    assert same_groups(labels, truth[member])
+
+
+def test_means_are_those_of_plain_k_means(blobs):
+    points = blobs[0].astype(np.float32)
+    plain = KMeans(5, n_init=1, max_iter=25, random_state=2).fit_predict(points)
+    found = cluster(points, replace(RAW, method="kmeans", count=5), seed=2)
+    np.testing.assert_array_equal(found.labels, plain)
+    assert (found.count, found.noise_share, found.reason) == (5, 0, "")
+
+
+def test_there_are_no_more_means_than_different_tokens():
+    points = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)
+    assert set(mean_labels(points, 8)) == {0, 1, 2}
+    same = cluster(np.ones((30, 4)), replace(RAW, method="kmeans"))
+    assert same.reason == "1 clusters found"
+
+
+def test_random_centres_are_so_many_tokens_and_the_others_belong_to_none(blobs):
+    config = replace(RAW, method="random", count=7, max_noise=0.1)
+    labels = labels_of(blobs[0], config, seed=1)
+    assert sorted(labels[labels != NOISE]) == list(range(7))
+    assert (labels == NOISE).sum() == len(labels) - 7
+    np.testing.assert_array_equal(labels, labels_of(blobs[0], config, seed=1))
+    assert (labels != labels_of(blobs[0], config, seed=2)).any()
+    assert cluster(blobs[0], config).reason == ""  # what is no centre is no noise
+
+
+def test_there_are_no_more_random_centres_than_tokens():
+    labels = labels_of(np.zeros((4, 2)), replace(RAW, method="random", count=9))
+    assert sorted(labels) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("reduce", ["none", "pca", "umap"])
+def test_a_dead_layer_has_no_clusters(reduce):
+    found = cluster(np.zeros((40, 12), np.float16), replace(CLUSTERING, reduce=reduce))
+    assert found.reason == "0 clusters found"
+    assert found.noise_share == 1
+
+
+def test_a_layer_of_one_cluster_stays_dense():
+    points = np.random.default_rng(0).normal(size=(100, 4))
+    config = replace(RAW, min_cluster_size=0.4)
+    assert cluster(points, config).reason in {"0 clusters found", "1 clusters found"}
+    assert judged(np.zeros(9, int), RAW).reason == "1 clusters found"
+
+
+def test_a_layer_of_too_much_noise_stays_dense_and_says_so():
+    labels = np.array([0, 0, 1, 1] + 6 * [NOISE])
+    assert judged(labels, replace(RAW, max_noise=0.6)) == Clusters(labels)
+    reason = judged(labels, replace(RAW, max_noise=0.5)).reason
+    assert reason == "60% noise, more than max_noise=50%"
+
+
+def test_activations_that_are_not_numbers_are_refused(blobs):
+    for value in (np.nan, np.inf):
+        points = blobs[0].copy()
+        points[3, 4] = value
+        with pytest.raises(MoeeError, match="finite"):
+            cluster(points, RAW)
+
+
+def test_too_few_tokens_are_refused_with_how_many_it_takes():
+    with pytest.raises(MoeeError, match="at least 12 tokens"):
+        cluster(np.zeros((11, 4)), ClusterConfig())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"reduce": "tsne"},
+        {"method": "guess"},
+        {"space": "outputs"},
+        {"count": 0},
+        {"count": 2.5},
+        {"selection": "best"},
+        {"min_samples": 0},
+        {"min_samples": None},
+        {"components": 2.5},
+        {"neighbors": True},
+        {"min_cluster_size": 50},
+        {"min_cluster_size": 0},
+        {"max_noise": 1.5},
+        {"max_noise": float("nan")},
+        {"max_cluster_size": 0.005},
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
+    with pytest.raises(MoeeError, match=next(iter(wrong))):
+        ClusterConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "count", "components"), [(6, 2, 2), (256, 21, 5), (768, 64, 16), (3072, 64, 64)]
+)
+def test_what_is_not_given_suits_the_width_of_the_layer(hidden, count, components):
+    free = ClusterConfig(method="kmeans", count=None, components=None)
+    assert free.for_width(hidden) == replace(free, count=count, components=components)
+    assert replace(free, count=5).for_width(hidden).count == 5
+    assert replace(free, components=5).for_width(hidden).components == 5
+
+
+@pytest.mark.parametrize("reduce", ["none", "pca"])
+def test_clusters_without_a_count_are_as_many_as_suit_the_width(blobs, reduce):
+    points, _ = blobs
+    free = replace(RAW, method="kmeans", reduce=reduce, count=None, components=None)
+    given = replace(free, count=2, components=2)
+    np.testing.assert_array_equal(cluster(points, free).labels, cluster(points, given).labels)

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moee_analysis.extraction.experts import obs as elimination
+from moee_analysis.extraction.experts.obs import elimination_costs
+
+ALONE = 10**9  # blocks so small that one neuron goes at a time
+OUTPUTS, HIDDEN, TOKENS = 5, 9, 40
+
+
+def drawn(seed, *, hidden=HIDDEN, tokens=TOKENS):
+    """Centred hidden activations of some tokens that depend on each other, and a readout."""
+    draw = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(hidden, hidden, generator=draw, dtype=torch.float64)
+    activations = torch.randn(tokens, hidden, generator=draw, dtype=torch.float64) @ mixing
+    readout = torch.randn(OUTPUTS, hidden, generator=draw, dtype=torch.float64)
+    return activations - activations.mean(dim=0), readout
+
+
+def covariance_of(activations):
+    return activations.T @ activations / len(activations)
+
+
+def refitted_error(activations, readout, kept, *, ridge):
+    """Squared error per token of the best readout of the ``kept`` neurons, by least squares.
+
+    The ridge pulls the output weights to those of the dense layer.
+    """
+    r = ridge * covariance_of(activations).diagonal().mean()
+    pull = r.sqrt() * torch.eye(activations.shape[1], dtype=torch.float64)
+    rows = torch.cat([activations / len(activations) ** 0.5, pull])
+    targets = rows @ readout.T
+    fitted = torch.linalg.lstsq(rows[:, kept], targets).solution
+    return float((rows[:, kept] @ fitted - targets).square().sum())
+
+
+def one_by_one(activations, readout, *, ridge):
+    """Try every neuron at every step; the order of removal, and the error after each."""
+    left, gone, errors = list(range(activations.shape[1])), [], []
+    while left:
+        tried = {
+            j: refitted_error(activations, readout, [i for i in left if i != j], ridge=ridge)
+            for j in left
+        }
+        cheapest = min(tried, key=tried.get)
+        left.remove(cheapest)
+        gone.append(cheapest)
+        errors.append(tried[cheapest])
+    return gone, torch.tensor(errors, dtype=torch.float64)
+
+
+RISING = [0, 1, 2, 3]  # seeds for which every removal costs more than the last
+FALLING = [10, 14, 17, 19]  # and for which a refit makes a later one cheaper
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("seed", RISING + FALLING)
+def test_costs_are_those_of_trying_every_neuron_at_every_step(seed, ridge):
+    activations, readout = drawn(seed)
+    gone, errors = one_by_one(activations, readout, ridge=ridge)
+    raised = errors.diff(prepend=errors.new_zeros(1))
+    costs = elimination_costs(covariance_of(activations), readout, ridge=ridge, block=ALONE)
+    torch.testing.assert_close(costs[gone], raised.cummax(dim=0).values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("seed", RISING + FALLING)
+@pytest.mark.parametrize("gone", [[], [4], [0, 3, 8]])
+def test_what_is_gone_already_costs_nothing_and_is_made_good_by_the_others(seed, gone):
+    activations, readout = drawn(seed)
+    left, among = [j for j in range(HIDDEN) if j not in gone], torch.ones(HIDDEN, dtype=torch.bool)
+    among[gone] = False
+    costs = elimination_costs(covariance_of(activations), readout, among=among, block=ALONE)
+    assert not costs[gone].any()
+    assert costs[left].all()
+    error = refitted_error(activations, readout, left, ridge=1e-3)
+    first = min(
+        refitted_error(activations, readout, [i for i in left if i != j], ridge=1e-3) - error
+        for j in left
+    )
+    assert costs[left].min() == pytest.approx(first, rel=1e-6)
+    if seed in RISING and gone == []:
+        whole = elimination_costs(covariance_of(activations), readout, block=ALONE)
+        assert torch.equal(costs, whole)
+
+
+def test_when_all_are_gone_nothing_costs_anything():
+    activations, readout = drawn(0)
+    none = torch.zeros(HIDDEN, dtype=torch.bool)
+    assert not elimination_costs(covariance_of(activations), readout, among=none).any()
+
+
+@pytest.mark.parametrize("seed", RISING)
+def test_the_error_without_some_neurons_is_the_sum_of_their_costs(seed):
+    activations, readout = drawn(seed)
+    costs = elimination_costs(covariance_of(activations), readout, block=ALONE)
+    order = costs.argsort().tolist()
+    for gone in range(1, HIDDEN + 1):
+        error = refitted_error(activations, readout, order[gone:], ridge=1e-3)
+        assert costs[order[:gone]].sum() == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", FALLING)
+def test_costs_never_fall_in_the_order_of_removal(seed):
+    activations, readout = drawn(seed)
+    gone, errors = one_by_one(activations, readout, ridge=1e-3)
+    assert (errors.diff().diff() < 0).any()
+    costs = elimination_costs(covariance_of(activations), readout, block=ALONE)
+    assert (costs[gone].diff() > -1e-9).all()
+    assert (costs[gone].cumsum(dim=0) > errors - 1e-9).all()
+
+
+@pytest.mark.parametrize("hidden", [1, 24, 60])
+def test_removing_everything_costs_all_that_varies(hidden):
+    activations, readout = drawn(0, hidden=hidden)
+    whole = (activations @ readout.T).square().sum() / TOKENS
+    costs = elimination_costs(covariance_of(activations), readout, ridge=1e-9, block=ALONE)
+    assert costs.shape == (hidden,)
+    assert (costs >= 0).all()
+    assert float(costs.sum()) >= float(whole) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_at_a_time_are_nearly_as_good_as_one_at_a_time(seed):
+    activations, readout = drawn(seed, hidden=48, tokens=200)
+    for gone in (12, 24, 36):
+        slow, fast = (
+            refitted_error(activations, readout, costs.argsort()[gone:].tolist(), ridge=1e-3)
+            for costs in (
+                elimination_costs(covariance_of(activations), readout, block=ALONE),
+                elimination_costs(covariance_of(activations), readout),
+            )
+        )
+        assert fast <= 1.2 * slow
+
+
+def test_independent_neurons_cost_their_variance_times_their_output_weights():
+    variances, readout = torch.tensor([4.0, 0.5, 2.0, 1.0]), drawn(0)[1][:, :4]
+    costs = elimination_costs(variances.diag(), readout, ridge=1e-9)
+    expected = variances * readout.square().sum(dim=0)
+    torch.testing.assert_close(costs, expected, rtol=1e-6, atol=0)
+
+
+def test_neurons_that_never_vary_cost_nothing_and_go_first():
+    activations, readout = drawn(2)
+    activations[:, [3, 5]] = 0
+    costs = elimination_costs(covariance_of(activations), readout, ridge=1e-9)
+    assert set(costs.argsort()[:2].tolist()) == {3, 5}
+    assert costs[[3, 5]].max() < 1e-6 * costs.max()
+
+
+def test_one_of_two_equal_neurons_costs_nothing():
+    activations, readout = drawn(3)
+    activations[:, 4] = activations[:, 7]
+    costs = elimination_costs(covariance_of(activations), readout, ridge=1e-9)
+    cheap, dear = sorted([float(costs[4]), float(costs[7])])
+    assert cheap == float(costs.min()) < 1e-6 * dear
+
+
+def test_a_single_token_or_none_costs_nothing_at_all():
+    costs = elimination_costs(torch.zeros(6, 6), torch.randn(3, 6))
+    assert torch.isfinite(costs).all()
+    assert costs.max() < 1e-30
+
+
+def test_without_output_weights_nothing_is_lost():
+    costs = elimination_costs(covariance_of(drawn(4)[0]), torch.zeros(OUTPUTS, HIDDEN))
+    assert not costs.any()
+
+
+@pytest.mark.parametrize("squeeze", [0, 0.5, 2])
+def test_when_columns_are_left_out_makes_no_difference(monkeypatch, squeeze):
+    activations, readout = drawn(1, hidden=60, tokens=200)
+    given = covariance_of(activations), readout.clone()
+    costs = elimination_costs(*given)
+    monkeypatch.setattr(elimination, "SQUEEZE", squeeze)
+    torch.testing.assert_close(elimination_costs(*given), costs, rtol=1e-9, atol=0)
+    assert torch.equal(given[1], readout)
+
+
+@pytest.mark.parametrize("block", [ALONE, 3])
+def test_the_order_of_the_neurons_makes_no_difference(block):
+    activations, readout = drawn(5)
+    order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(0))
+    costs = elimination_costs(covariance_of(activations), readout, block=block)
+    permuted = covariance_of(activations[:, order])
+    again = elimination_costs(permuted, readout[:, order], block=block)
+    torch.testing.assert_close(again, costs[order])
+
+
+def test_a_rotation_of_the_outputs_makes_no_difference():
+    activations, readout = drawn(5)
+    rotation, _ = torch.linalg.qr(drawn(6)[1][:, :OUTPUTS])
+    costs = elimination_costs(covariance_of(activations), readout)
+    again = elimination_costs(covariance_of(activations), rotation @ readout)
+    torch.testing.assert_close(again, costs)

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.record import output_gradients as sensitivity
+from moee_analysis.extraction.record.output_gradients import output_gradients, probe, taken_apart
+from moee_analysis.models.loading import find_mlps
+from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively, pixels_of
+from tests.helpers.toys import toy_swin, toy_vit
+
+SEEDS = [(3, image) for image in range(4)]
+
+
+def gradients_of(model, x, *, seeds=SEEDS, probes=2):
+    return output_gradients(model, find_mlps(model), x, seeds=seeds, probes=probes)
+
+
+def changed_logits(model, site, x, delta):
+    """Logits of ``x`` with ``delta`` (images, tokens, dim) added to the outputs at ``site``."""
+    hook = site.module(model).register_forward_hook(
+        lambda _module, _args, output: output + delta.reshape(output.shape)
+    )
+    try:
+        return model(x)
+    finally:
+        hook.remove()
+
+
+# One probe
+
+
+def test_the_covariance_of_probes_is_that_of_the_softmax():
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.5], dtype=torch.float64)
+    v = probe(logits.expand(20000, 4), [(0, draw) for draw in range(20000)])
+    p = torch.softmax(logits, dim=0)
+    torch.testing.assert_close(v.T @ v / len(v), p.diag() - p.outer(p), rtol=0, atol=0.005)
+    torch.testing.assert_close(v.mean(dim=0), torch.zeros_like(p), rtol=0, atol=0.01)
+
+
+def test_a_probe_never_asks_for_a_common_shift_of_all_logits():
+    v = probe(torch.randn(5, 7, dtype=torch.float64), range(5))
+    torch.testing.assert_close(v.sum(dim=1), torch.zeros(5, dtype=torch.float64))
+
+
+def test_a_prediction_without_doubt_has_nothing_to_probe():
+    v = probe(torch.tensor([[500.0, 0.0, 0.0]]), [0])
+    assert not v.any()
+
+
+def test_no_gradient_flows_through_a_probe():
+    assert not probe(torch.randn(2, 3, requires_grad=True), [0, 1]).requires_grad
+
+
+def test_every_image_needs_seeds_of_its_own():
+    with pytest.raises(MoeeError, match="seeds of 3 images; found 1"):
+        probe(torch.zeros(3, 6), [(0, 0)])
+
+
+# Gradients at the outputs
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin])
+def test_the_mean_square_is_the_divergence_of_a_small_change(monkeypatch, build):
+    model = build().double()
+    x = pixels_of(model, count=1).double()
+    logits = model(x)
+    p = torch.softmax(logits[0], dim=0)
+    assert p.max() < 0.999
+    values, vectors = torch.linalg.eigh(p.diag() - p.outer(p))
+    columns = iter((vectors * values.clamp_min(0).sqrt()).T[:, None])
+    monkeypatch.setattr(sensitivity, "probe", lambda *_: next(columns))
+    found = gradients_of(model, x, seeds=SEEDS[:1], probes=len(p))
+    for site in find_mlps(model):
+        g = found[site.name].double()
+        delta = 1e-4 * torch.randn(g.shape[1:], dtype=torch.float64)
+        changed = changed_logits(model, site, x, delta).log_softmax(dim=1)
+        kl = functional.kl_div(changed, p[None], reduction="sum")
+        expected = 0.5 * (g * delta).sum(dim=(2, 3)).square().sum()
+        torch.testing.assert_close(expected, kl, rtol=5e-3, atol=0)
+
+
+def windowed():
+    model = lively("mobilevit_xxs")
+    model.pretrained_cfg["input_size"] = (3, 64, 64)
+    return model
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin, lambda: lively(SMALL_CONVNEXT), windowed])
+def test_gradients_are_those_of_a_change_added_at_each_site_in_turn(build):
+    model = build()
+    x = pixels_of(model)
+    found = gradients_of(model, x)
+    for site in find_mlps(model):
+        for number in range(2):
+            delta = torch.zeros(found[site.name].shape[1:], requires_grad=True)
+            logits = changed_logits(model, site, x, delta)
+            v = probe(logits, [(*seed, number) for seed in SEEDS])
+            (expected,) = torch.autograd.grad((logits * v).sum(), delta)
+            torch.testing.assert_close(found[site.name][number], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [toy_vit, windowed])
+def test_the_draws_of_an_image_do_not_depend_on_its_batch(build):
+    model = build().double()
+    x = pixels_of(model).double()
+    together, wider = gradients_of(model, x), gradients_of(model, x, probes=3)
+    for image in range(4):
+        alone = gradients_of(model, x[image : image + 1], seeds=SEEDS[image : image + 1])
+        for name, g in alone.items():
+            torch.testing.assert_close(g[:, 0], together[name][:, image], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(g[:, 0], wider[name][:2, image], rtol=1e-4, atol=1e-6)
+
+
+def test_images_and_probes_are_drawn_independently():
+    model = toy_vit()
+    found = gradients_of(model, pixels_of(model, count=1).expand(4, -1, -1, -1))
+    draws = found["blocks.0.mlp"].flatten(0, 1).flatten(1)
+    assert len(torch.unique(draws, dim=0)) == 8
+
+
+def test_an_output_that_nothing_reads_has_gradients_of_zero():
+    class Detour(torch.nn.Module):
+        """A model that computes one MLP in vain."""
+
+        def __init__(self):
+            super().__init__()
+            self.vit = toy_vit()
+            self.aside = toy_vit(depth=1).blocks[0].mlp
+
+        def forward(self, x):
+            self.aside(torch.zeros(len(x), 3, 32))
+            return self.vit(x)
+
+    model = Detour()
+    found = gradients_of(model, pixels_of(model.vit))
+    assert found["aside"].shape == (2, 4, 3, 32)
+    assert not found["aside"].any()
+    assert all(g.any() for name, g in found.items() if name != "aside")
+
+
+def test_it_works_where_gradients_are_off_and_leaves_the_model_as_it_was():
+    model = toy_vit()
+    model.blocks[1].train()
+    model.blocks[2].mlp.fc1.weight.requires_grad_()
+    flags = [(m, m.training) for m in model.modules()]
+    asked = [(p, p.requires_grad) for p in model.parameters()]
+    with torch.no_grad():
+        found = gradients_of(model, pixels_of(model))
+        assert not torch.is_grad_enabled()
+    assert all(g.any() and not g.requires_grad for g in found.values())
+    assert [(m, m.training) for m in model.modules()] == flags
+    assert all(p.requires_grad is before and p.grad is None for p, before in asked)
+    assert hooks_of(model) == 0
+
+
+def test_hooks_come_off_after_an_error():
+    model = toy_vit()
+    with pytest.raises(ValueError, match="unpack"):
+        gradients_of(model, torch.zeros(7))
+    with pytest.raises(AttributeError):
+        output_gradients(
+            model, find_mlps(toy_vit(depth=4)), pixels_of(model), seeds=SEEDS, probes=1
+        )
+    assert hooks_of(model) == 0
+
+
+class Twice(torch.nn.Module):
+    def __init__(self, once):
+        super().__init__()
+        self.once = once
+
+    def forward(self, x):
+        return self.once(self.once(x))
+
+
+def test_an_mlp_that_is_called_twice_is_refused():
+    model = toy_vit()
+    model.blocks[1].mlp = Twice(model.blocks[1].mlp)
+    with pytest.raises(MoeeError, match=r"one call of 'blocks\.1\.mlp\.once'.*found 2 calls"):
+        gradients_of(model, pixels_of(model))
+    assert hooks_of(model) == 0
+
+
+def test_an_mlp_that_is_never_called_is_refused():
+    model = toy_vit()
+    model.spare = toy_vit(depth=1).blocks[0].mlp
+    with pytest.raises(MoeeError, match=r"one call of 'spare'.*found 0 calls"):
+        gradients_of(model, pixels_of(model))
+
+
+# Directions and norms
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1.0, 1e6, 1e30])
+def test_directions_and_norms_give_gradients_of_any_size_back(size):
+    unit = functional.normalize(torch.randn(3, 4, 16), dim=-1)
+    directions, norms = taken_apart(size * unit)
+    torch.testing.assert_close(directions, unit)
+    torch.testing.assert_close(norms, torch.full((3, 4), size))
+
+
+def test_no_gradient_has_no_direction():
+    directions, norms = taken_apart(torch.zeros(2, 16))
+    assert not directions.any()
+    assert not norms.any()

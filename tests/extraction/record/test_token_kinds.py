@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.vision_transformer import VisionTransformer
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.record.token_kinds import (
+    leading_kinds,
+    prefix_kinds,
+    token_plan,
+    unread_patches,
+)
+from moee_analysis.models.loading import find_mlps
+from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively, pixels_of
+from tests.helpers.toys import CLASSES, toy_swin, toy_vit
+
+SIZES = {
+    "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
+    "num_classes": len(CLASSES),
+}  # fmt: skip
+
+
+def small(architecture=VisionTransformer, **settings):
+    torch.manual_seed(0)
+    model = architecture(**SIZES, **settings)
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def distilled():
+    return small(VisionTransformerDistilled)
+
+
+def with_registers():
+    return small(reg_tokens=3)
+
+
+def averaged():
+    return small(global_pool="avg")
+
+
+def averaged_without_cls():
+    return small(class_token=False, reg_tokens=2, global_pool="avg")
+
+
+def flexible():
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    return NaFlexVit(NaFlexVitCfg(**sizes, class_token=True, reg_tokens=2), num_classes=6)
+
+
+# What the leading tokens are
+
+
+@pytest.mark.parametrize(
+    ("build", "kinds"),
+    [
+        (toy_vit, ("cls",)),
+        (averaged, ("cls",)),
+        (distilled, ("cls", "dist")),
+        (with_registers, ("cls", "register", "register", "register")),
+        (averaged_without_cls, ("register", "register")),
+        (toy_swin, ()),
+        (lambda: lively(SMALL_CONVNEXT), ()),
+        (lambda: small(Eva, num_reg_tokens=2), ("cls", "register", "register")),
+        (flexible, ("cls", "register", "register")),
+    ],
+)
+def test_every_leading_token_has_its_kind(build, kinds):
+    model = build()
+    assert prefix_kinds(model) == kinds
+    assert len(kinds) == getattr(model, "num_prefix_tokens", 0)
+
+
+@pytest.mark.parametrize("build", [toy_vit, distilled, with_registers])
+def test_the_order_is_that_in_which_the_tokens_enter_the_first_block(build):
+    model = build()
+    marks = {"cls_token": ("cls", 1000.0), "dist_token": ("dist", 2000.0)}
+    marks["reg_token"] = ("register", 3000.0)
+    for name, parameter in model.named_parameters():
+        if name in marks:
+            parameter.fill_(marks[name][1])
+    entering = model._pos_embed(model.patch_embed(pixels_of(model)))[0, :, 0]
+    seen = [kind for value in entering for kind, mark in marks.values() if abs(value - mark) < 100]
+    assert tuple(seen) == prefix_kinds(model)
+
+
+SEEN = {
+    "cait_xxs24_224": {"blocks.0.mlp": (), "blocks_token_only.1.mlp": ("cls",)},
+    "xcit_nano_12_p16_224": {"blocks.0.mlp": (), "cls_attn_blocks.1.mlp": ("cls",)},
+    "convit_tiny": {"blocks.9.mlp": (), "blocks.10.mlp": ("cls",)},
+    "volo_d1_224": {"network.0.0.mlp": (), "network.2.0.mlp": (), "post_network.1.mlp": ("cls",)},
+    "pit_ti_distilled_224": {
+        f"transformers.{stage}.blocks.0.mlp": ("cls", "dist") for stage in range(3)
+    },
+    "tnt_s_legacy_patch16_224": {"blocks.0.mlp_in": (), "blocks.0.mlp": ("cls",)},
+    "crossvit_tiny_240": {f"blocks.0.blocks.{branch}.0.mlp": ("cls",) for branch in (0, 1)},
+    "vit_small_patch16_dinov3": {"blocks.0.mlp": ("cls", *4 * ["register"])},
+    "vit_base_patch16_siglip_224": {"blocks.0.mlp": (), "attn_pool.mlp": ()},
+    "deit_tiny_distilled_patch16_224": dict.fromkeys(
+        ("blocks.0.mlp", "blocks.0.attn"), ("cls", "dist")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_every_layer_sees_the_leading_tokens_that_reach_it(name):
+    with torch.device("meta"):  # shapes are all there is to see
+        model = timm.create_model(name).eval()
+    assert leading_kinds(model, SEEN[name]) == SEEN[name]
+    assert hooks_of(model) == 0
+
+
+def test_patches_alone_are_sampled_without_a_prefix():
+    with torch.device("meta"):
+        model = timm.create_model("cait_xxs24_224").eval()
+    plan = token_plan(model, [site.name for site in find_mlps(model)], 7, seed=3)
+    assert plan.weights(196).tolist() == [28] * 7
+    assert plan.weights(1).tolist() == [1]
+
+
+def test_leading_tokens_of_an_unknown_kind_are_refused():
+    model = toy_vit()
+    model.num_prefix_tokens = 3
+    with pytest.raises(MoeeError, match=r"3 leading tokens.*found cls among"):
+        prefix_kinds(model)
+
+
+# Whose outputs nothing reads
+
+
+def zeroed_at_patches(model, name, x):
+    """Logits with the outputs at all patches of one MLP set to zero."""
+    prefix = len(prefix_kinds(model))
+
+    def zero(_module, _args, output):
+        tokens = output.reshape(len(x), -1, output.shape[-1]).clone()
+        tokens[:, prefix:] = 0
+        return tokens.reshape(output.shape)
+
+    hook = model.get_submodule(name).register_forward_hook(zero)
+    try:
+        return model(x)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("build", "unread"),
+    [
+        (toy_vit, {"blocks.2.mlp"}),
+        (distilled, {"blocks.1.mlp"}),
+        (with_registers, {"blocks.1.mlp"}),
+        (averaged, set()),
+        (averaged_without_cls, set()),
+        (toy_swin, set()),
+        (lambda: lively(SMALL_CONVNEXT), set()),
+    ],
+)
+def test_unread_are_exactly_those_whose_outputs_at_patches_change_no_logit(build, unread):
+    model = build()
+    assert unread_patches(model) == unread
+    x = pixels_of(model)
+    logits = model(x)
+    silent = {s.name for s in find_mlps(model) if zeroed_at_patches(model, s.name, x).equal(logits)}
+    assert silent == unread
+
+
+def test_the_model_is_left_as_it_was():
+    model = toy_vit().train()
+    with torch.no_grad():
+        assert unread_patches(model) == {"blocks.2.mlp"}
+    assert all(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert hooks_of(model) == 0

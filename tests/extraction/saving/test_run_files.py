@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from moee_analysis.baselines.controls import randomly_routed
+from moee_analysis.data import images
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.extraction.saving import run_files as saving
+from moee_analysis.extraction.saving.run_files import write_run
+from moee_analysis.models.loading import class_names, load_model
+from moee_analysis.moe.layer import moe_layers
+from tests.helpers.makers import SMALL_VIT, contents, lively, pixels_of, quick, same_models
+from tests.helpers.toys import toy_images, toy_vit
+
+FILES = ["model.safetensors", "run.json"]
+
+
+# There and back
+
+
+def test_a_loaded_run_is_the_saved_one_bit_for_bit(small_run, saved_run):
+    loaded = load(saved_run)
+    x = pixels_of(small_run.model, count=3)
+    assert same_models(loaded.model, small_run.model)
+    assert torch.equal(loaded.model(x), small_run.model(x))
+    for index, layer in moe_layers(small_run.model).items():
+        other = moe_layers(loaded.model)[index]
+        for expert in range(layer.n_experts):
+            assert torch.equal(other.expert_neurons(expert), layer.expert_neurons(expert))
+    assert loaded.layers == small_run.layers
+    assert loaded.config == small_run.config
+    assert loaded.variance_kept == small_run.variance_kept
+    assert loaded.provenance == small_run.provenance
+
+
+def test_extracting_again_with_the_same_seed_gives_the_same_files(saved_run, tmp_path):
+    extract(lively(), toy_images(), quick()).save(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(saved_run)
+
+
+def test_loading_needs_neither_images_nor_dense_weights(small_run, saved_run, monkeypatch):
+    monkeypatch.setattr(images, "load_images", lambda *_, **__: pytest.fail("no images"))
+    monkeypatch.setattr(
+        "moee_analysis.models.loading.read_tensors", lambda *_: pytest.fail("no weights")
+    )
+    loaded = load(saved_run)
+    assert not loaded.model.training
+    assert class_names(loaded.model) == class_names(small_run.model)
+    assert tuple(loaded.model.pretrained_cfg["mean"]) == small_run.model.pretrained_cfg["mean"]
+
+
+def test_a_loaded_run_saves_the_same_again(saved_run, tmp_path):
+    load(saved_run).save(tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(saved_run)
+
+
+def test_layers_that_stay_dense_and_single_experts_are_saved_too(tmp_path):
+    model = lively(num_classes=7)
+    for number, settings in enumerate(({"layers": (1, 4)}, {"experts": "one"})):
+        run = extract(model, toy_images(), quick(**settings))
+        run.save(tmp_path / str(number))
+        loaded = load(tmp_path / str(number))
+        assert same_models(loaded.model, run.model)
+        x = pixels_of(model)
+        assert torch.equal(loaded.model(x), run.model(x))
+        assert loaded.model(x).shape == (4, 7)
+
+
+def test_the_json_tells_where_the_run_comes_from(small_run, saved_run):
+    told = json.loads((saved_run / "run.json").read_text())
+    assert told["provenance"] == small_run.provenance
+    assert told["config"]["seed"] == 0
+    assert len(told["layers"]) == 6
+    assert sorted(contents(saved_run)) == FILES
+
+
+def test_others_may_read_a_run(saved_run):
+    assert [path.stat().st_mode & 0o044 for path in sorted(saved_run.iterdir())] == [0o044] * 2
+
+
+# The dense model of a loaded run
+
+
+def test_the_dense_model_comes_from_the_weights_the_run_was_cut_from(tmp_path):
+    save_file(lively().state_dict(), tmp_path / "dense.safetensors")
+    model = load_model(SMALL_VIT, weights=tmp_path / "dense.safetensors")
+    extract(model, toy_images(), quick()).save(tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    assert same_models(loaded.dense(), model)
+
+    shutil.move(tmp_path / "dense.safetensors", tmp_path / "moved.safetensors")
+    with pytest.raises(MoeeError, match=r"--weights FILE"):
+        loaded.dense()
+    assert same_models(loaded.dense(weights=tmp_path / "moved.safetensors"), model)
+
+    save_file(lively(seed=1).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(MoeeError, match="other weights"):
+        loaded.dense(weights=tmp_path / "other.safetensors")
+
+
+# Damaged, edited and foreign files
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0, 1, 50, 2000, -1, -3])
+def test_a_truncated_file_is_refused(saved_run, name, kept):
+    path = saved_run / name
+    path.write_bytes(path.read_bytes()[:kept])
+    if name == "run.json" and kept == -1:
+        assert load(saved_run)  # only the last line break is gone
+        return
+    with pytest.raises(MoeeError):
+        load(saved_run)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"foreign\n"])
+def test_a_foreign_file_is_refused(saved_run, name, content):
+    (saved_run / name).write_bytes(content)
+    with pytest.raises(MoeeError):
+        load(saved_run)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_told(saved_run, name):
+    (saved_run / name).unlink()
+    with pytest.raises(MoeeError, match=name):
+        load(saved_run)
+    with pytest.raises(MoeeError, match="check the path"):
+        load(saved_run / "missing")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_told(saved_run, name, put):
+    (saved_run / name).unlink()
+    put(saved_run / name)
+    with pytest.raises(MoeeError, match=r"a named pipe|a folder"):
+        load(saved_run)
+
+
+def edited(facts, change):
+    if change == "routers":
+        facts["model"]["routers"]["blocks.0.mlp"] = {"kind": "constant"}
+    elif change == "architecture":
+        facts["model"]["architecture"] = "test_vit2"
+    elif change == "mean":
+        facts["model"]["pretrained_cfg"]["mean"] = [0, 0, 0]
+    elif change == "layers":
+        facts["layers"][0]["experts"] += 1
+    elif change == "removed":
+        del facts["provenance"]
+    elif change == "added":
+        facts["note"] = "mine"
+    return facts
+
+
+@pytest.mark.parametrize(
+    "change", ["routers", "architecture", "mean", "layers", "removed", "added"]
+)
+def test_an_edited_json_is_refused(saved_run, change):
+    path = saved_run / "run.json"
+    path.write_text(json.dumps(edited(json.loads(path.read_text()), change)))
+    with pytest.raises(MoeeError, match="a file edited since then"):
+        load(saved_run)
+
+
+def test_a_json_that_is_only_laid_out_anew_is_still_the_run(saved_run):
+    path = saved_run / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=None))
+    assert load(saved_run).model
+
+
+def test_edited_tensors_are_refused(saved_run):
+    tensors = load_file(saved_run / "model.safetensors")
+    tensors["blocks.0.mlp.neurons"][0] += 1
+    save_file(tensors, saved_run / "model.safetensors")
+    with pytest.raises(MoeeError, match=r"another content in model\.safetensors"):
+        load(saved_run)
+
+
+def test_the_files_of_two_runs_do_not_mix(saved_run, tmp_path):
+    extract(lively(), toy_images(), quick(variance_kept=0.5)).save(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", saved_run)
+    with pytest.raises(MoeeError, match="another content"):
+        load(saved_run)
+
+
+def test_a_newer_format_is_refused(saved_run, monkeypatch, small_run):
+    monkeypatch.setattr(saving, "FORMAT", saving.FORMAT + 1)
+    small_run.save(saved_run)
+    monkeypatch.undo()
+    with pytest.raises(MoeeError, match=f"format {saving.FORMAT + 1}") as error:
+        load(saved_run)
+    assert "version" in error.value.hint
+
+
+def test_a_run_that_the_store_holds_in_another_format_is_made_again(tmp_path, monkeypatch):
+    for module in ("saving", "extraction"):
+        monkeypatch.setattr(f"moee_analysis.{module}.FORMAT", 1)
+    monkeypatch.setattr(saving, "READABLE", (1,))
+    extract(lively(), toy_images(), quick(), store=tmp_path)
+    monkeypatch.undo()
+    assert extract(lively(), toy_images(), quick(), store=tmp_path).model
+    assert len(list(tmp_path.glob("run-*"))) == 2
+
+
+# Where a run may be saved
+
+
+def test_saving_over_an_earlier_run_replaces_it(small_run, saved_run):
+    other = extract(lively(), toy_images(), quick(variance_kept=0.5))
+    other.save(saved_run)
+    assert same_models(load(saved_run).model, other.model)
+    small_run.save(saved_run)
+    assert same_models(load(saved_run).model, small_run.model)
+    assert sorted(contents(saved_run)) == FILES
+
+
+@pytest.mark.parametrize("with_run", [False, True])
+def test_a_folder_of_other_things_is_refused_and_left_alone(small_run, tmp_path, with_run):
+    folder = tmp_path / "precious"
+    if with_run:
+        small_run.save(folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "thesis.tex").write_text("all my work")
+    before = contents(folder)
+    with pytest.raises(MoeeError, match=r"thesis\.tex"):
+        small_run.save(folder)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_file_in_the_way_is_refused(small_run, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(MoeeError, match="a file"):
+        small_run.save(tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_missing_parents_are_made_and_an_empty_folder_is_fine(small_run, tmp_path):
+    (tmp_path / "a" / "empty").mkdir(parents=True)
+    for folder in (tmp_path / "a" / "empty", tmp_path / "b" / "c" / "run"):
+        small_run.save(folder)
+        assert sorted(contents(folder)) == FILES
+
+
+@pytest.mark.parametrize("broken", ["save_file", "write_json"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_failing_save_leaves_no_half_written_run(
+    small_run, tmp_path, monkeypatch, broken, earlier
+):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if earlier:
+        small_run.save(tmp_path / "run")
+    before = contents(tmp_path / "run") if earlier else None
+    monkeypatch.setattr(saving, broken, full)
+    with pytest.raises(MoeeError, match="No space left"):
+        small_run.save(tmp_path / "run")
+    if earlier:
+        assert contents(tmp_path / "run") == before
+    assert len(list(tmp_path.iterdir())) == int(earlier)
+
+
+def changed_by_hand():
+    """A model whose head no argument of timm's makes."""
+    model = lively()
+    model.head = nn.Sequential(nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 4))
+    return model
+
+
+def named_wrongly():
+    model = lively()
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "test_vit2"}
+    return model
+
+
+@pytest.mark.parametrize("make", [toy_vit, changed_by_hand, named_wrongly])
+def test_a_model_that_no_name_rebuilds_is_loaded_around_the_dense_one(tmp_path, make):
+    dense = make()
+    run = extract(dense, toy_images(), quick())
+    run.save(tmp_path / "run")
+    with pytest.raises(MoeeError, match="no name rebuilds") as error:
+        load(tmp_path / "run")
+    assert "moee.load(folder, dense=model)" in error.value.hint
+    loaded = load(tmp_path / "run", dense=dense)
+    assert same_models(loaded.model, run.model)
+    assert loaded.dense() is dense
+    with pytest.raises(MoeeError, match="other weights"):
+        load(tmp_path / "run", dense=disturbed(dense))
+
+
+def disturbed(model):
+    model = copy.deepcopy(model)
+    model.norm.bias += 1
+    return model
+
+
+def test_a_control_is_not_mistaken_for_a_run(small_run, tmp_path):
+    with pytest.raises(MoeeError, match="RandomRouter"):
+        write_run(tmp_path / "control", randomly_routed(small_run), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_told_of_the_origin_is_kept(small_run, tmp_path):
+    told = small_run.provenance | {"note": [1, None, "é"]}
+    replace(small_run, provenance=told).save(tmp_path / "run")
+    assert load(tmp_path / "run").provenance == told
+
+
+def test_weights_that_are_not_finite_are_not_saved(small_run, tmp_path):
+    model = copy.deepcopy(small_run.model)
+    model.norm.bias[0] = torch.nan
+    with pytest.raises(MoeeError, match=r"NaN or infinity in norm\.bias"):
+        replace(small_run, model=model).save(tmp_path / "run")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import Attention
+
+from moee_analysis.extraction.attention_modes import Modes, attention_modes, gains
+from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank
+from moee_analysis.moe.layer import replace_module
+from tests.helpers.makers import hooks_of
+from tests.helpers.toys import toy_images, toy_vit
+
+IMAGES = toy_images(20)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A toy, and the modes of its attentions."""
+    model = toy_vit(depth=2)
+    queries = {"blocks.0.attn": None, "blocks.1.attn": 1}
+    root = tmp_path_factory.mktemp("store")
+    return model, attention_modes(model, IMAGES, queries, seed=0, root=root)
+
+
+def divergence(model, other):
+    """Mean KL divergence of the predictions for all images, in nats, of double precision."""
+    x = torch.cat(list(IMAGES.batches(model))).double()
+    before, after = (m(x).log_softmax(dim=-1) for m in (copy.deepcopy(model).double(), other))
+    return float((before.exp() * (before - after)).sum(dim=-1).mean())
+
+
+def with_maps(model, site, reduction):
+    other = copy.deepcopy(model).double()
+    dense = site.module(other)
+    replace_module(other, site.name, low_rank(site, dense, reduction))
+    return other
+
+
+def with_gains(each, kind, c):
+    """The reduction that has the gains ``c`` (heads, modes) in one kind of maps."""
+    modes = getattr(each, kind)
+    moved = Factors(modes.left * (modes.strength * c)[:, None], modes.right)
+    heads, size = each.mean.shape
+    whole = torch.eye(size).double().expand(heads, -1, -1)
+    maps = {"scores": Factors(whole, whole), "values": Factors(whole, whole)} | {kind: moved}
+    return Reduction(**maps, mean=each.mean)
+
+
+@pytest.mark.parametrize("kind", ["scores", "values"])
+def test_modes_add_up_to_the_identity(measured, kind):
+    for each in measured[1].values():
+        modes = getattr(each, kind)
+        whole = (modes.left * modes.strength[:, None]) @ modes.right.mT
+        assert torch.allclose(whole, torch.eye(16).double().expand_as(whole), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["scores", "values"])
+def test_costs_are_those_of_finite_differences_of_the_divergence(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("moee_analysis.extraction.attention_modes.PROBES", 300)
+    model = toy_vit(depth=2)
+    site = find_attentions(model)[0]
+    queries = {"blocks.0.attn": None, "blocks.1.attn": 1}
+    found = attention_modes(model, IMAGES, queries, seed=0, root=tmp_path)[site.name]
+    drawn = torch.randn(16, generator=torch.Generator().manual_seed(1)).double()
+    for change in (torch.eye(16)[0].double(), drawn):
+        c = torch.ones(2, 16).double()
+        c[0] += 1e-3 * change
+        predicted = float(1e-6 * change @ getattr(found, kind).gram[0] @ change)
+        seen = divergence(model, with_maps(model, site, with_gains(found, kind, c)))
+        assert predicted == pytest.approx(seen, rel=0.15)
+
+
+def test_gains_are_the_best_there_are():
+    drawn = torch.Generator().manual_seed(0)
+    t = torch.randn(50, 6, generator=drawn, dtype=torch.float64)
+    gram = t.T @ t / 100
+    kept = torch.tensor([True, False, True, True, False, True])
+    best = torch.linalg.lstsq(t[:, kept], t.sum(dim=1, keepdim=True)).solution[:, 0]
+    assert torch.allclose(gains(gram, kept), best, rtol=0.02)
+
+
+def test_the_last_mode_is_the_one_that_can_replace_the_others():
+    t = torch.randn(500, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = t * torch.tensor([0.1, 3.0, 0.2, 1.0, 0.3])
+    modes = Modes(*[torch.eye(5).double()[None]] * 2, torch.ones(1, 5), (t.T @ t / 1000)[None])
+    costs = modes.costs()[0]
+    lost = {
+        pair: min(float(c @ modes.gram[0] @ c) for c in [_left(modes.gram[0], pair)])
+        for pair in combinations(range(5), 2)
+    }
+    assert set(np.argsort(costs)[-2:]) == set(min(lost, key=lost.get))
+
+
+def _left(gram, pair):
+    """(1 - c) of the best gains of a pair of modes."""
+    kept = torch.zeros(5, dtype=torch.bool)
+    kept[list(pair)] = True
+    c = torch.zeros(5).double()
+    c[kept] = gains(gram, kept)
+    return 1 - c
+
+
+def test_all_modes_are_exactly_the_dense_attention(measured):
+    _, found = measured
+    all_kept = np.ones((2, 16), dtype=bool)
+    factors = found["blocks.0.attn"].scores.factors(all_kept)
+    assert torch.equal(factors.left @ factors.right.mT, torch.eye(16).double().expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["scores", "values"])
+def test_modes_that_cost_little_move_the_prediction_little(measured, kind):
+    model, found = measured
+    site = find_attentions(model)[0]
+    each = found[site.name]
+    costs = getattr(each, kind).costs()
+    whole = getattr(each, kind).factors(np.ones((2, 16), dtype=bool))
+    other = "values" if kind == "scores" else "scores"
+    seen = []
+    rank = costs.argsort(axis=1).argsort(axis=1)
+    for kept in (rank >= 8, rank < 8):
+        maps = {kind: getattr(each, kind).factors(kept), other: whole}
+        reduced = with_maps(model, site, Reduction(**maps, mean=each.mean))
+        seen.append(divergence(model, reduced))
+    assert seen[0] < seen[1] / 3
+
+
+def test_the_model_is_left_as_it_was_and_the_store_is_used(tmp_path):
+    model = toy_vit(depth=1)
+    before, queries = hooks_of(model), {"blocks.0.attn": 1}
+    first = attention_modes(model, IMAGES, queries, seed=0, root=tmp_path)
+    assert hooks_of(model) == before
+    assert type(model.blocks[0].attn) is Attention
+    assert not any(p.requires_grad for p in model.parameters())
+    again = attention_modes(model, IMAGES, queries, seed=0, root=tmp_path)
+    assert torch.equal(again["blocks.0.attn"].scores.gram, first["blocks.0.attn"].scores.gram)
+    assert len(list(tmp_path.iterdir())) == 1

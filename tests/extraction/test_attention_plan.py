@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.baselines.controls import randomly_routed, statically_pruned
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.attention_plan import plan_attentions
+from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.models.attention import find_attentions, reduced_attentions
+from moee_analysis.models.macs import count, count_parameters, moe_macs
+from moee_analysis.moe.layer import moe_layers, moe_names
+from tests.helpers.makers import best, lively, quick
+from tests.helpers.toys import toy_images, toy_swin, toy_vit
+
+IMAGES = toy_images(12)
+ONE_BLOCK = 0.015  # share of the small model's MACs in modes that come and go together
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+def extracted(model, store, **settings):
+    return extract(model, IMAGES, best(**settings), store=store)
+
+
+def savings(run, model):
+    names, layers = moe_names(run.model), moe_layers(run.model)
+    cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+    return 1 - cost / count(model).total, 1 - count_parameters(run.model) / count_parameters(model)
+
+
+# What can be saved without any loss
+
+
+def test_attention_of_what_is_read_changes_no_prediction():
+    model = toy_vit()
+    plans = plan_attentions(model, IMAGES, best(attention="read").resolved(), root=None)
+    assert [(p.site.name, p.queries, p.modes) for p in plans] == [("blocks.2.attn", 1, None)]
+    run = extract(model, IMAGES, best(attention="read", macs_reduction=0.1))
+    assert list(reduced_attentions(run.model)) == ["blocks.2.attn"]
+    x = torch.randn(2, 3, 32, 32)
+    reduced = run.model.blocks[2].attn
+    tokens = model.blocks[2].norm1(model.forward_features(x))
+    assert torch.allclose(reduced(tokens)[:, 0], model.blocks[2].attn(tokens)[:, 0], atol=1e-5)
+
+
+def test_dense_attention_is_left_alone(model, store):
+    run = extracted(model, store, macs_reduction=0.1)
+    assert not reduced_attentions(run.model)
+    assert len(find_attentions(run.model)) == len(find_attentions(model))
+
+
+def test_a_model_without_plain_attention_is_left_dense_where_only_what_is_read_is_asked_for():
+    config = best(macs_reduction=0.1, attention="read").resolved()
+    assert plan_attentions(toy_swin(), IMAGES, config, root=None) == []
+
+
+def test_keeping_everything_is_the_dense_model():
+    model, x = toy_vit(), torch.randn(2, 3, 32, 32)
+    settings = {"recipe": "paper", "attention": "low_rank", "variance_kept": 1.0}
+    run = extract(model, IMAGES, quick(**settings))
+    assert len(reduced_attentions(run.model)) == 3
+    assert torch.allclose(run.model(x), model(x), atol=1e-4)
+
+
+# One budget
+
+
+@pytest.mark.parametrize("attention", ["read", "low_rank"])
+@pytest.mark.parametrize("bound", [{}, {"params_reduction": 0.2}], ids=["MACs", "both"])
+def test_the_budget_is_met_with_attention_in_it(model, store, attention, bound):
+    run = extracted(model, store, macs_reduction=0.3, attention=attention, **bound)
+    macs, parameters = savings(run, model)
+    assert macs == pytest.approx(0.3, abs=0.003) or (bound and macs > 0.3)
+    if bound:
+        assert parameters == pytest.approx(0.2, abs=0.003) or (parameters > 0.2 and macs < 0.303)
+
+
+def test_the_share_of_the_paper_holds_for_heads_too(model, store):
+    settings = {"recipe": "paper", "attention": "low_rank", "macs_reduction": 0.3}
+    run = extract(model, IMAGES, quick(**settings), store=store)
+    assert savings(run, model)[0] == pytest.approx(0.3, abs=0.003)
+    assert len(reduced_attentions(run.model)) == 6
+
+
+def test_attention_takes_what_neurons_need_not_save(model, store):
+    dense, low = (
+        extracted(model, store, macs_reduction=0.3, attention=attention)
+        for attention in ("dense", "low_rank")
+    )
+    active = [np.mean([each.active_fraction for each in run.layers]) for run in (dense, low)]
+    assert active[1] > active[0]
+    found = reduced_attentions(low.model).values()
+    assert min(m.ranks.scores for m in found) < find_attentions(model)[0].head_dim
+    assert all(rank % 8 == 0 for m in found for rank in (m.ranks.scores, m.ranks.values))
+
+
+# What comes after
+
+
+def test_a_saved_run_is_the_same_model(model, store, tmp_path):
+    run = extracted(model, store, macs_reduction=0.3, attention="low_rank")
+    run.save(tmp_path / "run")
+    again, x = load(tmp_path / "run"), torch.randn(2, 3, 160, 160)
+    assert again.config.attention == "low_rank"
+    assert torch.equal(again.model(x), run.model(x))
+
+
+def test_controls_keep_the_attention(model, store):
+    run = extracted(model, store, macs_reduction=0.3, attention="low_rank")
+    at_random = randomly_routed(run)
+    assert len(reduced_attentions(at_random)) == 6
+    static = statically_pruned(run, IMAGES, store=store)
+    assert static.config.attention == "low_rank"
+    assert 0.3 <= savings(static, model)[0] < 0.3 + ONE_BLOCK
+
+
+def test_a_model_without_plain_attention_is_refused_before_the_work(monkeypatch):
+    planning = "moee_analysis.extraction.pipeline.plan_layers"
+    monkeypatch.setattr(planning, lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(MoeeError, match="plain self-attention"):
+        extract(toy_swin(), IMAGES, best(attention="low_rank", macs_reduction=0.1))

@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import moee_analysis as moee
+from moee_analysis.data.images import load_images
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction import pipeline as extraction
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.models.fingerprints import hash_weights
+from moee_analysis.models.loading import find_mlps, fingerprint, load_model
+from moee_analysis.models.macs import count, count_parameters, moe_macs
+from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.moe.routers import ConstantRouter, NearestRouter, TokenKindRouter
+from tests.helpers.makers import (
+    CLUSTERING,
+    SMALL_CONVNEXT,
+    best,
+    divergence,
+    hooks_of,
+    lively,
+    pixels_of,
+    quick,
+)
+from tests.helpers.toys import toy_images, toy_swin, toy_vit
+
+IMAGES = toy_images()
+
+
+def convnext():
+    return lively(SMALL_CONVNEXT)
+
+
+def experts_of(run):
+    """Dense ids of the neurons of every expert of every layer."""
+    return {
+        index: [layer.kept[layer.expert_neurons(e)].tolist() for e in range(layer.n_experts)]
+        for index, layer in moe_layers(run.model).items()
+    }
+
+
+def cost(run):
+    names = moe_names(run.model)
+    layers = moe_layers(run.model)
+    return moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+
+
+# The same as the dense model where nothing is left out
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin, lively, convnext])
+def test_with_all_variance_kept_the_output_is_that_of_the_dense_model(build):
+    model = build()
+    run = extract(model, IMAGES, quick(variance_kept=1.0))
+    assert any(layer.experts > 1 for layer in run.layers)
+    x = pixels_of(model, count=5)
+    dense = model(x)
+    scale = max(1.0, float(dense.abs().max()))
+    torch.testing.assert_close(run.model(x), dense, rtol=0, atol=1e-5 * scale)
+
+
+def test_the_bundled_model_with_all_variance_kept_is_itself():
+    model = load_model()
+    run = extract(
+        model, load_images(split="calibration", limit=40), quick(variance_kept=1.0, layers=(0, 5))
+    )
+    assert [layer.converted for layer in run.layers].count(True) == 2
+    x = next(load_images(limit=40).batches(model))
+    with torch.inference_mode():
+        torch.testing.assert_close(run.model(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_the_dense_model_is_not_changed():
+    model = toy_vit()
+    before, x = fingerprint(model), pixels_of(model)
+    run = extract(model, IMAGES, quick(variance_kept=0.3))
+    assert fingerprint(model) == before
+    assert len(find_mlps(model)) == 3
+    assert hooks_of(model) == hooks_of(run.model) == 0
+    assert run.dense() is model
+    assert not torch.allclose(run.model(x), model(x))
+
+
+# What each layer becomes
+
+
+def test_the_report_tells_what_the_model_is():
+    run = extract(toy_vit(), IMAGES, quick(layers=(0, 2)))
+    layers = moe_layers(run.model)
+    assert set(layers) == {0, 2}
+    for told in run.layers:
+        if not told.converted:
+            assert (told.experts, told.sizes, told.active_fraction) == (0, (), 1.0)
+            assert told.reason == "not asked for"
+            continue
+        layer = layers[told.index]
+        assert told.reason == ""
+        assert told.experts == layer.n_experts == len(told.sizes)
+        assert list(told.sizes) == layer.expert_sizes
+        assert told.union_fraction == len(layer.kept) / told.hidden < 1
+        used = float(layer.shares @ layer.sizes.float()) / told.hidden
+        assert told.active_fraction == pytest.approx(used, rel=1e-5)
+        assert 0 <= told.noise_share <= CLUSTERING.max_noise
+
+
+def test_neurons_that_no_expert_keeps_are_not_stored():
+    run = extract(toy_vit(), IMAGES, quick(variance_kept=0.3))
+    removed = sum(told.hidden - round(told.union_fraction * told.hidden) for told in run.layers)
+    routers = sum(layer.router.centres.numel() for layer in moe_layers(run.model).values())
+    assert removed > 0
+    assert count_parameters(run.model) == count_parameters(toy_vit()) - 65 * removed + routers
+
+
+def test_where_no_clusters_are_found_the_model_stays_dense_and_says_why():
+    model = toy_vit()
+    nothing = replace(CLUSTERING, max_noise=0.001)
+    run = extract(model, IMAGES, quick(clustering=nothing))
+    assert [layer.converted for layer in run.layers] == [False] * 3
+    assert all("noise" in layer.reason for layer in run.layers)
+    assert torch.equal(run.model(pixels_of(model)), model(pixels_of(model)))
+
+
+def test_a_dead_layer_stays_dense_and_the_others_do_not_mind():
+    model = toy_vit()
+    model.blocks[1].mlp.fc1.weight.zero_()
+    run = extract(model, IMAGES, quick())
+    assert [layer.converted for layer in run.layers] == [True, False, True]
+    assert run.layers[1].reason == "0 clusters found"
+
+
+# One expert for all tokens
+
+
+def test_one_cluster_is_static_pruning_by_variance():
+    model = toy_vit()
+    run = extract(model, IMAGES, quick(variance_kept=0.6, experts="one"))
+    pruned = copy.deepcopy(model)
+    for index, layer in moe_layers(run.model).items():
+        assert layer.n_experts == 1
+        assert layer.expert_neurons(0).tolist() == list(range(len(layer.kept)))  # the union
+        assert isinstance(layer.router, ConstantRouter)
+        assert layer.macs_per_token() == 2 * 32 * len(layer.kept)
+        dropped = np.setdiff1d(np.arange(64), layer.kept)
+        pruned.blocks[index].mlp.fc2.weight[:, dropped] = 0
+    x = pixels_of(model)
+    torch.testing.assert_close(run.model(x), pruned(x), rtol=1e-4, atol=1e-5)
+    assert all(told.experts == 1 and told.union_fraction < 1 for told in run.layers)
+
+
+def test_one_cluster_keeps_the_most_variable_neurons():
+    model = toy_vit(depth=1)
+    run = extract(model, IMAGES, quick(variance_kept=0.6, experts="one", tokens_per_image=16))
+    seen = []
+    model.blocks[0].mlp.act.register_forward_hook(lambda _, __, out: seen.append(out))
+    model(torch.cat(list(IMAGES.batches(model))))
+    variance = seen[0].flatten(0, 1).var(dim=0, correction=0)
+    kept = moe_layers(run.model)[0].kept
+    dropped = np.setdiff1d(np.arange(64), kept)
+    assert variance[kept].min() >= 0.99 * variance[dropped].max()  # half precision may swap two
+    assert variance[kept].sum() >= 0.599 * variance.sum()
+
+
+# A budget
+
+
+@pytest.mark.parametrize("reduction", [0.1, 0.25])
+def test_a_budget_is_met_with_the_largest_possible_experts(reduction):
+    model = toy_vit()
+    run = extract(model, IMAGES, quick(macs_reduction=reduction))
+    budget = (1 - reduction) * count(model).total
+    assert 0.97 * budget < cost(run) <= budget
+    more = extract(model, IMAGES, quick(variance_kept=run.variance_kept + 1e-6))
+    assert cost(more) > budget
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_what_can():
+    with pytest.raises(MoeeError, match=r"a MACs reduction of 99\.0%") as error:
+        extract(toy_vit(), IMAGES, quick(macs_reduction=0.99))
+    assert "at most" in error.value.found
+
+
+def test_a_budget_counts_only_the_layers_that_are_converted():
+    nothing = replace(CLUSTERING, max_noise=0.001)
+    with pytest.raises(MoeeError, match=r"at most 0\.0%"):
+        extract(toy_vit(), IMAGES, quick(macs_reduction=0.1, clustering=nothing))
+
+
+# The recipe "best"
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin, lively])
+def test_the_best_recipe_with_nothing_to_save_is_the_dense_model(build):
+    model, whole = build(), {"budget": "share", "variance_kept": 1.0}
+    run = extract(model, IMAGES, best(thin="routed", **whole))
+    assert all(layer.converted for layer in run.layers)
+    x = pixels_of(model, count=5)
+    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_budget_for_everything_all_that_is_read_is_kept():
+    model = toy_vit()
+    run = extract(model, IMAGES, best(macs_reduction=1e-6, thin="routed"))
+    assert [layer.sizes for layer in run.layers] == [5 * (64,), 5 * (64,), (64, 0)]
+    x = pixels_of(model, count=5)
+    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [toy_vit, lively])
+def test_patches_that_nothing_reads_get_a_constant_and_no_logit_changes(build):
+    model = build()
+    last = len(find_mlps(model)) - 1
+    run = extract(model, IMAGES, best(macs_reduction=1e-6, layers=(last,)))
+    layer = moe_layers(run.model)[last]
+    assert layer.expert_sizes[1] == 0
+    x = pixels_of(model)
+    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
+    tokens = torch.randn(3, layer.router.tokens, layer.fc1.in_features)
+    patches = layer(tokens)[:, 1:].flatten(0, 1)
+    assert torch.equal(patches, patches[:1].expand_as(patches))
+
+
+def test_cls_has_an_expert_of_its_own_and_patches_the_nearest():
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.2))
+    for index, layer in moe_layers(run.model).items():
+        assert isinstance(layer.router, TokenKindRouter)
+        chosen = layer.router(torch.randn(2, 17, 32)).reshape(2, 17)
+        assert (chosen[:, 0] == 0).all()
+        assert (chosen[:, 1:] > 0).all()
+        assert float(layer.shares[0]) == pytest.approx(1 / 17)
+        kind = ConstantRouter if index == 2 else NearestRouter
+        assert isinstance(layer.router.inner, kind)
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin])
+def test_a_refit_comes_closer_to_the_dense_model_than_none(build):
+    model = build()
+    far = [
+        divergence(
+            model, extract(model, IMAGES, best(macs_reduction=0.25, refit=refit)).model, IMAGES
+        )
+        for refit in ("none", "shift", "shared")
+    ]
+    assert far == sorted(far, reverse=True)
+    assert 0 < far[2] < 0.5 * far[0]
+
+
+def test_the_best_recipe_comes_closer_than_the_paper_s():
+    model = toy_vit()
+    paper, ours = (extract(model, IMAGES, c(macs_reduction=0.25)) for c in (quick, best))
+    assert divergence(model, ours.model, IMAGES) < divergence(model, paper.model, IMAGES)
+
+
+# The same again
+
+
+@pytest.mark.parametrize("settings", [quick, best])
+def test_the_same_seed_gives_the_same_experts_twice(settings):
+    config = settings(seed=3, macs_reduction=0.2)
+    once, again = (extract(toy_vit(), IMAGES, config) for _ in range(2))
+    assert experts_of(once) == experts_of(again)
+    assert once.layers == again.layers
+    x = pixels_of(toy_vit())
+    assert torch.equal(once.model(x), again.model(x))
+
+
+def test_another_seed_draws_other_tokens():
+    assert experts_of(extract(toy_vit(), IMAGES, quick(seed=4))) != experts_of(
+        extract(toy_vit(), IMAGES, quick(seed=3))
+    )
+
+
+@pytest.mark.parametrize("build", [toy_vit, lively])
+def test_a_store_changes_nothing_and_saves_the_work(tmp_path, monkeypatch, build):
+    plain = extract(build(), IMAGES, quick())
+    first = extract(build(), IMAGES, quick(), store=tmp_path)
+    monkeypatch.setattr(
+        "moee_analysis.extraction.record.recording._record_into",
+        lambda *_, **__: pytest.fail("again"),
+    )
+    again = extract(build(), IMAGES, quick(), store=tmp_path)
+    assert experts_of(plain) == experts_of(first) == experts_of(again)
+    assert plain.layers == again.layers
+    x = pixels_of(build())
+    assert torch.equal(plain.model(x), again.model(x))
+
+
+@pytest.mark.parametrize("settings", [quick, best])
+def test_a_finished_run_is_found_in_the_store(tmp_path, monkeypatch, settings):
+    model, config = lively(), settings(macs_reduction=0.2)
+    first = extract(model, IMAGES, config, store=tmp_path)
+    monkeypatch.setattr(extraction, "plan_layers", lambda *_, **__: pytest.fail("again"))
+    again = extract(model, IMAGES, config, store=tmp_path)
+    assert torch.equal(again.model(pixels_of(model)), first.model(pixels_of(model)))
+    assert again.layers == first.layers
+    assert again.provenance == first.provenance
+    assert again.dense() is model
+
+
+def test_a_failing_extraction_leaves_no_run_in_the_store(tmp_path):
+    with pytest.raises(MoeeError):
+        extract(lively(), IMAGES, quick(macs_reduction=0.99), store=tmp_path)
+    assert not [p.name for p in tmp_path.iterdir() if "run-" in p.name or p.name.startswith(".")]
+
+
+def test_without_a_store_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEE_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    extract(toy_vit(), IMAGES, quick())
+    assert not list(tmp_path.iterdir())
+
+
+# Where it comes from
+
+
+def test_the_provenance_names_model_images_versions_and_seed():
+    model = lively()
+    run = extract(model, IMAGES, quick(seed=7, calibration_images=12))
+    told = run.provenance
+    assert told["model"] == "test_vit"
+    assert told["weights_sha256"] == hash_weights(model)
+    assert told["n_images"] == 12
+    assert told["images_sha256"] == IMAGES.limit(12, seed=7).fingerprint
+    assert told["seed"] == 7
+    assert {"moee-analysis", "python", "torch", "timm", "numpy", "hdbscan"} <= set(told["versions"])
+    assert run.config.calibration_images == 12
+
+
+def test_a_model_that_cannot_be_named_is_refused_before_the_work(monkeypatch):
+    model = toy_vit()
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != "architecture"}
+    monkeypatch.setattr(extraction, "plan_layers", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(MoeeError, match="pretrained_cfg"):
+        extract(model, IMAGES, quick())
+
+
+def test_five_lines_are_enough(tmp_path):
+    model = moee.load_model("bundled")
+    images = moee.load_images("bundled", split="calibration", limit=40)
+    run = moee.extract(model, images, quick(macs_reduction=0.1))
+    run.save(tmp_path / "a")
+    run = moee.load(tmp_path / "a")
+    assert run.model(torch.zeros(2, 3, 64, 64)).shape == (2, 20)
+    assert isinstance(run.config, ExtractConfig)

@@ -1,0 +1,74 @@
+"""Commands as processes of their own, which start quickly: everything is imported already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+from functools import cache
+
+import torch
+from safetensors.torch import save_file
+
+from moee_analysis.cli import main
+from tests.helpers.makers import SMALL_VIT, image_folder, lively
+
+
+@cache
+def processes():
+    """What starts them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    first = context.Process(target=len, args=("",))  # which waits until all is imported
+    first.start()
+    first.join()
+    return context
+
+
+def make_inputs(folder):
+    """Weights of a small model, and a few pictures."""
+    save_file(lively().state_dict(), folder / "weights.safetensors")
+    image_folder(folder / "images", {"ant": 8, "bee": 8})
+    return folder
+
+
+def new_place(folder):
+    """A folder for one process, with temporary files of its own."""
+    (folder / "tmp").mkdir(parents=True)
+    return folder
+
+
+def begin(place):
+    """Tell into a file, keep temporary files apart, and hear signals, also below ``nohup``."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    tempfile.tempdir = str(place / "tmp")
+    with (place / "told").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def run_command(argv, place, largest=None):
+    """Run a command; no file may have more than the ``largest`` number of bytes."""
+    begin(place)
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    sys.exit(main(argv))
+
+
+def extraction(inputs, out, store=None):
+    """Arguments of an extraction that takes two seconds."""
+    own = [] if store is None else ["--store", str(store)]
+    return ["extract", "--model", SMALL_VIT, "--weights", str(inputs / "weights.safetensors"),
+            "--recipe", "best", "--calibration", str(inputs / "images"),
+            "--macs-reduction", "0.28", "--out", str(out), *own]  # fmt: skip
+
+
+def finetuning(inputs, run, out):
+    """Arguments of a fine-tuning that takes two seconds."""
+    return ["finetune", str(run), "--images", str(inputs / "images"), "--epochs", "3",
+            "--batch-size", "4", "--out", str(out)]  # fmt: skip

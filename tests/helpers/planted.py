@@ -1,0 +1,175 @@
+"""Layers whose tokens are made up: groups that are known, and a calibration that holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from moee_analysis.extraction.cluster.assignment import Assignment
+from moee_analysis.extraction.cluster.clustering import NOISE
+from moee_analysis.extraction.cluster.clusters_to_router import Partition
+from moee_analysis.extraction.cluster.sample_tokens import DrawTally, draw_of
+from moee_analysis.extraction.record.accumulate import summed_alone
+from moee_analysis.extraction.record.calibration_set import Limits
+from moee_analysis.extraction.record.hooks import LayerSample
+from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.models.loading import MlpSite
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moee_analysis.extraction.config.extract_config import ExtractConfig
+
+DIM, HIDDEN = 4, 6
+SITE = MlpSite("mlp", 0, DIM, HIDDEN)
+NORTH, EAST, UP = np.eye(DIM)[:3]
+
+
+def layer_of(sample, *, site=None, seed=0):
+    """A layer of a sample, with an MLP of random weights."""
+    if site is None:
+        site = MlpSite("mlp", 0, sample.inputs.shape[1], sample.hidden.shape[1])
+    torch.manual_seed(seed)
+    return Recorded(site, Mlp(site.dim, site.hidden).requires_grad_(requires_grad=False), sample)
+
+
+def planted(*groups, spread=0.05, seed=0, images=1):
+    """A layer with tokens around directions: (direction, count, neuron that varies there).
+
+    The tokens are dealt to so many images, each group as a whole after the last.
+    """
+    rng = np.random.default_rng(seed)
+    inputs, hidden = [], []
+    for direction, count, neuron in groups:
+        inputs.append(direction + spread * rng.normal(size=(count, DIM)))
+        quiet = 0.01 * rng.normal(size=(count, HIDDEN))
+        quiet[:, neuron] = rng.normal(size=count)
+        hidden.append(quiet)
+    total = sum(count for _, count, _ in groups)
+    position, image = np.divmod(np.arange(total, dtype=np.int32), images)
+    one_image_after_the_other = np.argsort(image, kind="stable")
+    values = (
+        np.concatenate(inputs).astype(np.float16),
+        np.concatenate(hidden).astype(np.float16),
+        image,
+        position,
+        np.ones(total, dtype=np.float32),
+    )
+    sample = LayerSample(*(each[one_image_after_the_other] for each in values))
+    return layer_of(sample, site=SITE, seed=seed)
+
+
+# 40 tokens to the north that vary in neuron 0, 20 to the east in neuron 1; and 30 tokens of noise
+# near the north whose activations vary in neuron 2.
+PLANTED = planted((NORTH, 40, 0), (EAST, 20, 1), (NORTH + 0.2 * UP, 30, 2))
+LABELS = np.repeat([0, 1, NOISE], [40, 20, 30])
+ROWS = np.arange(90)
+
+
+def part_of(layer, *rows):
+    """Some consecutive rows of a layer, from one to another."""
+    return replace(layer, sample=layer.sample.part(slice(*rows)))
+
+
+def parts_of(layer, cuts):
+    """All of a layer, divided at the rows ``cuts``."""
+    edges = [0, *cuts, len(layer.sample)]
+    return [part_of(layer, *pair) for pair in pairwise(edges)]
+
+
+def added_up(tally, layers):
+    """Sums of a tally over the parts of a layer, one after the other."""
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in tally.shapes.items()}
+    for layer in layers:
+        tally.add(sums, layer)
+    return sums
+
+
+def agree(one, other, *, rtol=1e-6):
+    """Require two sums to be the same but for rounding."""
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        atol = rtol * float(other[name].abs().max())
+        np.testing.assert_allclose(values, other[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+def draw_from(layer, rows=None, *, leading=0):
+    """Draw the tokens with the numbers ``rows``, None: all but the leading ones."""
+    if rows is None:
+        rows = np.flatnonzero(layer.sample.position >= leading) + layer.sample.start
+    graded = layer.sample.norms is not None
+    tally = DrawTally(layer.site, rows, leading, hidden=True, gradients=graded)
+    return draw_of(tally, summed_alone(tally, layer), layer.mlp, "planted")
+
+
+def assigned(members, *, dim=DIM, prefix=(), experts=None):
+    """An assignment of the tokens in a row to ``members``, experts of a partition or -1.
+
+    The router sends them wherever their inputs point.
+    """
+    experts = int(np.max(members)) + 1 if experts is None else experts
+    centres = np.random.default_rng(0).normal(size=(experts, dim)).astype(np.float32)
+    rows = np.arange(len(members))
+    return Assignment(prefix, Partition(centres=centres, rows=rows, labels=np.asarray(members)))
+
+
+@dataclass
+class Made:
+    """A calibration on made-up layers, whose tokens come in parts divided at the rows ``cuts``."""
+
+    layers: list[Recorded]
+    root: Path
+    config: ExtractConfig | None = None
+    cuts: tuple[int, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    key: str = "made"
+    passes: list[Path] = field(default_factory=list)
+    reads: list[list[str]] = field(default_factory=list)
+    looked_at: tuple[int, ...] | None = None
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def sites(self):
+        return [layer.site for layer in self.layers]
+
+    @property
+    def model(self):
+        return nn.ModuleDict({layer.site.name: layer.mlp for layer in self.layers})
+
+    @property
+    def images(self):
+        return range(int(self.layers[0].sample.image.max()) + 1)
+
+    @property
+    def tokens_per_image(self):
+        count = len(self.images)
+        return {each.site.name: round(each.sample.weight.sum() / count) for each in self.layers}
+
+    @property
+    def kept_per_image(self):
+        return {each.site.name: len(each.sample) // len(self.images) for each in self.layers}
+
+    @property
+    def leading(self):
+        return {each.site.name: self.kinds for each in self.layers}
+
+    @property
+    def own(self):
+        return [range(number, number + 1) for number in range(len(self.cuts) + 1)]
+
+    @property
+    def chosen(self):
+        return self.own
+
+    def parts(self, sites, *, gradients=False, skip=0):
+        names = [site.name for site in sites]
+        self.reads.append(names)
+        divided = {e.site.name: parts_of(e, self.cuts) for e in self.layers if e.site.name in names}
+        for number in range(skip, len(self.own)):
+            yield {name: parts[number] for name, parts in divided.items()}

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moee_analysis import measure
+from moee_analysis.baselines.controls import constantly_routed, oracle_routed, randomly_routed
+from moee_analysis.baselines.registry import STATIC, SYSTEMS, Asked, systems_named
+from moee_analysis.errors import MoeeError
+from moee_analysis.measure.evaluation.comparison import Contest, compare
+from moee_analysis.measure.evaluation.comparison_table import comparison_table
+from moee_analysis.models.macs import count, count_parameters
+from tests.helpers.toys import toy_images, toy_vit
+from tests.measure.evaluation.test_evaluate import FIELDS, LAYER_FIELDS
+
+FEW = ["MoEE, best", "MoEfication: k-means, centre", "Sparse Upcycling: top-1", STATIC]
+ASKED = Asked(0.2, "smoke")
+
+
+@pytest.fixture(scope="module")
+def contest(tmp_path_factory):
+    images = toy_images(84)
+    calibration, unseen = images.take(range(48)), images.take(range(48, 84))
+    store = tmp_path_factory.mktemp("store")
+    return Contest(toy_vit(), calibration, unseen, "smoke", store, resamples=50, latency=False)
+
+
+@pytest.fixture(scope="module")
+def rows(contest):
+    return compare(contest, macs_reductions=[0.2], seeds=(0, 1), systems=FEW)
+
+
+@pytest.fixture(scope="module")
+def table(rows):
+    return comparison_table(rows)
+
+
+def row_of(rows, system, seed=0):
+    return next(row for row in rows if row["system"] == system and row["seed"] == seed)
+
+
+def test_a_row_for_every_system_and_seed_with_all_that_evaluate_tells(rows):
+    assert [(row["system"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in (0, 1) for name in systems_named(FEW)
+    ]
+    for row in rows:
+        assert set(row) >= FIELDS | {"system", "controls", "seed"}
+        assert all(set(layer) >= LAYER_FIELDS for layer in row["layers"])
+    assert len(json.loads(json.dumps(rows, allow_nan=False))) == len(rows)
+
+
+def test_numbers_are_those_of_the_measures(contest, rows):
+    made = SYSTEMS["MoEE, best"].make(
+        contest.dense, contest.calibration, ASKED, store=contest.store
+    )
+    row, scores = row_of(rows, "MoEE, best"), {"own": made.model}
+    scores |= {
+        "random_routing": randomly_routed(made),
+        "constant_routing": constantly_routed(made),
+        "oracle_routing": oracle_routed(made, contest.dense),
+    }
+    found = measure.accuracy(scores, contest.images, reference=contest.dense).set_index("system")
+    assert row["moe_top1"] == found.loc["own", "top1"]
+    assert row["kl"] == pytest.approx(found.loc["own", "kl"], rel=1e-4)
+    for kind in ("random_routing", "constant_routing", "oracle_routing"):
+        assert row["controls"][kind]["top1"] == found.loc[kind, "top1"]
+    costs = measure.macs(made, contest.images).set_index("component").loc["total"]
+    assert row["macs_moe"] == pytest.approx(costs["macs"])
+    assert row["params_moe"] == costs["params"] == count_parameters(made.model)
+    assert row["macs_dense"] == count(contest.dense).total
+
+
+def test_matched_macs(rows):
+    for row in rows:
+        if row["system"] != "Sparse Upcycling: top-1":
+            assert row["macs_reduction"] == pytest.approx(0.2, abs=0.02)
+            assert row["reduces_macs"]
+
+
+def test_what_cannot_reduce_macs_is_told_and_equals_the_dense_model_at_first(rows):
+    row = row_of(rows, "Sparse Upcycling: top-1")
+    assert not row["reduces_macs"]
+    assert row["macs_reduction"] < 0
+    assert row["params_reduction"] < 0
+    assert row["agreement"] == 1
+
+
+def test_static_pruning_is_beside_every_system(rows):
+    best = row_of(rows, STATIC)
+    for row in rows:
+        assert row["controls"]["static_pruning"]["system"] == STATIC
+    assert (
+        row_of(rows, "MoEE, best")["controls"]["static_pruning"]["retention"] == (best["retention"])
+    )
+    assert best["balance"] is None
+    assert best["controls"]["random_routing"] is None
+
+
+def test_a_static_system_is_made_where_none_is_named(contest):
+    rows = compare(contest, macs_reductions=[0.1], systems=["Sparse Upcycling: top-1"])
+    assert [row["system"] for row in rows] == [STATIC, "Sparse Upcycling: top-1"]
+
+
+def test_intervals_over_seeds_hold_the_mean_of_all(rows, table):
+    for name, own in table.groupby("system"):
+        assert own["mean"].nunique() == 1
+        assert own["mean"].iloc[0] == pytest.approx(own["retention"].mean())
+        assert (own["low"] <= own["mean"]).all()
+        assert (own["mean"] <= own["high"]).all()
+        assert row_of(rows, name)["over_seeds"]["low"] == own["low"].iloc[0]
+
+
+def test_balance_is_that_of_the_routes(contest, rows):
+    made = SYSTEMS["MoEE, best"].make(
+        contest.dense, contest.calibration, ASKED, store=contest.store
+    )
+    found = measure.balance(measure.routing(made, contest.images))
+    means = found[found["n_experts"] > 1].groupby("metric")["value"].mean()
+    told = row_of(rows, "MoEE, best")["balance"]
+    assert told == pytest.approx(means.to_dict())
+
+
+def test_a_budget_out_of_reach_is_a_row_with_its_reason(contest):
+    rows = compare(contest, macs_reductions=[0.7], systems=["MoEfication: k-means, centre", STATIC])
+    assert all("MACs" in row["reason"] for row in rows)
+    assert all(row["retention"] is None and row["over_seeds"] is None for row in rows)
+    table = comparison_table(rows)
+    assert table["mean"].isna().all()
+    assert math.isnan(table["static_pruning"].iloc[0])
+
+
+def test_models_that_do_not_fit_together_are_measured_apart(contest, rows, monkeypatch):
+    monkeypatch.setattr("moee_analysis.measure.evaluation.comparison.TOGETHER", 1)
+    apart = compare(contest, macs_reductions=[0.2], seeds=(0, 1), systems=FEW)
+    assert [_without_seconds(row) for row in apart] == [_without_seconds(row) for row in rows]
+
+
+def _without_seconds(row):
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def test_latency_is_of_the_first_seed(contest, monkeypatch):
+    def timed(models, *_args, **_options):
+        return pd.DataFrame([{"system": name, "ms": 2.0, "speed_up": 1.5} for name in models])
+
+    monkeypatch.setattr("moee_analysis.measure.evaluation.comparison.measure.latency", timed)
+    clocked = Contest(**vars(contest) | {"latency": True})
+    rows = compare(clocked, macs_reductions=[0.2], seeds=(0, 1), systems=[STATIC])
+    assert [row["latency"] for row in rows] == [{"ms": 2.0, "speed_up": 1.5}, None]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"systems": ["MoEE"]}, "systems among MoEE, paper"),
+    ({"seeds": ()}, "a budget and a seed"),
+    ({"macs_reductions": ()}, "a budget and a seed"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_refused(contest, options, message):
+    with pytest.raises(MoeeError, match=message):
+        compare(contest, **options)
+
+
+def test_calibration_images_are_not_evaluated(contest):
+    both = {"calibration": contest.images.take(np.arange(10)), "images": contest.images}
+    with pytest.raises(MoeeError, match="not used for calibration"):
+        Contest(contest.dense, **both)

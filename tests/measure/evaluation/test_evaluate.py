@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.measure.evaluation.evaluate import evaluate
+from moee_analysis.models.macs import count, count_parameters
+from tests.helpers.makers import quick
+from tests.helpers.toys import CLASSES, toy_images, toy_vit
+
+CALIBRATION, IMAGES = toy_images(72).take(range(36, 72)), toy_images(36)
+FIELDS = {
+    "dense_top1", "moe_top1", "retention", "agreement", "macs_dense", "macs_moe",
+    "macs_reduction", "params_dense", "params_moe", "params_reduction", "n_images", "layers",
+}  # fmt: skip
+LAYER_FIELDS = {
+    "experts", "noise_share", "active_fraction", "union_fraction", "converted", "reason",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run():
+    return extract(toy_vit(), CALIBRATION, quick(macs_reduction=0.15))
+
+
+@pytest.fixture(scope="module")
+def numbers(run):
+    return evaluate(run, IMAGES)
+
+
+def predictions(model):
+    with torch.inference_mode():
+        return model(torch.cat(list(IMAGES.batches(model)))).argmax(dim=1)
+
+
+def test_every_promised_number_is_there_as_plain_json(numbers):
+    assert set(numbers) >= FIELDS
+    assert all(set(layer) >= LAYER_FIELDS for layer in numbers["layers"])
+    assert json.loads(json.dumps(numbers, allow_nan=False))["n_images"] == 36
+
+
+def test_accuracies_are_those_of_the_two_models(run, numbers):
+    labels = torch.from_numpy(IMAGES.labels(run.model))
+    dense, moe = predictions(run.dense()), predictions(run.model)
+    assert numbers["dense_top1"] == pytest.approx((dense == labels).float().mean().item())
+    assert numbers["moe_top1"] == pytest.approx((moe == labels).float().mean().item())
+    assert numbers["agreement"] == pytest.approx((moe == dense).float().mean().item())
+    assert numbers["retention"] == pytest.approx(numbers["moe_top1"] / numbers["dense_top1"])
+
+
+def test_costs_are_those_of_the_two_models(run, numbers):
+    assert numbers["macs_dense"] == count(run.dense()).total
+    assert numbers["params_dense"] == count_parameters(run.dense())
+    assert numbers["params_moe"] == count_parameters(run.model)
+    # the shares measured on these images differ a little from those of the sampled tokens
+    assert numbers["macs_reduction"] == pytest.approx(0.15, abs=0.02)
+    saved = 1 - numbers["params_moe"] / numbers["params_dense"]
+    assert numbers["params_reduction"] == pytest.approx(saved)
+
+
+def test_what_nothing_reads_is_counted_apart(numbers):
+    wasted = 16 * 2 * 32 * 64 + 16 * 2 * 32 * (32 + 17)  # MLP and attention of the last block
+    assert numbers["macs_unread_dense"] == wasted
+    assert 0 < numbers["macs_unread_moe"] <= wasted
+    assert numbers["unread_sites"] == ["blocks.2.attn", "blocks.2.mlp"]
+    read = {s: numbers[f"macs_{s}"] - numbers[f"macs_unread_{s}"] for s in ("moe", "dense")}
+    assert numbers["macs_reduction_read"] == pytest.approx(1 - read["moe"] / read["dense"])
+
+
+def test_with_everything_kept_the_two_agree():
+    run = extract(toy_vit(), CALIBRATION, quick(variance_kept=1.0))
+    numbers = evaluate(run, IMAGES)
+    assert numbers["agreement"] == numbers["retention"] == 1.0
+
+
+def test_retention_of_nothing_is_undefined_and_still_json(run):
+    wrong = [i for i, row in enumerate(predictions(run.dense())) if CLASSES[row] != CLASSES[i % 6]]
+    numbers = evaluate(run, IMAGES.take(wrong))
+    assert numbers["dense_top1"] == 0
+    assert numbers["retention"] is None
+    json.dumps(numbers, allow_nan=False)
+
+
+def test_a_device_that_is_not_there_is_refused(run):
+    with pytest.raises(MoeeError, match="toaster"):
+        evaluate(run, IMAGES, device="toaster")

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from timm.models.cait import Cait
+from timm.models.vision_transformer import VisionTransformer
+
+from moee_analysis import measure
+from moee_analysis.baselines.moefication import MoeficationConfig, convert
+from moee_analysis.baselines.static_pruning import prune
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.measure.evaluation.unread_macs import UnreadMacs, unread_macs
+from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank
+from moee_analysis.models.macs import count
+from moee_analysis.moe.layer import moe_layers, replace_module
+from tests.helpers.makers import SMALL_CONVNEXT, best, lively, pixels_of, quick
+from tests.helpers.toys import reduced_attention, toy_images, toy_moe, toy_swin, toy_vit
+
+IMAGES = toy_images(12)
+N, D, H = 17, 32, 64  # tokens, width and hidden neurons of the toy
+MLP = 16 * 2 * D * H
+ATTENTION = 16 * 2 * D * (D + N)
+LAST = ["blocks.2.attn", "blocks.2.mlp"]
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = VisionTransformer(**sizes, num_classes=6, **settings)
+    model.pretrained_cfg = toy_vit().pretrained_cfg
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def without_waste(model):
+    """A copy whose last block computes nothing for its patches but keys and values."""
+    model = copy.deepcopy(model)
+    mlp, site = model.blocks[-1].mlp, find_attentions(model)[-1]
+    whole = Factors.whole(site)
+    reduction = Reduction(whole, whole, torch.zeros(site.heads, site.head_dim), queries=1)
+    replace_module(model, site.name, low_rank(site, site.module(model), reduction))
+
+    def of_cls(self, x):
+        padded = torch.zeros_like(x)
+        padded[:, :1] = type(self).forward(self, x[:, :1])
+        return padded
+
+    mlp.forward = partial(of_cls, mlp)
+    return model
+
+
+def test_what_is_spent_on_patches_that_nothing_reads_has_a_closed_form():
+    found = unread_macs(toy_vit())
+    expected = {"blocks.2.attn": ATTENTION, "blocks.2.mlp": MLP}
+    assert found == {n: UnreadMacs(("patch",), macs, macs) for n, macs in expected.items()}
+
+
+@pytest.mark.parametrize("build", [toy_vit, lively])
+def test_leaving_it_out_saves_exactly_this_and_changes_no_logit(build):
+    model = build()
+    bare, x = without_waste(model), pixels_of(model)
+    torch.testing.assert_close(bare(x), model(x), rtol=1e-4, atol=1e-4)
+    saved = count(model).total - count(bare, sites=()).total
+    assert sum(each.now for each in unread_macs(model).values()) == saved
+
+
+def one_token(layers, *, kind):
+    return {
+        f"blocks.1.{name}": UnreadMacs((kind,), macs, macs)
+        for name, macs in {"attn": 2 * D * (D + layers), "mlp": 8 * D * D}.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (partial(small, class_token=False, global_pool="avg"), {}),
+        (toy_swin, {}),
+        (partial(lively, SMALL_CONVNEXT), {}),
+        (partial(small, global_pool="avg"), one_token(17, kind="cls")),
+        (partial(small, class_token=False, reg_tokens=1, global_pool="avg"),
+         one_token(17, kind="register")),
+    ],
+)  # fmt: skip
+def test_where_the_head_reads_all_patches_only_leading_tokens_can_be_left(build, expected):
+    assert unread_macs(build()) == expected
+
+
+def test_registers_go_unread_with_the_patches():
+    for each in unread_macs(small(reg_tokens=3)).values():
+        assert each.kinds == ("register", "patch")
+    assert unread_macs(small(reg_tokens=3))["blocks.1.mlp"].now == 19 * 8 * D * D
+
+
+def test_an_mlp_that_sees_the_cls_token_alone_spends_nothing_on_patches():
+    torch.manual_seed(0)
+    model = Cait(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=6,
+        depth_token_only=1, init_values=1.0,
+    )  # fmt: skip
+    model.pretrained_cfg = toy_vit().pretrained_cfg
+    assert unread_macs(model.eval()) == {}
+
+
+# Models that were taken apart, and rivals
+
+
+def test_attention_that_is_asked_for_cls_alone_wastes_nothing_any_more():
+    narrow = unread_macs(reduced_attention(toy_vit(), ranks=(5, 16)))["blocks.2.attn"]
+    assert narrow == UnreadMacs(("patch",), ATTENTION, 16 * 2 * (5 + 16) * (D + N))
+    asked = unread_macs(reduced_attention(toy_vit(), queries=1))["blocks.2.attn"]
+    assert asked == UnreadMacs(("patch",), ATTENTION, 0)
+
+
+def test_of_tokens_routed_alike_each_costs_the_average():
+    model = toy_moe(toy_vit(), layers={2})
+    found = unread_macs(model)["blocks.2.mlp"]
+    assert found.dense == MLP
+    assert found.now == pytest.approx(16 * moe_layers(model)[2].macs_per_token())
+
+
+def test_where_cls_has_an_expert_of_its_own_it_is_told_from_the_patches():
+    pieces = {"unread": "routed", "thin": "routed", "metric": "outputs"}
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.1, **pieces))
+    table = measure.macs(run, IMAGES).set_index("component")
+    layer = moe_layers(run.model)[2]
+    row = table.loc["blocks.2.mlp"]
+    assert row["macs_unread"] == pytest.approx(row["macs"] - 2 * D * layer.expert_sizes[0])
+
+
+@pytest.mark.parametrize("system", ["best", "static pruning"])
+def test_a_constant_in_the_place_of_unread_outputs_leaves_nothing_to_waste(system):
+    if system == "best":
+        run = extract(toy_vit(), IMAGES, best(macs_reduction=0.2))
+    else:
+        run = prune(toy_vit(), IMAGES, "output-weighted least squares", macs_reduction=0.2)
+    table = measure.macs(run).set_index("component")
+    assert table.loc["blocks.2.mlp", "macs_unread_dense"] == MLP
+    assert table.loc["blocks.2.mlp", "macs_unread"] == pytest.approx(0, abs=1)
+    assert table.loc["total", "macs_unread_dense"] == MLP + ATTENTION
+    assert table.loc["total", "macs_unread"] == pytest.approx(ATTENTION)
+
+
+def test_moefication_wastes_as_much_as_it_spends():
+    config = MoeficationConfig(active=0.5, n_experts=16, router="centre")
+    table = measure.macs(convert(toy_vit(), IMAGES, config)).set_index("component")
+    row = table.loc["blocks.2.mlp"]
+    assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
+    assert row["macs_unread_dense"] == MLP
+
+
+# In the table
+
+
+def test_the_table_and_its_caption_tell_it_apart():
+    table = measure.macs(toy_vit())
+    for column in ("macs_unread", "macs_unread_dense"):
+        assert table[column].iloc[:-1].sum() == table[column].iloc[-1] == MLP + ATTENTION
+    assert table.attrs["unread_sites"] == LAST
+    share = 100 * (MLP + ATTENTION) / count(toy_vit()).total
+    told = f"Of these, 0.1 M ({share:.1f} %) go to tokens that nothing reads: the patches of "
+    assert told + "blocks.2.attn and blocks.2.mlp." in table.attrs["caption"]
+    assert "nothing reads" not in measure.macs(toy_swin()).attrs["caption"]
+
+
+def test_a_run_says_what_its_dense_model_wastes_too():
+    run = extract(toy_vit(), IMAGES, quick(macs_reduction=0.2, layers=(1, 2)))
+    caption = measure.macs(run).attrs["caption"]
+    assert "in the dense model 0.1 M" in caption

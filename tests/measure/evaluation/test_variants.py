@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from moee_analysis import measure
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.measure.evaluation.variants import DIVERGENCES, SCORES
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.moe.layer import moe_layers
+from tests.helpers.makers import best, divergence, quick
+from tests.helpers.toys import toy_images, toy_moe, toy_vit
+
+DENSE = toy_vit()
+CALIBRATION, IMAGES = toy_images(24), toy_images(40).take(range(24, 40))
+FEW = quick(macs_reduction=0.1)
+MANY = best(macs_reduction=0.1, layers=(0, 2))
+IMPOSSIBLE = replace(FEW, layers=(7,))
+MADE = toy_moe(toy_vit())
+TRIED = {"dense": DENSE, "few": FEW, "none": IMPOSSIBLE, ("many", 3): MANY, "again": FEW, "m": MADE}
+BESIDE = {"few": "dense", ("many", 3): "few", "none": "few", "dense": "none", "again": "few"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def table(store):
+    return measure.variants(
+        DENSE, CALIBRATION, IMAGES, TRIED, store=store, beside=BESIDE, seed=3, resamples=40
+    )
+
+
+@pytest.fixture(scope="module")
+def models(store):
+    """The same models, made by hand."""
+    made = {
+        name: extract(DENSE, CALIBRATION, TRIED[name], store=store).model
+        for name in ("few", ("many", 3))
+    }
+    return {"dense": DENSE, "m": MADE, **made}
+
+
+def row_of(table, name):
+    return table.iloc[list(TRIED).index(name)]
+
+
+def test_a_row_for_every_variant_in_order(table):
+    assert list(table["variant"]) == list(TRIED)
+    assert [*table.columns[1:9], *table.columns[9:14]] == [*SCORES, *DIVERGENCES]
+
+
+def test_scores_are_those_of_accuracy(table, models):
+    for name, model in models.items():
+        alone = measure.accuracy(model, IMAGES, reference=DENSE, seed=3, resamples=40).iloc[0]
+        found = row_of(table, name)[SCORES].astype(float)
+        np.testing.assert_allclose(found, alone[SCORES].astype(float), rtol=1e-5, atol=1e-7)
+
+
+def image_by_image(model):
+    return np.array([divergence(DENSE, model, IMAGES.take([i])) for i in range(len(IMAGES))])
+
+
+def test_intervals_are_those_of_images_drawn_again_and_changes_are_paired(table, models):
+    kl = {name: image_by_image(model) for name, model in models.items()}
+    rng = np.random.default_rng(3)
+    drawn = [rng.integers(len(IMAGES), size=len(IMAGES)) for _ in range(40)]
+    for name, of_image in kl.items():
+        found = row_of(table, name)
+        ends = np.quantile([of_image[rows].mean() for rows in drawn], [0.025, 0.975])
+        assert found["kl"] == pytest.approx(of_image.mean(), abs=1e-6)
+        assert list(found[["kl_low", "kl_high"]]) == pytest.approx(list(ends), abs=1e-6)
+    found, change = row_of(table, ("many", 3)), kl["many", 3] - kl["few"]
+    ends = np.quantile([change[rows].mean() for rows in drawn], [0.025, 0.975])
+    assert found["kl_change"] == pytest.approx(change.mean(), abs=1e-6)
+    assert list(found[["kl_change_low", "kl_change_high"]]) == pytest.approx(list(ends), abs=1e-6)
+
+
+def test_the_same_model_does_not_change_at_all(table):
+    changes = row_of(table, "again")[["kl_change", "kl_change_low", "kl_change_high"]]
+    assert list(changes) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["m", "none", "dense"])
+def test_without_something_to_compare_with_there_is_no_change(table, name):
+    assert row_of(table, name)[DIVERGENCES[2:]].isna().all()
+
+
+def test_costs_are_counted_layer_by_layer(table, models):
+    whole = count(DENSE)
+    for name, model in models.items():
+        macs, in_routers = whole.total, 0
+        for layer in moe_layers(model).values():
+            tokens, sizes = 17, layer.sizes.double()
+            in_routers += tokens * layer.router.macs
+            macs += tokens * (layer.router.macs + 2 * 32 * float(layer.shares.double() @ sizes))
+            macs -= tokens * 2 * 32 * 64
+        found = row_of(table, name)
+        assert found["macs_reduction"] == pytest.approx(1 - macs / whole.total)
+        assert found["router_macs"] == pytest.approx(in_routers / whole.total)
+        stored = count_parameters(model) / count_parameters(DENSE)
+        assert found["params_reduction"] == pytest.approx(1 - stored)
+
+
+def test_a_variant_that_cannot_be_has_a_reason_and_no_numbers(table):
+    row = row_of(table, "none")
+    assert "layers between 0 and 2" in row["reason"]
+    assert row.drop(["variant", "reason"]).isna().all()
+    assert set(table["reason"].drop(list(TRIED).index("none"))) == {""}
+
+
+def test_only_variants_that_cannot_be(store):
+    table = measure.variants(DENSE, CALIBRATION, IMAGES, {"none": IMPOSSIBLE}, store=store)
+    assert list(table["variant"]) == ["none"]
+    assert table[[*SCORES, *DIVERGENCES]].isna().all(axis=None)
+
+
+def test_the_seconds_are_those_of_the_first_time(table, store):
+    again = measure.variants(DENSE, CALIBRATION, IMAGES, TRIED, store=store, resamples=2)
+    pd.testing.assert_series_equal(again["seconds"], table["seconds"])
+    assert table["seconds"].notna().tolist() == [False, True, False, True, True, False]
+    assert row_of(table, "few")["seconds"] == row_of(table, "again")["seconds"] > 0
+
+
+def test_the_caption_tells_images_and_intervals(table):
+    assert "16 images" in table.attrs["caption"]
+    assert "95 %" in table.attrs["caption"]
+
+
+def test_models_stay_as_they_are(table):
+    assert not DENSE.training
+    assert torch.equal(DENSE.blocks[0].mlp.fc1.weight, toy_vit().blocks[0].mlp.fc1.weight)
+
+
+def test_nothing_to_try_and_nothing_to_look_at_are_refused(store):
+    with pytest.raises(MoeeError, match="at least one variant"):
+        measure.variants(DENSE, CALIBRATION, IMAGES, {}, store=store)
+    with pytest.raises(MoeeError, match="at least one image"):
+        measure.variants(DENSE, CALIBRATION, IMAGES.take([]), {"dense": DENSE}, store=store)
+
+
+@pytest.mark.parametrize("beside", [{"dense": "cake"}, {"cake": "dense"}])
+def test_an_unknown_variant_to_compare_with_is_refused(store, beside):
+    with pytest.raises(MoeeError, match="variants among dense; found 'cake'"):
+        measure.variants(DENSE, CALIBRATION, IMAGES, {"dense": DENSE}, store=store, beside=beside)

@@ -1,0 +1,127 @@
+"""Tokens that are knocked out get a constant; everything else stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.measure.knockout.intervention import (
+    alone,
+    at_random,
+    knocked_out,
+    mean_outputs,
+    removed,
+)
+from moee_analysis.moe.layer import moe_layers
+from tests.helpers.makers import hooks_of
+from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+
+IMAGES = toy_images(10)
+CHOSEN = torch.randint(0, 4, (6, 17), generator=torch.Generator().manual_seed(0))
+
+
+def pixels(model):
+    return torch.cat(list(IMAGES.batches(model)))
+
+
+def seen_at(model, layer, x):
+    """What a layer's MLP gets and gives for the images ``x``."""
+    found = []
+    hook = moe_layers(model)[layer].register_forward_hook(
+        lambda _, a, out: found.append((a[0], out))
+    )
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("make", [toy_moe, toy_kinds])
+def test_tokens_of_the_expert_get_the_constant_and_others_what_they_had(make):
+    model = make(toy_vit())
+    x, constant = pixels(model), torch.stack([torch.full((32,), 7.0), torch.full((32,), 9.0)])
+    inputs, before = seen_at(model, 1, x)
+    chosen = moe_layers(model)[1].router(inputs).reshape(10, 17)
+    expert = int(chosen[:, 1:].mode().values[0])
+    with knocked_out(model, 1, removed(expert), constant):
+        after = seen_at(model, 1, x)[1]
+    lost = chosen == expert
+    assert lost.any()
+    assert torch.equal(after[~lost], before[~lost])
+    assert torch.equal(after[:, 0][lost[:, 0]], constant[[0]].expand(int(lost[:, 0].sum()), -1))
+    assert torch.equal(after[:, 1:][lost[:, 1:]], constant[[1]].expand(int(lost[:, 1:].sum()), -1))
+
+
+def test_windows_of_an_image_belong_together():
+    model = toy_moe(toy_swin())
+    x, constant = pixels(model), torch.full((1, 16), 5.0)
+    with knocked_out(model, 0, at_random(alone(-1)), constant):
+        assert (seen_at(model, 0, x)[1] == 5).all()
+
+
+def test_the_hooks_come_off_after_an_error():
+    model = toy_moe(toy_vit())
+    with pytest.raises(ZeroDivisionError), knocked_out(model, 0, removed(0), torch.zeros(2, 32)):
+        _ = 1 / 0
+    assert hooks_of(model) == 0
+
+
+def test_an_expert_that_no_token_uses_and_the_only_expert_change_nothing():
+    model = toy_moe(toy_vit(), n_experts=1)
+    x = pixels(model)
+    with torch.no_grad():
+        intact = model(x)
+        for rule in (removed(3), alone(0), at_random(alone(0)), at_random(removed(3))):
+            with knocked_out(model, 1, rule, torch.full((2, 32), 100.0)):
+                assert torch.equal(model(x), intact)
+        with knocked_out(model, 1, removed(0), torch.full((2, 32), 100.0)):
+            assert not torch.allclose(model(x), intact)
+
+
+@pytest.mark.parametrize("rule", [removed(2), alone(1)])
+def test_the_control_takes_as_many_tokens_of_every_image_and_the_same_leading_ones(rule):
+    mask, drawn = rule(CHOSEN), at_random(rule, leading=1, seed=3)(CHOSEN)
+    assert torch.equal(drawn.sum(dim=1), mask.sum(dim=1))
+    assert torch.equal(drawn[:, 0], mask[:, 0])
+    assert not torch.equal(drawn, mask)
+
+
+def test_the_control_is_the_same_in_batches_of_any_size_and_another_with_another_seed():
+    whole = at_random(removed(2), seed=[3, 1])(CHOSEN)
+    rule = at_random(removed(2), seed=[3, 1])
+    assert torch.equal(torch.cat([rule(CHOSEN[:4]), rule(CHOSEN[4:])]), whole)
+    assert not torch.equal(at_random(removed(2), seed=[3, 2])(CHOSEN), whole)
+
+
+def test_every_patch_is_drawn_as_often():
+    one = torch.tensor([[0, 1, 0, 0, 0]]).expand(4000, -1)
+    often = at_random(removed(1), leading=1)(one).float().mean(dim=0)
+    torch.testing.assert_close(often, torch.tensor([0, 0.25, 0.25, 0.25, 0.25]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [3, None])
+def test_mean_outputs_are_those_of_leading_tokens_and_of_patches(batch_size):
+    model = toy_kinds(toy_vit())
+    found = mean_outputs(model, IMAGES, batch_size=batch_size)
+    assert list(found) == [0, 1, 2]
+    outputs = seen_at(model, 1, pixels(model))[1]
+    torch.testing.assert_close(found[1][0], outputs[:, 0].mean(dim=0))
+    torch.testing.assert_close(found[1][1], outputs[:, 1:].mean(dim=(0, 1)))
+
+
+def test_patches_alone_have_one_mean():
+    model = toy_moe(toy_swin())
+    found = mean_outputs(model, IMAGES, layers=[1])
+    outputs = seen_at(model, 1, pixels(model))[1]
+    torch.testing.assert_close(found[1], outputs.reshape(1, -1, 32).mean(dim=1))
+
+
+def test_a_dense_layer_and_no_images_are_refused():
+    model = toy_moe(toy_vit(), layers=[1])
+    with pytest.raises(MoeeError, match="layer 0"), knocked_out(model, 0, removed(0), None):
+        pass
+    with pytest.raises(MoeeError, match="layer 2"):
+        mean_outputs(model, IMAGES, layers=[2])
+    with pytest.raises(MoeeError, match="at least one image"):
+        mean_outputs(model, IMAGES.take([]))

@@ -1,0 +1,180 @@
+"""Knock-outs of every expert, against whole-model runs with hooks, and where one expert is known
+to carry a class.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from moee_analysis import measure
+from moee_analysis.errors import MoeeError
+from moee_analysis.measure.knockout.intervention import alone, knocked_out, mean_outputs, removed
+from moee_analysis.measure.knockout.run_interventions import averaged, interventions, with_controls
+from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.moe.layer import moe_layers
+from moee_analysis.moe.routers import ConstantRouter
+from tests.helpers.colours import COLOURS, colour_model, coloured_images
+from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively, same_models
+from tests.helpers.toys import CLASSES, toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+
+CALIBRATION, IMAGES = toy_images(12), toy_images(36).take(range(12, 36))
+COLOURED = coloured_images(*range(20))
+FAMILIES = dict(zip(CLASSES, ["insect", "insect", "pet", "pet", "fish", "pet"], strict=True))
+
+
+def vit():
+    return toy_moe(toy_vit())
+
+
+@pytest.fixture(scope="module")
+def table():
+    return measure.knock_out(
+        vit(), IMAGES, CALIBRATION, reference=toy_vit(), families=FAMILIES, resamples=50, seed=3
+    )
+
+
+def rows_of(table, **wanted):
+    kept = np.logical_and.reduce([table[name] == value for name, value in wanted.items()])
+    return table[kept]
+
+
+def predicted(model, rule, layer, constant):
+    """Classes and log-probabilities of the truth by one whole run with hooks."""
+    x, truth = torch.cat(list(IMAGES.batches(model))), torch.from_numpy(IMAGES.labels(model))
+    with torch.no_grad(), knocked_out(model, layer, rule, constant):
+        logits = model(x)
+    logp = logits.log_softmax(dim=1)[torch.arange(len(x)), truth]
+    return (logits.argmax(dim=1) == truth).double().numpy(), logp.double().numpy()
+
+
+@pytest.mark.parametrize("what", [removed, alone])
+def test_each_row_is_a_whole_run_with_hooks(table, what):
+    model, layer, expert = vit(), 1, 2
+    constant = mean_outputs(model, CALIBRATION)[layer]
+    intact = predicted(model, removed(99), layer, constant)
+    right, logp = predicted(model, what(expert), layer, constant)
+    labels = IMAGES.labels(model)
+    own = {"layer": layer, "expert": expert, "what": what.__name__, "system": "expert"}
+    groups = {"all": labels >= 0, "cat": labels == 2, "pet": np.isin(labels, [2, 3, 5])}
+    for name, group in groups.items():
+        row = rows_of(table, group=name, **own).iloc[0]
+        assert row["images"] == group.sum()
+        assert row["top1_intact"] == pytest.approx(intact[0][group].mean())
+        assert row["top1"] == pytest.approx(right[group].mean())
+        assert row["change"] == pytest.approx((right - intact[0])[group].mean())
+        expected = (logp - intact[1])[group].mean()
+        assert row["logp_change"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_share_knocked_out_is_the_expert_s_and_the_control_s(table):
+    routes = measure.routes(vit(), IMAGES)
+    rows = rows_of(table, kind="all", layer=2, what="removed")
+    for system in ("expert", "random tokens"):
+        share = rows_of(rows, system=system).sort_values("expert")["knocked_out"]
+        np.testing.assert_allclose(share, routes.shares(2), atol=1e-6)
+    others = rows_of(table, kind="all", layer=2, what="alone", system="expert")
+    np.testing.assert_allclose(others["knocked_out"], 1 - routes.shares(2), atol=1e-6)
+
+
+def test_groups_intervals_and_the_dense_model(table):
+    kinds = table.groupby("kind")["group"].unique()
+    assert list(kinds["all"]) == ["all"]
+    assert list(kinds["class"]) == list(CLASSES)
+    assert list(kinds["family"]) == ["insect", "pet", "fish"]
+    assert len(table) == 3 * 4 * 2 * 2 * (1 + 6 + 3)
+    wide = table[table["images"] > 3]
+    assert (wide["low"] <= wide["change"]).all()
+    assert (wide["logp_change"] <= wide["logp_high"]).all()
+    x, truth = torch.cat(list(IMAGES.batches(toy_vit()))), IMAGES.labels(toy_vit())
+    with torch.no_grad():
+        dense = (toy_vit()(x).argmax(dim=1).numpy() == truth).mean()
+    assert set(rows_of(table, kind="all")["top1_dense"]) == {dense}
+
+
+def test_classes_of_the_same_name_stay_apart(monkeypatch):
+    module = sys.modules["moee_analysis.measure.knockout.knock_out"]
+    monkeypatch.setattr(module, "class_labels", lambda _: ("crane", "blue", "crane", "white"))
+    table = measure.knock_out(colour_model(), COLOURED, coloured_images(*range(100, 104)))
+    names = table[table["kind"] == "class"]["group"].unique()
+    assert list(names) == ["crane (0)", "blue", "crane (2)", "white"]
+
+
+def test_batches_of_other_sizes_and_other_layers_change_nothing(table):
+    model, untouched = vit(), vit()
+    other = measure.knock_out(
+        model, IMAGES, CALIBRATION, reference=toy_vit(), families=FAMILIES, resamples=50, seed=3,
+        layers=[2], batch_size=5,
+    )  # fmt: skip
+    same = rows_of(table, layer=2).reset_index(drop=True)
+    pd.testing.assert_frame_equal(other, same, atol=1e-5, check_flags=False)
+    assert hooks_of(model) == 0
+    assert same_models(model, untouched)
+
+
+@pytest.mark.parametrize(
+    ("model", "side"),
+    [(toy_kinds(toy_vit()), 32), (toy_moe(toy_swin()), 32), (toy_moe(lively(SMALL_CONVNEXT)), 64)],
+    ids=["kinds", "swin", "convnext"],
+)
+def test_the_fast_path_is_the_whole_model(model, side):
+    layers = list(moe_layers(model))[-2:]
+    x = torch.randn(6, 3, side, side, generator=torch.Generator().manual_seed(1))
+    leading = 1 if hasattr(model, "cls_token") else 0
+    rules = {layer: [removed(1), removed(2), alone(1)] for layer in layers}
+    constants = {
+        layer: torch.randn(leading + 1, moe_layers(model)[layer].fc2.out_features)
+        for layer in layers
+    }
+    with evaluating(model):
+        for one in interventions(model, x, rules, constants, model, size=4):
+            torch.testing.assert_close(one.intact, model(x))
+            for rule, fast in zip(rules[one.layer], one.seen, strict=True):
+                with knocked_out(model, one.layer, rule, constants[one.layer]):
+                    torch.testing.assert_close(fast, model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_controls_follow_their_rule_and_are_averaged():
+    rules = with_controls({(0,): removed(1), (1,): removed(2)}, leading=0, draws=2, seed=0)
+    chosen = torch.tensor([[0, 1, 2, 2]])
+    taken = [int(rule(chosen).sum()) for rule in rules]
+    assert taken == [1, 1, 1, 2, 2, 2]
+    values = np.array([1.0, 3, 5, 2, 8, 8])
+    np.testing.assert_array_equal(averaged(values, 2), [[1, 4], [2, 8]])
+
+
+def test_one_expert_carries_a_class_and_random_tokens_do_not():
+    table = measure.knock_out(colour_model(), COLOURED, coloured_images(*range(100, 112)))
+    rows = rows_of(table, kind="class", what="removed")
+    lost = {
+        system: rows_of(rows, system=system).pivot(
+            index="group", columns="expert", values="logp_change"
+        )
+        for system in ("expert", "random tokens")
+    }
+    mine = lost["expert"].loc[list(COLOURS)].to_numpy()
+    assert (np.diag(mine) < -0.5).all()
+    np.testing.assert_allclose(mine - np.diag(np.diag(mine)) @ np.eye(4, 5), 0, atol=1e-5)
+    halves = lost["random tokens"].loc[list(COLOURS)].to_numpy()
+    assert (np.diag(halves) > np.diag(mine) + 0.1).all()  # half of them were black
+    assert (halves[:, 4] < -0.1).all()  # and black itself is replaced by colours
+    assert (rows_of(rows, system="expert", expert=4)["change"] == 0).all()
+
+
+def test_several_experts_per_token_and_the_calibration_s_own_images_are_refused():
+    model = vit()
+    moe_layers(model)[0].router = ConstantRouter([0, 1])
+    with pytest.raises(MoeeError, match="one expert per token"):
+        measure.knock_out(model, IMAGES, CALIBRATION)
+    with pytest.raises(MoeeError, match="used for calibration"):
+        measure.knock_out(vit(), IMAGES, IMAGES.take([3]))
+    with pytest.raises(MoeeError, match="layer 7"):
+        measure.knock_out(vit(), IMAGES, CALIBRATION, layers=[7])
+    with pytest.raises(MoeeError, match="controls as a whole number"):
+        measure.knock_out(vit(), IMAGES, CALIBRATION, controls=0)
+    with pytest.raises(MoeeError, match="family of every class"):
+        measure.knock_out(vit(), IMAGES, CALIBRATION, families={"ant": "insect"})

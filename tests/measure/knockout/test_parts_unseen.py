@@ -1,0 +1,101 @@
+"""Parts that are lost with an expert, where it is known which ones are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis import measure
+from moee_analysis.errors import MoeeError
+from moee_analysis.measure.knockout.intervention import knocked_out, mean_outputs, removed
+from moee_analysis.measure.knockout.part_probe import PartProbe, Place
+from tests.helpers.colours import COLOURS, colour_model, coloured_images
+from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively
+from tests.helpers.toys import toy_images, toy_moe, toy_swin, toy_vit
+
+CALIBRATION, IMAGES = coloured_images(*range(100, 116)), coloured_images(*range(20))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return measure.parts_unseen(colour_model(), IMAGES, CALIBRATION, resamples=50)
+
+
+def changes(table, system):
+    part = table[table["system"] == system]
+    return part.pivot(index="part", columns="expert", values="change").loc[[*COLOURS, "black"]]
+
+
+def test_the_probe_knows_every_part_of_the_intact_model(table):
+    assert (table["recall_intact"] == 1).all()
+    black = table[table["part"] == "black"]["patches"]
+    assert set(black) == {20 * 8}
+    assert set(table["layer"]) == {0}
+
+
+def test_each_colour_is_lost_with_its_expert_and_no_other(table):
+    """Black is what is left where nothing is known: its expert is not missed."""
+    expected = np.zeros((5, 5))
+    np.fill_diagonal(expected[:4, :4], -1)
+    np.testing.assert_array_equal(changes(table, "expert"), expected)
+
+
+def test_as_many_random_patches_are_half_black_and_cost_the_colours_half(table):
+    lost = np.diag(changes(table, "random patches"))[:4]
+    assert ((lost > -0.7) & (lost < -0.3)).all()
+
+
+def test_intervals_hold_the_change(table):
+    assert (table["low"] <= table["change"]).all()
+    assert (table["change"] <= table["high"]).all()
+    same = measure.parts_unseen(
+        colour_model(), IMAGES, CALIBRATION, resamples=50, batch_size=7, layers=[0]
+    )
+    assert same.equals(table)
+
+
+def test_recall_is_counted_patch_by_patch():
+    model = colour_model()
+    probe = PartProbe.trained(Place.of(model), CALIBRATION, None)
+    x, truth = torch.cat(list(IMAGES.batches(model))), probe.place.parts(IMAGES)
+    constant = mean_outputs(model, CALIBRATION)[0]
+    with torch.no_grad(), knocked_out(model, 0, removed(2), constant):
+        told = probe(x).numpy()
+    of = measure.parts_unseen(model, IMAGES, CALIBRATION, resamples=5)
+    of = of[(of["expert"] == 2) & (of["system"] == "expert")].set_index("part")["recall"]
+    for number, part in enumerate([*COLOURS, "black"]):
+        assert of[part] == pytest.approx((told == number)[truth == number].mean())
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "grid", "layers"),
+    [
+        (toy_moe(toy_vit()), (4, 4), [0, 1]),
+        (toy_moe(toy_swin()), (4, 4), [0]),
+        (toy_moe(lively(SMALL_CONVNEXT)), None, None),
+    ],
+    ids=["vit", "swin", "convnext"],
+)
+def test_patches_are_read_row_by_row_where_they_enter_the_last_block(model, grid, layers):
+    place = Place.of(model)
+    size = model.pretrained_cfg["input_size"]
+    with torch.no_grad():
+        patches = place.patches(torch.randn(2, *size))
+    assert patches.shape == (2, place.order.size, model.get_submodule(place.mlp).fc1.in_features)
+    np.testing.assert_array_equal(place.order.ravel(), np.arange(place.order.size))
+    assert grid in (None, place.order.shape)
+    assert layers in (None, place.layers_before())
+
+
+def test_images_without_masks_rare_parts_and_the_last_block_are_refused():
+    with pytest.raises(MoeeError, match="images with part masks"):
+        measure.parts_unseen(toy_moe(toy_vit()), toy_images(4), toy_images(4))
+    model = colour_model()
+    with pytest.raises(MoeeError, match="a part that 999 patches show"):
+        measure.parts_unseen(model, IMAGES, CALIBRATION, least=999)
+    with pytest.raises(MoeeError, match="layer 1"):
+        measure.parts_unseen(model, IMAGES, CALIBRATION, layers=[1])
+    with pytest.raises(MoeeError, match="used for calibration"):
+        measure.parts_unseen(model, IMAGES, IMAGES)

@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
+
+from moee_analysis import measure
+from moee_analysis.errors import MoeeError
+from moee_analysis.measure.routing.divergence import jensen_shannon
+from tests.helpers.made_routes import drawn_routes, made_routes
+from tests.helpers.toys import toy_images, toy_moe, toy_vit
+
+
+def test_jensen_shannon_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(7), size=(2, 20))
+    q[0, :3] = 0
+    q[0] /= q[0].sum()
+    expected = [jensenshannon(a, b, base=2) ** 2 for a, b in zip(p, q, strict=True)]
+    np.testing.assert_allclose(jensen_shannon(p, q), expected, atol=1e-12)
+
+
+def test_jensen_shannon_ends():
+    assert jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0])) == pytest.approx(1)
+    assert jensen_shannon(np.array([0.3, 0.7]), np.array([0.3, 0.7])) == 0
+
+
+def test_shares_of_a_class_are_means_over_its_images():
+    routes = made_routes(
+        experts={2: np.array([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 2]])}, labels=[3, 3, 5]
+    )
+    table = measure.class_routing(routes)
+    three = table[table["class_index"] == 3]
+    assert three["share"].tolist() == [0.75, 0.25, 0]
+    assert three["images"].tolist() == [2, 2, 2]
+    # both classes weigh the same, however many images they have
+    np.testing.assert_allclose(three["share_all"], [0.375, 0.5, 0.125])
+
+
+def test_classes_and_layers_are_chosen_in_the_given_order():
+    table = measure.class_routing(drawn_routes(), classes=["Class_3", 1], layers=[1])
+    assert table["class_name"].unique().tolist() == ["class 3", "class 1"]
+    assert table["layer"].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("measured", [measure.class_routing, measure.specificity])
+def test_unknown_classes_and_layers_are_named(measured):
+    with pytest.raises(MoeeError, match="no image of pug"):
+        measured(drawn_routes(), classes=["pug"])
+    with pytest.raises(MoeeError, match="layer 9"):
+        measured(drawn_routes(), layers=[9])
+
+
+def test_specificity_is_the_divergence_from_the_mean_over_classes():
+    routes = drawn_routes(effect=0.5)
+    table = measure.specificity(routes, permutations=2, resamples=2)
+    shares = routes.counts[1] / 17
+    means = np.stack([shares[routes.labels == c].mean(axis=0) for c in range(4)])
+    expected = [jensenshannon(m, means.mean(axis=0), base=2) ** 2 for m in means]
+    found = table[table["layer"] == 1]
+    np.testing.assert_allclose(found["js"], [*expected, np.mean(expected)])
+    assert found["class_name"].tolist() == [*(f"class {c}" for c in range(4)), "all"]
+    assert found["images"].tolist() == [20, 20, 20, 20, 80]
+
+
+def test_without_a_class_effect_permuted_labels_reach_the_value():
+    ps = [
+        measure.specificity(drawn_routes(layers=(0,), seed=seed), permutations=99, resamples=2)
+        .query("class_name == 'all'")["p"]
+        .item()
+        for seed in range(12)
+    ]
+    assert min(ps) > 0.01
+    assert 0.2 < np.mean(ps) < 0.8
+
+
+def test_a_planted_class_effect_is_found():
+    table = measure.specificity(drawn_routes(effect=0.6), permutations=99, resamples=99)
+    every = table[table["class_name"] == "all"]
+    assert (every["p"] == 0.01).all()
+    assert (every["excess"] > 3 * every["null_mean"]).all()
+    assert (every["low"] > 0).all()
+
+
+def test_correction_brings_the_value_nearer_to_that_of_many_images():
+    many, few = drawn_routes(each=2000, effect=0.3), drawn_routes(each=12, effect=0.3)
+    truth, found = (
+        measure.class_information(r, layers=[0], permutations=1, resamples=99).iloc[0]
+        for r in (many, few)
+    )
+    # the same classes: the seed draws their distributions first
+    assert found["information"] > truth["information"]
+    error = abs(found["corrected"] - truth["information"])
+    assert error < found["information"] - truth["information"]
+
+
+def test_tokens_that_go_together_do_not_look_like_a_class_effect():
+    """All tokens of an image share an expert: a null over tokens would reject, ours must not."""
+    rng = np.random.default_rng(0)
+    experts = {0: np.repeat(rng.integers(0, 4, size=(60, 1)), 17, axis=1)}
+    routes = made_routes(experts=experts, labels=np.arange(60) % 3)
+    table = measure.specificity(routes, permutations=99, resamples=2)
+    assert table.query("class_name == 'all'")["p"].item() > 0.05
+
+
+def test_showing_fewer_classes_changes_no_number():
+    routes = drawn_routes(effect=0.3)
+    few = measure.specificity(routes, classes=["class 2"], permutations=9, resamples=9)
+    every = measure.specificity(routes, permutations=9, resamples=9)
+    merged = few.merge(every, on=["layer", "class_name"])
+    assert len(merged) == 4
+    for column in ("js", "low", "null_mean", "p"):
+        np.testing.assert_array_equal(merged[f"{column}_x"], merged[f"{column}_y"])
+
+
+def test_a_single_image_has_no_interval():
+    routes = made_routes(
+        experts={0: np.array([[0, 1], [0, 0], [1, 1], [0, 1]])}, labels=[0, 1, 1, 1]
+    )
+    table = measure.specificity(routes, permutations=5, resamples=5).set_index("class_name")
+    assert np.isnan(table.loc["class 0", "low"])
+    assert not np.isnan(table.loc["class 1", "low"])
+
+
+def test_information_agrees_with_its_definition():
+    routes = drawn_routes(effect=0.5, layers=(0,))
+    found = measure.class_information(routes, permutations=9, resamples=9)
+    shares = routes.counts[0] / 17
+    joint = np.stack([shares[routes.labels == c].mean(axis=0) / 4 for c in range(4)])
+    product = joint.sum(1, keepdims=True) * joint.sum(0)
+    mutual = entropy(joint.ravel(), product.ravel())
+    assert found["information"].item() == pytest.approx(mutual / entropy(joint.sum(0)))
+    assert found["classes"].item() == 4
+
+
+def test_one_expert_says_nothing():
+    routes = made_routes(experts={0: np.zeros((6, 17), dtype=int)}, labels=[0, 0, 1, 1, 2, 2])
+    found = measure.class_information(routes, permutations=5, resamples=5)
+    assert found["information"].item() == 0
+    assert found["p"].item() == 1
+
+
+def test_several_systems_stand_below_each_other():
+    systems = [drawn_routes(), drawn_routes(system="random centres", seed=1)]
+    table = measure.specificity(systems, permutations=5, resamples=5)
+    assert table["system"].unique().tolist() == ["MoEE", "random centres"]
+
+
+def test_a_model_is_routed_first():
+    model, images = toy_moe(toy_vit()), toy_images(12)
+    expected = measure.class_routing(measure.routes(model, images))
+    assert measure.class_routing(model, images).equals(expected)
+    with pytest.raises(MoeeError, match="images to route"):
+        measure.class_routing(model)
+
+
+def test_something_else_is_refused():
+    with pytest.raises(MoeeError, match="sequence of routes"):
+        measure.class_routing([])

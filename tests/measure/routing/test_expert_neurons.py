@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+
+from moee_analysis import measure
+from moee_analysis.errors import MoeeError
+from moee_analysis.measure.routing.expert_neurons import expected_jaccard
+from moee_analysis.moe.layer import moe_layers
+from tests.helpers.toys import toy_kinds, toy_moe, toy_vit
+
+
+@pytest.fixture(scope="module", params=[toy_moe, toy_kinds])
+def model(request):
+    return request.param(toy_vit(depth=2))
+
+
+def kept_sets(model, layer):
+    module = moe_layers(model)[layer]
+    kept = module.kept.numpy()
+    return [set(kept[module.expert_neurons(e).numpy()]) for e in range(module.n_experts)]
+
+
+def test_sizes_are_those_of_the_layers(model):
+    table = measure.sizes(model)
+    for layer, module in moe_layers(model).items():
+        part = table[table["layer"] == layer]
+        assert part["neurons"].tolist() == module.expert_sizes
+        np.testing.assert_allclose(part["fraction"] * 64, part["neurons"])
+        np.testing.assert_allclose(part["share"], module.shares)
+        np.testing.assert_allclose(part["active"], (part["fraction"] * part["share"]).sum())
+        assert part["union"].iloc[0] == len(module.kept) / 64
+
+
+def test_overlap_agrees_with_sets(model):
+    sets = kept_sets(model, 1)
+    table = measure.overlap(model, layers=[1])
+    assert len(table) == len(sets) ** 2
+    for row in table.itertuples():
+        a, b = sets[row.expert_a], sets[row.expert_b]
+        assert row.shared == len(a & b)
+        assert row.jaccard == pytest.approx(len(a & b) / max(1, len(a | b)))
+        assert (row.neurons_a, row.neurons_b) == (len(a), len(b))
+
+
+def test_expected_jaccard_agrees_with_random_subsets():
+    rng = np.random.default_rng(0)
+    draws = [
+        (set(rng.choice(30, 12, replace=False)), set(rng.choice(30, 7, replace=False)))
+        for _ in range(4000)
+    ]
+    mean = np.mean([len(a & b) / len(a | b) for a, b in draws])
+    assert expected_jaccard(12, 7, 30) == pytest.approx(mean, abs=0.005)
+
+
+def test_expected_jaccard_ends():
+    assert expected_jaccard(30, 30, 30) == pytest.approx(1)
+    assert expected_jaccard(0, 5, 30) == 0
+    assert expected_jaccard(0, 0, 30) == 0
+
+
+def test_random_experts_overlap_as_expected():
+    table = measure.overlap(toy_moe(toy_vit(depth=2))).query("expert_a < expert_b")
+    assert table["jaccard"].mean() == pytest.approx(table["expected_jaccard"].mean(), abs=0.06)
+
+
+def test_an_empty_expert_keeps_and_shares_nothing():
+    model = toy_kinds(toy_vit(depth=2))
+    sizes = measure.sizes(model).query("expert == 3")
+    assert (sizes["neurons"] == 0).all()
+    assert not measure.neurons(model).query("expert == 3")["kept"].any()
+    pairs = measure.overlap(model).query("expert_a == 3 and expert_b != 3")
+    assert (pairs["jaccard"] == 0).all()
+    assert (pairs["expected_jaccard"] == 0).all()
+
+
+def test_neurons_lists_every_neuron_of_the_dense_mlp(model):
+    table = measure.neurons(model, layers=[0])
+    sets = kept_sets(model, 0)
+    for expert, part in table.groupby("expert"):
+        assert set(part.loc[part["kept"], "neuron"]) == sets[expert]
+        assert sorted(part["order"]) == list(range(64))
+
+
+def test_neurons_kept_by_most_experts_come_first(model):
+    table = measure.neurons(model, layers=[0])
+    kept = table.groupby("order")["kept"].sum().to_numpy()
+    assert (np.diff(kept) <= 0).all()
+    assert kept[-1] == 0
+
+
+@pytest.mark.parametrize("measured", [measure.sizes, measure.neurons, measure.overlap])
+def test_a_dense_model_is_refused(measured):
+    with pytest.raises(MoeeError, match="only dense layers"):
+        measured(toy_vit())
+
+
+def test_a_dense_layer_is_named():
+    model = toy_moe(toy_vit(depth=3), layers=[0, 2])
+    with pytest.raises(MoeeError, match="layer 1"):
+        measure.sizes(model, layers=[1])

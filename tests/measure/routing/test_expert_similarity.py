@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+from scipy.spatial.distance import cosine
+
+from moee_analysis import measure
+from moee_analysis.errors import MoeeError
+from moee_analysis.moe.layer import moe_layers
+from tests.helpers.toys import toy_kinds, toy_moe, toy_vit
+
+
+def test_cosines_agree_with_scipy():
+    centres = np.random.default_rng(0).normal(size=(5, 16)) + 1
+    shares = np.array([0.4, 0.3, 0.1, 0.1, 0.1])
+    table = measure.similarity({3: centres}, shares={3: shares})
+    centred = centres - shares @ centres
+    for row in table.itertuples():
+        a, b = row.expert_a, row.expert_b
+        assert row.cosine == pytest.approx(1 - cosine(centres[a], centres[b]))
+        assert row.cosine_centred == pytest.approx(1 - cosine(centred[a], centred[b]))
+    assert len(table) == 25
+
+
+def test_a_common_mean_makes_raw_cosines_large_and_centred_ones_not():
+    noise = np.random.default_rng(1).normal(size=(12, 64))
+    table = measure.similarity({0: noise, 1: noise + 3})
+    summary = measure.similarity_summary(table).set_index("layer")
+    assert summary.loc[1, "mean"] > 0.8
+    assert summary.loc[0, "mean"] < 0.2
+    assert summary.loc[1, "common_mean"] > 0.8
+    assert summary.loc[0, "common_mean"] < 0.2
+    for column in ("centred_mean", "centred_spread", "centred_near_orthogonal"):
+        assert summary.loc[0, column] == pytest.approx(summary.loc[1, column])
+    assert summary.loc[0, "centred_mean"] == pytest.approx(-1 / 11, abs=0.02)
+    assert summary.loc[0, "centred_expected"] == -1 / 11
+
+
+def test_summary_counts_pairs_of_different_experts_once():
+    centres = np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0]])
+    summary = measure.similarity_summary(measure.similarity({0: centres})).iloc[0]
+    assert summary["near_orthogonal"] == pytest.approx(1 / 3)
+    assert summary["min"] == 0
+    assert summary["max"] == pytest.approx(np.sqrt(0.5))
+    assert summary["experts"] == 3
+
+
+def test_like_experts_stand_together():
+    one, two = np.random.default_rng(2).normal(size=(2, 32))
+    noise = 0.1 * np.random.default_rng(3).normal(size=(6, 32))
+    centres = np.stack([one, two, one, two, one, two]) + noise
+    table = measure.similarity({0: centres}).drop_duplicates("expert_a").sort_values("order_a")
+    assert (table["expert_a"].to_numpy()[:3] % 2).std() == 0
+
+
+def test_a_routed_model_gives_its_centres_and_shares():
+    model = toy_moe(toy_vit(depth=2))
+    layers = moe_layers(model)
+    given = measure.similarity(
+        {n: m.router.centres.numpy() for n, m in layers.items()},
+        shares={n: m.shares.numpy() for n, m in layers.items()},
+    )
+    found = measure.similarity(model)
+    np.testing.assert_allclose(found["cosine_centred"], given["cosine_centred"], atol=1e-6)
+    assert measure.similarity(model, layers=[1])["layer"].unique() == [1]
+
+
+def test_layers_whose_routers_have_no_centres_are_left_out():
+    model = toy_kinds(toy_moe(toy_vit(depth=3), layers={0, 2}), layers={1})
+    assert measure.similarity(model)["layer"].unique().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("make", [lambda model: model, toy_kinds])
+def test_no_centres_is_told(make):
+    with pytest.raises(MoeeError, match="routers have centres"):
+        measure.similarity(make(toy_vit()))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_few_experts(experts):
+    table = measure.similarity({0: np.eye(experts, 4)})
+    summary = measure.similarity_summary(table)
+    assert summary["experts"].item() == experts
+    assert table["order_a"].max() == experts - 1

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moee_analysis import measure
+from moee_analysis.baselines.controls import statically_pruned
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.training.finetune import finetune
+from moee_analysis.training.finetune_config import FinetuneConfig
+from tests.helpers.makers import best, divergence, lively
+from tests.helpers.toys import toy_images
+
+CALIBRATION = toy_images(24)
+TRAINING, IMAGES = toy_images(40).take(range(24)), toy_images(60).take(range(40, 60))
+CONFIG = FinetuneConfig(epochs=1, batch_size=8, learning_rate=1e-5, augmentation="none")
+COLUMNS = [
+    "system", "budget", "stage", "seed", "top1", "retention", "agreement", "kl", "mean", "low",
+    "high", "macs_reduction", "params_reduction", "epoch",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    named = lively(num_classes=6)
+    named.pretrained_cfg["label_names"] = ["ant", "bee", "cat", "dog", "eel", "fox"]
+    run = extract(named, CALIBRATION, best(macs_reduction=0.3))
+    return {"MoEE": [run], "static": [statically_pruned(run, CALIBRATION)]}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def table(runs, store):
+    return measure.fine_tuning(
+        runs, TRAINING, IMAGES, CONFIG, store=store, seeds=(0, 4), resamples=50
+    )
+
+
+def test_a_row_before_and_one_for_every_seed_after(table):
+    assert list(table.columns) == COLUMNS
+    expected = [("MoEE", "before", 0), ("static", "before", 0)]
+    expected += [(s, "after", seed) for s in ("MoEE", "static") for seed in (0, 4)]
+    assert list(table[["system", "stage", "seed"]].itertuples(index=False, name=None)) == expected
+
+
+def test_scores_are_those_of_each_model(table, runs, store):
+    run = runs["MoEE"][0]
+    assert table.loc[0, "kl"] == pytest.approx(divergence(run.dense(), run.model, IMAGES), rel=1e-3)
+    tuned = finetune(run, TRAINING, CONFIG, store=store)
+    wanted = divergence(run.dense(), tuned.run.model, IMAGES)
+    row = table[(table["system"] == "MoEE") & (table["stage"] == "after") & (table["seed"] == 0)]
+    assert row["kl"].item() == pytest.approx(wanted, rel=1e-3)
+    assert row["epoch"].item() == tuned.best
+
+
+def test_the_seeds_of_a_stage_share_their_mean_and_interval(table):
+    for _, rows in table.groupby(["system", "budget", "stage"]):
+        assert rows["mean"].nunique() == rows["low"].nunique() == rows["high"].nunique() == 1
+        assert rows["mean"].iloc[0] == pytest.approx(rows["retention"].mean())
+        assert (rows["low"] <= rows["mean"] + 1e-9).all()
+        assert (rows["mean"] <= rows["high"] + 1e-9).all()
+
+
+def test_savings_are_those_of_the_run(table):
+    static = table[table["system"] == "static"]
+    assert np.allclose(static["macs_reduction"], static["macs_reduction"].iloc[0])
+    assert static["macs_reduction"].iloc[0] == pytest.approx(0.3, abs=0.02)
+    assert table.groupby("system")["params_reduction"].nunique().tolist() == [1, 1]
+
+
+def test_images_that_were_trained_on_are_not_evaluated(runs, store):
+    with pytest.raises(MoeeError, match="not trained on"):
+        measure.fine_tuning(runs, TRAINING, toy_images(10), CONFIG, store=store)
+
+
+@pytest.mark.parametrize("bad", [{"seeds": ()}, {"runs": {}}, {"runs": {"none": []}}])
+def test_nothing_to_do_is_refused(runs, store, bad):
+    given = {"runs": runs, "seeds": (0,)} | bad
+    with pytest.raises(MoeeError, match="a run or more"):
+        measure.fine_tuning(
+            given["runs"], TRAINING, IMAGES, CONFIG, store=store, seeds=given["seeds"]
+        )

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from moee_analysis import measure
+from moee_analysis.data.images import load_images
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.models.class_names import (
+    class_labels,
+    class_names,
+    count_classes,
+    name_by_folders,
+    name_classes,
+    read_class_names,
+)
+from moee_analysis.models.loading import load_model
+from tests.helpers.makers import SMALL_VIT, best, image_folder, lively, quick
+from tests.helpers.toys import CLASSES, toy_images
+
+ANIMALS = ("zebra", "ant", "yak")
+
+
+def by_hand(outputs):
+    model = lively()
+    model.head = nn.Linear(64, outputs)
+    return model
+
+
+def headless():
+    model = lively()
+    model.head = nn.Identity()
+    return model
+
+
+def flat():
+    model = lively()
+    model.head = nn.Sequential(nn.Linear(64, 1), nn.Flatten(0))
+    return model
+
+
+# A file of names
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.txt", "zebra\nant\n\nyak\n"),
+        ("c.txt", "\ufeffzebra\r\n ant \r\nyak"),
+        ("c.json", '["zebra", "ant", "yak"]'),
+        ("c.txt", '["zebra", "ant", "yak"]'),
+        ("c.json", '{"1": "ant", "0": "zebra", "2": "yak"}'),
+        ("c.json", '{"ant": 1, "zebra": 0, "yak": 2}'),
+        ("config.json", '{"hidden": 3, "id2label": {"0": "zebra", "1": "ant", "2": "yak"}}'),
+    ],
+)
+def test_names_are_one_a_line_or_json(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_class_names(tmp_path / name) == ANIMALS
+
+
+@pytest.mark.parametrize("text", ["", "\n", "{", "[1, 2]", "{}", '{"0": "a", "2": "b"}', "3", "[]"])
+def test_other_content_is_refused(tmp_path, text):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(MoeeError, match="one name a line, or JSON"):
+        read_class_names(tmp_path / "c.json")
+    with pytest.raises(MoeeError, match="no such file"):
+        read_class_names(tmp_path / "missing.txt")
+
+
+def test_a_model_is_loaded_with_its_own_classes(tmp_path):
+    torch.save(lively(num_classes=3).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "c.txt").write_text("\n".join(ANIMALS))
+    for given in (tmp_path / "c.txt", str(tmp_path / "c.txt"), ANIMALS):
+        model = load_model(SMALL_VIT, weights=tmp_path / "w.pth", classes=given)
+        assert class_names(model) == class_labels(model) == ANIMALS
+    with pytest.raises(MoeeError, match="each of the model's 3 outputs; found 2"):
+        load_model(SMALL_VIT, weights=tmp_path / "w.pth", classes=["a", "b"])
+    with pytest.raises(MoeeError, match="more than once"):
+        load_model(SMALL_VIT, weights=tmp_path / "w.pth", classes=["a", "b", "b"])
+
+
+# The class folders as names
+
+
+def test_as_many_folders_as_outputs_name_them_in_their_order(tmp_path, capsys):
+    model = lively(num_classes=3)
+    images = load_images(image_folder(tmp_path, dict.fromkeys(ANIMALS, 2)))
+    assert images.labels(model).tolist() == [0, 0, 1, 1, 2, 2]
+    assert images.of_classes(["zebra"]).labels(model).tolist() == [2, 2]
+    assert "taken to be the 3 class folders" in capsys.readouterr().out
+    with pytest.raises(MoeeError, match="without names"):
+        class_names(model)
+    name_by_folders(model, images.classes)
+    assert class_names(model) == ("ant", "yak", "zebra")
+
+
+def test_other_numbers_of_folders_name_nothing(tmp_path):
+    images = load_images(image_folder(tmp_path, dict.fromkeys(ANIMALS, 1)))
+    with pytest.raises(MoeeError, match="--classes FILE"):
+        images.labels(lively(num_classes=4))
+
+
+def test_a_run_keeps_the_names_that_its_folders_gave(tmp_path):
+    images = load_images(image_folder(tmp_path / "a", dict.fromkeys(ANIMALS, 8)))
+    run = extract(lively(num_classes=3), images, quick())
+    run.save(tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    assert class_names(loaded.model) == ("ant", "yak", "zebra")
+    few = load_images(image_folder(tmp_path / "b", {"zebra": 4}, first=50))
+    assert few.labels(loaded.model).tolist() == [2] * 4
+
+
+def test_names_of_a_run_stay_with_it_whatever_is_given_and_stored(tmp_path):
+    images = load_images(image_folder(tmp_path / "a", {"aa": 12, "bb": 12}))
+    plain, named = lively(num_classes=2), lively(num_classes=2)
+    name_classes(named, ["bb", "aa"])
+    extract(named, images, quick()).save(tmp_path / "run")
+    for dense in (None, plain):
+        assert class_names(load(tmp_path / "run", dense=dense).model) == ("bb", "aa")
+    for _ in range(2):
+        stored = extract(plain, images, quick(), store=tmp_path / "store")
+        assert class_names(stored.model) == ("aa", "bb")
+
+
+@pytest.mark.parametrize("names", [("A", "a"), ("C#", "C++"), ("+1", "-1")])
+def test_folders_that_differ_in_case_or_signs_are_told_apart(tmp_path, names):
+    images = load_images(image_folder(tmp_path, dict.fromkeys(names, 2)))
+    model = lively(num_classes=2)
+    expected = [0, 0, 1, 1]
+    assert images.labels(model).tolist() == expected
+    name_classes(model, names[::-1])
+    assert images.labels(model).tolist() == [1 - label for label in expected]
+    assert len(images.of_classes(names[:1])) == 2
+
+
+def test_names_that_were_stated_stay(tmp_path):
+    model = lively(num_classes=3)
+    name_classes(model, ANIMALS)
+    images = load_images(image_folder(tmp_path, dict.fromkeys(ANIMALS, 1)))
+    name_by_folders(model, images.classes)
+    assert class_names(model) == ANIMALS
+    assert sorted(images.labels(model).tolist()) == [0, 1, 2]
+    assert images.of_classes(["zebra"]).labels(model).tolist() == [0]
+
+
+# Heads without these classes
+
+
+HEADS = {
+    "another size": lambda: by_hand(10),
+    "none": lambda: lively(num_classes=0),
+    "none by hand": headless,
+    "a regression": lambda: lively(num_classes=1),
+    "a regression by hand": lambda: by_hand(1),
+    "a number an image": flat,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_accuracy_is_computed_against_labels_of_others(tmp_path, head):
+    images = load_images(image_folder(tmp_path, {"n02917067": 2, "n01443537": 2}))
+    with pytest.raises(MoeeError) as error:
+        measure.accuracy(HEADS[head](), images, resamples=10)
+    assert "classes" in str(error.value)
+    assert "labels" in error.value.hint or "--classes" in error.value.hint
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("recipe", [quick, partial(best, macs_reduction=0.2)])
+def test_all_that_needs_no_labels_works(tmp_path, head, recipe):
+    images = load_images(image_folder(tmp_path / "p", {"n02917067": 12, "n01443537": 12}))
+    model = HEADS[head]()
+    run = extract(model, images, recipe())
+    assert len(measure.routing(run, images))
+    assert recipe is not quick or len(measure.similarity(run))
+    assert len(measure.macs(run, images))
+    table = measure.agreement(run.model, images, reference=run.dense()).iloc[0]
+    assert 0 < table["cosine"] <= 1
+    assert table["error"] >= 0
+    assert pd.notna(table["agreement"]) == pd.notna(table["kl"]) == (head == "another size")
+    run.save(tmp_path / "run")
+    loaded = load(tmp_path / "run", dense=model)
+    assert measure.agreement(loaded.model, images, reference=run.model)["error"].item() < 1e-5
+
+
+def test_models_of_different_outputs_are_not_compared():
+    with pytest.raises(MoeeError, match="6 and 7 outputs"):
+        measure.accuracy({"a": lively(num_classes=7)}, toy_images(4), reference=_named(6))
+
+
+def _named(count):
+    model = lively(num_classes=count)
+    name_classes(model, CLASSES[:count])
+    return model
+
+
+def test_outputs_are_counted_as_they_are():
+    assert count_classes(by_hand(10)) == 10
+    assert count_classes(lively(num_classes=7)) == 7
+    assert count_classes(lively("deit_tiny_distilled_patch16_224", num_classes=5)) == 5
+    assert len(class_names(lively())) == 1000
+
+
+def test_names_in_a_file_s_metadata_are_kept_as_json(tmp_path):
+    run = extract(_named(6), toy_images(24), quick())
+    run.save(tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["model"]["pretrained_cfg"]["label_names"] == list(CLASSES)

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import argparse
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import resample_abs_pos_embed
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.fingerprints import hash_weights
+from moee_analysis.models.loading import build_model, load_model
+from tests.helpers.makers import SMALL_CONVNEXT, SMALL_VIT, lively
+
+PREFIXES = (
+    "module.", "_orig_mod.", "model.", "backbone.", "encoder.", "module._orig_mod.",
+    "model.backbone.", "student.network.",
+)  # fmt: skip
+FIRST = {SMALL_VIT: "patch_embed.proj", SMALL_CONVNEXT: "stem.0"}
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "state_dict_ema", "model_ema")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively()
+
+
+def written(path, content):
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def prefixed(tensors, prefix):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+# Wrappers and prefixes
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_prefixes_are_looked_through(tmp_path, model, prefix, name, capsys):
+    path = written(tmp_path / name, prefixed(model.state_dict(), prefix))
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+    assert f"'{prefix}'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", WRAPPERS)
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("outer", [None, "state_dict", "model"])
+def test_wrappers_are_looked_through_also_nested(tmp_path, model, key, prefix, outer):
+    content = {key: prefixed(model.state_dict(), prefix), "epoch": 3}
+    path = written(tmp_path / "w.pth", content if outer is None else {outer: content, "step": 1})
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+def test_averaged_weights_are_preferred_aloud(tmp_path, model, capsys):
+    averaged = lively(seed=1)
+    for key in ("state_dict_ema", "model_ema"):
+        content = {"state_dict": model.state_dict(), key: averaged.state_dict()}
+        path = written(tmp_path / "w.pth", content)
+        assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(averaged)
+        assert f"'{key}'" in capsys.readouterr().out
+
+
+def test_options_and_numbers_beside_the_weights_are_no_obstacle(tmp_path, model):
+    content = {
+        "model": model.state_dict(), "args": argparse.Namespace(lr=0.1, name="x"),
+        "best": np.float64(0.7), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+    }  # fmt: skip
+    path = written(tmp_path / "w.pth", content)
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+@pytest.mark.parametrize("beside", [{"best": 0}, {"rng": 0, "step": 0}])
+def test_tensors_beside_the_weights_are_no_obstacle(tmp_path, model, beside):
+    content = {"state_dict": prefixed(model.state_dict(), "module.")}
+    content |= {name: torch.tensor(71.2) for name in beside}
+    path = written(tmp_path / "w.pth", content)
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+@pytest.mark.parametrize("prefix", ["model_ema.module.", "ema_model."])
+def test_averaged_weights_within_one_state_dict_are_preferred(tmp_path, model, prefix, capsys):
+    averaged = lively(seed=1)
+    both = prefixed(model.state_dict(), "model.") | prefixed(averaged.state_dict(), prefix)
+    path = written(tmp_path / "w.ckpt", {"state_dict": both})
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(averaged)
+    assert f"'{prefix}'" in capsys.readouterr().out
+
+
+def test_averages_in_a_list_are_passed_over(tmp_path, model):
+    shadow = {"decay": 0.9, "shadow_params": list(model.state_dict().values())}
+    path = written(tmp_path / "w.pth", {"model": model.state_dict(), "ema": shadow})
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+@pytest.mark.parametrize("inside", ["_orig_mod.", "_fsdp_wrapped_module."])
+def test_wrapped_parts_are_looked_through(tmp_path, model, inside):
+    tensors = {
+        name.replace("blocks.1.", f"blocks.1.{inside}"): tensor
+        for name, tensor in prefixed(model.state_dict(), "module.").items()
+    }
+    path = written(tmp_path / "w.pth", tensors)
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+OFFICIAL = {
+    "swin_tiny_patch4_window7_224": [("head.fc.", "head.")],
+    "convnext_atto": [
+        ("head.fc.", "head."), ("head.norm.", "norm."), (".mlp.fc1.", ".pwconv1."),
+        (".mlp.fc2.", ".pwconv2."), (".conv_dw.", ".dwconv."), ("stem.", "downsample_layers.0."),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_of_the_architecture_s_own_repository_are_timm_s_to_translate(tmp_path, name, prefix):
+    model = build_model(name, num_classes=10)
+    tensors = dict(model.state_dict())
+    for ours, theirs in OFFICIAL[name]:
+        tensors = {key.replace(ours, theirs): tensor for key, tensor in tensors.items()}
+    if "convnext" in name:
+        moved = r"stages\.(\d)\.downsample", r"downsample_layers.\1"
+        tensors = {re.sub(*moved, key).replace(".blocks.", "."): t for key, t in tensors.items()}
+    else:
+        tensors = {
+            re.sub(
+                r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", k
+            ): t
+            for k, t in tensors.items()
+        }
+    path = written(tmp_path / "w.pth", {"model": prefixed(tensors, prefix)})
+    loaded = load_model(name, weights=path)
+    assert loaded.num_classes == 10
+    assert hash_weights(loaded) == hash_weights(model)
+
+
+def test_a_head_may_stand_outside_the_backbone(tmp_path, model, capsys):
+    tensors = prefixed(model.state_dict(), "model.backbone.")
+    for name in ("head.weight", "head.bias"):
+        tensors[f"model.{name}"] = tensors.pop(f"model.backbone.{name}")
+    tensors["criterion.weight"] = torch.ones(3)
+    path = written(tmp_path / "w.ckpt", {"state_dict": tensors})
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+    assert "left 1 tensors outside it, such as criterion.weight" in capsys.readouterr().out
+
+
+def test_one_network_among_others_is_chosen_by_the_usual_names(tmp_path, model):
+    both = prefixed(lively(seed=1).state_dict(), "teacher.") | prefixed(
+        model.state_dict(), "backbone."
+    )
+    path = written(tmp_path / "w.pth", both)
+    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+
+
+def test_two_networks_of_strange_names_are_named(tmp_path, model):
+    both = prefixed(model.state_dict(), "teacher.") | prefixed(model.state_dict(), "student.")
+    with pytest.raises(MoeeError, match=r"'teacher\.', 'student\.'"):
+        load_model(SMALL_VIT, weights=written(tmp_path / "w.pth", both))
+
+
+# Types, sizes and channels
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_tensors_of_every_precision_load(tmp_path, model, dtype, name):
+    tensors = {key: tensor.to(dtype) for key, tensor in model.state_dict().items()}
+    loaded = load_model(SMALL_VIT, weights=written(tmp_path / name, tensors))
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, tensors[key].float())
+
+
+def test_position_embeddings_of_another_size_are_resampled_as_timm_does(tmp_path, model, capsys):
+    path = written(tmp_path / "w.pth", model.state_dict())
+    loaded = load_model(SMALL_VIT, weights=path, img_size=96)
+    grid = loaded.patch_embed.grid_size
+    expected = resample_abs_pos_embed(model.pos_embed, new_size=grid, num_prefix_tokens=1)
+    torch.testing.assert_close(loaded.pos_embed, expected)
+    assert loaded(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
+    assert "resampled for this model's images: pos_embed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_patch_embeddings_of_other_channels_are_adapted_as_timm_does(tmp_path, name, channels):
+    model, first = lively(name), FIRST[name]
+    path = written(tmp_path / "w.pth", prefixed(model.state_dict(), "module."))
+    loaded = load_model(name, weights=path, in_chans=channels)
+    expected = adapt_input_conv(channels, model.get_parameter(f"{first}.weight"))
+    torch.testing.assert_close(loaded.get_parameter(f"{first}.weight"), expected)
+
+
+def test_weights_of_one_channel_see_grey_pictures_as_before(tmp_path):
+    grey = lively(in_chans=1)
+    path = written(tmp_path / "w.pth", grey.state_dict())
+    rgb = load_model(SMALL_VIT, weights=path)
+    x = torch.randn(2, 1, 160, 160)
+    torch.testing.assert_close(rgb(x.expand(-1, 3, -1, -1)), grey(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_file_that_says_its_size_is_loaded_at_that_size(tmp_path):
+    model = lively(img_size=96)
+    save_file(
+        model.state_dict(), tmp_path / "w.safetensors",
+        metadata={"pretrained_cfg": '{"input_size": [3, 96, 96]}'},
+    )  # fmt: skip
+    loaded = load_model(SMALL_VIT, weights=tmp_path / "w.safetensors")
+    assert hash_weights(loaded) == hash_weights(model)
+
+
+def test_weights_without_a_classifier_make_a_model_of_features(tmp_path, model, capsys):
+    tensors = {k: t for k, t in model.state_dict().items() if not k.startswith("head.")}
+    loaded = load_model(SMALL_VIT, weights=written(tmp_path / "w.pth", tensors))
+    assert loaded.num_classes == 0
+    assert loaded(torch.zeros(1, 3, 160, 160)).shape == (1, 64)
+    assert "no classifier" in capsys.readouterr().out
+
+
+# What does not fit
+
+
+def test_three_missing_and_three_surplus_tensors_are_named(tmp_path, model):
+    tensors = model.state_dict()
+    for name in [n for n in tensors if n.startswith("blocks.2.")]:
+        tensors[f"layers.{name}"] = tensors.pop(name)
+    path = written(tmp_path / "w.pth", {"state_dict": prefixed(tensors, "module.")})
+    with pytest.raises(MoeeError) as error:
+        load_model(SMALL_VIT, weights=path)
+    told = str(error.value)
+    assert "missing: blocks.2.norm1.weight, blocks.2.norm1.bias, blocks.2.attn.qkv.weight" in told
+    assert "not in the model: layers.blocks.2." in told
+    assert told.count("and ") >= 2
+    assert "prefix 'module.'" in told
+    assert "--model" in told
+
+
+@pytest.mark.parametrize("content", [{"student": {"a": 1}}, {"epoch": 3}])
+def test_the_keys_of_a_file_without_weights_are_named(tmp_path, content):
+    with pytest.raises(MoeeError, match=next(iter(content))):
+        load_model(SMALL_VIT, weights=written(tmp_path / "w.pth", content))

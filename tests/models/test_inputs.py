@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from moee_analysis import measure
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.models.inputs import blank, data_config, input_size, model_transform
+from moee_analysis.models.loading import build_model, check_device, load_model
+from moee_analysis.models.macs import count
+from moee_analysis.moe.layer import moe_layers
+from moee_analysis.training.augmentation import training_transform
+from moee_analysis.training.batches import Loaded
+from moee_analysis.training.finetune import finetune
+from tests.helpers.families import FAMILIES, small
+from tests.helpers.makers import SMALL_CONVNEXT, SMALL_VIT, best, lively, picture, pixels_of, quick
+from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.training.test_finetune import tuning
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def of_size(**arguments):
+    return timm.create_model(SMALL_VIT, **arguments).eval()
+
+
+# What goes in
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_takes_what_it_says(name):
+    model = small(name)
+    with torch.no_grad():
+        model(blank(model))
+    assert input_size(model)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({}, (3, 160, 160)), ({"img_size": 96}, (3, 96, 96)), ({"in_chans": 1}, (1, 160, 160)),
+        ({"img_size": (64, 96), "in_chans": 4}, (4, 64, 96)),
+        ({"dynamic_img_size": True}, (3, 160, 160)),
+        ({"dynamic_img_size": True, "img_size": 96}, (3, 96, 96)),
+    ],
+)  # fmt: skip
+def test_the_size_is_that_the_model_was_built_for(arguments, size):
+    for model in (of_size(**arguments), build_model(SMALL_VIT, **arguments)):
+        assert input_size(model) == size
+        assert blank(model, images=2).shape == (2, *size)
+        assert next(toy_images(3).batches(model)).shape == (3, *size)
+
+
+def test_a_model_of_any_size_is_told_its_size():
+    model = build_model(SMALL_CONVNEXT, img_size=128)
+    assert input_size(model) == (3, 128, 128)
+    half = build_model(SMALL_CONVNEXT, img_size=64)
+    stages = [count(m).total - count(m).by_module["head"] for m in (model, half)]
+    assert stages[0] == pytest.approx(4 * stages[1], rel=0.01)
+
+
+def test_macs_are_those_of_the_size_that_is_used():
+    run = extract(lively(img_size=96), toy_images(24), quick())
+    cost = measure.macs(run, toy_images(6)).set_index("component").loc["total"]
+    assert cost["macs_dense"] == count(lively(img_size=96)).total
+    assert cost["macs_dense"] < 0.5 * count(lively()).total
+
+
+def test_one_channel_is_the_luminance():
+    model = build_model(SMALL_VIT, in_chans=1)
+    config = data_config(model)
+    assert config["mean"] == (pytest.approx(np.mean(build_mean())),)
+    grey = model_transform(model)(picture(3).convert("L"))
+    torch.testing.assert_close(model_transform(model)(picture(3).convert("L").convert("RGB")), grey)
+    assert grey.shape == (1, 160, 160)
+
+
+def build_mean():
+    return build_model(SMALL_VIT).pretrained_cfg["mean"]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7])
+def test_other_channels_are_those_of_the_picture_in_turn(channels):
+    seen = model_transform(build_model(SMALL_VIT, in_chans=channels))(picture(3))
+    rgb = model_transform(build_model(SMALL_VIT))(picture(3))
+    for channel in range(channels):
+        torch.testing.assert_close(seen[channel], rgb[channel % 3])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("augmentation", ["none", "light", "strong"])
+def test_training_prepares_as_many_channels(channels, augmentation):
+    model = build_model(SMALL_VIT, in_chans=channels)
+    assert training_transform(model, augmentation)(picture(1)).shape == (channels, 160, 160)
+    loaded = Loaded.of(toy_images(2), _named(model))
+    torch.testing.assert_close(
+        loaded.batch(slice(0, 2)), next(toy_images(2).batches(model)), atol=0.02, rtol=0
+    )
+
+
+def _named(model):
+    model.reset_classifier(6)
+    model.pretrained_cfg["label_names"] = tuple("abcdef")
+    model.pretrained_cfg["label_names"] = ("ant", "bee", "cat", "dog", "eel", "fox")
+    return model
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("recipe", [quick, best])
+def test_a_model_of_other_channels_is_taken_apart_and_saved(tmp_path, channels, recipe):
+    settings = {} if recipe is quick else {"macs_reduction": 0.2}
+    model = lively(in_chans=channels, img_size=96)
+    run = extract(model, toy_images(24), recipe(**settings))
+    run.save(tmp_path / "run")
+    x = pixels_of(model)
+    assert x.shape == (4, channels, 96, 96)
+    torch.testing.assert_close(load(tmp_path / "run").model(x), run.model(x))
+    assert toy_images(2).as_seen(0, model).shape == (96, 96, 3)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+@pytest.mark.parametrize("make", [toy_vit, toy_swin])
+def test_a_model_of_any_precision_comes_to_the_mixture_of_its_weights(dtype, make):
+    images = toy_images(24)
+    model = make().to(dtype)
+    run = extract(model, images, quick())
+    exact = extract(make().to(dtype).float(), images, quick())
+    assert {t.dtype for t in run.model.parameters()} == {dtype}
+    for index, layer in moe_layers(run.model).items():
+        other = moe_layers(exact.model)[index]
+        assert torch.equal(layer.neurons, other.neurons)
+        assert torch.equal(layer.shares, other.shares)
+        assert layer.shares.dtype == torch.float32
+    assert {t.dtype for t in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+@pytest.mark.parametrize("recipe", [quick, best])
+def test_it_is_saved_evaluated_and_tuned_in_its_precision(tmp_path, dtype, recipe):
+    settings = {} if recipe is quick else {"macs_reduction": 0.2}
+    model, images = lively(num_classes=6).to(dtype), toy_images(24)
+    model.pretrained_cfg["label_names"] = ("ant", "bee", "cat", "dog", "eel", "fox")
+    run = extract(model, images, recipe(**settings), store=tmp_path / "store")
+    run.save(tmp_path / "run")
+    loaded, x = load(tmp_path / "run"), pixels_of(model).to(dtype)
+    torch.testing.assert_close(loaded.model(x), run.model(x))
+    assert loaded.model(x).dtype == dtype
+    others = toy_images(60).take(range(30, 60))
+    table = measure.accuracy(run.model, others, reference=model, resamples=10)
+    assert table["kl"].notna().all()
+    assert len(measure.routing(run, others))
+    assert measure.macs(run, others)["macs"].notna().all()
+    tuned = finetune(run, others, tuning(epochs=1))
+    assert {t.dtype for t in tuned.run.model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+def test_the_dense_model_of_a_saved_run_has_its_precision(tmp_path, dtype):
+    torch.save(lively().state_dict(), tmp_path / "w.pth")
+    model = load_model(SMALL_VIT, weights=tmp_path / "w.pth").to(dtype)
+    extract(model, toy_images(24), quick()).save(tmp_path / "run")
+    dense, x = load(tmp_path / "run").dense(), pixels_of(model).to(dtype)
+    torch.testing.assert_close(dense(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_routers_of_half_precision_decide_as_exactly_as_their_centres(dtype):
+    run = extract(toy_vit().to(dtype), toy_images(24), quick())
+    for layer in moe_layers(run.model).values():
+        x = torch.randn(3, 17, 32).to(dtype)
+        scores = layer.router.scores(x)
+        assert scores.dtype == torch.float32
+        exact = (
+            x.flatten(0, 1).double()
+            @ torch.nn.functional.normalize(layer.router.centres.double(), dim=1).T
+        )
+        torch.testing.assert_close(layer.router(x)[:, 0], exact.argmax(1))
+
+
+def test_a_model_of_several_precisions_is_refused():
+    model = lively()
+    model.norm.half()
+    with pytest.raises(MoeeError, match="one precision; found 2"):
+        extract(model, toy_images(4), quick())
+
+
+# Devices
+
+
+def test_a_device_without_values_is_refused():
+    with pytest.raises(MoeeError, match="meta"):
+        check_device("meta")
+    with pytest.raises(MoeeError, match="meta"):
+        load_model("bundled", device="meta")
+    with pytest.raises(MoeeError, match="without values"):
+        extract(lively().to("meta"), toy_images(4), quick())
+    with pytest.raises(MoeeError, match="a device of this machine"):
+        check_device("toaster")
+
+
+def test_pictures_are_shown_as_they_are_seen():
+    model = build_model(SMALL_VIT, in_chans=1, img_size=32)
+    shown = toy_images(2).as_seen(1, model)
+    assert shown.shape == (32, 32, 3)
+    assert isinstance(Image.fromarray(shown), Image.Image)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants as hub
+from PIL import Image
+
+from moee_analysis.data.scenes.scene import CLASSES
+from moee_analysis.errors import MoeeError
+from moee_analysis.models import loading as models
+from moee_analysis.models.loading import (
+    build_model,
+    class_labels,
+    class_names,
+    find_mlps,
+    fingerprint,
+    load_model,
+    model_transform,
+)
+from tests.helpers.makers import SMALL_CONVNEXT, SMALL_VIT, lively
+from tests.helpers.toys import toy_swin, toy_vit
+
+
+def test_the_bundled_model_is_ready_for_evaluation():
+    model = load_model()
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert class_names(model) == tuple(CLASSES)
+    assert class_labels(model)[CLASSES.index("fire_engine")] == "fire engine"
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, len(CLASSES))
+
+
+def test_mlps_are_found_in_order_and_counted_from_0():
+    sites = find_mlps(toy_vit())
+    assert [(s.name, s.index, s.dim, s.hidden) for s in sites] == [
+        (f"blocks.{i}.mlp", i, 32, 64) for i in range(3)
+    ]
+
+
+def test_mlps_of_hierarchical_models_have_their_own_widths():
+    assert [(s.dim, s.hidden) for s in find_mlps(toy_swin())] == [(16, 32), (32, 64)]
+    convnext = find_mlps(build_model(SMALL_CONVNEXT))
+    assert all(site.hidden == 4 * site.dim for site in convnext)
+    assert [site.index for site in convnext] == list(range(len(convnext)))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("resnet18", "no MLP at all in ResNet"),
+        ("eva02_tiny_patch14_224", "only 12 x GluMlp (gated: "),
+        ("poolformer_s12", "only 12 x Mlp (Conv2d, Identity) (convolutional: "),
+        ("convnextv2_atto", "only 12 x GlobalResponseNormMlp (GRN inside: "),
+    ],
+)
+def test_a_model_without_plain_mlps_is_told_what_it_has_instead(name, found):
+    with pytest.raises(MoeeError) as error:
+        find_mlps(timm.create_model(name, pretrained=False))
+    assert found in error.value.found
+    assert "choose a ViT" in error.value.hint
+
+
+def test_an_unknown_name_gets_suggestions():
+    with pytest.raises(MoeeError, match="deit_tiny_patch16_224") as error:
+        load_model("deit_tiny_patch16_225")
+    assert "did you mean" in error.value.hint
+
+
+def test_a_name_like_nothing_gets_a_place_to_look():
+    with pytest.raises(MoeeError, match="list_models"):
+        load_model("???")
+
+
+def test_a_file_given_as_the_name_is_told_where_it_belongs():
+    with pytest.raises(MoeeError, match=r"weights='my/file\.pth'"):
+        load_model("my/file.pth")
+
+
+def test_an_unknown_tag_is_told_which_there_are(tmp_path):
+    with pytest.raises(MoeeError, match=r"deit_tiny_patch16_224\.fb_in1k"):
+        load_model("deit_tiny_patch16_224.nonsense")
+
+
+def test_offline_without_weights_says_what_to_pass(monkeypatch, tmp_path):
+    monkeypatch.setattr("moee_analysis.models.hub._hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    before = hub.HF_HUB_OFFLINE
+    with pytest.raises(MoeeError) as error:
+        load_model(SMALL_VIT)
+    assert "offline" in error.value.found
+    assert "weights='path/to/file.safetensors'" in error.value.hint
+    assert "\n" not in str(error.value)
+    assert before == hub.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(MoeeError, match="a device of this machine"):
+        load_model(device=device)
+
+
+def test_pictures_are_normalised_as_the_model_was_trained():
+    model = toy_vit()
+    model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.125)}
+    x = model_transform(model)(Image.new("RGB", (40, 50), (51, 102, 204)))
+    assert x.shape == (3, 32, 32)
+    wanted = [(0.2 - 0.1) / 0.5, (0.4 - 0.2) / 0.25, (0.8 - 0.3) / 0.125]
+    np.testing.assert_allclose(x.mean(dim=(1, 2)), wanted, rtol=1e-5)
+
+
+def test_pictures_are_cropped_as_the_model_was_trained():
+    framed = np.zeros((64, 64, 3), dtype=np.uint8)
+    framed[12:52, 12:52] = 255
+    model = toy_vit()
+    inside = model_transform_with(model, crop_pct=0.5)(Image.fromarray(framed))
+    whole = model_transform_with(model, crop_pct=1.0)(Image.fromarray(framed))
+    assert inside.min() == inside.max() == 2.0
+    assert whole.min() == -2.0
+
+
+def model_transform_with(model, **settings):
+    model.pretrained_cfg |= settings
+    return model_transform(model)
+
+
+def test_imagenet_models_know_their_classes():
+    model = build_model(SMALL_VIT)
+    assert class_names(model)[:2] == ("n01440764", "n01443537")
+    assert class_labels(model)[:2] == ("tench", "goldfish")
+
+
+def test_a_model_with_unnamed_classes_says_how_to_name_them():
+    model = build_model(SMALL_VIT, num_classes=7)
+    with pytest.raises(MoeeError, match="--classes FILE"):
+        class_names(model)
+
+
+def test_the_fingerprint_is_of_the_weights():
+    one, other = lively(), lively()
+    assert fingerprint(one) == fingerprint(other)
+    other.blocks[2].mlp.fc1.weight[3, 4] += 1e-3
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_a_model_without_an_architecture_says_how_to_make_one():
+    with pytest.raises(MoeeError, match=r"timm\.create_model"):
+        models.architecture(torch.nn.Linear(2, 2))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import DataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.measure import accuracy, macs
+from moee_analysis.models.class_names import name_classes
+from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.models.inputs import input_size, model_transform
+from moee_analysis.models.loading import architecture, class_names, find_mlps
+from moee_analysis.models.macs import count
+from moee_analysis.models.unwrapping import unwrapped
+from tests.helpers.makers import lively, pixels_of, quick, same_models
+from tests.helpers.toys import CLASSES, toy_images
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def with_a_compiled_block(model):
+    model.blocks[2] = compiled(model.blocks[2])
+    return model
+
+
+WRAPPINGS = {
+    "compiled": compiled,
+    "parallel": DataParallel,
+    "averaged": AveragedModel,
+    "both": lambda model: compiled(DataParallel(model)),
+    "a part": with_a_compiled_block,
+}
+
+
+@pytest.fixture(params=WRAPPINGS)
+def wrapped(request):
+    return WRAPPINGS[request.param](lively(num_classes=6))
+
+
+def test_the_network_inside_is_found(wrapped):
+    plain = lively(num_classes=6)
+    inside = unwrapped(wrapped)
+    assert same_models(inside, plain)
+    assert fingerprint(wrapped) == fingerprint(plain)
+    assert architecture(wrapped) == "test_vit"
+    assert input_size(wrapped) == (3, 160, 160)
+    assert count(wrapped).total == count(plain).total
+    assert [site.name for site in find_mlps(wrapped)] == [site.name for site in find_mlps(plain)]
+    assert str(model_transform(wrapped)) == str(model_transform(plain))
+
+
+def test_what_is_not_wrapped_is_itself():
+    model = lively()
+    assert unwrapped(model) is model
+
+
+def test_wrapped_parts_are_left_where_they_are():
+    model = with_a_compiled_block(lively())
+    block = model.blocks[2]
+    assert unwrapped(model) is not model
+    assert model.blocks[2] is block
+
+
+def test_a_wrapped_model_is_taken_apart_saved_and_measured(wrapped, tmp_path):
+    images = toy_images(24)
+    run = extract(wrapped, images, quick(experts="one"))
+    run.save(tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    x = pixels_of(unwrapped(wrapped))
+    torch.testing.assert_close(loaded.model(x), run.model(x))
+    assert same_models(
+        run.model, extract(lively(num_classes=6), images, quick(experts="one")).model
+    )
+    assert macs(run, images)["macs"].notna().all()
+    name_classes(wrapped, CLASSES)
+    assert class_names(wrapped) == CLASSES
+    assert accuracy(wrapped, images, resamples=10)["n_images"].item() == 24

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from moee_analysis import measure
+from moee_analysis.baselines import moefication, soft_moe, sparse_upcycling
+from moee_analysis.baselines.controls import constantly_routed, oracle_routed, randomly_routed
+from moee_analysis.models.macs import count
+from moee_analysis.moe.expert_layer import counting_usage, expert_layers, macs_as_used
+from moee_analysis.moe.layer import moe_layers
+from tests.helpers.makers import hooks_of, pixels_of
+from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_vit
+
+IMAGES = toy_images(24)
+MOEFIED = moefication.MoeficationConfig(active=0.5, n_experts=8, router="centre")
+CHOICE = sparse_upcycling.SparseUpcyclingConfig(experts=4, capacity=0.5)
+SOFT = soft_moe.SoftMoeConfig(experts=4)
+
+
+def models():
+    return {
+        "MoEE": toy_moe(toy_vit()),
+        "kinds": toy_kinds(toy_vit()),
+        "MoEfication": moefication.convert(toy_vit(), IMAGES, MOEFIED),
+        "Expert Choice": sparse_upcycling.convert(toy_vit(), IMAGES, CHOICE),
+        "Soft MoE": soft_moe.convert(toy_vit(), IMAGES, SOFT),
+    }
+
+
+@pytest.fixture(scope="module")
+def made():
+    return models()
+
+
+def test_all_kinds_of_layers_are_found_and_dense_ones_are_not(made):
+    found = {name: list(expert_layers(model)) for name, model in made.items()}
+    every = [f"blocks.{index}.mlp" for index in range(3)]
+    assert found["MoEE"] == found["kinds"] == found["MoEfication"] == every
+    assert found["Expert Choice"] == ["blocks.1.mlp"]
+    assert found["Soft MoE"] == every[1:] or found["Soft MoE"] == every[2:]
+    assert not expert_layers(toy_vit())
+
+
+def test_usage_counts_the_choices_of_all_tokens(made):
+    x = pixels_of(toy_vit())
+    with torch.no_grad(), counting_usage(made) as usage:
+        for model in made.values():
+            model(x)
+    tokens = len(x) * 17
+    assert {u.sum().item() for u in usage["MoEE"].values()} == {tokens}
+    assert {u.sum().item() for u in usage["MoEfication"].values()} == {4 * tokens}
+    for used in usage["Soft MoE"].values():
+        assert used.sum().item() == pytest.approx(tokens, rel=1e-5)
+    assert all(hooks_of(model) == 0 for model in made.values())
+
+
+def test_usage_is_that_of_the_routes(made):
+    model = made["MoEE"]
+    with torch.no_grad(), counting_usage({"MoEE": model}) as usage:
+        for x in IMAGES.batches(model):
+            model(x)
+    routes = measure.routes(model, IMAGES)
+    for index, used in enumerate(usage["MoEE"].values()):
+        assert used.tolist() == routes.counts[index].sum(0).tolist()
+
+
+@pytest.mark.parametrize("name", ["MoEE", "kinds", "MoEfication"])
+def test_macs_follow_what_is_used(made, name):
+    model = made[name]
+    with torch.no_grad(), counting_usage({name: model}) as usage:
+        for x in IMAGES.batches(model):
+            model(x)
+    expected = measure.macs(model, IMAGES).set_index("component").loc["total", "macs"]
+    assert macs_as_used(model, usage[name]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["Expert Choice", "Soft MoE"])
+def test_layers_with_experts_of_their_own_are_counted_as_they_run(made, name):
+    assert macs_as_used(made[name], {}) == count(made[name], sites=[]).total
+
+
+@pytest.mark.parametrize("name", ["MoEE", "kinds", "MoEfication", "Expert Choice", "Soft MoE"])
+def test_controls_keep_the_experts_and_change_what_is_computed(made, name):
+    model, x = made[name], pixels_of(toy_vit())
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        own, random, constant = (
+            each(x) for each in (model, randomly_routed(model), constantly_routed(model))
+        )
+    assert not torch.allclose(own, random)
+    assert not torch.allclose(own, constant)
+    assert torch.equal(randomly_routed(model)(x), random)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_random_routing_to_several_experts_takes_no_expert_twice_and_keeps_the_shares(made):
+    control = randomly_routed(made["MoEfication"])
+    layer = moe_layers(control)[1]
+    chosen = layer.router(torch.randn(4000, 32))
+    assert chosen.shape == (4000, 4)
+    assert all(len(set(row)) == 4 for row in chosen.tolist())
+    often = chosen.flatten().bincount(minlength=8) / 4000
+    assert torch.corrcoef(torch.stack([often, layer.shares]))[0, 1] > 0.9
+
+
+def test_constant_routing_uses_what_most_tokens_used(made):
+    control = constantly_routed(made["MoEfication"])
+    for layer in moe_layers(control).values():
+        chosen = layer.router(torch.randn(50, 32))
+        assert (chosen == chosen[0]).all()
+        assert set(chosen[0].tolist()) == set(layer.shares.topk(4).indices.tolist())
+
+
+def test_constant_routing_leaves_leading_tokens_their_experts(made):
+    for layer in moe_layers(constantly_routed(made["kinds"])).values():
+        chosen = layer.router(torch.randn(2, 17, 32)).reshape(2, 17)
+        assert (chosen[:, 0] == 0).all()
+        assert (chosen[:, 1:] == 1 + layer.shares[1:].argmax()).all()
+
+
+def test_the_oracle_is_nearest_to_the_dense_layers_output():
+    dense, model = toy_vit(depth=1), toy_moe(toy_vit(depth=1))
+    x = torch.randn(40, 32)
+    own, oracle = (moe_layers(m)[0] for m in (model, oracle_routed(model, dense)))
+    wanted = dense.blocks[0].mlp(x)
+    errors = [(layer(x) - wanted).square().sum(1) for layer in (own, oracle)]
+    assert (errors[1] <= errors[0] + 1e-5).all()
+    assert errors[1].sum() < errors[0].sum()
+
+
+def test_the_oracle_leaves_alone_what_it_is_not_defined_for(made):
+    x = pixels_of(toy_vit())
+    for name in ("MoEfication", "Soft MoE"):
+        torch.testing.assert_close(oracle_routed(made[name], toy_vit())(x), made[name](x))

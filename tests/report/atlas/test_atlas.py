@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from bs4 import BeautifulSoup
+from PIL import Image
+
+from moee_analysis import measure
+from moee_analysis.data.images import load_images
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.moe.layer import moe_layers
+from moee_analysis.report.atlas import write_atlas
+from moee_analysis.report.atlas.facts import OTHERS, PATCHES
+from moee_analysis.report.atlas.page import atlas_facts, page
+from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+
+NASTY = "</script><script>alert(1)</script>&<b>"
+
+
+def run_of(model):
+    """A run around a routed model that was made by hand."""
+    return Extraction(model, ExtractConfig(), None, (), {"model": "toy"})
+
+
+@pytest.fixture(scope="module")
+def run():
+    return run_of(toy_kinds(toy_vit()))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return toy_images(18)
+
+
+@pytest.fixture(scope="module")
+def facts(run, images):
+    return atlas_facts(run, images, dense=toy_vit())
+
+
+@pytest.fixture(scope="module")
+def routed(run, images):
+    return measure.routes(run, images, by_folder=True)
+
+
+def unpacked(facts, layer):
+    shape = (len(facts["images"]), *layer["grid"])
+    return np.frombuffer(base64.b64decode(layer["routes"]), "<u2").reshape(shape)
+
+
+def test_every_layer_and_expert_is_there_with_its_use(facts, run, routed):
+    assert [layer["layer"] for layer in facts["layers"]] == list(routed.placed)
+    for layer in facts["layers"]:
+        patches = routed.patch_experts(layer["layer"])
+        assert (unpacked(facts, layer) == patches).all()
+        module = moe_layers(run.model)[layer["layer"]]
+        assert layer["hidden"] == module.hidden_dense
+        assert [e["neurons"] for e in layer["experts"]] == module.expert_sizes
+        for number, expert in enumerate(layer["experts"]):
+            own = patches == number
+            assert expert["share"] == pytest.approx(own.mean(), abs=1e-4)
+            assert expert["images"] == own.any(axis=(1, 2)).sum()
+
+
+def test_leading_tokens_are_counted_apart(facts, images):
+    first = [layer["experts"][0] for layer in facts["layers"]]
+    assert all(expert["leading"] == len(images) for expert in first)
+    assert all(expert["share"] == 0 for expert in first)
+    assert all(expert["top"] == [] for expert in first)
+
+
+def test_typical_patches_classes_and_neighbours_are_those_of_the_measures(facts, run, images):
+    top = measure.top_patches(run, images, count=PATCHES).set_index(["layer", "expert"])
+    shares = measure.class_routing(run, images)
+    for layer in facts["layers"]:
+        for number, expert in enumerate(layer["experts"]):
+            if expert["top"]:
+                rows = top.loc[[(layer["layer"], number)]]
+                expected = rows[["image", "row", "column"]].to_numpy().tolist()
+                assert [patch[:3] for patch in expert["top"]] == expected
+            of = shares[(shares["layer"] == layer["layer"]) & (shares["expert"] == number)]
+            ahead = of.assign(ahead=of["share"] - of["share_all"]).nlargest(OTHERS, "ahead")
+            more = ahead[ahead["ahead"] > 0]
+            assert [name for name, *_ in expert["classes"]] == list(more["class_name"])
+
+
+def test_neighbours_have_the_most_similar_mean_inputs_less_the_common_one(facts, run, images):
+    known = measure.typical(run, images)
+    for layer in facts["layers"]:
+        means = known.means[layer["layer"]]
+        centred = means - known.common[layer["layer"]]
+        met = set(np.flatnonzero(np.isfinite(means).all(axis=1)))
+        for number, expert in enumerate(layer["experts"]):
+            cosines = {n: _cosine(centred[number], centred[n]) for n in met - {number}}
+            expected = sorted(cosines, key=cosines.get, reverse=True)[:OTHERS]
+            assert [other for other, *_ in expert["near"]] == (expected if number in met else [])
+            for other, cosine, raw in expert["near"]:
+                assert cosine == pytest.approx(cosines[other], abs=1e-3)
+                assert raw == pytest.approx(_cosine(means[number], means[other]), abs=1e-3)
+
+
+def _cosine(one, two):
+    return one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+
+
+def test_overlap_is_that_of_the_neurons(facts, run):
+    table = measure.overlap(run).set_index(["layer", "expert_a", "expert_b"])["jaccard"]
+    for layer in facts["layers"]:
+        for number, expert in enumerate(layer["experts"]):
+            assert len(expert["overlap"]) == len(layer["experts"]) - 1
+            for other, share, _ in expert["overlap"]:
+                expected = table.loc[(layer["layer"], number, other)]
+                assert share == pytest.approx(expected, abs=1e-4)
+
+
+def test_pictures_and_predictions_are_of_the_images(facts, images, run):
+    for index, image in enumerate(facts["images"]):
+        assert image["class"] == images.folders[index]
+        shown = Image.open(io.BytesIO(base64.b64decode(image["picture"])))
+        assert (np.asarray(shown) == images.as_seen(index, run.model)).all()  # small: no loss
+        assert isinstance(image["moe"], str)
+        assert isinstance(image["dense"], str)
+
+
+def test_without_the_dense_model_it_says_nothing_of_it(run, images):
+    facts = atlas_facts(run, images)
+    assert all("dense" not in image for image in facts["images"])
+    assert "MACs" not in dict(facts["about"])
+
+
+def test_layers_that_are_not_shown_are_named_with_the_reason(small_run, images):
+    named = replace(images, folders=("n01443537",) * len(images))
+    first, *others = small_run.layers
+    made = replace(
+        small_run, layers=(*others, replace(first, index=9, converted=False, reason="<no>"))
+    )
+    facts = atlas_facts(made, named)
+    assert facts["absent"] == "Not shown: layer 9 stayed dense: <no>."
+    assert "&lt;no&gt;" in page(facts)
+    assert atlas_facts(small_run, named)["absent"] == ""
+
+
+def test_windows_are_put_where_they_are(images):
+    run = run_of(toy_moe(toy_swin()))
+    facts, routed = atlas_facts(run, images), measure.routes(run, images)
+    assert facts["layers"]
+    for layer in facts["layers"]:
+        assert (unpacked(facts, layer) == routed.patch_experts(layer["layer"])).all()
+
+
+def test_parts_are_those_that_an_expert_shows_more_than_others_do():
+    images, run = load_images("bundled", limit=8), run_of(toy_moe(toy_vit()))
+    profile = measure.part_profile(measure.routes(run, images, by_folder=True), images)
+    told = 0
+    for layer in atlas_facts(run, images)["layers"]:
+        for number, expert in enumerate(layer["experts"]):
+            rows = profile[(profile["layer"] == layer["layer"]) & (profile["expert"] == number)]
+            by_part = rows.set_index("part")
+            for part, share, usual in expert["parts"]:
+                assert share == pytest.approx(by_part.loc[part, "share"], abs=1e-4)
+                assert usual < share
+                told += 1
+    assert told
+
+
+def test_the_page_holds_the_facts_and_fetches_nothing(facts):
+    soup = BeautifulSoup(page(facts), "html.parser")
+    kept = json.loads(soup.find(id="facts").string)
+    assert kept == {"layers": facts["layers"], "images": facts["images"]}
+    assert not soup.find_all(["link", "iframe", "object"])
+    assert not [tag for tag in soup.find_all(src=True) if not tag["src"].startswith("data:")]
+    assert not re.search(r"https?://", page(facts))
+
+
+def test_the_browser_is_told_to_run_this_script_alone(facts):
+    soup = BeautifulSoup(page(facts), "html.parser")
+    policy = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    for text in (soup.find("style").string, soup.find_all("script")[-1].string):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+
+
+def test_names_cannot_become_markup(run):
+    named = replace(toy_images(6), name=NASTY, folders=(NASTY,) * 6)
+    made = replace(run, provenance={"model": NASTY})
+    text = page(atlas_facts(made, named, dense=toy_vit()))
+    soup = BeautifulSoup(text, "html.parser")
+    assert len(soup.find_all("script")) == 2
+    assert NASTY not in text
+    assert NASTY in [dd.get_text() for dd in soup.find_all("dd")]
+    kept = json.loads(soup.find(id="facts").string)
+    assert {image["class"] for image in kept["images"]} == {NASTY}
+
+
+def test_the_file_appears_when_it_is_complete(run, images, tmp_path, monkeypatch):
+    out = tmp_path / "atlas.html"
+    out.write_text("older")
+    with pytest.raises(MoeeError, match="at least one image"):
+        write_atlas(run, images.take([]), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["atlas.html"]
+    assert out.read_text() == "older"
+    assert write_atlas(run, images, out) == out
+    assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert [path.name for path in tmp_path.iterdir()] == ["atlas.html"]
+
+
+def test_routes_that_have_no_place_are_refused(images):
+    with pytest.raises(MoeeError, match="routed layers"):
+        atlas_facts(run_of(toy_vit()), images)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from bs4 import BeautifulSoup
+from PIL import Image
+
+from moee_analysis.report.pages.index import write_index
+from moee_analysis.utils.storage.files import write_json
+
+RAN = {"status": "ok", "seconds": 3725.0, "title": "A <notebook>", "summary": "What it shows."}
+CLAIMS = [
+    {"statement": "s", "found": "f", "holds": True, "verdict": "✓ holds"},
+    {"statement": "<t>", "found": "g", "holds": False, "verdict": "✗ does not", "ours": True},
+    {"statement": "u", "found": "h", "holds": True, "verdict": "✓ holds"},
+]
+FOUND = {
+    "headline": {"label": "of <everything>", "value": 0.4567, "dense": "<all> of it"},
+    "claims": CLAIMS,
+    "figures": {
+        "one": {"file": "figures/one.png", "finding": "It rises.", "caption": "in layer 3"},
+        "two": {"file": "figures/two.png", "finding": "It falls.", "cover": True},
+    },
+    "environment": {
+        "device": "cuda (fast)", "cores": 16, "seconds": 9, "finished": "2026-01-02T03:04:05+00:00",
+        "versions": {"torch": "7.8", "numpy": "9.10"},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def index(tmp_path):
+    """The index of a run that found what is given."""
+
+    def written(found: dict, **status: str) -> BeautifulSoup:
+        folder = tmp_path / "one"
+        (folder / "figures").mkdir(parents=True)
+        for figure in found.get("figures", {}).values():
+            Image.new("RGB", (40, 30), "teal").save(folder / figure["file"])
+        write_json(folder / "results.json", found)
+        write_json(folder / "status.json", RAN | status)
+        write_index(tmp_path, [folder])
+        return BeautifulSoup((tmp_path / "index.html").read_text(), "html.parser")
+
+    return written
+
+
+def test_a_card_has_the_key_number_and_the_dense_model_beside_it(index):
+    card = index(FOUND).article
+    assert card.find(class_="headline").get_text() == "0.457 of <everything>"
+    assert card.find(class_="dense").get_text() == "Dense: <all> of it"
+
+
+def test_the_key_figure_is_described_by_what_it_shows(index):
+    assert index(FOUND).article.img["alt"] == "It falls."
+
+
+def test_without_a_cover_the_first_figure_stands_for_the_notebook(index):
+    found = json.loads(json.dumps(FOUND))
+    del found["figures"]["two"]["cover"]
+    assert index(found).article.img["alt"] == "It rises. in layer 3"
+
+
+def test_a_card_says_in_words_which_claims_hold(index):
+    claims = index(FOUND).article.find("details", class_="claims")
+    assert claims.summary.get_text() == "3 claims: ✓ 2 hold, ✗ 1 does not"
+    assert not claims.has_attr("open")
+    assert [item.get_text() for item in claims.find_all("li")] == [
+        "✓ holds, the paper says: s",
+        "✗ does not, tested here: <t>",
+        "✓ holds, the paper says: u",
+    ]
+
+
+def test_a_run_that_found_nothing_has_a_card_too(index):
+    card = index({}, status="cell_error", error="ValueError: <no>").article
+    assert "✗ a cell failed" in card.get_text()
+    assert card.find(class_="error").get_text() == "ValueError: <no>"
+    assert not card.find_all(class_=["headline", "dense", "claims"])
+
+
+def test_the_footer_tells_where_and_when_the_numbers_were_made(index):
+    footer = index(FOUND).body.find("footer")
+    told = dict(zip(*([d.get_text() for d in footer(kind)] for kind in ("dt", "dd")), strict=True))
+    assert told == {
+        "Device": "cuda (fast)", "CPU cores": "16", "PyTorch": "7.8", "Time": "1 h 2 min",
+        "Date": "2026-01-02 03:04 UTC",
+    }  # fmt: skip
+    assert [item.get_text() for item in footer.details("li")] == ["torch 7.8", "numpy 9.10"]
+
+
+def test_every_part_of_the_index_is_in_a_landmark_and_headings_go_down_by_one(index):
+    page = index(FOUND)
+    assert page.html["lang"] == "en"
+    (frame,) = page.body.find_all(recursive=False)
+    parts = [part.name for part in frame.find_all(recursive=False)]
+    assert parts == ["header", "main", "footer"]
+    assert [heading.name for heading in page.find_all(["h1", "h2", "h3"])] == ["h1", "h2"]

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from functools import partial
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.plots import style
+from moee_analysis.report import explore as explore_module
+from moee_analysis.report.explore import FIGURES, DependsOn, Pictures, explore, of_table, values_of
+from moee_analysis.report.results import picture
+
+TABLE = pd.DataFrame(
+    {
+        "layer": [0, 0, 0, 3, 3],
+        "expert": [0, 1, 2, 0, 1],
+        "share": [0.5, 0.3, 0.2, 0.9, 0.1],
+    }
+)
+TABLE.attrs["caption"] = "told once"
+
+
+def bars(table, *, seen=None, caption=None):
+    """A plot that notes the rows it was given."""
+    if seen is not None:
+        seen.append(table)
+    fig, ax = style.figure(2, 1.5)
+    ax.bar(range(len(table)), table["share"])
+    return style.caption(fig, caption or table.attrs.get("caption"))
+
+
+def noting(chosen, **choice):
+    chosen.append(choice)
+    return style.figure(1, 1)[0]
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """As in the kernel of a notebook that somebody looks at."""
+    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
+    monkeypatch.setattr(explore_module, "is_in_notebook", lambda: True)
+
+
+def controls(panel):
+    """Controls by their description."""
+    found, waiting = {}, [panel]
+    while waiting:
+        widget = waiting.pop()
+        waiting += getattr(widget, "children", ())
+        if hasattr(widget, "options"):
+            found[widget.description] = widget
+    return found
+
+
+def screen(panel):
+    return panel.children[-1].value
+
+
+def test_headless_it_is_a_figure_of_a_few_choices():
+    chosen = []
+    fig = explore(partial(noting, chosen), layer=range(12), name=["a", "b", "c", "d"])
+    assert isinstance(fig, Figure)
+    assert 1 < len(chosen) <= FIGURES
+    assert len({choice["layer"] for choice in chosen}) > 1
+    assert len({choice["name"] for choice in chosen}) > 1
+
+
+def test_headless_choices_are_spread_evenly():
+    chosen = []
+    explore(partial(noting, chosen), layer=range(12))
+    layers = [choice["layer"] for choice in chosen]
+    assert layers == [1, 3, 5, 7, 9, 11]
+
+
+def test_a_notebook_may_say_what_the_grid_shows():
+    chosen = []
+    explore(partial(noting, chosen), layer=range(12), expert=[0, 1, 2], shown={"layer": [5, 11]})
+    assert [choice["layer"] for choice in chosen] == sorted([5, 11] * (len(chosen) // 2))
+    assert len(chosen) == FIGURES
+
+
+def test_an_environment_that_nobody_watches_gets_the_grid(live, monkeypatch):
+    monkeypatch.setenv("MOEE_HEADLESS", "1")
+    assert isinstance(explore(partial(noting, []), layer=[0, 1]), Figure)
+
+
+def test_values_may_depend_on_a_choice_before():
+    chosen = []
+    explore(
+        partial(noting, chosen), layer=[0, 3], expert=values_of(TABLE, "expert", by="layer"),
+    )  # fmt: skip
+    assert all(choice["expert"] < (3 if choice["layer"] == 0 else 2) for choice in chosen)
+    assert {choice["layer"] for choice in chosen} == {0, 3}
+
+
+def test_of_table_gives_the_chosen_rows_and_tells_no_caption_twice():
+    seen = []
+    explore(of_table(bars, TABLE, seen=seen), layer=[0, 3], caption="below all")
+    assert [set(rows["layer"]) for rows in seen] == [{0}, {3}]
+    assert [len(rows) for rows in seen] == [3, 2]
+    assert all(not rows.attrs for rows in seen)
+    assert TABLE.attrs["caption"] == "told once"
+
+
+def test_the_grid_is_as_sharp_as_its_figures():
+    one = picture(of_table(bars, TABLE)(layer=0))
+    both = explore(of_table(bars, TABLE), layer=[0, 3])
+    width = both.get_size_inches()[0] * both.dpi
+    assert width >= 2 * 1.5 * both.dpi
+    assert len(picture(both)) > len(one)
+
+
+def test_live_a_slider_changes_the_figure(live):
+    panel = explore(of_table(bars, TABLE), layer=[0, 3], caption="below")
+    assert isinstance(panel, ipywidgets.Widget)
+    slider = controls(panel)["layer"]
+    assert isinstance(slider, ipywidgets.SelectionSlider)
+    before = screen(panel)
+    assert 'alt="layer 0"' in before
+    assert "below" in before
+    slider.value = 3
+    assert screen(panel) != before
+    assert 'alt="layer 3"' in screen(panel)
+
+
+def test_live_a_choice_offers_what_the_one_before_allows(live):
+    experts = values_of(TABLE, "expert", by="layer")
+    panel = explore(of_table(bars, TABLE), layer=[0, 3], expert=experts)
+    pick = controls(panel)["expert"]
+    pick.value = 2
+    controls(panel)["layer"].value = 3
+    assert [value for _, value in pick.options] == [0, 1]
+    assert "layer 3, expert 0" in screen(panel)
+    pick.value = 1
+    controls(panel)["layer"].value = 0
+    assert pick.value == 1
+
+
+def test_live_numbers_in_an_order_of_their_own_are_a_list(live):
+    ranked = TABLE.sort_values(["layer", "share"])
+    experts = values_of(ranked, "expert", by="layer")
+    panel = explore(of_table(bars, ranked), layer=[0, 3], expert=experts)
+    assert isinstance(controls(panel)["layer"], ipywidgets.SelectionSlider)
+    pick = controls(panel)["expert"]
+    assert isinstance(pick, ipywidgets.Dropdown)
+    assert [value for _, value in pick.options] == [2, 1, 0]
+
+
+def test_live_texts_are_a_list_and_never_markup(live):
+    names = ["<script>alert(1)</script>", "b"]
+    panel = explore(lambda class_name: style.figure(1, 1)[0], class_name=names)
+    assert isinstance(controls(panel)["class"], ipywidgets.Dropdown)
+    assert "<script>" not in screen(panel)
+    assert "&lt;script&gt;" in screen(panel)
+
+
+def test_live_nothing_is_drawn_twice(live):
+    chosen = []
+    panel = explore(partial(noting, chosen), layer=[0, 1])
+    for value in (1, 0, 1):
+        controls(panel)["layer"].value = value
+    assert chosen == [{"layer": 0}, {"layer": 1}]
+
+
+def test_live_an_error_is_told_and_the_next_choice_is_drawn(live):
+    def sometimes(layer):
+        if layer == 1:
+            raise MoeeError("a layer", "<none>", "choose another")
+        return style.figure(1, 1)[0]
+
+    panel = explore(sometimes, layer=[0, 1, 2])
+    controls(panel)["layer"].value = 1
+    assert "choose another" in screen(panel)
+    assert "<none>" not in screen(panel)
+    controls(panel)["layer"].value = 2
+    assert "<img" in screen(panel)
+
+
+def test_live_images_are_browsed_around(live):
+    thumbnails = [np.full((8, 8, 3), 40 * n, np.uint8) for n in range(3)]
+    pictures = Pictures(thumbnails, ["cat", "a & b", "dog"])
+    chosen = []
+    panel = explore(partial(noting, chosen), image=pictures)
+    browser = panel.children[0].children[0]
+    previous, slider, following, look = browser.children
+    previous.click()
+    assert slider.value == 2
+    assert "dog, image 3 of 3" in look.value
+    following.click()
+    following.click()
+    assert slider.value == 1
+    assert "a &amp; b" in look.value
+    assert [choice["image"] for choice in chosen] == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        ({}, "a choice"),
+        ({"layer": []}, "values of 'layer'"),
+        ({"expert": DependsOn("layer", {0: [0]}), "layer": [0]}, "after 'layer'"),
+        ({"layer": [0], "expert": DependsOn("layer", {0: []})}, "values of 'expert'"),
+        ({"layer": [0], "shown": {"class": [0]}}, "'class'"),
+        ({"layer": [0], "shown": {"layer": [7]}}, "among 0"),
+    ],
+)
+def test_what_cannot_be_explored_is_refused(choices, told):
+    with pytest.raises(MoeeError, match=told):
+        explore(partial(noting, []), **choices)
+
+
+def test_a_column_that_is_not_there_is_named():
+    with pytest.raises(MoeeError, match="'class'"):
+        values_of(TABLE, "class")

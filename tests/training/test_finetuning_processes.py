@@ -1,0 +1,85 @@
+"""Fine-tuning in many processes, and in processes that are killed."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.models.loading import load_model
+from moee_analysis.training.checkpoints import METRICS
+from moee_analysis.training.finetune import finetune
+from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.utils import distributed
+from moee_analysis.utils.distributed import sum_gradients
+from tests.helpers.killing import killed_after
+from tests.helpers.makers import SMALL_VIT, contents, lively, quick
+from tests.helpers.toys import toy_images
+from tests.utils.test_distributed import torchrun
+
+KILLS = 4
+
+
+def test_any_number_of_processes_learns_the_same(tmp_path):
+    histories, models = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = torchrun(processes, "tests.helpers.torchrun_finetuning", folder)
+        assert done.returncode == 0, done.stderr
+        files = sorted(folder.glob("tuned-*.safetensors"))
+        assert len(files) == processes
+        first, *others = map(load_file, files)
+        for other in others:
+            assert all(torch.equal(t, other[name]) for name, t in first.items())
+        histories.append(pd.read_csv(folder / "run" / METRICS))
+        models.append(first)
+    pd.testing.assert_frame_equal(*histories, rtol=1e-3)
+    assert histories[0]["kl"].nunique() == 3
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, models[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_all_processes_are_summed(monkeypatch):
+    weights = [torch.ones(2, 3), torch.ones(4)]
+    weights[0].grad = torch.arange(6.0).reshape(2, 3)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "all_sum", lambda t: t.mul_(2))
+    sum_gradients(weights)
+    assert torch.equal(weights[0].grad, 2 * torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(weights[1].grad, torch.zeros(4))
+
+
+def tune(saved, out):
+    """Fine-tune a saved run on one thread."""
+    torch.set_num_threads(1)
+    config = FinetuneConfig(epochs=3, batch_size=4, learning_rate=1e-5, ema=0.9, patience=9)
+    finetune(load(saved), toy_images(20), config, out=out)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved run whose dense weights are in a file."""
+    save_file(lively().state_dict(), tmp_path / "dense.safetensors")
+    dense = load_model(SMALL_VIT, weights=tmp_path / "dense.safetensors")
+    extract(dense, toy_images(), quick()).save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_training_killed_at_random_moments_comes_to_the_same_bytes(saved, tmp_path):
+    whole = tmp_path / "whole"
+    assert not killed_after(None, tune, saved, whole)
+    rng, kills = np.random.default_rng(0), 0
+    for attempt in count():
+        out = tmp_path / f"tuned-{attempt}"
+        while killed_after(rng.uniform(0.3, 3.0), tune, saved, out):
+            kills += 1
+            assert not out.exists() or contents(out) == contents(whole)
+        assert contents(out) == contents(whole)
+        if kills >= KILLS:
+            break

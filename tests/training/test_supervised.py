@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moee_analysis.baselines.common.balance_losses import importance_loss, routed_by
+from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.soft_moe_layer import EvenMixing, Mixing, SlotMlp
+from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.moe.layer import replace_module
+from moee_analysis.training.batches import Batches, Loaded
+from moee_analysis.training.parameter_groups import parameter_groups
+from moee_analysis.training.supervised import right_of, train
+from moee_analysis.training.supervised_config import SupervisedConfig
+from tests.helpers.makers import same_models
+from tests.helpers.toys import toy_images, toy_vit
+
+IMAGES = toy_images(48)
+TRAINING, CHECK = IMAGES.take(range(30)), IMAGES.take(range(30, 48))
+QUICK = SupervisedConfig(steps=4, batch_size=8, learning_rate=1e-3, check_every=2)
+
+
+class Noisy(nn.Module):
+    """A router of slots with a temperature, noise in training, and a loss of its own."""
+
+    def __init__(self, dim, slots):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(slots, 1, dim))
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens):
+        logits = tokens @ self.queries[:, 0].T / self.temperature
+        if self.training:
+            logits = logits + 0.1 * torch.randn_like(logits)
+        return Mixing(logits.softmax(dim=1), logits.softmax(dim=2))
+
+
+def slotted(model, *, layer=1, experts=3):
+    """``model`` itself, one of its MLPs copied into experts on slots."""
+    site = find_mlps(model)[layer]
+    mlp = site.module(model)
+    group = ExpertMlps([mlp] * experts, mlp.act, drop=0.2)
+    replace_module(model, site.name, SlotMlp(Noisy(site.dim, experts), [group]))
+    return model.eval()
+
+
+def states():
+    return random.getstate()[1], np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+def test_the_loss_falls_and_the_images_are_learnt():
+    config = SupervisedConfig(
+        steps=60, batch_size=10, learning_rate=3e-3, augmentation="none", check_every=20
+    )
+    trained = train(slotted(toy_vit()), TRAINING, config, check=TRAINING)
+    losses = trained.history["loss"].tolist()
+    assert math.isnan(losses[0])
+    assert losses[1] > losses[2] > losses[3]
+    assert trained.history["top1"].iloc[-1] > 0.9
+    assert trained.history[["step", "images"]].to_numpy().tolist() == [
+        [0, 0], [20, 200], [40, 400], [60, 600]
+    ]  # fmt: skip
+    assert trained.history["epoch"].tolist() == pytest.approx([0, 20 / 3, 40 / 3, 20])
+    assert trained.right.shape == (4, len(TRAINING))
+    assert trained.right.mean(axis=1).tolist() == trained.history["top1"].tolist()
+    assert right_of(trained.model, TRAINING).double().mean() == trained.history["top1"].iloc[-1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"augmentation": "light"}, {"mixup": 0.8, "cutmix": 1.0}, {"layer_decay": 0.6}],
+    ids=str,
+)
+def test_the_same_bytes_whatever_random_state_is_met_and_all_are_given_back(changed):
+    model, config = slotted(toy_vit()), replace(QUICK, **changed)
+    torch.manual_seed(1)
+    before, met = states(), []
+    for _ in range(2):
+        met.append(train(model, TRAINING, config, check=CHECK))
+        assert states() == before
+        torch.manual_seed(1)
+    assert same_models(met[0].model, met[1].model)
+    assert met[0].history.equals(met[1].history)
+    other = train(model, TRAINING, replace(config, seed=1), check=CHECK)
+    assert not same_models(met[0].model, other.model)
+
+
+def test_the_given_model_stays_and_its_copy_is_as_free_and_quiet_as_it_was():
+    model = slotted(toy_vit()).requires_grad_(requires_grad=False)
+    model.head.weight.requires_grad_(requires_grad=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = train(model, Loaded.of(TRAINING, model), QUICK, check=Loaded.of(CHECK, model))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    asking = [n for n, p in trained.model.named_parameters() if p.requires_grad]
+    assert asking == ["head.weight"]
+    assert not any(m.training for m in trained.model.modules())
+    assert all(p.grad is None for p in trained.model.parameters())
+    learnt = trained.model.state_dict()
+    assert [n for n in before if torch.equal(before[n], learnt[n])] == []
+
+
+def test_a_loss_that_is_not_finite_is_told_and_nothing_is_left_behind():
+    model, before = slotted(toy_vit()).requires_grad_(requires_grad=False), states()
+    with torch.no_grad():
+        model.head.weight.fill_(math.inf)
+    with pytest.raises(MoeeError, match="finite"):
+        train(model, TRAINING, QUICK, check=CHECK)
+    assert states() == before
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_top_k_routers_learn_to_use_their_experts_alike(noise):
+    """Experts that start alike are chosen by chance; the losses even that out."""
+
+    def unevenness(weight):
+        upcycling = SparseUpcyclingConfig(experts=4, k=1, router="top_k", noise=noise, layers=(1,))
+        model = convert(toy_vit(), TRAINING, upcycling)
+        with torch.no_grad():
+            model.blocks[1].mlp.router.gate.weight.mul_(20)
+        config = replace(QUICK, steps=60, learning_rate=3e-3, balance_weight=weight)
+        trained = train(model, TRAINING, config, check=CHECK).model
+        with routed_by(trained) as routed:
+            right_of(trained, CHECK)
+        return importance_loss(routed["blocks.1.mlp"].logits).item()
+
+    assert unevenness(1.0) < 0.5 * unevenness(0.0)
+
+
+def test_rates_and_decay_by_group():
+    model = slotted(toy_vit())
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+    found = {n: (g["scale"], g["weight_decay"]) for g in groups for n in g["names"]}
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    assert sum(len(g["params"]) for g in groups) == len(found)
+    expected = {
+        "head.weight": (1.0, 0.05),
+        "head.bias": (1.0, 0.0),
+        "blocks.2.mlp.fc1.weight": (0.5, 0.05),
+        "blocks.0.mlp.fc1.weight": (0.125, 0.05),
+        "blocks.0.norm2.weight": (0.125, 0.0),
+        "blocks.1.attn.qkv.weight": (0.25, 0.05),
+        "blocks.1.norm1.weight": (0.25, 0.0),
+        "blocks.1.norm2.weight": (1.0, 0.0),
+        "blocks.1.mlp.router.queries": (1.0, 0.05),
+        "blocks.1.mlp.router.temperature": (1.0, 0.0),
+        "blocks.1.mlp.groups.0.fc1_weight": (1.0, 0.05),
+        "blocks.1.mlp.groups.0.fc1_bias": (1.0, 0.0),
+        "pos_embed": (0.0625, 0.0),
+        "cls_token": (0.0625, 0.0),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_layers_that_nobody_names_cannot_have_rates_of_their_own():
+    model = nn.Sequential(nn.Linear(2, 2))
+    (one, bias) = parameter_groups(model, weight_decay=0.1)
+    assert (one["names"], bias["names"]) == (["0.weight"], ["0.bias"])
+    with pytest.raises(MoeeError, match="which layers"):
+        parameter_groups(model, weight_decay=0.1, layer_decay=0.5)
+
+
+def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
+    model = toy_vit()
+    loaded = Loaded.of(TRAINING, model)
+    whole = torch.cat(list(TRAINING.batches(model)))
+    config = SupervisedConfig(steps=9, batch_size=10, label_smoothing=0.0)
+    batches = list(Batches(loaded, model, config))
+    x, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    same = ((x[:, None] - whole) ** 2).flatten(2).mean(2)
+    mirrored = ((x[:, None] - whole.flip(3)) ** 2).flatten(2).mean(2)
+    best, which = torch.minimum(same, mirrored).min(dim=1)
+    assert best.max() < 1e-10
+    assert 20 < (mirrored.min(dim=1).values < 1e-10).sum() < 70
+    for each_pass in which.split(30):
+        assert sorted(each_pass.tolist()) == list(range(30))
+    assert not torch.equal(which[:30], which[30:60])
+    assert torch.equal(targets.argmax(dim=1), loaded.labels[which])
+
+
+def test_labels_are_smoothed_and_mixed():
+    model = toy_vit()
+    loaded = Loaded.of(TRAINING, model)
+    (_, targets), *_ = Batches(loaded, model, SupervisedConfig(steps=1, batch_size=10))
+    assert targets.sum(dim=1).tolist() == pytest.approx([1] * 10)
+    assert targets.max(dim=1).values.tolist() == pytest.approx([0.9 + 0.1 / 6] * 10)
+    (_, mixed), *_ = Batches(loaded, model, SupervisedConfig(steps=1, batch_size=10, mixup=5.0))
+    assert mixed.sum(dim=1).tolist() == pytest.approx([1] * 10)
+    assert (mixed > 0.1).sum() > 10
+
+
+def test_the_learning_rate_warms_up_and_falls_to_one_percent():
+    config = SupervisedConfig(steps=100, warmup=0.1)
+    shares = [config.share(step) for step in range(100)]
+    assert shares[10] == pytest.approx(1)
+    assert shares[-1] == pytest.approx(0.01)
+    assert np.all(np.diff(shares[:11]) > 0)
+    assert np.all(np.diff(shares[10:]) < 0)
+    assert [step for step in range(1, 101) if config.checked(step)] == [100]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"batch_size": 1.5}, {"learning_rate": 0.0}, {"layer_decay": 0.0},
+        {"warmup": 1.0}, {"label_smoothing": -0.1}, {"augmentation": "wild"}, {"check_every": 0},
+        {"mixup": 0.8, "batch_size": 7}, {"mixup": -1.0}, {"clip": math.nan}, {"seed": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(MoeeError):
+        SupervisedConfig(**wrong)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(MoeeError, match="at least one image"):
+        train(toy_vit(), TRAINING.take([]), QUICK, check=CHECK)
+
+
+def test_even_mixing_trains_too():
+    model = slotted(toy_vit())
+    layer = model.blocks[1].mlp
+    replace_module(model, "blocks.1.mlp", SlotMlp(EvenMixing(3), layer.groups))
+    trained = train(model, TRAINING, QUICK, check=CHECK)
+    assert np.isfinite(trained.history["loss"].iloc[1:]).all()
