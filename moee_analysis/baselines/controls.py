@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.sample_tokens import inputs_at
+from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import Extraction, extract
 from moee_analysis.extraction.record.calibration_set import calibration_of
 from moee_analysis.models.macs import count, moe_macs
@@ -21,12 +23,6 @@ from moee_analysis.moe.expert_layer import expert_layers
 from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_layers, moe_names
 from moee_analysis.moe.oracle import beside_leading, oracle_of, prefix_experts
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
 
 
 def with_one_expert(config: ExtractConfig) -> ExtractConfig:

@@ -9,28 +9,24 @@ Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from moee_analysis.baselines import jetpack, soft_moe, sparse_upcycling
 from moee_analysis.baselines.jetpack import JetpackConfig
 from moee_analysis.baselines.jetpack.expert_counts import LayerSize
 from moee_analysis.baselines.soft_moe import SoftMoeConfig
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.data.images import ImageSet
+from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.models.loading import MlpSite
-
-    Starts = Mapping[str, Callable[[int], nn.Module]]
+Starts = Mapping[str, Callable[[int], nn.Module]]
 
 SCRATCH, PRETRAINED = "dense, scratch", "dense, pretrained"
 SOFT, UPCYCLED, RECYCLED = "Soft MoE, scratch", "Sparse Upcycling", "recycled, plain router"

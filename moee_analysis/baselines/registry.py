@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
 from moee_analysis.baselines.controls import oracle_routed
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import Extraction, extract
 from moee_analysis.models.loading import find_mlps
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-
-    Oracle = Callable[[nn.Module, nn.Module], nn.Module]
+Oracle = Callable[[nn.Module, nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)

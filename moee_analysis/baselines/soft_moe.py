@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn.init import trunc_normal_, zeros_
 
 from moee_analysis.baselines.common.capacity import ExpertCost, per_expert, saving
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import chosen, exchanged, places
+from moee_analysis.baselines.common.replace_mlps import Place, chosen, exchanged, places
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
 from moee_analysis.baselines.common.soft_moe_router import SoftRouter
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.utils.checks import (
     layer_numbers,
@@ -32,15 +35,6 @@ from moee_analysis.utils.checks import (
     share,
     whole_number,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.baselines.common.replace_mlps import Place
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.models.loading import MlpSite
 
 INITIALISATIONS = ("upcycled", "fresh")
 SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers

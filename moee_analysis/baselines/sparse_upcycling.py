@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 
 from moee_analysis.baselines.common.capacity import ExpertCost, saving
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import chosen, exchanged, places
+from moee_analysis.baselines.common.replace_mlps import Place, chosen, exchanged, places
 from moee_analysis.baselines.common.sparse_moe_layer import SparseMlp
 from moee_analysis.baselines.common.sparse_routers import ExpertChoiceRouter, Gate, TopKRouter
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.utils.checks import (
     layer_numbers,
@@ -31,15 +34,6 @@ from moee_analysis.utils.checks import (
     share,
     whole_number,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.baselines.common.replace_mlps import Place
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.models.loading import MlpSite
 
 ROUTERS = ("expert_choice", "top_k")
 CAPACITY = 2.0  # of Expert Choice, where nothing else decides it

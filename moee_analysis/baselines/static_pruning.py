@@ -10,20 +10,17 @@ that they save there what the best mixture of experts saves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import Extraction, extract
 from moee_analysis.models.macs import count_parameters
 from moee_analysis.utils.checks import share
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 _STATIC = {
     "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.progress import progress, tell
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from moee_analysis.data.images import ImageSet
 
 OTHERS = "choose others (--images DIR), or take these away from one of the two"
 BYTES = 8  # of each picture's hash: two of a million pictures are alike once in 37 million sets

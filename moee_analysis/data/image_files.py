@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from moee_analysis.data.pictures import check_picture, suffixes
 from moee_analysis.outside_text import printable
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 FolderId = tuple[int, int]  # device and number
 NAMED = 5  # of skipped files, in a warning

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from moee_analysis.data.image_files import (
+    Skipped,
     list_images,
     readable_name,
     skipped_text,
@@ -29,13 +32,6 @@ from moee_analysis.models.class_names import index_of_classes, plain_name
 from moee_analysis.utils.checks import one_of, real_number, seed_number, whole_number
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import is_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.image_files import Skipped
 
 
 class Source(Protocol):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PIXELS = 89_000_000  # Pillow's own limit against decompression bombs
 MANY = 40_000_000  # pixels that a JPEG is not decoded to in full

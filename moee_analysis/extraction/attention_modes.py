@@ -18,13 +18,17 @@ whose loss refitted gains of the others can best make good.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import Attention
 from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.experts.obs import RIDGE, elimination_costs
 from moee_analysis.extraction.record.output_gradients import probe
 from moee_analysis.models.attention import AttentionSite, Factors, find_attentions, heads_of
@@ -35,15 +39,6 @@ from moee_analysis.moe.layer import replace_module
 from moee_analysis.utils.distributed import agreed, all_sum, own_share
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.store import content_key, kept, present
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    import numpy as np
-    from timm.layers import Attention
-
-    from moee_analysis.data.images import ImageSet
 
 Place = tuple[str, int]  # name of an attention; 0: its scores, 1: its values
 Basis = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.attention_modes import AttentionModes, attention_modes
+from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.lagrangian import Offer
 from moee_analysis.extraction.record.token_kinds import leading_kinds, unread_patches
 from moee_analysis.models.attention import (
@@ -23,15 +27,6 @@ from moee_analysis.models.attention import (
 )
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import replace_module
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
 
 STEP = 8  # modes of a head: kernels are no faster for ranks between its multiples
 Kept = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.attention_plan import AttentionPlan
+from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.experts.variance_share import rank_neurons, variance_for_macs
 from moee_analysis.extraction.lagrangian import Offer, choose
+from moee_analysis.extraction.plan import LayerPlan
 from moee_analysis.models.macs import count, count_parameters
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.extraction.attention_plan import AttentionPlan
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
-    from moee_analysis.extraction.plan import LayerPlan
 
 WORTHWHILE = 0.1  # of a layer's MACs: about what routing and masks take of its time
 OF_MEAN = 0.25  # but no more of what layers save on average, so that others can bear it

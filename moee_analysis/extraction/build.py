@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from moee_analysis.extraction.experts.expert_covariances import covariances
 from moee_analysis.extraction.experts.refit_w2 import (
@@ -17,18 +18,12 @@ from moee_analysis.extraction.experts.refit_w2 import (
     mean_shift,
     shared_readout,
 )
+from moee_analysis.extraction.plan import LayerPlan
 from moee_analysis.extraction.record.accumulate import Sums, summed
+from moee_analysis.extraction.record.calibration_set import Calibration
 from moee_analysis.moe.blocked_mlp import compute_in_blocks
 from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.extraction.plan import LayerPlan
-    from moee_analysis.extraction.record.calibration_set import Calibration
 
 
 def build_moe(

@@ -10,26 +10,22 @@ once for every layer, and multiplies the scores of its routed experts.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from moee_analysis.extraction.cluster.assignment import by_expert
+from moee_analysis.extraction.cluster.assignment import Assignment, by_expert
+from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
 from moee_analysis.extraction.experts.neuron_scores import metrics_of
 from moee_analysis.extraction.experts.refit_w2 import mean_shift
+from moee_analysis.extraction.plan import LayerPlan
 from moee_analysis.extraction.record.accumulate import Sums, summed
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from moee_analysis.extraction.cluster.assignment import Assignment
-    from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
-    from moee_analysis.extraction.plan import LayerPlan
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.extraction.record.layer_tokens import Recorded
-    from moee_analysis.models.loading import MlpSite
+from moee_analysis.extraction.record.calibration_set import Calibration
+from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.models.loading import MlpSite
 
 IMAGES = 400  # enough to show what is a property of the layer
 CHUNK = 50  # images at a time

@@ -7,21 +7,17 @@ with them what could have stood in for others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from moee_analysis.extraction.attention_plan import AttentionPlan
 from moee_analysis.extraction.budget import sized
 from moee_analysis.extraction.cross_token_fisher import scaled
 from moee_analysis.extraction.experts.neuron_scores import eliminated, score
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import numpy as np
-
-    from moee_analysis.extraction.attention_plan import AttentionPlan
-    from moee_analysis.extraction.plan import LayerPlan
-    from moee_analysis.extraction.record.calibration_set import Calibration
+from moee_analysis.extraction.plan import LayerPlan
+from moee_analysis.extraction.record.calibration_set import Calibration
 
 STEPS = (0.35, 0.7, 1.0)  # shares of the parameters to save
 

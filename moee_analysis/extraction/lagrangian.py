@@ -9,15 +9,12 @@ its parameters. lambda and nu are found by bisection.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 BISECTIONS = 35
 

@@ -8,15 +8,19 @@ open, and what is chosen here, stands in docs/paper.md.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.attention_plan import plan_attentions, reduce_attention
-from moee_analysis.extraction.budget import sized, without_thin
+from moee_analysis.extraction.attention_plan import AttentionPlan, plan_attentions, reduce_attention
+from moee_analysis.extraction.budget import Sizes, sized, without_thin
 from moee_analysis.extraction.build import build_moe
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import cohering
@@ -26,6 +30,7 @@ from moee_analysis.extraction.record.accumulate import forget
 from moee_analysis.extraction.record.calibration_set import Calibration, Limits
 from moee_analysis.extraction.record.memory_estimate import expected
 from moee_analysis.extraction.record.recording import check_unchanged
+from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.extraction.saving.provenance import check_dense, load_dense, provenance_of
 from moee_analysis.extraction.saving.run_files import FORMAT, fill_run, read_run, write_run
 from moee_analysis.extraction.saving.tables import check_reports
@@ -38,48 +43,6 @@ from moee_analysis.utils.progress import tell, tell_progress
 from moee_analysis.utils.storage.folders import scratch_folder
 from moee_analysis.utils.storage.in_use import collecting
 from moee_analysis.utils.storage.store import check_writable, content_key, kept, present, set_aside
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.attention_plan import AttentionPlan
-    from moee_analysis.extraction.budget import Sizes
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one MLP layer.
-
-    ``noise_share`` is the share of clustered tokens in no cluster, ``route_agreement`` the share
-    of clustered tokens that the router sends to their own cluster, ``active_fraction`` the
-    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored. A
-    layer that is ``thin`` stays dense because its experts would save too little. The tokens of the
-    kinds in ``dense_tokens`` keep all neurons.
-    """
-
-    index: int
-    name: str
-    hidden: int
-    converted: bool
-    reason: str
-    experts: int = 0
-    noise_share: float = 0.0
-    route_agreement: float = 1.0
-    active_fraction: float = 1.0
-    union_fraction: float = 1.0
-    sizes: tuple[int, ...] = ()
-    thin: bool = False
-    dense_tokens: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> LayerReport:
-        """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
-        kinds = tuple(content.get("dense_tokens", ()))  # of runs before it was a setting: none
-        return cls(**content | {"sizes": tuple(content["sizes"]), "dense_tokens": kinds})
 
 
 @dataclass(frozen=True)

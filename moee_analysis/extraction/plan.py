@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.assignment import Assignment
@@ -19,19 +20,13 @@ from moee_analysis.extraction.cluster.clusters_to_router import (
 from moee_analysis.extraction.cluster.sample_tokens import drawn
 from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics, gathered
 from moee_analysis.extraction.experts.neuron_scores import Scores, eliminated, score
+from moee_analysis.extraction.record.calibration_set import Calibration
 from moee_analysis.extraction.record.token_kinds import unread_patches
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.routers import TokenKindRouter
 from moee_analysis.utils.distributed import agreed, all_sum, processes, rank
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.store import content_key, kept, present
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.models.loading import MlpSite
 
 UNASKED = "not asked for"
 

@@ -6,7 +6,7 @@ is computed but extremes, counts and comparisons of what is in the table.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.findings.ablation import ablation as ablation
@@ -49,9 +49,6 @@ from moee_analysis.findings.typical import top_patches as top_patches
 from moee_analysis.findings.walkthrough import embedding as embedding
 from moee_analysis.findings.walkthrough import patches as patches
 from moee_analysis.findings.walkthrough import surrogate as surrogate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def of(plot: Callable[..., object]) -> Callable[..., str]:

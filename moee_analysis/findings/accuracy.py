@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import listed, percent
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def accuracy(table: pd.DataFrame) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import above, bits, course, largest, of_each, percent, smallest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def class_routing(table: pd.DataFrame) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import course, of_each
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def contributions(table: pd.DataFrame) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import course, number, of_each, percent, span, whole
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def layers(table: pd.DataFrame) -> str:

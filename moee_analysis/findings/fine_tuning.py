@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import bits, largest, listed, of_each, percent, smallest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def fine_tuning(table: pd.DataFrame) -> str:

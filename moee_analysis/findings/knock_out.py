@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import (
     above,
@@ -14,9 +14,6 @@ from moee_analysis.findings.wording import (
     points,
     smallest,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _WHAT = {"removed": "one expert removed", "alone": "one expert alone"}
 

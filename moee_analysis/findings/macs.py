@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import change, largest, smallest, whole
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def macs(table: pd.DataFrame) -> str:

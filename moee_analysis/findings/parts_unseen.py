@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import of_each, percent, points, smallest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def parts_unseen(table: pd.DataFrame) -> str:

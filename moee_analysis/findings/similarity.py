@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from moee_analysis.findings.wording import course, of_each, percent, span
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def similarity(table: pd.DataFrame) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable
 
 import pandas as pd
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
 
 UNKNOWN = "unknown"
 """What is said of a number that is NaN."""

@@ -6,9 +6,9 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -21,9 +21,6 @@ from moee_analysis.models.unwrapping import inside
 from moee_analysis.outside_text import printable
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.files import read_text
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 NAME_THEM = (
     "name its classes in the order of its outputs: --classes FILE (one name a line, or JSON), or "

@@ -11,10 +11,10 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.models.unwrapping import unwrapped
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 PROJECTED = 8
 """Numbers that are kept of the outputs for each image of the probe."""

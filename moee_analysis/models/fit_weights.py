@@ -6,8 +6,8 @@ import logging
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from timm.models import adapt_input_conv
@@ -16,9 +16,6 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.state_dicts import load_tensors, misfits
 from moee_analysis.utils.progress import tell
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 Tensors = dict[str, torch.Tensor]
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants as hub
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @contextmanager

@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import cycle, islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm.data
 import torch
+from PIL import Image
 from timm.data.transforms import MaybeToTensor
 from torch import nn
-from torchvision.transforms import Normalize
+from torchvision.transforms import Compose, Normalize
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.unwrapping import inside
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torchvision.transforms import Compose
 
 RGB = 3
 

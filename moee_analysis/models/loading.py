@@ -6,11 +6,12 @@ import difflib
 import json
 import reprlib
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -32,16 +33,11 @@ from moee_analysis.models.fit_weights import fit_weights, named_as_in
 from moee_analysis.models.hub import hub_access
 from moee_analysis.models.inputs import blank, input_size, model_transform
 from moee_analysis.models.state_dicts import read_tensors
-from moee_analysis.models.survey import survey
+from moee_analysis.models.survey import SurveyedMlp, survey
 from moee_analysis.models.unwrapping import inside, unwrapped
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.paths import data_folder
 from moee_analysis.utils.progress import tell
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from moee_analysis.models.survey import SurveyedMlp
 
 __all__ = [
     "BUNDLED", "BUNDLED_MODELS", "MlpSite", "architecture", "blank", "build_model", "check_device",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    import torch
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,13 +12,9 @@ from timm.models.hiera import Hiera
 from timm.models.mobilevit import MobileVitBlock
 from timm.models.nest import NestLevel
 from timm.models.tnt import TNT
+from torch import nn
 
 from moee_analysis.models.loading import input_size
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
 
 
 def patch_places(

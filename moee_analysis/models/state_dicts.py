@@ -6,20 +6,17 @@ import argparse
 import pickle
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.files import check_file
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
 
 Tensors = dict[str, torch.Tensor]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from timm.layers import Mlp
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LEFT_OUT = {
     ("MixerBlock", "mlp_tokens"): "mixes tokens: what it would route are channels",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-
-if TYPE_CHECKING:
-    from torch import nn
 
 WRAPPERS = {
     OptimizedModule: "_orig_mod",

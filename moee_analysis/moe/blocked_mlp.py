@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import Mlp
+from torch import nn
 
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels.autotune import LITTLE
@@ -14,11 +16,6 @@ from moee_analysis.moe.kernels.dispatch import in_blocks
 from moee_analysis.moe.kernels.weight_cache import LaidOut
 from moee_analysis.moe.layer import all_mlps, moe_layers, moe_names, replace_module
 from moee_analysis.utils.matmul import Product, fastest_kernel, is_traced
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
 
 
 class BlockedMlp(Mlp):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -12,10 +13,7 @@ from torch import nn
 from moee_analysis.models.macs import moe_macs
 from moee_analysis.moe.layer import MoeMlp
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping
-
-    Usage = dict[str, torch.Tensor]
+Usage = dict[str, torch.Tensor]
 
 
 @runtime_checkable

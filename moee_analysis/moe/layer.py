@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.models.survey import survey
-from moee_analysis.moe.kernels.autotune import measured, situation, unmeasured
+from moee_analysis.moe.kernels.autotune import Choice, measured, situation, unmeasured
 from moee_analysis.moe.kernels.dispatch import WAYS, Way
-from moee_analysis.moe.kernels.expert_groups import FAR_BELOW, layout_of
+from moee_analysis.moe.kernels.expert_groups import FAR_BELOW, Layout, layout_of
 from moee_analysis.moe.kernels.weight_cache import LaidOut
 from moee_analysis.utils.matmul import KERNELS
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
-
-    import numpy as np
-    from timm.layers import Mlp
-
-    from moee_analysis.moe.kernels.autotune import Choice
-    from moee_analysis.moe.kernels.expert_groups import Layout
 
 
 @dataclass(frozen=True)

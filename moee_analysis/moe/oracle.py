@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels.dispatch import in_blocks
+from moee_analysis.moe.layer import MoeMlp
 from moee_analysis.moe.routers import TokenKindRouter
-
-if TYPE_CHECKING:
-    from moee_analysis.moe.layer import MoeMlp
 
 
 class OracleRouter(nn.Module):

@@ -6,7 +6,7 @@ row-major order. Those that compare experts have ``scores``, (n, experts); the h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,9 +14,6 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.utils.matmul import is_traced
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def best_experts(scores: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from moee_analysis.plots import style
@@ -17,11 +19,6 @@ from moee_analysis.plots.sweeps import (
     sweep_rows,
     system_marks,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 _TITLES = {
     "off in turn": "“{}”, one piece off",

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from moee_analysis.plots import style
 from moee_analysis.plots.drawing import finish, legend_above
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _TITLES = {
     "experts": "experts", "active": "hidden neurons in use (%)", "evenness": "evenness of use",

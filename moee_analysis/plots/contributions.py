@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
+from matplotlib.figure import Figure
 
 from moee_analysis.plots import style
 from moee_analysis.plots.drawing import finish, whole_layers
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 _PANELS = {
     "contribution": "length added",

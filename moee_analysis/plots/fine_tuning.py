@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from moee_analysis.plots import style
 from moee_analysis.plots.drawing import finish
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _LINE = {"lw": 1.4, "ms": 5, "mew": 1.2}
 _STAGES = {"before": {"ls": "--", "mfc": "white"}, "after": {"ls": "-"}}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
 from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 
 from moee_analysis.plots import drawing, style
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 _NULLS = {
     "class_null_high": ("masks exchanged within a class, 95 %", "--"),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from moee_analysis.plots import style
 from moee_analysis.plots.drawing import finish, legend_above, plain_log, whole_layers
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _COLOURS = [colour for colour in style.PALETTE if colour != "#F0E442"]
 _MARKERS = "osD^vP*"

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.plots import style
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from matplotlib.figure import Figure
 
 WIDTH = 9.6
 """Inches that figures may take side by side."""

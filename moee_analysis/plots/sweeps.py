@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from moee_analysis.plots import style
 from moee_analysis.plots.drawing import finish, plain_log
 from moee_analysis.plots.router_regret import draw_regret, router_looks
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
-
-    Row = tuple[float, Callable[[SubFigure], None]]
+Row = tuple[float, Callable[[SubFigure], None]]
 
 WIDTH = 7.8
 DIVERGENCE = "KL(dense ‖ variant), nats"

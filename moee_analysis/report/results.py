@@ -5,20 +5,17 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage.files import new_file, write_json, write_text, writing
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from matplotlib.figure import Figure
 
 FILE = "results.json"
 

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.inputs import data_config, model_transform, transform_of
 from moee_analysis.utils.distributed import processes, rank
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 AUGMENTATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,

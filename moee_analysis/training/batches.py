@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from timm.data import Mixup
+from torch import nn
 from torch.nn.functional import one_hot
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.models.class_names import count_classes
 from moee_analysis.models.loading import model_transform
 from moee_analysis.training.augmentation import Augmented, training_transform
-from moee_analysis.training.supervised_config import FLIP
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.training.supervised_config import SupervisedConfig
+from moee_analysis.training.supervised_config import FLIP, SupervisedConfig
 
 
 @dataclass(frozen=True)

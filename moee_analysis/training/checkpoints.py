@@ -5,9 +5,11 @@ Both carry checksums. The history is a CSV beside them, which stays when the tra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,10 +24,6 @@ from moee_analysis.utils.storage.checksums import (
 )
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.locks import OURS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 FACTS = "checkpoint.json"
 METRICS = "metrics.csv"

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
 from moee_analysis.extraction.record.token_kinds import unread_patches
 from moee_analysis.models.loading import find_mlps
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import nn
 
 
 def divergences(

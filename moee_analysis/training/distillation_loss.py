@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from moee_analysis.training.distillation import (
     block_errors,
@@ -14,14 +14,8 @@ from moee_analysis.training.distillation import (
     compared_blocks,
     divergences,
 )
+from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.training.train_routers import choice_loss, seen_by_learners, straight_through
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
-
-    from moee_analysis.training.finetune_config import FinetuneConfig
 
 Losses = Callable[[torch.Tensor], torch.Tensor]
 

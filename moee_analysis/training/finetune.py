@@ -8,16 +8,19 @@ never does.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from moee_analysis.data.disjoint import contents_of, without_repeats
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import Extraction, load
 from moee_analysis.extraction.saving.run_files import fill_run
@@ -28,6 +31,7 @@ from moee_analysis.moe.layer import moe_layers
 from moee_analysis.training.checkpoints import (
     FACTS,
     METRICS,
+    Progress,
     checkpoint_facts,
     read_checkpoint,
     remove_checkpoint,
@@ -45,14 +49,6 @@ from moee_analysis.utils.storage.store import (
     set_aside,
     unfinished_folder,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.training.checkpoints import Progress
 
 _FACT = "finetunings"
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.training.batches import Loaded
 from moee_analysis.training.supervised import train
+from moee_analysis.training.supervised_config import SupervisedConfig
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.signals import die_after
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, kept, present
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.training.supervised_config import SupervisedConfig
 
 HISTORY, RIGHT, WEIGHTS = "history.csv", "right.npy", "model.safetensors"
 """Files of a training: what ``train`` returns."""

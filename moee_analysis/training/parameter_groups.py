@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from timm.models import group_parameters
+from torch import nn
 
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
 
 _NORMS = ("norm2", "norm")
 """Names of the norm before the MLP of a block, in timm's models."""

@@ -7,31 +7,25 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from moee_analysis.baselines.common.balance_losses import balance_loss, routed_by
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.baselines.common.sparse_routers import Routed
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.training.augmentation import seeded
 from moee_analysis.training.batches import Batches, Loaded
 from moee_analysis.training.parameter_groups import parameter_groups
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    import numpy as np
-    from torch import nn
-
-    from moee_analysis.baselines.common.sparse_routers import Routed
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.training.supervised_config import SupervisedConfig
+from moee_analysis.training.supervised_config import SupervisedConfig
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ cross-entropy of the choice of the expert that comes nearest to the dense MLP.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels.dispatch import masked
 from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names
 from moee_analysis.moe.routers import CosineRouter, NearestRouter, TokenKindRouter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROUTERS = ("frozen", "straight_through", "auxiliary")
 TOKENS = 64  # of a batch and layer, whose nearest experts are looked for

@@ -10,16 +10,19 @@ The model runs in evaluation mode: nothing drops out, and batch norms keep their
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.models.evaluation_mode import in_evaluation_mode
 from moee_analysis.training.augmentation import Augmented, epoch_batches, training_transform
 from moee_analysis.training.checkpoints import (
@@ -30,21 +33,12 @@ from moee_analysis.training.checkpoints import (
     save_checkpoint,
 )
 from moee_analysis.training.distillation import divergences
-from moee_analysis.training.distillation_loss import losses_of
+from moee_analysis.training.distillation_loss import Losses, losses_of
+from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.training.train_routers import trainable_routers
 from moee_analysis.utils.distributed import all_sum, own_share, sum_gradients
 from moee_analysis.utils.progress import progress as shown
 from moee_analysis.utils.progress import tell_progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.training.distillation_loss import Losses
-    from moee_analysis.training.finetune_config import FinetuneConfig
 
 NOT_FINITE = "the loss was not finite"
 

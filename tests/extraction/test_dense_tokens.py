@@ -16,7 +16,7 @@ from moee_analysis.baselines.controls import randomly_routed, statically_pruned
 from moee_analysis.cli import main
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.pipeline import LayerReport, extract, load
+from moee_analysis.extraction.saving.layer_report import LayerReport, extract, load
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names

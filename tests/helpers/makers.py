@@ -10,8 +10,9 @@ from PIL import Image
 
 from moee_analysis.extraction.cluster.clustering import ClusterConfig
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.pipeline import Extraction, LayerReport
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.extraction.record.hooks import LayerSample
+from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.extraction.saving.provenance import provenance_of
 from moee_analysis.models.loading import build_model, input_size
 from moee_analysis.moe.layer import MoeMlp, all_mlps

@@ -7,21 +7,16 @@ images is the loss. Expert Choice needs none of them: its experts are used alike
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from moee_analysis.baselines.common.sparse_moe_layer import SparseMlp
-from moee_analysis.baselines.common.sparse_routers import TopKRouter
+from moee_analysis.baselines.common.sparse_routers import Routed, TopKRouter
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from moee_analysis.baselines.common.sparse_routers import Routed
 
 
 def importance_loss(logits: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def per_expert(tokens: int, experts: int, capacity: float) -> int:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
+from timm.layers import Mlp
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from timm.layers import Mlp
 
 
 class ExpertMlps(nn.Module):

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.evaluation_mode import evaluating
-from moee_analysis.models.loading import blank
+from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.moe.layer import replace_module
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    import torch
-    from torch import nn
-
-    from moee_analysis.models.loading import MlpSite
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,13 @@ Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.expert_mlps import ExpertMlps
 
 
 class Mixing(NamedTuple):

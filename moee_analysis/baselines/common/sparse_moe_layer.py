@@ -6,16 +6,12 @@ Source: Komatsuzaki et al., "Sparse Upcycling", arXiv:2212.05055, and those of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
+from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.sparse_routers import ExpertChoiceRouter, Routed, TopKRouter
 from moee_analysis.models.macs import tokens_of
-
-if TYPE_CHECKING:
-    from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-    from moee_analysis.baselines.common.sparse_routers import ExpertChoiceRouter, Routed, TopKRouter
 
 
 class SparseMlp(nn.Module):

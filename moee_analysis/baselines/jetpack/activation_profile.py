@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from moee_analysis.baselines.jetpack.tensor_axes import heads_of
+from moee_analysis.data.images import ImageSet
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import find_mlps, fingerprint
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.store import content_key, kept
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import numpy as np
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 BATCH = 32  # images
 

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
 from moee_analysis.baselines.common.replace_mlps import chosen
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
 from moee_analysis.baselines.common.soft_moe_router import SoftRouter
-from moee_analysis.baselines.jetpack.activation_profile import profile
+from moee_analysis.baselines.jetpack.activation_profile import Profile, profile
 from moee_analysis.baselines.jetpack.config import JetpackConfig
-from moee_analysis.baselines.jetpack.expert_counts import sizes_of
+from moee_analysis.baselines.jetpack.expert_counts import LayerSize, sizes_of
 from moee_analysis.baselines.jetpack.narrow_model import successor
 from moee_analysis.baselines.jetpack.recycling import Recycling
 from moee_analysis.baselines.jetpack.sphero_router import ExpertDropout, SpheroRouter
 from moee_analysis.baselines.jetpack.tensor_axes import classifier_of, narrowed_tensors
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.moe.layer import replace_module
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    import torch
-    from torch import nn
-
-    from moee_analysis.baselines.jetpack.activation_profile import Profile
-    from moee_analysis.baselines.jetpack.expert_counts import LayerSize
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.models.loading import MlpSite
 
 
 def convert(

@@ -6,20 +6,16 @@ dispatch and combine. The paper leaves these out of its FLOPs; here they count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from moee_analysis.baselines.common.capacity import ExpertCost, saving
+from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.models.macs import MacCount, count
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    from moee_analysis.baselines.jetpack.config import JetpackConfig
-    from moee_analysis.models.loading import MlpSite
 
 UNIVERSAL_PER_CORE = 2  # as published
 

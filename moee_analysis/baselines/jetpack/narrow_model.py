@@ -6,16 +6,14 @@ narrowed alike.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def successor(

@@ -6,18 +6,16 @@ ImageNet-21k. Layers are counted from 1 in the paper, and in `CONFIGURATIONS` as
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.baselines.jetpack.convert import convert
 from moee_analysis.models.macs import count, count_parameters
-
-if TYPE_CHECKING:
-    from torch import nn
 
 COMPONENTS = pd.DataFrame(
     [

@@ -6,30 +6,25 @@ the released code mixes their dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from timm.layers import Mlp
+from torch import nn
 
+from moee_analysis.baselines.jetpack.activation_profile import Profile
+from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.baselines.jetpack.graph_selection import parts_of
 from moee_analysis.baselines.jetpack.select_units import Units, drawn, evenly, shared
 from moee_analysis.baselines.jetpack.tensor_axes import heads_of, stage_of, unit_counts
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.loading import MlpSite, find_mlps
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from timm.layers import Mlp
-    from torch import nn
-
-    from moee_analysis.baselines.jetpack.activation_profile import Profile
-    from moee_analysis.baselines.jetpack.config import JetpackConfig
-    from moee_analysis.models.loading import MlpSite
-
-    Chooser = Callable[[int], tuple[np.ndarray, np.ndarray]]
-    """Number of hidden neurons -> ids of an expert's channels and neurons."""
+Chooser = Callable[[int], tuple[np.ndarray, np.ndarray]]
+"""Number of hidden neurons -> ids of an expert's channels and neurons."""
 
 
 class CutLinear(NamedTuple):

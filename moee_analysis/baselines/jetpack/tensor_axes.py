@@ -8,20 +8,16 @@ inner ones of an attention or an MLP by its name (``blocks.3.attn``, ``blocks.3.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    from torch import nn
 
 CHANNELS, BEFORE, INNER = "channels", "channels of the stage before", "inner units"
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from torch import nn
+
+from moee_analysis.baselines.moefication.config import MoeficationConfig
 from moee_analysis.baselines.moefication.routers import router_macs
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moee_analysis.baselines.moefication.config import MoeficationConfig
-    from moee_analysis.models.loading import MlpSite
 
 
 @dataclass(frozen=True)

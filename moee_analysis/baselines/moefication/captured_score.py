@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
+from moee_analysis.baselines.moefication.config import Score
 from moee_analysis.baselines.moefication.layer_tokens import (
     BLOCK,
     in_folder,
@@ -15,18 +18,10 @@ from moee_analysis.baselines.moefication.layer_tokens import (
     recorded_inputs,
 )
 from moee_analysis.baselines.moefication.routers import GroundTruthRouter
+from moee_analysis.data.images import ImageSet
+from moee_analysis.extraction.record.hooks import LayerSample
 from moee_analysis.models.loading import find_mlps
-from moee_analysis.moe.layer import moe_layers
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.baselines.moefication.config import Score
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.record.hooks import LayerSample
-    from moee_analysis.moe.layer import MoeMlp
+from moee_analysis.moe.layer import MoeMlp, moe_layers
 
 
 def captured(scores: torch.Tensor, chosen: torch.Tensor) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import MACS_REDUCTION
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.checks import (
     layer_numbers,
     not_none,
@@ -15,9 +16,6 @@ from moee_analysis.utils.checks import (
     share,
     whole_number,
 )
-
-if TYPE_CHECKING:
-    from moee_analysis.models.loading import MlpSite
 
 SPLITS = ("kmeans", "graph", "random")
 ROUTERS = ("centre", "mlp", "oracle", "random", "constant")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.baselines.moefication.budget import chosen_sites, dealt
+from moee_analysis.baselines.moefication.budget import Dealt, chosen_sites, dealt
+from moee_analysis.baselines.moefication.config import MoeficationConfig
 from moee_analysis.baselines.moefication.layer_tokens import (
     BLOCK,
+    LayerTokens,
     in_folder,
     layer_tokens,
     recorded_inputs,
@@ -19,17 +21,10 @@ from moee_analysis.baselines.moefication.layer_tokens import (
 from moee_analysis.baselines.moefication.neuron_splits import centres, expert_of_neurons, told
 from moee_analysis.baselines.moefication.routers import CentreRouter, GroundTruthRouter, Origin
 from moee_analysis.baselines.moefication.train_router import trained
+from moee_analysis.data.images import ImageSet
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
 from moee_analysis.moe.routers import ConstantRouter, RandomRouter
 from moee_analysis.utils.progress import tell
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from moee_analysis.baselines.moefication.budget import Dealt
-    from moee_analysis.baselines.moefication.config import MoeficationConfig
-    from moee_analysis.baselines.moefication.layer_tokens import LayerTokens
-    from moee_analysis.data.images import ImageSet
 
 
 @torch.inference_mode(mode=False)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
+from moee_analysis.extraction.record.hooks import Activations, LayerSample
 from moee_analysis.extraction.record.recording import record
 from moee_analysis.extraction.record.token_kinds import token_plan
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.storage.folders import scratch_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.record.hooks import Activations, LayerSample
-    from moee_analysis.models.loading import MlpSite
 
 BLOCK = 8192  # tokens whose hidden activations are in memory at once
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,11 +11,7 @@ from torch.nn.functional import normalize
 from moee_analysis.baselines.common.balanced_kmeans import balanced_kmeans, means
 from moee_analysis.baselines.common.graph_partition import best_method, partition
 from moee_analysis.baselines.moefication.coactivation import coactivation, edges
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from moee_analysis.baselines.moefication.layer_tokens import LayerTokens
+from moee_analysis.baselines.moefication.layer_tokens import LayerTokens
 
 
 def expert_of_neurons(split: str, tokens: LayerTokens, experts: int, *, seed: int) -> np.ndarray:

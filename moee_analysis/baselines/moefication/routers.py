@@ -7,19 +7,16 @@ row-major order, and has ``scores``, (n, experts).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize, pad
 
+from moee_analysis.baselines.moefication.config import MoeficationConfig, Score
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels.dispatch import in_blocks
-
-if TYPE_CHECKING:
-    from moee_analysis.baselines.moefication.config import MoeficationConfig, Score
-    from moee_analysis.models.loading import MlpSite
-    from moee_analysis.moe.layer import MoeMlp
+from moee_analysis.moe.layer import MoeMlp
 
 
 @dataclass(frozen=True)

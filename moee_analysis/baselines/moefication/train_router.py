@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from moee_analysis.baselines.moefication.captured_score import captured
 from moee_analysis.baselines.moefication.routers import MlpRouter
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 EPOCHS = 30
 PATIENCE = 5  # epochs without a better one, after which there is no further one

@@ -8,8 +8,8 @@ a scene shows objects of two classes, the larger one, in front, gives the label.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -19,9 +19,6 @@ from moee_analysis.data.scenes.backgrounds import OCCLUDERS, PLACES, draw_clutte
 from moee_analysis.data.scenes.canvas import PARTS, SIDE, Canvas, Draws, Pose
 from moee_analysis.data.scenes.contact_sheet import coloured, sheet
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = [
     "CLASSES",

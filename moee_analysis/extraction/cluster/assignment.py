@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moee_analysis.extraction.cluster.clustering import NOISE
-
-if TYPE_CHECKING:
-    from moee_analysis.extraction.cluster.clusters_to_router import Partition
-    from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.extraction.cluster.clusters_to_router import Partition
+from moee_analysis.extraction.record.layer_tokens import Recorded
 
 
 @dataclass(frozen=True)

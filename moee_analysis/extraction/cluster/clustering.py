@@ -7,9 +7,10 @@ no clusters are found stays dense.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,9 +19,6 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.exact_hdbscan import density_clusters
 from moee_analysis.extraction.cluster.neighbors import METRICS, nearest
 from moee_analysis.utils.checks import not_none, one_of, real_number, share, whole_number
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 METHODS = ("hdbscan", "kmeans", "random")
 SPACES = ("hidden", "inputs")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from moee_analysis.extraction.cluster.clustering import (
     NOISE,
@@ -15,17 +16,11 @@ from moee_analysis.extraction.cluster.clustering import (
     labels_of,
     reduce_dimensions,
 )
+from moee_analysis.extraction.cluster.sample_tokens import Draw
+from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.record.fisher import damped, input_root
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, nearest_in_metric
 from moee_analysis.utils.storage.store import content_key, kept
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.extraction.cluster.sample_tokens import Draw
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
 
 CHUNK = 65536
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOM = 2**25  # bounds that are held at once, unless the rows of a block are given
 ROWS = 256  # of a block, at least: thinner products are slower

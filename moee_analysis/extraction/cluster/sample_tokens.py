@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import Mlp
 
 from moee_analysis.extraction.record.accumulate import Sums, summed
+from moee_analysis.extraction.record.calibration_set import Calibration
 from moee_analysis.extraction.record.fisher import products
+from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.storage.store import content_key
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from timm.layers import Mlp
-
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.extraction.record.layer_tokens import Recorded
-    from moee_analysis.models.loading import MlpSite
 
 
 @dataclass(frozen=True)

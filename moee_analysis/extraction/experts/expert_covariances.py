@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from moee_analysis.extraction.cluster.assignment import by_expert
+from moee_analysis.extraction.cluster.assignment import Assignment, by_expert
 from moee_analysis.extraction.record.accumulate import Sums, summed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from moee_analysis.extraction.cluster.assignment import Assignment
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.extraction.record.layer_tokens import Recorded
-    from moee_analysis.models.loading import MlpSite
+from moee_analysis.extraction.record.calibration_set import Calibration
+from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.models.loading import MlpSite
 
 CHUNK = 16384
 

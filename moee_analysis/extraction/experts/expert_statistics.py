@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from moee_analysis.extraction.cluster.assignment import Assignment, by_expert
 from moee_analysis.extraction.record.accumulate import Sums, summed
+from moee_analysis.extraction.record.calibration_set import Calibration
 from moee_analysis.extraction.record.fisher import expert_metrics, products
+from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.distributed import agreed
 from moee_analysis.utils.storage.store import content_key, kept, present
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.extraction.record.layer_tokens import Recorded
-    from moee_analysis.models.loading import MlpSite
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from timm.layers import Mlp
 
+from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.experts.expert_covariances import covariances
+from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
 from moee_analysis.extraction.experts.obs import elimination_costs
+from moee_analysis.extraction.record.calibration_set import Calibration
 from moee_analysis.extraction.record.fisher import importance, root
 from moee_analysis.utils.distributed import all_sum, processes, rank
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from timm.layers import Mlp
-
-    from moee_analysis.extraction.cluster.assignment import Assignment
-    from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
-    from moee_analysis.extraction.record.calibration_set import Calibration
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,18 @@ kept neurons are the diagonal D_e of zeros and ones.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from moee_analysis.extraction.cluster.assignment import Assignment
+from moee_analysis.extraction.record.accumulate import Sums
+from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.layer import Readout
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from moee_analysis.extraction.cluster.assignment import Assignment
-    from moee_analysis.extraction.record.accumulate import Sums
-    from moee_analysis.extraction.record.layer_tokens import Recorded
-    from moee_analysis.models.loading import MlpSite
 
 REFITS = ("none", "shift", "shared", "each")
 RIDGE = 1e-3  # as a share of the mean diagonal of the normal equations

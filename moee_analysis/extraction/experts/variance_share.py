@@ -6,15 +6,12 @@ the smallest set whose variances add up to p % of the total.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moee_analysis.errors import MoeeError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 BISECTIONS = 50
 

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.record.calibration_set import Calibration
+from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.distributed import all_sum
 from moee_analysis.utils.progress import progress, tell
 from moee_analysis.utils.storage.checksums import read_signed_tensors, write_tensors
 from moee_analysis.utils.storage.files import writing
 from moee_analysis.utils.storage.locks import remove
 from moee_analysis.utils.storage.store import content_key
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.extraction.record.layer_tokens import Recorded
-    from moee_analysis.models.loading import MlpSite
 
 Sums = dict[str, torch.Tensor]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +14,6 @@ import torch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.output_gradients import taken_apart
 from moee_analysis.utils.storage.files import bytes_text
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from pathlib import Path
 
 File = tuple[str, str]  # a site's name, and what the file holds of it
 

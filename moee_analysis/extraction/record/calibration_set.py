@@ -8,29 +8,24 @@ number of images will do. The tokens are the same, whichever it is.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from torch import nn
+
+from moee_analysis.data.images import ImageSet
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.record.hooks import Activations, LayerSample, TokenPlan
 from moee_analysis.extraction.record.layer_tokens import Recorded, recorded_layer
 from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.extraction.record.token_kinds import leading_kinds, token_plan
-from moee_analysis.models.loading import find_mlps, fingerprint
+from moee_analysis.models.loading import MlpSite, find_mlps, fingerprint
 from moee_analysis.utils.checks import not_none, real_number
 from moee_analysis.utils.distributed import own_share, processes
 from moee_analysis.utils.storage.files import nearest_folder
 from moee_analysis.utils.storage.store import content_key, present
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
-    from moee_analysis.extraction.record.hooks import Activations, LayerSample, TokenPlan
-    from moee_analysis.models.loading import MlpSite
 
 PART = 128  # images, whole batches of them
 LARGEST = 1e18  # bytes of memory or disk

@@ -9,17 +9,13 @@ arXiv:2311.00636).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+import numpy as np
 import torch
+from timm.layers import Mlp
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    from timm.layers import Mlp
-
-    from moee_analysis.extraction.record.hooks import LayerSample
+from moee_analysis.extraction.record.hooks import LayerSample
 
 PRIOR = 500  # tokens' worth of the metric of all experts that each expert's own is mixed with
 CHUNK = 16384

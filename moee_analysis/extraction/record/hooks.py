@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.activation_files import DEFAULT, FILES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    import torch
-    from torch import nn
-
-    from moee_analysis.models.loading import MlpSite
+from moee_analysis.models.loading import MlpSite
 
 
 @dataclass

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from timm.layers import Mlp
+from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from timm.layers import Mlp
-    from torch import nn
-
-    from moee_analysis.extraction.record.hooks import LayerSample
-    from moee_analysis.models.loading import MlpSite
+from moee_analysis.extraction.record.hooks import LayerSample
+from moee_analysis.models.loading import MlpSite
 
 CHUNK = 8192  # rows whose hidden activations are in memory at once
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from moee_analysis.extraction.record.calibration_set import PART
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.record.calibration_set import PART, Calibration
 from moee_analysis.extraction.record.layer_tokens import CHUNK
 from moee_analysis.extraction.record.recording import BATCH
-
-if TYPE_CHECKING:
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.models.loading import MlpSite
+from moee_analysis.models.loading import MlpSite
 
 FLOAT, DOUBLE = 4, 8  # bytes
 

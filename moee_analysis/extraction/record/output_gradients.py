@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.evaluation_mode import evaluating
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
-
-    from moee_analysis.models.loading import MlpSite
+from moee_analysis.models.loading import MlpSite
 
 
 def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.activation_files import (
     DEFAULT,
@@ -23,26 +26,16 @@ from moee_analysis.extraction.record.activation_files import (
     size_of,
     write,
 )
-from moee_analysis.extraction.record.hooks import Activations, LayerSample, recording
+from moee_analysis.extraction.record.hooks import Activations, LayerSample, TokenPlan, recording
 from moee_analysis.extraction.record.output_gradients import output_gradients
 from moee_analysis.extraction.record.recording_progress import Whole
 from moee_analysis.models import loading as models
 from moee_analysis.models.inputs import like
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.progress import progress, tell_progress
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.locks import remove
 from moee_analysis.utils.storage.store import content_key, resumed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.extraction.record.hooks import TokenPlan
-    from moee_analysis.models.loading import MlpSite
 
 BATCH = 32  # images; a pass that can be run backward keeps every layer's activations
 SAVED_EVERY = 512  # images, whole batches of them
@@ -211,8 +204,10 @@ def _remove_others(folder: Path, task: Recording) -> None:
             remove(path)
 
 
-def check_unchanged(task: Recording | Calibration) -> None:
+def check_unchanged(task: Recording) -> None:
     """Refuse what was made of ``task`` if its images or weights are not those it began with.
+
+    ``task`` is anything with ``images`` and a ``key``.
 
     Raises
     ------

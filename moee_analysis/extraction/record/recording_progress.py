@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.activation_files import file_name
+from moee_analysis.extraction.record.activation_files import File, file_name
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.checksums import read_signed, write_signed
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from moee_analysis.extraction.record.activation_files import File
 
 FILE = "progress.json"
 

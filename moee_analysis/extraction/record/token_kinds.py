@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.hooks import TokenPlan
 from moee_analysis.extraction.record.output_gradients import output_gradients
+from moee_analysis.models.attention import AttentionSite
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import like
-from moee_analysis.models.loading import blank, find_mlps, input_size
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch import nn
-
-    from moee_analysis.models.attention import AttentionSite
-    from moee_analysis.models.loading import MlpSite
+from moee_analysis.models.loading import MlpSite, blank, find_mlps, input_size
 
 PREFIX_KINDS = {"cls_token": ("cls", "dist"), "dist_token": ("dist",), "reg_token": ("register",)}
 """Kinds of the tokens in timm's parameters of these names, in the order in which they stand.

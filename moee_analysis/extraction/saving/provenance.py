@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from moee_analysis.data.disjoint import contents_of
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.saving.rebuild import arguments_of, dtype_of, input_facts
 from moee_analysis.models.fingerprints import Identity, identity
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.utils.versions import versions
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
 
 
 def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import copy
 import itertools
 import json
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.layers import create_act
@@ -32,9 +33,6 @@ from moee_analysis.models.unwrapping import unwrapped
 from moee_analysis.moe.blocked_mlp import compute_in_blocks
 from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 KINDS = {
     CosineRouter: "cosine", ConstantRouter: "constant", NearestRouter: "nearest",

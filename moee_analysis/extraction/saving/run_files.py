@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.saving.rebuild import describe, rebuild, stored_tensors
@@ -20,11 +22,6 @@ from moee_analysis.utils.storage.files import check_place, read_json, write_json
 from moee_analysis.utils.storage.files import checksum as _checksum
 from moee_analysis.utils.storage.files import file_hash as _file_hash
 from moee_analysis.utils.storage.folders import new_folder
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
 
 FORMAT = 6
 READABLE = (5, FORMAT)

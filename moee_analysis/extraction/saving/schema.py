@@ -5,10 +5,12 @@ No other fields are taken, but among the arguments of a network and what is told
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import fastjsonschema
 
@@ -16,10 +18,6 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.recipes import TOKEN_KINDS
 from moee_analysis.utils.checks import LAST_SEED
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
 Schema = dict[str, Any]
 

@@ -6,25 +6,19 @@ neurons that are no experts, shares that are none, tensors of another network.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from timm.layers import Attention, Mlp
+from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.attention import plain_attentions
-from moee_analysis.models.state_dicts import differences
+from moee_analysis.extraction.saving.layer_report import LayerReport
+from moee_analysis.models.attention import AttentionSite, plain_attentions
+from moee_analysis.models.state_dicts import Tensors, differences
 from moee_analysis.moe.layer import MoeMlp, all_mlps
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from timm.layers import Attention, Mlp
-    from torch import nn
-
-    from moee_analysis.extraction.pipeline import LayerReport
-    from moee_analysis.models.attention import AttentionSite
-    from moee_analysis.models.state_dicts import Tensors
 
 HINT = "restore the run or extract again; a dense network that is given is the one it was made from"
 CLOSE = 1e-3  # of shares, which are rounded where they are stored

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from moee_analysis.baselines.controls import randomly_routed
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.clustering import ClusterConfig
+from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.recipes import recipe_named
-from moee_analysis.measure.evaluation.variants import made_of, variants
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
-    from moee_analysis.measure.evaluation.variants import Variant
+from moee_analysis.measure.evaluation.variants import Variant, made_of, variants
 
 METHODS = {"hdbscan": "HDBSCAN", "kmeans": "k-means"}
 

@@ -5,24 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.class_names import knows_classes
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.utils.checks import draw_numbers
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 REFERENCE = ""
 """Key of the reference's own scores; no system is called so."""

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
+from torch import nn
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.class_names import is_classifier
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import like
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 
 def agreement(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from moee_analysis.baselines.controls import randomly_routed
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.evaluation.variants import made_of, variants
 from moee_analysis.measure.routing.class_routing import class_information
 from moee_analysis.measure.routing.expert_similarity import similarity, similarity_summary
@@ -17,16 +23,6 @@ from moee_analysis.measure.routing.part_alignment import modularity
 from moee_analysis.measure.routing.routes import Routes, routes
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
-    from moee_analysis.extraction.pipeline import Extraction
 
 QUANTITIES = ("experts", "active", "evenness", "class", "similarity", "part")
 """What is measured of every layer, each explained in :func:`architectures`."""

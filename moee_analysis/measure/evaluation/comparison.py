@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from moee_analysis import measure
 from moee_analysis.baselines.controls import constantly_routed, randomly_routed
 from moee_analysis.baselines.registry import STATIC, Asked, System, systems_named
 from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.presets import preset_named
 from moee_analysis.extraction.pipeline import Extraction
@@ -28,7 +31,7 @@ from moee_analysis.measure.evaluation.comparison_table import (
 )
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.models.loading import unwrapped
-from moee_analysis.models.macs import count
+from moee_analysis.models.macs import MacCount, count
 from moee_analysis.moe.blocked_mlp import without_routing
 from moee_analysis.moe.expert_layer import counting_usage
 from moee_analysis.moe.layer import set_dispatch
@@ -37,15 +40,7 @@ from moee_analysis.utils.progress import progress, tell, unwatched
 from moee_analysis.utils.storage.folders import scratch_folder
 from moee_analysis.utils.storage.store import check_writable
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.models.macs import MacCount
-
-    Row = dict[str, Any]
+Row = dict[str, Any]
 
 POINTS = (0.20, 0.28, 0.36)
 """Shares of the dense model's MACs to save."""

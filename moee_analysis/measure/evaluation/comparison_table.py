@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.evaluation.accuracy import summarised
 from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
-from moee_analysis.models.macs import count_parameters
+from moee_analysis.models.macs import MacCount, count_parameters
 from moee_analysis.moe.expert_layer import expert_layers, macs_as_used
 from moee_analysis.moe.layer import MoeMlp
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
-
-    from torch import nn
-
-    from moee_analysis.models.macs import MacCount
-
-    Row = dict[str, Any]
+Row = dict[str, Any]
 
 STATIC_FAMILY = "static pruning"
 CONTROLS = ("random_routing", "constant_routing", "oracle_routing")

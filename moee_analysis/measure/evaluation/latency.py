@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import cycle
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from torch import nn
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.utils.checks import real_number, whole_number
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 IN_TURN = 4  # batches of different images: how many tokens an expert gets differs
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.evaluation.unread_macs import unread_macs
+from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.measure.evaluation.unread_macs import UnreadMacs, unread_macs
 from moee_analysis.measure.routing.routes import Routes, model_of
 from moee_analysis.measure.routing.routes import routes as route
 from moee_analysis.models.attention import LowRankAttention, reduced_attentions
 from moee_analysis.models.macs import MacCount, count, count_parameters
 from moee_analysis.moe.layer import MoeMlp, all_mlps
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.measure.evaluation.unread_macs import UnreadMacs
 
 ELSEWHERE = "everything else"
 TOTAL = "total"

@@ -8,24 +8,20 @@ or without, so they are counted apart, for every model alike.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
+from torch import nn
 
 from moee_analysis.extraction.record.token_kinds import leading_kinds, unread_kinds
 from moee_analysis.models.attention import LowRankAttention
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import MoeMlp
 from moee_analysis.moe.routers import TokenKindRouter
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from torch import nn
 
 ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
 LAYERS = (Mlp, GluMlp, SwiGLU, MoeMlp, LowRankAttention, *ATTENTIONS)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import Extraction, extract
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, image_scores, summarised
 from moee_analysis.measure.routing.bootstrap import repeat
 from moee_analysis.models.loading import fingerprint
@@ -25,14 +28,7 @@ from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, kept
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
-    from moee_analysis.extraction.pipeline import Extraction
-
-    Variant = ExtractConfig | nn.Module
+Variant = ExtractConfig | nn.Module
 
 SCORES = ["top1", "low", "high", "retention", "retention_low", "retention_high", "agreement", "kl"]
 DIVERGENCES = ["kl_low", "kl_high", "kl_change", "kl_change_low", "kl_change_high"]

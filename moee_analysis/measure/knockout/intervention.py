@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.token_kinds import leading_kinds
 from moee_analysis.models.evaluation_mode import evaluating
-from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.moe.layer import MoeMlp
 
 Rule = Callable[[torch.Tensor], torch.Tensor]
 """From the expert of every token, int64 (images, tokens), to those knocked out, bool, alike."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from moee_analysis.data.disjoint import check_apart
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.evaluation.accuracy import image_scores
-from moee_analysis.measure.knockout.intervention import alone, mean_outputs, removed
+from moee_analysis.measure.knockout.intervention import Rule, alone, mean_outputs, removed
 from moee_analysis.measure.knockout.run_interventions import (
     averaged,
     batches_of,
@@ -27,15 +29,6 @@ from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.measure.knockout.intervention import Rule
 
 WHAT = {"removed": removed, "alone": alone}
 """What is done with an expert: it is knocked out, or all others are."""

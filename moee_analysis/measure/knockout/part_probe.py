@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from sklearn.linear_model import RidgeClassifier
+from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.record.token_kinds import kinds_seen
 from moee_analysis.measure.knockout.run_interventions import batches_of
 from moee_analysis.measure.routing.part_alignment import patch_parts
@@ -15,12 +17,6 @@ from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.loading import blank
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import all_mlps, moe_names
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import RidgeClassifier
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 
 @dataclass(frozen=True, eq=False)

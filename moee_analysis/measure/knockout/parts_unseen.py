@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from moee_analysis.data.disjoint import check_apart
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.knockout.intervention import mean_outputs, removed
+from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.measure.knockout.intervention import Rule, mean_outputs, removed
 from moee_analysis.measure.knockout.part_probe import PartProbe, Place
 from moee_analysis.measure.knockout.run_interventions import (
+    Outcomes,
     averaged,
     batches_of,
     interventions,
@@ -25,17 +29,6 @@ from moee_analysis.measure.routing.routes import model_of
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import torch
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.measure.knockout.intervention import Rule
-    from moee_analysis.measure.knockout.run_interventions import Outcomes
 
 SYSTEMS = ("expert", "random patches")
 """What is knocked out: an expert, or as many patches of every image drawn at random."""

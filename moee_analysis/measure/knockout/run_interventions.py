@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.measure.knockout.intervention import Rule, at_random, knocked_out, per_image
-from moee_analysis.models.partial_forward import block_of, seeing_inputs, starting_at
+from moee_analysis.models.partial_forward import Block, block_of, seeing_inputs, starting_at
 from moee_analysis.moe.layer import moe_layers, moe_names
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.models.partial_forward import Block
 
 
 @dataclass(frozen=True)

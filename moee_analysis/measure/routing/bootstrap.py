@@ -6,15 +6,12 @@ twenty to forty times too narrow. Everything here permutes or redraws whole imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moee_analysis.utils.checks import whole_number
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @dataclass(frozen=True)

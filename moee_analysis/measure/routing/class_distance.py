@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,23 +10,19 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.bootstrap import against_chance
 from moee_analysis.measure.routing.divergence import image_shares, jensen_shannon
 from moee_analysis.measure.routing.resolve import (
+    Source,
     all_routes,
     chosen_classes,
     chosen_layers,
     families_of,
 )
+from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.measure.routing.resolve import Source
-    from moee_analysis.measure.routing.routes import Routes
 
 
 def class_distance(

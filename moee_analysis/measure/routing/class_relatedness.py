@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.bootstrap import against_chance
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def class_relatedness(

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.measure.routing.bootstrap import Groups, against_chance, basic_interval, repeat
 from moee_analysis.measure.routing.divergence import entropy, image_shares, jensen_shannon
-from moee_analysis.measure.routing.resolve import all_routes, chosen_classes, chosen_layers
+from moee_analysis.measure.routing.resolve import Source, all_routes, chosen_classes, chosen_layers
+from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.measure.routing.resolve import Source
-    from moee_analysis.measure.routing.routes import Routes
 
 ALL = "all"
 """Name of the row that stands for all classes together."""

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.cluster.clustering import cluster, reduce_dimensions
 from moee_analysis.extraction.cluster.clusters_to_router import clustered, trusted
 from moee_analysis.extraction.cluster.sample_tokens import drawn
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.extraction.plan import prefix_experts
 from moee_analysis.extraction.record.calibration_set import calibration_of
 from moee_analysis.utils.checks import layer_numbers, seed_number
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
 
 
 def embedding(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy.special import entr
 
-if TYPE_CHECKING:
-    from moee_analysis.measure.routing.routes import Routes
+from moee_analysis.measure.routing.routes import Routes
 
 
 def entropy(p: np.ndarray) -> np.ndarray:

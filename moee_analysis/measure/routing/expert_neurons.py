@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom
+from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.routing.resolve import chosen_layers
 from moee_analysis.measure.routing.routes import model_of
-from moee_analysis.moe.layer import moe_layers
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.moe.layer import MoeMlp
+from moee_analysis.moe.layer import MoeMlp, moe_layers
 
 
 def layers(run: Extraction) -> pd.DataFrame:

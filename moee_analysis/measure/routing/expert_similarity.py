@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
+from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.routing.resolve import chosen_layers
 from moee_analysis.measure.routing.routes import model_of
 from moee_analysis.moe.layer import moe_layers
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    from moee_analysis.extraction.pipeline import Extraction
 
 NEAR_ORTHOGONAL = 0.2
 """Two mean inputs with a cosine between plus and minus this are called near-orthogonal."""

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-from moee_analysis.measure.routing.resolve import all_routes
+from moee_analysis.data.images import ImageSet
+from moee_analysis.measure.routing.resolve import Source, all_routes
+from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.measure.routing.resolve import Source
-    from moee_analysis.measure.routing.routes import Routes
 
 METRICS = ("entropy", "gini", "max_over_mean", "cv2", "dead")
 """What :func:`balance` measures, in the order of its rows."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,17 +12,12 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.special import entr, xlogy
 from scipy.stats import random_table
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.bootstrap import Groups, against_chance, basic_interval, repeat
-from moee_analysis.measure.routing.resolve import all_routes, chosen_layers
+from moee_analysis.measure.routing.resolve import Source, all_routes, chosen_layers
+from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.utils.checks import draw_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.measure.routing.resolve import Source
-    from moee_analysis.measure.routing.routes import Routes
 
 
 def modularity(

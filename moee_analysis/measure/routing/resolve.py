@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
+from torch import nn
+
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.routing.routes import Routes, model_of, routes
 from moee_analysis.utils.checks import layer_numbers
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-
-    Source = Extraction | nn.Module | Routes | Sequence[Routes]
+Source = Extraction | nn.Module | Routes | Sequence[Routes]
 
 
 def all_routes(source: Source, images: ImageSet | None = None) -> list[Routes]:

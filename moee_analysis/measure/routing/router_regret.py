@@ -4,41 +4,34 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.clusters_to_router import metric_root, router_to
-from moee_analysis.extraction.cluster.sample_tokens import drawn
+from moee_analysis.extraction.cluster.sample_tokens import Draw, drawn
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.extraction.record.accumulate import Sums, summed
-from moee_analysis.extraction.record.calibration_set import calibration_of
+from moee_analysis.extraction.record.calibration_set import Calibration, calibration_of
 from moee_analysis.extraction.record.hooks import recording
+from moee_analysis.extraction.record.layer_tokens import Recorded
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.fingerprints import hash_weights
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 from moee_analysis.moe.oracle import OracleRouter, beside_leading, oracle_of, prefix_experts
 from moee_analysis.moe.routers import ConstantRouter, RandomRouter, TokenKindRouter
 from moee_analysis.utils.checks import seed_number
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.cluster.sample_tokens import Draw
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.extraction.record.calibration_set import Calibration
-    from moee_analysis.extraction.record.layer_tokens import Recorded
-    from moee_analysis.models.loading import MlpSite
 
 
 def router_choices(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.extraction.record.token_kinds import kinds_seen
 from moee_analysis.models.class_names import class_labels, knows_classes
 from moee_analysis.models.evaluation_mode import evaluating
@@ -20,12 +21,6 @@ from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers, moe_names
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
 
 
 @dataclass(frozen=True)

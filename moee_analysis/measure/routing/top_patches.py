@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
-from moee_analysis.data.images import fitting_batch
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.routing.resolve import chosen_layers
-from moee_analysis.measure.routing.routes import model_of, routes
+from moee_analysis.measure.routing.routes import Routes, model_of, routes
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers, moe_names
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.progress import progress
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.measure.routing.routes import Routes
-
-    See = Callable[[int, torch.Tensor], None]
+See = Callable[[int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)

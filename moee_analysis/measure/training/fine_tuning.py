@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, image_scores
 from moee_analysis.measure.evaluation.variants import savings
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.models.macs import count
-from moee_analysis.training.finetune import finetune
+from moee_analysis.training.finetune import Finetuned, finetune
+from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.progress import progress
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.training.finetune import Finetuned
-    from moee_analysis.training.finetune_config import FinetuneConfig
-
-    Scores = dict[str, np.ndarray]
+Scores = dict[str, np.ndarray]
 
 BEFORE, AFTER = "before", "after"
 

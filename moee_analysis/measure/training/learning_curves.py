@@ -6,17 +6,13 @@ which gives the mean of few seeds its whole variance; models are compared on the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
 from moee_analysis.measure.routing.bootstrap import repeat
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from moee_analysis.measure.training.trainings import Trainings
+from moee_analysis.measure.training.trainings import Trainings
 
 
 def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.survey import survey
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    import torch
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
 
 
 def contributions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,14 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.training.jobs import HISTORY, RIGHT, WEIGHTS, TrainingBench, TrainingJob
+from moee_analysis.training.supervised_config import SupervisedConfig
 from moee_analysis.utils.checks import seed_number
-
-if TYPE_CHECKING:
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.training.supervised_config import SupervisedConfig
 
 Start = Callable[[int], nn.Module]
 """What makes the model that is trained with a seed."""

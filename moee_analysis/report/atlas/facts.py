@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from moee_analysis import measure
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.measure.routing.routes import Routes
+from moee_analysis.measure.routing.top_patches import Typical
 from moee_analysis.moe.layer import moe_layers
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.measure.routing.routes import Routes
-    from moee_analysis.measure.routing.top_patches import Typical
 
 PATCHES = 12
 """Typical patches of an expert, at most one of an image."""

@@ -10,21 +10,18 @@ from dataclasses import replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from moee_analysis import measure
+from moee_analysis.data.images import ImageSet
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.outside_text import printable
-from moee_analysis.report.atlas.facts import layer_facts, seen_through
+from moee_analysis.report.atlas.facts import Seen, layer_facts, seen_through
 from moee_analysis.report.atlas.pictures import image_facts, packed_routes
 from moee_analysis.utils import versions as environment
 from moee_analysis.utils.storage.files import check_place, write_text
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.report.atlas.facts import Seen
 
 STYLES = ("atlas.css",)
 SCRIPTS = ("atlas_state.js", "atlas_expert.js", "atlas_image.js")

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from moee_analysis.data.images import fitting_batch
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.loading import class_labels
+from moee_analysis.report.atlas.facts import Seen
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moee_analysis.report.atlas.facts import Seen
 
 LONGEST = 224
 """Pixels of the longer side of a picture, at most."""

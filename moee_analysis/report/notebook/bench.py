@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+from torch import nn
 
 from moee_analysis import findings
+from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.config.presets import Preset, preset_named
+from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.models import loading as models
 from moee_analysis.models.class_names import name_by_folders
 from moee_analysis.models.macs import count
@@ -32,17 +39,6 @@ from moee_analysis.report.notebook.text import (
 from moee_analysis.report.results import Results, alternative, picture
 from moee_analysis.utils import versions as environment
 from moee_analysis.utils.paths import store_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    import pandas as pd
-    from IPython.display import Markdown
-    from matplotlib.figure import Figure
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
 
 MACS_REDUCTION = 0.28
 """Share of the dense model's MACs that the notebooks' extraction saves at most, as in the paper."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
+from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import loading as models
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
 
 
 def checked_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:

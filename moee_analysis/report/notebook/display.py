@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
 
 from moee_analysis.outside_text import as_markdown
 from moee_analysis.report.results import is_plain_index, picture, readable
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from IPython.display import Markdown
-    from matplotlib.figure import Figure
 
 CSS_PIXELS_PER_INCH = 96
 TABLE_ROWS = 64

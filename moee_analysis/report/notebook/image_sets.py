@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moee_analysis.data.disjoint import check_apart, without_repeats
-from moee_analysis.data.images import load_images
+from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.presets import preset_named
 from moee_analysis.models.class_names import is_classifier
@@ -15,11 +16,6 @@ from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, load_model
 from moee_analysis.report.notebook.parameters import Parameters
 from moee_analysis.utils.paths import store_folder
 from moee_analysis.utils.storage.store import check_writable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from moee_analysis.data.images import ImageSet
 
 SET_ASIDE = 0.5
 """Share of ``images`` used for calibration when no other calibration set is given."""

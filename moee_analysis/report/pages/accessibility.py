@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from bs4 import BeautifulSoup
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from bs4.element import Tag
+from bs4.element import Tag
 
 
 def accessible(body: str, findings: Mapping[str, str]) -> str:

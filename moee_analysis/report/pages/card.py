@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from moee_analysis.report.pages.html import link
 from moee_analysis.report.pages.page import PAGE, data_uri
 from moee_analysis.report.results import alternative, readable
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 COVER_PIXELS = (760, 760)
 STATUSES = {

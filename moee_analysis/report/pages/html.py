@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from bs4 import BeautifulSoup
+from bs4.element import Tag
 
 from moee_analysis.outside_text import printable
-
-if TYPE_CHECKING:
-    from bs4.element import Tag
 
 GENERATOR = "moee-analysis"
 POLICY = (

@@ -6,10 +6,9 @@ The time is in proportion to the text, also for millions of characters on one li
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
+from nbformat import NotebookNode
 
 LONGEST = 20_000
 """Characters of one output on a page."""

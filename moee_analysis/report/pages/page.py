@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from moee_analysis.outside_text import printable
 from moee_analysis.report.pages.accessibility import accessible, told_below
@@ -14,10 +16,6 @@ from moee_analysis.report.pages.output import shorten, shortened
 from moee_analysis.report.pages.solutions import folded
 from moee_analysis.report.results import FILE, alternative
 from moee_analysis.report.runner.worker import NOTEBOOK
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 PAGE = "page.html"
 LOG = "log.txt"

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from bs4 import BeautifulSoup
-
-if TYPE_CHECKING:
-    from bs4.element import Tag
+from bs4.element import Tag
 
 SOLUTION = "solution"
 """Tag of the cells that solve an exercise, and class of their fold."""

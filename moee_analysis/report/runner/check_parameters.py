@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage.files import check_file
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 OWN = ("out", "preset")

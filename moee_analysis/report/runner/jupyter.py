@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.caches import has_home
 from moee_analysis.utils.paths import SHIPPED, notebooks_folder
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.folders import scratch_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 NAME = "python3"
 QUIET = ["--IPKernelApp.log_level=ERROR"]

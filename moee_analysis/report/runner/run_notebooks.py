@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.std import tqdm
 
@@ -29,9 +30,6 @@ from moee_analysis.utils.paths import notebooks_folder
 from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.files import check_place, write_json
 from moee_analysis.utils.storage.folders import new_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["Outcome", "open_lab", "report"]
 

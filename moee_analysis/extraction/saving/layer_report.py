@@ -1,0 +1,38 @@
+"""What became of one MLP layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one MLP layer.
+
+    ``noise_share`` is the share of clustered tokens in no cluster, ``route_agreement`` the share
+    of clustered tokens that the router sends to their own cluster, ``active_fraction`` the
+    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored. A
+    layer that is ``thin`` stays dense because its experts would save too little. The tokens of the
+    kinds in ``dense_tokens`` keep all neurons.
+    """
+
+    index: int
+    name: str
+    hidden: int
+    converted: bool
+    reason: str
+    experts: int = 0
+    noise_share: float = 0.0
+    route_agreement: float = 1.0
+    active_fraction: float = 1.0
+    union_fraction: float = 1.0
+    sizes: tuple[int, ...] = ()
+    thin: bool = False
+    dense_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> LayerReport:
+        """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
+        kinds = tuple(content.get("dense_tokens", ()))  # of runs before it was a setting: none
+        return cls(**content | {"sizes": tuple(content["sizes"]), "dense_tokens": kinds})
