@@ -1,0 +1,55 @@
+"""What modules of a network take in and give out while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+Key = TypeVar("Key")
+Side = Literal["inputs", "outputs", "both"]
+
+
+@contextmanager
+def watch(
+    modules: Mapping[Key, nn.Module], see: Callable[[Key, Any], Any], side: Side = "inputs"
+) -> Iterator[None]:
+    """While open, every call of a module calls ``see(key, value)``.
+
+    ``value`` is the module's first input (``side="inputs"``), its output (``"outputs"``), or the
+    pair of both (``"both"``). What ``see`` returns takes the place of the input or output; None
+    leaves it.
+    """
+    with ExitStack() as hooks:
+        for key, module in modules.items():
+            if side == "inputs":
+                hook = module.register_forward_pre_hook(partial(_before, see, key))
+            else:
+                hook = module.register_forward_hook(partial(_after, see, key, side))
+            hooks.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def capture(
+    model: nn.Module, names: Sequence[str], side: Side = "inputs"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, yield the latest input or output of the submodules called ``names``, by name."""
+    found: dict[str, torch.Tensor] = {}
+    with watch({name: model.get_submodule(name) for name in names}, found.__setitem__, side):
+        yield found
+
+
+def _before(see: Callable, key: object, _module: nn.Module, args: tuple) -> tuple | None:
+    new = see(key, args[0])
+    return None if new is None else (new, *args[1:])
+
+
+def _after(
+    see: Callable, key: object, side: Side, _module: nn.Module, args: tuple, output: Any
+) -> Any:  # fmt: skip
+    return see(key, (args[0], output) if side == "both" else output)
