@@ -12,6 +12,7 @@
 VENV := .venv
 ARGS :=
 OUT := reports
+PARALLEL := --numprocesses auto --dist loadgroup --durations 10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
@@ -48,11 +49,12 @@ report: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-browser: $(STAMP)
 	@chromium=$$(tests/browser/set_up.sh $(VENV)) && \
-	    MOEE_CHROMIUM=$$chromium $(BIN)/python -m pytest tests/browser $(ARGS)
+	    MOEE_CHROMIUM=$$chromium OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest tests/browser $(PARALLEL) $(ARGS)
 
 bench: $(STAMP)
 	@env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/speed.py --out $(OUT)/speed $(ARGS)

@@ -1,0 +1,106 @@
+"""The law of the house, as CONTRIBUTING.md has it: who imports whom, how large things are."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import TopologicalSorter
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "moee_analysis"
+FILES = {path.relative_to(ROOT): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {place: ast.parse(path.read_text(encoding="utf-8")) for place, path in FILES.items()}
+FACE = (PACKAGE / "__init__.py").relative_to(ROOT)
+ROOMS = re.findall(r"^\| `(\w+)/` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+FREE = {"errors.py", "outside_text.py", "__init__.py", "__main__.py"}
+"""Files at the root: the error and the public face."""
+
+
+def _place(name):
+    """The file of a module; None for the modules of others and for names inside a module."""
+    base = ROOT.joinpath(*name.split("."))
+    found = (base.with_suffix(".py"), base / "__init__.py")
+    return next((f.relative_to(ROOT) for f in found if f.is_file()), None)
+
+
+def _imported(place):
+    """The files of the package that one imports, for types and inside functions too."""
+    for node in ast.walk(TREES[place]):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if _place(name) else node.module for name in names]
+        else:
+            continue
+        yield from (_place(name) for name in names if name.startswith("moee_analysis"))
+
+
+GRAPH = {place: set(_imported(place)) - {place} for place in FILES if place != FACE}
+
+
+def _room(place):
+    return place.parts[1]
+
+
+def test_every_room_stands_in_the_list_once():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert sorted(ROOMS) == sorted(folders)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_rooms_above_it_in_the_list(room):
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], *FREE - {"__init__.py"}}
+    if room == "cli":
+        allowed.add("__init__.py")
+    own = [place for place in GRAPH if _room(place) == room]
+    wrong = {(str(a), str(b)) for a in own for b in GRAPH[a] if _room(b) not in allowed}
+    assert not wrong
+
+
+def test_plots_know_tables_alone():
+    rooms = {_room(b) for a in GRAPH if _room(a) == "plots" for b in GRAPH[a]}
+    assert rooms <= {"plots", "utils", *FREE}
+
+
+def test_no_file_is_in_a_circle():
+    TopologicalSorter(GRAPH).prepare()
+
+
+def test_no_folder_is_in_a_circle():
+    folders = {}
+    for place, imported in GRAPH.items():
+        if place.name != "__init__.py":
+            others = {b.parent for b in imported if b.name != "__init__.py"} - {place.parent}
+            folders.setdefault(place.parent, set()).update(others)
+    TopologicalSorter(folders).prepare()
+
+
+def test_rooms_are_two_levels_deep_and_none_is_crowded():
+    folders = {}
+    for place in FILES:
+        folders.setdefault(place.parent, []).append(place.name)
+    assert max(len(folder.parts) for folder in folders) <= 3
+    crowded = {str(f): len(names) for f, names in folders.items() if len(set(names) - FREE) > 15}
+    assert not crowded
+
+
+def test_files_and_functions_are_short():
+    files = {str(p) for p, path in FILES.items() if len(path.read_text().splitlines()) > 350}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = {
+        f"{place}: {node.name}"
+        for place, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds) and _body(node) > 40
+    }
+    assert not files | functions
+
+
+def _body(function):
+    """Lines of a function without its signature and docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
