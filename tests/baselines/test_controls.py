@@ -24,8 +24,9 @@ from moee_analysis.moe.routers import (
     RandomRouter,
     TokenKindRouter,
 )
-from tests.helpers.makers import CLUSTERING, best, pixels_of, quick
-from tests.helpers.toys import toy_images, toy_kinds, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import pixels_of, toy_kinds, toy_vit
+from tests.helpers.runs import CLUSTERING, best, quick
 
 IMAGES = toy_images()
 

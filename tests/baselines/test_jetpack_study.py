@@ -8,7 +8,7 @@ from moee_analysis.baselines.jetpack_study import JETPACK, PRETRAINED, SCRATCH, 
 from moee_analysis.data.images import load_images
 from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.models.macs import count
-from tests.helpers.makers import same_models
+from tests.helpers.models import same_models
 
 IMAGES = load_images("bundled", split="calibration", limit=20)
 

@@ -12,8 +12,8 @@ from moee_analysis.extraction import pipeline as extraction
 from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.models.macs import count
 from moee_analysis.moe.expert_layer import counting_usage, macs_as_used
-from tests.helpers.makers import hooks_of, pixels_of
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, pixels_of, toy_vit
 
 IMAGES = toy_images(48)
 CONVERTING = [

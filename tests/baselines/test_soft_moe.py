@@ -12,8 +12,8 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.moe.expert_layer import expert_layers
-from tests.helpers.makers import lively, pixels_of, same_models
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, pixels_of, same_models, toy_swin, toy_vit
 
 MODELS = {"vit": toy_vit, "swin": toy_swin, "convnext": lambda: lively("test_convnext")}
 IMAGES = toy_images(6)

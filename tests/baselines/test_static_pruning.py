@@ -15,8 +15,8 @@ from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
 from moee_analysis.moe.routers import ConstantRouter, TokenKindRouter
-from tests.helpers.makers import divergence, lively, pixels_of, same_models
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import divergence, lively, pixels_of, same_models, toy_swin, toy_vit
 
 IMAGES = toy_images()
 APART = "fisher OBS, CLS apart"

@@ -6,7 +6,7 @@ import torch
 from moee_analysis.models.loading import build_model, find_mlps
 from tests.conftest import ROOT
 from tests.helpers.families import FAMILIES
-from tests.helpers.scripts import benchmark
+from tests.helpers.processes import benchmark
 
 QUICK = (
     "DeiT",

@@ -11,9 +11,10 @@ from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.moe.expert_layer import counting_usage
-from tests.helpers.makers import best, hooks_of
-from tests.helpers.scripts import benchmark
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_vit
+from tests.helpers.processes import benchmark
+from tests.helpers.runs import best
 
 IMAGES = toy_images(60)
 CALIBRATION, UNSEEN = IMAGES.take(range(24)), IMAGES.take(range(24, 60))

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.helpers.scripts import benchmark
+from tests.helpers.processes import benchmark
 
 FILES = {"clustering.json", "clustering.md", "clustering.png"}
 

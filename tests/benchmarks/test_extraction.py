@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.helpers.scripts import benchmark
+from tests.helpers.processes import benchmark
 
 FILES = {"extraction.json", "extraction.md", "extraction.png"}
 

@@ -7,8 +7,9 @@ import pytest
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.training.finetune_config import FinetuneConfig
-from tests.helpers.scripts import benchmark
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
+from tests.helpers.processes import benchmark
 
 IMAGES = toy_images(70)
 CONFIG = FinetuneConfig(epochs=1, batch_size=8, learning_rate=1e-5, augmentation="none")

@@ -17,9 +17,10 @@ from moee_analysis.extraction.pipeline import extract
 from moee_analysis.moe.blocked_mlp import BlockedMlp
 from moee_analysis.moe.kernels import autotune as tuning
 from moee_analysis.moe.layer import all_mlps, moe_layers
-from tests.helpers.makers import SMALL_VIT, best, hooks_of, image_folder, lively, pixels_of
-from tests.helpers.scripts import benchmark
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import image_folder, toy_images
+from tests.helpers.models import SMALL_VIT, hooks_of, lively, pixels_of, toy_swin, toy_vit
+from tests.helpers.processes import benchmark
+from tests.helpers.runs import best
 
 IMAGES = toy_images(60)
 CALIBRATION, UNSEEN = IMAGES.take(range(24)), IMAGES.take(range(24, 60))

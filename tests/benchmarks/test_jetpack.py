@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from tests.helpers.scripts import benchmark
+from tests.helpers.processes import benchmark
 
 FAST = ["--steps", "2", "--batch-size", "4", "--check-every", "1", "--calibration", "10"]
 FEW = ["--limit", "12", "--evaluated", "10", "--seeds", "0", "1"]

@@ -7,8 +7,9 @@ import pytest
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.comparison import Contest
-from tests.helpers.scripts import benchmark
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
+from tests.helpers.processes import benchmark
 
 IMAGES = toy_images(60)
 SYSTEMS = ["static: magnitude", "MoEfication: k-means, centre", "Sparse Upcycling: top-1"]

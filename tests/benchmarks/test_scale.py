@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from tests.helpers.makers import SMALL_VIT
-from tests.helpers.scripts import benchmark
+from tests.helpers.models import SMALL_VIT
+from tests.helpers.processes import benchmark
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from moee_analysis import measure
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.report.atlas import write_atlas
-from tests.helpers.toys import toy_images, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_moe, toy_vit
 
 SCHEMES = ("light", "dark")
 WIDTHS = (360, 1280, 1920)

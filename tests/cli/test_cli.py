@@ -14,7 +14,8 @@ from moee_analysis.models import class_names as classes
 from moee_analysis.models.loading import load_model
 from moee_analysis.models.macs import count
 from moee_analysis.report.runner import run_notebooks as report
-from tests.helpers.makers import SMALL_VIT, image_folder, lively
+from tests.helpers.images import image_folder
+from tests.helpers.models import SMALL_VIT, lively
 from tests.measure.evaluation.test_evaluate import FIELDS, LAYER_FIELDS
 
 EXTRACT = ["extract", "--model", "bundled", "--reduce", "pca", "--preset", "smoke"]
@@ -149,8 +150,8 @@ def test_a_foreign_folder_is_no_run(tmp_path, capsys):
 def test_moved_weights_can_be_named(tmp_path, capsys):
     from safetensors.torch import save_file
 
-    from tests.helpers.makers import quick
-    from tests.helpers.toys import toy_images
+    from tests.helpers.images import toy_images
+    from tests.helpers.runs import quick
 
     old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
     save_file(lively("bundled").state_dict(), old)

@@ -13,8 +13,8 @@ from moee_analysis.report import atlas as atlas_package
 from moee_analysis.report.runner import run_notebooks as report
 from moee_analysis.utils import web_browser as browser
 from tests.cli.test_cli import refused, run_cli, scenes
-from tests.helpers.makers import quick
-from tests.helpers.toys import toy_images
+from tests.helpers.images import toy_images
+from tests.helpers.runs import quick
 
 
 @pytest.fixture

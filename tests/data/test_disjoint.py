@@ -16,8 +16,9 @@ from moee_analysis.measure.evaluation.evaluate import evaluate
 from moee_analysis.report.notebook.image_sets import choose_images
 from moee_analysis.report.notebook.parameters import Parameters
 from moee_analysis.training.finetune import finetune
-from tests.helpers.makers import image_folder, lively, quick
-from tests.helpers.toys import CLASSES, toy_images
+from tests.helpers.images import image_folder, toy_images
+from tests.helpers.models import CLASSES, lively
+from tests.helpers.runs import quick
 from tests.training.test_finetune import tuning
 
 

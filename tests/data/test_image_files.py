@@ -8,7 +8,7 @@ import pytest
 
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from tests.helpers.makers import image_folder, picture
+from tests.helpers.images import image_folder, picture
 
 
 @pytest.fixture

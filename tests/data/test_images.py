@@ -12,8 +12,8 @@ from moee_analysis.data.images import load_images
 from moee_analysis.data.scenes.scene import CLASSES
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import build_model, load_model, model_transform
-from tests.helpers.makers import SMALL_VIT, image_folder, picture
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import image_folder, picture, toy_images
+from tests.helpers.models import SMALL_VIT, toy_vit
 
 BUNDLED = build_model("bundled")
 IMAGENET = build_model(SMALL_VIT)

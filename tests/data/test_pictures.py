@@ -14,8 +14,8 @@ from moee_analysis.data.pictures import (
     suffixes,
 )
 from moee_analysis.errors import MoeeError
-from tests.helpers.makers import image_folder, picture
-from tests.helpers.toys import toy_vit
+from tests.helpers.images import image_folder, picture
+from tests.helpers.models import toy_vit
 
 RAMP = np.linspace(0, 1, 64 * 48, dtype=np.float64).reshape(48, 64)
 BYTES = np.round(255 * RAMP)

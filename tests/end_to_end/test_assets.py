@@ -9,7 +9,7 @@ from moee_analysis.data.images import load_images
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.loading import class_names, load_model
 from moee_analysis.models.macs import count
-from tests.helpers.makers import quick
+from tests.helpers.runs import quick
 
 NAME = "deit_tiny_patch16_224"
 

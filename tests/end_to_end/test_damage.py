@@ -16,8 +16,9 @@ from moee_analysis.training.checkpoints import read_checkpoint
 from moee_analysis.training.finetune import finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.storage.store import ASIDE, kept, present, unfinished_folder
-from tests.helpers.makers import best, contents, lively, pixels_of, same_models
-from tests.helpers.toys import toy_images
+from tests.helpers.images import contents, toy_images
+from tests.helpers.models import lively, pixels_of, same_models
+from tests.helpers.runs import best
 
 DAMAGES = 500
 

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from tests.helpers.commands import (
+from tests.helpers.images import contents
+from tests.helpers.processes import (
     extraction,
     finetuning,
     make_inputs,
@@ -14,7 +15,6 @@ from tests.helpers.commands import (
     processes,
     run_command,
 )
-from tests.helpers.makers import contents
 
 
 @pytest.fixture(scope="module")

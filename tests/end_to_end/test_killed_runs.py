@@ -14,9 +14,10 @@ from moee_analysis.extraction.record import accumulate as sums
 from moee_analysis.extraction.record import calibration_set as calibration
 from moee_analysis.extraction.record import recording
 from moee_analysis.extraction.record.calibration_set import Limits
-from tests.helpers.killing import killed_after
-from tests.helpers.makers import best, lively
-from tests.helpers.toys import toy_images
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively
+from tests.helpers.processes import killed_after
+from tests.helpers.runs import best
 
 KILLS = 10
 LIMITS = {"kept": Limits(), "made again": Limits(disk=0, memory=2e5)}

@@ -14,7 +14,8 @@ import pytest
 
 from moee_analysis.report.runner.run_notebooks import report
 from moee_analysis.utils.storage.locks import OURS
-from tests.helpers.commands import (
+from tests.helpers.images import contents
+from tests.helpers.processes import (
     begin,
     extraction,
     finetuning,
@@ -23,7 +24,6 @@ from tests.helpers.commands import (
     processes,
     run_command,
 )
-from tests.helpers.makers import contents
 
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 1}
 KILLS = 6  # at least, of every command

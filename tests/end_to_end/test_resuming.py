@@ -20,7 +20,8 @@ from moee_analysis.extraction.record.recording import record
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.utils.storage.checksums import SEAL
 from moee_analysis.utils.storage.store import resumed
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
 
 IMAGES, KILLS = 120, 10
 KINDS = ("inputs", "hidden", "gradients")

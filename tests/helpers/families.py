@@ -33,8 +33,7 @@ from timm.models.nest import Nest
 from timm.models.sequencer import Sequencer2d
 from timm.models.volo import VOLO
 
-from tests.helpers.makers import lively
-from tests.helpers.toys import CLASSES
+from tests.helpers.models import CLASSES, lively
 
 if TYPE_CHECKING:
     from collections.abc import Callable

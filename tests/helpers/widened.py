@@ -12,7 +12,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tests.helpers.toys import CLASSES, toy_vit
+from tests.helpers.models import CLASSES, toy_vit
 
 HEAD = 8  # dimensions of a head
 

@@ -21,8 +21,9 @@ from moee_analysis.models.macs import count, moe_macs
 from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names, replace_module
 from moee_analysis.moe.routers import CosineRouter
 from tests.helpers.families import FAMILIES, small
-from tests.helpers.makers import best, hooks_of, pixels_of, quick
-from tests.helpers.toys import CLASSES, toy_images
+from tests.helpers.images import toy_images
+from tests.helpers.models import CLASSES, hooks_of, pixels_of
+from tests.helpers.runs import best, quick
 
 IMAGES = toy_images(12)
 

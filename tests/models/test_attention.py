@@ -13,8 +13,14 @@ from moee_analysis.models.attention import Factors, Reduction, find_attentions, 
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import replace_module
 from tests.helpers.families import small
-from tests.helpers.makers import SMALL_CONVNEXT, lively
-from tests.helpers.toys import CLASSES, reduced_attention, toy_swin, toy_vit
+from tests.helpers.models import (
+    CLASSES,
+    SMALL_CONVNEXT,
+    lively,
+    reduced_attention,
+    toy_swin,
+    toy_vit,
+)
 
 
 def attention(**settings):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moee_analysis.models.capture import capture, watch
-from tests.helpers.makers import hooks_of
+from tests.helpers.models import hooks_of
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from moee_analysis.models.class_names import (
     read_class_names,
 )
 from moee_analysis.models.loading import load_model
-from tests.helpers.makers import SMALL_VIT, best, image_folder, lively, quick
-from tests.helpers.toys import CLASSES, toy_images
+from tests.helpers.images import image_folder, toy_images
+from tests.helpers.models import CLASSES, SMALL_VIT, lively
+from tests.helpers.runs import best, quick
 
 ANIMALS = ("zebra", "ant", "yak")
 

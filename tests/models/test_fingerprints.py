@@ -15,8 +15,9 @@ from moee_analysis.models.fingerprints import alike, answers, fingerprint, hash_
 from moee_analysis.models.loading import build_model, load_model
 from moee_analysis.training.finetune import finetune
 from tests.helpers.families import FAMILIES, small
-from tests.helpers.makers import SMALL_VIT, lively, pixels_of, quick, same_models
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import SMALL_VIT, lively, pixels_of, same_models, toy_swin, toy_vit
+from tests.helpers.runs import quick
 from tests.training.test_finetune import tuning
 
 

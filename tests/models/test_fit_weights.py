@@ -13,7 +13,7 @@ from timm.models.vision_transformer import resample_abs_pos_embed
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import build_model, load_model
-from tests.helpers.makers import SMALL_CONVNEXT, SMALL_VIT, lively
+from tests.helpers.models import SMALL_CONVNEXT, SMALL_VIT, lively
 
 PREFIXES = (
     "module.", "_orig_mod.", "model.", "backbone.", "encoder.", "module._orig_mod.",

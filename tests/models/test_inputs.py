@@ -17,8 +17,9 @@ from moee_analysis.training.augmentation import training_transform
 from moee_analysis.training.batches import Loaded
 from moee_analysis.training.finetune import finetune
 from tests.helpers.families import FAMILIES, small
-from tests.helpers.makers import SMALL_CONVNEXT, SMALL_VIT, best, lively, picture, pixels_of, quick
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import picture, toy_images
+from tests.helpers.models import SMALL_CONVNEXT, SMALL_VIT, lively, pixels_of, toy_swin, toy_vit
+from tests.helpers.runs import best, quick
 from tests.training.test_finetune import tuning
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -19,8 +19,7 @@ from moee_analysis.models.loading import (
     load_model,
     model_transform,
 )
-from tests.helpers.makers import SMALL_CONVNEXT, SMALL_VIT, lively
-from tests.helpers.toys import toy_swin, toy_vit
+from tests.helpers.models import SMALL_CONVNEXT, SMALL_VIT, lively, toy_swin, toy_vit
 
 
 def test_the_bundled_model_is_ready_for_evaluation():

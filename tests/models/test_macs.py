@@ -12,7 +12,7 @@ from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
 from tests.helpers.families import small
-from tests.helpers.toys import toy_moe, toy_swin, toy_vit
+from tests.helpers.models import toy_moe, toy_swin, toy_vit
 
 
 def closed_form(*, dim, hidden, depth, patches, pixels, classes):

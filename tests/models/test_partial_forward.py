@@ -7,8 +7,7 @@ import torch
 
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.partial_forward import block_of, seeing_inputs, starting_at
-from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively
-from tests.helpers.toys import toy_swin, toy_vit
+from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, toy_swin, toy_vit
 
 
 @pytest.mark.parametrize("model", [toy_vit(), toy_swin(), lively(SMALL_CONVNEXT)], ids=type)

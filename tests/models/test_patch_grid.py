@@ -8,8 +8,7 @@ from moee_analysis.extraction.record.token_kinds import leading_kinds
 from moee_analysis.models.loading import build_model, find_mlps
 from moee_analysis.models.patch_grid import patch_places
 from tests.helpers.families import FAMILIES
-from tests.helpers.makers import pixels_of
-from tests.helpers.toys import toy_swin, toy_vit
+from tests.helpers.models import pixels_of, toy_swin, toy_vit
 
 REORDERED = ("small_hiera", "small_mobilevit", "small_nest", "small_tnt")
 CELLS = 4  # rows and columns of cells of the image, one of which is made brighter

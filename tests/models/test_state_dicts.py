@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import class_names, fingerprint, load_model, model_transform
 from moee_analysis.utils.paths import data_folder
-from tests.helpers.makers import SMALL_VIT, lively, picture
+from tests.helpers.images import picture
+from tests.helpers.models import SMALL_VIT, lively
 
 if TYPE_CHECKING:
     from pathlib import Path

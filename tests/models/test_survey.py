@@ -9,7 +9,7 @@ from torch import nn
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.survey import is_plain_mlp, survey
 from moee_analysis.moe.layer import all_mlps
-from tests.helpers.toys import toy_moe, toy_swin, toy_vit
+from tests.helpers.models import toy_moe, toy_swin, toy_vit
 
 
 def built(name):

@@ -13,8 +13,9 @@ from moee_analysis.models.inputs import input_size, model_transform
 from moee_analysis.models.loading import architecture, class_names, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.models.unwrapping import unwrapped
-from tests.helpers.makers import lively, pixels_of, quick, same_models
-from tests.helpers.toys import CLASSES, toy_images
+from tests.helpers.images import toy_images
+from tests.helpers.models import CLASSES, lively, pixels_of, same_models
+from tests.helpers.runs import quick
 
 
 def compiled(model):

@@ -13,8 +13,9 @@ from moee_analysis.moe.blocked_mlp import BlockedMlp, compute_in_blocks
 from moee_analysis.moe.kernels.dispatch import BLOCK
 from moee_analysis.moe.layer import all_mlps, moe_layers
 from moee_analysis.utils import matmul as products
-from tests.helpers.makers import best, lively, pixels_of, quick, same_models
-from tests.helpers.toys import toy_images, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, pixels_of, same_models, toy_moe, toy_swin, toy_vit
+from tests.helpers.runs import best, quick
 
 DIM, HIDDEN = 6, 10
 

@@ -11,8 +11,8 @@ from moee_analysis.baselines.controls import constantly_routed, oracle_routed, r
 from moee_analysis.models.macs import count
 from moee_analysis.moe.expert_layer import counting_usage, expert_layers, macs_as_used
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.makers import hooks_of, pixels_of
-from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, pixels_of, toy_kinds, toy_moe, toy_vit
 
 IMAGES = toy_images(24)
 MOEFIED = moefication.MoeficationConfig(active=0.5, n_experts=8, router="centre")

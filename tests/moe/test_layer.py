@@ -16,7 +16,7 @@ from moee_analysis.moe.layer import (
     replace_module,
 )
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, TokenKindRouter
-from tests.helpers.toys import toy_moe, toy_vit
+from tests.helpers.models import toy_moe, toy_vit
 
 DIM, HIDDEN = 6, 10
 EXPERTS = [np.array([0, 2, 3]), np.array([2, 5]), np.array([8])]

@@ -8,8 +8,9 @@ from torch.export import Dim, export
 
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.makers import SMALL_CONVNEXT, best, lively, pixels_of, quick
-from tests.helpers.toys import toy_images, toy_swin
+from tests.helpers.images import toy_images
+from tests.helpers.models import SMALL_CONVNEXT, lively, pixels_of, toy_swin
+from tests.helpers.runs import best, quick
 
 CASES = {
     "paper": (lively, quick()),

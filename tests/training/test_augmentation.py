@@ -17,7 +17,8 @@ from moee_analysis.training.augmentation import (
     training_transform,
 )
 from moee_analysis.utils import distributed
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,7 @@ from moee_analysis.training.distillation import (
     compared_blocks,
     divergences,
 )
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_moe, toy_swin, toy_vit
+from tests.helpers.models import hooks_of, toy_moe, toy_swin, toy_vit
 
 X = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -22,8 +22,9 @@ from moee_analysis.training.finetune import finetune, history_of
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.storage.store import unfinished_folder
 from tests.helpers.families import FAMILIES, small
-from tests.helpers.makers import best, contents, divergence, hooks_of, lively, quick, same_models
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import contents, toy_images
+from tests.helpers.models import divergence, hooks_of, lively, same_models, toy_vit
+from tests.helpers.runs import best, quick
 
 SCENES = load_images(split="calibration")
 IMAGES = SCENES.take(range(40))

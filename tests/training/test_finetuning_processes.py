@@ -17,9 +17,10 @@ from moee_analysis.training.finetune import finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import sum_gradients
-from tests.helpers.killing import killed_after
-from tests.helpers.makers import SMALL_VIT, contents, lively, quick
-from tests.helpers.toys import toy_images
+from tests.helpers.images import contents, toy_images
+from tests.helpers.models import SMALL_VIT, lively
+from tests.helpers.processes import killed_after
+from tests.helpers.runs import quick
 from tests.utils.test_distributed import torchrun
 
 KILLS = 4
@@ -30,7 +31,7 @@ def test_any_number_of_processes_learns_the_same(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        done = torchrun(processes, "tests.helpers.torchrun_finetuning", folder)
+        done = torchrun(processes, "tests.helpers.torchrun", "finetune", folder)
         assert done.returncode == 0, done.stderr
         files = sorted(folder.glob("tuned-*.safetensors"))
         assert len(files) == processes

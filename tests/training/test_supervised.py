@@ -20,8 +20,8 @@ from moee_analysis.training.batches import Batches, Loaded
 from moee_analysis.training.parameter_groups import parameter_groups
 from moee_analysis.training.supervised import right_of, train
 from moee_analysis.training.supervised_config import SupervisedConfig
-from tests.helpers.makers import same_models
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import same_models, toy_vit
 
 IMAGES = toy_images(48)
 TRAINING, CHECK = IMAGES.take(range(30)), IMAGES.take(range(30, 48))

@@ -17,8 +17,7 @@ from moee_analysis.training.train_routers import (
     straight_through,
     trainable_routers,
 )
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_kinds, toy_moe, toy_vit
+from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_vit
 
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -23,7 +23,8 @@ from moee_analysis.measure.evaluation.comparison import Contest
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.training.supervised_config import SupervisedConfig
 from moee_analysis.utils import checks
-from tests.helpers.toys import toy_images, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_moe, toy_vit
 
 CONFIGS = (
     ExtractConfig, ClusterConfig, FinetuneConfig, SupervisedConfig, StaticPruningConfig,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import agreed, all_sum, local_device, own_share, together
-from tests.helpers.torchrun_toy import RUNS
+from tests.helpers.torchrun import RUNS
 
 
 def torchrun(processes, *arguments):
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
     found = {name: {} for name in RUNS}
     for processes in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"of_{processes}")
-        done = torchrun(processes, "tests.helpers.torchrun_toy", folder)
+        done = torchrun(processes, "tests.helpers.torchrun", "extract", folder)
         assert done.returncode == 0, done.stderr
         for name in RUNS:
             files = sorted(folder.glob(f"{name}-*.safetensors"))
@@ -56,7 +56,7 @@ def test_any_number_of_processes_comes_to_the_same_experts(runs, name):
 
 
 def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path):
-    done = torchrun(2, "tests.helpers.torchrun_toy", tmp_path, "crash")
+    done = torchrun(2, "tests.helpers.torchrun", "crash", tmp_path)
     assert done.returncode != 0
     assert "expected a process that works" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -13,8 +13,8 @@ from moee_analysis.baselines.common.balance_losses import (
 )
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
 from moee_analysis.errors import MoeeError
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_vit
 
 IMAGES, TOKENS, EXPERTS = 3, 20, 4
 

@@ -8,8 +8,7 @@ from moee_analysis.baselines.common.replace_mlps import chosen, exchanged, place
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.families import small
-from tests.helpers.makers import hooks_of, pixels_of
-from tests.helpers.toys import toy_swin, toy_vit
+from tests.helpers.models import hooks_of, pixels_of, toy_swin, toy_vit
 
 
 def test_layers_are_chosen_in_order():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from moee_analysis.baselines.jetpack.activation_profile import BATCH, profile
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_vit
 from tests.helpers.widened import convnext, lively_ones
 
 IMAGES = toy_images(BATCH + 5)  # more than a batch

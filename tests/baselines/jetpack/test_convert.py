@@ -13,8 +13,8 @@ from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.models.macs import count
-from tests.helpers.makers import hooks_of, same_models
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, same_models, toy_vit
 from tests.helpers.widened import (
     convnext,
     lively_ones,

@@ -6,8 +6,8 @@ import torch
 from moee_analysis.baselines.jetpack import JetpackConfig, narrowed
 from moee_analysis.baselines.jetpack import narrow_model as successor
 from moee_analysis.errors import MoeeError
-from tests.helpers.makers import hooks_of, lively, same_models
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, lively, same_models, toy_swin, toy_vit
 from tests.helpers.widened import (
     convnext,
     lively_ones,

@@ -19,8 +19,16 @@ from moee_analysis.baselines.moefication.config import ROUTERS, SCORES, SPLITS
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import moe_layers, set_dispatch
-from tests.helpers.makers import SMALL_CONVNEXT, contents, hooks_of, lively, pixels_of, same_models
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import contents, toy_images
+from tests.helpers.models import (
+    SMALL_CONVNEXT,
+    hooks_of,
+    lively,
+    pixels_of,
+    same_models,
+    toy_swin,
+    toy_vit,
+)
 
 IMAGES = toy_images(12)
 

@@ -23,8 +23,8 @@ from moee_analysis.extraction.experts.expert_statistics import ExpertTally, stat
 from moee_analysis.extraction.record.accumulate import summed_alone
 from moee_analysis.extraction.record.fisher import damped, input_root
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter
-from tests.helpers.makers import CLUSTERING, MEANS, best, quick
-from tests.helpers.planted import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, draw_from, planted
+from tests.helpers.layers import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, draw_from, planted
+from tests.helpers.runs import CLUSTERING, MEANS, best, quick
 
 INPUTS = PLANTED.sample.inputs.astype(np.float32)
 

@@ -14,8 +14,17 @@ from moee_analysis.extraction.cluster.sample_tokens import (
 )
 from moee_analysis.extraction.record import layer_tokens as recorded
 from moee_analysis.extraction.record.accumulate import summed_alone
-from tests.helpers.makers import best, quick, sample_of
-from tests.helpers.planted import Made, added_up, agree, draw_from, layer_of, part_of, parts_of
+from tests.helpers.layers import (
+    Made,
+    added_up,
+    agree,
+    draw_from,
+    layer_of,
+    part_of,
+    parts_of,
+    sample_of,
+)
+from tests.helpers.runs import best, quick
 
 IMAGES, TOKENS, DIM, HIDDEN = 12, 5, 4, 6
 ROWS = IMAGES * TOKENS

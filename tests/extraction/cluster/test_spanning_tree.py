@@ -18,7 +18,7 @@ from moee_analysis.extraction.cluster.spanning_tree import Distinct, reachable, 
 from moee_analysis.extraction.record.hooks import TokenPlan
 from moee_analysis.extraction.record.recording import record
 from moee_analysis.models.loading import find_mlps, load_model
-from tests.helpers.partitions import same_partition
+from tests.helpers.layers import same_partition
 
 SETTINGS = [(2, "eom", None), (5, "eom", 40), (5, "leaf", None), (12, "eom", None)]
 

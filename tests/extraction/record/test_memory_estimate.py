@@ -11,9 +11,10 @@ from moee_analysis.extraction.record import calibration_set as calibration
 from moee_analysis.extraction.record import recording
 from moee_analysis.extraction.record.calibration_set import Calibration, Limits
 from moee_analysis.extraction.record.memory_estimate import Memory, expected, most_experts
-from tests.helpers.killing import PROCESSES
-from tests.helpers.makers import best, lively, quick
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, toy_vit
+from tests.helpers.processes import processes
+from tests.helpers.runs import best, quick
 
 NOWHERE = Limits(disk=0)
 TOKENS, DIM, HIDDEN, LAYERS = 17, 32, 64, 3
@@ -73,7 +74,7 @@ def peak_of(images, limits):
 @pytest.mark.parametrize("limits", [Limits(), NOWHERE], ids=["on disk", "made again"])
 def test_memory_does_not_grow_with_the_number_of_images(limits):
     few, many = (
-        ProcessPoolExecutor(1, mp_context=PROCESSES).submit(peak_of, images, limits).result()
+        ProcessPoolExecutor(1, mp_context=processes()).submit(peak_of, images, limits).result()
         for images in (64, 384)
     )
     one = Calibration(lively(), toy_images(8), best().resolved(), None).bytes_of(1)

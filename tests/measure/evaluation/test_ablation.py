@@ -12,8 +12,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.recipes import RECIPES, recipe_named
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.variants import SCORES
-from tests.helpers.makers import CLUSTERING, MEANS, best, same_models
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import same_models, toy_vit
+from tests.helpers.runs import CLUSTERING, MEANS, best
 
 DENSE = toy_vit()
 CALIBRATION, IMAGES = toy_images(24), toy_images(40).take(range(24, 40))

@@ -7,7 +7,8 @@ import torch
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from tests.helpers.toys import toy_images, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_moe, toy_vit
 
 
 @pytest.fixture(scope="module")

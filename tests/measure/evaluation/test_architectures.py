@@ -11,8 +11,9 @@ from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.loading import load_model
-from tests.helpers.makers import quick
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_swin, toy_vit
+from tests.helpers.runs import quick
 
 MODELS = {"ViT": toy_vit(), "Swin": toy_swin()}
 CALIBRATION, IMAGES = toy_images(24), toy_images(60).take(range(24, 60))

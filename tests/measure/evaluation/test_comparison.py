@@ -14,7 +14,8 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.comparison import Contest, compare
 from moee_analysis.measure.evaluation.comparison_table import comparison_table
 from moee_analysis.models.macs import count, count_parameters
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
 from tests.measure.evaluation.test_evaluate import FIELDS, LAYER_FIELDS
 
 FEW = ["MoEE, best", "MoEfication: k-means, centre", "Sparse Upcycling: top-1", STATIC]

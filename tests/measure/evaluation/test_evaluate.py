@@ -9,8 +9,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.evaluate import evaluate
 from moee_analysis.models.macs import count, count_parameters
-from tests.helpers.makers import quick
-from tests.helpers.toys import CLASSES, toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import CLASSES, toy_vit
+from tests.helpers.runs import quick
 
 CALIBRATION, IMAGES = toy_images(72).take(range(36, 72)), toy_images(36)
 FIELDS = {

@@ -9,7 +9,8 @@ from torch import nn
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.latency import drawn, in_turn
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
 
 module = sys.modules[
     "moee_analysis.measure.evaluation.latency"

@@ -7,7 +7,8 @@ from moee_analysis.baselines.moefication import MoeficationConfig, convert
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import moe_layers, set_dispatch
-from tests.helpers.toys import reduced_attention, toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import reduced_attention, toy_kinds, toy_moe, toy_swin, toy_vit
 
 SUMS = ["macs_dense", "macs", "params_dense", "params"]
 

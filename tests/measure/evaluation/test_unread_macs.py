@@ -16,8 +16,17 @@ from moee_analysis.measure.evaluation.unread_macs import UnreadMacs, unread_macs
 from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import moe_layers, replace_module
-from tests.helpers.makers import SMALL_CONVNEXT, best, lively, pixels_of, quick
-from tests.helpers.toys import reduced_attention, toy_images, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import (
+    SMALL_CONVNEXT,
+    lively,
+    pixels_of,
+    reduced_attention,
+    toy_moe,
+    toy_swin,
+    toy_vit,
+)
+from tests.helpers.runs import best, quick
 
 IMAGES = toy_images(12)
 N, D, H = 17, 32, 64  # tokens, width and hidden neurons of the toy

@@ -13,8 +13,9 @@ from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.variants import DIVERGENCES, SCORES
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.makers import best, divergence, quick
-from tests.helpers.toys import toy_images, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import divergence, toy_moe, toy_vit
+from tests.helpers.runs import best, quick
 
 DENSE = toy_vit()
 CALIBRATION, IMAGES = toy_images(24), toy_images(40).take(range(24, 40))

@@ -14,8 +14,8 @@ from moee_analysis.measure.knockout.intervention import (
     removed,
 )
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_swin, toy_vit
 
 IMAGES = toy_images(10)
 CHOSEN = torch.randint(0, 4, (6, 17), generator=torch.Generator().manual_seed(0))

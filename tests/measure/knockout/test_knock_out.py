@@ -19,8 +19,18 @@ from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import ConstantRouter
 from tests.helpers.colours import COLOURS, colour_model, coloured_images
-from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively, same_models
-from tests.helpers.toys import CLASSES, toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import (
+    CLASSES,
+    SMALL_CONVNEXT,
+    hooks_of,
+    lively,
+    same_models,
+    toy_kinds,
+    toy_moe,
+    toy_swin,
+    toy_vit,
+)
 
 CALIBRATION, IMAGES = toy_images(12), toy_images(36).take(range(12, 36))
 COLOURED = coloured_images(*range(20))

@@ -11,8 +11,8 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.measure.knockout.intervention import knocked_out, mean_outputs, removed
 from moee_analysis.measure.knockout.part_probe import PartProbe, Place
 from tests.helpers.colours import COLOURS, colour_model, coloured_images
-from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively
-from tests.helpers.toys import toy_images, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, toy_moe, toy_swin, toy_vit
 
 CALIBRATION, IMAGES = coloured_images(*range(100, 116)), coloured_images(*range(20))
 

@@ -4,7 +4,7 @@ from sklearn.metrics import roc_auc_score
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from tests.helpers.made_routes import drawn_routes, made_routes
+from tests.helpers.routes import drawn_routes, made_routes
 
 FAMILIES = {"class_0": "truck", "class 1": "animal", "class 2": "truck", "class 3": "animal"}
 

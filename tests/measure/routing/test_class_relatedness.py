@@ -9,7 +9,7 @@ from torch import nn
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from tests.helpers.toys import toy_vit
+from tests.helpers.models import toy_vit
 
 CLASSES = 5
 

@@ -6,8 +6,9 @@ from scipy.stats import entropy
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.divergence import jensen_shannon
-from tests.helpers.made_routes import drawn_routes, made_routes
-from tests.helpers.toys import toy_images, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_moe, toy_vit
+from tests.helpers.routes import drawn_routes, made_routes
 
 
 def test_jensen_shannon_agrees_with_scipy():

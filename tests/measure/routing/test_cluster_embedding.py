@@ -6,8 +6,9 @@ import pytest
 from moee_analysis import measure
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.routing.cluster_embedding import _shuffled_components
-from tests.helpers.makers import best, lively, quick
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, toy_vit
+from tests.helpers.runs import best, quick
 
 
 @pytest.fixture(scope="module")

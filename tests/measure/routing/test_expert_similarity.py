@@ -5,7 +5,7 @@ from scipy.spatial.distance import cosine
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.toys import toy_kinds, toy_moe, toy_vit
+from tests.helpers.models import toy_kinds, toy_moe, toy_vit
 
 
 def test_cosines_agree_with_scipy():

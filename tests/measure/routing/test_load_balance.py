@@ -9,7 +9,8 @@ from moee_analysis import measure
 from moee_analysis.baselines.moefication import MoeficationConfig, convert
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
-from tests.helpers.toys import toy_images, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_moe, toy_vit
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from moee_analysis.measure.routing.part_alignment import (
     expected_information,
     patch_parts,
 )
-from tests.helpers.made_routes import GRID, PARTS, drawn_routes, made_routes, masked_images
-from tests.helpers.toys import toy_images
+from tests.helpers.images import toy_images
+from tests.helpers.routes import GRID, PARTS, drawn_routes, made_routes, masked_images
 
 QUICK = {"permutations": 20, "resamples": 20}
 

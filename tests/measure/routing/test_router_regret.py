@@ -16,9 +16,10 @@ from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.oracle import OracleRouter
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, RandomRouter
-from tests.helpers.makers import best, quick, same_models
-from tests.helpers.planted import added_up, agree, parts_of
-from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.layers import added_up, agree, parts_of
+from tests.helpers.models import same_models, toy_kinds, toy_moe, toy_vit
+from tests.helpers.runs import best, quick
 
 CALIBRATION, IMAGES = toy_images(24), toy_images(34).take(range(24, 34))
 CONFIGS = {

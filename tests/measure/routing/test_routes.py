@@ -12,7 +12,8 @@ from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import CosineRouter, TokenKindRouter
 from tests.helpers.families import small
-from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_kinds, toy_moe, toy_swin, toy_vit
 
 
 def hooks(model):

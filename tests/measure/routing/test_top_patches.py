@@ -8,9 +8,9 @@ from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.top_patches import typical
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.made_routes import drawn_routes
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.routes import drawn_routes
 
 MAKERS = [lambda: toy_moe(toy_vit()), lambda: toy_moe(toy_swin()), lambda: toy_kinds(toy_vit())]
 

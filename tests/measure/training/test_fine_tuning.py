@@ -9,8 +9,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.training.finetune import finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
-from tests.helpers.makers import best, divergence, lively
-from tests.helpers.toys import toy_images
+from tests.helpers.images import toy_images
+from tests.helpers.models import divergence, lively
+from tests.helpers.runs import best
 
 CALIBRATION = toy_images(24)
 TRAINING, IMAGES = toy_images(40).take(range(24)), toy_images(60).take(range(40, 60))

@@ -11,8 +11,8 @@ from moee_analysis.baselines.common.soft_moe_router import SoftRouter
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import replace_module
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_vit
 
 IMAGES = toy_images(10)
 

@@ -10,8 +10,8 @@ from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.training.supervised import right_of, train
 from moee_analysis.training.supervised_config import SupervisedConfig
-from tests.helpers.makers import contents, same_models
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import contents, toy_images
+from tests.helpers.models import same_models, toy_vit
 
 TRAINING, IMAGES = toy_images(40).take(range(24)), toy_images(40).take(range(24, 40))
 CONFIG = SupervisedConfig(steps=4, batch_size=8, check_every=2)

@@ -12,7 +12,7 @@ from moee_analysis.moe.kernels.dispatch import Way
 from moee_analysis.moe.layer import MoeMlp
 from moee_analysis.moe.routers import CosineRouter
 from moee_analysis.utils import matmul as products
-from tests.helpers.toys import toy_moe, toy_vit
+from tests.helpers.models import toy_moe, toy_vit
 
 DIM, HIDDEN, EXPERTS = 64, 256, 24
 ENOUGH = LITTLE // (2 * DIM * HIDDEN) + 1  # tokens that are worth measuring

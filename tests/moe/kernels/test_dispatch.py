@@ -15,7 +15,7 @@ from moee_analysis.moe.kernels.group_mlps import FEW, MOST
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, set_dispatch
 from moee_analysis.moe.routers import CosineRouter, TokenKindRouter
 from moee_analysis.utils.matmul import KERNELS
-from tests.helpers.toys import toy_moe, toy_vit
+from tests.helpers.models import toy_moe, toy_vit
 
 DIM, HIDDEN, EXPERTS = 8, 24, 6
 WAYS = [

@@ -21,7 +21,8 @@ from moee_analysis.moe.layer import moe_layers
 from moee_analysis.report.atlas import write_atlas
 from moee_analysis.report.atlas.facts import OTHERS, PATCHES
 from moee_analysis.report.atlas.page import atlas_facts, page
-from tests.helpers.toys import toy_images, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_kinds, toy_moe, toy_swin, toy_vit
 
 NASTY = "</script><script>alert(1)</script>&<b>"
 

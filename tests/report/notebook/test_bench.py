@@ -16,7 +16,7 @@ from moee_analysis.models import loading as models
 from moee_analysis.report.notebook.bench import MACS_REDUCTION, open_notebook
 from moee_analysis.report.notebook.display import prepare_display
 from moee_analysis.report.results import plain, readable
-from tests.helpers import toys
+from tests.helpers.models import CLASSES, toy_vit
 
 PER_CLASS = 8
 
@@ -25,7 +25,7 @@ PER_CLASS = 8
 def folder(tmp_path):
     """A folder of class folders with small noisy images."""
     rng = np.random.default_rng(0)
-    for name in toys.CLASSES:
+    for name in CLASSES:
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(PER_CLASS):
             pixels = rng.integers(0, 255, size=(32, 32, 3), dtype=np.uint8)
@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def toy_model(monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: toys.toy_vit())
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: toy_vit())
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_without_a_calibration_set_a_part_of_the_images_is_set_aside(tmp_path, f
     )
     calibration, evaluation = set(bench.calibration.rows), set(bench.images.rows)
     assert not calibration & evaluation
-    assert len(calibration | evaluation) == PER_CLASS * len(toys.CLASSES)
+    assert len(calibration | evaluation) == PER_CLASS * len(CLASSES)
     assert "set aside" in _written(tmp_path)["notes"][0]
     assert "set aside" in bench._repr_markdown_()
 
@@ -241,7 +241,7 @@ def test_without_a_calibration_set_a_part_of_the_images_is_set_aside(tmp_path, f
 def test_a_bundled_model_is_calibrated_with_its_own_images(name, folder):
     bench = open_notebook("x", model=name, images=folder, preset="smoke")
     assert bench.calibration.name == "bundled scenes, calibration"
-    assert len(bench.images) == PER_CLASS * len(toys.CLASSES)
+    assert len(bench.images) == PER_CLASS * len(CLASSES)
 
 
 def test_one_folder_for_calibration_and_evaluation_is_refused(folder):
@@ -254,7 +254,7 @@ def test_unreadable_images_are_noted(tmp_path, folder):
     (tmp_path / "photos" / "ant" / "0.png").write_bytes(b"no image")
     bench = open_notebook("x", images=folder, preset="smoke", out=str(tmp_path / "out"))
     with pytest.warns(UserWarning, match="damaged or no picture"):
-        assert len(bench.images) == PER_CLASS * len(toys.CLASSES) - 1
+        assert len(bench.images) == PER_CLASS * len(CLASSES) - 1
     (note,) = _written(tmp_path)["notes"]
     assert note.startswith("Skipped of photos: 1 damaged or no picture")
     assert note.endswith(": ant/0.png.")

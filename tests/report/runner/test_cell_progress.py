@@ -9,7 +9,7 @@ import pytest
 
 from moee_analysis.report.runner import run_notebooks as reports
 from moee_analysis.report.runner.cell_progress import cell_bar, cells_noted, code_cells, note_cell
-from tests.helpers.notebook_files import write_notebook
+from tests.helpers.notebooks import write_notebook
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from moee_analysis.report.pages.solutions import folded
 from moee_analysis.report.runner import jupyter as kernel
 from moee_analysis.report.runner.check_parameters import check_parameters
 from moee_analysis.report.runner.run_notebooks import report
-from tests.helpers.notebook_files import write_notebook
+from tests.helpers.notebooks import write_notebook
 
 DESCRIBED = "All 1200 pixels are teal. a &lt;teal&gt; one"
 ENDLESS = "while True: pass"

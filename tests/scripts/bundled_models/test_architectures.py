@@ -30,7 +30,8 @@ from moee_analysis.models.macs import count
 from moee_analysis.utils.paths import data_folder
 from scripts.bundled_models import evaluation as scenes_evaluation
 from scripts.bundled_models.architectures import ARCHITECTURES, RECIPES
-from tests.helpers.makers import best, pixels_of, same_models
+from tests.helpers.models import pixels_of, same_models
+from tests.helpers.runs import best
 
 NAMES = list(BUNDLED_MODELS)
 COMMANDS = {

@@ -10,8 +10,9 @@ from moee_analysis.cli import main
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.utils.storage.store import kept, present, resumed, set_aside, unfinished_folder
 from moee_analysis.utils.storage.upkeep import entries, prune, shares
-from tests.helpers.makers import best, lively
-from tests.helpers.toys import toy_images
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively
+from tests.helpers.runs import best
 
 NAMES = {kind: f"{kind}-{number:020x}" for number, kind in enumerate(
     ("activations", "clusters", "run", "statistics", "trained")

@@ -1,23 +1,20 @@
-"""Small random models and images: quick, deterministic, nothing fetched."""
+"""Small random models: quick, deterministic, nothing fetched."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from PIL import Image
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from moee_analysis.data.images import ImageSet
 from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank
-from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.loading import build_model, find_mlps, input_size
 from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
 from moee_analysis.moe.routers import CosineRouter, NearestRouter, TokenKindRouter
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
+SMALL_VIT = "test_vit"  # timm's own test model: 6 blocks of width 64, 100 tokens and CLS
+SMALL_CONVNEXT = "test_convnext"
 
 
 def toy_vit(*, depth: int = 3, seed: int = 0) -> VisionTransformer:
@@ -53,6 +50,16 @@ def _ready(model):
         if name.endswith("weight") and parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def lively(name: str = SMALL_VIT, *, seed: int = 0, **settings):
+    """A timm model with weights large enough for its layers to disagree about tokens."""
+    torch.manual_seed(seed)
+    model = build_model(name, **settings)
+    for key, parameter in model.named_parameters():
+        if key.endswith("weight") and parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(requires_grad=False)
 
 
 def toy_moe(model, *, n_experts: int = 4, seed: int = 0, layers=None):
@@ -103,23 +110,26 @@ def reduced_attention(model, *, ranks=(5, 16), queries=None):
     return model
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Pictures of coloured noise."""
-
-    parts: tuple[str, ...] = ()
-
-    def picture(self, row: int) -> Image.Image:
-        rng = np.random.default_rng(row)
-        tint = rng.uniform(size=3)
-        pixels = 255 * (0.5 * tint + 0.5 * rng.uniform(size=(32, 32, 3)))
-        return Image.fromarray(pixels.astype(np.uint8))
-
-    def digest(self, row: int) -> bytes:
-        return hashlib.sha256(self.picture(row).tobytes()).digest()
+def pixels_of(model, *, count: int = 4, seed: int = 0) -> torch.Tensor:
+    """Random input of the size that ``model`` wants."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, *input_size(model), generator=generator)
 
 
-def toy_images(count: int = 24) -> ImageSet:
-    """``count`` images, dealt to the classes in turn."""
-    folders = tuple(CLASSES[i % len(CLASSES)] for i in range(count))
-    return ImageSet("noise", Noise(), tuple(range(count)), folders)
+def hooks_of(model) -> int:
+    """Number of hooks on any module of ``model``."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def same_models(one, other) -> bool:
+    """Whether two models have the same tensors, bit for bit."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def divergence(dense, other, images) -> float:
+    """Mean KL(dense || other) of the predictions for ``images``, in nats."""
+    x = torch.cat(list(images.batches(dense)))
+    with torch.inference_mode():
+        p, q = (model(x).double().log_softmax(dim=1) for model in (dense, other))
+    return float((p.exp() * (p - q)).sum(dim=1).mean())

@@ -173,3 +173,25 @@ class Made:
         divided = {e.site.name: parts_of(e, self.cuts) for e in self.layers if e.site.name in names}
         for number in range(skip, len(self.own)):
             yield {name: parts[number] for name, parts in divided.items()}
+
+
+def sample_of(hidden=None, *, inputs=None, weight=None, gradients=None, position=None, image=None):
+    """A layer's sample of given values, one image; what is not given is zeros, the weights ones."""
+    rows = len(next(v for v in (hidden, inputs, weight, position) if v is not None))
+    norms = None if gradients is None else np.ones(gradients.shape[:2], np.float32)
+    return LayerSample(
+        np.zeros((rows, 4), np.float16) if inputs is None else inputs,
+        hidden,
+        np.zeros(rows, np.int32) if image is None else image,
+        np.zeros(rows, np.int32) if position is None else position,
+        np.ones(rows, np.float32) if weight is None else weight,
+        gradients,
+        norms,
+    )
+
+
+def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether labels differ by their numbers alone, and noise, -1, not at all."""
+    pairs = set(zip(one.tolist(), other.tolist(), strict=True))
+    same_noise = all((a == -1) == (b == -1) for a, b in pairs)
+    return same_noise and len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import resource
 import signal
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from moee_analysis.cli import main
-from tests.helpers.makers import SMALL_VIT, image_folder, lively
+from tests.helpers.images import image_folder
+from tests.helpers.models import SMALL_VIT, lively
 
 
 @cache
@@ -72,3 +77,21 @@ def finetuning(inputs, run, out):
     """Arguments of a fine-tuning that takes two seconds."""
     return ["finetune", str(run), "--images", str(inputs / "images"), "--epochs", "3",
             "--batch-size", "4", "--out", str(out)]  # fmt: skip
+
+
+def killed_after(seconds, target, *arguments):
+    """Whether a process was killed before it had finished; None for ``seconds``: it may finish."""
+    process = processes().Process(target=target, args=arguments)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode != 0
+
+
+@contextmanager
+def benchmark(name):
+    """A script of ``benchmarks/``, imported as it is when it runs: with its folder on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        yield importlib.import_module(name)

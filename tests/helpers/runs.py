@@ -1,0 +1,53 @@
+"""Settings that cluster in a second, and runs with layers given by hand."""
+
+from __future__ import annotations
+
+from moee_analysis.extraction.cluster.clustering import ClusterConfig
+from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.extraction.saving.layer_report import LayerReport
+from moee_analysis.extraction.saving.provenance import provenance_of
+from moee_analysis.moe.layer import MoeMlp, all_mlps
+from tests.helpers.images import toy_images
+
+CLUSTERING = ClusterConfig(
+    reduce="pca", components=4, min_samples=3, min_cluster_size=0.05, max_cluster_size=0.6,
+    max_noise=0.95,
+)  # fmt: skip
+
+
+MEANS = ClusterConfig(
+    method="kmeans", space="inputs", reduce="none", count=4, min_samples=3, components=4
+)
+
+
+def quick(**settings) -> ExtractConfig:
+    """A configuration that takes a small model apart in well under a second."""
+    defaults = {"tokens_per_image": 6, "cluster_tokens": 200, "clustering": CLUSTERING}
+    if "macs_reduction" not in settings:
+        defaults["variance_kept"] = 0.8
+    return ExtractConfig(**{**defaults, **settings})
+
+
+def best(**settings) -> ExtractConfig:
+    """The recipe ``best`` with few experts, for models that are small."""
+    return ExtractConfig(**{"recipe": "best", "clustering": MEANS, **settings})
+
+
+def run_of(model) -> Extraction:
+    """A run whose ``model`` has been given its routed layers by hand."""
+    reports = tuple(_report(*numbered) for numbered in enumerate(all_mlps(model).items()))
+    config = quick().resolved()
+    return Extraction(model, config, 0.8, reports, provenance_of(model, toy_images(6), config))
+
+
+def _report(index, named) -> LayerReport:
+    name, mlp = named
+    if not isinstance(mlp, MoeMlp):
+        return LayerReport(index, name, mlp.fc1.out_features, converted=False, reason="")
+    hidden = mlp.hidden_dense
+    return LayerReport(
+        index, name, hidden, converted=True, reason="", experts=mlp.n_experts,
+        active_fraction=float(mlp.shares @ mlp.sizes.float()) / hidden,
+        union_fraction=len(mlp.kept) / hidden, sizes=tuple(mlp.expert_sizes),
+    )  # fmt: skip
