@@ -1,4 +1,4 @@
-"""What several test files share: a small extraction, its saved form, and real photographs."""
+"""What several test files share: small extractions, a saved one, and real photographs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,52 @@ from pathlib import Path
 
 import pytest
 
+from moee_analysis.data.images import load_images
 from moee_analysis.extraction.pipeline import extract
-from tests.helpers.makers import lively, quick
-from tests.helpers.toys import toy_images
+from moee_analysis.models.loading import load_model
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively
+from tests.helpers.runs import quick
 
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("MOEE_CHROMIUM") else ["browser"]
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory):
+    """A store for all tests and workers: what one of them computes, the others find."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled vision transformer, which is trained; not to be changed."""
+    return load_model("bundled")
+
+
+@pytest.fixture(scope="session")
+def bundled_images():
+    """Few of the bundled scenes, of a split: 40 to calibrate with, 24 others to evaluate."""
+    sizes = {"calibration": 40, "evaluation": 24}
+    return {split: load_images("bundled", split=split).limit(n) for split, n in sizes.items()}
+
+
+@pytest.fixture(scope="session")
+def bundled_run(bundled, bundled_images, shared_store):
+    """Take the bundled model apart by a configuration, once for all tests that ask for it.
+
+    The run is not to be changed.
+    """
+    runs = {}
+
+    def run_by(config):
+        key = repr(config)
+        if key not in runs:
+            runs[key] = extract(bundled, bundled_images["calibration"], config, store=shared_store)
+        return runs[key]
+
+    return run_by
 
 
 @pytest.fixture(scope="session")
