@@ -19,6 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("MOEE_CHROMIUM") else ["browser"]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of a file share a worker, and what they make; notebooks, which take longest, begin."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session")
 def shared_store(tmp_path_factory):
     """A store for all tests and workers: what one of them computes, the others find."""

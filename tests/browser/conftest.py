@@ -6,6 +6,7 @@ Runs by ``make test-browser`` only, which sets ``MOEE_CHROMIUM`` to the browser'
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from playwright.sync_api import sync_playwright
 
 import moee_analysis as moee
 from moee_analysis.report.atlas import write_atlas
+from moee_analysis.report.pages.index import write_index
 from moee_analysis.report.runner.run_notebooks import report
 from moee_analysis.utils import paths
 
@@ -97,11 +99,13 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def report_folder(store, tmp_path_factory):
-    """A report at the smoke preset: the one that ``make test`` has kept, or two notebooks."""
-    kept = os.environ.get("MOEE_KEEP_REPORT")
-    if kept and (Path(kept) / "index.html").is_file():
-        return Path(kept)
+    """A report at the smoke preset: of the notebooks ``make test`` has kept, or of two."""
     folder = tmp_path_factory.mktemp("report")
+    kept = sorted(Path(os.environ.get("MOEE_KEEP_REPORT", folder)).glob("*/*/page.html"))
+    if kept:
+        runs = [shutil.copytree(page.parent, folder / page.parent.name) for page in kept]
+        write_index(folder, runs)
+        return folder
     names = ("01_extraction", "03_class_specific_experts")
     chosen = [paths.notebooks_folder() / f"{name}.ipynb" for name in names]
     assert all(done.ok for done in report({}, out=folder, preset="smoke", notebooks=chosen))

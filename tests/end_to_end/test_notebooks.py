@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -36,7 +37,9 @@ ABSOLUTE = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|mnt|opt|data)/|[
 FINDING = re.compile(r"[^.]*\d.*\.", re.DOTALL)
 """A sentence or more with a number."""
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=pytest.mark.xdist_group(p.stem)) for p in NOTEBOOKS]
+)
 
 
 def _cells(path, kind):
@@ -135,18 +138,24 @@ def test_ends_in_exercises_with_solutions_that_are_hidden(path):
     assert (_solves(cells[-2]), cells[-1].source) == (True, "bench.finish()")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Every notebook, run at the smoke preset through one fresh store.
+@pytest.fixture(scope="session")
+def made(shared_store, tmp_path_factory):
+    """Run a notebook at the smoke preset, as a report of its own, when it is first asked for.
 
-    ``MOEE_KEEP_REPORT`` is where their report stays, for the browser tests.
+    ``MOEE_KEEP_REPORT`` is where the reports stay, for the browser tests.
     """
-    folder = tmp_path_factory.mktemp("notebooks")
-    out = os.environ.get("MOEE_KEEP_REPORT") or folder / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEE_STORE", str(folder / "store"))
-        outcomes = report({"seed": 1}, out=out, preset="smoke", notebooks=NOTEBOOKS)
-    return {outcome.notebook: outcome for outcome in outcomes}
+    kept, outcomes = os.environ.get("MOEE_KEEP_REPORT"), {}
+    out = Path(kept) if kept else tmp_path_factory.mktemp("reports")
+
+    def outcome_of(path):
+        if path not in outcomes:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("MOEE_STORE", str(shared_store))
+                options = {"out": out / path.stem, "preset": "smoke", "notebooks": [path]}
+                [outcomes[path]] = report({"seed": 1}, **options)
+        return outcomes[path]
+
+    return outcome_of
 
 
 def _results(outcome):
@@ -164,20 +173,20 @@ def _numbers(value):
 
 @each_notebook
 def test_runs_to_its_end(path, made):
-    outcome = made[path.stem]
+    outcome = made(path)
     assert outcome.ok, (outcome.error, (outcome.folder / "status.json").read_text())
     assert _results(outcome)["environment"]["versions"]
 
 
 @each_notebook
 def test_parameters_reach_the_code(path, made):
-    told = _results(made[path.stem])["parameters"]
+    told = _results(made(path))["parameters"]
     assert (told["seed"], told["preset"]) == (1, "smoke")
 
 
 @each_notebook
 def test_finds_a_headline_claims_and_finite_numbers(path, made):
-    found = _results(made[path.stem])
+    found = _results(made(path))
     assert found["headline"]["label"]
     assert found["headline"]["value"] not in (None, "")
     assert found["claims"]
@@ -189,7 +198,7 @@ def test_finds_a_headline_claims_and_finite_numbers(path, made):
 
 @each_notebook
 def test_keeps_every_figure_and_table_it_names(path, made):
-    found, folder = _results(made[path.stem]), made[path.stem].folder
+    found, folder = _results(made(path)), made(path).folder
     assert found["figures"]
     for entry in [*found["figures"].values(), *found.get("tables", {}).values()]:
         assert (folder / entry["file"]).stat().st_size > 0
@@ -198,29 +207,29 @@ def test_keeps_every_figure_and_table_it_names(path, made):
 
 @each_notebook
 def test_every_figure_says_with_numbers_what_is_to_be_seen(path, made):
-    for entry in _results(made[path.stem])["figures"].values():
+    for entry in _results(made(path))["figures"].values():
         assert FINDING.fullmatch(entry["finding"]), entry
         assert entry["finding"] not in entry["caption"]
 
 
 @each_notebook
 def test_pictures_are_described_by_their_finding_in_solutions_too(path, made):
-    executed = nbformat.read(made[path.stem].folder / NOTEBOOK, as_version=4)
+    executed = nbformat.read(made(path).folder / NOTEBOOK, as_version=4)
     outputs = [o for c in executed.cells for o in c.get("outputs", [])]
     told = [o.metadata["image/png"]["alt"] for o in outputs if "image/png" in o.get("data", {})]
-    findings = {e["finding"] for e in _results(made[path.stem])["figures"].values()}
+    findings = {e["finding"] for e in _results(made(path))["figures"].values()}
     assert sum(alt.startswith(tuple(findings)) for alt in told) >= len(findings)
     assert all(FINDING.match(alt) for alt in told)
-    page = BeautifulSoup(made[path.stem].page.read_text(), "html.parser")
+    page = BeautifulSoup(made(path).page.read_text(), "html.parser")
     assert [image["alt"] for image in page.find_all("img")] == told
     assert findings <= {line.get_text() for line in page.find_all(class_="finding")}
 
 
 @each_notebook
 def test_the_card_has_the_dense_model_beside_the_key_number(path, made):
-    dense = _results(made[path.stem])["headline"]["dense"]
+    dense = _results(made(path))["headline"]["dense"]
     assert re.search(r"\d", dense)
-    index = made[path.stem].folder.parent / "index.html"
+    index = made(path).folder.parent / "index.html"
     page = BeautifulSoup(index.read_text(), "html.parser")
     card = page.find("a", href=f"{path.stem}/page.html").find_parent("article")
     assert card.find(class_="dense").get_text() == f"Dense: {dense}"
@@ -228,10 +237,10 @@ def test_the_card_has_the_dense_model_beside_the_key_number(path, made):
 
 @each_notebook
 def test_shows_each_figure_once_and_nothing_in_red(path, made):
-    executed = nbformat.read(made[path.stem].folder / NOTEBOOK, as_version=4)
+    executed = nbformat.read(made(path).folder / NOTEBOOK, as_version=4)
     story = [o for c in executed.cells if not _solves(c) for o in c.get("outputs", [])]
     pictures = [o for o in story if "image/png" in o.get("data", {})]
-    assert len(pictures) == len(_results(made[path.stem])["figures"])
+    assert len(pictures) == len(_results(made(path))["figures"])
     outputs = [o for c in executed.cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o.get("name") == "stderr"]
 
@@ -239,7 +248,7 @@ def test_shows_each_figure_once_and_nothing_in_red(path, made):
 @each_notebook
 def test_leaves_no_widget_behind(path, made):
     """Panels and bars are for JupyterLab: headless a reader gets figures."""
-    executed = nbformat.read(made[path.stem].folder / NOTEBOOK, as_version=4)
+    executed = nbformat.read(made(path).folder / NOTEBOOK, as_version=4)
     shown = [o.get("data", {}) for c in executed.cells for o in c.get("outputs", [])]
     assert not [kind for data in shown for kind in data if "widget" in kind]
     assert "widgets" not in executed.metadata
@@ -247,7 +256,7 @@ def test_leaves_no_widget_behind(path, made):
 
 @each_notebook
 def test_every_solution_runs_shows_and_answers(path, made):
-    for cells in _exercises(made[path.stem].folder / NOTEBOOK).values():
+    for cells in _exercises(made(path).folder / NOTEBOOK).values():
         assert all(cell.execution_count for cell in cells)
         answer = cells[-1].outputs[-1]
         assert len(answer["data"]["text/markdown"].split()) > 10
@@ -264,7 +273,7 @@ def test_solutions_keep_nothing_in_the_results(path):
 
 @each_notebook
 def test_the_page_folds_every_solution(path, made):
-    page = BeautifulSoup(made[path.stem].page.read_text(), "html.parser")
+    page = BeautifulSoup(made(path).page.read_text(), "html.parser")
     folds = page.find_all("details")
     assert [fold.summary.get_text() for fold in folds] == ["Solution"] * len(_exercises(path))
     assert not [fold for fold in folds if fold.has_attr("open")]
