@@ -25,8 +25,7 @@ if ! browser >/dev/null && ! install_browser; then
     echo "Chromium is not installed, and cannot be installed here; install it, then repeat." >&2
     exit 3
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-    -e '.[browser]' >&2
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright >&2
 if command -v npm >/dev/null; then
     npm install --silent --no-save --no-audit --no-fund --prefix "$venv/browser" axe-core@4.14.1 >&2
 else
