@@ -23,7 +23,6 @@ from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import load_model
 from moee_analysis.utils.caches import check_numba_cache
-from moee_analysis.utils.matmul import CLEARLY, onednn_speed, onednn_takes
 from moee_analysis.utils.paths import notebooks_folder, store_folder
 from moee_analysis.utils.versions import PACKAGE, versions
 
@@ -157,18 +156,6 @@ def _machine_checks() -> Iterator[Check]:
         "memory", f"{free / 1e9:.1f} of {found['memory'] / 1e9:.1f} GB free", free > LITTLE_MEMORY,
         required=False, advice="close other programs, or take --preset smoke",
     )  # fmt: skip
-    yield Check("products of matrices", _products())
-
-
-def _products() -> str:
-    """Which libraries multiply matrices here, and which one is taken."""
-    blas = "MKL" if torch.backends.mkl.is_available() else "another BLAS"
-    with torch.inference_mode():
-        if not onednn_takes(torch.ones(1, 1)):
-            return f"{blas}; oneDNN cannot be used"
-    times = onednn_speed(torch.get_num_threads())
-    taken = "oneDNN" if times >= CLEARLY else blas
-    return f"{blas}; oneDNN is {times:.1f} times as fast; {taken} is used in experts"
 
 
 def _optional() -> Iterator[Check]:

@@ -21,7 +21,6 @@ from moee_analysis.extraction.experts.refit_w2 import (
 from moee_analysis.extraction.plan import LayerPlan
 from moee_analysis.extraction.record.accumulate import Sums, summed
 from moee_analysis.extraction.record.calibration_set import Calibration
-from moee_analysis.moe.blocked_mlp import compute_in_blocks
 from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
 from moee_analysis.utils.progress import progress
 
@@ -42,7 +41,6 @@ def build_moe(
         mlp = plan.site.module(moe)
         replacement = MoeMlp(mlp, plan.router(), experts, plan.shares, readouts[name])
         replace_module(moe, name, replacement.to(device))
-    compute_in_blocks(moe)
     return moe.eval()
 
 

@@ -14,8 +14,8 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils import skip_init
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.capture import is_traced
 from moee_analysis.models.macs import count_parameters
-from moee_analysis.utils.matmul import is_traced
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What modules of a network take in and give out while it runs."""
+"""What modules of a network take in and give out while it runs, and whether it is traced."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def capture(
     found: dict[str, torch.Tensor] = {}
     with watch({name: model.get_submodule(name) for name in names}, found.__setitem__, side):
         yield found
+
+
+def is_traced() -> bool:
+    """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records what is computed.
+
+    A trace has to fit any number of tokens, so nothing may depend on how many there are.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _before(see: Callable, key: object, _module: nn.Module, args: tuple) -> tuple | None:

@@ -34,7 +34,7 @@ EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in
 UNTOLD = {
     *vars(nn.Module()), "training", "fused_attn", "grad_checkpointing", "pretrained_cfg",
     "default_cfg", "pretrained_model_args", "feature_info", "weight_init_mode", "fix_init",
-    "way", "choices", "laid_out",
+    "strategy", "choices",
 }  # fmt: skip
 """Attributes of modules that leave the outputs as they are, or are looked at in another place."""
 

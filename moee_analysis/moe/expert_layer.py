@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import moe_macs
 from moee_analysis.moe.layer import MoeMlp
 
@@ -41,20 +41,19 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
 @contextmanager
 def counting_usage(models: Mapping[Hashable, nn.Module]) -> Iterator[dict[Hashable, Usage]]:
     """While open, add up how much each expert is used, float64 (experts,), by model and layer."""
-    sums: dict[Hashable, Usage] = {name: {} for name in models}
-    with ExitStack() as hooks:
-        for name, model in models.items():
-            for place, layer in expert_layers(model).items():
-                total = sums[name][place] = torch.zeros(layer.n_experts, dtype=torch.float64)
-                hook = layer.router.register_forward_hook(partial(_add, total, layer))
-                hooks.callback(hook.remove)
+    layers = {name: expert_layers(model) for name, model in models.items()}
+    sums = {
+        name: {place: torch.zeros(e.n_experts, dtype=torch.float64) for place, e in own.items()}
+        for name, own in layers.items()
+    }
+
+    def add(key: tuple[Hashable, str], routed: Any) -> None:
+        name, place = key
+        sums[name][place] += layers[name][place].usage(routed).cpu()
+
+    routers = {(name, place): e.router for name, own in layers.items() for place, e in own.items()}
+    with watch(routers, add, "outputs"):
         yield sums
-
-
-def _add(
-    total: torch.Tensor, layer: ExpertLayer, _router: nn.Module, _args: tuple, routed: Any
-) -> None:
-    total += layer.usage(routed).cpu()
 
 
 def macs_as_used(model: nn.Module, usage: Usage) -> float:
@@ -63,8 +62,8 @@ def macs_as_used(model: nn.Module, usage: Usage) -> float:
     Layers that hold parts of a dense MLP cost what their tokens use; everything else is counted as
     it runs.
     """
-    layers = {n: layer for n, layer in expert_layers(model).items() if isinstance(layer, MoeMlp)}
-    return moe_macs(model, {name: _as_used(layer, usage[name]) for name, layer in layers.items()})
+    routed = {n: layer for n, layer in expert_layers(model).items() if isinstance(layer, MoeMlp)}
+    return moe_macs(model, {name: _as_used(layer, usage[name]) for name, layer in routed.items()})
 
 
 def _as_used(layer: MoeMlp, used: torch.Tensor) -> float:

@@ -23,7 +23,7 @@ class OracleRouter(nn.Module):
     def __init__(self, dense: nn.Module, layer: MoeMlp, *, leading: int = 0) -> None:
         super().__init__()
         self.n_experts = layer.n_experts - leading
-        self._known = (dense, copy.deepcopy(layer))  # in a tuple: not among the model's modules
+        self._reference = dense, copy.deepcopy(layer)  # in a tuple: no modules of the model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
@@ -36,10 +36,14 @@ class OracleRouter(nn.Module):
         return torch.cat([self._errors(*block) for block in blocks])
 
     def _errors(self, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        layer = self._known[1]
-        hidden = layer.act(layer.fc1(tokens))
-        experts = range(layer.n_experts - self.n_experts, layer.n_experts)
-        found = [(layer.expert_output(e, hidden) - wanted).square().sum(dim=1) for e in experts]
+        layer = self._reference[1]
+        hidden, found = layer.act(layer.fc1(tokens)), []
+        for expert in range(layer.n_experts - self.n_experts, layer.n_experts):
+            own = layer.expert_neurons(expert)
+            shift = 0 if layer.shift is None else layer.shift[expert]
+            w2 = layer.fc2.weight.index_select(1, own)
+            output = torch.addmm(layer.fc2.bias + shift, hidden.index_select(1, own), w2.T)
+            found.append((output - wanted).square().sum(dim=1))
         return torch.stack(found, dim=1)
 
     def wanted(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,12 +51,12 @@ class OracleRouter(nn.Module):
 
         Without its hooks: one of them may be what asks (``measure.routes(run.dense(), ...)``).
         """
-        return self._known[0].forward(x)
+        return self._reference[0].forward(x)
 
     @property
     def macs(self) -> float:
         """MACs per token: the dense MLP, and every expert."""
-        dense, layer = self._known
+        dense, layer = self._reference
         ends = layer.fc1.in_features + layer.fc2.out_features
         return ends * (dense.fc1.out_features + sum(layer.expert_sizes[-self.n_experts :]))
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.capture import is_traced
 from moee_analysis.models.macs import tokens_of
-from moee_analysis.utils.matmul import is_traced
 
 
 def best_experts(scores: torch.Tensor) -> torch.Tensor:

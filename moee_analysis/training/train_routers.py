@@ -142,7 +142,7 @@ def nearest_experts(each: Learner, mlp: nn.Module) -> torch.Tensor:
     """
     tokens, wanted = each.tokens, mlp(each.tokens)
     errors = [
-        (masked(each.layer, tokens, _all(tokens, expert), "blas") - wanted).square().sum(dim=1)
+        (masked(each.layer.weights, tokens, _all(tokens, expert)) - wanted).square().sum(dim=1)
         for expert in range(each.first, each.layer.n_experts)
     ]
     return torch.stack(errors).argmin(dim=0)

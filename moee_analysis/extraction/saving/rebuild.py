@@ -30,7 +30,6 @@ from moee_analysis.models.inputs import input_size
 from moee_analysis.models.loading import architecture, build_model
 from moee_analysis.models.state_dicts import load_tensors
 from moee_analysis.models.unwrapping import unwrapped
-from moee_analysis.moe.blocked_mlp import compute_in_blocks
 from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
 
@@ -155,7 +154,6 @@ def _put_layers(
         dense = model.get_submodule(name)
         attention = _attention_like(dense, name, ranks)
         replace_module(model, name, attention.to(dense.proj.weight))
-    compute_in_blocks(model)
     model.requires_grad_(requires_grad=False)
 
 

@@ -32,9 +32,8 @@ from moee_analysis.measure.evaluation.comparison_table import (
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.models.loading import unwrapped
 from moee_analysis.models.macs import MacCount, count
-from moee_analysis.moe.blocked_mlp import without_routing
 from moee_analysis.moe.expert_layer import counting_usage
-from moee_analysis.moe.layer import set_dispatch
+from moee_analysis.moe.layer import set_dispatch, without_routing
 from moee_analysis.utils.checks import seed_number, share, whole_number
 from moee_analysis.utils.progress import progress, tell, unwatched
 from moee_analysis.utils.storage.folders import scratch_folder

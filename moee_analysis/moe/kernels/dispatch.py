@@ -1,7 +1,7 @@
-"""Ways to compute a layer of experts: they differ in speed and agree in what they compute.
+"""Strategies to compute the experts of a layer: they differ in speed and agree in the outputs.
 
-Each takes a layer, its tokens (n, dim) and the experts chosen for each, int64 (n, k), and gives
-the outputs (n, dim). None of them works token by token.
+Each takes tokens (n, dim) and the experts chosen for them, int64 (n, k), and gives the outputs
+(n, dim). None of them works token by token.
 
 - ``masked``: all stored neurons for all tokens, then zeros where a token's experts lack them.
 - ``sorted``: tokens sorted by expert once, then contiguous products, a group of experts at a time.
@@ -11,67 +11,94 @@ the outputs (n, dim). None of them works token by token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import grouped_mm
+from torch import nn
+from torch.nn.functional import grouped_mm, linear
 
-from moee_analysis.moe.kernels.group_mlps import padded, parts, whole
-from moee_analysis.utils.matmul import KERNELS, STEP, is_traced, onednn_takes
+from moee_analysis.models.capture import is_traced
+from moee_analysis.moe.kernels.expert_groups import ExpertGroups, Group
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from moee_analysis.moe.kernels.expert_groups import Layout
-    from moee_analysis.moe.layer import MoeMlp
-
-WAYS = ("masked", "sorted", "grouped_mm")
 BLOCK = 1024  # tokens whose hidden activations stay in the cache of a CPU
 
 
 @dataclass(frozen=True)
-class Way:
-    """One of :data:`WAYS`, with so many ``groups`` of experts; None: every expert by itself.
-
-    ``kernel`` multiplies the matrices, if it takes such tokens.
-    """
+class Strategy:
+    """One of :data:`STRATEGIES`, with so many ``groups`` of experts; None: each by itself."""
 
     name: str
     groups: int | None = None
-    kernel: str = "blas"
 
     def __str__(self) -> str:
-        groups = [] if self.groups is None else [f"{self.groups} groups"]
-        kernel = [] if self.kernel == "blas" else [KERNELS[self.kernel]]
-        return ", ".join([self.name, *groups, *kernel])
-
-    def __call__(self, layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Compute the layer's outputs (n, dim) for ``tokens`` (n, dim)."""
-        kernel = self.kernel if onednn_takes(tokens) else "blas"
-        if self.name == "masked" or not len(tokens) or not layer.fc1.out_features:
-            return masked(layer, tokens, chosen, kernel)
-        layout = layer.layout(self.groups)
-        if self.name == "sorted":
-            pairs = in_groups(layer, tokens, chosen, layout, kernel)
-        else:
-            pairs = by_grouped_mm(layer, tokens, chosen, layout)
-        per_token = chosen.shape[1]
-        if per_token == 1:
-            return pairs
-        return pairs.unflatten(0, (-1, per_token)).sum(dim=1) + layer.fc2.bias
+        return self.name if self.groups is None else f"{self.name}, {self.groups} groups"
 
 
-def masked(layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor, kernel: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of a layer's experts: every neuron is stored once for all that keep it.
+
+    ``w1`` (hidden, dim), ``b1`` (hidden,) or None, ``w2`` (dim, hidden), ``b2`` (dim,); ``shift``
+    (experts, dim) joins the outputs of an expert; ``kept`` (experts, hidden) is 1 for neurons of an
+    expert, else 0.
+    """
+
+    w1: torch.Tensor
+    b1: torch.Tensor | None
+    w2: torch.Tensor
+    b2: torch.Tensor
+    shift: torch.Tensor | None
+    kept: torch.Tensor
+    act: nn.Module
+
+
+def masked(weights: ExpertWeights, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Compute all stored neurons for all tokens, and drop what a token's experts lack."""
-    if chosen.shape[1] == 1 and layer.columns is None:
-        compute, experts = whole(layer, kernel), chosen[:, 0]
-    else:
-        compute, experts = partial(_summed, layer), chosen
-    blocks = zip(in_blocks(tokens), in_blocks(experts), strict=True)
-    outputs = [compute(*block) for block in blocks]
+    blocks = zip(in_blocks(tokens), in_blocks(chosen), strict=True)
+    outputs = [_masked(weights, *block) for block in blocks]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def sorted_by_group(
+    weights: ExpertWeights, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
+    """Compute one group of experts at a time, for the tokens that chose one of them."""
+    places, pairs, outputs = *_sorted_pairs(groups, chosen), []
+    constants, w2 = _constants(weights, groups, chosen), weights.w2.T.contiguous()
+    for group, span in _spans(groups, places):
+        w1, own_w2 = weights.w1.index_select(0, group.neurons), w2.index_select(0, group.neurons)
+        b1 = None if weights.b1 is None else weights.b1.index_select(0, group.neurons)
+        for pair, place in zip(in_blocks(pairs[span]), in_blocks(places[span]), strict=True):
+            x = tokens.index_select(0, pair // chosen.shape[1])  # gather
+            hidden = weights.act(linear(x, w1, b1))
+            if not group.uniform:
+                hidden = hidden * group.kept.index_select(0, place - group.start)
+            outputs.append(torch.addmm(constants.index_select(0, place), hidden, own_w2))
+    return _scatter(torch.cat(outputs), pairs, chosen, weights.b2)
+
+
+def by_grouped_mm(
+    weights: ExpertWeights, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
+    """Compute all groups of experts at once, each for the tokens that chose one of its experts."""
+    padded, (places, pairs) = groups.padded, _sorted_pairs(groups, chosen)
+    stops = torch.searchsorted(places, padded.stops).int()
+    x = tokens.index_select(0, pairs // chosen.shape[1])  # gather
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    hidden = grouped_mm(x, weights.w1[padded.neurons].to(x.dtype).mT, offs=stops)
+    if weights.b1 is not None:
+        b1 = weights.b1[padded.neurons].to(x.dtype)
+        hidden = hidden + b1.index_select(0, padded.group.index_select(0, places))
+    hidden = weights.act(hidden) * padded.kept.to(x.dtype).index_select(0, places)
+    outputs = grouped_mm(hidden, weights.w2.T[padded.neurons].to(x.dtype), offs=stops)
+    constants = _constants(weights, groups, chosen).to(x.dtype)
+    return _scatter(outputs + constants.index_select(0, places), pairs, chosen, weights.b2)
+
+
+IN_GROUPS = {"sorted": sorted_by_group, "grouped_mm": by_grouped_mm}
+STRATEGIES = ("masked", *IN_GROUPS)
 
 
 def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -85,71 +112,51 @@ def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tokens.split(BLOCK)
 
 
-def _summed(layer: MoeMlp, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Outputs for ``x`` (n, dim) of several experts each, or of such with a W2 of their own."""
-    hidden = layer.act(layer.fc1(x))
-    if layer.columns is not None:
-        hidden = hidden.index_select(1, layer.neurons)
-    kept = (layer.lacking == 0).to(hidden.dtype)
-    ones = torch.ones_like(chosen, dtype=hidden.dtype)
-    chooses = hidden.new_zeros(x.shape[0], len(kept)).scatter_add(1, chosen, ones)
-    hidden = hidden * (chooses @ kept)  # how many of the token's experts keep the neuron
-    constant = layer.fc2.bias
-    if layer.shift is not None:
-        constant = constant + layer.shift[chosen].sum(dim=1)
-    return torch.addmm(constant, hidden, layer.fc2.weight.T)
+def _masked(weights: ExpertWeights, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    hidden = weights.act(linear(x, weights.w1, weights.b1))
+    if chosen.shape[1] == 1:
+        hidden = hidden * weights.kept.index_select(0, chosen[:, 0])
+    else:
+        ones = torch.ones_like(chosen, dtype=hidden.dtype)
+        uses = hidden.new_zeros(len(x), len(weights.kept)).scatter_add(1, chosen, ones)
+        hidden = hidden * (uses @ weights.kept)  # how many of the experts keep it
+    constant = weights.b2
+    if weights.shift is not None:
+        constant = constant + weights.shift[chosen].sum(dim=1)
+    return torch.addmm(constant, hidden, weights.w2.T)
 
 
-def in_groups(
-    layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor, layout: Layout, kernel: str
+def _sorted_pairs(groups: ExpertGroups, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of a token and an expert by the expert's place: the places (n k,), the pairs (n k,)."""
+    return groups.place[chosen.flatten()].sort()
+
+
+def _spans(groups: ExpertGroups, places: torch.Tensor) -> Iterator[tuple[Group, slice]]:
+    """Yield the groups that have any tokens, and where these stand in the sorted ``places``."""
+    stops = [*places.bincount(minlength=len(groups.place)).cumsum(0).tolist(), 0]
+    for group in groups.groups:
+        span = slice(stops[group.start - 1], stops[group.stop - 1])
+        if span.start < span.stop:
+            yield group, span
+
+
+def _constants(weights: ExpertWeights, groups: ExpertGroups, chosen: torch.Tensor) -> torch.Tensor:
+    """What each expert adds whatever the token is, (experts, dim), in the groups' order.
+
+    b2 is among them where a token has a single expert; else it would be added several times.
+    """
+    bias = weights.b2 if chosen.shape[1] == 1 else torch.zeros_like(weights.b2)
+    if weights.shift is None:
+        return bias.expand(len(groups.order), -1)
+    return (weights.shift + bias).index_select(0, groups.order)
+
+
+def _scatter(
+    outputs: torch.Tensor, pairs: torch.Tensor, chosen: torch.Tensor, b2: torch.Tensor
 ) -> torch.Tensor:
-    """Outputs (n k, dim) of pairs of a token and an expert, one group of experts at a time."""
-    per_token, outputs = chosen.shape[1], []
-    mlps = parts(layer, layout, kernel, per_token=per_token, tokens=len(tokens))
-    places, pairs = layout.place[chosen.flatten()].sort()
-    for number, met in _met(layout, places):
-        mlp = mlps(number)
-        for block in zip(in_blocks(pairs[met]), in_blocks(places[met]), strict=True):
-            of_block, at = map(_in_steps, block) if kernel == "onednn" else block
-            x = tokens.index_select(0, of_block if per_token == 1 else of_block // per_token)
-            outputs.append(mlp(x, at)[: len(block[0])])
-    return torch.cat(outputs).index_select(0, _inverse(pairs))
-
-
-def _in_steps(ids: torch.Tensor) -> torch.Tensor:
-    """``ids`` (n,), the last of them again until they are a multiple of :data:`STEP`."""
-    return torch.cat([ids, ids[-1:].expand(-len(ids) % STEP)])
-
-
-def _met(layout: Layout, places: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield the groups that get any tokens, and where the sorted ``places`` have theirs."""
-    stops = [*places.bincount(minlength=len(layout.place)).cumsum(0).tolist(), 0]
-    for number, part in enumerate(layout.parts):
-        met = slice(stops[part.start - 1], stops[part.stop - 1])
-        if met.start < met.stop:
-            yield number, met
-
-
-def by_grouped_mm(
-    layer: MoeMlp, tokens: torch.Tensor, chosen: torch.Tensor, layout: Layout
-) -> torch.Tensor:
-    """Outputs (n k, dim) of pairs of a token and an expert, all groups of experts at once."""
-    per_token, groups = chosen.shape[1], layout.padded
-    places, pairs = layout.place[chosen.flatten()].sort()
-    stops = torch.searchsorted(places, groups.stops).int()
-    x = tokens.index_select(0, pairs // per_token)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    mlps = padded(layer, layout, x.dtype, per_token=per_token, tokens=len(tokens))
-    hidden = grouped_mm(x, mlps.W1.mT, offs=stops)
-    if mlps.b1 is not None:
-        hidden = hidden + mlps.b1.index_select(0, groups.group.index_select(0, places))
-    hidden = layer.act(hidden) * mlps.kept.index_select(0, places)
-    y = grouped_mm(hidden, mlps.outward, offs=stops)
-    y = y + mlps.constants.index_select(0, places)
-    return y.index_select(0, _inverse(pairs))
-
-
-def _inverse(order: torch.Tensor) -> torch.Tensor:
-    """Where each one stands in ``order``, a permutation (n,)."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    """Put the outputs of sorted ``pairs`` in the order of the tokens, and add up each token's."""
+    numbers = torch.arange(len(pairs), device=pairs.device)
+    outputs = outputs.index_select(0, torch.empty_like(pairs).scatter_(0, pairs, numbers))
+    if chosen.shape[1] == 1:
+        return outputs
+    return outputs.unflatten(0, chosen.shape).sum(dim=1) + b2

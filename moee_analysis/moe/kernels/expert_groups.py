@@ -1,133 +1,127 @@
-"""Groups of experts as tensors: what a layer needs to compute its experts group by group."""
+"""Experts that are computed together: the more neurons they share, the less that costs.
+
+One expert after the other computes nothing in vain, in many small products; all experts at once
+compute every stored neuron for every token, in one large product. Groups of experts lie between:
+all neurons of the group for each of its tokens, then zeros for those that the token's expert lacks.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from moee_analysis.moe.kernels.grouping import grouped
-
-if TYPE_CHECKING:
-    from moee_analysis.moe.kernels.grouping import Group
-    from moee_analysis.moe.layer import MoeMlp
-
-FAR_BELOW = -3e4  # where activations are silent; half-way to where half precision ends
 ALIGNED = 16  # neurons: torch's grouped products want rows of whole 16 bytes
 
 
 @dataclass(frozen=True)
-class Part:
-    """A group of experts, which stand at ``start`` to ``stop`` in the order of the layout.
+class Group:
+    """Experts ``start`` to ``stop`` of the groups' order, and all ``neurons`` that they keep.
 
-    ``neurons`` and ``columns`` are the ids in fc1 and fc2 of all that any of them keeps; None: of
-    all there are. ``lacking`` (experts, neurons) is 0 for the neurons that an expert keeps, and
-    :data:`FAR_BELOW` for those it lacks; None: 0 everywhere.
+    ``kept`` (experts, neurons) is 1 for an expert's own, else 0; ``uniform``: all are its own.
     """
 
     start: int
     stop: int
-    neurons: torch.Tensor | None
-    columns: torch.Tensor | None
-    lacking: torch.Tensor | None
+    neurons: torch.Tensor
+    kept: torch.Tensor
+    uniform: bool
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Groups filled up to the same width, of neurons that none of their experts keeps.
+    """All groups at one width, filled up with neurons that none of their experts keeps.
 
-    ``neurons`` and ``columns`` (groups, width); ``kept`` (experts, width) and ``group`` (experts,)
-    of each expert in the order of the layout; ``stops`` (groups,), where the groups end in it.
+    ``neurons`` (groups, width); by place in the groups' order ``kept`` (experts, width) and
+    ``group`` (experts,); ``stops`` (groups,): the places where groups end.
     """
 
     neurons: torch.Tensor
-    columns: torch.Tensor
     kept: torch.Tensor
     group: torch.Tensor
     stops: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A layer's experts in groups.
+class ExpertGroups:
+    """A layer's experts in groups; ``order`` has them group after group, ``place`` inverts it."""
 
-    ``order`` (experts,) has the experts of each group one after the other, ``place`` (experts,)
-    says where each expert stands in it. What is made of them in inference serves training too.
-    """
-
-    layer: MoeMlp
     groups: tuple[Group, ...]
     order: torch.Tensor
     place: torch.Tensor
 
-    @property
-    def neurons(self) -> int:
-        """Neurons of all groups; those that several of them have count several times."""
-        return sum(len(group.neurons) for group in self.groups)
-
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """The groups one by one."""
-        with torch.inference_mode(mode=False):
-            return self._parts()
-
     @cached_property
     def padded(self) -> Padded:
-        """The groups all together."""
-        with torch.inference_mode(mode=False):
-            return self._padded()
-
-    def _parts(self) -> tuple[Part, ...]:
-        stops = np.cumsum([0, *(len(group.experts) for group in self.groups)]).tolist()
-        spans = zip(pairwise(stops), self.groups, strict=True)
-        return tuple(self._part(start, stop, group) for (start, stop), group in spans)
-
-    def _padded(self) -> Padded:
-        sizes = [len(group.experts) for group in self.groups]
-        most = max(1, *(len(group.neurons) for group in self.groups))
-        width = -(-most // ALIGNED) * ALIGNED
-        ids = np.stack([_widened(group.neurons, width) for group in self.groups])
-        kept = np.concatenate([_widened(group.kept, width) for group in self.groups])
-        columns = self._tensor(ids)
-        return Padded(
-            self._neurons(columns),
-            columns,
-            self._tensor(kept).to(self.layer.fc1.weight.dtype),
-            self._tensor(np.repeat(np.arange(len(sizes)), sizes)),
-            self._tensor(np.cumsum(sizes)),
-        )
-
-    def _part(self, start: int, stop: int, group: Group) -> Part:
-        every = len(group.neurons) == self.layer.fc1.out_features and self.layer.columns is None
-        columns = None if every else self._tensor(group.neurons)
-        lacking = None
-        if not group.kept.all():
-            lacking = self._tensor(FAR_BELOW * ~group.kept).to(self.layer.fc1.weight.dtype)
-        return Part(start, stop, None if every else self._neurons(columns), columns, lacking)
-
-    def _neurons(self, columns: torch.Tensor) -> torch.Tensor:
-        """The neurons whose outputs the ``columns`` weigh."""
-        return columns if self.layer.columns is None else self.layer.neurons[columns]
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.place.device)
+        """The groups as tensors of one width, for products of all groups at once."""
+        widest = max(1, *(len(group.neurons) for group in self.groups))
+        width = -(-widest // ALIGNED) * ALIGNED
+        with torch.inference_mode(mode=False):  # what inference has made serves training too
+            sizes = self.order.new_tensor([group.stop - group.start for group in self.groups])
+            return Padded(
+                torch.stack([pad(g.neurons, (0, width - len(g.neurons))) for g in self.groups]),
+                torch.cat([pad(g.kept, (0, width - len(g.neurons))) for g in self.groups]),
+                torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes),
+                sizes.cumsum(0),
+            )
 
 
-def layout_of(layer: MoeMlp, count: int | None) -> Layout:
-    """Arrange a layer's experts in ``count`` groups at most; None: every expert by itself."""
-    kept = (layer.lacking == 0).cpu().numpy()
-    shares = layer.shares.double().cpu().numpy()
-    groups = grouped(kept, shares, len(kept) if count is None else count)
-    order = torch.from_numpy(np.concatenate([group.experts for group in groups]))
-    order = order.to(layer.fc1.weight.device)
-    return Layout(layer, tuple(groups), order, order.argsort())
+def group_experts(kept: torch.Tensor, shares: torch.Tensor, count: int | None) -> ExpertGroups:
+    """Put experts into ``count`` groups at most; None: every expert by itself.
+
+    Parameters
+    ----------
+    kept
+        1 for the neurons of an expert, else 0, (experts, hidden).
+    shares
+        Share of the tokens that use each expert, (experts,).
+    """
+    table, device = (kept > 0).cpu().numpy(), kept.device
+    members = join_experts(table, shares.double().cpu().numpy(), count or len(table))
+    stops = accumulate(map(len, members), initial=0)
+    with torch.inference_mode(mode=False):  # what inference has made serves training too
+        order = torch.tensor([*chain(*members)], device=device)
+        groups = [_group(kept, order, *ends) for ends in pairwise(stops)]
+        return ExpertGroups(tuple(groups), order, order.argsort())
 
 
-def _widened(values: np.ndarray, width: int) -> np.ndarray:
-    """``values`` with zeros behind, up to ``width`` in the last dimension."""
-    behind = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
-    return np.pad(values, behind)
+def join_experts(kept: np.ndarray, shares: np.ndarray, count: int) -> list[list[int]]:
+    """Join experts until there are ``count`` groups, always the two that cost least to join.
+
+    A token costs all neurons of its group. Experts of the same neurons share a group in any case,
+    so that there may be fewer.
+    """
+    alike: dict[bytes, list[int]] = {}
+    for expert, row in enumerate(kept):
+        alike.setdefault(row.tobytes(), []).append(expert)
+    groups = list(alike.values())
+    union = np.stack([kept[members[0]] for members in groups])
+    share = np.array([shares[members].sum() for members in groups])
+    while len(groups) > count:
+        cost = _joining_cost(union, share)
+        first, second = sorted(divmod(int(cost.argmin()), len(groups)))
+        groups[first] += groups.pop(second)
+        union[first] |= union[second]
+        share[first] += share[second]
+        union, share = np.delete(union, second, axis=0), np.delete(share, second)
+    return groups
+
+
+def _joining_cost(union: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Neurons per token that joining two groups adds, (groups, groups); inf with itself."""
+    size, table = union.sum(axis=1), union.astype(np.float32)
+    both = size[:, None] + size - table @ table.T
+    apart = share * size
+    cost = (share[:, None] + share) * both - apart - apart[:, None]
+    np.fill_diagonal(cost, np.inf)
+    return cost
+
+
+def _group(kept: torch.Tensor, order: torch.Tensor, start: int, stop: int) -> Group:
+    members = kept[order[start:stop]]
+    neurons = members.any(dim=0).nonzero()[:, 0]
+    own = members[:, neurons]
+    return Group(start, stop, neurons, own, uniform=bool(own.all()))
