@@ -50,7 +50,7 @@ class Assignment:
         leading = sample.position < len(self.prefix)
         own = np.array(self.prefix, dtype=np.int64)[sample.position[leading]]
         others = np.flatnonzero(~leading)
-        routed = self.partition.routed(sample.inputs[others])
+        routed = self.partition.route(sample.inputs[others])
         members = self.partition.members(routed, sample.start + others)
         found = []
         for of_others in (routed, members):
@@ -62,7 +62,7 @@ class Assignment:
 
     def alive(self, routed: np.ndarray) -> Assignment:
         """Leave out the experts of the partition that no token is routed to, of (experts,)."""
-        return replace(self, partition=self.partition.of(routed[self.leading :] > 0))
+        return replace(self, partition=self.partition.select(routed[self.leading :] > 0))
 
 
 def by_expert(experts: np.ndarray, count: int) -> list[np.ndarray]:

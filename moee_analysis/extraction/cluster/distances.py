@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moee_analysis.errors import MoeeError
 
-ROOM = 2**25  # bounds that are held at once, unless the rows of a block are given
+ROOM = 2**25  # bounds that are held at once
 ROWS = 256  # of a block, at least: thinner products are slower
 BATCH = 512  # points, or pairs of them, that are in double precision at once
 LEAST = 1e-150  # size of what has a square; its inverse is the largest
@@ -33,31 +32,24 @@ class Distances:
     unit: float
 
     @classmethod
-    def of(
-        cls, points: torch.Tensor, *, dtype: torch.dtype = torch.float32, block: int | None = None
-    ) -> Distances:
-        """Prepare bounds in the precision ``dtype``, of ``block`` rows at once.
-
-        A dot product of m terms is wrong by at most m u times the sum of its absolute terms, u
-        being the unit roundoff (Higham 2002, section 3.1): here by 2 (d + 2) u times the squared
-        lengths of both points. Another 60 u are for the rounding of x and a, and some units of
-        double precision for what is computed there.
-        """
+    def of(cls, points: torch.Tensor, dtype: torch.dtype = torch.float32) -> Distances:
+        """Prepare bounds in the precision ``dtype``."""
         count, dim = points.shape
         centre, scale = _frame(points)
-        kind, double = torch.finfo(dtype), torch.finfo(torch.float64)
-        relative = (dim + 32) * (kind.eps + 2 * double.eps)  # eps is 2 u
-        factors = points.new_ones((count, dim + 2), dtype=dtype)
-        for part in torch.arange(count, device=points.device).split(BATCH):
+        # A dot product of m terms is wrong by at most m u times the sum of its absolute terms, u
+        # being the unit roundoff (Higham 2002, section 3.1): here by 2 (d + 2) u times the squared
+        # lengths of both points. Another 60 u are for the rounding of x and a, and some units of
+        # double precision for what is computed there. A finfo's eps is 2 u.
+        kind = torch.finfo(dtype)
+        relative = (dim + 32) * (kind.eps + 2 * torch.finfo(torch.float64).eps)
+        factors = torch.ones(count, dim + 2, dtype=dtype)
+        for part in torch.arange(count).split(BATCH):
             centred = (points[part] - centre) * scale
             factors[part, :dim] = centred.to(dtype)
             lengths = centred.square().sum(dim=1) * (1 - relative / (1 - relative))
             factors[part, -1] = (lengths - 16 * (dim + 32) * kind.tiny).to(dtype)  # underflow
-        rows = min(count, block or max(ROWS, ROOM // count))
-        return cls(points, factors, factors.new_empty((rows, count)), scale**-2)
-
-    def __len__(self) -> int:
-        return len(self.points)
+        block = factors.new_empty(min(count, max(ROWS, ROOM // count)), count)
+        return cls(points, factors, block, scale**-2)
 
     @property
     def few(self) -> int:
@@ -69,10 +61,11 @@ class Distances:
 
         At most as many rows as ``block`` has; the next call overwrites what this one returns.
         """
-        ours = self.factors[rows]
+        ours, found = self.factors[rows], self.block[: len(rows)]
         left = torch.cat([-2 * ours[:, :-2], ours[:, -1:], ours[:, -2:-1]], dim=1)
-        with _whole_precision():
-            return torch.mm(left, self.factors.T, out=self.block[: len(rows)])
+        # NumPy's product: PyTorch's may be set to less than single precision (TF32, bfloat16).
+        np.matmul(left.numpy(), self.factors.numpy().T, out=found.numpy())
+        return found
 
     def within(
         self, bounds: torch.Tensor, squared: torch.Tensor
@@ -87,11 +80,11 @@ class Distances:
     def exact(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Distances of pairs of points, float64 (pairs,): sums of squared differences in float64.
 
-        A pair has the same distance, bit for bit, in either order and in any company: all batches
-        are of one size, so that a device adds up the squares of every pair in the same order.
+        A pair has the same distance, bit for bit, in either order and in any company.
         """
-        places = torch.arange(-(-len(left) // BATCH) * BATCH, device=left.device)
-        found = self.points.new_empty(len(places), dtype=torch.float64)
+        # All batches are of one size, so that the squares of every pair are added up alike.
+        places = torch.arange(-(-len(left) // BATCH) * BATCH)
+        found = torch.empty(len(places), dtype=torch.float64)
         for part in places.split(BATCH):
             pair = part.clamp(max=len(left) - 1)
             gap = self.points.index_select(0, right[pair]).double()
@@ -110,14 +103,3 @@ def _frame(points: torch.Tensor) -> tuple[torch.Tensor, float]:
             "check the weights and images for NaN and infinity",
         )  # fmt: skip
     return centre, 2.0 ** -math.frexp(widest)[1]
-
-
-@contextmanager
-def _whole_precision() -> Iterator[None]:
-    """Multiply in single precision where the user lets PyTorch use less (TF32, bfloat16)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

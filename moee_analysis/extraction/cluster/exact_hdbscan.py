@@ -6,38 +6,29 @@ it; McInnes, Healy and Astels (2017) for the library.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
+from scipy.sparse import coo_matrix
 
-from moee_analysis.extraction.cluster.spanning_tree import SpanningTree, spanning_tree
+from moee_analysis.extraction.cluster.hdbscan_mst import SpanningTree, spanning_tree
 
 FEW = 4  # dimensions up to which space trees are clearly faster
 MANY = 20_000  # points beyond which that is many seconds
 
-_PROBE = SpanningTree(  # two clusters of three points, far apart
-    edges=np.array([[0, 1], [3, 4], [1, 2], [4, 5], [2, 3]]),
-    weights=np.array([1.0, 1.0, 1.5, 1.5, 9.0]),
-    searched=0,
-)
 
+def hdbscan_labels(
+    points: np.ndarray,
+    *,
+    min_samples: int,
+    min_cluster_size: int,
+    max_cluster_size: int | None = None,
+) -> np.ndarray:
+    """Cluster of every row of ``points``, float (n, d), by HDBSCAN; -1 for noise.
 
-@dataclass(frozen=True)
-class Backend:
-    """What finds the spanning tree, ``products`` of matrices or ``hdbscan`` alone, and why."""
-
-    name: Literal["products", "hdbscan"]
-    reason: str
-
-
-def choose_backend(count: int, dim: int) -> Backend:
-    """Choose what finds the spanning tree of ``count`` points of ``dim`` dimensions.
-
-    Products of matrices, whose labels do not depend on the order of the rows, unless hdbscan's
-    space trees save many seconds, or the installed hdbscan lacks the functions that take over
-    from the tree. Seconds of the products / of hdbscan's fastest exact tree, on two cores, for
-    activations of a DeiT-Tiny after PCA, after UMAP (8 dimensions) and as they are (768):
+    Sizes are numbers of points; errors are those of :func:`spanning_tree`. Labels do not depend on
+    the order of the rows, but for very many points of very few dimensions, where hdbscan's own
+    space trees save many seconds. Seconds of the products of matrices / of hdbscan's fastest exact
+    tree, on two cores, for activations of a DeiT-Tiny after PCA, after UMAP (8 dimensions) and as
+    they are (768):
 
     ======  ===========  ===========  ===========  ===========  ==========
     points  2            4            8, UMAP      64           768
@@ -47,76 +38,45 @@ def choose_backend(count: int, dim: int) -> Backend:
     20,000  1.3 / 0.4    1.1 / 0.9    2.0 / 0.8                 7.3 / –
     50,000  5.5 / 1.1    5.3 / 2.2
     ======  ===========  ===========  ===========  ===========  ==========
-
-    The default of hdbscan is no faster; in up to 60 dimensions its tree is approximate.
     """
-    trouble = _trouble()
-    if trouble:
-        return Backend("hdbscan", f"functions of the installed hdbscan have changed: {trouble}")
-    if dim <= FEW and count > MANY:
-        return Backend("hdbscan", f"{count} points of only {dim} dimensions: space trees pay")
-    return Backend("products", f"{count} points of {dim} dimensions: products are fast enough")
-
-
-def density_clusters(
-    points: np.ndarray,
-    *,
-    min_samples: int,
-    min_cluster_size: int,
-    max_cluster_size: int | None = None,
-    selection: Literal["eom", "leaf"] = "eom",
-) -> np.ndarray:
-    """Cluster of every row of ``points``, float (n, d), by HDBSCAN; -1 for noise.
-
-    Sizes are numbers of points, and ``min_samples`` as for :func:`spanning_tree`, so are errors.
-    """
-    flat = {
-        "min_cluster_size": min_cluster_size,
-        "max_cluster_size": max_cluster_size,
-        "selection": selection,
-    }
-    if choose_backend(*points.shape).name == "products":
-        return labels_of_tree(spanning_tree(points, min_samples), **flat)
+    if len(points) <= MANY or points.shape[1] > FEW:
+        return label_tree(
+            spanning_tree(points, min_samples),
+            min_cluster_size=min_cluster_size,
+            max_cluster_size=max_cluster_size,
+        )
     from hdbscan import HDBSCAN
 
-    clusterer = HDBSCAN(min_samples=min_samples, approx_min_span_tree=False, **_in_hdbscan(**flat))
-    return clusterer.fit_predict(points.astype(np.float64))
+    return HDBSCAN(
+        min_samples=min_samples,
+        min_cluster_size=min_cluster_size,
+        max_cluster_size=max_cluster_size or 0,
+        approx_min_span_tree=False,
+    ).fit_predict(points.astype(np.float64))
 
 
-def labels_of_tree(
-    tree: SpanningTree,
-    *,
-    min_cluster_size: int,
-    max_cluster_size: int | None = None,
-    selection: Literal["eom", "leaf"] = "eom",
+def label_tree(
+    tree: SpanningTree, *, min_cluster_size: int, max_cluster_size: int | None = None
 ) -> np.ndarray:
-    """Cluster of every point of ``tree``, -1 for noise: one tree serves for many settings.
+    """Cluster of every point of ``tree``, -1 for noise: one tree serves for many settings."""
+    from hdbscan import HDBSCAN
 
-    The only place that calls functions of hdbscan that it does not promise to keep.
-    """
-    from hdbscan._hdbscan_linkage import label
-    from hdbscan.hdbscan_ import _tree_to_labels
-
-    hierarchy = label(np.column_stack([tree.edges, tree.weights]))
-    flat = _in_hdbscan(min_cluster_size, max_cluster_size, selection)
-    return _tree_to_labels(None, single_linkage_tree=hierarchy, **flat)[0]
-
-
-def _in_hdbscan(
-    min_cluster_size: int, max_cluster_size: int | None, selection: str
-) -> dict[str, object]:
-    """The settings in hdbscan's words."""
-    return {
-        "min_cluster_size": min_cluster_size,
-        "max_cluster_size": max_cluster_size or 0,
-        "cluster_selection_method": selection,
-    }
-
-
-def _trouble() -> str:
-    """What is wrong with hdbscan's private functions, nothing if they do what they should."""
-    try:
-        labels = labels_of_tree(_PROBE, min_cluster_size=3)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        return str(error).splitlines()[0]
-    return "" if sorted(labels) == [0, 0, 0, 1, 1, 1] else f"labels {labels.tolist()} of a probe"
+    # hdbscan takes distances that are known for some pairs: those of the tree, which is then their
+    # only spanning tree. Points as near to themselves as can be have core distances below all
+    # weights. Weights of equal edges are set a unit of the last digit apart, to keep their order.
+    places = np.arange(len(tree.order))
+    steps = places[:-1]
+    units = np.maximum(tree.weights.view(np.int64), 2)  # nothing would be no edge
+    weights = (np.maximum.accumulate(units - steps) + steps).view(np.float64)
+    data = np.append(weights, np.full(len(places), np.nextafter(0, 1)))
+    row, column = (np.append(ends, places) for ends in tree.edges.T)
+    distances = coo_matrix((data, (row, column))).tocsr()
+    found = HDBSCAN(
+        metric="precomputed",
+        min_samples=1,
+        min_cluster_size=min_cluster_size,
+        max_cluster_size=max_cluster_size or 0,
+    ).fit_predict(distances)
+    labels = np.empty_like(found)
+    labels[tree.order] = found
+    return labels

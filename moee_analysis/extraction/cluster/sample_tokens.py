@@ -1,8 +1,8 @@
-"""The tokens of a layer that are clustered, drawn from all that are routed."""
+"""The tokens of a layer that are clustered, sampled from all that are routed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ from moee_analysis.utils.storage.store import content_key
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Drawn tokens of a layer, and what is known of all ``tokens`` they are drawn from.
+class TokenSample:
+    """Sampled tokens of a layer, and statistics of all ``tokens`` they are sampled from.
 
-    ``rows`` are their numbers among all tokens of the sample, leading ones included; ``inputs``
+    ``rows`` are their numbers among all recorded tokens, leading ones included; ``inputs``
     (n, dim) and ``hidden`` (n, hidden) are float32, hidden activations None where nobody needs
     them. ``covariance`` is that of the inputs, ``fisher`` the metric of the outputs, None without
-    gradients; both float64 (dim, dim). ``key`` names the sample in the store.
+    gradients; both float64 (dim, dim). ``key`` names the recording in the store.
     """
 
     site: MlpSite
@@ -40,8 +40,8 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class DrawTally:
-    """Picks tokens out of a layer, and adds up the products of all but the ``leading`` ones."""
+class SampleTally:
+    """Picks ``rows`` out of a layer, and adds up the products of all but the ``leading`` tokens."""
 
     site: MlpSite
     rows: np.ndarray
@@ -66,17 +66,14 @@ class DrawTally:
 
     def add(self, sums: Sums, layer: Recorded) -> None:
         """Add a part of the tokens."""
-        self._pick(sums, layer)
-        for rows in layer.chunks():
-            chosen = np.arange(rows.start, rows.stop)
-            self._add_products(sums, layer, chosen[layer.sample.position[rows] >= self.leading])
-
-    def _pick(self, sums: Sums, layer: Recorded) -> None:
         own = self.rows - layer.sample.start
-        which = np.flatnonzero((own >= 0) & (own < len(layer.sample)))
+        picked = np.flatnonzero((own >= 0) & (own < len(layer.sample)))
         for name in ("inputs", "hidden") if self.hidden else ("inputs",):
-            values = np.asarray(getattr(layer.sample, name)[own[which]], dtype=np.float64)
-            sums[name][torch.from_numpy(which)] += torch.from_numpy(values)
+            values = np.asarray(getattr(layer.sample, name)[own[picked]], dtype=np.float64)
+            sums[name][torch.from_numpy(picked)] += torch.from_numpy(values)
+        for rows in layer.chunks():
+            routed = np.arange(rows.start, rows.stop)[layer.sample.position[rows] >= self.leading]
+            self._add_products(sums, layer, routed)
 
     def _add_products(self, sums: Sums, layer: Recorded, rows: np.ndarray) -> None:
         x = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
@@ -87,68 +84,63 @@ class DrawTally:
             sums["fisher"] += products(layer.sample, rows)
             sums["weight"] += float(layer.sample.weight[rows].sum(dtype=np.float64))
 
+    def sample(self, sums: Sums, mlp: Mlp, key: str) -> TokenSample:
+        """Return the sampled tokens and their statistics, from the ``sums`` of all tokens."""
+        tokens = int(sums["tokens"])
+        mean = sums["total"] / tokens
+        return TokenSample(
+            self.site,
+            mlp,
+            self.rows,
+            sums["inputs"].float().numpy(),
+            sums["hidden"].float().numpy() if self.hidden else None,
+            tokens,
+            sums["products"] / tokens - torch.outer(mean, mean),
+            sums["fisher"] / sums["weight"] if self.gradients else None,
+            key,
+        )
 
-def drawn(
-    calibration: Calibration,
-    leading: Mapping[str, int],
-    *,
-    hidden: bool | None = None,
-) -> Iterator[Draw]:
-    """Draw the tokens to cluster of some layers, as many as the configuration wants.
+
+def sample_tokens(
+    calibration: Calibration, leading: Mapping[str, int], *, hidden: bool | None = None
+) -> Iterator[TokenSample]:
+    """Yield the tokens to cluster of some layers, as many as the configuration wants.
 
     Parameters
     ----------
     leading
-        By the name of a site, how many leading tokens of an image have experts of their own.
+        By the name of a layer, how many leading tokens of an image have experts of their own.
     hidden
-        Whether hidden activations are picked out as well; None: where they are clustered.
+        Whether hidden activations are sampled as well; None: where they are clustered.
     """
     config = calibration.config
     if hidden is None:
         hidden = config.clustering.space == "hidden"
     tallies = [
-        DrawTally(
-            site, rows_to_cluster(calibration, site, leading[site.name]), leading[site.name],
+        SampleTally(
+            site, choose_rows(calibration, site, leading[site.name]), leading[site.name],
             hidden, config.needs_gradients,
         )
         for site in calibration.sites
         if site.name in leading
     ]  # fmt: skip
     for tally, sums in summed(calibration, tallies, label="drawing tokens"):
-        yield draw_of(tally, sums, tally.site.module(calibration.model), calibration.key)
+        yield tally.sample(sums, tally.site.module(calibration.model), calibration.key)
 
 
-def draw_of(tally: DrawTally, sums: Sums, mlp: Mlp, key: str) -> Draw:
-    """What the ``sums`` of a tally say."""
-    tokens = int(sums["tokens"])
-    mean = sums["total"] / tokens
-    return Draw(
-        tally.site,
-        mlp,
-        tally.rows,
-        sums["inputs"].float().numpy(),
-        sums["hidden"].float().numpy() if tally.hidden else None,
-        tokens,
-        sums["products"] / tokens - torch.outer(mean, mean),
-        sums["fisher"] / sums["weight"] if tally.gradients else None,
-        key,
-    )
-
-
-def rows_to_cluster(calibration: Calibration, site: MlpSite, leading: int) -> np.ndarray:
-    """Numbers of the drawn tokens of a site among all of its sample, ascending."""
-    kept, config = calibration.kept_per_image[site.name], calibration.config
-    of_image = kept - min(leading, kept)
-    tokens = of_image * len(calibration.images)
+def choose_rows(calibration: Calibration, site: MlpSite, leading: int) -> np.ndarray:
+    """Numbers of the sampled tokens of a layer among all that were recorded, ascending."""
+    recorded, config = calibration.kept_per_image[site.name], calibration.config
+    routed = recorded - min(leading, recorded)
+    tokens = routed * len(calibration.images)
     rng = np.random.default_rng([config.seed, site.index])
     chosen = rng.choice(tokens, size=min(config.cluster_tokens, tokens), replace=False)
-    image, token = np.divmod(np.sort(chosen), of_image)
-    return image * kept + kept - of_image + token
+    image, token = np.divmod(np.sort(chosen), routed)
+    return image * recorded + recorded - routed + token
 
 
-def inputs_at(calibration: Calibration, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inputs of single tokens, float32 (n, dim), by the name of a site and their numbers."""
-    sites: Sequence[MlpSite] = [site for site in calibration.sites if site.name in rows]
-    tallies = [DrawTally(site, rows[site.name], 0) for site in sites]
+def pick_inputs(calibration: Calibration, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs of single tokens, float32 (n, dim), by the name of a layer and their numbers."""
+    tallies = [SampleTally(s, rows[s.name], 0) for s in calibration.sites if s.name in rows]
     found = summed(calibration, tallies, label="picking tokens")
     return {tally.site.name: sums["inputs"].float().numpy() for tally, sums in found}
