@@ -22,8 +22,8 @@ import numpy as np
 from clustering_tables import as_text, write
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.exact_hdbscan import labels_of_tree
-from moee_analysis.extraction.cluster.spanning_tree import reachable, tree_of
+from moee_analysis.extraction.cluster.exact_hdbscan import label_tree
+from moee_analysis.extraction.cluster.hdbscan_mst import find_neighbours, grow_tree
 from moee_analysis.utils.versions import describe_device, versions
 
 if TYPE_CHECKING:
@@ -141,11 +141,11 @@ def measured(system: str, file: Path, count: int, settings: Settings) -> Row:
 
 def _by_products(points: np.ndarray, settings: Settings) -> Row:
     clock = [time.perf_counter()]
-    distinct, reach = reachable(points, settings.min_samples)
+    neighbours = find_neighbours(points, settings.min_samples)
     clock.append(time.perf_counter())
-    tree = tree_of(distinct, reach)
+    tree = grow_tree(neighbours)
     clock.append(time.perf_counter())
-    labels = labels_of_tree(tree, min_cluster_size=settings.size(len(points)))
+    labels = label_tree(tree, min_cluster_size=settings.size(len(points)))
     clock.append(time.perf_counter())
     stages = dict(zip(("neighbours", "boruvka", "labels"), np.diff(clock).tolist(), strict=True))
     found = {"searched": tree.searched / len(points), "result": (tree.weights, labels)}

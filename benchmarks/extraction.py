@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 STAGES = {
     "recording": ("recording.py", ("_record_into",)),
     "drawing": ("draws.py", ("add",)),
-    "clustering": ("partition.py", ("clustered",)),
+    "clustering": ("clusters_to_router.py", ("cluster_tokens",)),
     "statistics": ("statistics.py", ("add",)),
     "elimination": ("scoring.py", ("eliminated",)),
     "attention": ("attention_modes.py", ("attention_modes",)),

@@ -28,7 +28,7 @@ from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.cluster.clusters_to_router import Partition
-from moee_analysis.extraction.cluster.sample_tokens import DrawTally
+from moee_analysis.extraction.cluster.sample_tokens import SampleTally
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.recipes import recipe_named
 from moee_analysis.extraction.cross_token_fisher import IMAGES
@@ -69,7 +69,7 @@ def measured(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
         for (path, _, name), (calls, _, _, cumulative, _) in pstats.Stats(profile).stats.items()
     }
     sums = {stage: spent[where][1] for stage, where in SUMS.items()}
-    clusterings, clustering = spent["partition.py", "clustered"]
+    clusterings, clustering = spent["clusters_to_router.py", "cluster_tokens"]
     # three passes with gradients and one without run the model
     runs = spent["recording.py", "held"][1]
     return {
@@ -109,7 +109,7 @@ def tallies_of(calibration: Calibration) -> dict[str, list[Any]]:
         shape = (experts + 1, site.hidden)
         nothing = np.zeros(shape)
         found["drawing"].append(
-            DrawTally(site, np.arange(config.cluster_tokens), 1, gradients=True)
+            SampleTally(site, np.arange(config.cluster_tokens), 1, gradients=True)
         )
         found["statistics"].append(ExpertTally(site, assignment, gradients=True))
         found["refit"].append(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moee_analysis import plots as plots
     from moee_analysis.data.images import load_images as load_images
     from moee_analysis.errors import MoeeError as MoeeError
-    from moee_analysis.extraction.cluster.clustering import ClusterConfig as ClusterConfig
+    from moee_analysis.extraction.config.clustering import ClusterConfig as ClusterConfig
     from moee_analysis.extraction.config.extract_config import ExtractConfig as ExtractConfig
     from moee_analysis.extraction.pipeline import Extraction as Extraction
     from moee_analysis.extraction.pipeline import extract as extract
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "data.images": ("load_images",),
     "errors": ("MoeeError",),
-    "extraction.cluster.clustering": ("ClusterConfig",),
+    "extraction.config.clustering": ("ClusterConfig",),
     "extraction.config.extract_config": ("ExtractConfig",),
     "extraction.pipeline": ("Extraction", "extract", "load"),
     "extraction.record.calibration_set": ("Limits",),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.cluster.clustering import ClusterConfig
+    from moee_analysis.extraction.config.clustering import ClusterConfig
     from moee_analysis.extraction.pipeline import Extraction
     from moee_analysis.extraction.record.calibration_set import Limits
 

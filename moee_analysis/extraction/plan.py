@@ -13,11 +13,10 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.cluster.clusters_to_router import (
     Partition,
-    clustered,
-    partition,
-    trusted,
+    cluster_tokens,
+    partition_tokens,
 )
-from moee_analysis.extraction.cluster.sample_tokens import drawn
+from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
 from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics, gathered
 from moee_analysis.extraction.experts.neuron_scores import Scores, eliminated, score
 from moee_analysis.extraction.record.calibration_set import Calibration
@@ -26,7 +25,7 @@ from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.routers import TokenKindRouter
 from moee_analysis.utils.distributed import agreed, all_sum, processes, rank
 from moee_analysis.utils.progress import progress
-from moee_analysis.utils.storage.store import content_key, kept, present
+from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
 UNASKED = "not asked for"
 
@@ -175,14 +174,16 @@ def _partitions(calibration: Calibration, leading: Mapping[str, int]) -> dict[st
     ``leading`` tokens of every image, by site name, have experts of their own.
     """
     config, found = calibration.config, []
-    draws = progress(drawn(calibration, leading), label="clustering layers", total=len(leading))
+    draws = progress(
+        sample_tokens(calibration, leading), label="clustering layers", total=len(leading)
+    )
     for number, draw in enumerate(draws):
         labels = torch.zeros(len(draw.rows), dtype=torch.int64)
         if number % processes() == rank():
-            labels += torch.from_numpy(clustered(draw, config, root=calibration.root))
+            labels += torch.from_numpy(cluster_tokens(draw, config, root=calibration.root))
         found.append((replace(draw, hidden=None), labels))
     return {
-        draw.site.name: partition(draw, trusted(all_sum(labels).numpy(), draw, config), config)
+        draw.site.name: partition_tokens(draw, all_sum(labels).numpy(), config)
         for draw, labels in found
     }
 
@@ -230,7 +231,9 @@ def _kept_costs(calibration: Calibration, plans: Mapping[str, LayerPlan]) -> dic
     assignments = {name: plan.assignment for name, plan in missing.items()}
     found = eliminated(calibration, assignments, {name: p.known for name, p in missing.items()})
     for name, costs in found.items():
-        kept(calibration.root, folders[name].name, lambda f, c=costs: np.save(f / "costs.npy", c))
+        get_or_build(
+            calibration.root, folders[name].name, lambda f, c=costs: np.save(f / "costs.npy", c)
+        )
     return {name: np.load(folder / "costs.npy") for name, folder in folders.items()}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.clustering import ClusterConfig
+from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.presets import preset_named
 from moee_analysis.extraction.config.recipes import CHOICES, TOKEN_KINDS, recipe_named
 from moee_analysis.utils.checks import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moee_analysis.extraction.cluster.clustering import ClusterConfig
+from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.utils.checks import one_of
 
 CHOICES: dict[str, tuple[str, ...]] = {

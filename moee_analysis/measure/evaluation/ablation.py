@@ -13,7 +13,7 @@ from torch import nn
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.clustering import ClusterConfig
+from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.recipes import recipe_named
 from moee_analysis.measure.evaluation.variants import Variant, made_of, variants

@@ -11,8 +11,8 @@ import pandas as pd
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.cluster.clustering import cluster, reduce_dimensions
-from moee_analysis.extraction.cluster.clusters_to_router import clustered, trusted
-from moee_analysis.extraction.cluster.sample_tokens import drawn
+from moee_analysis.extraction.cluster.clusters_to_router import cluster_tokens
+from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
 from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.extraction.plan import prefix_experts
 from moee_analysis.extraction.record.calibration_set import calibration_of
@@ -32,12 +32,7 @@ def embedding(
 
     The clusters are the run's own; the plane is only for the eye.
 
-    Parameters
-    ----------
-    images
-        The run's own calibration images.
-    points
-        At most so many tokens per layer.
+    ``images`` are the run's own calibration images, ``points`` the most tokens per layer.
 
     Returns
     -------
@@ -75,23 +70,22 @@ def surrogate(
     seed_number(seed)
     rows = []
     for layer, (hidden, labels) in _clusters(run, images, layers, Path(store)).items():
-        made = _shuffled_components(hidden, np.random.default_rng([seed, layer]))
-        invented = cluster(made, run.config.clustering, seed=seed).labels
-        rows += [_counted(layer, "activations", labels), _counted(layer, "surrogate", invented)]
+        noise = _shuffle_components(hidden, np.random.default_rng([seed, layer]))
+        invented = cluster(noise, run.config.clustering, seed=seed).labels
+        rows += [
+            {
+                "layer": layer,
+                "data": data,
+                "clusters": int(found.max()) + 1,
+                "noise_share": float(np.mean(found < 0)),
+                "tokens": len(found),
+            }
+            for data, found in (("activations", labels), ("surrogate", invented))
+        ]
     return pd.DataFrame(rows)
 
 
-def _counted(layer: int, data: str, labels: np.ndarray) -> dict[str, object]:
-    return {
-        "layer": layer,
-        "data": data,
-        "clusters": int(labels.max()) + 1,
-        "noise_share": float(np.mean(labels < 0)),
-        "tokens": len(labels),
-    }
-
-
-def _shuffled_components(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _shuffle_components(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     mean = points.mean(axis=0)
     scores, scale, axes = np.linalg.svd(points - mean, full_matrices=False)
     return (rng.permuted(scores, axis=0) * scale) @ axes + mean
@@ -106,7 +100,7 @@ def _clusters(
     sites = [site for site in calibration.sites if site.index in layers]
     wanted = {site.name: len(prefix_experts(calibration, site)) for site in sites}
     found = {}
-    for draw in drawn(calibration, wanted, hidden=True):
-        labels = trusted(clustered(draw, run.config, root=store), draw, run.config).labels
+    for draw in sample_tokens(calibration, wanted, hidden=True):
+        labels = cluster_tokens(draw, run.config, root=store)
         found[draw.site.index] = draw.hidden, labels
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +15,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from moee_analysis.data.images import ImageSet, fitting_batch
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.clusters_to_router import metric_root, router_to
-from moee_analysis.extraction.cluster.sample_tokens import Draw, drawn
+from moee_analysis.extraction.cluster.clusters_to_router import make_router, metric_root
+from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.extraction.record.accumulate import Sums, summed
 from moee_analysis.extraction.record.calibration_set import Calibration, calibration_of
-from moee_analysis.extraction.record.hooks import recording
 from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.measure.routing.resolve import batches_of, check_any
+from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import MlpSite, find_mlps
@@ -31,7 +33,6 @@ from moee_analysis.moe.layer import MoeMlp, moe_layers
 from moee_analysis.moe.oracle import OracleRouter, beside_leading, oracle_of, prefix_experts
 from moee_analysis.moe.routers import ConstantRouter, RandomRouter, TokenKindRouter
 from moee_analysis.utils.checks import seed_number
-from moee_analysis.utils.progress import progress
 
 
 def router_choices(
@@ -44,25 +45,20 @@ def router_choices(
     expert of the most tokens; ``oracle``. Leading tokens keep experts of their own, and a layer
     with a single other expert is left out.
 
-    Parameters
-    ----------
-    images
-        The run's own calibration images.
-    store
-        The store that holds (or will hold) the sampled tokens.
+    ``images`` are the run's own calibration images; ``store`` holds (or will hold) the tokens.
     """
     seed_number(seed)
     dense, config = run.dense(), run.config
     calibration = calibration_of(dense, images, config, root=Path(store))
-    layers = {index: layer for index, layer in moe_layers(run.model).items() if _several(layer)}
+    layers = {index: layer for index, layer in moe_layers(run.model).items() if _has_choice(layer)}
     sites = [site for site in calibration.sites if site.index in layers]
     means = _means_as_routed(calibration, {site: layers[site.index] for site in sites})
     leading = {site.name: _leading_tokens(layers[site.index]) for site in sites}
     choices: dict[str, dict[int, nn.Module]] = {}
-    for draw in drawn(calibration, leading, hidden=False):
+    for draw in sample_tokens(calibration, leading, hidden=False):
         site, layer = draw.site, layers[draw.site.index]
         found = _to_centres(draw, means[site.name], config) | _others(draw, layer, seed=seed)
-        for name, router in (found | {config.router: _own(layer)}).items():
+        for name, router in (found | {config.router: _own_router(layer)}).items():
             choices.setdefault(name, {})[site.index] = beside_leading(router, layer)
     return choices
 
@@ -86,12 +82,8 @@ def router_regret(
     """Error of the layers' outputs under each router, beyond that of the best expert for a token.
 
     Every layer gets the inputs of the dense model, so that the errors of other layers are no part
-    of it. Counted are the tokens that are routed, not those with experts by position.
-
-    Parameters
-    ----------
-    routers
-        By name and layer, such as :func:`router_choices` gives.
+    of it. Counted are the tokens that are routed, not those with experts by position. ``routers``
+    are by name and layer, such as :func:`router_choices` gives.
 
     Returns
     -------
@@ -106,21 +98,21 @@ def router_regret(
     MoeeError
         No images, or no layer of the run for which all routers are given.
     """
-    if not len(images):
-        raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    check_any(images)
     dense, layers = run.dense(), _compared(run, routers)
-    batch_size = fitting_batch(dense, batch_size)
     sites = {site.index: site for site in find_mlps(dense)}
-    sums = {index: _Sums(oracle_of(sites[index].module(dense), layers[index])) for index in layers}
-    batches = images.batches(dense, batch_size=batch_size)
-    with evaluating(dense), recording(dense, [sites[index] for index in layers]) as seen:
-        for x in progress(batches, label="routers", total=math.ceil(len(images) / batch_size)):
-            dense(x.to(next(dense.parameters())))
-            for index, layer in layers.items():
-                inputs = seen[sites[index].name].inputs
-                own = {name: of_layer[index] for name, of_layer in routers.items()}
-                sums[index].add(layer, inputs, own)
-    rows = [{"layer": index} | row for index, found in sums.items() for row in found.rows()]
+    sums = {
+        index: _Errors(oracle_of(sites[index].module(dense), layer), layer)
+        for index, layer in layers.items()
+    }
+    with evaluating(dense), capture(dense, [sites[index].name for index in layers]) as seen:
+        for x in batches_of(dense, images, batch_size, label="routers"):
+            dense(x)
+            for index, errors in sums.items():
+                inputs = seen[sites[index].name]
+                tokens = inputs.reshape(len(x), -1, inputs.shape[-1])
+                errors.add(tokens, {name: own[index] for name, own in routers.items()})
+    rows = [{"layer": index} | row for index, errors in sums.items() for row in errors.rows()]
     table = pd.DataFrame(rows)
     table.attrs["caption"] = (
         f"{len(images)} images, routed tokens only, each layer on the inputs of the dense model; "
@@ -143,37 +135,39 @@ def _compared(run: Extraction, routers: Mapping[str, Mapping[int, nn.Module]]) -
 
 
 @dataclass
-class _Sums:
-    """What the errors of one layer add up to, over the routed tokens of all batches."""
+class _Errors:
+    """Squared errors of one layer, summed over the routed tokens of all batches."""
 
     oracle: OracleRouter
+    layer: MoeMlp
     tokens: int = 0
     outputs: torch.Tensor | float = 0.0
     squares: float = 0.0
     least: float = 0.0
-    errors: dict[str, float] = field(default_factory=dict)
-    best: dict[str, int] = field(default_factory=dict)
+    errors: Counter[str] = field(default_factory=Counter)
+    best: Counter[str] = field(default_factory=Counter)
 
-    def add(self, layer: MoeMlp, x: torch.Tensor, routers: Mapping[str, nn.Module]) -> None:
+    def add(self, x: torch.Tensor, routers: Mapping[str, nn.Module]) -> None:
         """Add the tokens ``x`` [images, tokens, dim]."""
-        routed = x[:, _leading_tokens(layer) :]
-        y = self.oracle.wanted(routed).double()
-        errors = self.oracle.errors(routed).double()
+        leading = _leading_tokens(self.layer)
+        y = self.oracle.wanted(x[:, leading:]).double()
+        errors = self.oracle.errors(x[:, leading:]).double()
+        least = errors.min(dim=1).values
         self.tokens += len(errors)
         self.outputs = self.outputs + y.sum(dim=(0, 1))
         self.squares += float(y.square().sum())
-        least = errors.min(dim=1).values
         self.least += float(least.sum())
         for name, router in routers.items():
-            own = errors.gather(1, _chosen(router, layer, x))[:, 0]
-            self.errors[name] = self.errors.get(name, 0.0) + float(own.sum())
-            self.best[name] = self.best.get(name, 0) + int((own == least).sum())
+            chosen = router.to(x.device)(x).reshape(*x.shape[:2])[:, leading:].reshape(-1, 1)
+            own = errors.gather(1, chosen - prefix_experts(self.layer))[:, 0]
+            self.errors[name] += float(own.sum())
+            self.best[name] += int((own == least).sum())
 
     def rows(self) -> Iterator[dict[str, float | str]]:
         """Means over the tokens, one row for each router."""
         mean = self.outputs / self.tokens
         variance = self.squares - self.tokens * float(mean.square().sum())
-        scale = variance or math.nan  # of outputs that never change, no share can be told
+        scale = variance or math.nan  # outputs that never change leave no share to tell
         for name, error in self.errors.items():
             yield {
                 "router": name,
@@ -184,29 +178,19 @@ class _Sums:
             }
 
 
-def _leading_tokens(layer: MoeMlp) -> int:
-    return len(layer.router.prefix) if isinstance(layer.router, TokenKindRouter) else 0
-
-
-def _inner(layer: MoeMlp) -> nn.Module:
-    """The router of the tokens that are not leading."""
-    return layer.router.inner if isinstance(layer.router, TokenKindRouter) else layer.router
-
-
-def _chosen(router: nn.Module, layer: MoeMlp, x: torch.Tensor) -> torch.Tensor:
-    """Experts (n, 1) of the routed tokens of ``x`` [images, tokens, dim], counted from 0."""
-    chosen = router.to(x.device)(x).reshape(*x.shape[:2])[:, _leading_tokens(layer) :]
-    return chosen.reshape(-1, 1) - prefix_experts(layer)
-
-
-def _several(layer: MoeMlp) -> bool:
+def _has_choice(layer: MoeMlp) -> bool:
     """Whether there are experts to choose from."""
     return layer.n_experts - prefix_experts(layer) > 1
 
 
-def _own(layer: MoeMlp) -> nn.Module:
+def _leading_tokens(layer: MoeMlp) -> int:
+    return len(layer.router.prefix) if isinstance(layer.router, TokenKindRouter) else 0
+
+
+def _own_router(layer: MoeMlp) -> nn.Module:
     """A copy of the router of the tokens that have no expert by position."""
-    return copy.deepcopy(_inner(layer)).cpu()
+    router = layer.router.inner if isinstance(layer.router, TokenKindRouter) else layer.router
+    return copy.deepcopy(router).cpu()
 
 
 @dataclass(frozen=True)
@@ -224,13 +208,13 @@ class _MeanTally:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"router": hash_weights(_own(self.layer))}
+        return {"router": hash_weights(_own_router(self.layer))}
 
     def add(self, sums: Sums, layer: Recorded) -> None:
         """Add a part of the tokens."""
         rows = np.flatnonzero(layer.sample.position >= _leading_tokens(self.layer))
         inputs = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
-        expert = _own(self.layer)(inputs)[:, 0]
+        expert = _own_router(self.layer)(inputs)[:, 0]
         sums["inputs"].index_add_(0, expert, inputs.double())
         sums["tokens"] += expert.bincount(minlength=len(sums["tokens"]))
 
@@ -246,13 +230,13 @@ def _means_as_routed(
     }
 
 
-def _to_centres(draw: Draw, means: np.ndarray, config: ExtractConfig) -> dict[str, nn.Module]:
+def _to_centres(draw: TokenSample, means: np.ndarray, config: ExtractConfig) -> dict[str, nn.Module]:
     """Routers to the ``means`` of the experts' tokens, by cosine and to the nearest."""
     root = metric_root(draw, config)
-    return {"cosine": router_to(means, None), "nearest": router_to(means @ root.T, root)}
+    return {"cosine": make_router(means, None), "nearest": make_router(means @ root.T, root)}
 
 
-def _others(draw: Draw, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
+def _others(draw: TokenSample, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
     """Routers that no centre has a part in."""
     site, shares = draw.site, layer.shares[prefix_experts(layer) :].cpu()
     return {
