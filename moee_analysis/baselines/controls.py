@@ -14,7 +14,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.sample_tokens import inputs_at
+from moee_analysis.extraction.cluster.sample_tokens import pick_inputs
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import Extraction, extract
 from moee_analysis.extraction.record.calibration_set import calibration_of
@@ -50,12 +50,12 @@ def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
     Leading tokens that have an expert of their own (:class:`TokenKindRouter`) keep it. In layers of
     slots tokens change places in what the router says of them.
     """
-    model = _copied(run)
+    model = _copy_model(run)
     for index, layer in moe_layers(model).items():
         k = round(layer.shares.sum().item())
         draw = partial(RandomRouter, dim=layer.fc1.in_features, k=k, seed=1000 * seed + index)
-        layer.router = _at_random(layer.router, layer.shares, draw).to(layer.shares.device)
-    for layer in _with_own_experts(model):
+        layer.router = _draw_patches(layer.router, layer.shares, draw).to(layer.shares.device)
+    for layer in _own_expert_layers(model):
         layer.router = layer.random_router(seed=seed)
     return model
 
@@ -66,15 +66,14 @@ def constantly_routed(run: Extraction | nn.Module) -> nn.Module:
     Leading tokens that have an expert of their own keep it. In layers of slots all tokens are
     mixed evenly.
     """
-    model = _copied(run)
+    model = _copy_model(run)
     for layer in moe_layers(model).values():
-        leading = prefix_experts(layer)
-        shares = layer.shares[leading:]
+        shares = layer.shares[prefix_experts(layer) :]
         k = max(1, round(shares.sum().item()))
         most = shares.topk(k).indices.tolist()
         constant = ConstantRouter(most[0] if k == 1 else most)
         layer.router = beside_leading(constant, layer).to(layer.shares.device)
-    for layer in _with_own_experts(model):
+    for layer in _own_expert_layers(model):
         layer.router = layer.constant_router()
     return model
 
@@ -85,7 +84,7 @@ def oracle_routed(run: Extraction | nn.Module, dense: nn.Module) -> nn.Module:
     Layers with several experts a token, and leading tokens that have an expert of their own, keep
     their routers.
     """
-    model, mlps = _copied(run), list(all_mlps(dense).values())
+    model, mlps = _copy_model(run), list(all_mlps(dense).values())
     for index, layer in moe_layers(model).items():
         several = layer.n_experts - prefix_experts(layer) > 1
         if several and round(layer.shares.sum().item()) == 1:
@@ -93,16 +92,16 @@ def oracle_routed(run: Extraction | nn.Module, dense: nn.Module) -> nn.Module:
     return model
 
 
-def _copied(run: Extraction | nn.Module) -> nn.Module:
+def _copy_model(run: Extraction | nn.Module) -> nn.Module:
     return copy.deepcopy(run if isinstance(run, nn.Module) else run.model)
 
 
-def _with_own_experts(model: nn.Module) -> list[nn.Module]:
+def _own_expert_layers(model: nn.Module) -> list[nn.Module]:
     """Layers whose experts are no parts of a dense MLP."""
     return [layer for layer in expert_layers(model).values() if not isinstance(layer, MoeMlp)]
 
 
-def _at_random(
+def _draw_patches(
     router: nn.Module, shares: torch.Tensor, draw: Callable[[torch.Tensor], RandomRouter]
 ) -> nn.Module:
     """A router that draws from the ``shares``; only leading tokens keep their own experts."""
@@ -110,7 +109,7 @@ def _at_random(
         return draw(shares)
     inner, patches = router.inner, shares[router.prefix_experts :]
     if not (isinstance(inner, ConstantRouter) and len(patches) == 1):
-        inner = _at_random(inner, patches, draw)
+        inner = _draw_patches(inner, patches, draw)
     return TokenKindRouter(router.prefix.tolist(), inner, tokens=router.tokens)
 
 
@@ -179,7 +178,7 @@ def random_centres(
             rng = np.random.default_rng([seed, site.index])
             count = layers[site.index].n_experts
             rows[site.name] = np.sort(rng.choice(tokens, size=count, replace=False))
-    found = inputs_at(calibration, rows)
+    found = pick_inputs(calibration, rows)
     return {
         site.index: CosineRouter(
             torch.from_numpy(found[site.name]).to(layers[site.index].shares.device)

@@ -19,7 +19,7 @@ from torch import nn
 
 from moee_analysis.baselines import jetpack, soft_moe, sparse_upcycling
 from moee_analysis.baselines.jetpack import JetpackConfig
-from moee_analysis.baselines.jetpack.expert_counts import LayerSize
+from moee_analysis.baselines.jetpack.layer_sizes import LayerSize
 from moee_analysis.baselines.soft_moe import SoftMoeConfig
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.data.images import ImageSet

@@ -11,6 +11,9 @@ from torch import nn
 
 from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
 from moee_analysis.baselines.controls import oracle_routed
+from moee_analysis.baselines.jetpack import JetpackConfig
+from moee_analysis.baselines.soft_moe import SoftMoeConfig
+from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
@@ -84,7 +87,7 @@ def _static(told: str, baseline: str) -> System:
     return System("static pruning", told, config, static_pruning.convert, routed=False)
 
 
-def _moefied(told: str, **settings: Any) -> System:
+def _moefication(told: str, **settings: Any) -> System:
     def config(_dense: nn.Module, asked: Asked) -> moefication.MoeficationConfig:
         budget = {"macs_reduction": asked.macs_reduction, "seed": asked.seed}
         return moefication.MoeficationConfig(**budget, **settings)
@@ -95,27 +98,15 @@ def _moefied(told: str, **settings: Any) -> System:
     return System("MoEfication", told, config, moefication.convert, oracle=oracle)
 
 
-def _top_k(_dense: nn.Module, asked: Asked) -> sparse_upcycling.SparseUpcyclingConfig:
-    return sparse_upcycling.SparseUpcyclingConfig(router="top_k", k=1, seed=asked.seed)
+def _upcycled(family: str, told: str, baseline: Any, kind: type, **settings: Any) -> System:
+    """Experts with weights of their own in all layers: half of them could not save so much."""
 
+    def config(dense: nn.Module, asked: Asked) -> Any:
+        layers = tuple(site.index for site in find_mlps(dense))
+        budget = {"macs_reduction": asked.macs_reduction, "seed": asked.seed, "layers": layers}
+        return kind(**budget | settings)
 
-def _expert_choice(dense: nn.Module, asked: Asked) -> sparse_upcycling.SparseUpcyclingConfig:
-    return sparse_upcycling.SparseUpcyclingConfig(**_saving_everywhere(dense, asked))
-
-
-def _soft(dense: nn.Module, asked: Asked) -> soft_moe.SoftMoeConfig:
-    return soft_moe.SoftMoeConfig(**_saving_everywhere(dense, asked))
-
-
-def _recycled(dense: nn.Module, asked: Asked) -> jetpack.JetpackConfig:
-    experts = {"core": 4, "universal": 8}
-    return jetpack.JetpackConfig(head="recycled", **experts, **_saving_everywhere(dense, asked))
-
-
-def _saving_everywhere(dense: nn.Module, asked: Asked) -> dict[str, Any]:
-    """A budget for all MLPs: half of them, as published, could not save so much."""
-    layers = tuple(site.index for site in find_mlps(dense))
-    return {"macs_reduction": asked.macs_reduction, "seed": asked.seed, "layers": layers}
+    return System(family, told, config, baseline.convert)
 
 
 SYSTEMS: dict[str, System] = {
@@ -134,35 +125,35 @@ SYSTEMS: dict[str, System] = {
     "static: fisher OBS, CLS apart": _static(
         "least effect on the logits, refitted; CLS has neurons of its own", "fisher OBS, CLS apart"
     ),
-    "MoEfication: k-means, centre": _moefied(
+    "MoEfication: k-means, centre": _moefication(
         "similar neurons, nearest centre", split="kmeans", router="centre"
     ),
-    "MoEfication: k-means, centre, means kept": _moefied(
+    "MoEfication: k-means, centre, means kept": _moefication(
         "the same, and unused experts give their mean", split="kmeans", router="centre",
         mean_compensation=True,
     ),
-    "MoEfication: k-means, MLP, means kept": _moefied(
+    "MoEfication: k-means, MLP, means kept": _moefication(
         "the same, with a router that learned which experts fire", split="kmeans", router="mlp",
         mean_compensation=True,
     ),
-    "MoEfication: graph, MLP, means kept": _moefied(
+    "MoEfication: graph, MLP, means kept": _moefication(
         "the same, of neurons that are active together", split="graph", router="mlp",
         mean_compensation=True,
     ),
-    "Sparse Upcycling: top-1": System(
-        "Sparse Upcycling", "copies of every second MLP, one for each token", _top_k,
-        sparse_upcycling.convert,
+    "Sparse Upcycling: top-1": _upcycled(
+        "Sparse Upcycling", "copies of every second MLP, one for each token", sparse_upcycling,
+        SparseUpcyclingConfig, router="top_k", k=1, layers=None, macs_reduction=None,
     ),
-    "Sparse Upcycling: Expert Choice": System(
+    "Sparse Upcycling: Expert Choice": _upcycled(
         "Sparse Upcycling", "copies of the MLP that choose their tokens, untrained",
-        _expert_choice, sparse_upcycling.convert,
+        sparse_upcycling, SparseUpcyclingConfig,
     ),
-    "Soft MoE: upcycled": System(
-        "Soft MoE", "copies of the MLP on mixtures of tokens, untrained", _soft, soft_moe.convert
+    "Soft MoE: upcycled": _upcycled(
+        "Soft MoE", "copies of the MLP on mixtures of tokens, untrained", soft_moe, SoftMoeConfig
     ),
-    "MoE Jetpack: recycled": System(
-        "MoE Jetpack", "experts drawn by importance on mixtures of tokens, untrained", _recycled,
-        jetpack.convert,
+    "MoE Jetpack: recycled": _upcycled(
+        "MoE Jetpack", "experts drawn by importance on mixtures of tokens, untrained", jetpack,
+        JetpackConfig, head="recycled", core=4, universal=8,
     ),
 }  # fmt: skip
 """All systems. Those that were made to be trained are shown as they begin."""

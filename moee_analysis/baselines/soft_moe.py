@@ -1,9 +1,9 @@
 """Soft MoE: in the second half of the layers, experts see slots, each a mixture of all tokens.
 
-Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308.00951, and its
-reference router (``soft_moe_router``). The original is trained from scratch, without
-a class token; here a leading token is mixed like all others. At first every slot is almost the mean
-of all tokens, which the dense model's MLPs never saw: much is lost until the model is trained.
+Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308.00951. The original
+is trained from scratch, without a class token; here a leading token is mixed like all others. At
+first every slot is almost the mean of all tokens, which the dense model's MLPs never saw: much is
+lost until the model is trained.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 from torch import nn
 from torch.nn.init import trunc_normal_, zeros_
 
-from moee_analysis.baselines.common.capacity import ExpertCost, per_expert, saving
+from moee_analysis.baselines.common.capacity import fill_budget, per_expert
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import Place, chosen, exchanged, places
-from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
-from moee_analysis.baselines.common.soft_moe_router import SoftRouter
+from moee_analysis.baselines.common.replace_mlps import Place, find_places, replace_mlps, sites_at
+from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
@@ -48,13 +47,11 @@ class SoftMoeConfig:
       factor of 1, as many slots as tokens), or what ``macs_reduction`` allows.
     - ``initialisation``: experts are copies of the dense MLP (``upcycled``), or drawn anew as timm
       draws its MLPs (``fresh``; from scratch where the given model is untrained).
-    - ``drop``: share of hidden activations, and of outputs, that drop out in training; None: that
-      of the dense MLP.
+    - ``drop``: rate of dropout of hidden activations and outputs; None: that of the dense MLP.
     - ``noise``: standard deviation of noise on the logits in training.
     - ``layers``: MLPs to exchange, counted from 0; None: the second half.
-    - ``macs_reduction``: share of all MACs of the dense model to save, by fewer slots; their
-      number differs between layers by no more than this takes. Logits, dispatch and combination
-      count.
+    - ``macs_reduction``: share of all MACs of the dense model to save, by fewer slots, in layers as
+      alike as possible. Logits, dispatch and combination count.
 
     Raises
     ------
@@ -101,33 +98,26 @@ def convert(
     """
     mlps = find_mlps(dense)
     second_half = range(len(mlps) // 2, len(mlps))
-    sites = chosen(mlps, second_half if config.layers is None else config.layers)
-    slots = _slots(dense, places(dense, sites), config)
-    return exchanged(
-        dense,
-        {
-            site: partial(_layer, site, config, each)
-            for site, each in zip(sites, slots, strict=True)
-        },
-    )
+    sites = sites_at(mlps, second_half if config.layers is None else config.layers)
+    slots = _count_slots(dense, find_places(dense, sites), config)
+    own = zip(sites, slots, strict=True)
+    return replace_mlps(dense, {site: partial(_layer, site, config, n) for site, n in own})
 
 
-def _slots(dense: nn.Module, seen: list[Place], config: SoftMoeConfig) -> list[int]:
+def _count_slots(dense: nn.Module, places: list[Place], config: SoftMoeConfig) -> list[int]:
     """Slots of each expert in every layer."""
     if config.slots is not None:
-        return [config.slots] * len(seen)
+        return [config.slots] * len(places)
     if config.macs_reduction is None:
-        return [per_expert(p.tokens, config.experts, config.capacity_factor) for p in seen]
+        return [per_expert(p.tokens, config.experts, config.capacity_factor) for p in places]
     counted = count(dense)
     costs = [
-        ExpertCost(
-            config.experts * _macs_of_slot(dense, place, counted.by_module[place.site.name]),
-            place.tokens,
-        )
-        for place in seen
+        config.experts * _macs_of_slot(dense, place, counted.by_module[place.site.name])
+        for place in places
     ]
-    fixed = counted.replacing({place.site.name: 0 for place in seen})
-    return saving(config.macs_reduction, costs, dense=counted.total, fixed=fixed)
+    fixed = counted.replacing({place.site.name: 0 for place in places})
+    tokens = [place.tokens for place in places]
+    return fill_budget(config.macs_reduction, costs, tokens, dense=counted.total, fixed=fixed)
 
 
 def _macs_of_slot(dense: nn.Module, place: Place, mlp_macs: int) -> float:
@@ -142,16 +132,16 @@ def _layer(site: MlpSite, config: SoftMoeConfig, slots: int, mlp: nn.Module) -> 
     drop = mlp.drop1.p if config.drop is None else config.drop
     experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)
     if config.initialisation == "fresh":
-        _draw_anew(experts, seed=seed)
+        _draw_weights(experts, seed=seed)
     router = SoftRouter(site.dim, config.experts, slots=slots, noise=config.noise, seed=seed)
     return SlotMlp(router, [experts], slots=slots)
 
 
-def _draw_anew(experts: ExpertMlps, *, seed: int) -> None:
-    """Give every expert weights of its own, as timm initialises linear layers."""
+def _draw_weights(experts: ExpertMlps, *, seed: int) -> None:
+    """Initialise every expert by itself, as timm initialises linear layers."""
     generator = torch.Generator().manual_seed(seed)
     for weight in (experts.fc1_weight, experts.fc2_weight):
-        drawn = trunc_normal_(torch.empty(weight.shape), std=SPREAD, generator=generator)
-        weight.data.copy_(drawn)
+        first = trunc_normal_(torch.empty(weight.shape), std=SPREAD, generator=generator)
+        weight.data.copy_(first)
     for bias in (experts.fc1_bias, experts.fc2_bias):
         zeros_(bias)

@@ -8,7 +8,7 @@ per token. The original never saves MACs; a capacity below 1, which does, is thi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.capacity import ExpertCost, saving
+from moee_analysis.baselines.common.capacity import fill_budget
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import Place, chosen, exchanged, places
-from moee_analysis.baselines.common.sparse_moe_layer import SparseMlp
-from moee_analysis.baselines.common.sparse_routers import ExpertChoiceRouter, Gate, TopKRouter
+from moee_analysis.baselines.common.replace_mlps import find_places, replace_mlps, sites_at
+from moee_analysis.baselines.common.sparse_moe_layer import (
+    ExpertChoiceRouter,
+    Gate,
+    SparseMlp,
+    TopKRouter,
+)
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
@@ -54,8 +58,8 @@ class SparseUpcyclingConfig:
     - ``noise``: standard deviation of noise on the logits in training, in units of 1 / experts
       (1 in V-MoE).
     - ``layers``: MLPs to exchange, counted from 0; None: every second one, 1, 3, 5, ...
-    - ``macs_reduction``: share of all MACs of the dense model to save, by a capacity that differs
-      between layers by no more than this takes; only with Expert Choice.
+    - ``macs_reduction``: share of all MACs of the dense model to save, by capacities as alike as
+      possible; only with Expert Choice.
 
     Raises
     ------
@@ -86,11 +90,10 @@ class SparseUpcyclingConfig:
             real_number(name, value, above=0)
         for name, value in not_none(self, "macs_reduction"):
             share(name, value, whole=False)
-        self._check_budget()
+        if self.macs_reduction is not None:
+            self._check_budget()
 
     def _check_budget(self) -> None:
-        if self.macs_reduction is None:
-            return
         if self.router == "top_k":
             raise MoeeError(
                 "router='expert_choice' where MACs are to be saved",
@@ -121,46 +124,38 @@ def convert(
     """
     mlps = find_mlps(dense)
     every_second = range(1, len(mlps), 2)
-    sites = chosen(mlps, every_second if config.layers is None else config.layers)
-    if config.macs_reduction is None:
-        configs = dict.fromkeys(sites, config)
-    else:
-        configs = _within_budget(dense, sites, config)
-    return exchanged(dense, {site: partial(_layer, site, own) for site, own in configs.items()})
+    sites = sites_at(mlps, every_second if config.layers is None else config.layers)
+    capacities = _find_capacities(dense, sites, config)
+    own = zip(sites, capacities, strict=True)
+    return replace_mlps(dense, {site: partial(_layer, site, config, c) for site, c in own})
 
 
-def _within_budget(
+def _find_capacities(
     dense: nn.Module, sites: list[MlpSite], config: SparseUpcyclingConfig
-) -> dict[MlpSite, SparseUpcyclingConfig]:
-    """``config`` for every site, with the capacity that the budget allows there."""
-    counted, seen = count(dense), places(dense, sites)
+) -> list[float | None]:
+    """Capacity at every site: that of ``config``, or what its budget allows."""
+    if config.macs_reduction is None:
+        return [config.capacity] * len(sites)
+    counted, tokens = count(dense), [place.tokens for place in find_places(dense, sites)]
     costs = [
-        ExpertCost(config.experts * counted.by_module[p.site.name] / p.tokens, p.tokens)
-        for p in seen
+        config.experts * counted.by_module[site.name] / number
+        for site, number in zip(sites, tokens, strict=True)
     ]
     fixed = counted.replacing({site.name: config.experts * site.dim for site in sites})
-    counts = saving(config.macs_reduction, costs, dense=counted.total, fixed=fixed)
-    return {
-        place.site: replace(config, macs_reduction=None, capacity=_capacity(each, place, config))
-        for each, place in zip(counts, seen, strict=True)
-    }
+    counts = fill_budget(config.macs_reduction, costs, tokens, dense=counted.total, fixed=fixed)
+    return [taken * config.experts / n for taken, n in zip(counts, tokens, strict=True)]
 
 
-def _capacity(each: int, place: Place, config: SparseUpcyclingConfig) -> float:
-    """Capacity by which every expert takes ``each`` tokens."""
-    return each * config.experts / place.tokens
-
-
-def _layer(site: MlpSite, config: SparseUpcyclingConfig, mlp: nn.Module) -> SparseMlp:
+def _layer(
+    site: MlpSite, config: SparseUpcyclingConfig, capacity: float | None, mlp: nn.Module
+) -> SparseMlp:
     generator = torch.Generator().manual_seed(1000 * config.seed + site.index)
     weight = SPREAD * torch.randn(config.experts, site.dim, generator=generator)
     gate = Gate(weight, noise=config.noise / config.experts)
-    experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=mlp.drop1.p)
-    return SparseMlp(_router(gate, config), experts)
-
-
-def _router(gate: Gate, config: SparseUpcyclingConfig) -> TopKRouter | ExpertChoiceRouter:
-    shared = {"renormalise": config.renormalise}
     if config.router == "top_k":
-        return TopKRouter(gate, k=config.k, capacity=config.capacity, **shared)
-    return ExpertChoiceRouter(gate, capacity=config.capacity or CAPACITY, **shared)
+        settings = {"k": config.k, "capacity": capacity, "renormalise": config.renormalise}
+        router = TopKRouter(gate, **settings)
+    else:
+        capacity = capacity or CAPACITY
+        router = ExpertChoiceRouter(gate, capacity=capacity, renormalise=config.renormalise)
+    return SparseMlp(router, ExpertMlps([mlp] * config.experts, mlp.act, drop=mlp.drop1.p))

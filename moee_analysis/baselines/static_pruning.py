@@ -76,10 +76,8 @@ class StaticPruningConfig:
 
     def extraction(self) -> ExtractConfig:
         """Return the same settings in the pieces of an extraction."""
-        return config_of(
-            self.baseline, macs_reduction=self.macs_reduction,
-            params_reduction=self.params_reduction, preset=self.preset, seed=self.seed,
-        )  # fmt: skip
+        others = {name: value for name, value in vars(self).items() if name != "baseline"}
+        return config_of(self.baseline, **others)
 
 
 def convert(
@@ -90,9 +88,8 @@ def convert(
     store: str | Path | None = None,
 ) -> nn.Module:
     """Prune the MLPs of ``dense``, as :func:`prune` does, and return the model alone."""
-    config = config or StaticPruningConfig()
-    settings = {name: value for name, value in vars(config).items() if name != "baseline"}
-    return prune(dense, images, config.baseline, **settings, store=store).model
+    settings = dict(vars(config or StaticPruningConfig()))
+    return prune(dense, images, settings.pop("baseline"), **settings, store=store).model
 
 
 def prune(
@@ -102,9 +99,8 @@ def prune(
     *,
     macs_reduction: float,
     params_reduction: float | None = None,
-    preset: str = "small",
-    seed: int = 0,
     store: str | Path | None = None,
+    **others: Any,
 ) -> Extraction:
     """Prune the MLPs of ``model`` by the baseline called ``name``.
 
@@ -115,21 +111,23 @@ def prune(
     macs_reduction, params_reduction
         Shares of the dense model's MACs and stored parameters to save; None leaves the parameters
         free.
-    preset, seed, store
-        As in ``extract``.
+    store, others
+        As in ``extract``, such as ``preset`` and ``seed``.
 
     Raises
     ------
     MoeeError
         No such baseline; a budget that cannot be met.
     """
-    config = config_of(
-        name, macs_reduction=macs_reduction, params_reduction=params_reduction, preset=preset,
-        seed=seed,
-    )  # fmt: skip
-    run = extract(model, images, config, store=store)
-    if params_reduction is not None:
-        _check_parameters(run, model, params_reduction)
+    bounds = {"macs_reduction": macs_reduction, "params_reduction": params_reduction}
+    run = extract(model, images, config_of(name, **bounds, **others), store=store)
+    saved = 1 - count_parameters(run.model) / count_parameters(model)
+    if params_reduction is not None and saved < params_reduction:
+        raise MoeeError(
+            f"a parameters reduction of {params_reduction:.1%}",
+            f"{saved:.1%} at a MACs reduction of {macs_reduction:.1%}",
+            "ask for more MACs, or choose a baseline with a global budget",
+        )
     return run
 
 
@@ -150,13 +148,3 @@ def config_of(
     pieces = BASELINES[name]
     bound = params_reduction if pieces["budget"] == "global" else None
     return ExtractConfig(**pieces, macs_reduction=macs_reduction, params_reduction=bound, **others)
-
-
-def _check_parameters(run: Extraction, model: nn.Module, wanted: float) -> None:
-    saved = 1 - count_parameters(run.model) / count_parameters(model)
-    if saved < wanted:
-        raise MoeeError(
-            f"a parameters reduction of {wanted:.1%}",
-            f"{saved:.1%} at a MACs reduction of {run.config.macs_reduction:.1%}",
-            "ask for more MACs, or choose a baseline with a global budget",
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from moee_analysis.errors import MoeeError
 
@@ -17,20 +16,13 @@ def per_expert(tokens: int, experts: int, capacity: float) -> int:
     return max(1, round(capacity * tokens / experts))
 
 
-@dataclass(frozen=True)
-class ExpertCost:
-    """What the experts of a layer cost.
-
-    ``each`` are the MACs of one image for one token, or slot, of every expert; ``tokens`` are those
-    that an image has, and as many as an expert gets at most.
-    """
-
-    each: float
-    tokens: int
-
-
-def saving(
-    macs_reduction: float, layers: Sequence[ExpertCost], *, dense: float, fixed: float
+def fill_budget(
+    macs_reduction: float,
+    costs: Sequence[float],
+    tokens: Sequence[int],
+    *,
+    dense: float,
+    fixed: float,
 ) -> list[int]:
     """Return how many tokens, or slots, every expert of each layer gets, to save so many MACs.
 
@@ -41,6 +33,10 @@ def saving(
     ----------
     macs_reduction
         Share of the dense model's MACs to save.
+    costs
+        MACs of one token, or slot, of every expert of a layer, by layer.
+    tokens
+        Tokens of an image in each layer, the most that an expert gets.
     dense, fixed
         MACs of one image: of the dense model, and of the other one without its experts.
 
@@ -49,8 +45,7 @@ def saving(
     MoeeError
         One token, or slot, per expert is too much already.
     """
-    counts = [1] * len(layers)
-    left = (1 - macs_reduction) * dense - fixed - sum(layer.each for layer in layers)
+    counts, left = [1] * len(costs), (1 - macs_reduction) * dense - fixed - sum(costs)
     if left < 0:
         most = math.floor(1000 * (macs_reduction + left / dense)) / 1000
         raise MoeeError(
@@ -58,11 +53,11 @@ def saving(
             f"{macs_reduction:.1%}", "save less, or have fewer experts or more layers with experts",
         )  # fmt: skip
     while growing := [
-        (count / layer.tokens, index)
-        for index, (count, layer) in enumerate(zip(counts, layers, strict=True))
-        if count < layer.tokens and layer.each <= left
+        (count / most, layer)
+        for layer, (count, most, cost) in enumerate(zip(counts, tokens, costs, strict=True))
+        if count < most and cost <= left
     ]:
-        _, index = min(growing)
-        counts[index] += 1
-        left -= layers[index].each
+        _, layer = min(growing)
+        counts[layer] += 1
+        left -= costs[layer]
     return counts

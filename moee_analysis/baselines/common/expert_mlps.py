@@ -12,16 +12,10 @@ from torch import nn
 class ExpertMlps(nn.Module):
     """E Linear-activation-Linear MLPs, each of which sees inputs of its own.
 
-    Parameters
-    ----------
-    mlps
-        MLPs of one shape, whose weights are copied: ``fc1_weight`` (experts, hidden, dim),
-        ``fc1_bias`` (experts, hidden), ``fc2_weight`` (experts, dim, hidden), ``fc2_bias``
-        (experts, dim).
-    act
-        Activation between the two linear maps.
-    drop
-        Share of hidden activations, and of outputs, that drop out in training.
+    Their weights are copies of those of ``mlps``, which have one shape: ``fc1_weight`` (experts,
+    hidden, dim), ``fc1_bias`` (experts, hidden), ``fc2_weight`` (experts, dim, hidden) and
+    ``fc2_bias`` (experts, dim). ``drop`` is the rate at which hidden activations, and outputs, drop
+    out in training.
     """
 
     def __init__(self, mlps: Sequence[Mlp], act: nn.Module, *, drop: float = 0.0) -> None:
@@ -51,10 +45,7 @@ class ExpertMlps(nn.Module):
         return self._batched(own).unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
 
     def in_turn(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """Map inputs (n, dim), those of one expert after those of another, to their outputs.
-
-        ``counts`` are the inputs of each expert, in this order; they sum to n.
-        """
+        """Map inputs (n, dim), sorted by expert, to their outputs; ``counts`` are those of each."""
         if len(set(counts)) == 1:
             return self._batched(x.unflatten(0, (self.n_experts, counts[0]))).flatten(0, 1)
         stacked = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
@@ -63,20 +54,19 @@ class ExpertMlps(nn.Module):
         return torch.cat([self._one(*own) for own in zip(x.split(counts), weights, strict=True)])
 
     def _batched(self, x: torch.Tensor) -> torch.Tensor:
-        """Map as many inputs of every expert, (experts, inputs, dim), to their outputs."""
+        """Map inputs (experts, inputs of each, dim)."""
         hidden = torch.baddbmm(self.fc1_bias[:, None], x, self.fc1_weight.mT)
         hidden = self.drop(self.act(hidden))
         return self.drop(torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight.mT))
 
     def _one(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map the inputs (n, dim) of the one expert whose ``weights`` these are."""
+        """Map the inputs (n, dim) of one expert."""
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
         hidden = self.drop(self.act(nn.functional.linear(x, fc1_weight, fc1_bias)))
         return self.drop(nn.functional.linear(hidden, fc2_weight, fc2_bias))
 
 
 def _bias(linear: nn.Linear) -> torch.Tensor:
-    """Bias of a linear map; zeros where it has none."""
     if linear.bias is None:
         return linear.weight.new_zeros(linear.out_features)
     return linear.bias.detach()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
-import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.moe.layer import replace_module
@@ -30,7 +28,7 @@ class Place:
     tokens: int
 
 
-def chosen(sites: Sequence[MlpSite], layers: Iterable[int]) -> list[MlpSite]:
+def sites_at(sites: Sequence[MlpSite], layers: Iterable[int]) -> list[MlpSite]:
     """Return the ``sites`` at ``layers``, counted from 0.
 
     Raises
@@ -47,33 +45,26 @@ def chosen(sites: Sequence[MlpSite], layers: Iterable[int]) -> list[MlpSite]:
     return [sites[index] for index in wanted]
 
 
-def places(model: nn.Module, sites: Sequence[MlpSite]) -> list[Place]:
+def find_places(model: nn.Module, sites: Sequence[MlpSite]) -> list[Place]:
     """Run one image, all zeros, through ``model`` to see which tokens the MLPs at ``sites`` get."""
-    shapes: dict[str, torch.Size] = {}
-
-    def see(name: str, _mlp: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        shapes[name] = args[0].shape
-
-    with evaluating(model), ExitStack() as hooks:
-        for site in sites:
-            hook = site.module(model).register_forward_pre_hook(partial(see, site.name))
-            hooks.callback(hook.remove)
+    with evaluating(model), capture(model, [site.name for site in sites]) as inputs:
         model(blank(model))
-    return [Place(site, shapes[site.name][0], shapes[site.name][1:-1].numel()) for site in sites]
+    shapes = [inputs[site.name].shape for site in sites]
+    return [Place(s, shape[0], shape[1:-1].numel()) for s, shape in zip(sites, shapes, strict=True)]
 
 
-def exchanged(
+def replace_mlps(
     model: nn.Module, make: Mapping[MlpSite, Callable[[nn.Module], nn.Module]]
 ) -> nn.Module:
-    """Copy ``model`` and put in the place of each MLP what ``make`` makes of it.
+    """Copy ``model`` with layers in the place of MLPs: by site, what makes them of the MLP.
 
     The new layers have the MLP's device and precision, and ask for gradients where it does. The
     copy is in evaluation mode.
     """
     copied = copy.deepcopy(model)
-    for site, layer_of in make.items():
+    for site, make_layer in make.items():
         mlp = site.module(copied)
         weight = mlp.fc1.weight
-        layer = layer_of(mlp).to(weight.device, weight.dtype)
+        layer = make_layer(mlp).to(weight.device, weight.dtype)
         replace_module(copied, site.name, layer.requires_grad_(weight.requires_grad))
     return copied.eval()

@@ -1,17 +1,226 @@
-"""Layers whose experts compute the tokens that a router with gates gives them, and no others.
+"""Layers whose experts compute only the tokens that a router with gates gives them.
 
-Source: Komatsuzaki et al., "Sparse Upcycling", arXiv:2212.05055, and those of
-``sparse_routers``.
+Sources: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", arXiv:2106.05974 (top-k,
+and the losses that balance it); Zhou et al., "Mixture-of-Experts with Expert Choice Routing",
+arXiv:2202.09368. Images are routed by themselves, whatever else is in the batch.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import nn
+from torch.nn.functional import linear, one_hot
 
+from moee_analysis.baselines.common.capacity import per_expert
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.sparse_routers import ExpertChoiceRouter, Routed, TopKRouter
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of
+
+Scores = Callable[[torch.Tensor], torch.Tensor]
+"""Tokens (images, tokens, dim) -> scores (images, tokens, experts)."""
+
+
+class Routed(NamedTuple):
+    """Pairs of an expert and a token that it computes, those of an expert beside each other.
+
+    ``experts`` and ``tokens`` are ids, int64 (pairs,); the tokens of the batch are numbered in
+    row-major order. ``weights`` (pairs,) are the factors of the experts' outputs. ``logits``
+    (images, tokens, experts) are the router's; ``noisy`` ones differ from them in training alone.
+    """
+
+    experts: torch.Tensor
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor
+    noisy: torch.Tensor
+
+
+class Gate(nn.Module):
+    """One product of a token with each expert's row of ``weight`` (experts, dim).
+
+    ``noise`` is the standard deviation of what is added in training.
+    """
+
+    def __init__(self, weight: torch.Tensor, *, noise: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.noise = nn.Parameter(weight), noise
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts."""
+        return len(self.weight)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of ``tokens`` (images, tokens, dim), without and with noise.
+
+        They have the precision of ``weight``, under autocast too.
+        """
+        logits = linear(tokens, self.weight).to(self.weight.dtype)
+        if not self.training or self.noise == 0:
+            return logits, logits
+        return logits, logits + self.noise * torch.randn_like(logits)
+
+
+class TopKRouter(nn.Module):
+    """The k experts of the largest gates, a softmax of the logits, for every token.
+
+    Parameters
+    ----------
+    k
+        Experts of each token.
+    renormalise
+        Whether the weights of a token's k experts are made to sum to 1. With k = 1 the router then
+        learns nothing from the outputs: all weights are 1.
+    capacity
+        How many times its even share of an image's pairs an expert can take, k n / experts; others
+        are dropped, of all tokens' second choices before any first one, and the last tokens first.
+        None: no limit.
+    preference
+        Scores by which the experts are chosen in place of the gates; the weights remain those of
+        the largest gates, in their order.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        k: int = 2,
+        renormalise: bool = True,
+        capacity: float | None = None,
+        preference: Scores | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate, self.k, self.renormalise, self.capacity = gate, k, renormalise, capacity
+        self.preference = preference
+
+    def forward(self, x: torch.Tensor) -> Routed:
+        """Route the tokens of ``x`` (images, ..., dim)."""
+        tokens = x.flatten(1, -2)
+        logits, noisy = self.gate(tokens)
+        weights, experts = noisy.softmax(dim=-1).topk(self.k)
+        if self.preference is not None:
+            experts = self.preference(tokens).topk(self.k).indices
+        if self.renormalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        order = experts.flatten().argsort(stable=True)
+        if self.capacity is not None:
+            order = order[self._within_capacity(experts).flatten()[order]]
+        chosen, ids = experts.flatten()[order], order // self.k
+        return Routed(chosen, ids, weights.flatten()[order], logits, noisy)
+
+    def constant(self) -> TopKRouter:
+        """Return a router like this one, with the first k experts for all tokens."""
+        return _with_preference(self, partial(prefer_first, n_experts=self.gate.n_experts))
+
+    def _within_capacity(self, experts: torch.Tensor) -> torch.Tensor:
+        """Which choices (images, tokens, k) do not come too late, bool."""
+        images, tokens, k = experts.shape
+        most = per_expert(k * tokens, self.gate.n_experts, self.capacity)
+        in_order = experts.mT.flatten(1)  # all first choices, then all second ones
+        before = one_hot(in_order, self.gate.n_experts).cumsum(dim=1)
+        place = before.gather(2, in_order[..., None])
+        return (place <= most).view(images, k, tokens).mT
+
+
+class ExpertChoiceRouter(nn.Module):
+    """For every expert the tokens of an image whose gates for it are largest.
+
+    Parameters
+    ----------
+    capacity
+        C: every expert takes C n / experts of an image's n tokens, rounded, at least one.
+    renormalise
+        Whether the weights of all experts that take a token are made to sum to 1.
+    preference
+        Scores by which the tokens are chosen in place of the gates, as in :class:`TopKRouter`.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        capacity: float = 2.0,
+        renormalise: bool = True,
+        preference: Scores | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate, self.capacity, self.renormalise = gate, capacity, renormalise
+        self.preference = preference
+
+    def forward(self, x: torch.Tensor) -> Routed:
+        """Route the tokens of ``x`` (images, ..., dim)."""
+        tokens = x.flatten(1, -2)
+        logits, noisy = self.gate(tokens)
+        images, count, n_experts = logits.shape
+        taken = min(count, per_expert(count, n_experts, self.capacity))
+        weights, ids = noisy.softmax(dim=-1).mT.topk(taken)  # (images, experts, taken)
+        if self.preference is not None:
+            ids = self.preference(tokens).mT.topk(taken).indices
+        first = count * torch.arange(images, device=x.device)[:, None, None]
+        ids = (first + ids).transpose(0, 1).flatten()  # expert by expert, of all images
+        weights = weights.transpose(0, 1).flatten()
+        if self.renormalise:
+            sums = weights.new_zeros(images * count).index_add(0, ids, weights)
+            weights = weights / sums[ids]
+        experts = torch.arange(n_experts, device=x.device).repeat_interleave(images * taken)
+        return Routed(experts, ids, weights, logits, noisy)
+
+    def constant(self) -> ExpertChoiceRouter:
+        """Return a router like this one, with tokens for every expert by their places alone."""
+        facts = {"n_experts": self.gate.n_experts, "capacity": self.capacity}
+        return _with_preference(self, partial(deal_tokens, **facts))
+
+
+Router = TopKRouter | ExpertChoiceRouter
+
+
+class RandomScores(nn.Module):
+    """Scores that are a pseudo-random function of a token's content and the seed."""
+
+    def __init__(self, dim: int, n_experts: int, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        direction = torch.randn(dim, generator=generator)
+        rates = 100 + 900 * torch.rand(n_experts, generator=generator)
+        self.register_buffer("direction", direction.double(), persistent=False)
+        self.register_buffer("rates", rates.double(), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return scores in [0, 1) of ``tokens`` (images, tokens, dim) for every expert."""
+        # sums, where a product of matrices would be counted among the model's MACs
+        spread = (tokens.double() * self.direction).sum(dim=-1, keepdim=True) * self.rates
+        return spread - spread.floor()
+
+
+def prefer_first(tokens: torch.Tensor, *, n_experts: int) -> torch.Tensor:
+    """Scores that fall from the first expert to the last, for all tokens."""
+    return (-torch.arange(n_experts, device=tokens.device)).expand(*tokens.shape[:2], -1)
+
+
+def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> torch.Tensor:
+    """Scores by which the first tokens are the first expert's, the next ones the next expert's.
+
+    Every expert has its share of the tokens, by ``capacity``; where there are no more tokens, they
+    are dealt again from the first.
+    """
+    images, count, _ = tokens.shape
+    share = per_expert(count, n_experts, capacity)
+    places = torch.arange(count, device=tokens.device)[:, None]
+    starts = share * torch.arange(n_experts, device=tokens.device)
+    return -((places - starts) % count).expand(images, -1, -1)
+
+
+def _with_preference(router: Router, preference: Scores) -> Router:
+    copied = copy.deepcopy(router)
+    copied.preference = preference
+    return copied.to(router.gate.weight.device)
 
 
 class SparseMlp(nn.Module):
@@ -19,16 +228,9 @@ class SparseMlp(nn.Module):
 
     A token's output is the sum of those of its experts, by the router's weights; a token without
     an expert gets zeros.
-
-    Parameters
-    ----------
-    router
-        Tokens (images, ..., dim) -> ``Routed``.
-    experts
-        As many as the router knows.
     """
 
-    def __init__(self, router: TopKRouter | ExpertChoiceRouter, experts: ExpertMlps) -> None:
+    def __init__(self, router: Router, experts: ExpertMlps) -> None:
         super().__init__()
         self.router, self.experts = router, experts
 
@@ -41,27 +243,83 @@ class SparseMlp(nn.Module):
         """Map the tokens of images, (images, ..., dim), to outputs of the same shape."""
         tokens, routed = tokens_of(x), self.router(x)
         counts = torch.bincount(routed.experts, minlength=self.n_experts).tolist()
-        made = self.experts.in_turn(tokens[routed.tokens], counts)
-        made = made * routed.weights[:, None].to(made.dtype)
-        output = made.new_zeros(len(tokens), made.shape[1]).index_add(0, routed.tokens, made)
-        return output.reshape(*x.shape[:-1], made.shape[1])
+        outputs = self.experts.in_turn(tokens[routed.tokens], counts)
+        outputs = outputs * routed.weights[:, None].to(outputs.dtype)
+        sums = outputs.new_zeros(len(tokens), outputs.shape[1])
+        sums = sums.index_add(0, routed.tokens, outputs)
+        return sums.reshape(*x.shape[:-1], outputs.shape[1])
 
     def usage(self, routed: Routed) -> torch.Tensor:
         """Number of tokens that each expert computes, float64 (experts,)."""
         return torch.bincount(routed.experts, minlength=self.n_experts).double()
 
-    def random_router(self, seed: int = 0) -> nn.Module:
+    def random_router(self, seed: int = 0) -> Router:
         """Return a router by which only *which* experts and tokens meet is left to chance.
 
         As many pairs, the same weights and the same MACs; the draw is a pseudo-random function of
         the tokens' content and the seed.
         """
-        return self.router.random(seed)
+        dim = self.router.gate.weight.shape[1]
+        return _with_preference(self.router, RandomScores(dim, self.n_experts, seed=seed))
 
-    def constant_router(self) -> nn.Module:
+    def constant_router(self) -> Router:
         """Return a router that does not look at the tokens to choose, at the same MACs.
 
         All tokens have the same experts; where experts choose, each has the tokens of the same
         places in all images. The weights are those that the router gives.
         """
         return self.router.constant()
+
+
+def importance_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Squared coefficient of variation of the experts' sums of gates, mean over images.
+
+    ``logits`` (images, tokens, experts) are those without noise. (V-MoE, appendix A.)
+    """
+    return _cv_squared(logits.softmax(dim=-1).sum(dim=-2)).mean()
+
+
+def load_loss(logits: torch.Tensor, noisy: torch.Tensor, *, k: int, noise: float) -> torch.Tensor:
+    """Squared coefficient of variation of how many tokens the experts can expect, mean over images.
+
+    That is the probability that an expert is among a token's ``k`` if its noise alone were drawn
+    again, on average over the tokens. Logits are (images, tokens, experts), without and with noise
+    of the standard deviation ``noise``.
+
+    Raises
+    ------
+    MoeeError
+        No noise, without which there is no such probability.
+    """
+    if not noise > 0:
+        raise MoeeError("noise above 0", str(noise), "without noise use the other loss")
+    least = noisy.topk(k).values[..., -1:]
+    probability = torch.special.ndtr((logits - least) / noise)
+    return _cv_squared(probability.mean(dim=-2)).mean()
+
+
+@contextmanager
+def watch_routers(model: nn.Module) -> Iterator[dict[TopKRouter, Routed]]:
+    """While open, yield what the top-k routers of sparse layers last returned."""
+    last: dict[TopKRouter, Routed] = {}
+
+    def see(router: TopKRouter, routed: Routed) -> None:
+        last[router] = routed
+
+    with watch({m: m for m in model.modules() if isinstance(m, TopKRouter)}, see, "outputs"):
+        yield last
+
+
+def balance_loss(routed: Mapping[TopKRouter, Routed]) -> torch.Tensor | float:
+    """Sum of the importance losses of top-k routers and, with noise, of their load losses."""
+    total = 0.0
+    for router, each in routed.items():
+        total = total + importance_loss(each.logits)
+        if router.gate.noise > 0:
+            facts = {"k": router.k, "noise": router.gate.noise}
+            total = total + load_loss(each.logits, each.noisy, **facts)
+    return total
+
+
+def _cv_squared(x: torch.Tensor) -> torch.Tensor:
+    return x.var(dim=-1, correction=0) / x.mean(dim=-1).square()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +13,12 @@ from torch import nn
 
 from moee_analysis.baselines.jetpack.tensor_axes import heads_of
 from moee_analysis.data.images import ImageSet
+from moee_analysis.models.capture import watch
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import find_mlps, fingerprint
 from moee_analysis.utils.progress import progress
-from moee_analysis.utils.storage.store import content_key, kept
+from moee_analysis.utils.storage.store import content_key, get_or_build
 
 BATCH = 32  # images
 
@@ -54,7 +53,7 @@ def profile(
     together: bool = False,
     store: str | Path | None = None,
 ) -> Profile:
-    """Run ``model`` over the images once; nothing but sums is held.
+    """Run ``model`` over the images once and add up its activations.
 
     Parameters
     ----------
@@ -68,7 +67,9 @@ def profile(
     key = content_key(
         profile=1, model=fingerprint(model), images=images.fingerprint, together=together
     )
-    folder = kept(Path(store), f"profile-{key}", partial(_fill, model, images, together=together))
+    folder = get_or_build(
+        Path(store), f"profile-{key}", partial(_fill, model, images, together=together)
+    )
     return Profile(load_file(folder / "sums.safetensors"))
 
 
@@ -77,38 +78,26 @@ def _fill(model: nn.Module, images: ImageSet, folder: Path, *, together: bool) -
 
 
 def _sums(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, torch.Tensor]:
-    batches = images.batches(model, batch_size=BATCH)
+    places = {name: f"{name}.proj" for name in heads_of(model)}
+    mlps = [site.name for site in find_mlps(model)]
+    places |= {f"{name}.fc1": f"{name}.fc1" for name in mlps}
+    places |= {name: f"{name}.fc2" for name in mlps}
+    modules = {place: model.get_submodule(name) for place, name in places.items()}
+    paired = {place for name in mlps for place in (name, f"{name}.fc1") if together}
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(place: str, x: torch.Tensor) -> None:
+        _add(sums, place, x.detach().flatten(0, -2).float(), pairs=place in paired)
+
     total = -(-len(images) // BATCH)
-    with _adding(model, together=together) as sums, evaluating(model):
+    batches = images.batches(model, batch_size=BATCH)
+    with watch(modules, add), evaluating(model):
         for batch in progress(batches, label="profiling activations", total=total):
             model(like(batch, model))
     return {name: tensor.cpu() for name, tensor in sums.items()}
 
 
-@contextmanager
-def _adding(model: nn.Module, *, together: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """While open, every forward pass adds to the yielded sums."""
-    places = {f"{name}.proj": (name, False) for name in heads_of(model)}
-    for site in find_mlps(model):
-        places[f"{site.name}.fc1"] = (f"{site.name}.fc1", together)
-        places[f"{site.name}.fc2"] = (site.name, together)
-    sums: dict[str, torch.Tensor] = {}
-    with ExitStack() as hooks:
-        for name, (place, pairs) in places.items():
-            add = partial(_add, sums, place, pairs=pairs)
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(add).remove)
-        yield sums
-
-
-def _add(
-    sums: dict[str, torch.Tensor],
-    place: str,
-    _module: nn.Module,
-    args: tuple[torch.Tensor],
-    *,
-    pairs: bool,
-) -> None:
-    tokens = args[0].detach().flatten(0, -2).float()
+def _add(sums: dict[str, torch.Tensor], place: str, tokens: torch.Tensor, *, pairs: bool) -> None:
     active = (tokens > 0).float()
     part = {"L1": tokens.abs().sum(0), "L2": tokens.square().sum(0), "act_patrn": active.sum(0)}
     if pairs:

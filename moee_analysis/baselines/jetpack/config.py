@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.checks import (
@@ -16,14 +16,16 @@ from moee_analysis.utils.checks import (
     whole_number,
 )
 
+Method = Literal["importance", "graph", "uniform", "random"]
+Metric = Literal["L2", "L1", "act_patrn"]
+Router = Literal["sphero", "soft"]
+Combine = Literal["softmax", "entmax15"]
+Head = Literal["fresh", "recycled"]
+DropMode = Literal["expert", "sample"]
 CHOICES = {
-    "method": ("importance", "graph", "uniform", "random"),
-    "metric": ("L2", "L1", "act_patrn"),
-    "router": ("sphero", "soft"),
-    "combine": ("softmax", "entmax15"),
-    "expert_drop_mode": ("expert", "sample"),
-    "head": ("fresh", "recycled"),
-}
+    "method": Method, "metric": Metric, "router": Router, "combine": Combine, "head": Head,
+    "expert_drop_mode": DropMode,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,44 +71,34 @@ class JetpackConfig:
 
     width: int | None = None
     layers: tuple[int, ...] | None = None
-    method: Literal["importance", "graph", "uniform", "random"] = "importance"
-    metric: Literal["L2", "L1", "act_patrn"] = "L2"
+    method: Method = "importance"
+    metric: Metric = "L2"
     consistent_channels: bool = True
-    head: Literal["fresh", "recycled"] = "fresh"
+    head: Head = "fresh"
     num_classes: int | None = None
     core: int | None = None
     universal: int | None = None
     universal_ratio: float = 0.25
     slots: int = 1
-    router: Literal["sphero", "soft"] = "sphero"
-    combine: Literal["softmax", "entmax15"] = "softmax"
+    router: Router = "sphero"
+    combine: Combine = "softmax"
     temperature: float = 0.5
     normalize_key: bool = True
     noise: float | None = None
     expert_drop: float = 0.1
-    expert_drop_mode: Literal["expert", "sample"] = "expert"
+    expert_drop_mode: DropMode = "expert"
     drop: float = 0.4
     seed: int = 0
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            one_of(name, getattr(self, name), choices)
+            one_of(name, getattr(self, name), get_args(choices))
         for name, value in not_none(self, "width", "num_classes", "core", "universal"):
             whole_number(name, value, least=1 if name == "width" else 0)
         whole_number("slots", self.slots)
         seed_number(self.seed)
         layer_numbers(self.layers)
-        self._check_shares()
-        self._check_experts()
-        self._check_together()
-
-    @property
-    def needs_images(self) -> bool:
-        """Whether activations decide anything."""
-        return self.method in ("importance", "graph")
-
-    def _check_shares(self) -> None:
         share("universal_ratio", self.universal_ratio)
         for name, value in not_none(self, "macs_reduction"):
             share(name, value)
@@ -115,8 +107,9 @@ class JetpackConfig:
         real_number("temperature", self.temperature, above=0)
         for name, value in not_none(self, "noise"):
             real_number(name, value, least=0)
+        self._check_together()
 
-    def _check_experts(self) -> None:
+    def _check_together(self) -> None:
         given = [value for value in (self.core, self.universal) if value is not None]
         if len(given) == 1 or (given and not sum(given)):
             raise MoeeError(
@@ -124,8 +117,6 @@ class JetpackConfig:
                 f"core={self.core}, universal={self.universal}",
                 "give both, as in core=98, universal=196",
             )
-
-    def _check_together(self) -> None:
         if self.head == "recycled" and self.num_classes is not None:
             raise MoeeError(
                 "num_classes with a fresh head", "a recycled head",

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import chosen
-from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
-from moee_analysis.baselines.common.soft_moe_router import SoftRouter
-from moee_analysis.baselines.jetpack.activation_profile import Profile, profile
+from moee_analysis.baselines.common.replace_mlps import sites_at
+from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
+from moee_analysis.baselines.jetpack.activation_profile import profile
 from moee_analysis.baselines.jetpack.config import JetpackConfig
-from moee_analysis.baselines.jetpack.expert_counts import LayerSize, sizes_of
+from moee_analysis.baselines.jetpack.layer_sizes import LayerSize, size_layers
 from moee_analysis.baselines.jetpack.narrow_model import successor
 from moee_analysis.baselines.jetpack.recycling import Recycling
-from moee_analysis.baselines.jetpack.sphero_router import ExpertDropout, SpheroRouter
-from moee_analysis.baselines.jetpack.tensor_axes import classifier_of, narrowed_tensors
+from moee_analysis.baselines.jetpack.sphero import ExpertDropout, SpheroRouter
+from moee_analysis.baselines.jetpack.tensor_axes import classifier_of, narrow_tensors
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
@@ -47,8 +46,6 @@ def convert(
     images
         Calibration images; their labels are not used, nor are they looked at by the methods
         ``uniform`` and ``random``.
-    config
-        Width, experts and how weights are chosen; None is the default :class:`JetpackConfig`.
     dense_part
         A model of the new width whose weights serve outside the experts, as in the released code;
         None narrows ``dense``.
@@ -61,15 +58,15 @@ def convert(
         Another kind of model, a width, layers or a budget that it cannot have, a dense part that
         does not fit.
     """
-    config = config or JetpackConfig()
-    model = _successor(dense, config)
+    recycling = _begin(dense, images, config or JetpackConfig(), store)
+    config, model = recycling.config, recycling.narrow
     mlps = find_mlps(model)
     second_half = range(len(mlps) // 2, len(mlps))
-    sites = chosen(mlps, second_half if config.layers is None else config.layers)
-    sizes = sizes_of(model, sites, config, dense=dense)
-    recycling = Recycling(dense, model, _profile(dense, images, config, store), config)
-    layers = {site.name: _layer(recycling, site, sizes[site.name]) for site in sites}
-    _fill(recycling, dense_part)
+    sites = sites_at(mlps, second_half if config.layers is None else config.layers)
+    sizes = size_layers(model, sites, config, dense=dense)
+    depth = max(1, len(mlps) - 1)
+    layers = {s.name: _layer(recycling, s, sizes[s.name], s.index / depth) for s in sites}
+    _fill_dense_part(recycling, dense_part)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     like = next(dense.parameters())
@@ -90,34 +87,31 @@ def narrowed(
 
     Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
     """
-    config = config or JetpackConfig()
-    model = _successor(dense, config)
-    _fill(Recycling(dense, model, _profile(dense, images, config, store), config), None)
-    return model
+    recycling = _begin(dense, images, config or JetpackConfig(), store)
+    _fill_dense_part(recycling, None)
+    return recycling.narrow
 
 
-def _successor(dense: nn.Module, config: JetpackConfig) -> nn.Module:
-    return successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
-
-
-def _profile(
+def _begin(
     dense: nn.Module, images: ImageSet, config: JetpackConfig, store: str | Path | None
-) -> Profile | None:
-    """What activations say, where they decide anything."""
-    if not config.needs_images:
-        return None
-    return profile(dense, images, together=config.method == "graph", store=store)
+) -> Recycling:
+    """The narrow model, still fresh, and what activations say where they decide anything."""
+    model = successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
+    found, graph = None, config.method == "graph"
+    if graph or config.method == "importance":
+        found = profile(dense, images, together=graph, store=store)
+    return Recycling(dense, model, found, config)
 
 
-def _fill(recycling: Recycling, dense_part: nn.Module | None) -> None:
+def _fill_dense_part(recycling: Recycling, dense_part: nn.Module | None) -> None:
     """Give the narrow model its dense part; a fresh classifier stays as it is."""
     model = recycling.narrow
     fresh = classifier_of(model) if recycling.config.head == "fresh" else None
     if dense_part is None:
-        given = narrowed_tensors(recycling.dense, recycling.kept)
+        given = narrow_tensors(recycling.dense, recycling.shared_units)
     else:
         given = dense_part.state_dict()
-    given, wanted = (_without(tensors, fresh) for tensors in (given, model.state_dict()))
+    given, wanted = (_leave_out(fresh, tensors) for tensors in (given, model.state_dict()))
     for name in sorted(given.keys() | wanted.keys()):
         if name not in given or name not in wanted or given[name].shape != wanted[name].shape:
             raise MoeeError(
@@ -128,17 +122,14 @@ def _fill(recycling: Recycling, dense_part: nn.Module | None) -> None:
     model.load_state_dict(given, strict=False)
 
 
-def _without(tensors: Mapping[str, torch.Tensor], module: str | None) -> dict[str, torch.Tensor]:
+def _leave_out(module: str | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t for name, t in tensors.items() if name.rpartition(".")[0] != module}
 
 
-def _layer(recycling: Recycling, site: MlpSite, size: LayerSize) -> SlotMlp:
-    """Experts that stand in the place of the narrow model's MLP at ``site``."""
-    config, depth = recycling.config, site.index / max(1, len(find_mlps(recycling.narrow)) - 1)
-    groups = recycling.experts(
-        site, core=size.core, universal=size.universal, ratio=config.universal_ratio
-    )
-    act = site.module(recycling.dense).act
+def _layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> SlotMlp:
+    """Experts in the place of the narrow model's MLP at ``site``, at a ``depth`` of 0 to 1."""
+    config, act = recycling.config, site.module(recycling.dense).act
+    groups = recycling.cut_experts(site, core=size.core, universal=size.universal)
     experts = [ExpertMlps(group, copy.deepcopy(act), drop=config.drop) for group in groups]
     of_images = config.expert_drop_mode == "sample"
     dropout = ExpertDropout(depth * config.expert_drop, of_images=of_images)

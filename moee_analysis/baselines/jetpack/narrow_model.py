@@ -38,22 +38,22 @@ def successor(
     """
     settings = _settings(dense)
     classes = dense.num_classes if num_classes is None else num_classes
-    changed = _of_width(dense, settings, width or dense.num_features)
+    changed = _at_width(dense, settings, width or dense.num_features)
     like = next(dense.parameters())
     with torch.device("meta" if like.is_meta else "cpu"):
-        model = _seeded(type(dense), settings | changed | {"num_classes": classes}, seed)
-    model.pretrained_cfg = _described(dense, classes)
+        model = _build(type(dense), settings | changed | {"num_classes": classes}, seed)
+    model.pretrained_cfg = _copy_cfg(dense, classes)
     return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
 
 
-def _seeded(kind: type[nn.Module], settings: dict[str, Any], seed: int) -> nn.Module:
+def _build(kind: type[nn.Module], settings: dict[str, Any], seed: int) -> nn.Module:
     """Build a model; the state of torch's random numbers is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return kind(**settings)
 
 
-def _described(dense: nn.Module, classes: int) -> dict[str, Any]:
+def _copy_cfg(dense: nn.Module, classes: int) -> dict[str, Any]:
     """How images come in, and which classes go out; not whose weights these are."""
     others = {"architecture", "file", "url", "hf_hub_id", "tag"}
     if classes != dense.num_classes:
@@ -136,7 +136,7 @@ def _scale(scaled: nn.Module) -> float | None:
     return None if gamma is None else float(gamma.detach().abs().mean())
 
 
-def _of_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dict[str, Any]:
+def _at_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dict[str, Any]:
     """Arguments that differ in a model of another ``width``."""
     if isinstance(dense, ConvNeXt):
         sizes, name = settings["dims"], "dims"

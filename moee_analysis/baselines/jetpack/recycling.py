@@ -17,13 +17,17 @@ from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.baselines.jetpack.activation_profile import Profile
+from moee_analysis.baselines.jetpack.choose_units import (
+    Units,
+    choose_shared,
+    draw_units,
+    spaced_evenly,
+)
 from moee_analysis.baselines.jetpack.config import JetpackConfig
-from moee_analysis.baselines.jetpack.graph_selection import parts_of
-from moee_analysis.baselines.jetpack.select_units import Units, drawn, evenly, shared
 from moee_analysis.baselines.jetpack.tensor_axes import heads_of, stage_of, unit_counts
 from moee_analysis.models.loading import MlpSite, find_mlps
 
-Chooser = Callable[[int], tuple[np.ndarray, np.ndarray]]
+Draw = Callable[[int], tuple[np.ndarray, np.ndarray]]
 """Number of hidden neurons -> ids of an expert's channels and neurons."""
 
 
@@ -54,86 +58,81 @@ class Recycling:
     config: JetpackConfig
 
     @cached_property
-    def kept(self) -> dict[str, np.ndarray]:
+    def shared_units(self) -> dict[str, np.ndarray]:
         """Units that the dense part of the narrow model takes over, ids by their place.
 
         One set of channels for each stage, by the mean of what they are worth in its layers; heads
         and hidden neurons layer by layer.
         """
         rng, sizes = np.random.default_rng([self.config.seed, 0]), unit_counts(self.narrow)
-        kept = {
-            place: shared(self.config.method, self._shared_units(place, total), sizes[place], rng)
-            for place, total in unit_counts(self.dense).items()
-        }
+        chosen = {}
+        for place, total in unit_counts(self.dense).items():
+            units = Units(total, self._mean_worth(place, total))
+            chosen[place] = choose_shared(self.config.method, units, sizes[place], rng)
         for place, (_, dims) in heads_of(self.dense).items():
-            kept[place] = (kept[place][:, None] * dims + np.arange(dims)).flatten()
-        return kept
+            chosen[place] = (chosen[place][:, None] * dims + np.arange(dims)).flatten()
+        return chosen
 
-    def experts(
-        self, site: MlpSite, *, core: int, universal: int, ratio: float
-    ) -> list[list[CutMlp]]:
-        """Core and universal experts for the ``site`` of the narrow model; no group is empty.
-
-        Universal ones have ``ratio`` times as many hidden neurons as core ones.
-        """
+    def cut_experts(self, site: MlpSite, *, core: int, universal: int) -> list[list[CutMlp]]:
+        """Core and universal experts for the ``site`` of the narrow model; no group is empty."""
         mlp = site.module(self.dense)
         rng = np.random.default_rng([self.config.seed, 1, site.index])
-        draw = self._consistent if self.config.consistent_channels else self._released
-        drawn_units = draw(site, rng)
-        small = max(1, round(ratio * site.hidden))
+        start = self._draw_neurons if self.config.consistent_channels else self._draw_both
+        draw = start(site, rng)
+        small = max(1, round(self.config.universal_ratio * site.hidden))
         groups = [
-            [cut(mlp, *drawn_units(hidden)) for _ in range(count)]
+            [cut(mlp, *draw(hidden)) for _ in range(count)]
             for count, hidden in ((core, site.hidden), (universal, small))
         ]
         return [group for group in groups if group]
 
-    def _consistent(self, site: MlpSite, rng: np.random.Generator) -> Chooser:
+    def _draw_neurons(self, site: MlpSite, rng: np.random.Generator) -> Draw:
         """All experts have the channels of the model, and draw neurons."""
-        channels = self.kept[stage_of(self.dense, site.name)]
+        channels = self.shared_units[stage_of(self.dense, site.name)]
         neurons = self._units(site.name, site.module(self.dense).fc1.out_features)
-        return lambda size: (channels, drawn(self.config.method, neurons, size, rng))
+        return lambda size: (channels, draw_units(self.config.method, neurons, size, rng))
 
-    def _released(self, site: MlpSite, rng: np.random.Generator) -> Chooser:
-        """Every expert draws channels as well; small ones thin out what a large one draws."""
+    def _draw_both(self, site: MlpSite, rng: np.random.Generator) -> Draw:
+        """Every expert draws channels as well; small ones thin out the neurons of a large one."""
         method, fc1 = self.config.method, site.module(self.dense).fc1
         channels = self._units(f"{site.name}.fc1", fc1.in_features)
         neurons = self._units(site.name, fc1.out_features)
 
-        def chosen(size: int) -> tuple[np.ndarray, np.ndarray]:
-            full = drawn(method, neurons, site.hidden, rng)
-            return drawn(method, channels, site.dim, rng), full[evenly(site.hidden, size)]
+        def draw(size: int) -> tuple[np.ndarray, np.ndarray]:
+            full = draw_units(method, neurons, site.hidden, rng)
+            own = draw_units(method, channels, site.dim, rng)
+            return own, full[spaced_evenly(site.hidden, size)]
 
-        return chosen
+        return draw
 
     def _units(self, place: str, total: int) -> Units:
         """Units at one place, for experts to draw from."""
         if self.found is None:
             return Units(total)
+        graph = self.config.method == "graph"
+        together = self.found.together(place) if graph else None
         worth = self.found.worth(place, self.config.metric)
-        if self.config.method != "graph":
-            return Units(total, worth)
-        together = self.found.together(place)
-        return Units(total, worth, together, parts_of(together, seed=self.config.seed))
+        return Units(total, worth, together, self.config.seed)
 
-    def _shared_units(self, place: str, total: int) -> Units:
-        """Channels of a stage, heads of an attention, or hidden neurons, for all tokens."""
+    def _mean_worth(self, place: str, total: int) -> np.ndarray | None:
+        """Worth of channels of a stage, heads of an attention, or hidden neurons, (total,)."""
         if self.found is None:
-            return Units(total)
+            return None
         mlps = [site.name for site in find_mlps(self.dense)]
         inputs = [f"{name}.fc1" for name in mlps if stage_of(self.dense, name) == place]
         places = inputs or [place]
         worth = np.mean([self.found.worth(each, self.config.metric) for each in places], axis=0)
-        return Units(total, worth.reshape(total, -1).mean(axis=1))  # a head's: of its dimensions
+        return worth.reshape(total, -1).mean(axis=1)  # a head's is the mean of its dimensions
 
 
 def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> CutMlp:
     """Copy some hidden neurons of an MLP, reading and writing some channels; b2 is kept whole."""
     on = mlp.fc1.weight.device
     rows, columns = (torch.as_tensor(ids).to(on) for ids in (neurons, channels))
-    return CutMlp(_part(mlp.fc1, rows, columns), _part(mlp.fc2, columns, rows))
+    return CutMlp(_cut_linear(mlp.fc1, rows, columns), _cut_linear(mlp.fc2, columns, rows))
 
 
-def _part(linear: nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor) -> CutLinear:
+def _cut_linear(linear: nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor) -> CutLinear:
     weight = linear.weight.detach().index_select(0, outputs).index_select(1, inputs)
     if linear.bias is None:
         return CutLinear(weight, weight.new_zeros(len(outputs)))

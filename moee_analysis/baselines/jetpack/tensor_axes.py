@@ -84,10 +84,10 @@ def stage_of(model: nn.Module, name: str) -> str:
     return "stages.0" if first == "stem" else f"stages.{len(model.stages) - 1}"
 
 
-def narrowed_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """State dict of what ``kept`` units, ids by their place, leave of ``model``."""
+def narrow_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """State dict of ``model`` with the ``kept`` units alone, ids by their place."""
     tensors = model.state_dict().items()
-    return {name: _narrowed(model, name, tensor, kept) for name, tensor in tensors}
+    return {name: _narrow(model, name, tensor, kept) for name, tensor in tensors}
 
 
 def classifier_of(model: nn.Module) -> str:
@@ -95,7 +95,7 @@ def classifier_of(model: nn.Module) -> str:
     return "head" if isinstance(model, VisionTransformer) else "head.fc"
 
 
-def _narrowed(
+def _narrow(
     model: nn.Module, name: str, tensor: torch.Tensor, kept: Mapping[str, np.ndarray]
 ) -> torch.Tensor:
     module = name.rpartition(".")[0]

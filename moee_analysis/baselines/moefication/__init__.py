@@ -6,20 +6,12 @@ here is also its port to vision transformers with GELU, "ViT-MoEfication", with 
 experts, and with the mean of what is left out. All neurons stay, so no parameters are saved.
 """
 
-from moee_analysis.baselines.moefication.budget import matching_active
-from moee_analysis.baselines.moefication.captured_score import captured, captured_mass
-from moee_analysis.baselines.moefication.config import MoeficationConfig
-from moee_analysis.baselines.moefication.convert import convert, oracle_routed
-from moee_analysis.baselines.moefication.routers import CentreRouter, GroundTruthRouter, MlpRouter
+from __future__ import annotations
 
-__all__ = [
-    "CentreRouter",
-    "GroundTruthRouter",
-    "MlpRouter",
-    "MoeficationConfig",
-    "captured",
-    "captured_mass",
-    "convert",
-    "matching_active",
-    "oracle_routed",
-]
+from moee_analysis.baselines.moefication.config import MoeficationConfig as MoeficationConfig
+from moee_analysis.baselines.moefication.convert import convert as convert
+from moee_analysis.baselines.moefication.convert import matching_active as matching_active
+from moee_analysis.baselines.moefication.convert import oracle_routed as oracle_routed
+from moee_analysis.baselines.moefication.routers import CentreRouter as CentreRouter
+from moee_analysis.baselines.moefication.routers import GroundTruthRouter as GroundTruthRouter
+from moee_analysis.baselines.moefication.routers import MlpRouter as MlpRouter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import MACS_REDUCTION
@@ -17,16 +17,14 @@ from moee_analysis.utils.checks import (
     whole_number,
 )
 
-SPLITS = ("kmeans", "graph", "random")
-ROUTERS = ("centre", "mlp", "oracle", "random", "constant")
-SCORES = ("pos", "abs", "out", "var")
-ACTIVATIONS = ("own", "relu")
 EXPERTS = 96
 SMALLEST = 8  # neurons of an expert, where the number of experts is not given
 
 Split = Literal["kmeans", "graph", "random"]
 Router = Literal["centre", "mlp", "oracle", "random", "constant"]
 Score = Literal["pos", "abs", "out", "var"]
+Activation = Literal["own", "relu"]
+CHOICES = {"split": Split, "router": Router, "score": Score, "activation": Activation}
 
 
 @dataclass(frozen=True)
@@ -64,21 +62,26 @@ class MoeficationConfig:
     router: Router = "mlp"
     score: Score = "pos"
     mean_compensation: bool = False
-    activation: Literal["own", "relu"] = "own"
+    activation: Activation = "own"
     tokens: int = 40_000
     seed: int = 0
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        choices = {"split": SPLITS, "router": ROUTERS, "score": SCORES, "activation": ACTIVATIONS}
-        for name, known in choices.items():
-            one_of(name, getattr(self, name), known)
+        for name, choices in CHOICES.items():
+            one_of(name, getattr(self, name), get_args(choices))
         for one, other in (("macs_reduction", "active"), ("n_experts", "expert_size")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise MoeeError(f"{one} or {other}", "both", "give one of them")
         if self.macs_reduction is None and self.active is None:
             object.__setattr__(self, "macs_reduction", MACS_REDUCTION)
-        self._check_numbers()
+        for name, value in not_none(self, "macs_reduction", "active"):
+            share(name, value, whole=name == "active")
+        for name, value in not_none(self, "n_experts", "expert_size"):
+            whole_number(name, value)
+        whole_number("tokens", self.tokens)
+        seed_number(self.seed)
+        layer_numbers(self.layers)
 
     def experts(self, site: MlpSite) -> int:
         """Number of experts of a layer.
@@ -98,12 +101,3 @@ class MoeficationConfig:
                 str(experts), "choose another number or size",
             )  # fmt: skip
         return experts
-
-    def _check_numbers(self) -> None:
-        for name, value in not_none(self, "macs_reduction", "active"):
-            share(name, value, whole=name == "active")
-        for name, value in not_none(self, "n_experts", "expert_size"):
-            whole_number(name, value)
-        whole_number("tokens", self.tokens)
-        seed_number(self.seed)
-        layer_numbers(self.layers)

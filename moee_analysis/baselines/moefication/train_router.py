@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from moee_analysis.baselines.moefication.captured_score import captured
 from moee_analysis.baselines.moefication.routers import MlpRouter
 from moee_analysis.errors import MoeeError
 
@@ -21,8 +20,7 @@ RATE = 1e-2
 HELD_OUT = 0.1  # of the images
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """A router, and the share of the score that it ``captured`` on held-out tokens.
 
     Before the training and after each epoch; the router is that of the best.
@@ -32,7 +30,7 @@ class Trained:
     captured: tuple[float, ...]
 
 
-def trained(
+def train_router(
     centres: torch.Tensor,
     inputs: torch.Tensor,
     scores: torch.Tensor,
@@ -61,25 +59,38 @@ def trained(
     MoeeError
         A single token.
     """
-    teach, judge = _divided(image, seed)
+    judges = _choose_judges(image, seed)
+    teach, judge = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~judges, judges))
     router = MlpRouter(centres.clone(), torch.eye(len(centres)).to(centres), k=k)
-    best, found = copy.deepcopy(router), [_share(router, inputs[judge], scores[judge])]
+    best, found = copy.deepcopy(router), [captured(scores[judge], router(inputs[judge]))]
     for _ in _epochs(router, inputs[teach], scores[teach], seed):
-        found.append(_share(router, inputs[judge], scores[judge]))
+        with torch.no_grad():
+            found.append(captured(scores[judge], router(inputs[judge])))
         if found[-1] > max(found[:-1]):
             best = copy.deepcopy(router)
         if len(found) - 1 - int(np.argmax(found)) == PATIENCE:
             break
-    for held in best.buffers():
-        held.requires_grad_(requires_grad=False)
+    for weights in best.buffers():
+        weights.requires_grad_(requires_grad=False)
     return Trained(best, tuple(found))
+
+
+def captured(scores: torch.Tensor, chosen: torch.Tensor) -> float:
+    """Mean over tokens of the share of all ``scores`` that the ``chosen`` experts have.
+
+    ``scores`` (n, experts) are none of them negative, ``chosen`` int64 (n, k). Tokens without any
+    score count as captured.
+    """
+    scores = scores.double()
+    all_scores, own = scores.sum(1), scores.gather(1, chosen).sum(1)
+    return torch.where(all_scores > 0, own / all_scores, 1.0).mean().item()
 
 
 def _epochs(
     router: MlpRouter, inputs: torch.Tensor, scores: torch.Tensor, seed: int
 ) -> Iterator[None]:
     """Train ``router`` in place, epoch after epoch."""
-    optimizer = torch.optim.Adam([held.requires_grad_() for held in router.buffers()], lr=RATE)
+    optimizer = torch.optim.Adam([w.requires_grad_() for w in router.buffers()], lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
         order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
@@ -93,20 +104,14 @@ def _epochs(
         yield
 
 
-def _divided(image: np.ndarray, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that teach and rows that judge; one image's are all the same, unless it is the only."""
+def _choose_judges(image: np.ndarray, seed: int) -> np.ndarray:
+    """Which tokens judge, bool; all of an image or none, unless there is a single image."""
     images = np.random.default_rng(seed).permutation(np.unique(image))
-    count = max(1, round(HELD_OUT * len(images)))
-    judges = np.isin(image, images[:count])
+    judges = np.isin(image, images[: max(1, round(HELD_OUT * len(images)))])
     if len(images) == 1:
         judges = np.arange(len(image)) % round(1 / HELD_OUT) == 0
     if judges.all():
         raise MoeeError(
             "two calibration tokens or more to train a router", f"{len(image)}", "use more images"
         )
-    return torch.from_numpy(np.flatnonzero(~judges)), torch.from_numpy(np.flatnonzero(judges))
-
-
-@torch.no_grad()
-def _share(router: MlpRouter, inputs: torch.Tensor, scores: torch.Tensor) -> float:
-    return captured(scores, router(inputs))
+    return judges

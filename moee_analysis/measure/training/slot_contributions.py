@@ -74,7 +74,7 @@ def _add(sums: np.ndarray, layer: SlotMlp, args: tuple[torch.Tensor], _: torch.T
     """Add lengths, combine weights and numbers of all tokens: of each group, then of the layer."""
     tokens = args[0].flatten(1, -2)
     mixing = layer.router(tokens)
-    made = layer.made(tokens, mixing).flatten(1, 2)
+    made = layer.slot_outputs(tokens, mixing).flatten(1, 2)
     slots = [layer.slots * group.n_experts for group in layer.groups]
     parts = zip(mixing.combine.split(slots, dim=2), made.split(slots, dim=1), strict=True)
     added = [(combine @ own, combine) for combine, own in parts]

@@ -6,8 +6,7 @@ import torch
 
 from moee_analysis import measure
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
-from moee_analysis.baselines.common.soft_moe_router import SoftRouter
+from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import replace_module
@@ -41,7 +40,7 @@ def _slowly(model, name):
     for tokens, outputs in seen:
         with torch.no_grad():
             mixing = layer.router(tokens)
-            made = layer.made(tokens, mixing)
+            made = layer.slot_outputs(tokens, mixing)
         for image, token in np.ndindex(*tokens.shape[:2]):
             for group, experts in enumerate(([0, 1, 2], [3, 4])):
                 part = torch.zeros(tokens.shape[2])

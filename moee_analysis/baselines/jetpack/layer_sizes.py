@@ -1,4 +1,4 @@
-"""How many experts and slots each layer has: as published, as told, or as a budget of MACs allows.
+"""How many experts and slots each layer has: as published, as given, or within a budget of MACs.
 
 A layer costs its experts, slot by slot, and three products of all tokens with all slots: logits,
 dispatch and combine. The paper leaves these out of its FLOPs; here they count.
@@ -7,11 +7,11 @@ dispatch and combine. The paper leaves these out of its FLOPs; here they count.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
-from moee_analysis.baselines.common.capacity import ExpertCost, saving
+from moee_analysis.baselines.common.capacity import fill_budget
 from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite
@@ -40,17 +40,12 @@ class LayerSize:
         return self.slots * site.dim * (2 * hidden + 3 * tokens * self.experts)
 
 
-def sizes_of(
+def size_layers(
     model: nn.Module, sites: Sequence[MlpSite], config: JetpackConfig, *, dense: nn.Module
 ) -> dict[str, LayerSize]:
-    """Size of every layer of ``model`` that gets experts, by its name.
+    """Size of every layer of ``model``, which still has MLPs there, by its name.
 
-    Parameters
-    ----------
-    model
-        The model to get experts, still with MLPs.
-    dense
-        The model whose MACs the budget is a share of.
+    A budget is a share of the MACs of ``dense``.
 
     Raises
     ------
@@ -58,11 +53,13 @@ def sizes_of(
         A budget that cannot be met, or one of a narrower model.
     """
     if config.macs_reduction is None and config.core is not None:
-        told = LayerSize(config.core, config.universal, config.slots)
-        return {site.name: told for site in sites}
+        given = LayerSize(config.core, config.universal, config.slots)
+        return {site.name: given for site in sites}
     counted = count(model)
     if config.macs_reduction is None:
-        return {site.name: _published(_patches(model, counted, site), config) for site in sites}
+        leading = getattr(model, "num_prefix_tokens", 0)
+        cores = {s.name: max(1, (counted.tokens[s.name] - leading) // 2) for s in sites}
+        return {n: LayerSize(c, UNIVERSAL_PER_CORE * c, config.slots) for n, c in cores.items()}
     if model.num_features != dense.num_features:
         raise MoeeError(
             "a MACs reduction at the dense model's width",
@@ -72,41 +69,20 @@ def sizes_of(
     return _within_budget(counted, sites, config, total=count(dense).total)
 
 
-def _published(patches: int, config: JetpackConfig) -> LayerSize:
-    core = max(1, patches // 2)
-    return LayerSize(core, UNIVERSAL_PER_CORE * core, config.slots)
-
-
-def _patches(model: nn.Module, counted: MacCount, site: MlpSite) -> int:
-    return counted.tokens[site.name] - getattr(model, "num_prefix_tokens", 0)
-
-
 def _within_budget(
     counted: MacCount, sites: Sequence[MlpSite], config: JetpackConfig, *, total: int
 ) -> dict[str, LayerSize]:
-    """Slots of every expert, or experts of one slot, as many as a budget allows."""
-    step, ratio = _step(config), config.universal_ratio
+    """As many slots of every expert, or experts of one slot, as a budget allows."""
     tokens = [counted.tokens[site.name] for site in sites]
-    costs = [
-        ExpertCost(step.macs(site, each, ratio), each)
-        for site, each in zip(sites, tokens, strict=True)
-    ]
+    own = zip(sites, tokens, strict=True)
+    costs = [_grow(config, 1).macs(site, each, config.universal_ratio) for site, each in own]
     outside = counted.replacing({site.name: 0 for site in sites})
-    counts = saving(config.macs_reduction, costs, dense=total, fixed=outside)
-    return {
-        site.name: _stepped(step, config, count=steps)
-        for site, steps in zip(sites, counts, strict=True)
-    }
+    counts = fill_budget(config.macs_reduction, costs, tokens, dense=total, fixed=outside)
+    return {site.name: _grow(config, n) for site, n in zip(sites, counts, strict=True)}
 
 
-def _step(config: JetpackConfig) -> LayerSize:
-    """The least that a layer can have: a slot of every expert, or a core expert and its others."""
+def _grow(config: JetpackConfig, steps: int) -> LayerSize:
+    """So many slots of every expert or, without numbers of these, core experts and their others."""
     if config.core is None:
-        return LayerSize(1, UNIVERSAL_PER_CORE)
-    return LayerSize(config.core, config.universal)
-
-
-def _stepped(step: LayerSize, config: JetpackConfig, *, count: int) -> LayerSize:
-    if config.core is None:
-        return LayerSize(count * step.core, count * step.universal)
-    return replace(step, slots=count)
+        return LayerSize(steps, UNIVERSAL_PER_CORE * steps)
+    return LayerSize(config.core, config.universal, steps)

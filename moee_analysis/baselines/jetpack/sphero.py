@@ -1,4 +1,4 @@
-"""The router of SpheroMoE: slots ask for tokens by directions on a sphere.
+"""SpheroMoE: slots ask for tokens by directions on a sphere, and experts drop out in training.
 
 Source: MoE Jetpack, section 3.3, and its released code where the paper leaves something open.
 """
@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 
 from moee_analysis.baselines.common.soft_moe_layer import Mixing
-from moee_analysis.baselines.jetpack.entmax import entmax15
 
 
 class SpheroRouter(nn.Module):
@@ -70,10 +69,8 @@ class SpheroRouter(nn.Module):
         logits = self.logits(tokens)
         if self.training and self.noise > 0:
             logits = logits + self.noise * torch.randn_like(logits)
-        return Mixing(
-            (logits / self.dispatch_temperature).softmax(dim=1),
-            self.combine(logits / self.combine_temperature),
-        )
+        dispatch = (logits / self.dispatch_temperature).softmax(dim=1)
+        return Mixing(dispatch, self.combine(logits / self.combine_temperature))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return products of tokens and queries, (images, tokens, experts x slots).
@@ -86,24 +83,47 @@ class SpheroRouter(nn.Module):
 
 
 class ExpertDropout(nn.Module):
-    """Outputs of experts drop out in training; those that stay grow as much in turn.
+    """Outputs of experts drop out in training at a ``rate``; the others grow as much in turn.
 
-    Parameters
-    ----------
-    rate
-        Probability to drop out.
-    of_images
-        Whether all experts of an image drop out together, or each for itself.
+    ``of_images``: all experts of an image drop out together, not each for itself.
     """
 
     def __init__(self, rate: float, *, of_images: bool = False) -> None:
         super().__init__()
         self.rate, self.of_images = rate, of_images
 
-    def forward(self, made: torch.Tensor) -> torch.Tensor:
-        """Return the outputs ``made`` (images, experts, slots, dim) of those that stay."""
+    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return ``outputs`` (images, experts, slots, dim), those that drop out zero."""
         if not self.training or not self.rate:
-            return made
-        experts = 1 if self.of_images else made.shape[1]
-        kept = made.new_empty(len(made), experts, 1, 1).bernoulli_(1 - self.rate)
-        return made * kept / (1 - self.rate)
+            return outputs
+        experts = 1 if self.of_images else outputs.shape[1]
+        staying = outputs.new_empty(len(outputs), experts, 1, 1).bernoulli_(1 - self.rate)
+        return outputs * staying / (1 - self.rate)
+
+
+def entmax15(logits: torch.Tensor) -> torch.Tensor:
+    """Return the weights (..., n) of ``logits`` (..., n): like a softmax, but many exactly 0.
+
+    They are max(x / 2 - tau, 0)^2, and tau is what makes them sum to 1. Gradients are those of
+    this formula among the weights that are not 0.
+
+    Source: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models", ACL 2019, algorithm 2.
+    """
+    halves = (logits - logits.amax(dim=-1, keepdim=True).detach()) / 2
+    support = _support(halves.detach())
+    count = support.sum(dim=-1, keepdim=True)
+    mean = halves.masked_fill(~support, 0.0).sum(dim=-1, keepdim=True) / count
+    scatter = (halves - mean).masked_fill(~support, 0.0).square().sum(dim=-1, keepdim=True)
+    tau = mean - ((1 - scatter) / count).sqrt()
+    return (halves - tau).masked_fill(~support, 0.0).square()
+
+
+def _support(halves: torch.Tensor) -> torch.Tensor:
+    """Which weights are not 0: the most of the largest values that leave tau below them all."""
+    ordered = halves.sort(dim=-1, descending=True).values
+    count = torch.arange(1, halves.shape[-1] + 1, device=halves.device, dtype=halves.dtype)
+    mean = ordered.cumsum(dim=-1) / count
+    scatter = count * (ordered.square().cumsum(dim=-1) / count - mean.square())
+    tau = mean - ((1 - scatter).clamp(min=0) / count).sqrt()
+    last = (tau <= ordered).sum(dim=-1, keepdim=True) - 1
+    return halves >= ordered.gather(-1, last)

@@ -1,0 +1,187 @@
+"""Divisions into parts of equal size: of points by k-means, of a graph where few edges are cut.
+
+Graphs are divided by METIS (Karypis and Kumar, "A Fast and High Quality Multilevel Scheme for
+Partitioning Irregular Graphs", 1998) with the optional package ``pymetis`` (``pip install
+moee-analysis[graph]``). Without it: eigenvectors of the graph (Ng, Jordan and Weiss, "On Spectral
+Clustering", 2001), balanced k-means of these, and swaps of two nodes for as long as they lower the
+cut (after Kernighan and Lin, 1970).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import numpy as np
+from scipy.linalg import eigh
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.utils.checks import one_of
+
+Method = Literal["metis", "spectral"]
+METHODS: tuple[Method, ...] = ("metis", "spectral")
+HEAVIEST = 2**30  # sum of the edges' weights; METIS counts in 32 bits
+
+
+def balanced_kmeans(
+    points: np.ndarray, clusters: int, *, rounds: int = 20, seed: int = 0
+) -> np.ndarray:
+    """Cluster of each of the ``points`` (n, d), int64 (n,); cluster sizes differ by one at most.
+
+    k-means++ starts; then every round assigns all points at the least total squared distance that
+    equal sizes allow, and moves the centres to the means. It stops when nothing gets better.
+    """
+    centres = _draw_centres(points, clusters, np.random.default_rng(seed))
+    best, least = np.zeros(len(points), dtype=np.int64), np.inf
+    for _ in range(rounds):
+        labels = _assign(points, centres)
+        centres = cluster_means(points, labels, clusters)
+        inertia = float(((points - centres[labels]) ** 2).sum())
+        if not inertia < least:
+            break
+        best, least = labels, inertia
+    return best
+
+
+def cluster_means(points: np.ndarray, labels: np.ndarray, clusters: int) -> np.ndarray:
+    """Mean of every cluster's points, (clusters, d)."""
+    sums = np.zeros((clusters, points.shape[1]))
+    np.add.at(sums, labels, points)
+    return sums / np.bincount(labels, minlength=clusters)[:, None]
+
+
+def _draw_centres(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """k-means++: each point is likelier the farther it is from the centres before it."""
+    chosen = [int(rng.integers(len(points)))]
+    nearest = cdist(points, points[chosen], "sqeuclidean")[:, 0]
+    for _ in range(clusters - 1):
+        total = nearest.sum()
+        weights = nearest / total if total > 0 else None
+        chosen.append(int(rng.choice(len(points), p=weights)))
+        nearest = np.minimum(nearest, cdist(points, points[chosen[-1:]], "sqeuclidean")[:, 0])
+    return points[chosen].astype(np.float64)
+
+
+def _assign(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    sizes = [len(part) for part in np.array_split(points, len(centres))]
+    owner = np.repeat(np.arange(len(centres)), sizes)  # a column for each point a centre may take
+    rows, columns = linear_sum_assignment(cdist(points, centres, "sqeuclidean")[:, owner])
+    labels = np.empty(len(points), dtype=np.int64)
+    labels[rows] = owner[columns]
+    return labels
+
+
+def best_method() -> Method:
+    """``metis`` where it is installed, else ``spectral``."""
+    return "metis" if find_spec("pymetis") else "spectral"
+
+
+def divide_graph(
+    weights: np.ndarray, parts: int, *, method: Method | None = None, seed: int = 0
+) -> np.ndarray:
+    """Part of every node of a graph, int64 (nodes,); sizes of parts differ by one at most.
+
+    Parameters
+    ----------
+    weights
+        Symmetric weights of the edges, int64 (nodes, nodes), 0 where there is none; the diagonal
+        is ignored.
+    method
+        None: :func:`best_method`.
+    seed
+        Of METIS or of the k-means, and of the nodes that leave parts that are too large.
+
+    Raises
+    ------
+    MoeeError
+        An unknown method, METIS where it is not installed, or more parts than nodes.
+    """
+    method = best_method() if method is None else method
+    _check(len(weights), parts, method)
+    weights = weights - np.diag(np.diag(weights))
+    if parts == 1 or not weights.any():
+        return level_parts(np.zeros(len(weights), dtype=np.int64), parts, seed=seed)
+    if method == "metis":
+        return level_parts(_by_metis(weights, parts, seed), parts, seed=seed)
+    exact = weights.astype(np.float64)  # for products by BLAS
+    return _swap_nodes(exact, _by_eigenvectors(exact, parts, seed))
+
+
+def level_parts(part_of: np.ndarray, parts: int, *, seed: int = 0) -> np.ndarray:
+    """Move random nodes of parts that are too large to random places in parts that are too small.
+
+    Sizes then differ by one at most: the largest parts stay the largest.
+    """
+    rng, sizes = np.random.default_rng(seed), np.bincount(part_of, minlength=parts)
+    wanted = np.full(parts, len(part_of) // parts)
+    wanted[np.argsort(-sizes, kind="stable")[: len(part_of) % parts]] += 1
+    surplus = [
+        rng.choice(np.flatnonzero(part_of == part), sizes[part] - wanted[part], replace=False)
+        for part in np.flatnonzero(sizes > wanted)
+    ]
+    level = part_of.copy()
+    if surplus:
+        places = np.repeat(np.arange(parts), np.maximum(wanted - sizes, 0))
+        level[np.concatenate(surplus)] = rng.permutation(places)
+    return level
+
+
+def _check(nodes: int, parts: int, method: str) -> None:
+    one_of("a method", method, METHODS)
+    if method == "metis" and best_method() != "metis":
+        raise MoeeError(
+            "METIS", "no package pymetis", "pip install pymetis, or choose method='spectral'"
+        )
+    if not 1 <= parts <= nodes:
+        raise MoeeError(f"1 to {nodes} parts of {nodes} nodes", str(parts), "choose fewer")
+
+
+def _by_metis(weights: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Parts of nearly equal sizes; heavy graphs are scaled down, their lightest edges left out."""
+    import pymetis
+
+    weights = weights // (1 + int(weights.sum()) // HEAVIEST)
+    nodes, others = weights.nonzero()
+    starts = np.searchsorted(nodes, np.arange(len(weights) + 1))
+    graph = pymetis.CSRAdjacency(starts.astype(np.int32), others.astype(np.int32))
+    edges = weights[nodes, others].astype(np.int32)
+    found = pymetis.part_graph(parts, graph, eweights=edges, options=pymetis.Options(seed=seed))
+    return np.asarray(found.vertex_part, dtype=np.int64)
+
+
+def _by_eigenvectors(weights: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Balanced k-means of the rows of the largest eigenvectors of D^-1/2 W D^-1/2."""
+    scale = 1 / np.sqrt(np.maximum(weights.sum(axis=1), 1))
+    last = len(weights) - 1
+    _, vectors = eigh(weights * scale[:, None] * scale, subset_by_index=(last + 1 - parts, last))
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return balanced_kmeans(vectors / np.maximum(lengths, 1e-12), parts, seed=seed)
+
+
+def _swap_nodes(weights: np.ndarray, part_of: np.ndarray) -> np.ndarray:
+    """Swap two nodes of different parts for as long as that lowers the cut."""
+    part_of, least = part_of.copy(), 1e-12 * weights.sum()  # gains above rounding errors
+    while True:
+        gains = _gains(weights, part_of)
+        partners = gains.argmax(axis=1)
+        best = gains[np.arange(len(gains)), partners]
+        if best.max() <= least:
+            return part_of
+        touched: set[int] = set()
+        for node in np.argsort(-best, kind="stable")[: int((best > least).sum())]:
+            pair = [node, partners[node]]
+            own = set(part_of[pair].tolist())
+            if touched.isdisjoint(own):  # gains were counted before these parts changed
+                part_of[pair] = part_of[pair[::-1]]
+                touched |= own
+
+
+def _gains(weights: np.ndarray, part_of: np.ndarray) -> np.ndarray:
+    """By how much swapping two nodes lowers the cut, (nodes, nodes); 0 in the same part."""
+    to = weights @ np.eye(part_of.max() + 1)[part_of]  # (nodes, parts)
+    ahead = (to - np.take_along_axis(to, part_of[:, None], axis=1))[:, part_of]
+    gains = ahead + ahead.T - 2 * weights
+    gains[part_of[:, None] == part_of] = 0
+    return gains
