@@ -1,4 +1,4 @@
-"""Images that something was made from are never images it is measured on."""
+"""Checks that no image which something was made from is also one it is measured on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.utils.progress import progress, tell
 
 OTHERS = "choose others (--images DIR), or take these away from one of the two"
-BYTES = 8  # of each picture's hash: two of a million pictures are alike once in 37 million sets
+DIGITS = 16  # of each picture's hash: two of a million pictures are alike once in 37 million sets
 
 
-def check_apart(made_from: ImageSet, seen: ImageSet, *, use: str) -> None:
+def check_disjoint(made_from: ImageSet, seen: ImageSet, *, use: str) -> None:
     """Refuse images to evaluate that are among those that something is ``made_from``.
 
     Pictures are the same where their pixels are, whatever the name and the kind of their files.
@@ -22,7 +22,7 @@ def check_apart(made_from: ImageSet, seen: ImageSet, *, use: str) -> None:
     Parameters
     ----------
     use
-        What the others are for: ``"used for calibration"``.
+        Use of the others: ``"used for calibration"``.
 
     Raises
     ------
@@ -34,27 +34,32 @@ def check_apart(made_from: ImageSet, seen: ImageSet, *, use: str) -> None:
 
 def check_unused(contents: Iterable[str], seen: ImageSet, *, use: str) -> None:
     """Refuse images to evaluate whose content is among ``contents``; else as above."""
-    own = contents_of(seen)
-    both = set(contents) & set(own)
+    own, contents = contents_of(seen), set(contents)
+    both = [place for place, content in enumerate(own) if content in contents]
     if both:
-        place = next(place for place, content in enumerate(own) if content in both)
+        count = len({own[place] for place in both})
         raise MoeeError(
             f"images to evaluate that are not {use}",
-            f"{len(both)} that are, such as {seen.name_of(place)}",
+            f"{count} that are, such as {seen.name_of(both[0])}",
             OTHERS,
         )
 
 
 def contents_of(images: ImageSet) -> list[str]:
     """Hash of the pixels of every image, in order."""
+
+    def digest(index: int) -> str:
+        picture = images.picture(index)
+        return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:DIGITS]
+
     with ThreadPoolExecutor(max_workers=2) as pool:
-        hashes = pool.map(lambda index: _content(images, index), range(len(images)))
+        hashes = pool.map(digest, range(len(images)))
         return list(progress(hashes, label="comparing images", total=len(images), delay=1))
 
 
 def without_repeats(images: ImageSet) -> ImageSet:
-    """The images without those whose content came before; that is told."""
-    first: dict[str, int] = {}
+    """The images without those whose content came before; a line tells their number."""
+    first = {}
     for place, content in enumerate(contents_of(images)):
         first.setdefault(content, place)
     repeated = len(images) - len(first)
@@ -62,9 +67,3 @@ def without_repeats(images: ImageSet) -> ImageSet:
         return images
     tell(f"{repeated} of the {len(images)} images of {images.name} are there twice: counted once")
     return images.take(list(first.values()))
-
-
-def _content(images: ImageSet, index: int) -> str:
-    picture = images.picture(index)
-    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes())
-    return digest.hexdigest()[: 2 * BYTES]

@@ -7,29 +7,17 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 PIXELS = 89_000_000  # Pillow's own limit against decompression bombs
 MANY = 40_000_000  # pixels that a JPEG is not decoded to in full
-LONGEST = 64
-"""Sides of a picture differ by no more: of a longer strip, the middle, which is all a crop sees."""
-
-
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-"""What makes a picture upright, by the orientation that its camera stored (EXIF)."""
-
-
+LONGEST = 64  # times the shorter side: of a longer strip the middle, which is all a crop sees
 EIGHT_BITS, SIXTEEN_BITS = (31, 255), (4095, 65535)
-RANGES = {
+RANGES = {  # of grey values: the second is meant where the largest value is above the first
     "I;16": ((0, 255), SIXTEEN_BITS),
     "I": (EIGHT_BITS, SIXTEEN_BITS, (2**24, 2**31)),
     "F": ((0, 1), EIGHT_BITS, SIXTEEN_BITS),
 }
-"""Ranges of grey values: the second is meant where the largest value is above the first."""
 
 
 class UnreadableError(Exception):
@@ -66,7 +54,7 @@ def read_picture(path: Path) -> Image.Image:
         if image.width * image.height > MANY:
             image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG alone can
         image.load()  # which turns a TIFF upright by itself
-        return _as_rgb(_upright(_middle(image), image))
+        return _as_rgb(ImageOps.exif_transpose(_middle(image)))
 
 
 def check_picture(path: Path) -> str:
@@ -105,12 +93,6 @@ def _middle(image: Image.Image) -> Image.Image:
     wide, high = min(width, LONGEST * short), min(height, LONGEST * short)
     left, top = (width - wide) // 2, (height - high) // 2
     return image.crop((left, top, left + wide, top + high))
-
-
-def _upright(image: Image.Image, stored: Image.Image) -> Image.Image:
-    """``image``, or a part of the one that is ``stored``, turned as its EXIF says."""
-    turn = TURNS.get(stored.getexif().get(ExifTags.Base.Orientation))
-    return image if turn is None else image.transpose(turn)
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -6,6 +6,7 @@ without a user name. They are found one before they are imported, if they have n
 
 from __future__ import annotations
 
+import getpass
 import os
 import tempfile
 from contextlib import suppress
@@ -13,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.utils.paths import nearest_folder
 
 NUMBA, MATPLOTLIB = "NUMBA_CACHE_DIR", "MPLCONFIGDIR"
 
 
 def prepare_caches() -> None:
-    """Let libraries that cannot write their usual caches have a private folder of the temporary.
+    """Give libraries that cannot write their usual caches a private folder of the temporary one.
 
     Variables that are set already stay as they are.
     """
@@ -29,7 +31,9 @@ def prepare_caches() -> None:
             os.environ[NUMBA] = str(_private_folder() / "numba")
         if MATPLOTLIB not in os.environ and not _writable(_in_home(".config")):
             os.environ[MATPLOTLIB] = str(_private_folder() / "matplotlib")
-    if not _has_name():
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # as of `docker run --user 1234`
         os.environ["USER"] = f"user{os.getuid()}"
 
 
@@ -74,10 +78,8 @@ def _in_home(name: str) -> Path | None:
 
 def _writable(folder: Path | None) -> bool:
     """Whether ``folder`` can be written to, or made."""
-    if folder is None:
-        return False
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    there = folder and nearest_folder(folder)
+    return bool(there) and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _private_folder() -> Path:
@@ -89,14 +91,3 @@ def _private_folder() -> Path:
     if status.st_uid == os.getuid() and status.st_mode & 0o077 == 0 and not folder.is_symlink():
         return folder
     return Path(tempfile.mkdtemp(prefix="moee-analysis-"))
-
-
-def _has_name() -> bool:
-    """Whether the user has a name, as ``docker run --user 1234`` has not."""
-    if any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
-        return True
-    import pwd
-
-    with suppress(KeyError):
-        return bool(pwd.getpwuid(os.getuid()).pw_name)
-    return False

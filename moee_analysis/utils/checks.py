@@ -1,4 +1,4 @@
-"""What a setting must be: the checks of all configurations, and of the command line.
+"""Checks of settings, of all configurations and of the command line.
 
 All raise a ``MoeeError`` that names the setting, where it has a ``name``.
 """
@@ -7,39 +7,29 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moee_analysis.errors import MoeeError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-MOST = 10**9
-"""No count and no factor is larger, unless something was mistyped."""
-
-LAST_SEED = 2**32 - 1
-"""The largest seed that NumPy takes."""
-
-BOUNDS = {
-    "above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le,
-}  # fmt: skip
+MOST = 10**9  # no count and no factor is larger, unless something was mistyped
+LAST_SEED = 2**32 - 1  # the largest that NumPy takes
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, most: int = MOST) -> None:
-    """Refuse what is not a whole number from ``least`` to ``most``."""
+    """Refuse anything but a whole number from ``least`` to ``most``."""
     if not _is(Integral, value) or not least <= value <= most:
         _refuse(name, f"a whole number from {least} to {most}", value)
 
 
 def seed_number(value: Any, name: str = "seed") -> None:
-    """Refuse what is no seed of NumPy and PyTorch."""
+    """Refuse anything but a seed of NumPy and PyTorch."""
     whole_number(name, value, least=0, most=LAST_SEED)
 
 
 def draw_numbers(seed: Any, **counts: Any) -> None:
-    """Refuse what is no ``seed``, and ``counts`` of draws, by name, that are below 1."""
+    """Refuse anything but a ``seed``, and ``counts`` of draws, by name, below 1."""
     for name, value in counts.items():
         whole_number(name, value)
     seed_number(seed)
@@ -54,26 +44,32 @@ def real_number(
     below: float | None = None,
     most: float | None = None,
 ) -> None:
-    """Refuse what is not a number within the bounds; infinity and NaN are within none.
+    """Refuse anything but a number within the bounds; infinity and NaN are within none.
 
     ``above`` or ``least`` is given; without ``below`` and ``most``, a billion is the most.
     """
-    most = MOST if below is None and most is None else most
-    given = zip(BOUNDS.items(), (above, least, below, most), strict=True)
-    bounds = [(word, holds, bound) for (word, holds), bound in given if bound is not None]
+    if below is None and most is None:
+        most = MOST
+    bounds = [
+        ("above", operator.gt, above),
+        ("at least", operator.ge, least),
+        ("below", operator.lt, below),
+        ("at most", operator.le, most),
+    ]
+    bounds = [bound for bound in bounds if bound[2] is not None]
     if not _is(Real, value) or not all(holds(value, bound) for _, holds, bound in bounds):
-        told = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
-        _refuse(name, f"a number {told}", value)
+        words = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
+        _refuse(name, f"a number {words}", value)
 
 
 def share(name: str, value: Any, *, whole: bool = True) -> None:
-    """Refuse what is not a share above 0 and up to 1 or, unless ``whole`` can be, below 1."""
+    """Refuse anything but a share above 0 and up to 1 or, unless ``whole`` can be, below 1."""
     if not _is(Real, value) or not 0 < value <= 1 or (value == 1 and not whole):
         _refuse(name, f"a share in (0, 1{']' if whole else ')'}", value, hint="0.28 means 28 %")
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuse what is none of the ``choices``."""
+    """Refuse anything but one of the ``choices``."""
     choices = list(choices)
     if value not in choices:
         raise MoeeError(f"{name} among {', '.join(choices)}", reprlib.repr(value), "name one")
@@ -90,10 +86,8 @@ def layer_numbers(value: Any) -> None:
 
 
 def not_none(config: Any, *names: str) -> Iterator[tuple[str, Any]]:
-    """Yield those settings of a configuration that are not None, with their names."""
-    for name in names:
-        if getattr(config, name) is not None:
-            yield name, getattr(config, name)
+    """Yield the settings of a configuration that are not None, with their names."""
+    return ((name, getattr(config, name)) for name in names if getattr(config, name) is not None)
 
 
 def _is(kind: type, value: Any) -> bool:

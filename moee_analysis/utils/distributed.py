@@ -1,22 +1,18 @@
 """One extraction in many processes: whose images are whose, and sums over all of them.
 
 ``torchrun --nproc-per-node N -m moee_analysis.cli extract ...`` starts them. Every process sees
-consecutive images, and all come to the same sums, hence to the same experts. What travels are
-sums, in float64 on the CPU; the one primitive is :func:`all_sum`. A process that fails ends: it is
-torchrun that ends the others.
+consecutive images, and all come to the same sums, hence to the same experts. Only sums travel, in
+float64 on the CPU. A process that fails ends, and torchrun ends the others.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 
 @contextmanager
@@ -33,7 +29,7 @@ def together() -> Iterator[None]:
 
 
 def processes() -> int:
-    """How many processes there are; 1 where nobody has started others."""
+    """Number of processes; 1 where nobody has started others."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -55,8 +51,7 @@ def sum_gradients(parameters: Sequence[torch.Tensor]) -> None:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     summed = all_sum(torch.cat([g.detach().flatten().cpu() for g in grads]))
-    parts = summed.split([g.numel() for g in grads])
-    for parameter, part in zip(parameters, parts, strict=True):
+    for parameter, part in zip(parameters, summed.split([g.numel() for g in grads]), strict=True):
         parameter.grad = part.view_as(parameter).to(parameter)
 
 
@@ -66,9 +61,9 @@ def agreed(flag: bool) -> bool:  # noqa: FBT001
 
 
 def own_share(count: int) -> range:
-    """Those of ``count`` things in a row that are this process's, as even as possible."""
-    edges = [count * number // processes() for number in range(processes() + 1)]
-    return range(edges[rank()], edges[rank() + 1])
+    """Consecutive numbers below ``count`` for this process to do, as even as possible."""
+    first, behind = (count * number // processes() for number in (rank(), rank() + 1))
+    return range(first, behind)
 
 
 def local_device(device: str) -> str:

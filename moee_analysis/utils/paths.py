@@ -1,14 +1,15 @@
-"""Where the project's own files lie, in a checkout and in an installed package."""
+"""Where the project's own files lie, in a checkout and in an installed package; and the store."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from moee_analysis.errors import MoeeError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-SHIPPED = "shipped"  # what a wheel has beside its rooms
+SHIPPED = "shipped"  # in a wheel, beside the rooms
 
 
 def data_folder() -> Path:
@@ -21,6 +22,17 @@ def notebooks_folder() -> Path:
     return _own_folder("notebooks")
 
 
+def _own_folder(name: str) -> Path:
+    for folder in (_PACKAGE.parent / name, _PACKAGE / SHIPPED / name):
+        if folder.is_dir():
+            return folder
+    raise MoeeError(
+        f"the project's own folder '{name}' beside or inside the package",
+        "neither",
+        "install the project again from a complete checkout",
+    )
+
+
 def store_folder() -> Path:
     """Folder of the content-keyed store: ``$MOEE_STORE``, else the user's cache folder.
 
@@ -29,11 +41,9 @@ def store_folder() -> Path:
     MoeeError
         Neither is known: a user without a home.
     """
-    named, cache = os.environ.get("MOEE_STORE"), os.environ.get("XDG_CACHE_HOME")
+    named, cache = os.environ.get("MOEE_STORE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        if named:
-            return Path(named).expanduser()
-        return Path(cache or "~/.cache").expanduser() / "moee-analysis"
+        return Path(named).expanduser() if named else Path(cache).expanduser() / "moee-analysis"
     except RuntimeError as error:
         raise MoeeError(
             "a place for the store", f"no home folder ({error})",
@@ -41,14 +51,12 @@ def store_folder() -> Path:
         ) from None  # fmt: skip
 
 
-def _own_folder(name: str) -> Path:
-    """``name`` beside the package (a checkout) or inside it (a wheel)."""
-    candidates = (_PACKAGE.parent / name, _PACKAGE / SHIPPED / name)
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise MoeeError(
-        f"the project's own folder '{name}' beside or inside the package",
-        "neither",
-        "install the project again from a complete checkout",
-    )
+def nearest_folder(path: Path) -> Path:
+    """``path``, or the nearest existing one of the folders that it is in."""
+    return next(place for place in (path, *path.absolute().parents) if _exists(place))
+
+
+def _exists(path: Path) -> bool:
+    with suppress(OSError):  # a name that is too long, a folder that may not be looked into
+        return path.exists()
+    return False

@@ -85,17 +85,11 @@ def is_in_notebook() -> bool:
 
 
 def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-    tenth, begun = max(1, -(-(total or 1) // 10)), time.monotonic()
+    tenth, start = max(1, -(-(total or 1) // 10)), time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        passed = time.monotonic() - begun
+        passed = time.monotonic() - start
         if passed > SHORT and total and (done % tenth == 0 or done == total):
-            line = f"{label}: {done}/{total}, {_time_told(passed, done, total)}"
-            print(line, file=sys.stderr, flush=True)
-
-
-def _time_told(passed: float, done: int, total: int) -> str:
-    """How much time is left if all is like what is ``done``, or how much it took."""
-    if done == total:
-        return f"took {tqdm.format_interval(passed)}"
-    return f"{tqdm.format_interval(passed / done * (total - done))} left"
+            left = tqdm.format_interval(passed / done * (total - done))
+            words = f"took {tqdm.format_interval(passed)}" if done == total else f"{left} left"
+            print(f"{label}: {done}/{total}, {words}", file=sys.stderr, flush=True)

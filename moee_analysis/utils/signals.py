@@ -1,4 +1,4 @@
-"""How a process is ended from outside, so that whatever is temporary goes with it."""
+"""How a process is ended from outside, so that its temporary files and folders go with it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import FrameType
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
-
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+USUAL = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
 PATIENCE = 15  # seconds, for a process to end in order
 
-_WAITING: list[int] = []
-"""The first signal that came in each of the sections that are undisturbed, 0 for none."""
+
+class _Section:
+    """How many undisturbed sections are open, and the first signal that came meanwhile."""
+
+    depth = 0
+    signal = 0
 
 
 class Terminated(SystemExit):
@@ -32,51 +37,52 @@ def ended_in_order() -> Iterator[None]:
     another error of them. Without effect outside the main thread, and where
     a program has handlers of its own, or ignores the signals as under ``nohup``.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[int] = []
+    received: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         if number != signal.SIGINT:
             signal.signal(number, signal.SIG_IGN)  # once is enough: what is open closes in peace
-        if _WAITING:
-            _WAITING[-1] = _WAITING[-1] or number
-        else:
+        if not _Section.depth:
             raise _ending_by(number)
+        _Section.signal = _Section.signal or number
 
-    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
-    ours = {number: was for number, was in usual.items() if signal.getsignal(number) is was}
+    ours = {n: usual for n, usual in USUAL.items() if signal.getsignal(n) is usual}
+    ours = ours if _in_main_thread() else {}
     try:
         for number in ours:
             signal.signal(number, end)
         yield
     except Exception:
-        if not asked:
+        if not received:
             raise
         # a library has made an error of its own of the interruption
-        raise _ending_by(asked[0]) from None
+        raise _ending_by(received[0]) from None
     finally:
-        for number, was in ours.items():
-            signal.signal(number, was)
+        for number, usual in ours.items():
+            signal.signal(number, usual)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """While open, what would end this process in order waits: for steps that belong together."""
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield
         return
-    _WAITING.append(0)
+    _Section.depth += 1
+    waiting = 0
     try:
         yield
     finally:
-        number = _WAITING.pop()
-    if number and _WAITING:
-        _WAITING[-1] = _WAITING[-1] or number
-    elif number:
-        raise _ending_by(number)
+        _Section.depth -= 1
+        if not _Section.depth:
+            waiting, _Section.signal = _Section.signal, 0
+    if waiting:
+        raise _ending_by(waiting)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _ending_by(number: int) -> BaseException:
@@ -85,11 +91,11 @@ def _ending_by(number: int) -> BaseException:
 
 def die_after(wait: Callable[[], object]) -> None:
     """End this process, as by SIGTERM, when ``wait`` returns: what it serves is no longer there."""
-    threading.Thread(target=_die_after, args=(wait,), daemon=True).start()
 
+    def end() -> None:
+        wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os._exit(128 + signal.SIGTERM)
 
-def _die_after(wait: Callable[[], object]) -> None:
-    wait()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(PATIENCE)
-    os._exit(128 + signal.SIGTERM)
+    threading.Thread(target=end, daemon=True).start()

@@ -15,13 +15,16 @@ LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Versions of this package, of Python and of the libraries that make the numbers."""
-    found = {PACKAGE: own_version(), "python": platform.python_version()}
-    return found | {name: _version(name) for name in LIBRARIES}
+    found = {PACKAGE: version(PACKAGE), "python": platform.python_version()}
+    return found | {name: version(name) for name in LIBRARIES}
 
 
-def own_version() -> str:
-    """Version of this package."""
-    return _version(PACKAGE)
+def version(distribution: str = PACKAGE) -> str:
+    """Version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def describe_device(device: str) -> str:
@@ -31,10 +34,3 @@ def describe_device(device: str) -> str:
 
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from moee_analysis.utils.progress import is_headless, tell
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def open_page(page: Path) -> bool:
@@ -27,8 +24,6 @@ def open_page(page: Path) -> bool:
 
 def has_screen() -> bool:
     """Whether a browser could show something: always on a desktop system, else by a display."""
-    if is_headless():
-        return False
-    if sys.platform in ("win32", "darwin"):
-        return True
-    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    desktop = sys.platform in ("win32", "darwin")
+    return not is_headless() and (desktop or any(os.environ.get(name) for name in names))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from moee_analysis.data.disjoint import check_apart, contents_of, without_repeats
+from moee_analysis.data.disjoint import check_disjoint, contents_of, without_repeats
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract, load
@@ -33,9 +33,9 @@ def two(tmp_path):
 
 def test_the_same_pixels_are_the_same_picture(two):
     with pytest.raises(MoeeError, match=r"1 that are, such as .*dog/renamed\.bmp"):
-        check_apart(*two, use="used for calibration")
+        check_disjoint(*two, use="used for calibration")
     ours, theirs = two
-    check_apart(ours, theirs.of_classes(["eel", "fox"]), use="used for calibration")
+    check_disjoint(ours, theirs.of_classes(["eel", "fox"]), use="used for calibration")
     assert len(set(contents_of(ours)) & set(contents_of(theirs))) == 1
 
 
@@ -115,4 +115,4 @@ def test_the_bundled_splits_share_no_scene():
     calibration, evaluation = (
         load_images(split=s, limit=60) for s in ("calibration", "evaluation")
     )
-    check_apart(calibration, evaluation, use="used for calibration")
+    check_disjoint(calibration, evaluation, use="used for calibration")

@@ -16,7 +16,7 @@ from moee_analysis.baselines.soft_moe import SoftMoeConfig
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.baselines.static_pruning import StaticPruningConfig
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.clustering import ClusterConfig
+from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.record.calibration_set import Limits
 from moee_analysis.measure.evaluation.comparison import Contest

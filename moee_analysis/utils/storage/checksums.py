@@ -1,4 +1,4 @@
-"""Checksums of what is kept, so that damage is seen before it is used.
+"""Checksums of stored files, so that damage is seen before it is used.
 
 A folder is sealed by a file that lists its files with their hashes; a file of tensors carries the
 checksum of its own content.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,63 +28,71 @@ from moee_analysis.utils.storage.files import (
     write_json,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
 Tensors = dict[str, torch.Tensor]
 
 SEAL = "checksums.json"
-CHECKSUM = "checksum"
-"""Key of the checksum of JSON content, and of the facts beside tensors."""
+CHECKSUM = "checksum"  # key of the checksum of JSON content, and of the facts beside tensors
 
-_KNOWN: dict[tuple[int, ...], str] = {}
+_HASHES: dict[tuple[int, ...], str] = {}  # of files that have not been touched since
 
 
 def seal(folder: Path, name: str, about: Mapping[str, Any] | None = None) -> None:
-    """Write the checksums of all files in ``folder`` into it, and what to tell ``about`` it.
+    """Write the checksums of all files in ``folder`` into it, and facts ``about`` it.
 
     ``name`` is the one that it will have: whole files in another place are damage too.
     """
-    hashes = _hashes(folder, sorted(_names(folder)))
-    write_signed(folder / SEAL, {"name": name, "files": hashes, "about": dict(about or {})})
+    content = {"name": name, "files": _hashes(folder), "about": dict(about or {})}
+    write_signed(folder / SEAL, content)
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """The name, the files and the facts of a sealed folder; nothing where its seal is not whole."""
+    with suppress(MoeeError, ValueError):
+        return read_signed(folder / SEAL)
+    return {}
 
 
 def damage_of(folder: Path) -> str:
-    """What of a sealed folder is not as it was written; "" if all is.
+    """Difference of a sealed folder from what was written; "" if there is none.
 
     Files that have not been touched since they were last looked at are not read again.
     """
-    try:
-        told = read_signed(folder / SEAL)
-        name, files = told["name"], dict(told["files"])
-    except (MoeeError, KeyError, TypeError, ValueError):
+    content = read_seal(folder)
+    if not content:
         return f"no whole {SEAL}"
-    if name != folder.name:
-        return f"what belongs to '{name}'"
+    if content["name"] != folder.name:
+        return f"what belongs to '{content['name']}'"
+    files = content["files"]
     try:
-        return _damage(folder, files)
+        strange = sorted(_names(folder) ^ files.keys())
+        if strange:
+            return f"files that are missing or do not belong there: {', '.join(strange[:3])}"
+        hashes = _hashes(folder)
     except MoeeError as error:
         return error.found
     except OSError as error:
         return str(error)
-
-
-def _damage(folder: Path, files: Mapping[str, str]) -> str:
-    strange = _names(folder) ^ files.keys()
-    if strange:
-        names = ", ".join(sorted(strange)[:3])
-        return f"files that are missing or do not belong there: {names}"
-    hashes = _hashes(folder, sorted(files))
     return ", ".join(f"{name} has changed" for name in files if hashes[name] != files[name])
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """What was to be told about a sealed folder; nothing where it has no whole seal."""
-    try:
-        return dict(read_signed(folder / SEAL)["about"])
-    except (MoeeError, KeyError, TypeError, ValueError):
-        return {}
+def _names(folder: Path) -> set[str]:
+    """Names of the files of a folder; hidden ones are left by other programs."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {SEAL}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    names = sorted(_names(folder))
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(lambda name: _hash(folder / name), names), strict=True))
+
+
+def _hash(path: Path) -> str:
+    check_file(path, expected="a file", hint="remove it")  # nobody waits for a named pipe
+    there = path.stat()
+    state = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns)
+    if state not in _HASHES:
+        _HASHES[state] = file_hash(path)
+    return _HASHES[state]
 
 
 def write_signed(path: Path, content: dict[str, Any]) -> None:
@@ -97,31 +108,31 @@ def read_signed(path: Path) -> dict[str, Any]:
     MoeeError
         No such file; one that is damaged or edited.
     """
-    content = read_json(path, expected=f"'{path}' as it was written", hint="make it again")
+    expected, hint = f"'{path}' as it was written", "make it again"
+    content = read_json(path, expected=expected, hint=hint)
     signed = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
     if signed is None or signed != checksum(content):
-        raise MoeeError(f"'{path}' as it was written", "a damaged or edited file", "make it again")
+        raise MoeeError(expected, "a damaged or edited file", hint)
     return content
 
 
 def write_tensors(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> None:
     """Write ``tensors`` and plain ``facts`` with their checksum; an older file stays until then."""
     text = json.dumps(dict(facts), sort_keys=True)
-    wanted = sum(tensor.nbytes for tensor in tensors.values())
-    with new_file(path, wanted=wanted) as partial:
-        metadata = {"facts": text, CHECKSUM: _digest(tensors, text)}
-        save_file(tensors, partial, metadata=metadata)
+    with new_file(path, wanted=sum(tensor.nbytes for tensor in tensors.values())) as new:
+        save_file(tensors, new, metadata={"facts": text, CHECKSUM: _digest(tensors, text)})
 
 
 def read_signed_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read what :func:`write_tensors` has written: tensors and facts.
+    """Read the tensors and facts that :func:`write_tensors` has written.
 
     Raises
     ------
     MoeeError
         A file that is damaged.
     """
-    check_file(path, expected=f"'{path}' as it was written", hint="remove it, and make it again")
+    expected, hint = f"'{path}' as it was written", "remove it, and make it again"
+    check_file(path, expected=expected, hint=hint)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -132,32 +143,12 @@ def read_signed_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
         found = "a damaged file"
     except (SafetensorError, OSError, KeyError) as error:
         found = str(error)
-    raise MoeeError(f"'{path}' as it was written", found, "remove it, and make it again")
+    raise MoeeError(expected, found, hint)
 
 
 def _digest(tensors: Tensors, text: str) -> str:
-    found = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def _names(folder: Path) -> set[str]:
-    """Names of the files of a folder; hidden ones are left by other programs."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {SEAL}
-
-
-def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
-    """Hashes of some files, several at a time."""
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(lambda name: _hash(folder / name), names), strict=True))
-
-
-def _hash(path: Path) -> str:
-    check_file(path, expected="a file", hint="remove it")  # nobody waits for a named pipe
-    there = path.stat()
-    known = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns)
-    if known not in _KNOWN:
-        _KNOWN[known] = file_hash(path)
-    return _KNOWN[known]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,36 +1,25 @@
-"""Temporary folders: they become what they are named for, or vanish, also after a kill.
-
-What a killed process has left goes when the next folder of its kind is made.
-"""
+"""Temporary folders: each becomes the one it is named for, or vanishes, also after a kill."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.signals import ended_in_order, undisturbed
-from moee_analysis.utils.storage.files import DISK_ERRORS, bytes_text, flush, refusal, writing
-from moee_analysis.utils.storage.locks import (
-    RANDOM,
-    is_held,
-    locked,
-    made_and_held,
-    remove_left,
-    temporary_prefix,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from moee_analysis.utils.signals import ended_in_order
+from moee_analysis.utils.storage.files import flush
+from moee_analysis.utils.storage.locks import RANDOM, is_held, locked, temporary, temporary_prefix
+from moee_analysis.utils.storage.refusals import writing
 
 OLD = "-old"
 OTHER_TEMPORARY = "make room there, or set TMPDIR to a folder on another disk"
+
+make_folder = partial(Path.mkdir, mode=0o700)
 
 
 @contextmanager
@@ -46,27 +35,26 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
         The folder cannot be made, or the disk is full.
     """
     final = Path(final).resolve()
-    with writing(final, hint=hint):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _restore(final)
-    with temporary_folder(final.parent, temporary_prefix(final.name), hint=hint) as partial:
-        try:
-            yield partial
-            flush_all(partial)
-        except DISK_ERRORS as error:
-            size = f"more than {bytes_text(size_of(partial))}"
-            raise refusal(error, final, wanted=size, hint=hint) or error from None
-        _open_to_others(partial)
-        if replace:
-            _replace(partial, final)
-        else:
-            _publish(partial, final)
-        flush(final.parent)
+    with ExitStack() as stack:
+        with writing(final, hint=hint):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _restore(final)
+            prefix = final.with_name(temporary_prefix(final.name))
+            new = stack.enter_context(temporary(prefix, make_folder))
+        with writing(final, hint=hint, new=new):
+            yield new
+            flush_all(new)
+            _open_to_others(new)
+            if replace:
+                _replace(new, final)
+            else:
+                _publish(new, final)
+            flush(final.parent)
 
 
 @contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
-    """Give a folder for what is needed for a while, which is gone when this is closed.
+    """Give a folder for intermediate results, which is gone when this is closed.
 
     SIGTERM closes it. A folder of this ``kind`` that a killed process has left goes too.
 
@@ -76,15 +64,14 @@ def scratch_folder(kind: str) -> Iterator[Path]:
         There is no room for temporary files.
     """
     try:
-        parent = Path(tempfile.gettempdir())
+        prefix = Path(tempfile.gettempdir()) / f"moee-{kind}-"
     except FileNotFoundError as error:
         raise MoeeError("a folder for temporary files", str(error), OTHER_TEMPORARY) from None
-    with (
-        ended_in_order(),
-        temporary_folder(parent, f"moee-{kind}-", hint=OTHER_TEMPORARY) as folder,
-        writing(folder, hint=OTHER_TEMPORARY),
-    ):
-        yield folder
+    with ended_in_order(), ExitStack() as stack:
+        with writing(prefix, hint=OTHER_TEMPORARY):
+            folder = stack.enter_context(temporary(prefix, make_folder))
+        with writing(folder, hint=OTHER_TEMPORARY):
+            yield folder
 
 
 @contextmanager
@@ -108,31 +95,6 @@ def held_folder(folder: Path) -> Iterator[None]:
             return
 
 
-@contextmanager
-def temporary_folder(parent: Path, prefix: str, *, hint: str = "") -> Iterator[Path]:
-    """Give a new folder in ``parent`` that is gone when this is closed.
-
-    Those that killed processes have left with the same ``prefix`` go too.
-    """
-    remove_left(parent, re.escape(prefix) + RANDOM)
-    with ExitStack() as stack:
-        with writing(parent / prefix.strip(".-"), hint=hint), undisturbed():
-            folder, lock = made_and_held(lambda: _empty_folder(parent / (prefix + uuid4().hex)))
-            stack.callback(_remove, folder, lock)
-        yield folder
-
-
-def _remove(folder: Path, lock: int) -> None:
-    with undisturbed():
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _empty_folder(path: Path) -> Path:
-    path.mkdir(0o700)
-    return path
-
-
 def flush_all(folder: Path) -> None:
     """Bring all files of a folder, and the lists of their names, to the disk."""
     for path in (*folder.rglob("*"), folder):
@@ -140,18 +102,8 @@ def flush_all(folder: Path) -> None:
             flush(path)
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder; some of them may vanish meanwhile."""
-    total = 0
-    for above, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += (Path(above) / name).lstat().st_size
-    return total
-
-
 def _open_to_others(folder: Path) -> None:
-    """Let others read what their user may read; some libraries give a file to its owner alone."""
+    """Let others read all that the user may read; some libraries give a file to its owner alone."""
     folder.chmod(0o755)
     for path in folder.iterdir():
         if path.is_file():

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from moee_analysis.utils.storage.checksums import SEAL
-from moee_analysis.utils.storage.locks import OURS, RANDOM, READ, remove_left
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+from moee_analysis.utils.storage.locks import OURS, RANDOM, READ, locked, remove_left
 
 MOST_HELD = 300  # open files
-TEMPORARY = rf"\..+{OURS}{RANDOM}"
-"""Names of files and folders in a store that are being filled."""
 
-_COLLECTED: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+_COLLECTIONS: ContextVar[tuple[list[str], ...]] = ContextVar("collections", default=())
 _HELD: dict[Path, int] = {}
 _TIDIED: set[Path] = set()
 
@@ -30,14 +25,13 @@ _TIDIED: set[Path] = set()
 def use(folder: Path) -> None:
     """Keep a folder of a store from being removed until this process ends, or has used many others.
 
-    What killed processes have left in a store goes when a process first uses it.
+    Temporary files of killed processes go from a store when a process first uses it.
     """
-    collected = _COLLECTED.get()
-    if collected is not None:
-        collected.append(folder.name)
+    for names in _COLLECTIONS.get():
+        names.append(folder.name)
     if folder.parent not in _TIDIED:
         _TIDIED.add(folder.parent)
-        remove_left(folder.parent, TEMPORARY)
+        remove_left(folder.parent, rf"\..+{OURS}{RANDOM}")
     if folder in _HELD:
         os.close(_HELD.pop(folder))
     with suppress(OSError, ValueError):
@@ -50,34 +44,21 @@ def use(folder: Path) -> None:
 @contextmanager
 def unused(folder: Path) -> Iterator[bool]:
     """Whether no process uses a folder of a store; none begins to while this is open."""
-    try:
-        handle = os.open(folder / SEAL, READ)
-    except OSError:  # a folder without checksums is of no use
-        yield True
-        return
-    try:
-        yield _locks(handle)
-    finally:
-        os.close(handle)
-
-
-def _locks(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    with ExitStack() as held:
+        free = True
+        try:
+            held.enter_context(locked(folder / SEAL, wait=False))
+        except OSError:  # a folder without checksums is of no use
+            free = not (folder / SEAL).exists()
+        yield free
 
 
 @contextmanager
 def collecting() -> Iterator[list[str]]:
     """While open, the names of all folders of a store that are used gather in the yielded list."""
-    found: list[str] = []
-    outer = _COLLECTED.get()
-    before = _COLLECTED.set(found)
+    names: list[str] = []
+    before = _COLLECTIONS.set((*_COLLECTIONS.get(), names))
     try:
-        yield found
+        yield names
     finally:
-        _COLLECTED.reset(before)
-        if outer is not None:
-            outer.extend(found)
+        _COLLECTIONS.reset(before)

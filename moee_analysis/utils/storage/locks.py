@@ -1,6 +1,6 @@
-"""Files and folders that a process holds; what nobody holds was left by one that was killed.
+"""Temporary files and folders, each held by a lock that ends with the process that fills it.
 
-Whoever fills a temporary file or folder holds a lock on it, which ends with the process.
+One that nobody holds was left by a process that was killed, and goes with the next of its name.
 """
 
 from __future__ import annotations
@@ -9,28 +9,54 @@ import fcntl
 import os
 import re
 import shutil
-from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+from uuid import uuid4
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+from moee_analysis.utils.signals import undisturbed
 
+OURS = "-moee-"  # in all temporary names: with RANDOM behind it no name of others is like it
 RANDOM = "[0-9a-f]{32}"
-"""What :func:`temporary_prefix` is followed by, as a regular expression."""
-
-READ = os.O_RDONLY | os.O_NONBLOCK
-"""How what is locked is opened: nobody waits for a named pipe."""
-
-OURS = "-moee-"
-"""In all temporary names. With :data:`RANDOM` behind it no name of anybody else's is like it."""
-
-LONGEST = 150  # bytes of a name in a temporary one, so that this is none that is too long
+READ = os.O_RDONLY | os.O_NONBLOCK  # nobody waits for a named pipe
+LONGEST = 150  # bytes of a name in a temporary one, so that it is none that is too long
 
 
 def temporary_prefix(name: str) -> str:
-    """What the temporary names begin with of what will have this ``name``."""
+    """Beginning of the temporary names of a file or folder that will have this ``name``."""
     return f".{name.encode(errors='ignore')[:LONGEST].decode(errors='ignore')}{OURS}"
+
+
+@contextmanager
+def temporary(prefix: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Give a new file or folder, as ``make`` makes it, that is gone when this is closed.
+
+    Its path begins with ``prefix``; others with it that nobody holds go too.
+    """
+    remove_left(prefix.parent, re.escape(prefix.name) + RANDOM)
+    with ExitStack() as stack:
+        with undisturbed():
+            path, lock = _make_and_hold(prefix, make)
+            stack.callback(_remove_and_let_go, path, lock)
+        yield path
+
+
+def _make_and_hold(prefix: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
+    while True:
+        path = prefix.with_name(prefix.name + uuid4().hex)
+        make(path)
+        lock = os.open(path, READ)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path, lock
+        os.close(lock)  # it was taken for one that was left, between the two steps
+
+
+def _remove_and_let_go(path: Path, lock: int) -> None:
+    with undisturbed():
+        remove(path)
+        os.close(lock)
 
 
 @contextmanager
@@ -40,8 +66,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     Raises
     ------
     OSError
-        Nothing there, also after waiting; without ``wait`` also what another process holds, or a
-        file system that has no locks.
+        Nothing there, also after waiting; without ``wait`` also one that another process holds, or
+        a file system that has no locks.
     """
     handle = os.open(path, READ)
     try:
@@ -63,20 +89,8 @@ def is_held(path: Path) -> bool:
         return isinstance(error, BlockingIOError)
 
 
-def made_and_held(make: Callable[[], Path]) -> tuple[Path, int]:
-    """What ``make`` makes, and an open file that holds it until it is closed."""
-    while True:
-        path = make()
-        handle = os.open(path, READ)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if path.exists():
-            return path, handle
-        os.close(handle)  # it was taken for one that was left, between the two steps
-
-
 def remove_left(parent: Path, names: str) -> None:
-    """Remove what lies in ``parent`` under ``names`` (a regular expression) and nobody holds."""
+    """Remove everything in ``parent`` under ``names`` (a regular expression) that nobody holds."""
     with suppress(OSError, ValueError):
         for path in [path for path in parent.iterdir() if re.fullmatch(names, path.name)]:
             with suppress(OSError), locked(path, wait=False):

@@ -1,7 +1,7 @@
-"""The content-keyed store: folders that are complete or absent, found again by what made them.
+"""The content-keyed store: folders that are complete or absent, found again by their key.
 
-Every folder carries checksums of its files. One that is damaged is told of, set aside, and made
-again. What processes use is marked, so that it is not removed under their hands.
+Every folder carries checksums of its files. A damaged one is named, set aside, and made again.
+Folders that processes use are marked, so that they are not removed under their hands.
 """
 
 from __future__ import annotations
@@ -9,28 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.checksums import damage_of, seal
-from moee_analysis.utils.storage.files import check_place, flush, writing
+from moee_analysis.utils.storage.files import flush
 from moee_analysis.utils.storage.folders import flush_all, held_folder, new_folder
 from moee_analysis.utils.storage.in_use import use
 from moee_analysis.utils.storage.locks import remove
+from moee_analysis.utils.storage.refusals import check_place, writing
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-
-FORMAT = 6
-"""Part of every key: raise it whenever a step of the extraction changes its results."""
-
+FORMAT = 6  # part of every key: raise it whenever a step of the extraction changes its results
 ELSEWHERE = "make room, or name another folder: --store DIR, or MOEE_STORE; TMPDIR without a store"
 ASIDE = "damaged-"
 UNFINISHED = "-unfinished"
+
+Build = Callable[[Path], None]
 
 
 def content_key(**facts: Any) -> str:
@@ -39,30 +37,70 @@ def content_key(**facts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def kept(
-    root: Path, name: str, build: Callable[[Path], None], about: Mapping[str, Any] | None = None
+def get_or_build(
+    root: Path, name: str, build: Build, about: Mapping[str, Any] | None = None
 ) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill it first if it is absent.
 
     The folder appears only when ``build`` has finished; a failure leaves nothing behind. ``about``
-    is told of it in a list of all that is kept.
+    are facts for a list of the store.
     """
     final = root / name
     with writing(final, hint=ELSEWHERE):
         root.mkdir(parents=True, exist_ok=True)
     if not present(final):
-        with new_folder(final, replace=False, hint=ELSEWHERE) as partial:
-            build(partial)
-            seal(partial, name, about)
+        with new_folder(final, replace=False, hint=ELSEWHERE) as new:
+            build(new)
+            seal(new, name, about)
         _check_written(final)
     return final
 
 
-def present(folder: Path) -> bool:
-    """Whether a folder of a store is there, as it was written.
+def get_or_resume(root: Path, name: str, build: Build) -> Path:
+    """Return the folder ``root/name``, letting ``build(folder)`` fill or finish it if it is absent.
 
-    One that is damaged is told of and set aside.
+    The files of a killed process stay hidden, and are there when ``build`` is called again, which
+    must see for itself which of them are whole. One process builds at a time, others wait.
+
+    Raises
+    ------
+    MoeeError
+        A folder that cannot be written to; also as ``build`` raises it, and then no file is left.
     """
+    final, unfinished = root / name, unfinished_folder(root / name)
+    if not present(final):
+        with held_folder(unfinished):
+            if present(final):  # made by the process that was waited for
+                remove(unfinished)
+            else:
+                _finish(unfinished, final, build)
+        _check_written(final)
+    return final
+
+
+def unfinished_folder(final: Path) -> Path:
+    """Where :func:`get_or_resume` fills the folder ``final``, until it is complete."""
+    return final.with_name(f".{final.name}{UNFINISHED}")
+
+
+def _finish(unfinished: Path, final: Path, build: Build) -> None:
+    for path in unfinished.iterdir():
+        if path.name.startswith(".") or not path.is_file():  # half written at a kill
+            remove(path)
+    try:
+        with writing(final, hint=ELSEWHERE):
+            build(unfinished)
+            seal(unfinished, final.name)
+            flush_all(unfinished)
+    except MoeeError:  # the next attempt would fail as well
+        remove(unfinished)
+        raise
+    unfinished.rename(final)
+    flush(final.parent)
+
+
+def present(folder: Path) -> bool:
+    """Whether a folder of a store is there, as it was written; a damaged one is set aside."""
     use(folder)
     try:
         seen = folder.lstat()
@@ -84,53 +122,10 @@ def set_aside(folder: Path, damage: str, *, seen: os.stat_result) -> None:
     """
     aside = folder.with_name(ASIDE + folder.name.lstrip("."))
     tell(f"'{folder}' is damaged ({damage}): set aside as '{aside.name}', and made again")
-    with writing(folder, hint=ELSEWHERE):
-        try:
-            if os.path.samestat(seen, folder.lstat()):
-                remove(aside)
-                folder.rename(aside)
-        except FileNotFoundError:
-            return
-
-
-def check_writable(root: Path) -> None:
-    """Refuse a store that cannot be written to, before anything is computed for it.
-
-    Raises
-    ------
-    MoeeError
-        It cannot be made, or not be written to.
-    """
-    try:
-        check_place(root / "trial")
-        with writing(root):
-            root.mkdir(parents=True, exist_ok=True)
-    except MoeeError as error:
-        raise MoeeError(
-            f"a store that can be written to at '{root}'", error.found, ELSEWHERE
-        ) from None
-
-
-def resumed(root: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder ``root/name``, letting ``build(folder)`` fill or finish it if it is absent.
-
-    What a killed process leaves stays hidden, and is there when ``build`` is called again, which
-    must tell for itself what of it is whole. One process builds at a time, others wait.
-
-    Raises
-    ------
-    MoeeError
-        A folder that cannot be written to; what ``build`` refuses, and then nothing of it is left.
-    """
-    final, unfinished = root / name, unfinished_folder(root / name)
-    if not present(final):
-        with held_folder(unfinished):
-            if present(final):  # made by the process that was waited for
-                remove(unfinished)
-            else:
-                _finish(unfinished, final, build)
-        _check_written(final)
-    return final
+    with writing(folder, hint=ELSEWHERE), suppress(FileNotFoundError):
+        if os.path.samestat(seen, folder.lstat()):
+            remove(aside)
+            folder.rename(aside)
 
 
 def _check_written(final: Path) -> None:
@@ -141,22 +136,12 @@ def _check_written(final: Path) -> None:
         )  # fmt: skip
 
 
-def unfinished_folder(final: Path) -> Path:
-    """Where :func:`resumed` fills the folder ``final``, until it is complete."""
-    return final.with_name(f".{final.name}{UNFINISHED}")
-
-
-def _finish(unfinished: Path, final: Path, build: Callable[[Path], None]) -> None:
-    for path in unfinished.iterdir():
-        if path.name.startswith(".") or not path.is_file():  # what was being written at a kill
-            remove(path)
+def check_writable(root: Path) -> None:
+    """Refuse a store that cannot be made or written to, before anything is computed for it."""
     try:
-        with writing(final, hint=ELSEWHERE):
-            build(unfinished)
-            seal(unfinished, final.name)
-            flush_all(unfinished)
-    except MoeeError:  # the next attempt would fail as well
-        remove(unfinished)
-        raise
-    unfinished.rename(final)
-    flush(final.parent)
+        check_place(root / "trial")
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+    except MoeeError as error:
+        expected = f"a store that can be written to at '{root}'"
+        raise MoeeError(expected, error.found, ELSEWHERE) from None

@@ -1,31 +1,29 @@
-"""What a store holds, by run and by size, and removing what was not used for longest."""
+"""Contents of a store, by run and by size, and removing the folders not used for longest."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from moee_analysis.utils.storage.checksums import SEAL, about
-from moee_analysis.utils.storage.folders import size_of, temporary_folder
+from moee_analysis.utils.storage.checksums import SEAL, read_seal
+from moee_analysis.utils.storage.folders import make_folder
 from moee_analysis.utils.storage.in_use import unused
-from moee_analysis.utils.storage.locks import is_held, temporary_prefix
+from moee_analysis.utils.storage.locks import is_held, temporary, temporary_prefix
+from moee_analysis.utils.storage.refusals import size_of, writing
 from moee_analysis.utils.storage.store import ASIDE, UNFINISHED
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
 
 KEY = "[0-9a-f]{20}"
 KINDS = (
     "activations", "attention", "clusters", "costs", "finetuned", "profile", "reduced", "run",
     "seconds", "statistics", "trained",
 )  # fmt: skip
+# Names of the folders of a store: those with checksums, and the others
 SEALED = rf"({'|'.join(KINDS)})-{KEY}"
 OTHERS = rf"sums-{KEY}-{KEY}|\.{SEALED}{UNFINISHED}|{ASIDE}{SEALED}({UNFINISHED})?"
-"""Names of the folders of a store: those with checksums, and the others."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Share:
-    """What a run takes of a store, in bytes: what it has alone, and what others use as well."""
+    """Bytes of a run in a store: of folders that it has alone, and of those that others use too."""
 
     run: Entry
     alone: int
@@ -55,7 +53,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed of a store, and how many bytes are left; some of them ``in_use``."""
+    """Folders removed from a store, and bytes left; some of them ``in_use``."""
 
     removed: tuple[Entry, ...]
     left: int
@@ -83,36 +81,31 @@ def _is_of_store(path: Path) -> bool:
 
 
 def _entry(path: Path) -> Entry:
-    told, used = about(path), path.stat().st_mtime
-    title, uses = str(told.get("run", "")), tuple(map(str, told.get("uses", ())))
-    return Entry(path, _kind(path.name), size_of(path), used, title, uses)
-
-
-def _kind(name: str) -> str:
-    if name.startswith(ASIDE):
-        return ASIDE.strip("-")
-    return UNFINISHED.strip("-") if name.startswith(".") else name.partition("-")[0]
+    kind = path.name.partition("-")[0]
+    kind = UNFINISHED.strip("-") if kind.startswith(".") else kind
+    about = read_seal(path).get("about", {})
+    title, uses = str(about.get("run", "")), tuple(map(str, about.get("uses", ())))
+    return Entry(path, kind, size_of(path), path.stat().st_mtime, title, uses)
 
 
 def shares(found: Iterable[Entry]) -> tuple[list[Share], list[Entry]]:
-    """What every run takes, the one used last first; and the folders that are of no run."""
+    """The share of every run, the one used last first; and the folders that are of no run."""
     by_name = {entry.path.name: entry for entry in found}
-    runs = [entry for entry in by_name.values() if entry.title]
-    users = Counter(name for run in runs for name in run.uses)
-    own = {run.path.name for run in runs}
-    told = []
-    for run in reversed(runs):
-        parts = [by_name[name] for name in run.uses if name in by_name and name not in own]
+    runs = {name: entry for name, entry in by_name.items() if entry.title}
+    users = Counter(name for run in runs.values() for name in run.uses)
+    table = []
+    for run in reversed(runs.values()):
+        parts = [by_name[name] for name in run.uses if name in by_name and name not in runs]
         alone = sum(part.size for part in parts if users[part.path.name] == 1)
-        told.append(Share(run, run.size + alone, sum(part.size for part in parts) - alone))
-    rest = [entry for name, entry in by_name.items() if name not in own and name not in users]
-    return told, rest
+        table.append(Share(run, run.size + alone, sum(part.size for part in parts) - alone))
+    rest = [entry for name, entry in by_name.items() if name not in runs and name not in users]
+    return table, rest
 
 
 def prune(root: Path, most: float) -> Pruned:
     """Remove folders of a store until it holds ``most`` bytes at most; damaged ones go first.
 
-    Then go those that were not used for longest. What a running process uses stays.
+    Then go those that were not used for longest. Folders that a running process uses stay.
     """
     found = entries(root)
     left, in_use, removed = sum(entry.size for entry in found), 0, []
@@ -131,11 +124,9 @@ def _remove(path: Path) -> bool:
     """Remove a folder, in one step for all who see it, unless it is in use."""
     if is_held(path):
         return False
+    prefix = path.with_name(temporary_prefix("removed"))
     with unused(path) as free:
         if free:
-            with (
-                suppress(FileNotFoundError),
-                temporary_folder(path.parent, temporary_prefix("removed")) as gone,
-            ):
+            with writing(path), temporary(prefix, make_folder) as gone, suppress(FileNotFoundError):
                 path.rename(gone / path.name)
         return free

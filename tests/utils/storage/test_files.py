@@ -15,18 +15,20 @@ from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage.files import (
-    bytes_text,
     check_file,
-    check_place,
     checksum,
     new_file,
     read_json,
     read_text,
     write_json,
     write_text,
-    writing,
 )
 from moee_analysis.utils.storage.locks import OURS
+from moee_analysis.utils.storage.refusals import (
+    bytes_text,
+    check_place,
+    writing,
+)
 
 
 def names(folder):

@@ -15,9 +15,9 @@ from moee_analysis.utils.storage.folders import new_folder
 from moee_analysis.utils.storage.store import (
     check_writable,
     content_key,
-    kept,
+    get_or_build,
+    get_or_resume,
     present,
-    resumed,
     set_aside,
 )
 
@@ -32,9 +32,9 @@ def fail(folder):
 
 
 def test_a_complete_folder_is_found_again_without_building(tmp_path):
-    first = kept(tmp_path / "store", "thing", fill)
+    first = get_or_build(tmp_path / "store", "thing", fill)
     assert (first / "result").read_text() == "made"
-    assert kept(tmp_path / "store", "thing", fail) == first
+    assert get_or_build(tmp_path / "store", "thing", fail) == first
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -44,17 +44,17 @@ def test_a_failing_build_leaves_nothing_and_can_be_repeated(tmp_path, error):
         raise error
 
     with pytest.raises(error):
-        kept(tmp_path, "thing", build)
+        get_or_build(tmp_path, "thing", build)
     assert not list(tmp_path.iterdir())
-    assert (kept(tmp_path, "thing", fill) / "result").exists()
+    assert (get_or_build(tmp_path, "thing", fill) / "result").exists()
 
 
 def test_two_processes_may_build_the_same_thing(tmp_path):
     def build(folder):
-        kept(tmp_path, "thing", lambda other: (other / "result").write_text("first"))
+        get_or_build(tmp_path, "thing", lambda other: (other / "result").write_text("first"))
         fill(folder)
 
-    assert (kept(tmp_path, "thing", build) / "result").read_text() == "first"
+    assert (get_or_build(tmp_path, "thing", build) / "result").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
@@ -86,7 +86,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_others_may_read_what_is_stored(tmp_path):
-    folder = kept(tmp_path, "thing", lambda folder: write_json(folder / "a.json", {}))
+    folder = get_or_build(tmp_path, "thing", lambda folder: write_json(folder / "a.json", {}))
     assert folder.stat().st_mode & 0o777 == 0o755
     assert (folder / "a.json").stat().st_mode & 0o777 == 0o644
 
@@ -122,7 +122,7 @@ def damaged(folder):
     lambda folder: (folder / "strange").touch(), lambda folder: (folder / SEAL).write_text("{}"),
 ])  # fmt: skip
 def test_what_is_damaged_is_named_set_aside_and_made_again(tmp_path, capsys, damage):
-    for make in (kept, resumed):
+    for make in (get_or_build, get_or_resume):
         name = make.__name__
         folder = make(tmp_path, name, fill)
         damage(folder)
@@ -133,7 +133,7 @@ def test_what_is_damaged_is_named_set_aside_and_made_again(tmp_path, capsys, dam
         assert f"'{folder}' is damaged" in told
         assert f"set aside as 'damaged-{name}'" in told
     assert {path.name for path in tmp_path.iterdir()} == {
-        "kept", "resumed", "damaged-kept", "damaged-resumed",
+        "get_or_build", "get_or_resume", "damaged-get_or_build", "damaged-get_or_resume",
     }  # fmt: skip
 
 
@@ -142,15 +142,15 @@ def test_a_disk_that_does_not_keep_what_is_written_is_told(tmp_path, monkeypatch
         "moee_analysis.utils.storage.store.damage_of", lambda _: "result has changed"
     )
     with pytest.raises(MoeeError, match="look after that disk"):
-        kept(tmp_path, "thing", fill)
+        get_or_build(tmp_path, "thing", fill)
 
 
 def test_a_store_that_is_full_is_told_and_as_before(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept(tmp_path, "old", fill)
+    get_or_build(tmp_path, "old", fill)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3, before[1]))
     try:
-        for make in (kept, resumed):
+        for make in (get_or_build, get_or_resume):
             with pytest.raises(MoeeError, match=r"room for .*--store DIR"):
                 make(tmp_path, "thing", fill)
         with pytest.raises(MoeeError, match="a store that can be written to"):
@@ -161,17 +161,18 @@ def test_a_store_that_is_full_is_told_and_as_before(tmp_path):
 
 
 def test_what_another_process_has_made_again_meanwhile_stays(tmp_path):
-    folder = kept(tmp_path, "thing", fill)
+    folder = get_or_build(tmp_path, "thing", fill)
     seen = folder.stat()
     folder.rename(tmp_path / "old")
-    kept(tmp_path, "thing", fill)
+    get_or_build(tmp_path, "thing", fill)
     set_aside(folder, "changed", seen=seen)
     assert (folder / "result").read_text() == "made"
 
 
 def test_whole_folders_in_each_others_places_are_damage(tmp_path):
     one, other = (
-        kept(tmp_path, name, lambda new, name=name: (new / "x").write_text(name)) for name in "ab"
+        get_or_build(tmp_path, name, lambda new, name=name: (new / "x").write_text(name))
+        for name in "ab"
     )
     one.rename(tmp_path / "c")
     other.rename(one)
@@ -184,7 +185,7 @@ def test_whole_folders_in_each_others_places_are_damage(tmp_path):
     lambda path: path.touch(), os.mkfifo, lambda path: path.symlink_to("nowhere"),
 ])  # fmt: skip
 def test_what_is_no_folder_is_set_aside(tmp_path, put):
-    for make in (kept, resumed):
+    for make in (get_or_build, get_or_resume):
         put(tmp_path / make.__name__)
         folder = make(tmp_path, make.__name__, fill)
         assert folder.is_dir()
@@ -192,7 +193,7 @@ def test_what_is_no_folder_is_set_aside(tmp_path, put):
 
 
 def test_what_can_neither_be_read_nor_set_aside_is_refused(tmp_path, monkeypatch):
-    folder = kept(tmp_path, "thing", fill)
+    folder = get_or_build(tmp_path, "thing", fill)
     damaged(folder)
 
     def refuse(self, target):

@@ -8,7 +8,13 @@ import pytest
 
 from moee_analysis.cli import main
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.utils.storage.store import kept, present, resumed, set_aside, unfinished_folder
+from moee_analysis.utils.storage.store import (
+    get_or_build,
+    get_or_resume,
+    present,
+    set_aside,
+    unfinished_folder,
+)
 from moee_analysis.utils.storage.upkeep import entries, prune, shares
 from tests.helpers.images import toy_images
 from tests.helpers.models import lively
@@ -20,7 +26,7 @@ NAMES = {kind: f"{kind}-{number:020x}" for number, kind in enumerate(
 
 
 def keep(root, kind, size, about=None):
-    return kept(root, NAMES[kind], lambda new: (new / "x").write_bytes(bytes(size)), about)
+    return get_or_build(root, NAMES[kind], lambda new: (new / "x").write_bytes(bytes(size)), about)
 
 
 @pytest.fixture
@@ -54,7 +60,7 @@ def test_a_store_is_listed_by_run_and_size(store):
 
 def test_what_two_runs_use_is_told_apart(store):
     name = f"run-{7:020x}"
-    kept(store, name, lambda new: (new / "x").touch(),
+    get_or_build(store, name, lambda new: (new / "x").touch(),
          {"run": "another", "uses": [NAMES["activations"]]})  # fmt: skip
     told, _ = shares(entries(store))
     assert [each.run.title for each in told] == ["another", "a model, best"]
@@ -97,7 +103,7 @@ def use(root, ready):
         ready.set()
         signal.pause()
 
-    resumed(root, f"activations-{9:020x}", build)
+    get_or_resume(root, f"activations-{9:020x}", build)
 
 
 def test_what_a_running_process_uses_stays(store):
