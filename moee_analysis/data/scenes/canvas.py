@@ -24,16 +24,11 @@ PARTS: tuple[str, ...] = (
 """Names of the values of a part mask: a pixel of value 10 belongs to a ``PARTS[10]``, a wheel."""
 
 PART_VALUES: dict[str, int] = {name: value for value, name in enumerate(PARTS)}
+SIDE = 64  # height and width of a finished picture in pixels
+SUPERSAMPLING = 2  # pictures are painted so many times larger and averaged down: smooth edges
 
-SIDE = 64
-"""Height and width of a finished picture in pixels."""
-
-SUPERSAMPLING = 2
-"""Pictures are painted this many times larger and averaged down, which smooths their edges."""
-
-_UNIT_CIRCLE = [
-    (math.cos(2 * math.pi * step / 18), math.sin(2 * math.pi * step / 18)) for step in range(18)
-]
+_ANGLES = [2 * math.pi * step / 18 for step in range(18)]
+_UNIT_CIRCLE = [(math.cos(angle), math.sin(angle)) for angle in _ANGLES]
 
 
 class Draws:
@@ -71,6 +66,10 @@ class Draws:
         third = spread / 3
         return tuple(_clip(c + light + self.uniform(-third, third)) for c in colour)
 
+    def near_one(self, colours: Sequence[Colour], spread: float = 22) -> Colour:
+        """A colour near one of those given."""
+        return self.near(self.choice(colours), spread)
+
     def colour(self) -> Colour:
         """Any colour, neither black nor white."""
         return tuple(self.integer(25, 230) for _ in range(3))
@@ -89,16 +88,9 @@ def shaded(colour: Colour, factor: float) -> Colour:
 class Pose:
     """Where an object stands: its own frame, about [-1, 1] x [-1, 1] with y down, to the picture.
 
-    Attributes
-    ----------
-    x, y
-        Centre in the picture, in pictures (0 is left or top, 1 right or bottom).
-    scale
-        Half the object's width in pictures.
-    angle
-        Rotation in radians.
-    stretch
-        Width relative to height; negative mirrors the object.
+    Its centre (``x``, ``y``) and half its width (``scale``) are in pictures (0 is left or top, 1
+    right or bottom), its ``angle`` in radians; ``stretch`` is its width relative to its height,
+    negative to mirror it.
     """
 
     x: float = 0.5
@@ -139,7 +131,7 @@ class Canvas:
         a, b, c, d, e, f = self._affine
         return [(a * x + b * y + c, d * x + e * y + f) for x, y in points]
 
-    def polygon(self, part: str, colour: Colour, points: Sequence[Point]) -> None:
+    def polygon(self, part: str, colour: Colour, *points: Point) -> None:
         """A filled polygon."""
         placed = self._place(points)
         self._paint.polygon(placed, fill=colour)
@@ -148,18 +140,18 @@ class Canvas:
     def box(self, part: str, colour: Colour, *sides: float) -> None:
         """A filled box, given its left, top, right and bottom."""
         x0, y0, x1, y1 = sides
-        self.polygon(part, colour, ((x0, y0), (x1, y0), (x1, y1), (x0, y1)))
+        self.polygon(part, colour, (x0, y0), (x1, y0), (x1, y1), (x0, y1))
 
     def ellipse(self, part: str, colour: Colour, *measures: float) -> None:
         """A filled ellipse, given its centre x, y and its half axes."""
         x, y, rx, ry = measures
-        self.polygon(part, colour, [(x + rx * cos, y + ry * sin) for cos, sin in _UNIT_CIRCLE])
+        self.polygon(part, colour, *((x + rx * cos, y + ry * sin) for cos, sin in _UNIT_CIRCLE))
 
     def disc(self, part: str, colour: Colour, x: float, y: float, radius: float) -> None:
         """A filled circle around (x, y)."""
         self.ellipse(part, colour, x, y, radius, radius)
 
-    def line(self, part: str, colour: Colour, points: Sequence[Point], width: float) -> None:
+    def line(self, part: str, colour: Colour, *points: Point, width: float) -> None:
         """A line of the given width, at least one pixel of the finished picture."""
         placed = self._place(points)
         pixels = max(SUPERSAMPLING, round(width * self._scale))
