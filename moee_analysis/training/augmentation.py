@@ -1,7 +1,7 @@
-"""Augmented images for training, each drawn by its own seed: any number of processes sees the same.
+"""Augmented images for training, each by a seed of its own: any number of processes sees the same.
 
-The transforms are timm's. They draw from the random states of Python, NumPy and torch, which are
-set before every image and given back afterwards.
+timm's transforms draw from the random states of Python, NumPy and torch, which are set before every
+image and given back afterwards.
 """
 
 from __future__ import annotations
@@ -52,11 +52,8 @@ def training_transform(model: nn.Module, augmentation: str) -> Callable:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Set the random states of Python, NumPy and torch (CPU) by ``numbers``; given back at the end.
-
-    Only of the thread's own process; no accelerator's state is touched.
-    """
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    """While open, the random states of Python, NumPy and torch (CPU) are those of ``numbers``."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     try:
         random.seed(seed)
@@ -64,9 +61,9 @@ def seeded(*numbers: int) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         yield
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])  # noqa: NPY002
-        torch.set_rng_state(kept[2])
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Both carry checksums. The history is a CSV beside them, which stays when the tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from moee_analysis.utils.storage.checksums import (
     write_tensors,
 )
 from moee_analysis.utils.storage.files import write_text
+from moee_analysis.utils.storage.folders import held_folder
 from moee_analysis.utils.storage.locks import OURS
+from moee_analysis.utils.storage.store import set_aside
 
 FACTS = "checkpoint.json"
 METRICS = "metrics.csv"
@@ -33,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Progress:
-    """What a training has come to: ``rows`` of its history, epoch ``best`` of them, and its end.
+    """The ``rows`` of a training's history, epoch ``best`` of them, and its end.
 
     ``stopped`` says why it ended before its time; "" where it has not.
     """
@@ -61,11 +63,11 @@ def save_checkpoint(
 
 
 def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: str) -> None:
-    tensors = {f"{group}/{name}": t for group, own in groups.items() for name, t in own.items()}
     file = f"checkpoint-{progress.epochs}.safetensors"
     copies = {  # a weight with several names is several tensors of the file
-        name: t.detach().clone(memory_format=torch.contiguous_format).cpu()
-        for name, t in tensors.items()
+        f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
+        for group, own in groups.items()
+        for name, t in own.items()
     }
     write_tensors(folder / file, copies, {"key": key, "epochs": progress.epochs})
     write_signed(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
@@ -76,29 +78,25 @@ def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: 
 
 
 def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
-    """What was saved last in ``folder``, if anything was.
+    """Return what was saved last in ``folder``, if anything was.
 
     Raises
     ------
     MoeeError
         A file that is damaged, or not of this checkpoint.
     """
-    facts = checkpoint_facts(folder)
-    if facts is None:
+    if not (folder / FACTS).exists():
         return None
+    facts = read_signed(folder / FACTS)
     progress = Progress(facts["rows"], facts["best"], facts["stopped"])
-    tensors, of = read_signed_tensors(folder / facts["tensors"])
-    if of != {"key": facts["key"], "epochs": progress.epochs}:
+    tensors, about = read_signed_tensors(folder / facts["tensors"])
+    if about != {"key": facts["key"], "epochs": progress.epochs}:
         raise MoeeError(f"the tensors of '{folder / FACTS}'", "others", "remove the checkpoint")
-    groups: dict[str, Tensors] = {}
-    for name, tensor in tensors.items():
-        group, _, own = name.partition("/")
-        groups.setdefault(group, {})[own] = tensor
-    return progress, groups
+    return progress, _nest(tensors, "/")
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove what :func:`save_checkpoint` has written, and the folder if nothing else is in it."""
+    """Remove the files of :func:`save_checkpoint`, and the folder if nothing else is in it."""
     for pattern in ("checkpoint-*.safetensors", FACTS, METRICS, f".*{OURS}*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
@@ -106,16 +104,32 @@ def remove_checkpoint(folder: Path) -> None:
         folder.rmdir()
 
 
-def checkpoint_facts(folder: Path) -> dict[str, Any] | None:
-    """The JSON of the checkpoint in ``folder``; None where there is none.
+@contextmanager
+def hold_checkpoint(folder: Path, key: str) -> Iterator[None]:
+    """Hold the folder of a checkpoint; a damaged one is set aside, an empty one goes in the end.
 
     Raises
     ------
     MoeeError
-        It is damaged.
+        It has the checkpoint of another training.
     """
-    path = folder / FACTS
-    return read_signed(path) if path.exists() else None
+    with held_folder(folder):
+        try:
+            read_checkpoint(folder)
+        except MoeeError as damage:
+            set_aside(folder, damage.found, seen=folder.lstat())
+    with held_folder(folder):  # made anew where it was
+        try:
+            if (folder / FACTS).exists() and read_signed(folder / FACTS)["key"] != key:
+                raise MoeeError(
+                    f"the fine-tuning that was begun in '{folder}'",
+                    "another run, other images or other settings",
+                    "repeat it as it was, remove that folder, or choose another one",
+                )
+            yield
+        finally:
+            if not (folder / FACTS).exists():
+                remove_checkpoint(folder)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -126,8 +140,14 @@ def moments(optimizer: torch.optim.Optimizer) -> Tensors:
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Give an optimizer of the same parameters back what :func:`moments` returned."""
-    state: dict[int, Tensors] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = tensor
+    state = {int(number): own for number, own in _nest(tensors, ".").items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _nest(tensors: Tensors, separator: str) -> dict[str, Tensors]:
+    """Tensors by the part of their name before the ``separator``, then by the rest."""
+    groups: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        group, _, own = name.partition(separator)
+        groups.setdefault(group, {})[own] = tensor
+    return groups

@@ -8,8 +8,7 @@ never does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,31 +21,26 @@ from torch import nn
 from moee_analysis.data.disjoint import contents_of, without_repeats
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import Extraction, load
+from moee_analysis.extraction.run import Extraction, load
 from moee_analysis.extraction.saving.run_files import fill_run
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
-from moee_analysis.moe.layer import moe_layers
-from moee_analysis.training.checkpoints import (
-    FACTS,
-    METRICS,
-    Progress,
-    checkpoint_facts,
-    read_checkpoint,
-    remove_checkpoint,
-)
+from moee_analysis.moe.expert_layer import counting_usage
+from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.training.checkpoints import METRICS, hold_checkpoint, remove_checkpoint
 from moee_analysis.training.finetune_config import FinetuneConfig
-from moee_analysis.training.trainer import NOT_FINITE, Training
+from moee_analysis.training.loop import NOT_FINITE
+from moee_analysis.training.trainer import Training
 from moee_analysis.utils.distributed import agreed, all_sum, rank
-from moee_analysis.utils.storage.files import check_place, write_text
-from moee_analysis.utils.storage.folders import held_folder, new_folder, scratch_folder
+from moee_analysis.utils.storage.files import write_text
+from moee_analysis.utils.storage.folders import new_folder, scratch_folder
 from moee_analysis.utils.storage.locks import locked
+from moee_analysis.utils.storage.refusals import check_place
 from moee_analysis.utils.storage.store import (
     content_key,
-    kept,
+    get_or_build,
     present,
-    set_aside,
     unfinished_folder,
 )
 
@@ -120,12 +114,12 @@ def finetune(
     key = content_key(**facts, images=images.fingerprint)
     training = Training(student, dense, images, config, Path(), key)
     _check_images(training)
-    place = _place(training, out, store)
-    if place is None:
+    if out is None and store is None:
         with scratch_folder("training") as root:
-            return _of(_trained(replace(training, folder=root), run), run)
-    _through(place, training, run)
-    return _of(load(place.folder, dense=run.original), run)
+            return _result(_train(replace(training, folder=root), run), run)
+    folder = Path(store) / f"finetuned-{key}" if out is None else Path(out)
+    _train_into(folder.resolve(), training, run, of_store=out is None)
+    return _result(load(folder, dense=run.original), run)
 
 
 def history_of(run: Extraction) -> pd.DataFrame:
@@ -147,45 +141,11 @@ def _last(run: Extraction) -> dict[str, Any]:
     return found[-1]
 
 
-def _of(tuned: Extraction, run: Extraction) -> Finetuned:
+def _result(tuned: Extraction, run: Extraction) -> Finetuned:
     tuned.model.to(next(run.model.parameters()).device)
     facts = _last(tuned)
     tuned = replace(tuned, original=run.original)
     return Finetuned(tuned, history_of(tuned), facts["best"], facts["stopped"])
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the fine-tuned run is kept: a folder of the user's, or one of a store."""
-
-    folder: Path
-    of_store: bool
-
-    @property
-    def work(self) -> Path:
-        """Where the checkpoint is until then."""
-        return unfinished_folder(self.folder)
-
-    def is_filled(self) -> bool:
-        """Whether the run is there; what is damaged in a store is made again."""
-        return present(self.folder) if self.of_store else self.folder.exists()
-
-    def fill(self, build: Callable[[Path], None]) -> None:
-        """Let ``build`` fill the folder, which appears when it is complete."""
-        if self.of_store:
-            kept(self.folder.parent, self.folder.name, build)
-        else:
-            with new_folder(self.folder, replace=False) as new:
-                build(new)
-
-
-def _place(training: Training, out: str | Path | None, store: str | Path | None) -> _Place | None:
-    """Where the fine-tuned run is kept, if it is."""
-    if out is not None:
-        return _Place(Path(out).resolve(), of_store=False)
-    if store is None:
-        return None
-    return _Place(Path(store).resolve() / f"finetuned-{training.key}", of_store=True)
 
 
 def _check_images(training: Training) -> None:
@@ -197,78 +157,54 @@ def _check_images(training: Training) -> None:
         )  # fmt: skip
 
 
-def _through(place: _Place, training: Training, run: Extraction) -> None:
-    """Fill the place with the trained run, unless it is there. One process waits for another."""
-    if agreed(place.is_filled()):
-        _check_same(place.folder, training.key, run)
-        with suppress(OSError), locked(place.work, wait=False):
-            remove_checkpoint(place.work)  # left by a kill in the last moment
+def _train_into(folder: Path, training: Training, run: Extraction, *, of_store: bool) -> None:
+    """Train, and save the run as ``folder``, unless it is there; the checkpoint is beside it.
+
+    One process waits for another.
+    """
+    work, is_there = unfinished_folder(folder), present if of_store else Path.exists
+    if agreed(is_there(folder)):
+        _check_same(folder, training.key, run)
+        with suppress(OSError), locked(work, wait=False):
+            remove_checkpoint(work)  # left by a kill in the last moment
         return
-    with _alone_in(place.work, training.key) if rank() == 0 else nullcontext():
+    training = replace(training, folder=work)
+    with hold_checkpoint(work, training.key) if rank() == 0 else nullcontext():
         all_sum(torch.zeros(1))  # none looks at the checkpoint before
-        if agreed(place.is_filled()):
-            _check_same(place.folder, training.key, run)
-        elif rank() == 0:
-            place.fill(partial(_fill, work=place.work, training=training, run=run))
+        if agreed(is_there(folder)):
+            _check_same(folder, training.key, run)
+        elif rank() > 0:
+            _train(training, run)
+        elif of_store:
+            get_or_build(folder.parent, folder.name, partial(_fill, training=training, run=run))
         else:
-            _trained(replace(training, folder=place.work), run)
+            with new_folder(folder, replace=False) as new:
+                _fill(new, training=training, run=run)
         all_sum(torch.zeros(1))  # the folder is there
         if rank() == 0:
-            remove_checkpoint(place.work)
-
-
-@contextmanager
-def _alone_in(work: Path, key: str) -> Iterator[None]:
-    """Hold the folder of a checkpoint, a damaged one set aside; without one it goes in the end."""
-    with held_folder(work):
-        _set_damaged_aside(work)
-    with held_folder(work):  # made anew where it was
-        try:
-            _check_key(work, key)
-            yield
-        finally:
-            if not (work / FACTS).exists():
-                remove_checkpoint(work)
-
-
-def _set_damaged_aside(work: Path) -> None:
-    try:
-        read_checkpoint(work)
-    except MoeeError as damage:
-        set_aside(work, damage.found, seen=work.lstat())
-
-
-def _check_key(work: Path, key: str) -> None:
-    """Refuse the checkpoint of another training."""
-    facts = checkpoint_facts(work)
-    if facts is not None and facts["key"] != key:
-        raise MoeeError(
-            f"the fine-tuning that was begun in '{work}'",
-            "another run, other images or other settings",
-            "repeat it as it was, remove that folder, or choose another one",
-        )
+            remove_checkpoint(work)
 
 
 def _check_same(folder: Path, key: str, run: Extraction) -> None:
     there = load(folder, dense=run.original) if folder.is_dir() else None
-    known = there and there.provenance.get(_FACT)
-    if not known or known[-1]["key"] != key:
+    facts = there and there.provenance.get(_FACT)
+    if not facts or facts[-1]["key"] != key:
         raise MoeeError(
             f"a new folder '{folder}', or what this fine-tuning has left there before",
             "something else", "choose another folder",
         )  # fmt: skip
 
 
-def _fill(folder: Path, *, work: Path, training: Training, run: Extraction) -> None:
-    """Train in the folder ``work``, and save the run and its history as a new ``folder``."""
-    tuned = _trained(replace(training, folder=work), run)
+def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
+    """Train, and save the run and its history as a new ``folder``."""
+    tuned = _train(training, run)
     fill_run(folder, tuned.model, tuned._facts())
     history = pd.DataFrame(_last(tuned)["history"])
     write_text(folder / METRICS, history.to_csv(index=False))
 
 
-def _trained(training: Training, run: Extraction) -> Extraction:
-    """Train, and tell in the run's facts how that went."""
+def _train(training: Training, run: Extraction) -> Extraction:
+    """Train, and say in the run's facts how that went."""
     progress = training.run()
     if progress.stopped.startswith(NOT_FINITE) and progress.best == 0:
         remove_checkpoint(training.folder)  # it would come to the same again
@@ -278,18 +214,7 @@ def _trained(training: Training, run: Extraction) -> Extraction:
     if progress.best:
         _count_shares(training)
     training.student.to(next(run.model.parameters()).dtype)
-    facts = [*run.provenance.get(_FACT, []), _facts(training, progress)]
-    layers = moe_layers(training.student)
-    reports = tuple(
-        replace(layer, active_fraction=_active(layers[layer.index])) if layer.converted else layer
-        for layer in run.layers
-    )
-    provenance = run.provenance | {_FACT: facts}
-    return replace(run, model=training.student, layers=reports, provenance=provenance)
-
-
-def _facts(training: Training, progress: Progress) -> dict[str, Any]:
-    return {
+    facts = {
         "key": training.key,
         "config": asdict(training.config),
         "images": training.images.name,
@@ -301,28 +226,29 @@ def _facts(training: Training, progress: Progress) -> dict[str, Any]:
         "stopped": progress.stopped,
         "history": progress.rows,
     }
+    layers = moe_layers(training.student)
+    reports = tuple(
+        replace(layer, active_fraction=_active_fraction(layers[layer.index]))
+        if layer.converted
+        else layer
+        for layer in run.layers
+    )
+    provenance = run.provenance | {_FACT: [*run.provenance.get(_FACT, []), facts]}
+    return replace(run, model=training.student, layers=reports, provenance=provenance)
 
 
-def _active(layer: nn.Module) -> float:
+def _active_fraction(layer: nn.Module) -> float:
     return float(layer.shares.double() @ layer.sizes.double()) / layer.hidden_dense
 
 
 @torch.no_grad()
 def _count_shares(training: Training) -> None:
     """Let the layers record how often their experts are used now, on the images held out."""
-    layers = moe_layers(training.student).values()
-    counts = [torch.zeros_like(layer.shares, dtype=torch.float64) for layer in layers]
-    tokens = [0 for _ in layers]
-
-    def count(number: int, _router: nn.Module, _args: tuple, chosen: torch.Tensor) -> None:
-        counts[number] += chosen.flatten().bincount(minlength=len(counts[number]))
-        tokens[number] += len(chosen)
-
-    with evaluating(training.student), ExitStack() as hooks:
-        for number, layer in enumerate(layers):
-            hook = layer.router.register_forward_hook(partial(count, number))
-            hooks.callback(hook.remove)
-        for x in training.sets[1].batches(training.dense, batch_size=training.config.batch_size):
-            training.student(like(x, training.student))
-    for layer, counted, total in zip(layers, counts, tokens, strict=True):
-        layer.shares.copy_(counted / total)
+    student, held_out = training.student, training.sets[1]
+    with evaluating(student), counting_usage({"": student}) as usage:
+        for x in held_out.batches(training.dense, batch_size=training.config.batch_size):
+            student(like(x, student))
+    names = moe_names(student)
+    for index, layer in moe_layers(student).items():
+        used, k = usage[""][names[index]], round(layer.shares.sum().item())
+        layer.shares.copy_(k * used / used.sum())

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
-import torch
-
-from moee_analysis.training.augmentation import AUGMENTATIONS
-from moee_analysis.training.train_routers import ROUTERS
 from moee_analysis.utils.checks import (
     not_none,
     one_of,
@@ -18,42 +14,37 @@ from moee_analysis.utils.checks import (
     whole_number,
 )
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+Router = Literal["frozen", "straight_through", "auxiliary"]
+Augmentation = Literal["none", "light", "strong"]
+Precision = Literal["auto", "float32", "bfloat16"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "router": get_args(Router),
+    "augmentation": get_args(Augmentation),
+    "precision": get_args(Precision),
+}
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """How a model learns to predict what its dense model predicts; no labels are used.
 
-    Attributes
-    ----------
-    epochs
-        Passes over the training images.
-    learning_rate
-        AdamW's, after a warm-up of ``warmup_epochs``; from there it falls to zero by a cosine.
-    batch_size
-        Images of one step, over all processes; computed in ``accumulate`` parts of it.
-    temperature
-        Divides the logits of both models; the loss is in nats at 1.
-    block_weight
-        Of the relative squared errors of all blocks' outputs, beside the logits.
-    router
-        ``frozen``; learning ``straight_through``, or from an ``auxiliary`` task, whose loss has
-        the weight ``router_weight`` (``train_routers``).
-    augmentation
-        ``none``, ``light`` or ``strong`` (``augmentation``).
-    ema
-        Decay per step of a running mean of the weights, which is then the model that is kept;
-        None: the weights themselves.
-    held_out
-        Share of the images that is never trained on. The epoch of the lowest divergence there is
-        kept, and ``patience`` epochs without a lower one end the training.
-    clip
-        Largest norm of the gradients.
-    precision
-        ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 on an accelerator that has it.
-    seed
-        Of the held-out images, their order and the augmentations.
+    - ``epochs``: passes over the training images.
+    - ``learning_rate`` of AdamW, after a warm-up of ``warmup_epochs``; from there it falls to zero
+      by a cosine.
+    - ``batch_size``: images of one step, over all processes, computed in ``accumulate`` parts.
+    - ``temperature`` divides the logits of both models; the loss is in nats at 1.
+    - ``block_weight`` of the relative squared errors of all blocks' outputs, beside the logits.
+    - ``router``: ``frozen``; learning ``straight_through``, or from an ``auxiliary`` task, whose
+      loss has the weight ``router_weight`` (``train_routers``).
+    - ``augmentation``: ``none``, ``light`` or ``strong`` (``augmentation``).
+    - ``ema``: decay per step of a running mean of the weights, which is then the model that is
+      kept; None: the weights themselves.
+    - ``held_out``: share of the images that is never trained on. The epoch of the lowest divergence
+      there is kept, and ``patience`` epochs without a lower one end the training.
+    - ``clip``: largest norm of the gradients.
+    - ``precision``: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 on an accelerator
+      that has it.
+    - ``seed`` of the held-out images, their order and the augmentations.
 
     Raises
     ------
@@ -69,19 +60,18 @@ class FinetuneConfig:
     warmup_epochs: float = 0.5
     temperature: float = 1.0
     block_weight: float = 0.0
-    router: Literal["frozen", "straight_through", "auxiliary"] = "frozen"
+    router: Router = "frozen"
     router_weight: float = 0.1
-    augmentation: Literal["none", "light", "strong"] = "light"
+    augmentation: Augmentation = "light"
     ema: float | None = None
     held_out: float = 0.1
     patience: int = 3
     clip: float = 1.0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        named = {"router": ROUTERS, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
-        for name, choices in named.items():
+        for name, choices in CHOICES.items():
             one_of(name, getattr(self, name), choices)
         for name in ("epochs", "batch_size", "accumulate", "patience"):
             whole_number(name, getattr(self, name))
@@ -94,8 +84,10 @@ class FinetuneConfig:
         for name, value in not_none(self, "ema"):
             share(name, value, whole=False)
 
-    def autocasts(self, device: torch.device) -> bool:
+    def autocasts(self, device: Any) -> bool:
         """Whether products are made in bfloat16 on this ``device``."""
         if self.precision != "auto":
             return self.precision == "bfloat16"
+        import torch  # the command line reads these settings, and starts without it
+
         return device.type == "cuda" and torch.cuda.is_bf16_supported()

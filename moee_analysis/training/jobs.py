@@ -26,7 +26,7 @@ from moee_analysis.training.supervised_config import SupervisedConfig
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.signals import die_after
 from moee_analysis.utils.storage.files import write_json
-from moee_analysis.utils.storage.store import content_key, kept, present
+from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
 HISTORY, RIGHT, WEIGHTS = "history.csv", "right.npy", "model.safetensors"
 """Files of a training: what ``train`` returns."""
@@ -84,7 +84,7 @@ class TrainingBench:
     def do(self, job: TrainingJob, folder: Path) -> None:
         """Train and keep, unless the folder is there."""
         try:
-            kept(folder.parent, folder.name, partial(self._fill, job=job))
+            get_or_build(folder.parent, folder.name, partial(self._fill, job=job))
         except MoeeError as error:
             found = f"'{job.name}': {error.found}"
             raise MoeeError(error.expected, found, error.hint) from None

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from moee_analysis.baselines.common.balance_losses import balance_loss, routed_by
-from moee_analysis.baselines.common.sparse_routers import Routed
+from moee_analysis.baselines.common.sparse_moe_layer import balance_loss, watch_routers
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.training.augmentation import seeded
-from moee_analysis.training.batches import Batches, Loaded
+from moee_analysis.training.batches import Batch, Loaded, training_batches
+from moee_analysis.training.loop import Loop
 from moee_analysis.training.parameter_groups import parameter_groups
 from moee_analysis.training.supervised_config import SupervisedConfig
 
@@ -59,7 +60,7 @@ def train(
     images
         To train on. Who trains many models on them loads them once (:meth:`Loaded.of`).
     check
-        Images, other than those, whose top-1 is told; they influence nothing.
+        Images, other than those, to look at; they influence nothing.
 
     Raises
     ------
@@ -70,105 +71,81 @@ def train(
         if not len(each):
             raise MoeeError("at least one image", "none", "choose other images")
     learner = copy.deepcopy(model).requires_grad_(requires_grad=True).train()
-    sets = Loaded.of(images, model), Loaded.of(check, model)
-    device = next(learner.parameters()).device
-    training = _Training(learner, *sets, config)
-    with (
-        _all_seeded(config.seed, device),
-        quick_attention(learner),
-        routed_by(learner) as routed,
-    ):
-        rows = training.run(routed)
+    loaded, checked = Loaded.of(images, model), Loaded.of(check, model)
+    rows, right = [], []
+    with _all_seeded(config.seed, _device(learner)), plain_attention(learner):
+        for step, loss in _train(learner, loaded, config):
+            right.append(right_of(learner, checked))
+            seen = step * config.batch_size
+            top1 = right[-1].double().mean().item()
+            row = {"step": step, "epoch": seen / len(loaded), "images": seen, "loss": loss}
+            rows.append(row | {"top1": top1})
     learner.zero_grad(set_to_none=True)
     for own, copied in zip(model.parameters(), learner.parameters(), strict=True):
         copied.requires_grad_(own.requires_grad)
-    right = torch.stack(training.right).numpy()
-    return Trained(learner.eval(), pd.DataFrame(rows), right)
+    return Trained(learner.eval(), pd.DataFrame(rows), torch.stack(right).numpy())
 
 
-@dataclass
-class _Training:
-    """A ``model`` that learns, in place."""
+def _train(
+    model: nn.Module, images: Loaded, config: SupervisedConfig
+) -> Iterator[tuple[int, float]]:
+    """Train ``model`` in place; yield the step and the mean loss whenever it is to be checked."""
+    device, losses = _device(model), []
+    loop = _loop(model, config)
+    yield 0, math.nan
+    with watch_routers(model) as routed:
 
-    model: nn.Module
-    images: Loaded
-    check: Loaded
-    config: SupervisedConfig
-    optimizer: torch.optim.Optimizer = field(init=False)
-    right: list[torch.Tensor] = field(default_factory=list)
+        def loss_of(batch: Batch) -> tuple[torch.Tensor, float]:
+            x, targets = (each.to(device) for each in batch)
+            losses.append(cross_entropy(model(x).float(), targets))
+            return losses[-1] + config.balance_weight * balance_loss(routed), 1
 
-    def __post_init__(self) -> None:
-        groups = parameter_groups(
-            self.model,
-            weight_decay=self.config.weight_decay,
-            layer_decay=self.config.layer_decay,
-        )
-        parts = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-        self.optimizer = torch.optim.AdamW(parts, lr=self.config.learning_rate, fused=True)
+        for step, batch in enumerate(training_batches(images, model, config), start=1):
+            if loop.update(step - 1, [batch], loss_of) is None:
+                found = f"{losses[-1].item()} in step {step}"
+                raise MoeeError("a finite loss", found, "lower the learning rate")
+            losses[-1] = losses[-1].detach()
+            if config.checks_after(step):
+                yield step, torch.stack(losses).mean().item()
+                losses.clear()
 
-    def run(self, routed: Mapping[str, Routed]) -> list[dict[str, float]]:
-        """Make all updates; return the rows of the history. Routers leave ``routed`` behind."""
-        rows, losses = [self._row(0, [])], []
-        for step, (x, targets) in enumerate(Batches(self.images, self.model, self.config), start=1):
-            self._set_rates(step - 1)
-            losses.append(self._update(x, targets, routed))
-            if self.config.checked(step):
-                rows.append(self._row(step, losses))
-                losses = []
-        return rows
 
-    def _set_rates(self, step: int) -> None:
-        rate = self.config.learning_rate * self.config.share(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-
-    def _update(
-        self, x: torch.Tensor, targets: torch.Tensor, routed: Mapping[str, Routed]
-    ) -> torch.Tensor:
-        """One update; return the cross-entropy."""
-        device = next(self.model.parameters()).device
-        loss = cross_entropy(self.model(x.to(device)).float(), targets.to(device))
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss + self.config.balance_weight * balance_loss(self.model, routed)).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        return loss.detach()
-
-    def _row(self, step: int, losses: list[torch.Tensor]) -> dict[str, float]:
-        mean = torch.stack(losses).mean().item() if losses else math.nan
-        if losses and not math.isfinite(mean):
-            raise MoeeError("a finite loss", f"{mean} up to step {step}", "lower the learning rate")
-        seen = step * self.config.batch_size
-        self.right.append(right_of(self.model, self.check))
-        return {
-            "step": step,
-            "epoch": seen / len(self.images),
-            "images": seen,
-            "loss": mean,
-            "top1": self.right[-1].double().mean().item(),
-        }
+def _loop(model: nn.Module, config: SupervisedConfig) -> Loop:
+    decays = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+    groups = parameter_groups(model, **decays)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    warmup = round(config.warmup * config.steps)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=max(1, config.steps - 1 - warmup), lr_min=0.01 * config.learning_rate,
+        warmup_t=warmup, warmup_lr_init=config.learning_rate / (warmup + 1), warmup_prefix=True,
+        t_in_epochs=False, cycle_decay=0.0,  # no cycle follows; timm warns of a single step without
+    )  # fmt: skip
+    return Loop(list(model.parameters()), optimizer, scheduler, config.clip)
 
 
 def right_of(model: nn.Module, images: ImageSet | Loaded) -> torch.Tensor:
     """Whether the model is right about each image, bool (images,); the model stays as it was."""
     loaded = Loaded.of(images, model)
-    device, size = next(model.parameters()).device, fitting_batch(model)
+    size = fitting_batch(model)
     with evaluating(model):
         found = [
-            model(loaded.batch(slice(start, start + size)).to(device)).argmax(dim=1).cpu()
+            model(loaded.batch(slice(start, start + size)).to(_device(model))).argmax(dim=1).cpu()
             for start in range(0, len(loaded), size)
         ]
     return torch.cat(found) == loaded.labels
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 @contextmanager
-def quick_attention(model: nn.Module) -> Iterator[None]:
+def plain_attention(model: nn.Module) -> Iterator[None]:
     """Plain attention on a CPU, where it trains faster at few tokens than the fused one."""
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    plain = next(model.parameters()).device.type == "cpu"
     try:
         for module in fused:
-            module.fused_attn = not plain
+            module.fused_attn = _device(model).type != "cpu"
         yield
     finally:
         for module in fused:

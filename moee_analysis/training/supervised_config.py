@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from moee_analysis.errors import MoeeError
@@ -24,35 +23,22 @@ FLIP = "flip"
 class SupervisedConfig:
     """How a model learns the labels of images, by cross-entropy; as MoE Jetpack does, in short.
 
-    Attributes
-    ----------
-    steps
-        Updates, each of ``batch_size`` images; passes over the images follow each other without a
-        gap, each in an order of its own.
-    learning_rate
-        AdamW's, after a linear warm-up over the share ``warmup`` of the steps; from there it falls
-        to one percent by a cosine.
-    weight_decay
-        Of matrices; norms, biases, temperatures and position embeddings have none.
-    layer_decay
-        Factor between the rates of one layer and the one above. Whatever belongs to a layer with
-        experts, and the norm before it, learns at the full rate.
-    label_smoothing
-        Share of every target that is spread over all classes.
-    mixup, cutmix
-        Parameters of the Beta distributions of timm's ``Mixup``; 0 switches them off.
-    augmentation
-        ``none``, ``flip`` (mirror images, one half), ``light`` or ``strong``
-        (``augmentation``).
-    balance_weight
-        Of the losses by which top-k routers learn to use their experts alike, as in V-MoE
-        (``balance_losses``).
-    clip
-        Largest norm of the gradients.
-    check_every
-        Steps between two looks at images that are not trained on; None: at the end only.
-    seed
-        Of the order of images, augmentation, and everything random in the model.
+    - ``steps``: updates, each of ``batch_size`` images; passes over the images follow each other
+      without a gap, each in an order of its own.
+    - ``learning_rate`` of AdamW, after a linear warm-up over the share ``warmup`` of the steps;
+      from there it falls to one percent by a cosine.
+    - ``weight_decay`` of matrices; norms, biases, temperatures and position embeddings have none.
+    - ``layer_decay``: factor between the rates of one layer and the one above. Layers with experts,
+      and the norms before them, learn at the full rate.
+    - ``label_smoothing``: share of every target that is spread over all classes.
+    - ``mixup``, ``cutmix``: parameters of the Beta distributions of timm's ``Mixup``; 0: off.
+    - ``augmentation``: ``none``, ``flip`` (mirror images, one half), ``light`` or ``strong``
+      (``augmentation``).
+    - ``balance_weight`` of the losses by which top-k routers learn to use their experts alike, as
+      in V-MoE (``sparse_moe_layer``).
+    - ``clip``: largest norm of the gradients.
+    - ``check_every``: steps between two looks at images that are not trained on; None: at the end.
+    - ``seed`` of the order of images, augmentation, and everything random in the model.
 
     Raises
     ------
@@ -99,15 +85,6 @@ class SupervisedConfig:
         """Whether images are mixed with each other."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def share(self, step: int) -> float:
-        """Share of the learning rate in update ``step``, counted from 0."""
-        warm = round(self.warmup * self.steps)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        done = (step - warm) / max(1, self.steps - 1 - warm)
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
-
-    def checked(self, step: int) -> bool:
+    def checks_after(self, step: int) -> bool:
         """Whether the model is looked at after so many updates."""
-        every = self.check_every or self.steps
-        return step == self.steps or step % every == 0
+        return step == self.steps or step % (self.check_every or self.steps) == 0

@@ -9,14 +9,14 @@ cross-entropy of the choice of the expert that comes nearest to the dense MLP.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
+from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels.dispatch import masked
 from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names
@@ -40,34 +40,30 @@ class Learner:
     tokens: torch.Tensor | None = field(default=None, repr=False)
 
 
-def learners(model: nn.Module) -> dict[str, Learner]:
+def find_learners(model: nn.Module) -> dict[str, Learner]:
     """Return the layers of ``model`` that have a choice of experts, by module name."""
-    names = moe_names(model)
-    found = {names[index]: _learner(layer) for index, layer in moe_layers(model).items()}
-    return {name: each for name, each in found.items() if each is not None}
-
-
-def _learner(layer: MoeMlp) -> Learner | None:
-    router, leading, first = layer.router, 0, 0
-    if isinstance(router, TokenKindRouter):
-        leading, first, router = len(router.prefix), router.prefix_experts, router.inner
-    compares = isinstance(router, (CosineRouter, NearestRouter)) and router.n_experts > 1
-    return Learner(layer, router, leading, first) if compares else None
+    names, found = moe_names(model), {}
+    for index, layer in moe_layers(model).items():
+        router, leading, first = layer.router, 0, 0
+        if isinstance(router, TokenKindRouter):
+            leading, first, router = len(router.prefix), router.prefix_experts, router.inner
+        if isinstance(router, (CosineRouter, NearestRouter)) and router.n_experts > 1:
+            found[names[index]] = Learner(layer, router, leading, first)
+    return found
 
 
 @contextmanager
 def trainable_routers(model: nn.Module) -> Iterator[None]:
-    """While open, what the routers of ``model`` hold are parameters; buffers again afterwards."""
-    routers = [each.router for each in learners(model).values()]
-    names = [[name for name, held in router.named_buffers()] for router in routers]
+    """While open, the buffers of the routers of ``model`` are parameters."""
+    routers = [each.router for each in find_learners(model).values()]
+    buffers = [(router, name) for router in routers for name in dict(router.named_buffers())]
     try:
-        for router, own in zip(routers, names, strict=True):
-            for name in own:
-                router.register_parameter(name, nn.Parameter(router._buffers.pop(name)))
+        for router, name in buffers:
+            router.register_parameter(name, nn.Parameter(router._buffers.pop(name)))
         yield
     finally:
-        for router, own in zip(routers, names, strict=True):
-            for name in [name for name in own if name in router._parameters]:
+        for router, name in buffers:
+            if name in router._parameters:
                 router.register_buffer(name, router._parameters.pop(name).detach())
 
 
@@ -77,16 +73,17 @@ def straight_through(model: nn.Module) -> Iterator[None]:
 
     The outputs stay what they are.
     """
-    with ExitStack() as hooks:
-        for each in learners(model).values():
-            hooks.callback(each.layer.register_forward_hook(partial(_gate, each)).remove)
+    found = find_learners(model)
+
+    def gate(name: str, seen: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return _gate(found[name], *seen)
+
+    with watch({name: each.layer for name, each in found.items()}, gate, "both"):
         yield
 
 
-def _gate(
-    each: Learner, _: MoeMlp, args: tuple[torch.Tensor], output: torch.Tensor
-) -> torch.Tensor:
-    p = probabilities(each, args[0]).amax(dim=1)  # that of the expert that was chosen
+def _gate(each: Learner, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    p = probabilities(each, x).amax(dim=1)  # that of the expert that was chosen
     gate = (1 + p - p.detach()).to(output.dtype)
     if each.leading:
         gate = pad(gate.unflatten(0, (len(output), -1)), (each.leading, 0), value=1.0)
@@ -105,20 +102,18 @@ def probabilities(each: Learner, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def seen_by_learners(model: nn.Module) -> Iterator[dict[str, Learner]]:
+def watch_learners(model: nn.Module) -> Iterator[dict[str, Learner]]:
     """While open, every forward pass leaves some of its tokens in the yielded learners."""
-    found = learners(model)
-    with ExitStack() as hooks:
-        for each in found.values():
-            hooks.callback(each.layer.register_forward_pre_hook(partial(_see, each)).remove)
+    found = find_learners(model)
+
+    def see(name: str, x: torch.Tensor) -> None:
+        each = found[name]
+        tokens = tokens_of(x.detach()[:, each.leading :] if each.leading else x.detach())
+        step = max(1, len(tokens) // TOKENS)
+        each.tokens = tokens[step // 2 :: step]
+
+    with watch({name: each.layer for name, each in found.items()}, see):
         yield found
-
-
-def _see(each: Learner, _: MoeMlp, args: tuple[torch.Tensor]) -> None:
-    x = args[0].detach()
-    tokens = tokens_of(x[:, each.leading :] if each.leading else x)
-    step = max(1, len(tokens) // TOKENS)
-    each.tokens = tokens[step // 2 :: step]
 
 
 def choice_loss(seen: dict[str, Learner], dense: nn.Module) -> torch.Tensor:
@@ -140,13 +135,9 @@ def nearest_experts(each: Learner, mlp: nn.Module) -> torch.Tensor:
 
     Experts of leading tokens are not among them; the numbers are those of the router.
     """
-    tokens, wanted = each.tokens, mlp(each.tokens)
-    errors = [
-        (masked(each.layer.weights, tokens, _all(tokens, expert)) - wanted).square().sum(dim=1)
-        for expert in range(each.first, each.layer.n_experts)
-    ]
+    tokens, weights, wanted = each.tokens, each.layer.weights, mlp(each.tokens)
+    errors = []
+    for expert in range(each.first, each.layer.n_experts):
+        chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
+        errors.append((masked(weights, tokens, chosen) - wanted).square().sum(dim=1))
     return torch.stack(errors).argmin(dim=0)
-
-
-def _all(tokens: torch.Tensor, expert: int) -> torch.Tensor:
-    return torch.full((len(tokens), 1), expert, device=tokens.device)

@@ -1,4 +1,4 @@
-"""The loop: a model is trained towards its dense model, epoch after epoch, and can be killed.
+"""The epochs of a fine-tuning: a model is trained towards its dense model, and can be killed.
 
 Nothing that an epoch does depends on the random state it meets: its seeds are those of the
 configuration, the epoch and the image. With the weights and those of the optimizer, saved after
@@ -9,7 +9,6 @@ The model runs in evaluation mode: nothing drops out, and batch norms keep their
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,15 +31,13 @@ from moee_analysis.training.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from moee_analysis.training.distillation import divergences
-from moee_analysis.training.distillation_loss import Losses, losses_of
+from moee_analysis.training.distillation import divergences, losses_of
 from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training.loop import NOT_FINITE, Loop
 from moee_analysis.training.train_routers import trainable_routers
-from moee_analysis.utils.distributed import all_sum, own_share, sum_gradients
+from moee_analysis.utils.distributed import all_sum, own_share
 from moee_analysis.utils.progress import progress as shown
 from moee_analysis.utils.progress import tell_progress
-
-NOT_FINITE = "the loss was not finite"
 
 
 @dataclass
@@ -73,112 +70,99 @@ class Training:
         ):
             self._begin()
             while not self.progress.stopped and self.progress.epochs < self.config.epochs:
-                self._next()
+                self._next_epoch()
             self.student.load_state_dict(self._best)
         return self.progress
 
     def _begin(self) -> None:
         """Set everything up as it was after the last whole epoch."""
-        self._optimizer = create_optimizer_v2(
-            self.student, "adamw", lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-        )  # fmt: skip
-        warmup = round(self.config.warmup_epochs * self._steps)
-        self._scheduler = CosineLRScheduler(
-            self._optimizer, t_initial=self.config.epochs * self._steps, t_in_epochs=False,
-            warmup_t=warmup, warmup_lr_init=self.config.learning_rate / (warmup + 1),
-        )  # fmt: skip
-        decay = self.config.ema
+        self._loop, decay = self._make_loop(), self.config.ema
         self._ema = None if decay is None else ModelEmaV3(self.student, decay=decay)
         found = read_checkpoint(self.folder)
         if found is None:
-            self._best = _copied(self.student)
-            self.progress.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._checked()})
+            self._best = _copy_state(self.student)
+            self.progress.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._evaluate()})
             self._save()
-        else:
-            self._go_on(*found)
-
-    def _go_on(self, progress: Progress, groups: dict[str, dict[str, torch.Tensor]]) -> None:
-        self.progress, self._best = progress, groups["best"]
+            return
+        self.progress, groups = found
+        self._best = groups["best"]
         self.student.load_state_dict(groups["student"])
         if self._ema is not None:
             self._ema.module.load_state_dict(groups["ema"])
-        load_moments(self._optimizer, groups.get("optimizer", {}))
-        if progress.epochs:
-            tell_progress(f"going on after epoch {progress.epochs}")
+        load_moments(self._loop.optimizer, groups.get("optimizer", {}))
+        if self.progress.epochs:
+            tell_progress(f"going on after epoch {self.progress.epochs}")
 
-    def _next(self) -> None:
+    def _make_loop(self) -> Loop:
+        config, rate = self.config, self.config.learning_rate
+        optimizer = create_optimizer_v2(
+            self.student, "adamw", lr=rate, weight_decay=config.weight_decay
+        )
+        warmup = round(config.warmup_epochs * self._steps)
+        scheduler = CosineLRScheduler(
+            optimizer, t_initial=config.epochs * self._steps, t_in_epochs=False, warmup_t=warmup,
+            warmup_lr_init=rate / (warmup + 1),
+        )  # fmt: skip
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return Loop(parameters, optimizer, scheduler, config.clip)
+
+    def _next_epoch(self) -> None:
         """One epoch, and what has become of the model."""
-        rows, epoch = self.progress.rows, self.progress.epochs + 1
-        loss = self._epoch(epoch)
+        rows, epoch, last = self.progress.rows, self.progress.epochs + 1, self.config.epochs
+        loss = self._train(epoch)
         if loss is None:
             self.progress.stopped = f"{NOT_FINITE} in epoch {epoch}"
             return
-        rows.append({"epoch": epoch, "steps": epoch * self._steps, "loss": loss, **self._checked()})
-        if rows[-1]["kl"] < rows[self.progress.best]["kl"]:
-            self.progress.best, self._best = epoch, _copied(self._kept)
-        elif epoch - self.progress.best >= self.config.patience and epoch < self.config.epochs:
+        row = {"epoch": epoch, "steps": epoch * self._steps, "loss": loss, **self._evaluate()}
+        rows.append(row)
+        if row["kl"] < rows[self.progress.best]["kl"]:
+            self.progress.best, self._best = epoch, _copy_state(self._model)
+        elif epoch - self.progress.best >= self.config.patience and epoch < last:
             self.progress.stopped = f"no lower divergence since epoch {self.progress.best}"
         tell_progress(
-            f"epoch {epoch} of {self.config.epochs}: loss {loss:.4f}; held out: divergence "
-            f"{rows[-1]['kl']:.4f} nats (before: {rows[0]['kl']:.4f}), agreement "
-            f"{rows[-1]['agreement']:.1%}"
+            f"epoch {epoch} of {last}: loss {loss:.4f}; held out: divergence {row['kl']:.4f} nats "
+            f"(before: {rows[0]['kl']:.4f}), agreement {row['agreement']:.1%}"
         )
         self._save()
 
-    def _epoch(self, epoch: int) -> float | None:
+    def _train(self, epoch: int) -> float | None:
         """Train on every image once; return the mean loss, None where it was not finite."""
-        config = self.config
+        config, device = self.config, self._device
         transform = training_transform(self.dense, config.augmentation)
         seen = Augmented(self.sets[0], transform, config.seed, epoch)
-        batches = epoch_batches(seen, config.batch_size, device=self._device)
+        batches = epoch_batches(seen, config.batch_size, device=device)
         label = f"fine-tuning, epoch {epoch} of {config.epochs}"
-        total = torch.zeros(2, dtype=torch.float64)
+        total, images = 0.0, 0.0
         with losses_of(self.student, self.dense, config) as losses:
+
+            def loss_of(part: torch.Tensor) -> tuple[torch.Tensor, float]:
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.autocasts(device)):
+                    return losses(part).sum(), len(part)
+
             for step, x in enumerate(shown(batches, label=label, total=len(batches))):
-                self._scheduler.step_update((epoch - 1) * self._steps + step)
-                lost = self._step(x.to(self._device, non_blocking=True), losses)
-                if lost is None:
+                parts = x.to(device, non_blocking=True).chunk(config.accumulate)
+                found = self._loop.update((epoch - 1) * self._steps + step, parts, loss_of)
+                if found is None:
                     return None
-                total += lost
-        return float(total[0] / total[1])
+                total, images = total + found[0], images + found[1]
+                if self._ema is not None:
+                    self._ema.update(self.student)
+        return total / images
 
-    def _step(self, x: torch.Tensor, losses: Losses) -> torch.Tensor | None:
-        """One update; return the sum of losses and the number of images, of all processes."""
-        self._optimizer.zero_grad(set_to_none=True)
-        lost = torch.zeros(2, dtype=torch.float64)
-        for part in x.chunk(self.config.accumulate):
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts):
-                loss = losses(part).sum()
-            loss.backward()
-            lost += torch.tensor([loss.item(), len(part)], dtype=torch.float64)
-        total, count = all_sum(lost).tolist()
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip * count).item()
-        if not (math.isfinite(norm) and math.isfinite(total)):
-            return None
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], count)
-        self._optimizer.step()
-        if self._ema is not None:
-            self._ema.update(self.student)
-        return lost
-
-    def _checked(self) -> dict[str, float]:
-        """Divergence and agreement on the images held out.
-
-        Gradients are on, as in training: without them the fastest way of computing is measured,
-        and another process may find another one, and other last digits.
-        """
+    def _evaluate(self) -> dict[str, float]:
+        """Divergence and agreement on the images held out."""
         _, held_out = self.sets
         own = held_out.take(own_share(len(held_out)))
         sums = torch.zeros(3, dtype=torch.float64)
         batches = own.batches(self.dense, batch_size=self.config.batch_size)
         total = -(-len(own) // self.config.batch_size)
-        for x in shown(batches, label="images held out", total=total):
-            found = self._kept(x.to(self._device)).float().detach()
+        for batch in shown(batches, label="images held out", total=total):
+            x = batch.to(self._device)
+            # gradients are on, as in training: without them the fastest way of computing is
+            # measured, and another process may find another one, and other last digits
+            found = self._model(x).float().detach()
             with torch.no_grad():
-                wanted = self.dense(x.to(self._device)).float()
+                wanted = self.dense(x).float()
             agree = found.argmax(dim=1) == wanted.argmax(dim=1)
             kl = divergences(found, wanted).double().sum().item()
             sums += torch.tensor([kl, agree.sum().item(), len(x)], dtype=torch.float64)
@@ -187,23 +171,19 @@ class Training:
 
     def _save(self) -> None:
         groups = {"student": self.student.state_dict(), "best": self._best}
-        groups["optimizer"] = moments(self._optimizer)
+        groups["optimizer"] = moments(self._loop.optimizer)
         if self._ema is not None:
             groups["ema"] = self._ema.module.state_dict()
         save_checkpoint(self.folder, self.progress, groups, key=self.key)
 
     @property
-    def _kept(self) -> nn.Module:
-        """The model that is checked and kept."""
+    def _model(self) -> nn.Module:
+        """The model that is evaluated and kept."""
         return self.student if self._ema is None else self._ema.module
 
     @property
     def _device(self) -> torch.device:
         return next(self.student.parameters()).device
-
-    @property
-    def _autocasts(self) -> bool:
-        return self.config.autocasts(self._device)
 
     @property
     def _steps(self) -> int:
@@ -225,5 +205,5 @@ def _trainable(model: nn.Module, router: str) -> Iterator[None]:
             parameter.grad = None
 
 
-def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
+def _copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
