@@ -16,8 +16,9 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.sample_tokens import pick_inputs
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.pipeline import Extraction, extract
-from moee_analysis.extraction.record.calibration_set import calibration_of
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.record.token_source import calibration_tokens
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, moe_macs
 from moee_analysis.moe.expert_layer import expert_layers
 from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_layers, moe_names
@@ -118,8 +119,7 @@ def statically_pruned(
 ) -> Extraction:
     """Prune the same layers to the same MACs by the same rule, with one expert for all tokens.
 
-    Layers that stayed dense because experts would have saved too little are pruned too. ``images``
-    are the run's own calibration images. The MACs are the run's budget, or else what
+    ``images`` are the run's own calibration images. The MACs are the run's budget, or else what
     it came to on the calibration images.
 
     Raises
@@ -127,7 +127,7 @@ def statically_pruned(
     MoeeError
         The run left every layer dense.
     """
-    converted = tuple(layer.index for layer in run.layers if layer.converted or layer.thin)
+    converted = tuple(layer.index for layer in run.layers if layer.converted)
     if not converted:
         raise MoeeError(
             "a run with converted layers", "a run that left every layer dense",
@@ -169,7 +169,7 @@ def random_centres(
     dict
         Router by layer index, for ``measure.routes(run.dense(), ..., routers=...)``.
     """
-    calibration = calibration_of(run.dense(), images, run.config, root=Path(store))
+    calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
     layers = moe_layers(run.model)
     rows = {}
     for site in calibration.sites:

@@ -18,19 +18,20 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.pipeline import Extraction, extract
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count_parameters
 from moee_analysis.utils.checks import share
 
 _STATIC = {
     "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",
-    "union": "at_once", "thin": "routed", "attention": "dense",
+    "attention": "dense",
 }  # fmt: skip
 _OBS = {
     "order": "obs", "metric": "fisher", "budget": "global", "refit": "shared",
     "coherence": "measured",
 }  # fmt: skip
-_APART = _STATIC | _OBS | {"tokens": "kinds", "union": "steps"}
+_APART = _STATIC | _OBS | {"tokens": "kinds"}
 
 BASELINES: dict[str, dict[str, Any]] = {
     "magnitude": _STATIC

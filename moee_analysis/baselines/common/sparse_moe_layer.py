@@ -217,6 +217,12 @@ def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> tor
     return -((places - starts) % count).expand(images, -1, -1)
 
 
+def choose_randomly(router: Router, seed: int) -> Router:
+    """Copy a router, which then chooses by :class:`RandomScores`."""
+    n_experts, dim = router.gate.weight.shape
+    return _with_preference(router, RandomScores(dim, n_experts, seed=seed))
+
+
 def _with_preference(router: Router, preference: Scores) -> Router:
     copied = copy.deepcopy(router)
     copied.preference = preference
@@ -259,8 +265,7 @@ class SparseMlp(nn.Module):
         As many pairs, the same weights and the same MACs; the draw is a pseudo-random function of
         the tokens' content and the seed.
         """
-        dim = self.router.gate.weight.shape[1]
-        return _with_preference(self.router, RandomScores(dim, self.n_experts, seed=seed))
+        return choose_randomly(self.router, seed)
 
     def constant_router(self) -> Router:
         """Return a router that does not look at the tokens to choose, at the same MACs.

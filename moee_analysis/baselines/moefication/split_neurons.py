@@ -16,7 +16,7 @@ from moee_analysis.baselines.common.equal_parts import (
     cluster_means,
     divide_graph,
 )
-from moee_analysis.extraction.record.hooks import LayerSample
+from moee_analysis.extraction.record.recorded_tokens import LayerSample
 
 BLOCK = 8192  # tokens whose hidden activations are in memory at once
 TOGETHER = 8  # tokens in a row that a count of co-activation looks at

@@ -31,41 +31,31 @@ def test_every_expert_is_its_mlp(bias):
 
 
 @pytest.mark.parametrize("counts", [(4, 1, 2), (0, 7, 0), (3, 3, 3), (0, 0, 0)])
-def test_unequal_numbers_of_inputs(counts):
+def test_any_numbers_of_inputs_have_the_outputs_and_gradients_of_each_mlp(counts):
     mlps, experts = made()
     x = inputs(sum(counts), DIM)
-    each = [mlp(part) for mlp, part in zip(mlps, x.split(counts), strict=True)]
-    torch.testing.assert_close(experts.in_turn(x, counts), torch.cat(each))
+    found, parts = experts.in_turn(x, counts), x.split(counts)
+    each = torch.cat([mlp(part) for mlp, part in zip(mlps, parts, strict=True)])
+    torch.testing.assert_close(found, each)
+    for outputs in (found, each):
+        outputs.square().sum().backward()
+    for e, mlp in enumerate(mlps):
+        torch.testing.assert_close(experts.fc1_weight.grad[e], mlp.fc1.weight.grad)
+        torch.testing.assert_close(experts.fc2_weight.grad[e], mlp.fc2.weight.grad)
+        torch.testing.assert_close(experts.fc2_bias.grad[e], mlp.fc2.bias.grad)
 
 
-def test_weights_are_copies():
+def test_weights_are_copies_and_their_state_is_restored():
     mlps, experts = made()
+    assert (experts.n_experts, experts.hidden) == (EXPERTS, HIDDEN)
     x = inputs(1, EXPERTS, 2, DIM)
     before = experts(x)
     for mlp in mlps:
         torch.nn.init.zeros_(mlp.fc1.weight)
     torch.testing.assert_close(experts(x), before, rtol=0, atol=0)
-
-
-def test_sizes_and_state():
-    mlps, experts = made()
-    assert (experts.n_experts, experts.hidden) == (EXPERTS, HIDDEN)
-    other = ExpertMlps([mlps[2], mlps[1], mlps[0]], mlps[0].act)
+    other = ExpertMlps(mlps[::-1], mlps[0].act)
     other.load_state_dict(experts.state_dict())
-    x = inputs(1, EXPERTS, 2, DIM)
-    torch.testing.assert_close(other(x), experts(x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("counts", [(2, 0, 3), (2, 2, 2)])
-def test_gradients_are_those_of_each_mlp(counts):
-    mlps, experts = made()
-    x = inputs(sum(counts), DIM)
-    experts.in_turn(x, counts).square().sum().backward()
-    for e, (mlp, part) in enumerate(zip(mlps, x.split(counts), strict=True)):
-        mlp(part).square().sum().backward()
-        torch.testing.assert_close(experts.fc1_weight.grad[e], mlp.fc1.weight.grad)
-        torch.testing.assert_close(experts.fc2_weight.grad[e], mlp.fc2.weight.grad)
-        torch.testing.assert_close(experts.fc2_bias.grad[e], mlp.fc2.bias.grad)
+    torch.testing.assert_close(other(x), before, rtol=0, atol=0)
 
 
 def test_hidden_activations_drop_out_in_training_only():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.replace_mlps import chosen, exchanged, places
+from moee_analysis.baselines.common.replace_mlps import find_places, replace_mlps, sites_at
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.families import small
@@ -13,13 +13,13 @@ from tests.helpers.models import hooks_of, pixels_of, toy_swin, toy_vit
 
 def test_layers_are_chosen_in_order():
     sites = find_mlps(toy_vit())
-    assert chosen(sites, (2, 0, 2)) == [sites[0], sites[2]]
+    assert sites_at(sites, (2, 0, 2)) == [sites[0], sites[2]]
 
 
 @pytest.mark.parametrize("layers", [(), (3,), (0, -1)])
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(MoeeError, match="layers between 0 and 2"):
-        chosen(find_mlps(toy_vit()), layers)
+        sites_at(find_mlps(toy_vit()), layers)
 
 
 @pytest.mark.parametrize(("model", "expected"), [
@@ -29,7 +29,7 @@ def test_layers_that_are_not_there_are_refused(layers):
     (small("small_mobilevit"), [(4, 16), (4, 4), (4, 4)]),  # one for each pixel of a 2 x 2 patch
 ])  # fmt: skip
 def test_places_have_the_tokens_that_are_routed_together(model, expected):
-    found = places(model, find_mlps(model))
+    found = find_places(model, find_mlps(model))
     assert [(place.groups, place.tokens) for place in found] == expected
     assert hooks_of(model) == 0
 
@@ -38,7 +38,7 @@ def test_what_is_exchanged_has_device_precision_and_trainability_of_the_mlp():
     dense = toy_vit().double()
     dense.blocks[1].requires_grad_()
     sites = find_mlps(dense)
-    model = exchanged(dense.train(), {site: lambda mlp: nn.Linear(32, 32) for site in sites[:2]})
+    model = replace_mlps(dense.train(), {site: lambda mlp: nn.Linear(32, 32) for site in sites[:2]})
     first, second, third = (block.mlp for block in model.blocks)
     assert not model.training
     assert first.weight.dtype == torch.float64

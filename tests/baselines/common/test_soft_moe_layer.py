@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import copy
-
+import numpy as np
 import pytest
 import torch
 from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.soft_moe_layer import Mixing, SlotMlp
-from moee_analysis.baselines.common.soft_moe_router import SoftRouter
+from moee_analysis.baselines.common.soft_moe_layer import Mixing, SlotMlp, SoftRouter
 from moee_analysis.moe.expert_layer import ExpertLayer
 
 DIM, TOKENS, IMAGES = 6, 7, 3
@@ -53,16 +51,11 @@ def test_the_layer_equals_loops_over_tokens_slots_and_experts(slots):
     torch.testing.assert_close(layer(x), one_by_one(mlps, slots, layer.router(x), x))
 
 
-def test_tokens_on_a_grid_are_the_tokens_of_an_image():
+def test_tokens_on_a_grid_are_those_of_an_image_and_images_do_not_mix():
     _, layer = made()
     x = tokens(2, 3, 4, DIM)
     torch.testing.assert_close(layer(x), layer(x.flatten(1, 2)).reshape(x.shape))
-
-
-def test_images_do_not_mix():
-    _, layer = made()
-    x = tokens()
-    torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]))
+    torch.testing.assert_close(layer(x)[1:], layer(x[1:]))
 
 
 @pytest.mark.parametrize("kind", ["own", "random", "constant"])
@@ -123,17 +116,6 @@ def test_what_drops_experts_sees_the_outputs_of_each():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_state_is_restored():
-    _, layer = made()
-    _, other = made()
-    for parameter in other.parameters():
-        nn.init.normal_(parameter)
-    other.load_state_dict(layer.state_dict())
-    x = tokens()
-    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
-    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x), rtol=0, atol=0)
-
-
 def test_gradients_reach_experts_router_and_tokens():
     _, layer = made()
     x = tokens().requires_grad_()
@@ -141,3 +123,65 @@ def test_gradients_reach_experts_router_and_tokens():
     assert (x.grad != 0).all()
     for name, parameter in layer.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
+
+
+# The router
+
+
+def router(**settings):
+    soft = SoftRouter(DIM, 3, slots=2, seed=1, **settings).double().eval()
+    nn.init.constant_(soft.scale, 3.0)
+    return soft
+
+
+def in_numpy(soft, x):
+    """Dispatch and combine by their definitions: softmaxes over tokens, and over all slots."""
+    embeddings = soft.embeddings.detach().numpy()
+    x = x.numpy() / np.sqrt((x.numpy() ** 2).sum(-1, keepdims=True) + 1e-6)
+    embeddings = embeddings / np.sqrt((embeddings**2).sum(0, keepdims=True) + 1e-6)
+    scale = soft.scale.item()
+    raised = np.exp(scale * np.einsum("bnd,des->bnes", x, embeddings))
+    dispatch = raised / raised.sum(axis=1, keepdims=True)
+    combine = raised / raised.sum(axis=(2, 3), keepdims=True)
+    return dispatch.reshape(*x.shape[:2], -1), combine.reshape(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("count", [1, 5, 50])
+def test_the_mixing_is_that_of_the_definition(count):
+    soft, x = router(), tokens(IMAGES, count, DIM)
+    for found, expected in zip(soft(x), in_numpy(soft, x), strict=True):
+        torch.testing.assert_close(found, torch.from_numpy(expected))
+
+
+def test_noise_is_added_in_training_only():
+    soft, x = router(noise=0.5), tokens()
+    torch.testing.assert_close(soft(x), router()(x), rtol=0, atol=0)
+    soft.train()
+    logs = torch.stack([soft(x).dispatch.log() for _ in range(2000)])
+    spread = (logs[:, :, 0] - logs[:, :, 1]).var(dim=0)  # of the difference of two tokens' noise
+    assert spread.mean().item() == pytest.approx(2 * 0.5**2, abs=0.03)
+
+
+def test_the_scale_goes_from_even_mixing_to_the_nearest_slot():
+    soft, x = router(), tokens()
+    nn.init.constant_(soft.scale, 1e4)
+    combine, logits = soft(x).combine, soft.logits(x)
+    torch.testing.assert_close(combine.max(dim=2).values, torch.ones(IMAGES, TOKENS).double())
+    assert torch.equal(combine.argmax(dim=2), logits.argmax(dim=2))
+    nn.init.zeros_(soft.scale)
+    for mixing, parts in zip(soft(x), (TOKENS, 6), strict=True):
+        torch.testing.assert_close(mixing, torch.full((IMAGES, TOKENS, 6), 1 / parts).double())
+
+
+def test_lengths_of_tokens_and_embeddings_do_not_matter():
+    soft, x = router(), tokens()
+    before = soft(x)
+    soft.embeddings.data *= 7
+    torch.testing.assert_close(soft(3 * x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_scale_and_embeddings_learn():
+    soft, x = router(), tokens()
+    (soft(x).combine * torch.arange(6)).sum().backward()
+    assert soft.scale.grad.abs() > 0
+    assert (soft.embeddings.grad != 0).all()

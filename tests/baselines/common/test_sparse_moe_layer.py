@@ -1,17 +1,30 @@
 from __future__ import annotations
 
-import copy
-
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from timm.layers import Mlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.sparse_moe_layer import SparseMlp
-from moee_analysis.baselines.common.sparse_routers import ExpertChoiceRouter, Gate, TopKRouter
+from moee_analysis.baselines.common.sparse_moe_layer import (
+    ExpertChoiceRouter,
+    Gate,
+    SparseMlp,
+    TopKRouter,
+    balance_loss,
+    choose_randomly,
+    importance_loss,
+    load_loss,
+    watch_routers,
+)
+from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
+from moee_analysis.errors import MoeeError
 from moee_analysis.moe.expert_layer import ExpertLayer
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_vit
 
 DIM, HIDDEN, EXPERTS, IMAGES, TOKENS = 6, 10, 4, 3, 10
 
@@ -22,14 +35,24 @@ ROUTERS = {
     "expert_choice": lambda gate: ExpertChoiceRouter(gate, capacity=2.0),
     "little": lambda gate: ExpertChoiceRouter(gate, capacity=0.4, renormalise=False),
 }
+KINDS = {
+    "own": lambda router: router,
+    "random": lambda router: choose_randomly(router, 1),
+    "constant": lambda router: router.constant(),
+}
+
+
+def gate(*, noise=0.0):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(EXPERTS, DIM, generator=generator, dtype=torch.float64)
+    return Gate(weight, noise=noise)
 
 
 def made(name):
     """MLPs of random weights, and the layer that has them as experts."""
     torch.manual_seed(0)
     mlps = [Mlp(DIM, HIDDEN).double() for _ in range(EXPERTS)]
-    gate = Gate(torch.randn(EXPERTS, DIM, dtype=torch.float64))
-    return mlps, SparseMlp(ROUTERS[name](gate), ExpertMlps(mlps, mlps[0].act)).eval()
+    return mlps, SparseMlp(ROUTERS[name](gate()), ExpertMlps(mlps, mlps[0].act)).eval()
 
 
 def tokens(*shape):
@@ -48,12 +71,11 @@ def masked(mlps, layer, x):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("kind", ["own", "random", "constant"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(IMAGES, TOKENS, DIM), (2, 3, 4, DIM)])
 def test_the_layer_equals_all_experts_masked(name, kind, shape):
     mlps, layer = made(name)
-    if kind != "own":
-        layer.router = layer.random_router(1) if kind == "random" else layer.constant_router()
+    layer.router = KINDS[kind](layer.router)
     x = tokens(*shape)
     torch.testing.assert_close(layer(x), masked(mlps, layer, x))
 
@@ -111,18 +133,6 @@ def test_usage_counts_tokens_of_each_expert():
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_state_is_restored(name):
-    _, layer = made(name)
-    _, other = made(name)
-    for parameter in other.parameters():
-        nn.init.normal_(parameter)
-    other.load_state_dict(layer.state_dict())
-    x = tokens()
-    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
-    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
 def test_gates_keep_their_precision_under_autocast(name):
     _, layer = made(name)
     layer, x = layer.float(), tokens().float()
@@ -131,3 +141,211 @@ def test_gates_keep_their_precision_under_autocast(name):
     assert found.dtype == torch.bfloat16
     assert routed.weights.dtype == torch.float32
     assert found.isfinite().all()
+
+
+# Routers
+
+
+def weights_of(routed, *, images=IMAGES, count=TOKENS):
+    """Weight of every expert in every token, (images, tokens, experts); 0 where they do not meet.
+
+    No pair may be there twice.
+    """
+    table = torch.full((images * count, EXPERTS), torch.nan, dtype=torch.float64)
+    for expert, token, weight in zip(
+        routed.experts, routed.tokens, routed.weights.detach(), strict=True
+    ):
+        assert table[token, expert].isnan()
+        table[token, expert] = weight
+    return table.nan_to_num(0).view(images, count, EXPERTS)
+
+
+def top_k_loop(x, router):
+    """Weights by the definition, token after token; then what is beyond capacity is taken away."""
+    wanted = torch.zeros(*x.shape[:2], EXPERTS, dtype=torch.float64)
+    order = []  # choices of each image, all first ones before the second ones
+    for image in range(len(x)):
+        ranked = []
+        for token in range(x.shape[1]):
+            gates = (router.gate.weight.detach() @ x[image, token]).softmax(0)
+            best = sorted(range(EXPERTS), key=lambda e: -gates[e])[: router.k]
+            total = sum(gates[e] for e in best) if router.renormalise else 1
+            for rank, expert in enumerate(best):
+                wanted[image, token, expert] = gates[expert] / total
+                ranked.append((rank, token, expert))
+        order.append(sorted(ranked))
+    if router.capacity is None:
+        return wanted
+    most = max(1, round(router.capacity * router.k * x.shape[1] / EXPERTS))
+    for image, ranked in enumerate(order):
+        taken = [0] * EXPERTS
+        for _, token, expert in ranked:
+            taken[expert] += 1
+            if taken[expert] > most:
+                wanted[image, token, expert] = 0
+    return wanted
+
+
+def expert_choice_loop(x, router):
+    """Weights by the definition, expert after expert."""
+    found = torch.zeros(*x.shape[:2], EXPERTS, dtype=torch.float64)
+    taken = min(x.shape[1], max(1, round(router.capacity * x.shape[1] / EXPERTS)))
+    for image in range(len(x)):
+        gates = (x[image] @ router.gate.weight.detach().T).softmax(1)
+        for expert in range(EXPERTS):
+            best = sorted(range(x.shape[1]), key=lambda t: -gates[t, expert])[:taken]
+            for token in best:
+                found[image, token, expert] = gates[token, expert]
+    if router.renormalise:
+        found = (found / found.sum(2, keepdim=True)).nan_to_num(0)
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("capacity", [None, 0.5, 1.0])
+def test_top_k_equals_a_loop_over_tokens(k, renormalise, capacity):
+    router = TopKRouter(gate(), k=k, renormalise=renormalise, capacity=capacity)
+    x = tokens()
+    torch.testing.assert_close(weights_of(router(x)), top_k_loop(x, router))
+
+
+@pytest.mark.parametrize("capacity", [0.1, 0.5, 1.0, 2.0, 4.0, 9.0])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_expert_choice_equals_a_loop_over_experts(capacity, renormalise):
+    router = ExpertChoiceRouter(gate(), capacity=capacity, renormalise=renormalise)
+    x = tokens()
+    torch.testing.assert_close(weights_of(router(x)), expert_choice_loop(x, router))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_routed_by_themselves_the_pairs_of_an_expert_beside_each_other(name, kind):
+    router, x = KINDS[kind](ROUTERS[name](gate())), tokens()
+    routed = router(x)
+    assert (routed.experts.diff() >= 0).all()
+    assert len(routed.experts) == len(routed.tokens) == len(routed.weights)
+    alone = weights_of(router(x[1:2]), images=1)
+    torch.testing.assert_close(weights_of(routed)[1:2], alone)
+
+
+@pytest.mark.parametrize("name", ["top_k", "gates", "little"])
+def test_random_routing_changes_who_meets_and_nothing_else(name):
+    router, x = ROUTERS[name](gate()), tokens(IMAGES, 200, DIM)
+    own, other = router(x), choose_randomly(router, 0)(x)
+    assert len(own.tokens) == len(other.tokens)
+    torch.testing.assert_close(other.weights.sort().values, own.weights.sort().values)
+    own, other = (weights_of(each, count=200) != 0 for each in (own, other))
+    expected = own.double().mean() * other.double().mean()
+    assert (own & other).double().mean().item() == pytest.approx(expected.item(), rel=0.25)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_random_routing_is_a_function_of_a_tokens_content_and_the_seed(name):
+    router, x = ROUTERS[name](gate()), tokens()
+    found = [weights_of(choose_randomly(router, seed)(x)) for seed in (0, 0, 1)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert not torch.equal(found[0], found[2])
+    if name != "dropping":  # the last tokens are dropped first
+        moved = weights_of(choose_randomly(router, 0)(x.flip(1)))
+        torch.testing.assert_close(moved, found[0].flip(1))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_random_routing_is_even(k):
+    routed = choose_randomly(TopKRouter(gate(), k=k), 0)(tokens(IMAGES, 2000, DIM))
+    shares = torch.bincount(routed.experts, minlength=EXPERTS) / (IMAGES * 2000)
+    torch.testing.assert_close(shares, torch.full((EXPERTS,), k / EXPERTS), atol=0.03, rtol=0)
+
+
+def test_constant_routing_has_the_same_experts_for_all_tokens():
+    met = weights_of(TopKRouter(gate(), k=2).constant()(tokens())) != 0
+    assert (met == torch.tensor([True, True, False, False])).all()
+
+
+@pytest.mark.parametrize(("capacity", "experts_of_a_token"), [(0.4, 0.4), (2.0, 2.0), (4.0, 4.0)])
+def test_constant_expert_choice_deals_tokens_by_their_places(capacity, experts_of_a_token):
+    router = ExpertChoiceRouter(gate(), capacity=capacity)
+    met = weights_of(router.constant()(tokens())) != 0
+    assert (met == met[0]).all()
+    each = met[0].sum(1)
+    assert each.double().mean().item() == pytest.approx(experts_of_a_token)
+    assert each.max() - each.min() <= 1
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_gates_learn_and_noise_is_added_in_training_only(name):
+    noisy, plain, x = ROUTERS[name](gate(noise=0.5)).eval(), ROUTERS[name](gate()), tokens()
+    routed = noisy(x)
+    assert torch.equal(routed.noisy, routed.logits)
+    torch.testing.assert_close(weights_of(routed), weights_of(plain(x)))
+    (routed.weights * routed.experts).sum().backward()
+    assert (noisy.gate.weight.grad != 0).any()
+    routed = noisy.train()(tokens(IMAGES, 5000, DIM))
+    assert (routed.noisy - routed.logits).std().item() == pytest.approx(0.5, abs=0.01)
+
+
+# Losses
+
+
+def logits(seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(IMAGES, TOKENS, EXPERTS)))
+
+
+def test_importance_is_the_cv_of_summed_gates():
+    raised = np.exp(logits().numpy())
+    sums = (raised / raised.sum(axis=2, keepdims=True)).sum(axis=1)
+    expected = np.mean([(s.std() / s.mean()) ** 2 for s in sums])
+    assert importance_loss(logits()).item() == pytest.approx(expected)
+
+
+def test_load_is_the_cv_of_expected_numbers_of_tokens():
+    clean, noise, k = logits(), 0.5, 2
+    noisy = clean + noise * logits(1)
+    found = []
+    for image in range(IMAGES):
+        chance = np.zeros((TOKENS, EXPERTS))
+        for token in range(TOKENS):
+            least = sorted(noisy[image, token].tolist())[-k]
+            for expert in range(EXPERTS):
+                chance[token, expert] = 1 - norm.cdf((least - clean[image, token, expert]) / noise)
+        mean = chance.mean(axis=0)
+        found.append((mean.std() / mean.mean()) ** 2)
+    assert load_loss(clean, noisy, k=k, noise=noise).item() == pytest.approx(np.mean(found))
+
+
+def test_even_experts_cost_nothing_and_one_expert_for_all_costs_most():
+    even = torch.eye(EXPERTS).repeat(5, 1)[None]
+    assert importance_loss(even).item() == pytest.approx(0, abs=1e-12)
+    assert load_loss(even, even, k=1, noise=0.1).item() == pytest.approx(0, abs=1e-12)
+    one = torch.zeros(1, TOKENS, EXPERTS)
+    one[..., 0] = 50
+    assert importance_loss(one).item() == pytest.approx(EXPERTS - 1)
+    assert load_loss(one, one + 1e-9, k=1, noise=0.1).item() == pytest.approx(EXPERTS - 1)
+    with pytest.raises(MoeeError, match="noise above 0"):
+        load_loss(logits(), logits(), k=1, noise=0.0)
+
+
+def test_training_on_the_losses_balances_a_models_router():
+    config = SparseUpcyclingConfig(experts=EXPERTS, router="top_k", k=1, noise=1.0)
+    model = convert(toy_vit(), toy_images(1), config).requires_grad_().train()
+    router, hooks = model.blocks[1].mlp.router, hooks_of(model)
+    nn.init.normal_(router.gate.weight)
+    optimiser = torch.optim.SGD(router.parameters(), lr=0.03)
+    x, values = next(toy_images(6).batches(toy_vit())), []
+    with watch_routers(model) as routed:
+        for _ in range(60):
+            model(x)
+            last = routed[router]
+            losses = torch.stack([
+                importance_loss(last.logits),
+                load_loss(last.logits, last.noisy, k=1, noise=1 / EXPERTS),
+            ])  # fmt: skip
+            torch.testing.assert_close(balance_loss(routed), losses.sum())
+            optimiser.zero_grad()
+            losses.sum().backward()
+            optimiser.step()
+            values.append(losses.detach())
+    assert len(routed) == 1
+    assert hooks_of(model) == hooks
+    assert (values[-1] < 0.7 * values[0]).all()

@@ -5,15 +5,66 @@ import itertools
 import numpy as np
 import pytest
 
-from moee_analysis.baselines.common import graph_partition
-from moee_analysis.baselines.common.graph_partition import (
+from moee_analysis.baselines.common import equal_parts
+from moee_analysis.baselines.common.equal_parts import (
     METHODS,
+    balanced_kmeans,
     best_method,
-    cut,
-    levelled,
-    partition,
+    cluster_means,
+    divide_graph,
+    level_parts,
 )
 from moee_analysis.errors import MoeeError
+
+# Points
+
+
+def inertia(points, labels, clusters):
+    return ((points - cluster_means(points, labels, clusters)[labels]) ** 2).sum()
+
+
+@pytest.mark.parametrize(("count", "clusters"), [(24, 4), (25, 4), (7, 7), (9, 1)])
+def test_sizes_of_clusters_differ_by_one_at_most(count, clusters):
+    points = np.random.default_rng(count).normal(size=(count, 3))
+    sizes = np.bincount(balanced_kmeans(points, clusters), minlength=clusters)
+    assert sizes.max() - sizes.min() <= 1
+    assert list(np.bincount(balanced_kmeans(np.ones((12, 2)), 3))) == [4, 4, 4]  # equal points
+
+
+def test_separate_groups_are_found():
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(4), 10)
+    points = 20 * np.eye(4)[truth] + rng.normal(size=(40, 4))
+    labels = balanced_kmeans(points, 4)
+    assert all(len(set(labels[truth == group])) == 1 for group in range(4))
+
+
+def test_close_to_the_best_of_all_divisions():
+    points = np.random.default_rng(2).normal(size=(8, 2))
+    halves = (np.isin(np.arange(8), half) for half in itertools.combinations(range(8), 4))
+    best = min(inertia(points, half.astype(int), 2) for half in halves)
+    found = min(inertia(points, balanced_kmeans(points, 2, seed=s), 2) for s in range(5))
+    assert found == pytest.approx(best)
+
+
+def test_more_rounds_are_never_worse():
+    points = np.random.default_rng(1).normal(size=(60, 5))
+    spread = [inertia(points, balanced_kmeans(points, 6, rounds=r), 6) for r in (1, 2, 5, 20)]
+    assert spread == sorted(spread, reverse=True)
+
+
+def test_the_seed_of_k_means_decides():
+    points = np.random.default_rng(1).normal(size=(60, 5))
+    np.testing.assert_array_equal(balanced_kmeans(points, 6), balanced_kmeans(points, 6))
+    assert (balanced_kmeans(points, 6) != balanced_kmeans(points, 6, seed=1)).any()
+
+
+# Graphs
+
+
+def cut(weights, part_of):
+    """Sum of the weights of all edges between different parts."""
+    return weights[part_of[:, None] != part_of].sum() / 2
 
 
 def random_graph(nodes, *, seed):
@@ -58,7 +109,7 @@ def method(request):
 
 @pytest.mark.parametrize(("nodes", "parts"), [(24, 4), (25, 4), (7, 7), (9, 1), (30, 11)])
 def test_sizes_differ_by_one_at_most(nodes, parts, method):
-    sizes = np.bincount(partition(random_graph(nodes, seed=1), parts, method=method))
+    sizes = np.bincount(divide_graph(random_graph(nodes, seed=1), parts, method=method))
     assert len(sizes) == parts
     assert sizes.max() - sizes.min() <= 1
 
@@ -66,67 +117,57 @@ def test_sizes_differ_by_one_at_most(nodes, parts, method):
 @pytest.mark.parametrize(("nodes", "parts"), [(8, 2), (9, 3), (10, 2), (8, 4), (10, 5)])
 def test_the_cut_is_close_to_the_least_of_all_divisions(nodes, parts):
     graphs = [random_graph(nodes, seed=seed) for seed in range(12)]
-    found = [cut(w, partition(w, parts, method="spectral")) for w in graphs]
+    found = [cut(w, divide_graph(w, parts, method="spectral")) for w in graphs]
     least = [least_cut(w, parts) for w in graphs]
     assert all(one >= other for one, other in zip(found, least, strict=True))
     assert sum(found) <= 1.02 * sum(least)
 
 
+@pytest.mark.parametrize("heavier", [1, 2**40])  # than METIS can count
 @pytest.mark.parametrize(("parts", "size"), [(4, 8), (12, 4)])
-def test_planted_blocks_are_found(parts, size, method):
+def test_planted_blocks_are_found(parts, size, heavier, method):
     weights, truth = planted(parts, size)
-    part_of = partition(weights, parts, method=method)
+    part_of = divide_graph(weights * heavier, parts, method=method)
     assert all(len(set(truth[part_of == part])) == 1 for part in range(parts))
-
-
-def test_the_cut_counts_every_edge_between_parts_once():
-    weights = random_graph(9, seed=3)
-    part_of = np.random.default_rng(0).integers(0, 3, size=9)
-    pairs = itertools.combinations(range(9), 2)
-    assert cut(weights, part_of) == sum(weights[a, b] for a, b in pairs if part_of[a] != part_of[b])
 
 
 def test_the_diagonal_means_nothing(method):
     weights = random_graph(20, seed=4)
     loops = weights + np.diag(np.arange(20) * 1000)
-    one, other = (partition(w, 4, method=method) for w in (weights, loops))
+    one, other = (divide_graph(w, 4, method=method) for w in (weights, loops))
     np.testing.assert_array_equal(one, other)
 
 
 def test_the_seed_decides(method):
     weights = random_graph(40, seed=5)
-    found = [partition(weights, 8, method=method, seed=seed) for seed in (0, 0, 1, 2)]
+    found = [divide_graph(weights, 8, method=method, seed=seed) for seed in (0, 0, 1, 2)]
     np.testing.assert_array_equal(found[0], found[1])
     assert any((found[0] != other).any() for other in found[2:])
 
 
 def test_graphs_without_edges_and_lonely_nodes_are_dealt_out(method):
-    assert list(np.bincount(partition(np.zeros((12, 12), np.int64), 3, method=method))) == [4] * 3
+    assert (
+        list(np.bincount(divide_graph(np.zeros((12, 12), np.int64), 3, method=method))) == [4] * 3
+    )
     weights, _ = planted(3, 4)
     weights[:2] = weights[:, :2] = 0
-    assert list(np.bincount(partition(weights, 3, method=method))) == [4] * 3
-
-
-def test_heavy_graphs_are_divided_as_light_ones(method):
-    weights, truth = planted(4, 8)
-    part_of = partition(weights * 2**40, 4, method=method)
-    assert all(len(set(truth[part_of == part])) == 1 for part in range(4))
+    assert list(np.bincount(divide_graph(weights, 3, method=method))) == [4] * 3
 
 
 def test_nodes_leave_only_parts_that_are_too_large():
     part_of = np.array([0] * 7 + [1] * 3 + [2])
-    level = levelled(part_of, 3)
+    level = level_parts(part_of, 3)
     assert sorted(np.bincount(level)) == [3, 4, 4]
     assert (level[7:] == part_of[7:]).all()
     assert (level[:7] == 0).sum() == 4
 
 
 def test_metis_is_preferred_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr(graph_partition, "find_spec", lambda _: None)
+    monkeypatch.setattr(equal_parts, "find_spec", lambda _: None)
     assert best_method() == "spectral"
     with pytest.raises(MoeeError, match="pip install pymetis"):
-        partition(random_graph(8, seed=0), 2, method="metis")
-    monkeypatch.setattr(graph_partition, "find_spec", lambda _: "found")
+        divide_graph(random_graph(8, seed=0), 2, method="metis")
+    monkeypatch.setattr(equal_parts, "find_spec", lambda _: "found")
     assert best_method() == "metis"
 
 
@@ -137,4 +178,4 @@ def test_metis_is_preferred_where_it_is_installed(monkeypatch):
 ])  # fmt: skip
 def test_impossible_requests_are_refused(parts, method, message):
     with pytest.raises(MoeeError, match=message):
-        partition(random_graph(8, seed=0), parts, method=method)
+        divide_graph(random_graph(8, seed=0), parts, method=method)
