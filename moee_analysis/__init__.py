@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from moee_analysis.errors import MoeeError as MoeeError
     from moee_analysis.extraction.config.clustering import ClusterConfig as ClusterConfig
     from moee_analysis.extraction.config.extract_config import ExtractConfig as ExtractConfig
-    from moee_analysis.extraction.pipeline import Extraction as Extraction
     from moee_analysis.extraction.pipeline import extract as extract
-    from moee_analysis.extraction.pipeline import load as load
-    from moee_analysis.extraction.record.calibration_set import Limits as Limits
+    from moee_analysis.extraction.record.token_source import Limits as Limits
+    from moee_analysis.extraction.run import Extraction as Extraction
+    from moee_analysis.extraction.run import load as load
     from moee_analysis.models.class_names import name_classes as name_classes
     from moee_analysis.models.loading import find_mlps as find_mlps
     from moee_analysis.models.loading import load_model as load_model
@@ -36,8 +36,9 @@ _PUBLIC = {
     "errors": ("MoeeError",),
     "extraction.config.clustering": ("ClusterConfig",),
     "extraction.config.extract_config": ("ExtractConfig",),
-    "extraction.pipeline": ("Extraction", "extract", "load"),
-    "extraction.record.calibration_set": ("Limits",),
+    "extraction.pipeline": ("extract",),
+    "extraction.record.token_source": ("Limits",),
+    "extraction.run": ("Extraction", "load"),
     "models.class_names": ("name_classes",),
     "models.loading": ("find_mlps", "load_model"),
     "models.survey": ("survey",),

@@ -18,36 +18,32 @@ whose loss refitted gains of the others can best make good.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.experts.obs import RIDGE, elimination_costs
+from moee_analysis.extraction.record.accumulate import Arrays, average, stored_arrays
 from moee_analysis.extraction.record.output_gradients import probe
-from moee_analysis.models.attention import AttentionSite, Factors, find_attentions, heads_of
+from moee_analysis.models.attention import Factors, find_attentions, heads_of
 from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
-from moee_analysis.models.loading import fingerprint
 from moee_analysis.moe.layer import replace_module
-from moee_analysis.utils.distributed import agreed, all_sum, own_share
 from moee_analysis.utils.progress import progress
-from moee_analysis.utils.storage.store import content_key, kept, present
+from moee_analysis.utils.storage.store import content_key
 
 Place = tuple[str, int]  # name of an attention; 0: its scores, 1: its values
-Basis = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 BATCH = 16
 CENTRE_IMAGES = 200
-PROBES = 1
 DAMPING = 1e-2
-FILE = "modes.safetensors"
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,23 @@ class AttentionModes:
     values: Modes
     mean: torch.Tensor
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All values by name, as the store keeps them."""
+        named = {"mean": self.mean}
+        for kind in ("scores", "values"):
+            named |= {f"{kind}_{name}": v for name, v in vars(getattr(self, kind)).items()}
+        return {name: values.numpy() for name, values in named.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> AttentionModes:
+        """Rebuild modes from their :meth:`arrays`."""
+        values = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        names = ("left", "right", "strength", "gram")
+        scores, of_values = (
+            Modes(*(values[f"{kind}_{name}"] for name in names)) for kind in ("scores", "values")
+        )
+        return cls(scores, of_values, values["mean"])
+
 
 def attention_modes(
     model: nn.Module,
@@ -127,17 +140,23 @@ def attention_modes(
     MoeeError
         No plain attention.
     """
-    sites = find_attentions(model)
     facts = {"model": fingerprint(model), "images": images.fingerprint, "seed": seed}
-    folder = root / f"attention-{content_key(attention_modes=dict(queries), **facts)}"
-    if not agreed(present(folder)):
-        found = _flat(_measured(model, images, sites, queries, seed))
-        kept(root, folder.name, lambda new: save_file(found, new / FILE))
-    tensors = load_file(folder / FILE)
-    return {site.name: _of_site(site.name, tensors) for site in sites}
+    facts |= {"queries": dict(queries)}
+    names = [site.name for site in find_attentions(model)]
+    folders = {name: f"attention-{content_key(attention=name, **facts)}" for name in names}
+
+    def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
+        if missing:
+            found = _measure(model, images, queries, names, seed=seed)
+            yield from ((name, found[name].arrays()) for name in missing)
+
+    return {
+        name: AttentionModes.from_arrays({array: np.load(path) for array, path in files.items()})
+        for name, files in stored_arrays(root, folders, compute).items()
+    }
 
 
-class _Probed(nn.Module):
+class _ProbedAttention(nn.Module):
     """A dense attention with two identities in every head, of each image its own."""
 
     def __init__(self, attention: Attention, queries: int | None) -> None:
@@ -157,34 +176,52 @@ class _Probed(nn.Module):
         moved = self.mean + (gathered - self.mean) @ values.mT
         return self.attention.proj(moved.transpose(1, 2).flatten(2))
 
+    def zeros(self) -> torch.Tensor:
+        """Float64 (heads, head_dim, head_dim)."""
+        heads, dim = self.attention.num_heads, self.attention.head_dim
+        return torch.zeros(heads, dim, dim, dtype=torch.float64)
 
-def _measured(
+
+def _measure(
     model: nn.Module,
     images: ImageSet,
-    sites: list[AttentionSite],
     queries: Mapping[str, int | None],
+    names: Sequence[str],
+    *,
     seed: int,
 ) -> dict[str, AttentionModes]:
-    """Modes in one pass over the images, what they cost in another."""
+    """Modes in one pass over the images, their costs in another."""
     model = copy.deepcopy(model)
-    probed = {site.name: _Probed(site.module(model), queries[site.name]) for site in sites}
+    probed = {name: _ProbedAttention(model.get_submodule(name), queries[name]) for name in names}
     for name, module in probed.items():
         replace_module(model, name, module)
+    places = [(name, identity) for name in names for identity in (0, 1)]
+    batches = -(-len(images) // BATCH)
     with evaluating(model):
         _centre(model, probed, images.limit(CENTRE_IMAGES, seed=seed))
-        gradients = _gradients(model, probed, images, seed=seed, label="attention modes")
-        sides = _means(_sides, gradients, _zeros(sites, 2))
-        bases = {place: _basis(*both) for place, both in sides.items()}
-        gradients = _gradients(model, probed, images, seed=seed, label="attention costs")
-        grams = _means(lambda place, T: _gram(bases[place], T), gradients, _zeros(sites, 1))
-    modes = {place: Modes(*basis, *grams[place]) for place, basis in bases.items()}
+
+        def gradients(own: range, label: str) -> Iterator[dict[Place, torch.Tensor]]:
+            return _gradients(model, probed, _Batches(images, own, seed), label=label)
+
+        sides = average(
+            batches,
+            lambda own: map(_sides, gradients(own, "attention modes")),
+            {(*place, side): probed[place[0]].zeros() for place in places for side in "LR"},
+        )
+        bases = {place: _basis(sides[*place, "L"], sides[*place, "R"]) for place in places}
+        grams = average(
+            batches,
+            lambda own: (_grams(bases, T) for T in gradients(own, "attention costs")),
+            {place: probed[place[0]].zeros() for place in places},
+        )
+    modes = {place: Modes(*bases[place], grams[place]) for place in places}
     return {
         name: AttentionModes(modes[name, 0], modes[name, 1], module.mean[:, 0].double().cpu())
         for name, module in probed.items()
     }
 
 
-def _centre(model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet) -> None:
+def _centre(model: nn.Module, probed: Mapping[str, _ProbedAttention], images: ImageSet) -> None:
     """Give every attention the mean of what its heads gather for the tokens that are read."""
     sums = dict.fromkeys(probed, 0.0)
     batches = images.batches(model, batch_size=BATCH)
@@ -196,74 +233,54 @@ def _centre(model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet) -
         module.mean = (sums[name] / len(images)).to(module.mean)[:, None]
 
 
-def _gradients(
-    model: nn.Module, probed: Mapping[str, _Probed], images: ImageSet, *, seed: int, label: str
-) -> Iterator[dict[Place, torch.Tensor]]:
-    """T of every identity, (images * probes, heads, head_dim, head_dim), batch by batch.
+@dataclass(frozen=True)
+class _Batches:
+    """The batches of these ``numbers`` of all ``images``, and the ``seed`` of their probes."""
 
-    Of several processes each has whole batches of its own.
-    """
-    own = own_share(-(-len(images) // BATCH))
-    first = own.start * BATCH
-    mine = images.take(range(first, min(own.stop * BATCH, len(images))))
-    batches = mine.batches(model, batch_size=BATCH)
-    for batch in progress(batches, label=label, total=len(own)):
+    images: ImageSet
+    numbers: range
+    seed: int
+
+
+def _gradients(
+    model: nn.Module, probed: Mapping[str, _ProbedAttention], chosen: _Batches, *, label: str
+) -> Iterator[dict[Place, torch.Tensor]]:
+    """T of every identity, (images, heads, head_dim, head_dim), batch by batch."""
+    first, last = chosen.numbers.start * BATCH, chosen.numbers.stop * BATCH
+    images = chosen.images.take(range(first, min(last, len(chosen.images))))
+    batches = images.batches(model, batch_size=BATCH)
+    for batch in progress(batches, label=label, total=len(chosen.numbers)):
         with torch.enable_grad():
             logits = model(like(batch, model)).reshape(len(batch), -1)
-        places = {(name, i): t for name, m in probed.items() for i, t in enumerate(m.identities)}
-        for number in range(PROBES):
-            v = probe(logits, [(seed, first + row, number) for row in range(len(batch))])
-            found = torch.autograd.grad(
-                logits, list(places.values()), v, retain_graph=number < PROBES - 1
-            )
-            yield {place: T.double().cpu() for place, T in zip(places, found, strict=True)}
+        identities = {
+            (name, i): t for name, m in probed.items() for i, t in enumerate(m.identities)
+        }
+        v = probe(logits, [(chosen.seed, first + row, 0) for row in range(len(batch))])
+        found = torch.autograd.grad(logits, list(identities.values()), v)
+        yield {place: T.double().cpu() for place, T in zip(identities, found, strict=True)}
         first += len(batch)
 
 
-def _means(
-    products: Callable[[Place, torch.Tensor], tuple[torch.Tensor, ...]],
-    gradients: Iterator[dict[Place, torch.Tensor]],
-    totals: Mapping[Place, tuple[torch.Tensor, ...]],
-) -> dict[Place, tuple[torch.Tensor, ...]]:
-    """Means over all gradients, of all processes, of what ``products`` sums over some of them.
-
-    ``totals`` are zeros of the shapes of these sums, by place.
-    """
-    count = torch.zeros((), dtype=torch.float64)
-    for found in gradients:
-        for place, T in found.items():
-            for total, summed in zip(totals[place], products(place, T), strict=True):
-                total.add_(summed)
-        count += len(T)
-    all_sum(count)
-    return {place: tuple(all_sum(t) / count for t in sums) for place, sums in totals.items()}
+def _sides(gradients: Mapping[Place, torch.Tensor]) -> tuple[int, dict[tuple, torch.Tensor]]:
+    """Number of images, and sums of T T^T and of T^T T, (heads, head_dim, head_dim)."""
+    sums = {(*place, "L"): (T @ T.mT).sum(dim=0) for place, T in gradients.items()}
+    sums |= {(*place, "R"): (T.mT @ T).sum(dim=0) for place, T in gradients.items()}
+    return len(next(iter(gradients.values()))), sums
 
 
-def _zeros(sites: Sequence[AttentionSite], sums: int) -> dict[Place, tuple[torch.Tensor, ...]]:
-    """So many zeros (heads, head_dim, head_dim) for the scores and the values of every site."""
-    return {
-        (site.name, place): tuple(
-            torch.zeros(site.heads, site.head_dim, site.head_dim, dtype=torch.float64)
-            for _ in range(sums)
-        )
-        for site in sites
-        for place in (0, 1)
-    }
+def _grams(
+    bases: Mapping[Place, tuple[torch.Tensor, ...]], gradients: Mapping[Place, torch.Tensor]
+) -> tuple[int, dict[Place, torch.Tensor]]:
+    """Number of images, and sums of t t^T / 2, (heads, modes, modes)."""
+    sums = {}
+    for place, T in gradients.items():
+        left, right, strength = bases[place]
+        t = torch.einsum("nhab,ham,hbm->nhm", T, left, right) * strength
+        sums[place] = torch.einsum("nhm,nhk->hmk", t, t) / 2
+    return len(next(iter(gradients.values()))), sums
 
 
-def _sides(_: Place, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of T T^T and of T^T T, (heads, head_dim, head_dim)."""
-    return (T @ T.mT).sum(dim=0), (T.mT @ T).sum(dim=0)
-
-
-def _gram(basis: Basis, T: torch.Tensor) -> tuple[torch.Tensor]:
-    """Sum of t t^T / 2, (heads, modes, modes)."""
-    left, right, strength = basis
-    t = torch.einsum("nhab,ham,hbm->nhm", T, left, right) * strength
-    return (torch.einsum("nhm,nhk->hmk", t, t) / 2,)
-
-
-def _basis(L: torch.Tensor, R: torch.Tensor) -> Basis:
+def _basis(L: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left and right of the modes, (heads, head_dim, modes), and strengths (heads, modes)."""
     (half_left, back_left), (half_right, back_right) = _fourth_roots(L), _fourth_roots(R)
     U, strength, Vt = torch.linalg.svd(half_left @ half_right)
@@ -276,21 +293,3 @@ def _fourth_roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = torch.linalg.eigh(metric)
     values = (values.clamp_min(0) + DAMPING * scale[:, None])[:, None] ** 0.25
     return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
-
-
-def _flat(found: Mapping[str, AttentionModes]) -> dict[str, torch.Tensor]:
-    """Tensors by dotted names, as one file holds them."""
-    tensors = {f"{name}.mean": each.mean for name, each in found.items()}
-    for name, each in found.items():
-        for kind in ("scores", "values"):
-            own = vars(getattr(each, kind))
-            tensors |= {f"{name}.{kind}.{field}": t.contiguous() for field, t in own.items()}
-    return tensors
-
-
-def _of_site(name: str, tensors: Mapping[str, torch.Tensor]) -> AttentionModes:
-    scores, values = (
-        Modes(**{f.name: tensors[f"{name}.{kind}.{f.name}"] for f in fields(Modes)})
-        for kind in ("scores", "values")
-    )
-    return AttentionModes(scores, values, tensors[f"{name}.mean"])

@@ -1,4 +1,4 @@
-"""What each attention can become: for which tokens it is asked, and what its modes are worth."""
+"""Attention as an optional stage: candidates for the one budget, and the heads that are chosen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.attention_modes import AttentionModes, attention_modes
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.lagrangian import Offer
+from moee_analysis.extraction.lagrangian import Candidates
 from moee_analysis.extraction.record.token_kinds import leading_kinds, unread_patches
 from moee_analysis.models.attention import (
     AttentionSite,
@@ -25,16 +25,16 @@ from moee_analysis.models.attention import (
     low_rank,
     plain_attentions,
 )
-from moee_analysis.models.macs import count
+from moee_analysis.models.macs import MacCount
 from moee_analysis.moe.layer import replace_module
 
 STEP = 8  # modes of a head: kernels are no faster for ranks between its multiples
-Kept = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)
+KeptModes = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Everything known about one attention before the ranks of its heads are chosen.
+    """An attention before the ranks of its heads are chosen.
 
     Of its ``tokens`` only the outputs of the first ``queries`` are read; None: of all. ``modes`` is
     None where the heads keep all dimensions; ``bias`` says whether its queries have one.
@@ -46,21 +46,7 @@ class AttentionPlan:
     bias: bool
     modes: AttentionModes | None = None
 
-    @property
-    def _macs(self) -> int:
-        """MACs of one image for a dimension of a head's scores; one of its values costs the same.
-
-        Queries and keys (or values and outputs) are made of every token, then compared in pairs.
-        """
-        asked = self.queries or self.tokens
-        return self.site.dim * (asked + self.tokens) + asked * self.tokens
-
-    @property
-    def _parameters(self) -> tuple[int, int]:
-        """Parameters that a dimension of the scores stores, and one of the values."""
-        return 2 * self.site.dim + self.bias, 2 * self.site.dim
-
-    def macs(self, kept: Kept | None) -> int:
+    def macs(self, kept: KeptModes | None) -> int:
         """MACs of one image with the ``kept`` scores and values; None: with all."""
         dimensions = 2 * self.site.heads * self.site.head_dim
         if kept is not None:
@@ -78,42 +64,28 @@ class AttentionPlan:
         dimensions = 0 if self.modes else self.site.heads * self.site.head_dim
         return self.site.dim + dimensions * sum(self._parameters)
 
-    @cached_property
-    def costs(self) -> tuple[np.ndarray, np.ndarray]:
-        """What removing modes costs, of the scores and of the values, both (heads, modes)."""
-        return self.modes.scores.costs(), self.modes.values.costs()
-
-    @property
-    def _step(self) -> int:
-        """Modes that a head gets at a time."""
-        return gcd(STEP, self.site.head_dim)
-
-    def offers(self) -> list[Offer]:
-        """What blocks of the scores' modes, and of the values', offer for keeping.
+    def candidates(self) -> list[Candidates]:
+        """Blocks of modes that may be kept, of the scores and of the values.
 
         A block is the next few best modes of every head, for heads of one rank are computed
         together.
         """
         modes = self._step * self.site.heads
         return [
-            Offer(self._in_blocks(costs), np.ones(1), modes * self._macs, modes * parameters)
-            for costs, parameters in zip(self.costs, self._parameters, strict=True)
+            Candidates(self._in_blocks(costs), np.ones(1), modes * self._macs, modes * parameters)
+            for costs, parameters in zip(self._costs, self._parameters, strict=True)
         ]
 
-    def _in_blocks(self, costs: np.ndarray) -> np.ndarray:
-        """What removing each block costs, (1, blocks); the first one is worth most."""
-        best_first = -np.sort(-costs, axis=1)
-        return best_first.sum(axis=0).reshape(1, -1, self._step).sum(axis=2)
-
-    def in_heads(self, scores: np.ndarray, values: np.ndarray) -> Kept:
+    def in_heads(self, scores: np.ndarray, values: np.ndarray) -> KeptModes:
         """Modes of so many blocks, bool (1, blocks); no scores where values are gone."""
-        blocks = [int(scores.sum()) if values.any() else 0, int(values.sum())]
-        return tuple(
-            _best(costs, count * self._step)
-            for costs, count in zip(self.costs, blocks, strict=True)
+        blocks = int(scores.sum()) if values.any() else 0, int(values.sum())
+        of_scores, of_values = (
+            np.argsort(np.argsort(-costs, axis=1, kind="stable"), axis=1) < count * self._step
+            for costs, count in zip(self._costs, blocks, strict=True)
         )
+        return of_scores, of_values
 
-    def reduction(self, kept: Kept | None) -> Reduction:
+    def reduction(self, kept: KeptModes | None) -> Reduction:
         """The attention of the ``kept`` scores and values; None: of all."""
         if kept is None:
             identity = Factors.whole(self.site)
@@ -122,48 +94,72 @@ class AttentionPlan:
         scores, values = self.modes.scores.factors(kept[0]), self.modes.values.factors(kept[1])
         return Reduction(scores, values, self.modes.mean, self.queries)
 
+    @property
+    def _macs(self) -> int:
+        """MACs of one image for a dimension of a head's scores; one of its values costs the same.
 
-def _best(costs: np.ndarray, rank: int) -> np.ndarray:
-    """The ``rank`` modes of every head that cost most to remove, bool (heads, modes)."""
-    places = np.argsort(np.argsort(-costs, axis=1, kind="stable"), axis=1)
-    return places < rank
+        Queries and keys (or values and outputs) are made of every token, then compared in pairs.
+        """
+        asked = self.queries or self.tokens
+        return self.site.dim * (asked + self.tokens) + asked * self.tokens
+
+    @property
+    def _parameters(self) -> tuple[int, int]:
+        """Parameters that a dimension of the scores stores, and one of the values."""
+        return 2 * self.site.dim + self.bias, 2 * self.site.dim
+
+    @cached_property
+    def _costs(self) -> tuple[np.ndarray, np.ndarray]:
+        """What removing modes costs, of the scores and of the values, both (heads, modes)."""
+        return self.modes.scores.costs(), self.modes.values.costs()
+
+    @property
+    def _step(self) -> int:
+        """Modes that a head gets at a time."""
+        return gcd(STEP, self.site.head_dim)
+
+    def _in_blocks(self, costs: np.ndarray) -> np.ndarray:
+        """What removing each block costs, (1, blocks); the first one is worth most."""
+        best_first = -np.sort(-costs, axis=1)
+        return best_first.sum(axis=0).reshape(1, -1, self._step).sum(axis=2)
 
 
 def plan_attentions(
-    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, dense: MacCount, root: Path
 ) -> list[AttentionPlan]:
-    """Plan what ``config`` asks for: nothing, the attentions with unread outputs, or all.
+    """Plan the attentions of ``config``: none, those with unread outputs, or all.
+
+    ``dense`` has counted the tokens of all plain attentions.
 
     Raises
     ------
     MoeeError
         All are asked for, and the model has no plain attention.
     """
+    if config.attention == "dense":
+        return []
     find = find_attentions if config.attention == "low_rank" else plain_attentions
-    sites = {} if config.attention == "dense" else {site.name: site for site in find(model)}
+    sites = find(model)
     if not sites:
         return []
-    tokens = count(model, sites=sites).tokens
-    unread = unread_patches(model, list(sites.values()))
-    leading = leading_kinds(model, sites)
-    queries = {name: len(leading[name]) or None if name in unread else None for name in sites}
+    unread = unread_patches(model, sites)
+    leading = leading_kinds(model, [site.name for site in sites])
+    queries = {n: len(kinds) or None if n in unread else None for n, kinds in leading.items()}
     modes: dict[str, AttentionModes] = {}
     if config.attention == "low_rank":
         modes = attention_modes(model, images, queries, seed=config.seed, root=root)
     return [
         AttentionPlan(
-            site, tokens[name], queries[name], site.module(model).qkv.bias is not None,
-            modes.get(name),
+            site, dense.tokens[site.name], queries[site.name],
+            bias=site.module(model).qkv.bias is not None, modes=modes.get(site.name),
         )
-        for name, site in sites.items()
-        if name in unread or name in modes
+        for site in sites
+        if site.name in unread or site.name in modes
     ]  # fmt: skip
 
 
 def reduce_attention(
-    model: nn.Module,
-    plans: Sequence[AttentionPlan],
-    kept: Mapping[str, Kept],
+    model: nn.Module, plans: Sequence[AttentionPlan], kept: Mapping[str, KeptModes]
 ) -> None:
     """Put the planned attentions of the ``kept`` modes in the place of the model's own."""
     for plan in plans:

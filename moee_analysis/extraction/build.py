@@ -1,103 +1,82 @@
-"""From plans to a model: experts cut out of the dense layers, their outputs refitted."""
+"""Phase 3: a model whose MLPs are experts cut out of the dense layers, behind their routers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.extraction.experts.expert_covariances import covariances
-from moee_analysis.extraction.experts.refit_w2 import (
-    RefitTally,
-    each_readout,
-    mean_shift,
-    shared_readout,
-)
-from moee_analysis.extraction.plan import LayerPlan
-from moee_analysis.extraction.record.accumulate import Sums, summed
-from moee_analysis.extraction.record.calibration_set import Calibration
+from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.neuron_scores import metrics_of
+from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, mean_shift, shared_readout
+from moee_analysis.extraction.record.accumulate import TINY, accumulate
+from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
 from moee_analysis.utils.progress import progress
 
 
 def build_moe(
-    calibration: Calibration, plans: Sequence[LayerPlan], kept: Mapping[str, np.ndarray]
+    tokens: TokenSource,
+    layers: Sequence[LayerExperts],
+    kept: Mapping[str, np.ndarray],
+    *,
+    refit: str,
 ) -> nn.Module:
-    """Copy the calibrated model with its planned layers replaced by mixtures of experts.
+    """Copy the calibrated model with its converted layers replaced by mixtures of experts.
 
     ``kept`` are the neurons of every expert, bool (experts, hidden), by site name.
     """
-    moe = copy.deepcopy(calibration.model)
+    moe = copy.deepcopy(tokens.model)
     device = next(moe.parameters()).device
-    converted = {plan.site.name: plan for plan in plans if plan.converted}
-    readouts = _readouts(calibration, converted, kept)
-    for name, plan in converted.items():
+    layers = [layer for layer in layers if layer.converted]
+    readouts = _readouts(tokens, layers, kept, refit=refit)
+    for layer in layers:
+        name, mlp = layer.site.name, layer.site.module(moe)
         experts = [np.flatnonzero(of_expert) for of_expert in kept[name]]
-        mlp = plan.site.module(moe)
-        replacement = MoeMlp(mlp, plan.router(), experts, plan.shares, readouts[name])
-        replace_module(moe, name, replacement.to(device))
+        shares = layer.statistics.shares
+        routed = MoeMlp(mlp, layer.router(), experts, shares, readouts.get(name))
+        replace_module(moe, name, routed.to(device))
     return moe.eval()
 
 
 def _readouts(
-    calibration: Calibration, plans: Mapping[str, LayerPlan], kept: Mapping[str, np.ndarray]
+    tokens: TokenSource,
+    layers: Sequence[LayerExperts],
+    kept: Mapping[str, np.ndarray],
+    *,
+    refit: str,
 ) -> dict[str, Readout]:
-    """What stands in for the dropped neurons of each layer, by the name of the refit."""
-    refit = calibration.config.refit
+    """What stands in for the dropped neurons of each layer; nothing without a refit."""
     if refit == "none":
-        return dict.fromkeys(plans, Readout())
-    old = {name: _Old.of(calibration.model, plan, kept[name]) for name, plan in plans.items()}
+        return {}
+    W2 = {
+        e.site.name: e.site.module(tokens.model).fc2.weight.detach().float().cpu() for e in layers
+    }
+    means = {e.site.name: torch.from_numpy(e.statistics.means).float() for e in layers}
+    masks = {e.site.name: torch.from_numpy(kept[e.site.name]) for e in layers}
     if refit == "shift":
-        return {n: Readout(shift=mean_shift(o.weight, o.kept, o.means)) for n, o in old.items()}
-    if refit == "each":
-        return _for_each(calibration, plans, old)
-    tallies = [refit_tally(plan, kept[name]) for name, plan in plans.items()]
-    found = summed(calibration, tallies, label="refitting layers")
-    solved = progress(found, label="solving for output weights", total=len(tallies))
-    return {tally.site.name: old[tally.site.name].shared(sums) for tally, sums in solved}
-
-
-def _for_each(
-    calibration: Calibration, plans: Mapping[str, LayerPlan], old: Mapping[str, _Old]
-) -> dict[str, Readout]:
-    assignments = {name: plan.assignment for name, plan in plans.items()}
-    means = {name: plan.known.means for name, plan in plans.items()}
-    found = covariances(calibration, assignments, means, label="refitting experts")
+        return {n: Readout(shift=mean_shift(W2[n], masks[n], means[n])) for n in masks}
+    accumulators = [refit_accumulator(layer, kept[layer.site.name], tokens) for layer in layers]
+    found = accumulate(tokens, accumulators, label="refitting layers")
+    solved = progress(found, label="solving for output weights", total=len(layers))
     return {
-        name: old[name].each(covariance for *_, covariance in of_layer)
-        for name, of_layer in groupby(found, key=lambda item: item[0])
+        site.name: shared_readout(W2[site.name], sums, masks[site.name], means[site.name])
+        for site, sums in solved
     }
 
 
-def refit_tally(plan: LayerPlan, kept: np.ndarray) -> RefitTally:
-    """What a layer adds up for one W2, its experts keeping ``kept``, bool (experts, hidden)."""
-    known = plan.known
-    of_image = plan.tokens * plan.shares * plan.scores.weight
-    weights = of_image / np.maximum(known.weight, np.finfo(float).tiny)
-    return RefitTally(plan.site, plan.assignment, kept, known.means, weights)
+def refit_accumulator(
+    layer: LayerExperts, kept: np.ndarray, tokens: TokenSource
+) -> RefitAccumulator:
+    """What a layer adds up for one W2, its experts keeping ``kept``, bool (experts, hidden).
 
-
-@dataclass(frozen=True)
-class _Old:
-    """A layer before its refit: W2, neurons and mean activations of its experts."""
-
-    weight: torch.Tensor
-    kept: torch.Tensor
-    means: torch.Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module, plan: LayerPlan, kept: np.ndarray) -> _Old:
-        weight = plan.site.module(model).fc2.weight.detach().float().cpu()
-        means = torch.from_numpy(plan.known.means).float()
-        return cls(weight, torch.from_numpy(kept), means)
-
-    def shared(self, sums: Sums) -> Readout:
-        return shared_readout(self.weight, sums, self.kept, self.means)
-
-    def each(self, covariances: Iterable[torch.Tensor]) -> Readout:
-        return each_readout(self.weight, covariances, self.kept, self.means)
+    An expert's token counts by the mean of its metric's diagonal, the weight of a squared error.
+    """
+    statistics, mlp = layer.statistics, layer.site.module(tokens.model)
+    metric = np.array([float(Q.diagonal().mean()) for Q in metrics_of(mlp, statistics)])
+    of_image = layer.tokens * statistics.shares * metric
+    weights = of_image / np.maximum(statistics.weight, TINY)
+    return RefitAccumulator(layer.site, layer.assignment, kept, statistics.means, weights)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moee_analysis.extraction.cluster.clustering import NOISE
 from moee_analysis.extraction.cluster.clusters_to_router import Partition
-from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Assignment:
             digest.update(b"none" if part is None else np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
-    def of(self, layer: Recorded) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, layer: RecordedLayer) -> tuple[np.ndarray, np.ndarray]:
         """Expert of every row of the layer, and the one it counts for, -1 for none: int64."""
         sample = layer.sample
         leading = sample.position < len(self.prefix)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.presets import preset_named
-from moee_analysis.extraction.config.recipes import CHOICES, TOKEN_KINDS, recipe_named
+from moee_analysis.extraction.config.recipes import recipe_named
 from moee_analysis.utils.checks import (
     layer_numbers,
     not_none,
@@ -19,15 +20,17 @@ from moee_analysis.utils.checks import (
     whole_number,
 )
 
-EXPERTS = ("clusters", "one")
-NOISE_POLICIES = ("reroute", "drop", "rest")
 VARIANCE_KEPT = 0.9  # p, where neither p nor a MACs budget is given
 MACS_REDUCTION = 0.28  # of a global budget, where none is given
+
+REMOVED = {"dense_tokens": ((), []), "union": None, "thin": None}
+REMOVED_CLUSTERING = {"metric": ("cosine",), "selection": ("eom",)}
+"""Settings of earlier versions, and their values that a run may have; None: any."""
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """How a model is taken apart; None follows from the preset or the recipe.
+    """How a model is converted; None follows from the preset or the recipe.
 
     The budget: ``macs_reduction`` and ``params_reduction`` are shares of the dense model's MACs
     and stored parameters to save; ``variance_kept`` is the paper's p, as a share. With
@@ -48,11 +51,6 @@ class ExtractConfig:
       (where ``clustering`` takes principal components of the inputs, in these).
     - ``tokens``: ``alike``, or each kind of leading token (CLS, distillation, registers) by its
       position to an expert of its own (``kinds``).
-    - ``dense_tokens``: kinds of tokens among ``cls``, ``dist``, ``register`` and ``patch`` whose
-      expert is the whole MLP, exactly: it keeps all neurons, so that a layer which they pass
-      through stores all of its own. Leading tokens then have experts by kind, and an MLP that sees
-      no other kinds stays dense. Not with the refit ``shared``, which changes the W2 of all
-      experts; where the recipe has it, the refit is ``shift``.
     - ``unread``: patch tokens whose MLP output nothing reads are ``routed`` like others, or get a
       ``constant``.
     - ``order``: the neurons' scores: ``magnitude`` of their weights, ``variance``, variance
@@ -62,12 +60,8 @@ class ExtractConfig:
     - ``coherence``: whether it is ``measured`` how much more the errors of an image's tokens cost
       together than one by one, layer by layer, or ``ignored``. Needs the ``fisher`` metric and a
       ``global`` budget; without effect elsewhere.
-    - ``union``: neurons that no expert of a layer keeps go ``at_once``, or in ``steps``, and others
-      are scored again in between. Without effect unless the parameters are bound.
-    - ``thin``: layers whose experts would save hardly any MACs stay ``dense``, which is faster, and
-      the others save the more; or are ``routed`` too.
-    - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), a W2
-      refitted for all experts (``shared``) or for ``each``.
+    - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), or a W2
+      refitted for all experts (``shared``).
     - ``attention``: ``dense``; asked only for tokens whose outputs are ``read``, which loses
       nothing; or ``low_rank`` too, heads having fewer dimensions by the budget of the neurons.
     """
@@ -87,21 +81,16 @@ class ExtractConfig:
     experts: Literal["clusters", "one"] = "clusters"
     router: Literal["cosine", "nearest"] | None = None
     tokens: Literal["alike", "kinds"] | None = None
-    dense_tokens: tuple[str, ...] = ()
     unread: Literal["routed", "constant"] | None = None
     order: Literal["magnitude", "variance", "weighted", "obs"] | None = None
     metric: Literal["outputs", "fisher"] | None = None
     budget: Literal["share", "global"] | None = None
     coherence: Literal["ignored", "measured"] | None = None
-    union: Literal["at_once", "steps"] | None = None
-    thin: Literal["routed", "dense"] | None = None
-    refit: Literal["none", "shift", "shared", "each"] | None = None
+    refit: Literal["none", "shift", "shared"] | None = None
     attention: Literal["dense", "read", "low_rank"] | None = None
 
     def __post_init__(self) -> None:
         recipe_named(self.recipe)
-        one_of("noise", self.noise, NOISE_POLICIES)
-        one_of("experts", self.experts, EXPERTS)
         for name, value in not_none(self, *CHOICES):
             one_of(name, value, CHOICES[name])
         for name, value in not_none(self, "macs_reduction", "params_reduction", "variance_kept"):
@@ -113,14 +102,23 @@ class ExtractConfig:
         seed_number(self.seed)
         layer_numbers(self.layers)
         preset_named(self.preset)
-        self._check_clustering()
-        self._check_dense_tokens()
+        if not isinstance(self.clustering, ClusterConfig | None):
+            raise MoeeError(
+                "clustering as a ClusterConfig", reprlib.repr(self.clustering),
+                "leave it out, or pass moee.ClusterConfig(...)",
+            )  # fmt: skip
         self._check_budget()
 
     @property
     def needs_gradients(self) -> bool:
         """Whether the gradients of the logits have to be recorded."""
         return self._piece("metric") == "fisher"
+
+    @property
+    def measures_coherence(self) -> bool:
+        """Whether the coherence of the layers is measured, and can have an effect."""
+        pieces = ("coherence", "metric", "budget")
+        return [self._piece(name) for name in pieces] == ["measured", "fisher", "global"]
 
     def resolved(self) -> ExtractConfig:
         """Return the same configuration with all that preset and recipe decide filled in.
@@ -131,89 +129,44 @@ class ExtractConfig:
         preset = preset_named(self.preset)
         pieces = {name: self._piece(name) for name in self._recipe}
         names = ["cluster_tokens", "calibration_images"]
-        if not self._needs_all_tokens:
-            names.append("tokens_per_image")
+        if pieces["order"] != "obs" and pieces["refit"] != "shared":
+            names.append("tokens_per_image")  # covariances of neurons take more tokens
         sizes = {n: getattr(preset, n) for n in names if getattr(self, n) is None}
         return replace(self, **pieces, **sizes, **self._budgets())
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> ExtractConfig:
-        """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON."""
-        layers, clustering = content["layers"], content["clustering"]
-        dense_tokens = content.get("dense_tokens", ())  # runs saved before it was a setting
-        return cls(
-            **{
-                **content,
-                "layers": None if layers is None else tuple(layers),
-                "clustering": None if clustering is None else ClusterConfig(**clustering),
-                "dense_tokens": tuple(dense_tokens),
-            }
-        )
+    def from_json(cls, content: Mapping[str, Any]) -> ExtractConfig:
+        """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON.
 
-    @property
-    def measures_coherence(self) -> bool:
-        """Whether the coherence of the layers is measured, and can have an effect."""
-        pieces = ("coherence", "metric", "budget")
-        return [self._piece(name) for name in pieces] == ["measured", "fisher", "global"]
-
-    @property
-    def narrows_unions(self) -> bool:
-        """Whether the unions of neurons shrink in steps to a budget of parameters."""
-        return self._piece("union") == "steps" and self.params_reduction is not None
-
-    @property
-    def _needs_all_tokens(self) -> bool:
-        """Covariances of all hidden neurons take more tokens than variances do."""
-        return self._piece("order") == "obs" or self._piece("refit") in ("shared", "each")
+        Raises
+        ------
+        MoeeError
+            A setting of an earlier version that no longer has an effect.
+        """
+        kept = _without(REMOVED, content)
+        if kept["refit"] == "each":
+            raise _removed("refit", "each")
+        layers, clustering = kept["layers"], kept["clustering"]
+        if clustering is not None:
+            clustering = ClusterConfig(**_without(REMOVED_CLUSTERING, clustering))
+        layers = None if layers is None else tuple(layers)
+        return cls(**kept | {"layers": layers, "clustering": clustering})
 
     @property
     def _recipe(self) -> dict[str, Any]:
-        """The pieces of the recipe; tokens that are kept dense change two of them."""
-        pieces = recipe_named(self.recipe, bound=self.params_reduction is not None)
-        if self.dense_tokens:
-            pieces["tokens"] = "kinds"
-            pieces["refit"] = "shift" if pieces["refit"] == "shared" else pieces["refit"]
-        return pieces
+        return recipe_named(self.recipe, bound=self.params_reduction is not None)
 
     def _piece(self, name: str) -> Any:
         given = getattr(self, name)
         return self._recipe[name] if given is None else given
 
     def _budgets(self) -> dict[str, float | None]:
-        """The budget in force: what was given, or else a default."""
+        """The budget in force: the given one, or else a default."""
         if self._piece("budget") == "global":
             given = self.macs_reduction is not None or self.params_reduction is not None
             return {} if given else {"macs_reduction": MACS_REDUCTION}
         p = None if self.macs_reduction is not None else self.variance_kept or VARIANCE_KEPT
         return {"variance_kept": p}
-
-    def _check_clustering(self) -> None:
-        if not isinstance(self.clustering, ClusterConfig | None):
-            raise MoeeError(
-                "clustering as a ClusterConfig", reprlib.repr(self.clustering),
-                "leave it out, or pass moee.ClusterConfig(...)",
-            )  # fmt: skip
-
-    def _check_dense_tokens(self) -> None:
-        listed = isinstance(self.dense_tokens, (tuple, list))
-        found = self.dense_tokens if listed else [self.dense_tokens]
-        unknown = [kind for kind in found if not listed or kind not in TOKEN_KINDS]
-        if unknown:
-            raise MoeeError(
-                f"dense_tokens as a tuple of kinds among {', '.join(TOKEN_KINDS)}",
-                reprlib.repr(unknown[0]),
-                'name them as in dense_tokens=("cls", "register")',
-            )  # fmt: skip
-        if self.dense_tokens and self.tokens == "alike":
-            raise MoeeError(
-                'dense_tokens with tokens="kinds"', 'tokens="alike"',
-                "tokens of a kind that is kept dense need an expert of their own",
-            )  # fmt: skip
-        if self.dense_tokens and self.refit == "shared":
-            raise MoeeError(
-                "dense_tokens with a refit that leaves their W2 as it is (none, shift, each)",
-                'refit="shared", one W2 for all experts', "choose another refit",
-            )  # fmt: skip
 
     def _check_budget(self) -> None:
         if self.macs_reduction is not None and self.variance_kept is not None:
@@ -226,8 +179,30 @@ class ExtractConfig:
             raise MoeeError(
                 'params_reduction with budget="global"', 'budget="share"', "bind only the MACs"
             )
-        if self.params_reduction is not None and self._piece("refit") == "each":
-            raise MoeeError(
-                "params_reduction with a W2 that the experts share", 'refit="each"',
-                "choose another refit, or bind only the MACs",
-            )  # fmt: skip
+
+
+def _without(removed: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that there still are; a removed one must have a value without effect."""
+    for name, allowed in removed.items():
+        if name in content and allowed is not None and content[name] not in allowed:
+            raise _removed(name, content[name])
+    return {name: value for name, value in content.items() if name not in removed}
+
+
+def _removed(name: str, value: Any) -> MoeeError:
+    return MoeeError(
+        "settings that this version has", f"{name}={value!r}",
+        "load the run with the version of this package that saved it, or extract again",
+    )  # fmt: skip
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The names in a Literal, optional or not; () for another type."""
+    literal = next((h for h in (hint, *get_args(hint)) if get_origin(h) is Literal), None)
+    return get_args(literal)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: _choices(hint) for name, hint in get_type_hints(ExtractConfig).items() if _choices(hint)
+}
+"""The settings that are chosen by name, and their names."""

@@ -18,7 +18,6 @@ def elimination_costs(
     covariance: torch.Tensor,
     readout: torch.Tensor,
     *,
-    among: torch.Tensor | None = None,
     ridge: float = RIDGE,
     block: int = BLOCK,
 ) -> torch.Tensor:
@@ -35,9 +34,6 @@ def elimination_costs(
         C, covariance of the hidden activations, (hidden, hidden).
     readout
         V, the output weights in a metric in which errors are plain squares, (outputs, hidden).
-    among
-        Neurons that there still are, bool (hidden,); the others are gone first and cost nothing.
-        None: all.
     ridge
         r as a share of the mean diagonal of C.
 
@@ -51,9 +47,6 @@ def elimination_costs(
     neuron = alive = torch.arange(len(covariance))  # neuron of each column; columns still in use
     costs = torch.zeros(len(covariance), dtype=torch.float64)
     highest = costs.new_zeros(1)
-    if among is not None and not among.all():
-        alive = among.nonzero()[:, 0]
-        _remove(inverse, readout, (~among).nonzero()[:, 0])
     while len(alive):
         cost = (readout.square().sum(dim=0) / inverse.diagonal())[alive]
         order = cost.argsort()

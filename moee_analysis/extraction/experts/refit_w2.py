@@ -1,4 +1,4 @@
-"""What stands in for the dropped neurons: nothing, their mean, or a refitted W2.
+"""A stand-in for the dropped neurons: nothing, their mean, or a refitted W2.
 
 Of the N_e tokens that an expert e gets, hidden activations have mean mu_e and covariance C_e; its
 kept neurons are the diagonal D_e of zeros and ones.
@@ -6,27 +6,23 @@ kept neurons are the diagonal D_e of zeros and ones.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from moee_analysis.extraction.cluster.assignment import Assignment
-from moee_analysis.extraction.record.accumulate import Sums
-from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.extraction.record.accumulate import Accumulator, Sums
+from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.layer import Readout
 
-REFITS = ("none", "shift", "shared", "each")
 RIDGE = 1e-3  # as a share of the mean diagonal of the normal equations
 
 
 @dataclass(frozen=True)
-class RefitTally:
-    """Adds up the normal equations of one W2 for all experts of a layer.
+class RefitAccumulator(Accumulator):
+    """The normal equations of one W2 for all experts of a layer.
 
     Two products (hidden, hidden), however many experts there are: every token brings the
     deviation of its activations from its expert's mean, once whole and once without the neurons
@@ -53,31 +49,25 @@ class RefitTally:
         square = (self.site.hidden, self.site.hidden)
         return {"across": square, "within": square}
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What decides the sums."""
-        digest = hashlib.sha256()
-        for values in (self.kept, self.means, self.weights):
-            digest.update(np.ascontiguousarray(values).tobytes())
-        return {"experts": self.assignment.digest, "refit": digest.hexdigest()}
-
-    def add(self, sums: Sums, layer: Recorded) -> None:
+    def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens."""
         kept = torch.from_numpy(self.kept).to(layer.device)
         means = torch.from_numpy(self.means).float().to(layer.device)
         weights = torch.from_numpy(self.weights).float().to(layer.device)
         _, members = self.assignment.of(layer)
-        for rows in layer.chunks():
-            counted = np.flatnonzero(members[rows] >= 0)
-            expert = torch.from_numpy(members[rows][counted]).to(layer.device)
-            hidden = np.asarray(layer.sample.hidden[rows], dtype=np.float32)[counted]
-            deviation = torch.from_numpy(hidden).to(layer.device) - means[expert]
+        for chunk in layer.chunks():
+            rows = chunk[members[chunk] >= 0]
+            expert = torch.from_numpy(members[rows]).to(layer.device)
+            deviation = layer.hidden(rows) - means[expert]
             own = deviation * kept[expert]
-            of_row = torch.from_numpy(layer.sample.weight[rows][counted]).to(layer.device)
-            weight = weights[expert] * of_row
-            weighted = own * weight[:, None]
+            of_row = torch.from_numpy(layer.sample.weight[rows]).to(layer.device)
+            weighted = own * (weights[expert] * of_row)[:, None]
             sums["across"] += (deviation.T @ weighted).cpu()
             sums["within"] += (own.T @ weighted).cpu()
+
+    def compute(self, sums: Sums) -> Sums:
+        """The sums themselves."""
+        return sums
 
 
 def mean_shift(weight: torch.Tensor, kept: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -115,7 +105,7 @@ def shared_readout(
     weight
         W2 of the dense layer, (dim, hidden).
     sums
-        Those of a :class:`RefitTally`.
+        Those of a :class:`RefitAccumulator`.
     kept, means
         bool and float (experts, hidden).
     ridge
@@ -123,45 +113,20 @@ def shared_readout(
     """
     if kept.all():
         return Readout(weight.clone(), weight.new_zeros(len(kept), len(weight)))
-    refitted = _solved(weight, sums["across"], sums["within"], ridge)
+    refitted = _solve(weight, sums["across"], sums["within"], ridge)
     return Readout(refitted, means @ weight.T - (means * kept) @ refitted.T)
 
 
-def each_readout(
-    weight: torch.Tensor,
-    covariances: Iterable[torch.Tensor],
-    kept: torch.Tensor,
-    means: torch.Tensor,
-    *,
-    ridge: float = RIDGE,
-) -> Readout:
-    """A W2 of its own for every expert: closer than :func:`shared_readout`, and all of it stored.
-
-    W_e = W2 (C_e D_e + r I) (D_e C_e D_e + r I)^-1, shifted as there. The ``covariances``
-    (hidden, hidden) are those of the experts, in their order.
-    """
-    single = []
-    for covariance, own, mean in zip(covariances, kept, means, strict=True):
-        across = covariance * own
-        sums = {"across": across, "within": across * own[:, None]}
-        single.append(shared_readout(weight, sums, own[None], mean[None], ridge=ridge))
-    return Readout(
-        torch.stack([one.weight for one in single]), torch.cat([one.shift for one in single])
-    )
-
-
-def _solved(
+def _solve(
     weight: torch.Tensor, across: torch.Tensor, within: torch.Tensor, ridge: float
 ) -> torch.Tensor:
-    """W2 (across + r I) (within + r I)^-1; W2 itself where no neuron is kept.
-
-    Sums of products in float32 are not quite symmetric: without the transpose of ``within``, W2
-    would not come back where all neurons are kept.
-    """
+    """W2 (across + r I) (within + r I)^-1; W2 itself where no neuron is kept."""
     scale = ridge * within.diagonal().mean()
     if scale <= 0:
         return weight.clone()
     identity = torch.eye(len(within), dtype=within.dtype)
     normal = within + scale * identity
+    # Sums of products in float32 are not quite symmetric: without the transpose of ``normal``, W2
+    # would not come back where all neurons are kept.
     fitted = torch.linalg.solve(normal.T, (across + scale * identity).T @ weight.double().T)
     return fitted.T.to(weight.dtype)

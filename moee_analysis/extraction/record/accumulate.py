@@ -1,165 +1,245 @@
 """Sums over all tokens: part by part, process by process, and on from where they were saved.
 
-Whatever an extraction knows of its tokens is a sum over them, or a few of them picked out. A
-:class:`Tally` says what one layer adds up, :func:`summed` does it for many.
+Whatever an extraction knows of its tokens is a sum over them, or a few of them picked out. An
+:class:`Accumulator` says what one layer adds up, :func:`accumulate` runs many over all tokens. This
+file alone knows of several processes and of kills; no step does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.calibration_set import Calibration
-from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
+from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.models.loading import MlpSite
-from moee_analysis.utils.distributed import all_sum
+from moee_analysis.utils.distributed import agreed, all_sum, own_share, processes, rank
 from moee_analysis.utils.progress import progress, tell
 from moee_analysis.utils.storage.checksums import read_signed_tensors, write_tensors
-from moee_analysis.utils.storage.files import writing
 from moee_analysis.utils.storage.locks import remove
-from moee_analysis.utils.storage.store import content_key
+from moee_analysis.utils.storage.refusals import writing
+from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
 Sums = dict[str, torch.Tensor]
+Arrays = Mapping[str, np.ndarray]
+Task = TypeVar("Task")
 
 SAVED_AFTER = 60.0  # seconds
+TINY = torch.finfo(torch.float64).tiny  # in the place of a weight of zero that is divided by
 
 
-class Tally(Protocol):
-    """What is added up over the tokens of one layer."""
+class Accumulator(ABC):
+    """Sums over the tokens of one ``site``: a frozen dataclass whose fields decide them.
+
+    Fields that follow from the others are not compared. ``gradients`` says whether those of the
+    logits are needed.
+    """
+
+    site: MlpSite
+    gradients: bool
 
     @property
-    def site(self) -> MlpSite:
-        """The layer."""
-
-    @property
-    def gradients(self) -> bool:
-        """Whether gradients of the logits are needed."""
-
-    @property
+    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the sums, all float64, by their names."""
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """All that decides the sums beside the tokens, as plain JSON values."""
-
-    def add(self, sums: Sums, layer: Recorded) -> None:
+    @abstractmethod
+    def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens to ``sums``, in place."""
 
+    @abstractmethod
+    def compute(self, sums: Sums) -> Any:
+        """Return what the sums over all tokens say."""
 
-def size_of(tally: Tally) -> int:
-    """Bytes of the sums of a tally."""
-    return 8 * sum(math.prod(shape) for shape in tally.shapes.values())
+    @property
+    def facts(self) -> dict[str, str]:
+        """All that decides the sums beside the tokens, as plain JSON values."""
+        compared = [field.name for field in fields(self) if field.compare]
+        own = {name: _digest(getattr(self, name)) for name in compared}
+        return {"sums": type(self).__name__, **own}
 
 
-def summed(
-    calibration: Calibration, tallies: Sequence[Tally], *, label: str
-) -> Iterator[tuple[Tally, Sums]]:
-    """Yield every tally with its sums over all tokens, of all processes.
+def _digest(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    return getattr(value, "digest", None) or repr(value)
 
-    As many at a time are summed as fit in the calibration's memory. A pass over the tokens that
-    is killed goes on where it was last saved, to the same bits; what took long stays saved until
-    :func:`forget`.
+
+def accumulate(
+    tokens: TokenSource, accumulators: Sequence[Accumulator], *, label: str
+) -> Iterator[tuple[MlpSite, Any]]:
+    """Yield the site of every accumulator, and what it computes of all tokens of all processes.
+
+    As many at a time are summed as fit in the memory that the tokens' limits allow. A pass that is
+    killed goes on where it was last saved, to the same bits; what took long stays saved until
+    :func:`saved_sums` ends.
 
     Raises
     ------
     MoeeError
         The disk has no room to save the sums, or for the tokens.
     """
-    groups = that_fit(tallies, calibration.limits.memory)
+    groups = groups_that_fit(accumulators, tokens.limits.memory)
     for number, group in enumerate(groups, start=1):
         of_many = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
-        sums = _pass(calibration, group, label + of_many)
+        sums = _pass(tokens, group, label + of_many)
         while group:
-            yield group.pop(0), {name: all_sum(total) for name, total in sums.pop(0).items()}
+            accumulator, own = group.pop(0), sums.pop(0)
+            own = {name: all_sum(total) for name, total in own.items()}
+            yield accumulator.site, accumulator.compute(own)
 
 
-def forget(calibration: Calibration) -> None:
-    """Remove the sums that passes over these tokens have saved."""
-    for path in calibration.root.glob(f"{_prefix(calibration)}*"):
+@contextmanager
+def saved_sums(tokens: TokenSource) -> Iterator[None]:
+    """While open, sums of long passes over ``tokens`` are saved; they go once all is done."""
+    yield
+    for path in tokens.root.glob(f"{_prefix(tokens)}*"):
         remove(path)
 
 
-def summed_alone(tally: Tally, layer: Recorded) -> Sums:
-    """Sums of a tally over the tokens of one recorded layer, all in one part."""
-    sums = _zeros(tally)
-    tally.add(sums, layer)
+def sums_of(accumulator: Accumulator, layer: RecordedLayer) -> Sums:
+    """Sums over the tokens of one recorded layer, all in one part."""
+    sums = _zeros(accumulator)
+    accumulator.update(sums, layer)
     return sums
 
 
-def that_fit(tallies: Sequence[Tally], memory: float) -> list[list[Tally]]:
-    """Divide tallies, in their order, into groups of ``memory`` bytes; each has one at least."""
-    groups: list[list[Tally]] = []
+def size_of(accumulator: Accumulator) -> int:
+    """Bytes of the sums of an accumulator."""
+    return 8 * sum(math.prod(shape) for shape in accumulator.shapes.values())
+
+
+def groups_that_fit(accumulators: Sequence[Accumulator], memory: float) -> list[list[Accumulator]]:
+    """Divide accumulators, in order, into groups of ``memory`` bytes, at least one in each."""
+    groups: list[list[Accumulator]] = []
     free = 0.0
-    for tally in tallies:
-        if not groups or size_of(tally) > free:
+    for accumulator in accumulators:
+        if not groups or size_of(accumulator) > free:
             groups.append([])
             free = memory
-        groups[-1].append(tally)
-        free -= size_of(tally)
+        groups[-1].append(accumulator)
+        free -= size_of(accumulator)
     return groups
 
 
-def _pass(calibration: Calibration, group: Sequence[Tally], label: str) -> list[Sums]:
+def share_out(
+    tasks: Iterable[Task],
+    work: Callable[[Task], torch.Tensor],
+    zeros: Callable[[Task], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the results of ``work`` for all tasks; each is done by one of the processes.
+
+    ``zeros`` are like a task's result.
+    """
+    results = [
+        work(task) if number % processes() == rank() else zeros(task)
+        for number, task in enumerate(tasks)
+    ]
+    return [all_sum(result) for result in results]
+
+
+def average(
+    count: int,
+    sums_of: Callable[[range], Iterable[tuple[int, Mapping[Hashable, torch.Tensor]]]],
+    zeros: dict[Hashable, torch.Tensor],
+) -> dict[Hashable, torch.Tensor]:
+    """Average over ``count`` batches of images, of all processes.
+
+    ``sums_of`` some of the batches are numbers of images and sums over them, shaped as ``zeros``.
+    """
+    images = torch.zeros((), dtype=torch.float64)
+    for number, sums in sums_of(own_share(count)):
+        images += number
+        for name, values in sums.items():
+            zeros[name].add_(values)
+    all_sum(images)
+    return {name: all_sum(total) / images for name, total in zeros.items()}
+
+
+def stored_arrays(
+    root: Path,
+    folders: Mapping[str, str],
+    compute: Callable[[list[str]], Iterable[tuple[str, Arrays]]],
+) -> dict[str, dict[str, Path]]:
+    """Return the files of named arrays, by site name, from the store ``root``.
+
+    Parameters
+    ----------
+    folders
+        Name of the folder in the store, by site name.
+    compute
+        Gives site names and arrays for those sites that are not in the store yet.
+    """
+    missing = [name for name, folder in folders.items() if not agreed(present(root / folder))]
+    for name, arrays in compute(missing):
+
+        def build(folder: Path, arrays: Arrays = arrays) -> None:
+            for array, values in arrays.items():
+                np.save(folder / f"{array}.npy", values)
+
+        get_or_build(root, folders[name], build)
+    return {
+        name: {path.stem: path for path in (root / folder).glob("*.npy")}
+        for name, folder in folders.items()
+    }
+
+
+def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list[Sums]:
     """Sums over the tokens of this process, one pass."""
-    sites = {tally.site.name: tally.site for tally in group}
-    saved = _Saved(_file(calibration, group))
+    saved = _SavedPass(_file(tokens, group))
     done, sums = saved.read(group)
-    gradients = any(tally.gradients for tally in group)
-    parts = calibration.parts(list(sites.values()), gradients=gradients, skip=done)
-    steps = _layer_by_layer(parts, group, sums)
-    total = (len(calibration.chosen) - done) * len(group)
-    for taken, _ in enumerate(progress(steps, label=label, total=total), start=1):
-        parts_taken, rest = divmod(taken, len(group))
-        if not rest:
-            number = done + parts_taken
-            saved.keep(sums, number, last=number == len(calibration.chosen))
+    sites = {accumulator.site.name: accumulator.site for accumulator in group}
+    gradients = any(accumulator.gradients for accumulator in group)
+    parts = tokens.parts(list(sites.values()), gradients=gradients, skip=done)
+    steps = ((layers, *each) for layers in parts for each in zip(group, sums, strict=True))
+    total = (len(tokens.chosen) - done) * len(group)
+    steps = progress(steps, label=label, total=total)
+    for taken, (layers, accumulator, own) in enumerate(steps, start=1):
+        accumulator.update(own, layers[accumulator.site.name])
+        if taken % len(group) == 0:
+            done += 1
+            saved.save(sums, done, last=done == len(tokens.chosen))
     return sums
 
 
-def _layer_by_layer(
-    parts: Iterator[dict[str, Recorded]], group: Sequence[Tally], sums: Sequence[Sums]
-) -> Iterator[Tally]:
-    """Add every layer of every part, and yield its tally: steps short enough to tell the time."""
-    for layers in parts:
-        for tally, total in zip(group, sums, strict=True):
-            tally.add(total, layers[tally.site.name])
-            yield tally
+def _prefix(tokens: TokenSource) -> str:
+    return f"sums-{tokens.key}-"
 
 
-def _prefix(calibration: Calibration) -> str:
-    return f"sums-{calibration.key}-"
-
-
-def _file(calibration: Calibration, group: Sequence[Tally]) -> Path:
-    own = [[part.start, part.stop] for part in calibration.chosen]
-    facts = [{"site": tally.site.name, **tally.facts} for tally in group]
-    folder = calibration.root / f"{_prefix(calibration)}{content_key(own=own, of=facts)}"
+def _file(tokens: TokenSource, group: Sequence[Accumulator]) -> Path:
+    own = [[part.start, part.stop] for part in tokens.chosen]
+    facts = [accumulator.facts for accumulator in group]
+    folder = tokens.root / f"{_prefix(tokens)}{content_key(own=own, of=facts)}"
     return folder / "sums.safetensors"
 
 
-def _zeros(tally: Tally) -> Sums:
-    return {name: torch.zeros(s, dtype=torch.float64) for name, s in sorted(tally.shapes.items())}
+def _zeros(accumulator: Accumulator) -> Sums:
+    shapes = sorted(accumulator.shapes.items())
+    return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes}
 
 
 @dataclass
-class _Saved:
+class _SavedPass:
     """Sums of a pass that is under way; what is saved is whole, whenever the process dies."""
 
     file: Path
     begun: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
 
-    def read(self, group: Sequence[Tally]) -> tuple[int, list[Sums]]:
+    def read(self, group: Sequence[Accumulator]) -> tuple[int, list[Sums]]:
         """How many parts are done, and their sums; none, and zeros, where none are whole."""
-        sums = [_zeros(tally) for tally in group]
+        sums = [_zeros(accumulator) for accumulator in group]
         if not self.file.exists():
             return 0, sums
         try:
@@ -167,23 +247,21 @@ class _Saved:
         except MoeeError as error:
             tell(f"saved sums are damaged, and made again: {error.found} ({self.file})")
             return 0, sums
-        for number, total in enumerate(sums):
-            for name, values in total.items():
+        for number, own in enumerate(sums):
+            for name, values in own.items():
                 values.copy_(tensors[f"{number}.{name}"])
         return facts["parts"], sums
 
-    def keep(self, sums: Sequence[Sums], parts: int, *, last: bool) -> None:
+    def save(self, sums: Sequence[Sums], parts: int, *, last: bool) -> None:
         """Save the sums of so many parts, unless others were saved not long ago.
 
         The ``last`` ones are saved if the pass took long.
         """
         now = time.monotonic()
-        if now - (self.begun if last else self.saved) >= SAVED_AFTER:
-            self._write(sums, parts)
-            self.saved = now
-
-    def _write(self, sums: Sequence[Sums], parts: int) -> None:
-        tensors = {f"{n}.{name}": v for n, total in enumerate(sums) for name, v in total.items()}
+        if now - (self.begun if last else self.saved) < SAVED_AFTER:
+            return
+        tensors = {f"{n}.{name}": v for n, own in enumerate(sums) for name, v in own.items()}
         with writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.file, tensors, {"parts": parts})
+        self.saved = now

@@ -1,65 +1,89 @@
-"""The files of a recording: a site's rows, in their full size from the start, filled bit by bit."""
+"""The files of a recording: all rows of a site, in their full size from the start, filled in turn.
+
+Checksums tell how many images are whole on the disk, so that a killed recording goes on.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.output_gradients import taken_apart
-from moee_analysis.utils.storage.files import bytes_text
+from moee_analysis.utils.progress import tell
+from moee_analysis.utils.storage.checksums import read_signed, write_signed
+from moee_analysis.utils.storage.refusals import bytes_text
 
 File = tuple[str, str]  # a site's name, and what the file holds of it
+Blocks = Mapping[File, np.ndarray]  # the rows of one image in every file, all zeros
 
-FILES = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
-"""What a site's files hold, by kind of values; gradients have an axis of probes before the rows."""
+CONTENTS = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
+"""What a site's files hold, by kind of values."""
 DEFAULT = ("inputs", "hidden")
+PROGRESS = "progress.json"
 
 
 def contents_of(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the files of one site hold of its ``rows``, by kind of values."""
     contents = {kind: values.half() for kind, values in rows.items() if kind != "gradients"}
     if "gradients" in rows:
-        directions, contents["norms"] = taken_apart(rows["gradients"])
+        directions, contents["norms"] = split_norms(rows["gradients"])
         contents["directions"] = directions.half()
     return contents
 
 
-def size_of(one: Mapping[File, np.ndarray], rows: Mapping[File, int]) -> int:
-    """Bytes of so many ``rows`` of files of which ``one`` is a single row."""
-    return sum(rows[file] * row.nbytes for file, row in one.items())
+def split_norms(gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split gradients (..., dim) into unit vectors (..., dim) and norms (...,), both float32.
+
+    The unit vectors are safe in half precision whatever the gradients' size; zeros stay zeros.
+    """
+    exact = gradients.double()  # where no square of a float32 over- or underflows
+    norms = torch.linalg.vector_norm(exact, dim=-1)
+    directions = exact / norms.clamp_min(torch.finfo(norms.dtype).tiny)[..., None]
+    return directions.float(), norms.float()
 
 
-def create(folder: Path, one: Mapping[File, np.ndarray], rows: Mapping[File, int]) -> None:
-    """Create all files of so many ``rows``, of the type and shape of ``one`` each.
+def path_of(folder: Path, file: File) -> Path:
+    """Where a file of a recording is."""
+    return folder / f"{'.'.join(file)}.npy"
+
+
+def map_file(folder: Path, file: File) -> np.ndarray:
+    """Map a file that was created; what is written leaves the process's memory with the array."""
+    return np.lib.format.open_memmap(path_of(folder, file), "r+")
+
+
+def size_of(blocks: Blocks, images: int) -> int:
+    """Bytes of the files of so many images."""
+    return images * sum(block.nbytes for block in blocks.values())
+
+
+def create(folder: Path, blocks: Blocks, images: int) -> None:
+    """Create the files of so many images.
 
     Raises
     ------
     MoeeError
         Not enough room for them. All of it is taken now, so that it does not run out later.
     """
-    size, free = size_of(one, rows), shutil.disk_usage(folder).free
+    size, free = size_of(blocks, images), shutil.disk_usage(folder).free
     if size > free:
         raise _no_room(folder, size, f"{bytes_text(free)} free")
-    for file, row in one.items():
-        axis = _row_axis(file)
-        shape = (*row.shape[1 : 1 + axis], rows[file], *row.shape[1 + axis :])
-        mapped = np.lib.format.open_memmap(folder / file_name(file), "w+", row.dtype, shape)
-        _take_room(folder, file, mapped.offset + mapped.nbytes)
-
-
-def _take_room(folder: Path, file: File, size: int) -> None:
-    try:
-        with (folder / file_name(file)).open("r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, size)
-    except OSError as error:  # another program was quicker, or a quota is used up
-        raise _no_room(folder, size, str(error)) from None
+    for file, block in blocks.items():
+        path, shape = path_of(folder, file), (images * len(block), *block.shape[1:])
+        mapped = np.lib.format.open_memmap(path, "w+", block.dtype, shape)
+        try:
+            with path.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, mapped.offset + mapped.nbytes)
+        except OSError as error:  # another program was quicker, or a quota is used up
+            raise _no_room(folder, size, str(error)) from None
 
 
 def _no_room(folder: Path, size: int, found: str) -> MoeeError:
@@ -69,40 +93,8 @@ def _no_room(folder: Path, size: int, found: str) -> MoeeError:
     )  # fmt: skip
 
 
-def in_memory(one: Mapping[File, np.ndarray], rows: Mapping[File, int]) -> dict[File, np.ndarray]:
-    """What files of so many ``rows`` would hold, in memory; each is seen with its rows first."""
-    return {file: np.empty((rows[file], *row.shape[1:]), row.dtype) for file, row in one.items()}
-
-
-def as_on_disk(file: File, rows: np.ndarray) -> np.ndarray:
-    """The ``rows`` of a file in the order of its axes on disk: gradients have probes first."""
-    return np.moveaxis(rows, 0, _row_axis(file))
-
-
-@dataclass(frozen=True)
-class OnDisk(Mapping):
-    """Files of ``folder`` that were created, seen with their rows first.
-
-    Each is mapped anew when it is asked for, so that what was written leaves the memory of the
-    process with the array.
-    """
-
-    folder: Path
-    files: Collection[File]
-
-    def __getitem__(self, file: File) -> np.ndarray:
-        mapped = np.lib.format.open_memmap(self.folder / file_name(file), "r+")
-        return np.moveaxis(mapped, _row_axis(file), 0)
-
-    def __iter__(self) -> Iterator[File]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def write(file: np.ndarray, rows: torch.Tensor, *, start: int, name: str) -> None:
-    """Write ``rows`` into a mapped file of the site ``name``, from row ``start`` on.
+def write_rows(target: np.ndarray, rows: torch.Tensor, *, start: int, name: str) -> None:
+    """Write ``rows`` of the site ``name`` into a file's array, from row ``start`` on.
 
     Raises
     ------
@@ -115,14 +107,64 @@ def write(file: np.ndarray, rows: torch.Tensor, *, start: int, name: str) -> Non
             f"larger or NaN values in {name}",
             "check the weights and the images' normalisation",
         )
-    file[start : start + len(rows)] = rows.numpy()
+    target[start : start + len(rows)] = rows.numpy()
 
 
-def file_name(file: File) -> str:
-    """Name of a file in its folder."""
-    return f"{'.'.join(file)}.npy"
+@dataclass
+class SavedImages:
+    """How many images of a recording are whole in its ``folder``; ``hashes`` are of their rows."""
 
+    folder: Path
+    blocks: Blocks
+    count: int = 0
+    hashes: dict[File, Any] = field(default_factory=dict)
 
-def _row_axis(file: File) -> int:
-    """Where the rows are on disk: gradients have their probes first."""
-    return int(file[1] in FILES["gradients"])
+    def save(self, count: int) -> None:
+        """Say that there are so many images now; their rows are brought to the disk."""
+        self._hash(count)
+        for file in self.blocks:
+            map_file(self.folder, file).flush()
+        write_signed(self.folder / PROGRESS, {"images": count, "hashes": self._digests})
+
+    def resume(self) -> bool:
+        """Find the images that were saved before; whether there are any, and they are whole.
+
+        Files that are damaged are told of.
+        """
+        path = self.folder / PROGRESS
+        if not path.exists():
+            return False
+        try:
+            saved = read_signed(path)
+            self._hash(saved["images"])
+            whole = self._digests == saved["hashes"]
+            damage = "" if whole else "other values than were saved"
+        except MoeeError as error:
+            damage = error.found
+        except Exception as error:  # a damaged file can break the reader in any way
+            damage = str(error)
+        if damage:
+            tell(f"the recording in '{self.folder}' is damaged ({damage}): it begins again")
+            self.count, self.hashes = 0, {}
+        return not damage
+
+    @property
+    def _digests(self) -> dict[str, str]:
+        return {".".join(file): found.hexdigest() for file, found in sorted(self.hashes.items())}
+
+    def _hash(self, count: int) -> None:
+        """Add the rows up to those of so many images."""
+        for file, block in self.blocks.items():
+            mapped = map_file(self.folder, file)
+            if file not in self.hashes:
+                self.hashes[file] = hashlib.sha256(self._header(file, mapped))
+            rows = slice(self.count * len(block), count * len(block))
+            self.hashes[file].update(np.ascontiguousarray(mapped[rows]))
+        self.count = count
+
+    def _header(self, file: File, mapped: np.memmap) -> bytes:
+        path = path_of(self.folder, file)
+        if path.stat().st_size != mapped.offset + mapped.nbytes:
+            raise ValueError(f"{path.name} has another size")
+        with path.open("rb") as opened:
+            return opened.read(mapped.offset)

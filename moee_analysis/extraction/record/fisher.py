@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from timm.layers import Mlp
 
-from moee_analysis.extraction.record.hooks import LayerSample
+from moee_analysis.extraction.record.recorded_tokens import LayerSample
 
 PRIOR = 500  # tokens' worth of the metric of all experts that each expert's own is mixed with
 CHUNK = 16384
@@ -62,7 +62,7 @@ def expert_metrics(sums: Mapping[str, torch.Tensor], kinds: np.ndarray) -> torch
     torch.Tensor
         Float64 (experts, dim, dim).
     """
-    least = torch.finfo(torch.float64).tiny
+    least = torch.finfo(sums["kinds"].dtype).tiny
     priors = sums["kinds"] / sums["of_kinds"].clamp_min(least)[:, None, None]
     mixed = (sums["fisher"] + PRIOR * priors[kinds]) / (sums["weight"] + PRIOR)[:, None, None]
     return damped(mixed) / 2

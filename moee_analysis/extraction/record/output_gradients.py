@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.capture import watch
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.loading import MlpSite
 
@@ -44,8 +43,8 @@ def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:
         raise MoeeError(
             f"seeds of {len(logits)} images", f"{len(seeds)}", "give every image seeds of its own"
         )
-    drawn = [np.random.default_rng(seed).standard_normal(logits.shape[1]) for seed in seeds]
-    xi = torch.from_numpy(np.stack(drawn)).to(logits)
+    draws = [np.random.default_rng(seed).standard_normal(logits.shape[1]) for seed in seeds]
+    xi = torch.from_numpy(np.stack(draws)).to(logits)
     if logits.shape[1] == 1:  # no classes: a small change counts by its square
         return xi
     p = torch.softmax(logits.detach(), dim=-1)
@@ -87,48 +86,25 @@ def output_gradients(
     MoeeError
         A site that is not called exactly once, or that gets no whole number of windows per image.
     """
-    with evaluating(model), torch.enable_grad(), _outputs(model, sites) as calls:
+    calls: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        # The weights ask for no gradients, so the graph begins at the first site.
+        calls[name].append(output if output.requires_grad else output.requires_grad_())
+
+    modules = {site.name: site.module(model) for site in sites}
+    with evaluating(model), torch.enable_grad(), watch(modules, keep, "outputs"):
         logits = model(x).reshape(len(x), -1)
-    outputs = {name: _only(name, seen, len(x)) for name, seen in calls.items()}
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in outputs}
+    outputs = [_only(name, seen, len(x)) for name, seen in calls.items()]
+    by_probe = []
     for number in range(probes):
         v = probe(logits, [(*seed, number) for seed in seeds])
         gradients = torch.autograd.grad(
-            logits, list(outputs.values()), v, retain_graph=number < probes - 1,
-            allow_unused=True, materialize_grads=True,
+            logits, outputs, v, retain_graph=number < probes - 1, allow_unused=True,
+            materialize_grads=True,
         )  # fmt: skip
-        for name, gradient in zip(found, gradients, strict=True):
-            found[name].append(gradient.reshape(len(x), -1, gradient.shape[-1]).float())
-    return {name: torch.stack(of_probes) for name, of_probes in found.items()}
-
-
-def taken_apart(gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split gradients (..., dim) into unit vectors (..., dim) and norms (...,), both float32.
-
-    The unit vectors are safe in half precision whatever the gradients' size; zeros stay zeros.
-    """
-    exact = gradients.double()  # where no square of a float32 over- or underflows
-    norms = torch.linalg.vector_norm(exact, dim=-1)
-    directions = exact / norms.clamp_min(torch.finfo(norms.dtype).tiny)[..., None]
-    return directions.float(), norms.float()
-
-
-@contextmanager
-def _outputs(model: nn.Module, sites: Sequence[MlpSite]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """While open, every call of a site leaves its output, from where a graph is kept."""
-    calls: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
-    with ExitStack() as hooks:
-        for site in sites:
-            keep = partial(_keep, calls[site.name])
-            hooks.callback(site.module(model).register_forward_hook(keep).remove)
-        yield calls
-
-
-def _keep(
-    seen: list[torch.Tensor], _module: nn.Module, _args: tuple[torch.Tensor], output: torch.Tensor
-) -> None:
-    # The weights ask for no gradients, so the graph begins here at the first site.
-    seen.append(output if output.requires_grad else output.requires_grad_())
+        by_probe.append([g.reshape(len(x), -1, g.shape[-1]).float() for g in gradients])
+    return dict(zip(calls, map(torch.stack, zip(*by_probe, strict=True)), strict=True))
 
 
 def _only(name: str, seen: list[torch.Tensor], images: int) -> torch.Tensor:

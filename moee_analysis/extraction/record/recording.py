@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,32 +15,37 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.activation_files import (
+    CONTENTS,
     DEFAULT,
-    FILES,
+    Blocks,
     File,
-    OnDisk,
-    as_on_disk,
+    SavedImages,
     contents_of,
     create,
-    file_name,
-    in_memory,
+    map_file,
+    path_of,
     size_of,
-    write,
+    write_rows,
 )
-from moee_analysis.extraction.record.hooks import Activations, LayerSample, TokenPlan, recording
 from moee_analysis.extraction.record.output_gradients import output_gradients
-from moee_analysis.extraction.record.recording_progress import Whole
-from moee_analysis.models import loading as models
+from moee_analysis.extraction.record.recorded_tokens import (
+    Activations,
+    LayerSample,
+    TokenPlan,
+    capture_mlps,
+    layer_sample,
+)
+from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
-from moee_analysis.models.loading import MlpSite
+from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.utils.progress import progress, tell_progress
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.locks import remove
-from moee_analysis.utils.storage.store import content_key, resumed
+from moee_analysis.utils.storage.store import content_key, get_or_resume
 
 BATCH = 32  # images; a pass that can be run backward keeps every layer's activations
 SAVED_EVERY = 512  # images, whole batches of them
-WHERE = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
+ORIGIN = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
 
 
 def record(
@@ -70,8 +76,7 @@ def record(
         Not enough room on the disk; values beyond half precision; kinds or probes that cannot
         be recorded.
     """
-    recording = Recording(model, images, tuple(sites), plan, tuple(kinds), probes)
-    return recording.made(root, label="recording")
+    return Recording(model, images, tuple(sites), plan, tuple(kinds), probes).to_disk(root)
 
 
 @dataclass(frozen=True)
@@ -86,128 +91,91 @@ class Recording:
     probes: int = 2
 
     def __post_init__(self) -> None:
-        if "inputs" not in self.kinds or set(self.kinds) - set(FILES) or self.probes < 1:
+        if "inputs" not in self.kinds or set(self.kinds) - set(CONTENTS) or self.probes < 1:
             raise MoeeError(
-                f"inputs and others of {', '.join(FILES)}; probes >= 1",
+                f"inputs and others of {', '.join(CONTENTS)}; probes >= 1",
                 f"{self.kinds}; {self.probes} probes",
                 'name them as in kinds=("inputs", "gradients"), probes=2',
             )  # fmt: skip
-        object.__setattr__(self, "kinds", tuple(kind for kind in FILES if kind in self.kinds))
 
     @cached_property
     def key(self) -> str:
         """Key of the recording in a store."""
-        plan = self.plan
+        probes = {"probes": self.probes} if "gradients" in self.kinds else {}
         return content_key(
-            model=models.fingerprint(self.model),
+            recording=[site.name for site in self.sites],
+            model=fingerprint(self.model),
             images=self.images.fingerprint,
-            sites=[site.name for site in self.sites],
-            plan=[*plan.facts, plan.first],
-            **self.unusual,
+            plan=[*self.plan.facts, self.plan.first],
+            kinds=sorted(self.kinds),
+            **probes,
         )
 
     def folder(self, root: Path) -> Path:
         """Where the recording is in the store ``root`` once it is made."""
         return root / f"activations-{self.key}"
 
-    def made(self, root: Path, *, label: str = "") -> Activations:
-        """Record, or find the recording in the store ``root``; nothing is told without a label."""
+    def to_disk(self, root: Path, *, label: str = "recording") -> Activations:
+        """Record, or find the recording in the store ``root``."""
         build = partial(_record_into, task=self, label=label)
-        return Activations(resumed(root, self.folder(root).name, build), self.key)
+        return Activations(get_or_resume(root, self.folder(root).name, build), self.key)
 
-    def held(self) -> dict[str, LayerSample]:
+    def in_memory(self) -> dict[str, LayerSample]:
         """Record into memory alone; the sample of every site, by its name."""
-        files = in_memory(self.one_row, self.rows)
-        for _ in _recorded(files, self, 0, ""):
+        count = len(self.images)
+        arrays = {
+            file: np.empty((count * len(block), *block.shape[1:]), block.dtype)
+            for file, block in self.blocks.items()
+        }
+        for _ in _recorded(self, arrays.__getitem__):
             pass
-        return {site.name: self._sample(site, files) for site in self.sites}
-
-    def _sample(self, site: MlpSite, files: Mapping[File, np.ndarray]) -> LayerSample:
-        own = {file[1]: as_on_disk(file, v) for file, v in files.items() if file[0] == site.name}
-        where = _where(self.plan, len(self.images), self.tokens[site.name])
-        whence = {field: where[field] for field in where.dtype.names}
-        start = self.plan.first * self.kept[site.name]
-        return LayerSample(**{"hidden": None} | own | whence, start=start)
-
-    @property
-    def gradients(self) -> bool:
-        """Whether gradients are recorded."""
-        return "gradients" in self.kinds
+        samples = {}
+        for site in self.sites:
+            values = {content: arrays[site.name, content] for content in self.contents}
+            origin = _origin(self.plan, count, self.tokens[site.name])
+            start = self.plan.first * self.kept[site.name]
+            samples[site.name] = layer_sample(values, origin, start=start)
+        return samples
 
     @property
-    def unusual(self) -> dict:
-        """What tells this recording from that of inputs and hidden activations."""
-        kinds = {} if self.kinds == DEFAULT else {"kinds": self.kinds}
-        return kinds | ({"probes": self.probes} if self.gradients else {})
+    def contents(self) -> list[str]:
+        """What there is a file of, for every site."""
+        return [content for kind in self.kinds for content in CONTENTS[kind]]
 
     @cached_property
     def tokens(self) -> dict[str, int]:
         """How many tokens of an image each site sees, by its name."""
-        with recording(self.model, self.sites) as captured, torch.inference_mode():
-            self.model(models.blank(self.model))
-            return {name: seen.inputs.shape[:2].numel() for name, seen in captured.items()}
+        with capture_mlps(self.model, self.sites) as seen, torch.inference_mode():
+            self.model(blank(self.model))
+        return {name: of["inputs"].shape[:2].numel() for name, of in seen.items()}
 
     @property
     def kept(self) -> dict[str, int]:
         """How many of them are kept."""
         return {name: len(self.plan.weights(count)) for name, count in self.tokens.items()}
 
-    @property
-    def rows(self) -> dict[File, int]:
-        """Rows of every file."""
-        kept = self.kept
-        return {file: len(self.images) * kept[file[0]] for file in self.one_row}
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The rows of one image in every file, all zeros."""
+        blocks: dict[File, np.ndarray] = {}
+        for site in self.sites:
+            shapes = {"inputs": (site.dim,), "hidden": (site.hidden,)}
+            shapes["gradients"] = (self.probes, site.dim)
+            kept = self.kept[site.name]
+            rows = contents_of({kind: torch.zeros(kept, *shapes[kind]) for kind in self.kinds})
+            blocks |= {(site.name, content): values.numpy() for content, values in rows.items()}
+        return blocks
 
     @property
     def bytes(self) -> int:
         """What the recording takes on disk."""
-        return size_of(self.one_row, self.rows)
-
-    @cached_property
-    def one_row(self) -> dict[File, np.ndarray]:
-        """One row of every file, all zeros: its type and shape."""
-        return {(s.name, content): row for s in self.sites for content, row in self._row(s).items()}
-
-    def _row(self, site: MlpSite) -> dict[str, np.ndarray]:
-        shapes = {"inputs": (1, site.dim), "hidden": (1, site.hidden)}
-        shapes["gradients"] = (1, self.probes, site.dim)
-        contents = contents_of({kind: torch.zeros(shapes[kind]) for kind in self.kinds})
-        return {content: row.numpy() for content, row in contents.items()}
+        return size_of(self.blocks, len(self.images))
 
 
-def _record_into(folder: Path, *, task: Recording, label: str) -> None:
-    files = OnDisk(folder, task.one_row)
-    each = {file: rows // max(len(task.images), 1) for file, rows in task.rows.items()}
-    whole = Whole(folder, files, each)
-    if not whole.go_on():
-        if label:
-            tell_progress(_what(task))
-        create(folder, task.one_row, task.rows)
-        whole.add(0)
-    for count in _recorded(files, task, whole.images, label):
-        if count % SAVED_EVERY == 0 or count == len(task.images):
-            whole.add(count)
-    check_unchanged(task)
-    for count in set(task.tokens.values()):
-        where = _where(task.plan, len(task.images), count)
-        np.save(folder / f"tokens-{count}.npy", where)
-    write_json(folder / "manifest.json", {"tokens": task.tokens, **task.unusual})
-    _remove_others(folder, task)
+def check_unchanged(task: Any) -> None:
+    """Refuse what was made of a ``task`` whose images or weights are not what they began as.
 
-
-def _remove_others(folder: Path, task: Recording) -> None:
-    """Remove what does not belong to the recording."""
-    own = {f"tokens-{count}.npy" for count in task.tokens.values()} | {"manifest.json"}
-    own |= {file_name(file) for file in task.one_row}
-    for path in folder.iterdir():
-        if path.name not in own:
-            remove(path)
-
-
-def check_unchanged(task: Recording) -> None:
-    """Refuse what was made of ``task`` if its images or weights are not those it began with.
-
-    ``task`` is anything with ``images`` and a ``key``.
+    ``task`` is a dataclass with ``images`` and a ``key``.
 
     Raises
     ------
@@ -221,7 +189,28 @@ def check_unchanged(task: Recording) -> None:
         )  # fmt: skip
 
 
-def _what(task: Recording) -> str:
+def _record_into(folder: Path, *, task: Recording, label: str) -> None:
+    saved = SavedImages(folder, task.blocks)
+    if not saved.resume():
+        if label:
+            tell_progress(_description(task))
+        create(folder, task.blocks, len(task.images))
+        saved.save(0)
+    for count in _recorded(task, partial(map_file, folder), first=saved.count, label=label):
+        if count % SAVED_EVERY == 0 or count == len(task.images):
+            saved.save(count)
+    check_unchanged(task)
+    for count in set(task.tokens.values()):
+        np.save(folder / f"tokens-{count}.npy", _origin(task.plan, len(task.images), count))
+    write_json(folder / "manifest.json", {"tokens": task.tokens, "contents": task.contents})
+    own = {f"tokens-{count}.npy" for count in task.tokens.values()} | {"manifest.json"}
+    own |= {path_of(folder, file).name for file in task.blocks}
+    for path in folder.iterdir():
+        if path.name not in own:
+            remove(path)
+
+
+def _description(task: Recording) -> str:
     kept = "/".join(map(str, sorted(set(task.kept.values()))))
     return (
         f"recording {len(task.sites)} layers on {len(task.images)} images, "
@@ -229,24 +218,24 @@ def _what(task: Recording) -> str:
     )
 
 
-def _where(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
+def _origin(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
     """Image, position and weight of every sampled row, as one structured array."""
     weights = plan.weights(tokens)
-    where = np.empty(images * len(weights), WHERE)
-    for number, rows in enumerate(where.reshape(-1, len(weights)), start=plan.first):
+    origin = np.empty(images * len(weights), ORIGIN)
+    for number, rows in enumerate(origin.reshape(-1, len(weights)), start=plan.first):
         rows["image"], rows["weight"] = number, weights
         rows["position"] = plan.positions(number, tokens)
-    return where
+    return origin
 
 
 def _recorded(
-    files: Mapping[File, np.ndarray], task: Recording, first: int, label: str
+    task: Recording, array_of: Callable[[File], np.ndarray], *, first: int = 0, label: str = ""
 ) -> Iterator[int]:
     """Record from the image ``first`` on, and yield how many there are after every batch."""
     rest = task.images.take(range(first, len(task.images)))
     batches = rest.batches(task.model, batch_size=BATCH)
     if label:
-        label += " with gradients" if task.gradients else ""
+        label += " with gradients" if "gradients" in task.kinds else ""
         batches = progress(batches, label=label, total=-(-len(rest) // BATCH))
     for batch in batches:
         numbers = range(task.plan.first + first, task.plan.first + first + len(batch))
@@ -254,25 +243,27 @@ def _recorded(
             chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
             rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
             for content, values in contents_of(rows).items():
-                write(files[name, content], values, start=first * chosen.shape[1], name=name)
+                start = first * chosen.shape[1]
+                write_rows(array_of((name, content)), values, start=start, name=name)
         first += len(batch)
         yield first
 
 
 def _seen(task: Recording, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
     """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
-    model, sites, seeds = task.model, task.sites, [(task.plan.seed, n) for n in numbers]
-    gradients = {}
-    with recording(model, sites) as captured:
-        if task.gradients:
-            gradients = output_gradients(model, sites, x, seeds=seeds, probes=task.probes)
+    gradients: dict[str, torch.Tensor] = {}
+    with capture_mlps(task.model, task.sites) as seen:
+        if "gradients" in task.kinds:
+            seeds = [(task.plan.seed, number) for number in numbers]
+            gradients = output_gradients(task.model, task.sites, x, seeds=seeds, probes=task.probes)
         else:
             with torch.inference_mode():
-                model(x)
-    seen = {name: {"gradients": g.permute(1, 2, 0, 3)} for name, g in gradients.items()}
-    for name, tokens in captured.items():
-        of_images = {k: v.reshape(len(x), -1, v.shape[-1]) for k, v in vars(tokens).items()}
-        seen[name] = seen.get(name, {}) | of_images
+                task.model(x)
+    for name, values in seen.items():
+        for kind, tokens in values.items():
+            values[kind] = tokens.reshape(len(x), -1, tokens.shape[-1])  # windows of one image
+        if name in gradients:
+            values["gradients"] = gradients[name].permute(1, 2, 0, 3)
     return seen
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from functools import partial
 
 import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.hooks import TokenPlan
 from moee_analysis.extraction.record.output_gradients import output_gradients
+from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.models.attention import AttentionSite
+from moee_analysis.models.capture import watch
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank, find_mlps, input_size
@@ -42,7 +41,11 @@ def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
     expected = vars(model).get("num_prefix_tokens")
     if expected == 0:
         return ()
-    own = {_stem(name): len(p[0]) for name, p in model.named_parameters() if p.ndim > 2}
+    own = {  # the number of a branch is no part of a parameter's name
+        re.sub(r"_token_?\d+$", "_token", name.rpartition(".")[2]): len(parameter[0])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 2
+    }
     kinds = [kind for name in PREFIX_KINDS for kind in _of_parameter(name, own.get(name, 0))]
     if expected is not None and len(kinds) != expected:
         raise MoeeError(
@@ -51,11 +54,6 @@ def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
             f"use a model whose leading tokens are timm's {', '.join(PREFIX_KINDS)}",
         )
     return tuple(kinds)
-
-
-def _stem(name: str) -> str:
-    """The last part of a parameter's name, without the number of a branch."""
-    return re.sub(r"_token_?\d+$", "_token", name.rpartition(".")[2])
 
 
 def _of_parameter(name: str, tokens: int) -> tuple[str, ...]:
@@ -111,17 +109,11 @@ def _kinds_of_input(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
 
 def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of what each layer gets of one image, if it is called once."""
-    found: dict[str, list[tuple[int, ...]]] = {}
-
-    def see(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found.setdefault(name, []).append(tuple(args[0].shape))
-
-    with ExitStack() as hooks, evaluating(model):
-        for name in names:
-            hook = model.get_submodule(name).register_forward_pre_hook(partial(see, name))
-            hooks.callback(hook.remove)
+    calls: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+    modules = {name: model.get_submodule(name) for name in calls}
+    with evaluating(model), watch(modules, lambda name, x: calls[name].append(tuple(x.shape))):
         model(blank(model))
-    return {name: shapes[0] for name, shapes in found.items() if len(shapes) == 1}
+    return {name: shapes[0] for name, shapes in calls.items() if len(shapes) == 1}
 
 
 def unread_kinds(
@@ -138,11 +130,10 @@ def unread_kinds(
     MoeeError
         The model has no MLPs, or a site that :func:`output_gradients` refuses.
     """
-    found = {}
-    for name, (kinds, read) in _read(model, sites).items():
-        known = {kind for kind, is_read in zip(kinds, read, strict=True) if is_read}
-        found[name] = tuple(kind for kind in dict.fromkeys(kinds) if kind not in known)
-    return found
+    return {
+        name: tuple(dict.fromkeys(kind for kind in kinds if kind not in read))
+        for name, (kinds, read) in _read_kinds(model, sites).items()
+    }
 
 
 def unread_patches(
@@ -152,17 +143,14 @@ def unread_patches(
 
     As :func:`unread_kinds`; an MLP that gets no patches is one of them.
     """
-    return frozenset(
-        name
-        for name, (kinds, read) in _read(model, sites).items()
-        if not any(r for kind, r in zip(kinds, read, strict=True) if kind == "patch")
-    )
+    kinds_read = _read_kinds(model, sites)
+    return frozenset(name for name, (_, read) in kinds_read.items() if "patch" not in read)
 
 
-def _read(
+def _read_kinds(
     model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None
-) -> dict[str, tuple[list[str], list[bool]]]:
-    """The kind of every token of one image at each site, and whether anything reads its output."""
+) -> dict[str, tuple[tuple[str, ...], set[str]]]:
+    """The kinds of the tokens at each site, and those of which some output is read."""
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
     sites = find_mlps(model) if sites is None else sites
     gradients = output_gradients(model, sites, like(image, model), seeds=[(0, 0)], probes=1)
@@ -170,6 +158,6 @@ def _read(
     found = {}
     for name, gradient in gradients.items():
         read = gradient.flatten(0, 1).any(dim=2).any(dim=0).tolist()
-        kinds = [*leading[name], *["patch"] * (len(read) - len(leading[name]))]
-        found[name] = kinds, read
+        kinds = (*leading[name], *["patch"] * (len(read) - len(leading[name])))
+        found[name] = kinds, {kind for kind, is_read in zip(kinds, read, strict=True) if is_read}
     return found

@@ -34,5 +34,5 @@ class LayerReport:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LayerReport:
         """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
-        kinds = tuple(content.get("dense_tokens", ()))  # of runs before it was a setting: none
-        return cls(**content | {"sizes": tuple(content["sizes"]), "dense_tokens": kinds})
+        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+        return cls(**content | lists)

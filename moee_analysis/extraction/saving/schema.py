@@ -1,6 +1,6 @@
-"""What the facts of a run are: every field of ``run.json``, its type and its range.
+"""The facts of a run: every field of ``run.json``, its type and its range.
 
-No other fields are taken, but among the arguments of a network and what is told of its origin.
+No other fields are taken, but among the arguments of a network and in the record of its origin.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import fastjsonschema
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.config.recipes import TOKEN_KINDS
+from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.utils.checks import LAST_SEED
 
 Schema = dict[str, Any]
@@ -26,7 +27,41 @@ FIRST = 5
 """The format whose models have neither answers nor arguments of ``timm.create_model``."""
 
 LATER = ("arguments", "dtype", "answers", "by_hand", "transform_sha256")
-JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
+REMOVED = {
+    ExtractConfig: {"dense_tokens", "union", "thin"},
+    ClusterConfig: {"selection", "metric"},
+    LayerReport: {"dense_tokens", "thin"},
+}
+"""Fields of earlier versions, without which a run is loaded as well."""
+
+
+def without_removed(facts: dict[str, Any]) -> dict[str, Any]:
+    """Leave out :data:`REMOVED` fields of a run of an earlier version.
+
+    Raises
+    ------
+    MoeeError
+        A run of a kind that is no more.
+    """
+
+    def trimmed(kind: type, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        gone = REMOVED[kind] - {field.name for field in fields(kind)}
+        return {name: value for name, value in content.items() if name not in gone}
+
+    config, layers = trimmed(ExtractConfig, facts.get("config")), facts.get("layers")
+    if isinstance(config, dict) and "clustering" in config:
+        config["clustering"] = trimmed(ClusterConfig, config["clustering"])
+        if config.get("refit") == "each":
+            raise MoeeError(
+                "a run whose experts share one W2", 'refit="each", a W2 for each expert',
+                'extract again with refit="shared", or load it with the version that saved it',
+            )  # fmt: skip
+    if isinstance(layers, list):
+        layers = [trimmed(LayerReport, layer) for layer in layers]
+    changed = {"config": config, "layers": layers}
+    return facts | {name: value for name, value in changed.items() if name in facts}
 
 
 def check_facts(facts: Mapping[str, Any], source: Path) -> None:
@@ -40,15 +75,15 @@ def check_facts(facts: Mapping[str, Any], source: Path) -> None:
     try:
         _validator(facts["format"])(facts)
     except fastjsonschema.JsonSchemaValueException as error:
-        told = str(error).removeprefix("data.")
-        raise MoeeError(f"the facts of a run in '{source}'", told[:200], HINT) from None
+        found = str(error).removeprefix("data.")
+        raise MoeeError(f"the facts of a run in '{source}'", found[:200], HINT) from None
     ExtractConfig.from_json(facts["config"])
-    for told in _contradictions(facts):
-        raise MoeeError(f"facts of one run in '{source}'", told, HINT)
+    for found in _contradictions(facts):
+        raise MoeeError(f"facts of one run in '{source}'", found, HINT)
 
 
 def _contradictions(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What no field shows by itself."""
+    """Pairs of fields that cannot be of one run."""
     model, provenance = facts["model"], facts["provenance"]
     names = {model["architecture"], model["pretrained_cfg"]["architecture"], provenance["model"]}
     if len(names) > 1:
@@ -79,39 +114,44 @@ def _number(least: float, most: float, **others: Any) -> Schema:
     return {"type": "number", "minimum": least, "maximum": most, **others}
 
 
+def _integer(least: int, most: int) -> Schema:
+    return {"type": "integer", "minimum": least, "maximum": most}
+
+
 def _or_null(*of: Schema) -> Schema:
     return {"anyOf": [{"type": "null"}, *of]}
 
 
-def _settings(hint: Any) -> Schema:
-    """The type of a setting of a configuration, or of a whole one."""
-    if hint in JSON_TYPES:
-        return {"type": JSON_TYPES[hint]}
+TRUTH, TEXT, NULL = ({"type": name} for name in ("boolean", "string", "null"))
+NAME = {"type": "string", "minLength": 1, "maxLength": 1000}
+NAMES = _or_null(NAME, _list(NAME))
+COUNT = _integer(0, 10**9)
+RANK = _integer(0, 10**5)
+SIDE = _integer(1, 10**5)  # channels or pixels
+NUMBER = _number(-1e300, 1e300)
+SHARE = _number(0, 1 + 1e-4)
+ANSWERS = _list(NUMBER, maxItems=1000)
+SETTING = {"type": ["null", "boolean", "number", "string"]}
+DTYPE = {"enum": ["float32", "float64", "float16", "bfloat16"]}
+
+
+def _of_dataclass(hint: Any, **kinds: Schema) -> Schema:
+    """The type of a dataclass or of a field; ``kinds`` are those of numbers, by Python's name."""
+    simple = {str: TEXT, bool: TRUTH, NoneType: NULL}
+    if hint in (int, float):
+        return kinds[hint.__name__]
+    if hint in simple:
+        return simple[hint]
     if is_dataclass(hint):
         hints = get_type_hints(hint)
-        known = {field.name: _settings(hints[field.name]) for field in fields(hint)}
+        known = {field.name: _of_dataclass(hints[field.name], **kinds) for field in fields(hint)}
         return _object(optional=("dense_tokens",), **known)  # younger than the format
     if get_origin(hint) is Literal:
         return {"enum": list(get_args(hint))}
     if get_origin(hint) is tuple:
-        return _list(_settings(get_args(hint)[0]))
-    return {"anyOf": [_settings(each) for each in get_args(hint)]}
+        return _list(_of_dataclass(get_args(hint)[0], **kinds), maxItems=10**4)
+    return {"anyOf": [_of_dataclass(each, **kinds) for each in get_args(hint)]}
 
-
-TRUTH, TEXT = {"type": "boolean"}, {"type": "string"}
-NAME = {"type": "string", "minLength": 1, "maxLength": 1000}
-NAMES = _or_null(NAME, _list(NAME))
-COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
-RANK = {"type": "integer", "minimum": 0, "maximum": 10**5}
-SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
-SIDE = {"type": "integer", "minimum": 1, "maximum": 10**5}  # channels or pixels
-NUMBER = _number(-1e300, 1e300)
-SHARE = _number(0, 1 + 1e-4)
-SIZES = _list(COUNT, maxItems=10**4)
-ANSWERS = _list(NUMBER, maxItems=1000)
-KINDS = _list({"enum": list(TOKEN_KINDS)})
-SETTING = {"type": ["null", "boolean", "number", "string"]}
-DTYPE = {"enum": ["float32", "float64", "float16", "bfloat16"]}
 
 PLAIN = {"$ref": "#/definitions/plain"}
 ROUTER = {"$ref": "#/definitions/router"}
@@ -123,7 +163,12 @@ DEFINITIONS = {
     "router": {
         "anyOf": [
             _object(kind={"enum": ["cosine", "nearest", "constant"]}),
-            _object(kind={"enum": ["token_kinds"]}, prefix=SIZES, tokens=COUNT, inner=ROUTER),
+            _object(
+                kind={"enum": ["token_kinds"]},
+                prefix=_list(COUNT, maxItems=10**4),
+                tokens=COUNT,
+                inner=ROUTER,
+            ),
         ]
     },
 }  # fmt: skip
@@ -161,22 +206,6 @@ INPUT = _object(
     classifier=NAMES,
     first_conv=NAMES,
 )  # fmt: skip
-REPORT = _object(
-    optional=("dense_tokens",),
-    index=COUNT,
-    name=NAME,
-    hidden=COUNT,
-    converted=TRUTH,
-    reason=TEXT,
-    experts=COUNT,
-    noise_share=SHARE,
-    route_agreement=SHARE,
-    active_fraction=SHARE,
-    union_fraction=SHARE,
-    sizes=SIZES,
-    thin=TRUTH,
-    dense_tokens=KINDS,
-)
 EPOCH = _object(epoch=COUNT, steps=COUNT, loss=_or_null(NUMBER), kl=NUMBER, agreement=SHARE)
 FINETUNING = _object(
     optional=("contents",),
@@ -193,9 +222,10 @@ FINETUNING = _object(
 )
 
 
-def _model(later: tuple[str, ...]) -> Schema:
-    """What rebuilds the network; fields that came ``later`` may be missing."""
-    return _object(
+@cache
+def _validator(run_format: int) -> Callable[[Any], Any]:
+    later = LATER if run_format == FIRST else ()
+    model = _object(
         optional=("num_classes", *later),
         architecture=NAME,
         arguments=ARGUMENTS,
@@ -207,11 +237,7 @@ def _model(later: tuple[str, ...]) -> Schema:
         answers=ANSWERS,
         by_hand=_or_null(TEXT),
     )
-
-
-def _provenance(later: tuple[str, ...]) -> Schema:
-    """What the run was made from, and more that may be told of it."""
-    return _object(
+    provenance = _object(
         optional=("dtype", "contents", "finetunings", *later),
         others=True,
         model=NAME,
@@ -225,24 +251,19 @@ def _provenance(later: tuple[str, ...]) -> Schema:
         n_images=COUNT,
         images_sha256=NAME,
         contents=_list(NAME),
-        seed=SEED,
+        seed=_integer(0, LAST_SEED),
         versions=_named(TEXT),
         finetunings=_list(FINETUNING, minItems=1),
     )
-
-
-@cache
-def _validator(run_format: int) -> Callable[[Any], Any]:
-    later = LATER if run_format == FIRST else ()
     schema = _object(
         kind=NAME,
         format=COUNT,
-        model=_model(later),
+        model=model,
         tensors_sha256=NAME,
-        config=_settings(ExtractConfig),
+        config=_of_dataclass(ExtractConfig, int={"type": "integer"}, float={"type": "number"}),
         variance_kept=_or_null(_number(0, 1, exclusiveMinimum=True)),
-        layers=_list(REPORT, minItems=1),
-        provenance=_provenance(later),
+        layers=_list(_of_dataclass(LayerReport, int=COUNT, float=SHARE), minItems=1),
+        provenance=provenance,
         checksum=NAME,
     )
     draft = "http://json-schema.org/draft-04/schema#"  # to the later ones 1.0 is an integer

@@ -17,14 +17,19 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.record.hooks import Activations, LayerSample, TokenPlan
-from moee_analysis.extraction.record.layer_tokens import Recorded, recorded_layer
+from moee_analysis.extraction.record.recorded_tokens import (
+    Activations,
+    LayerSample,
+    RecordedLayer,
+    TokenPlan,
+)
 from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.extraction.record.token_kinds import leading_kinds, token_plan
-from moee_analysis.models.loading import MlpSite, find_mlps, fingerprint
+from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.utils.checks import not_none, real_number
 from moee_analysis.utils.distributed import own_share, processes
-from moee_analysis.utils.storage.files import nearest_folder
+from moee_analysis.utils.paths import nearest_folder
 from moee_analysis.utils.storage.store import content_key, present
 
 PART = 128  # images, whole batches of them
@@ -55,19 +60,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The sampled tokens of all MLPs on the calibration images, as ``config`` asks for them.
+class TokenSource:
+    """The sampled tokens of all MLPs on some images, of the ``kinds`` that are recorded.
 
     ``root`` is the store that holds them. Of several processes each has whole parts of its own.
-    Only parts with images that are ``looked_at`` are seen; None: all.
+    Only parts with the images of these ``numbers`` are seen; None: all.
     """
 
     model: nn.Module
     images: ImageSet
-    config: ExtractConfig
+    plan: TokenPlan
+    kinds: tuple[str, ...]
     root: Path
     limits: Limits = Limits()
-    looked_at: tuple[int, ...] | None = None
+    numbers: tuple[int, ...] | None = None
 
     @cached_property
     def sites(self) -> tuple[MlpSite, ...]:
@@ -78,8 +84,8 @@ class Calibration:
     def key(self) -> str:
         """Key of all tokens of all processes in a store."""
         return content_key(
-            model=fingerprint(self.model), images=self.images.fingerprint, kinds=self._kinds,
-            plan=self._plan.facts,
+            model=fingerprint(self.model), images=self.images.fingerprint, kinds=self.kinds,
+            plan=self.plan.facts,
         )  # fmt: skip
 
     @cached_property
@@ -90,14 +96,19 @@ class Calibration:
     @cached_property
     def tokens_per_image(self) -> dict[str, int]:
         """How many tokens of every image each site sees, by its name."""
-        return self._recording(range(0), self.sites).tokens
+        return self._whole.tokens
 
-    @cached_property
+    @property
     def kept_per_image(self) -> dict[str, int]:
         """How many tokens of every image each site has in the sample, by its name."""
-        return self._recording(range(0), self.sites).kept
+        return {n: len(self.plan.weights(count)) for n, count in self.tokens_per_image.items()}
 
-    @cached_property
+    @property
+    def bytes_per_image(self) -> int:
+        """What the tokens of an image take, on disk or in memory."""
+        return sum(block.nbytes for block in self._whole.blocks.values())
+
+    @property
     def own(self) -> list[range]:
         """Numbers of the images of each part of this process."""
         starts = range(0, len(self.images), PART)
@@ -107,102 +118,83 @@ class Calibration:
     @property
     def chosen(self) -> list[range]:
         """Those of them that are seen."""
-        if self.looked_at is None:
+        if self.numbers is None:
             return self.own
-        starts = {number // PART * PART for number in self.looked_at}
+        starts = {number // PART * PART for number in self.numbers}
         return [part for part in self.own if part.start in starts]
 
     def parts(
         self, sites: Sequence[MlpSite], *, gradients: bool = False, skip: int = 0
-    ) -> Iterator[dict[str, Recorded]]:
+    ) -> Iterator[dict[str, RecordedLayer]]:
         """Yield the tokens of ``sites``, by name, part after part of this process.
 
         Parameters
         ----------
         gradients
-            Whether those of the logits are needed, which the configuration has recorded.
+            Whether those of the logits are needed, which are among the kinds.
         skip
             So many parts at the beginning.
         """
         for numbers in self.chosen[skip:]:
-            if self._all is None:
-                recording = self._recording(numbers, sites, gradients=gradients)
-                samples = recording.held()
+            if self._recorded is None:
+                samples = self._recording(numbers, sites, gradients=gradients).in_memory()
             else:
-                samples = {site.name: self._recorded(site, numbers) for site in sites}
+                samples = {site.name: self._mapped(site, numbers) for site in sites}
             yield {
-                site.name: recorded_layer(samples[site.name], self.model, site) for site in sites
+                site.name: RecordedLayer.of(samples[site.name], self.model, site) for site in sites
             }
 
-    def _recorded(self, site: MlpSite, numbers: range) -> LayerSample:
+    def _mapped(self, site: MlpSite, numbers: range) -> LayerSample:
         """The recorded tokens of the images with these numbers."""
         kept, first = self.kept_per_image[site.name], self.own[0].start
         rows = slice((numbers.start - first) * kept, (numbers.stop - first) * kept)
-        return self._all.layer(site).part(rows)
+        return self._recorded.layer(site).part(rows)
 
     @cached_property
     def on_disk(self) -> bool:
         """Whether the tokens of this process are, or will be, recorded on the disk."""
-        recording = self._whole
-        return present(recording.folder(self.root)) or recording.bytes <= self._room
+        room = self.limits.disk
+        if room is None:
+            room = shutil.disk_usage(nearest_folder(self.root)).free / 2
+        there = present(self._whole.folder(self.root))
+        return there or self._whole.bytes <= room / processes()
 
     @cached_property
-    def _all(self) -> Activations | None:
+    def _recorded(self) -> Activations | None:
         """All parts of this process, recorded; None where there is no room for them."""
-        return self._whole.made(self.root, label="recording") if self.on_disk else None
+        return self._whole.to_disk(self.root) if self.on_disk else None
 
-    @property
+    @cached_property
     def _whole(self) -> Recording:
-        last = self.own[-1].stop if self.own else 0
-        return self._recording(range(self.own[0].start if self.own else 0, last), self.sites)
-
-    def bytes_of(self, images: int) -> int:
-        """What the tokens of so many images take, on disk or in memory."""
-        return self._recording(range(images), self.sites).bytes
-
-    @property
-    def _room(self) -> float:
-        """Bytes that recorded tokens of this process may take on the disk."""
-        if self.limits.disk is not None:
-            return self.limits.disk / processes()
-        return shutil.disk_usage(nearest_folder(self.root)).free / 2 / processes()
+        numbers = range(self.own[0].start, self.own[-1].stop) if self.own else range(0)
+        return self._recording(numbers, self.sites)
 
     def _recording(
         self, numbers: range, sites: Sequence[MlpSite], *, gradients: bool = True
     ) -> Recording:
-        kinds = tuple(kind for kind in self._kinds if gradients or kind != "gradients")
-        images = self.images.take(numbers)
-        plan = replace(self._plan, first=numbers.start)
-        return Recording(self.model, images, tuple(sites), plan, kinds)
-
-    @cached_property
-    def _plan(self) -> TokenPlan:
-        """Which tokens of every image are in the sample."""
-        names = [site.name for site in self.sites]
-        config = self.config
-        return token_plan(self.model, names, config.tokens_per_image, seed=config.seed)
-
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        """What the configuration has to know of every token."""
-        if self.config.needs_gradients:
-            return ("inputs", "gradients")
-        if self.config.tokens_per_image is None:  # too many to keep their hidden activations too
-            return ("inputs",)
-        return ("inputs", "hidden")
+        kinds = tuple(kind for kind in self.kinds if gradients or kind != "gradients")
+        plan = replace(self.plan, first=numbers.start)
+        return Recording(self.model, self.images.take(numbers), tuple(sites), plan, kinds)
 
 
-def calibration_of(
+def calibration_tokens(
     model: nn.Module,
     images: ImageSet,
     config: ExtractConfig,
     *,
     root: Path,
     limits: Limits | None = None,
-) -> Calibration:
+) -> TokenSource:
     """Return the tokens that a run of ``config`` is calibrated on.
 
     ``images`` are all there are for it: the configuration's ``calibration_images`` are taken.
     """
+    kinds = ("inputs", "hidden")
+    if config.needs_gradients:
+        kinds = ("inputs", "gradients")
+    elif config.tokens_per_image is None:  # too many to keep their hidden activations too
+        kinds = ("inputs",)
+    names = [site.name for site in find_mlps(model)]
+    plan = token_plan(model, names, config.tokens_per_image, seed=config.seed)
     images = images.limit(config.calibration_images, seed=config.seed)
-    return Calibration(model, images, config, root, limits or Limits())
+    return TokenSource(model, images, plan, kinds, root, limits or Limits())
