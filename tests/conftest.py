@@ -8,13 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from moee_analysis.data.images import load_images
-from moee_analysis.extraction.pipeline import extract
-from moee_analysis.models.loading import load_model
-from tests.helpers.images import toy_images
-from tests.helpers.models import lively
-from tests.helpers.runs import quick
-
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("MOEE_CHROMIUM") else ["browser"]
 
@@ -37,12 +30,16 @@ def shared_store(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled vision transformer, which is trained; not to be changed."""
+    from moee_analysis.models.loading import load_model
+
     return load_model("bundled")
 
 
 @pytest.fixture(scope="session")
 def bundled_images():
     """Few of the bundled scenes, of a split: 40 to calibrate with, 24 others to evaluate."""
+    from moee_analysis.data.images import load_images
+
     sizes = {"calibration": 40, "evaluation": 24}
     return {split: load_images("bundled", split=split).limit(n) for split, n in sizes.items()}
 
@@ -53,6 +50,8 @@ def bundled_run(bundled, bundled_images, shared_store):
 
     The run is not to be changed.
     """
+    from moee_analysis.extraction.pipeline import extract
+
     runs = {}
 
     def run_by(config):
@@ -67,6 +66,11 @@ def bundled_run(bundled, bundled_images, shared_store):
 @pytest.fixture(scope="session")
 def small_run():
     """A random ViT of timm's, taken apart; not to be changed."""
+    from moee_analysis.extraction.pipeline import extract
+    from tests.helpers.images import toy_images
+    from tests.helpers.models import lively
+    from tests.helpers.runs import quick
+
     return extract(lively(), toy_images(), quick())
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import load
 from moee_analysis.training import trainer as training
 from moee_analysis.training.checkpoints import read_checkpoint
 from moee_analysis.training.finetune import finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
-from moee_analysis.utils.storage.store import ASIDE, kept, present, unfinished_folder
+from moee_analysis.utils.storage.store import ASIDE, get_or_build, present, unfinished_folder
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import lively, pixels_of, same_models
 from tests.helpers.runs import best
@@ -136,7 +137,7 @@ def test_a_damaged_or_forged_run_of_a_store_is_made_again(work, tmp_path):
     again = extract(lively(), toy_images(16), best(macs_reduction=0.3), store=store)
     assert same_models(again.model, run.model)
     shutil.rmtree(found)
-    kept(store, found.name, lambda folder: (folder / "run.json").write_text("{}"))
+    get_or_build(store, found.name, lambda folder: (folder / "run.json").write_text("{}"))
     again = extract(lively(), toy_images(16), best(macs_reduction=0.3), store=store)
     assert same_models(again.model, run.model)
 

@@ -11,10 +11,10 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from moee_analysis.report.pages.solutions import SOLUTION
+from moee_analysis.report.notebook.results import NOTEBOOK
+from moee_analysis.report.pages.body import SOLUTION
 from moee_analysis.report.runner.check_parameters import check_parameters, declared_parameters
 from moee_analysis.report.runner.run_notebooks import report
-from moee_analysis.report.runner.worker import NOTEBOOK
 from moee_analysis.utils import paths
 
 NOTEBOOKS = sorted(paths.notebooks_folder().glob("*.ipynb"))

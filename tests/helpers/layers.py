@@ -1,4 +1,4 @@
-"""Layers whose tokens are made up: groups that are known, and a calibration that holds them."""
+"""Layers whose tokens are made up: groups that are known, and a source that holds them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from torch import nn
 from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.cluster.clustering import NOISE
 from moee_analysis.extraction.cluster.clusters_to_router import Partition
-from moee_analysis.extraction.cluster.sample_tokens import DrawTally, draw_of
-from moee_analysis.extraction.record.accumulate import summed_alone
-from moee_analysis.extraction.record.calibration_set import Limits
-from moee_analysis.extraction.record.hooks import LayerSample
-from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
+from moee_analysis.extraction.record.accumulate import sums_of
+from moee_analysis.extraction.record.recorded_tokens import LayerSample, RecordedLayer
+from moee_analysis.extraction.record.token_source import Limits
 from moee_analysis.models.loading import MlpSite
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from moee_analysis.extraction.config.extract_config import ExtractConfig
 
 DIM, HIDDEN = 4, 6
 SITE = MlpSite("mlp", 0, DIM, HIDDEN)
@@ -36,7 +33,8 @@ def layer_of(sample, *, site=None, seed=0):
     if site is None:
         site = MlpSite("mlp", 0, sample.inputs.shape[1], sample.hidden.shape[1])
     torch.manual_seed(seed)
-    return Recorded(site, Mlp(site.dim, site.hidden).requires_grad_(requires_grad=False), sample)
+    mlp = Mlp(site.dim, site.hidden).requires_grad_(requires_grad=False)
+    return RecordedLayer(site, mlp, sample)
 
 
 def planted(*groups, spread=0.05, seed=0, images=1):
@@ -83,12 +81,18 @@ def parts_of(layer, cuts):
     return [part_of(layer, *pair) for pair in pairwise(edges)]
 
 
-def added_up(tally, layers):
-    """Sums of a tally over the parts of a layer, one after the other."""
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in tally.shapes.items()}
+def added_up(accumulator, layers):
+    """Sums of an accumulator over the parts of a layer, one after the other."""
+    shapes = accumulator.shapes.items()
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes}
     for layer in layers:
-        tally.add(sums, layer)
+        accumulator.update(sums, layer)
     return sums
+
+
+def computed(accumulator, layer):
+    """What an accumulator computes of one layer."""
+    return accumulator.compute(sums_of(accumulator, layer))
 
 
 def agree(one, other, *, rtol=1e-6):
@@ -104,8 +108,8 @@ def draw_from(layer, rows=None, *, leading=0):
     if rows is None:
         rows = np.flatnonzero(layer.sample.position >= leading) + layer.sample.start
     graded = layer.sample.norms is not None
-    tally = DrawTally(layer.site, rows, leading, hidden=True, gradients=graded)
-    return draw_of(tally, summed_alone(tally, layer), layer.mlp, "planted")
+    accumulator = SampleAccumulator(layer.site, rows, leading, hidden=True, gradients=graded)
+    return replace(computed(accumulator, layer), mlp=layer.mlp, key="planted")
 
 
 def assigned(members, *, dim=DIM, prefix=(), experts=None):
@@ -121,17 +125,15 @@ def assigned(members, *, dim=DIM, prefix=(), experts=None):
 
 @dataclass
 class Made:
-    """A calibration on made-up layers, whose tokens come in parts divided at the rows ``cuts``."""
+    """A source of made-up layers, whose tokens come in parts divided at the rows ``cuts``."""
 
-    layers: list[Recorded]
+    layers: list[RecordedLayer]
     root: Path
-    config: ExtractConfig | None = None
     cuts: tuple[int, ...] = ()
     limits: Limits = field(default_factory=Limits)
     key: str = "made"
-    passes: list[Path] = field(default_factory=list)
     reads: list[list[str]] = field(default_factory=list)
-    looked_at: tuple[int, ...] | None = None
+    numbers: tuple[int, ...] | None = None
     kinds: tuple[str, ...] = ()
 
     @property
@@ -178,6 +180,7 @@ class Made:
 def sample_of(hidden=None, *, inputs=None, weight=None, gradients=None, position=None, image=None):
     """A layer's sample of given values, one image; what is not given is zeros, the weights ones."""
     rows = len(next(v for v in (hidden, inputs, weight, position) if v is not None))
+    gradients = None if gradients is None else gradients.swapaxes(0, 1)  # rows first
     norms = None if gradients is None else np.ones(gradients.shape[:2], np.float32)
     return LayerSample(
         np.zeros((rows, 4), np.float16) if inputs is None else inputs,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from moee_analysis.extraction.cluster.clustering import ClusterConfig
+from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.extraction.saving.provenance import provenance_of
 from moee_analysis.moe.layer import MoeMlp, all_mlps

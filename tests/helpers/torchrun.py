@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record import calibration_set as calibration
 from moee_analysis.extraction.record import recording
+from moee_analysis.extraction.record import token_source as calibration
 from moee_analysis.training.finetune import finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.distributed import rank, together
@@ -21,7 +21,7 @@ from tests.helpers.runs import best, quick
 
 RUNS = {
     "best": best(macs_reduction=0.3),
-    "bound": best(macs_reduction=0.1, params_reduction=0.25, order="obs", union="steps"),
+    "bound": best(macs_reduction=0.1, params_reduction=0.25, order="obs"),
     "paper": quick(macs_reduction=0.3, noise="drop"),
     "low_rank": best(macs_reduction=0.3, attention="low_rank"),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import signal
 import tempfile
 
@@ -13,55 +12,85 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.utils.signals import Terminated
 from moee_analysis.utils.storage.folders import held_folder, new_folder, scratch_folder
 from moee_analysis.utils.storage.locks import OURS, is_held, remove_left
+from tests.helpers.images import contents
+from tests.helpers.processes import small_disk
+
+FORK = multiprocessing.get_context("fork")
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def new(final, ready=None):
-    """Fill a folder; with ``ready``, until the process is killed."""
-    with new_folder(final) as folder:
-        (folder / "half").touch()
-        if ready is not None:
+def kill_within(folder):
+    """Kill a process that has opened a folder."""
+    ready = FORK.Event()
+
+    def wait():
+        with folder as place:
+            (place / "half").touch()
             ready.set()
             signal.pause()
 
-
-@pytest.fixture(scope="module")
-def processes():
-    return multiprocessing.get_context("fork")
-
-
-def killed(processes, target, *args):
-    """Kill a process when it is ready."""
-    ready = processes.Event()
-    process = processes.Process(target=target, args=(*args, ready))
+    process = FORK.Process(target=wait)
     process.start()
     assert ready.wait(60)
     process.kill()
     process.join()
 
 
-def test_what_a_kill_left_goes_with_the_next_folder_of_that_name(tmp_path, processes):
-    killed(processes, new, tmp_path / "run")
+def fill(final, text="new"):
+    with new_folder(final) as folder:
+        (folder / "x").write_text(text)
+
+
+def fail(folder):
+    (folder / "y").write_text("half")
+    raise RuntimeError
+
+
+def test_an_older_folder_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill("run", "old")
+    with pytest.raises(RuntimeError), new_folder("run") as folder:
+        fail(folder)
+    with (
+        small_disk(10),
+        pytest.raises(MoeeError, match=r"more than \d+ bytes of room for .*run'; found"),
+    ):
+        fill("run", "much too long for it")
+    assert names(tmp_path) == ["run"]
+    assert contents(tmp_path / "run") == {"x": b"old"}
+    fill("run")
+    monkeypatch.chdir("run")
+    fill(".", "newer")  # the present folder
+    assert contents(tmp_path / "run") == {"x": b"newer"}
+    with pytest.raises(MoeeError, match="can be written to"):
+        fill(tmp_path / "run" / "x" / "below a file")
+
+
+def test_what_a_kill_left_goes_with_the_next_folder_of_that_name(tmp_path):
+    kill_within(new_folder(tmp_path / "run"))
     (left,) = tmp_path.iterdir()
     assert OURS in left.name
-    new(tmp_path / "other")
+    fill(tmp_path / "other")
     assert left.exists()
-    new(tmp_path / "run")
+    fill(tmp_path / "run")
     assert names(tmp_path) == ["other", "run"]
 
 
 def test_folders_that_are_held_or_of_others_stay(tmp_path):
-    foreign = tmp_path / ".run-insiders"
-    foreign.mkdir()
+    (tmp_path / ".run-insiders").mkdir()
     with new_folder(tmp_path / "run") as first:
         assert is_held(first)
         with new_folder(tmp_path / "run") as second:
             assert first.exists()
         assert not second.exists()
     assert names(tmp_path) == [".run-insiders", "run"]
+    (tmp_path / "left").mkdir()
+    with held_folder(tmp_path / "held"):
+        remove_left(tmp_path, "held|left")
+        assert names(tmp_path) == [".run-insiders", "held", "run"]
 
 
 def test_an_exchange_of_folders_that_was_cut_short_is_undone(tmp_path):
@@ -73,30 +102,7 @@ def test_an_exchange_of_folders_that_was_cut_short_is_undone(tmp_path):
     assert names(tmp_path) == ["run"]
 
 
-def test_a_disk_that_fills_up_is_told_and_leaves_the_old_folder(tmp_path):
-    with new_folder(tmp_path / "run") as folder:
-        (folder / "x").write_text("old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
-        with (
-            pytest.raises(MoeeError, match=r"more than \d+ bytes of room for .*run'; found"),
-            new_folder(tmp_path / "run") as folder,
-        ):
-            (folder / "x").write_text("much too long for it")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert names(tmp_path) == ["run"]
-    assert (tmp_path / "run" / "x").read_text() == "old"
-
-
-def scratch(ready):
-    with scratch_folder("test"):
-        ready.set()
-        signal.pause()
-
-
-def test_scratch_goes_with_its_process_however_that_ends(tmp_path, monkeypatch, processes):
+def test_scratch_goes_with_its_process_however_that_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyError), scratch_folder("test") as folder:
         raise KeyError(folder)
@@ -105,7 +111,7 @@ def test_scratch_goes_with_its_process_however_that_ends(tmp_path, monkeypatch, 
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.code == 143
     assert not names(tmp_path)
-    killed(processes, scratch)
+    kill_within(scratch_folder("test"))
     assert len(names(tmp_path)) == 1
     with scratch_folder("test"):
         assert len(names(tmp_path)) == 1
@@ -121,23 +127,16 @@ def test_temporary_files_without_a_place_are_told(monkeypatch):
         pass
 
 
-def test_one_process_waits_for_another(tmp_path, processes):
-    folder, found = tmp_path / "work", processes.Queue()
+def test_one_process_waits_for_another(tmp_path):
+    folder, found = tmp_path / "work", FORK.Queue()
 
     def wait():
         with held_folder(folder):
             found.put(names(tmp_path))
 
     with held_folder(folder):
-        process = processes.Process(target=wait)
+        process = FORK.Process(target=wait)
         process.start()
         folder.rename(tmp_path / "done")
     process.join()
     assert found.get() == ["done", "work"]
-
-
-def test_nothing_is_removed_that_somebody_holds(tmp_path):
-    (tmp_path / "left").mkdir()
-    with held_folder(tmp_path / "held"):
-        remove_left(tmp_path, "held|left")
-        assert names(tmp_path) == ["held"]
