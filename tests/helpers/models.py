@@ -80,8 +80,8 @@ def toy_moe(model, *, n_experts: int = 4, seed: int = 0, layers=None):
 def toy_kinds(model, *, seed: int = 0, layers=None):
     """A ViT itself with all that a routed layer can have.
 
-    CLS has expert 0, the patches 1 to 3, of which the last is empty; W2 and shift are each
-    expert's own.
+    CLS has expert 0, the patches 1 to 3, of which the last is empty; W2 is refitted, and each
+    expert has a shift of its own.
     """
     rng = np.random.default_rng(seed)
     tokens = model.patch_embed.num_patches + 1
@@ -91,7 +91,7 @@ def toy_kinds(model, *, seed: int = 0, layers=None):
         hidden, dim, drawn = site.hidden, site.dim, torch.Generator().manual_seed(seed)
         experts = [np.sort(rng.choice(hidden, s, replace=False)) for s in (hidden // 2, 9, 14, 0)]
         patches = NearestRouter(torch.randn(3, dim, generator=drawn), torch.zeros(3))
-        weight = 0.1 * torch.randn(4, dim, hidden, generator=drawn)
+        weight = 0.1 * torch.randn(dim, hidden, generator=drawn)
         readout = Readout(weight, torch.randn(4, dim, generator=drawn))
         router = TokenKindRouter((0,), patches, tokens=tokens)
         shares = np.array([1, *(tokens - 1) * rng.dirichlet(np.ones(3))]) / tokens

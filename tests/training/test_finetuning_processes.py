@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import load
 from moee_analysis.models.loading import load_model
 from moee_analysis.training.checkpoints import METRICS
 from moee_analysis.training.finetune import finetune
@@ -19,9 +20,8 @@ from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import sum_gradients
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import SMALL_VIT, lively
-from tests.helpers.processes import killed_after
+from tests.helpers.processes import killed_after, torchrun
 from tests.helpers.runs import quick
-from tests.utils.test_distributed import torchrun
 
 KILLS = 4
 

@@ -1,10 +1,8 @@
+"""Any number of processes comes to the same experts."""
+
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,54 +10,45 @@ from safetensors.torch import load_file
 
 from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import agreed, all_sum, local_device, own_share, together
-from tests.helpers.torchrun import RUNS
-
-
-def torchrun(processes, *arguments):
-    """Run a module in so many processes, and return what became of it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", *map(str, arguments)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    return subprocess.run(
-        command, env=settings, capture_output=True, text=True, timeout=300, check=False
-    )
+from tests.helpers.processes import torchrun
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """What one, two and three processes come to, by run: one model of every process."""
-    found = {name: {} for name in RUNS}
-    for processes in (1, 2, 3):
-        folder = tmp_path_factory.mktemp(f"of_{processes}")
-        done = torchrun(processes, "tests.helpers.torchrun", "extract", folder)
-        assert done.returncode == 0, done.stderr
-        for name in RUNS:
-            files = sorted(folder.glob(f"{name}-*.safetensors"))
-            assert len(files) == processes
-            found[name][processes] = [load_file(file) for file in files]
-    return found
+def alone(tmp_path_factory):
+    """Folder of the models that one process comes to, by run."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = torchrun(1, "tests.helpers.torchrun", "extract", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_any_number_of_processes_comes_to_the_same_experts(runs, name):
-    (alone,) = runs[name][1]
-    for processes in (2, 3):
-        first, *others = runs[name][processes]
-        assert first.keys() == alone.keys()
+def check_same(folder, alone, count):
+    """Require the same models of all processes, and those of one process alone."""
+    for path in folder.glob("*-0.safetensors"):
+        first, expected = load_file(path), load_file(alone / path.name)
+        others = [load_file(str(path).replace("-0", f"-{rank}")) for rank in range(1, count)]
+        assert first.keys() == expected.keys()
         for key, values in first.items():
             assert all(torch.equal(values, other[key]) for other in others), key
-            assert values.shape == alone[key].shape, key
             if values.is_floating_point():
-                torch.testing.assert_close(values, alone[key], rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(values, expected[key], rtol=1e-3, atol=1e-4)
             else:  # which neurons an expert has
-                assert torch.equal(values, alone[key]), key
+                assert torch.equal(values, expected[key]), key
 
 
-def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path):
+def test_any_number_of_processes_comes_to_the_same_experts(alone, tmp_path):
+    done = torchrun(3, "tests.helpers.torchrun", "extract", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.iterdir())) == 3 * len(list(alone.iterdir())) == 12
+    check_same(tmp_path, alone, 3)
+
+
+def test_a_process_that_fails_ends_the_job_with_its_error(alone, tmp_path):
     done = torchrun(2, "tests.helpers.torchrun", "crash", tmp_path)
     assert done.returncode != 0
     assert "expected a process that works" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {f"best-{n}.safetensors" for n in range(2)}
+    check_same(tmp_path, alone, 2)
 
 
 def test_the_command_is_one_for_all_processes(tmp_path):
@@ -73,44 +62,28 @@ def test_the_command_is_one_for_all_processes(tmp_path):
     assert facts["provenance"]["n_images"] == 160
 
 
-# Alone, and as if with others
-
-
-@pytest.fixture
-def among(monkeypatch):
-    """Make this process believe that it is one of several."""
-
-    def believe(number, of):
-        monkeypatch.setattr(distributed, "rank", lambda: number)
-        monkeypatch.setattr(distributed, "processes", lambda: of)
-
-    return believe
-
-
-def test_alone_a_sum_is_what_it_is():
+def test_alone_a_sum_is_what_it_is(monkeypatch):
     values = torch.arange(3.0)
     assert all_sum(values) is values
     assert values.tolist() == [0, 1, 2]
     assert agreed(bool(1))
     assert not agreed(bool(0))
     assert own_share(7) == range(7)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with together():
+        assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 12, 13])
 @pytest.mark.parametrize("of", [1, 2, 3, 8])
-def test_shares_are_consecutive_even_and_complete(among, count, of):
+def test_shares_are_consecutive_even_and_complete(monkeypatch, count, of):
     shares = []
-    for number in range(of):
-        among(number, of)
+    monkeypatch.setattr(distributed, "processes", lambda: of)
+    for rank in range(of):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares.append(own_share(count))
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_nobody_is_joined_where_nobody_was_started(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with together():
-        assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

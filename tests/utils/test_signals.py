@@ -1,3 +1,5 @@
+"""Signals close what is open, and wait for steps that belong together."""
+
 from __future__ import annotations
 
 import os
@@ -8,16 +10,13 @@ import threading
 
 import pytest
 
-from moee_analysis.utils.signals import Terminated, ended_in_order, undisturbed
-
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+from moee_analysis.utils.signals import USUAL, Terminated, ended_in_order, undisturbed
 
 
 @pytest.fixture(autouse=True)
 def _usual_handlers():
     """Those of a process that was not started by ``nohup``, or behind a shell's ``&``."""
-    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    before = {number: signal.signal(number, handler) for number, handler in USUAL.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -42,21 +41,16 @@ def test_a_signal_closes_what_is_open_and_is_as_before_afterwards(number, code):
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
-def test_handlers_of_others_stay():
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with ended_in_order():
-            signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_other_threads_are_left_alone():
+def test_handlers_of_others_and_other_threads_are_left_alone():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with ended_in_order():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     found = []
 
     def use():
-        with ended_in_order():
+        with ended_in_order(), undisturbed():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=use)
@@ -75,34 +69,30 @@ def test_a_process_ends_with_what_it_serves():
         "        print('closed', flush=True)\n"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
-    )
+        [sys.executable, "-W", "error", "-c", script],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ,
+    )  # fmt: skip
     assert child.stdout.readline() == "ready\n"
-    told, _ = child.communicate()  # closes its input
-    assert (child.returncode, told) == (143, "closed\n")
+    printed, _ = child.communicate()  # closes its input
+    assert (child.returncode, printed) == (143, "closed\n")
 
 
-def test_an_interruption_that_a_library_makes_another_error_of_is_one():
-    def ended_by(number):
+@pytest.mark.parametrize("number", USUAL)
+def test_an_interruption_that_a_library_makes_another_error_of_is_one(number):
+    def end():
         with ended_in_order():
             try:
                 signal.raise_signal(number)
             except BaseException:
                 raise ImportError("half a module") from None
 
-    with pytest.raises(KeyboardInterrupt):
-        ended_by(signal.SIGINT)
-    with pytest.raises(Terminated):
-        ended_by(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Terminated):
+        end()
     with pytest.raises(ImportError), ended_in_order():
         raise ImportError
 
 
-@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGINT])
+@pytest.mark.parametrize("number", USUAL)
 def test_steps_that_belong_together_are_not_parted(number):
     done = []
 
@@ -115,3 +105,5 @@ def test_steps_that_belong_together_are_not_parted(number):
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Terminated):
         work()
     assert done
+    with ended_in_order(), undisturbed():
+        done.append("nothing waits any more")
