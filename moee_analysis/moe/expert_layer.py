@@ -27,10 +27,7 @@ class ExpertLayer(Protocol):
         """Number of experts."""
 
     def usage(self, routed: Any) -> torch.Tensor:
-        """How much each expert is used, float64 (experts,), by what the router returned.
-
-        Tokens that use it, or the shares of their outputs that come from it.
-        """
+        """Tokens, or shares of their outputs, of each expert, float64 (experts,)."""
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
@@ -59,13 +56,12 @@ def counting_usage(models: Mapping[Hashable, nn.Module]) -> Iterator[dict[Hashab
 def macs_as_used(model: nn.Module, usage: Usage) -> float:
     """MACs of one image, where experts are used as :func:`counting_usage` has counted.
 
-    Layers that hold parts of a dense MLP cost what their tokens use; everything else is counted as
-    it runs.
+    Layers that hold parts of a dense MLP cost what their tokens use; all else costs what it runs.
     """
-    routed = {n: layer for n, layer in expert_layers(model).items() if isinstance(layer, MoeMlp)}
-    return moe_macs(model, {name: _as_used(layer, usage[name]) for name, layer in routed.items()})
-
-
-def _as_used(layer: MoeMlp, used: torch.Tensor) -> float:
-    experts_per_token = layer.shares.double().sum().item()
-    return layer.macs_per_token(experts_per_token * used / used.sum())
+    per_token = {}
+    for name, layer in expert_layers(model).items():
+        if isinstance(layer, MoeMlp):
+            experts_per_token = layer.shares.double().sum().item()
+            shares = experts_per_token * usage[name] / usage[name].sum()
+            per_token[name] = layer.macs_per_token(shares)
+    return moe_macs(model, per_token)

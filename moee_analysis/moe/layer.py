@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.utils import skip_init
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.models.survey import survey
-from moee_analysis.moe.kernels.autotune import (
-    Choice,
-    choose_fastest,
-    choose_unmeasured,
-    situation,
-)
-from moee_analysis.moe.kernels.dispatch import (
-    IN_GROUPS,
-    STRATEGIES,
-    ExpertWeights,
-    Strategy,
-    masked,
-)
+from moee_analysis.moe.kernels import autotune, dispatch
+from moee_analysis.moe.kernels.autotune import Choice
+from moee_analysis.moe.kernels.dispatch import ExpertWeights, Strategy
 from moee_analysis.moe.kernels.expert_groups import ExpertGroups, group_experts
 
 
@@ -53,23 +44,9 @@ class MoeMlp(nn.Module):
     b2 plus the sum over the token's experts, so a layer whose every expert keeps all neurons is the
     dense MLP when each token has one expert. An expert without neurons is a constant.
 
-    Parameters
-    ----------
-    mlp
-        The dense ``timm.layers.Mlp`` to cut from.
-    router
-        The whole input (..., dim) -> expert ids of its tokens in row-major order, int64 (n, k).
-    experts
-        Sorted ids of the dense hidden neurons that each expert keeps.
-    shares
-        Share of the calibration tokens that use each expert, (experts,); sums to k.
-    readout
-        Refitted output weights and shifts; None: those of ``mlp``, and no shifts.
-
-    Raises
-    ------
-    MoeeError
-        A readout of another shape.
+    ``experts`` are sorted ids of the dense hidden neurons that each keeps, ``shares`` (experts,)
+    those of the calibration tokens that use each: they sum to k, the experts of a token.
+    ``router`` is like ``routers.Router``. A ``readout`` of another shape is refused.
     """
 
     def __init__(
@@ -107,34 +84,30 @@ class MoeMlp(nn.Module):
         """Map tokens (..., dim) to (..., dim): route them, then compute the experts they go to."""
         tokens, chosen = tokens_of(x), self.router(x)
         strategy = self.choose_strategy(tokens, chosen).strategy
-        outputs = self.compute(strategy, tokens, chosen)
+        outputs = self.compute(tokens, chosen, strategy)
         return outputs.reshape(*x.shape[:-1], self.fc2.out_features)
 
     def compute(
-        self, strategy: Strategy, tokens: torch.Tensor, chosen: torch.Tensor
+        self, tokens: torch.Tensor, chosen: torch.Tensor, strategy: Strategy
     ) -> torch.Tensor:
         """Outputs (n, dim) of ``tokens`` (n, dim) from the experts ``chosen`` for each, (n, k)."""
         if strategy.name == "masked" or not len(tokens) or not len(self.kept):
-            return masked(self.weights, tokens, chosen)
+            return dispatch.masked(self.weights, tokens, chosen)
         groups = self._grouped(strategy.groups)
-        return IN_GROUPS[strategy.name](self.weights, groups, tokens, chosen)
+        return dispatch.IN_GROUPS[strategy.name](self.weights, groups, tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
         """The strategy that is set, or the fastest, measured once for about as many tokens."""
         if self.strategy is not None:
             return Choice(self.strategy, "set")
-        needing = (each.requires_grad for each in (tokens, *self.parameters()))
-        trained = torch.is_grad_enabled() and any(needing)
         macs = 2 * len(tokens) * self.fc1.weight.numel()
-        obvious = choose_unmeasured(tokens, macs=macs, trained=trained)
-        if obvious is not None:
-            return obvious
-        key = situation(tokens)
+        reason = autotune.reason_for_masked(tokens, self, macs=macs)
+        if reason:
+            return Choice(autotune.MASKED, reason)
+        key = autotune.situation(tokens)
         if key not in self.choices:
-            self.choices[key] = choose_fastest(
-                lambda strategy: self.compute(strategy, tokens, chosen),
-                tokens, experts=self.n_experts,
-            )  # fmt: skip
+            compute = partial(self.compute, tokens, chosen)
+            self.choices[key] = autotune.choose_fastest(compute, tokens, experts=self.n_experts)
         return self.choices[key]
 
     @property
@@ -161,9 +134,9 @@ class MoeMlp(nn.Module):
         return self.neurons[start : start + int(self.sizes[expert])]
 
     def macs_per_token(self, shares: torch.Tensor | None = None) -> float:
-        """Expected MACs of one token: the router, and 2 d |S_e| weighted by how often e is used.
+        """Expected MACs of one token: the router, and 2 d |S_e| of each expert by its share.
 
-        ``shares`` (experts,) are measured routing shares; None takes the calibration's.
+        ``shares`` (experts,) are those of the tokens; None: the calibration's.
         """
         shares = self.shares if shares is None else shares.to(self.sizes.device)
         neurons = torch.dot(shares.double(), self.sizes.double()).item()
@@ -176,9 +149,8 @@ class MoeMlp(nn.Module):
 
     def _mask(self) -> torch.Tensor:
         """1 for the stored neurons of each expert, else 0, (experts, kept)."""
-        mask = torch.zeros(len(self.sizes), len(self.kept)).to(self.fc1.weight)
-        expert = torch.arange(len(self.sizes)).to(self.sizes.device).repeat_interleave(self.sizes)
-        mask[expert, self.neurons] = 1
+        mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
+        mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
         return mask
 
     def _grouped(self, count: int | None) -> ExpertGroups:
@@ -201,25 +173,16 @@ class MoeMlp(nn.Module):
 
 
 def set_dispatch(model: nn.Module, strategy: str, *, groups: int | None = None) -> None:
-    """Choose how the routed layers of ``model`` are computed.
+    """Choose how the routed layers of ``model`` are computed: see ``kernels/dispatch.py``.
 
-    Parameters
-    ----------
-    strategy
-        ``masked``, ``sorted`` or ``grouped_mm``, see ``kernels/dispatch.py``; ``auto``: the fastest
-        of them for each layer, measured once for about as many tokens.
-    groups
-        Groups that experts are computed in; None: every expert by itself.
-
-    Raises
-    ------
-    MoeeError
-        Another strategy, fewer than one group, or groups where there are none.
+    ``strategy`` is ``masked``, ``sorted`` or ``grouped_mm``; ``auto``: the fastest of them for each
+    layer, measured once for about as many tokens. Experts are computed in so many ``groups``; None:
+    every expert by itself. Another strategy, or groups where there are none, are refused.
     """
-    if strategy not in ("auto", *STRATEGIES):
-        known = ", ".join(STRATEGIES)
+    known = ", ".join(dispatch.STRATEGIES)
+    if strategy not in ("auto", *dispatch.STRATEGIES):
         raise MoeeError(f"a strategy among auto, {known}", f"'{strategy}'", "name one of them")
-    if groups is not None and (groups < 1 or strategy not in IN_GROUPS):
+    if groups is not None and (groups < 1 or strategy not in dispatch.IN_GROUPS):
         raise MoeeError("one group or more, of a strategy with groups", f"{groups}", "leave it out")
     for layer in moe_layers(model).values():
         layer.strategy = None if strategy == "auto" else Strategy(strategy, groups)
@@ -285,9 +248,6 @@ def _parameter(like: nn.Linear, values: torch.Tensor | None) -> nn.Parameter | N
 
 def _linear(like: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """Linear layer of these values; device, precision and trainability are those of ``like``."""
-    with warnings.catch_warnings():
-        # torch warns that a layer of no neurons has no initial values to draw
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        part = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    part = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
     part.weight, part.bias = _parameter(like, weight), _parameter(like, bias)
     return part

@@ -10,10 +10,10 @@ from torch import nn
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels.dispatch import in_blocks
 from moee_analysis.moe.layer import MoeMlp
-from moee_analysis.moe.routers import TokenKindRouter
+from moee_analysis.moe.routers import Router, TokenKindRouter
 
 
-class OracleRouter(nn.Module):
+class OracleRouter(Router):
     """Send a token to the expert whose output for it is nearest to that of the dense MLP.
 
     It computes all that a router should save. The first ``leading`` experts are never chosen, and
@@ -21,22 +21,29 @@ class OracleRouter(nn.Module):
     """
 
     def __init__(self, dense: nn.Module, layer: MoeMlp, *, leading: int = 0) -> None:
-        super().__init__()
-        self.n_experts = layer.n_experts - leading
-        self._reference = dense, copy.deepcopy(layer)  # in a tuple: no modules of the model
+        neurons = dense.fc1.out_features + sum(layer.expert_sizes[leading:])
+        macs = (layer.fc1.in_features + layer.fc2.out_features) * neurons
+        super().__init__(layer.n_experts - leading, macs)
+        self._compared = dense, copy.deepcopy(layer)  # in a tuple: not among the model's modules
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
+        """Return expert ids, int64 (n, 1)."""
         return self.errors(x).argmin(dim=1, keepdim=True)
 
     def errors(self, x: torch.Tensor) -> torch.Tensor:
         """Squared error of the output of every expert, (n, experts), for the tokens of ``x``."""
-        wanted = tokens_of(self.wanted(x))
-        blocks = zip(in_blocks(tokens_of(x)), in_blocks(wanted), strict=True)
+        blocks = zip(in_blocks(tokens_of(x)), in_blocks(tokens_of(self.wanted(x))), strict=True)
         return torch.cat([self._errors(*block) for block in blocks])
 
+    def wanted(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the dense MLP for ``x``.
+
+        Without its hooks: one of them may be what asks (``measure.routes(run.dense(), ...)``).
+        """
+        return self._compared[0].forward(x)
+
     def _errors(self, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        layer = self._reference[1]
+        layer = self._compared[1]
         hidden, found = layer.act(layer.fc1(tokens)), []
         for expert in range(layer.n_experts - self.n_experts, layer.n_experts):
             own = layer.expert_neurons(expert)
@@ -45,20 +52,6 @@ class OracleRouter(nn.Module):
             output = torch.addmm(layer.fc2.bias + shift, hidden.index_select(1, own), w2.T)
             found.append((output - wanted).square().sum(dim=1))
         return torch.stack(found, dim=1)
-
-    def wanted(self, x: torch.Tensor) -> torch.Tensor:
-        """Output of the dense MLP for ``x``.
-
-        Without its hooks: one of them may be what asks (``measure.routes(run.dense(), ...)``).
-        """
-        return self._reference[0].forward(x)
-
-    @property
-    def macs(self) -> float:
-        """MACs per token: the dense MLP, and every expert."""
-        dense, layer = self._reference
-        ends = layer.fc1.in_features + layer.fc2.out_features
-        return ends * (dense.fc1.out_features + sum(layer.expert_sizes[-self.n_experts :]))
 
 
 def oracle_of(dense: nn.Module, layer: MoeMlp) -> OracleRouter:

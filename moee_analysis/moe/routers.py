@@ -1,12 +1,9 @@
-"""Routers: which expert a token goes to.
-
-Each maps the whole input of an MLP, (..., dim), to the expert ids (n, k) of its n tokens in
-row-major order. Those that compare experts have ``scores``, (n, experts); the highest decides.
-"""
+"""Routers: which expert a token goes to. A new one is a class here, and a line in ``ROUTERS``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,57 +13,65 @@ from moee_analysis.models.capture import is_traced
 from moee_analysis.models.macs import tokens_of
 
 
-def best_experts(scores: torch.Tensor) -> torch.Tensor:
-    """Return the first expert of the highest score of every token, int64 (n, 1).
+class Router(nn.Module):
+    """From the whole input of an MLP, (..., dim), to expert ids of its n tokens, int64 (n, k).
 
-    ``scores`` are (n, experts). On a CPU, NumPy's search of rows is several times as fast.
+    Tokens are in row-major order. A router chooses among ``n_experts`` and costs ``macs`` per
+    token. One that compares experts has ``scores``, (n, experts); the highest decides.
     """
+
+    def __init__(self, n_experts: int, macs: float) -> None:
+        super().__init__()
+        self.n_experts, self.macs = n_experts, macs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return expert ids, int64 (n, k)."""
+        return best_experts(self.scores(x))
+
+    def settings(self) -> dict[str, Any]:
+        """What the tensors of the router do not tell of it, as JSON."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, _settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Router of these settings, with ``tensors`` of the saved shapes."""
+        return cls(**{name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def best_experts(scores: torch.Tensor) -> torch.Tensor:
+    """Return the first expert of the highest of the ``scores`` (n, experts), int64 (n, 1)."""
     plain = type(scores) is torch.Tensor and scores.device.type == "cpu"
     if plain and scores.dtype == torch.float32 and not is_traced():
+        # NumPy's search of rows is several times as fast
         return torch.from_numpy(scores.detach().numpy().argmax(axis=1, keepdims=True))
     return scores.argmax(dim=1, keepdim=True)
 
 
 def _exact(x: torch.Tensor) -> torch.Tensor:
-    """``x``, in single precision if it has half: rounded scores would make many experts tie."""
+    # rounded to half precision, the scores of many experts would tie
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-class CosineRouter(nn.Module):
+class CosineRouter(Router):
     """Send a token to the expert whose mean input is nearest by cosine, top-1 (MoEE, phase 3).
 
     ``centres`` (experts, dim) are the raw mean inputs; they are normalised when used.
     """
 
     def __init__(self, centres: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__(len(centres), centres.numel())
         self.register_buffer("centres", centres)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        return best_experts(self.scores(x))
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of every token with every normalised centre."""
         return _exact(tokens_of(x)) @ nn.functional.normalize(_exact(self.centres), dim=1).T
 
-    @property
-    def n_experts(self) -> int:
-        """Number of experts to choose from."""
-        return len(self.centres)
 
-    @property
-    def macs(self) -> int:
-        """MACs per token: one product with every centre."""
-        return self.centres.numel()
-
-
-class NearestRouter(nn.Module):
+class NearestRouter(Router):
     """Send a token to the expert of the largest directions_e . P x + offsets_e, top-1.
 
-    This linear rule finds the nearest of some centres in any metric: :func:`nearest_in_metric`.
-    ``directions`` are (experts, rank), ``offsets`` (experts,), and ``projection`` P is
-    (rank, dim); None: the identity.
+    ``directions`` are (experts, rank), ``offsets`` (experts,), ``projection`` P is (rank, dim);
+    None: the identity. The rule finds the nearest centre in any metric: :func:`nearest_in_metric`.
     """
 
     def __init__(
@@ -75,14 +80,11 @@ class NearestRouter(nn.Module):
         offsets: torch.Tensor,
         projection: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
+        projecting = 0 if projection is None else projection.numel()
+        super().__init__(len(directions), projecting + directions.numel())
         self.register_buffer("directions", directions)
         self.register_buffer("offsets", offsets)
         self.register_buffer("projection", projection)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of the tokens of ``x`` (..., dim)."""
-        return best_experts(self.scores(x))
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Return directions_e . P x + offsets_e of every token and expert."""
@@ -91,39 +93,21 @@ class NearestRouter(nn.Module):
         rule = _exact(self.directions), _exact(self.offsets)
         return nn.functional.linear(_exact(tokens_of(x)), *rule)
 
-    @property
-    def n_experts(self) -> int:
-        """Number of experts to choose from."""
-        return len(self.directions)
-
-    @property
-    def macs(self) -> int:
-        """MACs per token: the projection, and one product with every direction."""
-        projection = 0 if self.projection is None else self.projection.numel()
-        return projection + self.directions.numel()
-
 
 def nearest_in_metric(centres: torch.Tensor, root: torch.Tensor) -> NearestRouter:
     """Router to the expert of the smallest |root x - centre_e|, in the form of fewer MACs.
 
-    With many centres and a low rank, tokens are projected first: rank (dim + experts) MACs
-    instead of experts x dim.
-
-    Parameters
-    ----------
-    centres
-        Centres in the space of ``root @ x``, (experts, rank).
-    root
-        Linear map of the tokens, (rank, dim); root^T root is the metric.
+    ``centres`` are (experts, rank), ``root`` (rank, dim); root^T root is the metric.
     """
     # |Ax - c|^2 = |Ax|^2 - 2 (A^T c).x + |c|^2, and all experts have |Ax|^2 in common
     offsets = -centres.square().sum(dim=1) / 2
+    # tokens are projected first: rank (dim + experts) MACs in the place of experts x dim
     if root.numel() + centres.numel() < len(centres) * root.shape[1]:
         return NearestRouter(centres, offsets, root)
     return NearestRouter(centres @ root, offsets)
 
 
-class RandomRouter(nn.Module):
+class RandomRouter(Router):
     """Send every token to random experts: the control that a router must beat.
 
     A token's experts are a pseudo-random function of its content and the seed, so that any pass
@@ -132,7 +116,7 @@ class RandomRouter(nn.Module):
     """
 
     def __init__(self, shares: torch.Tensor, *, dim: int, k: int = 1, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(len(shares), 0)
         generator, draws = torch.Generator().manual_seed(seed), 1 if k == 1 else len(shares)
         directions = torch.randn(dim, draws, generator=generator).double()
         probabilities = shares.double() / shares.sum()
@@ -142,73 +126,47 @@ class RandomRouter(nn.Module):
         self.k = k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim)."""
+        """Return expert ids, int64 (n, k)."""
         spread = 1000 * (tokens_of(x).double() @ self.directions)
-        drawn = spread - spread.floor()
+        uniform = spread - spread.floor()
         if self.k == 1:
-            return torch.searchsorted(self.edges, drawn[:, 0])[:, None]
+            return torch.searchsorted(self.edges, uniform[:, 0])[:, None]
         # the k first of exponential waiting times (Efraimidis and Spirakis 2006)
-        return (-(1 - drawn).log() / self.chances).topk(self.k, dim=1, largest=False).indices
-
-    @property
-    def n_experts(self) -> int:
-        """Number of experts to choose from."""
-        return len(self.chances)
-
-    @property
-    def macs(self) -> int:
-        """MACs per token: none, a draw needs no product."""
-        return 0
+        return (-(1 - uniform).log() / self.chances).topk(self.k, dim=1, largest=False).indices
 
 
-class ConstantRouter(nn.Module):
+class ConstantRouter(Router):
     """Send every token to the same expert or experts: a converted layer without routing."""
 
-    def __init__(self, expert: int | Sequence[int] = 0) -> None:
-        super().__init__()
-        self.register_buffer("expert", torch.tensor(expert))
-        self.n_experts = int(self.expert.max()) + 1
+    def __init__(self, expert: int | Sequence[int] | torch.Tensor = 0) -> None:
+        ids = torch.as_tensor(expert)
+        super().__init__(int(ids.max()) + 1, 0)
+        self.register_buffer("expert", ids)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim)."""
+        """Return expert ids, int64 (n, k)."""
         return self.expert.reshape(1, -1).expand(tokens_of(x).shape[0], -1)
 
-    @property
-    def macs(self) -> int:
-        """MACs per token: none."""
-        return 0
 
-
-class TokenKindRouter(nn.Module):
+class TokenKindRouter(Router):
     """Give every leading token (CLS, distillation, registers) its own expert, and route the rest.
 
-    The experts of the leading tokens come first in the numbering; those of the patches follow.
-
-    Parameters
-    ----------
-    prefix
-        Expert of each leading token, such as (0,) or (0, 1, 1).
-    inner
-        Router of the patches, with one expert per token; it counts its own experts from 0.
-    tokens
-        Tokens of one image, over which the cost of ``inner`` is averaged.
+    ``prefix`` are the experts of the leading tokens, such as (0, 1, 1); those of ``inner``, the
+    router of the patches, follow in the numbering. An image has ``tokens``, over which the cost of
+    ``inner`` is averaged.
     """
 
     def __init__(self, prefix: Sequence[int], inner: nn.Module, *, tokens: int) -> None:
-        super().__init__()
         ids = [int(expert) for expert in prefix]
-        self.prefix_experts = 1 + max(ids, default=-1)
-        self.inner, self.tokens = inner, tokens
+        leading = 1 + max(ids, default=-1)
+        super().__init__(leading + inner.n_experts, inner.macs * (tokens - len(ids)) / tokens)
+        self.prefix_experts, self.inner, self.tokens = leading, inner, tokens
         self.register_buffer("prefix", torch.tensor(ids, dtype=torch.int64), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, 1), of the tokens of ``x`` [B, tokens, dim].
 
-        Raises
-        ------
-        MoeeError
-            Another number of dimensions, fewer tokens than leading ones, or an inner router
-            with several experts per token.
+        Refuses another shape, and an inner router with several experts per token.
         """
         leading = len(self.prefix)
         if x.ndim != 3 or x.shape[1] < leading:
@@ -225,12 +183,39 @@ class TokenKindRouter(nn.Module):
         patches = chosen.reshape(x.shape[0], x.shape[1] - leading)
         return torch.cat([self.prefix.expand(x.shape[0], -1), patches], dim=1).reshape(-1, 1)
 
-    @property
-    def n_experts(self) -> int:
-        """Number of experts, of leading tokens and of patches."""
-        return self.prefix_experts + self.inner.n_experts
+    def settings(self) -> dict[str, Any]:
+        """Experts of the leading tokens, and the router of the others."""
+        inner = describe_router(self.inner)
+        return {"prefix": self.prefix.tolist(), "tokens": self.tokens, "inner": inner}
 
-    @property
-    def macs(self) -> float:
-        """MACs per token, on average over an image: leading tokens need no product."""
-        return self.inner.macs * (self.tokens - len(self.prefix)) / self.tokens
+    @classmethod
+    def rebuild(cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Router of these settings, and the one that was saved inside it."""
+        inner = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
+        router = rebuild_router(settings["inner"], inner)
+        return cls(settings["prefix"], router, tokens=settings["tokens"])
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "cosine": CosineRouter,
+    "constant": ConstantRouter,
+    "nearest": NearestRouter,
+    "token_kinds": TokenKindRouter,
+}
+"""Routers that a run can be saved with, by their names in its JSON."""
+
+
+def describe_router(router: nn.Module) -> dict[str, Any]:
+    """Name and settings of a router, as JSON; refuses one that is not in :data:`ROUTERS`."""
+    kind = next((name for name, known in ROUTERS.items() if type(router) is known), None)
+    if kind is None:
+        raise MoeeError(
+            f"a router that can be saved ({', '.join(ROUTERS)})", type(router).__name__,
+            "save the run itself, not a control made from it",
+        )  # fmt: skip
+    return {"kind": kind} | router.settings()
+
+
+def rebuild_router(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Router as :func:`describe_router` describes it, with ``tensors`` of the saved shapes."""
+    return ROUTERS[described["kind"]].rebuild(described, tensors)

@@ -1,4 +1,4 @@
-"""Networks rebuilt from what a file says of them, or around the dense network that is given.
+"""Networks rebuilt from the description in a file, or around the dense network that is given.
 
 A model of timm's is rebuilt by its name and the arguments of ``timm.create_model``. Whether that
 gives the same network is seen by its answers; one that was changed by hand in ways that no argument
@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -22,25 +22,18 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.saving.tables import below, check_finite, check_tables
+from moee_analysis.extraction.saving.schema import INPUT
+from moee_analysis.extraction.saving.tables import below, check_finite, check_fit, check_tables
 from moee_analysis.models.attention import LowRankAttention, Ranks, reduced_attentions, site_of
-from moee_analysis.models.class_names import classifiers
+from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import alike, answers
 from moee_analysis.models.inputs import input_size
 from moee_analysis.models.loading import architecture, build_model
-from moee_analysis.models.state_dicts import load_tensors
-from moee_analysis.models.unwrapping import unwrapped
+from moee_analysis.models.state_dicts import Tensors
+from moee_analysis.models.unwrapping import stated_modules, unwrapped
 from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
-from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
+from moee_analysis.moe.routers import TokenKindRouter, describe_router, rebuild_router
 
-KINDS = {
-    CosineRouter: "cosine", ConstantRouter: "constant", NearestRouter: "nearest",
-    TokenKindRouter: "token_kinds",
-}  # fmt: skip
-INPUT_FACTS = (
-    "architecture", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct",
-    "crop_mode", "num_classes", "label_names", "classifier", "first_conv",
-)  # fmt: skip
 ELSEWHERE = ("device", "dtype")  # arguments that say nothing of the network
 LARGEST_IMAGE = 2**25  # numbers
 PARTS = 1000  # parameters of a network, beside twice those of its file
@@ -66,7 +59,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "dtype": dtype_of(model),
         "pretrained_cfg": input_facts(model),
         "routers": {
-            name: _describe_router(model.get_submodule(name).router)
+            name: describe_router(model.get_submodule(name).router)
             for name in moe_names(model).values()
         },
         "attentions": {
@@ -75,11 +68,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         "answers": _answers(model),
     }
-    return facts | {"by_hand": _reason_by_hand(facts, tensors)}
+    try:
+        rebuild(facts, tensors, dense=None)
+    except MoeeError as error:
+        name = facts["architecture"]
+        return facts | {
+            "by_hand": f"timm.create_model('{name}') makes another one: {error.found}"
+        }
+    return facts | {"by_hand": None}
 
 
 def rebuild(
-    described: Mapping[str, Any], tensors: dict[str, torch.Tensor], *, dense: nn.Module | None
+    described: Mapping[str, Any], tensors: Tensors, *, dense: nn.Module | None
 ) -> nn.Module:
     """Build the described network with its ``tensors``, ready for evaluation.
 
@@ -105,7 +105,8 @@ def rebuild(
     check_tables(described, tensors, outline)
     model = _skeleton(described) if dense is None else _copy_of(dense, described)
     _put_layers(model, described, tensors)
-    load_tensors(model, tensors, source="the run")
+    check_fit(model.state_dict(), tensors, model)
+    model.load_state_dict(tensors)
     found = _answers(model.eval())
     if not alike(described.get("answers", found), found):
         raise MoeeError(
@@ -122,17 +123,17 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
     They are those it was made with, if timm kept them, and what the model itself shows: outputs,
     channels and size; activations are given by their names.
     """
-    kept = {k: _plain(v) for k, v in getattr(model, "_model_args", {}).items()}
-    kept = {k: v for k, v in kept.items() if v is not None}
+    given = {k: _plain(v) for k, v in getattr(model, "_model_args", {}).items()}
+    given = {k: v for k, v in given.items() if v is not None}
     try:
-        usual = _seen(build_model(architecture(model), **kept))
+        usual = _visible_arguments(build_model(architecture(model), **given))
     except MoeeError:  # a name or an argument that timm does not know
-        return kept
-    shown = {k: v for k, v in _seen(model).items() if v != usual[k] and v is not None}
-    return kept | shown
+        return given
+    visible = _visible_arguments(model).items()
+    return given | {k: v for k, v in visible if v != usual[k] and v is not None}
 
 
-def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def stored_tensors(model: nn.Module) -> Tensors:
     """All tensors of ``model``, those with several names once for each, as files want them."""
     tensors, seen = {}, set()
     for name, stored in model.state_dict().items():
@@ -142,17 +143,30 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _put_layers(
-    model: nn.Module, described: Mapping[str, Any], tensors: dict[str, torch.Tensor]
-) -> None:
+def dtype_of(model: nn.Module) -> str:
+    """Precision of a model's weights: "float32", "bfloat16", ..."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def input_facts(model: nn.Module) -> dict[str, Any]:
+    """How images come in and which classes go out, as ``pretrained_cfg`` says it, in plain JSON."""
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT["properties"]}
+    return json.loads(json.dumps(cfg))
+
+
+def _put_layers(model: nn.Module, described: Mapping[str, Any], tensors: Tensors) -> None:
     """Put routed layers and smaller attentions of the saved shapes into a dense network."""
     for name, router in described["routers"].items():
-        mlp = model.get_submodule(name)
-        layer = _layer_like(below(name, tensors), mlp, router)
+        mlp, saved = model.get_submodule(name), below(name, tensors)
+        experts = [saved["kept"][ids] for ids in saved["neurons"].split(saved["sizes"].tolist())]
+        built = rebuild_router(router, below("router", saved))
+        readout = Readout(shift=saved.get("shift"))
+        layer = MoeMlp(mlp, built, experts, saved["shares"].numpy(), readout)
         replace_module(model, name, layer.to(mlp.fc1.weight))
-    for name, ranks in described["attentions"].items():
+    for name, shape in described["attentions"].items():
         dense = model.get_submodule(name)
-        attention = _attention_like(dense, name, ranks)
+        ranks = Ranks(shape["scores"], shape["values"], shape["queries"])
+        attention = LowRankAttention(site_of(name, dense), ranks, bias=shape["bias"])
         replace_module(model, name, attention.to(dense.proj.weight))
     model.requires_grad_(requires_grad=False)
 
@@ -187,7 +201,7 @@ def _check_size(model: nn.Module) -> None:
 
 
 def _skeleton(described: Mapping[str, Any]) -> nn.Module:
-    """The dense network by its name; runs of before arguments were kept state their classes."""
+    """The dense network by its name; in format 5 the classes are all that is known of arguments."""
     arguments = described.get("arguments", {"num_classes": described.get("num_classes")})
     arguments = {key: value for key, value in arguments.items() if key not in ELSEWHERE}
     cfg = described["pretrained_cfg"]
@@ -204,26 +218,6 @@ def _copy_of(dense: nn.Module, described: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _reason_by_hand(facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str | None:
-    """Why name and arguments do not rebuild the network; None where they do."""
-    try:
-        rebuild(facts, tensors, dense=None)
-    except MoeeError as error:
-        return f"timm.create_model('{facts['architecture']}') makes another one: {error.found}"
-    return None
-
-
-def dtype_of(model: nn.Module) -> str:
-    """Precision of a model's weights: "float32", "bfloat16", ..."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def input_facts(model: nn.Module) -> dict[str, Any]:
-    """How images come in and which classes go out, as ``pretrained_cfg`` says it, in plain JSON."""
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
-    return json.loads(json.dumps(cfg))
-
-
 def _plain(value: Any) -> Any:
     """An argument as JSON; activations by name, and None for what has no such form."""
     if isinstance(value, type) and issubclass(value, nn.Module):
@@ -235,13 +229,13 @@ def _plain(value: Any) -> Any:
         return None
 
 
-def _seen(model: nn.Module) -> dict[str, Any]:
+def _visible_arguments(model: nn.Module) -> dict[str, Any]:
     """Arguments that a model itself shows."""
     channels, *size = input_size(model)
     pool = getattr(model, "global_pool", None)
     acts = {type(mlp.act) for mlp in all_mlps(model).values()}
     return {
-        "num_classes": _outputs(model),
+        "num_classes": _count_outputs(model),
         "global_pool": pool if isinstance(pool, str) else None,
         "in_chans": channels,
         "img_size": size,
@@ -249,76 +243,24 @@ def _seen(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _outputs(model: nn.Module) -> int:
+def _count_outputs(model: nn.Module) -> int:
     """Outputs of the classifier as it is; what the model says where it is no plain Linear."""
-    for head in classifiers(model):
-        if isinstance(head, nn.Linear):
-            return head.out_features
-        if isinstance(head, nn.Identity):
-            return 0
+    for head in stated_modules(model, "classifier").values():
+        if isinstance(head, nn.Linear | nn.Identity):
+            return getattr(head, "out_features", 0)
     return model.num_classes
 
 
 def _answers(model: nn.Module) -> list[float]:
     """Answers to the probe, of a model whose routers get as many tokens as they say."""
-    with ExitStack() as hooks:
-        for router in (m for m in model.modules() if isinstance(m, TokenKindRouter)):
-            hooks.callback(router.register_forward_pre_hook(_check_tokens).remove)
+    tokens = {n: m.tokens for n, m in model.named_modules() if isinstance(m, TokenKindRouter)}
+
+    def check(name: str, x: torch.Tensor) -> None:
+        if x.ndim == 3 and x.shape[1] != tokens[name]:
+            raise MoeeError(
+                f"routers of {x.shape[1]} tokens", f"one of {tokens[name]}",
+                "extract for images of this size",
+            )  # fmt: skip
+
+    with watch({name: model.get_submodule(name) for name in tokens}, check):
         return list(answers(model))
-
-
-def _check_tokens(router: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    """Refuse other tokens than those of so many in an image that a router counts with."""
-    if args[0].ndim == 3 and args[0].shape[1] != router.tokens:
-        raise MoeeError(
-            f"routers of {args[0].shape[1]} tokens", f"one of {router.tokens}",
-            "extract for images of this size",
-        )  # fmt: skip
-
-
-def _attention_like(dense: nn.Module, name: str, shape: dict[str, Any]) -> LowRankAttention:
-    """Build an attention of the saved ranks; its weights are loaded afterwards."""
-    ranks = Ranks(shape["scores"], shape["values"], shape["queries"])
-    return LowRankAttention(site_of(name, dense), ranks, bias=shape["bias"])
-
-
-def _layer_like(saved: dict[str, torch.Tensor], mlp: nn.Module, router: dict[str, Any]) -> MoeMlp:
-    """Build a routed layer of the saved shape; its weights are loaded afterwards."""
-    lists = saved["neurons"].split(saved["sizes"].tolist())
-    experts = [saved["kept"][ids].numpy() for ids in lists]
-    dense = mlp.fc2.weight
-    own = dense.expand(len(experts), -1, -1) if "columns" in saved else None
-    readout = Readout(weight=own, shift=saved.get("shift"))
-    built = _router_like(router, below("router", saved))
-    return MoeMlp(mlp, built, experts, saved["shares"].numpy(), readout)
-
-
-def _describe_router(router: nn.Module) -> dict[str, Any]:
-    """Everything that the tensors of a router do not tell about it."""
-    kind = KINDS.get(type(router))
-    if kind is None:
-        raise MoeeError(
-            f"a router that can be saved ({', '.join(KINDS.values())})",
-            type(router).__name__,
-            "save the run itself, not a control made from it",
-        )
-    if kind != "token_kinds":
-        return {"kind": kind}
-    inner = _describe_router(router.inner)
-    return {
-        "kind": kind, "prefix": router.prefix.tolist(), "tokens": router.tokens, "inner": inner,
-    }  # fmt: skip
-
-
-def _router_like(described: dict[str, Any], saved: dict[str, torch.Tensor]) -> nn.Module:
-    """Build a router of the saved shape; its tensors are loaded afterwards."""
-    match described["kind"]:
-        case "cosine":
-            return CosineRouter(saved["centres"].clone())
-        case "nearest":
-            return NearestRouter(**{key: tensor.clone() for key, tensor in saved.items()})
-        case "token_kinds":
-            inner = _router_like(described["inner"], below("inner", saved))
-            return TokenKindRouter(described["prefix"], inner, tokens=described["tokens"])
-        case _:
-            return ConstantRouter(int(saved["expert"]))

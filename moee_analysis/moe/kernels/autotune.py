@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from moee_analysis.models.capture import is_traced
 from moee_analysis.moe.kernels.dispatch import Strategy
@@ -27,19 +28,18 @@ class Choice:
     seconds: dict[Strategy, float] = field(default_factory=dict)
 
 
-def choose_unmeasured(tokens: torch.Tensor, *, macs: int, trained: bool) -> Choice | None:
-    """Return the choice where nothing is to be measured, None where that is worth it."""
+def reason_for_masked(tokens: torch.Tensor, module: nn.Module, *, macs: int) -> str:
+    """Why ``masked`` is taken without measuring; "" where the ``macs`` make that worth it."""
     if is_traced():
-        return Choice(MASKED, "traced: no other has shapes that do not depend on the routing")
-    if trained:
-        return Choice(MASKED, "gradients are wanted")
-    if macs < LITTLE:
-        return Choice(MASKED, f"{len(tokens)} tokens are too little work to divide")
-    return None
+        return "traced: no other has shapes that do not depend on the routing"
+    tensors = tokens, *module.parameters()
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        return "gradients are wanted"
+    return "" if macs >= LITTLE else f"{len(tokens)} tokens are too little work to divide"
 
 
 def situation(tokens: torch.Tensor) -> Hashable:
-    """What a choice holds for: about so many tokens, so computed, with so many threads."""
+    """What a choice is made for: about so many tokens, their precision, and threads."""
     device = tokens.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return len(tokens).bit_length(), tokens.device, tokens.dtype, precision, torch.get_num_threads()
@@ -62,14 +62,13 @@ def choose_fastest(
 
 
 def candidates(tokens: torch.Tensor, *, experts: int) -> list[Strategy]:
-    """Strategies that may be the fastest for such tokens."""
+    """Strategies that may be the fastest; ``grouped_mm`` where torch has a kernel of its own."""
     counts = [*(count for count in GROUPS if count < experts), None]
     names = ["sorted", "grouped_mm"] if _has_grouped_mm(tokens) else ["sorted"]
     return [MASKED, *(Strategy(name, count) for name in names for count in counts)]
 
 
 def _has_grouped_mm(tokens: torch.Tensor) -> bool:
-    """Whether torch has a kernel of its own for grouped products of such tokens."""
     if tokens.device.type != "cuda" or torch.cuda.get_device_capability(tokens.device) < (8, 0):
         return False
     in_autocast = torch.is_autocast_enabled("cuda")
@@ -80,7 +79,7 @@ def _has_grouped_mm(tokens: torch.Tensor) -> bool:
 def _seconds(
     compute: Callable[[Strategy], object], strategy: Strategy, device: torch.device
 ) -> float:
-    """Shortest time of a few runs; of one, where that takes long."""
+    # the shortest of a few runs; of one, where that takes long
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     times: list[float] = []
     wait(device)

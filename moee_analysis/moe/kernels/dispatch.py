@@ -11,15 +11,15 @@ Each takes tokens (n, dim) and the experts chosen for them, int64 (n, k), and gi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.functional import grouped_mm, linear
 
 from moee_analysis.models.capture import is_traced
-from moee_analysis.moe.kernels.expert_groups import ExpertGroups, Group
+from moee_analysis.moe.kernels.expert_groups import ExpertGroups
 
 BLOCK = 1024  # tokens whose hidden activations stay in the cache of a CPU
 
@@ -54,7 +54,7 @@ class ExpertWeights:
 
 
 def masked(weights: ExpertWeights, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Compute all stored neurons for all tokens, and drop what a token's experts lack."""
+    """Compute all stored neurons for all tokens, and drop those that a token's experts lack."""
     blocks = zip(in_blocks(tokens), in_blocks(chosen), strict=True)
     outputs = [_masked(weights, *block) for block in blocks]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -64,16 +64,22 @@ def sorted_by_group(
     weights: ExpertWeights, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
 ) -> torch.Tensor:
     """Compute one group of experts at a time, for the tokens that chose one of them."""
-    places, pairs, outputs = *_sorted_pairs(groups, chosen), []
-    constants, w2 = _constants(weights, groups, chosen), weights.w2.T.contiguous()
-    for group, span in _spans(groups, places):
-        w1, own_w2 = weights.w1.index_select(0, group.neurons), w2.index_select(0, group.neurons)
-        b1 = None if weights.b1 is None else weights.b1.index_select(0, group.neurons)
-        for pair, place in zip(in_blocks(pairs[span]), in_blocks(places[span]), strict=True):
+    places, pairs = groups.place[chosen.flatten()].sort()  # pairs of a token and an expert
+    stops = torch.searchsorted(places, groups.stops).tolist()
+    constants, w2, outputs = _constants(weights, groups, chosen), weights.w2.T.contiguous(), []
+    for group, (start, stop) in enumerate(pairwise([0, *stops])):
+        if start == stop:
+            continue
+        own = groups.neurons[group, : groups.widths[group]]
+        w1, own_w2 = weights.w1.index_select(0, own), w2.index_select(0, own)
+        b1 = None if weights.b1 is None else weights.b1.index_select(0, own)
+        for pair, place in zip(
+            in_blocks(pairs[start:stop]), in_blocks(places[start:stop]), strict=True
+        ):
             x = tokens.index_select(0, pair // chosen.shape[1])  # gather
             hidden = weights.act(linear(x, w1, b1))
-            if not group.uniform:
-                hidden = hidden * group.kept.index_select(0, place - group.start)
+            if not groups.uniform[group]:
+                hidden = _drop(hidden, groups.kept[:, : len(own)].index_select(0, place))
             outputs.append(torch.addmm(constants.index_select(0, place), hidden, own_w2))
     return _scatter(torch.cat(outputs), pairs, chosen, weights.b2)
 
@@ -82,17 +88,17 @@ def by_grouped_mm(
     weights: ExpertWeights, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
 ) -> torch.Tensor:
     """Compute all groups of experts at once, each for the tokens that chose one of its experts."""
-    padded, (places, pairs) = groups.padded, _sorted_pairs(groups, chosen)
-    stops = torch.searchsorted(places, padded.stops).int()
+    places, pairs = groups.place[chosen.flatten()].sort()  # pairs of a token and an expert
+    stops = torch.searchsorted(places, groups.stops).int()
     x = tokens.index_select(0, pairs // chosen.shape[1])  # gather
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    hidden = grouped_mm(x, weights.w1[padded.neurons].to(x.dtype).mT, offs=stops)
+    hidden = grouped_mm(x, weights.w1[groups.neurons].to(x.dtype).mT, offs=stops)
     if weights.b1 is not None:
-        b1 = weights.b1[padded.neurons].to(x.dtype)
-        hidden = hidden + b1.index_select(0, padded.group.index_select(0, places))
-    hidden = weights.act(hidden) * padded.kept.to(x.dtype).index_select(0, places)
-    outputs = grouped_mm(hidden, weights.w2.T[padded.neurons].to(x.dtype), offs=stops)
+        b1 = weights.b1[groups.neurons].to(x.dtype)
+        hidden = hidden + b1.index_select(0, groups.group.index_select(0, places))
+    hidden = weights.act(hidden) * groups.kept.to(x.dtype).index_select(0, places)
+    outputs = grouped_mm(hidden, weights.w2.T[groups.neurons].to(x.dtype), offs=stops)
     constants = _constants(weights, groups, chosen).to(x.dtype)
     return _scatter(outputs + constants.index_select(0, places), pairs, chosen, weights.b2)
 
@@ -115,33 +121,24 @@ def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _masked(weights: ExpertWeights, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     hidden = weights.act(linear(x, weights.w1, weights.b1))
     if chosen.shape[1] == 1:
-        hidden = hidden * weights.kept.index_select(0, chosen[:, 0])
+        hidden = _drop(hidden, weights.kept.index_select(0, chosen[:, 0]))
     else:
         ones = torch.ones_like(chosen, dtype=hidden.dtype)
         uses = hidden.new_zeros(len(x), len(weights.kept)).scatter_add(1, chosen, ones)
-        hidden = hidden * (uses @ weights.kept)  # how many of the experts keep it
+        hidden = hidden * (uses @ weights.kept)  # how many of the token's experts keep the neuron
     constant = weights.b2
     if weights.shift is not None:
         constant = constant + weights.shift[chosen].sum(dim=1)
     return torch.addmm(constant, hidden, weights.w2.T)
 
 
-def _sorted_pairs(groups: ExpertGroups, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of a token and an expert by the expert's place: the places (n k,), the pairs (n k,)."""
-    return groups.place[chosen.flatten()].sort()
-
-
-def _spans(groups: ExpertGroups, places: torch.Tensor) -> Iterator[tuple[Group, slice]]:
-    """Yield the groups that have any tokens, and where these stand in the sorted ``places``."""
-    stops = [*places.bincount(minlength=len(groups.place)).cumsum(0).tolist(), 0]
-    for group in groups.groups:
-        span = slice(stops[group.start - 1], stops[group.stop - 1])
-        if span.start < span.stop:
-            yield group, span
+def _drop(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    # in place, where no gradient needs what was there: the cache has no room for both
+    return hidden * kept if torch.is_grad_enabled() else hidden.mul_(kept)
 
 
 def _constants(weights: ExpertWeights, groups: ExpertGroups, chosen: torch.Tensor) -> torch.Tensor:
-    """What each expert adds whatever the token is, (experts, dim), in the groups' order.
+    """Outputs (experts, dim) by place that do not depend on the token.
 
     b2 is among them where a token has a single expert; else it would be added several times.
     """

@@ -8,8 +8,7 @@ all neurons of the group for each of its tokens, then zeros for those that the t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,73 +18,48 @@ ALIGNED = 16  # neurons: torch's grouped products want rows of whole 16 bytes
 
 
 @dataclass(frozen=True)
-class Group:
-    """Experts ``start`` to ``stop`` of the groups' order, and all ``neurons`` that they keep.
-
-    ``kept`` (experts, neurons) is 1 for an expert's own, else 0; ``uniform``: all are its own.
-    """
-
-    start: int
-    stop: int
-    neurons: torch.Tensor
-    kept: torch.Tensor
-    uniform: bool
-
-
-@dataclass(frozen=True)
-class Padded:
-    """All groups at one width, filled up with neurons that none of their experts keeps.
-
-    ``neurons`` (groups, width); by place in the groups' order ``kept`` (experts, width) and
-    ``group`` (experts,); ``stops`` (groups,): the places where groups end.
-    """
-
-    neurons: torch.Tensor
-    kept: torch.Tensor
-    group: torch.Tensor
-    stops: torch.Tensor
-
-
-@dataclass(frozen=True)
 class ExpertGroups:
-    """A layer's experts in groups; ``order`` has them group after group, ``place`` inverts it."""
+    """A layer's experts in groups; a place is that of an expert with one group after the other.
 
-    groups: tuple[Group, ...]
+    ``order`` (experts,) are the experts by place, ``place`` (experts,) their places, ``group``
+    (experts,) the groups by place and ``stops`` (groups,) the places where groups end. ``neurons``
+    (groups, width) are those that any expert of the group keeps, as many as ``widths`` says, then
+    others; ``kept`` (experts, width) is 1 by place for those that the expert keeps, else 0.
+    ``uniform``: all experts of the group keep the same.
+    """
+
     order: torch.Tensor
     place: torch.Tensor
-
-    @cached_property
-    def padded(self) -> Padded:
-        """The groups as tensors of one width, for products of all groups at once."""
-        widest = max(1, *(len(group.neurons) for group in self.groups))
-        width = -(-widest // ALIGNED) * ALIGNED
-        with torch.inference_mode(mode=False):  # what inference has made serves training too
-            sizes = self.order.new_tensor([group.stop - group.start for group in self.groups])
-            return Padded(
-                torch.stack([pad(g.neurons, (0, width - len(g.neurons))) for g in self.groups]),
-                torch.cat([pad(g.kept, (0, width - len(g.neurons))) for g in self.groups]),
-                torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes),
-                sizes.cumsum(0),
-            )
+    group: torch.Tensor
+    stops: torch.Tensor
+    neurons: torch.Tensor
+    kept: torch.Tensor
+    widths: list[int]
+    uniform: list[bool]
 
 
 def group_experts(kept: torch.Tensor, shares: torch.Tensor, count: int | None) -> ExpertGroups:
     """Put experts into ``count`` groups at most; None: every expert by itself.
 
-    Parameters
-    ----------
-    kept
-        1 for the neurons of an expert, else 0, (experts, hidden).
-    shares
-        Share of the tokens that use each expert, (experts,).
+    ``kept`` (experts, hidden) is 1 for the neurons of an expert, else 0; ``shares`` (experts,) are
+    those of the tokens that use it.
     """
-    table, device = (kept > 0).cpu().numpy(), kept.device
+    table = (kept > 0).cpu().numpy()
     members = join_experts(table, shares.double().cpu().numpy(), count or len(table))
-    stops = accumulate(map(len, members), initial=0)
     with torch.inference_mode(mode=False):  # what inference has made serves training too
-        order = torch.tensor([*chain(*members)], device=device)
-        groups = [_group(kept, order, *ends) for ends in pairwise(stops)]
-        return ExpertGroups(tuple(groups), order, order.argsort())
+        order = torch.tensor([*chain(*members)], device=kept.device)
+        sizes = torch.tensor([*map(len, members)], device=kept.device)
+        group = torch.arange(len(sizes), device=kept.device).repeat_interleave(sizes)
+        union = kept.new_zeros(len(sizes), kept.shape[1]).index_add(0, group, kept[order]) > 0
+        widths, own = union.sum(dim=1), (kept[order] > 0).sum(dim=1)
+        neurons = union.int().argsort(dim=1, descending=True, stable=True)[:, : widths.max()]
+        lacking = kept.new_zeros(len(sizes)).index_add(0, group, (widths[group] - own).to(kept))
+        filling = 0, -neurons.shape[1] % ALIGNED
+        return ExpertGroups(
+            order, order.argsort(), group, sizes.cumsum(0), pad(neurons, filling),
+            pad(kept[order].gather(1, neurons[group]), filling), widths.tolist(),
+            (lacking == 0).tolist(),
+        )  # fmt: skip
 
 
 def join_experts(kept: np.ndarray, shares: np.ndarray, count: int) -> list[list[int]]:
@@ -118,10 +92,3 @@ def _joining_cost(union: np.ndarray, share: np.ndarray) -> np.ndarray:
     cost = (share[:, None] + share) * both - apart - apart[:, None]
     np.fill_diagonal(cost, np.inf)
     return cost
-
-
-def _group(kept: torch.Tensor, order: torch.Tensor, start: int, stop: int) -> Group:
-    members = kept[order[start:stop]]
-    neurons = members.any(dim=0).nonzero()[:, 0]
-    own = members[:, neurons]
-    return Group(start, stop, neurons, own, uniform=bool(own.all()))
