@@ -9,8 +9,8 @@ import torch
 from moee_analysis.baselines.static_pruning import BASELINES, config_of, prune
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.recipes import CHOICES
-from moee_analysis.extraction.pipeline import load
+from moee_analysis.extraction.config.extract_config import CHOICES
+from moee_analysis.extraction.run import load
 from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names

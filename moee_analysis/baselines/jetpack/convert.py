@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
@@ -21,7 +19,6 @@ from moee_analysis.baselines.jetpack.recycling import Recycling
 from moee_analysis.baselines.jetpack.sphero import ExpertDropout, SpheroRouter
 from moee_analysis.baselines.jetpack.tensor_axes import classifier_of, narrow_tensors
 from moee_analysis.data.images import ImageSet
-from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.moe.layer import replace_module
 
@@ -31,7 +28,6 @@ def convert(
     images: ImageSet,
     config: JetpackConfig | None = None,
     *,
-    dense_part: nn.Module | None = None,
     store: str | Path | None = None,
 ) -> nn.Module:
     """Make the start of a mixture of soft experts of ``dense``, to be trained.
@@ -46,17 +42,13 @@ def convert(
     images
         Calibration images; their labels are not used, nor are they looked at by the methods
         ``uniform`` and ``random``.
-    dense_part
-        A model of the new width whose weights serve outside the experts, as in the released code;
-        None narrows ``dense``.
     store
         Folder where the sums over activations are kept and found again; None keeps nothing.
 
     Raises
     ------
     MoeeError
-        Another kind of model, a width, layers or a budget that it cannot have, a dense part that
-        does not fit.
+        Another kind of model, a width, layers or a budget that it cannot have.
     """
     recycling = _begin(dense, images, config or JetpackConfig(), store)
     config, model = recycling.config, recycling.narrow
@@ -66,7 +58,7 @@ def convert(
     sizes = size_layers(model, sites, config, dense=dense)
     depth = max(1, len(mlps) - 1)
     layers = {s.name: _layer(recycling, s, sizes[s.name], s.index / depth) for s in sites}
-    _fill_dense_part(recycling, dense_part)
+    _fill_dense_part(recycling)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     like = next(dense.parameters())
@@ -88,7 +80,7 @@ def narrowed(
     Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
     """
     recycling = _begin(dense, images, config or JetpackConfig(), store)
-    _fill_dense_part(recycling, None)
+    _fill_dense_part(recycling)
     return recycling.narrow
 
 
@@ -103,27 +95,14 @@ def _begin(
     return Recycling(dense, model, found, config)
 
 
-def _fill_dense_part(recycling: Recycling, dense_part: nn.Module | None) -> None:
+def _fill_dense_part(recycling: Recycling) -> None:
     """Give the narrow model its dense part; a fresh classifier stays as it is."""
-    model = recycling.narrow
-    fresh = classifier_of(model) if recycling.config.head == "fresh" else None
-    if dense_part is None:
-        given = narrow_tensors(recycling.dense, recycling.shared_units)
-    else:
-        given = dense_part.state_dict()
-    given, wanted = (_leave_out(fresh, tensors) for tensors in (given, model.state_dict()))
-    for name in sorted(given.keys() | wanted.keys()):
-        if name not in given or name not in wanted or given[name].shape != wanted[name].shape:
-            raise MoeeError(
-                f"a dense part that is a {type(model).__name__} of width {model.num_features}",
-                f"another '{name}'",
-                "pass a model like successor(dense, width)",
-            )
-    model.load_state_dict(given, strict=False)
-
-
-def _leave_out(module: str | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: t for name, t in tensors.items() if name.rpartition(".")[0] != module}
+    model, head = recycling.narrow, classifier_of(recycling.narrow)
+    tensors = narrow_tensors(recycling.dense, recycling.shared_units)
+    if recycling.config.head == "fresh":
+        own = model.state_dict()
+        tensors |= {name: own[name] for name in own if name.rpartition(".")[0] == head}
+    model.load_state_dict(tensors)
 
 
 def _layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> SlotMlp:

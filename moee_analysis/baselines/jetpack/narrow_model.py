@@ -40,6 +40,7 @@ def successor(
     classes = dense.num_classes if num_classes is None else num_classes
     changed = _at_width(dense, settings, width or dense.num_features)
     like = next(dense.parameters())
+    changed |= _SHAPES_ALONE.get(type(dense), {}) if like.is_meta else {}
     with torch.device("meta" if like.is_meta else "cpu"):
         model = _build(type(dense), settings | changed | {"num_classes": classes}, seed)
     model.pretrained_cfg = _copy_cfg(dense, classes)

@@ -101,8 +101,9 @@ def build(row: Configuration) -> nn.Module:
     """Build a model of the paper's on the meta device: shapes alone, no memory."""
     with torch.device("meta"):
         dense = VisionTransformer(
-            embed_dim=64 * row.heads, depth=DEPTH, num_heads=row.heads, global_pool="avg"
-        )
+            embed_dim=64 * row.heads, depth=DEPTH, num_heads=row.heads, global_pool="avg",
+            weight_init="skip",  # drawing takes long on that device
+        )  # fmt: skip
     dense.pretrained_cfg = {"input_size": (3, 224, 224), "num_classes": dense.num_classes}
     if not row.layers:
         return dense.eval()

@@ -80,10 +80,12 @@ class Recycling:
         start = self._draw_neurons if self.config.consistent_channels else self._draw_both
         draw = start(site, rng)
         small = max(1, round(self.config.universal_ratio * site.hidden))
+        alike = self.config.method == "uniform"
         groups = [
-            [cut(mlp, *draw(hidden)) for _ in range(count)]
+            [cut(mlp, *draw(hidden))] * count if alike
+            else [cut(mlp, *draw(hidden)) for _ in range(count)]
             for count, hidden in ((core, site.hidden), (universal, small))
-        ]
+        ]  # fmt: skip
         return [group for group in groups if group]
 
     def _draw_neurons(self, site: MlpSite, rng: np.random.Generator) -> Draw:

@@ -39,8 +39,10 @@ CONVNEXT = {
     ("make", "places"), [(toy_vit, VIT), (lambda: lively_ones(convnext(16)), CONVNEXT)]
 )
 def test_sums_are_those_of_all_tokens_at_once(make, places):
-    model = make()
+    model = make().train()
     found = profile(model, IMAGES, together=True)
+    assert (hooks_of(model), model.training) == (0, True)
+    model.eval()
     for place, module in places.items():
         tokens = seen(model, module)
         active = (tokens > 0).double()
@@ -55,13 +57,6 @@ def test_sums_are_those_of_all_tokens_at_once(make, places):
             counts = found.together(place)
             assert np.abs(counts - (active.T @ active).numpy()).max() <= 2  # rounding about 0
             np.testing.assert_array_equal(counts, counts.T)
-
-
-def test_no_hooks_stay_and_the_training_flag_neither():
-    model = toy_vit().train()
-    profile(model, IMAGES.take(range(2)))
-    assert hooks_of(model) == 0
-    assert model.training
 
 
 def test_a_store_finds_the_sums_again(tmp_path):

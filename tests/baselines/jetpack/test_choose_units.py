@@ -3,8 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moee_analysis.baselines.jetpack.graph_selection import drawn_order, drawn_parts, parts_of
-from moee_analysis.baselines.jetpack.select_units import Units, drawn, evenly, shared
+from moee_analysis.baselines.jetpack.choose_units import (
+    Units,
+    choose_shared,
+    draw_order,
+    draw_units,
+    spaced_evenly,
+)
 
 METHODS = ("importance", "graph", "uniform", "random")
 
@@ -13,11 +18,11 @@ def units(total=64, *, seed=0):
     rng = np.random.default_rng(seed)
     active = rng.uniform(size=(500, total)) < rng.uniform(0.1, 0.9, size=total)
     together = active.T.astype(float) @ active
-    return Units(total, rng.uniform(size=total), together, parts_of(together))
+    return Units(total, rng.uniform(size=total), together)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("choose", [drawn, shared])
+@pytest.mark.parametrize("choose", [draw_units, choose_shared])
 @pytest.mark.parametrize("size", [1, 13, 32, 63, 64])
 def test_ids_are_as_many_as_wanted_unique_and_ascending(method, choose, size):
     ids = choose(method, units(), size, np.random.default_rng(0))
@@ -27,38 +32,28 @@ def test_ids_are_as_many_as_wanted_unique_and_ascending(method, choose, size):
     assert ids.max() < 64
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_experts_differ_unless_they_are_evenly_spaced(method):
-    rng, among = np.random.default_rng(0), units(128)
-    experts = [drawn(method, among, 64, rng).tolist() for _ in range(5)]
-    assert len({tuple(ids) for ids in experts}) == (1 if method == "uniform" else 5)
-
-
 @pytest.mark.parametrize("method", ["importance", "graph"])
 def test_what_all_tokens_pass_through_is_worth_most(method):
     among = units()
-    ids = shared(method, among, 10, np.random.default_rng(0))
+    ids = choose_shared(method, among, 10, np.random.default_rng(0))
     assert among.worth[ids].min() >= np.delete(among.worth, ids).max()
 
 
 def test_evenly_spaced_ids_have_both_ends():
-    assert evenly(9, 5).tolist() == [0, 2, 4, 6, 8]
-    assert evenly(7, 7).tolist() == list(range(7))
-    assert evenly(7, 1).tolist() == [0]
+    assert spaced_evenly(9, 5).tolist() == [0, 2, 4, 6, 8]
+    assert spaced_evenly(7, 7).tolist() == list(range(7))
+    assert spaced_evenly(7, 1).tolist() == [0]
 
 
 def test_draws_follow_the_weights_without_replacement():
     weights, rng = np.array([1.0, 2.0, 5.0]), np.random.default_rng(0)
-    orders = np.array([drawn_order(weights, rng) for _ in range(20000)])
+    orders = np.array([draw_order(weights, rng) for _ in range(20000)])
     first = np.bincount(orders[:, 0], minlength=3) / len(orders)
     np.testing.assert_allclose(first, weights / 8, atol=0.015)
     after_last = orders[orders[:, 0] == 2, 1]
     assert (after_last == 1).mean() == pytest.approx(2 / 3, abs=0.015)
-
-
-def test_what_is_worth_nothing_comes_last():
-    order = drawn_order(np.array([0.0, 1.0, 0.0, 1e-9]), np.random.default_rng(0))
-    assert set(order[:2]) == {1, 3}
+    order = draw_order(np.array([0.0, 1.0, 0.0, 1e-9]), rng)
+    assert set(order[:2]) == {1, 3}  # nothing comes last
 
 
 def test_the_parts_are_those_that_are_active_together():
@@ -67,14 +62,10 @@ def test_the_parts_are_those_that_are_active_together():
     active = (rng.integers(0, 8, size=1000)[:, None] == truth) | (
         rng.uniform(size=(1000, 64)) < 0.02
     )
-    together = active.T.astype(float) @ active
-    found = parts_of(together)
-    assert sorted(tuple(part) for part in found) == sorted(
-        tuple(np.flatnonzero(truth == part)) for part in range(8)
-    )
-    whole = drawn_parts(found, together, 16, rng)
+    among = Units(64, together=active.T.astype(float) @ active)
+    parts = [tuple(np.flatnonzero(truth == part)) for part in range(8)]
+    assert sorted(map(tuple, among.parts)) == sorted(parts)
+    whole = draw_units("graph", among, 16, rng)
     assert len(set(truth[whole])) == 2  # two parts, each as a whole
-
-
-def test_few_units_are_one_part():
-    assert [part.tolist() for part in parts_of(np.ones((5, 5)))] == [list(range(5))]
+    (few,) = Units(5, together=np.ones((5, 5))).parts
+    assert few.tolist() == list(range(5))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moee_analysis.baselines.jetpack.sphero_router import ExpertDropout, SpheroRouter
+from moee_analysis.baselines.jetpack.sphero import ExpertDropout, SpheroRouter, entmax15
 
 COMBINES = ("softmax", "entmax15")
 
@@ -14,22 +14,16 @@ def tokens(*, images=2, count=9, dim=16):
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-def test_slots_are_made_of_all_of_the_tokens_and_tokens_of_all_of_the_slots(combine):
-    dispatch, combined = SpheroRouter(16, 5, slots=3, combine=combine)(tokens())
-    assert dispatch.shape == combined.shape == (2, 9, 15)
-    torch.testing.assert_close(dispatch.sum(dim=1), torch.ones(2, 15))
-    torch.testing.assert_close(combined.sum(dim=2), torch.ones(2, 9))
-    assert (dispatch > 0).all()
-    assert (combined >= 0).all()
-
-
-@pytest.mark.parametrize("combine", COMBINES)
-def test_low_precision_products_still_give_shares(combine):
+@pytest.mark.parametrize("low", [False, True])
+def test_slots_are_mixtures_of_all_tokens_and_tokens_of_all_slots(combine, low):
     router = SpheroRouter(16, 60, slots=3, combine=combine)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         dispatch, combined = router(tokens())
+    assert dispatch.shape == combined.shape == (2, 9, 180)
     torch.testing.assert_close(dispatch.sum(dim=1), torch.ones(2, 180), atol=1e-4, rtol=0)
     torch.testing.assert_close(combined.sum(dim=2), torch.ones(2, 9), atol=1e-4, rtol=0)
+    assert (dispatch > 0).all()
+    assert (combined >= 0).all()
 
 
 def test_logits_are_cosines_of_normed_queries_each_for_itself():
@@ -66,16 +60,15 @@ def test_both_temperatures_work_for_themselves():
 
 
 @pytest.mark.parametrize(("experts", "slots"), [(5, 2), (40, 1)])
-def test_queries_start_orthogonal(experts, slots):
-    queries = SpheroRouter(16, experts, slots=slots).queries.flatten(1)
-    few = queries if experts <= queries.shape[1] else queries.T
-    torch.testing.assert_close(few @ few.T, torch.eye(len(few)), atol=1e-5, rtol=0)
-
-
-def test_the_seed_decides_the_queries():
-    first, again, other = (SpheroRouter(16, 4, seed=seed).queries for seed in (0, 0, 1))
+def test_queries_start_orthogonal_by_the_seed(experts, slots):
+    first, again, other = (
+        SpheroRouter(16, experts, slots=slots, seed=seed).queries for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    queries = first.flatten(1)
+    few = queries if experts <= queries.shape[1] else queries.T
+    torch.testing.assert_close(few @ few.T, torch.eye(len(few)), atol=1e-5, rtol=0)
 
 
 def test_noise_is_for_training_alone_and_the_same_for_both():
@@ -86,9 +79,6 @@ def test_noise_is_for_training_alone_and_the_same_for_both():
     torch.testing.assert_close(centred(first.dispatch.log()), centred(first.combine.log()))
     quiet = SpheroRouter(16, 4, noise=0.0).train()
     assert all(map(torch.equal, quiet(x), quiet(x)))
-
-
-def test_noise_is_one_over_the_experts_unless_given():
     assert SpheroRouter(16, 8).noise == 1 / 8
 
 
@@ -104,26 +94,72 @@ def test_gradients_reach_queries_norm_and_temperatures(combine):
 # Dropout of experts
 
 
-def made():
-    return torch.ones(200, 10, 3, 4)
+def drop(rate, **settings):
+    return ExpertDropout(rate, **settings).train()(torch.ones(200, 10, 3, 4)).flatten(2)
 
 
 def test_whole_experts_drop_out_and_the_others_make_up_for_them():
-    out = ExpertDropout(0.25).train()(made())
-    of_expert = out.flatten(2)
-    assert ((of_expert == 0).all(2) | torch.isclose(of_expert, torch.tensor(4 / 3)).all(2)).all()
-    dropped = (of_expert == 0).all(2)
+    outputs = drop(0.25)
+    dropped = (outputs == 0).all(2)
+    assert (dropped | torch.isclose(outputs, torch.tensor(4 / 3)).all(2)).all()
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.05)
     assert not dropped.all(1).any()  # experts by themselves, not all of an image
-
-
-def test_all_experts_of_an_image_drop_out_together():
-    out = ExpertDropout(0.25, of_images=True).train()(made()).flatten(1)
-    dropped = (out == 0).all(1)
-    assert ((out == 0).any(1) == dropped).all()
-    assert dropped.float().mean() == pytest.approx(0.25, abs=0.1)
+    of_images = (drop(0.25, of_images=True) == 0).flatten(1)
+    assert (of_images.any(1) == of_images.all(1)).all()
+    assert of_images.all(1).float().mean() == pytest.approx(0.25, abs=0.1)
 
 
 def test_nothing_drops_out_in_evaluation_or_at_rate_0():
-    assert torch.equal(ExpertDropout(0.9).eval()(made()), made())
-    assert torch.equal(ExpertDropout(0.0).train()(made()), made())
+    assert (drop(0.0) == 1).all()
+    assert (ExpertDropout(0.9).eval()(torch.ones(2, 10, 3, 4)) == 1).all()
+
+
+# Entmax
+
+
+def by_bisection(logits):
+    """Weights max(x / 2 - tau, 0)^2 of the tau, found by halving, with which they sum to 1."""
+    halves = logits.double() / 2
+    low, high = halves.amax(-1, keepdim=True) - 1, halves.amax(-1, keepdim=True)
+    for _ in range(80):
+        tau = (low + high) / 2
+        much = (halves - tau).clamp(min=0).square().sum(-1, keepdim=True) > 1
+        low, high = torch.where(much, tau, low), torch.where(much, high, tau)
+    return (halves - low).clamp(min=0).square()
+
+
+def logits(spread, *, seed=0, shape=(3, 4, 12)):
+    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1, 5, 1000])
+def test_it_is_what_bisection_finds(spread):
+    x = logits(spread)
+    torch.testing.assert_close(entmax15(x), by_bisection(x))
+    torch.testing.assert_close(entmax15(x.float()).sum(-1), torch.ones(3, 4))
+
+
+def test_what_lags_behind_gets_nothing_and_close_logits_share_like_a_softmax():
+    assert (entmax15(logits(5)) == 0).float().mean() > 0.5
+    assert (entmax15(logits(0.01)) > 0).all()
+    alone = entmax15(torch.tensor([0.0, 9.0, 1.0]))
+    assert alone.tolist() == [0, 1, 0]
+
+
+def test_equal_logits_share_equally_whatever_is_added():
+    torch.testing.assert_close(entmax15(torch.zeros(2, 5)), torch.full((2, 5), 0.2))
+    tied = entmax15(torch.tensor([3.0, 3.0, -9.0]))
+    torch.testing.assert_close(tied, torch.tensor([0.5, 0.5, 0.0]))
+    torch.testing.assert_close(entmax15(logits(2) + 7), entmax15(logits(2)))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1, 4])
+def test_gradients_are_those_of_finite_differences(spread):
+    x = logits(spread, shape=(2, 7)).requires_grad_()
+    assert torch.autograd.gradcheck(entmax15, x)
+
+
+def test_a_single_weight_left_has_no_gradient_and_no_nan():
+    x = torch.tensor([100.0, 0.0, 0.0], requires_grad=True)
+    entmax15(x)[0].backward()
+    assert x.grad.tolist() == [0, 0, 0]
