@@ -1,3 +1,5 @@
+"""Labelled images: which class a folder is, choosing among images, batches for a model."""
+
 from __future__ import annotations
 
 import math
@@ -19,14 +21,6 @@ BUNDLED = build_model("bundled")
 IMAGENET = build_model(SMALL_VIT)
 
 
-def named(names) -> torch.nn.Module:
-    """A model whose classes have these names."""
-    model = toy_vit()
-    model.reset_classifier(len(names))
-    model.pretrained_cfg["label_names"] = tuple(names)
-    return model
-
-
 # Which class a folder is
 
 
@@ -38,35 +32,29 @@ def test_wnid_folders_map_to_the_models_own_indices(tmp_path):
     assert images.labels(IMAGENET).dtype == np.int64
 
 
-@pytest.mark.parametrize("name", ["goldfish", "Goldfish", "bullet train", "bullet_train"])
-def test_folders_may_have_readable_names(tmp_path, name):
-    index = 466 if "train" in name else 1
-    images = load_images(image_folder(tmp_path, {name: 1}))
-    assert images.labels(IMAGENET).tolist() == [index]
+@pytest.mark.parametrize(("name", "model", "label"), [
+    ("goldfish", IMAGENET, 1), ("Goldfish", IMAGENET, 1), ("bullet train", IMAGENET, 466),
+    ("bullet_train", IMAGENET, 466),
+    *[(name, BUNDLED, CLASSES.index("fire_engine"))
+      for name in ("fire_engine", "fire engine", "Fire-Engine")],
+])  # fmt: skip
+def test_folders_may_have_readable_names(tmp_path, name, model, label):
+    assert load_images(image_folder(tmp_path, {name: 1})).labels(model).tolist() == [label]
 
 
-@pytest.mark.parametrize("name", ["fire_engine", "fire engine", "Fire-Engine"])
-def test_bundled_classes_are_found_by_name(tmp_path, name):
-    images = load_images(image_folder(tmp_path, {name: 1}))
-    assert images.labels(BUNDLED).tolist() == [CLASSES.index("fire_engine")]
-
-
-def test_an_unknown_folder_is_refused_by_name(tmp_path):
-    images = load_images(image_folder(tmp_path, {"n01443537": 1, "dragon": 1}))
-    with pytest.raises(MoeeError, match="1 unknown or ambiguous: dragon") as error:
+@pytest.mark.parametrize("name", ["dragon", "crane"])  # unknown; the bird or the machine
+def test_an_unknown_or_ambiguous_folder_is_refused_by_name(tmp_path, name):
+    images = load_images(image_folder(tmp_path, {"n01443537": 1, name: 1}))
+    with pytest.raises(MoeeError, match=f"1 unknown or ambiguous: {name}") as error:
         images.labels(IMAGENET)
     assert "n01440764" in error.value.expected
 
 
-def test_a_name_of_two_classes_is_refused(tmp_path):
-    images = load_images(image_folder(tmp_path, {"crane": 1}))  # the bird or the machine
-    with pytest.raises(MoeeError, match="ambiguous: crane"):
-        images.labels(IMAGENET)
-
-
 def test_names_need_not_be_english(tmp_path):
-    images = load_images(image_folder(tmp_path, {"пёс": 1, "猫": 1}))
-    assert sorted(images.labels(named(["猫", "пёс"]))) == [0, 1]
+    images, model = load_images(image_folder(tmp_path, {"пёс": 1, "猫": 1})), toy_vit()
+    model.reset_classifier(2)
+    model.pretrained_cfg["label_names"] = ("猫", "пёс")
+    assert sorted(images.labels(model)) == [0, 1]
 
 
 # What is read from a folder
@@ -81,20 +69,10 @@ def test_pictures_are_found_at_any_depth_and_other_files_left_alone(tmp_path):
     with pytest.warns(UserWarning, match="skipped 2 files") as caught:
         images = load_images(tmp_path)
     assert images.folders == ("ant", "ant")
-    told = "1 no image (.txt): ant/notes.txt; 1 in no class folder: loose.png"
-    assert images.skipped_text == told
-    assert told in str(caught[0].message)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_every_picture_becomes_rgb(tmp_path, mode):
-    (tmp_path / "ant").mkdir()
-    grey = picture(0, mode="L")
-    made = grey.convert("I").convert(mode) if mode == "I;16" else grey.convert(mode)
-    made.save(tmp_path / "ant" / "a.tif")
-    images = load_images(tmp_path)
-    assert images.picture(0).mode == "RGB"
-    assert next(images.batches(toy_vit())).shape == (1, 3, 32, 32)
+    text = "1 no image (.txt): ant/notes.txt; 1 in no class folder: loose.png"
+    assert images.skipped_text == text
+    assert text in str(caught[0].message)
+    assert caught[0].filename == __file__
 
 
 @pytest.fixture
@@ -103,51 +81,36 @@ def damaged(tmp_path):
     folder = image_folder(tmp_path / "photos", {"ant": 3, "bee": 3})
     (folder / "ant" / "0.png").write_bytes(b"")
     (folder / "ant" / "1.png").write_bytes(b"<html>404</html>")
-    whole = (folder / "bee" / "2.png").read_bytes()
-    (folder / "bee" / "2.png").write_bytes(whole[: len(whole) // 2])
+    for path in (folder / "bee" / "2.png", tmp_path / "photograph.jpg"):
+        picture(1, size=400).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (tmp_path / "photograph.jpg").rename(folder / "bee" / "z.jpg")
     return folder
 
 
-def test_unreadable_pictures_are_skipped_and_named(damaged):
-    with pytest.warns(UserWarning, match="skipped 3 files") as caught:
+def test_unreadable_pictures_are_skipped_and_named_or_refused(damaged):
+    with pytest.warns(UserWarning, match="skipped 4 files") as caught:
         images = load_images(damaged)
-    assert "ant/0.png, ant/1.png; 1 damaged" in str(caught[0].message)
-    assert images.skipped == ("ant/0.png", "ant/1.png", "bee/2.png")
+    assert "ant/0.png, ant/1.png; 2 damaged" in str(caught[0].message)
+    assert images.skipped == ("ant/0.png", "ant/1.png", "bee/2.png", "bee/z.jpg")
     assert images.folders == ("ant", "bee", "bee")
     assert len(torch.cat(list(images.batches(toy_vit())))) == 3
-
-
-def test_a_truncated_photograph_is_skipped(tmp_path):
-    image_folder(tmp_path, {"ant": 1})
-    picture(1, size=400).save(tmp_path / "ant" / "z.jpg")
-    whole = (tmp_path / "ant" / "z.jpg").read_bytes()
-    (tmp_path / "ant" / "z.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"ant/z\.jpg"):
-        assert len(load_images(tmp_path)) == 1
-
-
-def test_strict_refuses_unreadable_pictures(damaged):
-    with pytest.raises(MoeeError, match=r"3 unreadable: .*: ant/0\.png"):
+    with pytest.raises(MoeeError, match=r"4 unreadable: .*: ant/0\.png"):
         load_images(damaged, strict=True)
-
-
-def test_nothing_readable_is_refused_even_if_not_strict(damaged):
     shutil.rmtree(damaged / "bee")
     (damaged / "ant" / "2.png").write_bytes(b"")
     with pytest.raises(MoeeError, match="3 unreadable"):
         load_images(damaged)
 
 
-def test_a_missing_folder_is_told(tmp_path):
-    with pytest.raises(MoeeError, match="no folder"):
-        load_images(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("loose", [False, True])
-def test_a_folder_without_class_folders_is_told_how_to_arrange(tmp_path, loose):
-    if loose:
-        picture(0).save(tmp_path / "a.png")
+def test_a_folder_without_images_is_told_how_to_arrange(tmp_path):
+    for folder in (tmp_path / "missing", tmp_path / ("x" * 300)):
+        with pytest.raises(MoeeError, match="no folder"):
+            load_images(folder)
     with pytest.raises(MoeeError, match="<wnid or class name>/<image>"):
+        load_images(tmp_path)
+    picture(0).save(tmp_path / "flat.png")
+    with pytest.raises(MoeeError, match=r"1 in no class folder: flat\.png.*<wnid or class name>"):
         load_images(tmp_path)
 
 
@@ -158,20 +121,12 @@ def test_photographs_have_no_part_masks(tmp_path):
         images.mask(0)
 
 
-# The bundled scenes
-
-
 def test_the_bundled_splits_differ_and_know_their_parts():
-    calibration, evaluation = (
-        load_images(split=split, limit=40) for split in ("calibration", "evaluation")
-    )
-    assert np.bincount(calibration.labels(BUNDLED)).tolist() == [2] * 20
-    assert calibration.fingerprint != evaluation.fingerprint
-    assert calibration.mask(0).shape == (64, 64)
-    assert calibration.mask(0).max() < len(calibration.parts)
-
-
-def test_an_unknown_split_is_refused():
+    one, other = (load_images(split=split, limit=40) for split in ("calibration", "evaluation"))
+    assert np.bincount(one.labels(BUNDLED)).tolist() == [2] * 20
+    assert one.fingerprint != other.fingerprint
+    assert one.mask(0).shape == (64, 64)
+    assert one.mask(0).max() < len(one.parts)
     for split in ("test", [], None):
         with pytest.raises(MoeeError, match="calibration, evaluation"):
             load_images(split=split)
@@ -196,27 +151,27 @@ def test_a_split_shares_nothing_and_loses_nothing():
     assert len(one) == 12
     assert sorted(one.rows + other.rows) == list(images.rows)
     assert np.bincount(one.labels(toy_vit())).tolist() == [2] * 6
-
-
-@pytest.mark.parametrize("share", [math.nan, math.inf, "3", -0.1, 1.5, None])
-def test_what_is_no_share_of_the_images_is_refused(share):
-    with pytest.raises(MoeeError, match="share as a number at least 0 and at most 1"):
-        toy_images(6).split(share)
-
-
-@pytest.mark.parametrize("size", [-1, "3", math.nan, 1.5, True])
-def test_what_is_no_size_of_a_batch_is_refused(size):
-    with pytest.raises(MoeeError, match="batch_size as a whole number"):
-        next(toy_images(6).batches(toy_vit(), batch_size=size))
-
-
-def test_batches_of_no_given_size_fit_the_model():
-    for size in (None, 0):
-        assert len(next(toy_images(6).batches(toy_vit(), batch_size=size))) == 6
+    for share in (math.nan, math.inf, "3", -0.1, 1.5, None):
+        with pytest.raises(MoeeError, match="share as a number at least 0 and at most 1"):
+            images.split(share)
 
 
 def test_classes_can_be_chosen_by_name():
     assert set(toy_images(12).of_classes(["Bee", "fox"]).folders) == {"bee", "fox"}
+
+
+def test_the_fingerprint_is_of_contents_classes_and_order(tmp_path):
+    image_folder(tmp_path / "a", {"ant": 2, "bee": 1})
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    one, same = load_images(tmp_path / "a"), load_images(tmp_path / "b")
+    assert one.fingerprint == same.fingerprint
+    picture(77).save(tmp_path / "b" / "bee" / "0.png")
+    others = [load_images(tmp_path / "b"), one.take([1, 0, 2]),
+              replace(one, folders=("ant", "bee", "bee"))]  # fmt: skip
+    assert one.fingerprint not in [other.fingerprint for other in others]
+
+
+# As a model sees them
 
 
 def test_batches_are_the_images_in_order_as_the_model_wants_them():
@@ -227,18 +182,11 @@ def test_batches_are_the_images_in_order_as_the_model_wants_them():
     wanted = torch.stack([transform(images.picture(i)) for i in range(7)])
     assert torch.equal(torch.cat(batches), wanted)
     assert list(images.take([]).batches(model)) == []
-
-
-def test_the_fingerprint_is_of_contents_classes_and_order(tmp_path):
-    image_folder(tmp_path / "a", {"ant": 2, "bee": 1})
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    one, same = load_images(tmp_path / "a"), load_images(tmp_path / "b")
-    assert one.fingerprint == same.fingerprint
-    picture(77).save(tmp_path / "b" / "bee" / "0.png")
-    assert load_images(tmp_path / "b").fingerprint != one.fingerprint
-    assert one.take([1, 0, 2]).fingerprint != one.fingerprint
-    renamed = replace(one, folders=("ant", "bee", "bee"))
-    assert renamed.fingerprint != one.fingerprint
+    for size in (None, 0):
+        assert len(next(images.batches(model, batch_size=size))) == 7
+    for size in (-1, "3", math.nan, 1.5, True):
+        with pytest.raises(MoeeError, match="batch_size as a whole number"):
+            next(images.batches(model, batch_size=size))
 
 
 def test_as_seen_is_what_the_model_gets_before_it_is_normalised():

@@ -134,4 +134,3 @@ def test_draws_stay_in_their_ranges():
     assert set(numbers) == {2, 3, 4}
     assert all(-1 <= draws.uniform(-1, 2) < 2 for _ in range(300))
     assert all(0 <= c <= 255 for _ in range(100) for c in draws.near((250, 5, 128), 60))
-
