@@ -5,7 +5,7 @@ from __future__ import annotations
 from moee_analysis.measure.evaluation.ablation import ablation as ablation
 from moee_analysis.measure.evaluation.ablation import sweeps as sweeps
 from moee_analysis.measure.evaluation.accuracy import accuracy as accuracy
-from moee_analysis.measure.evaluation.agreement import agreement as agreement
+from moee_analysis.measure.evaluation.accuracy import agreement as agreement
 from moee_analysis.measure.evaluation.architectures import (
     architecture_variants as architecture_variants,
 )
@@ -18,8 +18,7 @@ from moee_analysis.measure.knockout.parts_unseen import parts_unseen as parts_un
 from moee_analysis.measure.knockout.use_and_need import use_and_need as use_and_need
 from moee_analysis.measure.knockout.use_and_need import uses_and_needs as uses_and_needs
 from moee_analysis.measure.routing.class_distance import class_distance as class_distance
-from moee_analysis.measure.routing.class_distance import family_separation as family_separation
-from moee_analysis.measure.routing.class_relatedness import class_relatedness as class_relatedness
+from moee_analysis.measure.routing.class_distance import class_relatedness as class_relatedness
 from moee_analysis.measure.routing.class_routing import class_information as class_information
 from moee_analysis.measure.routing.class_routing import class_routing as class_routing
 from moee_analysis.measure.routing.class_routing import specificity as specificity

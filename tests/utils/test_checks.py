@@ -112,7 +112,6 @@ def test_a_name_is_one_of_those_there_are():
         ("balance", 1, "resamples"),
         ("modularity", 2, "permutations"),
         ("modularity", 2, "resamples"),
-        ("family_separation", 1, "permutations"),
         ("class_relatedness", 2, "permutations"),
         ("use_and_need", 1, "permutations"),
         ("top_patches", 2, "count"),
@@ -126,7 +125,7 @@ def test_a_measure_refuses_counts_before_it_looks_at_anything(name, given, wrong
 
 SEEDED = {
     "accuracy": 2, "architectures": 2, "balance": 1, "class_distance": 1, "class_information": 1,
-    "class_relatedness": 2, "family_separation": 1, "knock_out": 3, "modularity": 2,
+    "class_relatedness": 2, "knock_out": 3, "modularity": 2,
     "parts_unseen": 3, "specificity": 1, "use_and_need": 1,
 }  # fmt: skip
 STORED = {"router_choices": 2, "variants": 4}

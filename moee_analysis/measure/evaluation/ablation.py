@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,26 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.recipes import recipe_named
-from moee_analysis.measure.evaluation.variants import Variant, made_of, variants
+from moee_analysis.measure.evaluation.engine import Variant, extract_all
+from moee_analysis.measure.evaluation.variants import variants
 
 METHODS = {"hdbscan": "HDBSCAN", "kmeans": "k-means"}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """How a variant differs from its recipe; the columns of :func:`ablation`."""
+
+    recipe: str
+    piece: str = ""
+    value: str = ""
+    direction: str = "as it is"
+
+    @property
+    def name(self) -> str:
+        if self.direction == "control":
+            return f"{self.recipe}, {self.value}"
+        return self.recipe + (f", {self.piece}: {self.value}" if self.piece else self.value)
 
 
 def ablation(
@@ -34,90 +51,69 @@ def ablation(
 ) -> pd.DataFrame:
     """Each piece of a recipe off in turn, and each alone added to another recipe.
 
-    Parameters
-    ----------
-    config
-        The recipe to take apart, with its budget in MACs, sizes and seed. Where it sets pieces
-        itself, these are the recipe's.
-    other
-        The recipe that says what a piece is when it is off, and that each is added to. Pieces
-        that both have in common are left out.
-    repeats
-        How often the whole recipe is extracted again with another seed, and so from other
-        calibration images, tokens and clusters: what differs by chance.
-    bootstrap
-        ``seed`` and ``resamples``, as for :func:`variants`.
+    ``config``: the recipe to take apart, with its budget in MACs, sizes and seed. Where it sets
+      pieces itself, these are the recipe's.
+    ``other``: the recipe that says what a piece is when it is off, and that each is added to.
+      Pieces that both have in common are left out.
+    ``repeats``: how often the whole recipe is extracted again with another seed, and so from other
+      calibration images, tokens and clusters: what differs by chance.
+    ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
 
-    Returns
-    -------
-    DataFrame
-        The columns of :func:`variants`, changes being those to the recipe as it is, and:
-        ``recipe``, that the variant starts from; ``piece``, the one that differs, and its
-        ``value``; ``direction``: ``as it is``, ``another seed``, ``off in turn``, ``on alone`` or
-        ``control``. The controls of both recipes are static pruning, random routing and random
-        centres. The first row is the dense model.
+    The columns of :func:`variants`, changes being those to the recipe as it is, and: ``recipe``,
+    that the variant starts from; ``piece``, the one that differs, and its ``value``; ``direction``:
+    ``as it is``, ``another seed``, ``off in turn``, ``on alone`` or ``control``. The controls of
+    both recipes are static pruning, random routing and random centres. The first row is the dense
+    model.
 
-    Raises
-    ------
-    MoeeError
-        The same recipe twice, or a configuration that the other recipe cannot have.
+    Raises MoeeError: the same recipe twice, or a configuration that the other recipe cannot have.
     """
     if config.recipe == other:
         raise MoeeError("two recipes", f"'{other}' twice", "compare with another one")
-    whole = _tried(config, other)
-    bases = {row["recipe"]: each for row, each in whole if row["direction"] == "as it is"}
-    made = made_of(dense, calibration, bases.values(), Path(store))
-    for recipe, base in bases.items():
-        if made[base].run is not None:
-            control = randomly_routed(made[base].run, seed=bootstrap.get("seed", 0))
-            whole.append((_row(recipe, "router", "random routing", "control"), control))
+    tried: dict[_Change, Variant] = _changes(config, other)
+    recipes = [config.recipe, other]
+    made = extract_all(dense, calibration, [tried[_Change(recipe)] for recipe in recipes], store)
+    for recipe in recipes:
+        run = made[tried[_Change(recipe)]].result
+        if run is not None:
+            random = randomly_routed(run, seed=bootstrap.get("seed", 0))
+            tried[_Change(recipe, "router", "random routing", "control")] = random
     for seed in range(config.seed + 1, config.seed + 1 + repeats):
-        row = _row(config.recipe, "seed", str(seed), "another seed")
-        whole.append((row, replace(config, seed=seed)))
-    beside = {_name(row): row["recipe"] for row, _ in whole}
-    whole.insert(0, (_row("", "", "dense", "as it is"), dense))
-    tried = {_name(row): each for row, each in whole}
-    table = variants(dense, calibration, images, tried, store=store, beside=beside, **bootstrap)
-    for place, column in enumerate(_row("", "", "", ""), start=1):
-        table.insert(place, column, [row[column] for row, _ in whole])
+        change = _Change(config.recipe, "seed", str(seed), "another seed")
+        tried[change] = replace(config, seed=seed)
+    beside = {change.name: change.recipe for change in tried}
+    tried = {_Change("", value="dense"): dense} | tried
+    named = {change.name: each for change, each in tried.items()}
+    table = variants(dense, calibration, images, named, store=store, beside=beside, **bootstrap)
+    columns = pd.DataFrame([asdict(change) for change in tried])
+    for place, column in enumerate(columns, start=1):
+        table.insert(place, column, columns[column])
     return table
 
 
-def _tried(config: ExtractConfig, other: str) -> list[tuple[dict[str, str], ExtractConfig]]:
-    """Rows of the table, and the configuration of each."""
+def _changes(config: ExtractConfig, other: str) -> dict[_Change, ExtractConfig]:
+    """The configuration of every change of both recipes that needs no run."""
+    whole = config.resolved()
     theirs = recipe_named(other)
-    own = {piece: getattr(config.resolved(), piece) for piece in theirs}
-    base = replace(config, recipe=other, **dict.fromkeys(own))
+    own = {piece: getattr(whole, piece) for piece in theirs}
     theirs = {piece: value for piece, value in theirs.items() if value != own[piece]}
-    found = []
     mine = {piece: own[piece] for piece in theirs}
+    base = replace(config, recipe=other, **dict.fromkeys(own))
+    found = {}
     for start, pieces, direction in ((config, theirs, "off in turn"), (base, mine, "on alone")):
-        found.append((_row(start.recipe, "", "", "as it is"), start))
+        recipe, clustering = start.recipe, start.resolved().clustering
+        found[_Change(recipe)] = start
         for piece, value in pieces.items():
-            row = _row(start.recipe, piece, _words(value), direction)
-            found.append((row, replace(start, **{piece: value})))
-        row = _row(start.recipe, "experts", "static pruning", "control")
-        found.append((row, replace(start, experts="one")))
-        centres = replace(
-            start.resolved().clustering, method="random", count=own["clustering"].count
-        )
-        row = _row(start.recipe, "clustering", "random centres", "control")
-        found.append((row, replace(start, clustering=centres)))
+            changed = replace(start, **{piece: value})
+            found[_Change(recipe, piece, _describe(value), direction)] = changed
+        static = _Change(recipe, "experts", "static pruning", "control")
+        found[static] = replace(start, experts="one")
+        centres = replace(clustering, method="random", count=own["clustering"].count)
+        random = _Change(recipe, "clustering", "random centres", "control")
+        found[random] = replace(start, clustering=centres)
     return found
 
 
-def _row(recipe: str, piece: str, value: str, direction: str) -> dict[str, str]:
-    return {"recipe": recipe, "piece": piece, "value": value, "direction": direction}
-
-
-def _name(row: dict[str, str]) -> str:
-    if row["direction"] == "control":
-        return f"{row['recipe']}, {row['value']}"
-    change = f", {row['piece']}: {row['value']}" if row["piece"] else row["value"]
-    return row["recipe"] + change
-
-
-def _words(value: str | ClusterConfig) -> str:
+def _describe(value: str | ClusterConfig) -> str:
     if not isinstance(value, ClusterConfig):
         return value
     return f"{METHODS.get(value.method, value.method)} of {value.space}"
@@ -135,26 +131,15 @@ def sweeps(
 ) -> pd.DataFrame:
     """Vary one quantity at a time, in one or several systems.
 
-    Parameters
-    ----------
-    tried
-        By system and by name of the sweep: a configuration, or a model made already, by its
-        setting. The setting None is for what does not depend on any.
-    beside
-        One of the variants, that all are compared with.
-    bootstrap
-        ``seed`` and ``resamples``, as for :func:`variants`.
+    ``tried``: by system and by name of the sweep: a configuration, or a model made already, by its
+      setting. The setting None is for what does not depend on any.
+    ``beside``: one of the variants, that all are compared with.
+    ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
 
-    Returns
-    -------
-    DataFrame
-        The columns of :func:`variants`, and: ``system``, ``sweep``, ``setting``; ``recipe``, empty
-        for a model made already.
+    The columns of :func:`variants`, and: ``system``, ``sweep``, ``setting``; ``recipe``, empty for
+    a model made already.
 
-    Raises
-    ------
-    MoeeError
-        As for :func:`variants`.
+    Raises MoeeError: as for :func:`variants`; a variant ``beside`` that is not tried.
     """
     whole = {
         (system, sweep, setting): each
@@ -167,12 +152,12 @@ def sweeps(
         raise MoeeError("a variant that is tried", f"{beside}", "add it to a sweep")
     compared = dict.fromkeys(whole, found[0]) if found else None
     table = variants(dense, calibration, images, whole, store=store, beside=compared, **bootstrap)
-    recipes = ["" if isinstance(each, nn.Module) else each.recipe for each in whole.values()]
     first = next(iter(tried))
     table["variant"] = [_name_of_setting(*name, first=first) for name in whole]
-    for place, column in enumerate(("system", "sweep", "setting"), start=1):
-        table.insert(place, column, pd.Series([name[place - 1] for name in whole], dtype=object))
-    table.insert(4, "recipe", recipes)
+    for place, column in enumerate(("system", "sweep", "setting")):
+        values = pd.Series([name[place] for name in whole], dtype=object)
+        table.insert(place + 1, column, values)
+    table.insert(4, "recipe", [getattr(each, "recipe", "") for each in whole.values()])
     return table
 
 

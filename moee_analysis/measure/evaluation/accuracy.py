@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.class_names import knows_classes
+from moee_analysis.measure.routing.bootstrap import MIDDLE
+from moee_analysis.measure.routing.resolve import check_any, decode_batches
+from moee_analysis.models.class_names import is_classifier, knows_classes
 from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.inputs import like
 from moee_analysis.utils.checks import draw_numbers
-from moee_analysis.utils.progress import progress
 
 REFERENCE = ""
 """Key of the reference's own scores; no system is called so."""
 
+Models = nn.Module | Mapping[str, nn.Module]
+Scores = dict[str, np.ndarray]
+
 
 def accuracy(
-    models: nn.Module | Mapping[str, nn.Module],
+    models: Models,
     images: ImageSet,
     *,
     reference: nn.Module | str | None = None,
@@ -37,181 +42,166 @@ def accuracy(
     The images are decoded once for all, and prepared by the transform of the reference, or else of
     the first model.
 
-    Parameters
-    ----------
-    models
-        A model, or models by the name of their system.
-    reference
-        The dense model, or its name among ``models``; None leaves the columns that compare
-        with it empty.
-    seed, resamples
-        Of the image bootstrap.
+    ``models``: a model, or models by the name of their system.
+    ``reference``: the dense model, or its name among ``models``; None leaves the columns that
+      compare with it empty.
+    ``seed``, ``resamples``: of the image bootstrap.
 
-    Returns
-    -------
-    DataFrame
-        ``system``, ``top1``, ``low``, ``high`` (95 % bootstrap interval of ``top1``), ``top5``,
-        ``retention`` (``top1`` / that of the reference), ``retention_low``,
-        ``retention_high`` (paired bootstrap: both models on the same resampled images),
-        ``agreement`` (share of images with the reference's prediction), ``kl`` (mean
-        KL(reference || model) in nats), ``reference_top1``, ``n_images``. All are shares, 0 to 1.
+    Columns: ``system``, ``top1``, ``low``, ``high`` (95 % bootstrap interval of ``top1``),
+    ``top5``, ``retention`` (``top1`` / that of the reference), ``retention_low``,
+    ``retention_high`` (paired bootstrap: both models on the same resampled images), ``agreement``
+    (share of images with the reference's prediction), ``kl`` (mean KL(reference || model) in nats),
+    ``reference_top1``, ``n_images``. All are shares, 0 to 1.
 
-    Raises
-    ------
-    MoeeError
-        No images, no models, no resamples, a reference that is not among them, or a
-        ``batch_size`` or ``seed`` that is none.
+    Raises MoeeError: no images, no models, no resamples, a reference that is not among them, or a
+    ``batch_size`` or ``seed`` that is none.
     """
     draw_numbers(seed, resamples=resamples)
-    systems = _named(models)
-    baseline = _baseline(systems, reference)
-    scores = image_scores(systems, images, reference=baseline, batch_size=batch_size)
-    return summarised(scores, seed=seed, resamples=resamples)
+    systems = _by_name(models)
+    if isinstance(reference, str):
+        if reference not in systems:
+            raise MoeeError(
+                f"a reference among {', '.join(systems)}", f"'{reference}'",
+                "name one of the models",
+            )  # fmt: skip
+        reference = systems[reference]
+    scores = score_images(systems, images, reference=reference, batch_size=batch_size)
+    return summarize(scores, seed=seed, resamples=resamples)
 
 
-def image_scores(
+def agreement(
+    models: Models, images: ImageSet, *, reference: nn.Module, batch_size: int | None = None
+) -> pd.DataFrame:
+    """Compare the outputs of models, of any head or none, with those of the dense ``reference``.
+
+    Labels are not used; the images are prepared by the transform of the reference.
+
+    Columns: ``system``, ``agreement`` (share of images with the reference's prediction) and ``kl``
+    (mean KL(reference || model) in nats), both empty where the outputs are no scores of classes;
+    ``cosine`` (mean over images, of the outputs), ``error`` (root of the summed squares of the
+    differences, as a share of the reference's outputs), ``n_images``.
+
+    Raises MoeeError: no images or models, or one whose outputs are of another shape.
+    """
+    systems = _by_name(models)
+    check_any(images)
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    for x in decode_batches(reference, images, batch_size, label="agreement"):
+        wanted = _outputs(reference, x)
+        for name, model in systems.items():
+            parts[name].append(_compare_outputs(name, _outputs(model, x), wanted))
+    rows, scores = [], is_classifier(reference)
+    for name, batches in parts.items():
+        sums = {key: math.fsum(batch[key] for batch in batches) for key in batches[0]}
+        squares, count = sums.pop("wanted"), len(images)
+        error = math.sqrt(sums.pop("squares") / squares) if squares else math.nan
+        means = {key: total / count for key, total in sums.items()}
+        if not scores:
+            means |= {"agreement": math.nan, "kl": math.nan}
+        rows.append({"system": name, **means, "error": error, "n_images": count})
+    return pd.DataFrame(rows)
+
+
+def score_images(
     systems: Mapping[Hashable, nn.Module],
     images: ImageSet,
     *,
     reference: nn.Module | None = None,
     batch_size: int | None = None,
-) -> dict[Hashable, dict[str, np.ndarray]]:
-    """Scores of every image by every model, in the order of the images.
+) -> dict[Hashable, Scores]:
+    """Score every image by every model, in the order of the images; no images are refused.
 
-    Returns
-    -------
-    dict
-        By system: ``right`` and ``top5``, bool (images,), and with a reference ``agreement``, bool,
-        and ``kl``, float. The reference's own stand under :data:`REFERENCE`.
-
-    Raises
-    ------
-    MoeeError
-        No images.
+    By system ``right`` and ``top5``, bool (images,), and with a reference ``agreement``, bool,
+    and ``kl``, float. The reference's own scores stand under :data:`REFERENCE`.
     """
-    if not len(images):
-        raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    check_any(images)
     contestants = dict(systems) if reference is None else {**systems, REFERENCE: reference}
     first = next(iter(systems.values())) if reference is None else reference
-    batch_size = fitting_batch(first, batch_size)
-    labels = torch.from_numpy(_labels(images, [first, *systems.values()]))
-    total = math.ceil(len(images) / batch_size)
-    batches = progress(images.batches(first, batch_size=batch_size), label="accuracy", total=total)
-    parts: dict[Hashable, list[dict[str, np.ndarray]]] = {name: [] for name in contestants}
+    named = next(filter(knows_classes, (first, *systems.values())), first)
+    labels = torch.from_numpy(images.labels(named))
+    size = fitting_batch(first, batch_size)
+    batches = decode_batches(first, images, size, label="accuracy")
+    parts: dict[Hashable, list[Scores]] = {name: [] for name in contestants}
     with ExitStack() as stack:
         for model in contestants.values():
             stack.enter_context(evaluating(model))
-        for number, x in enumerate(batches):
-            truth = labels[number * batch_size :][: len(x)]
-            for name, scores in _score_batch(contestants, reference, x, truth).items():
-                parts[name].append(scores)
-    return {name: _concatenated(scores) for name, scores in parts.items()}
+        for x, truth in zip(batches, labels.split(size), strict=True):
+            logits = _logits(contestants.values(), x)
+            for name, model in contestants.items():
+                parts[name].append(_score(logits[model], truth, logits.get(reference)))
+    return {
+        name: {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+        for name, batches in parts.items()
+    }
 
 
-def _labels(images: ImageSet, models: Sequence[nn.Module]) -> np.ndarray:
-    """Labels by the first of the ``models`` that names its classes."""
-    named = next(filter(knows_classes, models), models[0])
-    return images.labels(named)
-
-
-def summarised(
-    scores: Mapping[Hashable, Mapping[str, np.ndarray]], *, seed: int = 0, resamples: int = 1000
+def summarize(
+    scores: Mapping[Hashable, Scores], *, seed: int = 0, resamples: int = 1000
 ) -> pd.DataFrame:
-    """Return the table of :func:`accuracy` of some :func:`image_scores`."""
-    right = scores[REFERENCE]["right"] if REFERENCE in scores else None
+    """Return the table of :func:`accuracy` of some :func:`score_images`."""
+    own = scores[REFERENCE]["right"] if REFERENCE in scores else None
     rows = [
-        {"system": name} | _row(score, right, seed=seed, resamples=resamples)
+        {"system": name} | _row(score, own, seed=seed, resamples=resamples)
         for name, score in scores.items()
         if name != REFERENCE
     ]
     return pd.DataFrame(rows)
 
 
-def _named(models: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _by_name(models: Models) -> dict[str, nn.Module]:
     systems = dict(models) if isinstance(models, Mapping) else {"model": models}
     if not systems:
         raise MoeeError("at least one model", "none", "pass a model or a mapping of models")
     return systems
 
 
-def _baseline(
-    systems: Mapping[str, nn.Module], reference: nn.Module | str | None
-) -> nn.Module | None:
-    if not isinstance(reference, str):
-        return reference
-    if reference not in systems:
-        raise MoeeError(
-            f"a reference among {', '.join(systems)}", f"'{reference}'", "name one of the models"
-        )
-    return systems[reference]
-
-
-def _score_batch(
-    contestants: Mapping[Hashable, nn.Module],
-    baseline: nn.Module | None,
-    x: torch.Tensor,
-    truth: torch.Tensor,
-) -> dict[Hashable, dict[str, np.ndarray]]:
-    """Scores of the images ``x`` [B, 3, H, W]; every distinct model runs once."""
-    logits = {model: _logits(model, x) for model in dict.fromkeys(contestants.values())}
+def _logits(models: Iterable[nn.Module], x: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
+    """Logits (images, classes) of every distinct model."""
+    logits = {model: model(like(x, model)).float().cpu() for model in dict.fromkeys(models)}
     outputs = {of_model.shape[1] for of_model in logits.values()}
     if len(outputs) > 1:
         raise MoeeError(
             "models of the same classes", f"{' and '.join(map(str, sorted(outputs)))} outputs",
             "compare those that were made from one model",
         )  # fmt: skip
-    own = logits.get(baseline)
-    return {name: _scores(logits[model], truth, own) for name, model in contestants.items()}
+    return logits
 
 
-def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x.to(next(model.parameters()))).float().cpu()
-
-
-def _scores(
-    logits: torch.Tensor, truth: torch.Tensor, own: torch.Tensor | None
-) -> dict[str, np.ndarray]:
+def _score(logits: torch.Tensor, truth: torch.Tensor, own: torch.Tensor | None) -> Scores:
     """One number per image and score, from logits [B, classes] and the reference's ``own``."""
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == truth[:, None]
     scores = {"right": hits[:, 0], "top5": hits.any(1)}
     if own is not None:
         scores["agreement"] = best[:, 0] == own.argmax(1)
-        scores["kl"] = _kl(own, logits)
+        scores["kl"] = _divergences(own, logits)
     return {name: values.numpy() for name, values in scores.items()}
 
 
-def _kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(reference || model) of the softmaxed logits of each image, in nats."""
-    own, other = log_softmax(reference, 1), log_softmax(logits, 1)
-    return kl_div(other, own, log_target=True, reduction="none").sum(1)
+def _divergences(own: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(own || other) of the softmaxed logits of each image, in nats."""
+    p, q = log_softmax(own, 1), log_softmax(logits, 1)
+    return kl_div(q, p, log_target=True, reduction="none").sum(1)
 
 
-def _concatenated(scores: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
-
-
-def _row(
-    scores: dict[str, np.ndarray], own: np.ndarray | None, *, seed: int, resamples: int
-) -> dict[str, float]:
+def _row(scores: Scores, own: np.ndarray | None, *, seed: int, resamples: int) -> dict[str, float]:
     right = scores["right"]
     draws, own_draws = _bootstrap(right, right if own is None else own, seed, resamples)
-    low, high = _interval(draws)
+    low, high = np.quantile(draws, MIDDLE)
     row = {"top1": right.mean(), "low": low, "high": high, "top5": scores["top5"].mean()}
-    row |= _against_reference(scores, own, draws, own_draws)
-    return row | {"n_images": len(right)}
-
-
-def _against_reference(
-    scores: dict[str, np.ndarray], own: np.ndarray | None, draws: np.ndarray, own_draws: np.ndarray
-) -> dict[str, float]:
     columns = ("retention", "retention_low", "retention_high", "agreement", "kl", "reference_top1")
-    if own is None:
-        return dict.fromkeys(columns, math.nan)
-    low, high = _interval(_ratio(draws, own_draws))
-    retention = float(_ratio(scores["right"].mean(), own.mean()))
-    agreement, kl = scores["agreement"].mean(), scores["kl"].mean()
-    return dict(zip(columns, (retention, low, high, agreement, kl, own.mean()), strict=True))
+    row |= dict.fromkeys(columns, math.nan) | {"n_images": len(right)}
+    if own is not None:
+        known = (
+            own_draws > 0
+        )  # resamples without any image that the reference gets right say nothing
+        if known.any():
+            ratios = draws[known] / own_draws[known]
+            row["retention_low"], row["retention_high"] = np.quantile(ratios, MIDDLE)
+        row["retention"] = right.mean() / own.mean() if own.any() else math.nan
+        row["agreement"], row["kl"] = scores["agreement"].mean(), scores["kl"].mean()
+        row["reference_top1"] = own.mean()
+    return row
 
 
 def _bootstrap(
@@ -228,16 +218,24 @@ def _bootstrap(
     return shares[:, 2] + shares[:, 3], shares[:, 1] + shares[:, 3]
 
 
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    """``top / bottom``, and nan where the reference is never right."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(bottom > 0, np.divide(top, bottom), math.nan)
+def _outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Outputs of a batch, (images, numbers), float64."""
+    with evaluating(model):
+        return model(like(x, model)).reshape(len(x), -1).double().cpu()
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of ``draws``, of which those that are nan say nothing."""
-    known = draws[~np.isnan(draws)]
-    if not len(known):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [0.025, 0.975])
-    return float(low), float(high)
+def _compare_outputs(name: str, found: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
+    """Sums over the images of a batch."""
+    if found.shape != wanted.shape:
+        raise MoeeError(
+            f"outputs of shape {tuple(wanted.shape)}, as of the reference",
+            f"{tuple(found.shape)} of '{name}'", "compare models that were made from one",
+        )  # fmt: skip
+    own, other = log_softmax(wanted, 1), log_softmax(found, 1)
+    return {
+        "agreement": float((found.argmax(1) == wanted.argmax(1)).sum()),
+        "kl": float(kl_div(other, own, log_target=True, reduction="sum")),
+        "cosine": float(cosine_similarity(found, wanted).sum()),
+        "squares": float((found - wanted).square().sum()),
+        "wanted": float(wanted.square().sum()),
+    }

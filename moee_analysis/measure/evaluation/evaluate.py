@@ -8,21 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moee_analysis import measure
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.data.disjoint import OTHERS, check_unused
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.evaluation.accuracy import accuracy
+from moee_analysis.measure.evaluation.mac_table import macs
 from moee_analysis.models.loading import check_device
+
+ACCURACY = (
+    "dense_top1", "moe_top1", "moe_top1_interval", "moe_top5", "retention", "retention_interval",
+    "agreement", "kl",
+)  # fmt: skip
+"""What :func:`accuracy_numbers` gives."""
 
 
 def evaluate(
-    run: Extraction,
-    images: ImageSet,
-    *,
-    weights: str | Path | None = None,
-    device: str = "cpu",
+    run: Extraction, images: ImageSet, *, weights: str | Path | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Accuracy, MACs and parameters of a run and its dense model on the same images.
 
@@ -35,20 +38,12 @@ def evaluate(
     check_unseen(run, images)
     dense = run.dense(weights=weights).to(device)
     systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
-    scores = measure.accuracy(systems, images, reference=dense).set_index("system")
-    moe = scores.loc["moe"]
-    costs = measure.macs(run, images)
+    scores = accuracy(systems, images, reference=dense).set_index("system")
+    costs = macs(run, images)
     cost = costs.set_index("component").loc["total"]
     read = cost[["macs", "macs_dense"]] - cost[["macs_unread", "macs_unread_dense"]].to_numpy()
     return {
-        "dense_top1": float(moe["reference_top1"]),
-        "moe_top1": float(moe["top1"]),
-        "moe_top1_interval": [float(moe["low"]), float(moe["high"])],
-        "moe_top5": float(moe["top5"]),
-        "retention": _number(moe["retention"]),
-        "retention_interval": [_number(moe["retention_low"]), _number(moe["retention_high"])],
-        "agreement": float(moe["agreement"]),
-        "kl": _number(moe["kl"]),
+        **accuracy_numbers(scores.loc["moe"]),
         "random_routing_top1": float(scores.loc["random", "top1"]),
         "macs_dense": float(cost["macs_dense"]),
         "macs_moe": float(cost["macs"]),
@@ -68,14 +63,33 @@ def evaluate(
     }
 
 
-def check_unseen(run: Extraction, images: ImageSet) -> None:
-    """Refuse to evaluate a run on images that it was calibrated or fine-tuned on.
+def accuracy_numbers(row: Mapping[str, float]) -> dict[str, Any]:
+    """A row of ``measure.accuracy`` in the words of ``moee evaluate``; None is not defined."""
+    found = {name: float(row[name]) if math.isfinite(row[name]) else None for name in _COLUMNS}
+    values = (
+        found["reference_top1"],
+        found["top1"],
+        [found["low"], found["high"]],
+        found["top5"],
+        found["retention"],
+        [found["retention_low"], found["retention_high"]],
+        found["agreement"],
+        found["kl"],
+    )
+    return dict(zip(ACCURACY, values, strict=True))
 
-    Raises
-    ------
-    MoeeError
-        Pictures of the same content, whatever their files are called. Of a run that was saved
-        before this was kept it is known only of the whole set.
+
+_COLUMNS = (
+    "reference_top1", "top1", "low", "high", "top5", "retention", "retention_low",
+    "retention_high", "agreement", "kl",
+)  # fmt: skip
+
+
+def check_unseen(run: Extraction, images: ImageSet) -> None:
+    """Refuse to evaluate a run on pictures that it was calibrated or fine-tuned on.
+
+    Pictures are the same by content. Of a run that was saved before contents were kept it is known
+    only of the whole set.
     """
     _check_facts(run.provenance, images, use="used for calibration")
     for tuning in run.provenance.get("finetunings", []):
@@ -91,11 +105,7 @@ def _check_facts(facts: Mapping[str, Any], images: ImageSet, *, use: str) -> Non
 
 def _without_contents(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of a run without the hashes of all pictures, which nobody reads."""
-    told = {key: value for key, value in facts.items() if key != "contents"}
-    if "finetunings" in told:
-        told["finetunings"] = [_without_contents(each) for each in told["finetunings"]]
-    return told
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    shown = {key: value for key, value in facts.items() if key != "contents"}
+    if "finetunings" in shown:
+        shown["finetunings"] = [_without_contents(each) for each in shown["finetunings"]]
+    return shown

@@ -12,7 +12,9 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
+from moee_analysis.measure.routing.resolve import check_any
 from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.inputs import like
 from moee_analysis.utils.checks import real_number, whole_number
 
 IN_TURN = 4  # batches of different images: how many tokens an expert gets differs
@@ -32,29 +34,18 @@ def latency(
     All take turns, round after round, so that whatever else the machine does slows all of them
     down.
 
-    Parameters
-    ----------
-    batch_size
-        Images of a batch; None: as many as suit the model, or as there are.
-    rounds, seconds
-        Measurements of every model, and how long each lasts at least.
+    ``batch_size`` None: as many images as suit the model, or as there are. ``rounds`` measurements
+    of every model last ``seconds`` each at least.
 
-    Returns
-    -------
-    DataFrame
-        A row per model: ``system``, ``batch_size``, ``threads``, ``ms`` (time of a batch, in the
-        quickest round), ``speed_up`` (that of the reference over its own), ``slowest`` and
-        ``fastest`` (extremes of the same ratio within single rounds).
+    A row per model: ``system``, ``batch_size``, ``threads``, ``ms`` (time of a batch, in the
+    quickest round), ``speed_up`` (that of the reference over its own), ``slowest`` and ``fastest``
+    (extremes of the same ratio within single rounds).
 
-    Raises
-    ------
-    MoeeError
-        No images, no rounds, no time.
+    Raises MoeeError: no images, no rounds, no time.
     """
     whole_number("rounds", rounds)
     real_number("seconds", seconds, above=0)
-    if not len(images):
-        raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    check_any(images)
     size = min(fitting_batch(reference, batch_size), len(images))
     batches = drawn(images, size, reference)
     every = {**models, None: reference}
@@ -73,16 +64,13 @@ def latency(
 def drawn(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
     """A few batches of ``images`` as ``model`` takes them, each even over the classes.
 
-    Raises
-    ------
-    MoeeError
-        Not images enough for one batch.
+    A MoeeError refuses too few images for one batch.
     """
     if len(images) < size:
         raise MoeeError(f"{size} images for a batch", f"{len(images)}", "give more images")
     count = min(IN_TURN, len(images) // size)
     all_images = torch.cat(list(images.limit(count * size).batches(model)))
-    return [all_images[start::count].to(next(model.parameters())) for start in range(count)]
+    return [like(all_images[start::count], model) for start in range(count)]
 
 
 def in_turn(

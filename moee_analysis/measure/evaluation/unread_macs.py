@@ -50,16 +50,10 @@ def unread_macs(
     routed layers, tokens with experts of their own are told from others; where all are routed
     alike, each costs what a token does on average.
 
-    Parameters
-    ----------
-    shares
-        Measured routing shares (experts,) of routed layers, by module name; others have those of
-        the calibration.
+    ``shares``: measured routing shares (experts,) of routed layers, by module name; others have
+      those of the calibration.
 
-    Raises
-    ------
-    MoeeError
-        What ``prefix_kinds`` refuses.
+    Raises MoeeError: what ``prefix_kinds`` refuses.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     leading = {name: kinds for name, kinds in leading_kinds(model, names).items() if kinds}

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.linear_model import RidgeClassifier
 from torch import nn
 
-from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import Extraction
-from moee_analysis.measure.knockout.intervention import Rule, mean_outputs, removed
-from moee_analysis.measure.knockout.part_probe import PartProbe, Place
-from moee_analysis.measure.knockout.run_interventions import (
-    Outcomes,
-    averaged,
-    batches_of,
-    interventions,
-    with_controls,
-)
-from moee_analysis.measure.routing.part_alignment import check_masks
-from moee_analysis.measure.routing.resolve import chosen_layers
-from moee_analysis.measure.routing.routes import model_of
+from moee_analysis.extraction.record.token_kinds import kinds_seen
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.knockout.intervention import removed
+from moee_analysis.measure.knockout.run_interventions import Plan, average, measure_knock_outs
+from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
+from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
+from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
+from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
-from moee_analysis.moe.layer import moe_layers
+from moee_analysis.models.inputs import blank
+from moee_analysis.models.patch_grid import patch_places
+from moee_analysis.moe.layer import all_mlps, moe_layers, moe_names
 from moee_analysis.utils.checks import draw_numbers
 
 SYSTEMS = ("expert", "random patches")
@@ -51,64 +49,52 @@ def parts_unseen(
     A linear probe learns on the calibration scenes, with the model intact, to tell the part that
     covers most of a patch from the token that enters the last block: in a ViT this is the last
     place where the class token reads the patches, and it is the same place for all layers. There
-    the probe is asked again, with an expert of an earlier layer knocked out as in
-    ``knock_out``. What later layers mend is not missed.
+    the probe is asked again, with an expert of an earlier layer knocked out as in ``knock_out``.
+    What later layers mend is not missed. Images have part masks, and the model's transform must not
+    crop them; parts that fewer than ``least`` patches show are left out.
 
-    Parameters
-    ----------
-    run
-        A run, or a routed model, with one expert per token.
-    images
-        Images with part masks, none of them of ``calibration``. The model's transform must not
-        crop them.
-    calibration
-        Images with part masks: for the mean outputs and for the probe.
-    layers
-        Layers counted from 0; empty: all with experts before the last block.
-    controls
-        Random draws of each control, over which it is averaged.
-    least
-        Parts that fewer patches of ``images`` show are left out.
-    resamples, seed
-        Of the images, for the intervals.
+    Columns: ``layer``, ``expert``, ``system`` (expert | random patches), ``part``, ``patches``
+    (that show it), ``knocked_out`` (mean share of an image's tokens), ``recall_intact`` (share of
+    these patches that the probe names rightly, 0 to 1), ``recall``, ``change``, ``low``, ``high``
+    (95 % bootstrap interval over images, paired).
 
-    Returns
-    -------
-    DataFrame
-        ``layer``, ``expert``, ``system`` (expert | random patches), ``part``, ``patches`` (that
-        show it), ``knocked_out`` (mean share of an image's tokens), ``recall_intact`` (share of
-        these patches that the probe names rightly, 0 to 1), ``recall``, ``change``, ``low``,
-        ``high`` (95 % bootstrap interval over images, paired).
-
-    Raises
-    ------
-    MoeeError
-        Images without part masks or of the calibration, a layer without experts or in the last
-        block, no part that is shown often enough, fewer than one control or resample.
+    Raises MoeeError: images without part masks or of the calibration, a layer without experts or in
+    the last block, no part that is shown often enough, fewer than one control or resample.
     """
     draw_numbers(seed, controls=controls, resamples=resamples)
     model = model_of(run)
     size = fitting_batch(model, batch_size)
     check_masks(images)
     check_masks(calibration)
-    check_apart(calibration, images, use="used for calibration")
-    place = Place.of(model)
-    shown = chosen_layers(place.layers_before(), layers)
-    constants = mean_outputs(model, calibration, layers=shown)
+    check_disjoint(calibration, images, use="used for calibration")
+    place, routed = Place.of(model), moe_layers(model)
+    rules = {
+        layer: {(layer, expert): removed(expert) for expert in range(routed[layer].n_experts)}
+        for layer in choose_layers(place.layers_before(), layers)
+    }
+    plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
     probe = PartProbe.trained(place, calibration, size)
-    plan = {}
-    for layer in shown:
-        experts, leading = range(moe_layers(model)[layer].n_experts), len(constants[layer]) - 1
-        rules = {(layer, expert): removed(expert) for expert in experts}
-        plan[layer] = with_controls(rules, leading=leading, draws=controls, seed=seed)
-    counts = _all_counts(probe, images, plan, constants, size)
-    parts = _shown_parts(place.parts(images), images.parts, least)
-    even = np.full(len(images), 1 / len(images))
-    draws = np.random.default_rng(seed).multinomial(len(images), even, resamples).astype(float)
-    table = pd.concat(
-        [_table(layer, each, parts, (draws, controls)) for layer, each in counts.items()],
-        ignore_index=True,
-    )
+    truth = all_patch_parts(images, place.order.shape)
+    shows = np.eye(len(images.parts))[truth]  # (images, patches, parts)
+
+    def judge(named: torch.Tensor, some: slice) -> np.ndarray:
+        """Patches of each part that the probe names rightly: (rules, images, parts)."""
+        return np.einsum("rin,inp->rip", named.numpy() == truth[some], shows[some])
+
+    intact, found = measure_knock_outs(model, images, plan, judge, look=probe, size=size)
+    parts = _frequent_parts(truth, images.parts, least)
+    draws = redraw_counts(len(images), resamples, seed=seed).astype(float)
+    chosen = list(parts)
+    counts = shows.sum(axis=1)[:, chosen], intact[:, chosen]
+    tables = [
+        _table(
+            average(share, controls), average(named[..., chosen], controls), counts, draws
+        ).assign(layer=layer)
+        for layer, (share, named) in found.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    table["part"] = table["part"].map(dict(enumerate(parts.values())))
+    table.insert(0, "layer", table.pop("layer"))
     table.attrs["caption"] = (
         f"Linear probe of the tokens that enter the last block, trained on {len(calibration)} "
         f"calibration scenes, every part with the same weight; {len(images)} scenes, parts of at "
@@ -117,81 +103,98 @@ def parts_unseen(
     return table
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """What the probe named rightly: by rule, image and part.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The input of a model's last block, where tokens are read.
 
-    ``shown`` (images, parts) patches show a part; of these ``intact`` (images, parts) are named
-    rightly by the model as it is, and ``named`` (rules, images, parts) under each rule, which
-    knocks out ``share`` (rules, images) of the tokens.
+    ``mlp`` names the block's MLP, ``leading`` tokens are no patches, and ``order`` (rows, columns)
+    has the number of the patch token at each place of the image.
     """
 
-    shown: np.ndarray
-    intact: np.ndarray
-    named: np.ndarray
-    share: np.ndarray
+    model: nn.Module
+    mlp: str
+    leading: int = 0
+    order: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     @classmethod
-    def of(cls, one: Outcomes, truth: np.ndarray, parts: int) -> _Counts:
-        """Count what an intervention made of some images; ``truth`` (images, n) are their parts."""
-        shown = np.eye(parts)[truth]  # (images, n, parts)
-        named = np.einsum("rin,inp->rip", one.seen.numpy() == truth, shown)
-        intact = np.einsum("in,inp->ip", one.intact.numpy() == truth, shown)
-        return cls(shown.sum(axis=1), intact, named, one.knocked_out.cpu().numpy())
+    def of(cls, model: nn.Module) -> Place:
+        """Find the last block, and how its tokens lie in the image."""
+        bare = cls(model, list(all_mlps(model))[-1])
+        with evaluating(model):
+            grid = bare.entering(blank(model)).shape[1:-1]
+        leading = len(kinds_seen(model, grid))
+        order = patch_places(model, bare.mlp, (1, *grid), leading=leading)
+        return cls(model, bare.mlp, leading, order)
+
+    @property
+    def block(self) -> str:
+        """Name of the block."""
+        return self.mlp.rpartition(".")[0]
+
+    def layers_before(self) -> list[int]:
+        """Indices of the routed layers that come before the block."""
+        names = moe_names(self.model)
+        return [layer for layer, name in names.items() if not name.startswith(f"{self.block}.")]
+
+    def entering(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the model on ``x`` and return what enters the block, channels last."""
+        with capture(self.model, [self.block]) as found:
+            self.model(x)
+        channels = self.model.get_submodule(self.mlp).fc1.in_features
+        tokens = found[self.block]
+        return tokens if tokens.shape[-1] == channels else tokens.movedim(1, -1)
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """Patch tokens of the images ``x`` that enter the block, row by row: (images, n, dim)."""
+        tokens = self.entering(x).flatten(1, -2)
+        return tokens[:, self.leading + torch.from_numpy(self.order.ravel())]
+
+
+@dataclass(frozen=True, eq=False)
+class PartProbe:
+    """Says of images which part each patch shows, by a probe of their tokens at a place."""
+
+    place: Place
+    probe: RidgeClassifier
 
     @classmethod
-    def joined(cls, several: list[_Counts]) -> _Counts:
-        """Put the images of several batches in one."""
-        axes = {"shown": 0, "intact": 0, "named": 1, "share": 1}
-        return cls(
-            **{
-                k: np.concatenate([getattr(s, k) for s in several], axis)
-                for k, axis in axes.items()
-            }
-        )
+    def trained(cls, place: Place, images: ImageSet, batch_size: int | None) -> PartProbe:
+        """Train on ``images``; every part weighs the same."""
+        batches = batches_of(place.model, images, batch_size, label="tokens for the probe")
+        with evaluating(place.model):
+            tokens = np.concatenate([_flat(place.patches(x)) for x in batches])
+        truth = all_patch_parts(images, place.order.shape)
+        return cls(place, RidgeClassifier(class_weight="balanced").fit(tokens, truth.ravel()))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Part of every patch, int64 (images, n), on the CPU."""
+        named = self.probe.predict(_flat(self.place.patches(x)))
+        return torch.from_numpy(named).reshape(len(x), -1)
 
 
-def _all_counts(
-    probe: PartProbe,
-    images: ImageSet,
-    plan: Mapping[int, Sequence[Rule]],
-    constants: Mapping[int, torch.Tensor],
-    size: int,
-) -> dict[int, _Counts]:
-    """Count by layer what the probe names rightly under each rule."""
-    model, truth = probe.place.model, probe.place.parts(images)
-    counts: dict[int, list[_Counts]] = {layer: [] for layer in plan}
-    done = 0
-    with evaluating(model):
-        for x in batches_of(model, images, size, label="knock-outs"):
-            own = truth[done : done + len(x)]
-            for one in interventions(model, x, plan, constants, probe, size=size):
-                counts[one.layer].append(_Counts.of(one, own, len(images.parts)))
-            done += len(x)
-    return {layer: _Counts.joined(parts) for layer, parts in counts.items()}
+def _flat(patches: torch.Tensor) -> np.ndarray:
+    return patches.flatten(0, 1).float().cpu().numpy()
 
 
 def _table(
-    layer: int, counts: _Counts, parts: Mapping[int, str], plan: tuple[np.ndarray, int]
+    share: np.ndarray, named: np.ndarray, counts: tuple[np.ndarray, np.ndarray], draws: np.ndarray
 ) -> pd.DataFrame:
-    """Rows of one layer; ``plan`` is how often each image is redrawn, and the number of controls.
+    """Rows of one layer, parts by number.
 
-    The former is (resamples, images).
+    ``named`` (experts, systems, images, parts) patches are named rightly; ``counts`` are the
+    patches that show a part, and those named rightly by the intact model, (images, parts).
     """
-    draws, controls = plan
-    kept = list(parts)
-    shown, intact = counts.shown[:, kept], counts.intact[:, kept]
-    named = averaged(counts.named[..., kept], controls)  # (experts, systems, images, parts)
+    shown, intact = counts
     total, before = shown.sum(axis=0), intact.sum(axis=0) / shown.sum(axis=0)
     recall = named.sum(axis=2) / total
-    low, high = _interval(named - intact, shown, draws)
-    keys = [range(len(named)), SYSTEMS, parts.values()]
+    with np.errstate(invalid="ignore"):  # a resample without any patch of a part says nothing of it
+        resampled = (draws @ (named - intact)) / (draws @ shown)  # (..., resamples, parts)
+    low, high = np.nanquantile(resampled, MIDDLE, axis=-2)
+    keys = [range(len(named)), SYSTEMS, range(len(total))]
     index = pd.MultiIndex.from_product(keys, names=["expert", "system", "part"])
-    table = index.to_frame(index=False)
-    table.insert(0, "layer", layer)
-    return table.assign(
+    return index.to_frame(index=False).assign(
         patches=np.broadcast_to(total.astype(np.int64), recall.shape).ravel(),
-        knocked_out=averaged(counts.share, controls).mean(axis=2).repeat(len(kept)),
+        knocked_out=share.mean(axis=2).repeat(len(total)),
         recall_intact=np.broadcast_to(before, recall.shape).ravel(),
         recall=recall.ravel(),
         change=(recall - before).ravel(),
@@ -200,21 +203,7 @@ def _table(
     )
 
 
-def _interval(
-    more: np.ndarray, shown: np.ndarray, draws: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % intervals of the change in recall, (..., parts).
-
-    ``more`` (..., images, parts) patches of ``shown`` (images, parts) are named rightly; a resample
-    without any patch of a part says nothing of it.
-    """
-    with np.errstate(invalid="ignore"):
-        resampled = (draws @ more) / (draws @ shown)  # (..., resamples, parts)
-    low, high = np.nanquantile(resampled, (0.025, 0.975), axis=-2)
-    return low, high
-
-
-def _shown_parts(truth: np.ndarray, names: tuple[str, ...], least: int) -> dict[int, str]:
+def _frequent_parts(truth: np.ndarray, names: tuple[str, ...], least: int) -> dict[int, str]:
     """Parts that ``least`` patches or more show, by number, the most frequent first."""
     patches = np.bincount(truth.ravel(), minlength=len(names))
     frequent = [int(part) for part in np.argsort(-patches, kind="stable") if patches[part] >= least]

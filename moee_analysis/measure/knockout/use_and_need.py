@@ -17,23 +17,12 @@ BEYOND = "beyond random tokens"
 def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
     """How much more than all classes each class uses an expert, and loses without it.
 
-    Parameters
-    ----------
-    table
-        Of ``knock_out``.
+    Of a table of ``knock_out``. Columns: ``layer``, ``system`` (expert | random tokens | beyond
+    random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (share of the
+    class's tokens that the expert has, less the mean over classes), ``need`` (how much the
+    log-probability of the class falls without them, in nats, less the mean over classes).
 
-    Returns
-    -------
-    DataFrame
-        ``layer``, ``system`` (expert | random tokens | beyond random tokens: the one less the
-        other), ``class_name``, ``expert``, ``use`` (share of the class's tokens that the expert
-        has, less the mean over classes), ``need`` (how much the log-probability of the class falls
-        without them, in nats, less the mean over classes).
-
-    Raises
-    ------
-    MoeeError
-        Fewer than four classes.
+    Raises MoeeError: fewer than four classes.
     """
     rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
     if rows["group"].nunique() < 4:
@@ -42,8 +31,12 @@ def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
         )
     rows = rows.rename(columns={"group": "class_name", "knocked_out": "use"})
     rows = rows.assign(need=-rows["logp_change"])
-    keys, values = ["layer", "system", "class_name", "expert"], ["use", "need"]
-    found = pd.concat([rows[[*keys, *values]], _beyond(rows)], ignore_index=True)
+    keys, values = ["layer", "class_name", "expert"], ["use", "need"]
+    wide = rows.pivot(index=keys, columns="system", values=values)
+    need = wide["need", "expert"] - wide["need", "random tokens"]
+    beyond = pd.DataFrame({"use": wide["use", "expert"], "need": need}).reset_index()
+    columns = ["layer", "system", "class_name", "expert", *values]
+    found = pd.concat([rows[columns], beyond.assign(system=BEYOND)], ignore_index=True)
     found[values] -= found.groupby(["layer", "system", "expert"])[values].transform("mean")
     return found
 
@@ -54,84 +47,53 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
     A class that sends an expert more of its tokens loses more of them when it goes, whatever the
     expert: the same is asked of random tokens, and of what the expert's removal does beyond them.
     Chance: what classes need is permuted over whole classes, for the experts of a class depend on
-    each other.
+    each other. ``table`` is of ``knock_out``.
 
-    Parameters
-    ----------
-    table
-        Of ``knock_out``; at least four classes.
+    Columns: ``layer``, ``system``, ``experts``, ``classes``, ``spearman``, ``null_mean``,
+    ``null_high`` (95 %), ``p`` (one-sided), ``excess``; ``top_match`` (share of classes whose most
+    over-used expert is the one whose removal costs them most, beside other classes),
+    ``top_match_null_mean``, ``top_match_null_high``, ``top_match_p``, ``top_match_excess``, and
+    ``top_match_even`` (1 / experts: a blind guess).
 
-    Returns
-    -------
-    DataFrame
-        ``layer``, ``system``, ``experts``, ``classes``, ``spearman``, ``null_mean``, ``null_high``
-        (95 %), ``p`` (one-sided), ``excess``; ``top_match`` (share of classes whose most over-used
-        expert is the one whose removal costs them most, beside other classes),
-        ``top_match_null_mean``, ``top_match_null_high``, ``top_match_p``, and ``top_match_even``
-        (1 / experts: a blind guess).
-
-    Raises
-    ------
-    MoeeError
-        Fewer than four classes, or no permutations.
+    Raises MoeeError: fewer than four classes, or no permutations.
     """
     draw_numbers(seed, permutations=permutations)
-    pairs = uses_and_needs(table)
+    groups = uses_and_needs(table).groupby(["layer", "system"], sort=False)
     rows = [
         {"layer": layer, "system": system} | _row(part, permutations, np.random.default_rng(seed))
-        for (layer, system), part in pairs.groupby(["layer", "system"], sort=False)
+        for (layer, system), part in groups
     ]
     result = pd.DataFrame(rows)
-    first = result.iloc[0]
     result.attrs["caption"] = (
-        f"Pairs of {first['classes']} classes and the experts of a layer. "
+        f"Pairs of {rows[0]['classes']} classes and the experts of a layer. "
         f"Null: {permutations} permutations of whole classes, seed {seed}."
     )
     return result
 
 
-def _beyond(rows: pd.DataFrame) -> pd.DataFrame:
-    keys = ["layer", "class_name", "expert"]
-    wide = rows.pivot(index=keys, columns="system", values=["use", "need"])
-    need = wide["need", "expert"] - wide["need", "random tokens"]
-    beyond = pd.DataFrame({"use": wide["use", "expert"], "need": need}).reset_index()
-    return beyond.assign(system=BEYOND)
-
-
 def _row(part: pd.DataFrame, permutations: int, rng: np.random.Generator) -> dict[str, float]:
-    use, need = (
-        part.pivot(index="class_name", columns="expert", values=value).to_numpy()
-        for value in ("use", "need")
-    )
+    wide = part.pivot(index="class_name", columns="expert", values=["use", "need"])
+    use, need = wide["use"].to_numpy(), wide["need"].to_numpy()
     classes, experts = use.shape
     orders = [np.arange(classes), *(rng.permutation(classes) for _ in range(permutations))]
-    correlation = _against(_correlations(use, need, orders))
+    one, other = _unit_ranks(use), _unit_ranks(need)
+    correlations = np.array([(one * other[order]).sum() for order in orders])
     top = use.argmax(axis=1)
-    match = _against(np.array([(top == need[o].argmax(axis=1)).mean() for o in orders]))
-    return (
-        {"experts": experts, "classes": classes, "spearman": correlation.pop("value")}
-        | correlation
-        | {"top_match": match.pop("value")}
-        | {f"top_match_{name}": value for name, value in match.items()}
-        | {"top_match_even": 1 / experts}
-    )
+    matches = np.array([(top == need[order].argmax(axis=1)).mean() for order in orders])
+    row: dict[str, float] = {"experts": experts, "classes": classes}
+    for name, prefix, values in (
+        ("spearman", "", correlations),
+        ("top_match", "top_match_", matches),
+    ):
+        row[name] = float(values[0])  # the first order is that of the classes, the others chance
+        chance = against_chance(values[0], values[1:])
+        row |= {prefix + each: float(value) for each, value in chance.items()}
+    return row | {"top_match_even": 1 / experts}
 
 
-def _correlations(use: np.ndarray, need: np.ndarray, orders: list[np.ndarray]) -> np.ndarray:
-    """Rank correlations of ``use`` with ``need`` of the classes in other orders; 0 of constants."""
-    one, other = (_ranked(values) for values in (use, need))
-    return np.array([(one * other[order]).sum() for order in orders])
-
-
-def _ranked(values: np.ndarray) -> np.ndarray:
+def _unit_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks of ``values`` less their mean, of length 1; all 0 where they are constant."""
     ranks = rankdata(values).reshape(values.shape)
     ranks -= ranks.mean()
     length = np.linalg.norm(ranks)
     return ranks / length if length else ranks
-
-
-def _against(values: np.ndarray) -> dict[str, float]:
-    """The first of the ``values`` against chance, which are the others."""
-    chance = against_chance(values[0], values[1:])
-    return {"value": float(values[0])} | {name: float(value) for name, value in chance.items()}

@@ -10,22 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import entr
 
 from moee_analysis.utils.checks import whole_number
+
+MIDDLE = (0.025, 0.975)
+"""Quantiles that end the middle 95 %."""
 
 
 @dataclass(frozen=True)
 class Groups:
     """Images sorted by class.
 
-    Attributes
-    ----------
-    classes
-        int64 (classes,): class index of each group, ascending.
-    order
-        int64 (images,): image indices, class after class.
-    starts, sizes
-        int64 (classes,): where each class starts in ``order``, and its number of images.
+    ``classes``: int64 (classes,): class index of each group, ascending.
+    ``order``: int64 (images,): image indices, class after class.
+    ``starts``, ``sizes``: int64 (classes,): where each class starts in ``order``, and its number of
+      images.
     """
 
     classes: np.ndarray
@@ -71,32 +72,22 @@ def repeat(
     times: int,
     seed: int,
 ) -> np.ndarray:
-    """Values of ``statistic(draw(generator))``, (times, ...).
-
-    Raises
-    ------
-    MoeeError
-        Fewer than one time.
-    """
+    """Values of ``statistic(draw(generator))``, (times, ...); ``times`` is at least 1."""
     whole_number("the number of permutations or resamples", times)
     rng = np.random.default_rng(seed)
     return np.stack([statistic(draw(rng)) for _ in range(times)])
 
 
+def redraw_counts(count: int, times: int, *, seed: int) -> np.ndarray:
+    """How often each of ``count`` images is in every resample, int64 (times, count)."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), times)
+
+
 def over_seeds(right: np.ndarray, own: np.ndarray, *, resamples: int) -> dict[str, float]:
     """Retention over several seeds, and its 95 % interval by a bootstrap of images and of seeds.
 
-    Parameters
-    ----------
-    right
-        What every seed gets right, bool (seeds, images).
-    own
-        What the dense model gets right, bool (images,).
-
-    Returns
-    -------
-    dict
-        ``mean``, ``low`` and ``high``, shares of the dense model's top-1.
+    ``right`` is what every seed gets right, bool (seeds, images), ``own`` what the dense model
+    gets right, bool (images,). ``mean``, ``low`` and ``high`` are shares of the dense top-1.
     """
     every, dense = right.astype(float), own.astype(float)
 
@@ -104,37 +95,30 @@ def over_seeds(right: np.ndarray, own: np.ndarray, *, resamples: int) -> dict[st
         seeds, images = chosen
         return every[seeds][:, images].mean() / max(dense[images].mean(), 1e-12)
 
-    draws = repeat(
-        retention,
-        lambda rng: tuple(rng.integers(size, size=size) for size in every.shape),
-        times=resamples,
-        seed=0,
-    )
-    low, high = np.quantile(draws, (0.025, 0.975))
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return tuple(rng.integers(size, size=size) for size in every.shape)
+
+    low, high = np.quantile(repeat(retention, draw, times=resamples, seed=0), MIDDLE)
     mean = every.mean() / max(dense.mean(), 1e-12)
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
 def basic_interval(
-    value: np.ndarray, resampled: np.ndarray, *, least: float = 0.0
+    value: ArrayLike, resampled: np.ndarray, *, least: ArrayLike = 0.0, most: ArrayLike = np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """95 % basic bootstrap interval ``2 v - q``, not below ``least``.
+    """95 % basic bootstrap interval ``2 v - q``, within ``least`` and ``most``.
 
     Divergences of resampled images lie above the estimate as the estimate lies above the truth.
     The basic interval takes that bias off, so it may end below the value itself.
     """
-    upper, lower = np.quantile(resampled, (0.975, 0.025), axis=0)
-    return np.maximum(2 * value - upper, least), np.maximum(2 * value - lower, least)
+    lower, upper = np.quantile(resampled, MIDDLE, axis=0)
+    return np.clip(2 * value - upper, least, most), np.clip(2 * value - lower, least, most)
 
 
 def against_chance(value: np.ndarray, null: np.ndarray) -> dict[str, np.ndarray]:
     """Compare ``value`` (...) with its ``null`` distribution (permutations, ...).
 
-    Returns
-    -------
-    dict
-        ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided, never 0) and ``excess``
-        (value less null mean).
+    ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided, never 0), ``excess`` (value less mean).
     """
     mean = null.mean(axis=0)
     above = (null >= value - 1e-12).sum(axis=0)
@@ -144,3 +128,13 @@ def against_chance(value: np.ndarray, null: np.ndarray) -> dict[str, np.ndarray]
         "p": (1 + above) / (1 + len(null)),
         "excess": value - mean,
     }
+
+
+def entropy(p: np.ndarray) -> np.ndarray:
+    """Shannon entropy of distributions ``p`` (..., experts), in bits."""
+    return entr(p).sum(axis=-1) / np.log(2)
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Jensen-Shannon divergence of ``p`` and ``q`` (..., experts), in bits: 0 equal, 1 disjoint."""
+    return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)

@@ -13,9 +13,9 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.cluster.clustering import cluster, reduce_dimensions
 from moee_analysis.extraction.cluster.clusters_to_router import cluster_tokens
 from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
-from moee_analysis.extraction.pipeline import Extraction
 from moee_analysis.extraction.plan import prefix_experts
-from moee_analysis.extraction.record.calibration_set import calibration_of
+from moee_analysis.extraction.record.token_source import calibration_tokens
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.utils.checks import layer_numbers, seed_number
 
 
@@ -34,10 +34,7 @@ def embedding(
 
     ``images`` are the run's own calibration images, ``points`` the most tokens per layer.
 
-    Returns
-    -------
-    DataFrame
-        A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
+    A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """
     seed_number(seed)
     found = _clusters(run, images, layers, Path(store))
@@ -61,11 +58,8 @@ def surrogate(
     tokens on its own: the covariance stays, any clusters go. What is found there, the reduction
     and HDBSCAN invent.
 
-    Returns
-    -------
-    DataFrame
-        ``layer``, ``data`` (``activations`` or ``surrogate``), ``clusters``, ``noise_share``,
-        ``tokens``.
+    Columns: ``layer``, ``data`` (``activations`` or ``surrogate``), ``clusters``, ``noise_share``,
+    ``tokens``.
     """
     seed_number(seed)
     rows = []
@@ -96,11 +90,11 @@ def _clusters(
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Clustered activations, float32 (tokens, hidden), and their labels, by layer."""
     layer_numbers(layers)
-    calibration = calibration_of(run.dense(), images, run.config, root=store)
+    calibration = calibration_tokens(run.dense(), images, run.config, root=store)
     sites = [site for site in calibration.sites if site.index in layers]
-    wanted = {site.name: len(prefix_experts(calibration, site)) for site in sites}
+    wanted = {site.name: len(prefix_experts(calibration, site, run.config)) for site in sites}
     found = {}
-    for draw in sample_tokens(calibration, wanted, hidden=True):
+    for draw in sample_tokens(calibration, run.config, wanted, hidden=True):
         labels = cluster_tokens(draw, run.config, root=store)
         found[draw.site.index] = draw.hidden, labels
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 
@@ -12,23 +12,18 @@ from scipy.stats import hypergeom
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import Extraction
-from moee_analysis.measure.routing.resolve import chosen_layers
-from moee_analysis.measure.routing.routes import model_of
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.resolve import choose_layers, model_of
+from moee_analysis.measure.routing.tables import stack_layers
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 
 
 def layers(run: Extraction) -> pd.DataFrame:
-    """What became of every MLP layer of a run: its experts, or why it stayed dense.
+    """What became of every MLP layer of a run: the fields of ``LayerReport``, a row per layer.
 
-    Returns
-    -------
-    DataFrame
-        The fields of ``LayerReport``, a row per layer, without
-        the sizes of the experts; ``dense_tokens`` as one text.
+    The sizes of the experts are left out.
     """
-    table = pd.DataFrame([asdict(layer) for layer in run.layers]).drop(columns="sizes")
-    return table.assign(dense_tokens=[", ".join(kinds) for kinds in table["dense_tokens"]])
+    return pd.DataFrame([asdict(layer) for layer in run.layers]).drop(columns="sizes")
 
 
 def sizes(
@@ -36,34 +31,14 @@ def sizes(
 ) -> pd.DataFrame:
     """How many hidden neurons each expert keeps, and how many tokens it serves.
 
-    Parameters
-    ----------
-    run
-        An extraction or a model with routed layers.
-    layers
-        Layers to show, counted from 0; empty: all.
-    system
-        Name of the routed system.
+    Columns: ``system``, ``layer``, ``expert``, ``neurons``, ``hidden`` (neurons of the dense MLP),
+    ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens), ``active`` (mean of
+    ``fraction`` over tokens, the same in a layer), ``union`` (share of the dense neurons that any
+    expert keeps, the same in a layer).
 
-    Returns
-    -------
-    DataFrame
-        ``system``, ``layer``, ``expert``, ``neurons``, ``hidden`` (neurons of the dense MLP),
-        ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens), ``active``
-        (mean of ``fraction`` over tokens, the same in a layer), ``union`` (share of the dense
-        neurons that any expert keeps, the same in a layer).
-
-    Raises
-    ------
-    MoeeError
-        No layer with experts, or a chosen layer without them.
+    Raises MoeeError: no layer with experts, or a chosen layer without them.
     """
-    tables = [
-        _sizes(module).assign(system=system, layer=layer)
-        for layer, module in _routed_layers(run, layers).items()
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["system", "layer", *(c for c in table if c not in {"system", "layer"})]]
+    return _of_layers(run, layers, system, _sizes)
 
 
 def neurons(
@@ -71,21 +46,11 @@ def neurons(
 ) -> pd.DataFrame:
     """Which hidden neurons of the dense MLP each expert keeps (the paper's Figure 1, phase 2).
 
-    Parameters as in :func:`sizes`.
-
-    Returns
-    -------
-    DataFrame
-        ``system``, ``layer``, ``expert``, ``neuron`` (in the dense MLP; every one of them),
-        ``kept`` (bool), ``order`` (position of the neuron in a picture: those that many experts
-        keep come first, and among those kept equally often the ones of the first experts).
+    Columns: ``system``, ``layer``, ``expert``, ``neuron`` (in the dense MLP; every one of them),
+    ``kept`` (bool), ``order`` (position of the neuron in a picture: those that many experts keep
+    come first, and among those kept equally often the ones of the first experts).
     """
-    tables = [
-        _membership(module).assign(system=system, layer=layer)
-        for layer, module in _routed_layers(run, layers).items()
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["system", "layer", "expert", "neuron", "kept", "order"]]
+    return _of_layers(run, layers, system, _neurons)
 
 
 def overlap(
@@ -93,23 +58,13 @@ def overlap(
 ) -> pd.DataFrame:
     """How many hidden neurons every two experts share.
 
-    Parameters as in :func:`sizes`.
-
-    Returns
-    -------
-    DataFrame
-        ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an expert
-        with itself), ``neurons_a``, ``neurons_b``, ``shared``, ``jaccard`` (shared / kept by
-        either), ``expected_jaccard`` (its expectation for random subsets of the same sizes; 1
-        on the diagonal), ``hidden``. Neurons of high variance are kept by most experts, so
-        ``jaccard`` above the expectation is the rule.
+    Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
+    expert with itself), ``neurons_a``, ``neurons_b``, ``shared``, ``jaccard`` (shared / kept by
+    either), ``expected_jaccard`` (its expectation for random subsets of the same sizes; 1 on the
+    diagonal), ``hidden``. Neurons of high variance are kept by most experts, so ``jaccard`` above
+    the expectation is the rule.
     """
-    tables = [
-        _overlap(module).assign(system=system, layer=layer)
-        for layer, module in _routed_layers(run, layers).items()
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["system", "layer", *(c for c in table if c not in {"system", "layer"})]]
+    return _of_layers(run, layers, system, _overlap)
 
 
 def expected_jaccard(a: int, b: int, hidden: int) -> float:
@@ -123,14 +78,20 @@ def expected_jaccard(a: int, b: int, hidden: int) -> float:
     return float(hypergeom.pmf(shared, hidden, a, b) @ (shared / (a + b - shared)))
 
 
-def _routed_layers(run: Extraction | nn.Module, layers: Sequence[int]) -> dict[int, MoeMlp]:
+def _of_layers(
+    run: Extraction | nn.Module,
+    layers: Sequence[int],
+    system: str,
+    describe: Callable[[MoeMlp], pd.DataFrame],
+) -> pd.DataFrame:
     found = moe_layers(model_of(run))
     if not found:
         raise MoeeError(
             "a model with experts", "only dense layers",
             "extract with another clustering, or see why layers stayed dense in run.layers",
         )  # fmt: skip
-    return {layer: found[layer] for layer in chosen_layers(found, layers)}
+    shown = choose_layers(found, layers)
+    return stack_layers((system, layer, describe(found[layer])) for layer in shown)
 
 
 def _members(module: MoeMlp) -> np.ndarray:
@@ -146,54 +107,35 @@ def _sizes(module: MoeMlp) -> pd.DataFrame:
     counts = np.array(module.expert_sizes)
     shares = module.shares.double().cpu().numpy()
     hidden = module.hidden_dense
-    return pd.DataFrame(
-        {
-            "expert": np.arange(len(counts)),
-            "neurons": counts,
-            "hidden": hidden,
-            "fraction": counts / hidden,
-            "share": shares,
-            "active": shares @ counts / hidden,
-            "union": len(module.kept) / hidden,
-        }
+    return pd.DataFrame({"expert": range(len(counts)), "neurons": counts}).assign(
+        hidden=hidden,
+        fraction=counts / hidden,
+        share=shares,
+        active=shares @ counts / hidden,
+        union=len(module.kept) / hidden,
     )
 
 
-def _membership(module: MoeMlp) -> pd.DataFrame:
+def _neurons(module: MoeMlp) -> pd.DataFrame:
     members = _members(module)
-    experts, hidden = members.shape
-    order = np.empty(hidden, dtype=np.int64)
     keys = [*(~members)[::-1], -members.sum(axis=0)]  # the last key counts first
-    order[np.lexsort(keys)] = np.arange(hidden)
-    return pd.DataFrame(
-        {
-            "expert": np.repeat(np.arange(experts), hidden),
-            "neuron": np.tile(np.arange(hidden), experts),
-            "kept": members.ravel(),
-            "order": np.tile(order, experts),
-        }
-    )
+    rank = np.argsort(np.lexsort(keys))
+    index = pd.MultiIndex.from_product(map(range, members.shape), names=["expert", "neuron"])
+    table = index.to_frame(index=False)
+    return table.assign(kept=members.ravel(), order=rank[table["neuron"]])
 
 
 def _overlap(module: MoeMlp) -> pd.DataFrame:
     members = _members(module).astype(np.int64)
     hidden, counts = module.hidden_dense, members.sum(axis=1)
-    shared = members @ members.T
-    a, b = (index.ravel() for index in np.indices(shared.shape))
-    expected = cache(lambda m, n: expected_jaccard(m, n, hidden))
-    either = np.maximum(counts[a] + counts[b] - shared.ravel(), 1)
-    return pd.DataFrame(
-        {
-            "expert_a": a,
-            "expert_b": b,
-            "neurons_a": counts[a],
-            "neurons_b": counts[b],
-            "shared": shared.ravel(),
-            "jaccard": shared.ravel() / either,
-            "expected_jaccard": [
-                1.0 if i == j else expected(*sorted((int(counts[i]), int(counts[j]))))
-                for i, j in zip(a, b, strict=True)
-            ],
-            "hidden": hidden,
-        }
+    own = pd.DataFrame({"expert": range(len(counts)), "neurons": counts})
+    pairs = own.merge(own, how="cross", suffixes=("_a", "_b"))
+    shared = (members @ members.T).ravel()
+    either = np.maximum(pairs["neurons_a"] + pairs["neurons_b"] - shared, 1)
+    expected = cache(lambda small, large: expected_jaccard(small, large, hidden))
+    both = np.sort(pairs[["neurons_a", "neurons_b"]]).tolist()
+    jaccard = np.where(pairs["expert_a"] == pairs["expert_b"], 1.0, [expected(*n) for n in both])
+    pairs = pairs[["expert_a", "expert_b", "neurons_a", "neurons_b"]]
+    return pairs.assign(
+        shared=shared, jaccard=shared / either, expected_jaccard=jaccard, hidden=hidden
     )

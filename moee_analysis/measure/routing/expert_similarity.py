@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import Extraction
-from moee_analysis.measure.routing.resolve import chosen_layers
-from moee_analysis.measure.routing.routes import model_of
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.resolve import choose_layers, model_of
+from moee_analysis.measure.routing.tables import captioned, similarity_rank, stack_layers, sum_up
 from moee_analysis.moe.layer import moe_layers
 
 NEAR_ORTHOGONAL = 0.2
 """Two mean inputs with a cosine between plus and minus this are called near-orthogonal."""
 
+Source = Extraction | nn.Module | Mapping[int, np.ndarray]
+
 
 def similarity(
-    source: Extraction | nn.Module | Mapping[int, np.ndarray],
+    source: Source,
     *,
     layers: Sequence[int] = (),
     shares: Mapping[int, np.ndarray] | None = None,
@@ -33,103 +33,69 @@ def similarity(
     centred ones leave out the share-weighted mean of the experts' means. Centred cosines of k
     experts average about -1 / (k - 1) whatever the experts are: look at their spread.
 
-    Parameters
-    ----------
-    source
-        A run or a routed model, whose routers know their centres; or centres (experts, dim)
-        by layer.
-    layers
-        Layers to show, counted from 0; empty: all.
-    shares
-        Weight of each expert in the common mean by layer; None takes the routing shares of the
-        calibration tokens, or equal ones where only centres are given.
-    system
-        Name of the routed system.
+    ``source`` is a run or a routed model, whose routers know their centres; or centres (experts,
+    dim) by layer. ``shares`` weigh each expert in the common mean, by layer; None takes the routing
+    shares of the calibration tokens, or equal ones where only centres are given.
 
-    Returns
-    -------
-    DataFrame
-        ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an expert
-        with itself), ``cosine``, ``cosine_centred``, ``order_a``, ``order_b`` (position for a
-        heat map: average linkage of the centred cosines), ``common_mean`` (squared length of
-        the common mean / mean squared length of the centres, 0 to 1).
+    Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
+    expert with itself), ``cosine``, ``cosine_centred``, ``order_a``, ``order_b`` (position for a
+    heat map: average linkage of the centred cosines), ``common_mean`` (squared length of the common
+    mean / mean squared length of the centres, 0 to 1).
 
-    Raises
-    ------
-    MoeeError
-        No layer whose router has centres, or a layer without experts.
+    Raises MoeeError: no layer whose router has centres, or a layer without experts.
     """
-    centres, weights = _centres(source, shares)
-    tables = [
-        _pairs(centres[layer], weights[layer]).assign(system=system, layer=layer)
-        for layer in chosen_layers(centres, layers)
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    table = table[["system", "layer", *(c for c in table if c not in {"system", "layer"})]]
-    table.attrs["caption"] = (
+    centres, weights = _centres(source)
+    weights |= shares or {}
+    shown = choose_layers(centres, layers)
+    return captioned(
+        stack_layers((system, n, _pairs(centres[n], np.asarray(weights[n]))) for n in shown),
         "Mean inputs of the MLP over the tokens that each expert was made from. Centred: less "
-        "their mean, weighted by the experts' shares of tokens."
+        "their mean, weighted by the experts' shares of tokens.",
     )
-    return table
 
 
 def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Sum up a table of :func:`similarity`: one row per layer, over pairs of different experts.
 
-    Returns
-    -------
-    DataFrame
-        ``system``, ``layer``, ``experts``, ``mean``, ``min``, ``max``, ``spread`` (standard
-        deviation), ``near_orthogonal`` (share of pairs with a cosine within ±0.2), the same of
-        the centred cosines with the prefix ``centred_``, ``centred_expected``
-        (-1 / (experts - 1)), ``common_mean``.
+    Columns: ``system``, ``layer``, ``experts``, ``mean``, ``min``, ``max``, ``spread`` (standard
+    deviation), ``near_orthogonal`` (share of pairs with a cosine within ±0.2), the same of the
+    centred cosines with the prefix ``centred_``, ``centred_expected`` (-1 / (experts - 1)),
+    ``common_mean``.
     """
-    groups = table.groupby(["system", "layer"], sort=False)
-    rows = [{"system": s, "layer": n} | _summary(part) for (s, n), part in groups]
-    summary = pd.DataFrame(rows)
-    summary.attrs.update(table.attrs)
-    return summary
+    return captioned(sum_up(table, _summary), table.attrs["caption"])
 
 
-def _centres(
-    source: Extraction | nn.Module | Mapping[int, np.ndarray],
-    shares: Mapping[int, np.ndarray] | None,
-) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+def _centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Centres (experts, dim) and shares (experts,) by layer."""
     if isinstance(source, Mapping):
         centres = {n: np.asarray(c, dtype=np.float64) for n, c in source.items()}
-        found = {n: np.ones(len(c)) for n, c in centres.items()}
+        shares = {n: np.ones(len(c)) for n, c in centres.items()}
     else:
         routed = moe_layers(model_of(source))
         known = {n: m for n, m in routed.items() if "centres" in dict(m.router.named_buffers())}
         centres = {n: m.router.centres.double().cpu().numpy() for n, m in known.items()}
-        found = {n: m.shares.double().cpu().numpy() for n, m in known.items()}
+        shares = {n: m.shares.double().cpu().numpy() for n, m in known.items()}
     if not centres:
         raise MoeeError(
             "layers whose routers have centres", "none",
             "pass an extraction with cosine routers, or {layer: centres}",
         )  # fmt: skip
-    return centres, found | {n: np.asarray(s) for n, s in (shares or {}).items()}
+    return centres, shares
 
 
 def _pairs(centres: np.ndarray, weights: np.ndarray) -> pd.DataFrame:
     weights = weights / weights.sum()
     common = weights @ centres
     centred = _cosines(centres - common)
-    order = np.empty(len(centres), dtype=np.int64)
-    order[_by_likeness(centred)] = np.arange(len(centres))
-    a, b = (index.ravel() for index in np.indices(centred.shape))
-    return pd.DataFrame(
-        {
-            "expert_a": a,
-            "expert_b": b,
-            "cosine": _cosines(centres).ravel(),
-            "cosine_centred": centred.ravel(),
-            "order_a": order[a],
-            "order_b": order[b],
-            "common_mean": common @ common / (weights @ (centres**2).sum(axis=1)),
-        }
+    rank = similarity_rank(1 - centred, distances=True)
+    experts = pd.DataFrame({"expert": range(len(centres)), "order": rank})
+    pairs = experts.merge(experts, how="cross", suffixes=("_a", "_b")).assign(
+        cosine=_cosines(centres).ravel(),
+        cosine_centred=centred.ravel(),
+        common_mean=common @ common / (weights @ (centres**2).sum(axis=1)),
     )
+    columns = ["expert_a", "expert_b", "cosine", "cosine_centred", "order_a", "order_b"]
+    return pairs[[*columns, "common_mean"]]
 
 
 def _cosines(vectors: np.ndarray) -> np.ndarray:
@@ -138,34 +104,18 @@ def _cosines(vectors: np.ndarray) -> np.ndarray:
     return np.clip(unit @ unit.T, -1, 1)
 
 
-def _by_likeness(cosines: np.ndarray) -> np.ndarray:
-    """Order that puts like experts side by side."""
-    if len(cosines) < 3:
-        return np.arange(len(cosines))
-    apart = squareform((1 - cosines) * (1 - np.eye(len(cosines))), checks=False)
-    return leaves_list(linkage(apart, "average", optimal_ordering=True))
-
-
 def _summary(part: pd.DataFrame) -> dict[str, float]:
     pairs = part[part["expert_a"] < part["expert_b"]]
     experts = int(part["expert_a"].max()) + 1
-    return (
-        {"experts": experts}
-        | _spread(pairs["cosine"], prefix="")
-        | _spread(pairs["cosine_centred"], prefix="centred_")
-        | {
-            "centred_expected": -1 / (experts - 1) if experts > 1 else np.nan,
-            "common_mean": part["common_mean"].iloc[0],
+    row: dict[str, float] = {"experts": experts}
+    for prefix, column in (("", "cosine"), ("centred_", "cosine_centred")):
+        cosines = pairs[column]
+        row |= {
+            f"{prefix}mean": float(cosines.mean()),
+            f"{prefix}min": float(cosines.min()),
+            f"{prefix}max": float(cosines.max()),
+            f"{prefix}spread": float(cosines.std(ddof=0)),
+            f"{prefix}near_orthogonal": float((cosines.abs() < NEAR_ORTHOGONAL).mean()),
         }
-    )
-
-
-def _spread(cosines: pd.Series, *, prefix: str) -> dict[str, float]:
-    values = {
-        "mean": cosines.mean(),
-        "min": cosines.min(),
-        "max": cosines.max(),
-        "spread": cosines.std(ddof=0),
-        "near_orthogonal": (cosines.abs() < NEAR_ORTHOGONAL).mean(),
-    }
-    return {prefix + name: float(value) for name, value in values.items()}
+    expected = -1 / (experts - 1) if experts > 1 else np.nan
+    return row | {"centred_expected": expected, "common_mean": part["common_mean"].iloc[0]}

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,11 +19,12 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.clusters_to_router import make_router, metric_root
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.pipeline import Extraction
-from moee_analysis.extraction.record.accumulate import Sums, summed
-from moee_analysis.extraction.record.calibration_set import Calibration, calibration_of
-from moee_analysis.extraction.record.layer_tokens import Recorded
+from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
+from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
+from moee_analysis.extraction.record.token_source import TokenSource, calibration_tokens
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, check_any
+from moee_analysis.measure.routing.tables import captioned
 from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.fingerprints import hash_weights
@@ -49,13 +49,13 @@ def router_choices(
     """
     seed_number(seed)
     dense, config = run.dense(), run.config
-    calibration = calibration_of(dense, images, config, root=Path(store))
+    calibration = calibration_tokens(dense, images, config, root=Path(store))
     layers = {index: layer for index, layer in moe_layers(run.model).items() if _has_choice(layer)}
     sites = [site for site in calibration.sites if site.index in layers]
     means = _means_as_routed(calibration, {site: layers[site.index] for site in sites})
     leading = {site.name: _leading_tokens(layers[site.index]) for site in sites}
     choices: dict[str, dict[int, nn.Module]] = {}
-    for draw in sample_tokens(calibration, leading, hidden=False):
+    for draw in sample_tokens(calibration, config, leading, hidden=False):
         site, layer = draw.site, layers[draw.site.index]
         found = _to_centres(draw, means[site.name], config) | _others(draw, layer, seed=seed)
         for name, router in (found | {config.router: _own_router(layer)}).items():
@@ -85,18 +85,11 @@ def router_regret(
     of it. Counted are the tokens that are routed, not those with experts by position. ``routers``
     are by name and layer, such as :func:`router_choices` gives.
 
-    Returns
-    -------
-    DataFrame
-        A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the
-        output over the variance of the dense one), ``regret`` (``error`` less that of the best
-        expert for every token), ``best`` (share of tokens that get an expert of no larger error),
-        ``experts``.
+    A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the output
+    over the variance of the dense one), ``regret`` (``error`` less that of the best expert for
+    every token), ``best`` (share of tokens that get an expert of no larger error), ``experts``.
 
-    Raises
-    ------
-    MoeeError
-        No images, or no layer of the run for which all routers are given.
+    Raises MoeeError: no images, or no layer of the run for which all routers are given.
     """
     check_any(images)
     dense, layers = run.dense(), _compared(run, routers)
@@ -113,12 +106,11 @@ def router_regret(
                 tokens = inputs.reshape(len(x), -1, inputs.shape[-1])
                 errors.add(tokens, {name: own[index] for name, own in routers.items()})
     rows = [{"layer": index} | row for index, errors in sums.items() for row in errors.rows()]
-    table = pd.DataFrame(rows)
-    table.attrs["caption"] = (
+    return captioned(
+        pd.DataFrame(rows),
         f"{len(images)} images, routed tokens only, each layer on the inputs of the dense model; "
-        "errors are relative to the variance of the dense outputs."
+        "errors are relative to the variance of the dense outputs.",
     )
-    return table
 
 
 def _compared(run: Extraction, routers: Mapping[str, Mapping[int, nn.Module]]) -> dict[int, MoeMlp]:
@@ -194,11 +186,12 @@ def _own_router(layer: MoeMlp) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _MeanTally:
-    """Adds up the inputs of the tokens that each expert of a routed layer gets."""
+class _MeanInputs(Accumulator):
+    """Sums of the inputs of the tokens that each expert of a routed layer gets."""
 
     site: MlpSite
-    layer: MoeMlp
+    layer: MoeMlp = field(compare=False)
+    router: str  # a hash of it
     gradients: bool = False
 
     @property
@@ -206,11 +199,7 @@ class _MeanTally:
         experts = self.layer.n_experts - prefix_experts(self.layer)
         return {"inputs": (experts, self.site.dim), "tokens": (experts,)}
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"router": hash_weights(_own_router(self.layer))}
-
-    def add(self, sums: Sums, layer: Recorded) -> None:
+    def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens."""
         rows = np.flatnonzero(layer.sample.position >= _leading_tokens(self.layer))
         inputs = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
@@ -218,19 +207,23 @@ class _MeanTally:
         sums["inputs"].index_add_(0, expert, inputs.double())
         sums["tokens"] += expert.bincount(minlength=len(sums["tokens"]))
 
+    def compute(self, sums: Sums) -> np.ndarray:
+        """Mean inputs, float32 (experts, dim)."""
+        return (sums["inputs"] / sums["tokens"].clamp_min(1)[:, None]).float().numpy()
+
 
 def _means_as_routed(
-    calibration: Calibration, layers: Mapping[MlpSite, MoeMlp]
+    calibration: TokenSource, layers: Mapping[MlpSite, MoeMlp]
 ) -> dict[str, np.ndarray]:
     """Mean input of the tokens of each expert, float32 (experts, dim), by site name."""
-    tallies = [_MeanTally(site, layer) for site, layer in layers.items()]
-    return {
-        tally.site.name: (sums["inputs"] / sums["tokens"].clamp_min(1)[:, None]).float().numpy()
-        for tally, sums in summed(calibration, tallies, label="mean inputs as routed")
-    }
+    sums = [_MeanInputs(s, e, hash_weights(_own_router(e))) for s, e in layers.items()]
+    found = accumulate(calibration, sums, label="mean inputs as routed")
+    return {site.name: means for site, means in found}
 
 
-def _to_centres(draw: TokenSample, means: np.ndarray, config: ExtractConfig) -> dict[str, nn.Module]:
+def _to_centres(
+    draw: TokenSample, means: np.ndarray, config: ExtractConfig
+) -> dict[str, nn.Module]:
     """Routers to the ``means`` of the experts' tokens, by cosine and to the nearest."""
     root = metric_root(draw, config)
     return {"cosine": make_router(means, None), "nearest": make_router(means @ root.T, root)}

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import Extraction
-from moee_analysis.measure.evaluation.accuracy import REFERENCE, image_scores
-from moee_analysis.measure.evaluation.variants import savings
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
+from moee_analysis.measure.evaluation.engine import costs_of
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.models.macs import count
 from moee_analysis.training.finetune import Finetuned, finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.progress import progress
 
-Scores = dict[str, np.ndarray]
-
+SCORES = ["top1", "retention", "agreement", "kl"]
 BEFORE, AFTER = "before", "after"
 
 
@@ -39,57 +37,45 @@ def fine_tuning(
 ) -> pd.DataFrame:
     """Fine-tune every run by the same recipe with every seed, and evaluate all on ``images``.
 
-    Parameters
-    ----------
-    runs
-        Runs of one dense model by system, such as one for each budget.
-    training
-        Images to train on, none of them among ``images``.
-    config
-        The recipe; its seed is replaced.
-    store
-        Folder that keeps the fine-tuned runs.
-    seeds
-        Of the fine-tuning: the order of the images, their augmentation, and which are held out.
-    resamples
-        Of the bootstrap.
+    ``runs``: runs of one dense model by system, such as one for each budget.
+    ``training``: images to train on, none of them among ``images``.
+    ``config``: the recipe; its seed is replaced.
+    ``store``: folder that keeps the fine-tuned runs.
+    ``seeds``: of the fine-tuning: the order of the images, their augmentation, and which are held
+      out.
+    ``resamples``: of the bootstrap.
 
-    Returns
-    -------
-    DataFrame
-        A row for every run before, and for every run and seed after: ``system``, ``budget`` (number
-        of the run of its system, from 0), ``stage`` (``before`` or ``after``), ``seed``; ``top1``,
-        ``retention``, ``agreement``, ``kl`` as in ``measure.accuracy``; ``mean``, ``low``,
-        ``high``: retention over all seeds of the stage, and its 95 % interval by a bootstrap of
-        images and of seeds; ``macs_reduction``, ``params_reduction``; ``epoch`` whose weights are
-        kept.
+    A row for every run before, and for every run and seed after: ``system``, ``budget`` (number of
+    the run of its system, from 0), ``stage`` (``before`` or ``after``), ``seed``; ``top1``,
+    ``retention``, ``agreement``, ``kl`` as in ``measure.accuracy``; ``mean``, ``low``, ``high``:
+    retention over all seeds of the stage, and its 95 % interval by a bootstrap of images and of
+    seeds; ``macs_reduction``, ``params_reduction``; ``epoch`` whose weights are kept.
 
-    Raises
-    ------
-    MoeeError
-        No runs, no seeds, or images that are in both sets.
+    Raises MoeeError: no runs, no seeds, or images that are in both sets.
     """
     _check(runs, training, images, seeds)
     dense = next(iter(runs.values()))[0].dense()
     whole = [(system, n, run) for system, own in runs.items() for n, run in enumerate(own)]
     jobs = [(system, n, seed, run) for system, n, run in whole for seed in seeds]
     tuned = {
-        (system, n, seed): finetune(run, training, replace(config, seed=seed), store=store)
+        (system, n, AFTER, seed): finetune(run, training, replace(config, seed=seed), store=store)
         for system, n, seed, run in progress(jobs, label="fine-tuning runs")
     }
     models = {(system, n, BEFORE, seeds[0]): run.model for system, n, run in whole}
-    models |= {(system, n, AFTER, seed): t.run.model for (system, n, seed), t in tuned.items()}
-    scores = image_scores(models, images, reference=dense)
-    counted, own = count(dense), scores.pop(REFERENCE)["right"]
-    rows = [
-        {"system": system, "budget": n, "stage": stage, "seed": seed}
-        | _scored(scores[system, n, stage, seed], own)
-        | _together(scores, own, (system, n, stage), resamples)
-        | savings(model, dense, counted)
-        | {"epoch": tuned[system, n, seed].best if stage == AFTER else 0}
-        for (system, n, stage, seed), model in models.items()
-    ]
-    table = pd.DataFrame(rows).drop(columns="router_macs")
+    models |= {key: each.run.model for key, each in tuned.items()}
+    scores = score_images(models, images, reference=dense)
+    own, counted = scores[REFERENCE]["right"], count(dense)
+    costs = pd.DataFrame([costs_of(model, dense, counted) for model in models.values()])
+    table = pd.DataFrame(list(models), columns=["system", "budget", "stage", "seed"])
+    stages = table.groupby(["system", "budget", "stage"], sort=False)["seed"]
+    spread = {
+        stage: over_seeds(_stack(scores, stage, of_stage), own, resamples=resamples)
+        for stage, of_stage in stages
+    }
+    table = table.join(summarize(scores, resamples=1)[SCORES])
+    table = table.join(pd.DataFrame([spread[key[:3]] for key in models]))
+    table = table.join(costs[["macs_reduction", "params_reduction"]])
+    table["epoch"] = [tuned[key].best if key in tuned else 0 for key in models]
     table.attrs["caption"] = _caption(tuned, images, seeds)
     return table
 
@@ -102,25 +88,12 @@ def _check(
 ) -> None:
     if not seeds or not runs or not all(runs.values()):
         raise MoeeError("a run or more of every system, and a seed", "none", "name some")
-    check_apart(training, images, use="trained on")
+    check_disjoint(training, images, use="trained on")
 
 
-def _scored(scores: Scores, own: np.ndarray) -> dict[str, Any]:
-    top1 = scores["right"].mean()
-    return {
-        "top1": top1,
-        "retention": top1 / own.mean() if own.any() else np.nan,
-        "agreement": scores["agreement"].mean(),
-        "kl": scores["kl"].mean(),
-    }
-
-
-def _together(
-    scores: Mapping[tuple, Scores], own: np.ndarray, key: tuple, resamples: int
-) -> dict[str, float]:
-    """Retention over all seeds of a stage, and its interval."""
-    right = np.stack([s["right"] for name, s in scores.items() if name[:3] == key])
-    return over_seeds(right, own, resamples=resamples)
+def _stack(scores: Mapping[tuple, Scores], stage: tuple, seeds: Iterable[int]) -> np.ndarray:
+    """What every seed of a stage gets right, bool (seeds, images)."""
+    return np.stack([scores[*stage, seed]["right"] for seed in seeds])
 
 
 def _caption(tuned: Mapping[tuple, Finetuned], images: ImageSet, seeds: Sequence[int]) -> str:

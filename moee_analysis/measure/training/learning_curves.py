@@ -18,12 +18,9 @@ from moee_analysis.measure.training.trainings import Trainings
 def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
     """Top-1 against the images seen, start by start.
 
-    Returns
-    -------
-    DataFrame
-        One row for each ``start``, ``seed`` and look at the images: ``step``, ``epoch``,
-        ``images`` seen so far, ``loss``, ``top1``; and of all seeds ``mean``, ``low``, ``high``
-        (95 % interval), the same in each of them.
+    One row for each ``start``, ``seed`` and look at the images: ``step``, ``epoch``, ``images``
+    seen so far, ``loss``, ``top1``; and of all seeds ``mean``, ``low``, ``high`` (95 % interval),
+    the same in each of them.
     """
     draws = _drawn_curves(trained, resamples)
     low, high = np.quantile(draws, (0.025, 0.975), axis=0)  # (starts, looks)
@@ -44,19 +41,13 @@ def learned(
 ) -> pd.DataFrame:
     """What each start comes to, what it costs, and how soon it comes near.
 
-    Parameters
-    ----------
-    level
-        Top-1 to reach; None: what the start that ends lowest comes to.
+    ``level``: top-1 to reach; None: what the start that ends lowest comes to.
 
-    Returns
-    -------
-    DataFrame
-        One row for each ``start``: final ``top1``, mean of the seeds, its 95 % interval ``low``,
-        ``high``, and that of the ``worst`` and ``best`` seed; ``macs`` of an image, ``params``;
-        ``level``, and the ``images`` seen until the mean of the seeds reaches it (between two
-        looks by a straight line; nan: never), with ``images_low``, ``images_high`` (infinite where
-        more than 2.5 % of the resampled curves never do).
+    One row for each ``start``: final ``top1``, mean of the seeds, its 95 % interval ``low``,
+    ``high``, and that of the ``worst`` and ``best`` seed; ``macs`` of an image, ``params``;
+    ``level``, and the ``images`` seen until the mean of the seeds reaches it (between two looks by
+    a straight line; nan: never), with ``images_low``, ``images_high`` (infinite where more than 2.5
+    % of the resampled curves never do).
     """
     final = trained.right[:, :, -1].mean(axis=2)  # (starts, seeds)
     level = final.mean(axis=1).min() if level is None else level
@@ -78,12 +69,9 @@ def learned(
 def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
     """Differences of the final top-1 of every two starts, on the same images and seeds.
 
-    Returns
-    -------
-    DataFrame
-        One row for each ordered pair: ``start_a``, ``start_b``, ``order_a``, ``order_b`` (their
-        places); ``difference`` (top-1 of a less that of b), ``low``, ``high`` (95 % interval);
-        ``beats``: whether the interval lies above 0.
+    One row for each ordered pair: ``start_a``, ``start_b``, ``order_a``, ``order_b`` (their
+    places); ``difference`` (top-1 of a less that of b), ``low``, ``high`` (95 % interval);
+    ``beats``: whether the interval lies above 0.
     """
     final = trained.right[:, :, -1].mean(axis=(1, 2))
     draws = _drawn_curves(trained, resamples)[:, :, -1]

@@ -31,23 +31,15 @@ def contributions(
     The paper of MoE Jetpack shows contributions without saying how they are computed: only their
     course over the layers compares with these.
 
-    Parameters
-    ----------
-    groups
-        Names of the groups, in the order of the layers'; of a layer with fewer, the first ones.
+    ``groups``: names of the groups, in the order of the layers'; of a layer with fewer, the first
+      ones.
 
-    Returns
-    -------
-    DataFrame
-        One row for each layer of slots and ``group``: ``layer`` (place among the MLPs, from 0),
-        ``experts``, ``hidden`` neurons of each; ``contribution``; ``relative``, the contribution
-        over the mean length of the tokens' whole outputs of the layer; ``mass``, the share of the
-        combine weights that the group's slots have.
+    One row for each layer of slots and ``group``: ``layer`` (place among the MLPs, from 0),
+    ``experts``, ``hidden`` neurons of each; ``contribution``; ``relative``, the contribution over
+    the mean length of the tokens' whole outputs of the layer; ``mass``, the share of the combine
+    weights that the group's slots have.
 
-    Raises
-    ------
-    MoeeError
-        A model without such layers, or a layer with more groups than names.
+    Raises MoeeError: a model without such layers, or a layer with more groups than names.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}
     if not layers:

@@ -12,7 +12,7 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import nn
 
-from moee_analysis.data.disjoint import check_apart
+from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import count, count_parameters
@@ -28,18 +28,11 @@ Start = Callable[[int], nn.Module]
 class Trainings:
     """What became of every start with every seed.
 
-    Attributes
-    ----------
-    history
-        One row for each ``start``, ``seed`` and look at the images, in this order: with ``step``,
-        ``epoch``, ``images`` (seen so far), ``loss`` and ``top1``
-        (``Trained``).
-    right
-        bool (starts, seeds, looks, images): whether the model was right.
-    sizes
-        One row for each ``start``: ``macs`` of an image and stored ``params``.
-    folders
-        Where the store keeps each training, by start and seed.
+    ``history``: one row for each ``start``, ``seed`` and look at the images, in this order: with
+      ``step``, ``epoch``, ``images`` (seen so far), ``loss`` and ``top1`` (``Trained``).
+    ``right``: bool (starts, seeds, looks, images): whether the model was right.
+    ``sizes``: one row for each ``start``: ``macs`` of an image and stored ``params``.
+    ``folders``: where the store keeps each training, by start and seed.
     """
 
     history: pd.DataFrame
@@ -85,27 +78,18 @@ def trainings(
     Every training computes with one thread on a CPU, so that its bytes are the same whatever else
     is trained beside it.
 
-    Parameters
-    ----------
-    starts
-        By name: seed -> model, alike in how they see images.
-    training
-        Images to train on.
-    images
-        Others, to evaluate: at the start, every ``config.check_every`` steps, and at the end.
-    config
-        The recipe; its seed is replaced, and is that of the start too.
-    store
-        Folder that keeps every training, under what decides it: a notebook that runs again finds
-        them.
-    workers
-        Processes that train side by side, for models on a CPU. A script that has more than one
-        must be guarded by ``if __name__ == "__main__":``.
+    ``starts``: by name: seed -> model, alike in how they see images.
+    ``training``: images to train on.
+    ``images``: others, to evaluate: at the start, every ``config.check_every`` steps, and at the
+      end.
+    ``config``: the recipe; its seed is replaced, and is that of the start too.
+    ``store``: folder that keeps every training, under what decides it: a notebook that runs again
+      finds them.
+    ``workers``: processes that train side by side, for models on a CPU. A script that has more than
+      one must be guarded by ``if __name__ == "__main__":``.
 
-    Raises
-    ------
-    MoeeError
-        No starts or no seeds; images that are in both sets; a loss that is not finite.
+    Raises MoeeError: no starts or no seeds; images that are in both sets; a loss that is not
+    finite.
     """
     _check(starts, training, images, seeds)
     jobs = {
@@ -139,15 +123,11 @@ def _check(
         seed_number(seed, "seeds")
     if not isinstance(seeds, Sequence) or not starts or not seeds or len(set(seeds)) < len(seeds):
         raise MoeeError("a start or more, and seeds that differ", "none, or twice", "name some")
-    check_apart(training, images, use="trained on")
+    check_disjoint(training, images, use="trained on")
 
 
 def _size(name: str, model: nn.Module) -> dict[str, Any]:
-    return {
-        "start": name,
-        "macs": count(model, sites=[]).total,
-        "params": count_parameters(model),
-    }
+    return {"start": name, "macs": count(model, sites=[]).total, "params": count_parameters(model)}
 
 
 def _caption(

@@ -1,0 +1,44 @@
+"""Tables of layers and of pairs, and the order of rows in a heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pandas as pd
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+
+def captioned(table: pd.DataFrame, caption: str) -> pd.DataFrame:
+    """``table`` with a caption for the figure that is made of it."""
+    table.attrs["caption"] = caption
+    return table
+
+
+def stack_layers(parts: Iterable[tuple[str, int, pd.DataFrame]]) -> pd.DataFrame:
+    """One table of those of each system and layer, which become its first two columns."""
+    tables = []
+    for system, layer, table in parts:
+        table.insert(0, "layer", layer)
+        table.insert(0, "system", system)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def sum_up(table: pd.DataFrame, describe: Callable[[pd.DataFrame], dict]) -> pd.DataFrame:
+    """A row for each system and layer of ``table``, of what ``describe`` says of its rows."""
+    groups = table.groupby(["system", "layer"], sort=False)
+    return pd.DataFrame([{"system": s, "layer": n} | describe(part) for (s, n), part in groups])
+
+
+def similarity_rank(points: np.ndarray, *, distances: bool = False) -> np.ndarray:
+    """Place of each row when like rows stand side by side, by average linkage.
+
+    ``points`` are (n, features), or ``distances`` (n, n).
+    """
+    if len(points) < 3:
+        return np.arange(len(points))
+    if distances:
+        points = squareform(points * (1 - np.eye(len(points))), checks=False)
+    return np.argsort(leaves_list(linkage(points, "average", optimal_ordering=True)))
