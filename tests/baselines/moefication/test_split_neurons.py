@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.baselines.common.graph_partition import METHODS, partition
-from moee_analysis.baselines.moefication.coactivation import coactivation, edges
+from moee_analysis.baselines.common.equal_parts import METHODS, divide_graph
+from moee_analysis.baselines.moefication.split_neurons import coactivation, graph_edges
 
 RNG = np.random.default_rng(0)
 
@@ -37,22 +37,13 @@ def firing_in_groups(groups, size, *, tokens=800):
 
 
 @pytest.mark.parametrize("count", [35, 32, 3])
-def test_it_is_what_the_definition_says(count):
+def test_it_is_what_the_definition_says_of_tokens_in_any_blocks(count):
     hidden = activations(count)
-    np.testing.assert_allclose(coactivation([hidden]), slow(hidden), rtol=1e-5)
-
-
-def test_blocks_of_tokens_are_added_up():
-    hidden = activations(64)
-    whole = coactivation([hidden])
-    torch.testing.assert_close(coactivation([hidden[:24], hidden[24:]]), whole)
-    torch.testing.assert_close(whole, whole.T)
-
-
-def test_negative_activations_are_none():
-    hidden = activations()
-    torch.testing.assert_close(coactivation([hidden]), coactivation([hidden.relu()]))
-    assert not coactivation([-hidden.abs()]).any()
+    found = coactivation([hidden])
+    np.testing.assert_allclose(found, slow(hidden), rtol=1e-5)
+    torch.testing.assert_close(found, found.T)
+    torch.testing.assert_close(coactivation([hidden[:24], hidden[24:]]), found)
+    torch.testing.assert_close(coactivation([hidden.relu()]), found)
 
 
 def test_edges_are_counted_in_units_of_the_lowest_decile_that_is_not_zero():
@@ -60,17 +51,14 @@ def test_edges_are_counted_in_units_of_the_lowest_decile_that_is_not_zero():
     together[:, 5:] = torch.arange(1.0, 51.0).reshape(10, 5)
     deciles = np.percentile(together.numpy(), range(10, 101, 10))
     unit = 0.99 * deciles[deciles > 0][0]
-    weights = edges(together)
+    weights = graph_edges(together)
     assert weights.dtype == np.int64
     for row in range(10):
         for column in range(10):
             value = 0 if row == column else int(float(together[row, column]) / unit)
             assert weights[row, column] == value
     assert (weights[np.triu_indices(10, 1)] == 0).any()
-
-
-def test_neurons_that_never_fire_have_no_edges():
-    assert not edges(coactivation([-activations().abs()])).any()
+    assert not graph_edges(coactivation([-activations().abs()])).any()  # neurons that never fire
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,5 +66,5 @@ def test_neurons_that_fire_together_become_one_expert(method):
     if method == "metis":
         pytest.importorskip("pymetis")
     hidden, truth = firing_in_groups(8, 6)
-    expert_of = partition(edges(coactivation([hidden])), 8, method=method)
+    expert_of = divide_graph(graph_edges(coactivation([hidden])), 8, method=method)
     assert all(len(set(truth[expert_of == expert])) == 1 for expert in range(8))
