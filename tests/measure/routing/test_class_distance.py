@@ -1,12 +1,19 @@
+from __future__ import annotations
+
 import numpy as np
+import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
+import torch
+from scipy.stats import spearmanr
+from torch import nn
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
+from tests.helpers.models import toy_vit
 from tests.helpers.routes import drawn_routes, made_routes
 
 FAMILIES = {"class_0": "truck", "class 1": "animal", "class 2": "truck", "class 3": "animal"}
+CLASSES = 5
 
 
 def family_routes(seed=0):
@@ -17,15 +24,11 @@ def family_routes(seed=0):
     return made_routes(experts={0: experts}, labels=labels)
 
 
-def test_every_ordered_pair_is_there_and_symmetric():
-    table = measure.class_distance(drawn_routes(effect=0.5))
+def test_pairs_are_symmetric_and_a_class_is_nearest_to_itself():
+    table = measure.class_distance(drawn_routes(effect=0.8))
     assert len(table) == 2 * 4 * 4
     square = table[table["layer"] == 0].pivot(index="class_a", columns="class_b", values="js")
     np.testing.assert_allclose(square, square.T)
-
-
-def test_a_class_is_nearest_to_itself_and_the_floor_says_so():
-    table = measure.class_distance(drawn_routes(effect=0.8, layers=(0,)))
     own = table["class_a"] == table["class_b"]
     assert table.loc[own, "js"].max() < table.loc[~own, "js"].min()
     np.testing.assert_allclose(table.loc[own, "floor"], table.loc[own, "js"])
@@ -37,54 +40,66 @@ def test_without_a_class_effect_other_classes_are_at_the_floor():
     assert other["js"].mean() == pytest.approx(other["floor"].mean(), rel=0.25)
 
 
-def test_families_stand_together():
+def test_families_or_else_like_classes_stand_together():
     table = measure.class_distance(family_routes(), families=FAMILIES)
     order = table.drop_duplicates("order_a").sort_values("order_a")
     assert order["class_a"].tolist() == ["class 0", "class 2", "class 1", "class 3"]
     assert order["family_a"].tolist() == ["truck", "truck", "animal", "animal"]
-
-
-def test_without_families_like_classes_stand_together():
+    assert (table["same_family"] == (table["family_a"] == table["family_b"])).all()
     table = measure.class_distance(family_routes())
     order = table.drop_duplicates("class_a").sort_values("order_a")["class_a"].tolist()
     assert {*order[:2]} in ({"class 0", "class 2"}, {"class 1", "class 3"})
 
 
-def test_separation_agrees_with_scikit_learn():
-    table = measure.class_distance(drawn_routes(classes=8, effect=0.4), families=_pairs_of_eight())
-    found = measure.family_separation(table, permutations=20)
-    assert found["layer"].tolist() == [0, 1]
-    for layer, auc in zip(found["layer"], found["auc"], strict=True):
-        pairs = table[(table["layer"] == layer) & (table["class_a"] < table["class_b"])]
-        expected = roc_auc_score(~pairs["same_family"].to_numpy(bool), pairs["js"])
-        assert auc == pytest.approx(expected)
-
-
-def _pairs_of_eight():
-    return {f"class {c}": str(c // 2) for c in range(8)}
-
-
-def test_separation_of_planted_families():
-    table = measure.class_distance(family_routes(), families=FAMILIES)
-    found = measure.family_separation(table).iloc[0]
-    assert found["auc"] == 1
-    assert found["ratio"] > 5
-    assert (found["pairs_same"], found["pairs_other"]) == (2, 4)
-    assert found["mean_same"] == pytest.approx(found["floor"], rel=0.5)
-
-
-def test_bad_requests_are_told():
+def test_classes_without_a_family_or_with_one_image_are_left_out_or_refused():
     with pytest.raises(MoeeError, match="none of class 3"):
         measure.class_distance(family_routes(), families={f"class {c}": "x" for c in range(3)})
-    with pytest.raises(MoeeError, match="no column 'same_family'"):
-        measure.family_separation(measure.class_distance(family_routes()))
-    alone = measure.class_distance(family_routes(), families={f"class {c}": c for c in range(4)})
-    with pytest.raises(MoeeError, match="0 of 6 pairs"):
-        measure.family_separation(alone)
-
-
-def test_classes_with_one_image_are_left_out_or_refused():
     routes = made_routes(experts={0: np.eye(5, 17, dtype=int)}, labels=[0, 0, 1, 1, 2])
     assert set(measure.class_distance(routes)["class_a"]) == {"class 0", "class 1"}
     with pytest.raises(MoeeError, match="one of class 2"):
         measure.class_distance(routes, classes=["class 2", "class 1"])
+
+
+def distances(js):
+    a, b = np.indices(js.shape).reshape(2, -1)
+    columns = {"class_index_a": a, "class_index_b": b, "js": js.ravel()}
+    return pd.DataFrame({"system": "MoEE", "layer": 0} | columns)
+
+
+def classifier_distance(model):
+    rows = model.get_classifier().weight.detach().double().numpy()[:CLASSES]
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return 1 - rows @ rows.T
+
+
+@pytest.fixture
+def model():
+    made = toy_vit()
+    with torch.no_grad():
+        made.get_classifier().weight.normal_(generator=torch.Generator().manual_seed(3))
+    return made
+
+
+def test_relatedness_is_the_rank_correlation_over_pairs(model):
+    js = np.random.default_rng(0).random((CLASSES, CLASSES))
+    js = (js + js.T) / 2
+    pairs = np.triu_indices(CLASSES, 1)
+    expected = spearmanr(js[pairs], classifier_distance(model)[pairs]).statistic
+    row = measure.class_relatedness(distances(js), model, permutations=20).iloc[0]
+    assert row["spearman"] == pytest.approx(expected)
+
+
+def test_equal_distances_are_found_and_beat_permuted_classes(model):
+    table = distances(classifier_distance(model))
+    row = measure.class_relatedness(table, model, permutations=200).iloc[0]
+    assert row["spearman"] == pytest.approx(1)
+    assert row["p"] < 0.1
+    assert row["null_high"] < 1
+
+
+def test_few_classes_and_models_without_a_classifier_are_refused(model):
+    with pytest.raises(MoeeError, match="four classes"):
+        measure.class_relatedness(distances(np.ones((3, 3))), model)
+    model.head = nn.Identity()
+    with pytest.raises(MoeeError, match="linear classifier"):
+        measure.class_relatedness(distances(np.eye(CLASSES)), model)

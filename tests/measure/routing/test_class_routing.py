@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
@@ -5,10 +7,21 @@ from scipy.stats import entropy
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.divergence import jensen_shannon
+from moee_analysis.measure.routing.bootstrap import jensen_shannon
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_moe, toy_vit
 from tests.helpers.routes import drawn_routes, made_routes
+
+FEW = {"permutations": 9, "resamples": 9}
+
+
+def class_means(routes, layer):
+    shares = routes.counts[layer] / 17
+    return np.stack([shares[routes.labels == c].mean(axis=0) for c in range(4)])
+
+
+def of_all(table):
+    return table[table["class_name"] == "all"]
 
 
 def test_jensen_shannon_agrees_with_scipy():
@@ -18,18 +31,13 @@ def test_jensen_shannon_agrees_with_scipy():
     q[0] /= q[0].sum()
     expected = [jensenshannon(a, b, base=2) ** 2 for a, b in zip(p, q, strict=True)]
     np.testing.assert_allclose(jensen_shannon(p, q), expected, atol=1e-12)
-
-
-def test_jensen_shannon_ends():
     assert jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0])) == pytest.approx(1)
     assert jensen_shannon(np.array([0.3, 0.7]), np.array([0.3, 0.7])) == 0
 
 
 def test_shares_of_a_class_are_means_over_its_images():
-    routes = made_routes(
-        experts={2: np.array([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 2]])}, labels=[3, 3, 5]
-    )
-    table = measure.class_routing(routes)
+    experts = {2: np.array([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 2]])}
+    table = measure.class_routing(made_routes(experts=experts, labels=[3, 3, 5]))
     three = table[table["class_index"] == 3]
     assert three["share"].tolist() == [0.75, 0.25, 0]
     assert three["images"].tolist() == [2, 2, 2]
@@ -53,42 +61,40 @@ def test_unknown_classes_and_layers_are_named(measured):
 
 def test_specificity_is_the_divergence_from_the_mean_over_classes():
     routes = drawn_routes(effect=0.5)
-    table = measure.specificity(routes, permutations=2, resamples=2)
-    shares = routes.counts[1] / 17
-    means = np.stack([shares[routes.labels == c].mean(axis=0) for c in range(4)])
+    table = measure.specificity(routes, **FEW)
+    means = class_means(routes, 1)
     expected = [jensenshannon(m, means.mean(axis=0), base=2) ** 2 for m in means]
     found = table[table["layer"] == 1]
     np.testing.assert_allclose(found["js"], [*expected, np.mean(expected)])
     assert found["class_name"].tolist() == [*(f"class {c}" for c in range(4)), "all"]
     assert found["images"].tolist() == [20, 20, 20, 20, 80]
+    few = measure.specificity(routes, classes=["class 2"], **FEW)  # no number changes
+    kept = table[table["class_name"].isin(["class 2", "all"])].reset_index(drop=True)
+    assert few.equals(kept)
 
 
 def test_without_a_class_effect_permuted_labels_reach_the_value():
-    ps = [
-        measure.specificity(drawn_routes(layers=(0,), seed=seed), permutations=99, resamples=2)
-        .query("class_name == 'all'")["p"]
-        .item()
-        for seed in range(12)
-    ]
+    routes = (drawn_routes(layers=(0,), seed=seed) for seed in range(12))
+    tables = [measure.specificity(r, permutations=99, resamples=2) for r in routes]
+    ps = [of_all(table)["p"].item() for table in tables]
     assert min(ps) > 0.01
     assert 0.2 < np.mean(ps) < 0.8
 
 
 def test_a_planted_class_effect_is_found():
-    table = measure.specificity(drawn_routes(effect=0.6), permutations=99, resamples=99)
-    every = table[table["class_name"] == "all"]
+    every = of_all(measure.specificity(drawn_routes(effect=0.6), permutations=99, resamples=99))
     assert (every["p"] == 0.01).all()
     assert (every["excess"] > 3 * every["null_mean"]).all()
     assert (every["low"] > 0).all()
 
 
 def test_correction_brings_the_value_nearer_to_that_of_many_images():
-    many, few = drawn_routes(each=2000, effect=0.3), drawn_routes(each=12, effect=0.3)
-    truth, found = (
-        measure.class_information(r, layers=[0], permutations=1, resamples=99).iloc[0]
-        for r in (many, few)
+    truth, found = (  # the same classes: the seed draws their distributions first
+        measure.class_information(
+            drawn_routes(each=each, effect=0.3), layers=[0], permutations=1, resamples=99
+        ).iloc[0]
+        for each in (2000, 12)
     )
-    # the same classes: the seed draws their distributions first
     assert found["information"] > truth["information"]
     error = abs(found["corrected"] - truth["information"])
     assert error < found["information"] - truth["information"]
@@ -100,60 +106,38 @@ def test_tokens_that_go_together_do_not_look_like_a_class_effect():
     experts = {0: np.repeat(rng.integers(0, 4, size=(60, 1)), 17, axis=1)}
     routes = made_routes(experts=experts, labels=np.arange(60) % 3)
     table = measure.specificity(routes, permutations=99, resamples=2)
-    assert table.query("class_name == 'all'")["p"].item() > 0.05
-
-
-def test_showing_fewer_classes_changes_no_number():
-    routes = drawn_routes(effect=0.3)
-    few = measure.specificity(routes, classes=["class 2"], permutations=9, resamples=9)
-    every = measure.specificity(routes, permutations=9, resamples=9)
-    merged = few.merge(every, on=["layer", "class_name"])
-    assert len(merged) == 4
-    for column in ("js", "low", "null_mean", "p"):
-        np.testing.assert_array_equal(merged[f"{column}_x"], merged[f"{column}_y"])
+    assert of_all(table)["p"].item() > 0.05
 
 
 def test_a_single_image_has_no_interval():
-    routes = made_routes(
-        experts={0: np.array([[0, 1], [0, 0], [1, 1], [0, 1]])}, labels=[0, 1, 1, 1]
-    )
-    table = measure.specificity(routes, permutations=5, resamples=5).set_index("class_name")
+    experts = {0: np.array([[0, 1], [0, 0], [1, 1], [0, 1]])}
+    routes = made_routes(experts=experts, labels=[0, 1, 1, 1])
+    table = measure.specificity(routes, **FEW).set_index("class_name")
     assert np.isnan(table.loc["class 0", "low"])
     assert not np.isnan(table.loc["class 1", "low"])
 
 
 def test_information_agrees_with_its_definition():
     routes = drawn_routes(effect=0.5, layers=(0,))
-    found = measure.class_information(routes, permutations=9, resamples=9)
-    shares = routes.counts[0] / 17
-    joint = np.stack([shares[routes.labels == c].mean(axis=0) / 4 for c in range(4)])
+    found = measure.class_information(routes, **FEW)
+    joint = class_means(routes, 0) / 4
     product = joint.sum(1, keepdims=True) * joint.sum(0)
     mutual = entropy(joint.ravel(), product.ravel())
     assert found["information"].item() == pytest.approx(mutual / entropy(joint.sum(0)))
     assert found["classes"].item() == 4
+    one = made_routes(experts={0: np.zeros((6, 17), dtype=int)}, labels=[0, 0, 1, 1, 2, 2])
+    alone = measure.class_information(one, **FEW)
+    assert (alone["information"].item(), alone["p"].item()) == (0, 1)
 
 
-def test_one_expert_says_nothing():
-    routes = made_routes(experts={0: np.zeros((6, 17), dtype=int)}, labels=[0, 0, 1, 1, 2, 2])
-    found = measure.class_information(routes, permutations=5, resamples=5)
-    assert found["information"].item() == 0
-    assert found["p"].item() == 1
-
-
-def test_several_systems_stand_below_each_other():
+def test_sources_are_systems_side_by_side_or_a_model_with_images():
     systems = [drawn_routes(), drawn_routes(system="random centres", seed=1)]
-    table = measure.specificity(systems, permutations=5, resamples=5)
+    table = measure.specificity(systems, **FEW)
     assert table["system"].unique().tolist() == ["MoEE", "random centres"]
-
-
-def test_a_model_is_routed_first():
     model, images = toy_moe(toy_vit()), toy_images(12)
     expected = measure.class_routing(measure.routes(model, images))
     assert measure.class_routing(model, images).equals(expected)
     with pytest.raises(MoeeError, match="images to route"):
         measure.class_routing(model)
-
-
-def test_something_else_is_refused():
     with pytest.raises(MoeeError, match="sequence of routes"):
         measure.class_routing([])

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import numpy as np
 import pytest
 
@@ -43,57 +45,36 @@ def test_overlap_agrees_with_sets(model):
 
 def test_expected_jaccard_agrees_with_random_subsets():
     rng = np.random.default_rng(0)
-    draws = [
-        (set(rng.choice(30, 12, replace=False)), set(rng.choice(30, 7, replace=False)))
-        for _ in range(4000)
-    ]
+    draws = [[set(rng.choice(30, n, replace=False)) for n in (12, 7)] for _ in range(4000)]
     mean = np.mean([len(a & b) / len(a | b) for a, b in draws])
     assert expected_jaccard(12, 7, 30) == pytest.approx(mean, abs=0.005)
-
-
-def test_expected_jaccard_ends():
     assert expected_jaccard(30, 30, 30) == pytest.approx(1)
-    assert expected_jaccard(0, 5, 30) == 0
-    assert expected_jaccard(0, 0, 30) == 0
-
-
-def test_random_experts_overlap_as_expected():
+    assert expected_jaccard(0, 5, 30) == expected_jaccard(0, 0, 30) == 0
     table = measure.overlap(toy_moe(toy_vit(depth=2))).query("expert_a < expert_b")
     assert table["jaccard"].mean() == pytest.approx(table["expected_jaccard"].mean(), abs=0.06)
 
 
 def test_an_empty_expert_keeps_and_shares_nothing():
     model = toy_kinds(toy_vit(depth=2))
-    sizes = measure.sizes(model).query("expert == 3")
-    assert (sizes["neurons"] == 0).all()
+    assert (measure.sizes(model).query("expert == 3")["neurons"] == 0).all()
     assert not measure.neurons(model).query("expert == 3")["kept"].any()
     pairs = measure.overlap(model).query("expert_a == 3 and expert_b != 3")
-    assert (pairs["jaccard"] == 0).all()
-    assert (pairs["expected_jaccard"] == 0).all()
+    assert (pairs[["jaccard", "expected_jaccard"]] == 0).all(axis=None)
 
 
-def test_neurons_lists_every_neuron_of_the_dense_mlp(model):
-    table = measure.neurons(model, layers=[0])
-    sets = kept_sets(model, 0)
+def test_neurons_are_all_of_the_dense_mlp_those_of_most_experts_first(model):
+    table, sets = measure.neurons(model, layers=[0]), kept_sets(model, 0)
     for expert, part in table.groupby("expert"):
         assert set(part.loc[part["kept"], "neuron"]) == sets[expert]
         assert sorted(part["order"]) == list(range(64))
-
-
-def test_neurons_kept_by_most_experts_come_first(model):
-    table = measure.neurons(model, layers=[0])
     kept = table.groupby("order")["kept"].sum().to_numpy()
     assert (np.diff(kept) <= 0).all()
     assert kept[-1] == 0
 
 
 @pytest.mark.parametrize("measured", [measure.sizes, measure.neurons, measure.overlap])
-def test_a_dense_model_is_refused(measured):
+def test_dense_models_and_layers_are_refused(measured):
     with pytest.raises(MoeeError, match="only dense layers"):
         measured(toy_vit())
-
-
-def test_a_dense_layer_is_named():
-    model = toy_moe(toy_vit(depth=3), layers=[0, 2])
     with pytest.raises(MoeeError, match="layer 1"):
-        measure.sizes(model, layers=[1])
+        measured(toy_moe(toy_vit(), layers=[0, 2]), layers=[1])

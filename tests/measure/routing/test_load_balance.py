@@ -18,10 +18,6 @@ def routes():
     return measure.routes(toy_moe(toy_vit()), toy_images())
 
 
-def slow_gini(shares):
-    return np.abs(shares[:, None] - shares[None, :]).sum() / (2 * len(shares) ** 2 * shares.mean())
-
-
 def test_shares_sum_to_one_and_ranks_sort_them(routes):
     table = measure.routing(routes)
     assert list(table.groupby("layer")["n_experts"].first()) == [4, 4, 4]
@@ -48,25 +44,20 @@ def test_a_model_is_routed_and_systems_stand_side_by_side(routes):
     both = [routes, replace(routes, system="again")]
     assert list(measure.routing(both)["system"].unique()) == ["MoEE", "again"]
     assert list(measure.balance(both, resamples=5)["system"].unique()) == ["MoEE", "again"]
-
-
-def test_a_model_needs_images():
     with pytest.raises(MoeeError, match="images to route"):
-        measure.routing(toy_moe(toy_vit()))
-
-
-def test_metrics_of_even_and_of_one_sided_routing():
-    even, single = balance_metrics(np.full(8, 5)), balance_metrics(np.eye(8)[0])
-    assert [float(even[m]) for m in METRICS] == pytest.approx([1, 0, 1, 0, 0])
-    assert [float(single[m]) for m in METRICS] == pytest.approx([0, 7 / 8, 8, 7, 7])
+        measure.routing(model)
 
 
 def test_metrics_are_the_obvious_ones():
+    even, single = balance_metrics(np.full(8, 5)), balance_metrics(np.eye(8)[0])
+    assert [float(even[m]) for m in METRICS] == pytest.approx([1, 0, 1, 0, 0])
+    assert [float(single[m]) for m in METRICS] == pytest.approx([0, 7 / 8, 8, 7, 7])
     tokens = np.array([40, 3, 0, 7, 25])
-    shares = tokens / 75
-    metrics, used = balance_metrics(tokens), shares[shares > 0]
+    shares, metrics = tokens / 75, balance_metrics(tokens)
+    used = shares[shares > 0]
+    gini = np.abs(shares[:, None] - shares).sum() / (2 * len(shares) ** 2 * shares.mean())
     assert metrics["entropy"] == pytest.approx(-(used * np.log(used)).sum() / np.log(5))
-    assert metrics["gini"] == pytest.approx(slow_gini(shares))
+    assert metrics["gini"] == pytest.approx(gini)
     assert metrics["cv2"] == pytest.approx((shares.std() / shares.mean()) ** 2)
     assert metrics["max_over_mean"] == pytest.approx(40 / 15)
     assert metrics["dead"] == 1
@@ -79,22 +70,15 @@ def test_balance_has_a_row_for_every_layer_and_metric(routes):
     assert (smooth["low"] <= smooth["value"]).all()
     assert (smooth["value"] <= smooth["high"]).all()
     assert measure.balance(routes, resamples=200).equals(table)
+    without = measure.balance(measure.routing(routes))
+    columns = ["system", "layer", "metric", "value", "n_experts", "k", "n_images"]
+    assert without[columns].equals(table[columns])
+    assert without["low"].isna().all()
 
 
 def test_more_images_make_narrower_intervals(routes):
-    many = replace(
-        routes,
-        counts={layer: np.tile(c, (16, 1)) for layer, c in routes.counts.items()},
-        labels=np.tile(routes.labels, 16),
-    )
+    counts = {layer: np.tile(c, (16, 1)) for layer, c in routes.counts.items()}
+    many = replace(routes, counts=counts, labels=np.tile(routes.labels, 16))
     few, many = (measure.balance(r, resamples=200) for r in (routes, many))
     few, many = (t[t["metric"] == "gini"].eval("high - low").to_numpy() for t in (few, many))
     assert (many < 0.5 * few).all()
-
-
-def test_a_table_gives_the_same_values_without_intervals(routes):
-    from_table = measure.balance(measure.routing(routes))
-    from_routes = measure.balance(routes, resamples=10)
-    columns = ["system", "layer", "metric", "value", "n_experts", "k", "n_images"]
-    assert from_table[columns].equals(from_routes[columns])
-    assert from_table["low"].isna().all()

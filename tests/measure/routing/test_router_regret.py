@@ -8,10 +8,10 @@ from moee_analysis import measure
 from moee_analysis.baselines.controls import with_one_expert
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record.accumulate import summed_alone
-from moee_analysis.extraction.record.calibration_set import calibration_of
-from moee_analysis.extraction.record.hooks import recording
-from moee_analysis.measure.routing.router_regret import _MeanTally
+from moee_analysis.extraction.record.accumulate import sums_of
+from moee_analysis.extraction.record.recorded_tokens import capture_mlps
+from moee_analysis.extraction.record.token_source import calibration_tokens
+from moee_analysis.measure.routing.router_regret import _MeanInputs
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.oracle import OracleRouter
@@ -61,33 +61,27 @@ def inner(router):
 def inputs_of(run, layer, images):
     """What the layer's MLP sees in the dense model, (images, tokens, dim)."""
     dense, site = run.original, find_mlps(run.original)[layer]
-    with torch.no_grad(), recording(dense, [site]) as seen:
+    with torch.no_grad(), capture_mlps(dense, [site]) as seen:
         dense(torch.cat(list(images.batches(dense))))
-    return seen[site.name].inputs
-
-
-def by_hand(layer, x, expert):
-    """Output of one expert for one token, from the layer's stored neurons."""
-    ids = layer.expert_neurons(expert)
-    hidden = torch.nn.functional.gelu(layer.fc1.weight[ids] @ x + layer.fc1.bias[ids])
-    out = layer.fc2.weight[:, ids] @ hidden + layer.fc2.bias
-    return out if layer.shift is None else out + layer.shift[expert]
+    return seen[site.name]["inputs"]
 
 
 def errors_by_hand(run, index, images):
     """Dense outputs and squared errors of every routed token, expert by expert, float64."""
     layer, mlp, first = moe_layers(run.model)[index], run.original.blocks[index].mlp, leading(run)
     tokens = inputs_of(run, index, images)[:, first:].flatten(end_dim=1)
+    errors = []
     with torch.no_grad():
         wanted = torch.stack([mlp(x) for x in tokens]).double()
-        found = [
-            [by_hand(layer, x, expert).double() for expert in range(first, layer.n_experts)]
-            for x in tokens
-        ]
-    errors = [
-        [float((y - w).square().sum()) for y in ys] for ys, w in zip(found, wanted, strict=True)
-    ]
-    return wanted.numpy(), np.array(errors)
+        for expert in range(first, layer.n_experts):
+            ids = layer.expert_neurons(expert)
+            shift = 0 if layer.shift is None else layer.shift[expert]
+            found = []
+            for x in tokens:
+                hidden = torch.nn.functional.gelu(layer.fc1.weight[ids] @ x + layer.fc1.bias[ids])
+                found.append(layer.fc2.weight[:, ids] @ hidden + layer.fc2.bias + shift)
+            errors.append((torch.stack(found).double() - wanted).square().sum(dim=1))
+    return wanted.numpy(), torch.stack(errors, dim=1).numpy()
 
 
 def test_the_oracle_takes_the_expert_with_the_least_error(run):
@@ -97,26 +91,19 @@ def test_the_oracle_takes_the_expert_with_the_least_error(run):
         _, errors = errors_by_hand(run, index, IMAGES.take([0, 1]))
         np.testing.assert_allclose(oracle.errors(x), errors, rtol=1e-3, atol=1e-5)
         chosen = oracle(x)
-        assert chosen.shape == (len(errors), 1)
-        assert chosen.dtype == torch.int64
+        assert (chosen.shape, chosen.dtype) == ((len(errors), 1), torch.int64)
         taken = np.take_along_axis(errors, chosen.numpy(), axis=1)[:, 0]
         np.testing.assert_allclose(taken, errors.min(axis=1), rtol=1e-3, atol=1e-5)
 
 
-def test_the_oracle_leaves_the_layer_alone_and_is_no_part_of_a_model():
+def test_the_oracle_is_no_part_of_a_model_and_pays_for_every_expert():
     model = toy_moe(toy_vit())
-    layer = moe_layers(model)[0]
-    router, tensors = layer.router, {k: v.clone() for k, v in model.state_dict().items()}
+    layer, before = moe_layers(model)[0], dict(model.state_dict())
     layer.router = OracleRouter(toy_vit().blocks[0].mlp, layer)
     layer.router(torch.randn(2, 3, 32))
-    kept = model.state_dict()
-    assert all(torch.equal(kept[name], tensors[name]) for name in kept)
-    assert tensors.keys() - kept.keys() == {"blocks.0.mlp.router.centres"}
-    layer.router = router
-    assert model.state_dict().keys() == tensors.keys()
-
-
-def test_the_oracle_pays_for_the_dense_mlp_and_every_expert():
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    assert before.keys() - after.keys() == {"blocks.0.mlp.router.centres"}
     layer = moe_layers(toy_kinds(toy_vit()))[1]
     oracle = OracleRouter(toy_vit().blocks[1].mlp, layer, leading=1)
     assert oracle.n_experts == 3
@@ -173,12 +160,12 @@ def test_the_other_one_has_the_means_of_the_tokens_that_the_run_routes(run, choi
 
 @pytest.mark.parametrize("cuts", [(1,), (4, 5, 60), (17, 34)])
 def test_means_are_those_of_tokens_in_parts(run, store, cuts):
-    calibration = calibration_of(run.dense(), CALIBRATION, run.config, root=store)
+    calibration = calibration_tokens(run.dense(), CALIBRATION, run.config, root=store)
     index, moe = next(iter(moe_layers(run.model).items()))
     site = calibration.sites[index]
     (layers,) = calibration.parts([site])
-    layer, tally = layers[site.name], _MeanTally(site, moe)
-    sums = summed_alone(tally, layer)
+    layer, tally = layers[site.name], _MeanInputs(site, moe, "made")
+    sums = sums_of(tally, layer)
     agree(added_up(tally, parts_of(layer, cuts)), sums)
     routed = layer.sample.position >= leading(run)
     assert float(sums["tokens"].sum()) == routed.sum()
@@ -186,7 +173,7 @@ def test_means_are_those_of_tokens_in_parts(run, store, cuts):
     np.testing.assert_allclose(sums["inputs"].sum(dim=0), total, rtol=1e-5, atol=1e-3)
 
 
-def test_random_and_constant_follow_the_calibration(run, choices):
+def test_random_and_constant_follow_the_calibration(run, choices, store):
     for index, layer in moe_layers(run.model).items():
         if index in choices["random"]:
             random, constant = (inner(choices[name][index]) for name in ("random", "constant"))
@@ -198,9 +185,6 @@ def test_random_and_constant_follow_the_calibration(run, choices):
             torch.testing.assert_close(found / 20_000, expected, atol=0.02, rtol=0)
             assert isinstance(constant, ConstantRouter)
             assert int(constant.expert) == int(shares.argmax())
-
-
-def test_other_seeds_draw_other_random_routers(run, choices, store):
     other = measure.router_choices(run, CALIBRATION, store=store, seed=6)
     index = min(choices["random"])
     one, two = (inner(c["random"][index]).directions for c in (choices, other))
@@ -244,24 +228,14 @@ def test_no_router_beats_the_oracle_and_the_oracle_regrets_nothing(table):
     assert (table.loc[table["router"] == "random", "regret"] > 0).all()
 
 
-def test_a_row_for_every_layer_and_router(choices, table):
+def test_a_row_for_every_layer_and_router_whatever_the_batches(run, choices, table):
     layers = list(choices["cosine"])
     found = list(table[["layer", "router"]].itertuples(index=False, name=None))
     assert found == [(layer, name) for layer in layers for name in choices]
     assert "10 images" in table.attrs["caption"]
-
-
-def test_batches_make_no_difference(run, choices, table):
     whole = measure.router_regret(run, IMAGES, choices)
     numbers = ["error", "regret", "best"]
     np.testing.assert_allclose(whole[numbers], table[numbers], rtol=1e-4, atol=1e-7)
-
-
-def test_only_layers_that_all_routers_know_are_compared(run, choices):
-    first, *_ = choices["oracle"]
-    some = {"oracle": choices["oracle"], "one": {first: choices["random"][first]}}
-    table = measure.router_regret(run, IMAGES, some)
-    assert set(table["layer"]) == {first}
 
 
 def test_a_layer_with_a_single_expert_has_no_choice(store):
@@ -272,7 +246,10 @@ def test_a_layer_with_a_single_expert_has_no_choice(store):
         measure.router_regret(run, IMAGES, {})
 
 
-def test_routers_of_other_layers_and_no_images_are_refused(run, choices):
+def test_only_layers_that_all_routers_know_are_compared(run, choices):
+    first, *_ = choices["oracle"]
+    some = {"oracle": choices["oracle"], "one": {first: choices["random"][first]}}
+    assert set(measure.router_regret(run, IMAGES, some)["layer"]) == {first}
     with pytest.raises(MoeeError, match=r"found strange for \[99\]"):
         measure.router_regret(run, IMAGES, {"strange": {99: ConstantRouter()}})
     with pytest.raises(MoeeError, match="at least one image"):

@@ -6,45 +6,40 @@ import torch
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.top_patches import typical
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_swin, toy_vit
 from tests.helpers.routes import drawn_routes
 
-MAKERS = [lambda: toy_moe(toy_vit()), lambda: toy_moe(toy_swin()), lambda: toy_kinds(toy_vit())]
+IMAGES = toy_images(12)
+MODELS = {"vit": toy_moe(toy_vit()), "swin": toy_moe(toy_swin()), "kinds": toy_kinds(toy_vit())}
 
 
-@pytest.fixture(scope="module")
-def images():
-    return toy_images(12)
+@pytest.fixture(scope="module", params=MODELS)
+def seen(request):
+    """A model, its routes and its typical tokens."""
+    model = MODELS[request.param]
+    routed = measure.routes(model, IMAGES)
+    return model, routed, measure.typical(model, IMAGES, routed)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return toy_moe(toy_vit())
-
-
-def slow_tokens(model, images, layer):
+def slow_tokens(model, layer):
     """Inputs of a routed layer and their experts, one image at a time: (n, dim) and (n,)."""
     module, inputs, experts = moe_layers(model)[layer], [], []
     hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.inference_mode():
-        for index in range(len(images)):
-            model(next(images.take([index]).batches(model)))
+        for index in range(len(IMAGES)):
+            model(next(IMAGES.take([index]).batches(model)))
             experts.append(module.router(inputs[-1])[:, 0].numpy())
     hook.remove()
     flat = [each.reshape(-1, each.shape[-1]).double().numpy() for each in inputs]
     return np.concatenate(flat), np.concatenate(experts)
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_means_and_cosines_are_those_of_a_slow_loop(make, images):
-    model = make()
-    routed = measure.routes(model, images)
-    known = typical(model, images, routed)
+def test_means_and_cosines_are_those_of_a_slow_loop(seen):
+    model, routed, known = seen
     for layer in routed.layers:
-        inputs, experts = slow_tokens(model, images, layer)
+        inputs, experts = slow_tokens(model, layer)
         common = inputs.mean(axis=0)
         np.testing.assert_allclose(known.common[layer], common, atol=1e-5)
         for expert in np.unique(experts):
@@ -55,54 +50,36 @@ def test_means_and_cosines_are_those_of_a_slow_loop(make, images):
             found = known.cosines[layer][routed.experts[layer] == expert]
             expected = own @ (mean - common) / lengths
             np.testing.assert_allclose(np.sort(found), np.sort(expected), atol=1e-4)
-
-
-def test_an_expert_without_tokens_has_no_mean(images):
-    model = toy_kinds(toy_vit())
-    routed = measure.routes(model, images)
-    known = typical(model, images, routed)
-    for layer in routed.layers:
         unused = routed.counts[layer].sum(axis=0) == 0
         assert (np.isnan(known.means[layer]).all(axis=1) == unused).all()
         assert np.isfinite(known.cosines[layer]).all()
+    assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize("make", MAKERS[:1] + MAKERS[2:])
-def test_top_patches_are_the_nearest_of_an_expert_one_an_image(make, images):
-    model = make()
-    routed = measure.routes(model, images)
-    known = typical(model, images, routed)
-    table = measure.top_patches(model, images, routed=routed, known=known, count=5)
+def test_top_patches_are_the_nearest_of_an_expert_one_an_image(seen):
+    model, routed, known = seen
+    table = measure.top_patches(model, IMAGES, routed=routed, known=known, count=5)
     for (layer, expert), rows in table.groupby(["layer", "expert"]):
         experts = routed.patch_experts(layer)
         assert (experts[rows["image"], rows["row"], rows["column"]] == expert).all()
         assert rows["image"].is_unique
         assert list(rows["cosine"]) == sorted(rows["cosine"], reverse=True)
         patches = known.cosines[layer][:, routed.prefix_tokens[layer] :]
-        own = experts.reshape(len(images), -1) == expert
+        own = experts.reshape(len(IMAGES), -1) == expert
         assert rows["cosine"].iloc[0] == patches[own].max()
         assert rows["images"].iloc[0] == own.any(axis=1).sum()
         assert rows["share"].iloc[0] == pytest.approx(own.mean())
         assert len(rows) == min(5, own.any(axis=1).sum())
 
 
-def test_routes_need_not_be_known(model, images):
-    first = measure.top_patches(model, images, layers=[0])
+def test_routes_need_not_be_known_and_other_layers_are_refused():
+    model, several = MODELS["vit"], drawn_routes()
+    first = measure.top_patches(model, IMAGES, layers=[0])
     assert set(first["layer"]) == {0}
-    routed = measure.routes(model, images)
-    assert first.equals(measure.top_patches(model, images, layers=[0], routed=routed))
-
-
-def test_no_hook_stays(model, images):
-    before = hooks_of(model)
-    typical(model, images)
-    assert hooks_of(model) == before
-
-
-def test_several_experts_a_token_and_unknown_layers_are_refused(model, images):
-    several = drawn_routes()
+    routed = measure.routes(model, IMAGES)
+    assert first.equals(measure.top_patches(model, IMAGES, layers=[0], routed=routed))
     several.experts.clear()
     with pytest.raises(MoeeError, match="one expert per token"):
-        typical(model, images, several)
+        measure.typical(model, IMAGES, several)
     with pytest.raises(MoeeError, match="layer 99"):
-        measure.top_patches(model, images, layers=[99])
+        measure.top_patches(model, IMAGES, layers=[99])
