@@ -1,83 +1,194 @@
-"""Accuracy of several systems, with intervals, next to the dense model."""
+"""What systems keep of the dense model's accuracy, at which saving, and what their routing adds."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moee_analysis.plots import style
+from moee_analysis.plots import drawing, style, text
+
+_SHARES = ("top1", "low", "high", "reference_top1")
+_RETENTION = ("retention", "retention_low", "retention_high")
+_LINE = {"lw": 1.5, "ms": 4.8, "mec": "white"}
+_OTHERS = {"lw": 0.8, "color": style.PALE, "zorder": 1}
+_FRONTIER = {"lw": 1, "color": "black", "ls": ":", "zorder": 2}
+_APART = 0.9  # points of MACs between the first and the last system of a panel
+_CONTROLS = {
+    "mean": ("its own router", "o", style.PALETTE[0]),
+    "oracle_routing": ("oracle routing", "^", style.PALETTE[2]),
+    "random_routing": ("random routing", "x", style.PALETTE[1]),
+    "constant_routing": ("constant routing", "_", style.INK),
+}
 
 
 @style.house
 def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.accuracy``: one line for each system, in the table's order.
+    """Draw a table of ``measure.accuracy``: top-1, and what it is beside a reference (grey line).
 
-    Left: top-1 with its 95 % interval, the grey line is the reference. Right, if the table
-    compares with a reference: retention with its interval, and agreement as a hollow dot.
+    Bars are 95 % intervals; a hollow dot is the agreement with the reference.
     """
     compared = bool(table["retention"].notna().any())
-    height = 1.15 + 0.32 * len(table)
-    fig, axes = style.figure(
-        7.6 if compared else 4.6, height, 1, 1 + compared, sharey=True, squeeze=False
-    )
-    _draw_top1(axes[0, 0], table)
+    size = (7.6 if compared else 4.6, 1.15 + 0.32 * len(table))
+    fig, axes = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
+    shares = drawing.in_percent(table, *_SHARES, *_RETENTION, "agreement")
+    drawing.dots(axes[0, 0], shares, ("top1", "low", "high"))
+    axes[0, 0].set_xlabel("top-1 accuracy (%)")
+    facts = f"{table['n_images'].max()} images; bars are 95 % intervals of the image bootstrap"
     if compared:
-        _draw_retention(axes[0, 1], table)
-    return style.caption(fig, caption or _facts(table, compared=compared))
-
-
-def _draw_top1(ax: Axes, table: pd.DataFrame) -> None:
-    rows = np.arange(len(table))
-    _draw_intervals(ax, table, ("top1", "low", "high"))
-    if table["reference_top1"].notna().any():
-        ax.axvline(100 * table["reference_top1"].max(), color=style.GREY, lw=1, zorder=0)
-    ax.set(xlabel="top-1 accuracy (%)", yticks=rows, yticklabels=table["system"])
-    ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False, axis="y")
+        axes[0, 0].axvline(shares["reference_top1"].max(), **style.REFERENCE)
+        _draw_retention(axes[0, 1], shares)
+        facts += "; retention is top-1 / the reference's top-1 (grey line), agreement the share "
+        facts += "of images with the reference's prediction"
+    return style.caption(fig, caption or f"{facts}.")
 
 
 def _draw_retention(ax: Axes, table: pd.DataFrame) -> None:
-    rows = np.arange(len(table))
-    ax.axvline(100, color=style.GREY, lw=1, zorder=0)
-    _draw_intervals(ax, table, ("retention", "retention_low", "retention_high"), "retention")
-    ax.scatter(
-        100 * table["agreement"], rows, s=34, facecolor="white", edgecolor=_colours(table),
-        linewidth=1.3, zorder=2, label="agreement",
-    )  # fmt: skip
-    ax.set(xlabel="compared with the reference (%)")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False, axis="y")
-    _neutral_legend(ax)
+    ax.axvline(100, **style.REFERENCE)
+    colours = drawing.dots(ax, table, _RETENTION)
+    hollow = {"s": 34, "facecolor": "white", "linewidth": 1.3, "zorder": 2}
+    ax.scatter(table["agreement"], range(len(table)), edgecolor=colours, **hollow)
+    ax.set_xlabel("compared with the reference (%)")
+    dot = {"marker": "o", "ls": "", "color": style.INK, "ms": 6}
+    for name, face in (("retention", style.INK), ("agreement", "white")):
+        ax.plot([], [], label=name, mfc=face, mec=style.INK, mew=1.3, **dot)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.1)
 
 
-def _draw_intervals(
-    ax: Axes, table: pd.DataFrame, columns: tuple[str, str, str], label: str = ""
-) -> None:
-    value, low, high = (100 * table[name].to_numpy(float) for name in columns)
-    rows = np.arange(len(table))
-    ax.hlines(rows, low, high, color=_colours(table), lw=2.4, alpha=0.55, zorder=3)
-    ax.scatter(value, rows, s=34, color=_colours(table), zorder=4, label=label)
+@text.describes(accuracy)
+def _describe_accuracy(table: pd.DataFrame) -> str:
+    if table["retention"].isna().all():
+        scores = table["system"] + " " + table["top1"].map(text.percent)
+        return f"Top-1 is: {text.listed(scores)}."
+    others = table[table["kl"] != 0]  # the dense model is at no distance from itself
+    dense = f"of the dense top-1 ({text.percent(table['reference_top1'].max())})"
+    if others.empty:
+        return f"All {dense} is kept."
+    kept = others["retention"].map(text.percent)
+    first = f"{others['system'].iloc[0]} keeps {kept.iloc[0]} {dense}"
+    return ", ".join([first, *(others["system"] + " " + kept)[1:]]) + "."
 
 
-def _neutral_legend(ax: Axes) -> None:
-    legend = ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.1)
-    for handle, face in zip(legend.legend_handles, (style.INK, "white"), strict=True):
-        handle.set(facecolor=face, edgecolor=style.INK)
+@style.house
+def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``comparison_table``: retention against the MACs saved, a panel per family.
+
+    Grey are all other systems, black is the best of each budget; hollow marks cannot reduce MACs.
+    """
+    means = _over_seeds(table)
+    families = means["family"].unique()
+    fig, axes = style.panels(len(families), cols=3, size=(2.9, 2.6), sharex=True, sharey=True)
+    for ax, family in zip(axes, families, strict=True):
+        others = means[means["family"] != family].sort_values("macs_reduction")
+        for _, rows in others.groupby("system"):
+            ax.plot(rows["macs_reduction"], rows["mean"], **_OTHERS)
+        ax.plot(*_frontier(means), **_FRONTIER)
+        ax.axhline(100, **style.REFERENCE)
+        _draw_family(ax, means[means["family"] == family])
+        ax.set(title=family, ylim=(-3, 106))
+    fig.supxlabel("MACs saved (%; systems set a little apart)")
+    fig.supylabel("top-1 retained (% of the dense model's)")
+    looks = {"most that a system keeps": _FRONTIER, "systems of other families": _OTHERS}
+    drawing.legend(fig, looks | {"dense model": style.REFERENCE})
+    return drawing.finish(fig, table, caption)
 
 
-def _colours(table: pd.DataFrame) -> list[str]:
-    colours = style.colours(table["system"])
-    return [colours[name] for name in table["system"]]
+def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds in %, of each system and budget that could be made."""
+    by = ["family", "system", "macs_asked"]
+    means = table.dropna(subset="mean").groupby(by, sort=False).mean(numeric_only=True)
+    shares = ("low", "high", "macs_reduction", "static_pruning", *_CONTROLS)
+    return drawing.in_percent(means.reset_index(), *shares)
 
 
-def _facts(table: pd.DataFrame, *, compared: bool) -> str:
-    facts = f"{table['n_images'].max()} images; bars are 95 % intervals of the image bootstrap"
-    if not compared:
-        return facts + "."
+def _frontier(means: pd.DataFrame) -> np.ndarray:
+    """MACs saved and retention of the dense model, and of the best system of each budget."""
+    saving = means[means["reduces_macs"] > 0]
+    best = means.loc[saving.groupby("macs_asked")["mean"].idxmax()]
+    points = best.sort_values("macs_reduction")[["macs_reduction", "mean"]]
+    return np.vstack([[0, 100], points]).T
+
+
+def _draw_family(ax: Axes, family: pd.DataFrame) -> None:
+    looks = style.looks(family["system"])
+    places = drawing.spread(len(looks), _APART)
+    for place, (system, look) in zip(places, looks.items(), strict=True):
+        rows = family[family["system"] == system].sort_values("macs_reduction")
+        x = rows["macs_reduction"] + place
+        ax.vlines(x, rows["low"], rows["high"], color=look["color"], **style.INTERVAL)
+        label = re.split(": |, ", system, maxsplit=1)[-1]  # without the name of its family
+        if not (rows["reduces_macs"] > 0).all():
+            label += " (cannot reduce MACs)"
+            look |= {"mfc": "white", "mec": look["color"], "mew": 1.2}
+        ax.plot(x, rows["mean"], label=label, zorder=3, **_LINE | look)
+    ax.legend(loc="lower left", fontsize=6.5, handlelength=1.8, borderpad=0.2)
+
+
+@text.describes(comparison)
+def _describe_comparison(table: pd.DataFrame) -> str:
+    saving = table[table["reduces_macs"].astype("boolean").fillna(value=False)]
+    orders = [_order(asked, rows) for asked, rows in saving.groupby("macs_asked")]
+    return f"Of the dense top-1, {'; '.join(orders)}." if orders else "No system saves MACs."
+
+
+def _order(asked: float, rows: pd.DataFrame) -> str:
+    """The first system, the first of another family, and the last."""
+    best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
+    budget = f"at −{100 * asked:g} % MACs"
+    if best is None:
+        return f"{budget} nothing is known"
+    rival = text.largest(rows[rows["family"] != best["family"]], "mean")
+    words = f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})"
+    if rival is not None:
+        words += f", of the other families {rival['system']} ({text.percent(rival['mean'])})"
+    if worst["system"] != best["system"]:
+        words += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
+    return words
+
+
+@style.house
+def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``comparison_table``: routers and controls in their place, by budget."""
+    means = _over_seeds(table).dropna(subset="random_routing")
+    budgets, systems = sorted(means["macs_asked"].unique()), means["system"].unique()
+    size = (2.4 + 2.4 * len(budgets), 1.3 + 0.3 * len(systems))
+    fig, axes = style.figure(*size, 1, len(budgets), squeeze=False, sharey=True, sharex=True)
+    for ax, budget in zip(axes[0], budgets, strict=True):
+        rows = means[means["macs_asked"] == budget].set_index("system").reindex(systems)
+        _draw_controls(ax, rows)
+        ax.set(title=f"asked for −{100 * budget:g} % MACs", xlim=(-3, 106))
+        drawing.row_axis(ax, systems)
+    fig.supxlabel("top-1 retained (% of the dense model's)")
+    drawing.legend(fig, axes[0, 0], columns=5 if len(budgets) > 1 else 3)
+    return drawing.finish(fig, table, caption)
+
+
+def _draw_controls(ax: Axes, rows: pd.DataFrame) -> None:
+    places = range(len(rows))
+    ax.axvline(rows["static_pruning"].max(), label="best static pruning", **style.REFERENCE)
+    ax.hlines(places, rows["low"], rows["high"], color=style.PALETTE[0], **style.INTERVAL)
+    for column, (label, marker, colour) in _CONTROLS.items():
+        look = {"color": colour, "ls": "", "marker": marker, "mew": 1.4, "ms": 5.5}
+        ax.plot(rows[column], places, label=label, **look)
+
+
+@text.describes(routing_controls)
+def _describe_routing_controls(table: pd.DataFrame) -> str:
+    routed = table.dropna(subset=["mean", "random_routing"])
+    gains = [_gain(asked, rows) for asked, rows in routed.groupby("macs_asked")]
+    return text.sentence("; ".join(gains) or "no system has a router to compare")
+
+
+def _gain(asked: float, rows: pd.DataFrame) -> str:
+    means = rows.groupby("system", sort=False)[["mean", "random_routing", "static_pruning"]].mean()
+    means = means.assign(gain=means["mean"] - means["random_routing"])
+    top = means.loc[means["gain"].idxmax()]
     return (
-        facts + "; retention is top-1 / the reference's top-1 (grey line), agreement the share of "
-        "images with the reference's prediction."
+        f"at −{100 * asked:g} % MACs {(means['gain'] > 0).sum()} of {len(means)} systems keep more "
+        f"with their own router than with random routing, {top.name} gains most "
+        f"({text.percent(top['mean'])} against {text.percent(top['random_routing'])}); the best "
+        f"static pruning keeps {text.percent(means['static_pruning'].max())}"
     )

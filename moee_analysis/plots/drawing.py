@@ -1,132 +1,160 @@
-"""What several figures are drawn with: heat maps, lines with bands, colours of experts."""
+"""What several figures are drawn with: heat maps, curves, rows of dots, legends, sheets."""
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_hex, to_rgb
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
+from moee_analysis.errors import MoeeError
 from moee_analysis.plots import style
 
-NOISE = "#D5D8DD"
-"""Tokens in no cluster."""
+WIDTH = 9.6  # inches that figures may take side by side on a sheet
+_GAP = 0.12  # inches between them
 
-WHITE_TO_BLUE = LinearSegmentedColormap.from_list(
-    "white_to_blue", ["#FFFFFF", "#B5D6EA", style.PALETTE[0], "#00263D"]
-)
-"""Colour map of a share of which most cells have little."""
-
-_HUES = tuple(colour for colour in style.PALETTE if colour != "#000000")
-_MIXTURES = (("#FFFFFF", 0.0), ("#FFFFFF", 0.55), ("#000000", 0.5), ("#777777", 0.6))
+Look = dict[str, Any]
 
 
-def expert_colours(count: int) -> list[str]:
-    """``count`` colours for experts: the palette, then its hues lighter, darker and dull.
-
-    Up to seven are safe for colour-blind readers; beyond that a figure also writes numbers.
-    """
-    every = [_mixed(hue, *mixture) for mixture in _MIXTURES for hue in _HUES]
-    return [every[place % len(every)] for place in range(count)]
+def by_layer(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of every system and layer, by the title of their panel; a single system is not named."""
+    several = table["system"].nunique() > 1
+    groups = table.groupby(["system", "layer"], sort=False)
+    return {f"{name}\nlayer {n}" if several else f"layer {n}": rows for (name, n), rows in groups}
 
 
-def patch_experts(
-    ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: Sequence[str]
-) -> None:
-    """Lay the colours of patches' experts (rows, columns) over a pale grey picture."""
-    height, width = picture.shape[:2]
-    ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
-    ax.imshow(
-        experts, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.68,
-        interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-    )  # fmt: skip
+def in_percent(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """``table`` with the shares in those of ``columns`` that it has in %."""
+    return table.assign(**{name: 100 * table[name] for name in table.columns.intersection(columns)})
 
 
-def part_masks(axes: Sequence[Axes], masks: Sequence[np.ndarray]) -> dict[int, str]:
-    """Draw part masks, one on each of ``axes``; return the colours of parts, largest part first."""
-    pixels = np.bincount(np.concatenate([mask.ravel() for mask in masks]))
-    present = np.argsort(-pixels, kind="stable")[: np.count_nonzero(pixels)]
-    place = np.zeros(len(pixels), dtype=np.int64)
-    place[present] = np.arange(len(present))
-    colours = expert_colours(len(present))
-    for ax, mask in zip(axes, masks, strict=False):
-        ax.imshow(
-            place[mask], cmap=ListedColormap(colours), vmin=-0.5, vmax=len(present) - 0.5,
-            interpolation="nearest",
-        )  # fmt: skip
-    return dict(zip(present.tolist(), colours, strict=True))
+def square(table: pd.DataFrame, value: str, name: str) -> pd.DataFrame:
+    """Values of a table of pairs by its ``order_a``, under names from ``<name>_a``."""
+    names = table.drop_duplicates("order_a").set_index("order_a")[f"{name}_a"]
+    matrix = table.pivot(index="order_a", columns="order_b", values=value)
+    return matrix.rename(index=names, columns=names)
 
 
-def number(ax: Axes, x: float, y: float, text: str, *, size: float = 7) -> None:
-    """Write ``text`` at a place of a picture, readable on every colour."""
-    halo = [withStroke(linewidth=2, foreground="white")]
-    ax.text(x, y, text, size=size, ha="center", va="center", color=style.INK, path_effects=halo)
-
-
-def square(table: pd.DataFrame, value: str, name: str) -> tuple[np.ndarray, list[str]]:
-    """Values of a table of ordered pairs as a matrix in its ``order_a``, and the names in order.
-
-    ``name`` is the column of names without its ``_a``.
-    """
-    matrix = table.pivot(index="order_a", columns="order_b", values=value).to_numpy()
-    first = table.drop_duplicates("order_a").sort_values("order_a")
-    return matrix, [str(one) for one in first[f"{name}_a"]]
-
-
-def heat_map(ax: Axes, matrix: np.ndarray, **options: Any) -> AxesImage:
-    """Draw ``matrix`` without grid and frame; ``options`` go to ``imshow``."""
+def heat_map(
+    ax: Axes, values: pd.DataFrame, *, most: int = 11, size: float = 6.5, **options: Any
+) -> QuadMesh:
+    """Draw numbers as colours, with at most so many names; ``options`` go to ``sns.heatmap``."""
+    rows, columns = (math.ceil(count / most) for count in values.shape)
+    names = {"yticklabels": rows, "xticklabels": columns, "cbar": False}
     ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    return ax.imshow(matrix, interpolation="nearest", **options)
+    ax.tick_params(length=0, labelsize=size)
+    ax.figure.set_visible(False)  # seaborn would draw the whole figure for each of its heat maps
+    sns.heatmap(values, ax=ax, **names | options)
+    ax.figure.set_visible(True)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(axis="y", rotation=0)
+    return ax.collections[0]
 
 
-def name_cells(
-    ax: Axes, rows: Sequence[str] = (), columns: Sequence[str] = (), *, size: float = 6.5
-) -> None:
-    """Write the names of rows and columns of a heat map; without names there are no ticks."""
-    ax.set_yticks(range(len(rows)), rows, size=size)
-    upright = max((len(name) for name in columns), default=0) <= 2
-    ax.set_xticks(range(len(columns)), columns, size=size, rotation=0 if upright else 90)
+def heat_maps(
+    maps: dict[str, pd.DataFrame],
+    bar: str,
+    *,
+    cols: int,
+    panel: tuple[float, float],
+    **options: Any,
+) -> tuple[Figure, list[Axes]]:
+    """A ``panel`` of so many inches for each map, under its title; ``bar`` names their colours."""
+    fig, axes = style.panels(len(maps), cols=cols, size=panel)
+    for ax, (title, values) in zip(axes, maps.items(), strict=True):
+        mesh = heat_map(ax, values, **options)
+        ax.set_title(title)
+    bar_beside(fig, axes, mesh, bar)
+    return fig, axes
 
 
-def thinned(names: Sequence[str], *, most: int = 11) -> list[str]:
-    """Leave out names between so many that they would touch; their places stay."""
-    step = -(-len(names) // most)
-    return [name if place % step == 0 else "" for place, name in enumerate(names)]
-
-
-def line(ax: Axes, layers: pd.DataFrame, value: str, **options: Any) -> None:
-    """Draw ``value`` over the layers with its interval (``low``, ``high``) as a band."""
-    layers = layers.sort_values("layer")
-    x = layers["layer"]
-    ax.fill_between(x, layers["low"], layers["high"], color=options["color"], alpha=0.18, lw=0)
-    ax.plot(x, layers[value], **{"marker": "o", "ms": 3.5} | options)
-
-
-def bar_beside(fig: Figure, axes: Sequence[Axes], image: AxesImage, label: str) -> None:
+def bar_beside(fig: Figure, axes: Sequence[Axes], mesh: QuadMesh, label: str) -> None:
     """Draw one colour bar for all of ``axes``."""
-    bar = fig.colorbar(image, ax=axes, shrink=0.7, aspect=25, pad=0.02)
+    bar = fig.colorbar(mesh, ax=axes, shrink=0.7, aspect=25, pad=0.02)
     bar.set_label(label, size=8)
     bar.outline.set_visible(False)
 
 
-def panel_title(system: str, layer: int, *, several: bool) -> str:
-    """Name a panel by its layer, and by its system where there are ``several``."""
-    label = style.layer_label(layer)
-    return f"{system}, {label}" if several else label
+def part_groups(ax: Axes, groups: Sequence[str], *, both: bool = False, **line: Any) -> None:
+    """Part the rows of a heat map where one of the ``groups`` ends, and columns if ``both``."""
+    for place, (one, following) in enumerate(pairwise(groups), start=1):
+        if one != following:
+            ax.axhline(place, **line)
+            if both:
+                ax.axvline(place, **line)
 
 
-def whole_layers(ax: Axes) -> None:
-    """Put ticks at whole layers only."""
+def curves(
+    ax: Axes, table: pd.DataFrame, value: str, *, x: str = "layer", by: str = "system",
+    looks: dict[str, Look] | None = None, band: bool = False, chance: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Draw ``value`` over ``x``, a line with marks for each name in ``by``.
+
+    ``band`` adds its interval, ``low`` to ``high``; ``chance`` has line styles of columns by name.
+    """
+    looks = looks or style.looks(table[by])
+    colours = {name: look["color"] for name, look in looks.items()}
+    markers = {name: look["marker"] for name, look in looks.items()}
+    common = {"x": x, "hue": by, "palette": colours, "estimator": None, "ax": ax}
+    sns.lineplot(table, y=value, style=by, markers=markers, dashes=False, **common)
+    for column, dashes in (chance or {}).items():
+        sns.lineplot(table, y=column, legend=False, ls=dashes, lw=1, **common)
+    for name, rows in table.sort_values(x).groupby(by) if band else ():
+        ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[name], alpha=0.18, lw=0)
+    ax.get_legend().remove()
+    ax.set(xlabel="", ylabel="")
+
+
+def dots(ax: Axes, table: pd.DataFrame, columns: Sequence[str], *, by: str = "system") -> list[str]:
+    """A row for each name in ``by``: value, low and high end of its interval; their colours."""
+    value, low, high = columns
+    colours = style.colours(table[by])
+    look = {"palette": colours, "jitter": False, "size": 6, "zorder": 4, "legend": False}
+    sns.stripplot(table, x=value, y=by, hue=by, ax=ax, **look)
+    of_rows = [colours[name] for name in table[by]]
+    ax.hlines(range(len(table)), table[low], table[high], color=of_rows, **style.INTERVAL)
+    row_axis(ax, table[by])
+    return of_rows
+
+
+def row_axis(ax: Axes, names: Sequence[str], **look: Any) -> None:
+    """Name the rows from above, without ticks and lines between them."""
+    ax.set_yticks(range(len(names)), names, **look)
+    ax.set(ylim=(len(names) - 0.5, -0.5), ylabel="")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+
+
+def spread(count: int, width: float) -> np.ndarray:
+    """Places beside each other, ``width`` from the first to the last, around 0."""
+    return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
+
+
+def layer_axis(fig: Figure, axes: Sequence[Axes]) -> None:
+    """Name the layers below all ``axes``, with ticks at whole layers only."""
+    for ax in axes:
+        whole_ticks(ax)
+        ax.set_xlabel("")
+    fig.supxlabel(style.LAYER_AXIS)
+
+
+def whole_ticks(ax: Axes) -> None:
+    """Put ticks at whole numbers only."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
@@ -137,12 +165,20 @@ def plain_log(axis: Axis, *, subs: tuple[float, ...] = (1,)) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def legend_above(fig: Figure, ax: Axes, *, columns: int = 4) -> None:
-    """Write the legend of ``ax`` above the figure."""
-    handles, names = ax.get_legend_handles_labels()
-    fig.legend(
-        handles, names, loc="outside upper left", ncols=min(columns, len(names)), borderpad=0
-    )
+def legend(
+    fig: Figure, *sources: Axes | dict[str, Look], columns: int = 4,
+    loc: str = "outside upper left",
+) -> None:  # fmt: skip
+    """Write one legend outside of the panels: what has a label in axes, and looks by name."""
+    marks: dict[str, Artist] = {}
+    for source in sources:
+        if isinstance(source, dict):
+            marks |= {name: Line2D([], [], **look) for name, look in source.items()}
+        else:
+            handles, names = source.get_legend_handles_labels()
+            marks |= dict(zip(names, handles, strict=True))
+    columns = min(columns, max(1, len(marks)))
+    fig.legend(list(marks.values()), list(marks), loc=loc, ncols=columns, borderpad=0)
 
 
 def finish(fig: Figure, table: pd.DataFrame, caption: str | None) -> Figure:
@@ -150,7 +186,67 @@ def finish(fig: Figure, table: pd.DataFrame, caption: str | None) -> Figure:
     return style.caption(fig, caption or table.attrs.get("caption"))
 
 
-def _mixed(colour: str, other: str, share: float) -> str:
-    """``colour`` with a ``share`` of ``other`` in it."""
-    pairs = zip(to_rgb(colour), to_rgb(other), strict=True)
-    return to_hex([(1 - share) * one + share * two for one, two in pairs])
+def bare(ax: Axes) -> None:
+    """No ticks, grid or frame; the label of the axis stays."""
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], yticks=[])
+
+
+def number(ax: Axes, x: float, y: float, text: str, *, size: float = 7) -> None:
+    """Write ``text`` at a place of a picture, readable on every colour."""
+    halo = [withStroke(linewidth=2, foreground="white")]
+    ax.text(x, y, text, size=size, ha="center", va="center", path_effects=halo)
+
+
+def colour_patches(
+    ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: Sequence[str]
+) -> None:
+    """Lay the colours of patches' experts (rows, columns) over a pale grey picture."""
+    height, width = picture.shape[:2]
+    ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
+    _colour(ax, experts, colours, alpha=0.68, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+
+
+def colour_parts(axes: Sequence[Axes], masks: Sequence[np.ndarray]) -> dict[int, str]:
+    """Draw part masks, one on each of ``axes``; return the colours of parts, largest part first."""
+    values, pixels = np.unique(np.concatenate([mask.ravel() for mask in masks]), return_counts=True)
+    parts = values[np.argsort(-pixels, kind="stable")]
+    colours = dict(zip(parts.tolist(), style.expert_colours(len(parts)), strict=True))
+    for ax, mask in zip(axes, masks, strict=False):
+        _colour(ax, mask, [colours.get(value, "white") for value in range(values[-1] + 1)])
+    return colours
+
+
+def _colour(ax: Axes, values: np.ndarray, colours: Sequence[str], **options: Any) -> None:
+    """Draw whole numbers in the colours that stand in their places."""
+    ends = {"vmin": -0.5, "vmax": len(colours) - 0.5, "interpolation": "nearest"}
+    ax.imshow(values, cmap=ListedColormap(colours), **ends, **options)
+
+
+def sheet(figures: Sequence[Figure], *, caption: str | None = None) -> Figure:
+    """Put finished figures on one, as pictures, side by side; none raises :class:`MoeeError`."""
+    if not figures:
+        raise MoeeError("figures for a sheet", "none", "pass at least one")
+    dpi = style.HOUSE["figure.dpi"]
+    pictures = [_as_picture(fig, dpi) for fig in figures]
+    widest = max(picture.width for picture in pictures) + _GAP * dpi
+    count = math.ceil(len(pictures) / max(1, int(WIDTH * dpi // widest)))
+    columns = math.ceil(len(pictures) / count)  # lines of equal length, as far as they can be
+    lines = [pictures[at : at + columns] for at in range(0, len(pictures), columns)]
+    heights = [max(picture.height for picture in line) + round(_GAP * dpi) for line in lines]
+    page = Image.new("RGB", (round(columns * widest), sum(heights)), "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        page.paste(picture, (round(column * widest), sum(heights[:row])))
+    fig, ax = style.figure(page.width / dpi, page.height / dpi)
+    fig.get_layout_engine().set(w_pad=0, h_pad=0)
+    ax.set_axis_off()
+    ax.imshow(page, interpolation="nearest", aspect="auto")
+    return style.caption(fig, caption)
+
+
+def _as_picture(fig: Figure, dpi: int) -> Image.Image:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    return Image.open(buffer).convert("RGB")

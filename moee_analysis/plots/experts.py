@@ -1,4 +1,4 @@
-"""What the experts are made of: their sizes, their neurons, and what they share."""
+"""What the experts are made of: their sizes, their neurons, and how alike they are."""
 
 from __future__ import annotations
 
@@ -9,53 +9,81 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moee_analysis.plots import drawing, style
+from moee_analysis.plots import drawing, style, text
 
-_KEPT = ListedColormap(["#F1F2F4", style.PALETTE[0]])
+_CENTRED, _RAW, _COMMON = style.PALETTE[:3]
 
 
 @style.house
 def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.layers``: experts, noise, and the neurons that are left.
-
-    A layer that stayed dense has a cross in place of its experts.
-    """
-    fig, (left, middle, right) = style.figure(8.4, 2.4, 1, 3, sharex=True)
-    dense = table[~table["converted"]]
-    left.bar(table["index"], table["experts"], color=style.PALETTE[0])
-    left.plot(dense["index"], np.zeros(len(dense)), "x", color=style.INK)
+    """Draw a table of ``measure.layers``: experts (a cross: stayed dense), noise, neurons left."""
+    fig, axes = style.figure(8.4, 2.4, 1, 3, sharex=True)
+    left, middle, right = axes
+    x, dense = table["index"], table.loc[~table["converted"], "index"]
+    left.bar(x, table["experts"], color=style.PALETTE[0])
+    left.plot(dense, np.zeros(len(dense)), "x", color=style.INK, ms=6, mew=1)
     left.set(ylabel="experts", title="clusters that became experts")
-    middle.bar(table["index"], table["noise_share"], color=style.GREY)
+    middle.bar(x, table["noise_share"], color=style.GREY)
     middle.set(ylabel="share of clustered tokens", title="noise", ylim=(0, 1))
-    right.bar(table["index"], table["union_fraction"], color=style.GREY, label="stored")
-    right.bar(table["index"], table["active_fraction"], color=style.PALETTE[2], label="active")
+    right.bar(x, table["union_fraction"], color=style.GREY, label="stored")
+    right.bar(x, table["active_fraction"], color=style.PALETTE[2], label="active")
     right.set(ylabel="share of hidden neurons", title="neurons left", ylim=(0, 1))
-    drawing.legend_above(fig, right)
-    for ax in (left, middle, right):
-        drawing.whole_layers(ax)
-    fig.supxlabel(style.LAYER_AXIS, size=9)
+    drawing.legend(fig, right)
+    drawing.layer_axis(fig, axes)
     return drawing.finish(fig, table, caption)
+
+
+@text.describes(layers)
+def _describe_layers(table: pd.DataFrame) -> str:
+    converted = table[table["converted"]].rename(columns={"index": "layer"})
+    first = f"{len(converted)} of {len(table)} layers have clusters"
+    if converted.empty:
+        return f"{first}: all stay dense."
+    return (
+        f"{first}: {text.course(converted, 'experts', text.whole)}. Noise among the clustered "
+        f"tokens: {text.course(converted, 'noise_share', text.percent)}. Hidden neurons that a "
+        f"token uses: {text.course(converted, 'active_fraction', text.percent)}."
+    )
 
 
 @style.house
 def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.sizes``: a dot per expert, its area its share of the tokens.
-
-    The dash is what a token uses on average, the grey bar what the layer stores.
-    """
-    systems = list(dict.fromkeys(table["system"]))
-    fig, axes = style.panels(len(systems), cols=1, size=(6.2, 2.7), sharex=True, sharey=True)
-    colours = style.colours(systems)
-    for ax, system in zip(axes, systems, strict=True):
-        _draw_sizes(ax, table[table["system"] == system], colours[system])
-        ax.set_title(system)
-        drawing.whole_layers(ax)
+    """Draw a table of ``measure.sizes``: a dot per expert, its area its share of the tokens."""
+    colours = style.colours(table["system"])
+    fig, axes = style.panels(len(colours), cols=1, size=(6.2, 2.7), sharex=True, sharey=True)
+    for ax, (system, colour) in zip(axes, colours.items(), strict=True):
+        _draw_sizes(ax, table[table["system"] == system], colour)
+        ax.set(title=system, ylim=(0, 1.03))
         ax.yaxis.set_major_formatter(PercentFormatter(1))
-        ax.set_ylim(0, 1.03)
-    fig.supxlabel(style.LAYER_AXIS, size=9)
-    fig.supylabel("hidden neurons kept", size=9)
-    drawing.legend_above(fig, axes[0])
+    drawing.layer_axis(fig, axes)
+    fig.supylabel("hidden neurons kept")
+    drawing.legend(fig, axes[0])
     return drawing.finish(fig, table, caption)
+
+
+def _draw_sizes(ax: Axes, experts: pd.DataFrame, colour: str) -> None:
+    layers, by_layer = experts.drop_duplicates("layer"), experts.groupby("layer")
+    count = by_layer["expert"].transform("size")
+    x = experts["layer"] + (by_layer.cumcount() + 0.5) / count * 0.6 - 0.3  # dots keep apart
+    area = {"color": colour, "alpha": 0.65, "lw": 0, "label": "an expert (area: share of tokens)"}
+    mean = {"color": style.INK, "lw": 1.8, "label": "used by a token on average"}
+    ax.bar(layers["layer"], layers["union"], 0.7, color=style.FAINT, label="kept by any expert")
+    ax.scatter(x, experts["fraction"], s=4 + 320 * experts["share"], **area)
+    ax.hlines(layers["active"], layers["layer"] - 0.35, layers["layer"] + 0.35, **mean)
+    ax.grid(visible=False, axis="x")
+
+
+@text.describes(sizes)
+def _describe_sizes(table: pd.DataFrame) -> str:
+    words = text.of_each(
+        table,
+        lambda rows: (
+            f"experts keep {text.span(rows['fraction'], text.percent)}, a token uses on average "
+            f"{text.course(rows, 'active', text.percent)}, and "
+            f"{text.span(rows['union'], text.percent)} are stored"
+        ),
+    )
+    return f"Of a layer's hidden neurons: {words}."
 
 
 @style.house
@@ -64,65 +92,134 @@ def neurons(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
     Neurons that many experts keep stand left; those at the right, kept by none, are deleted.
     """
-    groups = list(table.groupby(["system", "layer"], sort=False))
-    several = table["system"].nunique() > 1
-    heights = [0.4 + 0.11 * part["expert"].nunique() for _, part in groups]
-    fig, axes = style.figure(
-        7.0, sum(heights) + 0.4, len(groups), 1, squeeze=False, height_ratios=heights
-    )
-    for ax, ((system, layer), part) in zip(axes[:, 0], groups, strict=True):
-        kept = part.pivot(index="expert", columns="order", values="kept").to_numpy()
-        drawing.heat_map(ax, kept, cmap=_KEPT, vmin=0, vmax=1, aspect="auto")
-        names = drawing.thinned([str(expert) for expert in range(len(kept))], most=8)
-        drawing.name_cells(ax, names)
-        ax.hlines(np.arange(1, len(kept)) - 0.5, -0.5, kept.shape[1] - 0.5, color="white", lw=0.7)
-        title = drawing.panel_title(system, layer, several=several)
-        ax.set_title(f"{title}: {kept.shape[1]} hidden neurons")
-        ax.set_ylabel("expert")
+    parts = drawing.by_layer(table)
+    heights = [0.4 + 0.11 * part["expert"].nunique() for part in parts.values()]
+    rows = {"squeeze": False, "height_ratios": heights}
+    fig, axes = style.figure(7.0, sum(heights) + 0.4, len(parts), 1, **rows)
+    look = {"cmap": ListedColormap([style.FAINT, style.PALETTE[0]]), "vmin": 0, "vmax": 1}
+    for ax, (title, part) in zip(axes[:, 0], parts.items(), strict=True):
+        kept = part.pivot(index="expert", columns="order", values="kept").astype(float)
+        drawing.heat_map(ax, kept, most=8, xticklabels=False, **look)
+        drawing.part_groups(ax, kept.index, color="white", lw=0.7)
+        ax.set(title=f"{title}: {kept.shape[1]} hidden neurons", ylabel="expert")
     axes[-1, 0].set_xlabel("hidden neuron, kept by most experts first")
     return drawing.finish(fig, table, caption)
 
 
+@text.describes(neurons)
+def _describe_neurons(table: pd.DataFrame) -> str:
+    words = []
+    for part in drawing.by_layer(table).values():
+        by_expert = text.span(part.groupby("expert")["kept"].mean(), text.percent)
+        unused = text.percent(1 - part.groupby("neuron")["kept"].any().mean())
+        where = text.where(part.iloc[0], table)
+        words.append(f"{by_expert} in {where} ({unused} are kept by none)")
+    return f"Of the hidden neurons an expert keeps {'; '.join(words)}."
+
+
 @style.house
 def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.overlap``: a heat map per layer.
+    """Draw a table of ``measure.overlap``: a heat map of experts per layer.
 
-    Above the diagonal stands the Jaccard index of two experts' neurons, below it the one to
-    expect of random subsets of their sizes.
+    Above the diagonal stands the Jaccard index found, below it that of random subsets.
     """
-    groups = list(table.groupby(["system", "layer"], sort=False))
-    several = table["system"].nunique() > 1
-    fig, axes = style.panels(len(groups), cols=4, size=(1.9, 2.0))
-    for ax, ((system, layer), part) in zip(axes, groups, strict=True):
-        found, expected = (
-            part.pivot(index="expert_a", columns="expert_b", values=value).to_numpy()
-            for value in ("jaccard", "expected_jaccard")
-        )
-        both = np.triu(found, 1) + np.tril(expected, -1)
-        np.fill_diagonal(both, np.nan)
-        image = drawing.heat_map(ax, both, cmap=drawing.WHITE_TO_BLUE, vmin=0, vmax=1)
-        names = drawing.thinned([str(expert) for expert in range(len(both))])
-        drawing.name_cells(ax, names, names, size=6)
-        ax.set_title(drawing.panel_title(system, layer, several=several))
-    drawing.bar_beside(fig, axes, image, "Jaccard: ◥ found, ◣ random")
+    above = table["expert_a"] < table["expert_b"]
+    shown = table["jaccard"].where(above, table["expected_jaccard"])
+    shown = table.assign(shown=shown.mask(table["expert_a"] == table["expert_b"]))
+    maps = {
+        title: part.pivot(index="expert_a", columns="expert_b", values="shown")
+        for title, part in drawing.by_layer(shown).items()
+    }
+    look = {"cmap": style.SHARES, "vmin": 0, "vmax": 1, "square": True, "size": 6}
+    bar = "Jaccard: ◥ found, ◣ random"
+    fig, _ = drawing.heat_maps(maps, bar, cols=4, panel=(1.9, 2.0), **look)
     return drawing.finish(fig, table, caption)
 
 
-def _draw_sizes(ax: Axes, experts: pd.DataFrame, colour: str) -> None:
-    layers = experts.drop_duplicates("layer")
-    ax.bar(layers["layer"], layers["union"], width=0.7, color="#ECEEF1", label="kept by any expert")
-    spread = experts.groupby("layer")["expert"].transform(_side_by_side)
-    ax.scatter(
-        experts["layer"] + spread, experts["fraction"], s=4 + 320 * experts["share"], color=colour,
-        alpha=0.65, lw=0, label="an expert (area: share of tokens)",
-    )  # fmt: skip
-    ax.hlines(
-        layers["active"], layers["layer"] - 0.35, layers["layer"] + 0.35, color=style.INK, lw=1.8,
-        label="used by a token on average",
-    )  # fmt: skip
-    ax.grid(visible=False, axis="x")
+@text.describes(overlap)
+def _describe_overlap(table: pd.DataFrame) -> str:
+    pairs = table[table["expert_a"] < table["expert_b"]]
+    if pairs.empty:
+        return "No layer has two experts to compare."
+    ahead = (pairs["jaccard"] > pairs["expected_jaccard"]).sum()
+    return (
+        f"The Jaccard index of two experts' neurons is {text.course(pairs, 'jaccard')}; random "
+        f"subsets of their sizes would have {text.span(pairs['expected_jaccard'])}. {ahead} of "
+        f"{len(pairs)} pairs share more than that."
+    )
 
 
-def _side_by_side(experts: pd.Series) -> np.ndarray:
-    """Sideways places that keep the dots of one layer apart."""
-    return (np.arange(len(experts)) + 0.5) / len(experts) * 0.6 - 0.3
+@style.house
+def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.similarity``: raw and centred cosines of a layer side by side."""
+    maps = {
+        f"{title}, {name}": drawing.square(part, column, "expert")
+        for title, part in drawing.by_layer(table).items()
+        for column, name in (("cosine", "raw"), ("cosine_centred", "centred"))
+    }
+    look = {"cmap": style.DIVERGING, "vmin": -1, "vmax": 1, "square": True, "size": 6}
+    fig, _ = drawing.heat_maps(maps, "cosine of mean inputs", cols=4, panel=(2.0, 2.15), **look)
+    return drawing.finish(fig, table, caption)
+
+
+@text.describes(similarity)
+def _describe_similarity(table: pd.DataFrame) -> str:
+    pairs = table[table["expert_a"] < table["expert_b"]]
+    if pairs.empty:
+        return "No layer has two experts to compare."
+    words = [
+        f"{text.where(part.iloc[0], pairs)} {text.span(part['cosine'])} "
+        f"(centred {text.span(part['cosine_centred'])})"
+        for part in drawing.by_layer(pairs).values()
+    ]
+    return f"Cosines of two experts' mean inputs: {'; '.join(words)}."
+
+
+@style.house
+def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.similarity_summary``: cosines and common mean over the layers."""
+    systems = table.sort_values("layer", kind="stable").groupby("system", sort=False)
+    size = (6.6, 2.5 * len(systems))
+    fig, axes = style.figure(*size, len(systems), 2, squeeze=False, sharex=True)
+    for (left, right), (system, rows) in zip(axes, systems, strict=True):
+        _draw_cosines(left, rows)
+        _draw_shares(right, rows)
+        left.set_title(f"{system}: pairs of experts" if len(systems) > 1 else "pairs of experts")
+    drawing.layer_axis(fig, axes.flat)
+    return drawing.finish(fig, table, caption)
+
+
+def _draw_cosines(ax: Axes, rows: pd.DataFrame) -> None:
+    kinds = (("", "raw", _RAW, -0.1), ("centred_", "centred", _CENTRED, 0.1))
+    for prefix, name, colour, aside in kinds:
+        x, low, high = rows["layer"] + aside, rows[f"{prefix}min"], rows[f"{prefix}max"]
+        ax.vlines(x, low, high, color=colour, lw=1, alpha=0.6)
+        ax.plot(x, rows[f"{prefix}mean"], "o-", color=colour, label=f"{name}: mean, range")
+    expected = {"color": style.INK, "lw": 1, "ls": ":", "label": "−1 / (k − 1)"}
+    ax.plot(rows["layer"], rows["centred_expected"], **expected)
+    ax.set(ylabel="cosine", ylim=(-1.02, 1.02))
+    ax.legend(fontsize=7, loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
+
+
+def _draw_shares(ax: Axes, rows: pd.DataFrame) -> None:
+    for column, colour, label in (
+        ("common_mean", _COMMON, "‖mean‖² / mean ‖centre‖²"),
+        ("near_orthogonal", _RAW, "raw pairs, |cos| < 0.2"),
+        ("centred_near_orthogonal", _CENTRED, "centred pairs, |cos| < 0.2"),
+    ):
+        ax.plot(rows["layer"], rows[column], "o-", color=colour, label=label)
+    ax.set(ylabel="share", ylim=(-0.02, 1.02), title="common mean, near-orthogonal")
+    ax.legend(fontsize=7)
+
+
+@text.describes(similarity_summary)
+def _describe_similarity_summary(table: pd.DataFrame) -> str:
+    words = text.of_each(
+        table,
+        lambda rows: (
+            f"{text.course(rows, 'mean')}, centred {text.span(rows['centred_mean'])}; nearly "
+            f"orthogonal are {text.span(rows['near_orthogonal'], text.percent)} of the pairs, the "
+            f"common mean holds {text.span(rows['common_mean'], text.percent)}"
+        ),
+    )
+    return f"Mean cosine of two experts' mean inputs over the layers: {words}."

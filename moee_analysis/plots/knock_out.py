@@ -2,129 +2,134 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
-from moee_analysis.plots import drawing, style
+from moee_analysis.plots import drawing, style, text
 
-_TITLES = {"removed": "one expert removed", "alone": "one expert alone"}
+_WHAT = {"removed": "one expert removed", "alone": "one expert alone"}
+_CONTROL = "random tokens"
 _LOOKS = {
-    "expert": {"color": style.PALETTE[0], "mfc": style.PALETTE[0]},
-    "random tokens": {"color": style.PALETTE[1], "mfc": "white"},
-    "beyond random tokens": {"color": style.PALETTE[2], "mfc": style.PALETTE[2]},
+    "expert": {"color": style.PALETTE[0], "marker": "o"},
+    _CONTROL: {"color": style.PALETTE[1], "marker": "o", "mfc": "white"},
+    "beyond random tokens": {"color": style.PALETTE[2], "marker": "D"},
 }
-_NAMES = {"random tokens": "as many random tokens"}
+_NAMES = {_CONTROL: "as many random tokens"}
 
 
 @style.house
 def knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.knock_out``: top-1 over all images, layer by layer.
-
-    A dot is an expert, a hollow one beside it its control; the lines are the model with all its
-    experts, and the dense one.
-    """
-    rows = table[table["kind"] == "all"]
+    """Draw a table of ``measure.knock_out``: top-1 over all images by expert and control."""
+    rows = drawing.in_percent(table[table["kind"] == "all"], "top1", "top1_dense", "top1_intact")
     fig, axes = style.figure(7.4, 2.9, 1, 2)
-    for ax, (what, title) in zip(axes, _TITLES.items(), strict=True):
-        part = rows[rows["what"] == what]
-        for system, side in (("expert", -0.17), ("random tokens", 0.17)):
-            _dots(ax, part[part["system"] == system], side, _LOOKS[system])
-        for column, dashes, label in (
-            ("top1_dense", "--", "dense"),
-            ("top1_intact", "-", "intact"),
-        ):
-            ax.axhline(100 * rows[column].iloc[0], color=style.GREY, ls=dashes, lw=1, label=label)
-        ax.set(title=title, ylabel="top-1 (%)" if what == "removed" else None)
-        drawing.whole_layers(ax)
-    for system in ("expert", "random tokens"):
-        axes[0].plot([], [], ls="", marker="o", ms=3, label=_label(system), **_LOOKS[system])
-    fig.supxlabel(style.LAYER_AXIS, size=9)
-    drawing.legend_above(fig, axes[0])
+    for ax, (what, title) in zip(axes, _WHAT.items(), strict=True):
+        for system, aside in (("expert", -0.17), (_CONTROL, 0.17)):
+            dots = rows[(rows["what"] == what) & (rows["system"] == system)]
+            ax.plot(dots["layer"] + aside, dots["top1"], ls="", ms=2.6, mew=0.6, **_LOOKS[system])
+        for model, dashes in (("dense", "--"), ("intact", "-")):
+            look = style.REFERENCE | {"ls": dashes, "label": model}
+            ax.axhline(rows[f"top1_{model}"].iloc[0], **look)
+        ax.set_title(title)
+    axes[0].set_ylabel("top-1 (%)")
+    drawing.layer_axis(fig, axes)
+    dots = {_NAMES.get(name, name): _LOOKS[name] | {"ls": ""} for name in ("expert", _CONTROL)}
+    drawing.legend(fig, axes[0], dots)
     return drawing.finish(fig, table, caption)
+
+
+@text.describes(knock_out)
+def _describe_knock_out(table: pd.DataFrame) -> str:
+    rows = table[table["kind"] == "all"]
+    intact, dense = (text.percent(rows[f"top1_{model}"].iloc[0]) for model in ("intact", "dense"))
+    means = rows.groupby(["what", "system"])["change"].mean()
+    changes = text.listed(
+        f"{text.points(means.get((what, 'expert')))} percentage points with {words} "
+        f"({text.points(means.get((what, _CONTROL)))} with as many random tokens)"
+        for what, words in _WHAT.items()
+    )
+    first = f"Top-1 of {intact} intact (dense: {dense}) changes on average by {changes}."
+    removed = rows[(rows["what"] == "removed") & (rows["system"] == "expert")]
+    worst = text.smallest(removed, "change")
+    if worst is None:
+        return first
+    return (
+        f"{first} Most is lost without expert {worst['expert']} of layer {worst['layer']}: "
+        f"{text.points(worst['change'])} percentage points."
+    )
 
 
 @style.house
 def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.knock_out``: a heat map of classes by experts for each layer.
+    """Draw a table of ``measure.knock_out``: change of log-probability, classes by experts.
 
-    Colour is what removing the expert adds to the log-probability of the class; experts are in
-    order of their share of tokens, classes in that of their families, parted by lines. Each layer
-    has a scale of its own.
+    Classes stand by families, parted by lines; each layer has a scale of its own.
     """
-    rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
-    rows = rows[rows["system"] == "expert"]
-    shown = list(dict.fromkeys(rows["layer"]))
-    classes = rows.drop_duplicates("group").sort_values("family", kind="stable")
+    rows = _of_classes(table)
+    layers, classes = rows["layer"].unique(), rows.drop_duplicates("group")
+    classes = classes.sort_values("family", kind="stable")
     experts = rows.groupby("layer")["expert"].nunique().max()
-    size = (1.4 + 1.0 / len(shown) + 0.12 * experts, 0.75 + 0.14 * len(classes))
-    fig, axes = style.panels(len(shown), cols=2, size=size)
-    for place, (ax, layer) in enumerate(zip(axes, shown, strict=True)):
-        matrix, numbers = _by_share(rows[rows["layer"] == layer], list(classes["group"]))
-        norm = _around_zero(matrix)
-        image = drawing.heat_map(ax, matrix, cmap="RdBu", norm=norm, aspect="auto")
-        drawing.bar_beside(fig, [ax], image, "change of log-probability (nats)")
-        names = [name.replace("_", " ") for name in classes["group"]]
-        drawing.name_cells(ax, names if place % 2 == 0 else (), numbers, size=6)
-        _part_families(ax, list(classes["family"]))
-        ax.set_title(style.layer_label(layer))
-    fig.supxlabel("expert removed, the one with the most tokens first", size=9)
+    size = (1.4 + 1.0 / len(layers) + 0.12 * experts, 0.75 + 0.14 * len(classes))
+    fig, axes = style.panels(len(layers), cols=2, size=size)
+    for place, (ax, layer) in enumerate(zip(axes, layers, strict=True)):
+        changes = _by_share(rows[rows["layer"] == layer]).loc[classes["group"]]
+        changes.index = changes.index.str.replace("_", " ")
+        # colours end at the 99th percentile: one cell further out hides no others
+        norm = CenteredNorm(0, float(changes.abs().stack().quantile(0.99)) or 1.0)
+        names = {"yticklabels": place % 2 == 0, "xticklabels": True, "size": 6}
+        mesh = drawing.heat_map(ax, changes, cmap="RdBu", norm=norm, **names)
+        drawing.bar_beside(fig, [ax], mesh, "change of log-probability (nats)")
+        drawing.part_groups(ax, classes["family"], color=style.INK, lw=0.5)
+        ax.set_title(f"layer {layer}")
+    fig.supxlabel("expert removed, the one with the most tokens first")
     return drawing.finish(fig, table, caption)
+
+
+def _of_classes(table: pd.DataFrame) -> pd.DataFrame:
+    removed = (table["kind"] == "class") & (table["what"] == "removed")
+    return table[removed & (table["system"] == "expert")]
+
+
+def _by_share(rows: pd.DataFrame) -> pd.DataFrame:
+    """Changes (classes, experts), experts by their share of tokens."""
+    shares = rows.groupby("expert")["knocked_out"].sum()
+    order = shares.sort_values(ascending=False, kind="stable").index
+    return rows.pivot(index="group", columns="expert", values="logp_change")[order]
+
+
+@text.describes(class_knock_out)
+def _describe_class_knock_out(table: pd.DataFrame) -> str:
+    words = []
+    for layer, rows in _of_classes(table).groupby("layer"):
+        worst = text.smallest(rows, "logp_change")
+        if worst is None:
+            words.append(f"unknown in layer {layer}")
+        else:
+            change = f"{text.number(worst['logp_change'])} for {worst['group']}"
+            words.append(f"{change} without expert {worst['expert']} of layer {layer}")
+    return f"The log-probability of a class falls most, in nats: {'; '.join(words)}."
 
 
 @style.house
 def use_and_need(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.use_and_need``: rank correlations, and how often the top agrees.
-
-    Dashed is what permuted classes reach (95 %).
-    """
+    """Draw a table of ``measure.use_and_need``: rank correlations, and how often the top agrees."""
     fig, (left, right) = style.figure(7.4, 2.8, 1, 2)
-    for system, part in table.groupby("system", sort=False):
-        layers, look = part.sort_values("layer").set_index("layer"), _LOOKS[system]
-        for ax, value in ((left, "spearman"), (right, "top_match")):
-            ax.plot(layers[value], marker="o", ms=3.5, label=_label(system), **look)
-        for ax, high in ((left, "null_high"), (right, "top_match_null_high")):
-            ax.plot(layers[high], color=look["color"], ls="--", lw=0.8)
-    left.plot([], [], color=style.GREY, ls="--", lw=0.8, label="permuted classes, 95 %")
-    left.axhline(0, color=style.GREY, lw=0.8)
+    for system, rows in table.sort_values("layer").groupby("system", sort=False):
+        layers, look = rows.set_index("layer"), _LOOKS[system]
+        left.plot(layers["spearman"], label=_NAMES.get(system, system), **look)
+        right.plot(layers["top_match"], **look)
+        left.plot(layers["null_high"], color=look["color"], **style.CHANCE)
+        right.plot(layers["top_match_null_high"], color=look["color"], **style.CHANCE)
+    left.axhline(0, **style.REFERENCE)
     left.set(title="use and need of an expert", ylabel="rank correlation over\nclasses and experts")
     right.set(title="most over-used is most needed", ylabel="share of classes")
     right.set_ylim(bottom=0)
-    for ax in (left, right):
-        drawing.whole_layers(ax)
-    fig.supxlabel(style.LAYER_AXIS, size=9)
-    drawing.legend_above(fig, left)
+    drawing.layer_axis(fig, (left, right))
+    drawing.legend(fig, left, {"permuted classes, 95 %": {"color": style.GREY} | style.CHANCE})
     return drawing.finish(fig, table, caption)
 
 
-def _dots(ax: Axes, rows: pd.DataFrame, side: float, look: dict[str, str]) -> None:
-    """A column of dots for every layer, a little to one side."""
-    ax.plot(rows["layer"] + side, 100 * rows["top1"], ls="", marker="o", ms=2.6, mew=0.6, **look)
-
-
-def _label(system: str) -> str:
-    return _NAMES.get(system, system)
-
-
-def _around_zero(values: np.ndarray) -> TwoSlopeNorm:
-    """Colours to the 99th percentile of the size; one cell further out hides no others."""
-    top = float(np.quantile(np.abs(values), 0.99)) or 1.0
-    return TwoSlopeNorm(0, vmin=-top, vmax=top)
-
-
-def _by_share(rows: pd.DataFrame, classes: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Changes (classes, experts), and the experts' numbers, both by their share of tokens."""
-    shares = rows.pivot(index="expert", columns="group", values="knocked_out").sum(axis=1)
-    order = shares.sort_values(ascending=False, kind="stable")
-    changes = rows.pivot(index="group", columns="expert", values="logp_change")
-    return changes.loc[classes, order.index].to_numpy(), [str(expert) for expert in order.index]
-
-
-def _part_families(ax: Axes, families: list[str]) -> None:
-    for place, (one, following) in enumerate(pairwise(families)):
-        if one != following:
-            ax.axhline(place + 0.5, color=style.INK, lw=0.5)
+@text.describes(use_and_need)
+def _describe_use_and_need(table: pd.DataFrame) -> str:
+    words = text.beyond(table, "spearman", "permuted classes")
+    return f"Rank correlation of use and need over classes and experts: {words}."

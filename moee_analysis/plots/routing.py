@@ -1,4 +1,4 @@
-"""How evenly the experts are used: sorted routing shares, and what sums them up."""
+"""How evenly the experts are used, and what a router costs beside the best one possible."""
 
 from __future__ import annotations
 
@@ -7,102 +7,134 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moee_analysis.plots import style
+from moee_analysis.plots import drawing, style, text
 
-_NAMES = {
-    "entropy": "normalised entropy H / ln E\n(1 is even)",
-    "gini": "Gini coefficient\n(0 is even)",
-    "max_over_mean": "largest / mean share\n(1 is even)",
-    "cv2": "CV² of the shares\n(0 is even)",
-    "dead": "experts never used",
+_METRICS = {
+    "gini": ("Gini coefficient", "Gini coefficient", "0 is even"),
+    "entropy": ("normalised entropy H / ln E", "Normalised entropy", "1 is even"),
+    "max_over_mean": ("largest / mean share", "Largest over mean share", "1 is even"),
+    "cv2": ("CV² of the shares", "Squared coefficient of variation", "0 is even"),
+    "dead": ("experts never used", "Experts never used", ""),
 }
+_SHARE = "% of the output's variance"
 
 
 @style.house
 def routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.routing``, of one or several systems: one panel for each layer.
+    """Draw a table of ``measure.routing``: shares of the experts by use, a panel per layer.
 
-    The experts of a layer stand in order of use. Systems differ in their number of experts E, so
-    their steps have width 1 / E and height E times the share: every area is 1, and a perfectly
-    even routing is the grey line at 1.
+    Steps have width 1 / E and height E times the share, for systems differ in their number of
+    experts E: every area is 1, and even routing is the grey line at 1.
     """
-    layers = sorted(table["layer"].unique())
-    colours = style.colours(table["system"])
+    layers, colours = sorted(table["layer"].unique()), style.colours(table["system"])
     opacity = 0.12 if len(colours) == 1 else 0.0  # overlapping areas would only mix
     fig, axes = style.panels(len(layers), size=(2.0, 1.7), sharex=True, sharey=True)
     for ax, layer in zip(axes, layers, strict=True):
-        ax.axhline(1, color=style.GREY, lw=1, zorder=1)
-        for system, part in table[table["layer"] == layer].groupby("system", sort=False):
-            _draw_steps(ax, part.sort_values("rank"), colours[system], opacity)
-        ax.set_title(style.layer_label(layer))
-        ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0", "½", "1"])
+        ax.axhline(1, **style.REFERENCE)
+        for system, rows in table[table["layer"] == layer].groupby("system", sort=False):
+            shares = rows.sort_values("rank")["share"].to_numpy()
+            steps = (len(shares) * shares, np.linspace(0, 1, len(shares) + 1))
+            ax.stairs(*steps, color=colours[system], lw=1.5, label=system, zorder=3)
+            ax.stairs(*steps, color=colours[system], fill=True, alpha=opacity, zorder=2)
+        ax.set(title=f"layer {layer}", xlim=(0, 1))
+        ax.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     axes[0].set_ylim(bottom=0)
     fig.supxlabel("experts, most used first (rank / E)")
     fig.supylabel("share × E (1 is even)")
-    _legend(fig, axes[0])
-    return style.caption(fig, caption or _facts(table))
+    return _finish(fig, axes[0], table, caption)
+
+
+def _finish(
+    fig: Figure, ax: Axes, table: pd.DataFrame, caption: str | None, bands: str = ""
+) -> Figure:
+    systems = table.groupby("system", sort=False)
+    if len(systems) > 1:  # the caption names a single one
+        drawing.legend(fig, ax)
+    counts = [
+        f"{name}: {text.span(rows['n_experts'], str)} experts, k = {text.span(rows['k'], str)}"
+        for name, rows in systems
+    ]
+    facts = f"{table['n_images'].max()} images{bands}. {'; '.join(counts)}."
+    return style.caption(fig, caption or facts)
+
+
+@text.describes(routing)
+def _describe_routing(table: pd.DataFrame) -> str:
+    first = table[table["rank"] == 0]
+    first = first.assign(times=first["share"] * first["n_experts"])
+    words = text.of_each(first, lambda rows: text.course(rows, "times"))
+    return f"The most used expert of a layer takes so many times an even share: {words}."
 
 
 @style.house
 def balance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.balance``, of one or several systems: one panel for each metric.
-
-    Lines are systems over the layers, bands the 95 % intervals.
-    """
-    metrics = list(dict.fromkeys(table["metric"]))
-    colours = style.colours(table["system"])
+    """Draw a table of ``measure.balance``: a panel per metric, lines with 95 % intervals."""
+    metrics, looks = table["metric"].unique(), style.looks(table["system"])
+    band = bool(table["low"].notna().any())
     fig, axes = style.panels(len(metrics), cols=3, size=(2.6, 2.0), sharex=True)
     for ax, metric in zip(axes, metrics, strict=True):
-        for system, part in table[table["metric"] == metric].groupby("system", sort=False):
-            _draw_band(ax, part.sort_values("layer"), colours[system], system)
-        ax.set_title(_NAMES.get(metric, metric))
+        drawing.curves(ax, table[table["metric"] == metric], "value", looks=looks, band=band)
+        title, _, even = _METRICS.get(metric, (metric, metric, ""))
+        ax.set_title(f"{title}\n({even})" if even else title)
         _set_range(ax, metric)
-    fig.supxlabel(style.LAYER_AXIS)
-    _legend(fig, axes[0])
-    return style.caption(fig, caption or _facts(table, bands=table["low"].notna().any()))
-
-
-def _draw_steps(ax: Axes, experts: pd.DataFrame, colour: str, opacity: float) -> None:
-    count = len(experts)
-    edges = np.arange(count + 1) / count
-    heights = count * experts["share"].to_numpy()
-    ax.stairs(heights, edges, color=colour, lw=1.5, label=experts["system"].iloc[0], zorder=3)
-    ax.stairs(heights, edges, color=colour, fill=True, alpha=opacity, zorder=2)
-
-
-def _draw_band(ax: Axes, layers: pd.DataFrame, colour: str, system: str) -> None:
-    x = layers["layer"]
-    ax.fill_between(x, layers["low"], layers["high"], color=colour, alpha=0.2, lw=0)
-    ax.plot(x, layers["value"], color=colour, marker="o", ms=3, label=system)
+    drawing.layer_axis(fig, axes)
+    bands = "; bands are basic 95 % intervals of the image bootstrap" if band else ""
+    return _finish(fig, axes[0], table, caption, bands)
 
 
 def _set_range(ax: Axes, metric: str) -> None:
-    """Every metric from its own zero or one; layers and experts are whole numbers."""
+    """Every metric from its own zero or one; experts are whole numbers."""
     low, high = ax.get_ylim()
     if metric == "entropy":
         ax.set_ylim(low, 1 + 0.03 * (1 - low))
     else:
         ax.set_ylim(0, max(1.0, high) if metric in ("dead", "max_over_mean") else high)
-    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.yaxis.get_major_locator().set_params(integer=metric == "dead")
 
 
-def _legend(fig: Figure, ax: Axes) -> None:
-    """The systems above the panels; the caption names a single one."""
-    handles, names = ax.get_legend_handles_labels()
-    if len(names) > 1:
-        fig.legend(handles, names, loc="outside upper left", ncols=min(4, len(names)), borderpad=0)
+@text.describes(balance)
+def _describe_balance(table: pd.DataFrame) -> str:
+    known = [name for name in _METRICS if name in set(table["metric"])]
+    metric = (known or table["metric"].tolist())[0]
+    _, name, even = _METRICS.get(metric, (metric, metric, ""))
+    rows = table[table["metric"] == metric]
+    words = text.of_each(rows, lambda rows: text.course(rows, "value"))
+    return f"{name}{f' ({even})' if even else ''} over the layers: {words}."
 
 
-def _facts(table: pd.DataFrame, *, bands: bool = False) -> str:
-    systems = [
-        f"{name}: {_span(part['n_experts'])} experts, k = {_span(part['k'])}"
-        for name, part in table.groupby("system", sort=False)
-    ]
-    interval = "; bands are basic 95 % intervals of the image bootstrap" if bands else ""
-    return f"{table['n_images'].max()} images{interval}. " + "; ".join(systems) + "."
+@style.house
+def router_regret(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.router_regret``: a line for every router over the layers."""
+    fig, (left, right) = style.figure(7.2, 2.7, 1, 2)
+    drawing.curves(left, drawing.in_percent(table, "error"), "error", by="router")
+    left.set(yscale="log", title="squared error of the output", ylabel=_SHARE)
+    drawing.plain_log(left.yaxis, subs=(1, 3))
+    draw_regret(right, table)
+    right.set(title="regret: error beyond the best expert's", ylabel="")
+    drawing.layer_axis(fig, (left, right))
+    drawing.legend(fig, left, columns=5)
+    return drawing.finish(fig, table, caption)
 
 
-def _span(values: pd.Series) -> str:
-    low, high = values.min(), values.max()
-    return str(low) if low == high else f"{low} to {high}"
+def draw_regret(ax: Axes, table: pd.DataFrame) -> None:
+    """Draw the regret of every router that has any; the best one possible has none."""
+    some = table.groupby("router")["regret"].transform("max") > 0
+    regret, looks = drawing.in_percent(table[some], "regret"), style.looks(table["router"])
+    drawing.curves(ax, regret, "regret", by="router", looks=looks)
+    ax.set(yscale="log", title="regret of the routers", xlabel="layer", ylabel=_SHARE)
+    drawing.plain_log(ax.yaxis, subs=(1, 3))
+    drawing.whole_ticks(ax)
+
+
+@text.describes(router_regret)
+def _describe_router_regret(table: pd.DataFrame) -> str:
+    words = text.of_each(
+        table,
+        lambda rows: (
+            f"{text.span(rows['error'], text.percent)} (regret "
+            f"{text.span(rows['regret'], text.percent)}, best expert for "
+            f"{text.span(rows['best'], text.percent)} of the tokens)"
+        ),
+        by="router",
+    )
+    return f"Squared error of the output over its variance, by router, over the layers: {words}."

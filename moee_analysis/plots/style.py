@@ -1,108 +1,87 @@
-"""The look of every figure: one palette, one set of sizes, captions that fit."""
+"""The look of every figure: seaborn's theme, colours for colour-blind readers too, captions."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.textpath import TextPath
 
-PALETTE: tuple[str, ...] = (
-    "#0072B2",  # blue
-    "#D55E00",  # vermilion
-    "#009E73",  # green
-    "#CC79A7",  # purple
-    "#E69F00",  # orange
-    "#56B4E9",  # sky
-    "#000000",  # black
-    "#F0E442",  # yellow
-)
-"""The colours of Okabe and Ito, safe for colour-blind readers; the best on white come first."""
+# Okabe and Ito: blue, vermilion, green, purple, orange, sky, black, yellow; the best on white first
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+INK = "#2B2F36"  # text and axes
+GREY = "#8A8F98"  # what is only there to compare with: the dense model, chance, a bound
+PALE = "#C9CDD3"  # what stands behind: all classes, other systems, tokens in no cluster
+FAINT = "#E9EBEE"  # areas behind everything
 
-GREY = "#8A8F98"
-"""For what is only there to compare with: the dense model, chance, a bound."""
+SEQUENTIAL = "viridis"  # a quantity that starts at zero
+DIVERGING = "RdBu_r"  # a quantity with a neutral middle
+SHARES = sns.blend_palette(["#FFFFFF", "#B5D6EA", PALETTE[0], "#00263D"], as_cmap=True)
 
-INK = "#2B2F36"
-"""Text and axes."""
-
-sequential = "viridis"
-"""Colour map of a quantity that starts at zero."""
-
-diverging = "RdBu_r"
-"""Colour map of a quantity with a neutral middle; draw it with ``TwoSlopeNorm``."""
-
+INTERVAL = {"lw": 2.2, "alpha": 0.4}
+REFERENCE = {"color": GREY, "lw": 1, "zorder": 0}
+CHANCE = {"ls": "--", "lw": 1}
 LAYER_AXIS = "layer (counted from 0, as timm's blocks.0)"
 
 HOUSE: dict[str, Any] = {
+    **sns.axes_style("whitegrid"),
+    **sns.plotting_context("paper", font_scale=0.93),
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called $x$
     "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.labelcolor": INK,
     "axes.edgecolor": INK,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": mpl.cycler(color=PALETTE),
     "grid.color": "#E4E6EA",
     "grid.linewidth": 0.6,
-    "text.color": INK,
-    "text.parse_math": False,  # a class may be called $x$
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
+    "xtick.bottom": True,
+    "ytick.left": True,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
     "legend.frameon": False,
+    "patch.force_edgecolor": False,
     "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
     "figure.labelsize": 9,
-    "figure.titlesize": 10.5,
     "figure.titleweight": "bold",
 }
 
-house = plt.rc_context(HOUSE)
-"""Decorator of every plotting function: draw with the house settings, then restore them."""
+house = plt.rc_context(HOUSE)  # decorator of every plot: the user's own settings come back after it
 
-_CAPTION_POINTS = 7.5
-_CAPTION_LINE = _CAPTION_POINTS * 1.35 / 72  # inches
-_LABEL_LINE = 0.2  # inches, of a label that all panels share
+_CAPTION = 7.5  # points
+_LINE = _CAPTION * 1.35 / 72  # inches, of a caption
+_LABEL = 0.2  # inches, of a label that all panels share
 
 
+@house
 def figure(
     width: float, height: float, rows: int = 1, cols: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure of ``width`` x ``height`` inches and its axes, as ``plt.subplots`` gives them.
-
-    The figure is already closed: pyplot forgets it, so a notebook shows it once, where it is
-    returned, and a thousand of them fill no memory. ``options`` go to ``plt.subplots``.
-    """
-    with plt.rc_context(HOUSE):
-        fig, axes = plt.subplots(rows, cols, figsize=(width, height), **options)
-        plt.close(fig)
+    """A figure of ``width`` x ``height`` inches and its axes, as ``plt.subplots`` gives them."""
+    fig, axes = plt.subplots(rows, cols, figsize=(width, height), **options)
+    plt.close(fig)  # a notebook shows it once, where it is returned
     return fig, axes
 
 
 def panels(
     count: int, *, cols: int = 4, size: tuple[float, float] = (2.3, 1.8), **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` small multiples of ``size`` inches, row by row, and their axes.
-
-    At most ``cols`` stand side by side; places left over in the last row stay empty. The lowest
-    panel of every column has tick labels, also with ``sharex``.
-    """
+    """A figure of ``count`` small multiples of ``size`` inches, row by row, and their axes."""
     count = max(1, count)
     cols = min(cols, count)
     rows = math.ceil(count / cols)
@@ -111,67 +90,38 @@ def panels(
     for spare in axes[count:]:
         spare.remove()
     for lowest in axes[max(0, count - cols) : count]:
-        lowest.tick_params(labelbottom=True)
+        lowest.tick_params(labelbottom=True)  # also with sharex
     return fig, axes[:count]
 
 
+@house
 def stacked(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFigure]]:
     """A closed figure of ``width`` inches, and its parts of these ``heights``, from above."""
-    with plt.rc_context(HOUSE):
-        fig = plt.figure(figsize=(width, sum(heights)))
-        parts = fig.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
-        plt.close(fig)
+    fig = plt.figure(figsize=(width, sum(heights)))
+    parts = fig.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
+    plt.close(fig)
     return fig, list(parts[:, 0])
 
 
 @house
 def caption(fig: Figure, text: str | None) -> Figure:
-    """Write ``text`` small and grey below ``fig``, wrapped to its width; ``None`` writes nothing.
-
-    The figure grows by the height of the caption, so the axes keep their size.
-    """
+    """Write ``text`` below ``fig``, which grows: the axes keep their size. None writes nothing."""
     if not text:
         return fig
     width, height = fig.get_size_inches()
-    wrapped = _wrapped(text, width)
-    room = _CAPTION_LINE * (len(wrapped) + 1)
-    _make_room(fig, room)
-    fig.text(
-        0.06 / width,
-        0.05 / (height + room),
-        "\n".join(wrapped),
-        size=_CAPTION_POINTS,
-        color="#6B7078",
-        va="bottom",
-        linespacing=1.25,
-    )
-    return fig
-
-
-def _wrapped(text: str, width: float) -> list[str]:
-    """Lines of a caption no longer than ``width`` inches, by the mean width of its letters."""
-    letter = TextPath((0, 0), text, size=_CAPTION_POINTS).get_extents().width / len(text)
-    return textwrap.wrap(text, width=max(10, int(0.95 * width * 72 / letter)))
-
-
-def _make_room(fig: Figure, room: float) -> None:
-    """Add ``room`` inches below everything that is in ``fig``."""
-    width, height = fig.get_size_inches()
-    fig.set_size_inches(width, height + room)
-    label = fig.get_supxlabel()
-    bottom = (room + (_LABEL_LINE if label else 0)) / (height + room)
-    layout = fig.get_layout_engine()
-    if layout is not None:
-        layout.set(rect=(0, bottom, 1, 1 - bottom))
+    letter = TextPath((0, 0), text, size=_CAPTION).get_extents().width / len(text)  # the mean
+    lines = textwrap.wrap(text, width=max(10, int(0.95 * width * 72 / letter)))
+    room, label = _LINE * (len(lines) + 1), fig.get_supxlabel()
+    total = height + room
+    bottom = (room + (_LABEL if label else 0)) / total
+    fig.set_size_inches(width, total)
+    if fig.get_layout_engine() is not None:
+        fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
     if label:  # the layout would put it at the very bottom, below the caption
-        with plt.rc_context(HOUSE):
-            fig.supxlabel(label, y=room / (height + room))
-
-
-def sequential_colours(count: int) -> list[str]:
-    """``count`` colours, dark to light, for things with an order (layers, experts by size)."""
-    colours = mpl.colormaps[sequential]
-    return [to_hex(colours(0.88 * place / max(1, count - 1))) for place in range(count)]
+        fig.supxlabel(label, y=room / total)
+    look = {"size": _CAPTION, "color": "#6B7078", "va": "bottom", "linespacing": 1.25}
+    fig.text(0.06 / width, 0.05 / total, "\n".join(lines), **look)
+    return fig
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
@@ -179,13 +129,30 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
     More names than the palette can tell apart get an ordered colour map instead.
     """
-    unique: Sequence[str] = list(dict.fromkeys(names))
+    unique = list(dict.fromkeys(names))
     others = [name for name in unique if name.lower() != "dense"]
-    choice = PALETTE if len(others) < len(PALETTE) else sequential_colours(len(others))
+    many = len(others) >= len(PALETTE)
+    choice = sns.color_palette(SEQUENTIAL, len(others)).as_hex() if many else PALETTE
     given = dict(zip(others, choice, strict=False))
     return {name: given.get(name, GREY) for name in unique}
 
 
-def layer_label(index: int) -> str:
-    """``layer 5``: how a layer is called in a panel's title, counted from 0."""
-    return f"layer {index}"
+def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of every name in order of appearance."""
+    pairs = zip(colours(names).items(), cycle(MARKERS), strict=False)
+    return {name: {"color": colour, "marker": marker} for (name, colour), marker in pairs}
+
+
+def expert_colours(count: int) -> list[str]:
+    """``count`` colours for experts: the palette, then its hues lighter, darker and dull.
+
+    Up to seven are safe for colour-blind readers; beyond that a figure also writes numbers.
+    """
+    mixtures = (("white", 0.0), ("white", 0.55), ("black", 0.5), ("#777777", 0.6))
+    every = [
+        to_hex((1 - share) * np.array(to_rgb(hue)) + share * np.array(to_rgb(other)))
+        for other, share in mixtures
+        for hue in PALETTE
+        if hue != "#000000"
+    ]
+    return [every[place % len(every)] for place in range(count)]

@@ -2,98 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
 
-from moee_analysis.plots import style
-from moee_analysis.plots.drawing import finish, plain_log
-from moee_analysis.plots.router_regret import draw_regret, router_looks
-
-Row = tuple[float, Callable[[SubFigure], None]]
+from moee_analysis.plots import drawing, style, text
+from moee_analysis.plots.routing import draw_regret
 
 WIDTH = 7.8
 DIVERGENCE = "KL(dense ‖ variant), nats"
-_BASE = {"s": 26, "zorder": 4, "linewidth": 0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels side by side: their height in inches, and the function that draws each."""
+
+    height: float
+    panels: Sequence[Callable[[Axes], None]]
+    sharey: bool
 
 
 @style.house
 def sweeps(
     table: pd.DataFrame, *, regret: pd.DataFrame | None = None, caption: str | None = None
 ) -> Figure:
-    """Draw a table of ``measure.sweeps``: a panel each, the KL divergence against the setting.
+    """Draw a table of ``measure.sweeps``: a panel each, on the same scale; and maybe ``regret``.
 
-    Settings that are numbers stand on the horizontal axis (or, where they differ in MACs, beside
-    their dots over these), others name rows. The first system is in the colour of its recipe, the
-    second dashed. All panels have the same logarithmic scale.
-
-    Parameters
-    ----------
-    regret
-        A table of ``measure.router_regret``, drawn beside the rows.
+    Settings that are numbers stand on the axis (or at their dots, over MACs), others name rows.
     """
     rows = sweep_rows(table, recipe_colours(table), regret)
-    fig, parts = style.stacked(WIDTH, [height for height, _ in rows])
-    for part, (_, draw) in zip(parts, rows, strict=True):
-        draw(part)
-    marks = system_marks(table)
-    fig.legend(
-        list(marks.values()), list(marks), loc="outside upper left", ncols=len(marks), borderpad=0
-    )
-    return finish(fig, table, caption)
+    fig, parts = style.stacked(WIDTH, [row.height for row in rows])
+    draw_rows(parts, rows)
+    drawing.legend(fig, looks(table))
+    return drawing.finish(fig, table, caption)
 
 
 def sweep_rows(
     table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None = None
 ) -> list[Row]:
-    """Rows of panels: height in inches, and the function that draws them into a part of a figure.
+    """Up to three sweeps of numbers side by side, then up to four of names."""
+    routers = {} if regret is None else style.looks(regret["router"])
+    curves, dots, most = [], [], 4
+    for name, rows in table.groupby("sweep", sort=False):
+        recipe = next((one for one in rows["recipe"] if one in colours), None)
+        look = {"colour": colours.get(recipe, style.PALETTE[0]), "limits": _limits(table)}
+        settings = rows["setting"].dropna()
+        if all(isinstance(setting, Real) for setting in settings):
+            curves.append(partial(_draw_numbers, rows=rows, title=name, **look))
+        else:
+            dots.append(partial(_draw_names, rows=rows, title=name, routers=routers, **look))
+            most = max(most, settings.nunique())
+    if regret is not None:
+        dots.append(partial(draw_regret, table=regret))
+    three = [Row(1.95, curves[at : at + 3], sharey=True) for at in range(0, len(curves), 3)]
+    height = 0.85 + 0.21 * most
+    return three + [Row(height, dots[at : at + 4], sharey=False) for at in range(0, len(dots), 4)]
 
-    Up to four sweeps stand side by side, those of numbers first.
-    """
-    own = table[table["setting"].notna()].groupby("sweep", sort=False)["setting"]
-    numeric = [name for name, settings in own if all(map(_is_number, settings))]
-    named = [name for name, _ in own if name not in numeric]
-    common = {"table": table, "colours": colours, "limits": _limits(table)}
-    rows: list[Row] = [
-        (1.95, partial(_draw_numeric, names=names, **common)) for names in _chunks(numeric, 3)
-    ]
-    longest = max((table.loc[table["sweep"] == n, "setting"].nunique() for n in named), default=5)
-    last = {"regret": regret} if regret is not None else {}
-    parts = _chunks([*named, *last], 4)
-    rows += [
-        (0.85 + 0.21 * max(longest, 4), partial(_draw_named, names=names, regret=regret, **common))
-        for names in parts
-    ]
-    return rows
+
+def draw_rows(parts: Sequence[SubFigure], rows: Sequence[Row]) -> None:
+    """Draw each row of panels into a part of a figure."""
+    for part, row in zip(parts, rows, strict=True):
+        axes = part.subplots(1, len(row.panels), sharey=row.sharey, squeeze=False)[0]
+        for ax, draw in zip(axes, row.panels, strict=True):
+            draw(ax)
+            if row.sharey:
+                ax.label_outer()
 
 
 def recipe_colours(table: pd.DataFrame) -> dict[str, str]:
     """A colour for every recipe of a table, in order of appearance."""
-    recipes = [name for name in dict.fromkeys(table["recipe"].dropna()) if name]
+    recipes = [name for name in table["recipe"].dropna().unique() if name]
     return dict(zip(recipes, style.PALETTE, strict=False))
 
 
-def system_marks(table: pd.DataFrame) -> dict[str, Line2D]:
-    """How the systems of a table are drawn, in the colour of no recipe."""
-    names = dict.fromkeys(table["system"])
-    return {
-        name: Line2D([], [], **_look(style.INK, first=place == 0))
-        for place, name in enumerate(names)
-    }
-
-
-def _chunks(names: list[str], size: int) -> list[list[str]]:
-    return [names[start : start + size] for start in range(0, len(names), size)]
-
-
-def _is_number(setting: Any) -> bool:
-    return isinstance(setting, (int, float, np.number))
+def looks(table: pd.DataFrame, colour: str = style.INK) -> dict[str, drawing.Look]:
+    """How the systems of a table are drawn: the first in ``colour``, others dashed."""
+    first = {"color": colour, "marker": "o", "ms": 4.5, "zorder": 3}
+    other = {"color": style.INK, "marker": "s", "ms": 3, "lw": 1, "ls": "--"}
+    names = table["system"].unique() if len(table) else ()
+    return {name: other if place else first for place, name in enumerate(names)}
 
 
 def _limits(table: pd.DataFrame) -> tuple[float, float]:
@@ -103,113 +96,70 @@ def _limits(table: pd.DataFrame) -> tuple[float, float]:
     return (known.min() / 1.25, known.max() * 1.25) if len(known) else (0.01, 1.0)
 
 
-def _colour(part: pd.DataFrame, colours: dict[str, str]) -> str:
-    """The colour of the recipe that a sweep varies."""
-    recipes = [name for name in part["recipe"] if name in colours]
-    return colours[recipes[0]] if recipes else style.PALETTE[0]
-
-
-def _draw_numeric(
-    figure: SubFigure,
-    *,
-    names: list[str],
-    table: pd.DataFrame,
-    colours: dict[str, str],
-    limits: tuple[float, float],
+def _draw_numbers(
+    ax: Axes, *, rows: pd.DataFrame, title: str, colour: str, limits: tuple[float, float]
 ) -> None:
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for ax, name in zip(axes, names, strict=True):
-        part = table[table["sweep"] == name]
-        ax.set(yscale="log", ylim=limits, title=name)
-        plain_log(ax.yaxis, subs=(1, 3))
-        first = part["system"].iloc[0]
-        over_macs = np.ptp(part.loc[part["system"] == first, "macs_reduction"].dropna()) > 0.02
-        _draw_levels(ax, part, across=ax.axhspan, along=ax.axhline)
-        for system, rows in part[part["setting"].notna()].groupby("system", sort=False):
-            look = _look(_colour(part, colours), first=system == first)
-            if over_macs:
-                _over_macs(ax, rows, look, labelled=system == first)
-            else:
-                _draw_curve(ax, rows["setting"].astype(float), rows, look)
-        if over_macs:
-            ax.set_xlabel("MACs (% of the dense model)")
-        else:
-            _count_ticks(ax, sorted(part["setting"].dropna().unique()))
-    axes[0].set_ylabel(DIVERGENCE)
+    """Divergence over the setting, or over the MACs where these differ."""
+    ax.set(yscale="log", ylim=limits, title=title, ylabel=DIVERGENCE)
+    drawing.plain_log(ax.yaxis, subs=(1, 3))
+    _draw_levels(rows, ax.axhspan, ax.axhline)
+    first, settings = rows["system"].iloc[0], rows.dropna(subset="setting")
+    saved = rows.loc[rows["system"] == first, "macs_reduction"]
+    over_macs = saved.max() - saved.min() > 0.02
+    x = 100 * (1 - settings["macs_reduction"]) if over_macs else settings["setting"].astype(float)
+    settings = settings.assign(x=x).sort_values("x")
+    for system, look in looks(rows, colour).items():
+        own = settings[settings["system"] == system]
+        ax.vlines(own["x"], own["kl_low"], own["kl_high"], color=look["color"], **style.INTERVAL)
+        ax.plot(own["x"], own["kl"], **look)
+    if over_macs:
+        _write_settings(ax, settings[settings["system"] == first], colour)
+        ax.set_xlabel("MACs (% of the dense model)")
+    else:
+        names = sorted(settings["setting"].unique())
+        ax.set_xscale("log", base=2)
+        ax.minorticks_off()
+        ax.set_xticks(names, [f"{name:g}" for name in names])
 
 
-def _look(colour: str, *, first: bool) -> dict[str, Any]:
-    if first:
-        return {"color": colour, "marker": "o", "ms": 4.5, "zorder": 3}
-    return {"color": style.INK, "marker": "s", "ms": 3, "lw": 1, "ls": "--"}
-
-
-def _draw_curve(ax: Axes, x: pd.Series, rows: pd.DataFrame, look: dict[str, Any]) -> None:
-    ax.vlines(x, rows["kl_low"], rows["kl_high"], color=look["color"], lw=2, alpha=0.4)
-    ax.plot(x, rows["kl"], **look)
-
-
-def _over_macs(ax: Axes, rows: pd.DataFrame, look: dict[str, Any], *, labelled: bool) -> None:
-    """Draw over the MACs, with the settings at the dots of the first system."""
-    own = rows.sort_values("macs_reduction")
-    x = 100 * (1 - own["macs_reduction"])
-    _draw_curve(ax, x, own, look)
-    shown = zip(x, own["setting"], own["kl"], strict=True) if labelled else ()
-    for place, setting, y in shown:
-        ax.annotate(
-            str(setting), (place, y), (-4, -2), size=6.5, ha="right", va="top",
-            textcoords="offset points", color=look["color"],
-        )  # fmt: skip
+def _write_settings(ax: Axes, rows: pd.DataFrame, colour: str) -> None:
+    beside = {"xytext": (-4, -2), "textcoords": "offset points", "ha": "right", "va": "top"}
+    for row in rows.dropna(subset=["x", "kl"]).itertuples():
+        ax.annotate(str(row.setting), (row.x, row.kl), size=6.5, color=colour, **beside)
     ax.margins(x=0.12)
 
 
-def _count_ticks(ax: Axes, settings: list[float]) -> None:
-    ax.set_xscale("log", base=2)
-    ax.minorticks_off()
-    ax.set_xticks(settings, [f"{setting:g}" for setting in settings])
-
-
 def _draw_levels(
-    ax: Axes, part: pd.DataFrame, *, across: Callable[..., Any], along: Callable[..., Any]
+    rows: pd.DataFrame, across: Callable[..., object], along: Callable[..., object]
 ) -> None:
     """A band and a dashed line for what does not depend on the setting, such as static pruning."""
-    for level in part[part["setting"].isna() & part["kl"].notna()].to_dict("records"):
-        across(level["kl_low"], level["kl_high"], color=style.INK, alpha=0.07, lw=0)
-        along(level["kl"], color=style.INK, lw=1, ls="--")
+    for level in rows[rows["setting"].isna() & rows["kl"].notna()].itertuples():
+        across(level.kl_low, level.kl_high, color=style.INK, alpha=0.07, lw=0)
+        along(level.kl, color=style.INK, lw=1, ls="--")
 
 
-def _draw_named(
-    figure: SubFigure,
-    *,
-    names: list[str],
-    table: pd.DataFrame,
-    colours: dict[str, str],
-    limits: tuple[float, float],
-    regret: pd.DataFrame | None,
-) -> None:
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
-    looks = {} if regret is None else router_looks(regret)
-    for ax, name in zip(axes, names, strict=True):
-        if name == "regret" and regret is not None:
-            draw_regret(ax, regret)
-            continue
-        part = table[table["sweep"] == name]
-        ax.set(xscale="log", xlim=limits, title=name)
-        plain_log(ax.xaxis)
-        _draw_levels(ax, part, across=ax.axvspan, along=ax.axvline)
-        _draw_settings(ax, part[part["setting"].notna()], _colour(part, colours), looks)
-        ax.set_xlabel(DIVERGENCE.replace("(dense ‖ variant)", ""))
-
-
-def _draw_settings(
-    ax: Axes, part: pd.DataFrame, colour: str, looks: dict[str, dict[str, str]]
-) -> None:
+def _draw_names(
+    ax: Axes, *, rows: pd.DataFrame, title: str, colour: str, limits: tuple[float, float],
+    routers: dict[str, drawing.Look],
+) -> None:  # fmt: skip
     """A dot with its interval for every setting, on a row of its own."""
-    for row, variant in enumerate(part.to_dict("records")):
-        look = {"color": colour, "marker": "o"} | looks.get(variant["setting"], {})
-        ax.hlines(row, variant["kl_low"], variant["kl_high"], color=look["color"], lw=2, alpha=0.45)
-        ax.scatter(variant["kl"], row, **_BASE, **look)
-    ax.set_yticks(range(len(part)), part["setting"].astype(str), size=7.5)
-    ax.set_ylim(len(part) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False, axis="y")
+    ax.set(xscale="log", xlim=limits, title=title, xlabel="KL, nats")
+    drawing.plain_log(ax.xaxis)
+    _draw_levels(rows, ax.axvspan, ax.axvline)
+    settings = rows.dropna(subset="setting")
+    for place, row in enumerate(settings.itertuples()):
+        look = routers.get(row.setting, {"color": colour, "marker": "o"})
+        ax.hlines(place, row.kl_low, row.kl_high, color=look["color"], **style.INTERVAL)
+        ax.scatter(row.kl, place, s=26, zorder=4, linewidth=0, **look)
+    drawing.row_axis(ax, settings["setting"].astype(str), size=7.5)
+
+
+@text.describes(sweeps)
+def _describe_sweeps(table: pd.DataFrame) -> str:
+    words = []
+    for name, rows in table.dropna(subset="setting").groupby("sweep", sort=False):
+        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
+        if best is not None:
+            setting = " ".join(str(best["setting"]).split())
+            words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
+    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."

@@ -1,0 +1,197 @@
+"""How classes are routed: the paper's Figures 3 and 4, what stands behind them, and distances."""
+
+from __future__ import annotations
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moee_analysis.plots import drawing, style, text
+
+_HOLLOW = {"ls": "", "marker": "o", "mfc": "white", "mew": 1.2}
+_CHANCE = {"permuted classes, 95 %": {"color": style.GREY, **style.CHANCE}}
+
+
+@style.house
+def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.class_routing``: a row per layer, a column per class.
+
+    Experts of a layer stand in the same order everywhere: most used by all classes (grey) first.
+    """
+    rows, colours = drawing.by_layer(table), style.colours(table["class_name"])
+    width = max(1.5, 0.35 + 0.1 * table["expert"].nunique())
+    size = (width * len(colours) + 0.5, 1.35 * len(rows) + 0.4)
+    fig, grid = style.figure(*size, len(rows), len(colours), squeeze=False, sharey="row")
+    for axes, (label, part) in zip(grid, rows.items(), strict=True):
+        for ax, (name, colour) in zip(axes, colours.items(), strict=True):
+            _draw_shares(ax, part[part["class_name"] == name], colour)
+        axes[0].set_ylabel(label)
+    for ax, name in zip(grid[0], colours, strict=True):
+        ax.set_title(name)
+    fig.supxlabel("expert, most used by all classes first")
+    fig.supylabel("share of tokens")
+    drawing.legend(fig, grid[0, 0])
+    return drawing.finish(fig, table, caption)
+
+
+def _draw_shares(ax: Axes, experts: pd.DataFrame, colour: str) -> None:
+    experts = experts.sort_values("share_all", ascending=False, kind="stable")
+    x, step = range(len(experts)), -(-len(experts) // 24)  # names would touch beyond 24
+    ax.bar(x, experts["share_all"], width=0.92, color=style.PALE, label="all classes")
+    ax.bar(x, experts["share"], width=0.5, color=colour, label="the class")
+    ax.set_xticks(x[::step], experts["expert"][::step].astype(str), size=5.5)
+    ax.tick_params(axis="x", length=0, pad=1)
+    ax.grid(visible=False, axis="x")
+    ax.margins(x=0.01)
+
+
+@text.describes(class_routing)
+def _describe_class_routing(table: pd.DataFrame) -> str:
+    leads = table.assign(lead=table["share"] - table["share_all"]).dropna(subset="lead")
+    if leads.empty:
+        return "No share is known."
+    leads = leads.sort_values("lead", ascending=False, kind="stable")
+    tops = leads.drop_duplicates(["system", "layer"]).sort_index(kind="stable")
+    most, least = (
+        f"{text.where(row, table)}: {text.percent(row['share'])} of the tokens of "
+        f"{row['class_name']} go to expert {row['expert']} (all classes: "
+        f"{text.percent(row['share_all'])})"
+        for row in (text.largest(tops, "lead"), text.smallest(tops, "lead"))
+    )
+    also = f"; least in {least}" if len(tops) > 1 else ""
+    return f"A class leans most to one expert in {most}{also}."
+
+
+@style.house
+def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.specificity``: divergence over the layers, a panel per system.
+
+    Thin lines are classes; the dashed line is their mean without its bias.
+    """
+    colours = style.colours(table["system"])
+    size = (4.4 if len(colours) == 1 else 3.6, 2.7)
+    fig, axes = style.panels(len(colours), cols=3, size=size, sharex=True, sharey=True)
+    for ax, (system, colour) in zip(axes, colours.items(), strict=True):
+        rows = table[table["system"] == system].sort_values("layer")
+        _draw_classes(ax, rows[rows["class_index"] >= 0], colour)
+        _draw_mean(ax, rows[rows["class_index"] < 0], colour)
+        ax.set(title=system, ylabel="")
+        ax.set_ylim(bottom=0)
+    drawing.layer_axis(fig, axes)
+    fig.supylabel("divergence from all classes (bits)")
+    drawing.legend(fig, axes[0], columns=2 if len(colours) == 1 else 3)
+    return drawing.finish(fig, table, caption)
+
+
+def _draw_classes(ax: Axes, classes: pd.DataFrame, colour: str) -> None:
+    look = {"color": colour, "lw": 0.7, "alpha": 0.35, "estimator": None}
+    sns.lineplot(classes, x="layer", y="js", units="class_name", ax=ax, **look)
+    beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 6.5}
+    ends = classes.groupby("class_name", sort=False).tail(1).sort_values("js")
+    for row in ends.iloc[[0, -1][: len(ends)]].itertuples():
+        place = (row.layer, row.js)
+        ax.annotate(row.class_name, place, color=style.GREY, annotation_clip=False, **beside)
+
+
+def _draw_mean(ax: Axes, mean: pd.DataFrame, colour: str) -> None:
+    x, dashed = mean["layer"], {"lw": 1.2, "ls": "--", "marker": "o"}
+    ax.fill_between(x, 0, mean["null_high"], color=style.FAINT, lw=0, label="permuted labels, 95 %")
+    ax.plot(x, mean["js"], color=colour, lw=2.4, label="mean over classes")
+    ax.plot(x, mean["corrected"], color=colour, label="bias removed, 95 %", **dashed)
+    ax.fill_between(x, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
+
+
+@text.describes(specificity)
+def _describe_specificity(table: pd.DataFrame) -> str:
+    mean, chance = table[table["class_index"] < 0], "permuted labels"
+    words = text.beyond(mean, "js", chance, shown="corrected", form=text.bits)
+    return f"Mean divergence of a class from all classes, in bits, bias removed: {words}."
+
+
+@style.house
+def class_information(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.class_information``: a line per system over the layers.
+
+    Hollow marks do not exceed permuted labels (p >= 0.05).
+    """
+    fig, ax = style.figure(4.8, 2.9)
+    drawing.curves(ax, table, "corrected", band=True)
+    for system, look in style.looks(table["system"]).items():
+        rows = table[(table["system"] == system) & (table["p"] >= 0.05)].set_index("layer")
+        hollow = {"marker": look["marker"], "mec": look["color"], "zorder": 3}
+        ax.plot(rows["corrected"], **_HOLLOW | hollow)
+    ax.set_ylabel("I(class; expert) / H(expert),\nbias removed")
+    ax.set_ylim(bottom=0)
+    drawing.layer_axis(fig, [ax])
+    drawing.legend(fig, ax, {"no more than permuted labels": _HOLLOW | {"mec": style.GREY}})
+    return drawing.finish(fig, table, caption)
+
+
+@text.describes(class_information)
+def _describe_class_information(table: pd.DataFrame) -> str:
+    words = text.of_each(
+        table,
+        lambda rows: (
+            f"{text.course(rows, 'corrected', text.percent)}, more than permuted labels in "
+            f"{(rows['p'] < 0.05).sum()} of {len(rows)} layers"
+        ),
+    )
+    return f"Of the experts' entropy the class of the image explains: {words}."
+
+
+@style.house
+def class_distance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.class_distance``: a heat map per layer, white lines part families.
+
+    The diagonal shows two halves of the same class.
+    """
+    layers = drawing.by_layer(table)
+    cols, side = min(3, len(layers)), max(1.3, 0.12 * table["class_a"].nunique())
+    size = (side + 0.3 + 1.5 / cols, side + 0.4 + 0.8 * cols / len(layers))
+    fig, axes = style.panels(len(layers), cols=cols, size=size)
+    for place, (ax, (title, part)) in enumerate(zip(axes, layers.items(), strict=True)):
+        names = {"yticklabels": place % cols == 0, "xticklabels": place + cols >= len(layers)}
+        look = {"cmap": style.SEQUENTIAL, "vmin": 0, "vmax": table["js"].max(), "square": True}
+        mesh = drawing.heat_map(ax, drawing.square(part, "js", "class"), **names, **look)
+        if "family_a" in part:
+            families = part.drop_duplicates("order_a").sort_values("order_a")["family_a"]
+            drawing.part_groups(ax, families, both=True, color="white", lw=1.2)
+        ax.set_title(title)
+    drawing.bar_beside(fig, axes, mesh, "Jensen-Shannon divergence (bits)")
+    return drawing.finish(fig, table, caption)
+
+
+@text.describes(class_distance)
+def _describe_class_distance(table: pd.DataFrame) -> str:
+    pairs = table[table["class_index_a"] < table["class_index_b"]].dropna(subset="js")
+    if pairs.empty:
+        return "There are no two classes to compare."
+    near = text.smallest(pairs, "js")
+    far_pair, near_pair = (
+        f"{row['class_a']} and {row['class_b']} in {text.where(row, table)} "
+        f"({text.bits(row['js'])} bits)"
+        for row in (text.largest(pairs, "js"), near)
+    )
+    return (
+        f"Routed most differently: {far_pair}. Most alike: {near_pair}; two halves of one class "
+        f"differ by {text.bits(near['floor'])}."
+    )
+
+
+@style.house
+def class_relatedness(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.class_relatedness``: a line per system, chance dashed."""
+    fig, ax = style.figure(4.8, 2.9)
+    drawing.curves(ax, table, "spearman", chance={"null_high": "--"})
+    ax.axhline(0, **style.REFERENCE)
+    ax.set_ylabel("rank correlation of routing\nand classifier distance")
+    drawing.layer_axis(fig, [ax])
+    drawing.legend(fig, ax, _CHANCE, columns=2)
+    return drawing.finish(fig, table, caption)
+
+
+@text.describes(class_relatedness)
+def _describe_class_relatedness(table: pd.DataFrame) -> str:
+    words = text.beyond(table, "spearman", "permuted classes")
+    return f"Rank correlation of routing distance and classifier distance: {words}."
