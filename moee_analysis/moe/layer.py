@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from timm.layers import Mlp
 from torch import nn
-from torch.nn.utils import skip_init
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import tokens_of
@@ -100,8 +99,7 @@ class MoeMlp(nn.Module):
         """The strategy that is set, or the fastest, measured once for about as many tokens."""
         if self.strategy is not None:
             return Choice(self.strategy, "set")
-        macs = 2 * len(tokens) * self.fc1.weight.numel()
-        reason = autotune.reason_for_masked(tokens, self, macs=macs)
+        reason = autotune.reason_for_masked(tokens, self, macs=2 * self.fc1.weight.numel())
         if reason:
             return Choice(autotune.MASKED, reason)
         key = autotune.situation(tokens)
@@ -248,6 +246,7 @@ def _parameter(like: nn.Linear, values: torch.Tensor | None) -> nn.Parameter | N
 
 def _linear(like: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """Linear layer of these values; device, precision and trainability are those of ``like``."""
-    part = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    part = nn.Linear(1, 1, device="meta")  # torch draws values for others, and warns of no neurons
+    part.out_features, part.in_features = weight.shape
     part.weight, part.bias = _parameter(like, weight), _parameter(like, bias)
     return part

@@ -18,8 +18,10 @@ IMAGES = toy_images(24)
 MOEFIED = moefication.MoeficationConfig(active=0.5, n_experts=8, router="centre")
 CHOICE = sparse_upcycling.SparseUpcyclingConfig(experts=4, capacity=0.5)
 SOFT = soft_moe.SoftMoeConfig(experts=4)
+OF_PARTS, OF_THEIR_OWN = ["MoEE", "kinds", "MoEfication"], ["Expert Choice", "Soft MoE"]
 
 
+@pytest.fixture(scope="module")
 def models():
     return {
         "MoEE": toy_moe(toy_vit()),
@@ -30,13 +32,8 @@ def models():
     }
 
 
-@pytest.fixture(scope="module")
-def made():
-    return models()
-
-
-def test_all_kinds_of_layers_are_found_and_dense_ones_are_not(made):
-    found = {name: list(expert_layers(model)) for name, model in made.items()}
+def test_all_kinds_of_layers_are_found_and_dense_ones_are_not(models):
+    found = {name: list(expert_layers(model)) for name, model in models.items()}
     every = [f"blocks.{index}.mlp" for index in range(3)]
     assert found["MoEE"] == found["kinds"] == found["MoEfication"] == every
     assert found["Expert Choice"] == ["blocks.1.mlp"]
@@ -44,78 +41,60 @@ def test_all_kinds_of_layers_are_found_and_dense_ones_are_not(made):
     assert not expert_layers(toy_vit())
 
 
-def test_usage_counts_the_choices_of_all_tokens(made):
-    x = pixels_of(toy_vit())
-    with torch.no_grad(), counting_usage(made) as usage:
-        for model in made.values():
-            model(x)
-    tokens = len(x) * 17
+def test_usage_counts_the_choices_of_all_tokens(models):
+    batches = list(IMAGES.batches(models["MoEE"]))
+    with torch.no_grad(), counting_usage(models) as usage:
+        for model in models.values():
+            for x in batches:
+                model(x)
+    tokens = len(IMAGES) * 17
     assert {u.sum().item() for u in usage["MoEE"].values()} == {tokens}
     assert {u.sum().item() for u in usage["MoEfication"].values()} == {4 * tokens}
     for used in usage["Soft MoE"].values():
         assert used.sum().item() == pytest.approx(tokens, rel=1e-5)
-    assert all(hooks_of(model) == 0 for model in made.values())
-
-
-def test_usage_is_that_of_the_routes(made):
-    model = made["MoEE"]
-    with torch.no_grad(), counting_usage({"MoEE": model}) as usage:
-        for x in IMAGES.batches(model):
-            model(x)
-    routes = measure.routes(model, IMAGES)
+    assert all(hooks_of(model) == 0 for model in models.values())
+    routes = measure.routes(models["MoEE"], IMAGES)
     for index, used in enumerate(usage["MoEE"].values()):
         assert used.tolist() == routes.counts[index].sum(0).tolist()
+    for name in OF_PARTS:
+        expected = measure.macs(models[name], IMAGES).set_index("component").loc["total", "macs"]
+        assert macs_as_used(models[name], usage[name]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["MoEE", "kinds", "MoEfication"])
-def test_macs_follow_what_is_used(made, name):
-    model = made[name]
-    with torch.no_grad(), counting_usage({name: model}) as usage:
-        for x in IMAGES.batches(model):
-            model(x)
-    expected = measure.macs(model, IMAGES).set_index("component").loc["total", "macs"]
-    assert macs_as_used(model, usage[name]) == pytest.approx(expected)
+@pytest.mark.parametrize("name", OF_THEIR_OWN)
+def test_layers_with_experts_of_their_own_are_counted_as_they_run(models, name):
+    assert macs_as_used(models[name], {}) == count(models[name], sites=[]).total
 
 
-@pytest.mark.parametrize("name", ["Expert Choice", "Soft MoE"])
-def test_layers_with_experts_of_their_own_are_counted_as_they_run(made, name):
-    assert macs_as_used(made[name], {}) == count(made[name], sites=[]).total
-
-
-@pytest.mark.parametrize("name", ["MoEE", "kinds", "MoEfication", "Expert Choice", "Soft MoE"])
-def test_controls_keep_the_experts_and_change_what_is_computed(made, name):
-    model, x = made[name], pixels_of(toy_vit())
+@pytest.mark.parametrize("name", [*OF_PARTS, *OF_THEIR_OWN])
+def test_controls_keep_the_experts_and_change_what_is_computed(models, name):
+    model, x = models[name], pixels_of(toy_vit())
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         own, random, constant = (
             each(x) for each in (model, randomly_routed(model), constantly_routed(model))
         )
+        assert torch.equal(randomly_routed(model)(x), random)
     assert not torch.allclose(own, random)
     assert not torch.allclose(own, constant)
-    assert torch.equal(randomly_routed(model)(x), random)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_random_routing_to_several_experts_takes_no_expert_twice_and_keeps_the_shares(made):
-    control = randomly_routed(made["MoEfication"])
-    layer = moe_layers(control)[1]
+def test_routing_to_several_experts_has_controls_of_as_many(models):
+    layer = moe_layers(randomly_routed(models["MoEfication"]))[1]
     chosen = layer.router(torch.randn(4000, 32))
     assert chosen.shape == (4000, 4)
     assert all(len(set(row)) == 4 for row in chosen.tolist())
     often = chosen.flatten().bincount(minlength=8) / 4000
     assert torch.corrcoef(torch.stack([often, layer.shares]))[0, 1] > 0.9
-
-
-def test_constant_routing_uses_what_most_tokens_used(made):
-    control = constantly_routed(made["MoEfication"])
-    for layer in moe_layers(control).values():
+    for layer in moe_layers(constantly_routed(models["MoEfication"])).values():
         chosen = layer.router(torch.randn(50, 32))
         assert (chosen == chosen[0]).all()
         assert set(chosen[0].tolist()) == set(layer.shares.topk(4).indices.tolist())
 
 
-def test_constant_routing_leaves_leading_tokens_their_experts(made):
-    for layer in moe_layers(constantly_routed(made["kinds"])).values():
+def test_constant_routing_leaves_leading_tokens_their_experts(models):
+    for layer in moe_layers(constantly_routed(models["kinds"])).values():
         chosen = layer.router(torch.randn(2, 17, 32)).reshape(2, 17)
         assert (chosen[:, 0] == 0).all()
         assert (chosen[:, 1:] == 1 + layer.shares[1:].argmax()).all()
@@ -131,7 +110,7 @@ def test_the_oracle_is_nearest_to_the_dense_layers_output():
     assert errors[1].sum() < errors[0].sum()
 
 
-def test_the_oracle_leaves_alone_what_it_is_not_defined_for(made):
+def test_the_oracle_leaves_alone_what_it_is_not_defined_for(models):
     x = pixels_of(toy_vit())
     for name in ("MoEfication", "Soft MoE"):
-        torch.testing.assert_close(oracle_routed(made[name], toy_vit())(x), made[name](x))
+        torch.testing.assert_close(oracle_routed(models[name], toy_vit())(x), models[name](x))

@@ -2,57 +2,75 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 from torch.export import Dim, export
 
 from moee_analysis.extraction.pipeline import extract
+from moee_analysis.models.capture import watch
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
-from tests.helpers.models import SMALL_CONVNEXT, lively, pixels_of, toy_swin
-from tests.helpers.runs import best, quick
+from tests.helpers.models import (
+    SMALL_CONVNEXT,
+    lively,
+    pixels_of,
+    toy_kinds,
+    toy_moe,
+    toy_swin,
+    toy_vit,
+)
+from tests.helpers.runs import best
 
-CASES = {
-    "paper": (lively, quick()),
-    "best": (lively, best(macs_reduction=0.2)),
-    "low rank": (lively, best(macs_reduction=0.3, attention="low_rank")),
-    "ConvNeXt": (lambda: lively(SMALL_CONVNEXT), quick()),
-    "Swin": (toy_swin, quick()),
+LOW_RANK = best(macs_reduction=0.3, attention="low_rank")
+MODELS = {
+    "dense": lambda: toy_vit(depth=1),
+    "paper": lambda: toy_moe(toy_vit(depth=2), layers={0}),
+    "best, low rank": lambda: extract(toy_vit(depth=2), toy_images(12), LOW_RANK).model,
+    "ConvNeXt": lambda: toy_moe(lively(SMALL_CONVNEXT), layers={0, 3}),
+    "Swin": lambda: toy_moe(toy_swin()),
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
-def run(request):
-    make, config = CASES[request.param]
-    return extract(make(), toy_images(24), config)
+def jit(model, x, _folder):
+    return torch.jit.trace(model, x, check_trace=False)
+
+
+def exported(model, x, folder):
+    program = export(model, (x,), dynamic_shapes=({0: Dim("images", min=1, max=64)},))
+    torch.export.save(program, folder / "model.pt2")
+    return torch.export.load(folder / "model.pt2").module()
+
+
+def compiled(model, _x, _folder):
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def check_trace(model, trace, folder):
+    used = defaultdict(set)
+    routers = {index: layer.router for index, layer in moe_layers(model).items()}
+    with torch.no_grad():
+        traced = trace(model, pixels_of(model, count=2), folder)
+        for seed, count in ((1, 2), (2, 5), (3, 1)):
+            x = pixels_of(model, count=count, seed=seed)
+            found = traced(x)
+            with watch(routers, lambda i, out: used[i].update(out.flatten().tolist()), "outputs"):
+                torch.testing.assert_close(found, model(x))
+    assert not routers or max(map(len, used.values())) > 1
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MODELS[request.param]()
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
-def test_a_trace_routes_images_that_it_has_not_seen(run):
-    for model in (run.dense(), run.model):
-        with torch.no_grad():
-            traced = torch.jit.trace(model, pixels_of(model, count=2), check_trace=False)
-            for seed, count in ((1, 2), (2, 5), (3, 1)):
-                x = pixels_of(model, count=count, seed=seed)
-                torch.testing.assert_close(traced(x), model(x))
+@pytest.mark.parametrize("trace", [jit, exported])
+def test_a_trace_routes_images_that_it_has_not_seen(model, trace, tmp_path):
+    check_trace(model, trace, tmp_path)
 
 
-def test_an_export_routes_images_that_it_has_not_seen(run):
-    batch = Dim("images", min=1, max=64)
-    for model in (run.dense(), run.model):
-        x = pixels_of(model, count=2)
-        exported = export(model, (x,), dynamic_shapes=({0: batch},)).module()
-        with torch.no_grad():
-            for seed, count in ((1, 2), (2, 5), (3, 1)):
-                x = pixels_of(model, count=count, seed=seed)
-                torch.testing.assert_close(exported(x), model(x))
-
-
-def test_images_of_a_trace_use_different_experts(run):
-    used = []
-    for layer in moe_layers(run.model).values():
-        hook = layer.router.register_forward_hook(lambda _m, _a, out: used.append(out.unique()))
-        with torch.no_grad():
-            run.model(pixels_of(run.model, count=3))
-        hook.remove()
-    assert max(map(len, used)) > 1
+@pytest.mark.parametrize("make", [MODELS["paper"], lambda: toy_kinds(toy_vit(depth=1))])
+def test_compiling_needs_one_graph(make, tmp_path):
+    check_trace(make(), compiled, tmp_path)

@@ -29,13 +29,14 @@ class Choice:
 
 
 def reason_for_masked(tokens: torch.Tensor, module: nn.Module, *, macs: int) -> str:
-    """Why ``masked`` is taken without measuring; "" where the ``macs`` make that worth it."""
-    if is_traced():
+    """Why ``masked`` is taken without measuring; "" where so many ``macs`` a token are worth it."""
+    if is_traced():  # asked first: a trace is bound to the number of tokens by their len()
         return "traced: no other has shapes that do not depend on the routing"
     tensors = tokens, *module.parameters()
     if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
         return "gradients are wanted"
-    return "" if macs >= LITTLE else f"{len(tokens)} tokens are too little work to divide"
+    little = macs * len(tokens) < LITTLE
+    return f"{len(tokens)} tokens are too little work to divide" if little else ""
 
 
 def situation(tokens: torch.Tensor) -> Hashable:

@@ -6,20 +6,20 @@ import torch
 from timm.layers import Mlp
 from torch.nn.parallel import DistributedDataParallel
 
-from moee_analysis.moe.kernels import autotune as tuning
+from moee_analysis.moe.kernels import autotune
 from moee_analysis.moe.kernels.autotune import LITTLE, candidates
-from moee_analysis.moe.kernels.dispatch import Way
+from moee_analysis.moe.kernels.dispatch import Strategy
 from moee_analysis.moe.layer import MoeMlp
 from moee_analysis.moe.routers import CosineRouter
-from moee_analysis.utils import matmul as products
 from tests.helpers.models import toy_moe, toy_vit
 
 DIM, HIDDEN, EXPERTS = 64, 256, 24
-ENOUGH = LITTLE // (2 * DIM * HIDDEN) + 1  # tokens that are worth measuring
+WORTH = LITTLE // (2 * DIM * HIDDEN) + 1  # tokens that are worth measuring
 
 
 @pytest.fixture
-def layer():
+def layer(monkeypatch):
+    monkeypatch.setattr(autotune, "ENOUGH", 1e-9)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     experts = [np.sort(rng.permutation(HIDDEN)[:100]) for _ in range(EXPERTS - 1)]
@@ -28,48 +28,26 @@ def layer():
     return MoeMlp(mlp, router, [*experts, every], np.full(EXPERTS, 1 / EXPERTS))
 
 
-def only_choice(layer):
-    (choice,) = layer.choices.values()
-    return choice
-
-
-def test_the_fastest_of_all_ways_is_chosen_and_says_why(layer):
-    x = torch.randn(ENOUGH, DIM)
+def test_the_fastest_of_all_strategies_is_chosen_and_says_why(layer):
+    x = torch.randn(WORTH, DIM)
     layer(x)
-    choice = only_choice(layer)
-    assert set(choice.seconds) == set(candidates(layer, x))
-    assert choice.seconds[choice.way] == min(choice.seconds.values()) > 0
-    assert choice.reason.startswith(f"fastest for {ENOUGH} tokens: masked ")
+    (choice,) = layer.choices.values()
+    counts = (2, 4, 16, None)  # every number of groups that there can be
+    expected = [Strategy("masked"), *(Strategy("sorted", count) for count in counts)]
+    assert list(choice.seconds) == candidates(x, experts=EXPERTS) == expected
+    assert choice.seconds[choice.strategy] == min(choice.seconds.values()) > 0
+    assert choice.reason.startswith(f"fastest for {WORTH} tokens: masked ")
     assert "sorted, 16 groups" in choice.reason
 
 
-def test_every_number_of_groups_is_tried_that_there_can_be(layer):
-    ways = candidates(layer, torch.zeros(1, DIM))
-    counts = (2, 4, 16, None)
-    assert ways == [Way("masked"), *(Way("sorted", count) for count in counts)]
-
-
-def test_onednn_takes_part_where_it_is_fast_and_is_told(layer, monkeypatch):
-    monkeypatch.setattr(products, "onednn_speed", lambda threads: 2.0)
-    monkeypatch.setattr(tuning, "onednn_speed", lambda threads: 2.0)
-    x = torch.randn(ENOUGH, DIM)
-    layer(x)  # with gradients, which oneDNN does not know
-    assert {way.kernel for way in only_choice(layer).seconds} == {"blas"}
-    with torch.no_grad():
-        if not products.onednn_takes(x):
-            pytest.skip("this torch has no oneDNN")
-        torch.testing.assert_close(layer(x), Way("masked")(layer, x, layer.router(x)))
-    _, choice = layer.choices.values()
-    assert {way.kernel for way in choice.seconds} == {"onednn"}
-    assert choice.reason.endswith("oneDNN multiplies 2 times as fast as BLAS here")
-
-
 def test_measuring_is_done_once_for_about_as_many_tokens(layer):
-    outs = [layer(torch.ones(n, DIM)) for n in (ENOUGH, ENOUGH, ENOUGH + 1)]
+    outs = [layer(torch.ones(n, DIM)) for n in (WORTH, WORTH, WORTH + 1)]
     assert torch.equal(outs[0], outs[1])
     assert len(layer.choices) == 1
-    layer(torch.ones(4 * ENOUGH, DIM))
+    layer(torch.ones(4 * WORTH, DIM))
     assert len(layer.choices) == 2
+    layer.load_state_dict(layer.state_dict())  # perhaps of other lists
+    assert not layer.choices
 
 
 def test_measuring_is_repeated_with_other_threads(layer):
@@ -77,7 +55,7 @@ def test_measuring_is_repeated_with_other_threads(layer):
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            layer(torch.ones(ENOUGH, DIM))
+            layer(torch.ones(WORTH, DIM))
     finally:
         torch.set_num_threads(before)
     assert len(layer.choices) == 2
@@ -86,47 +64,24 @@ def test_measuring_is_repeated_with_other_threads(layer):
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_a_choice_serves_inference_with_and_without_recording(layer, mode):
     with mode():
-        layer(torch.randn(ENOUGH, DIM))
-    assert layer(torch.randn(ENOUGH, DIM)).shape == (ENOUGH, DIM)
+        layer(torch.randn(WORTH, DIM))
+    assert layer(torch.randn(WORTH, DIM)).shape == (WORTH, DIM)
 
 
-def test_little_work_is_not_measured(layer):
+def test_neither_little_work_nor_training_is_measured(layer):
     layer(torch.randn(7, DIM))
-    assert not layer.choices
-
-
-def test_training_is_not_measured(layer):
     layer.requires_grad_()
-    layer(torch.randn(ENOUGH, DIM)).sum().backward()
+    layer(torch.randn(WORTH, DIM)).sum().backward()
     assert not layer.choices
     assert layer.fc1.weight.grad.any()
 
 
-def test_a_way_that_was_set_is_taken(layer):
-    layer.way = Way("sorted", 3)
-    x = torch.randn(ENOUGH, DIM)
+def test_a_strategy_that_was_set_is_taken(layer):
+    layer.strategy = Strategy("sorted", 3)
+    x = torch.randn(WORTH, DIM)
     found = layer(x)
     assert not layer.choices
-    assert torch.equal(found, Way("sorted", 3)(layer, x, layer.router(x)))
-
-
-def test_loading_weights_forgets_the_choices(layer):
-    layer(torch.randn(ENOUGH, DIM))
-    layer.load_state_dict(layer.state_dict())
-    assert not layer.choices
-
-
-def test_a_model_exports_and_compiles_as_it_computes(tmp_path):
-    model = toy_moe(toy_vit(), layers={0, 2})
-    x = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("images")},))
-    torch.export.save(exported, tmp_path / "model.pt2")
-    more = torch.randn(5, 3, 32, 32)
-    again = torch.export.load(tmp_path / "model.pt2").module()
-    torch.testing.assert_close(again(more), model(more))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x))
+    assert torch.equal(found, layer.compute(x, layer.router(x), Strategy("sorted", 3)))
 
 
 @pytest.fixture
