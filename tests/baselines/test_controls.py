@@ -13,7 +13,6 @@ from moee_analysis.baselines.controls import (
     with_random_centres,
 )
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
@@ -42,29 +41,20 @@ def cost(run):
     return moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
 
 
-def test_random_routing_keeps_the_experts_and_changes_only_who_gets_which(run):
-    control = randomly_routed(run)
+def test_random_routing_changes_only_who_gets_which_expert_and_has_a_seed(run):
+    control, x = randomly_routed(run), pixels_of(run.model)
     for index, layer in moe_layers(control).items():
         own = moe_layers(run.model)[index]
         assert isinstance(layer.router, RandomRouter)
         assert isinstance(own.router, CosineRouter)  # the run itself is left alone
         assert layer.expert_sizes == own.expert_sizes
         assert torch.equal(layer.fc1.weight, own.fc1.weight)
-    x = pixels_of(run.model)
+        chosen = layer.router(torch.randn(20_000, 32))[:, 0]
+        found = torch.bincount(chosen, minlength=layer.n_experts) / 20_000
+        torch.testing.assert_close(found, layer.shares, atol=0.02, rtol=0)
     assert not torch.allclose(control(x), run.model(x))
-
-
-def test_random_routing_is_as_uneven_as_the_calibration(run):
-    layer = moe_layers(randomly_routed(run))[2]
-    chosen = layer.router(torch.randn(20_000, 32))[:, 0]
-    found = torch.bincount(chosen, minlength=layer.n_experts) / 20_000
-    torch.testing.assert_close(found, layer.shares, atol=0.02, rtol=0)
-
-
-def test_random_routing_repeats_itself_and_has_a_seed(run):
-    x = pixels_of(run.model)
-    assert torch.equal(randomly_routed(run)(x), randomly_routed(run)(x))
-    assert not torch.equal(randomly_routed(run)(x), randomly_routed(run, seed=1)(x))
+    assert torch.equal(randomly_routed(run)(x), control(x))
+    assert not torch.equal(randomly_routed(run, seed=1)(x), control(x))
 
 
 def test_random_routing_leaves_leading_tokens_with_their_experts(run):
@@ -133,18 +123,14 @@ def test_random_routing_of_the_best_recipe_keeps_cls_and_constants():
     assert kinds == [RandomRouter, RandomRouter, ConstantRouter]
 
 
-def test_static_pruning_of_a_run_that_saves_nothing_prunes_nothing():
+def test_a_run_that_saves_nothing_is_pruned_by_nothing_and_one_without_experts_is_refused():
     run = extract(toy_vit(), IMAGES, quick(variance_kept=1.0))
-    pruned = statically_pruned(run, IMAGES)
     x = pixels_of(run.model)
-    torch.testing.assert_close(pruned.model(x), run.dense()(x), rtol=1e-4, atol=1e-5)
-
-
-def test_a_run_without_experts_has_nothing_to_prune():
-    nothing = replace(CLUSTERING, max_noise=0.001)
-    run = extract(toy_vit(), IMAGES, quick(clustering=nothing))
+    pruned = statically_pruned(run, IMAGES).model
+    torch.testing.assert_close(pruned(x), run.dense()(x), rtol=1e-4, atol=1e-5)
+    nothing = quick(clustering=replace(CLUSTERING, max_noise=0.001))
     with pytest.raises(MoeeError, match="every layer dense"):
-        statically_pruned(run, IMAGES)
+        statically_pruned(extract(toy_vit(), IMAGES, nothing), IMAGES)
 
 
 def test_random_centres_are_inputs_of_tokens_as_many_as_experts(run, tmp_path):
@@ -167,12 +153,8 @@ def test_with_random_centres_only_the_clusters_are_other_ones(settings):
     assert control.clustering.method == "random"
     assert control.noise == "reroute"  # a token that is no centre is no noise
     assert replace(control, clustering=config.clustering, noise="drop") == config
-
-
-def test_with_random_centres_of_a_recipe_it_has_the_recipe_s_count():
-    config = ExtractConfig(recipe="best", macs_reduction=0.2)
     count = config.resolved().clustering.count
-    assert with_random_centres(config).clustering.count == count
+    assert control.clustering.count == count
 
 
 def test_with_random_centres_the_budget_is_met_and_the_router_is_of_the_same_kind():

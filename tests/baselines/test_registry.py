@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count
 from moee_analysis.moe.expert_layer import counting_usage, macs_as_used
 from tests.helpers.images import toy_images
-from tests.helpers.models import hooks_of, pixels_of, toy_vit
+from tests.helpers.models import hooks_of, pixels_of, same_models, toy_vit
 
 IMAGES = toy_images(48)
 CONVERTING = [
@@ -28,8 +29,15 @@ def model_of(made):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("store")
+def made(tmp_path_factory):
+    """The dense model, and a function that makes a system's model of it, once."""
+    dense, store = toy_vit(), tmp_path_factory.mktemp("store")
+
+    @cache
+    def make(name):
+        return model_of(SYSTEMS[name].make(dense, IMAGES, ASKED, store=store))
+
+    return dense, make
 
 
 @pytest.mark.parametrize("convert", CONVERTING, ids=lambda convert: convert.__module__)
@@ -40,32 +48,24 @@ def test_all_systems_have_one_interface(convert):
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_every_system_makes_a_model_like_the_dense_one_and_leaves_that_alone(name, store):
-    dense, x = toy_vit(), pixels_of(toy_vit())
-    before = {key: value.clone() for key, value in dense.state_dict().items()}
-    model = model_of(SYSTEMS[name].make(dense, IMAGES, ASKED, store=store))
+def test_every_system_makes_the_same_model_again_and_leaves_the_dense_one_alone(name, made):
+    (dense, make), x = made, pixels_of(toy_vit())
+    model = make(name)
     with torch.no_grad():
         found = model(x)
+        again = model_of(SYSTEMS[name].make(toy_vit(), IMAGES, ASKED))(x)
     assert found.shape == dense(x).shape
     assert found.isfinite().all()
+    assert torch.equal(found, again)
     assert not model.training
     assert hooks_of(dense) == hooks_of(model) == 0
-    assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_a_seed_repeats_itself(name, store):
-    x = pixels_of(toy_vit())
-    outputs = [
-        model_of(SYSTEMS[name].make(toy_vit(), IMAGES, ASKED, store=store))(x) for _ in range(2)
-    ]
-    assert torch.equal(*outputs)
+    assert same_models(dense, toy_vit())
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if "top-1" not in name])
-def test_the_budget_is_met_on_the_calibration_images(name, store):
-    dense = toy_vit()
-    model = model_of(SYSTEMS[name].make(dense, IMAGES, ASKED, store=store))
+def test_the_budget_is_met_on_the_calibration_images(name, made):
+    dense, make = made
+    model = make(name)
     with torch.no_grad(), counting_usage({name: model}) as usage:
         for batch in IMAGES.batches(dense):
             model(batch)

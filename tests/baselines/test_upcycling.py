@@ -1,0 +1,260 @@
+"""Soft MoE and Sparse Upcycling: copies of MLPs on slots, or on tokens that gates choose."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from moee_analysis import measure
+from moee_analysis.baselines import soft_moe, sparse_upcycling
+from moee_analysis.baselines.controls import constantly_routed, randomly_routed
+from moee_analysis.baselines.soft_moe import SoftMoeConfig
+from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.macs import count
+from moee_analysis.moe.expert_layer import expert_layers
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, pixels_of, same_models, toy_swin, toy_vit
+
+MODELS = {"vit": toy_vit, "swin": toy_swin, "convnext": lambda: lively("test_convnext")}
+IMAGES = toy_images(6)
+
+
+def soft(dense, **settings):
+    return soft_moe.convert(dense, IMAGES, SoftMoeConfig(**{"experts": 4, **settings}))
+
+
+def sparse(dense, **settings):
+    config = SparseUpcyclingConfig(**{"experts": 4, **settings})
+    return sparse_upcycling.convert(dense, IMAGES, config)
+
+
+def top_k(dense, **settings):
+    return sparse(dense, router="top_k", **settings)
+
+
+SYSTEMS = [soft, sparse, top_k]
+
+
+def all_layers(dense):
+    return tuple(site.index for site in find_mlps(dense))
+
+
+# What all have in common
+
+
+@pytest.mark.parametrize("convert", SYSTEMS)
+def test_the_dense_model_is_not_touched_and_every_parameter_learns(convert):
+    dense = toy_vit()
+    before = copy.deepcopy(dense)
+    model = convert(dense).requires_grad_().train()
+    model(pixels_of(dense)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0 or "router" not in name
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert same_models(dense, before)
+    assert not dense.blocks[1].mlp.fc1.weight.requires_grad
+
+
+@pytest.mark.parametrize("convert", SYSTEMS)
+def test_noise_is_for_training_only(convert):
+    dense = toy_vit()
+    model, x = convert(dense, noise=4.0), pixels_of(dense)
+    assert not model.training
+    torch.testing.assert_close(model(x), convert(dense)(x), rtol=0, atol=0)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("convert", SYSTEMS)
+def test_measures_and_controls_take_the_model(convert):
+    dense = toy_vit()
+    model = convert(dense)
+    systems = {
+        "own": model, "random": randomly_routed(model), "constant": constantly_routed(model),
+    }  # fmt: skip
+    table = measure.accuracy(systems | {"dense": dense}, IMAGES, reference="dense")
+    assert table["top1"].between(0, 1).all()
+    total = measure.macs(model)["macs"].iloc[-1]
+    assert count(systems["random"], sites=[]).total == total
+    if convert is not soft:
+        assert count(systems["constant"], sites=[]).total == total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(pixels_of(dense)).isfinite().all()
+
+
+def test_the_second_half_or_every_second_mlp_is_exchanged():
+    assert list(expert_layers(soft(lively()))) == ["blocks.3.mlp", "blocks.4.mlp", "blocks.5.mlp"]
+    assert list(expert_layers(sparse(lively()))) == ["blocks.1.mlp", "blocks.3.mlp", "blocks.5.mlp"]
+
+
+# Their MACs
+
+
+def slots_macs(site, tokens, slots):
+    """MACs of a layer with so many slots: their MLPs; logits, dispatch and combination."""
+    return 2 * slots * site.dim * site.hidden + 3 * tokens * slots * site.dim
+
+
+def pairs_macs(site, tokens, pairs):
+    """MACs of a layer with so many pairs of a token and an expert, and its router."""
+    return 2 * pairs * site.dim * site.hidden + tokens * 4 * site.dim
+
+
+def a_share(capacity):
+    """Tokens, or slots, of all four experts."""
+    return lambda tokens: 4 * round(capacity * tokens / 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("convert", "settings", "computed"), [
+    (soft, {"slots": 1}, lambda _: 4), (soft, {"slots": 3}, lambda _: 12),
+    (soft, {"capacity_factor": 0.5}, a_share(0.5)), (soft, {}, a_share(1)),
+    (top_k, {"k": 1}, lambda tokens: tokens), (top_k, {"k": 3}, lambda tokens: 3 * tokens),
+    (sparse, {"capacity": 1.0}, a_share(1)), (sparse, {"capacity": 2.0}, a_share(2)),
+    (sparse, {"capacity": 0.25}, a_share(0.25)),
+])  # fmt: skip
+def test_macs_are_those_of_the_mlps_and_of_routing(name, convert, settings, computed):
+    dense = MODELS[name]()
+    model, counted = convert(dense, layers=all_layers(dense), **settings), count(dense)
+    now, expected = count(model, sites=[]), counted.total
+    layer_macs = slots_macs if convert is soft else pairs_macs
+    for site in find_mlps(dense):
+        tokens = counted.tokens[site.name]
+        macs = layer_macs(site, tokens, computed(tokens))
+        assert now.by_module[site.name] == macs
+        expected += macs - counted.by_module[site.name]
+    assert now.total == expected
+    assert model(pixels_of(dense)).shape == (4, dense.num_classes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("reduction", [0.03, 0.07])
+@pytest.mark.parametrize(("convert", "experts"), [(soft, 2), (sparse, 4)])
+def test_a_budget_of_macs_is_met(name, reduction, convert, experts):
+    dense = MODELS[name]()
+    model = convert(dense, experts=experts, layers=all_layers(dense), macs_reduction=reduction)
+    counted = count(dense)
+    step = max(slots_macs(s, counted.tokens[s.name], experts) for s in find_mlps(dense))
+    if convert is sparse:
+        step = max(experts * 2 * s.dim * s.hidden for s in find_mlps(dense))
+    budget = (1 - reduction) * counted.total
+    assert budget - step < count(model, sites=[]).total <= budget
+    assert measure.macs(model)["macs"].iloc[-1] == count(model, sites=[]).total
+
+
+def test_the_largest_saving_is_said_and_can_be_had():
+    dense = toy_vit()
+    with pytest.raises(MoeeError, match=r"at most 8\.9%; found 50\.0%"):
+        sparse(dense, macs_reduction=0.5)
+    saved = 1 - count(sparse(dense, macs_reduction=0.089), sites=[]).total / count(dense).total
+    assert 0.089 <= saved < 0.09
+
+
+# Soft MoE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_upcycled_expert_is_the_dense_mlp(name):
+    """One expert with one slot: all tokens get its MLP of what dispatch mixes."""
+    dense = MODELS[name]()
+    site = find_mlps(dense)[0]
+    layer = site.module(soft(dense, experts=1, slots=1, layers=(0,)))
+    x = torch.randn(2, 3, 4, site.dim)
+    dispatch = layer.router(x.flatten(1, 2)).dispatch
+    slot = (dispatch * x.flatten(1, 2)).sum(1)
+    expected = site.module(dense)(slot)[:, None, None].expand_as(x)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_upcycled_experts_are_alike_and_fresh_ones_differ():
+    dense = toy_vit()
+    (alike,) = soft(dense, layers=(2,)).blocks[2].mlp.groups
+    assert (alike.fc1_weight == dense.blocks[2].mlp.fc1.weight).all()
+    assert (alike.fc2_bias == dense.blocks[2].mlp.fc2.bias).all()
+    (fresh,) = soft(dense, layers=(2,), initialisation="fresh").blocks[2].mlp.groups
+    for weight in (fresh.fc1_weight, fresh.fc2_weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert not torch.equal(weight[0], weight[1])
+    assert not fresh.fc1_bias.any()
+    assert not fresh.fc2_bias.any()
+
+
+@pytest.mark.parametrize("initialisation", ["upcycled", "fresh"])
+def test_seeds_decide(initialisation):
+    settings = {"initialisation": initialisation}
+    first, same, other = (soft(toy_vit(), seed=seed, **settings) for seed in (0, 0, 1))
+    assert same_models(first, same)
+    assert not same_models(first, other)
+
+
+def test_dropout_is_for_training_only():
+    model, x = soft(toy_vit(), drop=0.5), pixels_of(toy_vit())
+    torch.testing.assert_close(model(x), soft(toy_vit())(x), rtol=0, atol=0)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+# Sparse Upcycling
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("convert", "settings"), [
+    (top_k, {"k": 1}), (top_k, {"k": 2}), (top_k, {"k": 4}),
+    (sparse, {"capacity": 4.0}), (sparse, {"capacity": 9.0}),
+])  # fmt: skip
+def test_the_start_is_the_dense_model_where_every_token_has_an_expert(name, convert, settings):
+    dense = MODELS[name]()
+    x = pixels_of(dense)
+    model = convert(dense, layers=all_layers(dense), **settings)
+    torch.testing.assert_close(model(x), dense(x), atol=1e-4, rtol=1e-4)
+
+
+def test_gates_that_are_not_renormalised_scale_the_output():
+    dense = toy_vit(depth=1)
+    layer = top_k(dense, layers=(0,), k=2, renormalise=False).blocks[0].mlp
+    x = torch.randn(3, 17, 32)
+    gates = torch.softmax(x @ layer.router.gate.weight.T, dim=-1).topk(2).values
+    expected = gates.sum(dim=-1, keepdim=True) * dense.blocks[0].mlp(x)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_seeds_decide_the_routers_and_nothing_else():
+    dense = toy_vit()
+    first, same, other = (sparse(dense, seed=seed) for seed in (0, 0, 1))
+    assert same_models(first, same)
+    unlike = {n for n, t in first.state_dict().items() if not torch.equal(t, other.state_dict()[n])}
+    assert unlike == {"blocks.1.mlp.router.gate.weight"}
+    std = sparse(dense, experts=64).blocks[1].mlp.router.gate.weight.std().item()
+    assert std == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(("convert", "settings", "message"), [
+    (soft, {"experts": 0}, "experts as a whole number"),
+    (soft, {"slots": 0}, "slots as a whole number"),
+    (soft, {"slots": 1, "macs_reduction": 0.1}, "slots or a MACs reduction"),
+    (soft, {"macs_reduction": 28}, "0.28 means 28 %"),
+    (soft, {"macs_reduction": 0.5}, r"at most \d+\.\d%; found 50.0%"),
+    (soft, {"capacity_factor": 0.0}, "capacity_factor as a number above 0"),
+    (soft, {"initialisation": "copied"}, "upcycled, fresh"),
+    (soft, {"drop": 1.0}, "drop as a number at least 0 and below 1"),
+    (soft, {"noise": -0.1}, "noise as a number at least 0"),
+    (soft, {"layers": (9,)}, "layers between 0 and 2"),
+    (top_k, {"macs_reduction": 0.2}, "plain upcycling never reduces MACs"),
+    (top_k, {"k": 5}, "at most 4 experts"),
+    (top_k, {"k": 0}, "k as a whole number"),
+    (sparse, {"capacity": 1.0, "macs_reduction": 0.2}, "capacity or a MACs reduction"),
+    (sparse, {"macs_reduction": 28}, "0.28 means 28 %"),
+    (sparse, {"router": "hash"}, "expert_choice, top_k"),
+    (sparse, {"experts": 0}, "experts as a whole number"),
+    (sparse, {"capacity": 0.0}, "capacity as a number above 0"),
+    (sparse, {"noise": -1.0}, "noise as a number at least 0"),
+    (sparse, {"layers": ()}, "layers between 0 and 2"),
+])  # fmt: skip
+def test_impossible_requests_are_refused(convert, settings, message):
+    with pytest.raises(MoeeError, match=message):
+        convert(toy_vit(), **settings)
