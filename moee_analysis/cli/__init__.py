@@ -1,4 +1,4 @@
-"""The command line ``moee``: what it says of itself, what it takes, what it does and prints.
+"""The command line ``moee``: parse, call, print.
 
 Exit codes: 0 done, 1 failed or interrupted, 2 bad input or no room (told in one line), 143 ended by
 SIGTERM.
@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS as FINETUNE_OPTIONS
 from moee_analysis.cli.parser import command_parser
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.signals import Terminated, ended_in_order
-from moee_analysis.utils.storage.files import FULL, refusal
+from moee_analysis.utils.storage.refusals import FULL, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (MoeeError, KeyboardInterrupt, Terminated, OSError) as end:
-        code, told = _ending(end)
-        print(f"moee: {told}", file=sys.stderr)
+        code, text = _ending(end)
+        print(f"moee: {text}", file=sys.stderr)
     return code
 
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from moee_analysis.cli.finetune_options import FINETUNE_OPTIONS
 from moee_analysis.errors import MoeeError
 
 if TYPE_CHECKING:
-    import argparse
+    from argparse import Namespace
 
     from torch import nn
 
     from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.config.clustering import ClusterConfig
-    from moee_analysis.extraction.pipeline import Extraction
-    from moee_analysis.extraction.record.calibration_set import Limits
+    from moee_analysis.extraction.run import Extraction
 
 MODEL_ARGUMENTS = ("img_size", "in_chans")
 """Options that are arguments of ``timm.create_model``."""
 
-Command = Callable[["argparse.Namespace"], int]
+Command = Callable[["Namespace"], int]
 
 
-def extract(arguments: argparse.Namespace) -> int:
+def extract(arguments: Namespace) -> int:
     """Take a model apart and save the run."""
     from moee_analysis.utils.distributed import together
 
@@ -33,33 +30,28 @@ def extract(arguments: argparse.Namespace) -> int:
         return _extract_together(arguments)
 
 
-def _extract_together(arguments: argparse.Namespace) -> int:
+def _extract_together(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli.printing import layers_text
+    from moee_analysis.extraction.config.recipes import recipe_named
     from moee_analysis.extraction.saving.run_files import check_target
     from moee_analysis.models.class_names import name_by_folders
     from moee_analysis.utils.distributed import local_device, rank
     from moee_analysis.utils.progress import tell
 
-    config = moee.ExtractConfig(
-        recipe=arguments.recipe,
-        macs_reduction=arguments.macs_reduction,
-        params_reduction=arguments.params_reduction,
-        variance_kept=arguments.variance_kept,
-        preset=arguments.preset,
-        seed=arguments.seed,
-        clustering=_clustering(arguments),
-        noise=arguments.noise,
-        attention=arguments.attention,
-        dense_tokens=arguments.dense_tokens or (),
-    )
+    bound = arguments.params_reduction is not None
+    clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
+    if arguments.reduce:
+        clustering = replace(clustering, reduce=arguments.reduce)
+    config = moee.ExtractConfig(**_settings(arguments, moee.ExtractConfig), clustering=clustering)
     check_target(arguments.out)
-    device = local_device(arguments.device)
-    model = _model(arguments, device)
+    model = _model(arguments, local_device(arguments.device))
     check_target(arguments.out, wanted=sum(t.nbytes for t in model.state_dict().values()))
     images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
     name_by_folders(model, images.classes)
-    run = moee.extract(model, images, config, store=arguments.store, limits=_limits(arguments))
+    sizes = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
+    limits = moee.Limits(**{name: 1e9 * size for name, size in sizes.items() if size is not None})
+    run = moee.extract(model, images, config, store=arguments.store, limits=limits)
     if rank() == 0:
         run.save(arguments.out)
         print(layers_text(run))
@@ -67,63 +59,23 @@ def _extract_together(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model(arguments: argparse.Namespace, device: str) -> nn.Module:
-    """The dense model that the options name."""
-    from moee_analysis.models.loading import load_model
-
-    return load_model(arguments.model, device=device, **_given(arguments))
-
-
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of the dense model, beside its name."""
-    return {name: getattr(arguments, name) for name in ("weights", "classes", *MODEL_ARGUMENTS)}
-
-
-def _named_run(arguments: argparse.Namespace, images: ImageSet) -> Extraction:
-    """The run, with the names of its classes that are given, or those of the class folders."""
-    from moee_analysis.extraction.pipeline import load
-    from moee_analysis.models.class_names import name_by_folders, name_classes, read_class_names
-
-    run = load(arguments.run)
-    if arguments.classes:
-        name_classes(run.model, read_class_names(arguments.classes))
-    name_by_folders(run.model, images.classes)
-    return run
-
-
-def _limits(arguments: argparse.Namespace) -> Limits:
-    from moee_analysis.extraction.record.calibration_set import Limits
-
-    given = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
-    return Limits(**{name: 1e9 * size for name, size in given.items() if size is not None})
-
-
-def _clustering(arguments: argparse.Namespace) -> ClusterConfig:
-    """The recipe's clustering, reduced as asked for."""
-    from moee_analysis.extraction.config.recipes import recipe_named
-
-    bound = arguments.params_reduction is not None
-    clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
-    return replace(clustering, reduce=arguments.reduce) if arguments.reduce else clustering
-
-
-def evaluate(arguments: argparse.Namespace) -> int:
+def evaluate(arguments: Namespace) -> int:
     """Compare a run with its dense model."""
     import moee_analysis as moee
     from moee_analysis.cli.printing import numbers_text
-    from moee_analysis.measure.evaluation.evaluate import evaluate as evaluated
+    from moee_analysis.measure.evaluation.evaluate import evaluate as evaluate_run
     from moee_analysis.utils.storage.files import write_json
 
     images = moee.load_images(arguments.images, strict=arguments.strict)
-    run = _named_run(arguments, images)
-    numbers = evaluated(run, images, weights=arguments.weights, device=arguments.device)
+    run = _run(arguments, images)
+    numbers = evaluate_run(run, images, weights=arguments.weights, device=arguments.device)
     if arguments.json:
         write_json(arguments.json, numbers)
     print(numbers_text(numbers))
     return 0
 
 
-def finetune(arguments: argparse.Namespace) -> int:
+def finetune(arguments: Namespace) -> int:
     """Train a run towards its dense model."""
     from moee_analysis.utils.distributed import together
 
@@ -131,7 +83,7 @@ def finetune(arguments: argparse.Namespace) -> int:
         return _finetune_together(arguments)
 
 
-def _finetune_together(arguments: argparse.Namespace) -> int:
+def _finetune_together(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli.printing import tuned_text
     from moee_analysis.models.loading import check_device
@@ -139,8 +91,7 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
     from moee_analysis.utils.progress import tell
     from moee_analysis.utils.storage.files import new_file
 
-    given = {name: getattr(arguments, name) for name in FINETUNE_OPTIONS}
-    config = moee.FinetuneConfig(**{name: v for name, v in given.items() if v is not None})
+    config = moee.FinetuneConfig(**_settings(arguments, moee.FinetuneConfig))
     device = local_device(arguments.device)
     check_device(device)
     run = moee.load(arguments.run)
@@ -158,14 +109,14 @@ def _finetune_together(arguments: argparse.Namespace) -> int:
     return 0 if tuned.finite else 1
 
 
-def compare(arguments: argparse.Namespace) -> int:
+def compare(arguments: Namespace) -> int:
     """Set all systems side by side."""
     import moee_analysis as moee
     from moee_analysis.baselines.registry import systems_named
     from moee_analysis.cli.printing import comparison_text
     from moee_analysis.extraction.config.presets import preset_named
     from moee_analysis.measure.evaluation.comparison import Contest
-    from moee_analysis.measure.evaluation.comparison import compare as compared
+    from moee_analysis.measure.evaluation.comparison import compare as compare_systems
     from moee_analysis.measure.evaluation.comparison_table import comparison_table
     from moee_analysis.models.class_names import name_by_folders
     from moee_analysis.utils.storage.files import write_json
@@ -182,7 +133,7 @@ def compare(arguments: argparse.Namespace) -> int:
         model, calibration, images, arguments.preset, arguments.store, sizes.resamples,
         latency=not arguments.no_latency,
     )  # fmt: skip
-    rows = compared(
+    rows = compare_systems(
         contest, macs_reductions=arguments.macs_reduction, systems=arguments.systems,
         seeds=range(arguments.seed, arguments.seed + arguments.seeds),
     )  # fmt: skip
@@ -192,7 +143,7 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def atlas(arguments: argparse.Namespace) -> int:
+def atlas(arguments: Namespace) -> int:
     """Write the atlas of a run's experts."""
     import moee_analysis as moee
     from moee_analysis.models.loading import check_device
@@ -202,7 +153,7 @@ def atlas(arguments: argparse.Namespace) -> int:
 
     check_device(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
-    run = _named_run(arguments, images)
+    run = _run(arguments, images)
     run.model.to(arguments.device)
     page = write_atlas(run, images, arguments.out, dense=_dense(run, arguments))
     tell(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
@@ -211,40 +162,25 @@ def atlas(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dense(run: Extraction, arguments: argparse.Namespace) -> nn.Module | None:
-    """The dense model of a run, None if it is not there any more."""
-    try:
-        return run.dense(weights=arguments.weights).to(arguments.device)
-    except MoeeError as error:
-        if arguments.weights:
-            raise
-        print(f"without the dense model: {error}")
-        return None
-
-
-def report(arguments: argparse.Namespace) -> int:
+def report(arguments: Namespace) -> int:
     """Run all notebooks and write their pages."""
     from moee_analysis.report.notebook.image_sets import check_report
-    from moee_analysis.report.runner.run_notebooks import INDEX
-    from moee_analysis.report.runner.run_notebooks import report as reported
+    from moee_analysis.report.pages.index import INDEX
+    from moee_analysis.report.runner import run_notebooks
     from moee_analysis.utils.web_browser import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
-    given = {name: getattr(arguments, name) for name in names} | {"class_file": arguments.classes}
+    given = _given(arguments, *names) | {"class_file": arguments.classes}
     check_report(given | {"preset": arguments.preset})
-    outcomes = reported(
-        given,
-        out=arguments.out,
-        preset=arguments.preset,
-    )
+    outcomes = run_notebooks.report(given, out=arguments.out, preset=arguments.preset)
     if arguments.open:
         open_page(arguments.out / INDEX)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
-def store(arguments: argparse.Namespace) -> int:
+def store(arguments: Namespace) -> int:
     """List what a store holds, or remove what was not used for longest."""
-    from moee_analysis.cli.store_text import pruned_text, store_text
+    from moee_analysis.cli.printing import pruned_text, store_text
     from moee_analysis.utils.paths import store_folder
     from moee_analysis.utils.storage.upkeep import entries, prune
 
@@ -256,20 +192,61 @@ def store(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def lab(arguments: argparse.Namespace) -> int:
+def lab(arguments: Namespace) -> int:
     """Open JupyterLab until it is closed."""
-    from moee_analysis.report.runner.run_notebooks import open_lab
+    from moee_analysis.report.runner.jupyter import open_lab
 
     return open_lab(arguments.others)
 
 
-def doctor(arguments: argparse.Namespace) -> int:
-    """Say what works here and what a run would cost."""
-    from moee_analysis.cli.doctor import examined
-    from moee_analysis.cli.doctor_text import diagnosis_json, diagnosis_text
+def doctor(arguments: Namespace) -> int:
+    """Say what works here."""
+    from moee_analysis.cli import doctor as here
 
-    diagnosis = examined(
-        arguments.model, images=arguments.images, preset=arguments.preset, **_given(arguments)
-    )
-    print(diagnosis_json(diagnosis) if arguments.json else diagnosis_text(diagnosis))
-    return 0 if diagnosis.ok else 1
+    diagnosis = here.examine(arguments.model, **_model_arguments(arguments))
+    print(here.as_json(diagnosis) if arguments.json else here.as_text(diagnosis))
+    return 0 if diagnosis["ok"] else 1
+
+
+def _settings(arguments: Namespace, config: type) -> dict[str, Any]:
+    """The fields of a ``config`` that are options."""
+    names = [field.name for field in fields(config) if hasattr(arguments, field.name)]
+    return _given(arguments, *names)
+
+
+def _given(arguments: Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _model_arguments(arguments: Namespace) -> dict[str, Any]:
+    return _given(arguments, "weights", "classes", *MODEL_ARGUMENTS)
+
+
+def _model(arguments: Namespace, device: str) -> nn.Module:
+    """The dense model that the options name."""
+    from moee_analysis.models.loading import load_model
+
+    return load_model(arguments.model, device=device, **_model_arguments(arguments))
+
+
+def _run(arguments: Namespace, images: ImageSet) -> Extraction:
+    """The run, with the names of its classes that are given, or those of the class folders."""
+    import moee_analysis as moee
+    from moee_analysis.models.class_names import name_by_folders, read_class_names
+
+    run = moee.load(arguments.run)
+    if arguments.classes:
+        moee.name_classes(run.model, read_class_names(arguments.classes))
+    name_by_folders(run.model, images.classes)
+    return run
+
+
+def _dense(run: Extraction, arguments: Namespace) -> nn.Module | None:
+    """The dense model of a run, None if it is not there any more."""
+    try:
+        return run.dense(weights=arguments.weights).to(arguments.device)
+    except MoeeError as error:
+        if arguments.weights:
+            raise
+        print(f"without the dense model: {error}")
+        return None

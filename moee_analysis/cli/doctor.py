@@ -1,14 +1,16 @@
-"""What works on this machine, what is missing, and what to do about it."""
+"""``moee doctor``: what works on this machine, what is missing, and what to do about it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+import textwrap
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +20,15 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from moee_analysis.cli.costs import Costs, costs_of, speed_of
-from moee_analysis.data.images import load_images
+import moee_analysis as moee
+from moee_analysis.cli.help import WIDTH
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.loading import load_model
 from moee_analysis.utils.caches import check_numba_cache
-from moee_analysis.utils.paths import notebooks_folder, store_folder
+from moee_analysis.utils.paths import nearest_folder, notebooks_folder, store_folder
 from moee_analysis.utils.versions import PACKAGE, versions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SCENES, RIGHT = 60, 0.75  # bundled scenes, and the share that the bundled model must name
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -37,70 +38,60 @@ CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what was ``found``, and what to do where it is not ``ok``."""
+    """One part of the machine: what was ``found``, and what to do where it is not ``ok``."""
 
     name: str
     found: str
     ok: bool = True
-    required: bool = True
     advice: str = ""
+    required: bool = True
+
+    def __str__(self) -> str:
+        mark = "✓" if self.ok else "✗" if self.required else "·"
+        line = f"{mark} {self.name:20} {self.found}"
+        return line if self.ok else f"{line}\n  {'':20} {self.advice}"
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """All that was looked at; ``costs`` is None where the model cannot be loaded."""
+def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:
+    """Look at this machine, and whether ``model`` can be loaded on it and taken apart.
 
-    versions: dict[str, str]
-    machine: dict[str, Any]
-    checks: tuple[Check, ...]
-    costs: Costs | None
-
-    @property
-    def ok(self) -> bool:
-        """Whether all required parts work."""
-        return all(check.ok for check in self.checks if check.required)
-
-
-def examined(
-    model: str = "bundled",
-    *,
-    weights: str | Path | None = None,
-    images: int | None = None,
-    preset: str = "small",
-    **arguments: Any,
-) -> Diagnosis:
-    """Look at this machine, and estimate what a run with ``model`` would cost on it.
-
-    Parameters
-    ----------
-    images
-        How many there are to calibrate on; None: as many as the ``preset`` takes.
-    arguments
-        Further ones of ``load_model``.
-
-    Raises
-    ------
-    MoeeError
-        A model other than the bundled one that cannot be loaded; no images; an unknown preset.
+    Returns ``ok``, ``versions``, ``machine`` and ``checks``. ``arguments`` are further ones of
+    ``load_model``; a model other than the bundled one that cannot be loaded is a MoeeError.
     """
-    checks = [*_software(), *_machine_checks(), *_optional(), *_places(), *_store(), *_bundled()]
-    costs = None
-    if model != "bundled" or weights or checks[-1].ok:
-        loaded = load_model(model, weights=weights, **arguments)
-        costs = costs_of(loaded, speed_of(loaded), images=images, preset=preset)
-    return Diagnosis(versions(), machine(), tuple(checks), costs)
+    about = machine()
+    checks = [*_software(), *_machine_checks(about), *_places(), _bundled_model()]
+    if model != "bundled" or arguments.get("weights"):
+        mlps = moee.find_mlps(moee.load_model(model, **arguments))
+        checks.append(Check(model, f"{len(mlps)} of its MLPs can be taken apart"))
+    ok = all(check.ok for check in checks if check.required)
+    return {"ok": ok, "versions": versions(), "machine": about, "checks": checks}
+
+
+def as_json(diagnosis: dict[str, Any]) -> str:
+    """All that was found, for machines."""
+    return json.dumps(diagnosis | {"checks": list(map(asdict, diagnosis["checks"]))}, indent=2)
+
+
+def as_text(diagnosis: dict[str, Any]) -> str:
+    """All that was found, for a person."""
+    found = ", ".join(f"{name} {version}" for name, version in diagnosis["versions"].items())
+    about = "{python} on {system} ({processor})".format(**diagnosis["machine"])
+    broken = [check.name for check in diagnosis["checks"] if check.required and not check.ok]
+    verdict = f"Does not work: {', '.join(broken)}. What to do stands below each."
+    lines = [*textwrap.wrap(found, WIDTH), about, "", *diagnosis["checks"], ""]
+    return "\n".join(map(str, [*lines, verdict if broken else "All required parts work."]))
 
 
 def machine() -> dict[str, Any]:
-    """System, usable cores, bytes of memory and accelerators of this machine."""
-    memory = psutil.virtual_memory()
-    limits = [int(text) for text in map(_text, CGROUPS) if text.isdigit()]
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    """System, usable cores, bytes of memory and accelerators."""
+    memory, cuda = psutil.virtual_memory(), range(torch.cuda.device_count())
+    texts = [Path(name).read_text().strip() for name in CGROUPS if Path(name).is_file()]
+    limits = [int(text) for text in texts if text.isdigit()]
     return {
         "python": sys.executable,
         "system": platform.platform(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "cores": usable_cores(),
+        "cores": len(psutil.Process().cpu_affinity() or ()),
         "threads": torch.get_num_threads(),
         "memory": min([memory.total, *limits]),
         "memory_free": min([memory.available, *limits]),
@@ -108,38 +99,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _text(path: str) -> str:
-    file = Path(path)
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-
-
 def _software() -> Iterator[Check]:
     """Python and every library, against what the package asks for."""
-    try:
-        about = metadata.metadata(PACKAGE)
-    except metadata.PackageNotFoundError:
-        yield Check("package", "not installed", ok=False, advice="pip install -e . in the checkout")
-        return
-    wanted, here = about["Requires-Python"], platform.python_version()
-    fits = here in SpecifierSet(wanted)
-    yield Check("Python", here, fits, advice=f"set the environment up with Python {wanted}")
+    about, here = metadata.metadata(PACKAGE), platform.python_version()
+    wanted = about["Requires-Python"]
+    fits, advice = here in SpecifierSet(wanted), f"set the environment up with Python {wanted}"
+    yield Check("Python", here, fits, advice)
     asked = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]
-    wrong = [w for w in map(_misfit, asked) if w]
-    found = "; ".join(wrong) or f"all {len([r for r in asked if not r.marker])} as asked for"
-    yield Check("libraries", found, not wrong, advice="make setup, or pip install moee-analysis")
+    needed = [r for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
+    wrong = list(filter(None, map(_misfit, needed)))
+    found = "; ".join(wrong) or f"all {len(needed)} as asked for"
+    yield Check("libraries", found, not wrong, "make setup, or pip install moee-analysis")
 
 
 def _misfit(asked: Requirement) -> str:
-    """What is wrong with a library that is needed; "" if nothing is."""
-    if asked.marker and not asked.marker.evaluate({"extra": ""}):
-        return ""
     try:
         version = metadata.version(asked.name)
     except metadata.PackageNotFoundError:
@@ -148,85 +121,75 @@ def _misfit(asked: Requirement) -> str:
     return "" if fits else f"{asked.name} {version}, not {asked.specifier}"
 
 
-def _machine_checks() -> Iterator[Check]:
-    found = machine()
-    cores, free = found["cores"], found["memory_free"]
-    yield Check("cores", f"{cores} usable, {found['threads']} threads in torch")
-    yield Check(
-        "memory", f"{free / 1e9:.1f} of {found['memory'] / 1e9:.1f} GB free", free > LITTLE_MEMORY,
-        required=False, advice="close other programs, or take --preset smoke",
-    )  # fmt: skip
-
-
-def _optional() -> Iterator[Check]:
-    """Parts that something gains by, and nothing else needs."""
-    cuda = machine()["cuda"]
-    browser = next(filter(None, map(shutil.which, BROWSERS)), "")
-    conda = os.environ.get("CONDA_PREFIX", "")
+def _machine_checks(about: dict[str, Any]) -> Iterator[Check]:
+    """Cores and memory, and parts that something gains by and nothing else needs."""
+    yield Check("cores", f"{about['cores']} usable, {about['threads']} threads in torch")
+    free, advice = about["memory_free"], "close other programs, or take --preset smoke"
+    found = f"{free / 1e9:.1f} of {about['memory'] / 1e9:.1f} GB free"
+    yield Check("memory", found, free > LITTLE_MEMORY, advice, required=False)
     lab, metis = (importlib.util.find_spec(name) for name in ("jupyterlab", "pymetis"))
-    for name, found, advice in (
-        ("CUDA", ", ".join(cuda), "everything runs on the CPU"),
-        ("METIS", "pymetis" if metis else "", "pip install pymetis; else graphs are divided "
-         "by their eigenvectors"),
-        ("JupyterLab", "jupyterlab" if lab else "", "pip install jupyterlab, for moee lab"),
-        ("Chromium", browser, "only tests in a browser need it"),
-        ("conda", conda, "not needed where pip has set everything up"),
-    ):  # fmt: skip
-        yield Check(name, found or "none", bool(found), required=False, advice=advice)
-
-
-def _store() -> Iterator[Check]:
-    """The folder that keeps what was computed: its place, its size, what is free there."""
-    advice = "set MOEE_STORE to a folder that can be written to"
-    try:
-        folder = store_folder()
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        free = shutil.disk_usage(there).free
-    except (MoeeError, OSError) as error:
-        found = error.found if isinstance(error, MoeeError) else str(error)
-        yield Check("store", found, ok=False, advice=advice)
-        return
-    fits = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    yield Check("store", f"{folder}: {taken / 1e9:.2f} GB", fits, advice=advice)
-    yield Check(
-        "disk", f"{free / 1e9:.1f} GB free there", free > LITTLE_DISK, required=False,
-        advice="make room, or set MOEE_STORE to another disk",
-    )  # fmt: skip
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    optional = {
+        "CUDA": (", ".join(about["cuda"]), "everything runs on the CPU"),
+        "METIS": (metis and "pymetis", "pip install pymetis; else eigenvectors divide graphs"),
+        "JupyterLab": (lab and "jupyterlab", "pip install jupyterlab, for moee lab"),
+        "Chromium": (browser, "only tests in a browser need it"),
+        "conda": (os.environ.get("CONDA_PREFIX"), "not needed where pip has set everything up"),
+    }
+    for name, (found, advice) in optional.items():
+        yield Check(name, found or "none", bool(found), advice, required=False)
 
 
 def _places() -> Iterator[Check]:
-    """Folders that libraries write to."""
+    """The project's notebooks, and folders that libraries and the store write to."""
+    elsewhere = "set {} to a folder that can be written to".format
+    yield _attempt("notebooks", lambda: f"{len(list(notebooks_folder().glob('*.ipynb')))}")
+    yield _attempt("temporary files", _temporary, elsewhere("TMPDIR"))
+    yield _attempt("numba's cache", check_numba_cache)
+    yield _attempt("store", _store, elsewhere("MOEE_STORE"))
+    yield _attempt("disk", _disk, "make room, or set MOEE_STORE to another disk", required=False)
+
+
+def _attempt(name: str, look: Callable[[], str], advice: str = "", **more: bool) -> Check:
     try:
-        with tempfile.TemporaryFile():
-            yield Check("temporary files", tempfile.gettempdir())
+        return Check(name, look())
+    except MoeeError as error:
+        return Check(name, error.found, ok=False, advice=advice or error.hint, **more)
     except OSError as error:
-        advice = "set TMPDIR to a folder that can be written to"
-        yield Check("temporary files", str(error), ok=False, advice=advice)
+        return Check(name, str(error), ok=False, advice=advice, **more)
+
+
+def _temporary() -> str:
+    with tempfile.TemporaryFile():
+        return tempfile.gettempdir()
+
+
+def _store() -> str:
+    folder = store_folder()
+    there = nearest_folder(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise MoeeError("a store", f"'{there}', which cannot be written to", "choose another")
+    taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{folder}: {taken / 1e9:.2f} GB"
+
+
+def _disk() -> str:
+    free = shutil.disk_usage(nearest_folder(store_folder())).free
+    if free < LITTLE_DISK:
+        raise MoeeError("a disk", f"{free / 1e9:.1f} GB free there", "make room")
+    return f"{free / 1e9:.1f} GB free there"
+
+
+def _bundled_model() -> Check:
+    """Whether the bundled model predicts what it should."""
     try:
-        yield Check("numba's cache", check_numba_cache())
+        model, scenes = moee.load_model(), moee.load_images(limit=SCENES)
     except MoeeError as error:
-        yield Check("numba's cache", error.found, ok=False, advice=error.hint)
-
-
-def _bundled() -> Iterator[Check]:
-    """The project's own files: notebooks, and a model that predicts what it should."""
-    try:
-        count = len(list(notebooks_folder().glob("*.ipynb")))
-        yield Check("notebooks", f"{count}")
-        share = _share_right()
-    except MoeeError as error:
-        yield Check("bundled model", str(error), ok=False, advice="install the project again")
-        return
-    yield Check(
-        "bundled model", f"names {share:.0%} of {SCENES} scenes it has never seen", share >= RIGHT,
-        advice=f"it should name {RIGHT:.0%} or more: install the project again, or another torch",
-    )  # fmt: skip
-
-
-def _share_right() -> float:
-    """Share of unseen scenes whose class the bundled model predicts."""
-    model, scenes = load_model(), load_images(limit=SCENES)
+        advice = "install the project again"
+        return Check("bundled model", str(error), ok=False, advice=advice)
     with torch.inference_mode():
         found = torch.cat([model(batch).argmax(dim=1) for batch in scenes.batches(model)])
-    return float((found.numpy() == scenes.labels(model)).mean())
+    share = float((found.numpy() == scenes.labels(model)).mean())
+    advice = f"it should name {RIGHT:.0%} or more: install the project again, or another torch"
+    text = f"names {share:.0%} of {SCENES} scenes it has never seen"
+    return Check("bundled model", text, share >= RIGHT, advice)

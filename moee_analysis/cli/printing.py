@@ -1,31 +1,52 @@
-"""What the command line prints."""
+"""The text that the command line prints."""
 
 from __future__ import annotations
 
 import math
+import shutil
+from collections import defaultdict
+from datetime import datetime
 from typing import TYPE_CHECKING
 
+from moee_analysis.outside_text import printable
+from moee_analysis.utils.paths import nearest_folder
+from moee_analysis.utils.storage.refusals import bytes_text
+from moee_analysis.utils.storage.upkeep import shares
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
     import pandas as pd
 
-    from moee_analysis.extraction.pipeline import Extraction
+    from moee_analysis.extraction.run import Extraction
     from moee_analysis.models.attention import LowRankAttention
     from moee_analysis.training.finetune import Finetuned
+    from moee_analysis.utils.storage.upkeep import Entry, Pruned
+
+KINDS = {
+    "activations": "recorded tokens", "clusters": "clusters", "reduced": "reduced tokens",
+    "statistics": "statistics of experts", "costs": "costs of neurons", "sums": "sums, unfinished",
+    "attention": "modes of attention", "finetuned": "fine-tuned runs", "trained": "trainings",
+    "seconds": "times", "profile": "profiles", "unfinished": "begun and not finished",
+    "damaged": "damaged, set aside", "run": "runs",
+}  # fmt: skip
+"""Kinds of folders in a store, in words."""
 
 
 def layers_text(run: Extraction) -> str:
-    """Say what has become of each layer of a run."""
+    """Each layer of a run: its experts and their sizes, or why it stayed dense."""
     from moee_analysis.models.attention import reduced_attentions
 
     lines = ["layer  experts  noise  active  stored  (share of hidden neurons)"]
     for layer in run.layers:
-        kept = (
+        sizes = (
             f"{layer.experts:7d} {layer.noise_share:6.0%} {layer.active_fraction:7.1%} "
             f"{layer.union_fraction:7.1%}"
-            if layer.converted
-            else f"  dense: {layer.reason}"
         )
-        lines.append(f"{layer.index:5d}  {kept}")
+        lines.append(
+            f"{layer.index:5d}  {sizes if layer.converted else f'  dense: {layer.reason}'}"
+        )
     for name, attention in reduced_attentions(run.model).items():
         lines.append(f"{name}: {_heads_text(attention)}")
     if run.variance_kept is not None:
@@ -34,16 +55,16 @@ def layers_text(run: Extraction) -> str:
 
 
 def _heads_text(attention: LowRankAttention) -> str:
-    ranks = attention.ranks
-    scores, values = (
-        f"{rank / attention.site.head_dim:.0%}" for rank in (ranks.scores, ranks.values)
-    )
+    ranks, head_dim = attention.ranks, attention.site.head_dim
     asked = f", asked for {ranks.queries} token(s)" if ranks.queries else ""
-    return f"{scores} of the dimensions of the heads' scores, {values} of their values{asked}"
+    return (
+        f"{ranks.scores / head_dim:.0%} of the dimensions of the heads' scores, "
+        f"{ranks.values / head_dim:.0%} of their values{asked}"
+    )
 
 
 def numbers_text(numbers: dict) -> str:
-    """Sum up what ``evaluate`` has found."""
+    """The numbers of ``evaluate`` in a few lines."""
     known = numbers["retention"] is not None
     retention = f"{numbers['retention']:.1%}" if known else "undefined"
     return (
@@ -58,7 +79,6 @@ def numbers_text(numbers: dict) -> str:
 
 
 def _unread_text(numbers: dict) -> str:
-    """What goes to tokens that nothing reads, a line of its own; nothing where nothing does."""
     if not numbers["unread_sites"]:
         return ""
     return (
@@ -70,12 +90,12 @@ def _unread_text(numbers: dict) -> str:
 
 
 def tuned_text(tuned: Finetuned) -> str:
-    """Say how near a fine-tuned run has come to its dense model."""
-    first, kept = tuned.history["kl"].iloc[[0, tuned.best]]
+    """How near a fine-tuned run has come to its dense model."""
+    before, best = tuned.history["kl"].iloc[[0, tuned.best]]
     early = f"; ended early: {tuned.stopped}" if tuned.stopped else ""
     return (
-        f"divergence from the dense model on images held out: {kept:.4f} nats after epoch "
-        f"{tuned.best} (before: {first:.4f}){early}"
+        f"divergence from the dense model on images held out: {best:.4f} nats after epoch "
+        f"{tuned.best} (before: {before:.4f}){early}"
     )
 
 
@@ -87,10 +107,8 @@ def comparison_text(table: pd.DataFrame) -> str:
         "  kept  (95 %)          random  constant   MACs  params   time  system",
     ]
     for asked, rows in known.groupby("macs_asked", sort=True):
-        lines.append(f"asked to save {asked:.0%} of the MACs")
-        lines += [
-            _system_text(row) for row in rows.sort_values("mean", ascending=False).itertuples()
-        ]
+        ranked = rows.sort_values("mean", ascending=False)
+        lines += [f"asked to save {asked:.0%} of the MACs", *map(_system_text, ranked.itertuples())]
     return "\n".join(lines)
 
 
@@ -108,3 +126,40 @@ def _system_text(row: object) -> str:
 
 def _percent(share: float) -> str:
     return "     –" if math.isnan(share) else f"{100 * share:5.1f}%"
+
+
+def store_text(root: Path, found: Sequence[Entry]) -> str:
+    """The content of a store: by run, the one used last first, and by kind for the rest."""
+    free = shutil.disk_usage(nearest_folder(root)).free
+    total = bytes_text(sum(entry.size for entry in found))
+    runs, rest = shares(found)
+    lines = [f"{root}: {total} in {len(found)} folders; {bytes_text(free)} free on that disk"]
+    if runs:
+        lines.append("     alone  with others  last used         run")
+    for share in runs:
+        used = datetime.fromtimestamp(share.run.used).strftime("%Y-%m-%d %H:%M")
+        sizes = f"{bytes_text(share.alone):>10}  {bytes_text(share.shared):>11}"
+        lines.append(f"{sizes}  {used}  {share.run.title}")
+    if rest:
+        lines += ["of no run that is listed here", *_kind_lines(rest)]
+    return "\n".join(map(printable, lines))  # a run stays one line
+
+
+def _kind_lines(rest: Iterable[Entry]) -> list[str]:
+    """A line for every kind of folder, the largest first."""
+    sizes: defaultdict[str, list[int]] = defaultdict(list)
+    for entry in rest:
+        sizes[entry.kind].append(entry.size)
+    return [
+        f"{bytes_text(sum(sizes[kind])):>10}  {KINDS.get(kind, kind)} (folders: {len(sizes[kind])})"
+        for kind in sorted(sizes, key=lambda kind: -sum(sizes[kind]))
+    ]
+
+
+def pruned_text(pruned: Pruned, most: float) -> str:
+    """What was removed, and what could not be."""
+    gone = bytes_text(sum(entry.size for entry in pruned.removed))
+    line = f"removed {len(pruned.removed)} folders, {gone}; {bytes_text(pruned.left)} are left"
+    if pruned.left > most:
+        line += f", of which {bytes_text(pruned.in_use)} are in use by processes that run"
+    return line

@@ -1,4 +1,4 @@
-"""What the options of the command line may be: a text in, a value out, or one line of why not.
+"""The values of options on the command line: a text in, a value out, or one line of why not.
 
 None of the heavy libraries is needed for that: a wrong call is refused at once.
 """
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
-from moee_analysis.utils.storage.files import check_file, check_place
+from moee_analysis.utils.storage.files import check_file
+from moee_analysis.utils.storage.refusals import check_place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 BUNDLED = "bundled"
-FACTS = "run.json"
 DEVICE = r"(cpu|cuda|hpu|mps|mtia|xpu)(:\d{1,3})?"
 LONGEST = 200  # letters of the name of a model or a system
 LONGEST_FILE = 240  # bytes of the name of a file: temporary names are longer, 255 is the most
@@ -28,7 +28,7 @@ UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNSET = "name one; an empty one may be a variable that is not set"
 
 
-def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
+def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Let argparse tell what ``read`` refuses."""
 
     @wraps(read)
@@ -49,7 +49,7 @@ def number(
 ) -> Callable[[str], Any]:
     """Reader of a number of this ``kind`` that passes one of ``checks``."""
 
-    @_told
+    @_reader
     def read(text: str) -> Any:
         try:
             value = kind(text)
@@ -71,20 +71,15 @@ def real(**bounds: float) -> Callable[[str], float]:
     return number(float, checks.real_number, **bounds)
 
 
-share = number(float, checks.share)
-"""Reader of a share above 0 and up to 1."""
-
-part = number(float, checks.share, whole=False)
-"""Reader of a share between 0 and 1."""
-
+share = number(float, checks.share)  # above 0 and up to 1
+part = number(float, checks.share, whole=False)  # between 0 and 1
 seed = whole(least=0, most=checks.LAST_SEED)
-"""Reader of a seed."""
 
 
-def among(*choices: str) -> Callable[[str], str]:
+def among(choices: Iterable[str]) -> Callable[[str], str]:
     """Reader of one of the ``choices``."""
 
-    @_told
+    @_reader
     def read(text: str) -> str:
         checks.one_of("one", text, choices)
         return text
@@ -92,13 +87,7 @@ def among(*choices: str) -> Callable[[str], str]:
     return read
 
 
-def several(*choices: str) -> Callable[[str], tuple[str, ...]]:
-    """Reader of some of the ``choices``, with commas between them."""
-    one = among(*choices)
-    return lambda text: tuple(one(each) for each in text.split(","))
-
-
-@_told
+@_reader
 def name(text: str) -> str:
     """A name of something that only heavy libraries know."""
     if not text.strip() or not text.isprintable() or len(text) > LONGEST:
@@ -107,7 +96,7 @@ def name(text: str) -> str:
     return text
 
 
-@_told
+@_reader
 def device(text: str) -> str:
     """A device as PyTorch names it; whether it is here is not known yet."""
     if not re.fullmatch(DEVICE, text):
@@ -116,7 +105,16 @@ def device(text: str) -> str:
     return text
 
 
-@_told
+@_reader
+def size(text: str) -> float:
+    """A size in bytes, or with a unit as in ``20GB``."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([kMGT]?B)?", text)
+    if not found:
+        raise MoeeError("a size such as 20GB, 500MB or 0", repr(text), "correct it")
+    return float(found[1]) * UNITS[found[2] or "B"]
+
+
+@_reader
 def existing_file(text: str) -> str:
     """A file that can be read."""
     expected, path = "a file that can be read", _path(text)
@@ -126,7 +124,7 @@ def existing_file(text: str) -> str:
     return text
 
 
-@_told
+@_reader
 def images(text: str) -> str:
     """``bundled``, or a folder."""
     if text != BUNDLED:
@@ -134,16 +132,16 @@ def images(text: str) -> str:
     return text
 
 
-@_told
+@_reader
 def run_folder(text: str) -> Path:
     """The folder of a run that is there."""
     expected, path = "the folder of a run, as extract makes it", _path(text)
     _check_folder(path, expected)
-    check_file(path / FACTS, expected=expected)
+    check_file(path / "run.json", expected=expected)
     return path
 
 
-@_told
+@_reader
 def new_folder(text: str) -> Path:
     """A place for a folder; one that is there already will do."""
     path = _new_path(text)
@@ -153,7 +151,7 @@ def new_folder(text: str) -> Path:
     return path
 
 
-@_told
+@_reader
 def store(text: str) -> Path:
     """The folder of a store; one that is there may be one that can only be read."""
     path = _new_path(text)
@@ -164,16 +162,7 @@ def store(text: str) -> Path:
     return path
 
 
-@_told
-def size(text: str) -> float:
-    """A size in bytes, or with a unit as in ``20GB``."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([kMGT]?B)?", text)
-    if not found:
-        raise MoeeError("a size such as 20GB, 500MB or 0", repr(text), "correct it")
-    return float(found[1]) * UNITS[found[2] or "B"]
-
-
-@_told
+@_reader
 def new_file(text: str) -> Path:
     """A place for a file in a folder that is there; an older file will be replaced."""
     path, expected = _new_path(text), "a place for a file"

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.plots.sheet import sheet
+from moee_analysis.plots.drawing import sheet
+from moee_analysis.report.notebook.results import picture
+from moee_analysis.report.pages.templates import data_uri
 from moee_analysis.utils.progress import is_headless, is_in_notebook
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from ipywidgets import Widget
-    from matplotlib.figure import Figure
+Plot = Callable[..., Figure]
 
-    Plot = Callable[..., Figure]
-
-FIGURES = 6
-"""Figures of a static grid, at most."""
+FIGURES = 6  # of a static grid, at most
+THUMBNAIL, SMALL = 96, 560  # pixels: of an image to browse; of narrow figures, enlarged
+WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}
 
 
 @dataclass(frozen=True)
 class DependsOn:
-    """Values of a choice that depend on another one, such as the experts of a layer.
-
-    ``values`` are by the value of the choice called ``other``, which comes before this one.
-    """
+    """Values of a choice, such as the experts of a layer, by the value of another one before it."""
 
     other: str
     values: Mapping[Hashable, Sequence[Any]]
@@ -37,21 +39,10 @@ class DependsOn:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images to browse; the choice is the place of one, from 0.
-
-    Attributes
-    ----------
-    thumbnails
-        uint8 (height, width, 3) each.
-    names
-        What each shows.
-    """
+    """Images to browse, uint8 (height, width, 3), and their names; the choice is a place."""
 
     thumbnails: Sequence[np.ndarray]
     names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.thumbnails)
 
 
 Values = Sequence[Any] | DependsOn | Pictures
@@ -63,7 +54,7 @@ def explore(
     shown: Mapping[str, Sequence[Any]] | None = None,
     caption: str | None = None,
     **choices: Values,
-) -> Widget | Figure:
+) -> widgets.Widget | Figure:
     """Show ``plot(**choice)`` for a choice that a person makes, or for a few of them.
 
     In JupyterLab this is a panel: ascending whole numbers are a slider, other values a list to
@@ -79,7 +70,7 @@ def explore(
         Values for the static grid, by the name of a choice; without them evenly spaced ones, in
         all not more than :data:`FIGURES` figures.
     caption
-        What stands below.
+        The text below.
     choices
         Values of each choice by its name: a sequence, :class:`DependsOn` or :class:`Pictures`.
 
@@ -100,10 +91,8 @@ def explore(
     """
     _check(choices)
     if is_in_notebook() and not is_headless():
-        from moee_analysis.report.explore_widgets import panel
-
-        return panel(plot, choices, caption)
-    few = list(itertools.islice(_combinations(choices, shown or {}), FIGURES))
+        return _panel(plot, choices, caption or "")
+    few = itertools.islice(_combinations(choices, shown or {}), FIGURES)
     return sheet([plot(**choice) for choice in few], caption=caption)
 
 
@@ -113,14 +102,14 @@ def of_table(plot: Plot, table: pd.DataFrame, **options: Any) -> Plot:
     The names of choices are columns. ``options`` go to ``plot`` as they are.
     """
 
-    def drawn(**choice: Any) -> Figure:
+    def plot_rows(**choice: Any) -> Figure:
         rows = table
         for column, value in choice.items():
             rows = rows[rows[column] == value]
         rows.attrs = {}  # one caption below all
         return plot(rows, **options)
 
-    return drawn
+    return plot_rows
 
 
 def values_of(table: pd.DataFrame, column: str, *, by: str | None = None) -> Values:
@@ -136,53 +125,58 @@ def values_of(table: pd.DataFrame, column: str, *, by: str | None = None) -> Val
             raise MoeeError(
                 f"a column among {', '.join(map(str, table))}", f"'{name}'", "correct the name"
             )
-    if by is not None:
-        groups = table.groupby(by, sort=False)[column]
-        return DependsOn(by, {value: part.unique().tolist() for value, part in groups})
-    return table[column].unique().tolist()
+    if by is None:
+        return table[column].unique().tolist()
+    groups = table.groupby(by, sort=False)[column]
+    return DependsOn(by, {value: part.unique().tolist() for value, part in groups})
 
 
-def options_of(values: Values, chosen: Mapping[str, Any]) -> Sequence[Any]:
-    """Return what can be chosen, once the choices before are made."""
+def _options(values: Values, chosen: Mapping[str, Any]) -> Sequence[Any]:
+    """The options of a choice, once the choices before it are made."""
     if isinstance(values, DependsOn):
         return values.values[chosen[values.other]]
-    return range(len(values)) if isinstance(values, Pictures) else values
+    return range(len(values.names)) if isinstance(values, Pictures) else values
+
+
+def _all_options(values: Values) -> list[Sequence[Any]]:
+    return list(values.values.values()) if isinstance(values, DependsOn) else [_options(values, {})]
 
 
 def _check(choices: Mapping[str, Values]) -> None:
     if not choices:
         raise MoeeError("a choice to explore", "none", "pass values by name, such as layer=[0, 1]")
-    before: list[str] = []
-    for name, values in choices.items():
+    for place, (name, values) in enumerate(choices.items()):
+        before = list(choices)[:place]
         if isinstance(values, DependsOn) and values.other not in before:
             raise MoeeError(
                 f"'{name}' after '{values.other}', which it depends on",
                 f"{', '.join(before) or 'nothing'} before it", "give the choices in that order",
             )  # fmt: skip
-        lists = values.values.values() if isinstance(values, DependsOn) else [values]
-        if not lists or any(len(one) == 0 for one in lists):
+        if not _all_options(values) or not all(map(len, _all_options(values))):
             raise MoeeError(f"values of '{name}'", "none", "pass at least one")
-        before.append(name)
+
+
+# The static grid
 
 
 def _combinations(
     choices: Mapping[str, Values], shown: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Choices for a static grid: those of ``shown``, or else some evenly spaced ones."""
+    """Choices for the grid: those of ``shown``, or else some evenly spaced ones."""
     unknown = sorted(set(shown) - set(choices))
     if unknown:
         raise MoeeError(
             f"choices among {', '.join(choices)} to be shown", f"'{unknown[0]}'", "correct it"
         )
-    free = sum(name not in shown for name in choices)
-    taken = math.prod(len(shown[name]) for name in shown)
-    each = max(1, round((FIGURES / taken) ** (1 / max(1, free)) - 0.01))
+    free = len(choices) - len(shown)
+    given = math.prod(map(len, shown.values()))
+    each = max(1, round((FIGURES / given) ** (1 / max(1, free)) - 0.01))
     found: list[dict[str, Any]] = [{}]
     for name, values in choices.items():
         found = [
             chosen | {name: value}
             for chosen in found
-            for value in _few(name, options_of(values, chosen), shown.get(name), each)
+            for value in _few(name, _options(values, chosen), shown.get(name), each)
         ]
     return found
 
@@ -190,12 +184,117 @@ def _combinations(
 def _few(name: str, options: Sequence[Any], wanted: Sequence[Any] | None, each: int) -> list[Any]:
     if wanted is None:
         count = min(each, len(options))
-        apart = len(options) / count
-        return [options[int((place + 0.5) * apart)] for place in range(count)]
-    known = [value for value in wanted if value in options]
-    if not known:
+        return [options[int((place + 0.5) * len(options) / count)] for place in range(count)]
+    there = [value for value in wanted if value in options]
+    if not there:
         raise MoeeError(
             f"values of '{name}' among {', '.join(map(str, list(options)[:8]))}",
             ", ".join(map(str, wanted)) or "none", "choose some of them",
         )  # fmt: skip
-    return known
+    return there
+
+
+# The panel
+
+
+def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> widgets.Widget:
+    """A control for each choice, and the figure that follows them."""
+    controls: dict[str, widgets.Widget] = {}
+    screen, drawn, changing = widgets.HTML(), {}, []
+
+    def options_of(values: Values) -> list[tuple[str, Any]]:
+        chosen = {name: control.value for name, control in controls.items()}
+        return [(str(value), value) for value in _options(values, chosen)]
+
+    def follow(change: Any) -> None:
+        changing.append(change)  # several controls change at once, and the figure but once
+        for name, values in choices.items():
+            if isinstance(values, DependsOn) and controls[values.other] is change.owner:
+                _offer(controls[name], options_of(values))
+        changing.pop()
+
+    def draw(**chosen: Any) -> None:
+        key = tuple(chosen.values())
+        if changing:
+            return
+        try:
+            drawn[key] = drawn.get(key) or _figure_html(plot(**chosen), chosen, caption)
+            screen.value = drawn[key]
+        except MoeeError as error:
+            screen.value = f"<p role='alert'>{escape(str(error))}</p>"
+
+    for name, values in choices.items():
+        controls[name] = _control(name, options_of(values), slides=_is_scale(values))
+        controls[name].observe(follow, names="value")
+    boxes = [
+        _browser(controls[name], values) if isinstance(values, Pictures) else controls[name]
+        for name, values in choices.items()
+    ]
+    errors = widgets.interactive_output(draw, controls)  # calls it now, and at every change
+    return widgets.VBox([widgets.HBox(boxes, layout=WRAPPED), errors, screen])
+
+
+def _is_scale(values: Values) -> bool:
+    """Whether all that can be chosen are whole numbers in ascending order, always more than one."""
+    every = _all_options(values)
+    whole = all(isinstance(value, (int, np.integer)) for one in every for value in one)
+    return whole and all(len(one) > 1 and list(one) == sorted(one) for one in every)
+
+
+def _control(name: str, options: list[tuple[str, Any]], *, slides: bool) -> widgets.Widget:
+    kind = widgets.SelectionSlider if slides else widgets.Dropdown
+    return kind(
+        options=options,
+        description=name.replace("_", " ").removesuffix(" name"),
+        style={"description_width": "5rem"},
+        layout={"width": "26rem"},
+        **({"continuous_update": False} if slides else {}),
+    )
+
+
+def _offer(control: widgets.Widget, options: list[tuple[str, Any]]) -> None:
+    """Give a control other options, and keep its value where that is still one of them."""
+    before = control.value
+    control.options = options
+    if before in [value for _, value in options]:
+        control.value = before
+
+
+def _browser(slider: widgets.Widget, pictures: Pictures) -> widgets.Widget:
+    """Two buttons beside the slider, and the picture that is chosen."""
+    count, look = len(pictures.names), widgets.HTML()
+
+    def show(_: Any = None) -> None:
+        text = escape(f"{pictures.names[slider.value]}, image {slider.value + 1} of {count}")
+        small = data_uri(_thumbnail(pictures.thumbnails[slider.value]))
+        style = "vertical-align: middle"
+        look.value = f'<img src="{small}" height="{THUMBNAIL}" alt="{text}" style="{style}"> {text}'
+
+    def step(by: int, icon: str, word: str) -> widgets.Button:
+        button = widgets.Button(icon=icon, tooltip=f"{word} image", layout={"width": "3rem"})
+        button.on_click(lambda _: setattr(slider, "value", (slider.value + by) % count))
+        return button
+
+    slider.observe(show, names="value")
+    show()
+    back, on = step(-1, "arrow-left", "previous"), step(1, "arrow-right", "next")
+    return widgets.HBox([back, slider, on, look], layout=WRAPPED)
+
+
+def _thumbnail(pixels: np.ndarray) -> bytes:
+    buffer, image = io.BytesIO(), Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _figure_html(fig: Figure, chosen: Mapping[str, Any], caption: str) -> str:
+    """``fig`` as HTML that a screen reader can tell, with the caption below."""
+    inches = fig.get_size_inches()[0]
+    width = round(max(96 * inches, min(fig.dpi * inches, SMALL)))
+    choice = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
+    alt = escape(". ".join(filter(None, (fig.get_label(), choice))))
+    style = f"max-width: 100%; width: {width}px; background: #fff"
+    below = f'<p style="color: var(--jp-ui-font-color2); margin: 0">{escape(caption)}</p>'
+    image = f'<img src="{data_uri(picture(fig))}" alt="{alt}" style="{style}">'
+    return image + (below if caption else "")

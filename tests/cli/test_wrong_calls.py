@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moee_analysis.cli import main
+from moee_analysis import cli
 from moee_analysis.cli.parser import COMMANDS, command_parser
 
 LONG = "x" * 300
@@ -37,7 +36,7 @@ WRONG = {
     "--out": NEW_FOLDERS, "atlas --out": NEW_FILES, "--store": NEW_FOLDERS, "--json": NEW_FILES,
     "--model": NAMES, "--systems": NAMES,
     "--weights": FILES, "--classes": FILES,
-    "--calibration": FOLDERS, "--images": FOLDERS, "doctor --images": COUNTS,
+    "--calibration": FOLDERS, "--images": FOLDERS,
     "--img-size": [*COUNTS, "100000"], "--in-chans": [*COUNTS, "100000"],
     "--limit": COUNTS, "--seeds": [*COUNTS, "1001"], "--seed": [*WHOLE, "4294967296"],
     "--macs-reduction": SHARES, "compare --macs-reduction": PARTS,
@@ -48,7 +47,6 @@ WRONG = {
     "--learning-rate": RATES, "--weight-decay": WEIGHTS, "--block-weight": WEIGHTS,
     "--prune": [*NUMBERS, "20GBs", "GB", "20 gigabytes", "20gb", "1e3", "." , "20G B"],
     "--ema": PARTS, "--held-out": PARTS,
-    "--dense-tokens": [*CHOICES, "cls,", ",cls", "cls,,patch", "cls patch"],
 } | dict.fromkeys(
     ["--recipe", "--reduce", "--noise", "--attention", "--preset", "--router", "--augmentation",
      "--precision"], CHOICES,
@@ -61,18 +59,31 @@ NEEDED = {
 }  # fmt: skip
 
 
-def options():
-    """Every option of every command: its command, its name, and whether it takes a value."""
-    for command, parser in parsers().items():
-        for action in parser._actions:
-            name = action.option_strings[-1] if action.option_strings else action.dest
-            yield command, name, action.nargs != 0
+class Place:
+    """A folder to call from, with one of each kind of thing, and commands that fail if they run."""
+
+    def __init__(self, folder, patch):
+        (folder / "file").write_text("a file")
+        (folder / "empty").mkdir()
+        (folder / "run").mkdir()
+        (folder / "run" / "run.json").write_text("{}")
+        (folder / "loop").symlink_to("loop")
+        os.mkfifo(folder / "pipe")
+        self.folder = folder
+        patch.chdir(folder)
+        for name, (options, _) in COMMANDS.items():
+            patch.setitem(COMMANDS, name, (options, pytest.fail))
+        parser = command_parser()  # once for all calls
+        patch.setattr(cli, "command_parser", lambda: parser)
+
+    def names(self):
+        return sorted(path.relative_to(self.folder) for path in self.folder.rglob("*"))
 
 
-def parsers():
-    (listed,) = (a for a in command_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    assert set(listed.choices) == set(COMMANDS)
-    return listed.choices
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Place(tmp_path_factory.mktemp("calls"), patch)
 
 
 def calls(command, name, *, takes_value):
@@ -86,9 +97,11 @@ def calls(command, name, *, takes_value):
     return [[command, value, *needed[1:]] for value in values]
 
 
-ALL = [
-    pytest.param(command, name, takes_value, id=f"{command} {name}")
-    for command, name, takes_value in options()
+OPTIONS = [
+    pytest.param(command, flag, about.get("action") != "store_true", id=f"{command} {flag}")
+    for command, (groups, _) in COMMANDS.items()
+    for options in groups.values()
+    for flag, about in options
 ]
 OTHERS = [
     ["--bogus"], ["bogus"], [""], [LONG], ["--bogus", "extract", "--out", "new"], ["extract"],
@@ -100,39 +113,11 @@ OTHERS = [
 """Calls that are wrong in another way."""
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    return made(tmp_path, monkeypatch.chdir)
-
-
-def made(folder, enter):
-    """A folder to call from, with one of each kind of thing."""
-    (folder / "file").write_text("a file")
-    (folder / "empty").mkdir()
-    (folder / "run").mkdir()
-    (folder / "run" / "run.json").write_text("{}")
-    (folder / "loop").symlink_to("loop")
-    os.mkfifo(folder / "pipe")
-    enter(folder)
-    return folder
-
-
-def idle():
-    """The commands, which fail where they would run."""
-    return {name: (add_options, pytest.fail) for name, (add_options, _) in COMMANDS.items()}
-
-
-@pytest.fixture(autouse=True)
-def _no_command_runs(monkeypatch):
-    for name, entry in idle().items():
-        monkeypatch.setitem(COMMANDS, name, entry)
-
-
 def check(call):
     """Fail unless a call ends with 2 and one line that says what to do."""
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        main(call)
+        cli.main(call)
     told = err.getvalue()
     assert stop.value.code == 2, call
     assert out.getvalue() == ""
@@ -142,27 +127,23 @@ def check(call):
     assert told.endswith(".\n")
 
 
-def names_in(folder):
-    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
-
-
-@pytest.mark.parametrize(("command", "name", "takes_value"), ALL)
+@pytest.mark.parametrize(("command", "name", "takes_value"), OPTIONS)
 def test_a_bad_value_is_refused_in_one_line_and_nothing_is_written(
     place, command, name, takes_value
 ):
-    before = names_in(place)
+    before = place.names()
     wrong = calls(command, name, takes_value=takes_value)
     assert len(wrong) >= 8
     for call in wrong:
         check(call)
-    assert names_in(place) == before
+    assert place.names() == before
 
 
 @pytest.mark.parametrize("call", OTHERS, ids=lambda call: " ".join(call)[:40])
 def test_a_call_that_cannot_be_read_is_refused_in_one_line(place, call):
-    before = names_in(place)
+    before = place.names()
     check(call)
-    assert names_in(place) == before
+    assert place.names() == before
 
 
 @pytest.mark.parametrize(
@@ -177,26 +158,32 @@ def test_a_call_that_cannot_be_read_is_refused_in_one_line(place, call):
 )
 def test_a_slip_is_told_with_what_may_have_been_meant(place, capsys, call, told):
     with pytest.raises(SystemExit):
-        main(call)
+        cli.main(call)
     assert told in capsys.readouterr().err
 
 
 def test_it_takes_none_of_the_heavy_libraries(tmp_path):
     """A wrong call does not wait for them: all of these calls together do not."""
     code = "from tests.cli.test_wrong_calls import call_all; call_all()"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", code, str(tmp_path)]
     subprocess.run(command, check=True, env=environment)
 
 
 def call_all():
-    made(Path(sys.argv[1]), os.chdir)
-    COMMANDS.update(idle())
-    for parameters in ALL:
-        command, name, takes_value = parameters.values
-        for call in calls(command, name, takes_value=takes_value):
+    with pytest.MonkeyPatch.context() as patch:
+        Place(Path(sys.argv[1]), patch)
+        for parameters in OPTIONS:
+            command, name, takes_value = parameters.values
+            for call in calls(command, name, takes_value=takes_value):
+                check(call)
+        for call in OTHERS:
             check(call)
-    for call in OTHERS:
-        check(call)
     heavy = {"torch", "timm", "numpy", "pandas", "matplotlib", "sklearn", "PIL"}
     assert not heavy & sys.modules.keys()
+
+
+def test_a_wrong_call_in_a_shell_ends_with_2_and_one_line(tmp_path):
+    command = [sys.executable, "-m", "moee_analysis", "extract", "--out", "new", "--seed", "one"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import ipywidgets
 import numpy as np
 import pandas as pd
@@ -12,7 +10,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.plots import style
 from moee_analysis.report import explore as explore_module
 from moee_analysis.report.explore import FIGURES, DependsOn, Pictures, explore, of_table, values_of
-from moee_analysis.report.results import picture
+from moee_analysis.report.notebook.results import picture
 
 TABLE = pd.DataFrame(
     {
@@ -31,11 +29,6 @@ def bars(table, *, seen=None, caption=None):
     fig, ax = style.figure(2, 1.5)
     ax.bar(range(len(table)), table["share"])
     return style.caption(fig, caption or table.attrs.get("caption"))
-
-
-def noting(chosen, **choice):
-    chosen.append(choice)
-    return style.figure(1, 1)[0]
 
 
 @pytest.fixture
@@ -60,41 +53,39 @@ def screen(panel):
     return panel.children[-1].value
 
 
-def test_headless_it_is_a_figure_of_a_few_choices():
-    chosen = []
-    fig = explore(partial(noting, chosen), layer=range(12), name=["a", "b", "c", "d"])
+@pytest.fixture
+def draw():
+    """A plot that notes its choices."""
+
+    def noted(**choice):
+        noted.choices.append(choice)
+        return style.figure(1, 1)[0]
+
+    noted.choices = []
+    return noted
+
+
+def test_headless_it_is_a_figure_of_a_few_choices(draw, live, monkeypatch):
+    monkeypatch.setenv("MOEE_HEADLESS", "1")  # an environment that nobody watches
+    fig = explore(draw, layer=range(12), name=["a", "b", "c", "d"])
     assert isinstance(fig, Figure)
-    assert 1 < len(chosen) <= FIGURES
-    assert len({choice["layer"] for choice in chosen}) > 1
-    assert len({choice["name"] for choice in chosen}) > 1
+    assert 1 < len(draw.choices) <= FIGURES
+    assert len({choice["layer"] for choice in draw.choices}) > 1
+    assert len({choice["name"] for choice in draw.choices}) > 1
 
 
-def test_headless_choices_are_spread_evenly():
-    chosen = []
-    explore(partial(noting, chosen), layer=range(12))
-    layers = [choice["layer"] for choice in chosen]
-    assert layers == [1, 3, 5, 7, 9, 11]
+def test_headless_choices_are_spread_evenly_or_those_that_the_notebook_says(draw):
+    explore(draw, layer=range(12))
+    assert [choice["layer"] for choice in draw.choices] == [1, 3, 5, 7, 9, 11]
+    draw.choices.clear()
+    explore(draw, layer=range(12), expert=[0, 1, 2], shown={"layer": [5, 11]})
+    assert [choice["layer"] for choice in draw.choices] == [5] * 3 + [11] * 3
 
 
-def test_a_notebook_may_say_what_the_grid_shows():
-    chosen = []
-    explore(partial(noting, chosen), layer=range(12), expert=[0, 1, 2], shown={"layer": [5, 11]})
-    assert [choice["layer"] for choice in chosen] == sorted([5, 11] * (len(chosen) // 2))
-    assert len(chosen) == FIGURES
-
-
-def test_an_environment_that_nobody_watches_gets_the_grid(live, monkeypatch):
-    monkeypatch.setenv("MOEE_HEADLESS", "1")
-    assert isinstance(explore(partial(noting, []), layer=[0, 1]), Figure)
-
-
-def test_values_may_depend_on_a_choice_before():
-    chosen = []
-    explore(
-        partial(noting, chosen), layer=[0, 3], expert=values_of(TABLE, "expert", by="layer"),
-    )  # fmt: skip
-    assert all(choice["expert"] < (3 if choice["layer"] == 0 else 2) for choice in chosen)
-    assert {choice["layer"] for choice in chosen} == {0, 3}
+def test_values_may_depend_on_a_choice_before(draw):
+    explore(draw, layer=[0, 3], expert=values_of(TABLE, "expert", by="layer"))
+    assert {choice["layer"] for choice in draw.choices} == {0, 3}
+    assert all(choice["expert"] < (3 if choice["layer"] == 0 else 2) for choice in draw.choices)
 
 
 def test_of_table_gives_the_chosen_rows_and_tells_no_caption_twice():
@@ -109,8 +100,7 @@ def test_of_table_gives_the_chosen_rows_and_tells_no_caption_twice():
 def test_the_grid_is_as_sharp_as_its_figures():
     one = picture(of_table(bars, TABLE)(layer=0))
     both = explore(of_table(bars, TABLE), layer=[0, 3])
-    width = both.get_size_inches()[0] * both.dpi
-    assert width >= 2 * 1.5 * both.dpi
+    assert both.get_size_inches()[0] >= 2 * 1.5
     assert len(picture(both)) > len(one)
 
 
@@ -158,12 +148,13 @@ def test_live_texts_are_a_list_and_never_markup(live):
     assert "&lt;script&gt;" in screen(panel)
 
 
-def test_live_nothing_is_drawn_twice(live):
-    chosen = []
-    panel = explore(partial(noting, chosen), layer=[0, 1])
+def test_live_nothing_is_drawn_twice_or_in_between(live, draw):
+    panel = explore(draw, layer=[0, 1], expert=DependsOn("layer", {0: [0, 1], 1: [0, 1, 2]}))
+    controls(panel)["expert"].value = 1
     for value in (1, 0, 1):
         controls(panel)["layer"].value = value
-    assert chosen == [{"layer": 0}, {"layer": 1}]
+    drawn = [(choice["layer"], choice["expert"]) for choice in draw.choices]
+    assert drawn == [(0, 0), (0, 1), (1, 1)]
 
 
 def test_live_an_error_is_told_and_the_next_choice_is_drawn(live):
@@ -180,11 +171,10 @@ def test_live_an_error_is_told_and_the_next_choice_is_drawn(live):
     assert "<img" in screen(panel)
 
 
-def test_live_images_are_browsed_around(live):
+def test_live_images_are_browsed_around(live, draw):
     thumbnails = [np.full((8, 8, 3), 40 * n, np.uint8) for n in range(3)]
     pictures = Pictures(thumbnails, ["cat", "a & b", "dog"])
-    chosen = []
-    panel = explore(partial(noting, chosen), image=pictures)
+    panel = explore(draw, image=pictures)
     browser = panel.children[0].children[0]
     previous, slider, following, look = browser.children
     previous.click()
@@ -194,7 +184,7 @@ def test_live_images_are_browsed_around(live):
     following.click()
     assert slider.value == 1
     assert "a &amp; b" in look.value
-    assert [choice["image"] for choice in chosen] == [0, 2, 1]
+    assert [choice["image"] for choice in draw.choices] == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -208,9 +198,9 @@ def test_live_images_are_browsed_around(live):
         ({"layer": [0], "shown": {"layer": [7]}}, "among 0"),
     ],
 )
-def test_what_cannot_be_explored_is_refused(choices, told):
+def test_what_cannot_be_explored_is_refused(draw, choices, told):
     with pytest.raises(MoeeError, match=told):
-        explore(partial(noting, []), **choices)
+        explore(draw, **choices)
 
 
 def test_a_column_that_is_not_there_is_named():

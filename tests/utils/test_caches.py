@@ -15,6 +15,11 @@ from moee_analysis.utils import caches, paths
 TOLD = "HOME", "USER", "NUMBA_CACHE_DIR", "MPLCONFIGDIR"
 
 
+def found(name):
+    """What the doctor finds of one part."""
+    return next(each for each in doctor._places() if each.name == name)
+
+
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     """A machine on which nothing but the temporary folder can be written, and nobody has a name."""
@@ -74,7 +79,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(bare, monkeypatch, tm
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "elsewhere"))
     with pytest.raises(MoeeError, match="set NUMBA_CACHE_DIR"):
         caches.check_numba_cache()
-    (check,) = (each for each in doctor._places() if each.name == "numba's cache")
+    check = found("numba's cache")
     assert not check.ok
     assert "NUMBA_CACHE_DIR" in check.advice
 
@@ -82,16 +87,16 @@ def test_a_cache_that_cannot_be_written_names_the_variable(bare, monkeypatch, tm
 def test_a_store_without_a_home_names_its_variable(bare):
     with pytest.raises(MoeeError, match="set MOEE_STORE"):
         paths.store_folder()
-    store = next(doctor._store())
+    store = found("store")
     assert not store.ok
     assert "MOEE_STORE" in store.advice
 
 
 def test_a_store_that_cannot_be_written_is_found_by_the_doctor(bare, monkeypatch, tmp_path):
     monkeypatch.setenv("MOEE_STORE", str(tmp_path / "read_only"))
-    assert not next(doctor._store()).ok
+    assert not found("store").ok
     monkeypatch.setenv("MOEE_STORE", str(bare / "store"))
-    assert next(doctor._store()).ok
+    assert found("store").ok
 
 
 def test_who_has_a_home_keeps_everything_as_it_was(tmp_path):

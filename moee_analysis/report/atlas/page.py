@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import re
 from dataclasses import replace
 from datetime import datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,14 @@ from torch import nn
 
 from moee_analysis import measure
 from moee_analysis.data.images import ImageSet
-from moee_analysis.extraction.pipeline import Extraction
-from moee_analysis.outside_text import printable
-from moee_analysis.report.atlas.facts import Seen, layer_facts, seen_through
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.report.atlas.facts import Seen, layer_facts, look_through
 from moee_analysis.report.atlas.pictures import image_facts, packed_routes
-from moee_analysis.utils import versions as environment
-from moee_analysis.utils.storage.files import check_place, write_text
+from moee_analysis.report.pages.templates import render
+from moee_analysis.utils.storage.files import write_text
+from moee_analysis.utils.storage.refusals import check_place
+from moee_analysis.utils.versions import version
 
-STYLES = ("atlas.css",)
 SCRIPTS = ("atlas_state.js", "atlas_expert.js", "atlas_image.js")
 HERE = Path(__file__).parent
 
@@ -44,11 +41,6 @@ def write_atlas(
     dense
         The dense model, for its predictions and for what is saved; None leaves both out.
 
-    Returns
-    -------
-    Path
-        The file.
-
     Raises
     ------
     MoeeError
@@ -56,8 +48,7 @@ def write_atlas(
     """
     out = Path(out)
     check_place(out)
-    text = page(atlas_facts(run, images, dense=dense))
-    write_text(out, text)
+    write_text(out, page(atlas_facts(run, images, dense=dense)))
     return out
 
 
@@ -66,20 +57,19 @@ def atlas_facts(
 ) -> dict[str, Any]:
     """Return all that the page shows, in JSON's types.
 
-    ``layers`` (see ``layer_facts``), each with ``routes``;
-    ``images`` (class, picture, predictions); ``about``, names and values of what was looked at;
-    ``absent``, the layers that are not shown, and why.
+    ``layers`` (see ``layer_facts``), each with ``routes``; ``images`` (class, picture,
+    predictions); ``about``, names and values of what was looked at; ``absent``, the layers that
+    are not shown, and why.
     """
-    seen = seen_through(run, images)
+    seen = look_through(run, images)
     layers = [
         facts | {"routes": packed_routes(seen, facts["layer"])} for facts in layer_facts(seen)
     ]
-    pictures = image_facts(seen, dense)
     return {
         "about": _about(seen, dense, layers),
         "absent": _absent(seen),
         "layers": layers,
-        "images": pictures,
+        "images": image_facts(seen, dense),
     }
 
 
@@ -89,25 +79,17 @@ def page(facts: dict[str, Any]) -> str:
     The browser runs the page's own script and nothing else, even if a name were taken for markup:
     the content security policy lists the hashes of script and style.
     """
-    style = "\n".join(_file(name) for name in STYLES)
-    script = '"use strict";\n' + "\n".join(_file(name) for name in SCRIPTS)
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
-        "base-uri 'none'; form-action 'none'"
+    style = _file("atlas.css")
+    script = '"use strict";\n' + "\n".join(map(_file, SCRIPTS))
+    return render(
+        "atlas/atlas.html",
+        about=facts["about"],
+        absent=facts["absent"],
+        facts={"layers": facts["layers"], "images": facts["images"]},
+        style=style,
+        script=script,
+        hashes={"style": _hash(style), "script": _hash(script)},
     )
-    about = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(printable(value))}</dd></div>"
-        for name, value in facts["about"]
-    )
-    parts = {
-        "policy": policy,
-        "style": style,
-        "script": script,
-        "about": about,
-        "absent": escape(printable(facts["absent"])),
-        "facts": _harmless({"layers": facts["layers"], "images": facts["images"]}),
-    }
-    return re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], _file("atlas.html"))
 
 
 def _file(name: str) -> str:
@@ -116,13 +98,8 @@ def _file(name: str) -> str:
 
 def _hash(text: str) -> str:
     """``text`` as a content security policy names it."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _harmless(facts: dict[str, Any]) -> str:
-    """``facts`` as JSON without a character that could end the element it stands in."""
-    text = json.dumps(facts, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
 
 
 def _about(
@@ -134,24 +111,24 @@ def _about(
         ("Recipe", f"{run.config.recipe}, seed {run.config.seed}"),
         ("Experts", f"{experts} in {len(layers)} of {len(run.layers)} layers"),
         ("Images", f"{len(seen.images)} of {seen.images.name}"),
-        *_saved(seen, dense),
-        ("Made", f"{datetime.now().astimezone():%Y-%m-%d}, moee-analysis {_version()}"),
+        *_savings(seen, dense),
+        ("Made", f"{datetime.now().astimezone():%Y-%m-%d}, moee-analysis {version()}"),
     ]
 
 
 def _absent(seen: Seen) -> str:
     """The layers that are not shown, and why; nothing if all are."""
-    told = [
+    reasons = [
         f"layer {report.index} "
         + ("has no patches with places" if report.converted else f"stayed dense: {report.reason}")
         for report in seen.run.layers
         if report.index not in seen.routed.placed
     ]
-    return f"Not shown: {'; '.join(told)}." if told else ""
+    return f"Not shown: {'; '.join(reasons)}." if reasons else ""
 
 
-def _saved(seen: Seen, dense: nn.Module | None) -> list[tuple[str, str]]:
-    """What the run saves, beside its dense model."""
+def _savings(seen: Seen, dense: nn.Module | None) -> list[tuple[str, str]]:
+    """Savings of the run, beside its dense model."""
     if dense is None:
         return []
     costs = measure.macs(replace(seen.run, original=dense), routes=seen.routed)
@@ -161,7 +138,3 @@ def _saved(seen: Seen, dense: nn.Module | None) -> list[tuple[str, str]]:
         ("MACs", f"{macs:+.1%} of the dense model's".replace("-", "−")),
         ("Stored parameters", f"{parameters:+.1%}".replace("-", "−")),
     ]
-
-
-def _version() -> str:
-    return environment.versions()["moee-analysis"]

@@ -1,7 +1,8 @@
-"""The workbench of a notebook: what it looks at, and where its findings go."""
+"""The workbench of a notebook: its model and images, and the place of its findings."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,34 +12,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 from torch import nn
 
-from moee_analysis import findings
+from moee_analysis import plots
 from moee_analysis.data.images import ImageSet
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.presets import Preset, preset_named
-from moee_analysis.extraction.pipeline import Extraction
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.models import loading as models
 from moee_analysis.models.class_names import name_by_folders
 from moee_analysis.models.macs import count
 from moee_analysis.outside_text import as_markdown
-from moee_analysis.report.notebook.choices import checked_layers, class_index, liked_first
-from moee_analysis.report.notebook.display import is_figure, markdown, prepare_display, two_columns
+from moee_analysis.report.notebook import display
 from moee_analysis.report.notebook.image_sets import ImageSets, choose_images
 from moee_analysis.report.notebook.parameters import Parameters
-from moee_analysis.report.notebook.text import (
-    VERDICTS,
-    caption_text,
-    claim_text,
-    headline_text,
-    listed,
-)
-from moee_analysis.report.results import Results, alternative, picture
-from moee_analysis.utils import versions as environment
+from moee_analysis.report.notebook.results import Results, alternative, picture, readable
 from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.versions import describe_device, versions
 
 MACS_REDUCTION = 0.28
 """Share of the dense model's MACs that the notebooks' extraction saves at most, as in the paper."""
@@ -46,10 +43,7 @@ MACS_REDUCTION = 0.28
 
 @dataclass(frozen=True)
 class Bench:
-    """One notebook's model, images, extraction and results.
-
-    Everything is loaded or computed when it is first asked for, and then kept.
-    """
+    """One notebook's model, images, extraction and results, each made when first asked for."""
 
     name: str
     parameters: Parameters
@@ -68,7 +62,7 @@ class Bench:
 
     @property
     def store(self) -> Path:
-        """Folder in which later notebooks find what this one computed."""
+        """The store, in which later notebooks find what this one has computed."""
         return store_folder()
 
     @property
@@ -80,10 +74,7 @@ class Bench:
     def dense(self) -> nn.Module:
         """The model as it was trained."""
         given = self.parameters
-        model = models.load_model(
-            given.model, weights=given.weights, device=self.device, classes=given.class_file,
-            img_size=given.img_size, in_chans=given.in_chans,
-        )  # fmt: skip
+        model = models.load_model(given.model, device=self.device, **given.model_arguments)
         name_by_folders(model, self.images.classes)
         return model
 
@@ -104,7 +95,7 @@ class Bench:
 
     @cached_property
     def saving(self) -> float:
-        """Share of all MACs to save: :data:`MACS_REDUCTION`, or 60 % of what the MLPs spend."""
+        """Share of all MACs to save: :data:`MACS_REDUCTION`, or 60 % of the MLPs' share."""
         counted = count(self.dense)
         in_mlps = sum(counted.by_module[name] for name in counted.tokens)
         return min(MACS_REDUCTION, round(0.6 * in_mlps / counted.total, 3))
@@ -112,8 +103,6 @@ class Bench:
     @cached_property
     def run(self) -> Extraction:
         """MoEE as published, with this :attr:`saving`; computed once, then found in the store."""
-        from moee_analysis.extraction.pipeline import ExtractConfig, extract
-
         config = ExtractConfig(
             recipe="paper",
             macs_reduction=self.saving,
@@ -130,7 +119,13 @@ class Bench:
         MoeeError
             A layer the model does not have.
         """
-        return checked_layers(self.dense, self.parameters.layers or default)
+        layers, n_layers = self.parameters.layers or default, len(models.find_mlps(self.dense))
+        beyond = [layer for layer in layers if layer >= n_layers]
+        if beyond:
+            raise MoeeError(
+                f"layers from 0 to {n_layers - 1} of this model", str(beyond), "correct 'layers'"
+            )
+        return list(layers)
 
     def choose_classes(self, default: Sequence[int | str]) -> list[int]:
         """Return the model's class indices to show: the parameter ``classes``, or ``default``.
@@ -142,7 +137,7 @@ class Bench:
         MoeeError
             A class the model does not know.
         """
-        return [class_index(self.dense, c) for c in (self.parameters.classes or default)]
+        return [_class_index(self.dense, c) for c in (self.parameters.classes or default)]
 
     def choose_among(self, preferred: Sequence[str], *, count: int) -> list[int]:
         """Return class indices to show: the parameter ``classes``, or ``count`` of the images' own.
@@ -151,8 +146,10 @@ class Bench:
         """
         if self.parameters.classes:
             return self.choose_classes(())
-        present = self.images.labels(self.dense).tolist()
-        return liked_first(self.dense, present, preferred, count)
+        labels = models.class_labels(self.dense)
+        shown = list(dict.fromkeys(self.images.labels(self.dense).tolist()))
+        liked = [index for name in preferred for index in shown if labels[index] == name]
+        return [*liked, *(index for index in shown if index not in liked)][:count]
 
     def record(self, key: str, value: Any) -> None:
         """Keep a number (or text, list, mapping) as ``values.<key>``; NaN is kept as null."""
@@ -174,18 +171,17 @@ class Bench:
     ) -> Any:
         """Keep ``fig`` as ``figures/<name>.png`` and return it, to be shown.
 
-        The ``finding`` says in a sentence or two what is to be seen, such as what a function of
-        ``moee_analysis.findings`` tells; without one it is the label that the figure has. A screen
-        reader says it, and then the ``caption``. The ``cover`` figure stands for the notebook on
-        the report's index; without one the first figure does.
+        The ``finding`` says in a sentence or two what is to be seen; without one it is the label
+        that the figure has. A screen reader says it, and then the ``caption``. The ``cover`` figure
+        stands for the notebook on the report's index; without one the first figure does.
 
         Something else than a figure, such as a panel of widgets, is returned as it is, not kept.
         """
-        if not is_figure(fig):
+        if not isinstance(fig, Figure):
             return fig
-        told = {"finding": finding or fig.get_label(), "caption": caption}
-        self.results.figure(name, picture(fig), told, cover=cover)
-        fig.set_label(alternative(told) or name.replace("_", " "))
+        facts = {"finding": finding or fig.get_label(), "caption": caption}
+        self.results.figure(name, picture(fig), **facts, cover=cover)
+        fig.set_label(alternative(facts) or name.replace("_", " "))
         return fig
 
     def draw(self, plot: Callable[..., Figure], *given: Any, **options: Any) -> Figure:
@@ -193,9 +189,9 @@ class Bench:
 
         It is not kept: for the solutions of exercises, and to look at something in passing.
         """
-        told = {"finding": findings.of(plot)(*given), "caption": options.get("caption")}
+        facts = {"finding": plots.describe(plot, *given), "caption": options.get("caption")}
         fig = plot(*given, **options)
-        fig.set_label(alternative(told))
+        fig.set_label(alternative(facts))
         return fig
 
     def show(
@@ -210,19 +206,18 @@ class Bench:
     ) -> Figure:
         """Keep ``table`` and the figure that ``plot`` makes of it; return the figure, to be shown.
 
-        ``facts`` are those of :meth:`caption`, which is written below the figure, with what the
-        measure says of its table; ``options`` go to ``plot``. What is to be seen says the plot's
-        twin in ``moee_analysis.findings``.
+        ``facts`` are those of :meth:`caption`, which stands below the figure, before the caption of
+        the table; ``options`` go to ``plot``. The finding is the plot's own sentence.
 
         Raises
         ------
         MoeeError
-            The plot has no such twin.
+            The plot has no such sentence.
         """
-        finding = findings.of(plot)(table)
+        finding = plots.describe(plot, table)
         caption = self.caption(**facts)
-        told = ". ".join(part for part in (caption, table.attrs.get("caption")) if part)
-        fig = plot(self.table(name, table), caption=told, **(options or {}))
+        below = ". ".join(filter(None, (caption, table.attrs.get("caption"))))
+        fig = plot(self.table(name, table), caption=below, **(options or {}))
         return self.figure(name, fig, finding=finding, caption=caption, cover=cover)
 
     def headline(self, label: str, value: float | str, *, dense: str) -> Markdown:
@@ -231,7 +226,7 @@ class Bench:
         ``dense`` is what the dense model comes to, or its counterpart where it has no such number.
         """
         self.results.put("headline", {"label": label, "value": value, "dense": dense})
-        return markdown(headline_text(label, value, dense))
+        return Markdown(display.headline_text(label, value, dense))
 
     def claim(
         self,
@@ -246,14 +241,14 @@ class Bench:
         ``holds`` is True, False, or None for a claim that holds in part; ``ours`` marks a claim of
         this project's, of which the paper says nothing.
         """
-        kept = {"statement": statement, "found": found, "holds": holds}
-        self.results.append("claims", kept | {"verdict": VERDICTS[holds][0], "ours": ours})
-        source = "Tested here" if ours else "The paper says"
-        return markdown(claim_text(statement, found, holds, source))
+        claim = {"statement": statement, "found": found, "holds": holds}
+        claim |= {"verdict": display.VERDICTS[holds][0], "ours": ours}
+        self.results.append("claims", claim)
+        return Markdown(display.claim_text(claim))
 
     def answer(self, text: str) -> Markdown:
         """Show what the solution of an exercise found; it is not kept in the results."""
-        return markdown(as_markdown(text))
+        return Markdown(as_markdown(text))
 
     def caption(
         self,
@@ -265,28 +260,33 @@ class Bench:
     ) -> str:
         """Say which layer, site, tokens, number of images, model and seed a figure shows."""
         given = self.parameters
-        run = {"model": given.model, "preset": given.preset, "seed": self.seed}
-        return caption_text(layer, site, tokens, n, run)
+        facts = [
+            f"layer {layer}" if layer is not None else None,
+            site,
+            f"{tokens} tokens" if tokens else None,
+            f"n = {readable(n)} images" if n is not None else None,
+            f"model {given.model}, preset {given.preset}, seed {self.seed}",
+        ]
+        return ", ".join(filter(None, facts)) + " (layers counted from 0)"
 
     def finish(self) -> Markdown:
         """Keep and show versions, device, time and parameters; a notebook's last cell."""
         facts = {
-            "device": environment.describe_device(self.device),
+            "device": describe_device(self.device),
             "cores": os.cpu_count(),
             "seconds": round(time.monotonic() - self.started, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        versions = environment.versions()
-        self.results.put("environment", facts | {"versions": versions})
-        given = {k: v for k, v in self.parameters.told().items() if v not in (None, [])}
-        return markdown(
-            two_columns({**facts, "parameters": listed(given), "versions": listed(versions)})
-        )
+        self.results.put("environment", facts | {"versions": versions()})
+        given = {k: v for k, v in self.parameters.deciding.items() if v not in (None, [])}
+        facts |= {"parameters": display.on_one_line(given)}
+        facts |= {"versions": display.on_one_line(versions())}
+        return Markdown(display.two_columns(facts))
 
     @cached_property
     def _image_sets(self) -> ImageSets:
         sets = choose_images(self.parameters)
-        self.results.put("images", sets.told())
+        self.results.put("images", sets.summary())
         for note in sets.notes:
             self.results.append("notes", note)
         return sets
@@ -300,9 +300,10 @@ class Bench:
             "images": f"{sets.evaluation.name} ({len(sets.evaluation)} images)",
             "preset": self.parameters.preset,
             "seed": self.seed,
-            "device": environment.describe_device(self.device),
+            "device": describe_device(self.device),
         }
-        return two_columns(rows) + "".join(f"\n\n*{as_markdown(note)}*" for note in sets.notes)
+        notes = "".join(f"\n\n*{as_markdown(note)}*" for note in sets.notes)
+        return display.two_columns(rows) + notes
 
 
 def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Bench:
@@ -315,8 +316,7 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
     out
         Folder for ``results.json``, ``tables/`` and ``figures/``; None writes nothing.
     parameters
-        The other lines of the parameters cell, see
-        ``Parameters``.
+        The other lines of the parameters cell, see ``Parameters``.
 
     Raises
     ------
@@ -324,8 +324,23 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
         A parameter of the wrong type or out of range.
     """
     given = Parameters(**parameters, out=out)
-    prepare_display()
-    kept = Results(None if out is None else Path(out))
-    kept.put("notebook", name)
-    kept.put("parameters", given.told())
-    return Bench(name, given, kept)
+    display.prepare_display()
+    results = Results(None if out is None else Path(out))
+    results.put("notebook", name)
+    results.put("parameters", given.deciding)
+    return Bench(name, given, results)
+
+
+def _class_index(model: nn.Module, wanted: int | str) -> int:
+    names, labels = models.class_names(model), models.class_labels(model)
+    if isinstance(wanted, (int, np.integer)) and 0 <= wanted < len(names):
+        return int(wanted)
+    for listed in (names, labels):
+        if wanted in listed:
+            return listed.index(wanted)
+    close = difflib.get_close_matches(str(wanted), [*labels, *names], n=3)
+    raise MoeeError(
+        f"one of the model's {len(names)} classes, by name or index",
+        repr(wanted),
+        f"did you mean {', '.join(close)}" if close else f"such as '{labels[0]}'",
+    )

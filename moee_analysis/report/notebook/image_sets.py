@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moee_analysis.data.disjoint import check_apart, without_repeats
+from moee_analysis.data.disjoint import check_disjoint, without_repeats
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.presets import preset_named
@@ -33,9 +33,18 @@ class ImageSets:
     training: ImageSet
     notes: tuple[str, ...] = ()
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Names and sizes of both sets, for ``results.json``."""
-        return {"calibration": _told(self.calibration), "evaluation": _told(self.evaluation)}
+        sets = {"calibration": self.calibration, "evaluation": self.evaluation}
+        return {
+            use: {
+                "name": images.name,
+                "count": len(images),
+                "classes": len(set(images.folders)),
+                "skipped": list(images.skipped),
+            }
+            for use, images in sets.items()
+        }
 
 
 def choose_images(given: Parameters) -> ImageSets:
@@ -60,16 +69,16 @@ def choose_images(given: Parameters) -> ImageSets:
             f"'{source}' for both",
             "leave 'calibration' empty: a part of 'images' is then set aside",
         )
-    sizes = preset_named(given.preset)
+    sizes, seed = preset_named(given.preset), given.seed
     calibration = load_images(
-        source, split="calibration", limit=sizes.calibration_images, seed=given.seed
+        source, split="calibration", limit=sizes.calibration_images, seed=seed
     )
-    evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=given.seed)
+    evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=seed)
     if {source, given.images} != {BUNDLED}:
-        check_apart(calibration, evaluation, use="used for calibration")
+        check_disjoint(calibration, evaluation, use="used for calibration")
     training = calibration
     if source == BUNDLED:
-        training = load_images(source, split="train", limit=sizes.training_images, seed=given.seed)
+        training = load_images(source, split="train", limit=sizes.training_images, seed=seed)
     notes = (*_skipped(calibration), *_skipped(evaluation))
     return ImageSets(calibration, evaluation, training, notes)
 
@@ -88,49 +97,35 @@ def check_report(parameters: Mapping[str, Any]) -> None:
     if given.model in BUNDLED_MODELS and not given.weights and given.images == BUNDLED:
         return
     images = choose_images(given).evaluation
-    model = load_model(
-        given.model, weights=given.weights, classes=given.class_file, img_size=given.img_size,
-        in_chans=given.in_chans,
-    )  # fmt: skip
+    model = load_model(given.model, **given.model_arguments)
     if is_classifier(model):
         images.labels(model)
 
 
 def _set_aside(given: Parameters) -> ImageSets:
     """Both sets from the one folder ``images``."""
-    sizes = preset_named(given.preset)
+    sizes, seed = preset_named(given.preset), given.seed
     limits = (sizes.calibration_images, sizes.evaluation_images)
     total = None if None in limits else math.ceil(max(limits) / min(SET_ASIDE, 1 - SET_ASIDE))
-    there = load_images(given.images, limit=total, seed=given.seed)
-    images = without_repeats(there)
+    found = load_images(given.images, limit=total, seed=seed)
+    images = without_repeats(found)
     if len(images) < 2:
         raise MoeeError(
             "at least two images, for calibration and for evaluation",
             str(len(images)),
             "add images, or name a 'calibration' folder",
         )
-    calibration, evaluation = images.split(SET_ASIDE, seed=given.seed)
+    calibration, evaluation = images.split(SET_ASIDE, seed=seed)
     notes = [
         f"No calibration set was given: {len(calibration)} of the {len(images)} images of "
         f"{images.name} were set aside for calibration and are never evaluated."
     ]
-    if len(images) < len(there):
-        notes.append(f"{len(there) - len(images)} images are there twice and count once.")
-    calibration = calibration.limit(limits[0], seed=given.seed)
-    evaluation = evaluation.limit(limits[1], seed=given.seed)
+    if len(images) < len(found):
+        notes.append(f"{len(found) - len(images)} images are there twice and count once.")
+    calibration = calibration.limit(limits[0], seed=seed)
+    evaluation = evaluation.limit(limits[1], seed=seed)
     return ImageSets(calibration, evaluation, calibration, (*notes, *_skipped(images)))
 
 
 def _skipped(images: ImageSet) -> tuple[str, ...]:
-    if not images.skipped:
-        return ()
-    return (f"Skipped of {images.name}: {images.skipped_text}.",)
-
-
-def _told(images: ImageSet) -> dict[str, Any]:
-    return {
-        "name": images.name,
-        "count": len(images),
-        "classes": len(set(images.folders)),
-        "skipped": list(images.skipped),
-    }
+    return (f"Skipped of {images.name}: {images.skipped_text}.",) if images.skipped else ()

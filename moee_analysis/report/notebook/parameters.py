@@ -7,8 +7,8 @@ from typing import Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.utils.checks import not_none, seed_number, whole_number
 
-SEEDS = 2**32
 LARGEST_SIZE = 10_000  # pixels or channels
 
 
@@ -36,59 +36,43 @@ class Parameters:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "images", "preset"):
-            _require(name, getattr(self, name), "a text that is not empty", _is_text)
-        for name in ("weights", "class_file", "calibration", "out"):
-            _require(name, getattr(self, name), "a path as text, or None", _is_text_or_none)
-        for name in ("img_size", "in_chans"):
-            _require(name, getattr(self, name), "a whole number from 1, or None", _is_size_or_none)
-        _require("layers", self.layers, "a list of layers counted from 0, each once", _are_layers)
-        _require("classes", self.classes, "a list of class names or indices", _are_classes)
-        _require("seed", self.seed, f"a whole number from 0 to {SEEDS - 1}", _is_seed)
+        paths = not_none(self, "weights", "class_file", "calibration", "out")
+        for name, value in [("model", self.model), ("images", self.images), *paths]:
+            if not isinstance(value, str) or not value.strip():
+                raise _refusal(name, "a text that is not empty", value)
+        for name, value in not_none(self, "img_size", "in_chans"):
+            whole_number(name, value, most=LARGEST_SIZE)
+        for name in ("layers", "classes"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise _refusal(name, "a list", getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for layer in self.layers:
+            whole_number("layers", layer, least=0)
+        if len(set(self.layers)) < len(self.layers):
+            raise _refusal("layers", "numbers of layers, each once", self.layers)
+        for each in self.classes:
+            if not isinstance(each, str) or not each.strip():
+                whole_number("classes", each, least=0)
+        seed_number(self.seed)
         preset_named(self.preset)
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "classes", tuple(self.classes))
 
-    def told(self) -> dict[str, Any]:
-        """What decides the results, as plain JSON values: all but ``out``."""
-        values = asdict(self)
-        del values["out"]
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The parameters that decide the results, as plain JSON values: all but ``out``."""
+        values = {name: value for name, value in asdict(self).items() if name != "out"}
         return values | {"layers": list(self.layers), "classes": list(self.classes)}
 
-
-def _require(name: str, value: Any, expected: str, holds: Any) -> None:
-    if not holds(value):
-        raise MoeeError(
-            f"{expected}, as '{name}'",
-            f"{value!r} ({type(value).__name__})",
-            f"correct '{name}' in the parameters cell, or where the report was started",
-        )
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of ``load_model`` beside the name."""
+        names = {"weights": "weights", "class_file": "classes"}
+        names |= {name: name for name in ("img_size", "in_chans")}
+        return {argument: getattr(self, name) for name, argument in names.items()}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
-
-
-def _is_text_or_none(value: Any) -> bool:
-    return value is None or _is_text(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_size_or_none(value: Any) -> bool:
-    return value is None or (_is_count(value) and 0 < value <= LARGEST_SIZE)
-
-
-def _is_seed(value: Any) -> bool:
-    return _is_count(value) and value < SEEDS
-
-
-def _are_layers(values: Any) -> bool:
-    listed = isinstance(values, (list, tuple)) and all(_is_count(v) for v in values)
-    return listed and len(set(values)) == len(values)
-
-
-def _are_classes(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and all(_is_text(v) or _is_count(v) for v in values)
+def _refusal(name: str, expected: str, found: Any) -> MoeeError:
+    return MoeeError(
+        f"'{name}' as {expected}",
+        f"{found!r} ({type(found).__name__})",
+        f"correct '{name}' in the parameters cell, or where the report was started",
+    )

@@ -2,118 +2,143 @@
 
 from __future__ import annotations
 
+import io
 import json
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from moee_analysis.outside_text import printable
-from moee_analysis.report.pages.card import card
-from moee_analysis.report.pages.html import document
-from moee_analysis.report.results import FILE, readable
-from moee_analysis.report.runner.worker import STATUS
-from moee_analysis.utils import versions as environment
+from PIL import Image
+
+from moee_analysis.report.notebook.results import FILE, STATUS, alternative, readable
+from moee_analysis.report.pages.page import PAGE
+from moee_analysis.report.pages.templates import data_uri, render
 from moee_analysis.utils.storage.files import write_text
+from moee_analysis.utils.versions import versions
 
 INDEX = "index.html"
+COVER_PIXELS = (760, 760)
+ENDINGS = {
+    "ok": "✓ ran",
+    "cell_error": "✗ a cell failed",
+    "timeout": "✗ stopped: too slow",
+    "dead_kernel": "✗ its kernel died",
+}
+TALLIES = {
+    True: ("good", "✓ {} holds", "✓ {} hold"),
+    None: ("half", "◐ {} holds in part", "◐ {} hold in part"),
+    False: ("bad", "✗ {} does not", "✗ {} do not"),
+}
+
+Run = tuple[dict[str, Any], dict[str, Any]]
+"""Status and results of a notebook; the results are empty if it kept none."""
 
 
 def write_index(out: Path, folders: list[Path]) -> None:
     """Write ``index.html`` for the notebook runs in ``folders``, atomically."""
-    runs = [_read(folder) for folder in folders]
-    cards = "\n".join(card(folder, *run) for folder, run in zip(folders, runs, strict=True))
-    body = f"""<div class="index">
-<header>
-<p class="kicker">moee_analysis · report</p>
-<h1>A vision network, taken apart into experts</h1>
-<p class="summary">{_summary(runs)}{_warning(runs)}</p>
-{_facts([found for _, found in runs if found])}
-</header>
-<main class="cards{" pairs" if len(runs) in (2, 4) else ""}">
-{cards}
-</main>
-{_environment(runs)}
-</div>"""
-    write_text(out / INDEX, document("moee_analysis report", body))
+    runs = [(_read(folder / STATUS), _read(folder / FILE)) for folder in folders]
+    environments = [found["environment"] for _, found in runs if "environment" in found]
+    last = environments[-1] if environments else {}
+    known = last.get("versions") or versions()
+    page = render(
+        "pages/index.html",
+        title="moee_analysis report",
+        summary=_summary(runs) + _warning(runs),
+        facts=_facts([found for _, found in runs if found]),
+        cards=[_card(folder, *run) for folder, run in zip(folders, runs, strict=True)],
+        versions=known,
+        machine=_machine(last, known["torch"], sum(status["seconds"] for status, _ in runs)),
+    )
+    write_text(out / INDEX, page)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Status and results of a run; the results are empty if it kept none."""
-    found = folder / FILE
-    results = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
-    return json.loads((folder / STATUS).read_text(encoding="utf-8")), results
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _summary(runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+def _card(folder: Path, status: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Cover, title, summary, key number beside the dense model's, claims and ending."""
+    claims = [claim | {"colour": TALLIES[claim["holds"]][0]} for claim in found.get("claims", [])]
+    verdicts = [claim["holds"] for claim in claims]
+    tallies = [
+        (colour, (one if verdicts.count(holds) == 1 else several).format(verdicts.count(holds)))
+        for holds, (colour, one, several) in TALLIES.items()
+        if holds in verdicts
+    ]
+    return status | {
+        "page": f"{folder.name}/{PAGE}",
+        "cover": _cover(folder, list(found.get("figures", {}).values())),
+        "headline": found.get("headline"),
+        "claims": claims,
+        "tallies": tallies,
+        "ending": ENDINGS[status["status"]],
+    }
+
+
+def _cover(folder: Path, figures: list[dict[str, Any]]) -> dict[str, str] | None:
+    """The cover figure, else the first one, small enough to carry."""
+    chosen = next((figure for figure in figures if figure.get("cover")), (figures or [None])[0])
+    if chosen is None:
+        return None
+    buffer = io.BytesIO()
+    with Image.open(folder / chosen["file"]) as image:
+        small = image.convert("RGB")
+        small.thumbnail(COVER_PIXELS)
+        small.save(buffer, format="WEBP", quality=88)
+    return {"picture": data_uri(buffer.getvalue(), "webp"), "alt": alternative(chosen)}
+
+
+def _summary(runs: list[Run]) -> str:
     """How many notebooks ran, and how many claims of the paper hold, in words."""
-    ran = sum(status["status"] == "ok" for status, _ in runs)
-    first = f"{ran} of {len(runs)} notebooks ran to their end."
-    if ran == len(runs):
+    ran, total = sum(status["status"] == "ok" for status, _ in runs), len(runs)
+    first = f"{ran} of {total} notebooks ran to their end."
+    if ran == total:
         first = (
             f"All {ran} notebooks ran to their end." if ran > 1 else "The notebook ran to its end."
         )
-    every = [claim for _, found in runs for claim in found.get("claims", [])]
-    claims = [claim["holds"] for claim in every if not claim.get("ours")]
-    if not claims:
+    claims = [claim for _, found in runs for claim in found.get("claims", [])]
+    verdicts = [claim["holds"] for claim in claims if not claim.get("ours")]
+    if not verdicts:
         return first
-    hold, half = claims.count(True), claims.count(None)
+    hold, half = verdicts.count(True), verdicts.count(None)
     verb = "holds" if hold == 1 else "hold"
     partly = f", {half} in part" if half else ""
-    return f"{first} Of {len(claims)} claims of the paper, {hold} {verb} here{partly}."
+    return f"{first} Of {len(verdicts)} claims of the paper, {hold} {verb} here{partly}."
 
 
-def _warning(runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+def _warning(runs: list[Run]) -> str:
     smoke = any(found.get("parameters", {}).get("preset") == "smoke" for _, found in runs)
     return " Preset smoke only shows that everything runs: its numbers are no findings." * smoke
 
 
-def _facts(found: list[dict[str, Any]]) -> str:
-    """Model, images, preset and seed as a definition list."""
+def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Model, images, preset and seed; the first notebook's, where they differ."""
     facts: dict[str, Any] = {}
     for results in reversed(found):
-        images = results.get("images", {}).get("evaluation")
         facts |= results.get("parameters", {})
+        images = results.get("images", {}).get("evaluation")
         facts |= {"shown": f"{images['name']} ({readable(images['count'])})"} if images else {}
-    rows = {
+    return {
         "Model": facts.get("model"),
         "Weights": Path(facts["weights"]).name if facts.get("weights") else None,
         "Images": facts.get("shown") or facts.get("images"),
         "Preset": facts.get("preset"),
         "Seed": facts.get("seed"),
     }
-    return _definitions(rows)
 
 
-def _environment(runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """Where and when the numbers were made, as the page's footer; all versions behind a fold."""
-    known = [found["environment"] for _, found in runs if "environment" in found]
-    last = known[-1] if known else {}
-    versions = last.get("versions") or environment.versions()
-    finished = datetime.fromisoformat(last["finished"]) if last else datetime.now(UTC)
-    device = last.get("device", "unknown")
-    rows = {
+def _machine(environment: dict[str, Any], torch: str, seconds: float) -> dict[str, Any]:
+    """Where and when the numbers were made."""
+    finished = environment.get("finished")
+    date = datetime.fromisoformat(finished) if finished else datetime.now(UTC)
+    device = environment.get("device", "unknown")
+    return {
         "Device": device,
-        "CPU cores": None if "cores" in device else last.get("cores"),
-        "PyTorch": versions["torch"],
-        "Time": _duration(sum(status["seconds"] for status, _ in runs)),
-        "Date": finished.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "CPU cores": None if "cores" in device else environment.get("cores"),
+        "PyTorch": torch,
+        "Time": _duration(seconds),
+        "Date": date.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    every = "".join(f"<li>{escape(k)} {escape(v)}</li>" for k, v in versions.items())
-    return f"""<footer class="fine">
-{_definitions(rows)}
-<details><summary>All versions</summary><ul>{every}</ul></details>
-</footer>"""
-
-
-def _definitions(rows: dict[str, Any]) -> str:
-    """What is known of ``rows`` as a definition list."""
-    told = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(printable(str(value)))}</dd></div>"
-        for name, value in rows.items()
-        if value is not None
-    )
-    return f'<dl class="facts">{told}</dl>'
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a cell printed: put together as a terminal shows it, and short enough for a page.
+"""The output of cells: put together as a terminal shows it, and short enough for a page.
 
 The time is in proportion to the text, also for millions of characters on one line.
 """
@@ -10,14 +10,9 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-LONGEST = 20_000
-"""Characters of one output on a page."""
-
-LONGEST_MARKUP = 400_000
-"""Characters of HTML, SVG and the like in one output; a page with more takes long to be made."""
-
+LONGEST = 20_000  # characters of text in one output on a page
+LONGEST_MARKUP = 400_000  # characters of HTML, SVG and the like; more takes long to be made
 LEFT_OUT = "[{} are left out here; the notebook has them]"
-
 ESCAPES = re.compile(r"\x1b\[[^@-~\n]*[@-~]")
 """Sequences that colour text or move the cursor."""
 
@@ -28,26 +23,24 @@ def join_streams(cell: NotebookNode) -> None:
     Of the two, the standard output comes first if nothing stands between them.
     """
     printed: dict[str, list[str]] = {}
-    kept: list[Any] = []
+    outputs: list[Any] = []
     for output in cell.outputs:
-        if output.output_type != "stream":
-            kept.append(output)
-            continue
-        if output.name not in printed:
-            kept.append(output)
-        printed.setdefault(output.name, []).append(output.text)
-    places = {output.name: n for n, output in enumerate(kept) if output.output_type == "stream"}
+        if output.output_type != "stream" or output.name not in printed:
+            outputs.append(output)
+        if output.output_type == "stream":
+            printed.setdefault(output.name, []).append(output.text)
+    places = {output.name: n for n, output in enumerate(outputs) if output.output_type == "stream"}
     for name, place in places.items():
-        kept[place].text = as_typed("".join(printed[name]))
-    if "stdout" in places and places["stdout"] - 1 == places.get("stderr"):
-        place = places["stdout"]
-        kept[place - 1 : place + 1] = kept[place], kept[place - 1]
-    cell.outputs = kept
+        outputs[place].text = as_typed("".join(printed[name]))
+    place = places.get("stdout", 0)
+    if place and places.get("stderr") == place - 1:
+        outputs[place - 1 : place + 1] = outputs[place], outputs[place - 1]
+    cell.outputs = outputs
 
 
 def as_typed(text: str) -> str:
-    r"""What of ``text`` can be seen: ``\r`` goes back to the line's start, ``\b`` by a letter."""
-    return "\n".join(_line_as_typed(line) for line in text.split("\n"))
+    r"""The part of ``text`` that is seen: ``\r`` goes to the line's start, ``\b`` back a letter."""
+    return "\n".join(map(_line_as_typed, text.split("\n")))
 
 
 def _line_as_typed(line: str) -> str:
@@ -74,13 +67,14 @@ def shorten(output: NotebookNode) -> None:
 
 
 def _shorten_data(data: dict[str, Any]) -> None:
-    """Shorten plain text; half of any markup is none, so that goes, and plain text tells it."""
-    told = [shortened(data.pop("text/plain"))] if "text/plain" in data else []
-    markup = [kind for kind in data if kind.startswith("text/") or kind == "image/svg+xml"]
-    heavy = [kind for kind in markup if len(data[kind]) > LONGEST_MARKUP]
-    told += [LEFT_OUT.format(f"{len(data.pop(kind))} characters of {kind}") for kind in heavy]
-    if told:
-        data["text/plain"] = "\n".join(told)
+    """Shorten plain text; half of any markup is none, so that goes, and plain text says so."""
+    lines = [shortened(data.pop("text/plain"))] if "text/plain" in data else []
+    for kind in list(data):
+        markup = kind.startswith("text/") or kind == "image/svg+xml"
+        if markup and len(data[kind]) > LONGEST_MARKUP:
+            lines.append(LEFT_OUT.format(f"{len(data.pop(kind))} characters of {kind}"))
+    if lines:
+        data["text/plain"] = "\n".join(lines)
 
 
 def shortened(text: str) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
-import math
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import nbformat
+from papermill.translators import PythonTranslator
+
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage.files import check_file
 
-TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 OWN = ("out", "preset")
 """Parameters that the report sets by itself in every notebook."""
 
@@ -39,11 +42,18 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
                 f"'{name}'",
                 "correct its spelling",
             )
-        _check_value(name, value, declared[name], notebook)
+        kind = declared[name]["inferred_type_name"]
+        if not _fits(value, kind, default=declared[name]["default"]):
+            expected = kind if kind in TYPES else "a JSON value"
+            raise MoeeError(
+                f"'{name}' to be {expected} in {notebook.name}",
+                f"{value!r} ({type(value).__name__})",
+                "pass a value of that type",
+            )
 
 
 def declared_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
-    """What papermill reads in the parameters cell: by name, each with its type and default.
+    """The parameters cell as papermill reads it: by name, each with its type and default.
 
     Raises
     ------
@@ -51,8 +61,6 @@ def declared_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
         The notebook is missing or foreign, has not exactly one parameters cell, or that cell
         assigns a name papermill cannot see (a union annotation, a second ``=``).
     """
-    from papermill.translators import PythonTranslator
-
     source = _parameters_source(notebook)
     declared = {each.name: each._asdict() for each in PythonTranslator.inspect({"source": source})}
     hidden = sorted(_assigned(source, notebook) - declared.keys())
@@ -65,21 +73,14 @@ def declared_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
     return declared
 
 
-def literal(path: Path) -> str:
-    """``path`` for papermill, which takes braces for the fields of a format string."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 def _parameters_source(notebook: Path) -> str:
-    import nbformat
-
     check_file(notebook, expected="a notebook")
     try:
         read = nbformat.read(notebook, as_version=4)
         nbformat.validate(read)  # the reader only logs what is wrong
     except Exception as error:  # a foreign file breaks the reader in many ways
-        told = f"{type(error).__name__}: {error}".partition("\n")[0]
-        found = shorten(told, 160, placeholder=" ...")
+        first = f"{type(error).__name__}: {error}".partition("\n")[0]
+        found = shorten(first, 160, placeholder=" ...")
         raise MoeeError(f"a notebook at '{notebook}'", found, "check the file") from None
     tagged = [c.source for c in read.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:
@@ -98,37 +99,18 @@ def _assigned(source: str, notebook: Path) -> set[str]:
         raise MoeeError(
             f"Python in the parameters cell of {notebook.name}", str(error), "correct the cell"
         ) from None
-    targets = [s.target for s in statements if isinstance(s, ast.AnnAssign)]
-    targets += [t for s in statements if isinstance(s, ast.Assign) for t in s.targets]
-    return {t.id for t in targets if isinstance(t, ast.Name)}
+    assignments = [s for s in statements if isinstance(s, (ast.Assign, ast.AnnAssign))]
+    targets = [t for s in assignments for t in getattr(s, "targets", None) or [s.target]]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def _check_value(name: str, value: Any, declared: Mapping[str, Any], notebook: Path) -> None:
-    expected = declared["inferred_type_name"]
-    if value is None and declared["default"] == "None":
-        return
-    if _is_json(value) and _fits(value, expected):
-        return
-    raise MoeeError(
-        f"'{name}' to be {expected if expected in TYPES else 'a JSON value'} in {notebook.name}",
-        f"{value!r} ({type(value).__name__})",
-        "pass a value of that type",
-    )
-
-
-def _fits(value: Any, expected: str) -> bool:
+def _fits(value: Any, kind: str, *, default: str) -> bool:
+    if value is None and default == "None":
+        return True
     if isinstance(value, bool):
-        return expected in ("bool", "None")
-    if expected == "float":
-        return isinstance(value, (int, float))
-    return isinstance(value, TYPES.get(expected, object))
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(_is_json(item) for item in value)
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_json(item) for k, item in value.items())
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, (str, int))
+        return kind in ("bool", "None")
+    try:
+        is_json = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
+    return is_json and isinstance(value, TYPES.get(kind, object))

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.caches import has_home
@@ -33,26 +32,15 @@ def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
     from ipykernel.kernelspec import write_kernel_spec
 
     with scratch_folder("kernel") as folder:
-        name = str(folder)
         write_kernel_spec(folder / "kernels" / NAME, extra_arguments=QUIET)
-        private = {
-            "IPYTHONDIR": f"{name}/ipython", "JUPYTER_RUNTIME_DIR": f"{name}/runtime",
-            "TMPDIR": _made(folder / "tmp"),
-        }  # fmt: skip
-        homeless = {} if has_home() else {"HOME": name}
-        paths = _first("JUPYTER_PATH", name)
-        yield {**os.environ, **homeless, **paths, **(private if hermetic else {})}
-
-
-def _made(folder: Path) -> str:
-    folder.mkdir()
-    return str(folder)
-
-
-def _first(variable: str, folder: str) -> dict[str, str]:
-    """The environment's ``variable`` with ``folder`` before those that are listed there."""
-    others = os.environ.get(variable)
-    return {variable: os.pathsep.join([folder, others] if others else [folder])}
+        variables = os.environ | {"JUPYTER_PATH": _before("JUPYTER_PATH", str(folder))}
+        if not has_home():
+            variables["HOME"] = str(folder)
+        if hermetic:
+            places = {"IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime", "TMPDIR": "tmp"}
+            variables |= {name: str(folder / place) for name, place in places.items()}
+            (folder / "tmp").mkdir()
+        yield variables
 
 
 def open_lab(options: Sequence[str] = ()) -> int:
@@ -72,7 +60,8 @@ def open_lab(options: Sequence[str] = ()) -> int:
         )  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", *options]
     with own_kernel() as environment, _settings() as folder:
-        lab = subprocess.Popen(command, env=environment | _first("JUPYTER_CONFIG_PATH", folder))
+        paths = {"JUPYTER_CONFIG_PATH": _before("JUPYTER_CONFIG_PATH", folder)}
+        lab = subprocess.Popen(command, env=environment | paths)
         while True:
             try:
                 return lab.wait()
@@ -82,6 +71,11 @@ def open_lab(options: Sequence[str] = ()) -> int:
                 lab.terminate()
                 lab.wait()
                 raise
+
+
+def _before(variable: str, folder: str) -> str:
+    """``folder`` before those that the environment's ``variable`` lists."""
+    return os.pathsep.join(filter(None, [folder, os.environ.get(variable)]))
 
 
 @contextmanager

@@ -19,24 +19,22 @@ from tqdm.std import tqdm
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.presets import preset_named
 from moee_analysis.outside_text import printable
+from moee_analysis.report.notebook.results import NOTEBOOK, STATUS
 from moee_analysis.report.pages.index import INDEX, write_index
 from moee_analysis.report.pages.page import LOG, PAGE, read_story, write_page
 from moee_analysis.report.runner.cell_progress import CELLS, cell_bar, cells_noted
 from moee_analysis.report.runner.check_parameters import OWN, check_parameters
-from moee_analysis.report.runner.jupyter import open_lab, own_kernel
-from moee_analysis.report.runner.worker import STATUS
+from moee_analysis.report.runner.jupyter import own_kernel
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.paths import notebooks_folder
-from moee_analysis.utils.signals import ended_in_order
-from moee_analysis.utils.storage.files import check_place, write_json
+from moee_analysis.utils.signals import PATIENCE, ended_in_order
+from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.folders import new_folder
-
-__all__ = ["Outcome", "open_lab", "report"]
+from moee_analysis.utils.storage.refusals import check_place
 
 CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
 """The longest a single cell may take, per preset."""
 
-STOP_SECONDS = 15
 LOOK_SECONDS = 0.5  # between looks at how far a notebook is
 WORKER_ENVIRONMENT = {
     "MOEE_HEADLESS": "1",
@@ -70,6 +68,11 @@ class Outcome:
         """The notebook's page."""
         return self.folder / PAGE
 
+    def __str__(self) -> str:
+        where = f" in cell {self.cell}" if self.cell else ""
+        why = "" if self.ok else f"{where}: {' '.join(self.error.split())}"
+        return f"{self.status.replace('_', ' ')} after {self.seconds:.0f} s{why}"
+
 
 def report(
     parameters: Mapping[str, Any] | None = None,
@@ -97,7 +100,7 @@ def report(
     timeout
         Seconds a single cell may take; None takes the preset's :data:`CELL_SECONDS`.
     say
-        Told one line when a notebook starts and ends, and where the index is.
+        Called with a line when a notebook starts and ends, and with the place of the index.
 
     Returns
     -------
@@ -112,22 +115,21 @@ def report(
     """
     preset_named(preset)
     if timeout is not None:
-        whole_number("timeout", timeout, least=1)
-    chosen = _chosen(notebooks)
-    given = _checked(parameters or {}, chosen)
-    folder = _checked_folder(Path(out), chosen)
-    seconds = timeout or CELL_SECONDS[preset]
+        whole_number("timeout", timeout)
+    chosen, given = _choose(notebooks), dict(parameters or {})
+    _check_parameters(given, chosen)
+    folder = Path(out)
+    _check_folder(folder, chosen)
+    given |= {"preset": preset}
     outcomes: list[Outcome] = []
-    with ended_in_order(), cell_bar(chosen) as bar:
+    with ended_in_order(), cell_bar(chosen) as show:
         for number, notebook in enumerate(chosen):
             place = f"[{number + 1}/{len(chosen)}] {notebook.stem}"
             _say(say, f"{place}: started")
-            outcome = _run(
-                notebook, folder, given | {"preset": preset}, seconds=seconds,
-                seen=partial(bar.show, number),
-            )  # fmt: skip
+            seconds = timeout or CELL_SECONDS[preset]
+            outcome = _run(notebook, folder, given, seconds=seconds, seen=partial(show, number))
             outcomes.append(outcome)
-            _say(say, f"{place}: {_ending(outcome)}")
+            _say(say, f"{place}: {outcome}")
             write_index(folder, [done.folder for done in outcomes])
     _say(say, f"report: {folder / INDEX}")
     return outcomes
@@ -139,7 +141,7 @@ def _say(say: Callable[[str], None], line: str) -> None:
         say(printable(line))
 
 
-def _chosen(notebooks: Sequence[str | Path] | None) -> list[Path]:
+def _choose(notebooks: Sequence[str | Path] | None) -> list[Path]:
     """Absolute paths of the notebooks to run, each under a name of its own."""
     listed = sorted(notebooks_folder().glob("*.ipynb")) if notebooks is None else notebooks
     chosen = [_absolute(path) for path in listed]
@@ -164,29 +166,26 @@ def _absolute(path: str | Path) -> Path:
     return path
 
 
-def _checked(parameters: Mapping[str, Any], notebooks: Sequence[Path]) -> dict[str, Any]:
+def _check_parameters(given: Mapping[str, Any], notebooks: Sequence[Path]) -> None:
     for name in OWN:
-        if name in parameters:
+        if name in given:
             raise MoeeError(
                 f"'{name}' as an argument of the report", "a notebook parameter", "move it there"
             )
     for notebook in notebooks:
-        check_parameters(notebook, parameters)
-    return dict(parameters)
+        check_parameters(notebook, given)
 
 
-def _checked_folder(out: Path, notebooks: Sequence[Path]) -> Path:
-    """``out``, if it can be written and nothing would be overwritten that is not a report."""
+def _check_folder(out: Path, notebooks: Sequence[Path]) -> None:
+    """Refuse a place that cannot be written, or where anything but a report would be lost."""
     check_place(out / INDEX)
-    for stem in (notebook.stem for notebook in notebooks):
-        folder = out / stem
+    for folder in (out / notebook.stem for notebook in notebooks):
         if folder.exists() and not (folder / STATUS).is_file():
             raise MoeeError(
                 f"'{folder}' to be free or an earlier report",
                 "something else",
                 "choose another folder for the report",
             )
-    return out
 
 
 def _run(
@@ -199,71 +198,59 @@ def _run(
 ) -> Outcome:
     """Run one notebook in a new folder, which takes its place under ``out`` when complete.
 
-    ``seen`` is told again and again how many code cells have ended.
+    ``seen`` is called again and again with the number of code cells that have ended.
     """
     final = out / notebook.stem
     with new_folder(final) as folder:
+        place = folder.resolve()
         job = {
             "notebook": str(notebook),
-            "folder": str(folder.resolve()),
-            "parameters": parameters | {"out": str(folder.resolve())},
+            "written": str(place / NOTEBOOK),
+            "status": str(place / STATUS),
+            "parameters": parameters | {"out": str(place)},
             "timeout": seconds,
             "cwd": str(Path.cwd()),
         }
         status = _work(job, folder, seen) | read_story(notebook)
         write_json(folder / STATUS, status)
-        _tidy(folder, {folder.resolve(): final, notebook: notebook.name})
+        _tidy(folder, {place: final, notebook: notebook.name})
         write_page(folder, status)
-    return Outcome(
-        notebook=notebook.stem,
-        status=status["status"],
-        seconds=status["seconds"],
-        folder=final,
-        error=status.get("error", ""),
-        cell=status.get("cell"),
-    )
+    facts = {name: status[name] for name in ("error", "cell") if name in status}
+    return Outcome(notebook.stem, status["status"], status["seconds"], final, **facts)
 
 
 def _work(job: dict[str, Any], folder: Path, seen: Callable[[int], None]) -> dict[str, Any]:
-    """Run the job in a process of its own and return the status it leaves."""
-    started = time.monotonic()
+    """Do the job in a process of its own and return the status it leaves."""
+    begun = time.monotonic()
     command = [sys.executable, "-m", "moee_analysis.report.runner.worker", json.dumps(job)]
     with (
         own_kernel(hermetic=True) as environment,
         (folder / LOG).open("w") as log,
-        _process(command, log, environment | WORKER_ENVIRONMENT) as child,
+        _process(command, env=environment | WORKER_ENVIRONMENT, stdout=log, stderr=log) as worker,
     ):
-        while True:
+        while worker.poll() is None:
             seen(cells_noted(folder))
             with suppress(subprocess.TimeoutExpired):
-                code = child.wait(LOOK_SECONDS)
-                break
-    if not (folder / STATUS).is_file():
-        ended = f"the process that ran the notebook ended with code {code}"
-        passed = round(time.monotonic() - started, 1)
-        write_json(folder / STATUS, {"status": "dead_kernel", "error": ended, "seconds": passed})
-    return json.loads((folder / STATUS).read_text())
+                worker.wait(LOOK_SECONDS)
+    if (folder / STATUS).is_file():
+        return json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    error = f"the process that ran the notebook ended with code {worker.returncode}"
+    seconds = round(time.monotonic() - begun, 1)
+    return {"status": "dead_kernel", "error": error, "seconds": seconds}
 
 
 @contextmanager
-def _process(
-    command: Sequence[str], log: Any, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen]:
+def _process(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
     """A child process out of reach of the terminal's Ctrl-C, which is over when this one is."""
-    child = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.PIPE,  # never written to: its end tells the child that this one has died
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    # nothing is ever written to its stdin: the end of it tells the child that this one has died
+    pipe = {"stdin": subprocess.PIPE, "start_new_session": True}
+    child = subprocess.Popen(command, **pipe, **options)
     try:
         yield child
     finally:
         child.terminate()  # the worker then takes its kernel down
         try:
-            child.wait(STOP_SECONDS)
+            child.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -280,9 +267,3 @@ def _tidy(folder: Path, names: Mapping[Path, Path | str]) -> None:
         for place, name in names.items():
             text = text.replace(json.dumps(str(place))[1:-1], json.dumps(str(name))[1:-1])
         path.write_text(text, encoding="utf-8")
-
-
-def _ending(outcome: Outcome) -> str:
-    where = f" in cell {outcome.cell}" if outcome.cell else ""
-    why = "" if outcome.ok else f"{where}: {' '.join(outcome.error.split())}"
-    return f"{outcome.status.replace('_', ' ')} after {outcome.seconds:.0f} s{why}"

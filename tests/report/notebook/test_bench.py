@@ -11,26 +11,27 @@ from PIL import Image
 
 from moee_analysis import plots
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import pipeline as extraction
 from moee_analysis.models import loading as models
+from moee_analysis.report.notebook import bench as bench_module
+from moee_analysis.report.notebook import display
 from moee_analysis.report.notebook.bench import MACS_REDUCTION, open_notebook
-from moee_analysis.report.notebook.display import prepare_display
-from moee_analysis.report.results import plain, readable
+from moee_analysis.report.notebook.results import plain, readable
+from tests.helpers.images import image_folder
 from tests.helpers.models import CLASSES, toy_vit
 
 PER_CLASS = 8
+SCORES = pd.DataFrame(
+    {"system": ["dense", "MoEE"], "top1": [0.9, 0.45], "low": 0.4, "high": 0.95,
+     "retention": [1.0, 0.5], "retention_low": 0.4, "retention_high": 1.0, "kl": [0.0, 0.3],
+     "agreement": [1.0, 0.5], "reference_top1": 0.9, "n_images": 7}
+)  # fmt: skip
+KEPT = "MoEE keeps 50.0 % of the dense top-1 (90.0 %)."
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder of class folders with small noisy images."""
-    rng = np.random.default_rng(0)
-    for name in CLASSES:
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(PER_CLASS):
-            pixels = rng.integers(0, 255, size=(32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
-    return str(tmp_path / "photos")
+    return str(image_folder(tmp_path / "photos", dict.fromkeys(CLASSES, PER_CLASS)))
 
 
 @pytest.fixture
@@ -43,72 +44,59 @@ def bench(tmp_path):
     return open_notebook("01_test", preset="smoke", out=str(tmp_path / "out"))
 
 
-def _written(tmp_path) -> dict:
+@pytest.fixture
+def figure():
+    fig, ax = plt.subplots(figsize=(2, 1), dpi=150)
+    ax.plot([1, 2])
+    plt.close(fig)
+    return fig
+
+
+def written(tmp_path) -> dict:
     return json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 @pytest.mark.parametrize(
-    ("parameters", "match"),
-    [
-        ({"preset": "smok"}, "a preset among smoke, small, full"),
-        ({"preset": 1}, "'preset'"),
-        ({"model": ""}, "'model'"),
-        ({"weights": 3}, "'weights'"),
-        ({"images": None}, "'images'"),
-        ({"calibration": ""}, "'calibration'"),
-        ({"layers": "(3, 4)"}, "'layers'"),
-        ({"layers": [-1]}, "'layers'"),
-        ({"layers": [True]}, "'layers'"),
-        ({"layers": [3, 3]}, "'layers'"),
-        ({"layers": [1.0]}, "'layers'"),
-        ({"layers": [[1]]}, "'layers'"),
-        ({"classes": [None]}, "'classes'"),
-        ({"seed": "0"}, "'seed'"),
-        ({"seed": -1}, "'seed'"),
-        ({"seed": 0.5}, "'seed'"),
-        ({"seed": True}, "'seed'"),
-        ({"out": 1}, "'out'"),
-    ],
-)
-def test_a_wrong_parameter_is_refused_by_name(parameters, match):
-    with pytest.raises(MoeeError, match=match):
-        open_notebook("x", **parameters)
+    ("name", "value"),
+    [("preset", "smok"), ("preset", 1), ("model", ""), ("weights", 3), ("images", None),
+     ("calibration", ""), ("img_size", 0), ("in_chans", 10**6), ("layers", "(3, 4)"),
+     ("layers", [-1]), ("layers", [True]), ("layers", [3, 3]), ("layers", [1.0]), ("layers", [[1]]),
+     ("layers", None), ("classes", [None]), ("classes", "cat"), ("classes", [""]), ("seed", "0"),
+     ("seed", -1), ("seed", 0.5), ("seed", True), ("seed", 2**32), ("out", 1)],
+)  # fmt: skip
+def test_a_wrong_parameter_is_refused_by_name(name, value):
+    with pytest.raises(MoeeError, match=name):
+        open_notebook("x", **{name: value})
 
 
-def test_without_out_nothing_is_written(tmp_path, monkeypatch):
+def test_without_out_nothing_is_written(tmp_path, figure, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bench = open_notebook("x", preset="smoke")
     bench.record("a", 1)
     bench.table("t", pd.DataFrame({"a": [1]}))
-    bench.figure("f", _figure())
+    bench.figure("f", figure)
     bench.finish()
     assert not list(tmp_path.iterdir())
     assert bench.results.content["values"] == {"a": 1}
 
 
 def test_parameters_are_kept_without_the_place_of_the_output(tmp_path, bench):
-    assert _written(tmp_path)["parameters"] == {
-        "model": "bundled",
-        "weights": None,
-        "img_size": None,
-        "in_chans": None,
-        "class_file": None,
-        "calibration": None,
-        "images": "bundled",
-        "layers": [],
-        "classes": [],
-        "preset": "smoke",
-        "seed": 0,
-    }
+    assert written(tmp_path)["parameters"] == {
+        "model": "bundled", "weights": None, "img_size": None, "in_chans": None,
+        "class_file": None, "calibration": None, "images": "bundled", "layers": [], "classes": [],
+        "preset": "smoke", "seed": 0,
+    }  # fmt: skip
 
 
-def test_numbers_are_written_at_once_and_as_json(tmp_path, bench):
+def test_numbers_are_written_at_once_and_as_json(tmp_path, figure, bench):
     bench.record("a", np.float32(0.5))
     bench.record("b", {"x": np.arange(2), 3: (np.int64(4), float("inf"))})
-    assert _written(tmp_path)["values"] == {"a": 0.5, "b": {"x": [0, 1], "3": [4, None]}}
+    assert written(tmp_path)["values"] == {"a": 0.5, "b": {"x": [0, 1], "3": [4, None]}}
     with pytest.raises(MoeeError, match="a Figure"):
-        bench.record("c", _figure())
-    assert set(_written(tmp_path)["values"]) == {"a", "b"}
+        bench.record("c", figure)
+    assert set(written(tmp_path)["values"]) == {"a", "b"}
+    with pytest.raises(MoeeError, match="a object"):
+        plain([object()])
 
 
 def test_tables_are_kept_as_csv_and_returned(tmp_path, bench):
@@ -117,92 +105,63 @@ def test_tables_are_kept_as_csv_and_returned(tmp_path, bench):
     bench.table("by_layer", table.set_index("layer"))
     for name in ("experts", "by_layer"):
         pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"out/tables/{name}.csv"), table)
-    assert _written(tmp_path)["tables"]["experts"] == {
-        "file": "tables/experts.csv",
-        "rows": 2,
-        "columns": ["layer", "experts"],
-    }
+    entry = {"file": "tables/experts.csv", "rows": 2, "columns": ["layer", "experts"]}
+    assert written(tmp_path)["tables"]["experts"] == entry
 
 
-def _figure():
-    fig, ax = plt.subplots(figsize=(2, 1), dpi=150)
-    ax.plot([1, 2])
-    plt.close(fig)
-    return fig
-
-
-def test_figures_are_kept_as_shown_and_returned(tmp_path, bench):
-    fig = _figure()
-    assert bench.figure("one", fig, finding="It rises to 2.", caption="a line", cover=True) is fig
+def test_figures_are_kept_as_shown_and_returned(tmp_path, figure, bench):
+    facts = {"finding": "It rises to 2.", "caption": "a line", "cover": True}
+    assert bench.figure("one", figure, **facts) is figure
     with Image.open(tmp_path / "out/figures/one.png") as kept:
         assert kept.width > 200
-    told = {"finding": "It rises to 2.", "caption": "a line"}
-    entry = {"file": "figures/one.png", "cover": True} | told
-    assert _written(tmp_path)["figures"] == {"one": entry}
-    assert fig.get_label() == "It rises to 2. a line"
-
-
-def test_the_label_of_a_figure_is_its_finding_where_none_is_given(tmp_path, bench):
-    fig = _figure()
-    fig.set_label("It rises to 2.")
-    bench.figure("one", fig, caption="a line")
-    assert _written(tmp_path)["figures"]["one"]["finding"] == "It rises to 2."
-    assert bench.figure("two", _figure()).get_label() == "two"
+    assert written(tmp_path)["figures"] == {"one": {"file": "figures/one.png"} | facts}
+    assert figure.get_label() == "It rises to 2. a line"
+    figure.set_label("It falls.")
+    bench.figure("two", figure)  # a label is a finding where none is given
+    assert written(tmp_path)["figures"]["two"]["finding"] == "It falls."
+    figure.set_label("")
+    assert bench.figure("the_name", figure).get_label() == "the name"
 
 
 def test_what_is_no_figure_passes_through_unkept(tmp_path, bench):
-    before = _written(tmp_path)
-    panel = object()
+    before, panel = written(tmp_path), object()
     assert bench.figure("one", panel, finding="It rises.", cover=True) is panel
-    assert _written(tmp_path) == before
+    assert written(tmp_path) == before
     assert not (tmp_path / "out" / "figures").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "", "a/b", ".x"])
-def test_a_name_that_is_no_file_name_is_refused(tmp_path, bench, name):
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, figure, bench, name):
     with pytest.raises(MoeeError, match="a name of letters"):
-        bench.figure(name, _figure())
+        bench.figure(name, figure)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize(
-    ("holds", "words"),
-    [(True, "✓ holds"), (np.False_, "✗ does not hold"), (None, "◐ holds in part")],
-)
-def test_claims_are_shown_and_kept(tmp_path, bench, holds, words):
-    shown = bench.claim("experts are many", "they are 7", holds)
-    assert all(text in shown.data for text in ("experts are many", "they are 7", words))
-    kept = _written(tmp_path)["claims"][0]
-    assert kept["holds"] == holds
-    assert kept["verdict"] == words
-    assert "The paper says" in shown.data
-    assert not kept["ours"]
-
-
-def test_a_claim_of_ours_is_not_the_paper_s(tmp_path, bench):
-    shown = bench.claim("pieces help", "they do", None, ours=True)
-    assert "The paper says" not in shown.data
-    assert _written(tmp_path)["claims"][0]["ours"]
+    ("holds", "ours", "words"),
+    [(True, False, "✓ holds"), (np.False_, False, "✗ does not hold"),
+     (None, True, "◐ holds in part")],
+)  # fmt: skip
+def test_claims_are_shown_and_kept(tmp_path, bench, holds, ours, words):
+    shown = bench.claim("experts are many", "they are 7", holds, ours=ours).data
+    assert all(text in shown for text in ("experts are many", "they are 7", words))
+    assert ("The paper says" in shown) == (not ours)
+    (kept,) = written(tmp_path)["claims"]
+    assert (kept["holds"], kept["verdict"], kept["ours"]) == (holds, words, ours)
 
 
 def test_headline_is_shown_and_kept_with_the_dense_model_beside(tmp_path, bench):
     shown = bench.headline("G MACs", 0.90281, dense="1.25 G").data
     assert shown == "**0.903** G MACs (dense: 1.25 G)"
     kept = {"label": "G MACs", "value": 0.90281, "dense": "1.25 G"}
-    assert _written(tmp_path)["headline"] == kept
-    with pytest.raises(TypeError, match="dense"):
-        bench.headline("G MACs", 0.9)
-
-
-def test_an_answer_is_shown_and_not_kept(tmp_path, bench):
-    before = _written(tmp_path)
+    assert written(tmp_path)["headline"] == kept
     assert bench.answer("there are 7 of them").data == "there are 7 of them"
-    assert _written(tmp_path) == before
+    assert set(written(tmp_path)) == {"notebook", "parameters", "headline"}  # no answer is kept
 
 
 def test_finish_tells_versions_device_time_and_parameters(tmp_path, bench):
     shown = bench.finish().data
-    kept = _written(tmp_path)["environment"]
+    kept = written(tmp_path)["environment"]
     assert kept["versions"]["torch"] in shown
     assert kept["device"] in shown
     assert "preset\u00a0smoke" in shown
@@ -211,43 +170,44 @@ def test_finish_tells_versions_device_time_and_parameters(tmp_path, bench):
 
 
 def test_caption_says_what_is_shown(bench):
-    told = bench.caption(layer=5, site="MLP input", tokens="patch", n=1500)
-    assert told == (
+    caption = bench.caption(layer=5, site="MLP input", tokens="patch", n=1500)
+    assert caption == (
         "layer 5, MLP input, patch tokens, n = 1\u202f500 images, "
         "model bundled, preset smoke, seed 0 (layers counted from 0)"
     )
 
 
-def test_bundled_images_come_in_the_preset_s_sizes(tmp_path, bench):
+def test_bundled_images_come_in_the_preset_s_sizes_and_none_twice(tmp_path, bench):
     assert len(bench.calibration) == bench.preset.calibration_images
     assert len(bench.images) == bench.preset.evaluation_images
-    assert bench.calibration.name != bench.images.name
-    assert _written(tmp_path)["images"]["evaluation"]["count"] == len(bench.images)
+    assert len(bench.training) == bench.preset.training_images
+    assert written(tmp_path)["images"]["evaluation"]["count"] == len(bench.images)
     assert "bundled scenes" in bench._repr_markdown_()
+    sets = [bench.training, bench.calibration, bench.images]
+    digests = [{s.source.digest(row) for row in s.rows} for s in sets]
+    assert not digests[0] & (digests[1] | digests[2])
+    assert not digests[1] & digests[2]
 
 
 def test_without_a_calibration_set_a_part_of_the_images_is_set_aside(tmp_path, folder):
-    bench = open_notebook(
-        "x", model="deit_tiny_patch16_224", images=folder, preset="full", out=str(tmp_path / "out")
-    )
+    model = {"model": "deit_tiny_patch16_224", "preset": "full"}
+    bench = open_notebook("x", images=folder, out=str(tmp_path / "out"), **model)
     calibration, evaluation = set(bench.calibration.rows), set(bench.images.rows)
     assert not calibration & evaluation
     assert len(calibration | evaluation) == PER_CLASS * len(CLASSES)
-    assert "set aside" in _written(tmp_path)["notes"][0]
+    assert bench.training is bench.calibration
+    assert "set aside" in written(tmp_path)["notes"][0]
     assert "set aside" in bench._repr_markdown_()
-
-
-@pytest.mark.parametrize("name", models.BUNDLED_MODELS)
-def test_a_bundled_model_is_calibrated_with_its_own_images(name, folder):
-    bench = open_notebook("x", model=name, images=folder, preset="smoke")
-    assert bench.calibration.name == "bundled scenes, calibration"
-    assert len(bench.images) == PER_CLASS * len(CLASSES)
-
-
-def test_one_folder_for_calibration_and_evaluation_is_refused(folder):
-    bench = open_notebook("x", model="vit", images=folder, calibration=folder, preset="smoke")
+    bench = open_notebook("x", images=folder, calibration=folder, **model)
     with pytest.raises(MoeeError, match="in two folders"):
         _ = bench.images
+
+
+def test_bundled_models_are_calibrated_with_their_own_images(folder):
+    for name in models.BUNDLED_MODELS:
+        bench = open_notebook("x", model=name, images=folder, preset="smoke")
+        assert bench.calibration.name == "bundled scenes, calibration"
+        assert len(bench.images) == PER_CLASS * len(CLASSES)
 
 
 def test_unreadable_images_are_noted(tmp_path, folder):
@@ -255,7 +215,7 @@ def test_unreadable_images_are_noted(tmp_path, folder):
     bench = open_notebook("x", images=folder, preset="smoke", out=str(tmp_path / "out"))
     with pytest.warns(UserWarning, match="damaged or no picture"):
         assert len(bench.images) == PER_CLASS * len(CLASSES) - 1
-    (note,) = _written(tmp_path)["notes"]
+    (note,) = written(tmp_path)["notes"]
     assert note.startswith("Skipped of photos: 1 damaged or no picture")
     assert note.endswith(": ant/0.png.")
 
@@ -266,65 +226,71 @@ def test_layers_and_classes_are_the_parameters_or_the_notebook_s_own(toy_model):
     assert own.choose_classes(["bee", 3]) == [1, 3]
     given = open_notebook("x", preset="smoke", layers=[1], classes=["fox"])
     assert given.choose_layers([0, 2]) == [1]
-    assert given.choose_classes(["bee", 3]) == [5]
-
-
-def test_layers_and_classes_the_model_lacks_are_refused(toy_model):
-    bench = open_notebook("x", preset="smoke", layers=[3], classes=["bees"])
+    assert given.choose_classes(["bee", 3]) == given.choose_among(["bee"], count=2) == [5]
+    lacking = open_notebook("x", preset="smoke", layers=[3], classes=["bees"])
     with pytest.raises(MoeeError, match="layers from 0 to 2"):
-        bench.choose_layers([0])
+        lacking.choose_layers([0])
     with pytest.raises(MoeeError, match="did you mean bee"):
-        bench.choose_classes([])
+        lacking.choose_classes([])
+
+
+def test_choose_among_prefers_what_the_images_show(bench):
+    chosen = bench.choose_among(["cliff", "no such class", "goldfish"], count=3)
+    labels = models.class_labels(bench.dense)
+    assert [labels[c] for c in chosen[:2]] == ["cliff", "goldfish"]
+    assert len(set(chosen)) == 3
 
 
 def test_the_run_is_the_paper_s_at_the_paper_s_budget_and_goes_through_the_store(
-    toy_model, monkeypatch, tmp_path
+    toy_model, bench, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("MOEE_STORE", str(tmp_path))
-    monkeypatch.setattr(extraction, "extract", lambda *given, **options: (given, options))
-    bench = open_notebook("x", preset="smoke", seed=5)
-    (model, images, config), options = bench.run
-    assert model is bench.dense
-    assert images is bench.calibration
-    assert (config.recipe, config.macs_reduction) == ("paper", bench.saving)
+    monkeypatch.setattr(bench_module, "extract", lambda *given, **options: (given, options))
+    small = open_notebook("x", preset="smoke", seed=5)
+    (model, images, config), options = small.run
+    assert model is small.dense
+    assert images is small.calibration
+    assert (config.recipe, config.macs_reduction) == ("paper", small.saving)
     assert (config.preset, config.seed) == ("smoke", 5)
     assert options == {"store": tmp_path}
-    assert bench.run is bench.run
+    assert small.run is small.run
+    assert small.saving < MACS_REDUCTION  # MLPs are a small part of this model
+
+
+def test_the_bundled_models_save_what_the_paper_does(bench):
+    assert bench.saving == MACS_REDUCTION
 
 
 @pytest.fixture
-def shell(monkeypatch):
+def show(monkeypatch):
+    """What the shell of a notebook shows of an object: data and metadata by kind."""
     shell = InteractiveShell()
-    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
-    prepare_display()
-    return shell
+    monkeypatch.setattr(display, "get_ipython", lambda: shell)
+    display.prepare_display()
+    return shell.display_formatter.format
 
 
-def test_a_notebook_shows_figures_in_inches_with_a_description(shell, bench):
-    fig = bench.figure("one", _figure(), finding="It rises to 2.", caption="a line")
-    data, metadata = shell.display_formatter.format(fig, include=["image/png"])
+def test_a_notebook_shows_figures_in_inches_with_a_description(show, figure):
+    data, metadata = show(figure, include=["image/png"])
     assert data["image/png"]
-    assert metadata["image/png"]["alt"] == "It rises to 2. a line"
     assert metadata["image/png"]["width"] == pytest.approx(2 * 96, rel=0.1)
+    descriptions = [metadata["image/png"]["alt"]]
+    for describe in (
+        lambda: figure.axes[0].set_title("a title"),
+        lambda: figure.text(0, 0, "words\nbelow"),
+        lambda: figure.set_label("a label"),
+    ):
+        describe()
+        descriptions.append(show(figure, include=["image/png"])[1]["image/png"]["alt"])
+    assert descriptions == ["figure", "a title", "words below", "a label"]
 
 
-def test_a_figure_without_a_label_is_described_by_what_is_written_on_it(shell):
-    fig, said = _figure(), []
-    for name in ("figure", "a title", "words below"):
-        fig.axes[0].set_title("" if name == "figure" else "a title")
-        if name == "words below":
-            fig.text(0, 0, "words\nbelow")
-        metadata = shell.display_formatter.format(fig, include=["image/png"])[1]
-        said.append(metadata["image/png"]["alt"])
-    assert said == ["figure", "a title", "words below"]
-
-
-def test_a_notebook_shows_tables_without_a_meaningless_index(shell):
+def test_a_notebook_shows_tables_without_a_meaningless_index(show):
     table = pd.DataFrame({"layer": [0], "share": [0.123456]})
-    shown = shell.display_formatter.format(table)[0]["text/html"]
+    shown = show(table)[0]["text/html"]
     assert "0.123" in shown
     assert "<th>0</th>" not in shown
-    assert "<th>0</th>" in shell.display_formatter.format(table.set_index("layer"))[0]["text/html"]
+    assert "<th>0</th>" in show(table.set_index("layer"))[0]["text/html"]
 
 
 @pytest.mark.parametrize(
@@ -336,72 +302,24 @@ def test_readable(value, text):
     assert readable(value) == text
 
 
-def test_plain_refuses_what_json_has_no_type_for():
-    with pytest.raises(MoeeError, match="a object"):
-        plain([object()])
-
-
-SCORES = pd.DataFrame(
-    {"system": ["dense", "MoEE"], "top1": [0.9, 0.45], "low": 0.4, "high": 0.95,
-     "retention": [1.0, 0.5], "retention_low": 0.4, "retention_high": 1.0, "kl": [0.0, 0.3],
-     "agreement": [1.0, 0.5], "reference_top1": 0.9, "n_images": 7}
-)  # fmt: skip
-KEPT = "MoEE keeps 50.0 % of the dense top-1 (90.0 %)."
-
-
 def test_show_keeps_table_figure_and_finding_with_one_caption(tmp_path, bench):
     table = SCORES.copy()
     table.attrs["caption"] = "What the measure says"
     fig = bench.show("both", plots.accuracy, table, layer=3, n=7)
-    written = " ".join(fig.texts[-1].get_text().split())
-    assert written.startswith("layer 3, n = 7 images")
-    assert written.endswith("What the measure says")
-    found = _written(tmp_path)
+    below = " ".join(fig.texts[-1].get_text().split())
+    assert below.startswith("layer 3, n = 7 images")
+    assert below.endswith("What the measure says")
+    found = written(tmp_path)
     assert "both" in found["tables"]
     entry = found["figures"]["both"]
     assert entry["finding"] == KEPT
     assert fig.get_label() == f"{KEPT} {entry['caption']}"
-
-
-def test_a_plot_without_a_finding_is_refused_before_anything_is_kept(tmp_path, bench):
-    def no_such_plot(table, *, caption):
-        return _figure()
-
-    before = _written(tmp_path)
-    with pytest.raises(MoeeError, match="a function 'no_such_plot' in"):
+    drawn = bench.draw(plots.accuracy, SCORES, caption="of a test")  # in passing, and not kept
+    assert drawn.get_label() == f"{KEPT} of a test"
+    with pytest.raises(MoeeError, match="no_such_plot"):
         bench.show("both", no_such_plot, SCORES)
-    assert _written(tmp_path) == before
+    assert written(tmp_path) == found
 
 
-def test_a_figure_that_is_drawn_in_passing_says_its_finding_and_is_not_kept(tmp_path, bench):
-    before = _written(tmp_path)
-    fig = bench.draw(plots.accuracy, SCORES, caption="of a test")
-    assert fig.get_label() == f"{KEPT} of a test"
-    assert _written(tmp_path) == before
-
-
-def test_choose_among_prefers_what_the_images_show(bench):
-    chosen = bench.choose_among(["cliff", "no such class", "goldfish"], count=3)
-    labels = models.class_labels(bench.dense)
-    assert [labels[c] for c in chosen[:2]] == ["cliff", "goldfish"]
-    assert len(set(chosen)) == 3
-
-
-def test_training_images_of_the_scenes_are_images_of_their_own(bench):
-    sets = [bench.training, bench.calibration, bench.images]
-    assert len(bench.training) == bench.preset.training_images
-    digests = [{s.source.digest(row) for row in s.rows} for s in sets]
-    assert not digests[0] & (digests[1] | digests[2])
-
-
-def test_other_models_are_trained_on_the_calibration_images(toy_model, folder):
-    bench = open_notebook("01_test", model="toy", images=folder, preset="smoke")
-    assert bench.training is bench.calibration
-
-
-def test_less_is_saved_where_mlps_are_a_small_part_of_the_model(toy_model):
-    assert open_notebook("01_test", model="toy", preset="smoke").saving < MACS_REDUCTION
-
-
-def test_the_bundled_models_save_what_the_paper_does(bench):
-    assert bench.saving == MACS_REDUCTION
+def no_such_plot(table, *, caption):
+    pytest.fail("a plot without a finding is refused before it draws")

@@ -1,4 +1,4 @@
-"""How JupyterLab is started; ``test_report.py`` has what the report asks of kernels."""
+"""How JupyterLab and kernels are started."""
 
 from __future__ import annotations
 
@@ -9,92 +9,98 @@ import sys
 from pathlib import Path
 
 import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyterlab_server.config import get_page_config
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.runner import jupyter as kernel
+from moee_analysis.report.runner import jupyter
 from moee_analysis.utils import paths
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Commands that would have been started, each with the settings that lie ready for it."""
-    found = []
+def start_lab(monkeypatch):
+    """Start a JupyterLab that only answers; its exit code, command and settings."""
 
-    class Lab:
-        def __init__(self, command, *, env):
-            folder = Path(env["JUPYTER_CONFIG_PATH"].split(os.pathsep)[0])
-            files = [json.loads(path.read_text()) for path in folder.rglob("*.json")]
-            found.append((command, {k: v for file in files for k, v in file.items()}))
+    def start(*options, answers=(lambda: 0,)):
+        started, waiting = {"ended": False}, iter(answers)
 
-        def wait(self):
-            return 0
+        class Lab:
+            def __init__(self, command, *, env):
+                folder = Path(env["JUPYTER_CONFIG_PATH"].split(os.pathsep)[0])
+                files = [json.loads(path.read_text()) for path in folder.rglob("*.json")]
+                settings = {k: v for file in files for k, v in file.items()}
+                started.update(command=command, settings=settings, env=env)
 
-    monkeypatch.setattr(kernel.subprocess, "Popen", Lab)
-    return found
+            def wait(self):
+                return next(waiting)()
+
+            def terminate(self):
+                started["ended"] = True
+
+        monkeypatch.setattr(jupyter.subprocess, "Popen", Lab)
+        try:
+            return started | {"code": jupyter.open_lab(options)}
+        except SystemExit as stop:
+            return started | {"code": stop.code}
+
+    return start
 
 
-def test_lab_opens_the_checkout_at_its_notebooks(asked):
-    assert kernel.open_lab() == 0
-    [(command, settings)] = asked
-    assert command == [sys.executable, "-m", "jupyterlab"]
-    root = Path(settings["ServerApp"]["root_dir"])
+def test_a_kernel_of_another_interpreter_is_not_used(tmp_path, monkeypatch):
+    foreign = tmp_path / "kernels" / "python3" / "kernel.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text(json.dumps({"argv": ["/nowhere"], "display_name": "x", "language": "x"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    with jupyter.own_kernel() as environment:
+        monkeypatch.setenv("JUPYTER_PATH", environment["JUPYTER_PATH"])
+        assert KernelSpecManager().get_kernel_spec("python3").argv[0] == sys.executable
+
+
+def test_lab_opens_the_checkout_at_its_notebooks_with_the_user_s_options(start_lab):
+    """On the command line these win over settings that lie in files, as ours do."""
+    options = ["--notebook-dir=/elsewhere", "--no-browser"]
+    started = start_lab(*options)
+    assert started["code"] == 0
+    assert started["command"] == [sys.executable, "-m", "jupyterlab", *options]
+    assert "moee-kernel-" in started["env"]["JUPYTER_PATH"]
+    root = Path(started["settings"]["ServerApp"]["root_dir"])
     assert root / "notebooks" == paths.notebooks_folder()
     assert (root / "docs").is_dir()
-    assert settings["LabApp"]["default_url"] == "/lab/tree/notebooks"
+    assert started["settings"]["LabApp"]["default_url"] == "/lab/tree/notebooks"
 
 
-def test_lab_opens_the_notebooks_of_an_installed_package(asked, monkeypatch):
+def test_lab_opens_the_notebooks_of_an_installed_package(start_lab, monkeypatch):
     inside = Path("package") / paths.SHIPPED / "notebooks"
-    monkeypatch.setattr(kernel, "notebooks_folder", lambda: inside)
-    kernel.open_lab()
-    [(_, settings)] = asked
+    monkeypatch.setattr(jupyter, "notebooks_folder", lambda: inside)
+    settings = start_lab()["settings"]
     assert settings["ServerApp"]["root_dir"] == str(inside)
     assert settings["LabApp"]["default_url"] == "/lab"
 
 
 def test_lab_finds_that_the_plugin_of_the_news_is_off(monkeypatch):
     """JupyterLab itself looks for its page's settings where ours are."""
-    from jupyterlab_server.config import get_page_config
-
-    with kernel._settings() as folder:
+    with jupyter._settings() as folder:
         monkeypatch.setenv("JUPYTER_CONFIG_PATH", folder)
-        assert get_page_config([])["disabledExtensions"] == [kernel.NEWS]
+        assert get_page_config([])["disabledExtensions"] == [jupyter.NEWS]
 
 
-def test_lab_gets_the_user_s_options_on_its_command_line(asked):
-    """There they win over settings that lie in files, as ours do."""
-    kernel.open_lab(["--notebook-dir=/elsewhere", "--no-browser"])
-    [(command, _)] = asked
-    assert command[3:] == ["--notebook-dir=/elsewhere", "--no-browser"]
-
-
-def test_lab_ends_with_the_command_that_has_started_it(monkeypatch):
-    told = []
-
-    class Lab:
-        def __init__(self, command, *, env):
-            self.waits = 0
-
-        def wait(self):
-            self.waits += 1
-            if self.waits == 1:
-                signal.raise_signal(signal.SIGTERM)
-            return 0
-
-        def terminate(self):
-            told.append("terminate")
-
-    monkeypatch.setattr(kernel.subprocess, "Popen", Lab)
+def test_lab_survives_ctrl_c_and_ends_with_the_command_that_has_started_it(start_lab):
+    interrupt, terminate = (
+        lambda number=number: signal.raise_signal(number)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    )
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        kernel.open_lab()
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert told == ["terminate"]
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = start_lab(answers=[interrupt, lambda: 3])
+    assert (started["code"], started["ended"]) == (3, False)
+    started = start_lab(answers=[terminate, lambda: 0])
+    assert (started["code"], started["ended"]) == (128 + signal.SIGTERM, True)
+    signal.signal(signal.SIGINT, interrupted)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_missing_jupyterlab_is_told_in_one_line(monkeypatch):
-    monkeypatch.setattr(kernel, "find_spec", lambda _: None)
+    monkeypatch.setattr(jupyter, "find_spec", lambda _: None)
     with pytest.raises(MoeeError, match="pip install jupyterlab") as refused:
-        kernel.open_lab()
+        jupyter.open_lab()
     assert sys.executable in str(refused.value)

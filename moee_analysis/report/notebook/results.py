@@ -1,4 +1,4 @@
-"""What a notebook found, in files that other programs can read."""
+"""The findings of a notebook, in files that other programs can read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.storage.files import new_file, write_json, write_text, writing
+from moee_analysis.utils.storage.files import new_file, write_json, write_text
+from moee_analysis.utils.storage.refusals import writing
 
-FILE = "results.json"
+FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
+"""Files in the folder of a notebook's run."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,16 @@ class Results:
     def put(self, section: str, value: Any) -> None:
         """Set ``section`` of the results."""
         self.content[section] = plain(value)
-        self._write()
+        if self.folder is not None:
+            write_json(self._place(FILE), self.content)
 
     def put_into(self, section: str, key: str, value: Any) -> None:
         """Set ``key`` in the mapping ``section``."""
-        self.content.setdefault(section, {})[key] = plain(value)
-        self._write()
+        self.put(section, self.content.get(section, {}) | {key: plain(value)})
 
     def append(self, section: str, value: Any) -> None:
         """Add ``value`` to the list ``section``."""
-        self.content.setdefault(section, []).append(plain(value))
-        self._write()
+        self.put(section, [*self.content.get(section, []), value])
 
     def table(self, name: str, table: pd.DataFrame) -> None:
         """Keep ``table`` as ``tables/<name>.csv``."""
@@ -53,20 +54,18 @@ class Results:
         if self.folder is not None:
             write_text(self._place(file), table.to_csv(index=not is_plain_index(table)))
         entry = {"file": file, "rows": len(table), "columns": [str(c) for c in table.columns]}
-        told = table.attrs.get("caption")
-        self.put_into("tables", name, entry | ({"caption": told} if told else {}))
+        self.put_into("tables", name, entry | _given(caption=table.attrs.get("caption")))
 
-    def figure(self, name: str, png: bytes, told: Mapping[str, str | None], *, cover: bool) -> None:
-        """Keep the picture ``png`` as ``figures/<name>.png``; a ``cover`` stands for the run.
+    def figure(self, name: str, png: bytes, **facts: Any) -> None:
+        """Keep the picture ``png`` as ``figures/<name>.png``.
 
-        ``told`` has its ``finding`` and its ``caption``, as far as there are any.
+        ``facts`` are its ``finding``, its ``caption``, and whether it is the ``cover`` of the run.
         """
         file = f"figures/{_file_name(name)}.png"
         if self.folder is not None:
             with new_file(self._place(file), wanted=len(png)) as partial:
                 partial.write_bytes(png)
-        said = {kind: text for kind, text in told.items() if text}
-        self.put_into("figures", name, {"file": file} | said | ({"cover": True} if cover else {}))
+        self.put_into("figures", name, {"file": file} | _given(**facts))
 
     def _place(self, file: str) -> Path:
         assert self.folder is not None
@@ -75,20 +74,16 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _write(self) -> None:
-        if self.folder is not None:
-            write_json(self._place(FILE), self.content)
-
 
 def plain(value: Any) -> Any:
-    """``value`` in JSON's types: NumPy's become Python's, what is not finite becomes None.
+    """``value`` in JSON's types: NumPy's become Python's, numbers that are not finite None.
 
     Raises
     ------
     MoeeError
         Something JSON has no type for.
     """
-    if isinstance(value, (str, bool, int)) or value is None:
+    if isinstance(value, (str, int)) or value is None:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -108,23 +103,17 @@ def plain(value: Any) -> Any:
 def picture(fig: Figure) -> bytes:
     """``fig`` as PNG at the resolution of the house style, without date or version."""
     buffer = io.BytesIO()
-    fig.savefig(
-        buffer,
-        format="png",
-        dpi=fig.dpi,
-        bbox_inches="tight",
-        facecolor="white",
-        metadata={"Software": None},
-    )
+    options = {"bbox_inches": "tight", "facecolor": "white", "metadata": {"Software": None}}
+    fig.savefig(buffer, format="png", dpi=fig.dpi, **options)
     return buffer.getvalue()
 
 
 def alternative(figure: Mapping[str, Any]) -> str:
-    """What stands for a kept figure where it is not seen: its ``finding``, then its ``caption``."""
+    """The alternative text of a kept figure: its ``finding``, then its ``caption``."""
     return " ".join(text for kind in ("finding", "caption") if (text := figure.get(kind)))
 
 
-def readable(value: float | str | Mapping[str, Any] | None) -> str:
+def readable(value: float | str | None) -> str:
     """``value`` as a reader likes it: three digits that count, a narrow space per thousand."""
     if value is None:
         return "not defined"
@@ -138,6 +127,10 @@ def readable(value: float | str | Mapping[str, Any] | None) -> str:
 def is_plain_index(table: pd.DataFrame) -> bool:
     """Whether the index only counts the rows, so that a file is better without it."""
     return isinstance(table.index, pd.RangeIndex) and table.index.name is None
+
+
+def _given(**facts: Any) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _file_name(name: str) -> str:
