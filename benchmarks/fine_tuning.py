@@ -18,7 +18,7 @@ from fidelity import SYSTEMS, Bench, Point, add_inputs
 from fidelity_tables import budget_name, change
 
 from moee_analysis import measure, plots
-from moee_analysis.cli import FINETUNE_OPTIONS
+from moee_analysis.cli.parser import FINETUNE_SETTINGS, add_options, settings
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.presets import preset_named
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
+    from moee_analysis.extraction.run import Extraction
 
+TUNED = {name: read for name, read in FINETUNE_SETTINGS.items() if name != "seed"}
 HEAD = """\
 | system | asked | stage | top-1 kept (%) | agreement (%) | KL (nats) | MACs (%) | stored (%) |
 |---|---|---|---|---|---|---|---|"""
@@ -119,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(argv)
     sizes = preset_named(options.preset)
-    given = {name: getattr(options, name) for name in FINETUNE_OPTIONS if name != "seed"}
+    given = {name: getattr(options, name) for name in TUNED}
     try:
-        config = FinetuneConfig(**{name: v for name, v in given.items() if v is not None})
+        config = FinetuneConfig(**given)
         bench = Bench(
             load_model(options.model, weights=options.weights),
             load_images(options.calibration, split="calibration", limit=sizes.calibration_images),
@@ -146,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--points", type=Point.parsed, nargs="+", default=[Point(0.36, 0.32)])
     add("--systems", nargs="+", default=["best", "fisher OBS, CLS apart"], choices=SYSTEMS)
-    for name, (kind, told) in FINETUNE_OPTIONS.items():
-        if name != "seed":
-            add(f"--{name.replace('_', '-')}", type=kind, help=told)
+    add_options(parser, "finetune", settings(FinetuneConfig, TUNED))
     add("--store", type=Path, help="store of recordings and runs; else the user's own")
     add("--out", type=Path, default=Path("reports/fine_tuning"))
     return parser
