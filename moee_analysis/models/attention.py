@@ -44,17 +44,15 @@ def plain_attentions(model: nn.Module) -> list[AttentionSite]:
     """
     blocks = [m for m in model.modules() if isinstance(m, MobileVitBlock)]
     windowed = {part for block in blocks for part in block.modules()}
-    plain = [(name, m) for name, m in model.named_modules() if _is_plain(m)]
-    return [site_of(name, m) for name, m in plain if m not in windowed]
+    named = model.named_modules()
+    return [site_of(name, m) for name, m in named if _is_plain(m) and m not in windowed]
 
 
 def find_attentions(model: nn.Module) -> list[AttentionSite]:
     """Find the plain self-attentions, as :func:`plain_attentions`, of a model that has some.
 
-    Raises
-    ------
-    MoeeError
-        The model has none: no attention, or one with windows, rotary embeddings or norms inside.
+    Raises MoeeError: the model has none: no attention, or one with windows, rotary embeddings
+    or norms inside.
     """
     sites = plain_attentions(model)
     if not sites:
@@ -77,20 +75,20 @@ def reduced_attentions(model: nn.Module) -> dict[str, LowRankAttention]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankAttention)}
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether scores are q k^T, outputs A v, and nothing stands in between."""
-    if type(module) is not Attention or getattr(module, "gate", None) is not None:
-        return False
-    between = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm")]
-    plain = all(m is None or isinstance(m, nn.Identity) for m in between)
-    return plain and module.qkv.in_features == module.proj.out_features
-
-
 def heads_of(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Queries (scaled), keys and values of every head, each (images, heads, tokens, head_dim)."""
     qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return q * attention.scale, k, v
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether scores are q k^T, outputs A v, and nothing stands in between."""
+    if type(module) is not Attention or getattr(module, "gate", None) is not None:
+        return False
+    between = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm")]
+    plain = all(isinstance(m, nn.Identity | None) for m in between)
+    return plain and module.qkv.in_features == module.proj.out_features
 
 
 @dataclass(frozen=True)
@@ -137,20 +135,17 @@ class LowRankAttention(nn.Module):
     ) -> torch.Tensor:
         """Map tokens (images, tokens, dim) to the same shape.
 
-        Raises
-        ------
-        MoeeError
-            A mask is given, or asked for.
+        Raises MoeeError: a mask is given, or asked for.
         """
         if attn_mask is not None or any(others.values()):  # is_causal
             raise MoeeError("attention without a mask", "one", "leave the attention dense")
-        if self.ranks.queries is None:
-            return self._out(self._by_all(x))
-        out = self._out(self._by_some(x))
-        return pad(out, (0, 0, 0, x.shape[1] - out.shape[1]))
+        whole = self.ranks.queries is None
+        seen = self._for_all(x) if whole else self._for_some(x)
+        out = self.proj(seen.transpose(1, 2).flatten(2))
+        return out if whole else pad(out, (0, 0, 0, x.shape[1] - out.shape[1]))
 
-    def _by_all(self, x: torch.Tensor) -> torch.Tensor:
-        """What all tokens see, (images, heads, tokens, values)."""
+    def _for_all(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention of all tokens, (images, heads, tokens, values)."""
         bias = None if self.bias is None else pad(self.bias, (sum(self.sizes[:2]), 0))
         kvq = linear(x, self.kvq.weight, bias)
         if _needs_one_width(x) and 0 < self.ranks.scores != self.ranks.values > 0:
@@ -158,19 +153,17 @@ class LowRankAttention(nn.Module):
         k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
         return scaled_dot_product_attention(q, k, v, scale=1.0)
 
-    def _by_some(self, x: torch.Tensor) -> torch.Tensor:
-        """What those tokens see that are asked for, (images, heads, queries, values)."""
+    def _for_some(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention of the tokens whose output is read, (images, heads, queries, values)."""
         of_all, of_read = self.kvq.weight.split([sum(self.sizes[:2]), self.sizes[2]])
         k, v = map(self._in_heads, linear(x, of_all).split(self.sizes[:2], dim=-1))
         q = self._in_heads(linear(x[:, : self.ranks.queries], of_read, self.bias))
         return scaled_dot_product_attention(q, k, v, scale=1.0)
 
     def _of_one_width(self, kvq: torch.Tensor) -> torch.Tensor:
-        """Attention with the narrower ones of keys and values as wide as the others.
-
-        They are windows, without a copy, whose ends lie in the next head or the next of k, v and
-        q: zeros at the ends of queries meet those of keys, and those of values are not passed on.
-        """
+        """Attention with the narrower ones of keys and values as wide as the others."""
+        # They are windows, without a copy, whose ends lie in the next head or the next of k, v and
+        # q: zeros at the ends of queries meet those of keys, and those of values are not passed on.
         scores, values = self.ranks.scores, self.ranks.values
         k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
         if scores < values:
@@ -183,9 +176,6 @@ class LowRankAttention(nn.Module):
         """Start with every head, ``step`` from one to the next: (images, heads, tokens, width)."""
         reached = (self.site.heads - 1) * step + width
         return kvq[..., :reached].unfold(-1, width, step).transpose(1, 2)
-
-    def _out(self, seen: torch.Tensor) -> torch.Tensor:
-        return self.proj(seen.transpose(1, 2).flatten(2))
 
     def _in_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Take the heads apart: (images, tokens, heads * rank) to (images, heads, tokens, rank)."""
@@ -258,28 +248,25 @@ def _weights(
     """Everything that a low-rank attention stores."""
     shape = (3, site.heads, site.head_dim)
     q, k, v = _exact(attention.qkv.weight).unflatten(0, shape)
-    scores, values = reduction.scores, reduction.values
+    scores, values, mean = reduction.scores, reduction.values, _exact(reduction.mean)
+    left, right = _exact(values.left), _exact(values.right)
     asked = attention.scale * _exact(scores.left).mT
-    made = [_exact(scores.right).mT @ k, _exact(values.right).mT @ v, asked @ q]
-    tensors = {"kvq.weight": torch.cat([each.flatten(0, 1) for each in made])}
-    own = torch.zeros(shape[1:], dtype=torch.float64)
+    kvq = [_exact(scores.right).mT @ k, right.mT @ v, asked @ q]
+    out = _exact(attention.proj.weight).unflatten(1, shape[1:]).transpose(0, 1)
+    tensors = {
+        "kvq.weight": torch.cat([each.flatten(0, 1) for each in kvq]),
+        "proj.weight": torch.cat([*(out @ left)], dim=1),
+    }
+    bias = torch.zeros(shape[1:], dtype=torch.float64)  # of values
     if attention.qkv.bias is not None:
-        of_queries, _, own = _exact(attention.qkv.bias).view(shape)
+        of_queries, _, bias = _exact(attention.qkv.bias).view(shape)
         tensors["bias"] = (asked @ of_queries[..., None]).flatten()
-    return tensors | _outputs(site, attention, reduction, own)
-
-
-def _outputs(
-    site: AttentionSite, attention: Attention, reduction: Reduction, bias: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The output projection; its bias takes up what is constant, that of values with it."""
-    out = _exact(attention.proj.weight).unflatten(1, (site.heads, site.head_dim)).transpose(0, 1)
-    left, right, mean = map(_exact, (reduction.values.left, reduction.values.right, reduction.mean))
-    kept = left @ (right.mT @ (bias - mean)[..., None])
-    shift = (out @ (mean[..., None] + kept)).sum(dim=0)[:, 0]
+    # The output's bias takes up what is constant, the bias of values with it.
+    constant = left @ (right.mT @ (bias - mean)[..., None])
+    shift = (out @ (mean[..., None] + constant)).sum(dim=0)[:, 0]
     if attention.proj.bias is not None:
         shift = shift + _exact(attention.proj.bias)
-    return {"proj.weight": torch.cat([*(out @ left)], dim=1), "proj.bias": shift}
+    return tensors | {"proj.bias": shift}
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 Key = TypeVar("Key")
-Side = Literal["inputs", "outputs", "both"]
+Side = Literal["inputs", "outputs", "both", "calls"]
 
 
 @contextmanager
@@ -20,14 +20,15 @@ def watch(
 ) -> Iterator[None]:
     """While open, every call of a module calls ``see(key, value)``.
 
-    ``value`` is the module's first input (``side="inputs"``), its output (``"outputs"``), or the
-    pair of both (``"both"``). What ``see`` returns takes the place of the input or output; None
-    leaves it.
+    ``value`` is the module's first input (``side="inputs"``), its output (``"outputs"``), the
+    pair of both (``"both"``), or the arguments, positional and by name (``"calls"``). The value
+    that ``see`` returns takes the place of the input or output; None leaves it.
     """
     with ExitStack() as hooks:
         for key, module in modules.items():
-            if side == "inputs":
-                hook = module.register_forward_pre_hook(partial(_before, see, key))
+            if side in ("inputs", "calls"):
+                before = partial(_before, see, key, side)
+                hook = module.register_forward_pre_hook(before, with_kwargs=True)
             else:
                 hook = module.register_forward_hook(partial(_after, see, key, side))
             hooks.callback(hook.remove)
@@ -52,9 +53,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _before(see: Callable, key: object, _module: nn.Module, args: tuple) -> tuple | None:
-    new = see(key, args[0])
-    return None if new is None else (new, *args[1:])
+def _before(
+    see: Callable, key: object, side: Side, _module: nn.Module, args: tuple, named: dict
+) -> tuple | None:
+    new = see(key, args[0] if side == "inputs" else (args, named))
+    return None if new is None or side == "calls" else ((new, *args[1:]), named)
 
 
 def _after(

@@ -17,7 +17,7 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import DOES_NOT_FIT, blank, misfit
-from moee_analysis.models.unwrapping import inside
+from moee_analysis.models.unwrapping import inside, stated_modules
 from moee_analysis.outside_text import printable
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.files import read_text
@@ -26,22 +26,32 @@ NAME_THEM = (
     "name its classes in the order of its outputs: --classes FILE (one name a line, or JSON), or "
     "moee.name_classes(model, names)"
 )
+FORMS = "write one name a line, or JSON: a list, or an object of indices and names"
 
 
-def class_names(model: nn.Module) -> tuple[str, ...]:
+def class_names(model: nn.Module, *, readable: bool = False) -> tuple[str, ...]:
     """Names of the model's classes in the order of its outputs; wnids for ImageNet.
 
-    Raises
-    ------
-    MoeeError
-        The model does not say which classes it knows, or has not one output for each.
+    Raises MoeeError: the model does not say which classes it knows, or has not one output for
+    each.
     """
-    return _matched(model, _stated(model, readable=False))
+    names, outputs = _stated_names(model, readable=readable), count_classes(model)
+    if names is None:
+        raise MoeeError(
+            "a model that says which classes it knows", f"{outputs} outputs without names",
+            NAME_THEM,
+        )  # fmt: skip
+    if len(names) != outputs:
+        raise MoeeError(
+            f"an output for each of the {len(names)} classes the model names "
+            f"({_shorten(names)})", f"{outputs} outputs", NAME_THEM,
+        )  # fmt: skip
+    return names
 
 
 def class_labels(model: nn.Module) -> tuple[str, ...]:
     """Readable names of the model's classes, in the order of its outputs; raises as above."""
-    return _matched(model, _stated(model, readable=True))
+    return class_names(model, readable=True)
 
 
 def knows_classes(model: nn.Module) -> bool:
@@ -62,117 +72,14 @@ def is_classifier(model: nn.Module) -> bool:
     return True
 
 
-def name_classes(model: nn.Module, names: Sequence[str]) -> None:
-    """Give a classifier the names of its classes, in the order of its outputs.
-
-    Raises
-    ------
-    MoeeError
-        Another number of names than of outputs, a name twice, or an empty one.
-    """
-    network, outputs = inside(model), count_classes(model)
-    unique = set(names)
-    if len(names) != outputs or len(unique) < len(names) or "" in unique:
-        twice = len(names) - len(unique)
-        found = f"{len(names)}" + (f", {twice} of them more than once" if twice else "")
-        raise MoeeError(
-            f"one name for each of the model's {outputs} outputs", found,
-            "list every class once, in the order of the outputs",
-        )  # fmt: skip
-    network.pretrained_cfg = {**network.pretrained_cfg, "label_names": tuple(names)}
-
-
-def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
-    """Let a classifier that names no classes have the names of :func:`names_by_folders`."""
-    names = names_by_folders(model, folders)
-    if names:
-        name_classes(model, names)
-
-
-def names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
-    """Return class ``folders`` as the names of a classifier that has none, one for each output.
-
-    They are taken in the order of the alphabet, as training scripts do, and that is told. Empty
-    where the model has names, or another number of outputs.
-    """
-    if knows_classes(model):
-        return ()
-    names = tuple(sorted(folders))
-    if not is_classifier(model) or (outputs := count_classes(model)) != len(names):
-        return ()
-    _tell_once(
-        f"the model's {outputs} classes have no names: they are taken to be the {outputs} class "
-        f"folders in the order of the alphabet, {_some(names)}"
-    )
-    return names
-
-
-def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Read names of classes from a file: one a line, or JSON.
-
-    The JSON is a list of names, an object from index to name, as Hugging Face's ``id2label``, or
-    from name to index, as torchvision's ``class_to_idx``.
-
-    Raises
-    ------
-    MoeeError
-        No such file, or something else in it.
-    """
-    path = Path(path)
-    text = read_text(path, expected="a text file of class names", hint=_FORMS)
-    text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
-    if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
-        return _from_json(text, path)
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not names:
-        raise MoeeError(f"class names in '{path}'", "an empty file", _FORMS)
-    return names
-
-
-def index_of_classes(model: nn.Module, folders: Sequence[str]) -> dict[str, int]:
-    """Name -> index of the model's classes, by names and by readable labels.
-
-    Names stand there as they are and, where no two are alike, as :func:`plain_name`.
-
-    They are class ``folders`` in their order where the model names none (:func:`names_by_folders`).
-
-    Raises
-    ------
-    MoeeError
-        A model whose classes are not known.
-    """
-    if names := names_by_folders(model, folders):
-        listed = [names]
-    else:
-        listed = [class_labels(model), class_names(model)]
-    plain = [_unambiguous([plain_name(name) for name in names]) for names in listed]
-    index: dict[str, int] = {}
-    for known in (*plain, *map(_unambiguous, listed)):
-        index |= known
-    return index
-
-
-def _unambiguous(names: Sequence[str]) -> dict[str, int]:
-    """Name -> index; a name that two classes share (ImageNet's two cranes) is left out."""
-    seen = Counter(names)
-    return {name: i for i, name in enumerate(names) if seen[name] == 1}
-
-
-def plain_name(name: str) -> str:
-    """``name`` without differences of case, punctuation and Unicode normal form."""
-    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFC", name).casefold())
-
-
 def count_classes(model: nn.Module) -> int:
     """Outputs of a classifier, counted by running it on a black image.
 
-    Raises
-    ------
-    MoeeError
-        The model is no classifier: it has no head, a single output, or other outputs than scores.
+    Raises MoeeError: the model is no classifier: it has no head, a single output, or other
+    outputs than scores.
     """
     network = inside(model)
-    heads = classifiers(network)
+    heads = stated_modules(network, "classifier").values()
     if getattr(network, "num_classes", None) == 0 or any(isinstance(h, nn.Identity) for h in heads):
         raise _no_classifier("none (num_classes=0): its outputs are features")
     with evaluating(network):
@@ -188,15 +95,83 @@ def count_classes(model: nn.Module) -> int:
     return outputs.shape[1]
 
 
-def classifiers(network: nn.Module) -> list[nn.Module]:
-    """The last layers that give the scores; none where timm's ``pretrained_cfg`` names none."""
-    named = network.pretrained_cfg.get("classifier") or ()
-    modules = dict(network.named_modules())
-    names = [named] if isinstance(named, str) else list(named)
-    return [modules[name] for name in names if name in modules]
+def name_classes(model: nn.Module, names: Sequence[str]) -> None:
+    """Give a classifier the names of its classes, in the order of its outputs.
+
+    Raises MoeeError: another number of names than of outputs, a name twice, or an empty one.
+    """
+    network, outputs = inside(model), count_classes(model)
+    twice = len(names) - len(set(names))
+    if len(names) != outputs or twice or "" in names:
+        raise MoeeError(
+            f"one name for each of the model's {outputs} outputs",
+            f"{len(names)}" + (f", {twice} of them more than once" if twice else ""),
+            "list every class once, in the order of the outputs",
+        )
+    network.pretrained_cfg = {**network.pretrained_cfg, "label_names": tuple(names)}
 
 
-_FORMS = "write one name a line, or JSON: a list, or an object of indices and names"
+def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
+    """Let a classifier that names no classes have the names of :func:`names_by_folders`."""
+    names = names_by_folders(model, folders)
+    if names:
+        name_classes(model, names)
+
+
+def names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
+    """Return class ``folders`` as the names of a classifier that has none, one for each output.
+
+    They are taken in the order of the alphabet, as training scripts do, and the user is told.
+    Empty where the model has names, or another number of outputs.
+    """
+    if knows_classes(model):
+        return ()
+    names = tuple(sorted(folders))
+    if not is_classifier(model) or (outputs := count_classes(model)) != len(names):
+        return ()
+    _tell_once(
+        f"the model's {outputs} classes have no names: they are taken to be the {outputs} class "
+        f"folders in the order of the alphabet, {_shorten(names)}"
+    )
+    return names
+
+
+def index_of_classes(model: nn.Module, folders: Sequence[str]) -> dict[str, int]:
+    """Name -> index of the model's classes, by names and by readable labels.
+
+    Names stand there as they are and, where no two are alike, as :func:`plain_name`. They are
+    class ``folders`` in their order where the model names none (:func:`names_by_folders`).
+
+    Raises MoeeError: a model whose classes are not known.
+    """
+    names = names_by_folders(model, folders)
+    listed = [names] if names else [class_labels(model), class_names(model)]
+    plain = [[plain_name(name) for name in names] for names in listed]
+    return {name: index for names in (*plain, *listed) for name, index in _unambiguous(names)}
+
+
+def plain_name(name: str) -> str:
+    """``name`` without differences of case, punctuation and Unicode normal form."""
+    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFC", name).casefold())
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Read names of classes from a file: one a line, or JSON.
+
+    The JSON is a list of names, an object from index to name, as Hugging Face's ``id2label``, or
+    from name to index, as torchvision's ``class_to_idx``.
+
+    Raises MoeeError: no such file, or something else in it.
+    """
+    path = Path(path)
+    text = read_text(path, expected="a text file of class names", hint=FORMS)
+    text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
+    if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
+        return _from_json(text, path)
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
+    return names
 
 
 def _no_classifier(found: str) -> MoeeError:
@@ -206,47 +181,43 @@ def _no_classifier(found: str) -> MoeeError:
     )  # fmt: skip
 
 
-def _stated(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
+def _stated_names(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
     """Names that the model's configuration states; None where it states none."""
     network = inside(model)
     own = tuple(map(printable, network.pretrained_cfg.get("label_names") or ()))
     if own:
         return tuple(name.replace("_", " ") for name in own) if readable else own
     subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
-    if subset is None:
-        return None
-    return _imagenet_labels(subset) if readable else tuple(_imagenet(subset).label_names())
+    return None if subset is None else _imagenet_names(subset)[readable]
 
 
-def _matched(model: nn.Module, names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """``names``, if there is one for each output of the model."""
-    outputs = count_classes(model)
-    if names is None:
-        raise MoeeError(
-            "a model that says which classes it knows", f"{outputs} outputs without names",
-            NAME_THEM,
-        )  # fmt: skip
-    if len(names) != outputs:
-        raise MoeeError(
-            f"an output for each of the {len(names)} classes the model names "
-            f"({_some(names)})", f"{outputs} outputs", NAME_THEM,
-        )  # fmt: skip
-    return names
+@cache
+def _imagenet_names(subset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Wnids and readable names of one of ImageNet's subsets; timm reads them from files."""
+    info = ImageNetInfo(subset)
+    labels = tuple(text.split(",")[0] for text in info.label_descriptions())
+    return tuple(info.label_names()), labels
+
+
+def _unambiguous(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Names and indices; a name that two classes share (ImageNet's two cranes) is left out."""
+    seen = Counter(names)
+    return [(name, i) for i, name in enumerate(names) if seen[name] == 1]
 
 
 def _from_json(text: str, path: Path) -> tuple[str, ...]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MoeeError(f"class names as JSON in '{path}'", str(error), _FORMS) from None
-    names = _listed(content)
+        raise MoeeError(f"class names as JSON in '{path}'", str(error), FORMS) from None
+    names = _list_names(content)
     if not names or not all(isinstance(name, str) for name in names):
         found = f"{type(content).__name__} of other things"
-        raise MoeeError(f"class names in '{path}'", found, _FORMS)
+        raise MoeeError(f"class names in '{path}'", found, FORMS)
     return tuple(name.strip() for name in names)
 
 
-def _listed(content: object) -> list[object]:
+def _list_names(content: object) -> list[object]:
     """Names in the order of their indices."""
     if isinstance(content, list):
         return content
@@ -254,7 +225,7 @@ def _listed(content: object) -> list[object]:
         return []
     for key in ("id2label", "label_names", "classes"):  # in a configuration beside other things
         if isinstance(content.get(key), list | dict):
-            return _listed(content[key])
+            return _list_names(content[key])
     if all(type(index) is int for index in content.values()):  # class_to_idx
         content = {str(index): name for name, index in content.items()}
     numbered = sorted((int(key), name) for key, name in content.items() if str(key).isdecimal())
@@ -262,21 +233,8 @@ def _listed(content: object) -> list[object]:
     return [name for _, name in numbered] if complete else []
 
 
-def _some(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-@cache
-def _imagenet(subset: str) -> ImageNetInfo:
-    """The classes of one of ImageNet's subsets; timm reads them from files each time."""
-    return ImageNetInfo(subset)
-
-
-@cache
-def _imagenet_labels(subset: str) -> tuple[str, ...]:
-    info = _imagenet(subset)
-    names = (info.index_to_description(i) for i in range(info.num_classes()))
-    return tuple(name.split(",")[0] for name in names)
 
 
 @cache

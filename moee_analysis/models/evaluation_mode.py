@@ -10,13 +10,6 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own training flag back."""
-    with in_evaluation_mode(model), torch.no_grad():
-        yield
-
-
-@contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with or without gradients as it was; every module gets its own flag back."""
     flags = {module: module.training for module in model.modules()}
@@ -26,3 +19,10 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield

@@ -1,8 +1,8 @@
-"""What "the same model" means: all that decides its outputs, and outputs of its own as proof.
+"""Which model is "the same": all that decides its outputs, and outputs of its own as proof.
 
 Weights alone do not name a model: heads, activations, pooling and the preparation of images leave
 no trace in them. A fingerprint is of weights, structure and transform, and of the answers to one
-fixed batch of images, which tell whatever the other three overlook.
+fixed batch of images, which reveal whatever the other three overlook.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLOSE = 1e-4  # of the largest answer: what other processors and versions may ma
 INFINITE = 1e9  # stands for what is not finite
 EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision
 
-UNTOLD = {
+IGNORED = {
     *vars(nn.Module()), "training", "fused_attn", "grad_checkpointing", "pretrained_cfg",
     "default_cfg", "pretrained_model_args", "feature_info", "weight_init_mode", "fix_init",
     "strategy", "choices",
@@ -71,14 +71,12 @@ class Identity:
 def identity(model: nn.Module) -> Identity:
     """Look at all that decides the outputs of a model.
 
-    Raises
-    ------
-    MoeeError
-        A model without ``pretrained_cfg``, or one that cannot be run on images of its size.
+    Raises MoeeError: a model without ``pretrained_cfg``, or one that cannot be run on images of
+    its size.
     """
     network = unwrapped(model)
     transform = _digest(data_config(network))
-    probed, found = _probed(network)
+    probed, found = _probe(network)
     return Identity(hash_weights(network), _structure(probed), transform, found)
 
 
@@ -99,12 +97,9 @@ def answers(model: nn.Module) -> tuple[float, ...]:
     same numbers, and routers to the same decisions; as it is where it cannot be run like that. They
     are rounded to what is sure.
 
-    Raises
-    ------
-    MoeeError
-        The model cannot be run on images of its size.
+    Raises MoeeError: the model cannot be run on images of its size.
     """
-    return _probed(unwrapped(model))[1]
+    return _probe(unwrapped(model))[1]
 
 
 def alike(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -113,10 +108,10 @@ def alike(one: Sequence[float], other: Sequence[float]) -> bool:
     return a.shape == b.shape and bool(np.abs(a - b).max() <= CLOSE * np.abs(a).max())
 
 
-def _probed(network: nn.Module) -> tuple[nn.Module, tuple[float, ...]]:
-    """A copy that was run on the probe, with all that a first run leaves in it, and its answers."""
-    exactly, as_it_is = ("cpu", torch.float64), _own_place(network)
-    for device, dtype in (exactly, as_it_is):
+def _probe(network: nn.Module) -> tuple[nn.Module, tuple[float, ...]]:
+    """A copy that was run on two images, with all that a first run leaves in it; its answers."""
+    first = next(network.parameters())
+    for device, dtype in ("cpu", torch.float64), (first.device, first.dtype):
         copied = _copied(network).to(device, dtype).eval()
         try:
             return copied, _answers(copied, device, dtype)
@@ -139,21 +134,19 @@ def _copied(network: nn.Module) -> nn.Module:
 def _answers(
     network: nn.Module, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[float, ...]:
-    outputs = network(_probe(input_size(network)).to(device, dtype))
-    images = [t.reshape(len(t), -1).double().cpu() for t in _tensors_of(outputs)]
+    outputs = network(_images(input_size(network)).to(device, dtype))
+    images = [t.reshape(len(t), -1).double().cpu() for t in _tensors_in(outputs)]
     flat = torch.cat(images, dim=1).numpy()
     flat = np.nan_to_num(flat, nan=0, posinf=INFINITE, neginf=-INFINITE)  # JSON knows no others
     directions = np.random.default_rng(len(flat[0])).standard_normal((len(flat[0]), PROJECTED))
     projected = (flat @ directions / math.sqrt(len(directions))).flatten()
-    return tuple(_rounded(projected, EXACT if dtype == torch.float64 else ROUGH))
+    # Rounded to steps of the power of two above the largest.
+    largest, steps = np.abs(projected).max(), EXACT if dtype == torch.float64 else ROUGH
+    step = (2.0 ** math.ceil(math.log2(largest)) if largest else 1.0) / steps
+    return tuple((np.round(projected / step) * step).tolist())
 
 
-def _own_place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    first = next(network.parameters())
-    return first.device, first.dtype
-
-
-def _probe(size: tuple[int, int, int]) -> torch.Tensor:
+def _images(size: tuple[int, int, int]) -> torch.Tensor:
     """Two images [2, C, H, W], double: noise, and waves that differ from channel to channel."""
     channels, height, width = size
     noise = np.random.default_rng(0).standard_normal(size)
@@ -162,26 +155,24 @@ def _probe(size: tuple[int, int, int]) -> torch.Tensor:
     return torch.from_numpy(np.stack([noise, np.stack(waves)]))
 
 
-def _tensors_of(outputs: Any) -> Iterator[torch.Tensor]:
+def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
     if torch.is_tensor(outputs):
         yield outputs
-    elif isinstance(outputs, Mapping):
-        yield from _tensors_of(list(outputs.values()))
-    elif isinstance(outputs, Sequence):
-        for each in outputs:
-            yield from _tensors_of(each)
+    elif isinstance(outputs, Mapping | Sequence):
+        for each in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors_in(each)
     else:
         raise TypeError(f"outputs that are {type(outputs).__name__}, not tensors")
 
 
 def _structure(network: nn.Module) -> str:
-    """Digest of what no stored tensor tells: classes, settings, other buffers, names and labels."""
+    """Digest of what no stored tensor shows: classes, settings, other buffers, names and labels."""
     stored = network.state_dict().keys()
     buffers = network.named_buffers(remove_duplicate=False)
     others = _hash_tensors({k: t.double() for k, t in buffers if k not in stored})
     named = network.named_modules(remove_duplicate=False)
-    modules = {name: _told_module(m) for name, m in named if not _passes_all(m)}
-    stated = {name: _told(network.pretrained_cfg.get(name)) for name in STATED}
+    modules = {name: _describe_module(m) for name, m in named if not _passes_all(m)}
+    stated = {name: _describe(network.pretrained_cfg.get(name)) for name in STATED}
     return _digest([modules, others, stated])
 
 
@@ -190,14 +181,14 @@ def _passes_all(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or "Drop" in type(module).__name__
 
 
-def _told_module(module: nn.Module) -> list[Any]:
+def _describe_module(module: nn.Module) -> list[Any]:
     """A module's class and settings."""
-    own = {k: v for k, v in vars(module).items() if k not in UNTOLD and not k.startswith("_")}
-    own = {k: _told(v) for k, v in own.items() if "drop" not in k and "cache" not in k}
+    own = {k: v for k, v in vars(module).items() if k not in IGNORED and not k.startswith("_")}
+    own = {k: _describe(v) for k, v in own.items() if "drop" not in k and "cache" not in k}
     return [_name_of(type(module)), own]
 
 
-def _told(value: Any) -> Any:
+def _describe(value: Any) -> Any:
     """A setting as plain JSON: numbers and texts as they are, functions and others by name."""
     match value:
         case None | bool() | int() | str():
@@ -205,23 +196,16 @@ def _told(value: Any) -> Any:
         case float() | torch.dtype():
             return repr(value)
         case Mapping():
-            return {str(key): _told(each) for key, each in value.items()}
+            return {str(key): _describe(each) for key, each in value.items()}
         case list() | tuple():
-            return [_told(each) for each in value]
+            return [_describe(each) for each in value]
         case partial():
-            return [_told(value.func), _told(value.args), _told(value.keywords)]
+            return [_describe(value.func), _describe(value.args), _describe(value.keywords)]
     return _name_of(value if hasattr(value, "__qualname__") else type(value))
 
 
 def _name_of(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '')}.{thing.__qualname__}"
-
-
-def _rounded(values: np.ndarray, steps: float) -> list[float]:
-    """Values in so many steps of the power of two above the largest."""
-    largest = np.abs(values).max()
-    step = (2.0 ** math.ceil(math.log2(largest)) if largest else 1.0) / steps
-    return (np.round(values / step) * step).tolist()
 
 
 def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

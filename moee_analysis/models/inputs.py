@@ -1,4 +1,4 @@
-"""What a model takes in: how many channels, which size, and how a picture is prepared for it."""
+"""The images a model takes: how many channels, which size, and how a picture is prepared for it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from torch import nn
 from torchvision.transforms import Compose, Normalize
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.unwrapping import inside
+from moee_analysis.models.unwrapping import inside, stated_modules
 
 RGB = 3
+
+DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
+"""What a network raises on images that it was not built for."""
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -26,22 +29,25 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     ``pretrained_cfg`` says what the pretrained weights took; a model that was built for another
     size or other channels says so in its patch embedding and its first convolution.
 
-    Raises
-    ------
-    MoeeError
-        The model has no ``pretrained_cfg``.
+    Raises MoeeError: the model has no ``pretrained_cfg``.
     """
     network = inside(model)
-    channels, height, width = _stated_size(network)
-    built = _built_size(network)
-    return (_channels(network) or channels, *(built or (height, width)))
+    channels, height, width = _config(network)["input_size"]
+    first = next(iter(stated_modules(network, "first_conv").values()), None)
+    if isinstance(first, nn.Conv2d):
+        channels = first.in_channels
+    embedding = getattr(network, "patch_embed", None)
+    built = getattr(embedding, "img_size", None)
+    strict = getattr(embedding, "strict_img_size", False)
+    if built is not None and (strict or network.pretrained_cfg.get("fixed_input_size")):
+        height, width = built
+    return channels, height, width
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
     """How pictures are prepared for ``model``, by timm's names: size, interpolation, mean, ..."""
-    size = input_size(model)
-    config = timm.data.resolve_data_config(pretrained_cfg=inside(model).pretrained_cfg)
-    of_channels = {name: _of_channels(config[name], size[0]) for name in ("mean", "std")}
+    size, config = input_size(model), _config(inside(model))
+    of_channels = {name: _repeat(config[name], size[0]) for name in ("mean", "std")}
     return config | of_channels | {"input_size": size}
 
 
@@ -57,15 +63,17 @@ def model_transform(model: nn.Module) -> Compose:
 def transform_of(config: dict[str, Any], **training: Any) -> Compose:
     """Transform of a :func:`data_config`; with the settings of ``training`` one for training."""
     channels = config["input_size"][0]
-    of_picture = {name: _of_channels(config[name], RGB) for name in ("mean", "std")}
+    of_picture = {name: _repeat(config[name], RGB) for name in ("mean", "std")}
     transform = timm.data.create_transform(
         **config | of_picture, is_training=bool(training), **training
     )
     if channels != RGB:
         steps = transform.transforms
         (place,) = (i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        steps[place] = _ToChannels(channels)
-        steps[place + 1] = Normalize(config["mean"], config["std"])
+        steps[place : place + 2] = [
+            _ToChannels(channels),
+            Normalize(config["mean"], config["std"]),
+        ]
     return transform
 
 
@@ -79,10 +87,6 @@ def blank(
 ) -> torch.Tensor:
     """Zeros [images, C, H, W] of the precision and on the device of ``model``, and of its size."""
     return like(torch.zeros(images, *(size or input_size(model))), model)
-
-
-DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
-"""What a network raises on images that it was not built for."""
 
 
 def misfit(model: nn.Module, error: Exception) -> MoeeError:
@@ -109,39 +113,17 @@ class _ToChannels:
         return rgb[list(islice(cycle(range(RGB)), self.channels))]
 
 
-def _stated_size(network: nn.Module) -> tuple[int, int, int]:
-    cfg = getattr(network, "pretrained_cfg", None)
-    if not cfg:
+def _config(network: nn.Module) -> dict[str, Any]:
+    if not getattr(network, "pretrained_cfg", None):
         raise MoeeError(
             "a timm model whose pretrained_cfg says which images it takes",
             f"a {type(network).__name__} without one",
             "load it with load_model, or make it with timm.create_model",
         )
-    return tuple(timm.data.resolve_data_config(pretrained_cfg=cfg)["input_size"])
+    return timm.data.resolve_model_data_config(network)
 
 
-def _built_size(network: nn.Module) -> tuple[int, int] | None:
-    """Height and width that the patch embedding was built for; None where any will do."""
-    embedding = getattr(network, "patch_embed", None)
-    size = getattr(embedding, "img_size", None)
-    strict = getattr(embedding, "strict_img_size", False)
-    if size is None or not (strict or network.pretrained_cfg.get("fixed_input_size")):
-        return None
-    return tuple(size)
-
-
-def _channels(network: nn.Module) -> int | None:
-    """Channels of the first convolution, where it sees the image as it is."""
-    names = network.pretrained_cfg.get("first_conv")
-    first = names[0] if isinstance(names, list | tuple) and names else names
-    try:
-        convolution = network.get_submodule(first)
-    except (AttributeError, TypeError):
-        return None
-    return convolution.in_channels if isinstance(convolution, nn.Conv2d) else None
-
-
-def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def _repeat(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """Means or deviations of so many channels: the mean of all for one, else in turn."""
     if len(values) == channels:
         return tuple(values)

@@ -32,9 +32,9 @@ from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.fit_weights import fit_weights, named_as_in
 from moee_analysis.models.hub import hub_access
 from moee_analysis.models.inputs import blank, input_size, model_transform
-from moee_analysis.models.state_dicts import read_tensors
-from moee_analysis.models.survey import SurveyedMlp, survey
-from moee_analysis.models.unwrapping import inside, unwrapped
+from moee_analysis.models.state_dicts import Tensors, read_tensors
+from moee_analysis.models.survey import survey
+from moee_analysis.models.unwrapping import inside, stated_modules, unwrapped
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.paths import data_folder
 from moee_analysis.utils.progress import tell
@@ -52,7 +52,6 @@ BUNDLED_MODELS: dict[str, type[nn.Module]] = {
     "bundled_convnext": ConvNeXt,
 }
 """Names of the models in the data folder, and timm's class of each."""
-
 
 FACTORY = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
@@ -107,22 +106,20 @@ def load_model(
         Of ``timm.create_model``, such as ``img_size``, ``in_chans``, ``global_pool`` or
         ``act_layer``. They are kept with whatever is saved of the model. None leaves one out.
 
-    Raises
-    ------
-    MoeeError
-        Unknown name or argument; no weights to be had (offline); a file that is not a state dict
-        of this model; a device that is not there; names that are not as many as the outputs.
+    Raises MoeeError: unknown name or argument; no weights to be had (offline); a file that is
+    not a state dict of this model; a device that is not there; names that are not as many as
+    the outputs.
     """
     check_device(device)
     names = read_class_names(classes) if isinstance(classes, str | Path) else classes
     arguments = {key: value for key, value in arguments.items() if value is not None}
     _check_arguments(arguments)
-    if weights is not None:
-        model = _with_local_weights(name, Path(weights), arguments)
-    elif name in BUNDLED_MODELS:
-        model = _with_local_weights(name, data_folder() / f"{name}.safetensors", arguments)
-    else:
+    if weights is None and name in BUNDLED_MODELS:
+        weights = data_folder() / f"{name}.safetensors"
+    if weights is None:
         model = _from_hub(name, arguments)
+    else:
+        model = _with_local_weights(name, Path(weights), arguments)
     if names is not None:
         name_classes(model, names)
     return model.eval().requires_grad_(requires_grad=False).to(device)
@@ -131,32 +128,23 @@ def load_model(
 def check_device(device: str) -> None:
     """Refuse a device that PyTorch does not know, that is not here, or that holds no values."""
     try:
-        where = torch.empty(0, device=device).device.type
+        if torch.empty(0, device=device).device.type != "meta":
+            return
+        found = "'meta', which has shapes and no values"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        where, told = "", f"'{device}' ({str(error).splitlines()[0][:80]})"
-    if where == "meta":
-        told = "'meta', which has shapes and no values"
-    if where in ("", "meta"):
-        raise MoeeError(
-            "a device of this machine", told, "use cpu, or cuda where there is one"
-        ) from None
+        found = f"'{device}' ({str(error).splitlines()[0][:80]})"
+    raise MoeeError("a device of this machine", found, "use cpu, or cuda where there is one")
 
 
 def build_model(
-    name: str,
-    *,
-    pretrained_cfg: Mapping[str, Any] | None = None,
-    **arguments: Any,
+    name: str, *, pretrained_cfg: Mapping[str, Any] | None = None, **arguments: Any
 ) -> nn.Module:
     """Build the architecture ``name`` with random weights, and ``arguments`` of timm's.
 
     ``pretrained_cfg`` replaces the architecture's own where given. The image size of a model that
     takes any is stated there alone.
 
-    Raises
-    ------
-    MoeeError
-        A name or an argument that timm does not know.
+    Raises MoeeError: a name or an argument that timm does not know.
     """
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if name not in BUNDLED_MODELS:
@@ -164,12 +152,12 @@ def build_model(
     _check_arguments(arguments)
     create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model
     try:
-        model = _created(create, name, arguments)
+        model = _create(create, name, arguments)
     except Exception as error:  # timm's models raise whatever nonsense leads to
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        told = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
+        given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
         raise MoeeError(
-            f"arguments that timm.create_model('{name}') takes", f"{told} ({reason})",
+            f"arguments that timm.create_model('{name}') takes", f"{given} ({reason})",
             "correct them, or leave them out",
         ) from None  # fmt: skip
     cfg = {**model.pretrained_cfg, **(pretrained_cfg or {})}
@@ -187,32 +175,32 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
 
     Those that :func:`survey` gives a reason against are left out.
 
-    Raises
-    ------
-    MoeeError
-        The model has none; the message lists the MLP-like modules that were found, and why they
-        are left out.
+    Raises MoeeError: the model has none; the message lists the MLP-like modules that were
+    found, and why they are left out.
     """
     model = unwrapped(model)
     surveyed = survey(model)
     names = [mlp.name for mlp in surveyed if mlp.convertible]
     if not names:
+        counts = Counter(f"{mlp.kind} ({mlp.reason})" for mlp in surveyed).most_common()
+        listed = ", ".join(f"{count} x {kind}" for kind, count in counts)
         raise MoeeError(
             "a model with Linear-activation-Linear MLPs (timm.layers.Mlp)",
-            _only_others(surveyed, model),
+            f"{f'only {listed}' if listed else 'no MLP at all'} in {type(model).__name__}",
             "choose a ViT, DeiT, Swin, ConvNeXt or another of docs/architectures.md; gated and "
             "convolutional MLPs cannot be taken apart",
         )
-    return [_site(model, name, index) for index, name in enumerate(names)]
+    mlps = map(model.get_submodule, names)
+    return [
+        MlpSite(name, index, mlp.fc1.in_features, mlp.fc1.out_features)
+        for index, (name, mlp) in enumerate(zip(names, mlps, strict=True))
+    ]
 
 
 def architecture(model: nn.Module) -> str:
     """Name under which :func:`build_model` builds this architecture.
 
-    Raises
-    ------
-    MoeeError
-        The model carries no ``pretrained_cfg`` with an architecture.
+    Raises MoeeError: the model carries no ``pretrained_cfg`` with an architecture.
     """
     model = inside(model)
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
@@ -225,42 +213,21 @@ def architecture(model: nn.Module) -> str:
     return name
 
 
-def _site(model: nn.Module, name: str, index: int) -> MlpSite:
-    mlp = model.get_submodule(name)
-    return MlpSite(name, index, mlp.fc1.in_features, mlp.fc1.out_features)
-
-
-def _only_others(surveyed: list[SurveyedMlp], model: nn.Module) -> str:
-    """What there is instead of plain MLPs, and why it is none, as text."""
-    kinds = Counter((mlp.kind, mlp.reason) for mlp in surveyed)
-    if not kinds:
-        return f"no MLP at all in {type(model).__name__}"
-    listed = [f"{count} x {kind} ({reason})" for (kind, reason), count in kinds.most_common()]
-    return f"only {', '.join(listed)} in {type(model).__name__}"
-
-
 def _check_name(name: str) -> None:
+    base = name.partition(".")[0]
     if timm.is_model(name):
-        _check_tag(name)
-        return
-    if Path(name).suffix in {".safetensors", ".pth", ".pt"}:
-        hint = f"pass the architecture as the name and the file as weights='{name}'"
+        with suppress(RuntimeError):
+            timm.get_pretrained_cfg(name)
+            return
+        tagged = timm.list_models(f"{base}.*", pretrained=True)
+        expected, hint = "a pretrained tag that timm knows", f"choose {' or '.join(tagged[:3])}"
     else:
-        known = [*BUNDLED_MODELS, *timm.list_models()]
-        close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
+        close = difflib.get_close_matches(base, [*BUNDLED_MODELS, *timm.list_models()], n=3)
+        expected = f"{', '.join(BUNDLED_MODELS)} or the name of a timm model"
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
-    expected = f"{', '.join(BUNDLED_MODELS)} or the name of a timm model"
-    raise MoeeError(expected, f"'{name}'", hint.rstrip("."))
-
-
-def _check_tag(name: str) -> None:
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
-        raise MoeeError(
-            "a pretrained tag that timm knows", f"'{name}'", f"choose {' or '.join(tagged[:3])}"
-        ) from None
+        if Path(name).suffix in {".safetensors", ".pth", ".pt"}:
+            hint = f"pass the architecture as the name and the file as weights='{name}'"
+    raise MoeeError(expected, f"'{name}'", hint)
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -281,10 +248,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         whole_number("img_size", side)
 
 
-def _created(
-    create: Callable[..., nn.Module], name: str, arguments: Mapping[str, Any]
-) -> nn.Module:
-    """Let ``create`` build a model; one that takes images of any size is told none."""
+def _create(create: Callable[..., nn.Module], name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Let ``create`` build a model; one that takes images of any size gets no ``img_size``."""
     try:
         return create(name, **arguments)
     except TypeError as error:
@@ -303,22 +268,18 @@ def _bundled_architecture(name: str, **arguments: Any) -> nn.Module:
 def _with_local_weights(name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
     tensors, metadata = read_tensors(path)
     stored = _stored_cfg(metadata, path)
-    arguments = _as_stored(stored) | arguments
+    size = stored.get("input_size")
+    if size is not None:  # the images that the weights were trained on
+        arguments = {"in_chans": size[0], "img_size": tuple(size[1:])} | arguments
     model = build_model(name, pretrained_cfg=stored, **arguments)
     if "num_classes" not in arguments:
-        classes = _classes_in(tensors, model, path)
+        classes = _count_stored_classes(tensors, model, path)
         if classes != model.num_classes:
             model = build_model(name, pretrained_cfg=stored, num_classes=classes, **arguments)
     fit_weights(model, tensors, source=str(path))
     if name not in BUNDLED_MODELS or path.parent != data_folder():
         model.pretrained_cfg["file"] = str(path.resolve())
     return model
-
-
-def _as_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for a model that takes the images which a file says its weights were trained on."""
-    size = stored.get("input_size")
-    return {} if size is None else {"in_chans": size[0], "img_size": tuple(size[1:])}
 
 
 def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -335,17 +296,16 @@ def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     )
 
 
-def _classes_in(tensors: Mapping[str, torch.Tensor], model: nn.Module, path: Path) -> int:
+def _count_stored_classes(tensors: Tensors, model: nn.Module, path: Path) -> int:
     """How many classes the weights in a file tell apart; 0 where they are of no classifier."""
-    named = model.pretrained_cfg.get("classifier") or ()
-    heads = [named] if isinstance(named, str) else list(named)
+    heads = tuple(f"{head}." for head in stated_modules(model, "classifier"))
     if not heads or not model.num_classes:
         return model.num_classes
     for own in named_as_in(model, tensors):
-        given = [own[f"{head}.weight"] for head in heads if f"{head}.weight" in own]
+        given = [own[f"{head}weight"] for head in heads if f"{head}weight" in own]
         if given:
             return len(given[0])
-        if any(name.startswith(tuple(f"{head}." for head in heads)) for name in own):
+        if any(name.startswith(heads) for name in own):
             return model.num_classes
     tell(f"weights: no classifier in {path}: a model of features (num_classes=0)")
     return 0
@@ -355,7 +315,7 @@ def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     model = build_model(name, **arguments)
     try:
         with hub_access():
-            loaded = _created(partial(timm.create_model, pretrained=True), name, arguments)
+            loaded = _create(partial(timm.create_model, pretrained=True), name, arguments)
     except Exception as error:  # the hub's client raises many unrelated types when offline
         raise MoeeError(
             f"pretrained weights of '{name}' from the hub",

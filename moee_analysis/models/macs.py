@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.capture import watch
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.loading import blank, find_mlps, unwrapped
 
@@ -39,23 +40,17 @@ class MacCount:
     def replacing(self, per_token: Mapping[str, float]) -> float:
         """MACs of one image if the named sites cost so many MACs per token instead.
 
-        Raises
-        ------
-        MoeeError
-            A name that is not a counted site.
+        Raises MoeeError: a name that is not a counted site.
         """
-        self._check_sites(per_token)
-        outside = self.total - sum(self.by_module.get(name, 0) for name in per_token)
-        return outside + sum(self.tokens[name] * macs for name, macs in per_token.items())
-
-    def _check_sites(self, names: Iterable[str]) -> None:
-        unknown = sorted(set(names) - set(self.tokens))
+        unknown = sorted(per_token.keys() - self.tokens)
         if unknown:
             raise MoeeError(
                 f"sites among {', '.join(self.tokens) or 'none'}",
                 f"'{unknown[0]}'",
                 "name the sites when counting: count(model, sites=[...])",
             )
+        outside = self.total - sum(self.by_module.get(name, 0) for name in per_token)
+        return outside + sum(self.tokens[name] * macs for name, macs in per_token.items())
 
 
 def count(
@@ -77,16 +72,25 @@ def count(
     """
     names = [site.name for site in find_mlps(model)] if sites is None else list(sites)
     model = unwrapped(model)
-    image = blank(model, size=size)
+    image, tokens = blank(model, size=size), dict.fromkeys(names, 0)
+
+    def count_tokens(name: str, x: torch.Tensor) -> None:
+        tokens[name] += tokens_of(x).shape[0]
+
     with (
         evaluating(model),
-        _frozen(model),
-        _counting_tokens(model, names) as tokens,
+        watch({name: model.get_submodule(name) for name in names}, count_tokens),
         _countable_products(model),
         FlopCounterMode(display=False, custom_mapping=RECURRENT) as counter,
     ):
         model(image)
-    return MacCount(counter.get_total_flops() // 2, _by_module(counter, model), tokens)
+    root = f"{type(model).__name__}."  # the counter puts it before each name
+    by_module = {
+        name.removeprefix(root): sum(flops.values()) // 2
+        for name, flops in counter.get_flop_counts().items()
+        if name.startswith(root)
+    }
+    return MacCount(counter.get_total_flops() // 2, by_module, tokens)
 
 
 def moe_macs(model: nn.Module, per_token: Mapping[str, float]) -> float:
@@ -106,9 +110,13 @@ def count_parameters(module: nn.Module) -> int:
     Weights, biases, routers and other saved buffers count, what is shared counts once. Lists of
     integers (which neurons an expert uses) and the record of routing ``shares`` do not.
     """
-    stored = module.state_dict(keep_vars=True)
-    function = {id(t): t for name, t in stored.items() if not _is_record(name, t)}
-    return sum(tensor.numel() for tensor in function.values())
+    stored = module.state_dict(keep_vars=True).items()
+    function = {
+        id(tensor): tensor.numel()
+        for name, tensor in stored
+        if tensor.is_floating_point() and name.rpartition(".")[2] != "shares"
+    }
+    return sum(function.values())
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
@@ -116,42 +124,13 @@ def tokens_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _of_lstm(x: Any, inward: Any, across: Any, *_: Any, **__: Any) -> int:
+def _lstm_flops(x: Any, inward: Any, across: Any, *_: Any, **__: Any) -> int:
     """FLOPs of an LSTM in one direction, from the shapes of (steps, images, dim) and weights."""
     return 2 * math.prod(x[:2]) * (math.prod(inward) + math.prod(across))
 
 
-RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _of_lstm}
+RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}
 """Products that the counter does not know."""
-
-
-def _is_record(name: str, tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or name.rpartition(".")[2] == "shares"
-
-
-def _by_module(counter: FlopCounterMode, model: nn.Module) -> dict[str, int]:
-    """MACs by module name; the counter puts the class of the whole model before each name."""
-    root = type(model).__name__ + "."
-    flops = counter.get_flop_counts()
-    return {
-        name.removeprefix(root): sum(by_operation.values()) // 2
-        for name, by_operation in flops.items()
-        if name.startswith(root)
-    }
-
-
-@contextmanager
-def _counting_tokens(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, int]]:
-    tokens = dict.fromkeys(names, 0)
-
-    def add(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        tokens[name] += tokens_of(args[0]).shape[0]
-
-    with ExitStack() as hooks:
-        for name in tokens:
-            hook = model.get_submodule(name).register_forward_pre_hook(partial(add, name))
-            hooks.callback(hook.remove)
-        yield tokens
 
 
 @contextmanager
@@ -175,30 +154,23 @@ def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients: the counter trips over those that are given to modules."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad = False
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad = True
-
-
-@contextmanager
 def _countable_products(model: nn.Module) -> Iterator[None]:
     """Compute attention by plain matrix products, and LSTMs without cuDNN.
 
-    Fused kernels count as nothing on some devices.
+    Fused kernels count as nothing on some devices, and the counter trips over parameters that are
+    given to modules and ask for gradients.
     """
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for module in fused:
             module.fused_attn = False
+        for parameter in asking:
+            parameter.requires_grad = False
         with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
             yield
     finally:
         for module in fused:
             module.fused_attn = True
+        for parameter in asking:
+            parameter.requires_grad = True

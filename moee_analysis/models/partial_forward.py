@@ -1,13 +1,16 @@
-"""Run only the rest of a network: what enters one of its blocks is kept, not computed again."""
+"""Run only the rest of a network: the tensor that enters one of its blocks is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+from moee_analysis.models.capture import watch
 
 
 @dataclass(frozen=True)
@@ -34,21 +37,19 @@ def block_of(model: nn.Module, name: str) -> Block | None:
 
 @contextmanager
 def seeing_inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]]:
-    """While open, every run of the model leaves what enters the ``blocks`` in the yielded dict.
+    """While open, every run of the model leaves the tensor that enters each block, by block.
 
     A block that gets anything else than one tensor is left out.
     """
     seen: dict[Block, torch.Tensor] = {}
-    with ExitStack() as hooks:
-        for block in set(blocks):
 
-            def see(_: nn.Module, args: tuple, given: dict, block: Block = block) -> None:
-                seen.pop(block, None)
-                if len(args) == 1 and not any(value is not None for value in given.values()):
-                    seen[block] = args[0]
+    def see(block: Block, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        args, named = call
+        seen.pop(block, None)
+        if len(args) == 1 and not any(value is not None for value in named.values()):
+            seen[block] = args[0]
 
-            module = block.sequence[block.index]
-            hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+    with watch({block: block.sequence[block.index] for block in blocks}, see, "calls"):
         yield seen
 
 
@@ -62,22 +63,22 @@ def starting_at(block: Block | None, entering: torch.Tensor | None) -> Iterator[
     if block is None or entering is None:
         yield
         return
-    before = [block.sequence[place] for place in range(block.index)]
+    before = list(block.sequence[: block.index])
     try:
         for place in range(block.index):
-            block.sequence[place] = _Kept(entering)
+            block.sequence[place] = _Constant(entering)
         yield
     finally:
         for place, module in enumerate(before):
             block.sequence[place] = module
 
 
-class _Kept(nn.Module):
-    """In the place of a block: gives what was kept."""
+class _Constant(nn.Module):
+    """In the place of a block: gives the same tensor whatever comes in."""
 
-    def __init__(self, kept: torch.Tensor) -> None:
+    def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
-        self.kept = kept
+        self.value = value
 
     def forward(self, *_: object, **__: object) -> torch.Tensor:
-        return self.kept
+        return self.value

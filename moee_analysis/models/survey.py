@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from timm.layers import Mlp
 from torch import nn
 
+COORDINATES = "sees coordinates, not the tokens of an image"
 LEFT_OUT = {
     ("MixerBlock", "mlp_tokens"): "mixes tokens: what it would route are channels",
-    ("RelPosMlp", "mlp"): "sees coordinates, not the tokens of an image",
-    ("WindowMultiHeadAttention", "meta_mlp"): "sees coordinates, not the tokens of an image",
+    ("RelPosMlp", "mlp"): COORDINATES,
+    ("WindowMultiHeadAttention", "meta_mlp"): COORDINATES,
     ("SpatialTransformerBlock", "mlp"): "sees one number of every place, not its token",
 }
 """MLPs that see no tokens, by the class that holds them and their name in it."""
@@ -46,9 +47,13 @@ def survey(model: nn.Module) -> list[SurveyedMlp]:
     Those that can are Linear-activation-Linear (``timm.layers.Mlp``), see the tokens of an image
     and stand in one place; :func:`find_mlps` finds exactly these.
     """
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            places.setdefault(module, []).append(name)
     return [
         SurveyedMlp(names[0], _kind(module), _reason(model, module, names))
-        for module, names in _places(model).items()
+        for module, names in places.items()
         if _is_like_mlp(module)
     ]
 
@@ -63,21 +68,11 @@ def is_plain_mlp(module: nn.Module) -> bool:
     )
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module below ``model``, and all names under which it stands."""
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            places.setdefault(module, []).append(name)
-    return places
-
-
 def _is_like_mlp(module: nn.Module) -> bool:
     """Whether it is called like an MLP, and does not just hold one."""
     if isinstance(module, Mlp):
         return True
-    named = any(name in type(module).__name__.lower() for name in NAMES)
-    return named and not any(isinstance(child, Mlp) for child in module.children())
+    return _is_called(module, *NAMES) and not any(isinstance(c, Mlp) for c in module.children())
 
 
 def _kind(module: nn.Module) -> str:
@@ -99,24 +94,25 @@ def _reason(model: nn.Module, module: nn.Module, names: list[str]) -> str:
     return next(reason for holds, reason in REASONS if holds(module))
 
 
-def _called(*parts: str) -> Callable[[nn.Module], bool]:
-    return lambda module: any(part in type(module).__name__.lower() for part in parts)
-
-
-def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(part, CONVOLUTIONS) for part in module.modules())
-
-
-def _norms(module: nn.Module) -> bool:
-    return not isinstance(getattr(module, "norm", None), nn.Identity | None)
+def _is_called(module: nn.Module, *parts: str) -> bool:
+    return any(part in type(module).__name__.lower() for part in parts)
 
 
 REASONS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
-    (_called("head"), "the classifier's head: one vector of an image, no tokens"),
-    (_called("glu", "gated"), "gated: a hidden neuron is the product of two"),
-    (_called("globalresponse"), "GRN inside: a hidden neuron depends on those of all tokens"),
-    (_convolves, "convolutional: made of convolutions, not of Linear layers alone"),
-    (_norms, "a norm inside, beside its Linear layers"),
+    (lambda m: _is_called(m, "head"), "the classifier's head: one vector of an image, no tokens"),
+    (lambda m: _is_called(m, "glu", "gated"), "gated: a hidden neuron is the product of two"),
+    (
+        lambda m: _is_called(m, "globalresponse"),
+        "GRN inside: a hidden neuron depends on those of all tokens",
+    ),
+    (
+        lambda m: any(isinstance(part, CONVOLUTIONS) for part in m.modules()),
+        "convolutional: made of convolutions, not of Linear layers alone",
+    ),
+    (
+        lambda m: not isinstance(getattr(m, "norm", None), nn.Identity | None),
+        "a norm inside, beside its Linear layers",
+    ),
     (lambda _: True, "not a timm.layers.Mlp"),
 )
 """Why an MLP that sees tokens is not Linear-activation-Linear; the first that holds."""

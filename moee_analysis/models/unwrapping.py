@@ -43,3 +43,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for part in reversed(wrapped):  # the innermost first
         copies[id(part)] = copy.deepcopy(inside(part), copies)
     return copy.deepcopy(network, copies)
+
+
+def stated_modules(model: nn.Module, entry: str) -> dict[str, nn.Module]:
+    """Return the modules that ``pretrained_cfg[entry]`` names, such as "classifier", if any."""
+    network = inside(model)
+    names = network.pretrained_cfg.get(entry) or ()
+    modules = dict(network.named_modules())
+    names = [names] if isinstance(names, str) else names
+    return {name: modules[name] for name in names if name in modules}

@@ -44,10 +44,7 @@ class Clusters:
 def cluster(activations: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> Clusters:
     """Cluster the rows of ``activations``, float (tokens, hidden).
 
-    Raises
-    ------
-    MoeeError
-        NaN or infinite activations; fewer tokens than UMAP or HDBSCAN need.
+    Raises MoeeError: NaN or infinite activations; fewer tokens than UMAP or HDBSCAN need.
     """
     config = config.for_width(np.shape(activations)[-1])
     points = reduce_dimensions(activations, config, seed=seed)
@@ -73,10 +70,7 @@ def reduce_dimensions(
 ) -> np.ndarray:
     """Reduce ``points`` (tokens, hidden) as ``config`` says, to float32 (tokens, components).
 
-    Raises
-    ------
-    MoeeError
-        As for :func:`cluster`.
+    Raises MoeeError: as for :func:`cluster`.
     """
     config = config.for_width(np.shape(points)[-1])
     points = np.asarray(points, dtype=np.float32)

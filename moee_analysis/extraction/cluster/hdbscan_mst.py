@@ -92,11 +92,8 @@ def spanning_tree(points: np.ndarray, min_samples: int) -> SpanningTree:
     min_samples
         Other points within a core distance, as hdbscan counts them; all there are, if fewer.
 
-    Raises
-    ------
-    MoeeError
-        Fewer than two points, no dimension; NaN, infinity, distances too large or too small to
-        be squared; ``min_samples`` below 1.
+    Raises MoeeError: fewer than two points, no dimension; NaN, infinity, distances too large or
+    too small to be squared; ``min_samples`` below 1.
     """
     return grow_tree(find_neighbours(points, min_samples))
 
@@ -117,9 +114,10 @@ def find_neighbours(points: np.ndarray, min_samples: int) -> Neighbours:
     if np.mean(core <= reach) < CERTAIN:  # single precision does not tell neighbours apart
         distances = Distances.of(distinct, torch.float64)
     near, squared, core, reach = _list(distances, torch.arange(len(distinct)), copies, needed)
-    for rows in np.split(uncertain := np.flatnonzero(core > reach), range(
-        distances.few, len(uncertain), distances.few
-    )):
+    for rows in np.split(
+        uncertain := np.flatnonzero(core > reach),
+        range(distances.few, len(uncertain), distances.few),
+    ):
         at = torch.from_numpy(rows)
         place, other = distances.within(distances.below(at), torch.from_numpy(core[rows]))
         exact = distances.exact(at[place], other).numpy()

@@ -1,4 +1,4 @@
-"""What a run was made from, and whether a dense model is the one that it was made from."""
+"""The origin of a run, and whether a dense model is the one that it was made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.saving.rebuild import arguments_of, dtype_of, input_facts
-from moee_analysis.models.fingerprints import Identity, identity
+from moee_analysis.models.fingerprints import identity
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.utils.versions import versions
 
@@ -25,15 +25,15 @@ def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> 
 
     ``contents`` are hashes of the pictures, which no evaluation may see again.
     """
-    known = identity(model)
+    found = identity(model)
     return {
         "model": architecture(model),
         "arguments": arguments_of(model),
         "dtype": dtype_of(model),
         "weights_file": model.pretrained_cfg.get("file"),
-        "weights_sha256": known.weights,
-        "transform_sha256": known.transform,
-        "answers": list(known.answers),
+        "weights_sha256": found.weights,
+        "transform_sha256": found.transform,
+        "answers": list(found.answers),
         "images": images.name,
         "n_images": len(images),
         "images_sha256": images.fingerprint,
@@ -50,10 +50,7 @@ def load_dense(
 
     Images and classes are those of the run's own model, which it is ``like``.
 
-    Raises
-    ------
-    MoeeError
-        No such file; another model than the one the run was made from.
+    Raises MoeeError: no such file; another model than the one the run was made from.
     """
     file = weights or provenance["weights_file"]
     if file is not None and not Path(file).is_file():
@@ -70,19 +67,15 @@ def load_dense(
 
 def check_dense(model: nn.Module, provenance: Mapping[str, Any], *, source: str | Path) -> None:
     """Refuse a model from ``source`` that is not the one the run was made from."""
-    if found := _difference(identity(model), provenance):
-        raise MoeeError(
-            "the dense model this run was extracted from", f"{found} ({source})",
-            "pass the original weights (--weights FILE), or extract again",
-        )  # fmt: skip
-
-
-def _difference(found: Identity, provenance: Mapping[str, Any]) -> str:
-    """What of a model is not as the run's ``provenance`` says; old runs know the weights alone."""
-    asked = replace(
+    found = identity(model)
+    expected = replace(
         found,
         weights=provenance["weights_sha256"],
-        transform=provenance.get("transform_sha256", found.transform),
+        transform=provenance.get("transform_sha256", found.transform),  # not in format 5
         answers=tuple(provenance.get("answers", found.answers)),
     )
-    return asked.difference(found)
+    if difference := expected.difference(found):
+        raise MoeeError(
+            "the dense model this run was extracted from", f"{difference} ({source})",
+            "pass the original weights (--weights FILE), or extract again",
+        )  # fmt: skip

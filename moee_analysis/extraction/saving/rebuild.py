@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.saving.schema import INPUT
+from moee_analysis.extraction.saving.schema import INPUT_FACTS
 from moee_analysis.extraction.saving.tables import below, check_finite, check_fit, check_tables
 from moee_analysis.models.attention import LowRankAttention, Ranks, reduced_attentions, site_of
 from moee_analysis.models.capture import watch
@@ -44,11 +44,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     ``by_hand`` says why the name and arguments alone do not rebuild the model; None where they do.
 
-    Raises
-    ------
-    MoeeError
-        A router that cannot be saved, or for other tokens than come to it; weights that are not
-        finite.
+    Raises MoeeError: a router that cannot be saved, or for other tokens than come to it;
+    weights that are not finite.
     """
     tensors = stored_tensors(model)
     check_finite(tensors)
@@ -72,9 +69,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         rebuild(facts, tensors, dense=None)
     except MoeeError as error:
         name = facts["architecture"]
-        return facts | {
-            "by_hand": f"timm.create_model('{name}') makes another one: {error.found}"
-        }
+        return facts | {"by_hand": f"timm.create_model('{name}') makes another one: {error.found}"}
     return facts | {"by_hand": None}
 
 
@@ -88,11 +83,8 @@ def rebuild(
     dense
         The network that it was made from, which is not changed; None: it is built by its name.
 
-    Raises
-    ------
-    MoeeError
-        A network changed by hand without ``dense``; tensors that do not fit or make no sense; one
-        that gives other answers than the network that was described.
+    Raises MoeeError: a network changed by hand without ``dense``; tensors that do not fit or
+    make no sense; one that gives other answers than the network that was described.
     """
     reason = described.get("by_hand")
     if reason and dense is None:
@@ -150,7 +142,7 @@ def dtype_of(model: nn.Module) -> str:
 
 def input_facts(model: nn.Module) -> dict[str, Any]:
     """How images come in and which classes go out, as ``pretrained_cfg`` says it, in plain JSON."""
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT["properties"]}
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
     return json.loads(json.dumps(cfg))
 
 

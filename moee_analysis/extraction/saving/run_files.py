@@ -16,12 +16,11 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.saving.rebuild import describe, rebuild, stored_tensors
-from moee_analysis.extraction.saving.schema import check_facts
+from moee_analysis.extraction.saving.schema import check_facts, without_removed
 from moee_analysis.models.state_dicts import read_tensors
-from moee_analysis.utils.storage.files import check_place, read_json, write_json, writing
-from moee_analysis.utils.storage.files import checksum as _checksum
-from moee_analysis.utils.storage.files import file_hash as _file_hash
+from moee_analysis.utils.storage.files import checksum, file_hash, read_json, write_json
 from moee_analysis.utils.storage.folders import new_folder
+from moee_analysis.utils.storage.refusals import check_place, writing
 
 FORMAT = 6
 READABLE = (5, FORMAT)
@@ -43,10 +42,8 @@ class SavedRun:
 def write_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     """Save a model with routed layers and plain JSON ``facts`` as ``folder``, all or nothing.
 
-    Raises
-    ------
-    MoeeError
-        The folder holds something that is not an earlier run; a router that cannot be saved.
+    Raises MoeeError: the folder holds something that is not an earlier run; a router that
+    cannot be saved.
     """
     check_target(folder)
     with new_folder(folder) as partial:
@@ -62,10 +59,10 @@ def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         "kind": KIND,
         "format": FORMAT,
         "model": describe(model),
-        "tensors_sha256": _file_hash(folder / TENSORS),
+        "tensors_sha256": file_hash(folder / TENSORS),
         **facts,
     }
-    facts = {**content, "checksum": _checksum(content)}
+    facts = {**content, "checksum": checksum(content)}
     check_facts(json.loads(json.dumps(facts)), folder / FACTS)  # nothing that could not be loaded
     write_json(folder / FACTS, facts)
 
@@ -73,15 +70,12 @@ def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
 def read_run(folder: Path, *, dense: nn.Module | None = None) -> SavedRun:
     """Load a run folder, around the ``dense`` model it was made from where no name rebuilds that.
 
-    Raises
-    ------
-    MoeeError
-        Missing, truncated, foreign, edited or newer files; facts or tensors that make no sense; a
-        network that answers otherwise than the one that was saved.
+    Raises MoeeError: missing, truncated, foreign, edited or newer files; facts or tensors that
+    make no sense; a network that answers otherwise than the one that was saved.
     """
     facts = _read_facts(folder)
     tensors, _ = read_tensors(folder / TENSORS)
-    if _file_hash(folder / TENSORS) != facts["tensors_sha256"]:
+    if file_hash(folder / TENSORS) != facts["tensors_sha256"]:
         raise MoeeError(
             f"the tensors that were saved with '{folder / FACTS}'",
             f"another content in {TENSORS}",
@@ -110,16 +104,6 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         path, expected=f"a run folder with {FACTS} and {TENSORS}",
         hint="check the path, restore the file, or extract again",
     )  # fmt: skip
-    try:
-        _check_facts(facts, path)
-    except RecursionError:
-        raise MoeeError(
-            f"the facts of a run in '{path}'", "lists too deep in each other", "check the path"
-        ) from None
-    return facts
-
-
-def _check_facts(facts: Any, path: Path) -> None:
     if not isinstance(facts, dict) or facts.get("kind") != KIND:
         raise MoeeError(f"the facts of a run in '{path}'", "another JSON file", "check the path")
     if facts.get("format") not in READABLE:
@@ -127,10 +111,16 @@ def _check_facts(facts: Any, path: Path) -> None:
             f"run format {FORMAT} in '{path}'", f"format {facts.get('format')}",
             "load it with the version of this package that saved it",
         )  # fmt: skip
-    content = {key: value for key, value in facts.items() if key != "checksum"}
-    if facts.get("checksum") != _checksum(content):
+    try:
+        if facts.pop("checksum", None) != (own := checksum(facts)):
+            raise MoeeError(
+                f"'{path}' as it was saved", "a file edited since then",
+                "restore the file, or extract again with other settings",
+            )  # fmt: skip
+        facts = without_removed(facts) | {"checksum": own}
+        check_facts(facts, path)
+    except RecursionError:
         raise MoeeError(
-            f"'{path}' as it was saved", "a file edited since then",
-            "restore the file, or extract again with other settings",
-        )  # fmt: skip
-    check_facts(facts, path)
+            f"the facts of a run in '{path}'", "lists too deep in each other", "check the path"
+        ) from None
+    return facts

@@ -13,11 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import load
+from moee_analysis.extraction.run import load
 from moee_analysis.extraction.saving.run_files import FACTS, TENSORS
 from moee_analysis.utils.storage.files import checksum, file_hash
-from tests.helpers.makers import lively, pixels_of, run_of, same_models
-from tests.helpers.toys import reduced_attention, toy_kinds, toy_moe
+from tests.helpers.models import (
+    lively,
+    pixels_of,
+    reduced_attention,
+    same_models,
+    toy_kinds,
+    toy_moe,
+)
+from tests.helpers.runs import run_of
 
 KINDS, COSINE = "blocks.0.mlp", "blocks.2.mlp"  # routed; the one between them is dense
 ATTENTION = "blocks.2.attn"
@@ -125,7 +132,6 @@ FORGED = {
     "kept out of range": put(f"{KINDS}.kept", -1, 10**6),
     "kept reversed": tensor(f"{KINDS}.kept", lambda t: t.flip(0)),
     "kept doubled": put(f"{KINDS}.kept", 1, 0),
-    "columns exchanged": tensor(f"{KINDS}.columns", lambda t: t.flip(0)),
     "shares of NaN": put(f"{KINDS}.shares", 0, torch.nan),
     "shares below zero": tensor(f"{KINDS}.shares", lambda t: t + torch.tensor([-1, 1, 0, 0])),
     "shares of another sum": tensor(f"{KINDS}.shares", lambda t: 2 * t),
@@ -142,7 +148,7 @@ FORGED = {
     **{
         f"no {name}": gone(f"{KINDS}.{name}")
         for name in (
-            "kept", "neurons", "sizes", "shares", "columns", "shift", "fc1.weight", "fc2.bias",
+            "kept", "neurons", "sizes", "shares", "shift", "fc1.weight", "fc2.bias",
             "router.inner.directions", "router.inner.offsets",
         )
     },
@@ -297,7 +303,7 @@ VALUES = [
     None, True, False, "", "zzz", -1, 0, 1, 2.5, 10**9, 10**30, 1e300, float("nan"), float("inf"),
     [], {}, [None], {"a": 1}, "x" * 5000,
 ]  # fmt: skip
-SEEN = ("kept", "neurons", "sizes", "columns", "shares", "expert")  # tables
+SEEN = ("kept", "neurons", "sizes", "shares", "expert")  # tables
 
 
 def changed_facts(facts, rng):
