@@ -36,14 +36,10 @@ def values(table, model, quantity):
     return rows.set_index("layer")["value"].to_dict()
 
 
-def test_every_layer_of_every_model_has_its_number_of_experts(table, runs):
+def test_quantities_are_those_of_their_measures(table, runs):
     for name, run in runs.items():
         assert values(table, name, "experts") == {r.index: r.experts for r in run.layers}
-
-
-def test_quantities_are_those_of_their_measures(table, runs):
-    run = runs["Swin"]
-    routed = measure.routes(run, IMAGES)
+    run, routed = runs["Swin"], measure.routes(runs["Swin"], IMAGES)
     even = measure.balance(routed)
     even = even[even["metric"] == "entropy"].set_index("layer")["value"]
     assert values(table, "Swin", "evenness") == pytest.approx(even.to_dict())
@@ -51,14 +47,10 @@ def test_quantities_are_those_of_their_measures(table, runs):
     assert values(table, "Swin", "similarity") == pytest.approx(cosines.to_dict())
     known = measure.class_information(routed, **FEW).set_index("layer")["corrected"]
     assert values(table, "Swin", "class") == pytest.approx(known.to_dict())
-
-
-def test_depth_is_the_middle_of_a_layer_and_tokens_are_of_an_image(table):
     swin = table[table["model"] == "Swin"].drop_duplicates("layer").set_index("layer")
     assert swin["depth"].to_dict() == {0: 0.25, 1: 0.75}
-    assert swin["tokens"].dropna().to_dict() == {
-        layer: {0: 64, 1: 16}[layer] for layer in swin["tokens"].dropna().index
-    }
+    tokens = swin["tokens"].dropna()
+    assert tokens.to_dict() == {layer: {0: 64, 1: 16}[layer] for layer in tokens.index}
     assert swin["dim"].to_dict() == {0: 16, 1: 32}
 
 

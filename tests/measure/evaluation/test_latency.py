@@ -12,58 +12,48 @@ from moee_analysis.measure.evaluation.latency import drawn, in_turn
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_vit
 
-module = sys.modules[
-    "moee_analysis.measure.evaluation.latency"
-]  # ``measure.latency`` is the function
+module = sys.modules["moee_analysis.measure.evaluation.latency"]  # the function has this name too
 IMAGES = toy_images(36)
 
 
 @pytest.fixture
-def no_clock(monkeypatch):
-    """Times that no clock has measured: as many milliseconds as a model has blocks."""
-    monkeypatch.setattr(
-        module, "milliseconds", lambda model, *_inputs, **_options: float(len(model.blocks))
-    )
+def clock(monkeypatch):
+    """Give ``milliseconds`` of a model in the place of what a clock would measure."""
+
+    def set_clock(milliseconds):
+        monkeypatch.setattr(module, "milliseconds", lambda model, *_, **__: milliseconds(model))
+
+    return set_clock
 
 
-def test_times_are_ratios_to_the_reference(no_clock):
-    models = {"half": toy_vit(depth=2), "same": toy_vit(depth=4)}
-    table = measure.latency(models, IMAGES, reference=toy_vit(depth=4), batch_size=9)
+def test_times_are_ratios_to_the_reference(clock):
+    clock(lambda model: float(len(model.blocks)))
+    models, dense = {"half": toy_vit(depth=2).train(), "same": toy_vit(depth=4)}, toy_vit(depth=4)
+    table = measure.latency(models, IMAGES, reference=dense, batch_size=9)
     assert table["system"].tolist() == ["half", "same"]
     assert table["speed_up"].tolist() == [2.0, 1.0]
     assert table["ms"].tolist() == [2.0, 4.0]
     assert set(table["batch_size"]) == {9}
+    assert models["half"].training
 
 
-def test_models_keep_their_training_flags(no_clock):
-    own, reference = toy_vit(depth=1).train(), toy_vit(depth=1).train()
-    measure.latency({"own": own}, IMAGES, reference=reference, rounds=1)
-    assert own.training
-    assert reference.training
-
-
-def test_a_round_that_was_disturbed_does_not_count(monkeypatch):
+def test_a_round_that_was_disturbed_does_not_count(clock):
     own, reference = toy_vit(depth=1), toy_vit(depth=1)
     times = {own: iter([9.0, 2.0, 2.5]), reference: iter([4.0, 4.5, 40.0])}
-    monkeypatch.setattr(
-        module, "milliseconds", lambda model, *_inputs, **_options: next(times[model])
-    )
+    clock(lambda model: next(times[model]))
     row = measure.latency({"own": own}, IMAGES, reference=reference, rounds=3).iloc[0]
     assert (row["ms"], row["speed_up"]) == (2.0, 2.0)
     assert (row["slowest"], row["fastest"]) == (pytest.approx(4 / 9), 16.0)
 
 
 def test_every_model_is_really_called():
-    calls = dict.fromkeys(("own", "reference"), 0)
-
-    def count(name):
-        calls[name] += 1
-
-    own, reference = toy_vit(depth=1), toy_vit(depth=1)
-    own.register_forward_hook(lambda *_: count("own"))
-    reference.register_forward_hook(lambda *_: count("reference"))
+    calls = []
+    models = {name: toy_vit(depth=1) for name in ("own", "reference")}
+    for name, model in models.items():
+        model.register_forward_hook(lambda *_, name=name: calls.append(name))
+    own, reference = models.values()
     table = measure.latency({"own": own}, IMAGES, reference=reference, rounds=2, seconds=0.0001)
-    assert min(calls.values()) > 2
+    assert min(calls.count(name) for name in models) > 2
     assert table["ms"].item() > 0
 
 
@@ -76,8 +66,8 @@ def test_batches_are_of_different_images_and_each_is_even_over_the_classes():
     assert len(drawn(IMAGES, 36, dense)) == 1
 
 
-def test_every_other_round_goes_backwards(monkeypatch):
-    monkeypatch.setattr(module, "milliseconds", lambda *_args, **_options: 1.0)
+def test_every_other_round_goes_backwards(clock):
+    clock(lambda _: 1.0)
     models = {name: nn.Identity() for name in "abc"}
     orders = ["".join(in_turn(models, [], number, seconds=0)) for number in range(3)]
     assert orders == ["abc", "cba", "abc"]

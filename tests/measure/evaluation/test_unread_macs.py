@@ -113,9 +113,6 @@ def test_an_mlp_that_sees_the_cls_token_alone_spends_nothing_on_patches():
     assert unread_macs(model.eval()) == {}
 
 
-# Models that were taken apart, and rivals
-
-
 def test_attention_that_is_asked_for_cls_alone_wastes_nothing_any_more():
     narrow = unread_macs(reduced_attention(toy_vit(), ranks=(5, 16)))["blocks.2.attn"]
     assert narrow == UnreadMacs(("patch",), ATTENTION, 16 * 2 * (5 + 16) * (D + N))
@@ -131,7 +128,7 @@ def test_of_tokens_routed_alike_each_costs_the_average():
 
 
 def test_where_cls_has_an_expert_of_its_own_it_is_told_from_the_patches():
-    pieces = {"unread": "routed", "thin": "routed", "metric": "outputs"}
+    pieces = {"unread": "routed", "metric": "outputs"}
     run = extract(toy_vit(), IMAGES, best(macs_reduction=0.1, **pieces))
     table = measure.macs(run, IMAGES).set_index("component")
     layer = moe_layers(run.model)[2]
@@ -158,9 +155,6 @@ def test_moefication_wastes_as_much_as_it_spends():
     row = table.loc["blocks.2.mlp"]
     assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
     assert row["macs_unread_dense"] == MLP
-
-
-# In the table
 
 
 def test_the_table_and_its_caption_tell_it_apart():

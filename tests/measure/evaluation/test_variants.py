@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
@@ -14,7 +13,7 @@ from moee_analysis.measure.evaluation.variants import DIVERGENCES, SCORES
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
-from tests.helpers.models import divergence, toy_moe, toy_vit
+from tests.helpers.models import divergence, same_models, toy_moe, toy_vit
 from tests.helpers.runs import best, quick
 
 DENSE = toy_vit()
@@ -53,16 +52,16 @@ def row_of(table, name):
     return table.iloc[list(TRIED).index(name)]
 
 
-def test_a_row_for_every_variant_in_order(table):
+def test_a_row_for_every_variant_with_the_scores_of_accuracy(table, models):
     assert list(table["variant"]) == list(TRIED)
     assert [*table.columns[1:9], *table.columns[9:14]] == [*SCORES, *DIVERGENCES]
-
-
-def test_scores_are_those_of_accuracy(table, models):
+    assert "16 images" in table.attrs["caption"]
     for name, model in models.items():
         alone = measure.accuracy(model, IMAGES, reference=DENSE, seed=3, resamples=40).iloc[0]
         found = row_of(table, name)[SCORES].astype(float)
         np.testing.assert_allclose(found, alone[SCORES].astype(float), rtol=1e-5, atol=1e-7)
+    assert not DENSE.training
+    assert same_models(DENSE, toy_vit())
 
 
 def image_by_image(model):
@@ -82,16 +81,9 @@ def test_intervals_are_those_of_images_drawn_again_and_changes_are_paired(table,
     ends = np.quantile([change[rows].mean() for rows in drawn], [0.025, 0.975])
     assert found["kl_change"] == pytest.approx(change.mean(), abs=1e-6)
     assert list(found[["kl_change_low", "kl_change_high"]]) == pytest.approx(list(ends), abs=1e-6)
-
-
-def test_the_same_model_does_not_change_at_all(table):
-    changes = row_of(table, "again")[["kl_change", "kl_change_low", "kl_change_high"]]
-    assert list(changes) == [0, 0, 0]
-
-
-@pytest.mark.parametrize("name", ["m", "none", "dense"])
-def test_without_something_to_compare_with_there_is_no_change(table, name):
-    assert row_of(table, name)[DIVERGENCES[2:]].isna().all()
+    assert list(row_of(table, "again")[DIVERGENCES[2:]]) == [0, 0, 0]
+    for name in ("m", "none", "dense"):  # nothing to compare with
+        assert row_of(table, name)[DIVERGENCES[2:]].isna().all()
 
 
 def test_costs_are_counted_layer_by_layer(table, models):
@@ -110,17 +102,14 @@ def test_costs_are_counted_layer_by_layer(table, models):
         assert found["params_reduction"] == pytest.approx(1 - stored)
 
 
-def test_a_variant_that_cannot_be_has_a_reason_and_no_numbers(table):
+def test_a_variant_that_cannot_be_has_a_reason_and_no_numbers(table, store):
     row = row_of(table, "none")
     assert "layers between 0 and 2" in row["reason"]
     assert row.drop(["variant", "reason"]).isna().all()
     assert set(table["reason"].drop(list(TRIED).index("none"))) == {""}
-
-
-def test_only_variants_that_cannot_be(store):
-    table = measure.variants(DENSE, CALIBRATION, IMAGES, {"none": IMPOSSIBLE}, store=store)
-    assert list(table["variant"]) == ["none"]
-    assert table[[*SCORES, *DIVERGENCES]].isna().all(axis=None)
+    only = measure.variants(DENSE, CALIBRATION, IMAGES, {"none": IMPOSSIBLE}, store=store)
+    assert list(only["variant"]) == ["none"]
+    assert only[[*SCORES, *DIVERGENCES]].isna().all(axis=None)
 
 
 def test_the_seconds_are_those_of_the_first_time(table, store):
@@ -130,24 +119,12 @@ def test_the_seconds_are_those_of_the_first_time(table, store):
     assert row_of(table, "few")["seconds"] == row_of(table, "again")["seconds"] > 0
 
 
-def test_the_caption_tells_images_and_intervals(table):
-    assert "16 images" in table.attrs["caption"]
-    assert "95 %" in table.attrs["caption"]
-
-
-def test_models_stay_as_they_are(table):
-    assert not DENSE.training
-    assert torch.equal(DENSE.blocks[0].mlp.fc1.weight, toy_vit().blocks[0].mlp.fc1.weight)
-
-
-def test_nothing_to_try_and_nothing_to_look_at_are_refused(store):
-    with pytest.raises(MoeeError, match="at least one variant"):
-        measure.variants(DENSE, CALIBRATION, IMAGES, {}, store=store)
-    with pytest.raises(MoeeError, match="at least one image"):
-        measure.variants(DENSE, CALIBRATION, IMAGES.take([]), {"dense": DENSE}, store=store)
-
-
-@pytest.mark.parametrize("beside", [{"dense": "cake"}, {"cake": "dense"}])
-def test_an_unknown_variant_to_compare_with_is_refused(store, beside):
-    with pytest.raises(MoeeError, match="variants among dense; found 'cake'"):
-        measure.variants(DENSE, CALIBRATION, IMAGES, {"dense": DENSE}, store=store, beside=beside)
+@pytest.mark.parametrize(("tried", "images", "beside", "message"), [
+    ({}, IMAGES, {}, "at least one variant"),
+    ({"dense": DENSE}, IMAGES.take([]), {}, "at least one image"),
+    ({"dense": DENSE}, IMAGES, {"dense": "cake"}, "variants among dense; found 'cake'"),
+    ({"dense": DENSE}, IMAGES, {"cake": "dense"}, "variants among dense; found 'cake'"),
+])  # fmt: skip
+def test_nothing_to_try_to_see_or_to_compare_with_is_refused(store, tried, images, beside, message):
+    with pytest.raises(MoeeError, match=message):
+        measure.variants(DENSE, CALIBRATION, images, tried, store=store, beside=beside)

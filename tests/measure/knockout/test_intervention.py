@@ -46,11 +46,10 @@ def test_tokens_of_the_expert_get_the_constant_and_others_what_they_had(make):
     expert = int(chosen[:, 1:].mode().values[0])
     with knocked_out(model, 1, removed(expert), constant):
         after = seen_at(model, 1, x)[1]
-    lost = chosen == expert
+    lost, kinds = chosen == expert, torch.arange(17).clamp(max=1)
     assert lost.any()
     assert torch.equal(after[~lost], before[~lost])
-    assert torch.equal(after[:, 0][lost[:, 0]], constant[[0]].expand(int(lost[:, 0].sum()), -1))
-    assert torch.equal(after[:, 1:][lost[:, 1:]], constant[[1]].expand(int(lost[:, 1:].sum()), -1))
+    assert torch.equal(after[lost], constant[kinds].expand(10, -1, -1)[lost])
 
 
 def test_windows_of_an_image_belong_together():
@@ -60,23 +59,19 @@ def test_windows_of_an_image_belong_together():
         assert (seen_at(model, 0, x)[1] == 5).all()
 
 
-def test_the_hooks_come_off_after_an_error():
-    model = toy_moe(toy_vit())
-    with pytest.raises(ZeroDivisionError), knocked_out(model, 0, removed(0), torch.zeros(2, 32)):
-        _ = 1 / 0
-    assert hooks_of(model) == 0
-
-
 def test_an_expert_that_no_token_uses_and_the_only_expert_change_nothing():
     model = toy_moe(toy_vit(), n_experts=1)
-    x = pixels(model)
+    x, constant = pixels(model), torch.full((2, 32), 100.0)
     with torch.no_grad():
         intact = model(x)
         for rule in (removed(3), alone(0), at_random(alone(0)), at_random(removed(3))):
-            with knocked_out(model, 1, rule, torch.full((2, 32), 100.0)):
+            with knocked_out(model, 1, rule, constant):
                 assert torch.equal(model(x), intact)
-        with knocked_out(model, 1, removed(0), torch.full((2, 32), 100.0)):
+        with knocked_out(model, 1, removed(0), constant):
             assert not torch.allclose(model(x), intact)
+    with pytest.raises(ZeroDivisionError), knocked_out(model, 0, removed(0), constant):
+        _ = 1 / 0
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("rule", [removed(2), alone(1)])
@@ -87,14 +82,11 @@ def test_the_control_takes_as_many_tokens_of_every_image_and_the_same_leading_on
     assert not torch.equal(drawn, mask)
 
 
-def test_the_control_is_the_same_in_batches_of_any_size_and_another_with_another_seed():
+def test_the_control_is_the_same_in_batches_of_any_size_and_draws_every_patch_as_often():
     whole = at_random(removed(2), seed=[3, 1])(CHOSEN)
     rule = at_random(removed(2), seed=[3, 1])
     assert torch.equal(torch.cat([rule(CHOSEN[:4]), rule(CHOSEN[4:])]), whole)
     assert not torch.equal(at_random(removed(2), seed=[3, 2])(CHOSEN), whole)
-
-
-def test_every_patch_is_drawn_as_often():
     one = torch.tensor([[0, 1, 0, 0, 0]]).expand(4000, -1)
     often = at_random(removed(1), leading=1)(one).float().mean(dim=0)
     torch.testing.assert_close(often, torch.tensor([0, 0.25, 0.25, 0.25, 0.25]), atol=0.03, rtol=0)
@@ -106,14 +98,11 @@ def test_mean_outputs_are_those_of_leading_tokens_and_of_patches(batch_size):
     found = mean_outputs(model, IMAGES, batch_size=batch_size)
     assert list(found) == [0, 1, 2]
     outputs = seen_at(model, 1, pixels(model))[1]
-    torch.testing.assert_close(found[1][0], outputs[:, 0].mean(dim=0))
-    torch.testing.assert_close(found[1][1], outputs[:, 1:].mean(dim=(0, 1)))
-
-
-def test_patches_alone_have_one_mean():
-    model = toy_moe(toy_swin())
-    found = mean_outputs(model, IMAGES, layers=[1])
-    outputs = seen_at(model, 1, pixels(model))[1]
+    expected = torch.stack([outputs[:, 0].mean(dim=0), outputs[:, 1:].mean(dim=(0, 1))])
+    torch.testing.assert_close(found[1], expected)
+    swin = toy_moe(toy_swin())  # patches alone have one mean
+    outputs = seen_at(swin, 1, pixels(swin))[1]
+    found = mean_outputs(swin, IMAGES, layers=[1], batch_size=batch_size)
     torch.testing.assert_close(found[1], outputs.reshape(1, -1, 32).mean(dim=1))
 
 

@@ -14,7 +14,12 @@ import torch
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.knockout.intervention import alone, knocked_out, mean_outputs, removed
-from moee_analysis.measure.knockout.run_interventions import averaged, interventions, with_controls
+from moee_analysis.measure.knockout.run_interventions import (
+    Plan,
+    average,
+    interventions,
+    with_controls,
+)
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import ConstantRouter
@@ -109,7 +114,9 @@ def test_groups_intervals_and_the_dense_model(table):
 def test_classes_of_the_same_name_stay_apart(monkeypatch):
     module = sys.modules["moee_analysis.measure.knockout.knock_out"]
     monkeypatch.setattr(module, "class_labels", lambda _: ("crane", "blue", "crane", "white"))
-    table = measure.knock_out(colour_model(), COLOURED, coloured_images(*range(100, 104)))
+    table = measure.knock_out(
+        colour_model(), COLOURED, coloured_images(*range(100, 104)), resamples=2
+    )
     names = table[table["kind"] == "class"]["group"].unique()
     assert list(names) == ["crane (0)", "blue", "crane (2)", "white"]
 
@@ -141,7 +148,7 @@ def test_the_fast_path_is_the_whole_model(model, side):
         for layer in layers
     }
     with evaluating(model):
-        for one in interventions(model, x, rules, constants, model, size=4):
+        for one in interventions(model, x, Plan(rules, constants), model, size=4):
             torch.testing.assert_close(one.intact, model(x))
             for rule, fast in zip(rules[one.layer], one.seen, strict=True):
                 with knocked_out(model, one.layer, rule, constants[one.layer]):
@@ -154,7 +161,7 @@ def test_controls_follow_their_rule_and_are_averaged():
     taken = [int(rule(chosen).sum()) for rule in rules]
     assert taken == [1, 1, 1, 2, 2, 2]
     values = np.array([1.0, 3, 5, 2, 8, 8])
-    np.testing.assert_array_equal(averaged(values, 2), [[1, 4], [2, 8]])
+    np.testing.assert_array_equal(average(values, 2), [[1, 4], [2, 8]])
 
 
 def test_one_expert_carries_a_class_and_random_tokens_do_not():
@@ -175,16 +182,19 @@ def test_one_expert_carries_a_class_and_random_tokens_do_not():
     assert (rows_of(rows, system="expert", expert=4)["change"] == 0).all()
 
 
-def test_several_experts_per_token_and_the_calibration_s_own_images_are_refused():
+@pytest.mark.parametrize(("options", "message"), [
+    ({"calibration": IMAGES.take([3])}, "used for calibration"),
+    ({"layers": [7]}, "layer 7"),
+    ({"controls": 0}, "controls as a whole number"),
+    ({"families": {"ant": "insect"}}, "family of every class"),
+])  # fmt: skip
+def test_what_cannot_be_knocked_out_is_refused(options, message):
+    with pytest.raises(MoeeError, match=message):
+        measure.knock_out(vit(), IMAGES, **{"calibration": CALIBRATION} | options)
+
+
+def test_several_experts_per_token_are_refused():
     model = vit()
     moe_layers(model)[0].router = ConstantRouter([0, 1])
     with pytest.raises(MoeeError, match="one expert per token"):
         measure.knock_out(model, IMAGES, CALIBRATION)
-    with pytest.raises(MoeeError, match="used for calibration"):
-        measure.knock_out(vit(), IMAGES, IMAGES.take([3]))
-    with pytest.raises(MoeeError, match="layer 7"):
-        measure.knock_out(vit(), IMAGES, CALIBRATION, layers=[7])
-    with pytest.raises(MoeeError, match="controls as a whole number"):
-        measure.knock_out(vit(), IMAGES, CALIBRATION, controls=0)
-    with pytest.raises(MoeeError, match="family of every class"):
-        measure.knock_out(vit(), IMAGES, CALIBRATION, families={"ant": "insect"})

@@ -9,7 +9,8 @@ import torch
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.knockout.intervention import knocked_out, mean_outputs, removed
-from moee_analysis.measure.knockout.part_probe import PartProbe, Place
+from moee_analysis.measure.knockout.parts_unseen import PartProbe, Place
+from moee_analysis.measure.routing.part_alignment import all_patch_parts
 from tests.helpers.colours import COLOURS, colour_model, coloured_images
 from tests.helpers.images import toy_images
 from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, toy_moe, toy_swin, toy_vit
@@ -39,10 +40,7 @@ def test_each_colour_is_lost_with_its_expert_and_no_other(table):
     expected = np.zeros((5, 5))
     np.fill_diagonal(expected[:4, :4], -1)
     np.testing.assert_array_equal(changes(table, "expert"), expected)
-
-
-def test_as_many_random_patches_are_half_black_and_cost_the_colours_half(table):
-    lost = np.diag(changes(table, "random patches"))[:4]
+    lost = np.diag(changes(table, "random patches"))[:4]  # half of them are black
     assert ((lost > -0.7) & (lost < -0.3)).all()
 
 
@@ -58,7 +56,7 @@ def test_intervals_hold_the_change(table):
 def test_recall_is_counted_patch_by_patch():
     model = colour_model()
     probe = PartProbe.trained(Place.of(model), CALIBRATION, None)
-    x, truth = torch.cat(list(IMAGES.batches(model))), probe.place.parts(IMAGES)
+    x, truth = torch.cat(list(IMAGES.batches(model))), all_patch_parts(IMAGES, (4, 4))
     constant = mean_outputs(model, CALIBRATION)[0]
     with torch.no_grad(), knocked_out(model, 0, removed(2), constant):
         told = probe(x).numpy()
@@ -89,13 +87,12 @@ def test_patches_are_read_row_by_row_where_they_enter_the_last_block(model, grid
     assert layers in (None, place.layers_before())
 
 
-def test_images_without_masks_rare_parts_and_the_last_block_are_refused():
-    with pytest.raises(MoeeError, match="images with part masks"):
-        measure.parts_unseen(toy_moe(toy_vit()), toy_images(4), toy_images(4))
-    model = colour_model()
-    with pytest.raises(MoeeError, match="a part that 999 patches show"):
-        measure.parts_unseen(model, IMAGES, CALIBRATION, least=999)
-    with pytest.raises(MoeeError, match="layer 1"):
-        measure.parts_unseen(model, IMAGES, CALIBRATION, layers=[1])
-    with pytest.raises(MoeeError, match="used for calibration"):
-        measure.parts_unseen(model, IMAGES, IMAGES)
+@pytest.mark.parametrize(("images", "options", "message"), [
+    (toy_images(4), {}, "images with part masks"),
+    (IMAGES, {"least": 999}, "a part that 999 patches show"),
+    (IMAGES, {"layers": [1]}, "layer 1"),
+    (CALIBRATION, {}, "used for calibration"),
+])  # fmt: skip
+def test_what_no_part_can_be_read_of_is_refused(images, options, message):
+    with pytest.raises(MoeeError, match=message):
+        measure.parts_unseen(colour_model(), images, CALIBRATION, **options)
