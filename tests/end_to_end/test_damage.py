@@ -150,7 +150,7 @@ def stopped(work, tmp_path_factory):
     """A fine-tuning that was stopped in its last epoch, and the one that nobody stops."""
     _, run = work
     root = tmp_path_factory.mktemp("tuning")
-    own = training.Training._next
+    own = training.Training._next_epoch
 
     def stop(self):
         if self.progress.epochs == 2:
@@ -158,7 +158,7 @@ def stopped(work, tmp_path_factory):
         own(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Training, "_next", stop)
+        patch.setattr(training.Training, "_next_epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             finetune(run, toy_images(16), TUNING, out=root / "out")
     return unfinished_folder(root / "out"), finetune(run, toy_images(16), TUNING).run
