@@ -109,7 +109,7 @@ class Training:
     def _next_epoch(self) -> None:
         """One epoch, and what has become of the model."""
         rows, epoch, last = self.progress.rows, self.progress.epochs + 1, self.config.epochs
-        loss = self._train(epoch)
+        loss = self._train_epoch(epoch)
         if loss is None:
             self.progress.stopped = f"{NOT_FINITE} in epoch {epoch}"
             return
@@ -125,7 +125,7 @@ class Training:
         )
         self._save()
 
-    def _train(self, epoch: int) -> float | None:
+    def _train_epoch(self, epoch: int) -> float | None:
         """Train on every image once; return the mean loss, None where it was not finite."""
         config, device = self.config, self._device
         transform = training_transform(self.dense, config.augmentation)

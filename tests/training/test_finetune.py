@@ -13,8 +13,9 @@ from torch.nn.functional import kl_div, log_softmax
 from moee_analysis.baselines.controls import statically_pruned
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import extract, load
-from moee_analysis.models.loading import load_model
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import load
+from moee_analysis.models.capture import capture
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.training import trainer as training
 from moee_analysis.training.checkpoints import METRICS
@@ -27,8 +28,7 @@ from tests.helpers.models import divergence, hooks_of, lively, same_models, toy_
 from tests.helpers.runs import best, quick
 
 SCENES = load_images(split="calibration")
-IMAGES = SCENES.take(range(40))
-UNSEEN = SCENES.take(range(100, 160))
+IMAGES, FEW, UNSEEN = (SCENES.take(range(*ends)) for ends in ((60, 100), (60, 78), (100, 150)))
 
 
 def tuning(**settings) -> FinetuneConfig:
@@ -37,9 +37,9 @@ def tuning(**settings) -> FinetuneConfig:
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(bundled_run):
     """The bundled model, taken apart by few images: kinds of tokens, shifts, nearest centres."""
-    return extract(load_model(), SCENES.take(range(60, 100)), best(macs_reduction=0.4))
+    return bundled_run(best(macs_reduction=0.4))
 
 
 @pytest.fixture(scope="module")
@@ -47,49 +47,46 @@ def tuned(run):
     return finetune(run, IMAGES, tuning(epochs=4))
 
 
+@pytest.fixture(scope="module")
+def saved(run, tmp_path_factory):
+    """A fine-tuned run, and the folder where it lies."""
+    folder = tmp_path_factory.mktemp("saved") / "tuned"
+    return finetune(run, FEW, tuning(), out=folder), folder
+
+
 def test_the_model_comes_nearer_to_the_dense_one_also_on_images_it_never_saw(run, tuned):
     before, after = (divergence(run.dense(), m, UNSEEN) for m in (run.model, tuned.run.model))
     assert after < before
-    kl = tuned.history["kl"]
-    assert tuned.best == kl.idxmin() > 0
-    assert tuned.history["loss"].iloc[-1] < tuned.history["loss"].iloc[1] / 2
-
-
-def test_the_history_begins_before_any_training(run, tuned):
-    first = tuned.history.iloc[0]
-    held_out, _ = IMAGES.split(0.1, seed=0)
+    history, (held_out, _) = tuned.history, IMAGES.split(0.1, seed=0)
+    assert tuned.best == history["kl"].idxmin() > 0
+    assert history["loss"].iloc[-1] < history["loss"].iloc[1] / 2
+    first = history.iloc[0]  # before any training
     assert (first["epoch"], first["steps"]) == (0, 0)
     assert math.isnan(first["loss"])
     assert first["kl"] == pytest.approx(divergence(run.dense(), run.model, held_out), rel=1e-4)
-    assert tuned.history["steps"].tolist() == [0, 5, 10, 15, 20]  # 36 images, 8 a step
-    assert tuned.history["agreement"].between(0, 1).all()
+    assert history["steps"].tolist() == [0, 5, 10, 15, 20]  # 36 images, 8 a step
+    assert history["agreement"].between(0, 1).all()
 
 
-def test_experts_stay_the_subnetworks_they_were(run, tuned):
+def test_experts_stay_the_subnetworks_they_were_and_so_do_frozen_routers(run, tuned):
     before, after = moe_layers(run.model), moe_layers(tuned.run.model)
     assert before.keys() == after.keys()
     for index, layer in before.items():
         for name in ("kept", "neurons", "sizes"):
             assert torch.equal(getattr(layer, name), getattr(after[index], name))
         assert not torch.equal(layer.fc1.weight, after[index].fc1.weight)
-
-
-def test_a_frozen_router_stays_as_it_was(run, tuned):
-    for index, layer in moe_layers(run.model).items():
-        own = dict(moe_layers(tuned.run.model)[index].router.named_buffers())
+        own = dict(after[index].router.named_buffers())
         assert all(torch.equal(own[n], t) for n, t in layer.router.named_buffers())
 
 
 @pytest.mark.parametrize("router", ["straight_through", "auxiliary"])
 def test_a_router_can_learn_too(run, router):
-    learned = finetune(run, IMAGES, tuning(router=router, epochs=1)).run
+    learned = finetune(run, FEW, tuning(router=router, epochs=1)).run
     changed = [
         not torch.equal(other, own)
         for index, layer in moe_layers(run.model).items()
         for own, other in zip(
-            layer.router.buffers(),
-            moe_layers(learned.model)[index].router.buffers(),
-            strict=True,
+            layer.router.buffers(), moe_layers(learned.model)[index].router.buffers(), strict=True
         )
         if own.is_floating_point() and layer.router.inner.n_experts > 1
     ]
@@ -101,33 +98,30 @@ def test_a_router_can_learn_too(run, router):
 
 def test_neither_the_run_nor_the_dense_model_is_changed(run):
     models = run.model, run.dense()
-    kept = [copy.deepcopy(m.state_dict()) for m in models]
-    tuned = finetune(run, IMAGES, tuning(epochs=1, block_weight=0.1, router="auxiliary"))
-    for model, before in zip(models, kept, strict=True):
+    states = [copy.deepcopy(m.state_dict()) for m in models]
+    tuned = finetune(run, FEW, tuning(epochs=1, block_weight=0.1, router="auxiliary")).run
+    for model, before in zip(models, states, strict=True):
         assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
+    for model in (*models, tuned.model):
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert not any(p.requires_grad or p.grad is not None for p in tuned.run.model.parameters())
-    assert hooks_of(tuned.run.model) == hooks_of(run.model)
-    assert not tuned.run.model.training
+    assert hooks_of(tuned.model) == hooks_of(run.model)
+    assert not tuned.model.training
 
 
 def test_the_shares_are_those_of_the_held_out_images(run, tuned):
     held_out, _ = IMAGES.split(0.1, seed=0)
     (x,) = held_out.batches(run.dense())
     layer = moe_layers(tuned.run.model)[5]
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    tuned.run.model(x)
-    hook.remove()
-    used = layer.router(seen[0]).flatten().bincount(minlength=layer.n_experts)
+    with capture(tuned.run.model, ["blocks.5.mlp"]) as seen:
+        tuned.run.model(x)
+    used = layer.router(seen["blocks.5.mlp"]).flatten().bincount(minlength=layer.n_experts)
     torch.testing.assert_close(layer.shares, used / used.sum(), rtol=1e-4, atol=1e-6)
-    report = tuned.run.layers[5]
     active = float(layer.shares @ layer.sizes.float()) / layer.hidden_dense
-    assert report.active_fraction == pytest.approx(active)
+    assert tuned.run.layers[5].active_fraction == pytest.approx(active)
 
 
 def test_parts_of_a_batch_add_up_to_the_batch(run):
-    whole, parts = (finetune(run, IMAGES, tuning(epochs=1, accumulate=n)) for n in (1, 3))
+    whole, parts = (finetune(run, FEW, tuning(epochs=1, accumulate=n)) for n in (1, 3))
     pd.testing.assert_frame_equal(whole.history, parts.history, rtol=1e-4)
     for one, other in zip(whole.run.model.parameters(), parts.run.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # AdamW takes signs of noise
@@ -138,8 +132,7 @@ def test_one_step_is_that_of_adamw_on_the_divergence(run):
     config = tuning(
         epochs=1, batch_size=64, warmup_epochs=0, weight_decay=0.0, learning_rate=1e-4, clip=1e9
     )
-    training_images = IMAGES.split(config.held_out, seed=config.seed)[1]
-    (x,) = training_images.batches(run.dense())
+    (x,) = IMAGES.split(config.held_out, seed=config.seed)[1].batches(run.dense())
     student = copy.deepcopy(run.model).requires_grad_(requires_grad=True)
     wanted = log_softmax(run.dense()(x), dim=1)
     loss = kl_div(log_softmax(student(x), dim=1), wanted, reduction="batchmean", log_target=True)
@@ -147,16 +140,13 @@ def test_one_step_is_that_of_adamw_on_the_divergence(run):
     torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0).step()
     found = finetune(run, IMAGES, config)
     assert found.history["loss"].iloc[1] == pytest.approx(loss.item(), rel=1e-4)
-    if found.best:
-        moved = [
-            (a - b).abs().max()
-            for a, b in zip(student.parameters(), found.run.model.parameters(), strict=True)
-        ]
-        assert max(moved) < 5e-5
+    assert found.best
+    moved = zip(student.parameters(), found.run.model.parameters(), strict=True)
+    assert max((a - b).abs().max() for a, b in moved) < 5e-5
 
 
 def test_what_has_ended_is_not_worse_than_what_was_begun_with(run):
-    tuned = finetune(run, IMAGES, tuning(learning_rate=1.0, epochs=5, patience=2))
+    tuned = finetune(run, FEW, tuning(learning_rate=1.0, epochs=5, patience=2))
     assert tuned.best == 0
     assert len(tuned.history) == 3
     assert "no lower divergence" in tuned.stopped
@@ -169,19 +159,23 @@ def test_a_running_mean_of_the_weights_is_what_is_kept(run):
         torch.cat([p.flatten() for p in m.parameters()])
         for m in (run.model, averaged.run.model, plain.run.model)
     )
-    assert (ends[0] - starts).norm() < (ends[1] - starts).norm()
+    assert 0 < (ends[0] - starts).norm() < (ends[1] - starts).norm()
 
 
-def test_static_pruning_is_trained_by_the_same_recipe(run):
-    pruned = statically_pruned(run, SCENES.take(range(60, 100)))
-    tuned = finetune(pruned, IMAGES, tuning(epochs=3))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_static_pruning_is_trained_by_the_same_recipe_in_any_precision(
+    run, bundled_images, shared_store, precision
+):
+    pruned = statically_pruned(run, bundled_images["calibration"], store=shared_store)
+    tuned = finetune(pruned, IMAGES, tuning(precision=precision))
     assert tuned.history["kl"].min() < tuned.history["kl"].iloc[0]
+    assert {p.dtype for p in tuned.run.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("config", [quick(macs_reduction=0.2), best(attention="low_rank")])
 def test_any_recipe_can_be_trained(config):
-    run = extract(lively(), toy_images(), config)
-    tuned = finetune(run, toy_images(20), tuning(epochs=1, block_weight=0.5))
+    run = extract(lively(), toy_images(12), config)
+    tuned = finetune(run, toy_images(12), tuning(epochs=1, block_weight=0.5))
     assert tuned.history["loss"].iloc[1] > 0
 
 
@@ -189,62 +183,62 @@ def test_any_recipe_can_be_trained(config):
 def test_every_family_can_be_trained_with_all_losses(name):
     run = extract(small(name), toy_images(12), quick())
     config = tuning(epochs=1, held_out=0.2, block_weight=0.5, router="auxiliary")
-    tuned = finetune(run, toy_images(10), config)
+    tuned = finetune(run, toy_images(8), config)
     assert tuned.history["loss"].iloc[1] > 0
     assert tuned.history["kl"].notna().all()
     assert not hooks_of(run.dense())
 
 
-def test_training_in_bfloat16_learns_as_well(run):
-    tuned = finetune(run, IMAGES, tuning(epochs=2, precision="bfloat16"))
-    assert tuned.history["kl"].min() < tuned.history["kl"].iloc[0]
-    assert {p.dtype for p in tuned.run.model.parameters()} == {torch.float32}
-
-
-def test_too_few_images_are_refused(run):
-    with pytest.raises(MoeeError, match="held_out"):
-        finetune(run, SCENES.take(range(3)), tuning())
-
-
 # On disk
 
 
-def test_a_finished_folder_is_a_run_with_its_history(run, tmp_path):
-    tuned = finetune(run, IMAGES, tuning(), out=tmp_path / "tuned")
-    again = load(tmp_path / "tuned")
+def test_a_finished_folder_is_a_run_with_its_history_and_can_be_trained_again(saved):
+    tuned, folder = saved
+    again = load(folder)
     assert same_models(again.model, tuned.run.model)
     pd.testing.assert_frame_equal(history_of(again), tuned.history)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tuned" / METRICS), tuned.history)
-    assert {p.name for p in tmp_path.iterdir()} == {"tuned"}
-    assert set(contents(tmp_path / "tuned")) == {"model.safetensors", "run.json", METRICS}
+    pd.testing.assert_frame_equal(pd.read_csv(folder / METRICS), tuned.history)
+    assert [p.name for p in folder.parent.iterdir()] == ["tuned"]
+    assert set(contents(folder)) == {"model.safetensors", "run.json", METRICS}
+    twice = finetune(tuned.run, FEW, tuning(epochs=1, seed=1))
+    assert len(twice.run.provenance["finetunings"]) == 2
+    assert twice.history["kl"].iloc[0] == pytest.approx(tuned.history["kl"].min(), rel=1)
 
 
-def test_a_fine_tuned_run_can_be_fine_tuned_again(run, tuned):
-    again = finetune(tuned.run, IMAGES, tuning(seed=1))
-    assert len(again.run.provenance["finetunings"]) == 2
-    assert again.history["kl"].iloc[0] == pytest.approx(tuned.history["kl"].min(), rel=1)
-
-
-def test_what_has_ended_is_not_repeated(run, tmp_path, monkeypatch):
-    first = finetune(run, IMAGES, tuning(), out=tmp_path / "tuned")
+def test_what_has_ended_is_not_repeated_and_nothing_else_takes_its_place(
+    run, saved, tmp_path, monkeypatch
+):
+    (tuned, folder), before = saved, contents(saved[1])
     monkeypatch.setattr(training.Training, "run", lambda _: pytest.fail("trained again"))
-    second = finetune(run, IMAGES, tuning(), out=tmp_path / "tuned")
-    pd.testing.assert_frame_equal(first.history, second.history)
-
-
-def test_another_fine_tuning_does_not_take_its_place(run, tmp_path):
-    finetune(run, IMAGES, tuning(), out=tmp_path / "tuned")
-    before = contents(tmp_path / "tuned")
+    second = finetune(run, FEW, tuning(), out=folder)
+    pd.testing.assert_frame_equal(tuned.history, second.history)
     with pytest.raises(MoeeError, match="another folder"):
-        finetune(run, IMAGES, tuning(seed=3), out=tmp_path / "tuned")
-    assert contents(tmp_path / "tuned") == before
+        finetune(run, FEW, tuning(seed=3), out=folder)
+    assert contents(folder) == before
     (tmp_path / "file").write_text("")
     with pytest.raises(MoeeError, match="another folder"):
-        finetune(run, IMAGES, tuning(), out=tmp_path / "file")
+        finetune(run, FEW, tuning(), out=tmp_path / "file")
 
 
 class Interrupted(BaseException):
     pass
+
+
+def interrupted(monkeypatch, last, *arguments, out):
+    """Fine-tune until the epoch ``last`` begins; return what the checkpoint says."""
+    epoch = training.Training._train_epoch
+
+    def broken(self, number):
+        if number == last:
+            raise Interrupted
+        return epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_train_epoch", broken)
+        with pytest.raises(Interrupted):
+            finetune(*arguments, out=out)
+    assert not out.exists()
+    return json.loads((unfinished_folder(out) / "checkpoint.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -255,62 +249,45 @@ def test_a_training_that_was_interrupted_comes_to_the_same_bytes(
     run, tmp_path, monkeypatch, settings
 ):
     config = tuning(epochs=3, **settings)
-    finetune(run, IMAGES, config, out=tmp_path / "whole")
-    epoch = training.Training._epoch
+    finetune(run, FEW, config, out=tmp_path / "whole")
     for last in (1, 2, 3):
-        with monkeypatch.context() as patch:
-            patch.setattr(training.Training, "_epoch", _up_to(epoch, last))
-            with pytest.raises(Interrupted):
-                finetune(run, IMAGES, config, out=tmp_path / "parts")
-        assert not (tmp_path / "parts").exists()
-        begun = json.loads((unfinished_folder(tmp_path / "parts") / "checkpoint.json").read_text())
+        begun = interrupted(monkeypatch, last, run, FEW, config, out=tmp_path / "parts")
         assert len(begun["rows"]) == last
     np.random.default_rng().random()
     torch.rand(3)
-    finetune(run, IMAGES, config, out=tmp_path / "parts")
+    finetune(run, FEW, config, out=tmp_path / "parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def _up_to(epoch, last):
-    def broken(self, number):
-        if number == last:
-            raise Interrupted
-        return epoch(self, number)
-
-    return broken
-
-
 def test_other_settings_do_not_go_on_with_what_was_begun(run, tmp_path, monkeypatch):
-    epoch = training.Training._epoch
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_epoch", _up_to(epoch, 2))
-        with pytest.raises(Interrupted):
-            finetune(run, IMAGES, tuning(), out=tmp_path / "tuned")
-    begun = contents(unfinished_folder(tmp_path / "tuned"))
+    out = tmp_path / "tuned"
+    interrupted(monkeypatch, 2, run, FEW, tuning(), out=out)
+    begun = contents(unfinished_folder(out))
     with pytest.raises(MoeeError, match="was begun"):
-        finetune(run, IMAGES, tuning(seed=5), out=tmp_path / "tuned")
-    assert contents(unfinished_folder(tmp_path / "tuned")) == begun
+        finetune(run, FEW, tuning(seed=5), out=out)
+    assert contents(unfinished_folder(out)) == begun
 
 
-# Where the loss is not finite
+# What is refused
 
 
-def _breaking(monkeypatch, epoch):
+def breaking(monkeypatch, epoch):
     """Let the images of one epoch be such that no loss is finite."""
-    whole = training.Training._step
+    whole = training.Loop.update
 
-    def broken(self, x, losses):
-        return whole(self, x * math.nan if self.progress.epochs + 1 == epoch else x, losses)
+    def broken(self, step, parts, loss):
+        broke = step // 2 + 1 == epoch  # two steps an epoch
+        return whole(self, step, [part * math.nan if broke else part for part in parts], loss)
 
-    monkeypatch.setattr(training.Training, "_step", broken)
+    monkeypatch.setattr(training.Loop, "update", broken)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_the_best_epoch_is_kept(
     run, tmp_path, monkeypatch
 ):
-    good = finetune(run, IMAGES, tuning(epochs=3))
-    _breaking(monkeypatch, epoch=3)
-    tuned = finetune(run, IMAGES, tuning(epochs=3), out=tmp_path / "tuned")
+    good = finetune(run, FEW, tuning(epochs=3))
+    breaking(monkeypatch, epoch=3)
+    tuned = finetune(run, FEW, tuning(epochs=3), out=tmp_path / "tuned")
     assert tuned.stopped == "the loss was not finite in epoch 3"
     assert not tuned.finite
     assert tuned.best in (1, 2)
@@ -318,10 +295,12 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_the_best_epoch_is_kept(
     assert all(p.isfinite().all() for p in load(tmp_path / "tuned").model.parameters())
 
 
-def test_a_loss_that_was_never_finite_leaves_nothing(run, tmp_path, monkeypatch):
-    _breaking(monkeypatch, epoch=1)
+def test_a_loss_that_was_never_finite_or_too_few_images_leave_nothing(run, tmp_path, monkeypatch):
+    breaking(monkeypatch, epoch=1)
     with pytest.raises(MoeeError, match="lower the learning rate"):
-        finetune(run, IMAGES, tuning(), out=tmp_path / "tuned")
+        finetune(run, FEW, tuning(), out=tmp_path / "tuned")
+    with pytest.raises(MoeeError, match="held_out"):
+        finetune(run, FEW.take(range(3)), tuning(), out=tmp_path / "tuned")
     assert not list(tmp_path.iterdir())
 
 
@@ -339,10 +318,11 @@ def test_settings_out_of_their_range_are_refused(setting):
 
 
 def test_a_model_that_no_name_rebuilds_can_be_trained_and_saved(tmp_path):
-    run = extract(toy_vit(), toy_images(), quick())
-    tuned = finetune(run, toy_images(20), tuning(epochs=1))
+    run = extract(toy_vit(), toy_images(12), quick())
+    tuned, again = (
+        finetune(run, toy_images(12), tuning(epochs=1), out=out) for out in (None, tmp_path / "new")
+    )
     assert tuned.history["kl"].notna().all()
-    kept = finetune(run, toy_images(20), tuning(epochs=1), out=tmp_path / "tuned")
-    assert same_models(kept.run.model, tuned.run.model)
-    loaded = load(tmp_path / "tuned", dense=run.dense())
+    assert same_models(again.run.model, tuned.run.model)
+    loaded = load(tmp_path / "new", dense=run.dense())
     assert same_models(loaded.model, tuned.run.model)

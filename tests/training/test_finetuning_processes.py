@@ -23,7 +23,7 @@ from tests.helpers.models import SMALL_VIT, lively
 from tests.helpers.processes import killed_after, torchrun
 from tests.helpers.runs import quick
 
-KILLS = 4
+KILLS = 2
 
 
 def test_any_number_of_processes_learns_the_same(tmp_path):

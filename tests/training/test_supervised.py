@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.balance_losses import importance_loss, routed_by
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.soft_moe_layer import EvenMixing, Mixing, SlotMlp
+from moee_analysis.baselines.common.soft_moe_layer import Mixing, SlotMlp
+from moee_analysis.baselines.common.sparse_moe_layer import importance_loss, watch_routers
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import replace_module
-from moee_analysis.training.batches import Batches, Loaded
+from moee_analysis.training.batches import Loaded, training_batches
+from moee_analysis.training.loop import Loop
 from moee_analysis.training.parameter_groups import parameter_groups
 from moee_analysis.training.supervised import right_of, train
 from moee_analysis.training.supervised_config import SupervisedConfig
@@ -76,7 +77,7 @@ def test_the_loss_falls_and_the_images_are_learnt():
 
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"augmentation": "light"}, {"mixup": 0.8, "cutmix": 1.0}, {"layer_decay": 0.6}],
+    [{}, {"augmentation": "light", "layer_decay": 0.6}, {"mixup": 0.8, "cutmix": 1.0}],
     ids=str,
 )
 def test_the_same_bytes_whatever_random_state_is_met_and_all_are_given_back(changed):
@@ -129,9 +130,9 @@ def test_top_k_routers_learn_to_use_their_experts_alike(noise):
             model.blocks[1].mlp.router.gate.weight.mul_(20)
         config = replace(QUICK, steps=60, learning_rate=3e-3, balance_weight=weight)
         trained = train(model, TRAINING, config, check=CHECK).model
-        with routed_by(trained) as routed:
+        with watch_routers(trained) as routed:
             right_of(trained, CHECK)
-        return importance_loss(routed["blocks.1.mlp"].logits).item()
+        return importance_loss(routed[trained.blocks[1].mlp.router].logits).item()
 
     assert unevenness(1.0) < 0.5 * unevenness(0.0)
 
@@ -139,7 +140,7 @@ def test_top_k_routers_learn_to_use_their_experts_alike(noise):
 def test_rates_and_decay_by_group():
     model = slotted(toy_vit())
     groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
-    found = {n: (g["scale"], g["weight_decay"]) for g in groups for n in g["names"]}
+    found = {n: (g["lr_scale"], g["weight_decay"]) for g in groups for n in g["param_names"]}
     assert set(found) == {name for name, _ in model.named_parameters()}
     assert sum(len(g["params"]) for g in groups) == len(found)
     expected = {
@@ -159,14 +160,11 @@ def test_rates_and_decay_by_group():
         "cls_token": (0.0625, 0.0),
     }
     assert {name: found[name] for name in expected} == expected
-
-
-def test_layers_that_nobody_names_cannot_have_rates_of_their_own():
-    model = nn.Sequential(nn.Linear(2, 2))
-    (one, bias) = parameter_groups(model, weight_decay=0.1)
-    assert (one["names"], bias["names"]) == (["0.weight"], ["0.bias"])
+    unnamed = nn.Sequential(nn.Linear(2, 2))
+    (one, bias) = parameter_groups(unnamed, weight_decay=0.1)
+    assert (one["param_names"], bias["param_names"]) == (["0.weight"], ["0.bias"])
     with pytest.raises(MoeeError, match="which layers"):
-        parameter_groups(model, weight_decay=0.1, layer_decay=0.5)
+        parameter_groups(unnamed, weight_decay=0.1, layer_decay=0.5)
 
 
 def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
@@ -174,7 +172,7 @@ def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
     loaded = Loaded.of(TRAINING, model)
     whole = torch.cat(list(TRAINING.batches(model)))
     config = SupervisedConfig(steps=9, batch_size=10, label_smoothing=0.0)
-    batches = list(Batches(loaded, model, config))
+    batches = list(training_batches(loaded, model, config))
     x, targets = (torch.cat(part) for part in zip(*batches, strict=True))
     same = ((x[:, None] - whole) ** 2).flatten(2).mean(2)
     mirrored = ((x[:, None] - whole.flip(3)) ** 2).flatten(2).mean(2)
@@ -190,22 +188,33 @@ def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
 def test_labels_are_smoothed_and_mixed():
     model = toy_vit()
     loaded = Loaded.of(TRAINING, model)
-    (_, targets), *_ = Batches(loaded, model, SupervisedConfig(steps=1, batch_size=10))
+    (_, targets), *_ = training_batches(loaded, model, SupervisedConfig(steps=1, batch_size=10))
     assert targets.sum(dim=1).tolist() == pytest.approx([1] * 10)
     assert targets.max(dim=1).values.tolist() == pytest.approx([0.9 + 0.1 / 6] * 10)
-    (_, mixed), *_ = Batches(loaded, model, SupervisedConfig(steps=1, batch_size=10, mixup=5.0))
+    (_, mixed), *_ = training_batches(
+        loaded, model, SupervisedConfig(steps=1, batch_size=10, mixup=5.0)
+    )
     assert mixed.sum(dim=1).tolist() == pytest.approx([1] * 10)
     assert (mixed > 0.1).sum() > 10
 
 
-def test_the_learning_rate_warms_up_and_falls_to_one_percent():
-    config = SupervisedConfig(steps=100, warmup=0.1)
-    shares = [config.share(step) for step in range(100)]
-    assert shares[10] == pytest.approx(1)
-    assert shares[-1] == pytest.approx(0.01)
-    assert np.all(np.diff(shares[:11]) > 0)
-    assert np.all(np.diff(shares[10:]) < 0)
-    assert [step for step in range(1, 101) if config.checked(step)] == [100]
+def test_the_learning_rate_warms_up_and_falls_to_one_percent(monkeypatch):
+    config, rates = replace(QUICK, steps=50, warmup=0.1, check_every=None, layer_decay=0.5), []
+    update = Loop.update
+
+    def watched(self, step, parts, loss):
+        found = update(self, step, parts, loss)
+        rates.append([g["lr"] / g["lr_scale"] for g in self.optimizer.param_groups])
+        return found
+
+    monkeypatch.setattr(Loop, "update", watched)
+    looks = train(toy_vit(), TRAINING, config, check=CHECK).history["step"]
+    assert looks.tolist() == [0, 50]
+    shares = np.array(rates) / config.learning_rate
+    np.testing.assert_allclose(shares, shares[:, :1].repeat(shares.shape[1], axis=1))
+    warm = np.arange(1, 6) / 6
+    cosine = 0.01 + 0.99 * (1 + np.cos(np.pi * np.arange(45) / 44)) / 2
+    np.testing.assert_allclose(shares[:, 0], [*warm, *cosine])
 
 
 @pytest.mark.parametrize(
@@ -225,11 +234,3 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_no_images_are_refused():
     with pytest.raises(MoeeError, match="at least one image"):
         train(toy_vit(), TRAINING.take([]), QUICK, check=CHECK)
-
-
-def test_even_mixing_trains_too():
-    model = slotted(toy_vit())
-    layer = model.blocks[1].mlp
-    replace_module(model, "blocks.1.mlp", SlotMlp(EvenMixing(3), layer.groups))
-    trained = train(model, TRAINING, QUICK, check=CHECK)
-    assert np.isfinite(trained.history["loss"].iloc[1:]).all()

@@ -5,17 +5,18 @@ import copy
 import pytest
 import torch
 
+from moee_analysis.models.capture import capture
 from moee_analysis.models.loading import find_mlps
-from moee_analysis.moe.kernels.dispatch import Way
+from moee_analysis.moe.kernels.dispatch import Strategy
 from moee_analysis.moe.layer import moe_layers, set_dispatch
 from moee_analysis.training.train_routers import (
     choice_loss,
-    learners,
+    find_learners,
     nearest_experts,
     probabilities,
-    seen_by_learners,
     straight_through,
     trainable_routers,
+    watch_learners,
 )
 from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_vit
 
@@ -35,7 +36,7 @@ KINDS = pytest.mark.parametrize("kind", ["alike", "kinds"])
 def test_probabilities_are_highest_for_the_chosen_expert(kind):
     model = routed(kind)
     x = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(1))
-    for each in learners(model).values():
+    for each in find_learners(model).values():
         p = probabilities(each, x)
         torch.testing.assert_close(p.sum(dim=1), torch.ones(len(p)))
         chosen = each.layer.router(x).reshape(3, 17)[:, each.leading :].flatten()
@@ -44,9 +45,9 @@ def test_probabilities_are_highest_for_the_chosen_expert(kind):
 
 def test_layers_without_a_choice_learn_none():
     model = routed("alike")
-    assert list(learners(model)) == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
-    assert not learners(toy_vit())
-    assert not learners(toy_moe(toy_vit(), n_experts=1))
+    assert list(find_learners(model)) == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
+    assert not find_learners(toy_vit())
+    assert not find_learners(toy_moe(toy_vit(), n_experts=1))
 
 
 @KINDS
@@ -57,7 +58,7 @@ def test_straight_through_outputs_stay_and_routers_get_gradients(kind):
         out = model(X)
         torch.testing.assert_close(out, before, rtol=1e-4, atol=1e-5)
         model.forward_features(X).square().sum().backward()  # nothing else reads the last patches
-        for each in learners(model).values():
+        for each in find_learners(model).values():
             own = dict(each.router.named_parameters())
             assert own
             assert all(p.grad is not None and p.grad.abs().max() > 0 for p in own.values())
@@ -68,7 +69,7 @@ def test_straight_through_outputs_stay_and_routers_get_gradients(kind):
 def test_the_gradient_is_that_of_a_gate_by_the_probability(kind):
     """Against outputs that are multiplied by the probability itself."""
     model = routed(kind)
-    layer, each = moe_layers(model)[0], learners(model)["blocks.0.mlp"]
+    layer, each = moe_layers(model)[0], find_learners(model)["blocks.0.mlp"]
     x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2))
     weights = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(3))
     with trainable_routers(model):
@@ -87,9 +88,12 @@ def test_the_gradient_is_that_of_a_gate_by_the_probability(kind):
 def test_routers_are_buffers_again_afterwards_with_what_they_learned(kind):
     model = routed(kind)
     names = list(model.state_dict())
+    with pytest.raises(RuntimeError, match="broken"), trainable_routers(model):
+        raise RuntimeError("broken")
+    assert not list(next(iter(find_learners(model).values())).router.parameters())
     with trainable_routers(model):
         assert sorted(model.state_dict()) == sorted(names)
-        router = next(iter(learners(model).values())).router
+        router = next(iter(find_learners(model).values())).router
         with torch.no_grad():
             next(router.parameters()).add_(1.0)
         learned = next(router.parameters()).detach().clone()
@@ -98,17 +102,10 @@ def test_routers_are_buffers_again_afterwards_with_what_they_learned(kind):
     assert list(model.state_dict()) == names
 
 
-def test_routers_are_buffers_again_after_an_error():
-    model = routed("kinds")
-    with pytest.raises(RuntimeError, match="broken"), trainable_routers(model):
-        raise RuntimeError("broken")
-    assert not any(list(each.router.parameters()) for each in learners(model).values())
-
-
 @KINDS
 def test_the_nearest_expert_is_found_as_by_trying_each_alone(kind):
     model, dense = routed(kind), toy_vit()
-    with seen_by_learners(model) as seen:
+    with watch_learners(model) as seen:
         model(X)
     for site in find_mlps(dense):
         each, mlp = seen[site.name], site.module(dense)
@@ -117,7 +114,7 @@ def test_the_nearest_expert_is_found_as_by_trying_each_alone(kind):
             errors = []
             for expert in range(each.first, each.layer.n_experts):
                 chosen = torch.full((1, 1), expert)
-                y = Way("sorted")(each.layer, token[None], chosen)
+                y = each.layer.compute(token[None], chosen, Strategy("sorted"))
                 errors.append(float((y - mlp(token[None])).square().sum()))
             wanted.append(min(range(len(errors)), key=errors.__getitem__))
         assert nearest_experts(each, mlp).tolist() == wanted
@@ -125,12 +122,9 @@ def test_the_nearest_expert_is_found_as_by_trying_each_alone(kind):
 
 def test_only_tokens_that_have_a_choice_are_seen():
     model = routed("kinds")
-    inputs = []
-    hook = moe_layers(model)[0].register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
-    with seen_by_learners(model) as seen:
+    with watch_learners(model) as seen, capture(model, ["blocks.0.mlp"]) as inputs:
         model(X)
-    hook.remove()
-    patches = inputs[0][:, 1:].flatten(0, 1)
+    patches = inputs["blocks.0.mlp"][:, 1:].flatten(0, 1)
     tokens = seen["blocks.0.mlp"].tokens
     assert all((patches == token).all(dim=1).any() for token in tokens)
     assert len(tokens) == 48
@@ -140,7 +134,7 @@ def test_only_tokens_that_have_a_choice_are_seen():
 def test_the_auxiliary_task_is_learned_and_teaches_routers_alone(kind):
     model, dense = routed(kind), toy_vit()
     before = copy.deepcopy(model.state_dict())
-    with trainable_routers(model), seen_by_learners(model) as seen:
+    with trainable_routers(model), watch_learners(model) as seen:
         model.requires_grad_(requires_grad=True)
         own = [p for each in seen.values() for p in each.router.parameters()]
         optimizer = torch.optim.Adam(own, lr=0.05)
