@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+REMOVED = ("thin", "dense_tokens")
+"""Fields of earlier versions, which say nothing of how a run is loaded."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -12,9 +15,7 @@ class LayerReport:
 
     ``noise_share`` is the share of clustered tokens in no cluster, ``route_agreement`` the share
     of clustered tokens that the router sends to their own cluster, ``active_fraction`` the
-    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored. A
-    layer that is ``thin`` stays dense because its experts would save too little. The tokens of the
-    kinds in ``dense_tokens`` keep all neurons.
+    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored.
     """
 
     index: int
@@ -28,11 +29,9 @@ class LayerReport:
     active_fraction: float = 1.0
     union_fraction: float = 1.0
     sizes: tuple[int, ...] = ()
-    thin: bool = False
-    dense_tokens: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LayerReport:
         """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
-        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        return cls(**content | lists)
+        known = {name: value for name, value in content.items() if name not in REMOVED}
+        return cls(**known | {"sizes": tuple(known["sizes"])})

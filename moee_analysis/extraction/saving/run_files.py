@@ -16,7 +16,7 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.saving.rebuild import describe, rebuild, stored_tensors
-from moee_analysis.extraction.saving.schema import check_facts, without_removed
+from moee_analysis.extraction.saving.schema import check_facts
 from moee_analysis.models.state_dicts import read_tensors
 from moee_analysis.utils.storage.files import checksum, file_hash, read_json, write_json
 from moee_analysis.utils.storage.folders import new_folder
@@ -112,12 +112,12 @@ def _read_facts(folder: Path) -> dict[str, Any]:
             "load it with the version of this package that saved it",
         )  # fmt: skip
     try:
-        if facts.pop("checksum", None) != (own := checksum(facts)):
+        content = {key: value for key, value in facts.items() if key != "checksum"}
+        if facts.get("checksum") != checksum(content):
             raise MoeeError(
                 f"'{path}' as it was saved", "a file edited since then",
                 "restore the file, or extract again with other settings",
             )  # fmt: skip
-        facts = without_removed(facts) | {"checksum": own}
         check_facts(facts, path)
     except RecursionError:
         raise MoeeError(

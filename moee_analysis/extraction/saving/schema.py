@@ -18,7 +18,12 @@ import fastjsonschema
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.clustering import ClusterConfig
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config.extract_config import (
+    REMOVED,
+    REMOVED_CLUSTERING,
+    ExtractConfig,
+)
+from moee_analysis.extraction.saving import layer_report
 from moee_analysis.extraction.saving.layer_report import LayerReport
 
 Schema = dict[str, Any]
@@ -28,46 +33,17 @@ FIRST = 5
 """The format whose models have neither answers nor arguments of ``timm.create_model``."""
 
 LATER = ("arguments", "dtype", "answers", "by_hand", "transform_sha256")
-YOUNGER = ("dense_tokens",)  # than the format
-REMOVED = {
-    ExtractConfig: {"dense_tokens", "union", "thin"},
-    ClusterConfig: {"selection", "metric"},
-    LayerReport: {"dense_tokens", "thin"},
-}
-"""Fields of earlier versions, without which a run is loaded as well."""
-
-
-def without_removed(facts: dict[str, Any]) -> dict[str, Any]:
-    """Leave out :data:`REMOVED` fields of a run of an earlier version.
-
-    Raises MoeeError: a run of a kind that is no more.
-    """
-
-    def trimmed(kind: type, content: Any) -> Any:
-        if not isinstance(content, dict):
-            return content
-        gone = REMOVED[kind] - {field.name for field in fields(kind)}
-        return {name: value for name, value in content.items() if name not in gone}
-
-    config, layers = trimmed(ExtractConfig, facts.get("config")), facts.get("layers")
-    if isinstance(config, dict) and "clustering" in config:
-        config["clustering"] = trimmed(ClusterConfig, config["clustering"])
-        if config.get("refit") == "each":
-            raise MoeeError(
-                "a run whose experts share one W2", 'refit="each", a W2 for each expert',
-                'extract again with refit="shared", or load it with the version that saved it',
-            )  # fmt: skip
-    if isinstance(layers, list):
-        layers = [trimmed(LayerReport, layer) for layer in layers]
-    changed = {"config": config, "layers": layers}
-    return facts | {name: value for name, value in changed.items() if name in facts}
+REMOVED_FROM = {
+    ExtractConfig: REMOVED, ClusterConfig: REMOVED_CLUSTERING, LayerReport: layer_report.REMOVED,
+}  # fmt: skip
+"""Fields that runs of earlier versions may have."""
 
 
 def check_facts(facts: Mapping[str, Any], source: Path) -> None:
     """Refuse the facts of a run, read from ``source``, unless every field can be one's.
 
-    Raises MoeeError: the first field that is missing, unknown, of another type or out of its
-    range is named
+    Raises MoeeError: it names the first field that is missing, unknown, of another type or out of
+    its range.
     """
     try:
         _validator(facts["format"])(facts)
@@ -102,13 +78,13 @@ def _schema_of(hint: Any, integer: Schema, number: Schema) -> Schema:
     if is_dataclass(hint):
         hints = get_type_hints(hint)
         known = {f.name: _schema_of(hints[f.name], integer, number) for f in fields(hint)}
-        required = [name for name in known if name not in YOUNGER]
+        removed = {name: {} for name in REMOVED_FROM[hint] if name not in known}
         return {
-            "type": "object", "properties": known, "required": required,
+            "type": "object", "properties": known | removed, "required": list(known),
             "additionalProperties": False,
         }  # fmt: skip
     if get_origin(hint) is Literal:
-        return {"enum": list(get_args(hint))}
+        return {"type": "string"}  # the dataclass knows the names
     if get_origin(hint) is tuple:
         of = _schema_of(get_args(hint)[0], integer, number)
         return {"type": "array", "items": of, "maxItems": 10**4}

@@ -74,7 +74,7 @@ def check_finite(tensors: Tensors) -> None:
 def check_reports(reports: Sequence[LayerReport], model: nn.Module) -> None:
     """Refuse reports that are not those of all MLPs of a run's ``model``, in order.
 
-    Raises MoeeError: the first one is named
+    Raises MoeeError: it names the first one.
     """
     mlps = all_mlps(model)
     if len(reports) != len(mlps):
