@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moee_analysis.extraction.record.hooks import recording
+from moee_analysis.extraction.record.recorded_tokens import capture_mlps
 from moee_analysis.extraction.record.token_kinds import leading_kinds
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.loading import build_model, find_mlps, input_size
@@ -139,9 +139,9 @@ def facts_of(model: nn.Module) -> dict[str, str]:
 
 def shapes_of(model: nn.Module, sites: Sequence[MlpSite]) -> list[Shape]:
     """What every MLP gets of one image."""
-    with recording(model, sites) as captured, torch.inference_mode():
+    with capture_mlps(model, sites) as captured, torch.inference_mode():
         model(torch.zeros(1, *input_size(model)))
-        return [Shape(*captured[site.name].inputs.shape) for site in sites]
+        return [Shape(*captured[site.name]["inputs"].shape) for site in sites]
 
 
 def leading(model: nn.Module, sites: Sequence[MlpSite]) -> list[str]:

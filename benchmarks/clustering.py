@@ -7,33 +7,44 @@ own. It writes ``clustering.json``, ``.md`` and ``.png`` after every size.
 
 from __future__ import annotations
 
-import argparse
-import resource
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from multiprocessing import get_context
+from argparse import ArgumentParser
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from clustering_tables import as_text, write
+import pandas as pd
+from common import (
+    Row,
+    add_model,
+    as_markdown,
+    circumstances,
+    command,
+    facts_of,
+    in_process,
+    parser_of,
+    peak_bytes,
+)
+from figures import clustering_time
+from sklearn.metrics import adjusted_rand_score
 
+from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.exact_hdbscan import label_tree
 from moee_analysis.extraction.cluster.hdbscan_mst import find_neighbours, grow_tree
-from moee_analysis.utils.versions import describe_device, versions
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    Row = dict[str, Any]
+from moee_analysis.extraction.record.recorded_tokens import TokenPlan
+from moee_analysis.extraction.record.recording import record
+from moee_analysis.models.loading import find_mlps, load_model
+from moee_analysis.utils.storage.files import write_json
 
 SIZES = (1000, 2500, 5000, 10_000, 20_000, 40_000, 100_000)
 WARM = 300  # points that are clustered before the clock starts
+SETTLED = 2500  # tokens from which exponents are fitted: below, little depends on their number
 OURS, THEIRS = "products", "hdbscan"
+NAMES = {OURS: "products of matrices", THEIRS: "hdbscan, its default"}
+STAGES = ("neighbours", "boruvka", "labels")
 
 
 @dataclass(frozen=True)
@@ -61,12 +72,7 @@ class Settings:
 
 
 def run(
-    source: Source,
-    settings: Settings,
-    *,
-    sizes: Sequence[int],
-    hdbscan_limit: int,
-    out: Path,
+    source: Source, settings: Settings, *, sizes: Sequence[int], hdbscan_limit: int, out: Path
 ) -> list[Row]:
     """Measure both systems at all ``sizes``, hdbscan up to its limit; write the files of ``out``.
 
@@ -78,32 +84,20 @@ def run(
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "points.npy"
-        facts = apart(recorded, source, file, max(sizes)) | {"settings": vars(settings)}
-        facts |= _circumstances()
+        facts = in_process(save_points, source, file, max(sizes))
+        facts |= {"settings": asdict(settings)} | circumstances()
         out.mkdir(parents=True, exist_ok=True)
         for size in sorted(sizes):
-            new = [apart(measured, OURS, file, size, settings)]
-            if size <= hdbscan_limit:
-                new.append(apart(measured, THEIRS, file, size, settings))
-            rows += compared(new)
+            systems = (OURS, THEIRS) if size <= hdbscan_limit else (OURS,)
+            new = compare([in_process(measure, s, file, size, settings) for s in systems])
+            rows += new
             print("\n".join(as_text(row) for row in new), flush=True)
             write(out, facts, rows)
     return rows
 
 
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a new process: its peak of memory is then its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def recorded(source: Source, file: Path, count: int) -> Row:
+def save_points(source: Source, file: Path, count: int) -> Row:
     """Save ``count`` tokens of a layer's hidden activations, in random order; say what they are."""
-    from moee_analysis.data.images import load_images
-    from moee_analysis.extraction.record.hooks import TokenPlan
-    from moee_analysis.extraction.record.recording import record
-    from moee_analysis.models.loading import architecture, find_mlps, fingerprint, load_model
-
     model = load_model(source.model, weights=source.weights)
     images = load_images(source.images, split="calibration", limit=source.limit)
     sites = [site for site in find_mlps(model) if site.index == source.layer]
@@ -119,24 +113,17 @@ def recorded(source: Source, file: Path, count: int) -> Row:
             )  # fmt: skip
         rows = np.random.default_rng(source.seed).permutation(len(hidden))[:count]
         np.save(file, hidden[rows])
-    return {
-        "model": {"name": architecture(model), "sha256": fingerprint(model)},
-        "images": {"name": images.name, "count": len(images), "sha256": images.fingerprint},
-        "layer": sites[0].name,
-        "dim": sites[0].hidden,
-        "tokens": len(hidden),
-        "seed": source.seed,
-    }
+    layer = {"layer": sites[0].name, "dim": sites[0].hidden, "tokens": len(hidden)}
+    return facts_of(model, images=images) | layer | {"seed": source.seed}
 
 
-def measured(system: str, file: Path, count: int, settings: Settings) -> Row:
+def measure(system: str, file: Path, count: int, settings: Settings) -> Row:
     """Time one system on the first ``count`` points of ``file``, once, after it has warmed up."""
     points = np.load(file, mmap_mode="r")[:count].astype(np.float32)
     cluster = {OURS: _by_products, THEIRS: _by_hdbscan}[system]
     cluster(points[:WARM], settings)
     row = {"system": system, "tokens": count} | cluster(points, settings)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return row | {"peak_gb": peak * 1024 / 1e9}
+    return row | {"peak_gb": peak_bytes() / 1e9}
 
 
 def _by_products(points: np.ndarray, settings: Settings) -> Row:
@@ -147,7 +134,7 @@ def _by_products(points: np.ndarray, settings: Settings) -> Row:
     clock.append(time.perf_counter())
     labels = label_tree(tree, min_cluster_size=settings.size(len(points)))
     clock.append(time.perf_counter())
-    stages = dict(zip(("neighbours", "boruvka", "labels"), np.diff(clock).tolist(), strict=True))
+    stages = dict(zip(STAGES, np.diff(clock).tolist(), strict=True))
     found = {"searched": tree.searched / len(points), "result": (tree.weights, labels)}
     return {"seconds": clock[-1] - clock[0], **stages, **found}
 
@@ -157,19 +144,16 @@ def _by_hdbscan(points: np.ndarray, settings: Settings) -> Row:
 
     start = time.perf_counter()
     model = HDBSCAN(
-        min_samples=settings.min_samples,
-        min_cluster_size=settings.size(len(points)),
+        min_samples=settings.min_samples, min_cluster_size=settings.size(len(points)),
         gen_min_span_tree=True,
-    ).fit(points.astype(np.float64))
+    ).fit(points.astype(np.float64))  # fmt: skip
     seconds = time.perf_counter() - start
     weights = np.sort(model.minimum_spanning_tree_.to_numpy()[:, 2])
     return {"seconds": seconds, "result": (weights, model.labels_)}
 
 
-def compared(rows: list[Row]) -> list[Row]:
-    """Put what clusters were found, and how both systems agree, in the place of ``result``."""
-    from sklearn.metrics import adjusted_rand_score
-
+def compare(rows: list[Row]) -> list[Row]:
+    """Put the clusters, and how both systems agree, in the place of ``result``."""
     results = [row.pop("result") for row in rows]
     for row, (_, labels) in zip(rows, results, strict=True):
         row |= {"clusters": int(labels.max()) + 1, "noise": float(np.mean(labels == -1))}
@@ -184,36 +168,96 @@ def compared(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _circumstances() -> Row:
-    today = datetime.now(tz=UTC).date().isoformat()
-    return {"date": today, "machine": describe_device("cpu"), "versions": versions()}
+# The files
+
+
+def write(out: Path, facts: Row, rows: Sequence[Row]) -> None:
+    """Write JSON, Markdown and a figure into ``out``."""
+    found = exponents(rows)
+    write_json(out / "clustering.json", {"facts": facts, "rows": list(rows), "exponents": found})
+    caption = caption_of(facts)
+    (out / "clustering.md").write_text(f"{table_of(rows)}\n\n{caption}\n")
+    table = pd.DataFrame(rows)[["system", "tokens", "seconds", "peak_gb"]]
+    table["exponent"] = table["system"].map(found).astype(float)
+    table["system"] = table["system"].map(NAMES)
+    clustering_time(table, caption=caption).savefig(out / "clustering.png")
+
+
+def exponents(rows: Iterable[Row]) -> dict[str, float]:
+    """Exponent of the tokens in each system's seconds, by least squares of the logarithms."""
+    found = {}
+    for name, own in pd.DataFrame(rows).groupby("system", sort=False):
+        large = own[own["tokens"] >= min(SETTLED, own["tokens"].nlargest(2).min())]
+        if len(large) > 1:
+            slope, _ = np.polyfit(np.log(large["tokens"]), np.log(large["seconds"]), 1)
+            found[name] = float(slope)
+    return found
+
+
+def as_text(row: Row) -> str:
+    """One row in a line, while others are still measured."""
+    told = f"{row['tokens']:>7,} tokens, {NAMES[row['system']]}: {row['seconds']:.2f} s"
+    return f"{told}, {row['peak_gb']:.2f} GB, {row['clusters']} clusters, {row['noise']:.1%} noise"
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """Both systems side by side, one line for each number of tokens."""
+    header = [
+        "tokens", "products (s)", "neighbours, Borůvka, labels (%)", "searched again (%)",
+        "hdbscan (s)", "times faster", "products (GB)", "hdbscan (GB)", "weights differ by",
+        "noise differs (tokens)", "ARI",
+    ]  # fmt: skip
+    others = {row["tokens"]: row for row in rows if row["system"] == THEIRS}
+    lines = [_line(row, others.get(row["tokens"])) for row in rows if row["system"] == OURS]
+    fits = [f"{NAMES[name]} n^{value:.2f}" for name, value in exponents(rows).items()]
+    return f"{as_markdown(header, lines)}\n\nSeconds grow as: {', '.join(fits) or 'not fitted'}."
+
+
+def _line(ours: Row, theirs: Row | None) -> list[str]:
+    shares = " / ".join(f"{100 * ours[stage] / ours['seconds']:.0f}" for stage in STAGES)
+    searched = f"{100 * ours['searched']:.1f}"
+    cells = [f"{ours['tokens']:,}", f"{ours['seconds']:.2f}", shares, searched]
+    if theirs is None:
+        return [*cells, "–", "–", f"{ours['peak_gb']:.2f}", *["–"] * 4]
+    return [
+        *cells, f"{theirs['seconds']:.2f}", f"{ours['times_faster']:.1f}",
+        f"{ours['peak_gb']:.2f}", f"{theirs['peak_gb']:.2f}", f"{ours['weights_differ']:.1g}",
+        str(ours["noise_differs"]), f"{ours['ari']:.5f}",
+    ]  # fmt: skip
+
+
+def caption_of(facts: Row) -> str:
+    """What the numbers are of, in a few sentences."""
+    images, settings = facts["images"], facts["settings"]
+    return (
+        f"HDBSCAN of hidden activations of {facts['layer']}, {facts['dim']} dimensions, of "
+        f"{facts['model']['name']} on {images['count']} images ({images['name']}): tokens drawn "
+        f"from all {facts['tokens']:,} with seed {facts['seed']}; min_samples "
+        f"{settings['min_samples']}, min_cluster_size {settings['min_cluster_size']:.1%}. Every "
+        "run once, in a process of its own, after a small one; memory is the largest of the whole "
+        "process. In more than 60 dimensions hdbscan's default is Prim's algorithm, exact as well: "
+        "only ties let clusters differ. "
+        f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}, hdbscan "
+        f"{facts['versions']['hdbscan']}."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    source = Source(
-        options.model, options.weights, options.images, options.layer, options.seed, options.limit
-    )
-    try:
-        run(
-            source,
-            Settings(options.min_samples, options.min_cluster_size),
-            sizes=options.sizes,
-            hdbscan_limit=options.hdbscan_limit,
-            out=options.out,
+    with command(_parser(), argv) as asked:
+        source = Source(
+            asked.model, asked.weights, asked.images, asked.layer, asked.seed, asked.limit
         )
-    except MoeeError as error:
-        parser.exit(2, f"clustering: {error}\n")
-    print(f"written to {options.out}")
+        settings = Settings(asked.min_samples, asked.min_cluster_size)
+        run(
+            source, settings, sizes=asked.sizes, hdbscan_limit=asked.hdbscan_limit, out=asked.out
+        )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> ArgumentParser:
+    parser = parser_of("clustering", __doc__, out="docs/speed")
+    add_model(parser)
     add = parser.add_argument
-    add("--model", default="bundled", help="'bundled' or a timm model name")
-    add("--weights", help="a local .safetensors or .pth state dict")
     add("--images", default="bundled", help="folder of class folders")
     add("--limit", type=int, help="images to take the tokens from; else all")
     add("--layer", type=int, default=6, help="whose hidden activations are clustered, from 0")
@@ -222,7 +266,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-samples", type=int, default=10)
     add("--min-cluster-size", type=float, default=0.01, help="as a share of the tokens")
     add("--seed", type=int, default=0, help="of the order in which tokens are drawn")
-    add("--out", type=Path, default=Path("docs/speed"))
     return parser
 
 

@@ -7,53 +7,61 @@ once over the same images. It writes ``extraction.json``, ``.md`` and ``.png`` a
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import pstats
-import resource
 import tempfile
 import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
-from clustering import apart
-from extraction_tables import as_text, write
+from common import (
+    Row,
+    add_model,
+    as_markdown,
+    circumstances,
+    command,
+    in_process,
+    parser_of,
+    peak_bytes,
+)
+from figures import extraction_time
+from torch import nn
 
-from moee_analysis.data.images import load_images
+from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.presets import PRESETS
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record.calibration_set import calibration_of
-from moee_analysis.extraction.record.memory_estimate import expected
 from moee_analysis.extraction.record.recording import BATCH
-from moee_analysis.models.loading import architecture, fingerprint, load_model
-from moee_analysis.utils.versions import describe_device, versions
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-
-    Row = dict[str, Any]
+from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.models.loading import architecture, load_model
+from moee_analysis.utils.storage.files import write_json
 
 STAGES = {
     "recording": ("recording.py", ("_record_into",)),
-    "drawing": ("draws.py", ("add",)),
+    "drawing": ("sample_tokens.py", ("update",)),
     "clustering": ("clusters_to_router.py", ("cluster_tokens",)),
-    "statistics": ("statistics.py", ("add",)),
-    "elimination": ("scoring.py", ("eliminated",)),
+    "statistics": ("expert_statistics.py", ("update",)),
+    "elimination": ("neuron_scores.py", ("removal_costs",)),
     "attention": ("attention_modes.py", ("attention_modes",)),
-    "sizing": ("sizing.py", ("sized",)),
-    "coherence": ("coherence.py", ("add",)),
-    "refit": ("refit.py", ("add", "shared_readout")),
+    "sizing": ("budget.py", ("allocate",)),
+    "coherence": ("cross_token_fisher.py", ("update",)),
+    "refit": ("refit_w2.py", ("update", "shared_readout")),
 }
 """Functions in which the time of each stage is spent; what is left is ``other``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all extractions."""
+
+    macs_reduction: float
+    preset: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -68,41 +76,28 @@ class Task:
     settings: Settings
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is the same for all extractions."""
-
-    macs_reduction: float
-    preset: str
-    seed: int
-
-
 def run(tasks: Sequence[Task], out: Path) -> list[Row]:
     """Measure all ``tasks``, and write the files of ``out`` after each.
 
-    Raises
-    ------
-    MoeeError
-        Model, weights or images that cannot be loaded; fewer images than are asked for.
+    Model, weights or images that cannot be loaded are refused, and fewer images than asked for.
     """
     rows: list[Row] = []
-    facts = apart(facts_of, tasks[-1]) | _circumstances()
+    facts = in_process(facts_of, tasks[-1]) | circumstances()
     out.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        rows.append(apart(measured, task))
+        rows.append(in_process(measure, task))
         print(as_text(rows[-1]), flush=True)
         write(out, facts, rows)
     return rows
 
 
-def measured(task: Task) -> Row:
-    """Seconds of the plain pass and of every stage, bytes that were expected and used."""
+def measure(task: Task) -> Row:
+    """Seconds of the plain pass and of every stage, bytes that were used."""
     model, images = _loaded(task)
     plain = [plain_pass(model, images)]
     config = config_of(task)
     with tempfile.TemporaryDirectory() as store:
-        calibration = calibration_of(model, images, config.resolved(), root=Path(store))
-        told, before = expected(calibration).total, _peak()
+        before = peak_bytes()
         profile, start = cProfile.Profile(), time.perf_counter()
         profile.runcall(extract, model, images, config, store=store)
         seconds = time.perf_counter() - start
@@ -113,7 +108,7 @@ def measured(task: Task) -> Row:
     return {
         "recipe": task.recipe, "images": task.size, "seconds": seconds,
         "plain": sum(plain) / len(plain), "times": seconds * len(plain) / sum(plain),
-        "stages": stages, "disk": disk, "peak": _peak() - before, "told": told,
+        "stages": stages, "disk": disk, "peak": peak_bytes() - before,
     }  # fmt: skip
 
 
@@ -146,11 +141,6 @@ def stage_seconds(profile: cProfile.Profile) -> dict[str, float]:
     return found
 
 
-def _peak() -> float:
-    """The most bytes that this process has had in memory."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def facts_of(task: Task) -> Row:
     """What is taken apart, on what."""
     model, images = _loaded(task)
@@ -169,42 +159,93 @@ def _loaded(task: Task) -> tuple[nn.Module, ImageSet]:
     return model, images.limit(task.size, seed=task.settings.seed)
 
 
-def _circumstances() -> Row:
-    today = datetime.now(tz=UTC).date().isoformat()
-    machine, threads = describe_device("cpu"), torch.get_num_threads()
-    return {"date": today, "machine": machine, "threads": threads, "versions": versions()}
+# The files
+
+
+def write(out: Path, facts: Row, rows: Sequence[Row]) -> None:
+    """Write all three files into ``out``."""
+    write_json(out / "extraction.json", {"facts": facts, "rows": list(rows)})
+    caption = caption_of(facts)
+    (out / "extraction.md").write_text(f"{table_of(rows)}\n\n{caption}\n")
+    extraction_time(for_figure(rows), caption=caption).savefig(out / "extraction.png")
+
+
+def for_figure(rows: Sequence[Row]) -> pd.DataFrame:
+    """A row for each stage: how many plain forward passes it took."""
+    return pd.DataFrame(
+        {"recipe": row["recipe"], "images": row["images"], "stage": stage,
+         "passes": seconds / row["plain"]}
+        for row in rows
+        for stage, seconds in row["stages"].items()
+    )  # fmt: skip
+
+
+def as_text(row: Row) -> str:
+    """One row in a line, while others are still measured."""
+    return (
+        f"{row['recipe']}, {row['images']} images: {row['seconds']:.0f} s, {row['times']:.1f} "
+        f"times a plain pass of {row['plain']:.0f} s; {row['peak'] / 1e9:.1f} GB, "
+        f"{row['disk'] / 1e9:.1f} GB on disk"
+    )
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """One line for each extraction; stages in per cent of its time."""
+    stages = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
+    stages.sort(key="other".__eq__)
+    header = ["recipe", "images", "plain pass (s)", "extraction (s)", "times the pass"]
+    header += [f"{stage} (%)" for stage in stages]
+    header += ["memory (GB)", "disk (GB)"]
+    return as_markdown(header, [_line(row, stages) for row in rows])
+
+
+def _line(row: Row, stages: Sequence[str]) -> list[str]:
+    shares = [row["stages"].get(stage, 0.0) / row["seconds"] for stage in stages]
+    sizes = [f"{row[name] / 1e9:.1f}" for name in ("peak", "disk")]
+    return [
+        row["recipe"], str(row["images"]), f"{row['plain']:.1f}", f"{row['seconds']:.1f}",
+        f"{row['times']:.1f}", *(f"{100 * share:.0f}" for share in shares), *sizes,
+    ]  # fmt: skip
+
+
+def caption_of(facts: Row) -> str:
+    """What the numbers are of, in a few sentences."""
+    return (
+        f"Extraction of {facts['model']['name']}, preset {facts['preset']}, "
+        f"−{facts['macs_reduction']:.0%} MACs, calibrated on {facts['images']}, "
+        f"seed {facts['seed']}, nothing stored before; each once, in a process of its "
+        "own. A plain pass is one of the dense model over the same "
+        "images, decoding included, the mean of one before and one after. Memory is the largest of "
+        f"the process beyond what it had before the extraction. {facts['date']}, "
+        f"{facts['machine']}, {facts['threads']} threads, torch {facts['versions']['torch']}."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    given = (options.model, options.weights, options.calibration)
-    settings = Settings(options.macs_reduction, options.preset, options.seed)
-    tasks = [
-        Task(*given, size, recipe, settings)
-        for size in sorted(options.sizes)
-        for recipe in options.recipe
-    ]
-    try:
-        run(tasks, options.out)
-    except MoeeError as error:
-        parser.exit(2, f"extraction: {error}\n")
-    print(f"written to {options.out}")
+    with command(_parser(), argv) as asked:
+        given = asked.model, asked.weights, asked.calibration
+        settings = Settings(asked.macs_reduction, asked.preset, asked.seed)
+        run(
+            [
+                Task(*given, n, recipe, settings)
+                for n in sorted(asked.sizes)
+                for recipe in asked.recipe
+            ],
+            asked.out,
+        )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> ArgumentParser:
+    parser = parser_of("extraction", __doc__, out="docs/speed")
+    add_model(parser)
     add = parser.add_argument
-    add("--model", default="bundled", help="'bundled' or a timm model name")
-    add("--weights", help="a local .safetensors or .pth state dict")
     add("--calibration", default="bundled", help="folder of class folders")
     add("--sizes", type=int, nargs="+", default=(250, 500, 1000), help="numbers of images")
     add("--recipe", nargs="+", default=("best", "paper"), choices=("best", "paper"))
     add("--preset", default="small", choices=PRESETS)
     add("--macs-reduction", type=float, default=0.28, help="share of the dense MACs to save")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("docs/speed"))
     return parser
 
 

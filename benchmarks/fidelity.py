@@ -8,46 +8,45 @@ budget too, on images that were not used for calibration. It writes ``fidelity.j
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fidelity_tables import COLUMNS, budget_name, change, write
+import pandas as pd
+import torch
+from common import (
+    Row,
+    add_inputs,
+    add_store,
+    circumstances,
+    command,
+    facts_of,
+    inputs,
+    parser_of,
+    percent_change,
+    read_results,
+)
+from fidelity_tables import COLUMNS, budget_name, write
+from torch import nn
 
 from moee_analysis import measure
 from moee_analysis.baselines.controls import randomly_routed, with_one_expert, with_random_centres
 from moee_analysis.baselines.static_pruning import BASELINES, config_of, prune
-from moee_analysis.data.disjoint import check_apart
-from moee_analysis.data.images import load_images
+from moee_analysis.data.disjoint import check_disjoint
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.config.presets import PRESETS, preset_named
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.models.loading import architecture, fingerprint, load_model
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.expert_layer import counting_usage, macs_as_used
-from moee_analysis.utils.paths import store_folder
 from moee_analysis.utils.storage.store import content_key
-from moee_analysis.utils.versions import describe_device, versions
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    import pandas as pd
-    import torch
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.pipeline import Extraction
-
-    Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,17 @@ ATTENTION = "attention too"
 _paper = partial(ExtractConfig, recipe="paper")
 _best = partial(ExtractConfig, recipe="best")
 _both = partial(_best, attention="low_rank")
-
-_baselines = {name: System(STATIC, partial(config_of, name)) for name in BASELINES}
+_static = {name: partial(config_of, name) for name in BASELINES}
 
 SYSTEMS: dict[str, System] = {
-    **{name: system for name, system in _baselines.items() if ATTENTION not in name},
+    **{name: System(STATIC, make) for name, make in _static.items() if ATTENTION not in name},
     "paper": System(MIXTURE, _paper),
     "paper, unread constant": System(MIXTURE, partial(_paper, unread="constant")),
     "best": System(MIXTURE, _best),
     "best, random centres": System(CONTROL, lambda **s: with_random_centres(_best(**s))),
     "best, one expert": System(CONTROL, lambda **s: with_one_expert(_best(**s))),
     "best, random routing": System(CONTROL, _best, at_random=True),
-    **{
-        name: replace(system, family=ATTENTION)
-        for name, system in _baselines.items()
-        if ATTENTION in name
-    },
+    **{name: System(ATTENTION, make) for name, make in _static.items() if ATTENTION in name},
     "best, attention as read": System(ATTENTION, partial(_best, attention="read")),
     "best, attention too": System(ATTENTION, _both),
     "best, attention too, random centres": System(
@@ -117,14 +111,10 @@ class Bench:
     preset: str
     store: Path
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Row:
         """What decides the numbers, beside systems, points and seeds."""
-        sets = {"images": self.images, "calibration": self.calibration}
-        told = {
-            k: {"name": s.name, "count": len(s), "sha256": s.fingerprint} for k, s in sets.items()
-        }
-        model = {"name": architecture(self.model), "sha256": fingerprint(self.model)}
-        return {"model": model, "preset": self.preset, **told}
+        sets = facts_of(self.model, images=self.images, calibration=self.calibration)
+        return sets | {"preset": self.preset}
 
     def config(self, name: str, point: Point, seed: int) -> ExtractConfig:
         """Configuration of a system; a MoeeError if it knows no such budget."""
@@ -161,13 +151,12 @@ def run(
 ) -> pd.DataFrame:
     """Measure what the folder ``out`` does not have yet, write its files, return their table.
 
-    Raises
-    ------
-    MoeeError
-        Images that are calibration images too; an ``out`` of another model or other images.
+    Images that are calibration images too are refused, and an ``out`` of other images or models.
     """
-    check_apart(bench.calibration, bench.images, use="used for calibration")
-    facts, rows = found_in(out, bench.facts())
+    check_disjoint(bench.calibration, bench.images, use="used for calibration")
+    found = read_results(out / "fidelity.json", bench.facts())
+    facts = found["facts"] if found else bench.facts() | circumstances()
+    rows = [row for row in found["rows"] if row["system"] in SYSTEMS] if found else []
     out.mkdir(parents=True, exist_ok=True)
     tasks = [(point, seed) for point in points for seed in seeds]
     for number, (point, seed) in enumerate(tasks, start=1):
@@ -176,31 +165,11 @@ def run(
         title = f"[{number}/{len(tasks)}] {budget_name(point.macs, point.params)}, seed {seed}"
         print(f"{title}: {len(missing)} of {len(systems)} systems to measure", flush=True)
         if missing:
-            new = measured(bench, missing, point, seed)
+            new = measure_at(bench, missing, point, seed)
             rows = [row for row in rows if not any(_same(row, other) for other in new)] + new
-            facts = bench.facts() | _circumstances()
+            facts = bench.facts() | circumstances()
             write(out, facts, rows, order=list(SYSTEMS))
     return write(out, facts, rows, order=list(SYSTEMS))
-
-
-def found_in(out: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]:
-    """Facts and rows that are in ``out`` already; those of ``facts`` must be the same there."""
-    file = out / "fidelity.json"
-    if not file.is_file():
-        return facts | _circumstances(), []
-    content = json.loads(file.read_text())
-    other = [name for name, value in facts.items() if content["facts"].get(name) != value]
-    if other:
-        raise MoeeError(
-            f"results of the same {', '.join(other)} in '{file}'", "those of another",
-            "choose another --out",
-        )  # fmt: skip
-    return content["facts"], [row for row in content["rows"] if row["system"] in SYSTEMS]
-
-
-def _circumstances() -> dict[str, Any]:
-    today = datetime.now(tz=UTC).date().isoformat()
-    return {"date": today, "machine": describe_device("cpu"), "versions": versions()}
 
 
 def _same(one: Row, other: Row) -> bool:
@@ -211,24 +180,24 @@ def _same(one: Row, other: Row) -> bool:
 # One point
 
 
-def measured(bench: Bench, names: Sequence[str], point: Point, seed: int) -> list[Row]:
+def measure_at(bench: Bench, names: Sequence[str], point: Point, seed: int) -> list[Row]:
     """Rows of the systems called ``names``: each is made, then all see every image once."""
     rows, models = {}, {}
     for name in names:
         print(f"  making: {name}", flush=True)
-        rows[name], model = _made(bench, name, point, seed)
+        rows[name], model = _make(bench, name, point, seed)
         if model is not None:
             models[name] = model
     if models:
         print(f"  measuring {len(models)} systems on {len(bench.images)} images", flush=True)
-        for name, numbers in _numbers(bench, models).items():
+        for name, numbers in _measure(bench, models).items():
             rows[name] |= numbers
     for row in rows.values():
-        print(f"  {_told(row)}", flush=True)
+        print(f"  {_as_text(row)}", flush=True)
     return list(rows.values())
 
 
-def _made(bench: Bench, name: str, point: Point, seed: int) -> tuple[Row, nn.Module | None]:
+def _make(bench: Bench, name: str, point: Point, seed: int) -> tuple[Row, nn.Module | None]:
     """One system, and its row as far as it is known without an image; None: it cannot be made."""
     row = dict.fromkeys(COLUMNS) | {"system": name, "family": SYSTEMS[name].family, "seed": seed}
     row |= {"macs_asked": point.macs, "params_asked": point.params}
@@ -243,7 +212,7 @@ def _made(bench: Bench, name: str, point: Point, seed: int) -> tuple[Row, nn.Mod
     return row, randomly_routed(extraction, seed=seed) if at_random else extraction.model
 
 
-def _numbers(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, Row]:
+def _measure(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, Row]:
     """Accuracy beside the dense model, and what is saved, of all models in one pass."""
     with counting_usage(models) as usage:
         table = measure.accuracy(models, bench.images, reference=bench.model)
@@ -266,60 +235,35 @@ def savings(
     }
 
 
-def _told(row: Row) -> str:
+def _as_text(row: Row) -> str:
     if row["reason"]:
         return f"{row['system']}: {row['reason']}"
     retention, kl = (math.nan if row[n] is None else row[n] for n in ("retention", "kl"))
     return (
         f"{row['system']}: retention {retention:.1%}, KL {kl:.3f}, "
-        f"MACs {change(row['macs_reduction'])} %, parameters {change(row['params_reduction'])} %, "
-        f"{row['seconds']:.0f} s"
+        f"MACs {percent_change(row['macs_reduction'])} %, "
+        f"parameters {percent_change(row['params_reduction'])} %, {row['seconds']:.0f} s"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    try:
-        bench = Bench(*inputs(options), options.preset, options.store or store_folder())
-        asked = {name: getattr(options, name) for name in ("systems", "points", "seeds", "out")}
-        run(bench, **asked)
-    except MoeeError as error:
-        parser.exit(2, f"fidelity: {error}\n")
-    print(f"written to {options.out}")
+    with command(_parser(), argv) as asked:
+        bench = Bench(*inputs(asked, limit=asked.limit), asked.preset, asked.store)
+        run(
+            bench, systems=asked.systems, points=asked.points, seeds=asked.seeds, out=asked.out
+        )  # fmt: skip
 
 
-def inputs(options: argparse.Namespace) -> tuple[nn.Module, ImageSet, ImageSet]:
-    """Return the model, the images to calibrate with and those to measure on, as asked for."""
-    sizes = preset_named(options.preset)
-    return (
-        load_model(options.model, weights=options.weights),
-        load_images(options.calibration, split="calibration", limit=sizes.calibration_images),
-        load_images(options.images, limit=options.limit or sizes.evaluation_images),
-    )
-
-
-def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which model, and which images."""
-    add = parser.add_argument
-    add("--model", default="bundled", help="'bundled' or a timm model name")
-    add("--weights", help="a local .safetensors or .pth state dict")
-    add("--calibration", default="bundled", help="folder of class folders")
-    add("--images", default="bundled", help="folder of class folders, others than these")
-    add("--preset", default="small", choices=PRESETS)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def _parser() -> ArgumentParser:
+    parser = parser_of("fidelity", __doc__, out="reports/fidelity")
     add_inputs(parser)
+    add_store(parser)
+    add = parser.add_argument
     add("--limit", type=int, help="images to measure on; else as many as the preset says")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--points", type=Point.parsed, nargs="+", default=POINTS, help="as in 0.28 0.29/0.20")
     add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
-    add("--store", type=Path, help="store of recordings, scores and runs; else the user's own")
-    add("--out", type=Path, default=Path("reports/fidelity"))
     return parser
 
 

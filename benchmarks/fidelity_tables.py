@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pandas as pd
-from figures.fidelity import fidelity
+from common import Row, as_markdown, interval, percent_change, plural
+from figures import fidelity
 
 from moee_analysis.utils.storage.files import write_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
 COLUMNS = (
     "system", "family", "macs_asked", "params_asked", "seed", "top1", "retention", "retention_low",
@@ -32,20 +30,18 @@ _LEFT_OUT = (  # of a figure with more of them: close to others
 )  # fmt: skip
 
 
-def write(
-    out: Path, facts: dict[str, Any], rows: Sequence[dict[str, Any]], *, order: Sequence[str]
-) -> pd.DataFrame:
+def write(out: Path, facts: Row, rows: Sequence[Row], *, order: Sequence[str]) -> pd.DataFrame:
     """Write all four files into ``out``, systems in their ``order``; return the CSV's table."""
     write_json(out / "fidelity.json", {"facts": facts, "rows": list(rows)})
     table = table_of(rows, order)
     table.to_csv(out / "fidelity.csv", index=False)
-    summary, caption = over_seeds(table), how_measured(facts, table)
-    (out / "fidelity.md").write_text(f"{as_markdown(summary)}\n{caption}\n")
+    summary, caption = over_seeds(table), caption_of(facts, table)
+    (out / "fidelity.md").write_text(f"{text_of(summary)}\n{caption}\n")
     fidelity(for_figure(summary), caption=caption).savefig(out / "fidelity.png")
     return table
 
 
-def table_of(rows: Iterable[dict[str, Any]], order: Sequence[str]) -> pd.DataFrame:
+def table_of(rows: Iterable[Row], order: Sequence[str]) -> pd.DataFrame:
     """Rows as a table of :data:`COLUMNS`: systems in their ``order``, then by their budgets."""
     ordered = sorted(rows, key=lambda r: (order.index(r["system"]), *_place(r), r["seed"]))
     table = pd.DataFrame(ordered, columns=list(COLUMNS))
@@ -74,30 +70,24 @@ def budget_name(macs: float, params: float | None) -> str:
     return " / ".join(f"−{100 * share:g} %" for share in bound)
 
 
-def _place(row: dict[str, Any]) -> tuple[bool, float, float]:
+def _place(row: Row) -> tuple[bool, float, float]:
     """Where a budget stands among others: first those that leave the parameters free."""
     bound = pd.notna(row["params_asked"])
     return bound, row["macs_asked"], row["params_asked"] if bound else 0.0
 
 
-def change(saved: float) -> str:
-    """``−28.0``: what a share that is saved changes, in percent."""
-    return f"{-100 * saved:+.1f}".replace("-", "−")
-
-
 # Words
 
 
-def as_markdown(summary: pd.DataFrame) -> str:
+def text_of(summary: pd.DataFrame) -> str:
     """Retention of every system at every point, all numbers, and what could not be reached."""
     rows = summary.to_dict("records")
     missing = [row for row in rows if isinstance(row["reason"], str)]
-    reasons = [f"- {row['system']}, {_budget(row)}: {row['reason']}" for row in missing]
-    parts = [_overview(rows), _details(rows), reasons]
-    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+    reasons = "\n".join(f"- {r['system']}, {_budget(r)}: {r['reason']}" for r in missing)
+    return "\n\n".join(filter(None, [_overview(rows), _details(rows), reasons])) + "\n"
 
 
-def how_measured(facts: dict[str, Any], table: pd.DataFrame) -> str:
+def caption_of(facts: Row, table: pd.DataFrame) -> str:
     """What the numbers are of, in a few sentences."""
     images, calibration = facts["images"], facts["calibration"]
     seeds = sorted(table["seed"].unique())
@@ -107,25 +97,24 @@ def how_measured(facts: dict[str, Any], table: pd.DataFrame) -> str:
         f"{facts['model']['name']}, nothing trained: share of the dense model's top-1 "
         f"({dense:.1%}) on {images['count']} images ({images['name']}), with 95 % intervals of "
         f"the image bootstrap{several}. Calibrated on {calibration['count']} others "
-        f"({calibration['name']}); preset {facts['preset']}, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
+        f"({calibration['name']}); preset {facts['preset']}, {plural('seed', seeds)}. "
         "MACs: routers included (random routing has none), with the routes of the evaluated "
         "images. Seconds: of what the store did not hold yet. "
         f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}."
     )
 
 
-def _overview(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _overview(rows: Sequence[Row]) -> str:
     """One line for each system, one column for each budget."""
     budgets = list(dict.fromkeys(_budget(row) for row in sorted(rows, key=_place)))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         cells.setdefault(row["system"], {})[_budget(row)] = _retention(row)
     lines = [[name, *(known.get(b, "–") for b in budgets)] for name, known in cells.items()]
-    return _markdown(["retention (%)", *budgets], lines)
+    return as_markdown(["retention (%)", *budgets], lines)
 
 
-def _details(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _details(rows: Sequence[Row]) -> str:
     header = [
         "budget", "system", "top-1 (%)", "retention (%)", "agreement (%)", "KL (nats)", "MACs (%)",
         "parameters (%)", "extraction (s)",
@@ -134,27 +123,18 @@ def _details(rows: Sequence[dict[str, Any]]) -> list[str]:
         [
             _budget(row), row["system"], f"{100 * row['top1']:.1f}", _retention(row),
             f"{100 * row['agreement']:.1f}", f"{row['kl']:.3f}",
-            change(row["macs_reduction"]), change(row["params_reduction"]),
+            percent_change(row["macs_reduction"]), percent_change(row["params_reduction"]),
             f"{row['seconds']:.0f}",
         ]
         for row in sorted(rows, key=_place)
         if pd.notna(row["top1"])
     ]  # fmt: skip
-    return _markdown(header, lines)
+    return as_markdown(header, lines)
 
 
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
-
-
-def _budget(row: dict[str, Any]) -> str:
+def _budget(row: Row) -> str:
     return budget_name(row["macs_asked"], row["params_asked"])
 
 
-def _retention(row: dict[str, Any]) -> str:
-    if pd.isna(row["retention"]):
-        return "–"
-    value, low, high = (
-        100 * row[name] for name in ("retention", "retention_low", "retention_high")
-    )
-    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+def _retention(row: Row) -> str:
+    return interval(row, "retention", "retention_low", "retention_high")

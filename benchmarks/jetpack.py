@@ -8,38 +8,37 @@ What the store holds is not trained again: a study that was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from common import (
+    Row,
+    add_store,
+    as_markdown,
+    circumstances,
+    command,
+    interval,
+    parser_of,
+)
 
 from moee_analysis import measure, plots
 from moee_analysis.baselines.jetpack_study import JETPACK, PRETRAINED, JetpackStudy
-from moee_analysis.data.images import load_images
-from moee_analysis.errors import MoeeError
+from moee_analysis.data.images import ImageSet, load_images
+from moee_analysis.measure import Trainings
 from moee_analysis.models.loading import BUNDLED, architecture, load_model
 from moee_analysis.training.supervised_config import SupervisedConfig
-from moee_analysis.utils.paths import store_folder
 from moee_analysis.utils.storage.files import write_json
-from moee_analysis.utils.versions import describe_device, versions
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.measure import Trainings
-
-    Write = Callable[[str, Any, pd.DataFrame], None]
+Write = Callable[[str, Any, pd.DataFrame], None]
 
 PARTS = ("components", "methods", "core_shares", "sizes")
-HEAD = """\
-| start | top-1 (%) | of single seeds (%) | images to {level:.0%} | MMACs | parameters (10^3) |
-|---|---|---|---|---|---|"""
 RECIPE = {
     "steps": int, "batch_size": int, "learning_rate": float, "layer_decay": float, "mixup": float,
     "cutmix": float, "augmentation": str, "check_every": int,
@@ -75,31 +74,27 @@ class Task:
 def run(study: JetpackStudy, task: Task, *, parts: Sequence[str], store: Path, out: Path) -> None:
     """Train, evaluate, and write the files in the folder ``out``.
 
-    Raises
-    ------
-    MoeeError
-        Images that are trained on and evaluated; a model that cannot be narrowed.
+    Images that are trained on and evaluated are refused, and models that cannot be narrowed.
     """
     trained = {part: task.trained(study, part, store) for part in parts}
     out.mkdir(parents=True, exist_ok=True)
-    write = partial(_kept, out, task.told(study))
-    tables = {part: _written(write, part, found, task) for part, found in trained.items()}
+    write = partial(_save, out, task.told(study))
+    tables = {part: _write_part(write, part, found, task) for part, found in trained.items()}
     with_jetpack = [found for found in trained.values() if JETPACK in found.starts]
     if with_jetpack:
         _contributions(write, study, task, with_jetpack[0])
     caption = f"{task.told(study)} {trained[parts[0]].caption}"
-    texts = [f"## {part.replace('_', ' ')}\n\n{as_markdown(t)}" for part, t in tables.items()]
+    texts = [f"## {part.replace('_', ' ')}\n\n{text_of(t)}" for part, t in tables.items()]
     (out / "jetpack.md").write_text("\n\n".join([*texts, caption]) + "\n")
     rows = {part: _plain(table) for part, table in tables.items()}
     facts = {
         "recipe": asdict(task.recipe), "seeds": list(task.seeds), "caption": caption,
-        "successor": asdict(study.jetpack_config()), "machine": describe_device("cpu"),
-        "versions": versions(),
+        "successor": asdict(study.jetpack_config()), **circumstances(),
     }  # fmt: skip
     write_json(out / "jetpack.json", {"facts": facts, "rows": rows})
 
 
-def _written(write: Write, part: str, trained: Trainings, task: Task) -> pd.DataFrame:
+def _write_part(write: Write, part: str, trained: Trainings, task: Task) -> pd.DataFrame:
     """Write curves, ends and differences of one part; return the ends."""
     level = None
     if PRETRAINED in trained.starts:
@@ -128,54 +123,54 @@ def _contributions(write: Write, study: JetpackStudy, task: Task, trained: Train
     write("contributions", plots.contributions, table)
 
 
-def _kept(out: Path, told: str, name: str, plot: Any, table: pd.DataFrame) -> None:
+def _save(out: Path, told: str, name: str, plot: Any, table: pd.DataFrame) -> None:
     table.to_csv(out / f"{name}.csv", index=False)
     plot(table, caption=f"{told} {table.attrs['caption']}").savefig(out / f"{name}.png")
 
 
-def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _plain(table: pd.DataFrame) -> list[Row]:
     """Rows as JSON can hold them: null where a level is never reached."""
     known = table.replace([np.inf, -np.inf], np.nan).astype(object)
     return known.where(known.notna(), None).to_dict("records")
 
 
-def as_markdown(table: pd.DataFrame) -> str:
+def text_of(table: pd.DataFrame) -> str:
     """A line for every start."""
-    lines = [HEAD.format(level=table["level"].iloc[0])]
-    for row in table.itertuples():
-        needed = "never" if pd.isna(row.images) else f"{row.images:.0f}"
-        lines.append(
-            f"| {row.start} | {100 * row.top1:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f}) | "
-            f"{100 * row.worst:.1f} to {100 * row.best:.1f} | {needed} | {row.macs / 1e6:.2f} | "
-            f"{row.params / 1e3:.0f} |"
-        )
-    return "\n".join(lines)
+    header = [
+        "start", "top-1 (%)", "of single seeds (%)", f"images to {table['level'].iloc[0]:.0%}",
+        "MMACs", "parameters (10^3)",
+    ]  # fmt: skip
+    lines = [
+        [
+            row["start"], interval(row, "top1", "low", "high"),
+            f"{100 * row['worst']:.1f} to {100 * row['best']:.1f}",
+            "never" if pd.isna(row["images"]) else f"{row['images']:.0f}",
+            f"{row['macs'] / 1e6:.2f}", f"{row['params'] / 1e3:.0f}",
+        ]
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+    return as_markdown(header, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and say where the files are."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    store = options.store or store_folder()
-    given = {name: getattr(options, name) for name in RECIPE}
-    try:
+    with command(_parser(), argv) as asked:
+        given = {name: getattr(asked, name) for name in RECIPE}
         recipe = SupervisedConfig(**{name: v for name, v in given.items() if v is not None})
-        dense = load_model(options.model)
-        calibration = load_images(split="calibration", limit=options.calibration)
-        study = JetpackStudy(dense, calibration, width=options.width, store=store)
+        calibration = load_images(split="calibration", limit=asked.calibration)
+        dense = load_model(asked.model)
+        study = JetpackStudy(dense, calibration, width=asked.width, store=asked.store)
         sets = load_images(split="train"), load_images()
-        if options.classes:
-            sets = tuple(each.of_classes(options.classes) for each in sets)
-        training, images = sets[0].limit(options.limit), sets[1].limit(options.evaluated)
-        task = Task(training, images, recipe, options.seeds, workers=options.workers)
-        run(study, task, parts=options.parts, store=store, out=options.out)
-    except MoeeError as error:
-        parser.exit(2, f"jetpack: {error}\n")
-    print(f"written to {options.out}")
+        if asked.classes:
+            sets = tuple(each.of_classes(asked.classes) for each in sets)
+        training, images = sets[0].limit(asked.limit), sets[1].limit(asked.evaluated)
+        task = Task(training, images, recipe, asked.seeds, workers=asked.workers)
+        run(study, task, parts=asked.parts, store=asked.store, out=asked.out)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> ArgumentParser:
+    parser = parser_of("jetpack", __doc__, out="reports/jetpack")
+    add_store(parser)
     add = parser.add_argument
     add("--model", default=BUNDLED, help="the predecessor: bundled or bundled_convnext")
     add("--width", type=int, help="channels of the successors; else half of its own")
@@ -188,8 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     for name, kind in RECIPE.items():
         add(f"--{name.replace('_', '-')}", type=kind, help="as in SupervisedConfig")
-    add("--store", type=Path, help="store of trainings; else the user's own")
-    add("--out", type=Path, default=Path("reports/jetpack"))
     return parser
 
 

@@ -8,35 +8,38 @@ writes ``rivals.json``, ``.csv`` and ``.md``, and two figures, after each budget
 
 from __future__ import annotations
 
-import argparse
-import json
-from datetime import UTC, datetime
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from fidelity import add_inputs, inputs
-from fidelity_tables import change
+from common import (
+    Row,
+    add_inputs,
+    add_store,
+    as_markdown,
+    circumstances,
+    command,
+    facts_of,
+    inputs,
+    interval,
+    parser_of,
+    percent_change,
+    plural,
+    read_results,
+)
 
 from moee_analysis import plots
 from moee_analysis.baselines.registry import SYSTEMS, systems_named
-from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.comparison import POINTS, Contest, compare
 from moee_analysis.measure.evaluation.comparison_table import comparison_table
-from moee_analysis.models.loading import architecture, fingerprint
-from moee_analysis.utils.paths import store_folder
 from moee_analysis.utils.storage.files import write_json
-from moee_analysis.utils.versions import describe_device, versions
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    Row = dict[str, Any]
-
-HEAD = """\
-| system | top-1 kept (%) | agreement (%) | KL (nats) | random, constant, oracle routing (%) \
-| MACs (%) | stored (%) | times as fast | evenness | seconds |
-|---|---|---|---|---|---|---|---|---|---|"""
+HEAD = (
+    "system", "top-1 kept (%)", "agreement (%)", "KL (nats)",
+    "random, constant, oracle routing (%)", "MACs (%)", "stored (%)", "times as fast", "evenness",
+    "seconds",
+)  # fmt: skip
 
 
 def run(
@@ -49,21 +52,21 @@ def run(
 ) -> pd.DataFrame:
     """Measure the budgets that the folder ``out`` does not have yet; return the whole table.
 
-    Raises
-    ------
-    MoeeError
-        An ``out`` of another model, other images, systems or seeds.
+    An ``out`` of another model, other images, systems or seeds is refused.
     """
-    facts = _facts(contest, seeds, systems)
-    rows = _found(out, facts)
+    facts = facts_of(contest.dense, images=contest.images, calibration=contest.calibration)
+    names = list(systems_named(systems))
+    facts |= {"preset": contest.preset, "seeds": list(seeds), "systems": names}
+    found = read_results(out / "rivals.json", facts)
+    rows = found["rows"] if found else []
     for saved in macs_reductions:
         if saved not in {row["macs_asked"] for row in rows}:
             rows += compare(contest, macs_reductions=[saved], seeds=seeds, systems=systems)
-            write(out, facts | _circumstances(), rows)
+            write(out, facts | circumstances(), rows)
     return comparison_table(rows)
 
 
-def write(out: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
+def write(out: Path, facts: Row, rows: Sequence[Row]) -> None:
     """Write all files into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: row["macs_asked"])
@@ -71,83 +74,48 @@ def write(out: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
     write_json(out / "rivals.json", {"facts": facts, "rows": rows})
     table.to_csv(out / "rivals.csv", index=False)
     caption = _caption(facts, table)
-    (out / "rivals.md").write_text(f"{as_markdown(table)}\n{caption}\n")
-    for name in ("comparison", "routing_controls"):
-        getattr(plots, name)(table, caption=caption).savefig(out / f"{name}.png")
+    (out / "rivals.md").write_text(f"{text_of(table)}\n{caption}\n")
+    for plot in (plots.comparison, plots.routing_controls):
+        plot(table, caption=caption).savefig(out / f"{plot.__name__}.png")
 
 
-def as_markdown(table: pd.DataFrame) -> str:
+def text_of(table: pd.DataFrame) -> str:
     """One table for each budget, the systems that keep most first; then what could not be made."""
     parts = []
     for asked, rows in table.groupby("macs_asked", sort=True):
         made = rows.dropna(subset="mean")
         means = made.groupby("system", sort=False).mean(numeric_only=True)
-        means = means.join(made.groupby("system")["speed_up"].max(), rsuffix="_first")
+        means["speed_up"] = made.groupby("system")["speed_up"].max()
         ordered = means.sort_values("mean", ascending=False)
-        lines = [_line(name, row) for name, row in ordered.iterrows()]
+        lines = as_markdown(HEAD, [_line(name, row) for name, row in ordered.iterrows()])
         missing = rows[rows["reason"] != ""].drop_duplicates("system")
-        reasons = [f"- {row.system}: {row.reason}" for row in missing.itertuples()]
+        reasons = "\n".join(f"- {row.system}: {row.reason}" for row in missing.itertuples())
         title = f"Asked to save {100 * asked:g} % of the MACs:"
-        parts.append("\n".join([title, "", HEAD, *lines, *([""] if reasons else []), *reasons]))
+        parts += filter(None, [title, lines, reasons])
     return "\n\n".join(parts) + "\n"
 
 
-def _line(name: str, row: pd.Series) -> str:
+def _line(name: str, row: pd.Series) -> list[str]:
     controls = ("random_routing", "constant_routing", "oracle_routing")
-    cells = [
-        name,
-        f"{100 * row['mean']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})",
-        f"{100 * row['agreement']:.1f}",
-        f"{row['kl']:.3f}",
-        ", ".join(_known(row[control], "{:.1f}", 100) for control in controls),
-        change(row["macs_reduction"]),
-        change(row["params_reduction"]),
-        _known(row["speed_up"], "{:.2f}"),
-        _known(row["entropy"], "{:.2f}"),
-        f"{row['seconds']:.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    return [
+        name, interval(row, "mean", "low", "high"), f"{100 * row['agreement']:.1f}",
+        f"{row['kl']:.3f}", ", ".join(_known(100 * row[control], ".1f") for control in controls),
+        percent_change(row["macs_reduction"]), percent_change(row["params_reduction"]),
+        _known(row["speed_up"], ".2f"), _known(row["entropy"], ".2f"), f"{row['seconds']:.0f}",
+    ]  # fmt: skip
 
 
-def _known(value: float, form: str, scale: float = 1) -> str:
-    return "–" if pd.isna(value) else form.format(scale * value)
+def _known(value: float, form: str) -> str:
+    return "–" if pd.isna(value) else format(value, form)
 
 
-def _facts(contest: Contest, seeds: Sequence[int], systems: Sequence[str] | None) -> dict[str, Any]:
-    """What decides the numbers."""
-    sets = {"images": contest.images, "calibration": contest.calibration}
-    told = {k: {"name": s.name, "count": len(s), "sha256": s.fingerprint} for k, s in sets.items()}
-    model = {"name": architecture(contest.dense), "sha256": fingerprint(contest.dense)}
-    made = {"preset": contest.preset, "seeds": list(seeds), "systems": list(systems_named(systems))}
-    return {"model": model, **told, **made}
-
-
-def _circumstances() -> dict[str, Any]:
-    today = datetime.now(tz=UTC).date().isoformat()
-    return {"date": today, "machine": describe_device("cpu"), "versions": versions()}
-
-
-def _found(out: Path, facts: dict[str, Any]) -> list[Row]:
-    file = out / "rivals.json"
-    if not file.is_file():
-        return []
-    content = json.loads(file.read_text())
-    other = [name for name, value in facts.items() if content["facts"].get(name) != value]
-    if other:
-        raise MoeeError(
-            f"results of the same {', '.join(other)} in '{file}'", "those of another",
-            "choose another --out",
-        )  # fmt: skip
-    return content["rows"]
-
-
-def _caption(facts: dict[str, Any], table: pd.DataFrame) -> str:
+def _caption(facts: Row, table: pd.DataFrame) -> str:
     images, calibration = facts["images"], facts["calibration"]
     return (
         f"{facts['model']['name']}, nothing trained but the routers of MoEfication: share of the "
         f"dense model's top-1 ({table['dense_top1'].max():.1%}) on {images['count']} images "
         f"({images['name']}), calibrated on {calibration['count']} others ({calibration['name']}); "
-        f"preset {facts['preset']}, seeds {', '.join(map(str, facts['seeds']))}. "
+        f"preset {facts['preset']}, {plural('seed', facts['seeds'])}. "
         f"{table.attrs['caption']} Seconds: of what the store did not hold yet. {facts['date']}, "
         f"{facts['machine']}, torch {facts['versions']['torch']}."
     )
@@ -155,27 +123,23 @@ def _caption(facts: dict[str, Any], table: pd.DataFrame) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    try:
-        contest = Contest(*inputs(options), options.preset, options.store or store_folder())
-        asked = {n: getattr(options, n) for n in ("macs_reductions", "seeds", "systems", "out")}
-        run(contest, **asked)
-    except MoeeError as error:
-        parser.exit(2, f"rivals: {error}\n")
-    print(f"written to {options.out}")
+    with command(_parser(), argv) as asked:
+        contest = Contest(*inputs(asked, limit=asked.limit), asked.preset, asked.store)
+        run(
+            contest, macs_reductions=asked.macs_reductions, seeds=asked.seeds,
+            systems=asked.systems, out=asked.out,
+        )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def _parser() -> ArgumentParser:
+    parser = parser_of("rivals", __doc__, out="reports/rivals")
     add_inputs(parser)
+    add_store(parser)
+    add = parser.add_argument
     add("--limit", type=int, help="images to measure on; else as many as the preset says")
     add("--macs-reductions", type=float, nargs="+", default=POINTS, help="shares to save")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--systems", nargs="+", choices=SYSTEMS, help="else all")
-    add("--store", type=Path, help="store of recordings and runs; else the user's own")
-    add("--out", type=Path, default=Path("reports/rivals"))
     return parser
 
 

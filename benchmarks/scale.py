@@ -7,59 +7,56 @@ shapes of all that is added up. It writes ``scale.json`` and ``scale.md``.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
+import math
 import pstats
-import resource
 import tempfile
 import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import timm
-import torch
+from common import Row, as_markdown, circumstances, command, parser_of, peak_bytes
 from extraction import plain_pass
-from scale_tables import write
+from torch import nn
 
-from moee_analysis.data.images import load_images
-from moee_analysis.errors import MoeeError
+from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.cluster.clusters_to_router import Partition
-from moee_analysis.extraction.cluster.sample_tokens import SampleTally
+from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.recipes import recipe_named
 from moee_analysis.extraction.cross_token_fisher import IMAGES
-from moee_analysis.extraction.experts.expert_statistics import ExpertTally
-from moee_analysis.extraction.experts.refit_w2 import RefitTally
+from moee_analysis.extraction.experts.expert_statistics import StatisticsAccumulator
+from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record.accumulate import size_of, that_fit
-from moee_analysis.extraction.record.calibration_set import PART, Calibration, Limits
-from moee_analysis.extraction.record.memory_estimate import expected
+from moee_analysis.extraction.record.accumulate import groups_that_fit, size_of
+from moee_analysis.extraction.record.token_source import (
+    PART,
+    Limits,
+    TokenSource,
+    calibration_tokens,
+)
 from moee_analysis.models.macs import count
-from moee_analysis.utils.versions import describe_device, versions
+from moee_analysis.utils.storage.files import write_json
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-
-    Row = dict[str, Any]
-
+IMAGENET = 1_281_167  # images of the train set
+PROCESSES = (1, 8, 64)
+ASSUMED = 1e13  # MACs a second of one GPU in single precision; nothing here has measured one
 NOTHING_KEPT = Limits(disk=0)
 SUMS = {
-    "drawing": ("draws.py", "add"),
-    "statistics": ("statistics.py", "add"),
-    "coherence": ("coherence.py", "add"),
-    "refit": ("refit.py", "add"),
+    "drawing": ("sample_tokens.py", "update"),
+    "statistics": ("expert_statistics.py", "update"),
+    "coherence": ("cross_token_fisher.py", "update"),
+    "refit": ("refit_w2.py", "update"),
 }
 
 
-def measured(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
+def measure(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
     """Seconds of one image in every kind of pass, and of clustering a layer."""
     forward = plain_pass(model, images)
     profile = cProfile.Profile()
@@ -71,49 +68,51 @@ def measured(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
     sums = {stage: spent[where][1] for stage, where in SUMS.items()}
     clusterings, clustering = spent["clusters_to_router.py", "cluster_tokens"]
     # three passes with gradients and one without run the model
-    runs = spent["recording.py", "held"][1]
+    runs = spent["recording.py", "in_memory"][1]
     return {
         "images": len(images), "forward": forward / len(images),
         "gradients": (runs - forward) / 3 / len(images),
         **{f"sums of {stage}": seconds / len(images) for stage, seconds in sums.items()},
         "clustering of a layer": clustering / clusterings,
-        "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak": peak_bytes(),
     }  # fmt: skip
 
 
 def sizes(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
     """What the model costs, and bytes: of an image's tokens, of memory, of the sums of a pass."""
     with tempfile.TemporaryDirectory() as folder:
-        calibration = Calibration(model, images, config.resolved(), Path(folder), NOTHING_KEPT)
-        memory = expected(calibration)
-        tallies = tallies_of(calibration)
+        config, root = config.resolved(), Path(folder)
+        calibration = calibration_tokens(model, images, config, root=root, limits=NOTHING_KEPT)
+        tallies = tallies_of(calibration, config)
         sums = {name: sum(map(size_of, own)) for name, own in tallies.items()}
         room = calibration.limits.memory
-        passes = {name: len(that_fit(own, room)) for name, own in tallies.items()}
-        tokens = calibration.bytes_of(1)
+        passes = {name: len(groups_that_fit(own, room)) for name, own in tallies.items()}
+        tokens = calibration.bytes_per_image
     dense = count(model)
+    weights = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = {"weights": weights, "sums": max(min(each, room) for each in sums.values())}
     return {
         "macs": dense.total, "parameters": sum(p.numel() for p in model.parameters()),
         "layers": len(calibration.sites), "dim": calibration.sites[0].dim,
         "hidden": calibration.sites[0].hidden,
-        "tokens": tokens, "memory": vars(memory), "sums": sums, "passes": passes,
+        "tokens": tokens, "memory": memory, "sums": sums, "passes": passes,
     }  # fmt: skip
 
 
-def tallies_of(calibration: Calibration) -> dict[str, list[Any]]:
+def tallies_of(calibration: TokenSource, config: ExtractConfig) -> dict[str, list[Any]]:
     """What the passes add up, of the shapes of a real run: every layer with all its experts."""
-    config, found = calibration.config, {"drawing": [], "statistics": [], "refit": []}
+    found = {"drawing": [], "statistics": [], "refit": []}
     for site in calibration.sites:
         experts = config.clustering.for_width(site.hidden).count
         assignment = Assignment((0,), Partition(centres=np.zeros((experts, 1), np.float32)))
         shape = (experts + 1, site.hidden)
         nothing = np.zeros(shape)
         found["drawing"].append(
-            SampleTally(site, np.arange(config.cluster_tokens), 1, gradients=True)
+            SampleAccumulator(site, np.arange(config.cluster_tokens), 1, gradients=True)
         )
-        found["statistics"].append(ExpertTally(site, assignment, gradients=True))
+        found["statistics"].append(StatisticsAccumulator(site, assignment, gradients=True))
         found["refit"].append(
-            RefitTally(site, assignment, nothing.astype(bool), nothing, nothing[:, 0])
+            RefitAccumulator(site, assignment, nothing.astype(bool), nothing, nothing[:, 0])
         )
     return found
 
@@ -127,38 +126,129 @@ def run(models: Sequence[str], images: ImageSet, out: Path, *, experts: int) -> 
         model = timm.create_model(name).eval().requires_grad_(requires_grad=False)
         known[name] = sizes(model, images, config)
         if not speed:
-            speed = measured(model, images, config)
+            speed = measure(model, images, config)
         del model
-    facts = {
-        "measured": models[0], "experts": experts, "part": PART, "looked_at": IMAGES,
-        "date": datetime.now(tz=UTC).date().isoformat(), "machine": describe_device("cpu"),
-        "threads": torch.get_num_threads(), "versions": versions(),
-    }  # fmt: skip
+    facts = {"measured": models[0], "experts": experts, "part": PART, "looked_at": IMAGES}
+    facts |= circumstances()
     out.mkdir(parents=True, exist_ok=True)
     write(out, facts, speed, known)
 
 
+# The files
+
+
+def write(out: Path, facts: Row, speed: Row, known: dict[str, Row]) -> None:
+    """Write both files into ``out``."""
+    plans = {name: worked_out(facts, speed, known, name) for name in known}
+    content = {"facts": facts, "measured": speed, "sizes": known, "imagenet": plans}
+    write_json(out / "scale.json", content)
+    parts = [
+        measuredas_markdown(speed),
+        sizeas_markdown(known),
+        timeas_markdown(plans),
+        caption_of(facts),
+    ]
+    (out / "scale.md").write_text("\n\n".join(parts) + "\n")
+
+
+def worked_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list[Row]:
+    """Hours, gigabytes and traffic for one model, by the number of processes."""
+    own, base = known[name], known[facts["measured"]]
+    work = own["macs"] / base["macs"]
+    # sums go with tokens times layers times dim, which the tokens' bytes do, the refit's squared
+    wide = own["tokens"] / base["tokens"]
+    square = wide * own["dim"] / base["dim"]
+    looked_at = min(IMAGENET, facts["looked_at"] * facts["part"])
+    passes = own["passes"]
+    graded = (passes["drawing"] + passes["statistics"]) * IMAGENET + looked_at
+    plain = passes["refit"] * IMAGENET
+    model = work * (speed["gradients"] * graded + speed["forward"] * plain)
+    sums = IMAGENET * wide * (speed["sums of drawing"] + speed["sums of statistics"])
+    sums += IMAGENET * square * speed["sums of refit"]
+    rate = base["macs"] / speed["forward"]
+    return [
+        {
+            "processes": n,
+            "hours_model": model / n / 3600,
+            "hours_sums": sums / n / 3600,
+            "seconds_clusters": math.ceil(own["layers"] / n) * speed["clustering of a layer"],
+            "hours_gpu": (model + sums) * rate / ASSUMED / n / 3600,
+            "memory": sum(own["memory"].values()),
+            "sent": 2 * (n - 1) / n * sum(own["sums"].values()),
+        }
+        for n in PROCESSES
+    ]
+
+
+def measuredas_markdown(speed: Row) -> str:
+    """Seconds of an image, as they were measured."""
+    names = ["forward", "gradients", *(name for name in speed if name.startswith("sums"))]
+    lines = [[name, f"{speed[name]:.3f}"] for name in names]
+    return as_markdown(["of one image", "seconds"], lines)
+
+
+def sizeas_markdown(known: dict[str, Row]) -> str:
+    """What every model costs, and bytes."""
+    header = [
+        "model", "GMACs", "M parameters", "tokens of an image (MB)", "weights (GB)",
+        "sums (GB)", "memory (GB)", "passes",
+    ]  # fmt: skip
+    lines = []
+    for name, own in known.items():
+        sizes = [f"{value / 1e9:.1f}" for value in own["memory"].values()]
+        total = f"{sum(own['memory'].values()) / 1e9:.1f}"
+        passes = " + ".join(str(count) for count in own["passes"].values())
+        lines.append(
+            [name, f"{own['macs'] / 1e9:.1f}", f"{own['parameters'] / 1e6:.0f}",
+             f"{own['tokens'] / 1e6:.1f}", *sizes, total, passes]
+        )  # fmt: skip
+    return as_markdown(header, lines)
+
+
+def timeas_markdown(plans: dict[str, list[Row]]) -> str:
+    """Hours and traffic on the full train set."""
+    header = [
+        "model", "processes", "the model (h)", "sums (h)", "clustering (s)",
+        "on GPUs, assumed (h)", "memory of each (GB)", "sent by each (GB)",
+    ]  # fmt: skip
+    lines = [
+        [name, str(row["processes"]), f"{row['hours_model']:.0f}", f"{row['hours_sums']:.0f}",
+         f"{row['seconds_clusters']:.1f}", f"{row['hours_gpu']:.2f}", f"{row['memory'] / 1e9:.1f}",
+         f"{row['sent'] / 1e9:.1f}"]
+        for name, rows in plans.items()
+        for row in rows
+    ]  # fmt: skip
+    return as_markdown(header, lines)
+
+
+def caption_of(facts: Row) -> str:
+    """What the numbers are of."""
+    return (
+        f"{facts['measured']}, random weights, recipe best, {facts['experts']} experts a layer, "
+        f"no tokens on the disk; {facts['date']}, {facts['machine']}, {facts['threads']} threads, "
+        f"torch {facts['versions']['torch']}. A process here has these two cores. Other models are "
+        "scaled by their MACs, and their sums by tokens, layers and widths. For a GPU "
+        f"{ASSUMED / 1e12:.0f} TMAC/s in single precision are assumed, for the model and the sums "
+        "alike; no GPU was measured."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    parser = _parser()
-    options = parser.parse_args(argv)
     started = time.perf_counter()
-    try:
-        images = load_images(options.calibration, split="calibration", limit=options.images)
-        run(options.models, images, options.out, experts=options.experts)
-    except MoeeError as error:
-        parser.exit(2, f"scale: {error}\n")
-    print(f"written to {options.out} in {time.perf_counter() - started:.0f} s")
+    with command(_parser(), argv) as asked:
+        images = load_images(asked.calibration, split="calibration", limit=asked.images)
+        run(asked.models, images, asked.out, experts=asked.experts)
+        print(f"{time.perf_counter() - started:.0f} s")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> ArgumentParser:
+    parser = parser_of("scale", __doc__, out="docs/speed")
     add = parser.add_argument
     add("--models", nargs="+", default=("deit_base_patch16_224", "vit_huge_patch14_224"))
     add("--calibration", default="bundled", help="folder of class folders")
     add("--images", type=int, default=64, help="images that are measured")
     add("--experts", type=int, default=16, help="of every layer")
-    add("--out", type=Path, default=Path("docs/speed"))
     return parser
 
 

@@ -6,36 +6,26 @@ their own commands have more options.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import clustering
 import extraction
 import inference
-from fidelity import add_inputs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from common import add_inputs, parser_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all of them."""
-    options = _parser().parse_args(argv)
-    model = ["--model", options.model, "--out", str(options.out)]
-    if options.weights:
-        model += ["--weights", options.weights]
-    calibrated = [*model, "--calibration", options.calibration, "--preset", options.preset]
-    clustering.main([*model, "--images", options.calibration])
-    extraction.main(calibrated)
-    inference.main([*calibrated, "--images", options.images])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of("speed", __doc__, out="reports/speed")
     add_inputs(parser)
-    parser.add_argument("--out", type=Path, default=Path("reports/speed"))
-    return parser
+    asked = parser.parse_args(argv)
+    model = ["--model", asked.model, "--out", str(asked.out)]
+    if asked.weights:
+        model += ["--weights", asked.weights]
+    calibrated = [*model, "--calibration", asked.calibration, "--preset", asked.preset]
+    clustering.main([*model, "--images", asked.calibration])
+    extraction.main(calibrated)
+    inference.main([*calibrated, "--images", asked.images])
 
 
 if __name__ == "__main__":
