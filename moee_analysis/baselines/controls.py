@@ -122,10 +122,7 @@ def statically_pruned(
     ``images`` are the run's own calibration images. The MACs are the run's budget, or else what
     it came to on the calibration images.
 
-    Raises
-    ------
-    MoeeError
-        The run left every layer dense.
+    Raises ``MoeeError``: the run left every layer dense.
     """
     converted = tuple(layer.index for layer in run.layers if layer.converted)
     if not converted:
@@ -157,12 +154,8 @@ def random_centres(
 
     As many experts per layer as the run has. Whatever these show too, the clusters did not cause.
 
-    Parameters
-    ----------
-    images
-        The run's own calibration images.
-    store
-        The store that holds (or will hold) the sampled tokens.
+    - ``images``: the run's own calibration images.
+    - ``store``: the store that holds (or will hold) the sampled tokens.
 
     Returns
     -------

@@ -19,7 +19,7 @@ from torch import nn
 
 from moee_analysis.baselines import jetpack, soft_moe, sparse_upcycling
 from moee_analysis.baselines.jetpack import JetpackConfig
-from moee_analysis.baselines.jetpack.layer_sizes import LayerSize
+from moee_analysis.baselines.jetpack.convert import LayerSize
 from moee_analysis.baselines.soft_moe import SoftMoeConfig
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.data.images import ImageSet
@@ -39,16 +39,10 @@ CORE_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
 class JetpackStudy:
     """Successors of one trained ``dense`` model.
 
-    Attributes
-    ----------
-    images
-        Calibration images: their activations say what is recycled.
-    width
-        Channels of the successors; None: half of the dense model's.
-    recipe
-        Settings of every conversion by Jetpack, such as rates of dropout.
-    store
-        Folder for sums over activations.
+    - ``images``: calibration images: their activations say what is recycled.
+    - ``width``: channels of the successors; None: half of the dense model's.
+    - ``recipe``: settings of every conversion by Jetpack, such as rates of dropout.
+    - ``store``: folder for sums over activations.
     """
 
     dense: nn.Module

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from torch import nn
 from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
 from moee_analysis.baselines.controls import oracle_routed
 from moee_analysis.baselines.jetpack import JetpackConfig
+from moee_analysis.baselines.moefication import MoeficationConfig
 from moee_analysis.baselines.soft_moe import SoftMoeConfig
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
+from moee_analysis.baselines.static_pruning import StaticPruningConfig
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.loading import find_mlps
-
-Oracle = Callable[[nn.Module, nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -37,124 +38,110 @@ class Asked:
 class System:
     """A way from a dense model and calibration images to another model.
 
-    Attributes
-    ----------
-    family
-        Whose idea it is.
-    told
-        What it does, in a line.
-    config
-        Dense model and what is asked -> configuration.
-    convert
-        Dense model, images, configuration and ``store=`` -> model, or :class:`Extraction`.
-    routed
-        Whether there are experts to choose from.
-    oracle
-        Converted and dense model -> a copy whose tokens all meet the best experts, as the system
-        understands it; None: it does not say what is best.
+    - ``family``: whose idea it is; ``told``: what it does, in a line.
+    - ``convert``: dense model, images, configuration and ``store=`` -> model, or
+      :class:`Extraction`.
+    - ``kind``: of configuration; ``settings``: of it, beside what is asked.
+    - ``everywhere``: whether all MLPs are converted, also where the system leaves some out.
+    - ``routed``: whether there are experts to choose from.
+    - ``oracle``: converted and dense model -> a copy whose tokens all meet the best experts, as the
+      system understands it; None: it does not say what is best.
     """
 
     family: str
     told: str
-    config: Callable[[nn.Module, Asked], Any]
     convert: Callable[..., Extraction | nn.Module]
+    kind: type
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    everywhere: bool = False
     routed: bool = True
-    oracle: Oracle | None = None
+    oracle: Callable[[nn.Module, nn.Module], nn.Module] | None = None
+
+    def config(self, dense: nn.Module, asked: Asked) -> Any:
+        """Return the configuration for what is ``asked``, as far as it is a setting of the kind."""
+        own = {name: v for name, v in vars(asked).items() if name in self.kind.__dataclass_fields__}
+        if self.everywhere:
+            own["layers"] = tuple(site.index for site in find_mlps(dense))
+        return self.kind(**own | self.settings)
 
     def make(
         self, dense: nn.Module, images: ImageSet, asked: Asked, *, store: str | Path | None = None
     ) -> Extraction | nn.Module:
         """Convert ``dense`` with these calibration ``images``.
 
-        Raises
-        ------
-        MoeeError
-            The system cannot save so much, or cannot convert such a model.
+        Raises ``MoeeError``: the system cannot save so much, or cannot convert such a model.
         """
         return self.convert(dense, images, self.config(dense, asked), store=store)
 
 
-def _moee(told: str, **pieces: Any) -> System:
-    def config(_dense: nn.Module, asked: Asked) -> ExtractConfig:
-        return ExtractConfig(**vars(asked), **pieces)
-
-    return System("MoEE", told, config, extract, oracle=oracle_routed)
+def _moefication_oracle(model: nn.Module, _dense: nn.Module) -> nn.Module:
+    return moefication.oracle_routed(model)
 
 
-def _static(told: str, baseline: str) -> System:
-    def config(_dense: nn.Module, asked: Asked) -> static_pruning.StaticPruningConfig:
-        return static_pruning.StaticPruningConfig(baseline, **vars(asked))
-
-    return System("static pruning", told, config, static_pruning.convert, routed=False)
-
-
-def _moefication(told: str, **settings: Any) -> System:
-    def config(_dense: nn.Module, asked: Asked) -> moefication.MoeficationConfig:
-        budget = {"macs_reduction": asked.macs_reduction, "seed": asked.seed}
-        return moefication.MoeficationConfig(**budget, **settings)
-
-    def oracle(model: nn.Module, _dense: nn.Module) -> nn.Module:
-        return moefication.oracle_routed(model)
-
-    return System("MoEfication", told, config, moefication.convert, oracle=oracle)
-
-
-def _upcycled(family: str, told: str, baseline: Any, kind: type, **settings: Any) -> System:
-    """Experts with weights of their own in all layers: half of them could not save so much."""
-
-    def config(dense: nn.Module, asked: Asked) -> Any:
-        layers = tuple(site.index for site in find_mlps(dense))
-        budget = {"macs_reduction": asked.macs_reduction, "seed": asked.seed, "layers": layers}
-        return kind(**budget | settings)
-
-    return System(family, told, config, baseline.convert)
-
+_moee = partial(System, "MoEE", convert=extract, kind=ExtractConfig, oracle=oracle_routed)
+_static = partial(
+    System, "static pruning", convert=static_pruning.convert, kind=StaticPruningConfig, routed=False
+)
+_moefication = partial(
+    System, "MoEfication", convert=moefication.convert, kind=MoeficationConfig,
+    oracle=_moefication_oracle,
+)  # fmt: skip
+_sparse = partial(
+    System, "Sparse Upcycling", convert=sparse_upcycling.convert, kind=SparseUpcyclingConfig
+)
+_KMEANS, _GRAPH = {"split": "kmeans", "router": "mlp"}, {"split": "graph", "router": "mlp"}
+_MEANS = {"mean_compensation": True}
 
 SYSTEMS: dict[str, System] = {
-    "MoEE, paper": _moee("clusters of hidden activations, cosine router", recipe="paper"),
-    "MoEE, best": _moee("all that this project found to help", recipe="best"),
-    "MoEE, best, attention too": _moee(
-        "the same, and smaller heads", recipe="best", attention="low_rank"
+    "MoEE, paper": _moee(
+        "clusters of hidden activations, cosine router", settings={"recipe": "paper"}
     ),
-    "static: magnitude": _static("shortest weights first, without data", "magnitude"),
+    "MoEE, best": _moee("all that this project found to help", settings={"recipe": "best"}),
+    "MoEE, best, attention too": _moee(
+        "the same, and smaller heads", settings={"recipe": "best", "attention": "low_rank"}
+    ),
+    "static: magnitude": _static(
+        "shortest weights first, without data", settings={"baseline": "magnitude"}
+    ),
     "static: variance + mean shift": _static(
-        "VBP: least variance first, means kept", "variance + mean shift"
+        "VBP: least variance first, means kept", settings={"baseline": "variance + mean shift"}
     ),
     "static: least squares": _static(
-        "least effect on the output, refitted", "output-weighted least squares"
+        "least effect on the output, refitted",
+        settings={"baseline": "output-weighted least squares"},
     ),
     "static: fisher OBS, CLS apart": _static(
-        "least effect on the logits, refitted; CLS has neurons of its own", "fisher OBS, CLS apart"
+        "least effect on the logits, refitted; CLS has neurons of its own",
+        settings={"baseline": "fisher OBS, CLS apart"},
     ),
     "MoEfication: k-means, centre": _moefication(
-        "similar neurons, nearest centre", split="kmeans", router="centre"
+        "similar neurons, nearest centre", settings=_KMEANS | {"router": "centre"}
     ),
     "MoEfication: k-means, centre, means kept": _moefication(
-        "the same, and unused experts give their mean", split="kmeans", router="centre",
-        mean_compensation=True,
+        "the same, and unused experts give their mean",
+        settings=_KMEANS | {"router": "centre"} | _MEANS,
     ),
     "MoEfication: k-means, MLP, means kept": _moefication(
-        "the same, with a router that learned which experts fire", split="kmeans", router="mlp",
-        mean_compensation=True,
+        "the same, with a router that learned which experts fire", settings=_KMEANS | _MEANS
     ),
     "MoEfication: graph, MLP, means kept": _moefication(
-        "the same, of neurons that are active together", split="graph", router="mlp",
-        mean_compensation=True,
+        "the same, of neurons that are active together", settings=_GRAPH | _MEANS
     ),
-    "Sparse Upcycling: top-1": _upcycled(
-        "Sparse Upcycling", "copies of every second MLP, one for each token", sparse_upcycling,
-        SparseUpcyclingConfig, router="top_k", k=1, layers=None, macs_reduction=None,
+    "Sparse Upcycling: top-1": _sparse(
+        "copies of every second MLP, one for each token",
+        settings={"router": "top_k", "k": 1, "macs_reduction": None},  # it cannot save any
     ),
-    "Sparse Upcycling: Expert Choice": _upcycled(
-        "Sparse Upcycling", "copies of the MLP that choose their tokens, untrained",
-        sparse_upcycling, SparseUpcyclingConfig,
+    "Sparse Upcycling: Expert Choice": _sparse(
+        "copies of the MLP that choose their tokens, untrained", everywhere=True
     ),
-    "Soft MoE: upcycled": _upcycled(
-        "Soft MoE", "copies of the MLP on mixtures of tokens, untrained", soft_moe, SoftMoeConfig
+    "Soft MoE: upcycled": System(
+        "Soft MoE", "copies of the MLP on mixtures of tokens, untrained", soft_moe.convert,
+        SoftMoeConfig, everywhere=True,
     ),
-    "MoE Jetpack: recycled": _upcycled(
-        "MoE Jetpack", "experts drawn by importance on mixtures of tokens, untrained", jetpack,
-        JetpackConfig, head="recycled", core=4, universal=8,
+    "MoE Jetpack: recycled": System(
+        "MoE Jetpack", "experts drawn by importance on mixtures of tokens, untrained",
+        jetpack.convert, JetpackConfig, {"head": "recycled", "core": 4, "universal": 8},
+        everywhere=True,
     ),
 }  # fmt: skip
 """All systems. Those that were made to be trained are shown as they begin."""
@@ -166,10 +153,7 @@ STATIC = "static: fisher OBS, CLS apart"
 def systems_named(names: list[str] | None) -> dict[str, System]:
     """Return the systems called so, in the order of :data:`SYSTEMS`; None: all of them.
 
-    Raises
-    ------
-    MoeeError
-        No system of this name.
+    Raises ``MoeeError``: no system of this name.
     """
     unknown = sorted(set(names or ()) - set(SYSTEMS))
     if unknown:

@@ -17,23 +17,21 @@ import torch
 from torch import nn
 from torch.nn.init import trunc_normal_, zeros_
 
-from moee_analysis.baselines.common.capacity import fill_budget, per_expert
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import Place, find_places, replace_mlps, sites_at
+from moee_analysis.baselines.common.replace_mlps import (
+    Place,
+    fill_budget,
+    find_places,
+    per_expert,
+    replace_mlps,
+    sites_at,
+)
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
-from moee_analysis.utils.checks import (
-    layer_numbers,
-    not_none,
-    one_of,
-    real_number,
-    seed_number,
-    share,
-    whole_number,
-)
+from moee_analysis.utils import checks
 
 INITIALISATIONS = ("upcycled", "fresh")
 SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers
@@ -53,10 +51,7 @@ class SoftMoeConfig:
     - ``macs_reduction``: share of all MACs of the dense model to save, by fewer slots, in layers as
       alike as possible. Logits, dispatch and combination count.
 
-    Raises
-    ------
-    MoeeError
-        A setting out of its range.
+    Raises ``MoeeError``: a setting out of its range.
     """
 
     experts: int = 8
@@ -70,18 +65,18 @@ class SoftMoeConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        whole_number("experts", self.experts)
-        seed_number(self.seed)
-        layer_numbers(self.layers)
-        one_of("initialisation", self.initialisation, INITIALISATIONS)
-        real_number("capacity_factor", self.capacity_factor, above=0)
-        real_number("noise", self.noise, least=0)
-        for name, value in not_none(self, "drop"):
-            real_number(name, value, least=0, below=1)
-        for name, value in not_none(self, "slots"):
-            whole_number(name, value)
-        for name, value in not_none(self, "macs_reduction"):
-            share(name, value, whole=False)
+        checks.whole_number("experts", self.experts)
+        checks.seed_number(self.seed)
+        checks.layer_numbers(self.layers)
+        checks.one_of("initialisation", self.initialisation, INITIALISATIONS)
+        checks.real_number("capacity_factor", self.capacity_factor, above=0)
+        checks.real_number("noise", self.noise, least=0)
+        for name, value in checks.not_none(self, "drop"):
+            checks.real_number(name, value, least=0, below=1)
+        for name, value in checks.not_none(self, "slots"):
+            checks.whole_number(name, value)
+        for name, value in checks.not_none(self, "macs_reduction"):
+            checks.share(name, value, whole=False)
         if self.slots is not None and self.macs_reduction is not None:
             raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
 
@@ -91,10 +86,7 @@ def convert(
 ) -> nn.Module:
     """Make a Soft MoE of a copy of ``dense``; neither ``images`` nor ``store`` are looked at.
 
-    Raises
-    ------
-    MoeeError
-        No MLPs, layers that are not there, a budget that cannot be met.
+    Raises ``MoeeError``: no MLPs, layers that are not there, a budget that cannot be met.
     """
     mlps = find_mlps(dense)
     second_half = range(len(mlps) // 2, len(mlps))

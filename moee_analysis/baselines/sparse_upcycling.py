@@ -16,9 +16,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.capacity import fill_budget
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import find_places, replace_mlps, sites_at
+from moee_analysis.baselines.common.replace_mlps import (
+    fill_budget,
+    find_places,
+    replace_mlps,
+    sites_at,
+)
 from moee_analysis.baselines.common.sparse_moe_layer import (
     ExpertChoiceRouter,
     Gate,
@@ -29,15 +33,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
-from moee_analysis.utils.checks import (
-    layer_numbers,
-    not_none,
-    one_of,
-    real_number,
-    seed_number,
-    share,
-    whole_number,
-)
+from moee_analysis.utils import checks
 
 ROUTERS = ("expert_choice", "top_k")
 CAPACITY = 2.0  # of Expert Choice, where nothing else decides it
@@ -61,10 +57,7 @@ class SparseUpcyclingConfig:
     - ``macs_reduction``: share of all MACs of the dense model to save, by capacities as alike as
       possible; only with Expert Choice.
 
-    Raises
-    ------
-    MoeeError
-        A setting out of its range, or a saving that ``top_k`` cannot make.
+    Raises ``MoeeError``: a setting out of its range, or a saving that ``top_k`` cannot make.
     """
 
     experts: int = 8
@@ -78,18 +71,18 @@ class SparseUpcyclingConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        whole_number("experts", self.experts)
-        whole_number("k", self.k)
-        seed_number(self.seed)
-        layer_numbers(self.layers)
-        one_of("router", self.router, ROUTERS)
+        checks.whole_number("experts", self.experts)
+        checks.whole_number("k", self.k)
+        checks.seed_number(self.seed)
+        checks.layer_numbers(self.layers)
+        checks.one_of("router", self.router, ROUTERS)
         if self.router == "top_k" and self.k > self.experts:
             raise MoeeError(f"k of at most {self.experts} experts", str(self.k), "choose fewer")
-        real_number("noise", self.noise, least=0)
-        for name, value in not_none(self, "capacity"):
-            real_number(name, value, above=0)
-        for name, value in not_none(self, "macs_reduction"):
-            share(name, value, whole=False)
+        checks.real_number("noise", self.noise, least=0)
+        for name, value in checks.not_none(self, "capacity"):
+            checks.real_number(name, value, above=0)
+        for name, value in checks.not_none(self, "macs_reduction"):
+            checks.share(name, value, whole=False)
         if self.macs_reduction is not None:
             self._check_budget()
 
@@ -117,10 +110,7 @@ def convert(
     what the dense one does. Tokens that Expert Choice leaves to no expert, or that are dropped, get
     zeros from the layer.
 
-    Raises
-    ------
-    MoeeError
-        No MLPs, layers that are not there, a budget that cannot be met.
+    Raises ``MoeeError``: no MLPs, layers that are not there, a budget that cannot be met.
     """
     mlps = find_mlps(dense)
     every_second = range(1, len(mlps), 2)

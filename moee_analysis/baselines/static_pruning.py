@@ -59,10 +59,7 @@ well, and cuts heads down to the modes that ``attention_modes`` finds.
 class StaticPruningConfig:
     """How a model is pruned: by which of :data:`BASELINES`, and the rest as in :func:`prune`.
 
-    Raises
-    ------
-    MoeeError
-        No such baseline; a setting out of its range.
+    Raises ``MoeeError``: no such baseline; a setting out of its range.
     """
 
     baseline: str = "fisher OBS, CLS apart"
@@ -105,20 +102,12 @@ def prune(
 ) -> Extraction:
     """Prune the MLPs of ``model`` by the baseline called ``name``.
 
-    Parameters
-    ----------
-    images
-        Calibration images; their labels are not used.
-    macs_reduction, params_reduction
-        Shares of the dense model's MACs and stored parameters to save; None leaves the parameters
-        free.
-    store, others
-        As in ``extract``, such as ``preset`` and ``seed``.
+    - ``images``: calibration images; their labels are not used.
+    - ``macs_reduction``, ``params_reduction``: shares of the dense model's MACs and stored
+      parameters to save; None leaves the parameters free.
+    - ``store``, ``others``: as in ``extract``, such as ``preset`` and ``seed``.
 
-    Raises
-    ------
-    MoeeError
-        No such baseline; a budget that cannot be met.
+    Raises ``MoeeError``: no such baseline; a budget that cannot be met.
     """
     bounds = {"macs_reduction": macs_reduction, "params_reduction": params_reduction}
     run = extract(model, images, config_of(name, **bounds, **others), store=store)
@@ -139,10 +128,7 @@ def config_of(
 
     Where each layer keeps a share, the parameters cannot be bound; they fall with the MACs.
 
-    Raises
-    ------
-    MoeeError
-        No such baseline; a setting out of its range.
+    Raises ``MoeeError``: no such baseline; a setting out of its range.
     """
     if name not in BASELINES:
         raise MoeeError(f"a baseline among {'; '.join(BASELINES)}", f"'{name}'", "name one")

@@ -35,10 +35,7 @@ DeiT's recipe (Touvron et al., arXiv:2012.12877)."""
 def training_transform(model: nn.Module, augmentation: str) -> Callable:
     """Transform (PIL image -> float tensor) of the name, for images of the model's own size.
 
-    Raises
-    ------
-    MoeeError
-        No augmentation of this name.
+    Raises ``MoeeError``: no augmentation of this name.
     """
     if augmentation not in AUGMENTATIONS:
         raise MoeeError(

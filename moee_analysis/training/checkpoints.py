@@ -80,10 +80,7 @@ def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: 
 def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
     """Return what was saved last in ``folder``, if anything was.
 
-    Raises
-    ------
-    MoeeError
-        A file that is damaged, or not of this checkpoint.
+    Raises ``MoeeError``: a file that is damaged, or not of this checkpoint.
     """
     if not (folder / FACTS).exists():
         return None
@@ -108,10 +105,7 @@ def remove_checkpoint(folder: Path) -> None:
 def hold_checkpoint(folder: Path, key: str) -> Iterator[None]:
     """Hold the folder of a checkpoint; a damaged one is set aside, an empty one goes in the end.
 
-    Raises
-    ------
-    MoeeError
-        It has the checkpoint of another training.
+    Raises ``MoeeError``: it has the checkpoint of another training.
     """
     with held_folder(folder):
         try:

@@ -37,12 +37,7 @@ from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.folders import new_folder, scratch_folder
 from moee_analysis.utils.storage.locks import locked
 from moee_analysis.utils.storage.refusals import check_place
-from moee_analysis.utils.storage.store import (
-    content_key,
-    get_or_build,
-    present,
-    unfinished_folder,
-)
+from moee_analysis.utils.storage.store import content_key, get_or_build, present, unfinished_folder
 
 _FACT = "finetunings"
 
@@ -79,28 +74,18 @@ def finetune(
 ) -> Finetuned:
     """Train a copy of the run's model to predict what the dense model predicts.
 
-    Parameters
-    ----------
-    images
-        Training images; those of the calibration will do. Their labels are not used. A part of
-        them is held out, see ``config``.
-    config
-        None is the default :class:`FinetuneConfig`.
-    out
-        Folder for the fine-tuned run. It appears when the training has ended; until then a
-        checkpoint is kept beside it, and a training that was killed goes on there. One that has
-        ended is not repeated.
-    store
-        Folder of a content-keyed store, instead: the fine-tuned run is kept there and found again.
-        With neither of them nothing is kept.
-    weights
-        The dense weights, if they have moved.
+    - ``images``: training images; those of the calibration will do. Their labels are not used. A
+      part of them is held out, see ``config``.
+    - ``config``: None is the default :class:`FinetuneConfig`.
+    - ``out``: folder for the fine-tuned run. It appears when the training has ended; until then a
+      checkpoint is kept beside it, and a training that was killed goes on there. One that has ended
+      is not repeated.
+    - ``store``: folder of a content-keyed store, instead: the fine-tuned run is kept there and
+      found again. With neither of them nothing is kept.
+    - ``weights``: the dense weights, if they have moved.
 
-    Raises
-    ------
-    MoeeError
-        Fewer than two images; a folder that holds something else; a loss that is not finite before
-        any epoch has made the model better.
+    Raises ``MoeeError``: fewer than two images; a folder that holds something else; a loss that is
+    not finite before any epoch has made the model better.
     """
     config = config or FinetuneConfig()
     if out is not None:
@@ -125,10 +110,7 @@ def finetune(
 def history_of(run: Extraction) -> pd.DataFrame:
     """Return the table of :class:`Finetuned` of a run that was fine-tuned, saved or not.
 
-    Raises
-    ------
-    MoeeError
-        The run was never fine-tuned.
+    Raises ``MoeeError``: the run was never fine-tuned.
     """
     return pd.DataFrame(_last(run)["history"]).astype({"loss": float})
 

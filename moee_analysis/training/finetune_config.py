@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from moee_analysis.utils.checks import (
-    not_none,
-    one_of,
-    real_number,
-    seed_number,
-    share,
-    whole_number,
-)
+from moee_analysis.utils import checks
 
 Router = Literal["frozen", "straight_through", "auxiliary"]
 Augmentation = Literal["none", "light", "strong"]
@@ -46,10 +39,7 @@ class FinetuneConfig:
       that has it.
     - ``seed`` of the held-out images, their order and the augmentations.
 
-    Raises
-    ------
-    MoeeError
-        A value out of its range.
+    Raises ``MoeeError``: a value out of its range.
     """
 
     epochs: int = 10
@@ -72,17 +62,17 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            one_of(name, getattr(self, name), choices)
+            checks.one_of(name, getattr(self, name), choices)
         for name in ("epochs", "batch_size", "accumulate", "patience"):
-            whole_number(name, getattr(self, name))
-        seed_number(self.seed)
+            checks.whole_number(name, getattr(self, name))
+        checks.seed_number(self.seed)
         for name in ("learning_rate", "temperature", "clip"):
-            real_number(name, getattr(self, name), above=0)
+            checks.real_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "warmup_epochs", "block_weight", "router_weight"):
-            real_number(name, getattr(self, name), least=0)
-        share("held_out", self.held_out, whole=False)
-        for name, value in not_none(self, "ema"):
-            share(name, value, whole=False)
+            checks.real_number(name, getattr(self, name), least=0)
+        checks.share("held_out", self.held_out, whole=False)
+        for name, value in checks.not_none(self, "ema"):
+            checks.share(name, value, whole=False)
 
     def autocasts(self, device: Any) -> bool:
         """Whether products are made in bfloat16 on this ``device``."""

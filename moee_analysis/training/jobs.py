@@ -56,10 +56,7 @@ class TrainingBench:
         Every training computes with one thread on a CPU, so its bytes are the same with any number
         of processes.
 
-        Raises
-        ------
-        MoeeError
-            What ``train`` refuses, and the job's name.
+        Raises ``MoeeError``: what ``train`` refuses, and the job's name.
         """
         folders = [self.folder(job) for job in jobs]
         missing = {f: job for f, job in zip(folders, jobs, strict=True) if not present(f)}

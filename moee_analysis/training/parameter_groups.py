@@ -25,10 +25,8 @@ def parameter_groups(
     Jetpack; Zhu et al., arXiv:2406.04801). Norms, biases, temperatures, and what the model names in
     ``no_weight_decay``, do not decay.
 
-    Raises
-    ------
-    MoeeError
-        A ``layer_decay`` below 1 for a model that does not say which layers it has.
+    Raises ``MoeeError``: a ``layer_decay`` below 1 for a model that does not say which layers it
+    has.
     """
     layers = _layers(model) if layer_decay < 1 else {}
     top, new = max(layers.values(), default=0), set(_of_experts(model))

@@ -53,19 +53,12 @@ def train(
 ) -> Trained:
     """Train a copy of ``model`` on the labels of ``images``; the same bytes each time on a CPU.
 
-    Parameters
-    ----------
-    model
-        A timm model, converted or not; all parameters of the copy learn.
-    images
-        To train on. Who trains many models on them loads them once (:meth:`Loaded.of`).
-    check
-        Images, other than those, to look at; they influence nothing.
+    - ``model``: a timm model, converted or not; all parameters of the copy learn.
+    - ``images``: to train on. Who trains many models on them loads them once (:meth:`Loaded.of`).
+    - ``check``: images, other than those, to look at; they influence nothing.
 
-    Raises
-    ------
-    MoeeError
-        A loss that is not finite; no images; a class that the model does not know.
+    Raises ``MoeeError``: a loss that is not finite; no images; a class that the model does not
+    know.
     """
     for each in (images, check):
         if not len(each):

@@ -6,14 +6,7 @@ from dataclasses import dataclass
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.training.augmentation import AUGMENTATIONS
-from moee_analysis.utils.checks import (
-    not_none,
-    one_of,
-    real_number,
-    seed_number,
-    share,
-    whole_number,
-)
+from moee_analysis.utils import checks
 
 FLIP = "flip"
 """Augmentation by mirroring alone: images are prepared once."""
@@ -40,10 +33,7 @@ class SupervisedConfig:
     - ``check_every``: steps between two looks at images that are not trained on; None: at the end.
     - ``seed`` of the order of images, augmentation, and everything random in the model.
 
-    Raises
-    ------
-    MoeeError
-        A value out of its range.
+    Raises ``MoeeError``: a value out of its range.
     """
 
     steps: int = 1000
@@ -63,18 +53,18 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            whole_number(name, getattr(self, name))
-        for name, value in not_none(self, "check_every"):
-            whole_number(name, value)
-        seed_number(self.seed)
-        one_of("augmentation", self.augmentation, (FLIP, *AUGMENTATIONS))
+            checks.whole_number(name, getattr(self, name))
+        for name, value in checks.not_none(self, "check_every"):
+            checks.whole_number(name, value)
+        checks.seed_number(self.seed)
+        checks.one_of("augmentation", self.augmentation, (FLIP, *AUGMENTATIONS))
         for name in ("learning_rate", "clip"):
-            real_number(name, getattr(self, name), above=0)
+            checks.real_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "mixup", "cutmix", "balance_weight"):
-            real_number(name, getattr(self, name), least=0)
+            checks.real_number(name, getattr(self, name), least=0)
         for name in ("warmup", "label_smoothing"):
-            real_number(name, getattr(self, name), least=0, below=1)
-        share("layer_decay", self.layer_decay)
+            checks.real_number(name, getattr(self, name), least=0, below=1)
+        checks.share("layer_decay", self.layer_decay)
         if self.mixes and self.batch_size % 2:
             raise MoeeError(
                 "an even batch_size with mixup or cutmix", str(self.batch_size), "correct it"

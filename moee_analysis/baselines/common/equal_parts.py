@@ -83,20 +83,13 @@ def divide_graph(
 ) -> np.ndarray:
     """Part of every node of a graph, int64 (nodes,); sizes of parts differ by one at most.
 
-    Parameters
-    ----------
-    weights
-        Symmetric weights of the edges, int64 (nodes, nodes), 0 where there is none; the diagonal
-        is ignored.
-    method
-        None: :func:`best_method`.
-    seed
-        Of METIS or of the k-means, and of the nodes that leave parts that are too large.
+    - ``weights``: symmetric weights of the edges, int64 (nodes, nodes), 0 where there is none; the
+      diagonal is ignored.
+    - ``method``: None: :func:`best_method`.
+    - ``seed``: of METIS or of the k-means, and of the nodes that leave parts that are too large.
 
-    Raises
-    ------
-    MoeeError
-        An unknown method, METIS where it is not installed, or more parts than nodes.
+    Raises ``MoeeError``: an unknown method, METIS where it is not installed, or more parts than
+    nodes.
     """
     method = best_method() if method is None else method
     _check(len(weights), parts, method)

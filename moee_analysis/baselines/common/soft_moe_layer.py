@@ -31,16 +31,10 @@ class Mixing(NamedTuple):
 class SlotMlp(nn.Module):
     """Experts on slots, in the place of an MLP.
 
-    Parameters
-    ----------
-    router
-        Tokens (images, tokens, dim) -> :class:`Mixing`.
-    groups
-        Experts in the order of their slots, in groups of one number of hidden neurons.
-    slots
-        Slots of each expert.
-    drop
-        Drops experts in training: outputs (images, experts, slots, dim) -> the same.
+    - ``router``: tokens (images, tokens, dim) -> :class:`Mixing`.
+    - ``groups``: experts in the order of their slots, in groups of one number of hidden neurons.
+    - ``slots``: slots of each expert.
+    - ``drop``: drops experts in training: outputs (images, experts, slots, dim) -> the same.
     """
 
     def __init__(

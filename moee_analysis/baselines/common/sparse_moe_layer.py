@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, one_hot
 
-from moee_analysis.baselines.common.capacity import per_expert
 from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import per_expert
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of
@@ -71,20 +71,14 @@ class Gate(nn.Module):
 class TopKRouter(nn.Module):
     """The k experts of the largest gates, a softmax of the logits, for every token.
 
-    Parameters
-    ----------
-    k
-        Experts of each token.
-    renormalise
-        Whether the weights of a token's k experts are made to sum to 1. With k = 1 the router then
-        learns nothing from the outputs: all weights are 1.
-    capacity
-        How many times its even share of an image's pairs an expert can take, k n / experts; others
-        are dropped, of all tokens' second choices before any first one, and the last tokens first.
-        None: no limit.
-    preference
-        Scores by which the experts are chosen in place of the gates; the weights remain those of
-        the largest gates, in their order.
+    - ``k``: experts of each token.
+    - ``renormalise``: whether the weights of a token's k experts are made to sum to 1. With k = 1
+      the router then learns nothing from the outputs: all weights are 1.
+    - ``capacity``: how many times its even share of an image's pairs an expert can take, k n /
+      experts; others are dropped, of all tokens' second choices before any first one, and the last
+      tokens first. None: no limit.
+    - ``preference``: scores by which the experts are chosen in place of the gates; the weights
+      remain those of the largest gates, in their order.
     """
 
     def __init__(
@@ -132,14 +126,11 @@ class TopKRouter(nn.Module):
 class ExpertChoiceRouter(nn.Module):
     """For every expert the tokens of an image whose gates for it are largest.
 
-    Parameters
-    ----------
-    capacity
-        C: every expert takes C n / experts of an image's n tokens, rounded, at least one.
-    renormalise
-        Whether the weights of all experts that take a token are made to sum to 1.
-    preference
-        Scores by which the tokens are chosen in place of the gates, as in :class:`TopKRouter`.
+    - ``capacity``: C: every expert takes C n / experts of an image's n tokens, rounded, at least
+      one.
+    - ``renormalise``: whether the weights of all experts that take a token are made to sum to 1.
+    - ``preference``: scores by which the tokens are chosen in place of the gates, as in
+      :class:`TopKRouter`.
     """
 
     def __init__(
@@ -291,10 +282,7 @@ def load_loss(logits: torch.Tensor, noisy: torch.Tensor, *, k: int, noise: float
     again, on average over the tokens. Logits are (images, tokens, experts), without and with noise
     of the standard deviation ``noise``.
 
-    Raises
-    ------
-    MoeeError
-        No noise, without which there is no such probability.
+    Raises ``MoeeError``: no noise, without which there is no such probability.
     """
     if not noise > 0:
         raise MoeeError("noise above 0", str(noise), "without noise use the other loss")

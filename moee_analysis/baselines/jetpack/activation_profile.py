@@ -47,20 +47,12 @@ class Profile:
 
 
 def profile(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    together: bool = False,
-    store: str | Path | None = None,
+    model: nn.Module, images: ImageSet, *, together: bool = False, store: str | Path | None = None
 ) -> Profile:
     """Run ``model`` over the images once and add up its activations.
 
-    Parameters
-    ----------
-    together
-        Whether pairs are counted as well.
-    store
-        Folder where the sums are kept and found again; None keeps nothing.
+    - ``together``: whether pairs are counted as well.
+    - ``store``: folder where the sums are kept and found again; None keeps nothing.
     """
     if store is None:
         return Profile(_sums(model, images, together=together))

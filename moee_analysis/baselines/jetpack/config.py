@@ -6,15 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.checks import (
-    layer_numbers,
-    not_none,
-    one_of,
-    real_number,
-    seed_number,
-    share,
-    whole_number,
-)
+from moee_analysis.utils import checks
 
 Method = Literal["importance", "graph", "uniform", "random"]
 Metric = Literal["L2", "L1", "act_patrn"]
@@ -93,20 +85,20 @@ class JetpackConfig:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            one_of(name, getattr(self, name), get_args(choices))
-        for name, value in not_none(self, "width", "num_classes", "core", "universal"):
-            whole_number(name, value, least=1 if name == "width" else 0)
-        whole_number("slots", self.slots)
-        seed_number(self.seed)
-        layer_numbers(self.layers)
-        share("universal_ratio", self.universal_ratio)
-        for name, value in not_none(self, "macs_reduction"):
-            share(name, value)
+            checks.one_of(name, getattr(self, name), get_args(choices))
+        for name, value in checks.not_none(self, "width", "num_classes", "core", "universal"):
+            checks.whole_number(name, value, least=1 if name == "width" else 0)
+        checks.whole_number("slots", self.slots)
+        checks.seed_number(self.seed)
+        checks.layer_numbers(self.layers)
+        checks.share("universal_ratio", self.universal_ratio)
+        for name, value in checks.not_none(self, "macs_reduction"):
+            checks.share(name, value)
         for name in ("drop", "expert_drop"):
-            real_number(name, getattr(self, name), least=0, below=1)
-        real_number("temperature", self.temperature, above=0)
-        for name, value in not_none(self, "noise"):
-            real_number(name, value, least=0)
+            checks.real_number(name, getattr(self, name), least=0, below=1)
+        checks.real_number("temperature", self.temperature, above=0)
+        for name, value in checks.not_none(self, "noise"):
+            checks.real_number(name, value, least=0)
         self._check_together()
 
     def _check_together(self) -> None:

@@ -23,18 +23,12 @@ def successor(
 
     It is in evaluation mode, on the device of ``dense``, and asks for gradients where that does.
 
-    Parameters
-    ----------
-    width
-        Channels (of the last stage, where there are stages); None: those of ``dense``.
-    num_classes
-        Outputs; None: those of ``dense``. A model with others knows no names of classes.
+    - ``width``: channels (of the last stage, where there are stages); None: those of ``dense``.
+    - ``num_classes``: outputs; None: those of ``dense``. A model with others knows no names of
+      classes.
 
-    Raises
-    ------
-    MoeeError
-        A model that is neither a plain vision transformer nor a plain ConvNeXt; a width without
-        whole heads, or without whole stages.
+    Raises ``MoeeError``: a model that is neither a plain vision transformer nor a plain ConvNeXt; a
+    width without whole heads, or without whole stages.
     """
     settings = _settings(dense)
     classes = dense.num_classes if num_classes is None else num_classes

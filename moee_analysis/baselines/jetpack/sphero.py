@@ -25,20 +25,12 @@ class SpheroRouter(nn.Module):
 
     Noise is added to the logits in training alone; the released code adds it in evaluation too.
 
-    Parameters
-    ----------
-    slots
-        Slots of each expert.
-    temperature
-        Of dispatch and combine at the start.
-    combine
-        ``softmax``, or ``entmax15``, which leaves most slots out.
-    normalize_key
-        Whether tokens are scaled to length 1 as well, so that logits are cosines.
-    noise
-        Standard deviation; None is one over the number of experts.
-    seed
-        Of the queries.
+    - ``slots``: slots of each expert.
+    - ``temperature``: of dispatch and combine at the start.
+    - ``combine``: ``softmax``, or ``entmax15``, which leaves most slots out.
+    - ``normalize_key``: whether tokens are scaled to length 1 as well, so that logits are cosines.
+    - ``noise``: standard deviation; None is one over the number of experts.
+    - ``seed``: of the queries.
     """
 
     def __init__(

@@ -8,14 +8,7 @@ from typing import Literal, get_args
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.extract_config import MACS_REDUCTION
 from moee_analysis.models.loading import MlpSite
-from moee_analysis.utils.checks import (
-    layer_numbers,
-    not_none,
-    one_of,
-    seed_number,
-    share,
-    whole_number,
-)
+from moee_analysis.utils import checks
 
 EXPERTS = 96
 SMALLEST = 8  # neurons of an expert, where the number of experts is not given
@@ -69,27 +62,24 @@ class MoeficationConfig:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            one_of(name, getattr(self, name), get_args(choices))
+            checks.one_of(name, getattr(self, name), get_args(choices))
         for one, other in (("macs_reduction", "active"), ("n_experts", "expert_size")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise MoeeError(f"{one} or {other}", "both", "give one of them")
         if self.macs_reduction is None and self.active is None:
             object.__setattr__(self, "macs_reduction", MACS_REDUCTION)
-        for name, value in not_none(self, "macs_reduction", "active"):
-            share(name, value, whole=name == "active")
-        for name, value in not_none(self, "n_experts", "expert_size"):
-            whole_number(name, value)
-        whole_number("tokens", self.tokens)
-        seed_number(self.seed)
-        layer_numbers(self.layers)
+        for name, value in checks.not_none(self, "macs_reduction", "active"):
+            checks.share(name, value, whole=name == "active")
+        for name, value in checks.not_none(self, "n_experts", "expert_size"):
+            checks.whole_number(name, value)
+        checks.whole_number("tokens", self.tokens)
+        checks.seed_number(self.seed)
+        checks.layer_numbers(self.layers)
 
     def experts(self, site: MlpSite) -> int:
         """Number of experts of a layer.
 
-        Raises
-        ------
-        MoeeError
-            More experts than neurons.
+        Raises ``MoeeError``: more experts than neurons.
         """
         if self.expert_size is not None:
             experts = round(site.hidden / self.expert_size)

@@ -17,6 +17,7 @@ from moee_analysis.baselines.moefication.routers import (
     GroundTruthRouter,
     Origin,
     router_macs,
+    train_router,
 )
 from moee_analysis.baselines.moefication.split_neurons import (
     BLOCK,
@@ -26,7 +27,6 @@ from moee_analysis.baselines.moefication.split_neurons import (
     split_neurons,
     thin_sample,
 )
-from moee_analysis.baselines.moefication.train_router import train_router
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.recording import record
@@ -52,18 +52,12 @@ def convert(
     Each layer's ``origin`` says how it was made: the graph is divided by METIS where that is
     installed (``pip install moee-analysis[graph]``), or else by its eigenvectors.
 
-    Parameters
-    ----------
-    images
-        Calibration images; their labels are not used.
-    store
-        Folder that keeps the recorded inputs of the layers, and has them if they were recorded
-        before; None keeps nothing.
+    - ``images``: calibration images; their labels are not used.
+    - ``store``: folder that keeps the recorded inputs of the layers, and has them if they were
+      recorded before; None keeps nothing.
 
-    Raises
-    ------
-    MoeeError
-        No MLPs to convert, more experts than neurons, a budget that cannot be met, a full disk.
+    Raises ``MoeeError``: no MLPs to convert, more experts than neurons, a budget that cannot be
+    met, a full disk.
     """
     source = _with_activation(dense, config)
     sites, sizes = _choose_sites(source, config), count_experts(source, config)
@@ -94,10 +88,7 @@ def matching_active(dense: nn.Module, config: MoeficationConfig) -> float:
     What is left of the MACs when everything but the MLPs and the routers are paid, as a share of
     what the MLPs cost.
 
-    Raises
-    ------
-    MoeeError
-        The MLPs cannot save so much.
+    Raises ``MoeeError``: the MLPs cannot save so much.
     """
     if config.active is not None:
         return config.active

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moee_analysis.baselines.common.capacity import fill_budget, per_expert
+from moee_analysis.baselines.common.replace_mlps import fill_budget, per_expert
 from moee_analysis.errors import MoeeError
 
 ALIKE = [10, 10, 10], [20, 20, 20]

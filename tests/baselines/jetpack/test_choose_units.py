@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moee_analysis.baselines.jetpack.choose_units import (
+from moee_analysis.baselines.jetpack.recycling import (
     Units,
     choose_shared,
     draw_order,

@@ -12,13 +12,7 @@ from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.models.macs import count
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, same_models, toy_vit
-from tests.helpers.widened import (
-    convnext,
-    lively_ones,
-    vit,
-    widened_convnext,
-    widened_vit,
-)
+from tests.helpers.widened import convnext, lively_ones, vit, widened_convnext, widened_vit
 
 METHODS = ("importance", "graph", "uniform", "random")
 IMAGES = toy_images(12)

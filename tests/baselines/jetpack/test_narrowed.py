@@ -7,13 +7,7 @@ from moee_analysis.baselines.jetpack import JetpackConfig, narrowed, successor
 from moee_analysis.errors import MoeeError
 from tests.helpers.images import toy_images
 from tests.helpers.models import lively, same_models, toy_swin, toy_vit
-from tests.helpers.widened import (
-    convnext,
-    lively_ones,
-    vit,
-    widened_convnext,
-    widened_vit,
-)
+from tests.helpers.widened import convnext, lively_ones, vit, widened_convnext, widened_vit
 
 IMAGES = toy_images(12)
 PLANTED = {

@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.baselines.moefication.train_router import (
-    EPOCHS,
-    PATIENCE,
-    captured,
-    train_router,
-)
+from moee_analysis.baselines.moefication.routers import EPOCHS, PATIENCE, captured, train_router
 from moee_analysis.errors import MoeeError
 
 EXPERTS, DIM, K = 8, 12, 2
