@@ -16,6 +16,7 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
 from moee_analysis.measure.evaluation.engine import costs_of
 from moee_analysis.measure.routing.bootstrap import over_seeds
+from moee_analysis.measure.routing.tables import captioned
 from moee_analysis.models.macs import count
 from moee_analysis.training.finetune import Finetuned, finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
@@ -53,7 +54,9 @@ def fine_tuning(
 
     Raises MoeeError: no runs, no seeds, or images that are in both sets.
     """
-    _check(runs, training, images, seeds)
+    if not seeds or not runs or not all(runs.values()):
+        raise MoeeError("a run or more of every system, and a seed", "none", "name some")
+    check_disjoint(training, images, use="trained on")
     dense = next(iter(runs.values()))[0].dense()
     whole = [(system, n, run) for system, own in runs.items() for n, run in enumerate(own)]
     jobs = [(system, n, seed, run) for system, n, run in whole for seed in seeds]
@@ -76,19 +79,7 @@ def fine_tuning(
     table = table.join(pd.DataFrame([spread[key[:3]] for key in models]))
     table = table.join(costs[["macs_reduction", "params_reduction"]])
     table["epoch"] = [tuned[key].best if key in tuned else 0 for key in models]
-    table.attrs["caption"] = _caption(tuned, images, seeds)
-    return table
-
-
-def _check(
-    runs: Mapping[str, Sequence[Extraction]],
-    training: ImageSet,
-    images: ImageSet,
-    seeds: Sequence[int],
-) -> None:
-    if not seeds or not runs or not all(runs.values()):
-        raise MoeeError("a run or more of every system, and a seed", "none", "name some")
-    check_disjoint(training, images, use="trained on")
+    return captioned(table, _caption(next(iter(tuned.values())), images, seeds))
 
 
 def _stack(scores: Mapping[tuple, Scores], stage: tuple, seeds: Iterable[int]) -> np.ndarray:
@@ -96,8 +87,8 @@ def _stack(scores: Mapping[tuple, Scores], stage: tuple, seeds: Iterable[int]) -
     return np.stack([scores[*stage, seed]["right"] for seed in seeds])
 
 
-def _caption(tuned: Mapping[tuple, Finetuned], images: ImageSet, seeds: Sequence[int]) -> str:
-    facts = next(iter(tuned.values())).run.provenance["finetunings"][-1]
+def _caption(tuned: Finetuned, images: ImageSet, seeds: Sequence[int]) -> str:
+    facts = tuned.run.provenance["finetunings"][-1]
     settings = facts["config"]
     return (
         f"{len(images)} images evaluated, trained on {facts['n_images']} others of "

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from moee_analysis.measure.routing.bootstrap import repeat
+from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
+from moee_analysis.measure.routing.tables import captioned
 from moee_analysis.measure.training.trainings import Trainings
 
 
@@ -22,18 +23,13 @@ def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame
     seen so far, ``loss``, ``top1``; and of all seeds ``mean``, ``low``, ``high`` (95 % interval),
     the same in each of them.
     """
-    draws = _drawn_curves(trained, resamples)
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)  # (starts, looks)
-    mean = trained.right.mean(axis=(1, 3))
-    seeds = trained.right.shape[1]
-    table = trained.history.assign(
-        **{
-            name: np.repeat(values[:, None], seeds, axis=1).ravel()
-            for name, values in {"mean": mean, "low": low, "high": high}.items()
-        }
+    draws = draw_curves(trained, resamples)
+    low, high = np.quantile(draws, MIDDLE, axis=0)  # (starts, looks)
+    mean, seeds = trained.right.mean(axis=(1, 3)), trained.right.shape[1]
+    mean, low, high = (
+        np.repeat(each[:, None], seeds, axis=1).ravel() for each in (mean, low, high)
     )
-    table.attrs["caption"] = trained.caption
-    return table
+    return captioned(trained.history.assign(mean=mean, low=low, high=high), trained.caption)
 
 
 def learned(
@@ -51,19 +47,18 @@ def learned(
     """
     final = trained.right[:, :, -1].mean(axis=2)  # (starts, seeds)
     level = final.mean(axis=1).min() if level is None else level
-    draws = _drawn_curves(trained, resamples)
+    draws = draw_curves(trained, resamples)
     seen = trained.history["images"].unique()
     reached = np.apply_along_axis(_reached, 2, draws, seen, level)
-    reached_low, reached_high = np.quantile(reached, (0.025, 0.975), axis=0, method="nearest")
-    low, high = np.quantile(draws[:, :, -1], (0.025, 0.975), axis=0)
+    reached_low, reached_high = np.quantile(reached, MIDDLE, axis=0, method="nearest")
+    low, high = np.quantile(draws[:, :, -1], MIDDLE, axis=0)
     own = [_reached(curve, seen, level) for curve in trained.right.mean(axis=(1, 3))]
     table = trained.sizes.assign(
         top1=final.mean(axis=1), low=low, high=high, worst=final.min(axis=1),
         best=final.max(axis=1), level=level, images=np.where(np.isinf(own), np.nan, own),
         images_low=reached_low, images_high=reached_high,
     )  # fmt: skip
-    table.attrs["caption"] = trained.caption
-    return table
+    return captioned(table, trained.caption)
 
 
 def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
@@ -74,15 +69,14 @@ def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFra
     ``beats``: whether the interval lies above 0.
     """
     final = trained.right[:, :, -1].mean(axis=(1, 2))
-    draws = _drawn_curves(trained, resamples)[:, :, -1]
-    rows = [
-        _pair(trained.starts, (a, b), final[a] - final[b], draws[:, a] - draws[:, b])
-        for a in range(len(final))
-        for b in range(len(final))
-    ]
-    table = pd.DataFrame(rows)
-    table.attrs["caption"] = trained.caption
-    return table
+    draws = draw_curves(trained, resamples)[:, :, -1]
+    starts = pd.DataFrame({"start": trained.starts, "order": range(len(final))})
+    pairs = starts.merge(starts, how="cross", suffixes=("_a", "_b"))
+    a, b = pairs["order_a"], pairs["order_b"]
+    low, high = np.quantile(draws[:, a] - draws[:, b], MIDDLE, axis=0)
+    pairs = pairs[["start_a", "start_b", "order_a", "order_b"]]
+    found = pairs.assign(difference=final[a] - final[b], low=low, high=high, beats=low > 0)
+    return captioned(found, trained.caption)
 
 
 def beats_all(pairs: pd.DataFrame, start: str, others: Iterable[str]) -> bool | None:
@@ -96,17 +90,7 @@ def beats_all(pairs: pd.DataFrame, start: str, others: Iterable[str]) -> bool | 
     return True if (rows["low"] > 0).all() else None
 
 
-def _pair(
-    names: list[str], places: tuple[int, int], difference: float, draws: np.ndarray
-) -> dict[str, object]:
-    (a, b), (low, high) = places, np.quantile(draws, (0.025, 0.975))
-    return {
-        "start_a": names[a], "start_b": names[b], "order_a": a, "order_b": b,
-        "difference": difference, "low": low, "high": high, "beats": bool(low > 0),
-    }  # fmt: skip
-
-
-def _drawn_curves(trained: Trainings, resamples: int) -> np.ndarray:
+def draw_curves(trained: Trainings, resamples: int) -> np.ndarray:
     """Resampled mean curves (resamples, starts, looks); the same draws whenever asked."""
     right = trained.right.astype(np.float32)
     _, seeds, _, images = right.shape
@@ -117,10 +101,8 @@ def _drawn_curves(trained: Trainings, resamples: int) -> np.ndarray:
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         times = rng.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds))
-        return (
-            (times / times.sum()).astype(np.float32),
-            (rng.multinomial(images, np.full(images, 1 / images)) / images).astype(np.float32),
-        )
+        of_images = rng.multinomial(images, np.full(images, 1 / images)) / images
+        return (times / times.sum()).astype(np.float32), of_images.astype(np.float32)
 
     return repeat(curves, draw, times=resamples, seed=0)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,11 @@ from torch import nn
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.measure.routing.resolve import batches_of
+from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.models.capture import watch
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.survey import survey
-from moee_analysis.utils.progress import progress
 
 
 def contributions(
@@ -50,39 +50,40 @@ def contributions(
     if most > len(groups):
         raise MoeeError(f"names of {most} groups of experts", str(list(groups)), "name them all")
     sums = {name: np.zeros((len(layer.groups) + 1, 3)) for name, layer in layers.items()}
-    with ExitStack() as hooks, evaluating(model):
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_hook(partial(_add, sums[name])).remove)
-        for x in progress(images.batches(model), label="contributions"):
-            model(x.to(next(model.parameters())))
-    places = _places(model, layers)
-    rows = [row for name in layers for row in _rows(places[name], layers[name], sums[name], groups)]
-    table = pd.DataFrame(rows)
-    table.attrs["caption"] = f"{len(images)} images; mean over all tokens."
-    return table
+    with evaluating(model), watch(layers, lambda name, x: _add(sums[name], layers[name], x)):
+        for x in batches_of(model, images, label="contributions"):
+            model(x)
+    # layers are counted among all MLPs, also those that have become layers of slots
+    mlps = {mlp.name for mlp in survey(model) if mlp.convertible} | set(layers)
+    ordered = [name for name, _ in model.named_modules() if name in mlps]
+    rows = [
+        {"layer": ordered.index(name)} | row
+        for name, layer in layers.items()
+        for row in _rows(layer, sums[name], groups)
+    ]
+    return captioned(pd.DataFrame(rows), f"{len(images)} images; mean over all tokens.")
 
 
-def _add(sums: np.ndarray, layer: SlotMlp, args: tuple[torch.Tensor], _: torch.Tensor) -> None:
+def _add(sums: np.ndarray, layer: SlotMlp, x: torch.Tensor) -> None:
     """Add lengths, combine weights and numbers of all tokens: of each group, then of the layer."""
-    tokens = args[0].flatten(1, -2)
+    tokens = x.flatten(1, -2)
     mixing = layer.router(tokens)
     made = layer.slot_outputs(tokens, mixing).flatten(1, 2)
     slots = [layer.slots * group.n_experts for group in layer.groups]
     parts = zip(mixing.combine.split(slots, dim=2), made.split(slots, dim=1), strict=True)
     added = [(combine @ own, combine) for combine, own in parts]
     added.append((sum(each for each, _ in added), mixing.combine))
-    for row, (each, combine) in zip(sums, added, strict=True):
-        length = each.norm(dim=2).double().sum().item()
-        np.add(row, (length, combine.double().sum().item(), tokens[..., 0].numel()), out=row)
+    count = tokens[..., 0].numel()
+    sums += [
+        (float(each.norm(dim=2).double().sum()), float(combine.double().sum()), count)
+        for each, combine in added
+    ]
 
 
-def _rows(
-    place: int, layer: SlotMlp, sums: np.ndarray, names: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+def _rows(layer: SlotMlp, sums: np.ndarray, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     *own, whole = sums
     for name, group, (length, mass, tokens) in zip(names, layer.groups, own, strict=False):
         yield {
-            "layer": place,
             "group": name,
             "experts": group.n_experts,
             "hidden": group.hidden,
@@ -90,10 +91,3 @@ def _rows(
             "relative": length / whole[0],
             "mass": mass / whole[1],
         }
-
-
-def _places(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
-    """Place of every layer among all MLPs of the model, from 0."""
-    mlps = {mlp.name for mlp in survey(model) if mlp.convertible} | set(layers)
-    ordered = [name for name, _ in model.named_modules() if name in mlps]
-    return {name: place for place, name in enumerate(ordered)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -91,13 +90,21 @@ def trainings(
     Raises MoeeError: no starts or no seeds; images that are in both sets; a loss that is not
     finite.
     """
-    _check(starts, training, images, seeds)
+    for seed in seeds:
+        seed_number(seed, "seeds")
+    if not isinstance(seeds, Sequence) or not starts or not seeds or len(set(seeds)) < len(seeds):
+        raise MoeeError("a start or more, and seeds that differ", "none, or twice", "name some")
+    check_disjoint(training, images, use="trained on")
     jobs = {
         (name, seed): TrainingJob(name, start(seed), replace(config, seed=seed))
         for name, start in starts.items()
         for seed in seeds
     }
-    sizes = [_size(name, jobs[name, seeds[0]].model) for name in starts]
+    models = {name: jobs[name, seeds[0]].model for name in starts}
+    sizes = [
+        {"start": name, "macs": count(model, sites=[]).total, "params": count_parameters(model)}
+        for name, model in models.items()
+    ]
     bench = TrainingBench(training, images, Path(store))
     folders = dict(zip(jobs, bench.all_done(list(jobs.values()), workers=workers), strict=True))
     histories = [
@@ -114,20 +121,6 @@ def trainings(
         folders,
         _caption(training, images, config, seeds),
     )
-
-
-def _check(
-    starts: Mapping[str, Start], training: ImageSet, images: ImageSet, seeds: Sequence[int]
-) -> None:
-    for seed in seeds:
-        seed_number(seed, "seeds")
-    if not isinstance(seeds, Sequence) or not starts or not seeds or len(set(seeds)) < len(seeds):
-        raise MoeeError("a start or more, and seeds that differ", "none, or twice", "name some")
-    check_disjoint(training, images, use="trained on")
-
-
-def _size(name: str, model: nn.Module) -> dict[str, Any]:
-    return {"start": name, "macs": count(model, sites=[]).total, "params": count_parameters(model)}
 
 
 def _caption(

@@ -59,30 +59,23 @@ def test_scores_are_those_of_each_model(table, runs, store):
     assert row["epoch"].item() == tuned.best
 
 
-def test_the_seeds_of_a_stage_share_their_mean_and_interval(table):
+def test_the_seeds_of_a_stage_share_their_mean_and_a_system_its_savings(table):
     for _, rows in table.groupby(["system", "budget", "stage"]):
         assert rows["mean"].nunique() == rows["low"].nunique() == rows["high"].nunique() == 1
         assert rows["mean"].iloc[0] == pytest.approx(rows["retention"].mean())
         assert (rows["low"] <= rows["mean"] + 1e-9).all()
         assert (rows["mean"] <= rows["high"] + 1e-9).all()
-
-
-def test_savings_are_those_of_the_run(table):
-    static = table[table["system"] == "static"]
-    assert np.allclose(static["macs_reduction"], static["macs_reduction"].iloc[0])
-    assert static["macs_reduction"].iloc[0] == pytest.approx(0.3, abs=0.02)
+    static = table.loc[table["system"] == "static", "macs_reduction"]
+    assert np.allclose(static, static.iloc[0])
+    assert static.iloc[0] == pytest.approx(0.3, abs=0.02)
     assert table.groupby("system")["params_reduction"].nunique().tolist() == [1, 1]
 
 
-def test_images_that_were_trained_on_are_not_evaluated(runs, store):
-    with pytest.raises(MoeeError, match="not trained on"):
-        measure.fine_tuning(runs, TRAINING, toy_images(10), CONFIG, store=store)
-
-
-@pytest.mark.parametrize("bad", [{"seeds": ()}, {"runs": {}}, {"runs": {"none": []}}])
-def test_nothing_to_do_is_refused(runs, store, bad):
-    given = {"runs": runs, "seeds": (0,)} | bad
-    with pytest.raises(MoeeError, match="a run or more"):
-        measure.fine_tuning(
-            given["runs"], TRAINING, IMAGES, CONFIG, store=store, seeds=given["seeds"]
-        )
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"seeds": ()}, "a run or more"), ({"runs": {}}, "a run or more"),
+    ({"runs": {"none": []}}, "a run or more"), ({"images": toy_images(10)}, "not trained on"),
+])  # fmt: skip
+def test_nothing_to_do_and_images_that_were_trained_on_are_refused(runs, store, bad, message):
+    given = {"runs": runs, "training": TRAINING, "images": IMAGES, "config": CONFIG} | bad
+    with pytest.raises(MoeeError, match=message):
+        measure.fine_tuning(**given, store=store)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from moee_analysis import measure
+from moee_analysis.measure.training.learning_curves import draw_curves
 from moee_analysis.measure.training.trainings import Trainings
 
 SEEN = (0, 10, 20)
@@ -64,13 +65,9 @@ def test_what_is_learned_and_how_soon():
     slowest = measure.learned(trainings_of(RISING)).set_index("start")
     assert slowest["level"].iloc[0] == pytest.approx(final.mean(axis=1).min())
     assert slowest["images"].notna().all()
-
-
-def test_images_to_a_level_lie_on_a_straight_line_between_two_looks():
-    right = np.zeros((1, 1, 3, 10), bool)
+    right = np.zeros((1, 1, 3, 10), bool)  # between two looks on a straight line
     right[0, 0, 1, :4], right[0, 0, 2, :8] = True, True
-    table = measure.learned(trainings_of(right), level=0.6)
-    assert table["images"].item() == pytest.approx(15)
+    assert measure.learned(trainings_of(right), level=0.6)["images"].item() == pytest.approx(15)
     assert measure.learned(trainings_of(right), level=0.0)["images"].item() == 0
 
 
@@ -87,10 +84,7 @@ def test_a_start_beats_another_where_the_interval_says_so():
         assert there["low"] == pytest.approx(-back["high"])
         assert there["difference"] == pytest.approx(-back["difference"])
     assert (table.loc[[(n, n) for n in "abc"], ["difference", "low", "high"]] == 0).all(axis=None)
-
-
-def test_beating_all_others_is_yes_no_or_neither():
-    pairs = measure.which_beats_which(trainings_of(RISING))
+    pairs = table.reset_index()
     assert measure.beats_all(pairs, "a", ["b", "c"]) is True
     assert measure.beats_all(pairs, "b", ["a", "c"]) is False
     assert measure.beats_all(pairs, "b", ["c"]) is None
@@ -107,7 +101,7 @@ def test_a_difference_on_the_same_images_is_surer_than_each_value():
     assert row["beats"]
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [2, 5])
 def test_few_seeds_have_their_whole_variance(seeds):
     """Where seeds alone differ, the interval is that of the mean of as many seeds."""
     rng = np.random.default_rng(1)
@@ -117,7 +111,7 @@ def test_few_seeds_have_their_whole_variance(seeds):
         tops = rng.integers(60, 140, size=seeds)
         for seed, top in enumerate(tops):
             right[0, seed, -1, :top] = True
-        draws = measure.learning._drawn_curves(trainings_of(right), 400)[:, 0, -1]
+        draws = draw_curves(trainings_of(right), 200)[:, 0, -1]
         of_images = tops.mean() / 200 * (1 - tops.mean() / 200) / 200
         widths.append(draws.var() - of_images)
         spreads.append((tops / 200).var(ddof=1) / seeds)

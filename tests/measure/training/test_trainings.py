@@ -43,6 +43,10 @@ def test_every_start_is_trained_with_every_seed(trained):
     assert trained.right.mean(axis=3).ravel().tolist() == history["top1"].tolist()
     assert trained.starts == ["shallow", "deep"]
     assert trained.sizes["params"].is_monotonic_increasing
+    turned = trained.of(["deep", "shallow"])
+    assert turned.starts == ["deep", "shallow"]
+    assert np.array_equal(turned.right, trained.right[::-1])
+    assert turned.history["top1"].tolist() == turned.right.mean(axis=3).ravel().tolist()
 
 
 def test_each_is_what_train_makes_of_it(trained):
@@ -86,24 +90,15 @@ def test_processes_side_by_side_come_to_the_same_bytes(trained, tmp_path):
     assert beside.history.equals(trained.history)
 
 
-def test_some_of_the_starts(trained):
-    one = trained.of(["deep"])
-    assert one.starts == ["deep"]
-    assert np.array_equal(one.right, trained.right[1:])
-    assert one.history["start"].unique().tolist() == ["deep"]
-    turned = trained.of(["deep", "shallow"])
-    assert turned.history["top1"].tolist() == turned.right.mean(axis=3).ravel().tolist()
-
-
-def test_images_in_both_sets_are_refused(store):
-    with pytest.raises(MoeeError, match="not trained on"):
-        measure.trainings(STARTS, TRAINING, TRAINING, CONFIG, store=store)
-
-
-@pytest.mark.parametrize(("starts", "seeds"), [({}, (0,)), (STARTS, ()), (STARTS, (1, 1))])
-def test_nothing_to_train_is_refused(store, starts, seeds):
-    with pytest.raises(MoeeError, match="a start or more"):
-        trained_in(store, starts, seeds=seeds)
+@pytest.mark.parametrize(("starts", "seeds", "images", "message"), [
+    ({}, (0,), IMAGES, "a start or more"), (STARTS, (), IMAGES, "a start or more"),
+    (STARTS, (1, 1), IMAGES, "a start or more"), (STARTS, (0,), TRAINING, "not trained on"),
+])  # fmt: skip
+def test_nothing_to_train_and_images_in_both_sets_are_refused(
+    store, starts, seeds, images, message
+):
+    with pytest.raises(MoeeError, match=message):
+        measure.trainings(starts, TRAINING, images, CONFIG, seeds=seeds, store=store)
 
 
 def test_a_start_that_diverges_is_named_and_leaves_no_folder(tmp_path):
