@@ -12,8 +12,8 @@ from tests.helpers.processes import (
     finetuning,
     make_inputs,
     new_place,
-    processes,
     run_command,
+    start,
 )
 
 
@@ -28,8 +28,7 @@ def made(tmp_path_factory):
 
 def done(argv, place, largest=None):
     """The exit code of a command that can write no file of more than so many bytes."""
-    process = processes().Process(target=run_command, args=(argv, place, largest))
-    process.start()
+    process = start(run_command, argv, place, largest)
     process.join()
     return process.exitcode
 
@@ -62,13 +61,13 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_result(made, tmp_pat
         (place / "out").write_text("old")
     before = contents(made / "run")
     assert done(arguments(made, place), place, largest) == 2
-    told = (place / "told").read_text()
-    (line,) = [line for line in told.splitlines() if line.startswith("moee")]
-    assert line == told.splitlines()[-1]
+    printed = (place / "printed").read_text()
+    (line,) = [line for line in printed.splitlines() if line.startswith("moee")]
+    assert line == printed.splitlines()[-1]
     assert "free" in line
     assert str(place) in line
     assert "What to do: make room" in line
-    assert "Traceback" not in told
+    assert "Traceback" not in printed
     names = {path.name for path in place.rglob("*") if "store" not in path.parts}
     assert not [each for each in names if each.startswith(".") or "-moee-" in each]
     assert not list((place / "tmp").iterdir())

@@ -95,6 +95,32 @@ def run_command(argv, place, largest=None):
     sys.exit(main(argv))
 
 
+def make_inputs(folder):
+    """Weights of a small model, and a few pictures."""
+    from safetensors.torch import save_file
+
+    from tests.helpers.images import image_folder
+    from tests.helpers.models import lively
+
+    save_file(lively().state_dict(), folder / "weights.safetensors")
+    image_folder(folder / "images", {"ant": 8, "bee": 8})
+    return folder
+
+
+def extraction(inputs, out, store=None):
+    """Arguments of an extraction that takes two seconds."""
+    own = [] if store is None else ["--store", str(store)]
+    return ["extract", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"),
+            "--recipe", "best", "--calibration", str(inputs / "images"),
+            "--macs-reduction", "0.28", "--out", str(out), *own]  # fmt: skip
+
+
+def finetuning(inputs, run, out):
+    """Arguments of a fine-tuning that takes two seconds."""
+    return ["finetune", str(run), "--images", str(inputs / "images"), "--epochs", "3",
+            "--batch-size", "4", "--out", str(out)]  # fmt: skip
+
+
 @contextmanager
 def small_disk(largest):
     """No file may have more bytes than ``largest``, as if the disk were full."""
