@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.storage.files import new_file, write_json
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -27,12 +29,12 @@ def extract(arguments: Namespace) -> int:
     from moee_analysis.utils.distributed import together
 
     with together():
-        return _extract_together(arguments)
+        return _extract(arguments)
 
 
-def _extract_together(arguments: Namespace) -> int:
+def _extract(arguments: Namespace) -> int:
     import moee_analysis as moee
-    from moee_analysis.cli.printing import layers_text
+    from moee_analysis.cli import printing
     from moee_analysis.extraction.config.recipes import recipe_named
     from moee_analysis.extraction.saving.run_files import check_target
     from moee_analysis.models.class_names import name_by_folders
@@ -54,7 +56,7 @@ def _extract_together(arguments: Namespace) -> int:
     run = moee.extract(model, images, config, store=arguments.store, limits=limits)
     if rank() == 0:
         run.save(arguments.out)
-        print(layers_text(run))
+        print(printing.layers_text(run))
         tell(f"saved to {arguments.out}")
     return 0
 
@@ -62,16 +64,15 @@ def _extract_together(arguments: Namespace) -> int:
 def evaluate(arguments: Namespace) -> int:
     """Compare a run with its dense model."""
     import moee_analysis as moee
-    from moee_analysis.cli.printing import numbers_text
+    from moee_analysis.cli import printing
     from moee_analysis.measure.evaluation.evaluate import evaluate as evaluate_run
-    from moee_analysis.utils.storage.files import write_json
 
     images = moee.load_images(arguments.images, strict=arguments.strict)
     run = _run(arguments, images)
     numbers = evaluate_run(run, images, weights=arguments.weights, device=arguments.device)
     if arguments.json:
         write_json(arguments.json, numbers)
-    print(numbers_text(numbers))
+    print(printing.numbers_text(numbers))
     return 0
 
 
@@ -80,16 +81,15 @@ def finetune(arguments: Namespace) -> int:
     from moee_analysis.utils.distributed import together
 
     with together():
-        return _finetune_together(arguments)
+        return _finetune(arguments)
 
 
-def _finetune_together(arguments: Namespace) -> int:
+def _finetune(arguments: Namespace) -> int:
     import moee_analysis as moee
-    from moee_analysis.cli.printing import tuned_text
+    from moee_analysis.cli import printing
     from moee_analysis.models.loading import check_device
     from moee_analysis.utils.distributed import local_device, rank
     from moee_analysis.utils.progress import tell
-    from moee_analysis.utils.storage.files import new_file
 
     config = moee.FinetuneConfig(**_settings(arguments, moee.FinetuneConfig))
     device = local_device(arguments.device)
@@ -101,10 +101,10 @@ def _finetune_together(arguments: Namespace) -> int:
     )
     tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
     if rank() == 0:
-        curve = moee.plots.history(tuned.history, caption=tuned_text(tuned))
+        curve = moee.plots.history(tuned.history, caption=printing.tuned_text(tuned))
         with new_file(arguments.out / "curve.png") as partial:
             curve.savefig(partial, format="png")
-        print(tuned_text(tuned))
+        print(printing.tuned_text(tuned))
         tell(f"saved to {arguments.out}")
     return 0 if tuned.finite else 1
 
@@ -113,13 +113,12 @@ def compare(arguments: Namespace) -> int:
     """Set all systems side by side."""
     import moee_analysis as moee
     from moee_analysis.baselines.registry import systems_named
-    from moee_analysis.cli.printing import comparison_text
+    from moee_analysis.cli import printing
     from moee_analysis.extraction.config.presets import preset_named
     from moee_analysis.measure.evaluation.comparison import Contest
     from moee_analysis.measure.evaluation.comparison import compare as compare_systems
     from moee_analysis.measure.evaluation.comparison_table import comparison_table
     from moee_analysis.models.class_names import name_by_folders
-    from moee_analysis.utils.storage.files import write_json
 
     systems_named(arguments.systems)
     model = _model(arguments, arguments.device)
@@ -139,7 +138,7 @@ def compare(arguments: Namespace) -> int:
     )  # fmt: skip
     if arguments.json:
         write_json(arguments.json, rows)
-    print(comparison_text(comparison_table(rows)))
+    print(printing.comparison_text(comparison_table(rows)))
     return 0
 
 
@@ -148,8 +147,8 @@ def atlas(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.models.loading import check_device
     from moee_analysis.report.atlas import write_atlas
+    from moee_analysis.utils import web_browser
     from moee_analysis.utils.progress import tell
-    from moee_analysis.utils.web_browser import open_page
 
     check_device(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
@@ -158,7 +157,7 @@ def atlas(arguments: Namespace) -> int:
     page = write_atlas(run, images, arguments.out, dense=_dense(run, arguments))
     tell(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
-        open_page(page)
+        web_browser.open_page(page)
     return 0
 
 
@@ -167,28 +166,27 @@ def report(arguments: Namespace) -> int:
     from moee_analysis.report.notebook.image_sets import check_report
     from moee_analysis.report.pages.index import INDEX
     from moee_analysis.report.runner import run_notebooks
-    from moee_analysis.utils.web_browser import open_page
+    from moee_analysis.utils import web_browser
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
     given = _given(arguments, *names) | {"class_file": arguments.classes}
     check_report(given | {"preset": arguments.preset})
     outcomes = run_notebooks.report(given, out=arguments.out, preset=arguments.preset)
     if arguments.open:
-        open_page(arguments.out / INDEX)
+        web_browser.open_page(arguments.out / INDEX)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
 def store(arguments: Namespace) -> int:
     """List what a store holds, or remove what was not used for longest."""
-    from moee_analysis.cli.printing import pruned_text, store_text
-    from moee_analysis.utils.paths import store_folder
+    from moee_analysis.cli import printing
     from moee_analysis.utils.storage.upkeep import entries, prune
 
     root = arguments.store or store_folder()
     if arguments.prune is None:
-        print(store_text(root, entries(root)))
+        print(printing.store_text(root, entries(root)))
     else:
-        print(pruned_text(prune(root, arguments.prune), arguments.prune))
+        print(printing.pruned_text(prune(root, arguments.prune), arguments.prune))
     return 0
 
 

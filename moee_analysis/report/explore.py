@@ -64,30 +64,16 @@ def explore(
     Parameters
     ----------
     plot
-        A function of the choices, by name, to a figure. :func:`of_table` makes one of a plot and
-        its table.
+        A function of the choices, by name, to a figure, such as :func:`of_table` makes.
     shown
         Values for the static grid, by the name of a choice; without them evenly spaced ones, in
         all not more than :data:`FIGURES` figures.
-    caption
-        The text below.
     choices
         Values of each choice by its name: a sequence, :class:`DependsOn` or :class:`Pictures`.
 
-    Raises
-    ------
-    MoeeError
-        No choice, one without values, one that depends on a choice that does not come before it,
-        or values to be shown that are none of a choice.
-
     Examples
     --------
-    >>> table = measure.class_routing(run, images)
-    >>> explore(
-    ...     of_table(plots.class_routing, table),
-    ...     layer=values_of(table, "layer"),
-    ...     class_name=values_of(table, "class_name"),
-    ... )
+    >>> explore(of_table(plots.class_routing, table), layer=values_of(table, "layer"))
     """
     _check(choices)
     if is_in_notebook() and not is_headless():
@@ -97,10 +83,7 @@ def explore(
 
 
 def of_table(plot: Plot, table: pd.DataFrame, **options: Any) -> Plot:
-    """Return a plot of the rows of ``table`` whose columns have the values that are chosen.
-
-    The names of choices are columns. ``options`` go to ``plot`` as they are.
-    """
+    """Return a plot of the rows of ``table`` whose columns have the values that are chosen."""
 
     def plot_rows(**choice: Any) -> Figure:
         rows = table
@@ -113,18 +96,11 @@ def of_table(plot: Plot, table: pd.DataFrame, **options: Any) -> Plot:
 
 
 def values_of(table: pd.DataFrame, column: str, *, by: str | None = None) -> Values:
-    """Values of a column in order of appearance; ``by`` another column: those of each of its own.
-
-    Raises
-    ------
-    MoeeError
-        A column that the table does not have.
-    """
-    for name in (column, by):
-        if name is not None and name not in table:
-            raise MoeeError(
-                f"a column among {', '.join(map(str, table))}", f"'{name}'", "correct the name"
-            )
+    """Values of a column in order of appearance, or of each value of another column, ``by``."""
+    for name in filter(None, (column, by)):
+        if name not in table:
+            columns = ", ".join(map(str, table))
+            raise MoeeError(f"a column among {columns}", f"'{name}'", "correct the name")
     if by is None:
         return table[column].unique().tolist()
     groups = table.groupby(by, sort=False)[column]
@@ -148,10 +124,9 @@ def _check(choices: Mapping[str, Values]) -> None:
     for place, (name, values) in enumerate(choices.items()):
         before = list(choices)[:place]
         if isinstance(values, DependsOn) and values.other not in before:
-            raise MoeeError(
-                f"'{name}' after '{values.other}', which it depends on",
-                f"{', '.join(before) or 'nothing'} before it", "give the choices in that order",
-            )  # fmt: skip
+            expected = f"'{name}' after '{values.other}', which it depends on"
+            found = f"{', '.join(before) or 'nothing'} before it"
+            raise MoeeError(expected, found, "give the choices in that order")
         if not _all_options(values) or not all(map(len, _all_options(values))):
             raise MoeeError(f"values of '{name}'", "none", "pass at least one")
 
@@ -163,11 +138,9 @@ def _combinations(
     choices: Mapping[str, Values], shown: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
     """Choices for the grid: those of ``shown``, or else some evenly spaced ones."""
-    unknown = sorted(set(shown) - set(choices))
-    if unknown:
-        raise MoeeError(
-            f"choices among {', '.join(choices)} to be shown", f"'{unknown[0]}'", "correct it"
-        )
+    for unknown in sorted(set(shown) - set(choices)):
+        expected = f"choices among {', '.join(choices)} to be shown"
+        raise MoeeError(expected, f"'{unknown}'", "correct it")
     free = len(choices) - len(shown)
     given = math.prod(map(len, shown.values()))
     each = max(1, round((FIGURES / given) ** (1 / max(1, free)) - 0.01))
@@ -187,10 +160,8 @@ def _few(name: str, options: Sequence[Any], wanted: Sequence[Any] | None, each: 
         return [options[int((place + 0.5) * len(options) / count)] for place in range(count)]
     there = [value for value in wanted if value in options]
     if not there:
-        raise MoeeError(
-            f"values of '{name}' among {', '.join(map(str, list(options)[:8]))}",
-            ", ".join(map(str, wanted)) or "none", "choose some of them",
-        )  # fmt: skip
+        expected = f"values of '{name}' among {', '.join(map(str, list(options)[:8]))}"
+        raise MoeeError(expected, ", ".join(map(str, wanted)) or "none", "choose some of them")
     return there
 
 
@@ -243,13 +214,9 @@ def _is_scale(values: Values) -> bool:
 
 def _control(name: str, options: list[tuple[str, Any]], *, slides: bool) -> widgets.Widget:
     kind = widgets.SelectionSlider if slides else widgets.Dropdown
-    return kind(
-        options=options,
-        description=name.replace("_", " ").removesuffix(" name"),
-        style={"description_width": "5rem"},
-        layout={"width": "26rem"},
-        **({"continuous_update": False} if slides else {}),
-    )
+    label, more = name.replace("_", " ").removesuffix(" name"), {"continuous_update": False}
+    look = {"style": {"description_width": "5rem"}, "layout": {"width": "26rem"}}
+    return kind(options=options, description=label, **look, **(more if slides else {}))
 
 
 def _offer(control: widgets.Widget, options: list[tuple[str, Any]]) -> None:

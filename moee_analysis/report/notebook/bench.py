@@ -67,7 +67,7 @@ class Bench:
 
     @property
     def device(self) -> str:
-        """Where the dense model is: ``"cuda"`` where there is one, else ``"cpu"``."""
+        """The dense model's: ``"cuda"`` where there is one, else ``"cpu"``."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @cached_property
@@ -103,22 +103,12 @@ class Bench:
     @cached_property
     def run(self) -> Extraction:
         """MoEE as published, with this :attr:`saving`; computed once, then found in the store."""
-        config = ExtractConfig(
-            recipe="paper",
-            macs_reduction=self.saving,
-            preset=self.parameters.preset,
-            seed=self.seed,
-        )
+        given = {"preset": self.parameters.preset, "seed": self.seed}
+        config = ExtractConfig(recipe="paper", macs_reduction=self.saving, **given)
         return extract(self.dense, self.calibration, config, store=self.store)
 
     def choose_layers(self, default: Sequence[int]) -> list[int]:
-        """Return the layers to show: the parameter ``layers``, or ``default`` if it is empty.
-
-        Raises
-        ------
-        MoeeError
-            A layer the model does not have.
-        """
+        """Return the layers to show: the parameter ``layers``, or ``default`` if it is empty."""
         layers, n_layers = self.parameters.layers or default, len(models.find_mlps(self.dense))
         beyond = [layer for layer in layers if layer >= n_layers]
         if beyond:
@@ -131,11 +121,6 @@ class Bench:
         """Return the model's class indices to show: the parameter ``classes``, or ``default``.
 
         A class may be given by index, by name (wnid) or by readable name.
-
-        Raises
-        ------
-        MoeeError
-            A class the model does not know.
         """
         return [_class_index(self.dense, c) for c in (self.parameters.classes or default)]
 
@@ -161,21 +146,13 @@ class Bench:
         return table
 
     def figure(
-        self,
-        name: str,
-        fig: Figure | Any,
-        *,
-        finding: str | None = None,
-        caption: str | None = None,
-        cover: bool = False,
+        self, name: str, fig: Any, *, finding: str = "", caption: str = "", cover: bool = False
     ) -> Any:
         """Keep ``fig`` as ``figures/<name>.png`` and return it, to be shown.
 
-        The ``finding`` says in a sentence or two what is to be seen; without one it is the label
-        that the figure has. A screen reader says it, and then the ``caption``. The ``cover`` figure
-        stands for the notebook on the report's index; without one the first figure does.
-
-        Something else than a figure, such as a panel of widgets, is returned as it is, not kept.
+        A screen reader says the ``finding``, else the label that the figure has, then the
+        ``caption``. The ``cover`` stands for the notebook on the report's index, else the first
+        figure. Anything but a figure, such as a panel of widgets, is returned and not kept.
         """
         if not isinstance(fig, Figure):
             return fig
@@ -185,10 +162,7 @@ class Bench:
         return fig
 
     def draw(self, plot: Callable[..., Figure], *given: Any, **options: Any) -> Figure:
-        """Return the figure that ``plot`` makes of what is ``given``, with its finding as label.
-
-        It is not kept: for the solutions of exercises, and to look at something in passing.
-        """
+        """Return a ``plot`` of what is ``given``, with its finding as label; it is not kept."""
         facts = {"finding": plots.describe(plot, *given), "caption": options.get("caption")}
         fig = plot(*given, **options)
         fig.set_label(alternative(facts))
@@ -208,11 +182,6 @@ class Bench:
 
         ``facts`` are those of :meth:`caption`, which stands below the figure, before the caption of
         the table; ``options`` go to ``plot``. The finding is the plot's own sentence.
-
-        Raises
-        ------
-        MoeeError
-            The plot has no such sentence.
         """
         finding = plots.describe(plot, table)
         caption = self.caption(**facts)
@@ -221,10 +190,7 @@ class Bench:
         return self.figure(name, fig, finding=finding, caption=caption, cover=cover)
 
     def headline(self, label: str, value: float | str, *, dense: str) -> Markdown:
-        """Keep the one number that sums the notebook up, for the report's index; show it.
-
-        ``dense`` is what the dense model comes to, or its counterpart where it has no such number.
-        """
+        """Keep and show the one number that sums the notebook up, beside the ``dense`` model's."""
         self.results.put("headline", {"label": label, "value": value, "dense": dense})
         return Markdown(display.headline_text(label, value, dense))
 
@@ -236,11 +202,7 @@ class Bench:
         *,
         ours: bool = False,
     ) -> Markdown:
-        """Keep and show a claim of the paper, what was found here, and whether it holds.
-
-        ``holds`` is True, False, or None for a claim that holds in part; ``ours`` marks a claim of
-        this project's, of which the paper says nothing.
-        """
+        """Keep and show a claim of the paper, or of ``ours``; None holds in part."""
         claim = {"statement": statement, "found": found, "holds": holds}
         claim |= {"verdict": display.VERDICTS[holds][0], "ours": ours}
         self.results.append("claims", claim)
@@ -251,21 +213,15 @@ class Bench:
         return Markdown(as_markdown(text))
 
     def caption(
-        self,
-        *,
-        layer: int | None = None,
-        site: str | None = None,
-        tokens: str | None = None,
-        n: int | None = None,
+        self, *, layer: int | None = None, site: str = "", tokens: str = "", n: int | None = None
     ) -> str:
         """Say which layer, site, tokens, number of images, model and seed a figure shows."""
-        given = self.parameters
         facts = [
-            f"layer {layer}" if layer is not None else None,
+            f"layer {layer}" if layer is not None else "",
             site,
-            f"{tokens} tokens" if tokens else None,
-            f"n = {readable(n)} images" if n is not None else None,
-            f"model {given.model}, preset {given.preset}, seed {self.seed}",
+            f"{tokens} tokens" if tokens else "",
+            f"n = {readable(n)} images" if n is not None else "",
+            f"model {self.parameters.model}, preset {self.parameters.preset}, seed {self.seed}",
         ]
         return ", ".join(filter(None, facts)) + " (layers counted from 0)"
 
@@ -279,8 +235,8 @@ class Bench:
         }
         self.results.put("environment", facts | {"versions": versions()})
         given = {k: v for k, v in self.parameters.deciding.items() if v not in (None, [])}
-        facts |= {"parameters": display.on_one_line(given)}
-        facts |= {"versions": display.on_one_line(versions())}
+        lines = {"parameters": given, "versions": versions()}
+        facts |= {name: display.on_one_line(line) for name, line in lines.items()}
         return Markdown(display.two_columns(facts))
 
     @cached_property
@@ -307,21 +263,10 @@ class Bench:
 
 
 def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Bench:
-    """Check a notebook's parameters and set up its workbench.
+    """Check a notebook's ``parameters`` and set up its workbench.
 
-    Parameters
-    ----------
-    name
-        The notebook's file name without its suffix.
-    out
-        Folder for ``results.json``, ``tables/`` and ``figures/``; None writes nothing.
-    parameters
-        The other lines of the parameters cell, see ``Parameters``.
-
-    Raises
-    ------
-    MoeeError
-        A parameter of the wrong type or out of range.
+    ``name`` is the notebook's file name without its suffix; ``results.json``, ``tables/`` and
+    ``figures/`` go to the folder ``out``, None writes nothing.
     """
     given = Parameters(**parameters, out=out)
     display.prepare_display()

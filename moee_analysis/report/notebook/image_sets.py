@@ -38,25 +38,18 @@ class ImageSets:
         sets = {"calibration": self.calibration, "evaluation": self.evaluation}
         return {
             use: {
-                "name": images.name,
-                "count": len(images),
-                "classes": len(set(images.folders)),
+                "name": images.name, "count": len(images), "classes": len(set(images.folders)),
                 "skipped": list(images.skipped),
             }
             for use, images in sets.items()
-        }
+        }  # fmt: skip
 
 
 def choose_images(given: Parameters) -> ImageSets:
     """Load the two sets that the parameters ask for, in the sizes of their preset.
 
     Without a ``calibration`` folder the bundled set serves, if the model or the images are
-    bundled; otherwise a part of ``images`` is set aside.
-
-    Raises
-    ------
-    MoeeError
-        One folder for both sets, pictures that are in both, or too few images to share out.
+    bundled; otherwise a part of ``images`` is set aside. No picture may be in both.
     """
     source = given.calibration
     if source is None and (given.model in BUNDLED_MODELS or given.images == BUNDLED):
@@ -64,11 +57,8 @@ def choose_images(given: Parameters) -> ImageSets:
     if source is None:
         return _set_aside(given)
     if source == given.images != BUNDLED:
-        raise MoeeError(
-            "'calibration' and 'images' in two folders",
-            f"'{source}' for both",
-            "leave 'calibration' empty: a part of 'images' is then set aside",
-        )
+        hint = "leave 'calibration' empty: a part of 'images' is then set aside"
+        raise MoeeError("'calibration' and 'images' in two folders", f"'{source}' for both", hint)
     sizes, seed = preset_named(given.preset), given.seed
     calibration = load_images(
         source, split="calibration", limit=sizes.calibration_images, seed=seed
@@ -86,11 +76,8 @@ def choose_images(given: Parameters) -> ImageSets:
 def check_report(parameters: Mapping[str, Any]) -> None:
     """Refuse what the notebooks of a report could not do, before the first one runs.
 
-    Raises
-    ------
-    MoeeError
-        A store that cannot be written to; a model or images that cannot be loaded; images of other
-        classes than those of the model.
+    That is a store that cannot be written to, a model or images that cannot be loaded, and images
+    of other classes than those of the model.
     """
     given = Parameters(**parameters)
     check_writable(store_folder())
@@ -110,11 +97,9 @@ def _set_aside(given: Parameters) -> ImageSets:
     found = load_images(given.images, limit=total, seed=seed)
     images = without_repeats(found)
     if len(images) < 2:
-        raise MoeeError(
-            "at least two images, for calibration and for evaluation",
-            str(len(images)),
-            "add images, or name a 'calibration' folder",
-        )
+        expected = "at least two images, for calibration and for evaluation"
+        hint = "add images, or name a 'calibration' folder"
+        raise MoeeError(expected, str(len(images)), hint)
     calibration, evaluation = images.split(SET_ASIDE, seed=seed)
     notes = [
         f"No calibration set was given: {len(calibration)} of the {len(images)} images of "

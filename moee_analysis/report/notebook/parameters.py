@@ -14,13 +14,7 @@ LARGEST_SIZE = 10_000  # pixels or channels
 
 @dataclass(frozen=True)
 class Parameters:
-    """The values of a notebook's parameters cell; creating one checks them all.
-
-    Raises
-    ------
-    MoeeError
-        A value of the wrong type or out of range; the message names the parameter.
-    """
+    """The values of a notebook's parameters cell; creating one checks them all."""
 
     model: str = "bundled"
     weights: str | None = None
@@ -65,14 +59,10 @@ class Parameters:
     @property
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of ``load_model`` beside the name."""
-        names = {"weights": "weights", "class_file": "classes"}
-        names |= {name: name for name in ("img_size", "in_chans")}
-        return {argument: getattr(self, name) for name, argument in names.items()}
+        sizes = {"img_size": self.img_size, "in_chans": self.in_chans}
+        return {"weights": self.weights, "classes": self.class_file, **sizes}
 
 
 def _refusal(name: str, expected: str, found: Any) -> MoeeError:
-    return MoeeError(
-        f"'{name}' as {expected}",
-        f"{found!r} ({type(found).__name__})",
-        f"correct '{name}' in the parameters cell, or where the report was started",
-    )
+    hint = f"correct '{name}' in the parameters cell, or where the report was started"
+    return MoeeError(f"'{name}' as {expected}", f"{found!r} ({type(found).__name__})", hint)

@@ -24,11 +24,9 @@ FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
 
 @dataclass(frozen=True)
 class Results:
-    """Numbers, tables, figures and claims of one notebook run.
+    """Numbers, tables, figures and claims of one notebook run: the ``content`` of ``results.json``.
 
-    ``content`` is the whole of ``results.json``: ``values``, ``headline``, ``claims``,
-    ``tables``, ``figures``, ``notes`` and the facts about the run. With a ``folder`` the file
-    is written anew, atomically, after every addition; without one nothing is written.
+    With a ``folder`` it is written anew, atomically, after every addition.
     """
 
     folder: Path | None = None
@@ -53,14 +51,11 @@ class Results:
         file = f"tables/{_file_name(name)}.csv"
         if self.folder is not None:
             write_text(self._place(file), table.to_csv(index=not is_plain_index(table)))
-        entry = {"file": file, "rows": len(table), "columns": [str(c) for c in table.columns]}
+        entry = {"file": file, "rows": len(table), "columns": list(map(str, table.columns))}
         self.put_into("tables", name, entry | _given(caption=table.attrs.get("caption")))
 
     def figure(self, name: str, png: bytes, **facts: Any) -> None:
-        """Keep the picture ``png`` as ``figures/<name>.png``.
-
-        ``facts`` are its ``finding``, its ``caption``, and whether it is the ``cover`` of the run.
-        """
+        """Keep ``png`` as ``figures/<name>.png``; facts: ``finding``, ``caption``, ``cover``."""
         file = f"figures/{_file_name(name)}.png"
         if self.folder is not None:
             with new_file(self._place(file), wanted=len(png)) as partial:
@@ -76,13 +71,7 @@ class Results:
 
 
 def plain(value: Any) -> Any:
-    """``value`` in JSON's types: NumPy's become Python's, numbers that are not finite None.
-
-    Raises
-    ------
-    MoeeError
-        Something JSON has no type for.
-    """
+    """``value`` in JSON's types: NumPy's become Python's, numbers that are not finite None."""
     if isinstance(value, (str, int)) or value is None:
         return value
     if isinstance(value, float):
@@ -94,10 +83,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
     raise MoeeError(
-        "numbers, text, lists and mappings to record",
-        f"a {type(value).__name__}",
+        "numbers, text, lists and mappings to record", f"a {type(value).__name__}",
         "record the numbers inside it, or keep it as a table or a figure",
-    )
+    )  # fmt: skip
 
 
 def picture(fig: Figure) -> bytes:
@@ -134,11 +122,7 @@ def _given(**facts: Any) -> dict[str, Any]:
 
 
 def _file_name(name: str) -> str:
-    """``name`` itself, if it can be the name of a file everywhere."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise MoeeError(
-            "a name of letters, digits, '_' and '-'",
-            repr(name),
-            "choose a short name: a file is called by it",
-        )
+        hint = "choose a short name: a file is called by it"
+        raise MoeeError("a name of letters, digits, '_' and '-'", repr(name), hint)
     return name

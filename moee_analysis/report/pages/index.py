@@ -18,36 +18,24 @@ from moee_analysis.utils.versions import versions
 
 INDEX = "index.html"
 COVER_PIXELS = (760, 760)
-ENDINGS = {
-    "ok": "✓ ran",
-    "cell_error": "✗ a cell failed",
-    "timeout": "✗ stopped: too slow",
-    "dead_kernel": "✗ its kernel died",
-}
-TALLIES = {
-    True: ("good", "✓ {} holds", "✓ {} hold"),
-    None: ("half", "◐ {} holds in part", "◐ {} hold in part"),
-    False: ("bad", "✗ {} does not", "✗ {} do not"),
-}
-
-Run = tuple[dict[str, Any], dict[str, Any]]
-"""Status and results of a notebook; the results are empty if it kept none."""
 
 
 def write_index(out: Path, folders: list[Path]) -> None:
     """Write ``index.html`` for the notebook runs in ``folders``, atomically."""
-    runs = [(_read(folder / STATUS), _read(folder / FILE)) for folder in folders]
-    environments = [found["environment"] for _, found in runs if "environment" in found]
-    last = environments[-1] if environments else {}
-    known = last.get("versions") or versions()
+    statuses = [_read(folder / STATUS) for folder in folders]
+    results = [_read(folder / FILE) for folder in folders]
+    claims = [claim for found in results for claim in found.get("claims", [])]
+    environment = ([{}] + [found["environment"] for found in results if "environment" in found])[-1]
+    environment = {"versions": versions()} | environment
     page = render(
         "pages/index.html",
         title="moee_analysis report",
-        summary=_summary(runs) + _warning(runs),
-        facts=_facts([found for _, found in runs if found]),
-        cards=[_card(folder, *run) for folder, run in zip(folders, runs, strict=True)],
-        versions=known,
-        machine=_machine(last, known["torch"], sum(status["seconds"] for status, _ in runs)),
+        verdicts=[claim["holds"] for claim in claims if not claim.get("ours")],
+        smoke=any(found.get("parameters", {}).get("preset") == "smoke" for found in results),
+        facts=_facts(results),
+        cards=list(map(_card, folders, statuses, results)),
+        versions=environment["versions"],
+        machine=_machine(environment, sum(status["seconds"] for status in statuses)),
     )
     write_text(out / INDEX, page)
 
@@ -58,20 +46,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _card(folder: Path, status: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Cover, title, summary, key number beside the dense model's, claims and ending."""
-    claims = [claim | {"colour": TALLIES[claim["holds"]][0]} for claim in found.get("claims", [])]
-    verdicts = [claim["holds"] for claim in claims]
-    tallies = [
-        (colour, (one if verdicts.count(holds) == 1 else several).format(verdicts.count(holds)))
-        for holds, (colour, one, several) in TALLIES.items()
-        if holds in verdicts
-    ]
     return status | {
         "page": f"{folder.name}/{PAGE}",
         "cover": _cover(folder, list(found.get("figures", {}).values())),
         "headline": found.get("headline"),
-        "claims": claims,
-        "tallies": tallies,
-        "ending": ENDINGS[status["status"]],
+        "claims": found.get("claims", []),
     }
 
 
@@ -86,29 +65,6 @@ def _cover(folder: Path, figures: list[dict[str, Any]]) -> dict[str, str] | None
         small.thumbnail(COVER_PIXELS)
         small.save(buffer, format="WEBP", quality=88)
     return {"picture": data_uri(buffer.getvalue(), "webp"), "alt": alternative(chosen)}
-
-
-def _summary(runs: list[Run]) -> str:
-    """How many notebooks ran, and how many claims of the paper hold, in words."""
-    ran, total = sum(status["status"] == "ok" for status, _ in runs), len(runs)
-    first = f"{ran} of {total} notebooks ran to their end."
-    if ran == total:
-        first = (
-            f"All {ran} notebooks ran to their end." if ran > 1 else "The notebook ran to its end."
-        )
-    claims = [claim for _, found in runs for claim in found.get("claims", [])]
-    verdicts = [claim["holds"] for claim in claims if not claim.get("ours")]
-    if not verdicts:
-        return first
-    hold, half = verdicts.count(True), verdicts.count(None)
-    verb = "holds" if hold == 1 else "hold"
-    partly = f", {half} in part" if half else ""
-    return f"{first} Of {len(verdicts)} claims of the paper, {hold} {verb} here{partly}."
-
-
-def _warning(runs: list[Run]) -> str:
-    smoke = any(found.get("parameters", {}).get("preset") == "smoke" for _, found in runs)
-    return " Preset smoke only shows that everything runs: its numbers are no findings." * smoke
 
 
 def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -127,7 +83,7 @@ def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _machine(environment: dict[str, Any], torch: str, seconds: float) -> dict[str, Any]:
+def _machine(environment: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Where and when the numbers were made."""
     finished = environment.get("finished")
     date = datetime.fromisoformat(finished) if finished else datetime.now(UTC)
@@ -135,7 +91,7 @@ def _machine(environment: dict[str, Any], torch: str, seconds: float) -> dict[st
     return {
         "Device": device,
         "CPU cores": None if "cores" in device else environment.get("cores"),
-        "PyTorch": torch,
+        "PyTorch": environment["versions"]["torch"],
         "Time": _duration(seconds),
         "Date": date.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

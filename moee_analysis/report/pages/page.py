@@ -16,11 +16,6 @@ from moee_analysis.report.pages.templates import data_uri, render
 
 PAGE = "page.html"
 LOG = "log.txt"
-ENDINGS = {
-    "cell_error": "A cell failed; what follows it did not run",
-    "timeout": "A cell took too long; the notebook was stopped",
-    "dead_kernel": "The process that ran this notebook died",
-}
 LOG_LINES = 40
 
 
@@ -33,7 +28,7 @@ def write_page(folder: Path, status: Mapping[str, Any]) -> None:
     results = folder / FILE
     found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     figures = list(found.get("figures", {}).values())
-    facts = {"ending": ENDINGS.get(status["status"]), "files": _files(folder)}
+    facts: dict[str, Any] = {"files": _files(folder)}
     if (folder / NOTEBOOK).is_file():
         findings = {alternative(f): f["finding"] for f in figures if f.get("finding")}
         facts["notebook"] = notebook_body(folder / NOTEBOOK, findings)

@@ -11,9 +11,7 @@ from tqdm.std import tqdm
 
 from moee_analysis.utils.progress import has_bars
 
-CELLS = ".cells"
-"""File in a notebook's folder with a byte for every code cell that has ended."""
-
+CELLS = ".cells"  # file in a notebook's folder with a byte for every code cell that has ended
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
@@ -21,8 +19,7 @@ FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 def cell_bar(notebooks: Sequence[Path]) -> Iterator[Callable[[int, int], None]]:
     """Show a bar over the code cells of all notebooks, where a person watches a terminal.
 
-    Gives a function of the number of a notebook, from 0, and of its cells that have ended. The time
-    left is rough: some cells take a hundred times as long as others.
+    Gives a function of the number of a notebook, from 0, and of its cells that have ended.
     """
     if not has_bars():
         yield lambda number, done: None

@@ -21,45 +21,28 @@ OWN = ("out", "preset")
 
 
 def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
-    """Check that ``notebook`` can take the parameters ``given``, and the report's own.
-
-    Raises
-    ------
-    MoeeError
-        No such notebook; a parameters cell papermill cannot read completely; an unknown
-        parameter; a value of another type than the notebook declares.
-    """
+    """Refuse parameters ``given`` that ``notebook`` cannot take, or that it lacks itself."""
     declared = declared_parameters(notebook)
     for name in OWN:
         if name not in declared:
-            raise MoeeError(
-                f"a parameter '{name}' in {notebook.name}", "none", f"declare '{name}: str'"
-            )
+            hint = f"declare '{name}: str'"
+            raise MoeeError(f"a parameter '{name}' in {notebook.name}", "none", hint)
     for name, value in given.items():
         if name not in declared:
-            raise MoeeError(
-                f"parameters among {', '.join(declared)} for {notebook.name}",
-                f"'{name}'",
-                "correct its spelling",
-            )
+            expected = f"parameters among {', '.join(declared)} for {notebook.name}"
+            raise MoeeError(expected, f"'{name}'", "correct its spelling")
         kind = declared[name]["inferred_type_name"]
         if not _fits(value, kind, default=declared[name]["default"]):
-            expected = kind if kind in TYPES else "a JSON value"
-            raise MoeeError(
-                f"'{name}' to be {expected} in {notebook.name}",
-                f"{value!r} ({type(value).__name__})",
-                "pass a value of that type",
-            )
+            shown = kind if kind in TYPES else "a JSON value"
+            expected = f"'{name}' to be {shown} in {notebook.name}"
+            found = f"{value!r} ({type(value).__name__})"
+            raise MoeeError(expected, found, "pass a value of that type")
 
 
 def declared_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
     """The parameters cell as papermill reads it: by name, each with its type and default.
 
-    Raises
-    ------
-    MoeeError
-        The notebook is missing or foreign, has not exactly one parameters cell, or that cell
-        assigns a name papermill cannot see (a union annotation, a second ``=``).
+    A name that papermill cannot see (a union annotation, a second ``=``) is refused.
     """
     source = _parameters_source(notebook)
     declared = {each.name: each._asdict() for each in PythonTranslator.inspect({"source": source})}

@@ -24,17 +24,15 @@ NEWS = "@jupyterlab/apputils-extension:announcements"
 def own_kernel(*, hermetic: bool = False) -> Iterator[dict[str, str]]:
     """Environment variables under which the kernel ``python3`` is this very interpreter.
 
-    ``JUPYTER_PATH`` comes before the kernels of the user and of the system. A ``hermetic``
-    kernel also reads no start-up files of the user, writes nothing into the home folder, and its
-    temporary files go when this is closed. A user without a home that can be written to has one
-    for as long: Jupyter needs it.
+    A ``hermetic`` kernel also reads no start-up files of the user, writes nothing into the home
+    folder, and its temporary files go when this is closed.
     """
     from ipykernel.kernelspec import write_kernel_spec
 
     with scratch_folder("kernel") as folder:
         write_kernel_spec(folder / "kernels" / NAME, extra_arguments=QUIET)
         variables = os.environ | {"JUPYTER_PATH": _before("JUPYTER_PATH", str(folder))}
-        if not has_home():
+        if not has_home():  # Jupyter needs one
             variables["HOME"] = str(folder)
         if hermetic:
             places = {"IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime", "TMPDIR": "tmp"}
@@ -47,17 +45,10 @@ def open_lab(options: Sequence[str] = ()) -> int:
     """Open JupyterLab on the project's notebooks, with this interpreter; return its exit code.
 
     ``options`` are JupyterLab's own, such as ``--no-browser``; they win over ours.
-
-    Raises
-    ------
-    MoeeError
-        JupyterLab is not installed.
     """
     if find_spec("jupyterlab") is None:
-        raise MoeeError(
-            f"JupyterLab beside {sys.executable}", "none",
-            "pip install jupyterlab, or read the notebooks in another editor",
-        )  # fmt: skip
+        hint = "pip install jupyterlab, or read the notebooks in another editor"
+        raise MoeeError(f"JupyterLab beside {sys.executable}", "none", hint)
     command = [sys.executable, "-m", "jupyterlab", *options]
     with own_kernel() as environment, _settings() as folder:
         paths = {"JUPYTER_CONFIG_PATH": _before("JUPYTER_CONFIG_PATH", folder)}
@@ -80,16 +71,11 @@ def _before(variable: str, folder: str) -> str:
 
 @contextmanager
 def _settings() -> Iterator[str]:
-    """A folder of settings for JupyterLab; options on its command line win over them.
-
-    It opens the folder of the notebooks, and leaves out the plugin that asks on the first start
-    whether to fetch news, and looks for updates. The root is the checkout, so that documents
-    beside the notebooks can be opened too; where the notebooks lie inside an installed package,
-    it is their folder alone.
-    """
+    """A folder of settings for JupyterLab: it opens the notebooks, and asks for no news."""
     notebooks = notebooks_folder()
-    alone = notebooks.parent.name == SHIPPED
-    root, url = (notebooks, "/lab") if alone else (notebooks.parent, f"/lab/tree/{notebooks.name}")
+    root, url = notebooks.parent, f"/lab/tree/{notebooks.name}"  # documents beside them open too
+    if root.name == SHIPPED:
+        root, url = notebooks, "/lab"
     with scratch_folder("lab") as folder:
         (folder / "labconfig").mkdir()
         write_json(folder / "jupyter_server_config.json", {"ServerApp": {"root_dir": str(root)}})

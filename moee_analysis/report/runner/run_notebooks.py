@@ -36,6 +36,8 @@ CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
 """The longest a single cell may take, per preset."""
 
 LOOK_SECONDS = 0.5  # between looks at how far a notebook is
+Seen = Callable[[int], None]  # called again and again with the number of cells that have ended
+
 WORKER_ENVIRONMENT = {
     "MOEE_HEADLESS": "1",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -45,11 +47,7 @@ WORKER_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook ended.
-
-    ``status`` is ``"ok"``, ``"cell_error"``, ``"timeout"`` or ``"dead_kernel"``; ``cell`` is
-    the number in square brackets of the cell that ended the run, if one did.
-    """
+    """How one notebook ended; see ``worker.run_notebook``."""
 
     notebook: str
     status: str
@@ -88,30 +86,23 @@ def report(
     Parameters
     ----------
     parameters
-        Values for the notebooks' parameters cells, checked against every one of them.
+        Values for the notebooks' parameters cells; every notebook has to take them.
     out
         Folder of the report: ``index.html`` and, per notebook, a folder with ``page.html``,
         ``notebook.ipynb``, ``results.json``, ``status.json``, ``tables/`` and ``figures/``.
         A folder appears when its notebook is done; until then an older one stays.
-    preset
-        ``"smoke"``, ``"small"`` or ``"full"``.
     notebooks
-        Paths of notebooks; None runs all of the project's.
+        Paths of notebooks; None runs all of the project's. A failing one does not stop the others.
     timeout
         Seconds a single cell may take; None takes the preset's :data:`CELL_SECONDS`.
     say
         Called with a line when a notebook starts and ends, and with the place of the index.
 
-    Returns
-    -------
-    list of Outcome
-        One per notebook, in order. A failing notebook does not stop the others.
-
     Raises
     ------
     MoeeError
-        Before anything runs: unknown or ill-typed parameters, notebooks that cannot take
-        them, an ``out`` that holds something else.
+        Before anything runs: parameters that a notebook cannot take, an ``out`` that holds
+        something else.
     """
     preset_named(preset)
     if timeout is not None:
@@ -120,14 +111,14 @@ def report(
     _check_parameters(given, chosen)
     folder = Path(out)
     _check_folder(folder, chosen)
-    given |= {"preset": preset}
+    given, seconds = given | {"preset": preset}, timeout or CELL_SECONDS[preset]
     outcomes: list[Outcome] = []
     with ended_in_order(), cell_bar(chosen) as show:
         for number, notebook in enumerate(chosen):
             place = f"[{number + 1}/{len(chosen)}] {notebook.stem}"
             _say(say, f"{place}: started")
-            seconds = timeout or CELL_SECONDS[preset]
-            outcome = _run(notebook, folder, given, seconds=seconds, seen=partial(show, number))
+            seen = partial(show, number)
+            outcome = _run(notebook, folder / notebook.stem, given, seconds, seen)
             outcomes.append(outcome)
             _say(say, f"{place}: {outcome}")
             write_index(folder, [done.folder for done in outcomes])
@@ -158,20 +149,17 @@ def _absolute(path: str | Path) -> Path:
         path = Path(path).resolve()
         str(path).encode()  # papermill and pages take names in UTF-8 alone
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise MoeeError(
-            "the path of a notebook, in UTF-8",
-            f"{str(path)!r} ({error})",
-            "rename it or its folder",
-        ) from None
+        found = f"{str(path)!r} ({error})"
+        hint = "rename it or its folder"
+        raise MoeeError("the path of a notebook, in UTF-8", found, hint) from None
     return path
 
 
 def _check_parameters(given: Mapping[str, Any], notebooks: Sequence[Path]) -> None:
     for name in OWN:
         if name in given:
-            raise MoeeError(
-                f"'{name}' as an argument of the report", "a notebook parameter", "move it there"
-            )
+            expected = f"'{name}' as an argument of the report"
+            raise MoeeError(expected, "a notebook parameter", "move it there")
     for notebook in notebooks:
         check_parameters(notebook, given)
 
@@ -181,26 +169,14 @@ def _check_folder(out: Path, notebooks: Sequence[Path]) -> None:
     check_place(out / INDEX)
     for folder in (out / notebook.stem for notebook in notebooks):
         if folder.exists() and not (folder / STATUS).is_file():
-            raise MoeeError(
-                f"'{folder}' to be free or an earlier report",
-                "something else",
-                "choose another folder for the report",
-            )
+            hint = "choose another folder for the report"
+            raise MoeeError(f"'{folder}' to be free or an earlier report", "something else", hint)
 
 
 def _run(
-    notebook: Path,
-    out: Path,
-    parameters: dict[str, Any],
-    *,
-    seconds: int,
-    seen: Callable[[int], None],
+    notebook: Path, final: Path, parameters: dict[str, Any], seconds: int, seen: Seen
 ) -> Outcome:
-    """Run one notebook in a new folder, which takes its place under ``out`` when complete.
-
-    ``seen`` is called again and again with the number of code cells that have ended.
-    """
-    final = out / notebook.stem
+    """Run one notebook in a new folder, which takes the place of ``final`` when complete."""
     with new_folder(final) as folder:
         place = folder.resolve()
         job = {
@@ -219,7 +195,7 @@ def _run(
     return Outcome(notebook.stem, status["status"], status["seconds"], final, **facts)
 
 
-def _work(job: dict[str, Any], folder: Path, seen: Callable[[int], None]) -> dict[str, Any]:
+def _work(job: dict[str, Any], folder: Path, seen: Seen) -> dict[str, Any]:
     """Do the job in a process of its own and return the status it leaves."""
     begun = time.monotonic()
     command = [sys.executable, "-m", "moee_analysis.report.runner.worker", json.dumps(job)]

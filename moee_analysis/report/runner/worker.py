@@ -33,8 +33,7 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
     """Execute a notebook and return the status.
 
     ``status`` is ``"ok"``, ``"cell_error"``, ``"timeout"`` or ``"dead_kernel"``; ``cell`` is
-    the number in square brackets of the cell that ended the run. After a timeout or a dead
-    kernel papermill's notebook calls every cell completed, so it is removed.
+    the number in square brackets of the cell that ended the run.
     """
     begun, written = time.monotonic(), Path(job["written"])
     status: dict[str, Any] = {"status": "ok"}
@@ -63,8 +62,8 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
     except CellTimeoutError:
         status = _stopped(written, "timeout", f"a cell took longer than {job['timeout']} s")
     except DeadKernelError:
-        reason = "the kernel died, as it does when memory runs out"
-        status = _stopped(written, "dead_kernel", reason)
+        error = "the kernel died, as it does when memory runs out"
+        status = _stopped(written, "dead_kernel", error)
     except RuntimeError as error:
         status = _stopped(written, "dead_kernel", f"the kernel did not start ({error})")
     return status | {"seconds": round(time.monotonic() - begun, 1)}
@@ -76,13 +75,12 @@ def _literal(path: str) -> str:
 
 
 def _stopped(written: Path, status: str, error: str) -> dict[str, Any]:
-    """Status of a run that never came to its end; its cell is the last one with a start time."""
     begun = 0
     if written.is_file():
         cells = json.loads(written.read_text(encoding="utf-8"))["cells"]
         code = [c["metadata"].get("papermill", {}) for c in cells if c["cell_type"] == "code"]
         begun = sum(bool(times.get("start_time")) for times in code)
-        written.unlink()
+        written.unlink()  # papermill calls every cell in it completed
     return {"status": status, "cell": begun or None, "error": _one_line(error)}
 
 

@@ -57,7 +57,7 @@ def unpacked(facts, layer):
     return np.frombuffer(base64.b64decode(layer["routes"]), "<u2").reshape(shape)
 
 
-def test_every_layer_and_expert_is_there_with_its_use(facts, run, routed):
+def test_every_layer_and_expert_is_there_with_its_use(facts, run, routed, images):
     assert [layer["layer"] for layer in facts["layers"]] == list(routed.placed)
     for layer in facts["layers"]:
         patches = routed.patch_experts(layer["layer"])
@@ -69,9 +69,7 @@ def test_every_layer_and_expert_is_there_with_its_use(facts, run, routed):
             own = patches == number
             assert expert["share"] == pytest.approx(own.mean(), abs=1e-4)
             assert expert["images"] == own.any(axis=(1, 2)).sum()
-
-
-def test_leading_tokens_are_counted_apart(facts, images):
+    # leading tokens are counted apart
     first = [layer["experts"][0] for layer in facts["layers"]]
     assert all(expert["leading"] == len(images) for expert in first)
     assert all(expert["share"] == 0 for expert in first)
@@ -131,22 +129,16 @@ def test_pictures_and_predictions_are_of_the_images(facts, images, run):
         assert isinstance(image["dense"], str)
 
 
-def test_without_the_dense_model_it_says_nothing_of_it(run, images):
-    facts = atlas_facts(run, images)
-    assert all("dense" not in image for image in facts["images"])
-    assert "MACs" not in dict(facts["about"])
-
-
 def test_layers_that_are_not_shown_are_named_with_the_reason(small_run, images):
-    named = replace(images, folders=("n01443537",) * len(images))
+    named = replace(images.take(range(6)), folders=("n01443537",) * 6)
     first, *others = small_run.layers
-    made = replace(
-        small_run, layers=(*others, replace(first, index=9, converted=False, reason="<no>"))
-    )
-    facts = atlas_facts(made, named)
+    last = replace(first, index=9, converted=False, reason="<no>")
+    facts = atlas_facts(replace(small_run, layers=(*others, last)), named)
     assert facts["absent"] == "Not shown: layer 9 stayed dense: <no>."
     assert "&lt;no&gt;" in page(facts)
     assert atlas_facts(small_run, named)["absent"] == ""
+    assert all("dense" not in image for image in facts["images"])  # no dense model was given
+    assert "MACs" not in dict(facts["about"])
 
 
 def test_windows_are_put_where_they_are(images):
@@ -172,17 +164,13 @@ def test_parts_are_those_that_an_expert_shows_more_than_others_do():
     assert told
 
 
-def test_the_page_holds_the_facts_and_fetches_nothing(facts):
+def test_the_page_holds_the_facts_fetches_nothing_and_runs_its_own_script_alone(facts):
     soup = BeautifulSoup(page(facts), "html.parser")
     kept = json.loads(soup.find(id="facts").string)
     assert kept == {"layers": facts["layers"], "images": facts["images"]}
     assert not soup.find_all(["link", "iframe", "object"])
     assert not [tag for tag in soup.find_all(src=True) if not tag["src"].startswith("data:")]
     assert not re.search(r"https?://", page(facts))
-
-
-def test_the_browser_is_told_to_run_this_script_alone(facts):
-    soup = BeautifulSoup(page(facts), "html.parser")
     policy = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
     assert "unsafe" not in policy
     assert "default-src 'none'" in policy
@@ -213,8 +201,5 @@ def test_the_file_appears_when_it_is_complete(run, images, tmp_path, monkeypatch
     assert write_atlas(run, images, out) == out
     assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [path.name for path in tmp_path.iterdir()] == ["atlas.html"]
-
-
-def test_routes_that_have_no_place_are_refused(images):
     with pytest.raises(MoeeError, match="routed layers"):
         atlas_facts(run_of(toy_vit()), images)

@@ -46,14 +46,11 @@ def index(tmp_path):
     return written
 
 
-def test_a_card_has_the_key_number_and_the_dense_model_beside_it(index):
+def test_a_card_has_the_key_number_the_dense_model_beside_it_and_the_cover(index):
     card = index(FOUND).article
     assert card.find(class_="headline").get_text() == "0.457 of <everything>"
     assert card.find(class_="dense").get_text() == "Dense: <all> of it"
-
-
-def test_the_key_figure_is_described_by_what_it_shows(index):
-    assert index(FOUND).article.img["alt"] == "It falls."
+    assert card.img["alt"] == "It falls."
 
 
 def test_without_a_cover_the_first_figure_stands_for_the_notebook(index):
@@ -62,38 +59,37 @@ def test_without_a_cover_the_first_figure_stands_for_the_notebook(index):
     assert index(found).article.img["alt"] == "It rises. in layer 3"
 
 
-def test_a_card_says_in_words_which_claims_hold(index):
-    claims = index(FOUND).article.find("details", class_="claims")
+def test_words_say_which_claims_hold_and_how_many(index):
+    page = index(FOUND)
+    summary = " ".join(page.find(class_="summary").get_text().split())
+    assert summary == "The notebook ran to its end. Of 2 claims of the paper, 2 hold here."
+    claims = page.article.find("details", class_="claims")
     assert claims.summary.get_text() == "3 claims: ✓ 2 hold, ✗ 1 does not"
     assert not claims.has_attr("open")
     assert [item.get_text() for item in claims.find_all("li")] == [
-        "✓ holds, the paper says: s",
-        "✗ does not, tested here: <t>",
-        "✓ holds, the paper says: u",
-    ]
+        "✓ holds, the paper says: s", "✗ does not, tested here: <t>", "✓ holds, the paper says: u",
+    ]  # fmt: skip
 
 
 def test_a_run_that_found_nothing_has_a_card_too(index):
-    card = index({}, status="cell_error", error="ValueError: <no>").article
-    assert "✗ a cell failed" in card.get_text()
-    assert card.find(class_="error").get_text() == "ValueError: <no>"
-    assert not card.find_all(class_=["headline", "dense", "claims"])
+    page = index({}, status="cell_error", error="ValueError: <no>")
+    assert "0 of 1 notebooks ran to their end." in page.find(class_="summary").get_text()
+    assert "✗ a cell failed" in page.article.get_text()
+    assert page.article.find(class_="error").get_text() == "ValueError: <no>"
+    assert not page.article.find_all(class_=["headline", "dense", "claims"])
 
 
 def test_the_footer_tells_where_and_when_the_numbers_were_made(index):
-    footer = index(FOUND).body.find("footer")
+    page = index(FOUND)
+    footer = page.body.find("footer")
     told = dict(zip(*([d.get_text() for d in footer(kind)] for kind in ("dt", "dd")), strict=True))
     assert told == {
         "Device": "cuda (fast)", "CPU cores": "16", "PyTorch": "7.8", "Time": "1 h 2 min",
         "Date": "2026-01-02 03:04 UTC",
     }  # fmt: skip
     assert [item.get_text() for item in footer.details("li")] == ["torch 7.8", "numpy 9.10"]
-
-
-def test_every_part_of_the_index_is_in_a_landmark_and_headings_go_down_by_one(index):
-    page = index(FOUND)
+    # every part is in a landmark, and headings go down by one
     assert page.html["lang"] == "en"
     (frame,) = page.body.find_all(recursive=False)
-    parts = [part.name for part in frame.find_all(recursive=False)]
-    assert parts == ["header", "main", "footer"]
+    assert [p.name for p in frame.find_all(recursive=False)] == ["header", "main", "footer"]
     assert [heading.name for heading in page.find_all(["h1", "h2", "h3"])] == ["h1", "h2"]

@@ -91,14 +91,9 @@ def status_of(out: Path, name: str) -> dict:
 
 def test_every_ending_is_told_apart(made):
     out, outcomes, _ = made
-    expected = {
-        "fine": ("ok", None),
-        "error": ("cell_error", 4),
-        "slow": ("timeout", 4),
-        "killed": ("dead_kernel", 4),
-        "gone": ("dead_kernel", 3),
-    }
     # papermill adds one cell with the injected parameters before the notebook's own
+    expected = {"fine": ("ok", None), "error": ("cell_error", 4), "slow": ("timeout", 4),
+                "killed": ("dead_kernel", 4), "gone": ("dead_kernel", 3)}  # fmt: skip
     for name, (status, cell) in expected.items():
         written, outcome = status_of(out, name), outcomes[name]
         assert written["status"] == outcome.status == status
@@ -110,17 +105,13 @@ def test_every_ending_is_told_apart(made):
         assert ('class="banner"' in text) == (status != "ok")
 
 
-def test_a_cell_error_is_named_with_its_traceback(made):
+def test_an_error_is_named_and_what_was_kept_before_a_kernel_died_is_shown(made):
     out, outcomes, _ = made
     assert outcomes["error"].error == "ValueError: the <cell> failed"
     assert "raise ValueError" in status_of(out, "error")["traceback"]
     page = outcomes["error"].page.read_text()
     assert "ValueError: the &lt;cell&gt; failed" in page
     assert "Execution using papermill" not in page
-
-
-def test_what_was_kept_before_the_kernel_died_is_shown(made):
-    out, outcomes, _ = made
     page = outcomes["killed"].page.read_text()
     assert "Kept before it stopped" in page
     assert f'alt="{DESCRIBED}"' in page
@@ -138,14 +129,10 @@ def test_parameters_reach_the_notebook_and_the_kernel_is_this_interpreter(made):
     assert papermill.input_path == "fine.ipynb"
 
 
-def test_nothing_but_the_report_is_left(made):
-    out, _, _ = made
+def test_the_terminal_hears_of_every_start_and_end_and_nothing_but_the_report_is_left(made):
+    out, _, (*lines, screen) = made
     assert sorted(p.name for p in out.iterdir()) == sorted([*NOTEBOOKS, "index.html"])
     assert not [path for path in out.glob("*/*") if path.name.startswith(".")]
-
-
-def test_the_terminal_hears_of_every_start_and_end_and_of_the_index(made):
-    out, _, (*lines, screen) = made
     assert lines[0] == "[1/5] fine: started"
     assert re.fullmatch(r"\[1/5\] fine: ok after \d+ s", lines[1])
     assert re.match(r"\[2/5\] error: cell error after \d+ s in cell 4: ValueError", lines[3])
@@ -219,43 +206,35 @@ def refused(tmp_path, parameters, match, **options):
 
 @pytest.mark.parametrize(
     ("parameters", "match"),
-    [
-        ({"numbr": 2}, "'numbr'"),
-        ({"number": "2"}, "'number' to be int"),
-        ({"number": True}, "'number' to be int"),
-        ({"number": 2.0}, "'number' to be int"),
-        ({"number": None}, "'number' to be int"),
-        ({"share": "0.5"}, "'share' to be float"),
-        ({"share": float("nan")}, "'share' to be float"),
-        ({"name": Path("a")}, "'name' to be str"),
-        ({"layers": (3, 4)}, "'layers' to be list"),
-        ({"layers": [Path("a")]}, "'layers' to be list"),
-        ({"layers": [(3, 4)]}, "'layers' to be list"),
-        ({"out": "somewhere"}, "'out' as an argument"),
-    ],
-)
+    [({"numbr": 2}, "'numbr'"), ({"out": "somewhere"}, "'out' as an argument"),
+     *(({"number": wrong}, "'number' to be int") for wrong in ("2", True, 2.0, None)),
+     *(({"share": wrong}, "'share' to be float") for wrong in ("0.5", float("nan"))),
+     ({"name": Path("a")}, "'name' to be str"),
+     *(({"layers": wrong}, "'layers' to be list") for wrong in ((3, 4), [Path("a")], [(3, 4)]))],
+)  # fmt: skip
 def test_a_typo_or_a_wrong_type_is_refused_before_anything_runs(tmp_path, parameters, match):
     refused(tmp_path, parameters, match)
     check_parameters(tmp_path / "one.ipynb", {"folder": None, "share": 1})  # as it says
 
 
-def test_an_unknown_preset_and_twins_are_refused(tmp_path):
+def test_presets_twins_and_places_of_other_things_are_refused(tmp_path):
     refused(tmp_path, {}, "smoke, small, full", preset="smok")
     (tmp_path / "b").mkdir()
     twins = [write_notebook(tmp_path / name) for name in ("a.ipynb", "b/a.ipynb")]
     refused(tmp_path, {}, "'a' twice", notebooks=twins)
     refused(tmp_path, {}, "at least one notebook", notebooks=[])
+    (tmp_path / "a").mkdir()  # no earlier report
+    with pytest.raises(MoeeError, match="free or an earlier report"):
+        report(out=tmp_path, notebooks=twins[:1])
 
 
 @pytest.mark.parametrize(
     ("parameters", "match"),
-    [
-        ("n: int | None = None\npreset: str = 'a'\nout: str = None", "n written otherwise"),
-        ("s: str = 'a=b'\npreset: str = 'a'\nout: str = None", "s written otherwise"),
-        ("preset: str = 'a'", "a parameter 'out'"),
-        ("preset: str = ", "Python in the parameters cell"),
-    ],
-)
+    [("n: int | None = None\npreset: str = 'a'\nout: str = None", "n written otherwise"),
+     ("s: str = 'a=b'\npreset: str = 'a'\nout: str = None", "s written otherwise"),
+     ("preset: str = 'a'", "a parameter 'out'"),
+     ("preset: str = ", "Python in the parameters cell")],
+)  # fmt: skip
 def test_a_parameters_cell_that_papermill_misreads_is_refused(tmp_path, parameters, match):
     notebook = write_notebook(tmp_path / "one.ipynb", parameters=parameters)
     with pytest.raises(MoeeError, match=match):
@@ -264,13 +243,11 @@ def test_a_parameters_cell_that_papermill_misreads_is_refused(tmp_path, paramete
 
 @pytest.mark.parametrize(
     "spoil",
-    [
-        lambda notebook: notebook["metadata"].update(kernelspec=5),
-        lambda notebook: notebook["metadata"]["kernelspec"].pop("display_name"),
-        lambda notebook: notebook["cells"][1].pop("source"),
-        lambda notebook: notebook["cells"][1]["metadata"].update(tags=5),
-    ],
-)
+    [lambda notebook: notebook["metadata"].update(kernelspec=5),
+     lambda notebook: notebook["metadata"]["kernelspec"].pop("display_name"),
+     lambda notebook: notebook["cells"][1].pop("source"),
+     lambda notebook: notebook["cells"][1]["metadata"].update(tags=5)],
+)  # fmt: skip
 def test_a_notebook_that_breaks_the_format_is_refused_before_anything_runs(tmp_path, spoil):
     path = write_notebook(tmp_path / "bad.ipynb", "1 / 0")
     notebook = json.loads(path.read_text())
@@ -286,13 +263,6 @@ def test_missing_and_foreign_notebooks_are_refused(tmp_path):
         refused(tmp_path, {}, "a notebook", notebooks=[path])
     for name in ("caf\udce9.ipynb", "caf\udce9/a.ipynb", "a\0b.ipynb", 5):
         refused(tmp_path, {}, "the path of a notebook, in UTF-8", notebooks=[name])
-
-
-def test_a_folder_that_is_no_report_is_left_alone(tmp_path):
-    notebook = write_notebook(tmp_path / "thesis.ipynb")
-    (tmp_path / "thesis").mkdir()
-    with pytest.raises(MoeeError, match="free or an earlier report"):
-        report(out=tmp_path, notebooks=[notebook])
 
 
 @pytest.fixture
