@@ -18,7 +18,7 @@ whose loss refitted gains of the others can best make good.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ Place = tuple[str, int]  # name of an attention; 0: its scores, 1: its values
 
 BATCH = 16
 CENTRE_IMAGES = 200
+PROBES = 1
 DAMPING = 1e-2
 
 
@@ -66,10 +67,7 @@ class Modes:
         return torch.stack([elimination_costs(of_head, ones) for of_head in self.gram]).numpy()
 
     def factors(self, kept: np.ndarray) -> Factors:
-        """Maps of the modes that are ``kept``, bool (heads, modes), their gains refitted.
-
-        Every head keeps as many.
-        """
+        """Maps of the modes ``kept``, bool (heads, modes), as many in every head; gains refit."""
         left, right = zip(*map(self._head, range(len(kept)), torch.from_numpy(kept)), strict=True)
         return Factors(torch.stack(left), torch.stack(right))
 
@@ -128,17 +126,8 @@ def attention_modes(
 ) -> dict[str, AttentionModes]:
     """Measure the modes of all plain attentions of ``model``, or find them in the store.
 
-    Parameters
-    ----------
-    queries
-        By the name of an attention, the leading tokens whose outputs are read; None: all.
-    seed
-        Of the probes.
-
-    Raises
-    ------
-    MoeeError
-        No plain attention.
+    ``queries`` are, by the name of an attention, the leading tokens whose outputs are read (None:
+    all); ``seed`` is that of the probes.
     """
     facts = {"model": fingerprint(model), "images": images.fingerprint, "seed": seed}
     facts |= {"queries": dict(queries)}
@@ -147,7 +136,7 @@ def attention_modes(
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
         if missing:
-            found = _measure(model, images, queries, names, seed=seed)
+            found = _measure(model, images, {n: queries[n] for n in names}, seed=seed)
             yield from ((name, found[name].arrays()) for name in missing)
 
     return {
@@ -183,38 +172,29 @@ class _ProbedAttention(nn.Module):
 
 
 def _measure(
-    model: nn.Module,
-    images: ImageSet,
-    queries: Mapping[str, int | None],
-    names: Sequence[str],
-    *,
-    seed: int,
+    dense: nn.Module, images: ImageSet, queries: Mapping[str, int | None], *, seed: int
 ) -> dict[str, AttentionModes]:
     """Modes in one pass over the images, their costs in another."""
-    model = copy.deepcopy(model)
-    probed = {name: _ProbedAttention(model.get_submodule(name), queries[name]) for name in names}
+    model = copy.deepcopy(dense)
+    probed = {name: _ProbedAttention(model.get_submodule(name), q) for name, q in queries.items()}
     for name, module in probed.items():
         replace_module(model, name, module)
-    places = [(name, identity) for name in names for identity in (0, 1)]
-    batches = -(-len(images) // BATCH)
+    zeros = {(n, identity): m.zeros() for n, m in probed.items() for identity in (0, 1)}
+    source = _Gradients(model, probed, images, seed)
     with evaluating(model):
         _centre(model, probed, images.limit(CENTRE_IMAGES, seed=seed))
-
-        def gradients(own: range, label: str) -> Iterator[dict[Place, torch.Tensor]]:
-            return _gradients(model, probed, _Batches(images, own, seed), label=label)
-
         sides = average(
-            batches,
-            lambda own: map(_sides, gradients(own, "attention modes")),
-            {(*place, side): probed[place[0]].zeros() for place in places for side in "LR"},
+            source.batches,
+            lambda own: map(_sides, source.of(own, label="attention modes")),
+            {(*place, side): zero.clone() for place, zero in zeros.items() for side in "LR"},
         )
-        bases = {place: _basis(sides[*place, "L"], sides[*place, "R"]) for place in places}
+        bases = {place: _basis(sides[*place, "L"], sides[*place, "R"]) for place in zeros}
         grams = average(
-            batches,
-            lambda own: (_grams(bases, T) for T in gradients(own, "attention costs")),
-            {place: probed[place[0]].zeros() for place in places},
+            source.batches,
+            lambda own: (_grams(bases, T) for T in source.of(own, label="attention costs")),
+            zeros,
         )
-    modes = {place: Modes(*bases[place], grams[place]) for place in places}
+    modes = {place: Modes(*bases[place], grams[place]) for place in bases}
     return {
         name: AttentionModes(modes[name, 0], modes[name, 1], module.mean[:, 0].double().cpu())
         for name, module in probed.items()
@@ -234,35 +214,38 @@ def _centre(model: nn.Module, probed: Mapping[str, _ProbedAttention], images: Im
 
 
 @dataclass(frozen=True)
-class _Batches:
-    """The batches of these ``numbers`` of all ``images``, and the ``seed`` of their probes."""
+class _Gradients:
+    """Gradients of probed logits at the identities of a ``model``, whose probes have a ``seed``."""
 
+    model: nn.Module
+    probed: Mapping[str, _ProbedAttention]
     images: ImageSet
-    numbers: range
     seed: int
 
+    @property
+    def batches(self) -> int:
+        return -(-len(self.images) // BATCH)
 
-def _gradients(
-    model: nn.Module, probed: Mapping[str, _ProbedAttention], chosen: _Batches, *, label: str
-) -> Iterator[dict[Place, torch.Tensor]]:
-    """T of every identity, (images, heads, head_dim, head_dim), batch by batch."""
-    first, last = chosen.numbers.start * BATCH, chosen.numbers.stop * BATCH
-    images = chosen.images.take(range(first, min(last, len(chosen.images))))
-    batches = images.batches(model, batch_size=BATCH)
-    for batch in progress(batches, label=label, total=len(chosen.numbers)):
-        with torch.enable_grad():
-            logits = model(like(batch, model)).reshape(len(batch), -1)
-        identities = {
-            (name, i): t for name, m in probed.items() for i, t in enumerate(m.identities)
-        }
-        v = probe(logits, [(chosen.seed, first + row, 0) for row in range(len(batch))])
-        found = torch.autograd.grad(logits, list(identities.values()), v)
-        yield {place: T.double().cpu() for place, T in zip(identities, found, strict=True)}
-        first += len(batch)
+    def of(self, own: range, *, label: str) -> Iterator[dict[Place, torch.Tensor]]:
+        """T of every identity, (images, heads, head_dim, head_dim), by batch and probe."""
+        first = own.start * BATCH
+        images = self.images.take(range(first, min(own.stop * BATCH, len(self.images))))
+        batches = images.batches(self.model, batch_size=BATCH)
+        for batch in progress(batches, label=label, total=len(own)):
+            with torch.enable_grad():
+                logits = self.model(like(batch, self.model)).reshape(len(batch), -1)
+            seen = {(n, i): t for n, m in self.probed.items() for i, t in enumerate(m.identities)}
+            for number in range(PROBES):
+                v = probe(logits, [(self.seed, first + row, number) for row in range(len(batch))])
+                found = torch.autograd.grad(
+                    logits, list(seen.values()), v, retain_graph=number < PROBES - 1
+                )
+                yield {place: T.double().cpu() for place, T in zip(seen, found, strict=True)}
+            first += len(batch)
 
 
 def _sides(gradients: Mapping[Place, torch.Tensor]) -> tuple[int, dict[tuple, torch.Tensor]]:
-    """Number of images, and sums of T T^T and of T^T T, (heads, head_dim, head_dim)."""
+    """Number of gradients, and sums of T T^T and of T^T T, (heads, head_dim, head_dim)."""
     sums = {(*place, "L"): (T @ T.mT).sum(dim=0) for place, T in gradients.items()}
     sums |= {(*place, "R"): (T.mT @ T).sum(dim=0) for place, T in gradients.items()}
     return len(next(iter(gradients.values()))), sums
@@ -271,7 +254,7 @@ def _sides(gradients: Mapping[Place, torch.Tensor]) -> tuple[int, dict[tuple, to
 def _grams(
     bases: Mapping[Place, tuple[torch.Tensor, ...]], gradients: Mapping[Place, torch.Tensor]
 ) -> tuple[int, dict[Place, torch.Tensor]]:
-    """Number of images, and sums of t t^T / 2, (heads, modes, modes)."""
+    """Number of gradients, and sums of t t^T / 2, (heads, modes, modes)."""
     sums = {}
     for place, T in gradients.items():
         left, right, strength = bases[place]

@@ -130,11 +130,6 @@ def plan_attentions(
     """Plan the attentions of ``config``: none, those with unread outputs, or all.
 
     ``dense`` has counted the tokens of all plain attentions.
-
-    Raises
-    ------
-    MoeeError
-        All are asked for, and the model has no plain attention.
     """
     if config.attention == "dense":
         return []

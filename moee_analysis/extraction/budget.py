@@ -1,20 +1,25 @@
-"""How much every expert keeps, and every head: one share for all, or one budget for the model."""
+"""How much every expert keeps, and every head: one share for all, or one budget for the model.
+
+MoEE (CVPR 2025), phase 2: rank the neurons of a cluster by their intra-cluster variance and keep
+the smallest set whose variances add up to p % of the total.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
 
+from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.attention_plan import AttentionPlan, KeptModes
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
-from moee_analysis.extraction.experts.variance_share import keep_share, share_for_macs
 from moee_analysis.extraction.lagrangian import Candidates, choose
 from moee_analysis.models.macs import MacCount, count_parameters
 
+BISECTIONS = 50
 Scores = Mapping[str, np.ndarray]  # of neurons, (experts, hidden), by site name
 
 
@@ -45,13 +50,7 @@ class Budget:
     attentions: Sequence[AttentionPlan] = ()
 
     def allocate(self, layers: Sequence[LayerExperts], scores: Scores) -> Sizes:
-        """Choose the neurons of the converted ``layers``, and the modes of attentions.
-
-        Raises
-        ------
-        MoeeError
-            A budget that cannot be met.
-        """
+        """Choose the neurons of the converted ``layers``, and the modes of attentions."""
         layers = [layer for layer in layers if layer.converted]
         if self.config.budget == "global":
             return self._global(layers, scores)
@@ -139,3 +138,40 @@ def _candidates(layer: LayerExperts, scores: np.ndarray) -> Candidates:
     scores = np.where(layer.constant[:, None], 0, scores)  # these keep none at any price
     tokens = layer.tokens * layer.statistics.shares
     return Candidates(scores, tokens, macs=2 * dim, parameters=2 * dim + 1)
+
+
+def keep_share(scores: np.ndarray, share: float) -> np.ndarray:
+    """The fewest entries of each row that hold a ``share`` of its sum, a bool of the same shape.
+
+    The highest scores come first; ties keep the neurons' order.
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")
+    running = np.cumsum(np.take_along_axis(scores, order, axis=1), axis=1)
+    total = np.maximum(running[:, -1:], np.finfo(float).tiny)
+    short = np.sum(running / total < share - 1e-12, axis=1, keepdims=True)
+    counts = scores.shape[1] if share >= 1 else short + 1
+    kept = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(kept, order, np.arange(scores.shape[1]) < counts, axis=1)
+    return kept
+
+
+def share_for_macs(macs: Callable[[float], float], *, dense: float, reduction: float) -> float:
+    """Largest share of the scores at which ``macs``, which never fall, are within the budget.
+
+    The budget is to save a ``reduction`` in (0, 1) of the ``dense`` model's.
+    """
+    budget = (1 - reduction) * dense
+    low, high = 0.0, 1.0
+    if macs(low) > budget:
+        raise MoeeError(
+            f"a MACs reduction of {reduction:.1%}",
+            f"at most {1 - macs(low) / dense:.1%} with one neuron per expert in the layers "
+            "that have clusters",
+            "ask for less, or let more layers be converted (see the reasons per layer)",
+        )
+    if macs(high) <= budget:
+        return high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if macs(middle) <= budget else (low, middle)
+    return low

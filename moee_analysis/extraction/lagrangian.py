@@ -54,11 +54,6 @@ def choose(
     """Choose the neurons of all layers within a budget, bool (experts, hidden) for each layer.
 
     ``macs`` and ``parameters`` are what all kept neurons together may cost per image, and store.
-
-    Raises
-    ------
-    MoeeError
-        A negative budget: what cannot be dropped costs more already.
     """
     for name, budget in (("MACs", macs), ("parameters", parameters)):
         if budget < 0:

@@ -56,19 +56,15 @@ def extract(
     Parameters
     ----------
     model
-        A dense timm model; it is not changed. What ``torch.compile`` or ``DataParallel`` have
-        wrapped is looked through. One of half or double precision is looked at in single
-        precision, and the mixture has its own again.
+        A dense timm model, wrapped or not; it is not changed. One of half or double precision is
+        looked at in single precision, and the mixture has its own again.
     images
         Calibration images; their labels are not used.
-    config
-        Recipe, budget and everything else; None is the default :class:`ExtractConfig`.
     store
-        Folder of a content-keyed store: activations, clusters and the result are kept there
-        and found again. None keeps nothing. A run that was killed goes on where it was last saved
-        in its store.
+        Folder in which activations, clusters and the result are kept and found again; a run that
+        was killed goes on there. None keeps nothing.
     limits
-        What it may take of memory and disk; None is the default :class:`Limits`.
+        What it may take of memory and disk.
 
     Raises
     ------

@@ -45,13 +45,7 @@ class Extraction:
     original: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def dense(self, *, weights: str | Path | None = None) -> nn.Module:
-        """Return the dense model this run was cut from.
-
-        Raises
-        ------
-        MoeeError
-            Its weights are no longer where they were, or it is not the same model.
-        """
+        """Return the dense model this run was cut from; ``weights``: where they are now."""
         if self.original is not None:
             return self.original
         return load_dense(self.provenance, weights, like=self.model)
@@ -82,11 +76,8 @@ class Extraction:
 def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
     """Load a saved run; needs neither calibration images nor the dense weights.
 
-    Parameters
-    ----------
-    dense
-        The model that the run was made from. Only one that was changed by hand, in ways that no
-        argument of ``timm.create_model`` says, has to be given.
+    Only a ``dense`` model that was changed by hand, in ways that no argument of
+    ``timm.create_model`` says, has to be given.
 
     Raises
     ------

@@ -11,10 +11,10 @@ from timm.layers import Attention
 from moee_analysis.extraction.attention_modes import Modes, attention_modes, gains
 from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank
 from moee_analysis.moe.layer import replace_module
-from tests.helpers.makers import hooks_of
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import hooks_of, toy_vit
 
-IMAGES = toy_images(20)
+IMAGES = toy_images(16)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_modes_add_up_to_the_identity(measured, kind):
 
 @pytest.mark.parametrize("kind", ["scores", "values"])
 def test_costs_are_those_of_finite_differences_of_the_divergence(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("moee_analysis.extraction.attention_modes.PROBES", 300)
+    monkeypatch.setattr("moee_analysis.extraction.attention_modes.PROBES", 250)
     model = toy_vit(depth=2)
     site = find_attentions(model)[0]
     queries = {"blocks.0.attn": None, "blocks.1.attn": 1}

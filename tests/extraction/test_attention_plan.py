@@ -7,14 +7,16 @@ import torch
 from moee_analysis.baselines.controls import randomly_routed, statically_pruned
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.attention_plan import plan_attentions
-from moee_analysis.extraction.pipeline import extract, load
-from moee_analysis.models.attention import find_attentions, reduced_attentions
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import load
+from moee_analysis.models.attention import find_attentions, plain_attentions, reduced_attentions
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
-from tests.helpers.makers import best, lively, quick
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, toy_swin, toy_vit
+from tests.helpers.runs import best, quick
 
-IMAGES = toy_images(12)
+IMAGES = toy_images(8)
 ONE_BLOCK = 0.015  # share of the small model's MACs in modes that come and go together
 
 
@@ -32,6 +34,11 @@ def extracted(model, store, **settings):
     return extract(model, IMAGES, best(**settings), store=store)
 
 
+def planned(model, **settings):
+    dense = count(model, sites=[site.name for site in plain_attentions(model)])
+    return plan_attentions(model, IMAGES, best(**settings).resolved(), dense=dense, root=None)
+
+
 def savings(run, model):
     names, layers = moe_names(run.model), moe_layers(run.model)
     cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
@@ -43,7 +50,7 @@ def savings(run, model):
 
 def test_attention_of_what_is_read_changes_no_prediction():
     model = toy_vit()
-    plans = plan_attentions(model, IMAGES, best(attention="read").resolved(), root=None)
+    plans = planned(model, attention="read")
     assert [(p.site.name, p.queries, p.modes) for p in plans] == [("blocks.2.attn", 1, None)]
     run = extract(model, IMAGES, best(attention="read", macs_reduction=0.1))
     assert list(reduced_attentions(run.model)) == ["blocks.2.attn"]
@@ -53,15 +60,8 @@ def test_attention_of_what_is_read_changes_no_prediction():
     assert torch.allclose(reduced(tokens)[:, 0], model.blocks[2].attn(tokens)[:, 0], atol=1e-5)
 
 
-def test_dense_attention_is_left_alone(model, store):
-    run = extracted(model, store, macs_reduction=0.1)
-    assert not reduced_attentions(run.model)
-    assert len(find_attentions(run.model)) == len(find_attentions(model))
-
-
 def test_a_model_without_plain_attention_is_left_dense_where_only_what_is_read_is_asked_for():
-    config = best(macs_reduction=0.1, attention="read").resolved()
-    assert plan_attentions(toy_swin(), IMAGES, config, root=None) == []
+    assert planned(toy_swin(), attention="read") == []
 
 
 def test_keeping_everything_is_the_dense_model():
@@ -82,7 +82,7 @@ def test_the_budget_is_met_with_attention_in_it(model, store, attention, bound):
     macs, parameters = savings(run, model)
     assert macs == pytest.approx(0.3, abs=0.003) or (bound and macs > 0.3)
     if bound:
-        assert parameters == pytest.approx(0.2, abs=0.003) or (parameters > 0.2 and macs < 0.303)
+        assert 0.2 <= parameters < 0.2 + ONE_BLOCK or (parameters > 0.2 and macs < 0.303)
 
 
 def test_the_share_of_the_paper_holds_for_heads_too(model, store):
@@ -97,6 +97,7 @@ def test_attention_takes_what_neurons_need_not_save(model, store):
         extracted(model, store, macs_reduction=0.3, attention=attention)
         for attention in ("dense", "low_rank")
     )
+    assert not reduced_attentions(dense.model)
     active = [np.mean([each.active_fraction for each in run.layers]) for run in (dense, low)]
     assert active[1] > active[0]
     found = reduced_attentions(low.model).values()
@@ -125,7 +126,7 @@ def test_controls_keep_the_attention(model, store):
 
 
 def test_a_model_without_plain_attention_is_refused_before_the_work(monkeypatch):
-    planning = "moee_analysis.extraction.pipeline.plan_layers"
+    planning = "moee_analysis.extraction.pipeline.group_tokens"
     monkeypatch.setattr(planning, lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(MoeeError, match="plain self-attention"):
         extract(toy_swin(), IMAGES, best(attention="low_rank", macs_reduction=0.1))

@@ -1,22 +1,91 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.budget import WORTHWHILE, sized, without_thin
-from moee_analysis.extraction.experts.variance_share import rank_neurons
+from moee_analysis.extraction.budget import Budget, keep_share, share_for_macs
+from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.plan import plan_layers
-from moee_analysis.extraction.record.calibration_set import Calibration
+from moee_analysis.extraction.plan import group_tokens
+from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.measure import macs
-from moee_analysis.models.macs import count_parameters
+from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.makers import best, lively, quick
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, toy_swin, toy_vit
+from tests.helpers.runs import best, quick
 
 IMAGES = toy_images(8)
 CLOSE = 0.003  # of the dense model's
+VARIANCE = np.random.default_rng(0).gamma(0.5, size=(4, 30))
+SHARES = [0.05, 0.3, 0.5, 0.9, 0.99, 1.0]
+
+# A share of the scores
+
+
+def smallest_set(variance, p):
+    """Neurons taken one at a time, the most variable first, until they hold a share p."""
+    left = sorted(range(len(variance)), key=lambda i: (-variance[i], i))
+    taken = [left.pop(0)]
+    while left and sum(variance[taken]) < p * sum(variance) - 1e-9:
+        taken.append(left.pop(0))
+    return sorted(taken)
+
+
+@pytest.mark.parametrize("p", SHARES)
+def test_an_expert_keeps_the_fewest_neurons_that_hold_its_share_of_variance(p):
+    kept = keep_share(VARIANCE, p)
+    assert [np.flatnonzero(row).tolist() for row in kept] == [smallest_set(v, p) for v in VARIANCE]
+
+
+def test_no_smaller_set_would_do_and_a_larger_share_contains_the_smaller():
+    variance = VARIANCE[:1, :8]
+    size = keep_share(variance, 0.7).sum()
+    best = max(sum(c) for c in itertools.combinations(variance[0], size - 1))
+    assert best < 0.7 * variance.sum()
+    for small, large in itertools.pairwise(SHARES):
+        assert (keep_share(VARIANCE, small) <= keep_share(VARIANCE, large)).all()
+
+
+def test_the_ends_of_a_share():
+    variance = VARIANCE.copy()
+    variance[:, 5:] = 0  # neurons that never change are kept for the whole variance alone
+    assert keep_share(variance, 1.0).all()
+    assert keep_share(variance, 0.999).sum(axis=1).max() <= 5
+    assert keep_share(VARIANCE, 0.0).sum(axis=1).tolist() == [1] * 4
+    assert keep_share(np.array([[1.0, 2, 1, 1]]), 0.7).tolist() == [[True, True, True, False]]
+    assert keep_share(np.zeros((2, 6)), 0.9).all()
+
+
+def cost(p):
+    return 100 + 10 * int(keep_share(VARIANCE, p).sum())
+
+
+@pytest.mark.parametrize("reduction", [0.1, 0.28, 0.6, 0.8])
+def test_bisection_finds_the_largest_share_within_the_budget(reduction):
+    budget = (1 - reduction) * cost(1.0)
+    p = share_for_macs(cost, dense=cost(1.0), reduction=reduction)
+    affordable = [q for q in np.linspace(0, 1, 1001) if cost(q) <= budget]
+    assert cost(p) <= budget < cost(p + 1e-9)
+    assert p >= max(affordable) - 1e-12
+    assert share_for_macs(cost, dense=2 * cost(1.0), reduction=0.4) == 1.0
+
+
+def test_a_budget_below_one_neuron_each_is_refused_with_what_can_be_had():
+    most = 1 - cost(0.0) / cost(1.0)
+    with pytest.raises(MoeeError, match=f"at most {most:.1%}") as error:
+        share_for_macs(cost, dense=cost(1.0), reduction=0.95)
+    assert "95.0%" in error.value.expected
+
+
+# Budgets of whole runs
+
+
+def extracted(store, build=toy_vit, settings=best, **pieces):
+    return extract(build(), IMAGES, settings(**pieces), store=store)
 
 
 def saved(run):
@@ -26,178 +95,112 @@ def saved(run):
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    """Plans of the two recipes for a toy."""
-    root, model = tmp_path_factory.mktemp("store"), toy_vit()
-    settings = {"best": best().resolved(), "paper": quick().resolved()}
-    return model, {
-        name: plan_layers(Calibration(model, IMAGES, config, root))
-        for name, config in settings.items()
-    }
-
-
-# Budgets of whole runs
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
 
 
 @pytest.mark.parametrize(
-    ("build", "reduction"), [(toy_vit, 0.15), (toy_vit, 0.3), (toy_swin, 0.3), (lively, 0.25)]
-)
-def test_one_budget_of_macs_is_met(build, reduction):
-    run = extract(build(), IMAGES, best(macs_reduction=reduction))
+    ("build", "reduction", "pieces"),
+    [
+        (toy_vit, 0.15, {}), (toy_vit, 0.3, {}), (toy_swin, 0.3, {}), (lively, 0.25, {}),
+        (toy_vit, 0.2, {"experts": "one"}), (toy_vit, 0.2, {"router": "cosine"}),
+        (toy_vit, 0.2, {"layers": (0, 2)}), (toy_vit, 0.2, {"settings": quick, "budget": "global"}),
+    ],
+)  # fmt: skip
+def test_one_budget_of_macs_is_met_whatever_the_other_pieces(store, build, reduction, pieces):
+    run = extracted(store, build, macs_reduction=reduction, **pieces)
     assert run.variance_kept is None
     assert reduction - 1e-9 <= saved(run)["macs"] < reduction + CLOSE
 
 
-@pytest.mark.parametrize("build", [toy_vit, toy_swin, lively])
-def test_one_budget_of_parameters_is_met(build):
-    run = extract(build(), IMAGES, best(params_reduction=0.2))
+@pytest.mark.parametrize(
+    ("build", "pieces"),
+    [
+        (toy_vit, {}), (toy_swin, {}), (lively, {}), (toy_vit, {"refit": "none"}),
+        (toy_vit, {"refit": "shift"}),
+    ],
+)  # fmt: skip
+def test_one_budget_of_parameters_is_met(store, build, pieces):
+    run = extracted(store, build, params_reduction=0.2, **pieces)
     one_neuron = 65 / count_parameters(run.dense())
     assert 0.2 <= saved(run)["params"] < 0.2 + max(CLOSE, one_neuron)
 
 
 @pytest.mark.parametrize(
     ("build", "mac", "parameter"),
-    [(toy_vit, 0.3, 0.05), (toy_vit, 0.25, 0.22), (toy_vit, 0.1, 0.25), (lively, 0.25, 0.15)],
+    [(toy_vit, 0.3, 0.05), (toy_vit, 0.1, 0.25), (lively, 0.25, 0.15)],
 )
-def test_two_budgets_are_met_at_once(build, mac, parameter):
+def test_two_budgets_are_met_at_once(store, build, mac, parameter):
     budgets = {"macs_reduction": mac, "params_reduction": parameter}
-    found = saved(extract(build(), IMAGES, best(**budgets)))
+    found = saved(extracted(store, build, **budgets))
     over = [found["macs"] - mac, found["params"] - parameter]
     assert min(over) > -1e-9
     assert min(over) < CLOSE
 
 
-@pytest.mark.parametrize("refit", ["none", "shift", "shared"])
-def test_what_the_refit_stores_counts_as_parameters(refit):
-    run = extract(toy_vit(), IMAGES, best(params_reduction=0.2, refit=refit))
-    assert 0.2 <= saved(run)["params"] < 0.2 + CLOSE
-
-
-@pytest.mark.parametrize("pieces", [{"experts": "one"}, {"router": "cosine"}, {"layers": (0, 2)}])
-def test_a_budget_is_met_whatever_the_other_pieces(pieces):
-    found = saved(extract(toy_vit(), IMAGES, best(macs_reduction=0.2, **pieces)))
-    assert 0.2 <= found["macs"] < 0.2 + CLOSE
-
-
-def test_the_paper_can_have_one_budget_too():
-    run = extract(toy_vit(), IMAGES, quick(budget="global", macs_reduction=0.2))
-    assert 0.2 <= saved(run)["macs"] < 0.2 + CLOSE
-
-
 @pytest.mark.parametrize(
     ("budget", "told"), [("macs_reduction", "MACs"), ("params_reduction", "parameters")]
 )
-def test_a_budget_that_cannot_be_met_is_refused(budget, told):
+def test_a_budget_that_cannot_be_met_is_refused(store, budget, told):
     with pytest.raises(MoeeError, match=f"a budget of {told}.*too few"):
-        extract(toy_vit(), IMAGES, best(**{budget: 0.99}))
+        extracted(store, **{budget: 0.99})
 
 
-def test_everything_is_kept_where_nothing_has_to_be_saved():
-    run = extract(toy_vit(), IMAGES, best(macs_reduction=1e-6, thin="routed"))
-    assert [set(layer.sizes) for layer in run.layers] == [{64}, {64}, {64, 0}]
-
-
-# Layers that would save too little
-
-
-def keeping(plans, shares):
-    """The first neurons of every expert, so that the routed layers save about these shares."""
-    kept = {}
-    for plan, share in zip(plans, shares, strict=True):
-        mask = np.zeros(plan.scores.neurons.shape, dtype=bool)
-        of_router = plan.router().macs / (2 * plan.site.dim)
-        mask[:, : round((1 - share) * plan.site.hidden - of_router)] = True
-        kept[plan.site.name] = mask
-    return kept
-
-
-@pytest.mark.parametrize(
-    ("shares", "thin"),
-    [
-        ((0.5, 0.5, 0.0), []),
-        ((0.03, 0.7, 0.0), [0]),
-        ((WORTHWHILE + 0.02, 0.8, 0.0), []),  # a quarter of the mean is more, but this is enough
-        ((0.01, 0.3, 0.0), [0]),
-        ((0.05, 0.1, 0.0), []),  # no layer saves much
-    ],
-)
-def test_routed_layers_that_save_hardly_anything_stay_dense(planned, shares, thin):
-    _, plans = planned
-    left = without_thin(plans["best"], keeping(plans["best"], shares))
-    assert [plan.site.index for plan in left if plan.thin] == thin
-    for plan, before in zip(left, plans["best"], strict=True):
-        assert plan.converted != plan.thin
-        assert plan.thin or plan is before  # the last layer needs no router
-        assert not plan.thin or plan.partition.reason.startswith("its experts would save ")
-
-
-@pytest.mark.parametrize("budgets", [{"macs_reduction": 0.22}, {"params_reduction": 0.15}])
-def test_the_others_meet_the_budget_of_layers_that_stay_dense(budgets):
-    model = toy_vit()
-    model.blocks[0].mlp.fc2.weight.data *= 30  # the prediction depends on this layer most
-    runs = {
-        thin: extract(model, IMAGES, best(thin=thin, **budgets)) for thin in ("dense", "routed")
-    }
-    assert [layer.thin for layer in runs["dense"].layers] == [True, False, False]
-    assert list(moe_layers(runs["dense"].model)) == [1, 2]
-    assert list(moe_layers(runs["routed"].model)) == [0, 1, 2]
-    for run in runs.values():
-        for name, reduction in budgets.items():
-            found = saved(run)[name.removesuffix("_reduction")]
-            assert reduction - 1e-9 <= found < reduction + CLOSE
+def test_a_layer_that_is_left_out_costs_what_it_did(store):
+    run = extracted(store, params_reduction=0.1, layers=(0,))
+    assert list(moe_layers(run.model)) == [0]
+    budget = 0.9 * count_parameters(run.dense())
+    assert 0.997 * budget < count_parameters(run.model) <= budget
 
 
 # What one layer keeps
 
 
+@pytest.fixture(scope="module")
+def planned(store):
+    """Experts and scores of the two recipes for a toy; and a function that allocates a budget."""
+    model, found = toy_vit(), {}
+    for settings in (best, quick):
+        config = settings().resolved()
+        tokens = calibration_tokens(model, IMAGES, config, root=store)
+        layers = group_tokens(tokens, config)
+        scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
+        found[settings] = layers, scores
+
+    def allocate(settings=best, **given):
+        config = settings(**given).resolved()
+        return Budget(model, count(model), config).allocate(*found[settings])
+
+    return found, allocate
+
+
 @pytest.mark.parametrize("p", [0.3, 0.9])
 def test_with_a_share_every_expert_keeps_the_fewest_neurons_that_hold_it(planned, p):
-    model, plans = planned
-    sizes = sized(model, plans["paper"], quick(variance_kept=p).resolved())
+    found, allocate = planned
+    sizes = allocate(quick, variance_kept=p)
     assert sizes.variance_kept == p
-    for plan in plans["paper"]:
-        kept = [np.flatnonzero(mask).tolist() for mask in sizes.kept[plan.site.name]]
-        expected = rank_neurons(plan.scores.neurons).kept(p)
-        assert kept == [ids.tolist() for ids in expected]
+    for name, scores in found[quick][1].items():
+        np.testing.assert_array_equal(sizes.neurons[name], keep_share(scores, p))
 
 
 @pytest.mark.parametrize("budget", [{"macs_reduction": 0.2}, {"variance_kept": 1.0}])
 def test_a_share_leaves_constant_experts_empty(planned, budget):
-    model, plans = planned
-    config = best(budget="share", **budget).resolved()
-    kept = sized(model, plans["best"], config).kept
+    kept = planned[1](budget="share", **budget).neurons
     assert kept["blocks.2.mlp"].any(axis=1).tolist() == [True, False]
     assert all(mask.any(axis=1).all() for name, mask in kept.items() if "2" not in name)
 
 
-def test_more_to_save_never_keeps_more(planned):
-    model, plans = planned
-    neurons = [
-        sum(mask.sum() for mask in sized(model, plans["best"], config).kept.values())
-        for config in (best(macs_reduction=r).resolved() for r in (0.12, 0.2, 0.3))
-    ]
-    assert neurons == sorted(neurons, reverse=True)
-
-
-def test_layers_compete_for_one_budget(planned):
-    model, plans = planned
-    kept = sized(model, plans["best"], best(macs_reduction=0.25).resolved()).kept
-    for name, mask in kept.items():
-        scores = next(plan.scores.neurons for plan in plans["best"] if plan.site.name == name)
-        for own, row in zip(mask, scores, strict=True):
+def test_layers_compete_for_one_budget_and_more_to_save_never_keeps_more(planned):
+    found, allocate = planned
+    kept = [allocate(macs_reduction=r).neurons for r in (0.12, 0.2, 0.3)]
+    counts = [sum(mask.sum() for mask in each.values()) for each in kept]
+    assert counts == sorted(counts, reverse=True)
+    for name, mask in kept[1].items():
+        for own, row in zip(mask, found[best][1][name], strict=True):
             assert not own.any() or own.all() or row[own].min() >= row[~own].max()
 
 
 def test_parameters_alone_keep_a_neuron_for_all_experts_or_for_none(planned):
-    model, plans = planned
-    kept = sized(model, plans["best"], best(params_reduction=0.2).resolved()).kept
+    kept = planned[1](params_reduction=0.2, order="weighted").neurons
     for mask in [kept["blocks.0.mlp"], kept["blocks.1.mlp"]]:
         assert (mask == mask.any(axis=0)).all()
-
-
-def test_a_layer_that_is_left_out_costs_what_it_did(tmp_path):
-    model = toy_vit()
-    run = extract(model, IMAGES, best(params_reduction=0.1, layers=(0,)))
-    assert list(moe_layers(run.model)) == [0]
-    budget = 0.9 * count_parameters(model)
-    assert 0.997 * budget < count_parameters(run.model) <= budget

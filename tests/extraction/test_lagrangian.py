@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.lagrangian import Offer, choose
+from moee_analysis.extraction.lagrangian import Candidates, choose
 
 SHARES = [0.1, 0.4, 0.7, 0.95]
 
 
-def offers_of(*sizes, seed=0):
+def layers_of(*sizes, seed=0):
     """One layer for each (experts, hidden): scores of many magnitudes, its own prices."""
     rng = np.random.default_rng(seed)
     return [
-        Offer(
+        Candidates(
             10 ** rng.normal(-3, 1, size=(experts, hidden)),
             rng.gamma(1.0, 20.0, size=experts),
             macs=2 * width,
@@ -26,181 +26,113 @@ def offers_of(*sizes, seed=0):
     ]
 
 
-def macs_of(offers, kept):
-    return sum(offer.macs_of(mask) for offer, mask in zip(offers, kept, strict=True))
+def spent(layers, kept):
+    """MACs and parameters of the kept neurons."""
+    pairs = list(zip(layers, kept, strict=True))
+    return {
+        "macs": sum(layer.macs_of(mask) for layer, mask in pairs),
+        "parameters": sum(layer.parameters_of(mask) for layer, mask in pairs),
+    }
 
 
-def parameters_of(offers, kept):
-    return sum(offer.parameters_of(mask) for offer, mask in zip(offers, kept, strict=True))
+def budgets_of(layers, **shares):
+    """Shares of what everything costs."""
+    whole = spent(layers, [np.ones(layer.scores.shape, dtype=bool) for layer in layers])
+    return {name: share * whole[name] for name, share in shares.items()}
 
 
-def cost_of(offers, kept):
+def cost_of(layers, kept):
     """What is lost with all that is dropped, for one image."""
     return sum(
-        float(offer.tokens @ np.where(mask, 0, offer.scores).sum(axis=1))
-        for offer, mask in zip(offers, kept, strict=True)
+        float(layer.tokens @ np.where(mask, 0, layer.scores).sum(axis=1))
+        for layer, mask in zip(layers, kept, strict=True)
     )
 
 
-def everything(offers):
-    return [np.ones(offer.scores.shape, dtype=bool) for offer in offers]
-
-
-def every_choice(offers):
+def every_choice(layers):
     """Every way to keep or drop the neurons of every expert."""
-    shapes = [offer.scores.shape for offer in offers]
-    places = np.cumsum([0, *(math.prod(shape) for shape in shapes)])
+    shapes = [layer.scores.shape for layer in layers]
+    places = np.cumsum([0, *map(math.prod, shapes)])
     for bits in itertools.product([False, True], repeat=places[-1]):
-        flat = np.array(bits)
-        yield [
-            flat[a:b].reshape(shape)
-            for a, b, shape in zip(places[:-1], places[1:], shapes, strict=True)
-        ]
+        flat = np.split(np.array(bits), places[1:-1])
+        yield [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
 
 
-WIDE = offers_of((5, 40), (3, 60), (1, 30))
-TINY = offers_of((2, 4), (1, 4), seed=3)
+WIDE = layers_of((5, 40), (3, 60), (1, 30))
+TINY = layers_of((2, 4), (1, 4), seed=3)
 CHOICES = list(every_choice(TINY))
 
 
-# What a choice costs
+def test_macs_are_those_of_every_token_and_a_neuron_of_several_experts_is_stored_once():
+    layer = WIDE[0]
+    kept = layer.scores > np.median(layer.scores)
+    neurons = [layer.tokens[e] * kept[e].sum() for e in range(5)]
+    assert layer.macs_of(kept) == pytest.approx(layer.macs * sum(neurons))
+    few = np.zeros((5, 40), dtype=bool)
+    few[[0, 3, 4], 7] = few[1, 9] = True
+    assert layer.parameters_of(few) == 2 * layer.parameters
 
 
-def test_macs_are_those_of_every_token_through_its_expert_s_neurons():
-    offer = WIDE[0]
-    kept = offer.scores > np.median(offer.scores)
-    neurons = [offer.tokens[e] * kept[e].sum() for e in range(5)]
-    assert offer.macs_of(kept) == pytest.approx(offer.macs * sum(neurons))
-
-
-def test_a_neuron_of_several_experts_is_stored_once():
-    offer = WIDE[0]
-    kept = np.zeros((5, 40), dtype=bool)
-    kept[[0, 3, 4], 7] = kept[1, 9] = True
-    assert offer.parameters_of(kept) == 2 * offer.parameters
-
-
-# At given prices
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_other_choice_is_worth_more_at_the_same_prices(seed):
-    (offer,) = offers_of((3, 4), seed=seed)
+    (layer,) = layers_of((3, 4), seed=seed)
     rng = np.random.default_rng(seed)
-    for per_mac, per_parameter in 10 ** rng.normal([-5, -4], 0.7, size=(10, 2)):
+    for prices in 10 ** rng.normal([-5, -4], 0.7, size=(5, 2)):
 
-        def charged(kept, prices=(per_mac, per_parameter)):
-            macs, stored = offer.macs_of(kept), offer.parameters_of(kept)
-            return cost_of([offer], [kept]) + prices[0] * macs + prices[1] * stored
+        def charged(kept, prices=prices):
+            return cost_of([layer], [kept]) + prices @ list(spent([layer], [kept]).values())
 
-        least = min(charged(kept) for (kept,) in every_choice([offer]))
-        assert charged(offer.kept(per_mac, per_parameter)) == pytest.approx(least, rel=1e-9)
-
-
-def test_what_is_free_is_kept_where_it_is_worth_anything():
-    scores = np.array([[1.0, 0.0, 1e-30]])
-    assert Offer(scores, np.ones(1), 2, 3).kept(0.0, 0.0).tolist() == [[True, False, True]]
-
-
-# One budget
+        least = min(charged(kept) for (kept,) in every_choice([layer]))
+        assert charged(layer.worth(*prices)) == pytest.approx(least, rel=1e-9)
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_a_budget_of_macs_is_used_up_to_one_neuron(share):
-    budget = share * macs_of(WIDE, everything(WIDE))
-    kept = choose(WIDE, macs=budget)
-    dropped = [
-        offer.macs * offer.tokens[expert]
-        for offer, mask in zip(WIDE, kept, strict=True)
-        for expert in np.flatnonzero(~mask.all(axis=1))
-    ]
-    assert 0 <= budget - macs_of(WIDE, kept) < max(dropped)
-
-
-@pytest.mark.parametrize("share", SHARES)
-def test_a_budget_of_parameters_is_used_up_to_one_neuron(share):
-    budget = share * parameters_of(WIDE, everything(WIDE))
-    kept = choose(WIDE, parameters=budget)
-    assert 0 <= budget - parameters_of(WIDE, kept) < max(offer.parameters for offer in WIDE)
-    for mask in kept:
-        assert (mask == mask.any(axis=0)).all()  # what is stored, every expert may use
-
-
-@pytest.mark.parametrize("share", SHARES)
-def test_under_a_budget_of_macs_the_scores_alone_decide(share):
-    kept = choose(WIDE, macs=share * macs_of(WIDE, everything(WIDE)))
-    rates = [offer.scores / offer.macs for offer in WIDE]
-    lowest = min(rate[mask].min() for rate, mask in zip(rates, kept, strict=True) if mask.any())
-    highest = max(
-        rate[~mask].max() for rate, mask in zip(rates, kept, strict=True) if not mask.all()
-    )
-    assert lowest > highest
-
-
-# Both at once
+def test_a_budget_is_used_up_to_one_neuron_and_the_scores_decide(share):
+    budget = budgets_of(WIDE, macs=share)["macs"]
+    kept = list(zip(WIDE, choose(WIDE, macs=budget), strict=True))
+    left = budget - sum(layer.macs_of(mask) for layer, mask in kept)
+    one = max(e.macs * e.tokens[i] for e, mask in kept for i in np.flatnonzero(~mask.all(axis=1)))
+    assert 0 <= left < one
+    lowest = min((e.scores / e.macs)[mask].min() for e, mask in kept if mask.any())
+    assert lowest > max((e.scores / e.macs)[~mask].max() for e, mask in kept if not mask.all())
+    stored = budgets_of(WIDE, parameters=share)
+    masks = choose(WIDE, **stored)
+    left = stored["parameters"] - spent(WIDE, masks)["parameters"]
+    assert 0 <= left < max(layer.parameters for layer in WIDE)
+    assert all((m == m.any(axis=0)).all() for m in masks)  # what is stored, every expert may use
 
 
 @pytest.mark.parametrize("macs", SHARES)
 @pytest.mark.parametrize("parameters", SHARES)
 def test_both_budgets_are_met_and_one_of_them_is_used(macs, parameters):
-    budgets = {
-        "macs": macs * macs_of(WIDE, everything(WIDE)),
-        "parameters": parameters * parameters_of(WIDE, everything(WIDE)),
-    }
-    kept = choose(WIDE, **budgets)
-    left = {
-        "macs": 1 - macs_of(WIDE, kept) / budgets["macs"],
-        "parameters": 1 - parameters_of(WIDE, kept) / budgets["parameters"],
-    }
-    assert min(left.values()) >= 0
-    assert min(left.values()) < 0.1
-
-
-# Against all there is
+    budgets = budgets_of(WIDE, macs=macs, parameters=parameters)
+    found = spent(WIDE, choose(WIDE, **budgets))
+    left = [1 - found[name] / budget for name, budget in budgets.items()]
+    assert 0 <= min(left) < 0.1
 
 
 @pytest.mark.parametrize("macs", [0.2, 0.4, 0.6, 0.8, math.inf])
 @pytest.mark.parametrize("parameters", [0.25, 0.5, 0.75, math.inf])
 def test_no_choice_within_the_budgets_is_much_better(macs, parameters):
-    budgets = (
-        macs * macs_of(TINY, everything(TINY)),
-        parameters * parameters_of(TINY, everything(TINY)),
-    )
-    fitting = [
-        kept
-        for kept in CHOICES
-        if macs_of(TINY, kept) <= budgets[0] and parameters_of(TINY, kept) <= budgets[1]
-    ]
-    least = min(cost_of(TINY, kept) for kept in fitting)
-    kept = choose(TINY, macs=budgets[0], parameters=budgets[1])
-    assert macs_of(TINY, kept) <= budgets[0]
-    assert parameters_of(TINY, kept) <= budgets[1]
+    budgets = budgets_of(TINY, macs=macs, parameters=parameters)
+
+    def fits(kept):
+        return all(spent(TINY, kept)[name] <= budget for name, budget in budgets.items())
+
+    least = min(cost_of(TINY, kept) for kept in CHOICES if fits(kept))
+    kept = choose(TINY, **budgets)
+    assert fits(kept)
     assert cost_of(TINY, kept) <= 1.05 * least
 
 
 @pytest.mark.parametrize("name", ["macs", "parameters"])
 def test_a_larger_budget_never_costs_more(name):
-    measure = {"macs": macs_of, "parameters": parameters_of}[name]
-    whole = measure(WIDE, everything(WIDE))
-    costs = [
-        cost_of(WIDE, choose(WIDE, **{name: share * whole})) for share in np.linspace(0, 1.1, 12)
-    ]
+    shares = np.linspace(0, 1.1, 12)
+    kept = [choose(WIDE, **budgets_of(WIDE, **{name: share})) for share in shares]
+    costs = [cost_of(WIDE, each) for each in kept]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] == 0
-
-
-# The ends
-
-
-def test_without_a_budget_all_that_is_worth_anything_is_kept():
-    scores = np.array([[0.5, 0.0, 1e-9], [0.0, 0.0, 2.0]])
-    (kept,) = choose([Offer(scores, np.array([3.0, 1.0]), macs=8, parameters=9)])
-    np.testing.assert_array_equal(kept, scores > 0)
-
-
-def test_a_budget_of_nothing_keeps_nothing():
-    assert not any(mask.any() for mask in choose(WIDE, macs=0))
-    assert not any(mask.any() for mask in choose(WIDE, parameters=0))
+    assert not any(mask.any() for mask in kept[0])
 
 
 @pytest.mark.parametrize(("name", "told"), [("macs", "MACs"), ("parameters", "parameters")])
@@ -210,8 +142,11 @@ def test_a_budget_below_zero_is_refused_with_what_is_missing(name, told):
     assert "too few" in error.value.found
 
 
-def test_an_expert_that_no_token_uses_keeps_nothing():
-    offer = Offer(WIDE[0].scores, np.array([0.0, 1, 1, 1, 1]), macs=64, parameters=65)
-    (kept,) = choose([offer])
+def test_without_a_budget_all_that_is_worth_anything_is_kept():
+    scores = np.array([[0.5, 0.0, 1e-9], [0.0, 0.0, 2.0]])
+    (kept,) = choose([Candidates(scores, np.array([3.0, 1.0]), macs=8, parameters=9)])
+    np.testing.assert_array_equal(kept, scores > 0)
+    unused = Candidates(WIDE[0].scores, np.array([0.0, 1, 1, 1, 1]), macs=64, parameters=65)
+    (kept,) = choose([unused])  # an expert that no token uses keeps nothing
     assert not kept[0].any()
     assert kept[1:].all()

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import moee_analysis as moee
-from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import pipeline as extraction
+from moee_analysis.extraction import pipeline
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.fingerprints import hash_weights
@@ -18,19 +17,21 @@ from moee_analysis.models.loading import find_mlps, fingerprint, load_model
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
 from moee_analysis.moe.routers import ConstantRouter, NearestRouter, TokenKindRouter
-from tests.helpers.makers import (
-    CLUSTERING,
+from tests.helpers.images import toy_images
+from tests.helpers.models import (
     SMALL_CONVNEXT,
-    best,
     divergence,
     hooks_of,
     lively,
     pixels_of,
-    quick,
+    same_models,
+    toy_swin,
+    toy_vit,
 )
-from tests.helpers.toys import toy_images, toy_swin, toy_vit
+from tests.helpers.runs import CLUSTERING, best, quick
 
-IMAGES = toy_images()
+IMAGES = toy_images(16)
+NOTHING = {"clustering": replace(CLUSTERING, max_noise=0.001)}  # no layer has clusters
 
 
 def convnext():
@@ -54,10 +55,10 @@ def cost(run):
 # The same as the dense model where nothing is left out
 
 
-@pytest.mark.parametrize("build", [toy_vit, toy_swin, lively, convnext])
+@pytest.mark.parametrize("build", [toy_vit, toy_swin, convnext, load_model])
 def test_with_all_variance_kept_the_output_is_that_of_the_dense_model(build):
     model = build()
-    run = extract(model, IMAGES, quick(variance_kept=1.0))
+    run = extract(model, IMAGES, quick(variance_kept=1.0, layers=(0, 1)))
     assert any(layer.experts > 1 for layer in run.layers)
     x = pixels_of(model, count=5)
     dense = model(x)
@@ -65,62 +66,39 @@ def test_with_all_variance_kept_the_output_is_that_of_the_dense_model(build):
     torch.testing.assert_close(run.model(x), dense, rtol=0, atol=1e-5 * scale)
 
 
-def test_the_bundled_model_with_all_variance_kept_is_itself():
-    model = load_model()
-    run = extract(
-        model, load_images(split="calibration", limit=40), quick(variance_kept=1.0, layers=(0, 5))
-    )
-    assert [layer.converted for layer in run.layers].count(True) == 2
-    x = next(load_images(limit=40).batches(model))
-    with torch.inference_mode():
-        torch.testing.assert_close(run.model(x), model(x), rtol=0, atol=1e-5)
-
-
-def test_the_dense_model_is_not_changed():
-    model = toy_vit()
-    before, x = fingerprint(model), pixels_of(model)
-    run = extract(model, IMAGES, quick(variance_kept=0.3))
-    assert fingerprint(model) == before
-    assert len(find_mlps(model)) == 3
-    assert hooks_of(model) == hooks_of(run.model) == 0
-    assert run.dense() is model
-    assert not torch.allclose(run.model(x), model(x))
-
-
 # What each layer becomes
 
 
-def test_the_report_tells_what_the_model_is():
-    run = extract(toy_vit(), IMAGES, quick(layers=(0, 2)))
-    layers = moe_layers(run.model)
+def test_the_report_tells_what_the_model_is_and_the_dense_one_is_not_changed():
+    model = toy_vit()
+    run = extract(model, IMAGES, quick(variance_kept=0.3, layers=(0, 2)))
+    layers, removed, routers = moe_layers(run.model), 0, 0
     assert set(layers) == {0, 2}
-    for told in run.layers:
-        if not told.converted:
-            assert (told.experts, told.sizes, told.active_fraction) == (0, (), 1.0)
-            assert told.reason == "not asked for"
-            continue
-        layer = layers[told.index]
-        assert told.reason == ""
+    dense = run.layers[1]
+    assert (dense.experts, dense.sizes, dense.active_fraction) == (0, (), 1.0)
+    assert (dense.converted, dense.reason) == (False, "not asked for")
+    for index, layer in layers.items():
+        told = run.layers[index]
+        assert (told.converted, told.reason) == (True, "")
         assert told.experts == layer.n_experts == len(told.sizes)
         assert list(told.sizes) == layer.expert_sizes
         assert told.union_fraction == len(layer.kept) / told.hidden < 1
         used = float(layer.shares @ layer.sizes.float()) / told.hidden
         assert told.active_fraction == pytest.approx(used, rel=1e-5)
         assert 0 <= told.noise_share <= CLUSTERING.max_noise
-
-
-def test_neurons_that_no_expert_keeps_are_not_stored():
-    run = extract(toy_vit(), IMAGES, quick(variance_kept=0.3))
-    removed = sum(told.hidden - round(told.union_fraction * told.hidden) for told in run.layers)
-    routers = sum(layer.router.centres.numel() for layer in moe_layers(run.model).values())
-    assert removed > 0
-    assert count_parameters(run.model) == count_parameters(toy_vit()) - 65 * removed + routers
+        removed += told.hidden - len(layer.kept)
+        routers += layer.router.centres.numel()
+    assert count_parameters(run.model) == count_parameters(model) - 65 * removed + routers
+    assert fingerprint(model) == fingerprint(toy_vit())
+    assert len(find_mlps(model)) == 3
+    assert hooks_of(model) == hooks_of(run.model) == 0
+    assert run.dense() is model
+    assert not torch.allclose(run.model(pixels_of(model)), model(pixels_of(model)))
 
 
 def test_where_no_clusters_are_found_the_model_stays_dense_and_says_why():
     model = toy_vit()
-    nothing = replace(CLUSTERING, max_noise=0.001)
-    run = extract(model, IMAGES, quick(clustering=nothing))
+    run = extract(model, IMAGES, quick(**NOTHING))
     assert [layer.converted for layer in run.layers] == [False] * 3
     assert all("noise" in layer.reason for layer in run.layers)
     assert torch.equal(run.model(pixels_of(model)), model(pixels_of(model)))
@@ -179,34 +157,27 @@ def test_a_budget_is_met_with_the_largest_possible_experts(reduction):
     assert cost(more) > budget
 
 
-def test_a_budget_that_cannot_be_met_is_refused_with_what_can():
-    with pytest.raises(MoeeError, match=r"a MACs reduction of 99\.0%") as error:
-        extract(toy_vit(), IMAGES, quick(macs_reduction=0.99))
-    assert "at most" in error.value.found
-
-
-def test_a_budget_counts_only_the_layers_that_are_converted():
-    nothing = replace(CLUSTERING, max_noise=0.001)
-    with pytest.raises(MoeeError, match=r"at most 0\.0%"):
-        extract(toy_vit(), IMAGES, quick(macs_reduction=0.1, clustering=nothing))
+@pytest.mark.parametrize(
+    ("reduction", "pieces", "most"), [(0.99, {}, "at most"), (0.1, NOTHING, r"at most 0\.0%")]
+)
+def test_a_budget_that_cannot_be_met_is_refused_with_what_can(reduction, pieces, most):
+    with pytest.raises(MoeeError, match=f"a MACs reduction of {reduction:.1%}; found {most}"):
+        extract(toy_vit(), IMAGES, quick(macs_reduction=reduction, **pieces))
 
 
 # The recipe "best"
 
 
-@pytest.mark.parametrize("build", [toy_vit, toy_swin, lively])
-def test_the_best_recipe_with_nothing_to_save_is_the_dense_model(build):
-    model, whole = build(), {"budget": "share", "variance_kept": 1.0}
-    run = extract(model, IMAGES, best(thin="routed", **whole))
+@pytest.mark.parametrize(
+    "budget", [{"budget": "share", "variance_kept": 1.0}, {"macs_reduction": 1e-6}]
+)
+@pytest.mark.parametrize("build", [toy_vit, toy_swin])
+def test_the_best_recipe_with_nothing_to_save_is_the_dense_model(build, budget):
+    model = build()
+    run = extract(model, IMAGES, best(**budget))
     assert all(layer.converted for layer in run.layers)
-    x = pixels_of(model, count=5)
-    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-def test_with_a_budget_for_everything_all_that_is_read_is_kept():
-    model = toy_vit()
-    run = extract(model, IMAGES, best(macs_reduction=1e-6, thin="routed"))
-    assert [layer.sizes for layer in run.layers] == [5 * (64,), 5 * (64,), (64, 0)]
+    if build is toy_vit:
+        assert [set(layer.sizes) for layer in run.layers] == [{64}, {64}, {64, 0}]
     x = pixels_of(model, count=5)
     torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
 
@@ -237,64 +208,46 @@ def test_cls_has_an_expert_of_its_own_and_patches_the_nearest():
         assert isinstance(layer.router.inner, kind)
 
 
-@pytest.mark.parametrize("build", [toy_vit, toy_swin])
-def test_a_refit_comes_closer_to_the_dense_model_than_none(build):
-    model = build()
-    far = [
-        divergence(
-            model, extract(model, IMAGES, best(macs_reduction=0.25, refit=refit)).model, IMAGES
-        )
+def test_a_refit_comes_closer_to_the_dense_model_than_none_and_than_the_paper():
+    model = toy_vit()
+    runs = [
+        extract(model, IMAGES, best(macs_reduction=0.25, refit=refit)).model
         for refit in ("none", "shift", "shared")
     ]
+    far = [divergence(model, moe, IMAGES) for moe in runs]
     assert far == sorted(far, reverse=True)
     assert 0 < far[2] < 0.5 * far[0]
-
-
-def test_the_best_recipe_comes_closer_than_the_paper_s():
-    model = toy_vit()
-    paper, ours = (extract(model, IMAGES, c(macs_reduction=0.25)) for c in (quick, best))
-    assert divergence(model, ours.model, IMAGES) < divergence(model, paper.model, IMAGES)
+    paper = extract(model, IMAGES, quick(macs_reduction=0.25)).model
+    assert far[2] < divergence(model, paper, IMAGES)
 
 
 # The same again
 
 
 @pytest.mark.parametrize("settings", [quick, best])
-def test_the_same_seed_gives_the_same_experts_twice(settings):
+def test_the_same_seed_gives_the_same_experts_with_a_store_or_without(
+    tmp_path, monkeypatch, settings
+):
     config = settings(seed=3, macs_reduction=0.2)
-    once, again = (extract(toy_vit(), IMAGES, config) for _ in range(2))
-    assert experts_of(once) == experts_of(again)
-    assert once.layers == again.layers
-    x = pixels_of(toy_vit())
-    assert torch.equal(once.model(x), again.model(x))
-
-
-def test_another_seed_draws_other_tokens():
-    assert experts_of(extract(toy_vit(), IMAGES, quick(seed=4))) != experts_of(
-        extract(toy_vit(), IMAGES, quick(seed=3))
-    )
-
-
-@pytest.mark.parametrize("build", [toy_vit, lively])
-def test_a_store_changes_nothing_and_saves_the_work(tmp_path, monkeypatch, build):
-    plain = extract(build(), IMAGES, quick())
-    first = extract(build(), IMAGES, quick(), store=tmp_path)
+    plain, first = (extract(toy_vit(), IMAGES, config, store=s) for s in (None, tmp_path))
     monkeypatch.setattr(
         "moee_analysis.extraction.record.recording._record_into",
         lambda *_, **__: pytest.fail("again"),
     )
-    again = extract(build(), IMAGES, quick(), store=tmp_path)
+    again = extract(toy_vit(), IMAGES, config, store=tmp_path)
     assert experts_of(plain) == experts_of(first) == experts_of(again)
-    assert plain.layers == again.layers
-    x = pixels_of(build())
-    assert torch.equal(plain.model(x), again.model(x))
+    assert plain.layers == first.layers == again.layers
+    assert same_models(plain.model, first.model)
+    assert same_models(first.model, again.model)
+    other = extract(toy_vit(), IMAGES, replace(config, seed=4))
+    assert experts_of(other) != experts_of(plain)
 
 
 @pytest.mark.parametrize("settings", [quick, best])
 def test_a_finished_run_is_found_in_the_store(tmp_path, monkeypatch, settings):
     model, config = lively(), settings(macs_reduction=0.2)
     first = extract(model, IMAGES, config, store=tmp_path)
-    monkeypatch.setattr(extraction, "plan_layers", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr(pipeline, "group_tokens", lambda *_, **__: pytest.fail("again"))
     again = extract(model, IMAGES, config, store=tmp_path)
     assert torch.equal(again.model(pixels_of(model)), first.model(pixels_of(model)))
     assert again.layers == first.layers
@@ -334,7 +287,7 @@ def test_the_provenance_names_model_images_versions_and_seed():
 def test_a_model_that_cannot_be_named_is_refused_before_the_work(monkeypatch):
     model = toy_vit()
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != "architecture"}
-    monkeypatch.setattr(extraction, "plan_layers", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(pipeline, "group_tokens", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(MoeeError, match="pretrained_cfg"):
         extract(model, IMAGES, quick())
 

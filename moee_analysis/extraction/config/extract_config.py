@@ -136,13 +136,7 @@ class ExtractConfig:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ExtractConfig:
-        """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON.
-
-        Raises
-        ------
-        MoeeError
-            A setting of an earlier version that no longer has an effect.
-        """
+        """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON."""
         kept = _without(REMOVED, content)
         if kept["refit"] == "each":
             raise _removed("refit", "each")

@@ -46,13 +46,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_named(name: str, *, bound: bool = False) -> dict[str, Any]:
-    """Return the pieces of the recipe called ``name``, with ``bound`` parameters or without.
-
-    Raises
-    ------
-    MoeeError
-        No such recipe; it lists the names there are.
-    """
+    """Return the pieces of the recipe called ``name``, with ``bound`` parameters or without."""
     one_of("recipe", name, RECIPES)
     recipe = RECIPES[name]
     return recipe.pieces | (recipe.bound if bound else {})

@@ -9,14 +9,8 @@ import numpy as np
 import torch
 
 from moee_analysis.extraction.cluster.assignment import Assignment, by_expert
-from moee_analysis.extraction.record.accumulate import (
-    TINY,
-    Accumulator,
-    Arrays,
-    Sums,
-    accumulate,
-    stored_arrays,
-)
+from moee_analysis.extraction.record import accumulate as sums_over
+from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Arrays, Sums
 from moee_analysis.extraction.record.fisher import expert_metrics, products
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
@@ -78,22 +72,17 @@ class StatisticsAccumulator(Accumulator):
         routed, members = self.assignment.of(layer)
         weight = layer.sample.weight.astype(np.float64)
         sums["routed"] += _counts(routed, weight, len(sums["routed"]))
+        sums["weight"] += _counts(members, weight, len(sums["weight"]))
         for rows in layer.chunks():
-            self._add_hidden(sums, layer, rows, members[rows])
+            hidden = np.asarray(layer.sample.hidden[rows], dtype=np.float64)
+            for expert, own in enumerate(by_expert(members[rows], len(sums["weight"]))):
+                if len(own):
+                    values = torch.from_numpy(hidden[own])
+                    counts = torch.from_numpy(weight[rows][own])
+                    sums["hidden"][expert] += counts @ values
+                    sums["squares"][expert] += counts @ values.square_()
         if self.gradients:
             self._add_gradients(sums, layer, members)
-
-    def _add_hidden(
-        self, sums: Sums, layer: RecordedLayer, rows: np.ndarray, members: np.ndarray
-    ) -> None:
-        weight = layer.sample.weight[rows].astype(np.float64)
-        sums["weight"] += _counts(members, weight, len(sums["weight"]))
-        hidden = np.asarray(layer.sample.hidden[rows], dtype=np.float64)
-        for expert, own in enumerate(by_expert(members, len(sums["weight"]))):
-            if len(own):
-                values, counts = torch.from_numpy(hidden[own]), torch.from_numpy(weight[own])
-                sums["hidden"][expert] += counts @ values
-                sums["squares"][expert] += counts @ values.square_()
 
     def _add_gradients(self, sums: Sums, layer: RecordedLayer, members: np.ndarray) -> None:
         for expert, own in enumerate(by_expert(members, len(sums["weight"]))):
@@ -125,8 +114,7 @@ def expert_statistics(
 ) -> dict[str, ExpertStatistics]:
     """Statistics of the experts of some layers, by site name, or found in the store.
 
-    Experts are numbered as in the ``assignments``, also those without tokens. ``gradients``:
-    whether there are metrics.
+    Experts without tokens keep their places. ``gradients``: whether there are metrics.
     """
     accumulators = {
         site.name: StatisticsAccumulator(site, assignments[site.name], gradients)
@@ -136,20 +124,17 @@ def expert_statistics(
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
         chosen = [accumulators[name] for name in missing]
-        for site, found in accumulate(tokens, chosen, label="statistics of experts"):
+        for site, found in sums_over.accumulate(tokens, chosen, label="statistics of experts"):
             yield site.name, {name: v for name, v in vars(found).items() if v is not None}
 
     folders = {
         name: f"statistics-{content_key(tokens=tokens.key, **each.facts)}"
         for name, each in accumulators.items()
     }
-    files = stored_arrays(tokens.root, folders, compute)
-    return {  # metrics stay on the disk until they are used
-        name: ExpertStatistics(
-            **{
-                array: np.load(path, mmap_mode="r" if array == "metrics" else None)
-                for array, path in arrays.items()
-            }
-        )
-        for name, arrays in files.items()
-    }
+    found = {}
+    for name, files in sums_over.stored_arrays(tokens.root, folders, compute).items():
+        arrays = {array: np.load(path) for array, path in files.items() if array != "metrics"}
+        if gradients:  # metrics stay on the disk until they are used
+            arrays["metrics"] = np.load(files["metrics"], mmap_mode="r")
+        found[name] = ExpertStatistics(**arrays)
+    return found

@@ -28,20 +28,10 @@ def elimination_costs(
     1/``block`` (at least one) go at a time; then V_A -= V_B P_BB^-1 P_BA and
     P_AA -= P_AB P_BB^-1 P_BA for those that stay.
 
-    Parameters
-    ----------
-    covariance
-        C, covariance of the hidden activations, (hidden, hidden).
-    readout
-        V, the output weights in a metric in which errors are plain squares, (outputs, hidden).
-    ridge
-        r as a share of the mean diagonal of C.
-
-    Returns
-    -------
-    torch.Tensor
-        Float64 (hidden,). In the order of removal the costs never fall, so that keeping the
-        neurons above a threshold is what elimination up to this threshold keeps.
+    ``covariance`` is C of the hidden activations, (hidden, hidden); ``readout`` is V, the output
+    weights in a metric in which errors are plain squares, (outputs, hidden); ``ridge`` is r over
+    the mean diagonal of C. In the order of removal the costs, float64 (hidden,), never fall, so
+    that keeping the neurons above a threshold is what elimination up to this threshold keeps.
     """
     inverse, readout = _inverse(covariance.double(), ridge), readout.double().clone()
     neuron = alive = torch.arange(len(covariance))  # neuron of each column; columns still in use

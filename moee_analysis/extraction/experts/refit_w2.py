@@ -26,14 +26,9 @@ class RefitAccumulator(Accumulator):
 
     Two products (hidden, hidden), however many experts there are: every token brings the
     deviation of its activations from its expert's mean, once whole and once without the neurons
-    that the expert drops.
-
-    Parameters
-    ----------
-    kept, means
-        Of every expert: its neurons, bool, and mean hidden activations, both (experts, hidden).
-    weights
-        How much a squared error of an expert's outputs counts, for one of its tokens, (experts,).
+    that the expert drops. ``kept`` are the neurons of every expert, bool, and ``means`` its mean
+    hidden activations, both (experts, hidden); ``weights`` (experts,) say how much a squared error
+    of an expert's outputs counts, for one of its tokens.
     """
 
     site: MlpSite
@@ -73,14 +68,8 @@ class RefitAccumulator(Accumulator):
 def mean_shift(weight: torch.Tensor, kept: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """What the dropped neurons contribute on average, W2 (I - D_e) mu_e: (experts, dim).
 
-    Variance-based pruning (VBP, ICCV 2025) does this once for all tokens.
-
-    Parameters
-    ----------
-    weight
-        W2, (dim, hidden).
-    kept, mean
-        bool and float (experts, hidden).
+    ``weight`` is W2, (dim, hidden); ``kept`` and ``mean`` are (experts, hidden). Variance-based
+    pruning (VBP, ICCV 2025) does this once for all tokens.
     """
     return (mean * ~kept) @ weight.T
 
@@ -97,36 +86,21 @@ def shared_readout(
 
     W = W2 (sum_e w_e C_e D_e + r I) (sum_e w_e D_e C_e D_e + r I)^-1, which minimises
     sum_e w_e E_e |W2 (a - mu_e) - W D_e (a - mu_e)|^2 + r |W - W2|^2; the shifts make the means
-    equal: W2 mu_e - W D_e mu_e. With one expert this is the refit of OB2C. Where no neuron is
-    dropped, W2 stays.
+    equal: W2 mu_e - W D_e mu_e. With one expert this is the refit of OB2C. Where all neurons are
+    kept, or none, W2 stays.
 
-    Parameters
-    ----------
-    weight
-        W2 of the dense layer, (dim, hidden).
-    sums
-        Those of a :class:`RefitAccumulator`.
-    kept, means
-        bool and float (experts, hidden).
-    ridge
-        r as a share of the mean diagonal of the matrix that is inverted.
+    ``weight`` is W2, (dim, hidden); ``sums`` are those of a :class:`RefitAccumulator`; ``kept``
+    and ``means`` are (experts, hidden); ``ridge`` is r over the mean diagonal of the second matrix.
     """
-    if kept.all():
-        return Readout(weight.clone(), weight.new_zeros(len(kept), len(weight)))
-    refitted = _solve(weight, sums["across"], sums["within"], ridge)
-    return Readout(refitted, means @ weight.T - (means * kept) @ refitted.T)
-
-
-def _solve(
-    weight: torch.Tensor, across: torch.Tensor, within: torch.Tensor, ridge: float
-) -> torch.Tensor:
-    """W2 (across + r I) (within + r I)^-1; W2 itself where no neuron is kept."""
+    across, within = sums["across"], sums["within"]
     scale = ridge * within.diagonal().mean()
-    if scale <= 0:
-        return weight.clone()
-    identity = torch.eye(len(within), dtype=within.dtype)
-    normal = within + scale * identity
-    # Sums of products in float32 are not quite symmetric: without the transpose of ``normal``, W2
-    # would not come back where all neurons are kept.
-    fitted = torch.linalg.solve(normal.T, (across + scale * identity).T @ weight.double().T)
-    return fitted.T.to(weight.dtype)
+    fitted = weight.clone()
+    if scale > 0 and not kept.all():
+        damping = scale * torch.eye(len(within), dtype=within.dtype)
+        # Sums of products in float32 are not quite symmetric: without the transposes, W2 would
+        # not come back where all neurons are kept.
+        targets = (across + damping).T @ weight.double().T
+        fitted = torch.linalg.solve((within + damping).T, targets).T.to(weight.dtype)
+    if kept.all():
+        return Readout(fitted, weight.new_zeros(len(kept), len(weight)))
+    return Readout(fitted, means @ weight.T - (means * kept) @ fitted.T)

@@ -84,11 +84,6 @@ def accumulate(
     As many at a time are summed as fit in the memory that the tokens' limits allow. A pass that is
     killed goes on where it was last saved, to the same bits; what took long stays saved until
     :func:`saved_sums` ends.
-
-    Raises
-    ------
-    MoeeError
-        The disk has no room to save the sums, or for the tokens.
     """
     groups = groups_that_fit(accumulators, tokens.limits.memory)
     for number, group in enumerate(groups, start=1):
@@ -104,7 +99,7 @@ def accumulate(
 def saved_sums(tokens: TokenSource) -> Iterator[None]:
     """While open, sums of long passes over ``tokens`` are saved; they go once all is done."""
     yield
-    for path in tokens.root.glob(f"{_prefix(tokens)}*"):
+    for path in tokens.root.glob(f"sums-{tokens.key}-*"):
         remove(path)
 
 
@@ -138,10 +133,7 @@ def share_out(
     work: Callable[[Task], torch.Tensor],
     zeros: Callable[[Task], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Return the results of ``work`` for all tasks; each is done by one of the processes.
-
-    ``zeros`` are like a task's result.
-    """
+    """Return the results of ``work`` for all tasks, each done by one process; else ``zeros``."""
     results = [
         work(task) if number % processes() == rank() else zeros(task)
         for number, task in enumerate(tasks)
@@ -156,7 +148,7 @@ def average(
 ) -> dict[Hashable, torch.Tensor]:
     """Average over ``count`` batches of images, of all processes.
 
-    ``sums_of`` some of the batches are numbers of images and sums over them, shaped as ``zeros``.
+    ``sums_of`` a range of batches yields numbers of images and sums, shaped as ``zeros``.
     """
     images = torch.zeros((), dtype=torch.float64)
     for number, sums in sums_of(own_share(count)):
@@ -172,14 +164,9 @@ def stored_arrays(
     folders: Mapping[str, str],
     compute: Callable[[list[str]], Iterable[tuple[str, Arrays]]],
 ) -> dict[str, dict[str, Path]]:
-    """Return the files of named arrays, by site name, from the store ``root``.
+    """Return the files of named arrays, by site name, from ``folders`` of the store ``root``.
 
-    Parameters
-    ----------
-    folders
-        Name of the folder in the store, by site name.
-    compute
-        Gives site names and arrays for those sites that are not in the store yet.
+    ``compute`` gives names and arrays of those sites that are not in the store yet.
     """
     missing = [name for name, folder in folders.items() if not agreed(present(root / folder))]
     for name, arrays in compute(missing):
@@ -197,7 +184,9 @@ def stored_arrays(
 
 def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list[Sums]:
     """Sums over the tokens of this process, one pass."""
-    saved = _SavedPass(_file(tokens, group))
+    own = [[part.start, part.stop] for part in tokens.chosen]
+    key = content_key(own=own, of=[accumulator.facts for accumulator in group])
+    saved = _SavedPass(tokens.root / f"sums-{tokens.key}-{key}" / "sums.safetensors")
     done, sums = saved.read(group)
     sites = {accumulator.site.name: accumulator.site for accumulator in group}
     gradients = any(accumulator.gradients for accumulator in group)
@@ -211,17 +200,6 @@ def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list
             done += 1
             saved.save(sums, done, last=done == len(tokens.chosen))
     return sums
-
-
-def _prefix(tokens: TokenSource) -> str:
-    return f"sums-{tokens.key}-"
-
-
-def _file(tokens: TokenSource, group: Sequence[Accumulator]) -> Path:
-    own = [[part.start, part.stop] for part in tokens.chosen]
-    facts = [accumulator.facts for accumulator in group]
-    folder = tokens.root / f"{_prefix(tokens)}{content_key(own=own, of=facts)}"
-    return folder / "sums.safetensors"
 
 
 def _zeros(accumulator: Accumulator) -> Sums:

@@ -26,7 +26,6 @@ Blocks = Mapping[File, np.ndarray]  # the rows of one image in every file, all z
 
 CONTENTS = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
 """What a site's files hold, by kind of values."""
-DEFAULT = ("inputs", "hidden")
 PROGRESS = "progress.json"
 
 
@@ -66,13 +65,7 @@ def size_of(blocks: Blocks, images: int) -> int:
 
 
 def create(folder: Path, blocks: Blocks, images: int) -> None:
-    """Create the files of so many images.
-
-    Raises
-    ------
-    MoeeError
-        Not enough room for them. All of it is taken now, so that it does not run out later.
-    """
+    """Create the files of so many images; all room is taken now, so that none lacks later."""
     size, free = size_of(blocks, images), shutil.disk_usage(folder).free
     if size > free:
         raise _no_room(folder, size, f"{bytes_text(free)} free")
@@ -94,19 +87,12 @@ def _no_room(folder: Path, size: int, found: str) -> MoeeError:
 
 
 def write_rows(target: np.ndarray, rows: torch.Tensor, *, start: int, name: str) -> None:
-    """Write ``rows`` of the site ``name`` into a file's array, from row ``start`` on.
-
-    Raises
-    ------
-    MoeeError
-        Values that half precision does not hold.
-    """
+    """Write ``rows`` of the site ``name`` into a file's array, from row ``start`` on."""
     if not torch.isfinite(rows).all():
         raise MoeeError(
             "activations within half precision (below 65504) and finite",
-            f"larger or NaN values in {name}",
-            "check the weights and the images' normalisation",
-        )
+            f"larger or NaN values in {name}", "check the weights and the images' normalisation",
+        )  # fmt: skip
     target[start : start + len(rows)] = rows.numpy()
 
 
@@ -127,10 +113,7 @@ class SavedImages:
         write_signed(self.folder / PROGRESS, {"images": count, "hashes": self._digests})
 
     def resume(self) -> bool:
-        """Find the images that were saved before; whether there are any, and they are whole.
-
-        Files that are damaged are told of.
-        """
+        """Find the images that were saved before; whether there are any, and they are whole."""
         path = self.folder / PROGRESS
         if not path.exists():
             return False
@@ -153,18 +136,14 @@ class SavedImages:
         return {".".join(file): found.hexdigest() for file, found in sorted(self.hashes.items())}
 
     def _hash(self, count: int) -> None:
-        """Add the rows up to those of so many images."""
+        """Add the rows up to those of so many images; before the first ones, the file's header."""
         for file, block in self.blocks.items():
-            mapped = map_file(self.folder, file)
+            mapped, path = map_file(self.folder, file), path_of(self.folder, file)
             if file not in self.hashes:
-                self.hashes[file] = hashlib.sha256(self._header(file, mapped))
+                if path.stat().st_size != mapped.offset + mapped.nbytes:
+                    raise ValueError(f"{path.name} has another size")
+                with path.open("rb") as opened:
+                    self.hashes[file] = hashlib.sha256(opened.read(mapped.offset))
             rows = slice(self.count * len(block), count * len(block))
             self.hashes[file].update(np.ascontiguousarray(mapped[rows]))
         self.count = count
-
-    def _header(self, file: File, mapped: np.memmap) -> bytes:
-        path = path_of(self.folder, file)
-        if path.stat().st_size != mapped.offset + mapped.nbytes:
-            raise ValueError(f"{path.name} has another size")
-        with path.open("rb") as opened:
-            return opened.read(mapped.offset)

@@ -23,15 +23,7 @@ DAMPING = 0.2  # share of the mean eigenvalue added to all
 
 
 def products(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
-    """Sum of g g^T over the tokens that ``rows`` stand for, averaged over the probes.
-
-    Float64 (dim, dim).
-
-    Raises
-    ------
-    MoeeError
-        A sample without gradients.
-    """
+    """Sum of g g^T over the tokens that ``rows`` stand for, mean of probes, float64 (dim, dim)."""
     dim = sample.inputs.shape[1]
     total = torch.zeros(dim, dim, dtype=torch.float64)
     for start in range(0, len(rows), CHUNK):
@@ -43,24 +35,12 @@ def products(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
 
 
 def expert_metrics(sums: Mapping[str, torch.Tensor], kinds: np.ndarray) -> torch.Tensor:
-    """Damped metric of every expert, such that an error e costs e^T Q e nats.
+    """Damped metric Q of every expert, float64 (experts, dim, dim): an error e costs e^T Q e nats.
 
     An expert's own is mixed with that of all tokens of the kind it serves, as if these were
-    :data:`PRIOR` tokens more.
-
-    Parameters
-    ----------
-    sums
-        :func:`products` of the tokens of each expert, ``fisher`` (experts, dim, dim), and of each
-        kind, ``kinds`` (kinds, dim, dim); the numbers of these tokens, ``weight`` and
-        ``of_kinds``.
-    kinds
-        The kind that each expert serves, int (experts,).
-
-    Returns
-    -------
-    torch.Tensor
-        Float64 (experts, dim, dim).
+    :data:`PRIOR` tokens more. The ``sums`` are :func:`products` of the tokens of each expert,
+    ``fisher`` (experts, dim, dim), and of each kind, ``kinds`` (kinds, dim, dim), and the numbers
+    of these tokens, ``weight`` and ``of_kinds``; ``kinds`` (experts,) are those that they serve.
     """
     least = torch.finfo(sums["kinds"].dtype).tiny
     priors = sums["kinds"] / sums["of_kinds"].clamp_min(least)[:, None, None]

@@ -15,29 +15,13 @@ from moee_analysis.models.loading import MlpSite
 
 
 def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Draw one random direction v of the logits of each image.
+    """Draw one random direction v, (images, classes), of the logits of each image.
 
-    v = sqrt(p) xi - p <sqrt(p), xi> with p = softmax(logits) and xi ~ N(0, I). Its covariance
-    is diag(p) - p p^T, the Fisher information of the classes in the logits (Martens,
-    arXiv:1412.1193): the KL divergence of a small change of the logits is half its quadratic
-    form. No labels are needed. Of a single output, which has no classes, v is xi itself.
-
-    Parameters
-    ----------
-    logits
-        (images, classes); no gradient flows back to them.
-    seeds
-        Integers of each image; they alone decide its xi.
-
-    Returns
-    -------
-    torch.Tensor
-        v (images, classes), of the type and on the device of ``logits``.
-
-    Raises
-    ------
-    MoeeError
-        Another number of seeds than of images.
+    v = sqrt(p) xi - p <sqrt(p), xi> with p = softmax(logits) and xi ~ N(0, I), decided by the
+    ``seeds`` of the image alone. Its covariance is diag(p) - p p^T, the Fisher information of the
+    classes in the logits (Martens, arXiv:1412.1193): the KL divergence of a small change of the
+    logits is half its quadratic form. No labels are needed, and no gradient flows back. Of a
+    single output, which has no classes, v is xi itself.
     """
     if len(seeds) != len(logits):
         raise MoeeError(
@@ -64,15 +48,8 @@ def output_gradients(
 
     The mean of (sum_t g_t . delta_t)^2 / 2 over draws, t running over all tokens of an image, is
     to second order the KL divergence, in nats, that changes delta_t of one site's outputs cause.
-    The model is left as it was: same flags, no hooks, no gradients on its weights.
-
-    Parameters
-    ----------
-    x
-        (images, channels, height, width).
-    seeds
-        Integers of each image; with the number of the probe they alone decide its draws,
-        whatever batch it is in.
+    ``x`` are (images, channels, height, width); the ``seeds`` of an image and the number of the
+    probe alone decide its draws. The model is left as it was.
 
     Returns
     -------
@@ -80,11 +57,6 @@ def output_gradients(
         By name of site, (probes, images, tokens, dim) float32; a grid of tokens is flattened
         row by row, windows in the place of an image one after the other. All zeros where the
         logits do not depend on an output.
-
-    Raises
-    ------
-    MoeeError
-        A site that is not called exactly once, or that gets no whole number of windows per image.
     """
     calls: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
 
@@ -95,20 +67,21 @@ def output_gradients(
     modules = {site.name: site.module(model) for site in sites}
     with evaluating(model), torch.enable_grad(), watch(modules, keep, "outputs"):
         logits = model(x).reshape(len(x), -1)
-    outputs = [_only(name, seen, len(x)) for name, seen in calls.items()]
+    for name, seen in calls.items():
+        _check_calls(name, seen, len(x))
     by_probe = []
     for number in range(probes):
         v = probe(logits, [(*seed, number) for seed in seeds])
         gradients = torch.autograd.grad(
-            logits, outputs, v, retain_graph=number < probes - 1, allow_unused=True,
-            materialize_grads=True,
+            logits, [output for (output,) in calls.values()], v, retain_graph=number < probes - 1,
+            allow_unused=True, materialize_grads=True,
         )  # fmt: skip
         by_probe.append([g.reshape(len(x), -1, g.shape[-1]).float() for g in gradients])
     return dict(zip(calls, map(torch.stack, zip(*by_probe, strict=True)), strict=True))
 
 
-def _only(name: str, seen: list[torch.Tensor], images: int) -> torch.Tensor:
-    """Return the output of a site's only call, of images or as many windows of each."""
+def _check_calls(name: str, seen: list[torch.Tensor], images: int) -> None:
+    """Refuse a site without exactly one call, of images or as many windows of each."""
     if len(seen) != 1 or len(seen[0]) % images:
         shapes = ", ".join(str(tuple(output.shape)) for output in seen)
         raise MoeeError(
@@ -116,4 +89,3 @@ def _only(name: str, seen: list[torch.Tensor], images: int) -> torch.Tensor:
             f"{len(seen)} calls with outputs {shapes or 'of none'}",
             "record such a model without gradients, or leave this site out",
         )
-    return seen[0]

@@ -27,20 +27,17 @@ def capture_mlps(
 ) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
     """While open, yield what the sites saw in the latest forward pass, by name and kind.
 
-    ``inputs`` is (images, tokens, dim), ``hidden`` = act(W1 x + b1) is (images, tokens, hidden);
-    a grid of tokens is flattened row by row. Where a model hands an MLP the windows of an image
-    one by one, these stand in the place of images.
+    ``inputs`` are (images, tokens, dim), ``hidden`` = act(W1 x + b1) are (images, tokens, hidden);
+    grids of tokens are flattened row by row. Windows may stand in the place of images.
     """
     seen: dict[str, dict[str, torch.Tensor]] = {site.name: {} for site in sites}
 
     def keep(key: tuple[str, str], value: torch.Tensor) -> None:
-        name, kind = key
-        tokens = value.detach()
-        seen[name][kind] = tokens.reshape(len(tokens), -1, tokens.shape[-1])
+        seen[key[0]][key[1]] = value.detach().reshape(len(value), -1, value.shape[-1])
 
-    inputs = {(site.name, "inputs"): site.module(model).fc1 for site in sites}
-    hidden = {(site.name, "hidden"): site.module(model).fc2 for site in sites}
-    with watch(inputs | hidden, keep):
+    kinds = {"inputs": "fc1", "hidden": "fc2"}
+    layers = {(s.name, k): getattr(s.module(model), fc) for s in sites for k, fc in kinds.items()}
+    with watch(layers, keep):
         yield seen
 
 
@@ -78,7 +75,7 @@ class TokenPlan:
         return [self.per_image, self.prefix, self.seed, *alone]
 
     def _counts(self, tokens: int) -> tuple[int, int]:
-        """Kept prefix tokens and kept patches; an MLP may see the prefix alone."""
+        """Kept prefix tokens and kept patches."""
         prefix = 0 if tokens in self.patches_alone else min(self.prefix, tokens)
         patches = tokens - prefix
         return prefix, patches if self.per_image is None else min(self.per_image, patches)
@@ -113,13 +110,7 @@ class LayerSample:
         return replace(self, **own, start=self.start + rows.start)
 
     def gradients(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Gradients of :func:`output_gradients` at ``rows``, (probes, n, dim) float32.
-
-        Raises
-        ------
-        MoeeError
-            They were not recorded.
-        """
+        """Gradients of :func:`output_gradients` at ``rows``, (probes, n, dim) float32."""
         if self.directions is None or self.norms is None:
             raise MoeeError(
                 "a sample with gradients", "one without", 'record it with the kind "gradients"'
@@ -181,7 +172,7 @@ class RecordedLayer:
         return self.mlp.fc1.weight.device
 
     def hidden(self, rows: slice | np.ndarray) -> torch.Tensor:
-        """Hidden activations at ``rows``, float32 (n, hidden), on :attr:`device`."""
+        """Hidden activations at ``rows``, float32 (n, hidden)."""
         values = np.asarray(self.sample.hidden[rows], dtype=np.float32)
         return torch.from_numpy(values).to(self.device)
 

@@ -14,27 +14,9 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.activation_files import (
-    CONTENTS,
-    DEFAULT,
-    Blocks,
-    File,
-    SavedImages,
-    contents_of,
-    create,
-    map_file,
-    path_of,
-    size_of,
-    write_rows,
-)
+from moee_analysis.extraction.record import activation_files as files
+from moee_analysis.extraction.record import recorded_tokens as samples
 from moee_analysis.extraction.record.output_gradients import output_gradients
-from moee_analysis.extraction.record.recorded_tokens import (
-    Activations,
-    LayerSample,
-    TokenPlan,
-    capture_mlps,
-    layer_sample,
-)
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank
@@ -46,6 +28,7 @@ from moee_analysis.utils.storage.store import content_key, get_or_resume
 BATCH = 32  # images; a pass that can be run backward keeps every layer's activations
 SAVED_EVERY = 512  # images, whole batches of them
 ORIGIN = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
+DEFAULT = ("inputs", "hidden")
 
 
 def record(
@@ -53,47 +36,34 @@ def record(
     images: ImageSet,
     sites: Sequence[MlpSite],
     *,
-    plan: TokenPlan,
+    plan: samples.TokenPlan,
     root: Path,
     kinds: Sequence[str] = DEFAULT,
     probes: int = 2,
-) -> Activations:
-    """Record a token sample of every site over ``images``, or find it in the store ``root``.
-
-    The size is printed before recording starts. A recording that was killed goes on where it was
-    last saved, and comes to the same bytes.
-
-    Parameters
-    ----------
-    kinds
-        "inputs", with or without "hidden" and "gradients".
-    probes
-        Gradients of each token, drawn by the plan's seed and the number of the image.
-
-    Raises
-    ------
-    MoeeError
-        Not enough room on the disk; values beyond half precision; kinds or probes that cannot
-        be recorded.
-    """
+) -> samples.Activations:
+    """Record a token sample of every site, see :class:`Recording`, or find it in a store."""
     return Recording(model, images, tuple(sites), plan, tuple(kinds), probes).to_disk(root)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """All that decides a recording; :func:`record` explains it."""
+    """A sample of the tokens of ``sites`` on ``images``, and all that decides it.
+
+    ``kinds`` are "inputs", with or without "hidden" and "gradients"; of the latter there are so
+    many ``probes`` for each token, drawn by the plan's seed and the number of the image.
+    """
 
     model: nn.Module
     images: ImageSet
     sites: tuple[MlpSite, ...]
-    plan: TokenPlan
+    plan: samples.TokenPlan
     kinds: tuple[str, ...] = DEFAULT
     probes: int = 2
 
     def __post_init__(self) -> None:
-        if "inputs" not in self.kinds or set(self.kinds) - set(CONTENTS) or self.probes < 1:
+        if "inputs" not in self.kinds or set(self.kinds) - set(files.CONTENTS) or self.probes < 1:
             raise MoeeError(
-                f"inputs and others of {', '.join(CONTENTS)}; probes >= 1",
+                f"inputs and others of {', '.join(files.CONTENTS)}; probes >= 1",
                 f"{self.kinds}; {self.probes} probes",
                 'name them as in kinds=("inputs", "gradients"), probes=2',
             )  # fmt: skip
@@ -101,51 +71,50 @@ class Recording:
     @cached_property
     def key(self) -> str:
         """Key of the recording in a store."""
-        probes = {"probes": self.probes} if "gradients" in self.kinds else {}
         return content_key(
-            recording=[site.name for site in self.sites],
-            model=fingerprint(self.model),
-            images=self.images.fingerprint,
-            plan=[*self.plan.facts, self.plan.first],
-            kinds=sorted(self.kinds),
-            **probes,
-        )
+            recording=[site.name for site in self.sites], model=fingerprint(self.model),
+            images=self.images.fingerprint, plan=[*self.plan.facts, self.plan.first],
+            kinds=sorted(self.kinds), probes=self.probes if "gradients" in self.kinds else 0,
+        )  # fmt: skip
 
     def folder(self, root: Path) -> Path:
         """Where the recording is in the store ``root`` once it is made."""
         return root / f"activations-{self.key}"
 
-    def to_disk(self, root: Path, *, label: str = "recording") -> Activations:
-        """Record, or find the recording in the store ``root``."""
-        build = partial(_record_into, task=self, label=label)
-        return Activations(get_or_resume(root, self.folder(root).name, build), self.key)
+    def to_disk(self, root: Path, *, label: str = "recording") -> samples.Activations:
+        """Record, or find the recording in the store ``root``; its size is told first.
 
-    def in_memory(self) -> dict[str, LayerSample]:
+        A recording that was killed goes on where it was last saved, and comes to the same bytes.
+        """
+        build = partial(_record_into, task=self, label=label)
+        return samples.Activations(get_or_resume(root, self.folder(root).name, build), self.key)
+
+    def in_memory(self) -> dict[str, samples.LayerSample]:
         """Record into memory alone; the sample of every site, by its name."""
         count = len(self.images)
         arrays = {
             file: np.empty((count * len(block), *block.shape[1:]), block.dtype)
             for file, block in self.blocks.items()
         }
-        for _ in _recorded(self, arrays.__getitem__):
+        for _ in _record_batches(self, arrays.__getitem__):
             pass
-        samples = {}
+        found = {}
         for site in self.sites:
             values = {content: arrays[site.name, content] for content in self.contents}
             origin = _origin(self.plan, count, self.tokens[site.name])
             start = self.plan.first * self.kept[site.name]
-            samples[site.name] = layer_sample(values, origin, start=start)
-        return samples
+            found[site.name] = samples.layer_sample(values, origin, start=start)
+        return found
 
     @property
     def contents(self) -> list[str]:
         """What there is a file of, for every site."""
-        return [content for kind in self.kinds for content in CONTENTS[kind]]
+        return [content for kind in self.kinds for content in files.CONTENTS[kind]]
 
     @cached_property
     def tokens(self) -> dict[str, int]:
         """How many tokens of an image each site sees, by its name."""
-        with capture_mlps(self.model, self.sites) as seen, torch.inference_mode():
+        with samples.capture_mlps(self.model, self.sites) as seen, torch.inference_mode():
             self.model(blank(self.model))
         return {name: of["inputs"].shape[:2].numel() for name, of in seen.items()}
 
@@ -155,33 +124,26 @@ class Recording:
         return {name: len(self.plan.weights(count)) for name, count in self.tokens.items()}
 
     @cached_property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> files.Blocks:
         """The rows of one image in every file, all zeros."""
-        blocks: dict[File, np.ndarray] = {}
+        blocks = {}
         for site in self.sites:
             shapes = {"inputs": (site.dim,), "hidden": (site.hidden,)}
             shapes["gradients"] = (self.probes, site.dim)
             kept = self.kept[site.name]
-            rows = contents_of({kind: torch.zeros(kept, *shapes[kind]) for kind in self.kinds})
-            blocks |= {(site.name, content): values.numpy() for content, values in rows.items()}
+            rows = {kind: torch.zeros(kept, *shapes[kind]) for kind in self.kinds}
+            for content, values in files.contents_of(rows).items():
+                blocks[site.name, content] = values.numpy()
         return blocks
 
     @property
     def bytes(self) -> int:
         """What the recording takes on disk."""
-        return size_of(self.blocks, len(self.images))
+        return files.size_of(self.blocks, len(self.images))
 
 
 def check_unchanged(task: Any) -> None:
-    """Refuse what was made of a ``task`` whose images or weights are not what they began as.
-
-    ``task`` is a dataclass with ``images`` and a ``key``.
-
-    Raises
-    ------
-    MoeeError
-        They were changed meanwhile.
-    """
+    """Refuse what was made of a ``task``, with ``images`` and a ``key``, that has changed."""
     if replace(task, images=replace(task.images)).key != task.key:  # read again
         raise MoeeError(
             "images and weights that stay as they are", "some that were changed meanwhile",
@@ -190,35 +152,32 @@ def check_unchanged(task: Any) -> None:
 
 
 def _record_into(folder: Path, *, task: Recording, label: str) -> None:
-    saved = SavedImages(folder, task.blocks)
+    saved, images = files.SavedImages(folder, task.blocks), len(task.images)
     if not saved.resume():
         if label:
-            tell_progress(_description(task))
-        create(folder, task.blocks, len(task.images))
+            kept = "/".join(map(str, sorted(set(task.kept.values()))))
+            tell_progress(
+                f"recording {len(task.sites)} layers on {images} images, "
+                f"{kept} tokens of each: {task.bytes / 1e6:.0f} MB on disk"
+            )
+        files.create(folder, task.blocks, images)
         saved.save(0)
-    for count in _recorded(task, partial(map_file, folder), first=saved.count, label=label):
-        if count % SAVED_EVERY == 0 or count == len(task.images):
+    array_of = partial(files.map_file, folder)
+    for count in _record_batches(task, array_of, first=saved.count, label=label):
+        if count % SAVED_EVERY == 0 or count == images:
             saved.save(count)
     check_unchanged(task)
     for count in set(task.tokens.values()):
-        np.save(folder / f"tokens-{count}.npy", _origin(task.plan, len(task.images), count))
+        np.save(folder / f"tokens-{count}.npy", _origin(task.plan, images, count))
     write_json(folder / "manifest.json", {"tokens": task.tokens, "contents": task.contents})
     own = {f"tokens-{count}.npy" for count in task.tokens.values()} | {"manifest.json"}
-    own |= {path_of(folder, file).name for file in task.blocks}
+    own |= {files.path_of(folder, file).name for file in task.blocks}
     for path in folder.iterdir():
         if path.name not in own:
             remove(path)
 
 
-def _description(task: Recording) -> str:
-    kept = "/".join(map(str, sorted(set(task.kept.values()))))
-    return (
-        f"recording {len(task.sites)} layers on {len(task.images)} images, "
-        f"{kept} tokens of each: {task.bytes / 1e6:.0f} MB on disk"
-    )
-
-
-def _origin(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
+def _origin(plan: samples.TokenPlan, images: int, tokens: int) -> np.ndarray:
     """Image, position and weight of every sampled row, as one structured array."""
     weights = plan.weights(tokens)
     origin = np.empty(images * len(weights), ORIGIN)
@@ -228,8 +187,12 @@ def _origin(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
     return origin
 
 
-def _recorded(
-    task: Recording, array_of: Callable[[File], np.ndarray], *, first: int = 0, label: str = ""
+def _record_batches(
+    task: Recording,
+    array_of: Callable[[files.File], np.ndarray],
+    *,
+    first: int = 0,
+    label: str = "",
 ) -> Iterator[int]:
     """Record from the image ``first`` on, and yield how many there are after every batch."""
     rest = task.images.take(range(first, len(task.images)))
@@ -242,9 +205,9 @@ def _recorded(
         for name, tokens in _seen(task, like(batch, task.model), numbers).items():
             chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
             rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
-            for content, values in contents_of(rows).items():
+            for content, values in files.contents_of(rows).items():
                 start = first * chosen.shape[1]
-                write_rows(array_of((name, content)), values, start=start, name=name)
+                files.write_rows(array_of((name, content)), values, start=start, name=name)
         first += len(batch)
         yield first
 
@@ -252,7 +215,7 @@ def _recorded(
 def _seen(task: Recording, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
     """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
     gradients: dict[str, torch.Tensor] = {}
-    with capture_mlps(task.model, task.sites) as seen:
+    with samples.capture_mlps(task.model, task.sites) as seen:
         if "gradients" in task.kinds:
             seeds = [(task.plan.seed, number) for number in numbers]
             gradients = output_gradients(task.model, task.sites, x, seeds=seeds, probes=task.probes)

@@ -19,24 +19,16 @@ from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank, find_mlps, input_size
 
 PREFIX_KINDS = {"cls_token": ("cls", "dist"), "dist_token": ("dist",), "reg_token": ("register",)}
-"""Kinds of the tokens in timm's parameters of these names, in the order in which they stand.
-
-A distilled PiT has both of its leading tokens in one parameter.
-"""
+"""Kinds of the tokens in timm's parameters of these names, in order; a distilled PiT has both of
+its leading tokens in one parameter."""
 
 
 def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
     """Return the kind of every leading token: "cls", "dist" or "register", in their order.
 
     The order is that of timm's ``_pos_embed``: class, then distillation or register tokens, then
-    patches. Empty for a model of patches alone. A model may have a class token for each of its
-    branches (CoaT, CrossViT); no layer sees more than one of them. Which layers see the leading
-    tokens at all says :func:`leading_kinds`.
-
-    Raises
-    ------
-    MoeeError
-        The model's own parameters are not as many tokens as its ``num_prefix_tokens``.
+    patches. A model may have a class token for each of its branches (CoaT, CrossViT); no layer
+    sees more than one of them, and some see none, see :func:`leading_kinds`.
     """
     expected = vars(model).get("num_prefix_tokens")
     if expected == 0:
@@ -46,7 +38,10 @@ def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
         for name, parameter in model.named_parameters()
         if parameter.ndim > 2
     }
-    kinds = [kind for name in PREFIX_KINDS for kind in _of_parameter(name, own.get(name, 0))]
+    kinds = []
+    for name, known in PREFIX_KINDS.items():
+        count = own.get(name, 0)
+        kinds += (known + known[-1:] * count)[:count]  # the last kind goes on
     if expected is not None and len(kinds) != expected:
         raise MoeeError(
             f"{expected} leading tokens, as num_prefix_tokens says",
@@ -56,24 +51,13 @@ def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _of_parameter(name: str, tokens: int) -> tuple[str, ...]:
-    """Kinds of so many tokens in the parameter called ``name``; the last kind goes on."""
-    kinds = PREFIX_KINDS[name][:tokens]
-    return kinds + kinds[-1:] * (tokens - len(kinds))
-
-
 def kinds_seen(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
     """Return the kinds of the leading tokens that a layer sees, in their order.
 
-    A map of rows and columns has none, nor have as many tokens as the model has patches (the
-    ``blocks`` of CaiT and XCiT, the first ones of ConViT). No more tokens than leading ones are
-    these alone (CaiT's ``blocks_token_only``, XCiT's ``cls_attn_blocks``, VOLO's
-    ``post_network``).
-
-    Parameters
-    ----------
-    shape
-        Of one image's tokens at the layer: (tokens,) or (rows, columns).
+    ``shape`` is that of one image's tokens. A map (rows, columns) has none, nor have as many
+    tokens as the model has patches (the ``blocks`` of CaiT and XCiT, the first ones of ConViT). No
+    more tokens than leading ones are these alone (CaiT's ``blocks_token_only``, XCiT's
+    ``cls_attn_blocks``, VOLO's ``post_network``).
     """
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if len(shape) != 1 or shape[0] == patches:
@@ -124,11 +108,6 @@ def unread_kinds(
     There the gradient of the logits is exactly zero at every token of the kind, for a random
     image: at the patches ("patch") in the last block of a ViT whose head reads the CLS token
     alone, at the CLS token where it reads the mean of the patches. ``sites`` None: all MLPs.
-
-    Raises
-    ------
-    MoeeError
-        The model has no MLPs, or a site that :func:`output_gradients` refuses.
     """
     return {
         name: tuple(dict.fromkeys(kind for kind in kinds if kind not in read))

@@ -17,12 +17,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.record.recorded_tokens import (
-    Activations,
-    LayerSample,
-    RecordedLayer,
-    TokenPlan,
-)
+from moee_analysis.extraction.record.recorded_tokens import Activations, RecordedLayer, TokenPlan
 from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.extraction.record.token_kinds import leading_kinds, token_plan
 from moee_analysis.models.fingerprints import fingerprint
@@ -43,11 +38,6 @@ class Limits:
     ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
     ``disk`` bytes of recorded tokens are kept; None: half of what is free. Where there are more,
     every pass makes them again; 0 keeps none.
-
-    Raises
-    ------
-    MoeeError
-        A limit that is no number of bytes.
     """
 
     memory: float = 4e9
@@ -128,27 +118,22 @@ class TokenSource:
     ) -> Iterator[dict[str, RecordedLayer]]:
         """Yield the tokens of ``sites``, by name, part after part of this process.
 
-        Parameters
-        ----------
-        gradients
-            Whether those of the logits are needed, which are among the kinds.
-        skip
-            So many parts at the beginning.
+        So many parts at the beginning are skipped. Parts that are not on the disk have gradients
+        only where these are needed.
         """
-        for numbers in self.chosen[skip:]:
+        kept, first = self.kept_per_image, self.own[0].start if self.own else 0
+        for part in self.chosen[skip:]:
             if self._recorded is None:
-                samples = self._recording(numbers, sites, gradients=gradients).in_memory()
+                samples = self._recording(part, sites, gradients=gradients).in_memory()
             else:
-                samples = {site.name: self._mapped(site, numbers) for site in sites}
-            yield {
-                site.name: RecordedLayer.of(samples[site.name], self.model, site) for site in sites
-            }
-
-    def _mapped(self, site: MlpSite, numbers: range) -> LayerSample:
-        """The recorded tokens of the images with these numbers."""
-        kept, first = self.kept_per_image[site.name], self.own[0].start
-        rows = slice((numbers.start - first) * kept, (numbers.stop - first) * kept)
-        return self._recorded.layer(site).part(rows)
+                start, stop = part.start - first, part.stop - first
+                samples = {
+                    site.name: self._recorded.layer(site).part(
+                        slice(start * kept[site.name], stop * kept[site.name])
+                    )
+                    for site in sites
+                }
+            yield {s.name: RecordedLayer.of(samples[s.name], self.model, s) for s in sites}
 
     @cached_property
     def on_disk(self) -> bool:
@@ -185,10 +170,7 @@ def calibration_tokens(
     root: Path,
     limits: Limits | None = None,
 ) -> TokenSource:
-    """Return the tokens that a run of ``config`` is calibrated on.
-
-    ``images`` are all there are for it: the configuration's ``calibration_images`` are taken.
-    """
+    """Return the tokens that a run of ``config`` is calibrated on, of some of the ``images``."""
     kinds = ("inputs", "hidden")
     if config.needs_gradients:
         kinds = ("inputs", "gradients")

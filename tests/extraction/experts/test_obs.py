@@ -56,39 +56,13 @@ FALLING = [10, 14, 17, 19]  # and for which a refit makes a later one cheaper
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 0.1])
-@pytest.mark.parametrize("seed", RISING + FALLING)
+@pytest.mark.parametrize("seed", RISING[:2] + FALLING)
 def test_costs_are_those_of_trying_every_neuron_at_every_step(seed, ridge):
     activations, readout = drawn(seed)
     gone, errors = one_by_one(activations, readout, ridge=ridge)
     raised = errors.diff(prepend=errors.new_zeros(1))
     costs = elimination_costs(covariance_of(activations), readout, ridge=ridge, block=ALONE)
     torch.testing.assert_close(costs[gone], raised.cummax(dim=0).values, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("seed", RISING + FALLING)
-@pytest.mark.parametrize("gone", [[], [4], [0, 3, 8]])
-def test_what_is_gone_already_costs_nothing_and_is_made_good_by_the_others(seed, gone):
-    activations, readout = drawn(seed)
-    left, among = [j for j in range(HIDDEN) if j not in gone], torch.ones(HIDDEN, dtype=torch.bool)
-    among[gone] = False
-    costs = elimination_costs(covariance_of(activations), readout, among=among, block=ALONE)
-    assert not costs[gone].any()
-    assert costs[left].all()
-    error = refitted_error(activations, readout, left, ridge=1e-3)
-    first = min(
-        refitted_error(activations, readout, [i for i in left if i != j], ridge=1e-3) - error
-        for j in left
-    )
-    assert costs[left].min() == pytest.approx(first, rel=1e-6)
-    if seed in RISING and gone == []:
-        whole = elimination_costs(covariance_of(activations), readout, block=ALONE)
-        assert torch.equal(costs, whole)
-
-
-def test_when_all_are_gone_nothing_costs_anything():
-    activations, readout = drawn(0)
-    none = torch.zeros(HIDDEN, dtype=torch.bool)
-    assert not elimination_costs(covariance_of(activations), readout, among=none).any()
 
 
 @pytest.mark.parametrize("seed", RISING)
@@ -142,31 +116,22 @@ def test_independent_neurons_cost_their_variance_times_their_output_weights():
     torch.testing.assert_close(costs, expected, rtol=1e-6, atol=0)
 
 
-def test_neurons_that_never_vary_cost_nothing_and_go_first():
+def test_neurons_that_never_vary_go_first_and_one_of_two_equal_ones_costs_nothing():
     activations, readout = drawn(2)
     activations[:, [3, 5]] = 0
-    costs = elimination_costs(covariance_of(activations), readout, ridge=1e-9)
-    assert set(costs.argsort()[:2].tolist()) == {3, 5}
-    assert costs[[3, 5]].max() < 1e-6 * costs.max()
-
-
-def test_one_of_two_equal_neurons_costs_nothing():
-    activations, readout = drawn(3)
     activations[:, 4] = activations[:, 7]
     costs = elimination_costs(covariance_of(activations), readout, ridge=1e-9)
-    cheap, dear = sorted([float(costs[4]), float(costs[7])])
-    assert cheap == float(costs.min()) < 1e-6 * dear
+    assert {3, 5} < set(costs.argsort()[:3].tolist())
+    assert costs[[3, 5]].max() < 1e-6 * costs.max()
+    assert costs[[4, 7]].min() < 1e-6 * costs[[4, 7]].max()
 
 
-def test_a_single_token_or_none_costs_nothing_at_all():
+def test_what_does_not_vary_or_is_not_read_costs_nothing():
     costs = elimination_costs(torch.zeros(6, 6), torch.randn(3, 6))
     assert torch.isfinite(costs).all()
     assert costs.max() < 1e-30
-
-
-def test_without_output_weights_nothing_is_lost():
-    costs = elimination_costs(covariance_of(drawn(4)[0]), torch.zeros(OUTPUTS, HIDDEN))
-    assert not costs.any()
+    unread = elimination_costs(covariance_of(drawn(4)[0]), torch.zeros(OUTPUTS, HIDDEN))
+    assert not unread.any()
 
 
 @pytest.mark.parametrize("squeeze", [0, 0.5, 2])

@@ -1,35 +1,39 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record import accumulate as summing
-from moee_analysis.extraction.record import calibration_set as calibrations
-from moee_analysis.extraction.record.accumulate import forget, size_of, summed, summed_alone
-from moee_analysis.extraction.record.calibration_set import Calibration, Limits
-from moee_analysis.utils.storage import checksums as seals
-from tests.helpers.makers import best
-from tests.helpers.toys import toy_images, toy_vit
-
-if TYPE_CHECKING:
-    from moee_analysis.models.loading import MlpSite
-
-IMAGES = 20
+from moee_analysis.extraction.record import accumulate as accumulating
+from moee_analysis.extraction.record import token_source
+from moee_analysis.extraction.record.accumulate import (
+    Accumulator,
+    accumulate,
+    saved_sums,
+    share_out,
+    size_of,
+    stored_arrays,
+    sums_of,
+)
+from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
+from moee_analysis.models.loading import MlpSite
+from moee_analysis.utils.storage import checksums
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
+from tests.helpers.runs import best
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Adds up inputs, and counts the tokens."""
+class Totals(Accumulator):
+    """Sums of inputs, and the number of tokens."""
 
     site: MlpSite
-    gradients: bool = False
     stops_at: int | None = None
+    gradients: bool = False
 
     @property
     def shapes(self):
@@ -37,138 +41,152 @@ class Totals:
 
     @property
     def facts(self):
-        return {"of": "totals"}
+        return {"of": self.site.name}
 
-    def add(self, sums, layer):
+    def update(self, sums, layer):
         if self.stops_at is not None and layer.sample.image[0] == self.stops_at:
             raise KeyboardInterrupt
         sums["inputs"] += torch.from_numpy(layer.sample.inputs.astype(np.float64).sum(axis=0))
         sums["tokens"] += len(layer.sample)
 
+    def compute(self, sums):
+        return sums
+
 
 @pytest.fixture
 def tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrations, "PART", 4)
-    return Calibration(toy_vit(), toy_images(IMAGES), best().resolved(), tmp_path)
+    monkeypatch.setattr(token_source, "PART", 4)
+    return calibration_tokens(toy_vit(), toy_images(20), best().resolved(), root=tmp_path)
 
 
-def whole(calibration, site):
-    """Inputs of all tokens, one after the other."""
-    parts = calibration.parts([site])
-    return np.concatenate([part[site.name].sample.inputs for part in parts]).astype(float)
+@pytest.fixture
+def always_saved(monkeypatch):
+    monkeypatch.setattr(accumulating, "SAVED_AFTER", 0.0)
+
+
+def total(tokens, site, **settings):
+    ((_, sums),) = accumulate(tokens, [Totals(site, **settings)], label="adding")
+    return sums
+
+
+def stop(tokens):
+    """Begin a pass that is stopped in its fourth part; return the file that it leaves."""
+    with pytest.raises(KeyboardInterrupt):
+        total(tokens, tokens.sites[0], stops_at=12)
+    (saved,) = tokens.root.glob("sums-*/sums.safetensors")
+    return saved
+
+
+def same(one, other):
+    return all(torch.equal(values, other[name]) for name, values in one.items())
 
 
 def test_sums_over_parts_are_those_over_all_tokens(tokens):
-    tallies = [Totals(site) for site in tokens.sites]
-    found = list(summed(tokens, tallies, label="adding"))
-    assert [tally for tally, _ in found] == tallies
-    for tally, sums in found:
-        inputs = whole(tokens, tally.site)
+    accumulators = [Totals(site) for site in tokens.sites]
+    found = list(accumulate(tokens, accumulators, label="adding"))
+    assert [site for site, _ in found] == list(tokens.sites)
+    for site, sums in found:
+        parts = tokens.parts([site])
+        inputs = np.concatenate([part[site.name].sample.inputs for part in parts]).astype(float)
         np.testing.assert_allclose(sums["inputs"], inputs.sum(axis=0), rtol=1e-12)
         assert sums["tokens"] == len(inputs)
         assert sums["inputs"].dtype == torch.float64
-
-
-def test_one_recorded_layer_is_summed_alone(tokens):
     (part, *_) = tokens.parts(tokens.sites)
     layer = part[tokens.sites[0].name]
-    sums = summed_alone(Totals(tokens.sites[0]), layer)
-    assert sums["tokens"] == len(layer.sample) == 4 * 17
+    assert sums_of(accumulators[0], layer)["tokens"] == len(layer.sample) == 4 * 17
+    assert not list(accumulate(SimpleNamespace(limits=Limits()), [], label="adding"))
 
 
 @pytest.mark.parametrize(("memory", "passes"), [(1, 3), (8 * 33, 3), (16 * 33, 2), (1e9, 1)])
 def test_as_many_layers_are_summed_at_once_as_fit(tokens, monkeypatch, memory, passes):
-    tallies, seen = [Totals(site) for site in tokens.sites], []
-    assert {size_of(tally) for tally in tallies} == {8 * 33}
-    own = Calibration.parts
+    accumulators, seen, own = [Totals(site) for site in tokens.sites], [], TokenSource.parts
+    assert {size_of(each) for each in accumulators} == {8 * 33}
 
-    def counted(calibration, sites, **settings):
+    def counted(source, sites, **settings):
         seen.append(len(sites))
-        return own(calibration, sites, **settings)
+        return own(source, sites, **settings)
 
-    monkeypatch.setattr(Calibration, "parts", counted)
-    object.__setattr__(tokens, "limits", Limits(memory=memory))
-    assert len(list(summed(tokens, tallies, label="adding"))) == 3
+    monkeypatch.setattr(TokenSource, "parts", counted)
+    limited = replace(tokens, limits=Limits(memory=memory))
+    assert len(list(accumulate(limited, accumulators, label="adding"))) == 3
     assert (len(seen), sum(seen)) == (passes, 3)
 
 
-def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tokens, monkeypatch):
-    monkeypatch.setattr(summing, "SAVED_AFTER", 0.0)
-    (_, plain), *_ = summed(tokens, [Totals(tokens.sites[0])], label="adding")
-    forget(tokens)
-    with pytest.raises(KeyboardInterrupt):
-        list(summed(tokens, [Totals(tokens.sites[0], stops_at=12)], label="adding"))
-    seen = []
-    own = Totals.add
-
-    def noted(tally, sums, layer):
-        seen.append(int(layer.sample.image[0]))
-        own(tally, sums, layer)
-
-    monkeypatch.setattr(Totals, "add", noted)
-    (_, found), *_ = summed(tokens, [Totals(tokens.sites[0])], label="adding")
-    assert seen == [12, 16]
-    for name, values in plain.items():
-        assert torch.equal(values, found[name])
-    assert list(tokens.root.glob("sums-*"))
-    forget(tokens)
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tokens, monkeypatch, always_saved):
+    with saved_sums(tokens):
+        plain = total(tokens, tokens.sites[0])
     assert not list(tokens.root.glob("sums-*"))
+    stop(tokens)
+    assert total(tokens, tokens.sites[1])["tokens"] == 20 * 17  # saved sums are of one layer alone
+    seen, own = [], Totals.update
+
+    def noted(accumulator, sums, layer):
+        seen.append(int(layer.sample.image[0]))
+        own(accumulator, sums, layer)
+
+    monkeypatch.setattr(Totals, "update", noted)
+    assert same(plain, total(tokens, tokens.sites[0]))
+    assert seen == [12, 16]
+    assert same(plain, total(tokens, tokens.sites[0]))  # a whole pass is saved as well
+    assert seen == [12, 16]
 
 
-def test_what_a_stopped_pass_has_saved_belongs_to_its_sums_alone(tokens, monkeypatch):
-    monkeypatch.setattr(summing, "SAVED_AFTER", 0.0)
-    with pytest.raises(KeyboardInterrupt):
-        list(summed(tokens, [Totals(tokens.sites[0], stops_at=12)], label="adding"))
-    (_, found), *_ = summed(tokens, [Totals(tokens.sites[1])], label="adding")
-    np.testing.assert_allclose(found["inputs"], whole(tokens, tokens.sites[1]).sum(axis=0))
-
-
-def test_what_took_long_is_not_summed_again(tokens, monkeypatch):
-    monkeypatch.setattr(summing, "SAVED_AFTER", 0.0)
-    tallies = [Totals(tokens.sites[0])]
-    (_, first), *_ = summed(tokens, tallies, label="adding")
-    monkeypatch.setattr(Totals, "add", lambda *_: pytest.fail("again"))
-    (_, again), *_ = summed(tokens, tallies, label="adding")
-    assert all(torch.equal(values, again[name]) for name, values in first.items())
+def test_saved_sums_outlive_an_extraction_that_fails(tokens, always_saved):
+    with pytest.raises(ZeroDivisionError), saved_sums(tokens):
+        1 / total(tokens, tokens.sites[0], stops_at=-1)["tokens"].zero_().int().item()
+    assert list(tokens.root.glob("sums-*"))
 
 
 def test_little_is_saved_of_a_pass_that_takes_no_time(tokens, monkeypatch):
-    monkeypatch.setattr(summing, "write_tensors", lambda *_, **__: pytest.fail("saved"))
-    assert list(summed(tokens, [Totals(tokens.sites[0])], label="adding"))
+    monkeypatch.setattr(accumulating, "write_tensors", lambda *_, **__: pytest.fail("saved"))
+    assert total(tokens, tokens.sites[0])
 
 
-def test_a_disk_that_fills_up_is_told_and_loses_nothing(tokens, monkeypatch):
-    monkeypatch.setattr(summing, "SAVED_AFTER", 0.0)
-    with pytest.raises(KeyboardInterrupt):
-        list(summed(tokens, [Totals(tokens.sites[0], stops_at=12)], label="adding"))
-    (saved,) = tokens.root.glob("sums-*/sums.safetensors")
+def test_a_disk_that_fills_up_is_told_and_loses_nothing(tokens, monkeypatch, always_saved):
+    saved = stop(tokens)
     before = saved.read_bytes()
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(seals, "save_file", full)
+    monkeypatch.setattr(checksums, "save_file", full)
     with pytest.raises(MoeeError, match="No space left"):
-        list(summed(tokens, [Totals(tokens.sites[0])], label="adding"))
+        total(tokens, tokens.sites[0])
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 @pytest.mark.parametrize("place", [None, 20, -20])
-def test_saved_sums_that_are_damaged_are_told_and_made_again(tokens, monkeypatch, capsys, place):
-    (_, right), *_ = summed(tokens, [Totals(tokens.sites[0])], label="adding")
-    monkeypatch.setattr(summing, "SAVED_AFTER", 0.0)
-    with pytest.raises(KeyboardInterrupt):
-        list(summed(tokens, [Totals(tokens.sites[0], stops_at=12)], label="adding"))
-    (saved,) = tokens.root.glob("sums-*/sums.safetensors")
+def test_saved_sums_that_are_damaged_are_told_and_made_again(tokens, always_saved, capsys, place):
+    with saved_sums(tokens):
+        right = total(tokens, tokens.sites[0])
+    saved = stop(tokens)
     content = bytearray(saved.read_bytes())
     if place is not None:
         content[place] ^= 1
     saved.write_bytes(content if place is not None else b"edited")
-    (_, found), *_ = summed(tokens, [Totals(tokens.sites[0])], label="adding")
+    assert same(right, total(tokens, tokens.sites[0]))
     assert "saved sums are damaged" in capsys.readouterr().out
-    assert all(torch.equal(values, found[name]) for name, values in right.items())
 
 
-def test_nothing_to_add_takes_no_pass():
-    assert not list(summed(SimpleNamespace(limits=Limits()), [], label="adding"))
+def test_work_is_dealt_to_processes_and_its_results_are_everybody_s(monkeypatch):
+    monkeypatch.setattr(accumulating, "processes", lambda: 2)
+    done = {0: [], 1: []}
+    for rank in (0, 1):
+        monkeypatch.setattr(accumulating, "rank", lambda own=rank: own)
+        done[rank] = share_out([1.0, 2.0, 3.0], torch.tensor, lambda _: torch.tensor(0.0))
+    assert [float(a + b) for a, b in zip(done[0], done[1], strict=True)] == [1, 2, 3]
+    assert [float(a) for a in done[0]] == [1, 0, 3]
+
+
+def test_arrays_in_the_store_are_not_computed_again(tmp_path):
+    asked = []
+
+    def compute(missing):
+        asked.append(missing)
+        return ((name, {"values": np.arange(3)}) for name in missing)
+
+    for folders in ({"a": "x"}, {"a": "x", "b": "y"}):
+        files = stored_arrays(tmp_path, folders, compute)
+    assert asked == [["a"], ["b"]]
+    assert [np.load(of["values"]).tolist() for of in files.values()] == [[0, 1, 2]] * 2

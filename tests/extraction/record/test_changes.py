@@ -9,12 +9,14 @@ from PIL import Image
 
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record import recording
-from moee_analysis.extraction.record.calibration_set import Limits
-from tests.helpers.makers import best, lively
+from moee_analysis.extraction.record.token_source import Limits
+from moee_analysis.extraction.run import load
+from tests.helpers.models import lively
+from tests.helpers.runs import best
 
-IMAGES = 12
+IMAGES = 8
 KEPT = [Limits(), Limits(disk=0)]
 
 
@@ -31,7 +33,13 @@ def folder(tmp_path):
 
 def run(folder, store, *, model=None, limits=None):
     images = load_images(folder)
-    return extract(model or lively(), images, best(macs_reduction=0.3), store=store, limits=limits)
+    return extract(
+        model or lively(),
+        images,
+        best(macs_reduction=0.05, layers=(0, 5), cluster_tokens=100),
+        store=store,
+        limits=limits,
+    )
 
 
 def files(store):

@@ -21,11 +21,11 @@ from moee_analysis.extraction.record.fisher import (
 )
 from moee_analysis.extraction.record.output_gradients import output_gradients
 from moee_analysis.models.loading import find_mlps
-from tests.helpers.makers import pixels_of, sample_of
-from tests.helpers.toys import toy_vit
+from tests.helpers.layers import sample_of
+from tests.helpers.models import pixels_of, toy_vit
 
 PROBES, ROWS, DIM, HIDDEN = 3, 30, 5, 8
-MANY = 64  # probes, images and draws that make a mean exact enough
+MANY = 48  # probes, images and draws that make a mean exact enough
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def drawn():
     norms = rng.gamma(1.0, size=(PROBES, ROWS)).astype("f4")
     weight = rng.integers(1, 4, size=ROWS).astype("f4")
     inputs = np.zeros((ROWS, DIM), "f2")
-    return replace(sample_of(inputs=inputs, gradients=gradients, weight=weight), norms=norms)
+    sample = sample_of(inputs=inputs, gradients=gradients, weight=weight)
+    return replace(sample, norms=norms.T.copy())
 
 
 def outer_products(sample, rows):
@@ -50,12 +51,6 @@ def outer_products(sample, rows):
 def some_metric(seed=0):
     half = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return half @ half.T
-
-
-@pytest.fixture
-def mlp():
-    torch.manual_seed(0)
-    return Mlp(DIM, HIDDEN)
 
 
 # Products, and metrics from their sums
@@ -102,15 +97,12 @@ def test_a_prior_counts_as_so_many_tokens_more():
         np.testing.assert_allclose(found[expert], expected, rtol=1e-10)
 
 
-def test_without_tokens_the_metric_is_the_prior():
+def test_without_tokens_the_metric_is_the_prior_and_without_any_of_the_kind_nothing():
     sums = some_sums()
     prior = sums["kinds"][1] / sums["of_kinds"][1]
     torch.testing.assert_close(expert_metrics(sums, KINDS)[3], damped(prior) / 2)
-
-
-def test_without_any_tokens_of_its_kind_the_metric_is_nothing():
-    sums = {name: torch.zeros_like(values) for name, values in some_sums().items()}
-    assert not expert_metrics(sums, KINDS).any()
+    nothing = {name: torch.zeros_like(values) for name, values in sums.items()}
+    assert not expert_metrics(nothing, KINDS).any()
 
 
 def test_a_sample_without_gradients_is_refused():
@@ -119,24 +111,16 @@ def test_a_sample_without_gradients_is_refused():
 
 
 def test_damping_raises_every_eigenvalue_by_a_share_of_their_mean():
-    before, after = (torch.linalg.eigvalsh(m) for m in (some_metric(), damped(some_metric())))
-    torch.testing.assert_close(after, before + DAMPING * before.mean())
-
-
-def test_many_metrics_are_damped_as_one_by_one():
     metrics = torch.stack([some_metric(seed) for seed in range(6)]).reshape(2, 3, DIM, DIM)
-    found = damped(metrics)
-    for i, j in np.ndindex(2, 3):
-        torch.testing.assert_close(found[i, j], damped(metrics[i, j]))
+    for before, after in zip(metrics.flatten(0, 1), damped(metrics).flatten(0, 1), strict=True):
+        values, raised = torch.linalg.eigvalsh(before), torch.linalg.eigvalsh(after)
+        torch.testing.assert_close(raised, values + DAMPING * values.mean())
 
 
-def test_a_root_squared_is_the_metric():
+def test_a_root_squared_is_the_metric_also_of_a_singular_one():
     found = root(some_metric())
     torch.testing.assert_close(found @ found, some_metric())
     torch.testing.assert_close(found, found.T)
-
-
-def test_a_singular_metric_has_a_root():
     flat = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     torch.testing.assert_close(root(flat), flat.sqrt())
     torch.testing.assert_close(root(flat - 1e-12 * torch.eye(4)), flat.sqrt())
@@ -148,7 +132,9 @@ def test_importance_is_the_squared_length_of_each_column():
     np.testing.assert_allclose(importance(readout, some_metric()), columns, rtol=1e-10)
 
 
-def test_distances_after_the_input_root_are_those_that_hidden_neurons_pass_on(mlp):
+def test_distances_after_the_input_root_are_those_that_hidden_neurons_pass_on():
+    torch.manual_seed(0)
+    mlp = Mlp(DIM, HIDDEN)
     A = input_root(mlp, some_metric())
     W1, W2 = mlp.fc1.weight.detach().double(), mlp.fc2.weight.detach().double()
     for _ in range(5):
@@ -162,15 +148,10 @@ def test_distances_after_the_input_root_are_those_that_hidden_neurons_pass_on(ml
 # What an error really costs
 
 
-def changed(model, site, delta):
-    """Add ``delta`` (images, tokens, dim) to the outputs at ``site`` for good."""
-    return site.module(model).register_forward_hook(lambda _module, _args, out: out + delta)
-
-
 def divergences(model, site, x, delta):
-    """KL(before || after) of each image."""
+    """KL(before || after) of each image, ``delta`` (images, tokens, dim) added to the outputs."""
     before = model(x).log_softmax(dim=1)
-    hook = changed(model, site, delta)
+    hook = site.module(model).register_forward_hook(lambda _module, _args, out: out + delta)
     after = model(x).log_softmax(dim=1)
     hook.remove()
     return (before.exp() * (before - after)).sum(dim=1)
@@ -186,8 +167,7 @@ def recorded_gradients(model, site, x):
     return sample_of(inputs=inputs, position=position, gradients=flat)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("who", ["cls", "patches", "some"])
+@pytest.mark.parametrize(("layer", "who"), [(0, "cls"), (1, "patches"), (1, "some")])
 def test_errors_of_random_signs_cost_as_much_divergence_as_the_metric_says(layer, who):
     model = toy_vit().double()
     site, x = find_mlps(model)[layer], pixels_of(model, count=8).double()

@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record import output_gradients as sensitivity
-from moee_analysis.extraction.record.output_gradients import output_gradients, probe, taken_apart
+from moee_analysis.extraction.record import output_gradients as gradients
+from moee_analysis.extraction.record.activation_files import split_norms
+from moee_analysis.extraction.record.output_gradients import output_gradients, probe
 from moee_analysis.models.loading import find_mlps
-from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively, pixels_of
-from tests.helpers.toys import toy_swin, toy_vit
+from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, pixels_of, toy_swin, toy_vit
 
 SEEDS = [(3, image) for image in range(4)]
 
@@ -40,17 +40,10 @@ def test_the_covariance_of_probes_is_that_of_the_softmax():
     torch.testing.assert_close(v.mean(dim=0), torch.zeros_like(p), rtol=0, atol=0.01)
 
 
-def test_a_probe_never_asks_for_a_common_shift_of_all_logits():
+def test_a_probe_asks_for_no_common_shift_and_nothing_of_a_prediction_without_doubt():
     v = probe(torch.randn(5, 7, dtype=torch.float64), range(5))
     torch.testing.assert_close(v.sum(dim=1), torch.zeros(5, dtype=torch.float64))
-
-
-def test_a_prediction_without_doubt_has_nothing_to_probe():
-    v = probe(torch.tensor([[500.0, 0.0, 0.0]]), [0])
-    assert not v.any()
-
-
-def test_no_gradient_flows_through_a_probe():
+    assert not probe(torch.tensor([[500.0, 0.0, 0.0]]), [0]).any()
     assert not probe(torch.randn(2, 3, requires_grad=True), [0, 1]).requires_grad
 
 
@@ -71,7 +64,7 @@ def test_the_mean_square_is_the_divergence_of_a_small_change(monkeypatch, build)
     assert p.max() < 0.999
     values, vectors = torch.linalg.eigh(p.diag() - p.outer(p))
     columns = iter((vectors * values.clamp_min(0).sqrt()).T[:, None])
-    monkeypatch.setattr(sensitivity, "probe", lambda *_: next(columns))
+    monkeypatch.setattr(gradients, "probe", lambda *_: next(columns))
     found = gradients_of(model, x, seeds=SEEDS[:1], probes=len(p))
     for site in find_mlps(model):
         g = found[site.name].double()
@@ -176,19 +169,16 @@ class Twice(torch.nn.Module):
         return self.once(self.once(x))
 
 
-def test_an_mlp_that_is_called_twice_is_refused():
-    model = toy_vit()
-    model.blocks[1].mlp = Twice(model.blocks[1].mlp)
-    with pytest.raises(MoeeError, match=r"one call of 'blocks\.1\.mlp\.once'.*found 2 calls"):
+@pytest.mark.parametrize("calls", [0, 2])
+def test_an_mlp_that_is_not_called_once_is_refused(calls):
+    model, name = toy_vit(), {0: "spare", 2: r"blocks\.1\.mlp\.once"}[calls]
+    if calls == 2:
+        model.blocks[1].mlp = Twice(model.blocks[1].mlp)
+    else:
+        model.spare = toy_vit(depth=1).blocks[0].mlp
+    with pytest.raises(MoeeError, match=f"one call of '{name}'.*found {calls} calls"):
         gradients_of(model, pixels_of(model))
     assert hooks_of(model) == 0
-
-
-def test_an_mlp_that_is_never_called_is_refused():
-    model = toy_vit()
-    model.spare = toy_vit(depth=1).blocks[0].mlp
-    with pytest.raises(MoeeError, match=r"one call of 'spare'.*found 0 calls"):
-        gradients_of(model, pixels_of(model))
 
 
 # Directions and norms
@@ -197,12 +187,10 @@ def test_an_mlp_that_is_never_called_is_refused():
 @pytest.mark.parametrize("size", [1e-30, 1e-8, 1.0, 1e6, 1e30])
 def test_directions_and_norms_give_gradients_of_any_size_back(size):
     unit = functional.normalize(torch.randn(3, 4, 16), dim=-1)
-    directions, norms = taken_apart(size * unit)
+    directions, norms = split_norms(size * unit)
     torch.testing.assert_close(directions, unit)
     torch.testing.assert_close(norms, torch.full((3, 4), size))
 
 
 def test_no_gradient_has_no_direction():
-    directions, norms = taken_apart(torch.zeros(2, 16))
-    assert not directions.any()
-    assert not norms.any()
+    assert not any(values.any() for values in split_norms(torch.zeros(2, 16)))

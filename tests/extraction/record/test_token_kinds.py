@@ -16,8 +16,15 @@ from moee_analysis.extraction.record.token_kinds import (
     unread_patches,
 )
 from moee_analysis.models.loading import find_mlps
-from tests.helpers.makers import SMALL_CONVNEXT, hooks_of, lively, pixels_of
-from tests.helpers.toys import CLASSES, toy_swin, toy_vit
+from tests.helpers.models import (
+    CLASSES,
+    SMALL_CONVNEXT,
+    hooks_of,
+    lively,
+    pixels_of,
+    toy_swin,
+    toy_vit,
+)
 
 SIZES = {
     "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,

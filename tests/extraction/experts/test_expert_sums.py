@@ -1,0 +1,312 @@
+"""Sums over the tokens of experts: statistics, covariances, and the normal equations of a refit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.extraction.experts import expert_covariances as moments
+from moee_analysis.extraction.experts.expert_covariances import (
+    CovarianceAccumulator,
+    expert_covariances,
+)
+from moee_analysis.extraction.experts.expert_statistics import (
+    StatisticsAccumulator,
+    expert_statistics,
+)
+from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, shared_readout
+from moee_analysis.extraction.record import recorded_tokens
+from moee_analysis.extraction.record.accumulate import sums_of
+from moee_analysis.extraction.record.fisher import DAMPING, PRIOR
+from moee_analysis.extraction.record.token_source import Limits
+from tests.helpers.layers import (
+    Made,
+    added_up,
+    agree,
+    assigned,
+    computed,
+    layer_of,
+    parts_of,
+    sample_of,
+)
+
+ROWS, DIM, HIDDEN, EXPERTS = 60, 5, 7, 3
+MEMBERS = np.random.default_rng(1).integers(-1, EXPERTS, size=ROWS)
+CUTS = (1, 23, 24, 59)
+PREFIXES = [(), (0,), (0, 0), (0, 1)]
+
+
+@pytest.fixture
+def layer():
+    rng = np.random.default_rng(0)
+    image, position = np.divmod(np.arange(ROWS, dtype=np.int32), 6)
+    mixing = rng.normal(size=(HIDDEN, HIDDEN))
+    sample = sample_of(
+        (rng.normal(1, 1, size=(ROWS, HIDDEN)) @ mixing).astype(np.float16),
+        inputs=rng.normal(size=(ROWS, DIM)).astype(np.float16),
+        gradients=rng.normal(size=(2, ROWS, DIM)).astype(np.float16),
+        weight=rng.integers(1, 4, size=ROWS).astype(np.float32),
+        image=image,
+        position=position,
+    )
+    return layer_of(sample)
+
+
+def statistics_sum(layer, members=MEMBERS, *, gradients=False, **given):
+    return StatisticsAccumulator(layer.site, assigned(members, dim=DIM, **given), gradients)
+
+
+def covariance_sum(layer, *, experts=range(EXPERTS), **given):
+    assignment = assigned(MEMBERS, dim=DIM, **given)
+    means = np.random.default_rng(2).normal(size=(assignment.experts, HIDDEN))
+    return CovarianceAccumulator(layer.site, assignment, experts, means)
+
+
+def refit_sum(layer, *, everything=False, **given):
+    assignment, rng = assigned(MEMBERS, dim=DIM, **given), np.random.default_rng(2)
+    kept = (rng.random((assignment.experts, HIDDEN)) < 0.5) | everything
+    means, weights = rng.normal(2, 1, size=kept.shape), rng.random(len(kept))
+    return RefitAccumulator(layer.site, assignment, kept, means, weights)
+
+
+SUMS = [statistics_sum, lambda e, **given: statistics_sum(e, gradients=True, **given),
+        covariance_sum, refit_sum]  # fmt: skip
+
+
+@pytest.mark.parametrize("cuts", [(1,), CUTS, range(1, ROWS)])
+@pytest.mark.parametrize("prefix", [(), (0, 1)])
+@pytest.mark.parametrize("make", SUMS)
+def test_parts_add_up_to_one_pass(layer, make, cuts, prefix):
+    accumulator = make(layer, prefix=prefix)
+    agree(added_up(accumulator, parts_of(layer, cuts)), sums_of(accumulator, layer))
+
+
+def test_all_that_decides_the_sums_is_among_their_facts(layer):
+    plain = [make(layer) for make in SUMS]
+    others = [replace(each, assignment=assigned(MEMBERS[::-1], dim=DIM)) for each in plain]
+    others += [replace(plain[2], experts=range(1, 3)), replace(plain[2], means=plain[2].means + 1)]
+    for name in ("means", "weights"):
+        others.append(replace(plain[3], **{name: getattr(plain[3], name) + 1}))
+    others += [replace(plain[3], kept=~plain[3].kept)]
+    others += [replace(plain[0], site=replace(layer.site, name="other", index=1))]
+    assert len({str(each.facts) for each in plain + others}) == len(plain + others)
+
+
+# Statistics
+
+
+def repeated(sample, members, expert):
+    """Hidden activations of an expert's tokens, each as often as its weight says."""
+    own = members == expert
+    return np.repeat(sample.hidden[own].astype(float), sample.weight[own].astype(int), axis=0)
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_statistics_equal_those_of_tokens_repeated_by_their_weight(
+    layer, monkeypatch, chunk, prefix
+):
+    monkeypatch.setattr(recorded_tokens.RecordedLayer.chunks, "__kwdefaults__", {"size": chunk})
+    accumulator = statistics_sum(layer, prefix=prefix)
+    found = computed(accumulator, layer)
+    routed, members = accumulator.assignment.of(layer)
+    for expert in range(len(set(prefix)) + EXPERTS):
+        tokens = repeated(layer.sample, members, expert)
+        assert found.weight[expert] == len(tokens)
+        assert found.routed[expert] == layer.sample.weight[routed == expert].sum()
+        np.testing.assert_allclose(found.means[expert], tokens.mean(axis=0), rtol=1e-10)
+        np.testing.assert_allclose(found.variance[expert], tokens.var(axis=0), rtol=1e-8)
+    assert found.routed.sum() == layer.sample.weight.sum()
+    assert found.weight.sum() < found.routed.sum()  # some count for none
+    assert found.metrics is None
+    assert all(v.dtype == np.float64 for v in vars(found).values() if v is not None)
+
+
+def test_metrics_are_those_of_the_expert_s_tokens_and_of_their_kind(layer):
+    accumulator = statistics_sum(layer, gradients=True, prefix=(0,))
+    sample, (_, members) = layer.sample, accumulator.assignment.of(layer)
+    own, kinds = np.zeros((EXPERTS + 1, DIM, DIM)), np.zeros((2, DIM, DIM))
+    for row in range(ROWS):
+        for g in sample.gradients([row])[:, 0].astype(float):
+            product = sample.weight[row] * np.outer(g, g) / 2
+            kinds[int(sample.position[row] > 0)] += product
+            if members[row] >= 0:
+                own[members[row]] += product
+    found = computed(accumulator, layer)
+    assert found.metrics.dtype == np.float32
+    for expert, metric in enumerate(found.metrics):
+        kind = int(expert > 0)
+        prior = kinds[kind] / sample.weight[(sample.position > 0) == kind].sum()
+        Q = (own[expert] + PRIOR * prior) / (found.weight[expert] + PRIOR)
+        expected = (Q + DAMPING * np.trace(Q) / DIM * np.eye(DIM)) / 2
+        np.testing.assert_allclose(metric, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_experts_of_one_token_or_none_have_no_variance_and_finite_numbers(layer, gradients):
+    members = np.where(np.arange(ROWS) == 4, 1, 0)
+    found = computed(statistics_sum(layer, members, experts=3, gradients=gradients), layer)
+    assert found.weight[2] == 0
+    np.testing.assert_allclose(found.means[1:], [layer.sample.hidden[4], np.zeros(HIDDEN)])
+    assert found.variance[1:].max() < 1e-5 * found.variance[0].max()
+    if gradients:
+        assert np.isfinite(found.metrics).all()
+        assert np.linalg.eigvalsh(found.metrics[2]).min() > 0
+
+
+def test_a_constant_neuron_never_has_negative_variance(layer):
+    layer.sample.hidden[:, 0] = 1000.1
+    found = computed(statistics_sum(layer), layer)
+    assert (found.variance >= 0).all()
+    assert (found.variance[:, 0] < 1e-6).all()
+
+
+def test_some_experts_can_be_taken_out(layer):
+    found = computed(statistics_sum(layer, gradients=True), layer)
+    some = found.of(np.array([True, False, True]))
+    for name, values in vars(some).items():
+        np.testing.assert_array_equal(values, getattr(found, name)[[0, 2]])
+    np.testing.assert_allclose(some.shares.sum(), 1)
+
+
+def two_layers(layer, root, **given):
+    other = replace(layer, site=replace(layer.site, name="other", index=1))
+    return Made([layer, other], root, CUTS, **given)
+
+
+ASSIGNED = {
+    "mlp": assigned(MEMBERS, dim=DIM),
+    "other": assigned(np.zeros(ROWS, int), dim=DIM, prefix=(0,), experts=2),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_all_layers_are_gathered_in_one_pass_and_found_again(layer, tmp_path, gradients):
+    made = two_layers(layer, tmp_path)
+    found = expert_statistics(made, ASSIGNED, gradients=gradients)
+    again = expert_statistics(made, ASSIGNED, gradients=gradients)
+    assert len(made.reads) == 1
+    for name, statistics in found.items():
+        alone = computed(StatisticsAccumulator(layer.site, ASSIGNED[name], gradients), layer)
+        assert (statistics.metrics is not None) is gradients
+        for array, values in vars(alone).items():
+            if values is not None:
+                own = getattr(statistics, array)
+                np.testing.assert_allclose(own, values, rtol=1e-5, atol=1e-6, err_msg=array)
+                np.testing.assert_array_equal(own, getattr(again[name], array))
+    assert found["other"].weight[2] == 0  # experts without tokens keep their place
+    assert expert_statistics(made, {}, gradients=gradients) == {}
+    assert len(made.reads) == 1
+
+
+def test_what_decides_the_statistics_decides_where_they_are_kept(layer, tmp_path):
+    made = two_layers(layer, tmp_path)
+    for key, gradients, assignments in [
+        ("made", False, {"mlp": ASSIGNED["mlp"]}), ("others", False, {"mlp": ASSIGNED["mlp"]}),
+        ("made", True, {"mlp": ASSIGNED["mlp"]}), ("made", False, {"other": ASSIGNED["mlp"]}),
+        ("made", False, {"mlp": assigned(MEMBERS[::-1], dim=DIM)}),
+    ]:  # fmt: skip
+        made.key = key
+        expert_statistics(made, assignments, gradients=gradients)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+# Covariances
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 90])
+@pytest.mark.parametrize("experts", [range(3), range(1, 3), range(1)])
+def test_products_equal_a_slow_loop(layer, monkeypatch, chunk, experts):
+    monkeypatch.setattr(moments, "CHUNK", chunk)
+    accumulator = covariance_sum(layer, experts=experts)
+    sums = sums_of(accumulator, layer)
+    for place, expert in enumerate(experts):
+        total = np.zeros((HIDDEN, HIDDEN))
+        for row in np.flatnonzero(expert == MEMBERS):
+            apart = layer.sample.hidden[row].astype("f8") - accumulator.means[expert]
+            total += layer.sample.weight[row] * np.outer(apart, apart)
+        np.testing.assert_allclose(sums["products"][place], total, rtol=1e-5, atol=1e-4)
+        assert sums["weight"][place] == layer.sample.weight[expert == MEMBERS].sum()
+
+
+def experts_of(layer, assignment):
+    statistics = computed(StatisticsAccumulator(layer.site, assignment, gradients=False), layer)
+    return LayerExperts(
+        layer.site, 6, assignment.prefix, partition=assignment.partition, statistics=statistics
+    )
+
+
+def covariances(made, *experts):
+    found = list(expert_covariances(made, experts, label="covariances"))
+    order = [(each.site.name, number) for each, number, _ in found]
+    return order, [covariance.numpy() for *_, covariance in found]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("far", [0, 3000])  # a large common mean costs no precision
+def test_covariances_count_every_token_as_often_as_it_stands_for(layer, tmp_path, prefix, far):
+    plain = layer.sample
+    layer = layer_of(replace(plain, hidden=plain.hidden.astype("f4") + far))
+    assignment = assigned(MEMBERS, dim=DIM, prefix=prefix)
+    _, members = assignment.of(layer)
+    _, found = covariances(Made([layer], tmp_path, CUTS), experts_of(layer, assignment))
+    for expert, covariance in enumerate(found):
+        wanted = np.cov(repeated(plain, members, expert).T, bias=True)
+        np.testing.assert_allclose(covariance, wanted, atol=2e-3 if far else 1e-4)
+        np.testing.assert_allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6)
+        assert np.linalg.eigvalsh(covariance).min() > -1e-5
+
+
+@pytest.mark.parametrize(("held", "passes"), [(0.01, 4), (1, 4), (2, 2), (3, 2), (4, 1), (100, 1)])
+def test_experts_come_in_as_many_passes_as_memory_asks_for(layer, tmp_path, held, passes):
+    """``held`` covariances of an expert fit, and a little more for the numbers of tokens."""
+    limits = Limits(memory=held * (8 * HIDDEN**2 + 8))
+    experts = experts_of(layer, assigned(MEMBERS, dim=DIM, prefix=(0,)))
+    made = Made([layer], tmp_path, CUTS, limits=limits)
+    order, found = covariances(made, experts)
+    assert (len(made.reads), order) == (passes, [("mlp", expert) for expert in range(4)])
+    np.testing.assert_array_equal(found, covariances(Made([layer], tmp_path, CUTS), experts)[1])
+
+
+def test_layers_come_one_after_the_other(layer, tmp_path):
+    made = two_layers(layer, tmp_path)
+    both = [experts_of(each, ASSIGNED[each.site.name]) for each in made.layers]
+    order, _ = covariances(made, *both)
+    assert order == [("mlp", e) for e in range(3)] + [("other", e) for e in range(3)]
+    assert len(made.reads) == 1
+
+
+# The normal equations of a refit
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_normal_equations_equal_a_slow_loop(layer, monkeypatch, chunk, prefix):
+    monkeypatch.setattr(recorded_tokens.RecordedLayer.chunks, "__kwdefaults__", {"size": chunk})
+    accumulator = refit_sum(layer, prefix=prefix)
+    _, members = accumulator.assignment.of(layer)
+    across, within = torch.zeros(2, HIDDEN, HIDDEN, dtype=torch.float64)
+    for row in np.flatnonzero(members >= 0):
+        expert = members[row]
+        apart = layer.sample.hidden[row].astype("f8") - accumulator.means[expert]
+        own = apart * accumulator.kept[expert]
+        weight = accumulator.weights[expert] * layer.sample.weight[row]
+        across += torch.from_numpy(weight * np.outer(apart, own))
+        within += torch.from_numpy(weight * np.outer(own, own))
+    agree(computed(accumulator, layer), {"across": across, "within": within}, rtol=1e-5)
+
+
+def test_w2_comes_back_from_sums_in_single_precision_where_all_neurons_are_kept(layer):
+    """However alike the neurons are: then rounding is large beside what tells them apart."""
+    hidden = layer.sample.hidden.astype("f4")
+    flat = layer_of(replace(layer.sample, hidden=hidden[:, :1] * hidden[0] + 0.001 * hidden))
+    accumulator = refit_sum(flat, everything=True)
+    W2 = torch.randn(DIM, HIDDEN, generator=torch.Generator().manual_seed(0))
+    kept = torch.from_numpy(accumulator.kept)
+    means = torch.from_numpy(accumulator.means).float()
+    found = shared_readout(W2, computed(accumulator, flat), kept, means)
+    torch.testing.assert_close(found.weight, W2)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.extraction.record.recorded_tokens import (
+    RecomputedHidden,
+    RecordedLayer,
+    TokenPlan,
+    capture_mlps,
+)
+from moee_analysis.extraction.record.recording import record
+from moee_analysis.models.loading import find_mlps
+from tests.helpers.images import toy_images
+from tests.helpers.layers import PLANTED, sample_of
+from tests.helpers.models import hooks_of, pixels_of, toy_swin, toy_vit
+
+# One forward pass
+
+
+def test_inputs_and_hidden_activations_are_what_a_hand_computes():
+    model, images = toy_vit(), pixels_of(toy_vit())
+    with capture_mlps(model, find_mlps(model)) as captured:
+        model(images)
+    x = model._pos_embed(model.patch_embed(images))
+    for block, seen in zip(model.blocks, captured.values(), strict=True):
+        x = x + block.attn(block.norm1(x))
+        inputs = block.norm2(x)
+        hidden = torch.nn.functional.gelu(inputs @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
+        torch.testing.assert_close(seen["inputs"], inputs)
+        torch.testing.assert_close(seen["hidden"], hidden)
+        x = x + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+
+
+def test_a_grid_of_tokens_is_flattened_row_by_row():
+    model, grids = toy_swin(), {}
+    site = find_mlps(model)[1]
+    site.module(model).register_forward_pre_hook(lambda _, args: grids.update(seen=args[0]))
+    with capture_mlps(model, [site]) as captured:
+        model(pixels_of(model))
+    assert captured[site.name]["inputs"].shape == (4, 16, 32)
+    torch.testing.assert_close(captured[site.name]["inputs"].flatten(), grids["seen"].flatten())
+
+
+def test_hooks_come_off_also_after_an_error():
+    model = toy_vit()
+    with pytest.raises(ValueError, match="unpack"), capture_mlps(model, find_mlps(model)):
+        model(torch.zeros(7))
+    with pytest.raises(AttributeError), capture_mlps(model, find_mlps(toy_vit(depth=4))):
+        pass
+    assert hooks_of(model) == 0
+
+
+# Which tokens
+
+
+def test_all_prefix_tokens_are_kept_and_patches_are_drawn_without_repetition():
+    plan = TokenPlan(per_image=5, prefix=2, seed=3)
+    for image in range(20):
+        positions = plan.positions(image, 17)
+        assert positions[:2].tolist() == [0, 1]
+        assert len(set(positions)) == 7
+        assert positions.tolist() == sorted(positions)
+        assert positions.max() < 17
+
+
+def test_the_same_seed_draws_the_same_tokens():
+    first, again, other = (TokenPlan(5, 1, seed=seed) for seed in (3, 3, 4))
+    rows = [tuple(plan.positions(7, 65)) for plan in (first, again, other)]
+    assert rows[0] == rows[1] != rows[2]
+    assert tuple(first.positions(8, 65)) != rows[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17, 65])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_weights_stand_for_all_tokens_of_the_image(tokens, prefix):
+    plan, everything = (TokenPlan(per_image=count, prefix=prefix) for count in (6, None))
+    assert plan.weights(tokens).sum() == pytest.approx(tokens)
+    assert len(plan.weights(tokens)) == len(plan.positions(0, tokens))
+    assert everything.positions(3, tokens).tolist() == list(range(tokens))
+    assert everything.weights(tokens).tolist() == [1] * tokens
+
+
+def test_layers_of_patches_alone_have_no_prefix_and_a_plan_of_their_own():
+    plan = TokenPlan(per_image=5, prefix=1, patches_alone=frozenset({16}))
+    assert plan.weights(16).tolist() == [16 / 5] * 5
+    assert plan.weights(17).tolist() == [1] + [16 / 5] * 5
+    assert plan.facts != TokenPlan(per_image=5, prefix=1).facts
+
+
+# A part of a sample
+
+
+def test_a_part_is_some_rows_of_everything_and_knows_where_it_starts():
+    rng = np.random.default_rng(0)
+    image, position = np.divmod(np.arange(20, dtype=np.int32), 4)
+    sample = sample_of(
+        rng.normal(size=(20, 8)), inputs=rng.normal(size=(20, 5)).astype("f2"),
+        weight=rng.random(20), gradients=rng.normal(size=(3, 20, 5)).astype("f2"),
+        image=image, position=position,
+    )  # fmt: skip
+    sample.norms[:] = rng.random(size=(20, 3))
+    part = sample.part(slice(6, 13))
+    assert (len(part), part.start, len(sample)) == (7, 6, 20)
+    for name in ("inputs", "hidden", "image", "position", "weight"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(sample, name)[6:13])
+        assert np.shares_memory(getattr(part, name), getattr(sample, name))
+    np.testing.assert_array_equal(part.gradients(slice(None)), sample.gradients(slice(6, 13)))
+    again = part.part(slice(2, 4))
+    assert again.start == 8
+    np.testing.assert_array_equal(again.inputs, sample.inputs[8:10])
+    bare = sample_of(inputs=np.zeros((6, 4), "f2")).part(slice(2, 6))
+    assert bare.hidden is bare.directions is bare.norms is None
+
+
+# A layer with hidden activations in any case
+
+
+def recorded(root, kinds):
+    model = toy_vit()
+    plan, sites = TokenPlan(None, 1), find_mlps(model)
+    activations = record(model, toy_images(5), sites, plan=plan, root=root, kinds=kinds)
+    return [RecordedLayer.of(activations.layer(site), model, site) for site in sites]
+
+
+def test_hidden_activations_that_were_not_recorded_are_computed_from_the_inputs(tmp_path):
+    written, bare = (recorded(tmp_path, k) for k in (("inputs", "hidden"), ("inputs",)))
+    for known, computed, block in zip(written, bare, toy_vit().blocks, strict=True):
+        assert torch.equal(computed.mlp.fc1.weight, block.mlp.fc1.weight)
+        assert isinstance(known.sample.hidden, np.ndarray)
+        assert isinstance(computed.sample.hidden, RecomputedHidden)
+        for rows in (slice(3, 9), np.array([0, 20, 84])):
+            found = computed.hidden(rows)
+            assert found.dtype == torch.float32
+            x = torch.from_numpy(np.array(computed.sample.inputs[rows])).float()
+            torch.testing.assert_close(found, block.mlp.act(block.mlp.fc1(x)))
+            torch.testing.assert_close(known.hidden(rows), found, rtol=0.01, atol=0.02)
+        part = RecordedLayer.of(computed.sample.part(slice(7, 20)), toy_vit(), computed.site)
+        own, whole = part.hidden(np.array([0, 5])), computed.hidden(np.array([7, 12]))
+        torch.testing.assert_close(own, whole)
+
+
+@pytest.mark.parametrize("size", [1, 7, 89, 90, 1000])
+def test_chunks_are_all_rows_one_after_the_other(size):
+    chunks = list(PLANTED.chunks(size=size))
+    assert np.concatenate(chunks).tolist() == list(range(90))
+    assert max(map(len, chunks)) <= size
+    assert [rows.tolist() for rows in PLANTED.chunks(np.array([5, 8, 9]), size=2)] == [[5, 8], [9]]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.record import recording, token_source
+from moee_analysis.extraction.record.token_source import Limits, calibration_tokens
+from tests.helpers.images import toy_images
+from tests.helpers.models import lively, same_models, toy_vit
+from tests.helpers.processes import processes
+from tests.helpers.runs import best, quick
+
+IMAGES = 22
+NOWHERE = Limits(disk=0)
+ALL_TOKENS = quick(
+    macs_reduction=0.05, tokens_per_image=101, cluster_tokens=100, refit="shared", layers=(0, 5)
+)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Parts of two batches; elsewhere too they are whole batches."""
+    assert token_source.PART % recording.BATCH == 0
+    monkeypatch.setattr(token_source, "PART", 8)
+    monkeypatch.setattr(recording, "BATCH", 4)
+
+
+def made(root, config=None, limits=None):
+    config = (config or best()).resolved()
+    return calibration_tokens(toy_vit(), toy_images(IMAGES), config, root=root, limits=limits)
+
+
+def rows_of(tokens):
+    """All that is known of every row of every site, the parts one after the other."""
+    gradients = "gradients" in tokens.kinds
+    parts, found = list(tokens.parts(tokens.sites, gradients=gradients)), {}
+    for site in tokens.sites:
+        samples = [part[site.name].sample for part in parts]
+        for name in ("inputs", "image", "position", "weight"):
+            values = [np.array(getattr(sample, name)) for sample in samples]
+            found[site.name, name] = np.concatenate(values)
+        found[site.name, "hidden"] = np.concatenate([s.hidden[0 : len(s)] for s in samples])
+        found[site.name, "start"] = np.array([sample.start for sample in samples])
+        if gradients:
+            values = [sample.gradients(slice(None)) for sample in samples]
+            found[site.name, "gradients"] = np.concatenate(values, axis=1)
+    return found
+
+
+def first_images(tokens, **settings):
+    parts = tokens.parts(tokens.sites, **settings)
+    return [int(part["blocks.0.mlp"].sample.image[0]) for part in parts]
+
+
+@pytest.mark.parametrize("config", [best(), quick(), best(metric="outputs")])
+def test_tokens_are_the_same_whether_they_are_kept_or_made_again(tmp_path, monkeypatch, config):
+    again, kept = (
+        rows_of(made(tmp_path / "again", config, NOWHERE)),
+        rows_of(made(tmp_path, config)),
+    )
+    assert again.keys() == kept.keys()
+    for name, values in again.items():
+        np.testing.assert_array_equal(values, kept[name], err_msg=str(name))
+    np.testing.assert_array_equal(np.unique(kept["blocks.0.mlp", "image"]), np.arange(IMAGES))
+    per_image = made(tmp_path, config).kept_per_image["blocks.1.mlp"]
+    assert kept["blocks.1.mlp", "start"].tolist() == [0, 8 * per_image, 16 * per_image]
+    monkeypatch.setattr(recording.Recording, "in_memory", lambda _: pytest.fail("again"))
+    rows_of(made(tmp_path, config, NOWHERE))  # kept already: used even without room
+
+
+def test_some_parts_can_be_skipped_or_left_out(tmp_path):
+    for limits in (Limits(), NOWHERE):
+        tokens = made(tmp_path, limits=limits)
+        assert [first_images(tokens, skip=skip) for skip in (0, 1, 3)] == [[0, 8, 16], [8, 16], []]
+        assert first_images(replace(tokens, numbers=(1, 7, 17))) == [0, 16]
+
+
+def test_the_disk_is_used_up_to_its_limit(tmp_path):
+    size = IMAGES * made(tmp_path).bytes_per_image
+    assert made(tmp_path, limits=Limits(disk=size)).on_disk
+    assert not made(tmp_path, limits=Limits(disk=size - 1)).on_disk
+    for _ in made(tmp_path, limits=NOWHERE).parts(made(tmp_path).sites):
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "hidden", "gradients"),
+    [
+        (quick(), True, False),
+        (best(), False, True),
+        (best(metric="outputs"), False, False),
+        (quick(metric="fisher"), False, True),
+    ],
+)
+def test_only_what_a_recipe_needs_is_recorded(tmp_path, config, hidden, gradients):
+    tokens = made(tmp_path, config, NOWHERE)
+    site = tokens.sites[0]
+    for asked in (True, False):  # gradients are made only where they are asked for
+        (layers, *_) = tokens.parts([site], gradients=asked)
+        assert list(layers) == [site.name]
+        sample = layers[site.name].sample
+        assert isinstance(sample.hidden, np.ndarray) is hidden
+        assert (sample.directions is not None) is (gradients and asked)
+
+
+def test_the_calibration_images_are_those_of_the_configuration(tmp_path):
+    config = best(calibration_images=9, seed=3).resolved()
+    found = calibration_tokens(toy_vit(), toy_images(30), config, root=tmp_path)
+    assert found.images.rows == toy_images(30).limit(9, seed=3).rows
+
+
+@pytest.mark.parametrize(("recipe", "pieces"), [(quick, {}), (best, {}), (best, {"order": "obs"})])
+def test_limits_change_nothing_about_a_run(recipe, pieces):
+    config = recipe(macs_reduction=0.1, cluster_tokens=100, layers=(0, 1), **pieces)
+    first, *others = (
+        extract(toy_vit(), toy_images(IMAGES), config, limits=limits).model
+        for limits in (None, Limits(memory=1e5), Limits(memory=1, disk=0))
+    )
+    assert all(same_models(first, other) for other in others)
+
+
+def peaks():
+    """The most bytes that a process has had after extractions from few and from many images."""
+    torch.set_num_threads(1)
+    token_source.PART = recording.BATCH = recording.SAVED_EVERY = 8
+    found = []
+    for images in (32, 192):
+        for limits in (Limits(), NOWHERE):
+            extract(lively(), toy_images(images), ALL_TOKENS, limits=limits)
+            found.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return found
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    _, few, on_disk, again = ProcessPoolExecutor(1, processes()).submit(peaks).result()
+    config, images = ALL_TOKENS.resolved(), toy_images(8)
+    size = calibration_tokens(lively(), images, config, root=tmp_path).bytes_per_image
+    assert on_disk - few < 0.3 * 160 * size
+    assert again - few < 0.3 * 160 * size
