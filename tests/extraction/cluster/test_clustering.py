@@ -5,21 +5,23 @@ from dataclasses import replace
 import hdbscan
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster import clustering
 from moee_analysis.extraction.cluster.clustering import (
+    CLUSTERERS,
     NOISE,
-    ClusterConfig,
     Clusters,
+    assess,
     cluster,
-    judged,
-    labels_of,
-    mean_labels,
+    label,
 )
-from tests.helpers.makers import CLUSTERING
-from tests.helpers.partitions import same_partition
+from moee_analysis.extraction.cluster.neighbors import nearest
+from moee_analysis.extraction.config.clustering import METHODS, ClusterConfig
+from tests.helpers.layers import same_partition
+from tests.helpers.runs import CLUSTERING
 
 RAW = ClusterConfig(reduce="none", min_samples=5, min_cluster_size=0.1, max_cluster_size=None)
 
@@ -43,11 +45,17 @@ def same_groups(labels, truth):
     return len(pairs) == len(set(labels[member])) == 3 and member.sum() >= 0.95 * 150
 
 
+def test_every_method_has_a_clusterer():
+    assert CLUSTERERS.keys() == set(METHODS)
+
+
+# HDBSCAN
+
+
 @pytest.mark.parametrize(
     "config",
     [
         RAW,
-        replace(RAW, selection="leaf"),
         replace(RAW, max_cluster_size=0.4),
         replace(RAW, min_samples=1, min_cluster_size=0.02),
     ],
@@ -59,7 +67,6 @@ def test_without_reduction_the_clusters_are_those_of_plain_hdbscan(blobs, config
         min_cluster_size=round(config.min_cluster_size * len(points)),
         min_samples=config.min_samples,
         max_cluster_size=0 if most is None else round(most * len(points)),
-        cluster_selection_method=config.selection,
     ).fit_predict(points.astype(np.float64))
     assert same_partition(cluster(points, config).labels, plain)
 
@@ -72,14 +79,12 @@ def test_the_order_of_the_tokens_does_not_matter(blobs):
 
 
 def test_min_samples_and_sizes_are_never_left_to_hdbscan(blobs, monkeypatch):
-    given, find = [], clustering.density_clusters
+    given, find = [], clustering.hdbscan_labels
     monkeypatch.setattr(
-        clustering, "density_clusters", lambda rows, **kw: given.append(kw) or find(rows, **kw)
+        clustering, "hdbscan_labels", lambda rows, **kw: given.append(kw) or find(rows, **kw)
     )
     cluster(blobs[0], ClusterConfig(reduce="none"))
-    assert given == [
-        {"min_samples": 10, "min_cluster_size": 2, "max_cluster_size": 41, "selection": "eom"}
-    ]
+    assert given == [{"min_samples": 10, "min_cluster_size": 2, "max_cluster_size": 41}]
 
 
 @pytest.mark.parametrize("reduce", ["none", "pca"])
@@ -98,18 +103,9 @@ def test_umap_finds_the_groups_and_repeats_itself(blobs):
     found = cluster(points, config, seed=3)
     assert same_groups(found.labels, truth)
     assert found.labels.tolist() == cluster(points, config, seed=3).labels.tolist()
-    with pytest.raises(MoeeError, match="cosine"):
-        cluster(points, replace(config, metric="parsecs"))
 
 
 # Means, and centres at random
-
-
-def test_means_find_the_planted_groups(blobs):
-    points, truth = blobs
-    member = truth != NOISE
-    labels = mean_labels(points[member].astype(np.float32), 3)
-    assert same_groups(labels, truth[member])
 
 
 def test_means_are_those_of_plain_k_means(blobs):
@@ -121,57 +117,45 @@ def test_means_are_those_of_plain_k_means(blobs):
 
 
 def test_there_are_no_more_means_than_different_tokens():
-    points = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)
-    assert set(mean_labels(points, 8)) == {0, 1, 2}
-    same = cluster(np.ones((30, 4)), replace(RAW, method="kmeans"))
-    assert same.reason == "1 clusters found"
+    config = replace(RAW, method="kmeans", count=8)
+    assert set(label(np.repeat(np.eye(3, dtype="f4"), 10, axis=0), config)) == {0, 1, 2}
+    assert cluster(np.ones((30, 4)), config).reason == "1 clusters found"
 
 
 def test_random_centres_are_so_many_tokens_and_the_others_belong_to_none(blobs):
     config = replace(RAW, method="random", count=7, max_noise=0.1)
-    labels = labels_of(blobs[0], config, seed=1)
+    labels = label(blobs[0], config, seed=1)
     assert sorted(labels[labels != NOISE]) == list(range(7))
     assert (labels == NOISE).sum() == len(labels) - 7
-    np.testing.assert_array_equal(labels, labels_of(blobs[0], config, seed=1))
-    assert (labels != labels_of(blobs[0], config, seed=2)).any()
+    np.testing.assert_array_equal(labels, label(blobs[0], config, seed=1))
+    assert (labels != label(blobs[0], config, seed=2)).any()
     assert cluster(blobs[0], config).reason == ""  # what is no centre is no noise
+    assert sorted(label(np.zeros((4, 2)), replace(config, count=9))) == [0, 1, 2, 3]
 
 
-def test_there_are_no_more_random_centres_than_tokens():
-    labels = labels_of(np.zeros((4, 2)), replace(RAW, method="random", count=9))
-    assert sorted(labels) == [0, 1, 2, 3]
+# What cannot make experts
 
 
 @pytest.mark.parametrize("reduce", ["none", "pca", "umap"])
 def test_a_dead_layer_has_no_clusters(reduce):
     found = cluster(np.zeros((40, 12), np.float16), replace(CLUSTERING, reduce=reduce))
-    assert found.reason == "0 clusters found"
-    assert found.noise_share == 1
+    assert (found.reason, found.noise_share) == ("0 clusters found", 1)
 
 
-def test_a_layer_of_one_cluster_stays_dense():
-    points = np.random.default_rng(0).normal(size=(100, 4))
-    config = replace(RAW, min_cluster_size=0.4)
-    assert cluster(points, config).reason in {"0 clusters found", "1 clusters found"}
-    assert judged(np.zeros(9, int), RAW).reason == "1 clusters found"
-
-
-def test_a_layer_of_too_much_noise_stays_dense_and_says_so():
+def test_a_layer_of_one_cluster_or_of_too_much_noise_stays_dense_and_says_so():
+    assert assess(np.zeros(9, int), RAW).reason == "1 clusters found"
     labels = np.array([0, 0, 1, 1] + 6 * [NOISE])
-    assert judged(labels, replace(RAW, max_noise=0.6)) == Clusters(labels)
-    reason = judged(labels, replace(RAW, max_noise=0.5)).reason
+    assert assess(labels, replace(RAW, max_noise=0.6)) == Clusters(labels)
+    reason = assess(labels, replace(RAW, max_noise=0.5)).reason
     assert reason == "60% noise, more than max_noise=50%"
 
 
-def test_activations_that_are_not_numbers_are_refused(blobs):
+def test_activations_that_are_not_numbers_or_too_few_are_refused(blobs):
     for value in (np.nan, np.inf):
         points = blobs[0].copy()
         points[3, 4] = value
         with pytest.raises(MoeeError, match="finite"):
             cluster(points, RAW)
-
-
-def test_too_few_tokens_are_refused_with_how_many_it_takes():
     with pytest.raises(MoeeError, match="at least 12 tokens"):
         cluster(np.zeros((11, 4)), ClusterConfig())
 
@@ -179,23 +163,12 @@ def test_too_few_tokens_are_refused_with_how_many_it_takes():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"reduce": "tsne"},
-        {"method": "guess"},
-        {"space": "outputs"},
-        {"count": 0},
-        {"count": 2.5},
-        {"selection": "best"},
-        {"min_samples": 0},
-        {"min_samples": None},
-        {"components": 2.5},
-        {"neighbors": True},
-        {"min_cluster_size": 50},
-        {"min_cluster_size": 0},
-        {"max_noise": 1.5},
-        {"max_noise": float("nan")},
-        {"max_cluster_size": 0.005},
+        {"reduce": "tsne"}, {"method": "guess"}, {"space": "outputs"}, {"count": 0},
+        {"count": 2.5}, {"min_samples": 0}, {"min_samples": None}, {"components": 2.5},
+        {"neighbors": True}, {"min_cluster_size": 50}, {"min_cluster_size": 0},
+        {"max_noise": 1.5}, {"max_noise": float("nan")}, {"max_cluster_size": 0.005},
     ],
-)
+)  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
     with pytest.raises(MoeeError, match=next(iter(wrong))):
         ClusterConfig(**wrong)
@@ -204,16 +177,26 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
 @pytest.mark.parametrize(
     ("hidden", "count", "components"), [(6, 2, 2), (256, 21, 5), (768, 64, 16), (3072, 64, 64)]
 )
-def test_what_is_not_given_suits_the_width_of_the_layer(hidden, count, components):
+def test_settings_that_are_left_open_suit_the_width_of_the_layer(hidden, count, components):
     free = ClusterConfig(method="kmeans", count=None, components=None)
     assert free.for_width(hidden) == replace(free, count=count, components=components)
     assert replace(free, count=5).for_width(hidden).count == 5
     assert replace(free, components=5).for_width(hidden).components == 5
 
 
-@pytest.mark.parametrize("reduce", ["none", "pca"])
-def test_clusters_without_a_count_are_as_many_as_suit_the_width(blobs, reduce):
-    points, _ = blobs
-    free = replace(RAW, method="kmeans", reduce=reduce, count=None, components=None)
-    given = replace(free, count=2, components=2)
-    np.testing.assert_array_equal(cluster(points, free).labels, cluster(points, given).labels)
+# Neighbours for UMAP
+
+
+def test_neighbours_are_those_of_the_full_table_of_distances():
+    points = np.random.default_rng(0).normal(size=(300, 20)).astype(np.float32)
+    points[[3, 4, 5]] = points[[7, 8, 9]]
+    points[[10, 20]] = 0  # without direction: far from all but their like
+    table = cdist(points.astype(np.float64), points, metric="cosine")
+    table[[10, 20]] = table[:, [10, 20]] = 1
+    table[[10, 10, 20, 20], [10, 20, 10, 20]] = 0
+    ids, distances = nearest(points, 15)
+    assert distances == pytest.approx(np.sort(table, axis=1)[:, :15], abs=1e-5)
+    assert distances == pytest.approx(np.take_along_axis(table, ids, axis=1), abs=1e-5)
+    assert ids[:, 0].tolist() == list(range(300))  # also beside a copy
+    assert (ids[3, 1], ids[10, 1]) == (7, 20)
+    assert all(len(set(row)) == 15 for row in ids)

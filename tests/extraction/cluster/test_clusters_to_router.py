@@ -8,35 +8,41 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from moee_analysis.extraction.cluster import clusters_to_router as partitions
+from moee_analysis.extraction.cluster import clusters_to_router
 from moee_analysis.extraction.cluster.assignment import Assignment
-from moee_analysis.extraction.cluster.clustering import NOISE, ClusterConfig, Clusters
+from moee_analysis.extraction.cluster.clustering import NOISE
 from moee_analysis.extraction.cluster.clusters_to_router import (
     Partition,
-    clustered,
-    divided,
+    cluster_tokens,
     metric_root,
-    partition,
-    trusted,
+    partition_tokens,
 )
-from moee_analysis.extraction.experts.expert_statistics import ExpertTally, statistics_of
-from moee_analysis.extraction.record.accumulate import summed_alone
 from moee_analysis.extraction.record.fisher import damped, input_root
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter
-from tests.helpers.layers import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, draw_from, planted
+from tests.helpers.layers import (
+    DIM,
+    EAST,
+    LABELS,
+    NORTH,
+    PLANTED,
+    ROWS,
+    SITE,
+    draw_from,
+    planted,
+)
 from tests.helpers.runs import CLUSTERING, MEANS, best, quick
 
 INPUTS = PLANTED.sample.inputs.astype(np.float32)
 
 
-def made(noise, *, layer=PLANTED, labels=LABELS, rows=ROWS, leading=0, **settings):
-    draw = draw_from(layer, rows, leading=leading)
-    return divided(draw, Clusters(labels), noise=noise, **settings)
+def made(noise, *, layer=PLANTED, labels=LABELS, rows=ROWS, leading=0):
+    config = quick(noise=noise).resolved()
+    return partition_tokens(draw_from(layer, rows, leading=leading), labels, config)
 
 
 def routed(found, layer=PLANTED):
     """Tokens that each expert gets."""
-    return np.bincount(found.routed(layer.sample.inputs), minlength=found.experts).tolist()
+    return np.bincount(found.route(layer.sample.inputs), minlength=found.experts).tolist()
 
 
 def counted(found, layer=PLANTED, *, leading=0):
@@ -51,48 +57,33 @@ def alive(found, layer):
     return Assignment((), found).alive(np.array(routed(found, layer))).partition
 
 
-def most_variable(found):
-    """Neurons of every expert's tokens, the most variable first."""
-    tally = ExpertTally(SITE, Assignment((), found), gradients=False)
-    known = statistics_of(tally, summed_alone(tally, PLANTED))
-    return np.argsort(-known.variance, axis=1)
-
-
 # From clusters to experts
 
 
 def test_experts_start_at_the_mean_inputs_of_their_clusters():
     found = made("drop")
-    np.testing.assert_allclose(found.centres[0], INPUTS[:40].mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(found.centres[1], INPUTS[40:60].mean(axis=0), atol=1e-6)
+    means = [INPUTS[:40].mean(axis=0), INPUTS[40:60].mean(axis=0)]
+    np.testing.assert_allclose(found.centres, means, atol=1e-6)
     assert isinstance(found.router(), CosineRouter)
     assert found.noise_share == pytest.approx(30 / 90)
     assert (found.experts, found.reason) == (2, "")
 
 
-def test_noise_rerouted_counts_for_the_expert_it_is_routed_to():
-    found = made("reroute")
-    assert counted(found) == [70, 20]
-    assert set(most_variable(found)[0, :2]) == {0, 2}
-
-
-def test_noise_dropped_counts_for_no_statistics_but_is_still_routed():
-    found = made("drop")
-    assert counted(found) == [40, 20]
-    assert most_variable(found)[:, 0].tolist() == [0, 1]
-    assert routed(found) == [70, 20]
-
-
-def test_noise_as_the_rest_gets_an_expert_of_its_own():
-    found = made("rest")
-    assert found.experts == 3
-    assert most_variable(found)[:, 0].tolist() == [0, 1, 2]
-    np.testing.assert_allclose(found.centres[2], INPUTS[60:].mean(axis=0), atol=1e-6)
-    assert counted(found) == [40, 20, 30]
-
-
-def test_without_noise_the_rest_is_no_expert():
-    assert made("rest", labels=np.repeat([0, 1], [40, 50])).experts == 2
+@pytest.mark.parametrize(
+    ("noise", "counts", "sent"),
+    [
+        ("reroute", [70, 20], [70, 20]),
+        ("drop", [40, 20], [70, 20]),
+        ("rest", [40, 20, 30], None),  # an expert of its own
+    ],
+)
+def test_noise_counts_as_the_configuration_says(noise, counts, sent):
+    found = made(noise)
+    assert counted(found) == counts
+    assert sent is None or routed(found) == sent
+    if noise == "rest":
+        np.testing.assert_allclose(found.centres[2], INPUTS[60:].mean(axis=0), atol=1e-6)
+        assert made("rest", labels=np.repeat([0, 1], [40, 50])).experts == 2  # without noise
 
 
 @pytest.mark.parametrize("noise", ["reroute", "drop", "rest"])
@@ -118,18 +109,15 @@ def test_a_layer_that_routes_everything_to_one_expert_stays_dense():
     assert alive(found, layer).reason == "all tokens route to one expert"
 
 
-def test_only_some_rows_need_to_be_clustered():
+def test_only_some_rows_need_to_be_clustered_and_leading_ones_are_not():
     rows = np.arange(0, 90, 2)
     assert sum(counted(made("reroute", labels=LABELS[rows], rows=rows))) == 90
     assert counted(made("drop", labels=LABELS[rows], rows=rows)) == [20, 10]
-
-
-def test_leading_tokens_are_neither_clustered_nor_counted():
     rows = np.arange(5, 90)[::2]
     for noise, counts in (("reroute", [65, 20]), ("drop", [18, 10])):
         found = made(noise, labels=LABELS[rows], rows=rows, leading=5)
         assert counted(found, leading=5) == counts
-        assert np.bincount(found.routed(INPUTS[5:])).tolist() == [65, 20]
+        assert np.bincount(found.route(INPUTS[5:])).tolist() == [65, 20]
 
 
 def test_route_agreement_is_the_share_of_members_that_come_back():
@@ -144,7 +132,7 @@ def test_route_agreement_is_the_share_of_members_that_come_back():
 
 def test_a_single_expert_takes_every_token_and_needs_no_router():
     found = Partition()
-    assert found.routed(INPUTS[:7]).tolist() == 7 * [0]
+    assert found.route(INPUTS[:7]).tolist() == 7 * [0]
     assert found.members(np.zeros(7, dtype=int), np.arange(7)).tolist() == 7 * [0]
     assert found.experts == 1
     assert isinstance(found.router(), ConstantRouter)
@@ -153,34 +141,32 @@ def test_a_single_expert_takes_every_token_and_needs_no_router():
 @pytest.mark.parametrize("chunk", [1, 7, 90])
 def test_tokens_are_routed_in_chunks_and_none_are_routed_at_all(monkeypatch, chunk):
     found = made("drop")
-    whole = found.routed(INPUTS)
-    monkeypatch.setattr(partitions, "CHUNK", chunk)
-    np.testing.assert_array_equal(found.routed(INPUTS), whole)
-    assert found.routed(INPUTS[:0]).shape == (0,)
+    whole = found.route(INPUTS)
+    monkeypatch.setattr(clusters_to_router, "CHUNK", chunk)
+    np.testing.assert_array_equal(found.route(INPUTS), whole)
+    assert found.route(INPUTS[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [(LABELS, ""), (0 * LABELS, "1 clusters found"), (np.maximum(LABELS - 1, NOISE), "1 clusters")],
+)
+def test_clusters_are_trusted_by_the_rules_of_the_configuration(labels, reason):
+    found = made("reroute", labels=labels)
+    assert found.reason.startswith(reason)
+    assert bool(found.reason) == bool(reason) == (found.centres is None)
+    assert found.noise_share == np.mean(labels == NOISE)
 
 
 # A metric
-
-
-def test_with_a_metric_every_token_goes_to_the_centre_nearest_after_it():
-    root = np.random.default_rng(1).normal(size=(DIM, DIM)).astype(np.float32)
-    found = made("rest", root=root)
-    points = INPUTS @ root.T
-    centres = [points[label == LABELS].mean(axis=0) for label in (0, 1, NOISE)]
-    np.testing.assert_allclose(found.centres, centres, atol=1e-5)
-    distances = np.linalg.norm(points[:, None] - np.stack(centres), axis=2)
-    np.testing.assert_array_equal(found.routed(INPUTS), distances.argmin(axis=1))
-    assert isinstance(found.router(), NearestRouter)
-    again = found.router()(torch.from_numpy(INPUTS))[:, 0]
-    np.testing.assert_array_equal(again, found.routed(INPUTS))
 
 
 GRADED = replace(
     PLANTED,
     sample=replace(
         PLANTED.sample,
-        directions=np.random.default_rng(2).normal(size=(2, 90, DIM)).astype(np.float16),
-        norms=np.ones((2, 90), np.float32),
+        directions=np.random.default_rng(2).normal(size=(90, 2, DIM)).astype(np.float16),
+        norms=np.ones((90, 2), np.float32),
     ),
 )
 DRAW = draw_from(GRADED)
@@ -219,38 +205,30 @@ def test_more_components_than_there_are_inputs_are_all_of_them():
     np.testing.assert_allclose(found.T @ found, whole.T @ whole, rtol=1e-3, atol=1e-5)
 
 
-def found_in(draw, config, root):
-    """The partition by the clusters that are found with a store."""
-    labels = clustered(draw, config, root=root)
-    return partition(draw, trusted(labels, draw, config), config)
-
-
-def test_how_many_clusters_and_components_suits_the_layer(tmp_path):
-    free = replace(PROJECTED, count=None, components=None)
-    fitting = free.for_width(SITE.hidden)
-    left_open, filled = (best(clustering=c).resolved() for c in (free, fitting))
-    root = metric_root(DRAW, left_open)
-    np.testing.assert_array_equal(root, metric_root(DRAW, filled))
-    found = found_in(DRAW, left_open, tmp_path / "open")
-    again = found_in(DRAW, filled, tmp_path / "filled")
-    np.testing.assert_array_equal(found.routed(INPUTS), again.routed(INPUTS))
-
-
 @pytest.mark.parametrize("router", ["nearest", "cosine"])
-def test_the_nearest_router_looks_where_the_clusters_were_found(tmp_path, router):
-    config = best(clustering=PROJECTED, router=router).resolved()
+@pytest.mark.parametrize("left_open", [False, True])
+def test_the_nearest_router_looks_where_the_clusters_were_found(tmp_path, router, left_open):
+    clustering = replace(PROJECTED, count=None, components=None) if left_open else PROJECTED
+    config = best(clustering=clustering, router=router).resolved()
+    count, rank = (2, 2) if left_open else (4, 3)
     points = INPUTS @ metric_root(DRAW, config).T
-    plain = KMeans(4, n_init=1, max_iter=25, random_state=config.seed).fit_predict(points)
-    np.testing.assert_array_equal(clustered(DRAW, config, root=tmp_path), plain)
-    found = found_in(DRAW, config, tmp_path)
-    assert found.centres.shape == (4, DIM if router == "cosine" else 3)
+    plain = KMeans(count, n_init=1, max_iter=25, random_state=config.seed).fit_predict(points)
+    labels = cluster_tokens(DRAW, config, root=tmp_path)
+    np.testing.assert_array_equal(labels, plain)
+    found = partition_tokens(DRAW, labels, config)
+    assert found.centres.shape == (count, DIM if router == "cosine" else rank)
     if router == "nearest":
+        means = [points[labels == label].mean(axis=0) for label in range(count)]
+        np.testing.assert_allclose(found.centres, means, atol=1e-5)
         distances = np.linalg.norm(points[:, None] - found.centres, axis=2)
-        np.testing.assert_array_equal(found.routed(INPUTS), distances.argmin(axis=1))
+        np.testing.assert_array_equal(found.route(INPUTS), distances.argmin(axis=1))
+        assert isinstance(found.router(), NearestRouter)
+        again = found.router()(torch.from_numpy(INPUTS))[:, 0]
+        np.testing.assert_array_equal(again, found.route(INPUTS))
 
 
 def test_a_metric_of_nothing_is_no_division_by_zero():
-    unread = replace(GRADED, sample=replace(GRADED.sample, norms=np.zeros((2, 90), np.float32)))
+    unread = replace(GRADED, sample=replace(GRADED.sample, norms=np.zeros((90, 2), np.float32)))
     assert not metric_root(draw_from(unread), best().resolved()).any()
 
 
@@ -262,73 +240,38 @@ def test_means_are_those_of_the_inputs_in_the_metric(tmp_path):
     draw = draw_from(GRADED, np.arange(7, 90, 2))
     points = draw.inputs @ metric_root(draw, config).T
     plain = KMeans(4, n_init=1, max_iter=25, random_state=3).fit_predict(points)
-    np.testing.assert_array_equal(clustered(draw, config, root=tmp_path), plain)
+    np.testing.assert_array_equal(cluster_tokens(draw, config, root=tmp_path), plain)
 
 
 def test_where_activations_are_clustered_inputs_and_metric_do_not_matter(tmp_path):
     config = quick(clustering=replace(MEANS, space="hidden")).resolved()
     plain = KMeans(4, n_init=1, max_iter=25, random_state=0).fit_predict(DRAW.hidden)
     nowhere = replace(DRAW, inputs=0 * DRAW.inputs, fisher=None)
-    np.testing.assert_array_equal(clustered(nowhere, config, root=tmp_path), plain)
+    np.testing.assert_array_equal(cluster_tokens(nowhere, config, root=tmp_path), plain)
 
 
 @pytest.mark.parametrize("config", [best(), quick(clustering=CLUSTERING)])
 def test_clusters_are_found_again_in_the_store(tmp_path, monkeypatch, config):
     config = config.resolved()
-    first = clustered(DRAW, config, root=tmp_path)
+    first = cluster_tokens(DRAW, config, root=tmp_path)
     assert len(first) == 90
-    for name in ("labels_of", "reduce_dimensions"):
-        monkeypatch.setattr(partitions, name, lambda *_, **__: pytest.fail("again"))
-    np.testing.assert_array_equal(clustered(DRAW, config, root=tmp_path), first)
-
-
-@pytest.mark.parametrize("other", [{"seed": 1}, {"tokens": "alike"}, {"metric": "outputs"}])
-def test_what_decides_the_clusters_decides_where_they_are_kept(tmp_path, other):
-    clustered(DRAW, best().resolved(), root=tmp_path)
-    clustered(DRAW, best(**other).resolved(), root=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    for name in ("label", "reduce_dimensions"):
+        monkeypatch.setattr(clusters_to_router, name, lambda *_, **__: pytest.fail("again"))
+    np.testing.assert_array_equal(cluster_tokens(DRAW, config, root=tmp_path), first)
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("draw", "settings"),
     [
-        draw_from(GRADED, ROWS[:50]),
-        replace(DRAW, key="another sample"),
-        replace(DRAW, site=replace(SITE, name="another layer")),
+        (DRAW, {"seed": 1}),
+        (DRAW, {"tokens": "alike"}),
+        (DRAW, {"metric": "outputs"}),
+        (draw_from(GRADED, ROWS[:50]), {}),
+        (replace(DRAW, key="another sample"), {}),
+        (replace(DRAW, site=replace(SITE, name="another layer")), {}),
     ],
 )
-def test_what_is_drawn_decides_where_the_clusters_are_kept(tmp_path, other):
-    clustered(DRAW, best().resolved(), root=tmp_path)
-    clustered(other, best().resolved(), root=tmp_path)
+def test_all_that_decides_the_clusters_decides_where_they_are_kept(tmp_path, draw, settings):
+    cluster_tokens(DRAW, best().resolved(), root=tmp_path)
+    cluster_tokens(draw, best(**settings).resolved(), root=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_layer_without_clusters_keeps_its_reason():
-    found = partition(draw_from(PLANTED), Clusters(LABELS, "1 clusters found"), quick().resolved())
-    assert found.reason == "1 clusters found"
-    assert found.noise_share == pytest.approx(30 / 90)
-    assert found.centres is None
-
-
-@pytest.mark.parametrize(
-    ("labels", "reason"), [(LABELS, ""), (0 * LABELS, "1 clusters"), (LABELS - 1, "1 clusters")]
-)
-def test_clusters_are_trusted_by_the_rules_of_the_configuration(labels, reason):
-    clusters = trusted(np.maximum(labels, NOISE), draw_from(PLANTED), quick().resolved())
-    assert clusters.reason.startswith(reason)
-    assert bool(clusters.reason) == bool(reason)
-    np.testing.assert_array_equal(clusters.labels, np.maximum(labels, NOISE))
-
-
-def test_too_much_noise_is_not_trusted():
-    strict = quick(clustering=replace(CLUSTERING, max_noise=0.3)).resolved()
-    assert "33% noise" in trusted(LABELS, draw_from(PLANTED), strict).reason
-
-
-def test_random_centres_are_the_inputs_of_so_many_tokens(tmp_path):
-    settings = ClusterConfig(method="random", reduce="none", count=5, min_samples=3)
-    config = quick(clustering=settings).resolved()
-    found = alive(found_in(draw_from(PLANTED), config, tmp_path), PLANTED)
-    assert 2 <= found.experts <= 5
-    assert all((np.abs(INPUTS - centre).max(axis=1) < 1e-6).any() for centre in found.centres)
-    assert sum(counted(found)) == 90

@@ -1,103 +1,276 @@
 from __future__ import annotations
 
-import inspect
+from itertools import combinations
 
 import numpy as np
 import pytest
-from hdbscan import _hdbscan_linkage, hdbscan_
+import torch
+from hdbscan import HDBSCAN
+from sklearn.metrics import adjusted_rand_score
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from moee_analysis.extraction.cluster import exact_hdbscan as density
-from moee_analysis.extraction.cluster.exact_hdbscan import (
-    Backend,
-    choose_backend,
-    density_clusters,
-    labels_of_tree,
-)
-from moee_analysis.extraction.cluster.spanning_tree import spanning_tree
-from tests.helpers.partitions import same_partition
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.cluster import distances as bounds
+from moee_analysis.extraction.cluster import exact_hdbscan
+from moee_analysis.extraction.cluster.distances import BATCH, Distances
+from moee_analysis.extraction.cluster.exact_hdbscan import hdbscan_labels, label_tree
+from moee_analysis.extraction.cluster.hdbscan_mst import find_neighbours, spanning_tree
+from moee_analysis.models.capture import capture
+from tests.helpers.layers import same_partition
 
-SIZES = {"min_cluster_size": 12, "max_cluster_size": 50}
-
-
-@pytest.fixture(scope="module")
-def points():
-    """Two wide groups, one of them of two narrower ones, without ties of any kind."""
-    rng = np.random.default_rng(3)
-    centres = np.array([[0.0, 0, 0], [3, 0, 0], [20, 0, 0]])
-    return centres[rng.integers(0, 3, size=180)] + rng.normal(size=(180, 3))
+SETTINGS = [(2, None), (5, 40), (12, None)]  # smallest and largest clusters
 
 
-def test_hdbscan_s_private_functions_are_as_they_were():
-    known = list(inspect.signature(hdbscan_._tree_to_labels).parameters)
-    assert known[:4] == [
-        "X", "single_linkage_tree", "min_cluster_size", "cluster_selection_method",
-    ]  # fmt: skip
-    assert "max_cluster_size" in known
-    assert density._trouble() == "", "adapt labels_of_tree to the installed hdbscan"
+def normal(count, dim, *, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, dim))
 
 
-@pytest.mark.parametrize("count", [500, 20_000, 1_000_000])
-@pytest.mark.parametrize("dim", [5, 8, 768])
-def test_products_find_the_tree_and_say_why(count, dim):
-    found = choose_backend(count, dim)
-    assert found.name == "products"
-    assert f"{count} points of {dim} dimensions" in found.reason
+def grid(*sides):
+    return np.stack(np.meshgrid(*map(range, sides)), axis=-1).reshape(-1, len(sides))
 
 
-def test_hdbscan_finds_the_tree_of_very_many_points_in_a_plane():
-    assert choose_backend(20_000, 2).name == "products"
-    found = choose_backend(20_001, 4)
-    assert found.name == "hdbscan"
-    assert "only 4 dimensions" in found.reason
+def repeated(points, *, seed=0):
+    return points[np.random.default_rng(seed).integers(0, len(points), size=len(points))]
+
+
+def beside(points, gap):
+    """Half of the points, and others as near to them as ``gap``."""
+    half = points[: len(points) // 2]
+    return np.concatenate([half, half + gap * normal(*half.shape, seed=9)])
+
+
+def groups(count, dim, spread):
+    return normal(6, dim, seed=8)[np.arange(count) % 6] + spread * normal(count, dim)
+
+
+POINTS = {
+    "of 8 dimensions": normal(100, 8).astype(np.float32),
+    "of 768 dimensions": normal(60, 768).astype(np.float32),
+    "in half precision": normal(100, 16).astype(np.float16),
+    "far from the origin": (normal(100, 32) + 1e4).astype(np.float32),
+    "very far from the origin": normal(100, 32) + 1e9,
+    "tiny": (1e-6 * normal(100, 32)).astype(np.float32),
+    "huge": 1e30 * normal(100, 32).astype(np.float32),
+    "of mixed scales": normal(100, 8) * 10.0 ** (np.arange(100) % 12 - 6)[:, None],
+    "almost twice": beside(normal(100, 64), 1e-7),
+    "almost twice, in single precision": beside(normal(100, 64), 1e-6).astype(np.float32),
+    "in tight groups": groups(240, 128, 1e-3).astype(np.float32),
+    "in very tight groups": groups(120, 128, 1e-9),
+    "with constant columns": normal(100, 4) * [1, 0, 1, 0] + [0, 7, 0, -1e6],
+    "on a grid": grid(10, 10),
+    "on a cube": grid(*[2] * 6).astype(np.float32),
+    "all as far from each other": np.eye(40),
+    "on a grid, repeated": repeated(grid(7, 7, 2)),
+    "half of them equal": np.where(np.arange(100)[:, None] % 2, 0.0, normal(100, 16)),
+    "all equal": np.ones((30, 4)),
+    "of both zeros": np.where(grid(2, 2, 2, 3) == 0, -0.0, 1.0) * grid(2, 2, 2, 3),
+    "two": normal(2, 3),
+    "two equal": np.ones((2, 5), np.float32),
+}
+every_kind = pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
+
+
+def plain_hdbscan(points, min_samples, size=5, most=None):
+    model = HDBSCAN(
+        min_samples=min_samples, min_cluster_size=size, max_cluster_size=most or 0,
+        algorithm="prims_kdtree", gen_min_span_tree=True,
+    )  # fmt: skip
+    return model.fit(points.astype(np.float64))
+
+
+def label(tree, setting):
+    return label_tree(tree, min_cluster_size=setting[0], max_cluster_size=setting[1])
+
+
+def slow_edges(points, min_samples, rows):
+    """Kruskal's tree of the full table of distances, ties by the order of ``rows``."""
+    ordered = torch.from_numpy(points.astype(np.promote_types(points.dtype, np.float32))[rows])
+    pairs = np.array(list(combinations(range(len(rows)), 2)))
+    table = np.zeros((len(rows), len(rows)))
+    table[tuple(pairs.T)] = Distances.of(ordered).exact(*torch.from_numpy(pairs).T)
+    table += table.T
+    core = np.sort(table, axis=1)[:, min(min_samples, len(rows) - 1)]
+    weights = np.maximum(np.maximum(table, core), core[:, None])[tuple(pairs.T)]
+    group, edges = np.arange(len(rows)), []
+    for one, other in pairs[np.argsort(weights, kind="stable")]:
+        if group[one] != group[other]:
+            group[group == group[other]] = group[one]
+            edges.append((one, other))
+    return np.array(edges)
+
+
+def check_tree(points, min_samples):
+    """The tree is that of the full table, and its weights are those of plain hdbscan."""
+    tree = spanning_tree(points, min_samples)
+    assert sorted(tree.order) == list(range(len(points)))
+    np.testing.assert_array_equal(tree.edges, slow_edges(points, min_samples, tree.order))
+    plain = plain_hdbscan(points, min_samples).minimum_spanning_tree_.to_numpy()[:, 2]
+    np.testing.assert_allclose(tree.weights, np.sort(plain), rtol=1e-12, atol=0)
+
+
+@every_kind
+def test_the_tree_is_exact(points):
+    for min_samples in (1, 2, 10):
+        check_tree(points, min_samples)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_small_set_of_points(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(bounds, "ROOM", 1)
+    monkeypatch.setattr(bounds, "ROWS", int(rng.integers(1, 40)))
+    count, dim, min_samples = rng.integers([2, 1, 1], [70, 6, 15])
+    points = rng.integers(0, rng.integers(1, 6), size=(count, dim)) / 8
+    if seed % 2:
+        points = repeated(points + np.round(8 * rng.normal(size=(count, 1))) / 8, seed=seed)
+    check_tree(points, int(min_samples))
+
+
+@every_kind
+def test_neither_block_nor_order_matters_and_equal_points_have_equal_labels(points, monkeypatch):
+    order = np.random.default_rng(1).permutation(len(points))
+    _, point = np.unique(points, axis=0, return_inverse=True)
+    whole = spanning_tree(points, 6)
+    monkeypatch.setattr(bounds, "ROOM", 1)
+    monkeypatch.setattr(bounds, "ROWS", 7)
+    other = spanning_tree(points[order], 6)
+    np.testing.assert_array_equal(whole.weights, other.weights)
+    for setting in SETTINGS:
+        labels = label(whole, setting)
+        np.testing.assert_array_equal(labels[order], label(other, setting))
+        assert len(set(zip(point, labels, strict=True))) == point.max() + 1
+
+
+@pytest.mark.parametrize("dim", [2, 8, 40])
+def test_without_ties_labels_are_those_of_plain_hdbscan(dim, monkeypatch):
+    points = groups(240, dim, 0.4) + 0.1 * normal(240, dim, seed=3)
+    tree = spanning_tree(points, 1)
+    assert len(np.unique(tree.weights)) == len(points) - 1
+    for size, most in SETTINGS:
+        expected = plain_hdbscan(points, 1, size, most).labels_
+        assert same_partition(label(tree, (size, most)), expected)
+        settings = {"min_samples": 1, "min_cluster_size": size, "max_cluster_size": most}
+        np.testing.assert_array_equal(hdbscan_labels(points, **settings), label(tree, (size, most)))
+        with monkeypatch.context() as patch:  # as of very many points in a plane
+            patch.setattr(exact_hdbscan, "MANY", 100)
+            patch.setattr(exact_hdbscan, "FEW", dim)
+            patch.setattr(exact_hdbscan, "spanning_tree", lambda *_: pytest.fail("slower"))
+            assert same_partition(hdbscan_labels(points, **settings), expected)
+
+
+def test_clusters_of_real_activations_are_those_of_plain_hdbscan(bundled, bundled_images):
+    with torch.no_grad(), capture(bundled, ["blocks.8.mlp.act"], "outputs") as seen:
+        bundled(next(bundled_images["calibration"].batches(bundled, batch_size=16)))
+    hidden = seen["blocks.8.mlp.act"].flatten(0, 1).numpy()
+    tree, plain = spanning_tree(hidden, 10), plain_hdbscan(hidden, 10, 10)
+    weights = np.sort(plain.minimum_spanning_tree_.to_numpy()[:, 2])
+    np.testing.assert_allclose(tree.weights, weights, rtol=1e-12, atol=0)
+    labels = label(tree, (10, None))
+    assert labels.max() >= 2
+    np.testing.assert_array_equal(labels == -1, plain.labels_ == -1)
+    assert adjusted_rand_score(labels, plain.labels_) >= 0.999
+
+
+def test_all_equal_points_are_noise_and_so_are_too_few():
+    tree = spanning_tree(POINTS["all equal"], 5)
+    assert not tree.weights.any()
+    assert {*label(tree, (2, None)), *label(spanning_tree(normal(50, 3), 3), (1000, None))} == {-1}
+
+
+# Exactly because bounds are bounds
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_bound_exceeds_its_distance(points, dtype):
+    points = torch.from_numpy(points.astype(np.promote_types(points.dtype, np.float32)))
+    distances, everyone = Distances.of(points, dtype), torch.arange(len(points))
+    pairs = torch.cartesian_prod(everyone, everyone).T
+    exact = distances.exact(*pairs).reshape(len(points), -1)
+    assert torch.equal(exact, exact.T)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # whatever the user lets PyTorch do
+    try:
+        assert (distances.below(everyone).double() * distances.unit <= exact).all()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_bounds_are_close_where_points_are_apart():
+    points = torch.from_numpy(POINTS["of 768 dimensions"])
+    distances, everyone = Distances.of(points), torch.arange(len(points))
+    near = distances.below(everyone[:1])[0] * distances.unit
+    exact = distances.exact(torch.zeros_like(everyone), everyone)
+    torch.testing.assert_close(near[1:].double(), exact[1:], rtol=1e-3, atol=0)
+
+
+def test_a_pair_has_one_distance_in_any_company():
+    distances = Distances.of(torch.from_numpy(normal(90, 33)))
+    left, right = torch.randint(90, (2, 2 * BATCH + 5), generator=torch.Generator().manual_seed(0))
+    whole = distances.exact(left, right)
+    assert torch.equal(distances.exact(right[-7:], left[-7:]), whole[-7:])
+    assert torch.equal(distances.exact(left[:0], right[:0]), whole[:0])
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("kind", "dtype"),
     [
-        lambda _points, hierarchy, *, smallest: pytest.fail("not as it was"),
-        lambda *_, **_settings: (np.zeros(6, int),),
-        lambda *_, **_settings: (np.arange(3),),
+        ("of 768 dimensions", torch.float32),
+        ("far from the origin", torch.float32),
+        ("in tight groups", torch.float64),
     ],
 )
-def test_another_choice_of_clusters_is_noticed(monkeypatch, changed):
-    monkeypatch.setattr(hdbscan_, "_tree_to_labels", changed)
-    found = choose_backend(100, 8)
-    assert found.name == "hdbscan"
-    assert "functions of the installed hdbscan have changed" in found.reason
+def test_precision_is_double_where_single_cannot_tell_neighbours_apart(kind, dtype):
+    assert find_neighbours(POINTS[kind], 10).distances.factors.dtype == dtype
 
 
-@pytest.mark.parametrize("changed", [None, lambda edges, _weights: edges])
-def test_without_its_private_functions_hdbscan_finds_the_tree_itself(points, monkeypatch, changed):
-    expected = density_clusters(points, min_samples=1, **SIZES)
-    if changed:
-        monkeypatch.setattr(_hdbscan_linkage, "label", changed)
-    else:
-        monkeypatch.delattr(_hdbscan_linkage, "label")
-    assert choose_backend(*points.shape).name == "hdbscan"
-    monkeypatch.setattr(density, "spanning_tree", lambda *_: pytest.fail("no use for it"))
-    assert same_partition(density_clusters(points, min_samples=1, **SIZES), expected)
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made or filled while this is open."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *made])
+        return out
 
 
-@pytest.mark.parametrize("selection", ["eom", "leaf"])
-@pytest.mark.parametrize("most", [None, 50, 100])
-def test_both_backends_find_the_same_clusters(points, monkeypatch, selection, most):
-    settings = {"min_samples": 1, "min_cluster_size": 8, "max_cluster_size": most}
-    labels = []
-    for name in ("products", "hdbscan"):
-        backend = Backend(name, "for the test")
-        monkeypatch.setattr(density, "choose_backend", lambda *_, b=backend: b)
-        labels.append(density_clusters(points, selection=selection, **settings))
-    assert same_partition(*labels)
+def test_no_more_than_a_block_of_distances_is_held(monkeypatch):
+    monkeypatch.setattr(bounds, "ROOM", 1)
+    monkeypatch.setattr(bounds, "ROWS", 20)
+    points = groups(2000, 6, 0.5).astype(np.float32)
+    with Largest() as largest:
+        spanning_tree(points, 10)
+    assert 20 * 2000 <= largest.elements < 2 * 20 * 2000 + 50 * BATCH
 
 
-def test_one_tree_serves_for_many_settings(points):
-    tree = spanning_tree(points, 5)
-    counts = [labels_of_tree(tree, min_cluster_size=size).max() + 1 for size in (5, 20, 100)]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] > counts[-1]
-    direct = density_clusters(points, min_samples=5, min_cluster_size=20)
-    np.testing.assert_array_equal(direct, labels_of_tree(tree, min_cluster_size=20))
+def test_few_points_search_beyond_their_neighbours():
+    assert spanning_tree(normal(2000, 12), 10).searched < 100
 
 
-def test_clusters_larger_than_all_points_are_noise(points):
-    assert set(density_clusters(points, min_samples=3, min_cluster_size=1000)) == {-1}
+# Awkward input
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.where(np.arange(20)[:, None] == 4, np.nan, normal(20, 3)), "finite"),
+        (np.where(np.arange(20)[:, None] == 4, np.inf, normal(20, 3)), "finite"),
+        (1e-180 * normal(20, 3), "apart"),
+        (1e180 * normal(20, 3), "apart"),
+        *[(np.zeros(shape), "at least two points") for shape in [(0, 3), (1, 3), (5, 0), (7,)]],
+    ],
+)
+def test_points_without_a_tree_are_refused(points, message):
+    with pytest.raises(MoeeError, match=message):
+        spanning_tree(points, 2)
+
+
+def test_a_core_distance_reaches_at_least_one_point_and_at_most_all():
+    points = normal(12, 3)
+    with pytest.raises(MoeeError, match="min_samples"):
+        spanning_tree(points, 0)
+    all_others, more = spanning_tree(points, 11), spanning_tree(points, 500)
+    np.testing.assert_array_equal(all_others.weights, more.weights)
