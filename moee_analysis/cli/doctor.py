@@ -53,13 +53,12 @@ class Check:
 
 
 def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:
-    """Look at this machine, and whether ``model`` can be loaded on it and taken apart.
+    """Return ``ok``, ``versions``, ``machine`` and ``checks`` of this machine.
 
-    Returns ``ok``, ``versions``, ``machine`` and ``checks``. ``arguments`` are further ones of
-    ``load_model``; a model other than the bundled one that cannot be loaded is a MoeeError.
+    A ``model`` other than the bundled one, with ``arguments`` of ``load_model``, is looked at too.
     """
-    about = machine()
-    checks = [*_software(), *_machine_checks(about), *_places(), _bundled_model()]
+    about = _machine()
+    checks = [*_software(), *_hardware(about), *_optional(about), *_places(), _bundled_model()]
     if model != "bundled" or arguments.get("weights"):
         mlps = moee.find_mlps(moee.load_model(model, **arguments))
         checks.append(Check(model, f"{len(mlps)} of its MLPs can be taken apart"))
@@ -82,33 +81,29 @@ def as_text(diagnosis: dict[str, Any]) -> str:
     return "\n".join(map(str, [*lines, verdict if broken else "All required parts work."]))
 
 
-def machine() -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     """System, usable cores, bytes of memory and accelerators."""
     memory, cuda = psutil.virtual_memory(), range(torch.cuda.device_count())
     texts = [Path(name).read_text().strip() for name in CGROUPS if Path(name).is_file()]
     limits = [int(text) for text in texts if text.isdigit()]
     return {
-        "python": sys.executable,
-        "system": platform.platform(),
+        "python": sys.executable, "system": platform.platform(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "cores": len(psutil.Process().cpu_affinity() or ()),
-        "threads": torch.get_num_threads(),
-        "memory": min([memory.total, *limits]),
-        "memory_free": min([memory.available, *limits]),
+        "cores": len(psutil.Process().cpu_affinity() or ()), "threads": torch.get_num_threads(),
+        "memory": min([memory.total, *limits]), "memory_free": min([memory.available, *limits]),
         "cuda": [torch.cuda.get_device_name(number) for number in cuda],
-    }
+    }  # fmt: skip
 
 
 def _software() -> Iterator[Check]:
     """Python and every library, against what the package asks for."""
-    about, here = metadata.metadata(PACKAGE), platform.python_version()
-    wanted = about["Requires-Python"]
-    fits, advice = here in SpecifierSet(wanted), f"set the environment up with Python {wanted}"
-    yield Check("Python", here, fits, advice)
+    wanted, here = metadata.metadata(PACKAGE)["Requires-Python"], platform.python_version()
+    advice = f"set the environment up with Python {wanted}"
+    yield Check("Python", here, here in SpecifierSet(wanted), advice)
     asked = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]
     needed = [r for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
-    wrong = list(filter(None, map(_misfit, needed)))
-    found = "; ".join(wrong) or f"all {len(needed)} as asked for"
+    wrong = "; ".join(filter(None, map(_misfit, needed)))
+    found = wrong or f"all {len(needed)} as asked for"
     yield Check("libraries", found, not wrong, "make setup, or pip install moee-analysis")
 
 
@@ -121,23 +116,28 @@ def _misfit(asked: Requirement) -> str:
     return "" if fits else f"{asked.name} {version}, not {asked.specifier}"
 
 
-def _machine_checks(about: dict[str, Any]) -> Iterator[Check]:
-    """Cores and memory, and parts that something gains by and nothing else needs."""
+def _hardware(about: dict[str, Any]) -> Iterator[Check]:
     yield Check("cores", f"{about['cores']} usable, {about['threads']} threads in torch")
     free, advice = about["memory_free"], "close other programs, or take --preset smoke"
     found = f"{free / 1e9:.1f} of {about['memory'] / 1e9:.1f} GB free"
     yield Check("memory", found, free > LITTLE_MEMORY, advice, required=False)
-    lab, metis = (importlib.util.find_spec(name) for name in ("jupyterlab", "pymetis"))
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    optional = {
-        "CUDA": (", ".join(about["cuda"]), "everything runs on the CPU"),
-        "METIS": (metis and "pymetis", "pip install pymetis; else eigenvectors divide graphs"),
-        "JupyterLab": (lab and "jupyterlab", "pip install jupyterlab, for moee lab"),
-        "Chromium": (browser, "only tests in a browser need it"),
-        "conda": (os.environ.get("CONDA_PREFIX"), "not needed where pip has set everything up"),
-    }
-    for name, (found, advice) in optional.items():
+
+
+def _optional(about: dict[str, Any]) -> Iterator[Check]:
+    """Parts that something gains by and nothing else needs."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), "")
+    for name, found, advice in (
+        ("CUDA", ", ".join(about["cuda"]), "everything runs on the CPU"),
+        ("METIS", _installed("pymetis"), "pip install pymetis; else eigenvectors divide graphs"),
+        ("JupyterLab", _installed("jupyterlab"), "pip install jupyterlab, for moee lab"),
+        ("Chromium", browser, "only tests in a browser need it"),
+        ("conda", os.environ.get("CONDA_PREFIX"), "not needed where pip has set everything up"),
+    ):
         yield Check(name, found or "none", bool(found), advice, required=False)
+
+
+def _installed(module: str) -> str:
+    return module if importlib.util.find_spec(module) else ""
 
 
 def _places() -> Iterator[Check]:
@@ -153,10 +153,9 @@ def _places() -> Iterator[Check]:
 def _attempt(name: str, look: Callable[[], str], advice: str = "", **more: bool) -> Check:
     try:
         return Check(name, look())
-    except MoeeError as error:
-        return Check(name, error.found, ok=False, advice=advice or error.hint, **more)
-    except OSError as error:
-        return Check(name, str(error), ok=False, advice=advice, **more)
+    except (MoeeError, OSError) as error:
+        found, hint = getattr(error, "found", str(error)), getattr(error, "hint", "")
+        return Check(name, found, ok=False, advice=advice or hint, **more)
 
 
 def _temporary() -> str:
@@ -168,7 +167,7 @@ def _store() -> str:
     folder = store_folder()
     there = nearest_folder(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise MoeeError("a store", f"'{there}', which cannot be written to", "choose another")
+        raise OSError(f"'{there}' cannot be written to")
     taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{folder}: {taken / 1e9:.2f} GB"
 
@@ -176,7 +175,7 @@ def _store() -> str:
 def _disk() -> str:
     free = shutil.disk_usage(nearest_folder(store_folder())).free
     if free < LITTLE_DISK:
-        raise MoeeError("a disk", f"{free / 1e9:.1f} GB free there", "make room")
+        raise OSError(f"{free / 1e9:.1f} GB free there")
     return f"{free / 1e9:.1f} GB free there"
 
 
@@ -185,8 +184,7 @@ def _bundled_model() -> Check:
     try:
         model, scenes = moee.load_model(), moee.load_images(limit=SCENES)
     except MoeeError as error:
-        advice = "install the project again"
-        return Check("bundled model", str(error), ok=False, advice=advice)
+        return Check("bundled model", str(error), ok=False, advice="install the project again")
     with torch.inference_mode():
         found = torch.cat([model(batch).argmax(dim=1) for batch in scenes.batches(model)])
     share = float((found.numpy() == scenes.labels(model)).mean())
