@@ -6,39 +6,29 @@ small and weights random; what stands in a block, and in which order its tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
-from timm.models import register_model
+from timm.models import metaformer, register_model
 from timm.models.byobnet import ByobNet, ByoModelCfg
 from timm.models.coat import CoaT
 from timm.models.csatv2 import CSATv2
 from timm.models.efficientformer import EfficientFormer
 from timm.models.gcvit import GlobalContextVit
 from timm.models.hieradet_sam2 import HieraDet
-from timm.models.metaformer import (
-    Attention,
-    LayerNorm2dNoBias,
-    LayerNormNoBias,
-    MetaFormer,
-    SepConv,
-)
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.mobilevit import _inverted_residual_block, _mobilevit_block
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.nest import Nest
 from timm.models.sequencer import Sequencer2d
 from timm.models.volo import VOLO
+from torch import nn
 
 from tests.helpers.models import CLASSES, lively
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -105,177 +95,60 @@ FAMILIES: dict[str, Family] = {
     "small_sam": vit("samvit_base_patch16_224", window_size=2),
     "small_convit": vit("convit_tiny", embed_dim=16, local_up_to_layer=1),
     "small_cait": vit("cait_xxs24_224", depth_token_only=2),
-    "small_xcit": Family(
-        of_timm("xcit_nano_12_p16_224", img_size=64, embed_dim=32, depth=2, num_heads=2), size=64
-    ),
-    "small_naflexvit": Family(
-        of_timm("naflexvit_base_patch16_gap", embed_dim=32, depth=2, num_heads=2), size=64
-    ),
-    "small_tnt": Family(
-        of_timm(
-            "tnt_s_patch16_224",
-            img_size=32,
-            patch_size=8,
-            embed_dim=32,
-            inner_dim=8,
-            depth=2,
-            num_heads_inner=2,
-            num_heads_outer=2,
-        )
-    ),
-    "small_pit": Family(
-        of_timm(
-            "pit_ti_224",
-            img_size=32,
-            patch_size=8,
-            stride=4,
-            base_dims=(16, 16, 16),
-            depth=(1, 1, 1),
-            heads=(1, 2, 4),
-        )
-    ),
-    "small_crossvit": Family(
-        of_timm(
-            "crossvit_tiny_240",
-            img_size=48,
-            img_scale=(1.0, 2 / 3),
-            patch_size=(12, 16),
-            embed_dim=(16, 32),
-            num_heads=(2, 2),
-            depth=((1, 2, 0), (1, 1, 0)),
-        ),
-        size=48,
-    ),
+    "small_xcit": Family(of_timm("xcit_nano_12_p16_224", img_size=64, embed_dim=32, depth=2,
+        num_heads=2), size=64),
+    "small_naflexvit": Family(of_timm("naflexvit_base_patch16_gap", embed_dim=32, depth=2,
+        num_heads=2), size=64),
+    "small_tnt": Family(of_timm("tnt_s_patch16_224", img_size=32, patch_size=8, embed_dim=32,
+        inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=2)),
+    "small_pit": Family(of_timm("pit_ti_224", img_size=32, patch_size=8, stride=4,
+        base_dims=(16, 16, 16), depth=(1, 1, 1), heads=(1, 2, 4))),
+    "small_crossvit": Family(of_timm("crossvit_tiny_240", img_size=48, img_scale=(1.0, 2 / 3),
+        patch_size=(12, 16), embed_dim=(16, 32), num_heads=(2, 2), depth=((1, 2, 0), (1, 1, 0))),
+        size=48),
     "small_mixer": Family(partial(MlpMixer, **MIXER)),
-    "small_resmlp": Family(
-        partial(MlpMixer, mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine, **MIXER)
-    ),
+    "small_resmlp": Family(partial(MlpMixer, mlp_ratio=4, block_layer=ResBlock,
+        norm_layer=Affine, **MIXER)),
     "small_swin": swin("swin_tiny_patch4_window7_224"),
     "small_swinv2": swin("swinv2_tiny_window8_256"),
     "small_swinv2_cr": swin("swinv2_cr_tiny_224"),
     "small_convnext": Family(of_timm("convnext_tiny", **FOUR_STAGES), size=64),
-    "small_davit": Family(
-        of_timm("davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 2), window_size=4)
-    ),
-    "small_hiera": Family(
-        of_timm("hiera_tiny_224", img_size=(64, 64), embed_dim=16, stages=(1, 2, 1, 1)), size=64
-    ),
-    "small_hieradet": Family(
-        partial(
-            HieraDet,
-            embed_dim=16,
-            stages=(1, 1, 2, 1),
-            global_att_blocks=(3,),
-            window_spec=(8, 4, 4, 2),
-            head_init_scale=1.0,
-        ),
-        size=64,
-    ),
+    "small_davit": Family(of_timm("davit_tiny", depths=(1, 1), embed_dims=(16, 32),
+        num_heads=(2, 2), window_size=4)),
+    "small_hiera": Family(of_timm("hiera_tiny_224", img_size=(64, 64), embed_dim=16,
+        stages=(1, 2, 1, 1)), size=64),
+    "small_hieradet": Family(partial(HieraDet, embed_dim=16, stages=(1, 1, 2, 1),
+        global_att_blocks=(3,), window_spec=(8, 4, 4, 2), head_init_scale=1.0), size=64),
     "small_mobilevit": Family(partial(ByobNet, mobilevit()), size=64),
-    "small_edgenext": Family(
-        of_timm("edgenext_xx_small", heads=(2, 2, 2, 2), **FOUR_STAGES), size=64
-    ),
-    "small_twins": Family(
-        of_timm(
-            "twins_svt_small",
-            img_size=64,
-            depths=(1, 2),
-            embed_dims=(16, 32),
-            num_heads=(2, 2),
-            sr_ratios=(4, 2),
-            mlp_ratios=(4, 4),
-            wss=(4, 4),
-        ),
-        size=64,
-    ),
-    "small_coat": Family(
-        partial(
-            CoaT,
-            img_size=64,
-            patch_size=4,
-            embed_dims=(16, 16, 16, 16),
-            serial_depths=(1, 1, 1, 1),
-            parallel_depth=1,
-            num_heads=8,
-        ),
-        size=64,
-    ),
-    "small_volo": Family(
-        partial(
-            VOLO,
-            (1, 1, 1, 1),
-            img_size=64,
-            embed_dims=(16, 32, 32, 32),
-            num_heads=(2, 2, 2, 2),
-            stem_hidden_dim=16,
-            use_aux_head=True,
-        ),
-        size=64,
-    ),
-    "small_mvitv2": Family(
-        partial(
-            MultiScaleVit,
-            MultiScaleVitCfg(depths=(1, 1, 1, 1), embed_dim=16),
-            img_size=(64, 64),
-            global_pool="avg",
-        ),
-        size=64,
-    ),
-    "small_nest": Family(
-        partial(Nest, img_size=64, embed_dims=(16, 16, 32), num_heads=(1, 2, 2), depths=(1, 1, 1)),
-        size=64,
-    ),
-    "small_gcvit": Family(
-        partial(
-            GlobalContextVit,
-            img_size=64,
-            window_size=(2, 2, 2, 2),
-            embed_dim=16,
-            depths=(1, 1, 1, 1),
-            num_heads=(1, 2, 2, 2),
-        ),
-        size=64,
-    ),
-    "small_maxvit": Family(
-        of_timm("maxvit_rmlp_pico_rw_256", img_size=64, depths=(1, 1), embed_dim=(32, 64)), size=64
-    ),
-    "small_sequencer": Family(
-        partial(
-            Sequencer2d,
-            img_size=32,
-            layers=(1, 1),
-            patch_sizes=(4, 2),
-            embed_dims=(16, 32),
-            hidden_sizes=(8, 8),
-            mlp_ratios=(3.0, 3.0),
-        )
-    ),
-    "small_efficientformer": Family(
-        partial(
-            EfficientFormer,
-            depths=(1, 1, 1, 2),
-            embed_dims=(16, 16, 24, 32),
-            num_vit=1,
-        ),
-        size=224,  # its attention is of 7 x 7 tokens, whatever its width
-    ),
-    "small_csatv2": Family(
-        partial(
-            CSATv2, dims=(16, 16, 24, 32), depths=(1, 1, 1, 1), transformer_depths=(0, 0, 1, 1)
-        ),
-        size=128,
-    ),
-    "small_caformer": Family(
-        partial(
-            MetaFormer,
-            depths=(1, 1, 1, 1),
-            dims=(16, 16, 32, 32),
-            token_mixers=[SepConv, SepConv, Attention, Attention],
-            norm_layers=[LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2,
-        ),
-        size=64,
-    ),
-}
+    "small_edgenext": Family(of_timm("edgenext_xx_small", heads=(2, 2, 2, 2), **FOUR_STAGES),
+        size=64),
+    "small_twins": Family(of_timm("twins_svt_small", img_size=64, depths=(1, 2),
+        embed_dims=(16, 32), num_heads=(2, 2), sr_ratios=(4, 2), mlp_ratios=(4, 4),
+        wss=(4, 4)), size=64),
+    "small_coat": Family(partial(CoaT, img_size=64, patch_size=4, embed_dims=(16, 16, 16, 16),
+        serial_depths=(1, 1, 1, 1), parallel_depth=1, num_heads=8), size=64),
+    "small_volo": Family(partial(VOLO, (1, 1, 1, 1), img_size=64, embed_dims=(16, 32, 32, 32),
+        num_heads=(2, 2, 2, 2), stem_hidden_dim=16, use_aux_head=True), size=64),
+    "small_mvitv2": Family(partial(MultiScaleVit, MultiScaleVitCfg(depths=(1, 1, 1, 1),
+        embed_dim=16), img_size=(64, 64), global_pool="avg"), size=64),
+    "small_nest": Family(partial(Nest, img_size=64, embed_dims=(16, 16, 32), num_heads=(1, 2, 2),
+        depths=(1, 1, 1)), size=64),
+    "small_gcvit": Family(partial(GlobalContextVit, img_size=64, window_size=(2, 2, 2, 2),
+        embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)), size=64),
+    "small_maxvit": Family(of_timm("maxvit_rmlp_pico_rw_256", img_size=64, depths=(1, 1),
+        embed_dim=(32, 64)), size=64),
+    "small_sequencer": Family(partial(Sequencer2d, img_size=32, layers=(1, 1),
+        patch_sizes=(4, 2), embed_dims=(16, 32), hidden_sizes=(8, 8), mlp_ratios=(3.0, 3.0))),
+    "small_efficientformer": Family(partial(EfficientFormer, depths=(1, 1, 1, 2),
+        embed_dims=(16, 16, 24, 32), num_vit=1), size=224),  # its attention: 7 x 7 tokens
+    "small_csatv2": Family(partial(CSATv2, dims=(16, 16, 24, 32), depths=(1, 1, 1, 1),
+        transformer_depths=(0, 0, 1, 1)), size=128),
+    "small_caformer": Family(partial(metaformer.MetaFormer, depths=(1, 1, 1, 1),
+        dims=(16, 16, 32, 32),
+        token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
+        norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2),
+        size=64),
+}  # fmt: skip
 
 
 def _register(name: str, family: Family) -> None:
