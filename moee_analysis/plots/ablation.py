@@ -110,7 +110,9 @@ def _describe_ablation(table: pd.DataFrame) -> str:
     whole, off, on, controls = (
         own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
     )
-    recipes = text.listed(whole["kl"].map(text.bits) + " nats with " + whole["recipe"])
+    recipes = text.listed(
+        f"{text.bits(row.kl)} nats with {row.recipe}" for row in whole.itertuples()
+    )
     words = f"KL divergence from the dense model: {recipes}."
     for first, row in (
         ("Most is lost without", text.largest(off, "kl")),
@@ -118,9 +120,5 @@ def _describe_ablation(table: pd.DataFrame) -> str:
     ):
         if row is not None:
             words += f" {first} {row['piece']} ({text.bits(row['kl'])} nats)."
-    if len(controls):
-        beside = (
-            controls["value"] + " of " + controls["recipe"] + " " + controls["kl"].map(text.bits)
-        )
-        words += f" Controls: {text.listed(beside)} nats."
-    return words
+    beside = [f"{row.value} of {row.recipe} {text.bits(row.kl)}" for row in controls.itertuples()]
+    return words + (f" Controls: {text.listed(beside)} nats." if beside else "")

@@ -129,7 +129,7 @@ def _draw_family(ax: Axes, family: pd.DataFrame) -> None:
 
 @text.describes(comparison)
 def _describe_comparison(table: pd.DataFrame) -> str:
-    saving = table[table["reduces_macs"].astype("boolean").fillna(value=False)]
+    saving = table[table["reduces_macs"].astype(bool)]
     orders = [_order(asked, rows) for asked, rows in saving.groupby("macs_asked")]
     return f"Of the dense top-1, {'; '.join(orders)}." if orders else "No system saves MACs."
 

@@ -79,7 +79,7 @@ def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) ->
 @text.describes(architecture_variants)
 def _describe_architecture_variants(table: pd.DataFrame) -> str:
     variants = table[table["variant"] != "dense"]
-    kept = variants["retention"].map(text.percent) + " (" + variants["variant"] + ")"
+    kept = [f"{text.percent(row.retention)} ({row.variant})" for row in variants.itertuples()]
     words = text.of_each(
         variants.assign(kept=kept), lambda rows: text.listed(rows["kept"]), "model"
     )

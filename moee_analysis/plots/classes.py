@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -85,8 +84,8 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 
 def _draw_classes(ax: Axes, classes: pd.DataFrame, colour: str) -> None:
-    look = {"color": colour, "lw": 0.7, "alpha": 0.35, "estimator": None}
-    sns.lineplot(classes, x="layer", y="js", units="class_name", ax=ax, **look)
+    for _, rows in classes.groupby("class_name"):
+        ax.plot(rows["layer"], rows["js"], color=colour, lw=0.7, alpha=0.35)
     beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 6.5}
     ends = classes.groupby("class_name", sort=False).tail(1).sort_values("js")
     for row in ends.iloc[[0, -1][: len(ends)]].itertuples():

@@ -56,6 +56,8 @@ def heat_map(
     """Draw numbers as colours, with at most so many names; ``options`` go to ``sns.heatmap``."""
     rows, columns = (math.ceil(count / most) for count in values.shape)
     names = {"yticklabels": rows, "xticklabels": columns, "cbar": False}
+    if "norm" in options:
+        names |= {"vmin": 0, "vmax": 1}  # not used, but seaborn would look for them among NaN
     ax.grid(visible=False)
     ax.tick_params(length=0, labelsize=size)
     ax.figure.set_visible(False)  # seaborn would draw the whole figure for each of its heat maps
@@ -63,6 +65,8 @@ def heat_map(
     ax.figure.set_visible(True)
     ax.set(xlabel="", ylabel="")
     ax.tick_params(axis="y", rotation=0)
+    upright = all(len(label.get_text()) <= 2 for label in ax.get_xticklabels())
+    ax.tick_params(axis="x", rotation=0 if upright else 90)
     return ax.collections[0]
 
 
@@ -107,6 +111,8 @@ def curves(
 
     ``band`` adds its interval, ``low`` to ``high``; ``chance`` has line styles of columns by name.
     """
+    if table.empty:
+        return
     looks = looks or style.looks(table[by])
     colours = {name: look["color"] for name, look in looks.items()}
     markers = {name: look["marker"] for name, look in looks.items()}

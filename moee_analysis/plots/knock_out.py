@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
@@ -44,8 +46,8 @@ def _describe_knock_out(table: pd.DataFrame) -> str:
     intact, dense = (text.percent(rows[f"top1_{model}"].iloc[0]) for model in ("intact", "dense"))
     means = rows.groupby(["what", "system"])["change"].mean()
     changes = text.listed(
-        f"{text.points(means.get((what, 'expert')))} percentage points with {words} "
-        f"({text.points(means.get((what, _CONTROL)))} with as many random tokens)"
+        f"{text.points(means.get((what, 'expert'), math.nan))} percentage points with {words} "
+        f"({text.points(means.get((what, _CONTROL), math.nan))} with as many random tokens)"
         for what, words in _WHAT.items()
     )
     first = f"Top-1 of {intact} intact (dense: {dense}) changes on average by {changes}."
@@ -68,8 +70,8 @@ def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figur
     rows = _of_classes(table)
     layers, classes = rows["layer"].unique(), rows.drop_duplicates("group")
     classes = classes.sort_values("family", kind="stable")
-    experts = rows.groupby("layer")["expert"].nunique().max()
-    size = (1.4 + 1.0 / len(layers) + 0.12 * experts, 0.75 + 0.14 * len(classes))
+    experts = max(8, rows.groupby("layer")["expert"].nunique().max())
+    size = (1.4 + 1.0 / len(layers) + 0.12 * experts, 0.75 + 0.14 * max(12, len(classes)))
     fig, axes = style.panels(len(layers), cols=2, size=size)
     for place, (ax, layer) in enumerate(zip(axes, layers, strict=True)):
         changes = _by_share(rows[rows["layer"] == layer]).loc[classes["group"]]

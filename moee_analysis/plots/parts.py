@@ -49,7 +49,7 @@ def part_profile(table: pd.DataFrame, *, parts: int = 16, caption: str | None = 
         name: _profiles(rows).reindex(columns=frequent[:parts]) for name, rows in layers.items()
     }
     rows, columns = (max(one.shape[axis] for one in maps.values()) for axis in (0, 1))
-    size = (1.3 + 0.15 * columns, 0.9 + 0.14 * rows)
+    size = (1.3 + 0.15 * columns, 0.9 + 0.14 * max(8, rows))
     norm = PowerNorm(0.5, vmin=0, vmax=table["share"].max())  # shows small shares too
     look = {"cmap": style.SHARES, "norm": norm, "most": max(rows, columns)}
     bar = "share of the expert's patches"
@@ -89,8 +89,8 @@ def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     A row of panels for each layer; a dot marks a change whose interval leaves out 0.
     """
     layers, systems, parts = (table[name].unique() for name in ("layer", "system", "part"))
-    experts = table.groupby("layer")["expert"].nunique().max()
-    width, height = 2 * (0.5 + 0.115 * experts) + 1.6, 0.65 + 0.135 * len(parts)
+    experts = max(12, table.groupby("layer")["expert"].nunique().max())
+    width, height = 2 * (0.5 + 0.115 * experts) + 1.6, 0.65 + 0.135 * max(8, len(parts))
     grid = {"rows": len(layers), "cols": len(systems), "squeeze": False, "sharey": True}
     fig, axes = style.figure(width, height * len(layers), **grid)
     norm = CenteredNorm(0, 100 * max(float(table["change"].abs().quantile(0.995)), 0.01))

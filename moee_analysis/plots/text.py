@@ -48,13 +48,13 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares as ``+1.3`` percentage points."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+    return "unknown" if pd.isna(difference) else f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def change(now: float, dense: float) -> str:
     """How much smaller or larger ``now`` is, as ``−28.0 %``."""
     share = now / dense - 1 if dense else float("nan")
-    return "unknown" if pd.isna(share) else f"{points(share)} %"
+    return points(share) if pd.isna(share) else f"{points(share)} %"
 
 
 def span(values: pd.Series, form: Form = number) -> str:

@@ -193,15 +193,16 @@ def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     """
     differences = 100 * drawing.square(table, "difference", "start")
     sure = drawing.square(table.assign(sure=table["low"] * table["high"] > 0), "sure", "start")
-    itself = np.eye(len(sure), dtype=bool)
+    blank = differences.isna() | np.eye(len(sure), dtype=bool)
     norm = CenteredNorm(0, max(float(differences.abs().max(axis=None)), 1.0))
     size = 1.7 + 0.42 * len(sure)
     fig, ax = style.figure(size + 1.2, size)
     look = {"cmap": style.DIVERGING, "norm": norm, "square": True, "most": len(sure), "size": 7.5}
-    numbers = {"annot": True, "fmt": "+.1f", "annot_kws": {"size": 6.5}, "mask": itself}
+    numbers = {"annot": True, "fmt": "+.1f", "annot_kws": {"size": 6.5}, "mask": blank}
     mesh = drawing.heat_map(ax, differences, **look, **numbers)
-    for number, bold in zip(ax.texts, sure.to_numpy()[~itself], strict=True):
+    for number, bold in zip(ax.texts, sure.to_numpy()[~blank], strict=True):
         number.set_weight("bold" if bold else "normal")
+    ax.set(xlabel="of this start", ylabel="this start is ahead")
     drawing.bar_beside(fig, [ax], mesh, "ahead by (points of top-1)")
     return drawing.finish(fig, table, caption)
 

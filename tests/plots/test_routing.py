@@ -1,55 +1,71 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import numpy as np
 import pytest
 
-from moee_analysis import measure, plots
-from tests.helpers.toys import toy_images, toy_moe, toy_vit
+from moee_analysis import plots
+from tests.helpers.plot_tables import TABLES, figure_of, legend, lines, panel
+
+ALONE = TABLES["routing"].query("system == 'MoEE'")
 
 
-@pytest.fixture(scope="module")
-def both():
-    routes = measure.routes(toy_moe(toy_vit()), toy_images())
-    other = measure.routes(toy_moe(toy_vit(), n_experts=7, seed=1), toy_images())
-    return [routes, replace(other, system="other")]
+def caption(fig):
+    return " ".join(fig.texts[-1].get_text().split())
 
 
-def legend(fig):
-    return [text.get_text() for one in fig.legends for text in one.get_texts()]
-
-
-def test_a_panel_for_every_layer_and_steps_of_area_one(both):
-    fig = plots.routing(measure.routing(both))
-    assert [ax.get_title(loc="left") for ax in fig.axes] == ["layer 0", "layer 1", "layer 2"]
-    assert legend(fig) == ["MoEE", "other"]
-    for steps in fig.axes[1].patches:
+def test_a_panel_for_every_layer_and_steps_of_area_one():
+    fig = figure_of("routing")
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["layer 0", "layer 1"]
+    assert legend(fig) == ["MoEE", "random centres"]
+    heights, edges, _ = fig.axes[0].patches[0].get_data()
+    assert heights == pytest.approx([1.4, 0.6])
+    for steps in [patch for ax in fig.axes for patch in ax.patches]:
         heights, edges, _ = steps.get_data()
         assert (heights * np.diff(edges)).sum() == pytest.approx(1)
         assert (np.diff(heights) <= 0).all()
 
 
-def test_the_caption_tells_experts_and_images(both):
-    text = plots.routing(measure.routing(both)).texts[-1].get_text().replace("\n", " ")
-    assert text == "24 images. MoEE: 4 experts, k = 1; other: 7 experts, k = 1."
+def test_the_caption_tells_experts_and_images():
+    told = "24 images. MoEE: 1 to 2 experts, k = 1; random centres: 2 experts, k = 2."
+    assert caption(figure_of("routing")) == told
 
 
-def test_a_single_system_needs_no_legend(both):
-    assert legend(plots.routing(measure.routing(both[0]))) == []
+def test_a_single_system_needs_no_legend():
+    assert legend(plots.routing(ALONE)) == []
 
 
-def test_balance_draws_every_metric_against_the_layers(both):
-    table = measure.balance(both, resamples=20)
-    fig = plots.balance(table)
-    assert len(fig.axes) == table["metric"].nunique()
-    gini = table[(table["metric"] == "gini") & (table["system"] == "other")]
-    line = next(line for line in fig.axes[1].lines if line.get_label() == "other")
-    np.testing.assert_array_equal(line.get_ydata(), gini["value"])
-    assert legend(fig) == ["MoEE", "other"]
-    assert "95 %" in fig.texts[-1].get_text()
+def test_balance_draws_every_metric_against_the_layers_with_bands():
+    fig = figure_of("balance")
+    assert lines(panel(fig, "Gini")) == [[[0, 0.2], [1, 0.4]], [[0, 0.3], [1, 0.3]]]
+    assert len(panel(fig, "Gini").collections) == 2
+    assert panel(fig, "normalised entropy").get_ylim()[1] > 1
+    assert legend(fig) == ["MoEE", "random centres"]
+    assert "95 %" in caption(fig)
 
 
-def test_balance_without_intervals(both):
-    fig = plots.balance(measure.balance(measure.routing(both)))
-    assert "95 %" not in fig.texts[-1].get_text()
+def test_balance_without_intervals_has_no_bands():
+    fig = plots.balance(TABLES["balance"].assign(low=math.nan, high=math.nan))
+    assert "95 %" not in caption(fig)
+    assert not panel(fig, "Gini").collections
+
+
+def test_an_unknown_metric_is_shown_and_described_by_its_own_name():
+    table = TABLES["balance"].query("metric == 'gini'").assign(metric="spread")
+    assert plots.balance(table).axes[0].get_title(loc="left") == "spread"
+    assert plots.describe(plots.balance, table).startswith("spread over the layers: MoEE 0.20")
+
+
+def test_regret_draws_every_router_left_and_all_but_the_oracle_right():
+    fig = figure_of("router_regret")
+    left, right = fig.axes
+    assert legend(fig) == ["centre", "oracle"]
+    assert lines(left) == [[[0, 2], [1, 4]], [[0, 1], [1, 1]]]
+    assert lines(right) == [[[0, 1], [1, 1]]]
+    looks = [(line.get_color(), line.get_marker()) for line in left.lines[:2]]
+    assert len(set(looks)) == 2
+    assert looks[0] == (right.lines[0].get_color(), right.lines[0].get_marker())
+    assert "%" in left.get_ylabel()
+    assert "regret" in right.get_title(loc="left")
+    assert "layer" in fig.get_supxlabel()

@@ -2,21 +2,22 @@ from __future__ import annotations
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 
-from moee_analysis.plots import style
-
-
-def test_figures_are_closed():
-    style.figure(3, 2)
-    style.panels(5)
-    assert plt.get_fignums() == []
+from moee_analysis.errors import MoeeError
+from moee_analysis.plots import drawing, style
 
 
-def test_settings_of_others_stay():
+def test_figures_are_closed_and_settings_of_others_stay():
     before = dict(mpl.rcParams)
     fig, _ = style.figure(3, 2)
+    style.panels(5)
+    style.stacked(5, [3, 1])
     style.caption(fig, "words")
+    assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
 
 
@@ -43,14 +44,14 @@ def test_a_caption_stands_below_everything(shared_label):
     before = ax.get_window_extent().height
     style.caption(fig, "many words " * 30)
     fig.draw_without_rendering()
-    top = fig.texts[-1].get_window_extent().y1
+    caption = fig.texts[-1].get_window_extent()
     lowest = ax.xaxis.label.get_window_extent().y0
     if shared_label:
         label = next(t for t in fig.texts if t.get_text() == shared_label).get_window_extent()
         assert label.y1 < lowest
         lowest = label.y0
-    assert 0 <= fig.texts[-1].get_window_extent().y0 < top < lowest
-    assert fig.texts[-1].get_window_extent().x1 <= fig.bbox.width
+    assert 0 <= caption.y0 < caption.y1 < lowest
+    assert caption.x1 <= fig.bbox.width
     assert ax.get_window_extent().height == pytest.approx(before, rel=0.05)
 
 
@@ -70,7 +71,6 @@ def test_panels_fill_rows(count, shape):
 
 def test_parts_of_a_figure_stand_above_each_other_at_their_heights():
     fig, parts = style.stacked(5, [3, 1])
-    assert plt.get_fignums() == []
     assert list(fig.get_size_inches()) == [5, 4]
     axes = [part.subplots() for part in parts]
     fig.draw_without_rendering()
@@ -82,10 +82,13 @@ def test_parts_of_a_figure_stand_above_each_other_at_their_heights():
     assert axes[1].get_tightbbox().y0 > fig.texts[-1].get_window_extent().y1
 
 
-def test_names_keep_apart():
+def test_names_and_experts_keep_apart():
     few = style.colours(["MoEE", "dense", "MoEE", "static"])
     assert few == {"MoEE": style.PALETTE[0], "dense": style.GREY, "static": style.PALETTE[1]}
     assert len(set(style.colours(map(str, range(12))).values())) == 12
+    assert len(set(style.expert_colours(28))) == 28
+    assert style.expert_colours(40)[:9] == style.expert_colours(9)
+    assert len(style.expert_colours(40)) == 40
 
 
 def test_names_are_no_formulas():
@@ -101,3 +104,45 @@ def test_names_are_no_formulas():
     fig.canvas.draw()
     assert [text.get_text() for text in fig.axes[0].get_xticklabels()] == names
     assert not any(text.get_parse_math() for text in fig.axes[0].get_xticklabels())
+
+
+def plain(colour, *, width=2.0, height=1.0):
+    fig, ax = style.figure(width, height, layout="none")
+    fig.patch.set_facecolor(colour)
+    ax.set_position((0, 0, 1, 1))
+    ax.set_axis_off()
+    ax.imshow(np.full((1, 1, 3), to_rgb(colour)), aspect="auto")
+    return fig
+
+
+def middle_colours(fig, rows, columns):
+    """Colour in the middle of each place of a grid."""
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    image = np.asarray(canvas.buffer_rgba())[..., :3]
+    height, width = image.shape[:2]
+    return [
+        [tuple(image[int((r + 0.45) * height / rows), int((c + 0.45) * width / columns)])
+         for c in range(columns)]
+        for r in range(rows)
+    ]  # fmt: skip
+
+
+def test_figures_on_a_sheet_stand_side_by_side_in_their_order():
+    fig = drawing.sheet([plain("#ff0000"), plain("#00ff00"), plain("#0000ff")])
+    assert middle_colours(fig, 1, 3) == [[(255, 0, 0), (0, 255, 0), (0, 0, 255)]]
+
+
+def test_what_does_not_fit_beside_the_others_goes_below_in_even_lines():
+    wide = drawing.WIDTH / 3.5
+    colours = ["#ff0000", "#ff0000", "#ff0000", "#0000ff"]
+    fig = drawing.sheet([plain(colour, width=wide) for colour in colours])
+    assert middle_colours(fig, 2, 2)[1] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_caption_of_a_sheet_gets_room_of_its_own_and_no_figure_is_refused():
+    figures = [plain("#ff0000")]
+    told = drawing.sheet(figures, caption="told")
+    assert told.get_figheight() > drawing.sheet(figures).get_figheight()
+    with pytest.raises(MoeeError, match="figures"):
+        drawing.sheet([])

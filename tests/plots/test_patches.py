@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moee_analysis import plots
+from moee_analysis.errors import MoeeError
+from tests.helpers.plot_tables import TABLES, figure_of, legend
+
+PICTURES = [np.full((32, 48, 3), 50 * n, np.uint8) for n in range(4)]
+TOP = pd.DataFrame(
+    {
+        "layer": 2, "expert": [0, 0, 1], "rank": [0, 1, 0], "image": [3, 1, 2],
+        "class_name": ["cat", "dog", "owl"], "row": [0, 3, 1], "column": [0, 5, 2], "rows": 4,
+        "columns": 6, "cosine": [0.9, 0.5, 0.8], "tokens": [12, 12, 5], "images": [2, 2, 1],
+        "share": [0.25, 0.25, 0.1],
+    }
+)  # fmt: skip
+
+
+def titles(fig):
+    return [ax.get_title(loc="center") for ax in fig.axes]
+
+
+def test_every_patch_is_framed_where_it_is_and_stays_in_view():
+    fig = plots.top_patches(TOP, PICTURES, caption="my words")
+    drawn = [ax for part in fig.subfigs for ax in part.axes if ax.images]
+    assert [ax.get_title(loc="center") for ax in drawn] == ["cat", "dog", "owl"]
+    for ax, row in zip(drawn, TOP.itertuples(), strict=True):
+        frame = ax.patches[-1]
+        assert (frame.get_x(), frame.get_y()) == (8 * row.column - 0.5, 8 * row.row - 0.5)
+        left, right = sorted(ax.get_xlim())
+        top, bottom = sorted(ax.get_ylim())
+        assert left <= frame.get_x() <= frame.get_x() + 8 <= right
+        assert top <= frame.get_y() <= frame.get_y() + 8 <= bottom
+        assert int(ax.images[0].get_array()[0, 0, 0]) == 50 * row.image
+    first, second = [part.get_suptitle() for part in fig.subfigs]
+    assert first == "layer 2, expert 0: 25.0% of the patches, in 2 images"
+    assert second.startswith("layer 2, expert 1: 10.0%")
+    assert fig.texts[-1].get_text() == "my words"
+
+
+def test_an_expert_without_patches_is_told():
+    with pytest.raises(MoeeError, match="no patch"):
+        plots.top_patches(TOP[:0], PICTURES)
+    assert plots.describe(plots.top_patches, TOP[:0]).startswith("No patch")
+
+
+def test_the_busiest_and_the_idlest_expert_and_the_most_alike_patches():
+    said = plots.describe(plots.top_patches, TOP)
+    assert said.startswith("Of 2 experts expert 0 of layer 2 takes 25.0 % of the patches")
+    assert "expert 1 of layer 2 takes 10.0 %" in said
+    assert "most alike for expert 1 of layer 2: all have a cosine of 0.80 or more" in said
+    alone = plots.describe(plots.top_patches, TOP[:2])
+    assert alone.startswith("Expert 0 of layer 2 takes 25.0 % of the patches, in 2 images.")
+    assert "0.50 or more" in alone
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_one_image_in_every_layer_with_the_numbers_of_its_experts(known):
+    experts = {0: np.zeros((4, 4, 6), int), 5: np.tile(np.arange(6), (4, 4, 1))}
+    masks = [np.zeros((32, 48), np.uint8)] * 4 if known else None
+    fig = plots.image_layers(PICTURES, experts, image=1, names=list("abcd"), masks=masks)
+    assert titles(fig) == ["b", *["its parts"] * known, "layer 0", "layer 5"]
+    numbers = [sorted(text.get_text() for text in ax.texts) for ax in fig.axes[-2:]]
+    assert numbers == [["0"], ["0", "1", "2", "3", "4", "5"]]
+
+
+def test_how_many_experts_an_image_meets():
+    experts = {0: np.zeros((2, 2, 2), int), 5: np.array([[[0, 1], [2, 3]], [[0, 0], [0, 1]]])}
+    said = plots.describe(plots.image_layers, [None, None], experts)
+    assert "one of 2 images, on average, meet 1 experts in layer 0 and 3 experts in layer 5" in said
+    one = plots.describe(plots.image_layers, [None, None], experts, 0)
+    assert "this image meet 1 experts in layer 0 and 4 experts in layer 5" in one
+    assert "no layer" in plots.describe(plots.image_layers, [], {})
+
+
+def overlays(count=3, **changes):
+    rng = np.random.default_rng(0)
+    given = {
+        "pictures": rng.integers(0, 256, size=(count, 16, 16, 3), dtype=np.uint8),
+        "experts": {1: rng.integers(0, 12, size=(count, 4, 4)), 0: np.zeros((count, 4, 4), int)},
+        "names": [f"image {i}" for i in range(count)],
+        "masks": rng.integers(0, 3, size=(count, 16, 16)),
+        "parts": ("sky", "ground", "wheel"),
+    } | changes
+    return plots.patches(given.pop("pictures"), given.pop("experts"), **given)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_patches_lays_experts_over_pictures_layer_by_layer(count):
+    grid = np.array(overlays(count).axes).reshape(4, count + 1)
+    assert [ax.get_ylabel() for ax in grid[:, 0]] == ["", "layer 0", "layer 1", "parts"]
+    choice = grid[2, 0].images[1]
+    assert choice.get_array().shape == (4, 4)
+    assert choice.get_extent() == [-0.5, 15.5, 15.5, -0.5]
+    named = [text.get_text() for text in grid[3, -1].get_legend().get_texts()]
+    assert sorted(named) == ["ground", "sky", "wheel"]
+
+
+def test_patches_without_masks():
+    assert len(overlays(masks=None).axes) == 3 * 4
+
+
+def test_patches_gives_an_expert_the_same_colour_in_every_picture():
+    fig = overlays(experts={0: np.arange(3).repeat(16).reshape(3, 4, 4)})
+    drawn = [ax.images[1] for ax in fig.axes[4:7]]
+    colours = [image.cmap(image.norm(image.get_array()))[0, 0, :3] for image in drawn]
+    assert len({tuple(np.round(colour, 4)) for colour in colours}) == 3
+
+
+def test_patches_of_different_images_are_refused():
+    with pytest.raises(MoeeError, match="2 for names"):
+        overlays(names=["a", "b"])
+    with pytest.raises(MoeeError, match="2 for layer 1"):
+        overlays(experts={1: np.zeros((2, 4, 4), int)})
+    with pytest.raises(MoeeError, match="no picture"):
+        overlays(0)
+
+
+def test_patches_say_whether_neighbours_share_an_expert():
+    choice = {3: np.array([[[0, 0], [1, 1]]])}
+    assert plots.describe(plots.patches, PICTURES[:1], choice) == (
+        "1 picture. Layer 3: 2 experts take the patches, and 50.0 % of neighbouring patches "
+        "share one (by chance 50.0 %)."
+    )
+    assert "no layer" in plots.describe(plots.patches, [], {})
+    single = plots.describe(plots.patches, [], {0: np.zeros((1, 1, 1), int)})
+    assert "1 expert takes the patches, and unknown of" in single
+
+
+def test_embedding_says_how_much_is_noise():
+    table = TABLES["embedding"]
+    axes = figure_of("embedding").axes
+    assert axes[0].get_title(loc="left") == "layer 3: 1 clusters, 50% noise"
+    assert [text.get_text() for text in axes[1].texts] == ["0", "1"]
+    assert len(axes[1].collections[0].get_offsets()) == 2
+    noise = plots.embedding(table.assign(cluster=-1)).axes[0]
+    assert noise.get_title(loc="left") == "layer 3: 0 clusters, 100% noise"
+
+
+def test_surrogate_draws_both_kinds_side_by_side():
+    left, right = figure_of("surrogate").axes
+    assert sorted(bar.get_height() for bar in left.patches if bar.get_height()) == [2, 12]
+    assert sorted(bar.get_height() for bar in right.patches if bar.get_height()) == [0.2, 0.75]
+    assert legend(figure_of("surrogate")) == ["activations", "surrogate"]
