@@ -64,7 +64,6 @@ def ablation(
     ``as it is``, ``another seed``, ``off in turn``, ``on alone`` or ``control``. The controls of
     both recipes are static pruning, random routing and random centres. The first row is the dense
     model.
-
     Raises MoeeError: the same recipe twice, or a configuration that the other recipe cannot have.
     """
     if config.recipe == other:
@@ -138,7 +137,6 @@ def sweeps(
 
     The columns of :func:`variants`, and: ``system``, ``sweep``, ``setting``; ``recipe``, empty for
     a model made already.
-
     Raises MoeeError: as for :func:`variants`; a variant ``beside`` that is not tried.
     """
     whole = {

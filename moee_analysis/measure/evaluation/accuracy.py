@@ -52,7 +52,6 @@ def accuracy(
     ``retention_high`` (paired bootstrap: both models on the same resampled images), ``agreement``
     (share of images with the reference's prediction), ``kl`` (mean KL(reference || model) in nats),
     ``reference_top1``, ``n_images``. All are shares, 0 to 1.
-
     Raises MoeeError: no images, no models, no resamples, a reference that is not among them, or a
     ``batch_size`` or ``seed`` that is none.
     """
@@ -80,7 +79,6 @@ def agreement(
     (mean KL(reference || model) in nats), both empty where the outputs are no scores of classes;
     ``cosine`` (mean over images, of the outputs), ``error`` (root of the summed squares of the
     differences, as a share of the reference's outputs), ``n_images``.
-
     Raises MoeeError: no images or models, or one whose outputs are of another shape.
     """
     systems = _by_name(models)

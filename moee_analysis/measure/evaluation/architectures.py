@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from moee_analysis.measure.routing.expert_similarity import similarity, similari
 from moee_analysis.measure.routing.load_balance import balance
 from moee_analysis.measure.routing.part_alignment import modularity
 from moee_analysis.measure.routing.routes import Routes, routes
+from moee_analysis.measure.routing.tables import captioned
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.utils.checks import draw_numbers
 
@@ -50,22 +52,20 @@ def architectures(
     even; ``class``, how much of the experts' entropy the class of the image explains, bias removed;
     ``similarity``, mean cosine of the experts' mean inputs; ``part``, adjusted mutual information
     with the part that a patch shows, where images have masks.
-
     Raises MoeeError: no runs.
     """
     if not runs:
         raise MoeeError("a run or more", "none", "extract some")
     draw_numbers(seed, permutations=permutations, resamples=resamples)
     drawn = {"permutations": permutations, "resamples": resamples, "seed": seed}
-    tables = [_layers(run, images, drawn) for run in runs.values()]
-    for name, table in zip(runs, tables, strict=True):
-        table.insert(0, "model", name)
+    tables = [_layers(run, images, drawn).assign(model=name) for name, run in runs.items()]
     table = pd.concat(tables, ignore_index=True)
-    table.attrs["caption"] = (
+    table.insert(0, "model", table.pop("model"))
+    return captioned(
+        table,
         f"{len(images)} images, the same for all; dotted: what chance gives, with labels or masks "
-        "exchanged between images."
+        "exchanged between images.",
     )
-    return table
 
 
 def architecture_variants(
@@ -82,7 +82,6 @@ def architecture_variants(
 
     Columns: ``model`` and the columns of ``measure.variants``; a variant is the name of a
     configuration, or that with ``, random routing``.
-
     Raises MoeeError: no models, or what ``measure.variants`` refuses.
     """
     if not models:
@@ -102,22 +101,19 @@ def architecture_variants(
         )
         table.insert(0, "model", name)
         tables.append(table)
-    found = pd.concat(tables, ignore_index=True)
-    found.attrs["caption"] = tables[0].attrs["caption"]
-    return found
+    return captioned(pd.concat(tables, ignore_index=True), tables[0].attrs["caption"])
 
 
 def _layers(run: Extraction, images: ImageSet, drawn: Mapping[str, int]) -> pd.DataFrame:
     sites = find_mlps(run.dense())
-    converted = [layer for layer in run.layers if layer.converted]
-    parts = [_quantity("experts", [each.index for each in run.layers],
-                       [each.experts for each in run.layers])]  # fmt: skip
+    report = pd.DataFrame([asdict(layer) for layer in run.layers])
+    parts = [_quantity("experts", report["index"], report["experts"])]
+    converted = report[report["converted"]]
     tokens = {}
-    if converted:
+    if len(converted):
         routed = routes(run, images)
         tokens = routed.tokens_per_image
-        active = [layer.active_fraction for layer in converted]
-        parts.append(_quantity("active", [layer.index for layer in converted], active))
+        parts.append(_quantity("active", converted["index"], converted["active_fraction"]))
         parts += _of_routes(run, routed, images, drawn)
     facts = pd.DataFrame(
         {

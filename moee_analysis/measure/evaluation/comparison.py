@@ -49,7 +49,6 @@ TOGETHER = 3e9  # bytes of models that see the images in one pass
 @dataclass(frozen=True)
 class Contest:
     """What all systems are made from and measured on.
-
     Raises MoeeError: an image that is in both sets; classes that are not those of the model; a
     store that cannot be written to; an unknown preset, or no resamples.
     """
@@ -105,7 +104,6 @@ def compare(
     ``constant_routing``, ``oracle_routing`` (None where there is nothing to route, or no best
     expert) and ``static_pruning``, the best static system at the same budget; ``seconds`` to make
     it with this store, and ``reason`` why there is no such model: then its numbers are None.
-
     Raises MoeeError: no such system, no budget or seed or one out of its range, or calibration
     images among those to measure on.
     """

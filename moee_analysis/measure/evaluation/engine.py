@@ -70,20 +70,16 @@ def extract_all(
     facts = {"images": calibration.fingerprint, "model": fingerprint(dense)} if configs else {}
     for config in progress(configs, label="variants"):
         new = make(partial(extract, dense, calibration, config, store=store))
-        key = content_key(config=asdict(config), **facts)
-        seconds = math.nan if new.reason else _first_seconds(Path(store), key, new.seconds)
-        made[config] = replace(new, seconds=seconds)
+        name = f"seconds-{content_key(config=asdict(config), **facts)}"
+        made[config] = replace(new, seconds=math.nan if new.reason else _kept(store, name, new))
     return made
 
 
-def _first_seconds(store: Path, key: str, seconds: float) -> float:
-    """The seconds that the store has for this key; those given, if there are none yet."""
-    folder = get_or_build(store, f"seconds-{key}", partial(_write_seconds, seconds))
-    return json.loads((folder / "seconds.json").read_text())
-
-
-def _write_seconds(seconds: float, folder: Path) -> None:
-    write_json(folder / "seconds.json", seconds)
+def _kept(store: str | Path, name: str, made: Made) -> float:
+    """The seconds that the store has under this name; those of ``made``, if there are none yet."""
+    file = "seconds.json"
+    folder = get_or_build(Path(store), name, lambda new: write_json(new / file, made.seconds))
+    return json.loads((folder / file).read_text())
 
 
 def costs_of(
@@ -97,12 +93,12 @@ def costs_of(
     ``usage`` is how much each expert is used, by layer; None takes the routing shares of the
     calibration. ``counted`` is of the dense model.
     """
-    if usage is None:
-        macs = moe_macs(
-            model, {name: _macs_per_token(mlp) for name, mlp in all_mlps(model).items()}
-        )
-    else:
+    if usage is not None:
         macs = macs_as_used(model, usage)
+    else:
+        mlps = all_mlps(model).items()
+        own = {name: m.macs_per_token() for name, m in mlps if isinstance(m, MoeMlp)}
+        macs = moe_macs(model, own)
     parameters = count_parameters(model)
     return {
         "macs": float(macs),
@@ -110,16 +106,3 @@ def costs_of(
         "params": parameters,
         "params_reduction": 1 - parameters / count_parameters(dense),
     }
-
-
-def router_share(model: nn.Module, counted: MacCount) -> float:
-    """What the routers cost, as a share of the dense model's MACs."""
-    layers = {name: mlp for name, mlp in all_mlps(model).items() if isinstance(mlp, MoeMlp)}
-    macs = sum(counted.tokens[name] * layer.router.macs for name, layer in layers.items())
-    return macs / counted.total
-
-
-def _macs_per_token(mlp: nn.Module) -> float:
-    if isinstance(mlp, MoeMlp):
-        return mlp.macs_per_token()
-    return sum(linear.in_features * linear.out_features for linear in (mlp.fc1, mlp.fc2))

@@ -66,16 +66,8 @@ def evaluate(
 def accuracy_numbers(row: Mapping[str, float]) -> dict[str, Any]:
     """A row of ``measure.accuracy`` in the words of ``moee evaluate``; None is not defined."""
     found = {name: float(row[name]) if math.isfinite(row[name]) else None for name in _COLUMNS}
-    values = (
-        found["reference_top1"],
-        found["top1"],
-        [found["low"], found["high"]],
-        found["top5"],
-        found["retention"],
-        [found["retention_low"], found["retention_high"]],
-        found["agreement"],
-        found["kl"],
-    )
+    dense, top1, low, high, top5, retention, *kept, agreement, kl = found.values()
+    values = dense, top1, [low, high], top5, retention, kept, agreement, kl
     return dict(zip(ACCURACY, values, strict=True))
 
 

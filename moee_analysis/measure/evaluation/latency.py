@@ -40,7 +40,6 @@ def latency(
     A row per model: ``system``, ``batch_size``, ``threads``, ``ms`` (time of a batch, in the
     quickest round), ``speed_up`` (that of the reference over its own), ``slowest`` and ``fastest``
     (extremes of the same ratio within single rounds).
-
     Raises MoeeError: no images, no rounds, no time.
     """
     whole_number("rounds", rounds)
@@ -54,11 +53,10 @@ def latency(
             stack.enter_context(evaluating(model))
             model(batches[0])  # layers find out which way of computing them is the fastest
         times = [in_turn(every, batches, number, seconds=seconds) for number in range(rounds)]
-    rows = [_row(name, times) for name in models]
-    facts = {"batch_size": size, "threads": torch.get_num_threads()}
-    return pd.DataFrame(rows).assign(**facts)[
-        ["system", "batch_size", "threads", "ms", "speed_up", "slowest", "fastest"]
-    ]
+    table = pd.DataFrame([_row(name, times) for name in models])
+    table.insert(1, "batch_size", size)
+    table.insert(2, "threads", torch.get_num_threads())
+    return table
 
 
 def drawn(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:

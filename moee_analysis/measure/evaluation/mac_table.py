@@ -55,7 +55,6 @@ def macs(
     (hidden neurons a token uses), ``union_fraction`` (hidden neurons stored), ``share_source``
     (``calibration``, ``evaluated images`` or ``dense``). ``attrs["unread_sites"]`` are the names of
     the modules with tokens that nothing reads.
-
     Raises MoeeError: ``routes`` do not fit the model's layers.
     """
     model = model_of(run)
@@ -76,9 +75,8 @@ def macs(
         for index, (name, mlp) in enumerate(mlps.items())
     ]
     rows += [_attention_row(name, each, counted) for name, each in reduced.items()]
-    parts = [*mlps.values(), *reduced.values()]
     outside = counted.replacing(dict.fromkeys(mlps | reduced, 0.0))
-    inside = sum(count_parameters(part) for part in parts)
+    inside = sum(count_parameters(part) for part in (mlps | reduced).values())
     rows.append(_row(ELSEWHERE, outside, count_parameters(model) - inside))
     unread = unread_macs(model, shares=shares)
     rows = [row | _unread(row["component"], unread, [*mlps, *reduced]) for row in rows]
@@ -204,7 +202,6 @@ def _describe_unread(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
 
 
 def _short(macs: float) -> str:
-    """``87.1 M`` or ``3.47 G``."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
@@ -46,13 +47,9 @@ def unread_macs(
     """Return what the layers of ``model`` spend on tokens that nothing reads, by module name.
 
     Only MLPs and attentions (of :data:`LAYERS`) with such tokens are there: none in a network of
-    patches alone. Of
-    routed layers, tokens with experts of their own are told from others; where all are routed
-    alike, each costs what a token does on average.
-
-    ``shares``: measured routing shares (experts,) of routed layers, by module name; others have
-      those of the calibration.
-
+    patches alone. Of routed layers, tokens with experts of their own are told from others; where
+    all are routed alike, each costs what a token does on average. ``shares`` are measured routing
+    shares (experts,) of routed layers, by module name; others have those of the calibration.
     Raises MoeeError: what ``prefix_kinds`` refuses.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
@@ -60,13 +57,14 @@ def unread_macs(
     if not leading:
         return {}
     counted, found = count(model, sites=leading), {}
-    unread = unread_kinds(model, [_Place(name) for name in leading])
-    for name, kinds in unread.items():
+    for name, kinds in unread_kinds(model, [_Place(name) for name in leading]).items():
         if kinds:
-            layer, tokens = model.get_submodule(name), counted.tokens[name]
-            seen = _Seen(tokens, tuple(kind in kinds for kind in leading[name]), "patch" in kinds)
-            each = counted.by_module.get(name, 0) / tokens
-            found[name] = UnreadMacs(kinds, *_spent(layer, seen, each, (shares or {}).get(name)))
+            patches = counted.tokens[name] - len(leading[name])
+            all_kinds = [*leading[name], *["patch"] * patches]
+            unread = np.array([kind in kinds for kind in all_kinds])
+            each = counted.by_module.get(name, 0) / len(unread)
+            layer, share = model.get_submodule(name), (shares or {}).get(name)
+            found[name] = UnreadMacs(kinds, *_spent(layer, unread, each, share))
     return found
 
 
@@ -80,55 +78,30 @@ class _Place:
         return model.get_submodule(self.name)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """How many tokens of one image a layer sees, and which of them nothing reads."""
-
-    tokens: int
-    leading: tuple[bool, ...]
-    patches: bool
-
-    @property
-    def unread(self) -> int:
-        return self.unread_among(self.tokens)
-
-    def unread_among(self, first: int) -> int:
-        """Tokens that nothing reads among the first ones."""
-        patches = max(0, first - len(self.leading)) if self.patches else 0
-        return sum(self.leading[:first]) + patches
-
-
 def _spent(
-    layer: nn.Module, seen: _Seen, each: float, shares: torch.Tensor | None
+    layer: nn.Module, unread: np.ndarray, each: float, shares: torch.Tensor | None
 ) -> tuple[float, float]:
-    """MACs for tokens that nothing reads, dense and now; ``each`` token of others costs as much."""
+    """MACs for the tokens (bool) that nothing reads, dense and now; ``each`` token of others."""
+    tokens, wasted = len(unread), int(unread.sum())
     if isinstance(layer, MoeMlp):
-        return _of_experts(layer, seen, shares)
+        return _of_experts(layer, unread, shares)
     if isinstance(layer, LowRankAttention):
-        return _of_low_rank(layer, seen)
+        site, ranks = layer.site, layer.ranks
+        each = site.heads * (site.dim + tokens)  # MACs of a token for a dimension of the heads
+        asked = int(unread[: ranks.queries].sum())
+        return wasted * each * 2 * site.head_dim, asked * each * (ranks.scores + ranks.values)
     if isinstance(layer, ATTENTIONS):  # queries and scores, values and projections
-        width = 2 * layer.proj.in_features
-        macs = seen.unread * width * (layer.proj.out_features + seen.tokens)
-        return macs, macs
-    return seen.unread * each, seen.unread * each
+        each = 2 * layer.proj.in_features * (layer.proj.out_features + tokens)
+    return wasted * each, wasted * each
 
 
-def _of_experts(layer: MoeMlp, seen: _Seen, shares: torch.Tensor | None) -> tuple[float, float]:
-    ends = layer.fc1.in_features + layer.fc2.out_features
-    dense, total = (
-        seen.unread * ends * layer.hidden_dense,
-        seen.tokens * layer.macs_per_token(shares),
-    )
+def _of_experts(
+    layer: MoeMlp, unread: np.ndarray, shares: torch.Tensor | None
+) -> tuple[float, float]:
+    ends, wasted = layer.fc1.in_features + layer.fc2.out_features, int(unread.sum())
+    dense, total = wasted * ends * layer.hidden_dense, len(unread) * layer.macs_per_token(shares)
     if not isinstance(layer.router, TokenKindRouter):
-        return dense, total * seen.unread / seen.tokens
+        return dense, total * wasted / len(unread)
     own = [ends * layer.expert_sizes[expert] for expert in layer.router.prefix.tolist()]
-    now = sum(macs for macs, unread in zip(own, seen.leading, strict=True) if unread)
-    return dense, now + (total - sum(own) if seen.patches else 0)
-
-
-def _of_low_rank(attention: LowRankAttention, seen: _Seen) -> tuple[float, float]:
-    site, ranks = attention.site, attention.ranks
-    asked = seen.tokens if ranks.queries is None else ranks.queries
-    each = site.heads * (site.dim + seen.tokens)  # MACs of a token for a dimension of the heads
-    now = seen.unread_among(asked) * each * (ranks.scores + ranks.values)
-    return seen.unread * each * 2 * site.head_dim, now
+    now = sum(macs for macs, waste in zip(own, unread, strict=False) if waste)
+    return dense, now + (total - sum(own) if unread[len(own) :].any() else 0)

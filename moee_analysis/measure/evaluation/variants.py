@@ -13,15 +13,11 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
-from moee_analysis.measure.evaluation.engine import (
-    Made,
-    Variant,
-    costs_of,
-    extract_all,
-    router_share,
-)
+from moee_analysis.measure.evaluation.engine import Made, Variant, costs_of, extract_all
 from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
+from moee_analysis.measure.routing.tables import captioned
 from moee_analysis.models.macs import MacCount, count
+from moee_analysis.moe.layer import MoeMlp, all_mlps
 from moee_analysis.utils.checks import draw_numbers
 
 SCORES = ["top1", "low", "high", "retention", "retention_low", "retention_high", "agreement", "kl"]
@@ -57,7 +53,6 @@ def variants(
     routers cost, as such a share; ``seconds`` the extraction took with this store when it was first
     asked for here, what the store held already not counted; ``reason`` why there is no such model:
     then all numbers are NaN.
-
     Raises MoeeError: no variants, no images, or a variant to compare with that is not among those
     tried.
     """
@@ -75,11 +70,11 @@ def variants(
     counted = count(dense)
     costs = pd.DataFrame([_costs(row, dense, counted) for row in rows])
     table = table.reindex(columns=["variant", *SCORES, *DIVERGENCES]).join(costs)
-    table.attrs["caption"] = (
+    return captioned(
+        table,
         f"{len(images)} images evaluated, reference: the dense model; bars are 95 % intervals of "
-        "the image bootstrap; MACs with the routing shares of the calibration."
+        "the image bootstrap; MACs with the routing shares of the calibration.",
     )
-    return table
 
 
 def _check(
@@ -124,6 +119,8 @@ def _costs(row: Made, dense: nn.Module, counted: MacCount) -> dict[str, float | 
     costs: dict[str, float | str] = dict.fromkeys(COSTS, math.nan)
     if row.model is not None:
         costs |= costs_of(row.model, dense, counted)
-        costs["router_macs"] = router_share(row.model, counted)
+        mlps = all_mlps(row.model).items()
+        routers = [counted.tokens[n] * m.router.macs for n, m in mlps if isinstance(m, MoeMlp)]
+        costs["router_macs"] = sum(routers) / counted.total
     costs |= {"seconds": row.seconds, "reason": row.reason}
     return {name: costs[name] for name in COSTS}

@@ -15,8 +15,13 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import score_images
-from moee_analysis.measure.knockout.intervention import alone, removed
-from moee_analysis.measure.knockout.run_interventions import Plan, average, measure_knock_outs
+from moee_analysis.measure.knockout.intervention import (
+    Plan,
+    alone,
+    average,
+    measure_knock_outs,
+    removed,
+)
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.resolve import choose_layers, families_of, model_of
 from moee_analysis.models.loading import class_labels
@@ -60,7 +65,6 @@ def knock_out(
     ``logp_change`` (of the mean log-probability of the true class, in nats), ``logp_low``,
     ``logp_high``. Intervals are 95 %, paired: both on the same resampled images; empty for a single
     image. Shares are 0 to 1.
-
     Raises MoeeError: images of the calibration, no images, a layer without experts or with several
     per token, a class without a family, fewer than one control or resample.
     """

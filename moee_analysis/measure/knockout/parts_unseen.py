@@ -16,8 +16,7 @@ from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.token_kinds import kinds_seen
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.knockout.intervention import removed
-from moee_analysis.measure.knockout.run_interventions import Plan, average, measure_knock_outs
+from moee_analysis.measure.knockout.intervention import Plan, average, measure_knock_outs, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
 from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
@@ -57,7 +56,6 @@ def parts_unseen(
     (that show it), ``knocked_out`` (mean share of an image's tokens), ``recall_intact`` (share of
     these patches that the probe names rightly, 0 to 1), ``recall``, ``change``, ``low``, ``high``
     (95 % bootstrap interval over images, paired).
-
     Raises MoeeError: images without part masks or of the calibration, a layer without experts or in
     the last block, no part that is shown often enough, fewer than one control or resample.
     """

@@ -21,7 +21,6 @@ def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
     random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (share of the
     class's tokens that the expert has, less the mean over classes), ``need`` (how much the
     log-probability of the class falls without them, in nats, less the mean over classes).
-
     Raises MoeeError: fewer than four classes.
     """
     rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
@@ -54,7 +53,6 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
     over-used expert is the one whose removal costs them most, beside other classes),
     ``top_match_null_mean``, ``top_match_null_high``, ``top_match_p``, ``top_match_excess``, and
     ``top_match_even`` (1 / experts: a blind guess).
-
     Raises MoeeError: fewer than four classes, or no permutations.
     """
     draw_numbers(seed, permutations=permutations)

@@ -40,7 +40,6 @@ def class_distance(
     (every ordered pair, also of a class with itself), ``js`` (bits), ``floor`` (mean of the two
     classes' own ``js``), ``order_a``, ``order_b`` (position for a heat map: by family, else by
     similarity), and with ``families`` also ``family_a``, ``family_b``, ``same_family``.
-
     Raises MoeeError: a chosen class with fewer than two images or without a family, an unknown
     layer.
     """
@@ -72,7 +71,6 @@ def class_relatedness(
 
     Columns: ``system``, ``layer``, ``spearman``, ``null_mean``, ``null_high`` (95 %), ``p``
     (one-sided), ``excess``, ``classes``.
-
     Raises MoeeError: fewer than four classes, a model without a linear classifier, no permutations.
     """
     draw_numbers(seed, permutations=permutations)

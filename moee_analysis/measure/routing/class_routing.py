@@ -39,7 +39,6 @@ def class_routing(
     Columns: ``system``, ``layer``, ``class_index``, ``class_name``, ``expert``, ``share`` (mean
     over the images of the class of the expert's share of tokens; of choices, where a token has
     several experts), ``share_all`` (the same, mean over all classes), ``images`` (of the class).
-
     Raises MoeeError: a class without images, a layer without experts, a run without images.
     """
     several = all_routes(source, images)

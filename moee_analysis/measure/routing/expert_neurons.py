@@ -35,7 +35,6 @@ def sizes(
     ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens), ``active`` (mean of
     ``fraction`` over tokens, the same in a layer), ``union`` (share of the dense neurons that any
     expert keeps, the same in a layer).
-
     Raises MoeeError: no layer with experts, or a chosen layer without them.
     """
     return _of_layers(run, layers, system, _sizes)

@@ -41,7 +41,6 @@ def similarity(
     expert with itself), ``cosine``, ``cosine_centred``, ``order_a``, ``order_b`` (position for a
     heat map: average linkage of the centred cosines), ``common_mean`` (squared length of the common
     mean / mean squared length of the centres, 0 to 1).
-
     Raises MoeeError: no layer whose router has centres, or a layer without experts.
     """
     centres, weights = _centres(source)

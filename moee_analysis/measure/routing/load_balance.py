@@ -22,7 +22,6 @@ def routing(source: Source, images: ImageSet | None = None) -> pd.DataFrame:
     Columns: a row for every expert: ``system``, ``layer``, ``expert``, ``rank`` (0 is the most used
     of its layer), ``tokens``, ``share`` (of all choices, tokens times k: sums to 1 in a layer),
     ``n_experts``, ``k``, ``n_images``.
-
     Raises MoeeError: no routed layers, or no images to route.
     """
     return stack_layers(
@@ -49,7 +48,6 @@ def balance(
     E / k), ``cv2`` squared coefficient of variation, ``dead`` experts that no token uses. ``low``
     and ``high`` are the basic 95 % interval 2v - q of the bootstrap over images, kept within the
     metric's range.
-
     Raises MoeeError: no resamples, or what :func:`routing` refuses.
     """
     draw_numbers(seed, resamples=resamples)

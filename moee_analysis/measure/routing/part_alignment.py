@@ -48,7 +48,6 @@ def modularity(
     (masks exchanged between any images), ``class_null_mean``, ``class_null_high``, ``class_p``
     (between images of one class), ``token_null_mean``, ``token_null_high`` (tokens shuffled),
     ``seed``.
-
     Raises MoeeError: images without part masks, routes of other images, no layer with one expert
     per token and a grid of patches, no permutations or resamples.
     """

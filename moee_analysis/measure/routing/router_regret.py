@@ -88,7 +88,6 @@ def router_regret(
     A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the output
     over the variance of the dense one), ``regret`` (``error`` less that of the best expert for
     every token), ``best`` (share of tokens that get an expert of no larger error), ``experts``.
-
     Raises MoeeError: no images, or no layer of the run for which all routers are given.
     """
     check_any(images)

@@ -126,7 +126,6 @@ def routes(
     ``by_folder``: the classes are the folders of the images, numbered in the order of their names;
       those that are classes of the model have its readable names. So they are, too, where a folder
       is none of the model's classes: routing needs no labels.
-
     Raises MoeeError: no routed layer in the model, or a router for a layer that the model does not
     have.
     """

@@ -79,7 +79,6 @@ def top_patches(
     Columns: ``layer``, ``expert``, ``rank`` (0 is the most typical), ``image`` (its place in
     ``images``), ``class_name``, ``row``, ``column`` (of the patch), ``rows``, ``columns`` (of the
     grid), ``cosine``; ``tokens`` and ``images`` of the expert, ``share`` (of all patches).
-
     Raises MoeeError: no layer with one expert per token whose patches have places, or another layer
     asked for; a count below 1.
     """

@@ -51,7 +51,6 @@ def fine_tuning(
     ``retention``, ``agreement``, ``kl`` as in ``measure.accuracy``; ``mean``, ``low``, ``high``:
     retention over all seeds of the stage, and its 95 % interval by a bootstrap of images and of
     seeds; ``macs_reduction``, ``params_reduction``; ``epoch`` whose weights are kept.
-
     Raises MoeeError: no runs, no seeds, or images that are in both sets.
     """
     if not seeds or not runs or not all(runs.values()):

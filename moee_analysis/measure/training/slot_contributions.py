@@ -38,7 +38,6 @@ def contributions(
     ``experts``, ``hidden`` neurons of each; ``contribution``; ``relative``, the contribution over
     the mean length of the tokens' whole outputs of the layer; ``mass``, the share of the combine
     weights that the group's slots have.
-
     Raises MoeeError: a model without such layers, or a layer with more groups than names.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}

@@ -86,7 +86,6 @@ def trainings(
       finds them.
     ``workers``: processes that train side by side, for models on a CPU. A script that has more than
       one must be guarded by ``if __name__ == "__main__":``.
-
     Raises MoeeError: no starts or no seeds; images that are in both sets; a loss that is not
     finite.
     """

@@ -13,11 +13,14 @@ import torch
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.knockout.intervention import alone, knocked_out, mean_outputs, removed
-from moee_analysis.measure.knockout.run_interventions import (
+from moee_analysis.measure.knockout.intervention import (
     Plan,
+    alone,
     average,
     interventions,
+    knocked_out,
+    mean_outputs,
+    removed,
     with_controls,
 )
 from moee_analysis.models.evaluation_mode import evaluating
