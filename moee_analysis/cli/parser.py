@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from moee_analysis.cli import commands, values
 from moee_analysis.cli.help import GUIDES, Help, Parser, first_steps, texts_of
@@ -14,6 +14,7 @@ from moee_analysis.extraction.config.clustering import REDUCTIONS
 from moee_analysis.extraction.config.extract_config import CHOICES, ExtractConfig
 from moee_analysis.extraction.config.presets import PRESETS
 from moee_analysis.extraction.config.recipes import RECIPES
+from moee_analysis.training import finetune_config
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.versions import version
 
@@ -44,25 +45,15 @@ def switch(name: str) -> Option:
 
 
 def settings(config: type, readers: dict[str, Any], metavar: str = "X") -> list[Option]:
-    """Options for fields of a ``config``, with its defaults.
-
-    Each has a reader, or a list of choices; None: the field's own.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    """Options for fields of a ``config``, with its defaults; each has a reader, or choices."""
     found = []
-    for name, reader in readers.items():
-        flag, default = f"--{name.replace('_', '-')}", defaults[name]
+    for field in dataclasses.fields(config):
+        reader, flag = readers.get(field.name), f"--{field.name.replace('_', '-')}"
         if callable(reader):
-            found.append(option(flag, reader, metavar, default=default))
-        else:
-            found.append(choice(flag, reader or choices_of(config, name), default=default))
+            found.append(option(flag, reader, metavar, default=field.default))
+        elif reader:
+            found.append(choice(flag, reader, default=field.default))
     return found
-
-
-def choices_of(config: type, name: str) -> tuple[str, ...]:
-    """The values that a field of a ``config`` can have, beside None."""
-    hint = get_type_hints(config)[name]
-    return next(get_args(one) for one in (hint, *get_args(hint)) if get_origin(one) is Literal)
 
 
 RUN = option("run", values.run_folder, "RUN")
@@ -84,97 +75,52 @@ PRESET = settings(ExtractConfig, {"preset": PRESETS, "seed": values.seed}, "N")
 DEVICE = [option("--device", values.device, "DEVICE", default="cpu"), switch("--strict")]
 SHARES = dict.fromkeys(("macs_reduction", "params_reduction", "variance_kept"), values.share)
 FINETUNE_SETTINGS = {
-    "epochs": values.whole(),
-    "learning_rate": values.real(above=0),
-    "batch_size": values.whole(),
-    "accumulate": values.whole(),
-    "weight_decay": values.real(least=0),
-    "block_weight": values.real(least=0),
-    "router": None,
-    "augmentation": None,
-    "ema": values.part,
-    "held_out": values.part,
-    "patience": values.whole(),
-    "precision": None,
-    "seed": values.seed,
-}
+    "epochs": values.whole(), "learning_rate": values.real(above=0), "batch_size": values.whole(),
+    "accumulate": values.whole(), "weight_decay": values.real(least=0),
+    "block_weight": values.real(least=0), "ema": values.part, "held_out": values.part,
+    "patience": values.whole(), "seed": values.seed, **finetune_config.CHOICES,
+}  # fmt: skip
 
 COMMANDS: dict[str, tuple[Options, commands.Command]] = {
-    "extract": (
-        {
-            "": [OUT, *MODEL, CALIBRATION, *PRESET, *DEVICE],
-            "how much to save": settings(ExtractConfig, SHARES, "SHARE"),
-            "how": [
-                *settings(ExtractConfig, {"recipe": RECIPES}),
-                choice("--reduce", REDUCTIONS),
-                *settings(ExtractConfig, {name: CHOICES[name] for name in ("noise", "attention")}),
-            ],
-            "memory and disk": [
-                STORE,
-                option("--memory-gb", values.real(above=0, most=LARGEST_GB), "GB"),
-                option("--disk-gb", values.real(least=0, most=LARGEST_GB), "GB"),
-            ],
-        },
-        commands.extract,
-    ),
+    "extract": ({
+        "": [OUT, *MODEL, CALIBRATION, *PRESET, *DEVICE],
+        "how much to save": settings(ExtractConfig, SHARES, "SHARE"),
+        "how": [
+            *settings(ExtractConfig, {"recipe": RECIPES}),
+            choice("--reduce", REDUCTIONS),
+            *settings(ExtractConfig, {name: CHOICES[name] for name in ("noise", "attention")}),
+        ],
+        "memory and disk": [
+            STORE,
+            option("--memory-gb", values.real(above=0, most=LARGEST_GB), "GB"),
+            option("--disk-gb", values.real(least=0, most=LARGEST_GB), "GB"),
+        ],
+    }, commands.extract),
     "evaluate": ({"": [RUN, IMAGES, JSON, CLASSES, WEIGHTS, *DEVICE]}, commands.evaluate),
-    "finetune": (
-        {
-            "": [RUN, IMAGES, OUT, option("--limit", values.whole(), "N"), WEIGHTS, *DEVICE],
-            "training": settings(FinetuneConfig, FINETUNE_SETTINGS),
-        },
-        commands.finetune,
-    ),
-    "compare": (
-        {
-            "": [
-                *MODEL,
-                CALIBRATION,
-                IMAGES,
-                option("--macs-reduction", values.part, "SHARE", nargs="+", default=[0.28]),
-                option("--systems", values.name, "NAME", nargs="+"),
-                option("--seeds", values.whole(most=1000), "N", default=1),
-                switch("--no-latency"),
-                JSON,
-                STORE,
-                *PRESET,
-                *DEVICE,
-            ]
-        },
-        commands.compare,
-    ),
-    "atlas": (
-        {
-            "": [
-                RUN,
-                IMAGES,
-                option("--out", values.new_file, "FILE", required=True),
-                option("--limit", values.whole(), "N", default=200),
-                CLASSES,
-                switch("--open"),
-                WEIGHTS,
-                *DEVICE,
-            ]
-        },
-        commands.atlas,
-    ),
-    "report": (
-        {
-            "": [
-                *MODEL,
-                IMAGES,
-                option("--calibration", values.images, "DIR"),
-                option("--out", values.new_folder, "DIR", default="reports"),
-                switch("--open"),
-                *PRESET,
-            ]
-        },
-        commands.report,
-    ),
+    "finetune": ({
+        "": [RUN, IMAGES, OUT, option("--limit", values.whole(), "N"), WEIGHTS, *DEVICE],
+        "training": settings(FinetuneConfig, FINETUNE_SETTINGS),
+    }, commands.finetune),
+    "compare": ({"": [
+        *MODEL, CALIBRATION, IMAGES,
+        option("--macs-reduction", values.part, "SHARE", nargs="+", default=[0.28]),
+        option("--systems", values.name, "NAME", nargs="+"),
+        option("--seeds", values.whole(most=1000), "N", default=1),
+        switch("--no-latency"), JSON, STORE, *PRESET, *DEVICE,
+    ]}, commands.compare),
+    "atlas": ({"": [
+        RUN, IMAGES, option("--out", values.new_file, "FILE", required=True),
+        option("--limit", values.whole(), "N", default=200),
+        CLASSES, switch("--open"), WEIGHTS, *DEVICE,
+    ]}, commands.atlas),
+    "report": ({"": [
+        *MODEL, IMAGES, option("--calibration", values.images, "DIR"),
+        option("--out", values.new_folder, "DIR", default="reports"), switch("--open"), *PRESET,
+    ]}, commands.report),
     "store": ({"": [STORE, option("--prune", values.size, "SIZE")]}, commands.store),
     "lab": ({}, commands.lab),
     "doctor": ({"": [*MODEL, switch("--json")]}, commands.doctor),
-}
+}  # fmt: skip
 """Every command: its options, and what runs it."""
 
 
