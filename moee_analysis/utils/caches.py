@@ -38,13 +38,7 @@ def prepare_caches() -> None:
 
 
 def check_numba_cache() -> str:
-    """Return where numba keeps what it compiles.
-
-    Raises
-    ------
-    MoeeError
-        Nowhere: numba, and with it UMAP, would not start.
-    """
+    """Return where numba keeps its compiled code, without which it would not start, nor UMAP."""
     named = os.environ.get(NUMBA)
     if named and _writable(Path(named)):
         return named

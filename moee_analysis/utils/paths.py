@@ -34,13 +34,7 @@ def _own_folder(name: str) -> Path:
 
 
 def store_folder() -> Path:
-    """Folder of the content-keyed store: ``$MOEE_STORE``, else the user's cache folder.
-
-    Raises
-    ------
-    MoeeError
-        Neither is known: a user without a home.
-    """
+    """Folder of the content-keyed store: ``$MOEE_STORE``, else in the user's cache folder."""
     named, cache = os.environ.get("MOEE_STORE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         return Path(named).expanduser() if named else Path(cache).expanduser() / "moee-analysis"

@@ -101,13 +101,7 @@ def write_signed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_signed(path: Path) -> dict[str, Any]:
-    """Read JSON content that was written with its checksum, which is left out.
-
-    Raises
-    ------
-    MoeeError
-        No such file; one that is damaged or edited.
-    """
+    """Read JSON content that was written with its checksum, which is left out; or refuse it."""
     expected, hint = f"'{path}' as it was written", "make it again"
     content = read_json(path, expected=expected, hint=hint)
     signed = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
@@ -124,13 +118,7 @@ def write_tensors(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> Non
 
 
 def read_signed_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read the tensors and facts that :func:`write_tensors` has written.
-
-    Raises
-    ------
-    MoeeError
-        A file that is damaged.
-    """
+    """Read the tensors and facts that :func:`write_tensors` has written, or refuse the file."""
     expected, hint = f"'{path}' as it was written", "remove it, and make it again"
     check_file(path, expected=expected, hint=hint)
     try:

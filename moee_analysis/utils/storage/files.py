@@ -21,13 +21,7 @@ LARGEST_TEXT = 1 << 28  # bytes; nothing here writes more
 
 
 def check_file(path: Path, *, expected: str, hint: str = "check the path") -> None:
-    """Refuse a path at which there is no regular file; nothing is read, so nothing waits.
-
-    Raises
-    ------
-    MoeeError
-        It says what there is instead.
-    """
+    """Refuse a path at which there is no regular file; nothing is read, so nothing waits."""
     try:
         there = path.is_file()
         odd = next((words for kind, words in ODD.items() if getattr(path, kind)()), "no such file")
@@ -38,13 +32,7 @@ def check_file(path: Path, *, expected: str, hint: str = "check the path") -> No
 
 
 def read_text(path: Path, *, expected: str, hint: str = "check the path") -> str:
-    """Read a text file in UTF-8; ``expected`` says in an error what it should be.
-
-    Raises
-    ------
-    MoeeError
-        No such file, something else than a file, one that cannot be read or is no text.
-    """
+    """Read a text file in UTF-8, or refuse it; ``expected`` is the name for it in the error."""
     check_file(path, expected=expected, hint=hint)
     try:
         size = path.stat().st_size
@@ -59,13 +47,7 @@ def read_text(path: Path, *, expected: str, hint: str = "check the path") -> str
 
 
 def read_json(path: Path, *, expected: str, hint: str = "check the path") -> Any:
-    """Read a JSON file as :func:`read_text` does; infinity and NaN are no JSON.
-
-    Raises
-    ------
-    MoeeError
-        As there; also anything but complete JSON, or nested too deep.
-    """
+    """Read a complete JSON file as :func:`read_text` does; infinity and NaN are no JSON."""
     text = read_text(path, expected=expected, hint=hint)
     try:
         return json.loads(text, parse_constant=_refuse_constant)
@@ -93,12 +75,7 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
     """Give a temporary file that becomes ``path`` on success and vanishes on failure.
 
     An older file stays untouched until the new one is complete, of about ``wanted`` bytes, and
-    flushed to the disk.
-
-    Raises
-    ------
-    MoeeError
-        The folder is missing, cannot be written to or is full.
+    flushed to the disk. A folder that is missing, full or closed raises a ``MoeeError``.
     """
     touch = partial(Path.touch, mode=0o600, exist_ok=False)
     prefix = path.with_name(temporary_prefix(path.name))

@@ -27,12 +27,8 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
     """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
 
     An older ``final`` stays untouched until the new one is complete and flushed to the disk, and
-    for good without ``replace``. ``hint`` says what to do where no folder can be made.
-
-    Raises
-    ------
-    MoeeError
-        The folder cannot be made, or the disk is full.
+    for good without ``replace``. ``hint`` says in a ``MoeeError`` what to do where no folder can
+    be made, or the disk is full.
     """
     final = Path(final).resolve()
     with ExitStack() as stack:
@@ -54,14 +50,9 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
 
 @contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
-    """Give a folder for intermediate results, which is gone when this is closed.
+    """Give a folder for intermediate results, which is gone when this is closed, as by SIGTERM.
 
-    SIGTERM closes it. A folder of this ``kind`` that a killed process has left goes too.
-
-    Raises
-    ------
-    MoeeError
-        There is no room for temporary files.
+    A folder of this ``kind`` that a killed process has left goes too.
     """
     try:
         prefix = Path(tempfile.gettempdir()) / f"moee-{kind}-"
@@ -76,13 +67,7 @@ def scratch_folder(kind: str) -> Iterator[Path]:
 
 @contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, if it is not there, and hold it alone; wait for another process to end.
-
-    Raises
-    ------
-    MoeeError
-        It cannot be made.
-    """
+    """Make a folder, if it is not there, and hold it alone; wait for another process to end."""
     while True:
         with ExitStack() as held:
             with writing(folder):

@@ -63,11 +63,8 @@ def _remove_and_let_go(path: Path, lock: int) -> None:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a file or folder as its only process, as long as this is open.
 
-    Raises
-    ------
-    OSError
-        Nothing there, also after waiting; without ``wait`` also one that another process holds, or
-        a file system that has no locks.
+    An OSError: nothing is there, also after waiting; without ``wait`` also where another process
+    holds it, or the file system has no locks.
     """
     handle = os.open(path, READ)
     try:

@@ -28,13 +28,10 @@ ANOTHER_PLACE = "choose a place that can be written to"
 def writing(
     place: Path, *, wanted: int = 0, hint: str = "", new: Path | None = None
 ) -> Iterator[None]:
-    """While open, a disk's refusals become errors in one line.
+    """While open, a disk's refusal to write ``place`` becomes a ``MoeeError`` in one line.
 
-    Raises
-    ------
-    MoeeError
-        ``place``, of about ``wanted`` bytes (0: nobody knows), cannot be written, or there is no
-        more room for ``new``, the temporary folder that will be there.
+    It names the size, which is ``wanted`` bytes (0: nobody knows), or so far that of ``new``, the
+    temporary folder that will be there.
     """
     try:
         yield
@@ -85,13 +82,10 @@ def _code(error: Exception) -> int | None:
 
 
 def check_place(path: Path, *, wanted: int = 0) -> None:
-    """Refuse a file or folder that cannot be written at ``path``, before it is computed: try it.
+    """Try whether a file or folder can be written at ``path``, before it is computed; or refuse it.
 
-    Raises
-    ------
-    MoeeError
-        A file in the way, a folder that cannot be written to, or one with less than ``wanted``
-        bytes of room.
+    In the way may be a file, a folder that cannot be written to, or less than ``wanted`` bytes of
+    room.
     """
     with writing(path, wanted=wanted):
         try:

@@ -60,12 +60,8 @@ def get_or_resume(root: Path, name: str, build: Build) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill or finish it if it is absent.
 
     The files of a killed process stay hidden, and are there when ``build`` is called again, which
-    must see for itself which of them are whole. One process builds at a time, others wait.
-
-    Raises
-    ------
-    MoeeError
-        A folder that cannot be written to; also as ``build`` raises it, and then no file is left.
+    must see for itself which of them are whole; after a ``MoeeError`` none is left. One process
+    builds at a time, others wait.
     """
     final, unfinished = root / name, unfinished_folder(root / name)
     if not present(final):
