@@ -220,9 +220,8 @@ def _measure(
     rows = {}
     for entry in group:
         name, used = entry.name, usage.get(entry.name, {})
-        controls = {kind: accuracies.get((name, kind)) for kind in CONTROLS}
         rows[name] = accuracies.get((name, "own"), dict.fromkeys(ACCURACY)) | {
-            "controls": {kind: _as_control(numbers) for kind, numbers in controls.items()},
+            "controls": {kind: _control(accuracies.get((name, kind))) for kind in CONTROLS},
             **_costs(own.get(name), contest.dense, counted, used),
             "latency": times.get(name),
             "balance": _balance(used) if entry.system.routed else None,
@@ -266,14 +265,16 @@ def _time(contest: Contest, models: Mapping[str, nn.Module]) -> dict[str, Row]:
 
 def _costs(model: nn.Module | None, dense: nn.Module, counted: MacCount, usage: Usage) -> Row:
     """MACs as experts were used, and parameters, of ``model`` and of the dense one."""
-    row = {"macs_dense": float(counted.total), "params_dense": count_parameters(dense)}
-    names = ("macs_moe", "macs_reduction", "reduces_macs", "params_moe", "params_reduction")
-    if model is None:
-        return row | dict.fromkeys(names)
-    costs = costs_of(model, dense, counted, usage)
-    saved = costs["macs_reduction"]
-    values = costs["macs"], saved, saved > 0, costs["params"], costs["params_reduction"]
-    return row | dict(zip(names, values, strict=True))
+    costs: Row = {} if model is None else costs_of(model, dense, counted, usage)
+    return {
+        "macs_dense": float(counted.total),
+        "params_dense": count_parameters(dense),
+        "macs_moe": costs.get("macs"),
+        "macs_reduction": costs.get("macs_reduction"),
+        "reduces_macs": costs["macs_reduction"] > 0 if costs else None,
+        "params_moe": costs.get("params"),
+        "params_reduction": costs.get("params_reduction"),
+    }
 
 
 def _balance(usage: Usage) -> dict[str, float] | None:
@@ -284,7 +285,7 @@ def _balance(usage: Usage) -> dict[str, float] | None:
     return {name: float(np.mean([layer[name] for layer in layers])) for name in METRICS}
 
 
-def _as_control(numbers: Row | None) -> Row | None:
+def _control(numbers: Row | None) -> Row | None:
     return numbers and {name.removeprefix("moe_"): value for name, value in numbers.items()}
 
 

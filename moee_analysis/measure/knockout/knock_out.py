@@ -24,6 +24,7 @@ from moee_analysis.measure.knockout.intervention import (
 )
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.resolve import choose_layers, families_of, model_of
+from moee_analysis.measure.routing.tables import all_rows, captioned
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.checks import draw_numbers
@@ -102,12 +103,12 @@ def knock_out(
     ]
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "layer", table.pop("layer"))
-    table.attrs["caption"] = (
+    return captioned(
+        table,
         f"Tokens knocked out get the layer's mean output over {len(calibration)} calibration "
         f"images. Control: as many tokens of each of the {len(images)} images, patches at random "
-        f"(draws: {controls}). 95 % intervals: {resamples} resamples of images, seed {seed}."
+        f"(draws: {controls}). 95 % intervals: {resamples} resamples of images, seed {seed}.",
     )
-    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,9 +156,8 @@ def _table(
     change, drop = right - intact[own, 0], logp - intact[own, 1]
     low, high = _interval(change, weights)
     logp_low, logp_high = _interval(drop, weights)
-    keys = [range(len(right) // 4), WHAT, SYSTEMS]
-    index = pd.MultiIndex.from_product(keys, names=["expert", "what", "system"])
-    return index.to_frame(index=False).assign(
+    rows = all_rows(expert=range(len(right) // 4), what=WHAT, system=SYSTEMS)
+    return rows.assign(
         kind=group.kind,
         group=group.name,
         family=group.family,

@@ -20,6 +20,7 @@ from moee_analysis.measure.knockout.intervention import Plan, average, measure_k
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
 from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
+from moee_analysis.measure.routing.tables import all_rows, captioned
 from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import blank
@@ -93,12 +94,12 @@ def parts_unseen(
     table = pd.concat(tables, ignore_index=True)
     table["part"] = table["part"].map(dict(enumerate(parts.values())))
     table.insert(0, "layer", table.pop("layer"))
-    table.attrs["caption"] = (
+    return captioned(
+        table,
         f"Linear probe of the tokens that enter the last block, trained on {len(calibration)} "
         f"calibration scenes, every part with the same weight; {len(images)} scenes, parts of at "
-        f"least {least} patches. Control: as many random patches of each image."
+        f"least {least} patches. Control: as many random patches of each image.",
     )
-    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +189,8 @@ def _table(
     with np.errstate(invalid="ignore"):  # a resample without any patch of a part says nothing of it
         resampled = (draws @ (named - intact)) / (draws @ shown)  # (..., resamples, parts)
     low, high = np.nanquantile(resampled, MIDDLE, axis=-2)
-    keys = [range(len(named)), SYSTEMS, range(len(total))]
-    index = pd.MultiIndex.from_product(keys, names=["expert", "system", "part"])
-    return index.to_frame(index=False).assign(
+    rows = all_rows(expert=range(len(named)), system=SYSTEMS, part=range(len(total)))
+    return rows.assign(
         patches=np.broadcast_to(total.astype(np.int64), recall.shape).ravel(),
         knocked_out=share.mean(axis=2).repeat(len(total)),
         recall_intact=np.broadcast_to(before, recall.shape).ravel(),

@@ -18,7 +18,7 @@ from moee_analysis.measure.routing.bootstrap import (
 )
 from moee_analysis.measure.routing.resolve import choose_classes, choose_layers
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
-from moee_analysis.measure.routing.tables import captioned, stack_layers
+from moee_analysis.measure.routing.tables import all_rows, captioned, stack_layers
 from moee_analysis.utils.checks import draw_numbers
 
 ALL = "all"
@@ -115,8 +115,7 @@ def _class_shares(routes: Routes, layer: int, wanted: Sequence[int | str]) -> pd
     classes, groups = choose_classes(routes.class_names, wanted), Groups.of(routes.labels)
     means = groups.means(routes.image_shares(layer))  # (classes, experts)
     rows, experts = np.searchsorted(groups.classes, classes), range(means.shape[1])
-    index = pd.MultiIndex.from_product([classes, experts], names=["class_index", "expert"])
-    table = index.to_frame(index=False)
+    table = all_rows(class_index=classes, expert=experts)
     table.insert(1, "class_name", table["class_index"].map(routes.class_names))
     return table.assign(
         share=means[rows].ravel(),
@@ -164,8 +163,7 @@ def _resample(
     corrected = np.maximum(2 * value - resampled.mean(axis=0), 0)
     columns = {"value": value, "corrected": corrected, "low": low, "high": high}
     columns |= against_chance(value, null)
-    index = pd.MultiIndex.from_product([shown, range(value.shape[1])], names=["layer", "group"])
-    table = index.to_frame(index=False)
+    table = all_rows(layer=shown, group=range(value.shape[1]))
     table.insert(0, "system", routes.system)
     table.insert(2, "experts", np.repeat(experts, value.shape[1]))
     return table.assign(**{name: array.ravel() for name, array in columns.items()})

@@ -14,7 +14,7 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import choose_layers, model_of
-from moee_analysis.measure.routing.tables import stack_layers
+from moee_analysis.measure.routing.tables import all_rows, stack_layers
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 
 
@@ -119,8 +119,7 @@ def _neurons(module: MoeMlp) -> pd.DataFrame:
     members = _members(module)
     keys = [*(~members)[::-1], -members.sum(axis=0)]  # the last key counts first
     rank = np.argsort(np.lexsort(keys))
-    index = pd.MultiIndex.from_product(map(range, members.shape), names=["expert", "neuron"])
-    table = index.to_frame(index=False)
+    table = all_rows(expert=range(len(members)), neuron=range(members.shape[1]))
     return table.assign(kept=members.ravel(), order=rank[table["neuron"]])
 
 

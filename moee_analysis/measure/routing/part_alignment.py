@@ -22,7 +22,7 @@ from moee_analysis.measure.routing.bootstrap import (
 )
 from moee_analysis.measure.routing.resolve import choose_layers
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
-from moee_analysis.measure.routing.tables import captioned, similarity_rank, stack_layers
+from moee_analysis.measure.routing.tables import all_rows, captioned, similarity_rank, stack_layers
 from moee_analysis.utils.checks import draw_numbers
 
 
@@ -164,17 +164,14 @@ def _patches_of_layers(
     several = all_routes(source, images)
     check_masks(images)
     parts = cache(partial(all_patch_parts, images))
-    return [
-        (routes.system, layer, _patches(routes, layer, parts(routes.grid[layer])))
-        for routes in several
-        for layer in _choose_placed(routes, layers, images)
-    ]
-
-
-def _patches(routes: Routes, layer: int, parts: np.ndarray) -> _Patches:
-    experts = routes.experts[layer][:, routes.prefix_tokens[layer] :].astype(np.int64)
-    shape = (routes.counts[layer].shape[1], int(parts.max()) + 1)
-    return _Patches(experts, parts, shape, routes.labels)
+    found = []
+    for routes in several:
+        for layer in _choose_placed(routes, layers, images):
+            experts = routes.experts[layer][:, routes.prefix_tokens[layer] :].astype(np.int64)
+            own = parts(routes.grid[layer])
+            shape = routes.counts[layer].shape[1], int(own.max()) + 1
+            found.append((routes.system, layer, _Patches(experts, own, shape, routes.labels)))
+    return found
 
 
 def _choose_placed(routes: Routes, layers: Sequence[int], images: ImageSet) -> list[int]:
@@ -230,8 +227,7 @@ def _profile(table: np.ndarray, names: tuple[str, ...]) -> pd.DataFrame:
     table = table[:, shown]
     totals = table.sum(axis=1)
     shares = table / np.maximum(totals, 1)[:, None]
-    index = pd.MultiIndex.from_product([range(len(table)), shown], names=["expert", "part"])
-    profile = index.to_frame(index=False)
+    profile = all_rows(expert=range(len(table)), part=shown)
     expert = profile["expert"]
     return profile.assign(
         part=[names[part] for part in profile["part"]],

@@ -50,7 +50,8 @@ def router_choices(
     seed_number(seed)
     dense, config = run.dense(), run.config
     calibration = calibration_tokens(dense, images, config, root=Path(store))
-    layers = {index: layer for index, layer in moe_layers(run.model).items() if _has_choice(layer)}
+    routed = moe_layers(run.model).items()
+    layers = {index: each for index, each in routed if each.n_experts - prefix_experts(each) > 1}
     sites = [site for site in calibration.sites if site.index in layers]
     means = _means_as_routed(calibration, {site: layers[site.index] for site in sites})
     leading = {site.name: _leading_tokens(layers[site.index]) for site in sites}
@@ -167,11 +168,6 @@ class _Errors:
                 "best": self.best[name] / self.tokens,
                 "experts": self.oracle.n_experts,
             }
-
-
-def _has_choice(layer: MoeMlp) -> bool:
-    """Whether there are experts to choose from."""
-    return layer.n_experts - prefix_experts(layer) > 1
 
 
 def _leading_tokens(layer: MoeMlp) -> int:

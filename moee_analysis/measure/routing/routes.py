@@ -116,10 +116,8 @@ def routes(
     batch_size: int | None = None,
     by_folder: bool = False,
 ) -> Routes:
-    """Route all tokens of ``images`` in one forward pass.
+    """Route all tokens of ``images`` in one pass of ``model``, by its own routers or by others.
 
-    ``model``: a model with routed layers, whose own routers are watched; or any model, with
-      ``routers``.
     ``routers``: routers (input of an MLP [..., d] -> experts [n, k]) by layer index: each is
       applied to the input of that MLP of ``model`` and changes nothing in the pass.
     ``system``: name of the routed system, for tables and captions.
@@ -131,44 +129,36 @@ def routes(
     """
     model = model_of(model)
     size = fitting_batch(model, batch_size)
-    sites = _routed_sites(model) if routers is None else _outside_sites(model, routers)
+    sites = _sites(model, routers)
     check_any(images)
     labels, names = _classes(model, images, by_folder=by_folder)
     chosen, shapes = _choices(model, images, sites, routers, size)
-    single = [layer for layer in sites if chosen[layer].shape[2] == 1]
-    leading = {layer: _leading_tokens(model, shapes[layer]) for layer in sites}
-    places = {
-        layer: patch_places(model, sites[layer], shapes[layer], leading=leading[layer])
-        for layer in sites
-    }
-    # a router that does not say how many experts it has is known by those it has chosen
     owners = moe_layers(model) if routers is None else routers
-    experts = {layer: getattr(owners[layer], "n_experts", 1) for layer in sites}
-    return Routes(
-        counts={layer: _count(chosen[layer], experts[layer]) for layer in sites},
-        experts={layer: _row_by_row(chosen[layer][..., 0], places[layer]) for layer in single},
-        labels=labels,
-        class_names=names,
-        k={layer: chosen[layer].shape[2] for layer in sites},
-        prefix_tokens=leading,
-        grid={layer: places[layer].shape for layer in sites},
-        tokens_per_image={layer: math.prod(shapes[layer]) for layer in sites},
-        system=system,
-    )
+    routed = Routes({}, {}, labels, names, {}, {}, {}, {}, system)
+    for layer, name in sites.items():
+        experts, shape = chosen[layer], shapes[layer]
+        leading = len(kinds_seen(model, shape[1:])) if shape[0] == 1 else 0  # windows have none
+        places = patch_places(model, name, shape, leading=leading)
+        # a router that does not say how many experts it has is known by those it has chosen
+        routed.counts[layer] = _count(experts, getattr(owners[layer], "n_experts", 1))
+        if experts.shape[2] == 1:
+            order = np.concatenate([np.arange(leading), leading + places.ravel()])
+            routed.experts[layer] = experts[:, order, 0]
+        routed.k[layer] = experts.shape[2]
+        routed.prefix_tokens[layer], routed.grid[layer] = leading, places.shape
+        routed.tokens_per_image[layer] = math.prod(shape)
+    return routed
 
 
-def _routed_sites(model: nn.Module) -> dict[int, str]:
-    sites = moe_names(model)
-    if not sites:
-        raise MoeeError(
-            "a model with routed layers",
-            f"a dense {type(model).__name__}",
-            "extract its experts first, or pass routers={layer: router}",
-        )
-    return sites
-
-
-def _outside_sites(model: nn.Module, routers: Mapping[int, nn.Module]) -> dict[int, str]:
+def _sites(model: nn.Module, routers: Mapping[int, nn.Module] | None) -> dict[int, str]:
+    """Names of the MLPs to watch, by layer."""
+    if routers is None:
+        if not (routed := moe_names(model)):
+            raise MoeeError(
+                "a model with routed layers", f"a dense {type(model).__name__}",
+                "extract its experts first, or pass routers={layer: router}",
+            )  # fmt: skip
+        return routed
     sites = {site.index: site.name for site in find_mlps(model)}
     unknown = sorted(set(routers) - set(sites))
     if unknown:
@@ -241,14 +231,3 @@ def _count(chosen: np.ndarray, n_experts: int) -> np.ndarray:
     cells = chosen.reshape(len(chosen), -1) + n_experts * np.arange(len(chosen))[:, None]
     counts = np.bincount(cells.ravel(), minlength=len(chosen) * n_experts)
     return counts.reshape(-1, n_experts).astype(np.int32)
-
-
-def _leading_tokens(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Tokens before the patches, of tokens (windows, ...) of an image; windows have none."""
-    return len(kinds_seen(model, shape[1:])) if shape[0] == 1 else 0
-
-
-def _row_by_row(experts: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Experts of leading tokens, as they stand, and of patches in the order of their places."""
-    leading = experts.shape[1] - places.size
-    return np.hstack([experts[:, :leading], experts[:, leading:][:, places.ravel()]])

@@ -16,6 +16,12 @@ def captioned(table: pd.DataFrame, caption: str) -> pd.DataFrame:
     return table
 
 
+def all_rows(**columns: Iterable) -> pd.DataFrame:
+    """A row for every combination of the values of the columns, the last changing fastest."""
+    index = pd.MultiIndex.from_product([list(each) for each in columns.values()], names=columns)
+    return index.to_frame(index=False)
+
+
 def stack_layers(parts: Iterable[tuple[str, int, pd.DataFrame]]) -> pd.DataFrame:
     """One table of those of each system and layer, which become its first two columns."""
     tables = []

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
@@ -58,8 +59,26 @@ def typical(
             "a layer with one expert per token", f"none in '{routed.system}'",
             "typical tokens need to belong to one expert: use top-1 routers",
         )  # fmt: skip
-    means, common = _means(model, images, routed)
-    return Typical(means, common, _cosines(model, images, routed, (means, common)))
+    sums: dict[int, torch.Tensor] = {}
+    for layer, tokens, experts in _tokens_of_layers(model, images, routed):
+        shape = routed.counts[layer].shape[1], tokens.shape[2]
+        total = tokens.new_zeros(shape).index_add_(0, experts.flatten(), tokens.flatten(0, 1))
+        sums[layer] = sums.get(layer, 0) + total
+    counts = {layer: routed.counts[layer].sum(axis=0).astype(np.float64) for layer in sums}
+    with np.errstate(invalid="ignore"):
+        means = {layer: total.numpy() / counts[layer][:, None] for layer, total in sums.items()}
+    common = {
+        layer: total.numpy().sum(axis=0) / counts[layer].sum() for layer, total in sums.items()
+    }
+    units = {layer: _unit(means[layer] - common[layer]) for layer in sums}
+    cosines: dict[int, list[np.ndarray]] = {layer: [] for layer in sums}
+    for layer, tokens, experts in _tokens_of_layers(model, images, routed):
+        centred = tokens - torch.from_numpy(common[layer])
+        lengths = centred.norm(dim=2).clamp_min(torch.finfo(torch.float64).tiny)
+        cosine = (centred * units[layer][experts]).sum(dim=2) / lengths
+        cosines[layer].append(cosine.float().numpy())
+    found = {layer: np.concatenate(parts) for layer, parts in cosines.items()}
+    return Typical(means, common, found)
 
 
 def top_patches(
@@ -128,48 +147,9 @@ def _top_of_layer(
             }
 
 
-def _means(
-    model: nn.Module, images: ImageSet, routed: Routes
-) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Mean input of each expert's tokens, (experts, dim), and of all, (dim,), by layer."""
-    sums: dict[int, torch.Tensor] = {}
-    for layer, tokens, experts in _tokens_of_layers(model, images, routed):
-        shape = routed.counts[layer].shape[1], tokens.shape[2]
-        total = tokens.new_zeros(shape).index_add_(0, experts.flatten(), tokens.flatten(0, 1))
-        sums[layer] = sums.get(layer, 0) + total
-    means, common = {}, {}
-    for layer in routed.experts:
-        counts = routed.counts[layer].sum(axis=0).astype(np.float64)
-        total = sums[layer].numpy()
-        with np.errstate(invalid="ignore"):
-            means[layer] = total / counts[:, None]
-        common[layer] = total.sum(axis=0) / counts.sum()
-    return means, common
-
-
-def _cosines(
-    model: nn.Module,
-    images: ImageSet,
-    routed: Routes,
-    usual: tuple[dict[int, np.ndarray], dict[int, np.ndarray]],
-) -> dict[int, np.ndarray]:
-    """Cosine of every token with its expert's mean, both less the common mean, by layer."""
-    means, common = usual
-    units = {layer: torch.from_numpy(_unit(means[layer] - common[layer])) for layer in means}
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in routed.experts}
-    for layer, tokens, experts in _tokens_of_layers(model, images, routed):
-        centred = tokens - torch.from_numpy(common[layer])
-        lengths = centred.norm(dim=2).clamp_min(torch.finfo(torch.float64).tiny)
-        cosine = (centred * units[layer][experts]).sum(dim=2) / lengths
-        found[layer].append(cosine.float().numpy())
-    return {layer: np.concatenate(parts) for layer, parts in found.items()}
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def _unit(vectors: np.ndarray) -> torch.Tensor:
     """Rows of length 1; those of experts without tokens, which nobody asks for, are 0."""
-    vectors = np.nan_to_num(vectors)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return normalize(torch.from_numpy(np.nan_to_num(vectors)), dim=1)
 
 
 def _tokens_of_layers(model: nn.Module, images: ImageSet, routed: Routes) -> Iterator[Seen]:
