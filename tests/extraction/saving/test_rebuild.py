@@ -1,6 +1,10 @@
+"""Networks saved and loaded: by their names, around the dense one, with every kind of layer."""
+
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -8,38 +12,53 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.extraction.run import load
+from moee_analysis.extraction.saving.provenance import provenance_of
 from moee_analysis.extraction.saving.rebuild import arguments_of
-from moee_analysis.extraction.saving.run_files import FACTS, TENSORS, _checksum, _file_hash
-from moee_analysis.models.loading import build_model, load_model
-from tests.helpers.makers import SMALL_CONVNEXT, SMALL_VIT, lively, pixels_of, quick
-from tests.helpers.toys import toy_images
+from moee_analysis.extraction.saving.run_files import FACTS, TENSORS, write_run
+from moee_analysis.models.loading import build_model, find_mlps, load_model
+from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
+from moee_analysis.moe.routers import (
+    ConstantRouter,
+    CosineRouter,
+    NearestRouter,
+    RandomRouter,
+    TokenKindRouter,
+)
+from moee_analysis.utils.storage.files import checksum, file_hash
+from tests.helpers.images import toy_images
+from tests.helpers.models import (
+    SMALL_CONVNEXT,
+    SMALL_VIT,
+    lively,
+    pixels_of,
+    same_models,
+    toy_kinds,
+    toy_moe,
+    toy_vit,
+)
+from tests.helpers.runs import quick, run_of
+
+
+def run_around(dense):
+    """A run of the dense model, with random experts."""
+    run = run_of(toy_moe(copy.deepcopy(dense)))
+    return replace(run, provenance=provenance_of(dense, toy_images(6), quick().resolved()))
 
 
 def created(name=SMALL_VIT, **arguments):
     torch.manual_seed(0)
-    return timm.create_model(name, **arguments).eval()
+    return timm.create_model(name, **arguments).eval().requires_grad_(requires_grad=False)
 
 
-def headed(model, head):
-    model.head = head
-    return model
+def changed(change, **arguments):
+    model = created(**arguments)
+    return change(model) or model
 
 
 def relu(model):
     for block in model.blocks:
         block.mlp.act = nn.ReLU()
-    return model
-
-
-def resized(model):
-    model.set_input_size(img_size=128)
-    return model
-
-
-def pooled(model):
-    model.reset_classifier(5, "avg")
-    return model.eval()
 
 
 REBUILT = {
@@ -52,36 +71,33 @@ REBUILT = {
     "drop rates": lambda: created(drop_rate=0.2, drop_path_rate=0.1),
     "depth and width": lambda: created(depth=2, embed_dim=96, num_heads=3),
     "a size for ConvNeXt": lambda: build_model(SMALL_CONVNEXT, img_size=96, num_classes=3),
-    "a head by hand": lambda: headed(created(), nn.Linear(64, 10)),
-    "no head by hand": lambda: headed(created(), nn.Identity()),
-    "activations by hand": lambda: relu(created()),
-    "another input size": lambda: resized(created()),
-    "another pool": lambda: pooled(created()),
+    "a head by hand": lambda: changed(lambda m: setattr(m, "head", nn.Linear(64, 10))),
+    "no head by hand": lambda: changed(lambda m: setattr(m, "head", nn.Identity())),
+    "activations by hand": lambda: changed(relu),
+    "another input size": lambda: changed(lambda m: m.set_input_size(img_size=128)),
+    "another pool": lambda: changed(lambda m: m.reset_classifier(5, "avg")).eval(),
 }
 BY_HAND = {
     "a norm": lambda: created(norm_layer=lambda dim, **_: nn.LayerNorm(dim, eps=0.1)),
-    "a deep head": lambda: headed(created(), nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3))),
-    "one activation": lambda: one_changed(created()),
-    "a hook": lambda: hooked(created()),
+    "a deep head": lambda: changed(
+        lambda m: setattr(m, "head", nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3)))
+    ),
+    "one activation": lambda: changed(lambda m: setattr(m.blocks[3].mlp, "act", nn.SiLU())),
+    "a hook": lambda: changed(
+        lambda m: [m.norm.register_forward_hook(lambda *args: 2 * args[2]), m][1]
+    ),
+    "another name": lambda: changed(
+        lambda m: setattr(m, "pretrained_cfg", {**m.pretrained_cfg, "architecture": "test_vit2"})
+    ),
+    "a class of its own": toy_vit,
 }
-
-
-def one_changed(model):
-    model.blocks[3].mlp.act = nn.SiLU()
-    return model
-
-
-def hooked(model):
-    model.norm.register_forward_hook(lambda _module, _args, out: 2 * out)
-    return model
 
 
 @pytest.mark.parametrize("case", REBUILT)
 def test_a_saved_run_answers_as_before(tmp_path, case):
-    model = REBUILT[case]()
-    run = extract(model, toy_images(24), quick(variance_kept=0.9))
+    run = run_around(REBUILT[case]())
     run.save(tmp_path / "run")
-    x = pixels_of(model)
+    x = pixels_of(run.model)
     loaded = load(tmp_path / "run")
     torch.testing.assert_close(loaded.model(x), run.model(x))
     loaded.save(tmp_path / "again")
@@ -91,12 +107,18 @@ def test_a_saved_run_answers_as_before(tmp_path, case):
 @pytest.mark.parametrize("case", BY_HAND)
 def test_what_no_argument_says_is_saved_too_and_loaded_with_the_model(tmp_path, case):
     model = BY_HAND[case]()
-    run = extract(model, toy_images(24), quick(variance_kept=0.9))
+    run = run_around(model)
     run.save(tmp_path / "run")
-    with pytest.raises(MoeeError, match="no name rebuilds"):
+    with pytest.raises(MoeeError, match="no name rebuilds") as error:
         load(tmp_path / "run")
-    x = pixels_of(model)
-    torch.testing.assert_close(load(tmp_path / "run", dense=model).model(x), run.model(x))
+    assert "moee.load(folder, dense=model)" in error.value.hint
+    loaded, x = load(tmp_path / "run", dense=model), pixels_of(model)
+    torch.testing.assert_close(loaded.model(x), run.model(x))
+    assert loaded.dense() is model
+    other = copy.deepcopy(model)
+    other.norm.bias.data += 1
+    with pytest.raises(MoeeError, match="other weights"):
+        load(tmp_path / "run", dense=other)
 
 
 def test_arguments_are_kept_and_given_again(tmp_path):
@@ -104,8 +126,7 @@ def test_arguments_are_kept_and_given_again(tmp_path):
     given = {"act_layer": "relu", "img_size": 96, "global_pool": "avg", "fc_norm": False}
     model = load_model(SMALL_VIT, weights=tmp_path / "w.pth", **given)
     assert arguments_of(model) == given
-    run = extract(model, toy_images(24), quick())
-    run.save(tmp_path / "run")
+    run_around(model).save(tmp_path / "run")
     told = json.loads((tmp_path / "run" / FACTS).read_text())
     assert told["model"]["arguments"] == told["provenance"]["arguments"] == given
     x = pixels_of(model)
@@ -124,6 +145,77 @@ def test_arguments_that_timm_does_not_take_are_refused(arguments):
         build_model(SMALL_VIT, **arguments)
 
 
+# Routers and readouts
+
+
+def routers(dim):
+    """A router of every kind that can be saved, each for three experts."""
+    centres = torch.randn(3, dim, generator=torch.Generator().manual_seed(5))
+    few, projection = torch.randn(2, 2), torch.randn(2, dim)
+    return {
+        "cosine": CosineRouter(centres),
+        "constant": ConstantRouter(2),
+        "nearest": NearestRouter(centres, torch.tensor([0.5, 0.0, -0.5])),
+        "projected": NearestRouter(torch.randn(3, 2), torch.zeros(3), projection),
+        "kinds of projected": TokenKindRouter(
+            (0,), NearestRouter(few, torch.zeros(2), projection), tokens=101
+        ),
+        "kinds of cosine": TokenKindRouter((0,), CosineRouter(centres[1:]), tokens=101),
+        "kinds of constant": TokenKindRouter((0, 1), ConstantRouter(0), tokens=101),
+        "kinds of kinds": TokenKindRouter(
+            (0,), TokenKindRouter((0,), ConstantRouter(0), tokens=100), tokens=101
+        ),
+    }
+
+
+READOUTS = {
+    "dense": lambda *_: None,
+    "shared": lambda dim, hidden: Readout(torch.randn(dim, hidden)),
+    "shared and shift": lambda dim, hidden: Readout(torch.randn(dim, hidden), torch.randn(3, dim)),
+    "shift": lambda dim, _: Readout(None, torch.randn(3, dim)),
+}
+SOME = ([0, 3, 9], [3, 4], [])
+
+
+@pytest.mark.parametrize(
+    ("router", "readout", "experts"),
+    [
+        *[(router, "shift", SOME) for router in routers(1)],
+        *[("nearest", readout, SOME) for readout in READOUTS],
+        *[("nearest", readout, ([], [], [])) for readout in READOUTS],
+        ("nearest", "shared", ([0], [1, 2], [7])),
+    ],
+)
+def test_every_layer_is_loaded_as_it_was_saved(router, readout, experts, tmp_path):
+    model = lively()
+    site = find_mlps(model)[2]
+    torch.manual_seed(3)
+    layer = MoeMlp(
+        site.module(model), routers(site.dim)[router], experts, [0.2, 0.5, 0.3],
+        READOUTS[readout](site.dim, site.hidden),
+    )  # fmt: skip
+    replace_module(model, site.name, layer)
+    run_of(model.eval()).save(tmp_path / "run")
+    loaded, x = load(tmp_path / "run").model, pixels_of(model)
+    assert same_models(loaded, model)
+    assert torch.equal(loaded(x), model(x))
+    other = moe_layers(loaded)[2]
+    assert other.router.n_experts == layer.router.n_experts
+    assert other.macs_per_token() == layer.macs_per_token()
+
+
+def test_routers_are_described_in_the_json_and_controls_are_refused(tmp_path):
+    model = toy_kinds(lively()).eval()
+    run_of(model).save(tmp_path / "run")
+    told = json.loads((tmp_path / "run" / FACTS).read_text())["model"]["routers"]
+    nested = {"kind": "token_kinds", "prefix": [0], "tokens": 101, "inner": {"kind": "nearest"}}
+    assert told == {f"blocks.{index}.mlp": nested for index in range(6)}
+    moe_layers(model)[3].router.inner = RandomRouter(torch.ones(3), dim=64)
+    with pytest.raises(MoeeError, match="RandomRouter"):
+        write_run(tmp_path / "control", model, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 # Files of another version
 
 
@@ -131,7 +223,7 @@ def with_facts(folder, change):
     facts = json.loads((folder / FACTS).read_text())
     del facts["checksum"]
     change(facts)
-    (folder / FACTS).write_text(json.dumps(facts | {"checksum": _checksum(facts)}))
+    (folder / FACTS).write_text(json.dumps(facts | {"checksum": checksum(facts)}))
     return folder
 
 
@@ -145,44 +237,49 @@ def as_format_5(facts):
         facts["provenance"].pop(name)
 
 
-def test_a_run_of_before_loads_if_its_facts_suffice(tmp_path):
-    model = lively(num_classes=7)
-    torch.save(model.state_dict(), tmp_path / "w.pth")
+def test_a_run_of_format_5_loads_if_its_facts_suffice(tmp_path):
+    torch.save(lively(num_classes=7).state_dict(), tmp_path / "w.pth")
     dense = load_model(SMALL_VIT, weights=tmp_path / "w.pth")
-    run = extract(dense, toy_images(24), quick())
+    run = run_around(dense)
     run.save(tmp_path / "run")
-    loaded = load(with_facts(tmp_path / "run", as_format_5))
-    x = pixels_of(model)
+    loaded, x = load(with_facts(tmp_path / "run", as_format_5)), pixels_of(dense)
     torch.testing.assert_close(loaded.model(x), run.model(x))
-    torch.testing.assert_close(loaded.dense()(x), model(x))
-
-
-def test_a_run_of_before_whose_facts_do_not_suffice_says_so_in_a_line(tmp_path):
-    extract(lively(img_size=96), toy_images(24), quick()).save(tmp_path / "run")
+    torch.testing.assert_close(loaded.dense()(x), dense(x))
+    run_around(lively(img_size=96)).save(tmp_path / "other")
     with pytest.raises(MoeeError, match=r"pos_embed is \(1, 37, 64\), not \(1, 101, 64\)"):
-        load(with_facts(tmp_path / "run", as_format_5))
+        load(with_facts(tmp_path / "other", as_format_5))
+
+
+def test_fields_of_earlier_versions_are_left_out(tmp_path):
+    run = run_around(lively())
+    run.save(tmp_path / "run")
+
+    def as_before(facts):
+        facts["config"] |= {"union": "steps", "thin": "dense", "dense_tokens": []}
+        if facts["config"]["clustering"]:
+            facts["config"]["clustering"] |= {"selection": "eom", "metric": "cosine"}
+        for layer in facts["layers"]:
+            layer |= {"thin": False, "dense_tokens": []}
+
+    loaded = load(with_facts(tmp_path / "run", as_before))
+    assert (loaded.config, loaded.layers) == (run.config, run.layers)
+    for removed in ({"refit": "each"}, {"dense_tokens": ["cls"]}):
+        with pytest.raises(MoeeError, match="the version of this package that saved it"):
+            load(with_facts(tmp_path / "run", lambda facts, r=removed: facts["config"].update(r)))
 
 
 def test_a_network_that_answers_otherwise_is_refused(tmp_path):
-    extract(created(act_layer="relu"), toy_images(24), quick()).save(tmp_path / "run")
-
-    def forget(facts):
-        del facts["model"]["arguments"]["act_layer"]
-
+    run_around(created(act_layer="relu")).save(tmp_path / "run")
     with pytest.raises(MoeeError, match="gives other outputs for the same images") as error:
-        load(with_facts(tmp_path / "run", forget))
+        load(with_facts(tmp_path / "run", lambda f: f["model"]["arguments"].pop("act_layer")))
     assert "versions" in error.value.hint
 
 
 def test_tensors_of_another_run_of_the_same_shape_are_refused_by_their_answers(tmp_path):
-    for number in range(2):
-        run = extract(lively(seed=number), toy_images(24), quick(experts="one", macs_reduction=0.1))
-        run.save(tmp_path / str(number))
+    for seed in range(2):
+        run_around(lively(seed=seed)).save(tmp_path / str(seed))
     tensors = tmp_path / "0" / TENSORS
     tensors.write_bytes((tmp_path / "1" / TENSORS).read_bytes())
-
-    def forge(facts):
-        facts["tensors_sha256"] = _file_hash(tensors)
-
-    with pytest.raises(MoeeError):
-        load(with_facts(tmp_path / "0", forge))
+    forged = {"tensors_sha256": file_hash(tensors)}
+    with pytest.raises(MoeeError, match="gives other outputs"):
+        load(with_facts(tmp_path / "0", lambda facts: facts.update(forged)))

@@ -9,18 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.data import images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.extraction import run as runs
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import load
 from moee_analysis.extraction.saving import run_files as saving
 from moee_analysis.extraction.saving.run_files import write_run
 from moee_analysis.models.loading import class_names, load_model
 from moee_analysis.moe.layer import moe_layers
-from tests.helpers.makers import SMALL_VIT, contents, lively, pixels_of, quick, same_models
-from tests.helpers.toys import toy_images, toy_vit
+from tests.helpers.images import contents, toy_images
+from tests.helpers.models import SMALL_VIT, lively, pixels_of, same_models, toy_moe
+from tests.helpers.runs import quick, run_of
 
 FILES = ["model.safetensors", "run.json"]
 
@@ -64,16 +66,13 @@ def test_a_loaded_run_saves_the_same_again(saved_run, tmp_path):
     assert contents(tmp_path / "copy") == contents(saved_run)
 
 
-def test_layers_that_stay_dense_and_single_experts_are_saved_too(tmp_path):
-    model = lively(num_classes=7)
-    for number, settings in enumerate(({"layers": (1, 4)}, {"experts": "one"})):
-        run = extract(model, toy_images(), quick(**settings))
-        run.save(tmp_path / str(number))
-        loaded = load(tmp_path / str(number))
-        assert same_models(loaded.model, run.model)
-        x = pixels_of(model)
-        assert torch.equal(loaded.model(x), run.model(x))
-        assert loaded.model(x).shape == (4, 7)
+@pytest.mark.parametrize("settings", [{"layers": (1, 4)}, {"experts": "one"}])
+def test_layers_that_stay_dense_and_single_experts_are_saved_too(tmp_path, settings):
+    run = extract(lively(num_classes=7), toy_images(6), quick(**settings))
+    run.save(tmp_path / "run")
+    loaded, x = load(tmp_path / "run"), pixels_of(run.model)
+    assert same_models(loaded.model, run.model)
+    assert torch.equal(loaded.model(x), run.model(x))
 
 
 def test_the_json_tells_where_the_run_comes_from(small_run, saved_run):
@@ -124,15 +123,11 @@ def test_a_truncated_file_is_refused(saved_run, name, kept):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"foreign\n"])
-def test_a_foreign_file_is_refused(saved_run, name, content):
-    (saved_run / name).write_bytes(content)
-    with pytest.raises(MoeeError):
-        load(saved_run)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_told(saved_run, name):
+def test_a_foreign_or_missing_file_is_refused(saved_run, name):
+    for content in (b"", b"{}", b"[]", b"null", b"\xff\xfe", b"foreign\n"):
+        (saved_run / name).write_bytes(content)
+        with pytest.raises(MoeeError):
+            load(saved_run)
     (saved_run / name).unlink()
     with pytest.raises(MoeeError, match=name):
         load(saved_run)
@@ -149,28 +144,22 @@ def test_what_is_no_file_is_told(saved_run, name, put):
         load(saved_run)
 
 
-def edited(facts, change):
-    if change == "routers":
-        facts["model"]["routers"]["blocks.0.mlp"] = {"kind": "constant"}
-    elif change == "architecture":
-        facts["model"]["architecture"] = "test_vit2"
-    elif change == "mean":
-        facts["model"]["pretrained_cfg"]["mean"] = [0, 0, 0]
-    elif change == "layers":
-        facts["layers"][0]["experts"] += 1
-    elif change == "removed":
-        del facts["provenance"]
-    elif change == "added":
-        facts["note"] = "mine"
-    return facts
+EDITS = {
+    "routers": lambda facts: facts["model"]["routers"].update({"norm": {"kind": "constant"}}),
+    "architecture": lambda facts: facts["model"].update(architecture="test_vit2"),
+    "mean": lambda facts: facts["model"]["pretrained_cfg"].update(mean=[0, 0, 0]),
+    "layers": lambda facts: facts["layers"][0].update(experts=9),
+    "removed": lambda facts: facts.pop("provenance"),
+    "added": lambda facts: facts.update(note="mine"),
+}
 
 
-@pytest.mark.parametrize(
-    "change", ["routers", "architecture", "mean", "layers", "removed", "added"]
-)
-def test_an_edited_json_is_refused(saved_run, change):
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_json_is_refused(saved_run, edit):
     path = saved_run / "run.json"
-    path.write_text(json.dumps(edited(json.loads(path.read_text()), change)))
+    facts = json.loads(path.read_text())
+    EDITS[edit](facts)
+    path.write_text(json.dumps(facts))
     with pytest.raises(MoeeError, match="a file edited since then"):
         load(saved_run)
 
@@ -190,7 +179,7 @@ def test_edited_tensors_are_refused(saved_run):
 
 
 def test_the_files_of_two_runs_do_not_mix(saved_run, tmp_path):
-    extract(lively(), toy_images(), quick(variance_kept=0.5)).save(tmp_path / "other")
+    run_of(toy_moe(lively())).save(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", saved_run)
     with pytest.raises(MoeeError, match="another content"):
         load(saved_run)
@@ -206,8 +195,8 @@ def test_a_newer_format_is_refused(saved_run, monkeypatch, small_run):
 
 
 def test_a_run_that_the_store_holds_in_another_format_is_made_again(tmp_path, monkeypatch):
-    for module in ("saving", "extraction"):
-        monkeypatch.setattr(f"moee_analysis.{module}.FORMAT", 1)
+    for module in (saving, runs):
+        monkeypatch.setattr(module, "FORMAT", 1)
     monkeypatch.setattr(saving, "READABLE", (1,))
     extract(lively(), toy_images(), quick(), store=tmp_path)
     monkeypatch.undo()
@@ -219,11 +208,10 @@ def test_a_run_that_the_store_holds_in_another_format_is_made_again(tmp_path, mo
 
 
 def test_saving_over_an_earlier_run_replaces_it(small_run, saved_run):
-    other = extract(lively(), toy_images(), quick(variance_kept=0.5))
-    other.save(saved_run)
-    assert same_models(load(saved_run).model, other.model)
-    small_run.save(saved_run)
-    assert same_models(load(saved_run).model, small_run.model)
+    other = run_of(toy_moe(lively()))
+    for run in (other, small_run):
+        run.save(saved_run)
+        assert same_models(load(saved_run).model, run.model)
     assert sorted(contents(saved_run)) == FILES
 
 
@@ -272,40 +260,6 @@ def test_a_failing_save_leaves_no_half_written_run(
     if earlier:
         assert contents(tmp_path / "run") == before
     assert len(list(tmp_path.iterdir())) == int(earlier)
-
-
-def changed_by_hand():
-    """A model whose head no argument of timm's makes."""
-    model = lively()
-    model.head = nn.Sequential(nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 4))
-    return model
-
-
-def named_wrongly():
-    model = lively()
-    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "test_vit2"}
-    return model
-
-
-@pytest.mark.parametrize("make", [toy_vit, changed_by_hand, named_wrongly])
-def test_a_model_that_no_name_rebuilds_is_loaded_around_the_dense_one(tmp_path, make):
-    dense = make()
-    run = extract(dense, toy_images(), quick())
-    run.save(tmp_path / "run")
-    with pytest.raises(MoeeError, match="no name rebuilds") as error:
-        load(tmp_path / "run")
-    assert "moee.load(folder, dense=model)" in error.value.hint
-    loaded = load(tmp_path / "run", dense=dense)
-    assert same_models(loaded.model, run.model)
-    assert loaded.dense() is dense
-    with pytest.raises(MoeeError, match="other weights"):
-        load(tmp_path / "run", dense=disturbed(dense))
-
-
-def disturbed(model):
-    model = copy.deepcopy(model)
-    model.norm.bias += 1
-    return model
 
 
 def test_a_control_is_not_mistaken_for_a_run(small_run, tmp_path):

@@ -258,7 +258,7 @@ def fields(content, way=()):
             yield from fields(content[key], (*way, key))
 
 
-MAY_BE_MISSING = {"checksum", "dense_tokens", "contents", "finetunings"}
+MAY_BE_MISSING = {"checksum", "contents", "finetunings"}
 OPEN = {"arguments", "pretrained_cfg", "versions", "finetunings"}
 
 
@@ -283,7 +283,7 @@ def test_more_may_be_told_of_where_a_run_comes_from(parts, tmp_path):
     assert load(forged(tmp_path / "run", parts, change)).provenance["note"]
 
 
-@pytest.mark.parametrize("depth", [300, *range(880, 1000, 4), 5000])
+@pytest.mark.parametrize("depth", [300, *range(880, 1000, 12), 5000])
 def test_json_in_which_lists_are_deep_in_each_other_is_refused(saved, tmp_path, depth):
     folder = shutil.copytree(saved, tmp_path / "run")
     text = (
@@ -351,7 +351,7 @@ def changed_tensors(tensors, rng):
 def test_whatever_is_changed_is_refused_or_only_describes(whole, parts, tmp_path):
     x, rng = pixels_of(whole.model), random.Random(0)
     outputs, loaded = whole.model(x), 0
-    for number in range(400):
+    for number in range(120):
         change = changed_facts if number % 2 else changed_tensors
         facts, tensors = copy.deepcopy(parts)
         change(facts if number % 2 else tensors, rng)
@@ -361,4 +361,4 @@ def test_whatever_is_changed_is_refused_or_only_describes(whole, parts, tmp_path
             continue
         torch.testing.assert_close(run.model(x), outputs)
         loaded += 1
-    assert loaded < 200
+    assert loaded < 60
