@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import count
+import signal
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers.torchrun import tune as tune_together
 
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
@@ -20,30 +21,25 @@ from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import sum_gradients
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import SMALL_VIT, lively
-from tests.helpers.processes import killed_after, torchrun
+from tests.helpers.processes import ended_at, torchrun
 from tests.helpers.runs import quick
-
-KILLS = 2
 
 
 def test_any_number_of_processes_learns_the_same(tmp_path):
-    histories, models = [], []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
+    one, two = tmp_path / "1", tmp_path / "2"
+    for folder in (one, two):
         folder.mkdir()
-        done = torchrun(processes, "tests.helpers.torchrun", "finetune", folder)
-        assert done.returncode == 0, done.stderr
-        files = sorted(folder.glob("tuned-*.safetensors"))
-        assert len(files) == processes
-        first, *others = map(load_file, files)
-        for other in others:
-            assert all(torch.equal(t, other[name]) for name, t in first.items())
-        histories.append(pd.read_csv(folder / "run" / METRICS))
-        models.append(first)
+    tune_together(one)
+    done = torchrun(2, "tests.helpers.torchrun", "finetune", two)
+    assert done.returncode == 0, done.stderr
+    models = [load_file(path) for folder in (one, two) for path in sorted(folder.glob("tuned-*"))]
+    assert len(models) == 3
+    histories = [pd.read_csv(folder / "run" / METRICS) for folder in (one, two)]
     pd.testing.assert_frame_equal(*histories, rtol=1e-3)
     assert histories[0]["kl"].nunique() == 3
     for name, tensor in models[0].items():
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-3, atol=1e-4)
+        assert torch.equal(models[1][name], models[2][name])
 
 
 def test_gradients_of_all_processes_are_summed(monkeypatch):
@@ -73,14 +69,13 @@ def saved(tmp_path):
 
 
 def test_a_training_killed_at_random_moments_comes_to_the_same_bytes(saved, tmp_path):
-    whole = tmp_path / "whole"
-    assert not killed_after(None, tune, saved, whole)
-    rng, kills = np.random.default_rng(0), 0
-    for attempt in count():
-        out = tmp_path / f"tuned-{attempt}"
-        while killed_after(rng.uniform(0.3, 3.0), tune, saved, out):
-            kills += 1
-            assert not out.exists() or contents(out) == contents(whole)
-        assert contents(out) == contents(whole)
-        if kills >= KILLS:
-            break
+    """Each time before a file is flushed; ``test_finetune`` interrupts epochs."""
+    whole, out = tmp_path / "whole", tmp_path / "tuned"
+    assert ended_at(0, 0, tune, saved, whole) == 0
+    kills = 0
+    for step in np.random.default_rng(0).integers(1, 9, size=6):
+        kills += ended_at(int(step), signal.SIGKILL, tune, saved, out) != 0
+        assert not out.exists() or contents(out) == contents(whole)
+    assert kills > 1
+    assert ended_at(0, 0, tune, saved, out) == 0
+    assert contents(out) == contents(whole)

@@ -5,18 +5,22 @@ import pytest
 import torch
 
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
-from moee_analysis.baselines.jetpack import JetpackConfig, convert, narrowed
+from moee_analysis.baselines.jetpack import JetpackConfig, convert, narrowed, successor
 from moee_analysis.baselines.jetpack.sphero import SpheroRouter
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.models.macs import count
 from tests.helpers.images import toy_images
-from tests.helpers.models import hooks_of, same_models, toy_vit
+from tests.helpers.models import hooks_of, lively, same_models, toy_swin, toy_vit
 from tests.helpers.widened import convnext, lively_ones, vit, widened_convnext, widened_vit
 
 METHODS = ("importance", "graph", "uniform", "random")
 IMAGES = toy_images(12)
 FEW = {"core": 3, "universal": 5}
+PLANTED = {
+    "vit": (lambda: lively_ones(vit(2)), widened_vit),
+    "convnext": (lambda: lively_ones(convnext(16)), widened_convnext),
+}
 MAKERS = {"vit": toy_vit, "convnext": lambda: lively_ones(convnext(32))}
 
 
@@ -52,14 +56,17 @@ def test_evenly_spaced_core_experts_of_the_same_width_are_the_dense_mlp(name):
             torch.testing.assert_close(expert(layer, number)(x), mlp(x))
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.fixture(scope="module", params=PLANTED)
+def planted(request):
+    make, widen = PLANTED[request.param]
+    narrow = make()
+    return narrow, widen(narrow)
+
+
 @pytest.mark.parametrize("method", ["importance", "graph"])
-def test_core_experts_find_all_that_was_planted(name, method):
-    if name == "vit":
-        wide, width = widened_vit(lively_ones(vit(2))), 16
-    else:
-        wide, width = widened_convnext(lively_ones(convnext(16))), 16
-    config = JetpackConfig(width=width, method=method, **FEW)
+def test_core_experts_find_all_that_was_planted(planted, method):
+    _, wide = planted
+    config = JetpackConfig(width=16, method=method, **FEW)
     small = narrowed(wide, IMAGES, config)
     for place, layer in slot_layers(convert(wide, IMAGES, config)).items():
         mlp = small.get_submodule(place)
@@ -73,28 +80,24 @@ def test_core_experts_find_all_that_was_planted(name, method):
 
 @pytest.mark.parametrize("consistent", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_experts_differ_unless_they_are_evenly_spaced(method, consistent):
-    config = JetpackConfig(
-        width=16, method=method, consistent_channels=consistent, core=4, universal=4, seed=1
+def test_the_seed_decides_which_units_experts_have_and_all_or_each_have_their_channels(
+    method, consistent
+):
+    blind = method in ("uniform", "random")
+    images, dense = IMAGES.take([]) if blind else IMAGES, lively_ones(toy_vit())
+    settings = {"method": method, "consistent_channels": consistent, "core": 4, "universal": 4}
+    first, again, other = (
+        convert(dense, images, JetpackConfig(width=16, seed=seed, **settings)) for seed in (1, 1, 2)
     )
-    model = convert(toy_vit(), IMAGES, config)
-    for layer in slot_layers(model).values():
+    assert same_models(first, again)
+    assert not same_models(first, other)
+    for layer in slot_layers(first).values():
         for group in layer.groups:
             distinct = len({tuple(weights.flatten().tolist()) for weights in group.fc1_weight})
             assert (distinct == 1) == (method == "uniform")
-
-
-def test_all_experts_of_the_model_share_its_channels_or_draw_their_own():
-    shared, own = (
-        convert(
-            lively_ones(toy_vit()), IMAGES, JetpackConfig(width=16, consistent_channels=c, **FEW)
-        )
-        for c in (True, False)
-    )
-    b2 = {n: m.groups[0].fc2_bias for n, m in slot_layers(shared).items()}
-    assert all(len(torch.unique(biases, dim=0)) == 1 for biases in b2.values())
-    b2 = {n: m.groups[0].fc2_bias for n, m in slot_layers(own).items()}
-    assert all(len(torch.unique(biases, dim=0)) == 3 for biases in b2.values())
+        channels = len(torch.unique(layer.groups[0].fc2_bias, dim=0))
+        if method != "graph" or consistent:  # few channels have few parts
+            assert channels == (1 if consistent or method == "uniform" else 4)
 
 
 def test_small_experts_of_the_released_code_thin_out_a_large_one():
@@ -110,13 +113,16 @@ def test_small_experts_of_the_released_code_thin_out_a_large_one():
     assert torch.equal(layer.groups[1].fc1_weight[0], expected)
 
 
-def test_sizes_are_as_told():
+def test_sizes_are_as_told_of_both_kinds_of_experts_or_one():
     config = JetpackConfig(width=16, universal_ratio=0.25, slots=2, layers=(0, 2), **FEW)
     layers = slot_layers(convert(toy_vit(), IMAGES, config))
     assert set(layers) == {"blocks.0.mlp", "blocks.2.mlp"}
     core, universal = layers["blocks.0.mlp"].groups
     assert (core.n_experts, core.hidden, universal.n_experts, universal.hidden) == (3, 32, 5, 8)
     assert layers["blocks.0.mlp"].router.queries.shape == (8, 2, 16)
+    model = convert(toy_vit(), IMAGES, JetpackConfig(core=0, universal=4))
+    assert [len(layer.groups) for layer in slot_layers(model).values()] == [1, 1]
+    assert model(pixels()).shape == (12, 6)
 
 
 def test_by_default_there_are_half_as_many_core_experts_as_patches():
@@ -130,39 +136,21 @@ def test_by_default_there_are_half_as_many_core_experts_as_patches():
     assert experts["stages.3.blocks.0.mlp"] == [1, 2]  # a single one
 
 
-def test_one_kind_of_experts_will_do():
-    model = convert(toy_vit(), IMAGES, JetpackConfig(core=0, universal=4))
-    assert [len(layer.groups) for layer in slot_layers(model).values()] == [1, 1]
-    assert model(pixels()).shape == (12, 6)
-    with pytest.raises(MoeeError, match="layers between 0 and 2"):
-        convert(toy_vit(), IMAGES, JetpackConfig(layers=(3,)))
-
-
 # The dense part
 
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("width", [None, 16])
-def test_outside_its_experts_it_is_the_narrowed_model(name, width):
-    config = JetpackConfig(width=width, **FEW)
-    dense = MAKERS[name]()
-    small = narrowed(dense, IMAGES, config).state_dict()
-    model = convert(dense, IMAGES, config)
+def test_outside_its_experts_it_is_the_narrowed_model_and_the_dense_one_is_not_touched(name, width):
+    config, dense = JetpackConfig(width=width, **FEW), MAKERS[name]()
+    small, model = narrowed(dense, IMAGES, config).state_dict(), convert(dense, IMAGES, config)
     new = {f"{n}.{p}" for n, layer in slot_layers(model).items() for p in layer.state_dict()}
     rest = {n: t for n, t in model.state_dict().items() if n not in new}
     assert rest
     assert all(torch.equal(small[n], t) for n, t in rest.items())
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_the_dense_model_is_not_touched(name):
-    dense = MAKERS[name]()
-    before = {n: t.clone() for n, t in dense.state_dict().items()}
-    model = convert(dense, IMAGES, JetpackConfig(method="graph", **FEW))
-    model.requires_grad_(requires_grad=True)
-    for parameter in model.parameters():
+    for parameter in model.requires_grad_(requires_grad=True).parameters():
         parameter.data.add_(1)
-    assert all(torch.equal(before[n], t) for n, t in dense.state_dict().items())
+    assert same_models(dense, MAKERS[name]())
     assert hooks_of(dense) == 0
     assert not any(p.requires_grad for p in dense.parameters())
 
@@ -214,22 +202,6 @@ def test_the_configuration_reaches_the_layers():
     assert all(isinstance(layer.router, SoftRouter) for layer in soft.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_seed_decides(method):
-    first, again, other = (
-        convert(toy_vit(), IMAGES, JetpackConfig(width=16, method=method, seed=seed, **FEW))
-        for seed in (1, 1, 2)
-    )
-    assert same_models(first, again)
-    assert not same_models(first, other)
-
-
-def test_blind_methods_do_not_look_at_images():
-    nothing = IMAGES.take([])
-    for method in ("uniform", "random"):
-        convert(toy_vit(), nothing, JetpackConfig(width=16, method=method, **FEW))
-
-
 # Budgets
 
 
@@ -279,11 +251,93 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_largest_that_can():
         ({"noise": -1.0}, "noise as a number at least 0"),
         ({"macs_reduction": 0.2, "slots": 2}, "macs_reduction or slots"),
         ({"head": "recycled", "num_classes": 3}, "fresh head"),
+        ({"layers": (3,)}, "layers between 0 and 2"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, expected):
     with pytest.raises(MoeeError, match=expected):
-        JetpackConfig(**settings)
+        convert(toy_vit(), IMAGES, JetpackConfig(**settings))
+
+
+# Narrowing
+
+
+@pytest.mark.parametrize("metric", ["L1", "L2"])  # neurons below 0 matter as well
+@pytest.mark.parametrize("method", ["importance", "graph"])
+def test_narrowing_finds_all_that_matters(planted, method, metric):
+    narrow, wide = planted
+    config = JetpackConfig(width=16, method=method, metric=metric, head="recycled")
+    found = narrowed(wide, IMAGES, config)
+    assert not same_models(found, narrow)  # units are in other places
+    torch.testing.assert_close(wide(pixels()), narrow(pixels()), atol=1e-4, rtol=1e-4)
+    assert narrow(pixels()).std(dim=0).mean() > 0.05  # images make a difference
+    torch.testing.assert_close(found(pixels()), narrow(pixels()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_blind_methods_miss_it(planted, method):
+    narrow, wide = planted
+    found = narrowed(wide, IMAGES, JetpackConfig(width=16, method=method, head="recycled"))
+    assert (found(pixels()) - narrow(pixels())).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["importance", "graph", "uniform", "random"])
+def test_the_same_width_is_the_same_model(planted, method):
+    _, wide = planted
+    found = narrowed(wide, IMAGES, JetpackConfig(method=method, head="recycled"))
+    assert same_models(found, wide)
+
+
+def test_a_fresh_head_is_that_of_the_successor():
+    wide = toy_vit()
+    found = narrowed(wide, IMAGES, JetpackConfig(width=16, num_classes=4, seed=3))
+    fresh = successor(wide, 16, num_classes=4, seed=3)
+    assert torch.equal(found.head.weight, fresh.head.weight)
+    assert not torch.equal(found.blocks[0].mlp.fc1.weight, fresh.blocks[0].mlp.fc1.weight)
+
+
+# Successors
+
+
+def test_a_successor_is_narrower_in_everything_and_takes_the_same_images():
+    dense = toy_vit()
+    small = successor(dense, 16)
+    assert (small.embed_dim, small.blocks[0].attn.num_heads) == (16, 1)
+    assert small.blocks[0].attn.head_dim == dense.blocks[0].attn.head_dim
+    assert small.blocks[0].mlp.fc1.out_features == 32
+    assert small(pixels()).shape == dense(pixels()).shape
+    assert small.pretrained_cfg["label_names"] == dense.pretrained_cfg["label_names"]
+    assert not small.training
+    assert not any(p.requires_grad for p in small.parameters())
+    small = successor(lively_ones(convnext(32)), 8)  # stages are narrowed alike
+    assert [stage.blocks[0].mlp.fc1.in_features for stage in small.stages] == [4, 8, 8, 8]
+
+
+def test_the_seed_decides_and_torch_random_numbers_go_on():
+    state = torch.random.get_rng_state()
+    first, again, other = (successor(toy_vit(), 16, seed=seed) for seed in (1, 1, 2))
+    assert same_models(first, again)
+    assert not same_models(first, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    small = successor(toy_vit(), 16, num_classes=9)  # other classes have no names
+    assert small(pixels()).shape[1] == 9
+    assert "label_names" not in small.pretrained_cfg
+    assert small.pretrained_cfg["num_classes"] == 9
+
+
+@pytest.mark.parametrize(
+    ("dense", "width", "expected"),
+    [
+        (toy_swin, 16, "VisionTransformer"),
+        (toy_vit, 24, "whole numbers of heads"),
+        (toy_vit, 64, "at most 32"),
+        (lambda: lively_ones(convnext(32)), 4 + 1, "whole numbers of channels"),
+        (lambda: lively(img_size=32, global_pool="map"), None, "plain"),
+    ],
+)
+def test_what_has_no_successor_is_refused(dense, width, expected):
+    with pytest.raises(MoeeError, match=expected):
+        narrowed(dense(), IMAGES, JetpackConfig(width=width, method="uniform"))
 
 
 # The bundled models
