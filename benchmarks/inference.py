@@ -27,7 +27,7 @@ from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.presets import preset_named
 from moee_analysis.extraction.run import Extraction, load
-from moee_analysis.measure.evaluation.latency import drawn, in_turn, milliseconds
+from moee_analysis.measure.evaluation.latency import choose_batches, in_turn, milliseconds
 from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import architecture, load_model
@@ -92,7 +92,7 @@ def promises(
 def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[list[Row], list[Row]]:
     """Time all ``systems``; then, with the largest batch, the layers of those with experts."""
     dense = systems[DENSE].model
-    batches = {size: drawn(images, size, dense) for size in plan.batches}
+    batches = {size: choose_batches(images, size, dense) for size in plan.batches}
     largest = batches[max(batches)][0]
     device, precision = largest.device.type, PRECISIONS[plan.precision]
     rows, layers = [], []

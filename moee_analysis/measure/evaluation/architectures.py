@@ -23,7 +23,7 @@ from moee_analysis.measure.routing.expert_similarity import similarity, similari
 from moee_analysis.measure.routing.load_balance import balance
 from moee_analysis.measure.routing.part_alignment import modularity
 from moee_analysis.measure.routing.routes import Routes, routes
-from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.utils.checks import draw_numbers
 
@@ -61,7 +61,7 @@ def architectures(
     tables = [_layers(run, images, drawn).assign(model=name) for name, run in runs.items()]
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "model", table.pop("model"))
-    return captioned(
+    return add_caption(
         table,
         f"{len(images)} images, the same for all; dotted: what chance gives, with labels or masks "
         "exchanged between images.",
@@ -101,7 +101,7 @@ def architecture_variants(
         )
         table.insert(0, "model", name)
         tables.append(table)
-    return captioned(pd.concat(tables, ignore_index=True), tables[0].attrs["caption"])
+    return add_caption(pd.concat(tables, ignore_index=True), tables[0].attrs["caption"])
 
 
 def _layers(run: Extraction, images: ImageSet, drawn: Mapping[str, int]) -> pd.DataFrame:

@@ -49,6 +49,7 @@ TOGETHER = 3e9  # bytes of models that see the images in one pass
 @dataclass(frozen=True)
 class Contest:
     """What all systems are made from and measured on.
+
     Raises MoeeError: an image that is in both sets; classes that are not those of the model; a
     store that cannot be written to; an unknown preset, or no resamples.
     """

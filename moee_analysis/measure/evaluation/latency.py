@@ -46,7 +46,7 @@ def latency(
     real_number("seconds", seconds, above=0)
     check_any(images)
     size = min(fitting_batch(reference, batch_size), len(images))
-    batches = drawn(images, size, reference)
+    batches = choose_batches(images, size, reference)
     every = {**models, None: reference}
     with ExitStack() as stack:
         for model in every.values():
@@ -59,7 +59,7 @@ def latency(
     return table
 
 
-def drawn(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
+def choose_batches(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
     """A few batches of ``images`` as ``model`` takes them, each even over the classes.
 
     A MoeeError refuses too few images for one batch.

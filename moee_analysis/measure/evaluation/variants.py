@@ -15,7 +15,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
 from moee_analysis.measure.evaluation.engine import Made, Variant, costs_of, extract_all
 from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
-from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.macs import MacCount, count
 from moee_analysis.moe.layer import MoeMlp, all_mlps
 from moee_analysis.utils.checks import draw_numbers
@@ -70,7 +70,7 @@ def variants(
     counted = count(dense)
     costs = pd.DataFrame([_costs(row, dense, counted) for row in rows])
     table = table.reindex(columns=["variant", *SCORES, *DIVERGENCES]).join(costs)
-    return captioned(
+    return add_caption(
         table,
         f"{len(images)} images evaluated, reference: the dense model; bars are 95 % intervals of "
         "the image bootstrap; MACs with the routing shares of the calibration.",

@@ -24,7 +24,7 @@ from moee_analysis.measure.knockout.intervention import (
 )
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.resolve import choose_layers, families_of, model_of
-from moee_analysis.measure.routing.tables import all_rows, captioned
+from moee_analysis.measure.routing.tables import add_caption, all_rows
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.checks import draw_numbers
@@ -103,7 +103,7 @@ def knock_out(
     ]
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "layer", table.pop("layer"))
-    return captioned(
+    return add_caption(
         table,
         f"Tokens knocked out get the layer's mean output over {len(calibration)} calibration "
         f"images. Control: as many tokens of each of the {len(images)} images, patches at random "

@@ -20,7 +20,7 @@ from moee_analysis.measure.knockout.intervention import Plan, average, measure_k
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
 from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
-from moee_analysis.measure.routing.tables import all_rows, captioned
+from moee_analysis.measure.routing.tables import add_caption, all_rows
 from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import blank
@@ -94,7 +94,7 @@ def parts_unseen(
     table = pd.concat(tables, ignore_index=True)
     table["part"] = table["part"].map(dict(enumerate(parts.values())))
     table.insert(0, "layer", table.pop("layer"))
-    return captioned(
+    return add_caption(
         table,
         f"Linear probe of the tokens that enter the last block, trained on {len(calibration)} "
         f"calibration scenes, every part with the same weight; {len(images)} scenes, parts of at "

@@ -14,7 +14,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.bootstrap import against_chance, jensen_shannon
 from moee_analysis.measure.routing.resolve import choose_classes, choose_layers, families_of
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
-from moee_analysis.measure.routing.tables import captioned, similarity_rank, stack_layers, sum_up
+from moee_analysis.measure.routing.tables import add_caption, similarity_rank, stack_layers, sum_up
 from moee_analysis.utils.checks import draw_numbers
 
 
@@ -51,7 +51,7 @@ def class_distance(
         wanted = choose_layers(routes.layers, layers)
         js = _compare_halves(routes, shown, wanted, (splits, seed))
         tables.append(_pairs(routes, shown, dict(zip(wanted, js, strict=True)), families))
-    return captioned(
+    return add_caption(
         pd.concat(tables, ignore_index=True),
         f"Jensen-Shannon divergence between half of the images of one class and half of those "
         f"of another, mean of {splits} splits of {several[0].n_images} images, seed {seed}. "

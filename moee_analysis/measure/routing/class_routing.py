@@ -18,7 +18,7 @@ from moee_analysis.measure.routing.bootstrap import (
 )
 from moee_analysis.measure.routing.resolve import choose_classes, choose_layers
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
-from moee_analysis.measure.routing.tables import all_rows, captioned, stack_layers
+from moee_analysis.measure.routing.tables import add_caption, all_rows, stack_layers
 from moee_analysis.utils.checks import draw_numbers
 
 ALL = "all"
@@ -47,7 +47,7 @@ def class_routing(
         for routes in several
         for layer in choose_layers(routes.layers, layers)
     )
-    return captioned(table, f"Mean share of an image's tokens. {_describe_images(several)}")
+    return add_caption(table, f"Mean share of an image's tokens. {_describe_images(several)}")
 
 
 def specificity(
@@ -184,7 +184,7 @@ def _name_groups(routes: Routes, table: pd.DataFrame) -> pd.DataFrame:
 
 def _finish(tables: list[pd.DataFrame], several: list[Routes], draws: Draws) -> pd.DataFrame:
     permutations, resamples, seed = draws
-    return captioned(
+    return add_caption(
         pd.concat(tables, ignore_index=True).assign(seed=seed),
         f"{_describe_images(several)} Null: {permutations} permutations of the images' labels; "
         f"intervals: {resamples} bootstrap resamples of images; seed {seed}.",

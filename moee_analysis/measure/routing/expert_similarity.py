@@ -11,7 +11,7 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import choose_layers, model_of
-from moee_analysis.measure.routing.tables import captioned, similarity_rank, stack_layers, sum_up
+from moee_analysis.measure.routing.tables import add_caption, similarity_rank, stack_layers, sum_up
 from moee_analysis.moe.layer import moe_layers
 
 NEAR_ORTHOGONAL = 0.2
@@ -46,7 +46,7 @@ def similarity(
     centres, weights = _centres(source)
     weights |= shares or {}
     shown = choose_layers(centres, layers)
-    return captioned(
+    return add_caption(
         stack_layers((system, n, _pairs(centres[n], np.asarray(weights[n]))) for n in shown),
         "Mean inputs of the MLP over the tokens that each expert was made from. Centred: less "
         "their mean, weighted by the experts' shares of tokens.",
@@ -61,7 +61,7 @@ def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
     centred cosines with the prefix ``centred_``, ``centred_expected`` (-1 / (experts - 1)),
     ``common_mean``.
     """
-    return captioned(sum_up(table, _summary), table.attrs["caption"])
+    return add_caption(sum_up(table, _summary), table.attrs["caption"])
 
 
 def _centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:

@@ -22,7 +22,12 @@ from moee_analysis.measure.routing.bootstrap import (
 )
 from moee_analysis.measure.routing.resolve import choose_layers
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
-from moee_analysis.measure.routing.tables import all_rows, captioned, similarity_rank, stack_layers
+from moee_analysis.measure.routing.tables import (
+    add_caption,
+    all_rows,
+    similarity_rank,
+    stack_layers,
+)
 from moee_analysis.utils.checks import draw_numbers
 
 
@@ -57,7 +62,7 @@ def modularity(
         {"system": system, "layer": layer} | _row(patches, permutations, resamples, seed)
         for system, layer, patches in every
     ]
-    return captioned(
+    return add_caption(
         pd.DataFrame(rows),
         f"{_describe(images)} {permutations} permutations, {resamples} bootstrap resamples of "
         f"images, seed {seed}.",
@@ -74,7 +79,7 @@ def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()
     """
     every = _patches_of_layers(source, images, layers)
     table = stack_layers((*key, _profile(own.table(), images.parts)) for *key, own in every)
-    return captioned(table, _describe(images))
+    return add_caption(table, _describe(images))
 
 
 def check_masks(images: ImageSet) -> None:

@@ -24,7 +24,7 @@ from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource, calibration_tokens
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, check_any
-from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.fingerprints import hash_weights
@@ -106,7 +106,7 @@ def router_regret(
                 tokens = inputs.reshape(len(x), -1, inputs.shape[-1])
                 errors.add(tokens, {name: own[index] for name, own in routers.items()})
     rows = [{"layer": index} | row for index, errors in sums.items() for row in errors.rows()]
-    return captioned(
+    return add_caption(
         pd.DataFrame(rows),
         f"{len(images)} images, routed tokens only, each layer on the inputs of the dense model; "
         "errors are relative to the variance of the dense outputs.",

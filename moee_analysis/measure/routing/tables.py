@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 
-def captioned(table: pd.DataFrame, caption: str) -> pd.DataFrame:
+def add_caption(table: pd.DataFrame, caption: str) -> pd.DataFrame:
     """``table`` with a caption for the figure that is made of it."""
     table.attrs["caption"] = caption
     return table

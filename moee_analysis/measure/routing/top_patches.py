@@ -16,7 +16,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.routes import Routes, routes
-from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.patch_grid import patch_places
@@ -111,7 +111,7 @@ def top_patches(
         )  # fmt: skip
     known = known or typical(model, images, routed)
     rows = [row for layer in shown for row in _top_of_layer(routed, known, layer, count)]
-    return captioned(
+    return add_caption(
         pd.DataFrame(rows),
         f"Patches nearest to their expert's mean input by cosine, both less the layer's mean; at "
         f"most one of an image, of {len(images)} images.",

@@ -16,7 +16,7 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
 from moee_analysis.measure.evaluation.engine import costs_of
 from moee_analysis.measure.routing.bootstrap import over_seeds
-from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.macs import count
 from moee_analysis.training.finetune import Finetuned, finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
@@ -78,7 +78,7 @@ def fine_tuning(
     table = table.join(pd.DataFrame([spread[key[:3]] for key in models]))
     table = table.join(costs[["macs_reduction", "params_reduction"]])
     table["epoch"] = [tuned[key].best if key in tuned else 0 for key in models]
-    return captioned(table, _caption(next(iter(tuned.values())), images, seeds))
+    return add_caption(table, _caption(next(iter(tuned.values())), images, seeds))
 
 
 def _stack(scores: Mapping[tuple, Scores], stage: tuple, seeds: Iterable[int]) -> np.ndarray:

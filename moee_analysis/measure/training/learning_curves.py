@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
-from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.measure.training.trainings import Trainings
 
 
@@ -29,7 +29,7 @@ def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame
     mean, low, high = (
         np.repeat(each[:, None], seeds, axis=1).ravel() for each in (mean, low, high)
     )
-    return captioned(trained.history.assign(mean=mean, low=low, high=high), trained.caption)
+    return add_caption(trained.history.assign(mean=mean, low=low, high=high), trained.caption)
 
 
 def learned(
@@ -58,7 +58,7 @@ def learned(
         best=final.max(axis=1), level=level, images=np.where(np.isinf(own), np.nan, own),
         images_low=reached_low, images_high=reached_high,
     )  # fmt: skip
-    return captioned(table, trained.caption)
+    return add_caption(table, trained.caption)
 
 
 def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFra
     low, high = np.quantile(draws[:, a] - draws[:, b], MIDDLE, axis=0)
     pairs = pairs[["start_a", "start_b", "order_a", "order_b"]]
     found = pairs.assign(difference=final[a] - final[b], low=low, high=high, beats=low > 0)
-    return captioned(found, trained.caption)
+    return add_caption(found, trained.caption)
 
 
 def beats_all(pairs: pd.DataFrame, start: str, others: Iterable[str]) -> bool | None:

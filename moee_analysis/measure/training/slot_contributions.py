@@ -14,7 +14,7 @@ from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.resolve import batches_of
-from moee_analysis.measure.routing.tables import captioned
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import watch
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.survey import survey
@@ -60,7 +60,7 @@ def contributions(
         for name, layer in layers.items()
         for row in _rows(layer, sums[name], groups)
     ]
-    return captioned(pd.DataFrame(rows), f"{len(images)} images; mean over all tokens.")
+    return add_caption(pd.DataFrame(rows), f"{len(images)} images; mean over all tokens.")
 
 
 def _add(sums: np.ndarray, layer: SlotMlp, x: torch.Tensor) -> None:

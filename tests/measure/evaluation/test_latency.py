@@ -8,7 +8,7 @@ from torch import nn
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.evaluation.latency import drawn, in_turn
+from moee_analysis.measure.evaluation.latency import choose_batches, in_turn
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_vit
 
@@ -59,11 +59,11 @@ def test_every_model_is_really_called():
 
 def test_batches_are_of_different_images_and_each_is_even_over_the_classes():
     dense = toy_vit(depth=1)
-    batches = drawn(IMAGES, 9, dense)
+    batches = choose_batches(IMAGES, 9, dense)
     assert [len(batch) for batch in batches] == [9] * 4
     every = torch.cat(list(IMAGES.batches(dense)))
     assert torch.equal(torch.cat(batches), torch.cat([every[start::4] for start in range(4)]))
-    assert len(drawn(IMAGES, 36, dense)) == 1
+    assert len(choose_batches(IMAGES, 36, dense)) == 1
 
 
 def test_every_other_round_goes_backwards(clock):
@@ -75,6 +75,6 @@ def test_every_other_round_goes_backwards(clock):
 
 def test_a_batch_needs_as_many_images():
     with pytest.raises(MoeeError, match="37 images for a batch"):
-        drawn(IMAGES, 37, toy_vit(depth=1))
+        choose_batches(IMAGES, 37, toy_vit(depth=1))
     with pytest.raises(MoeeError, match="at least one image"):
         measure.latency({}, IMAGES.take([]), reference=toy_vit(depth=1))

@@ -8,16 +8,12 @@ from moee_analysis import measure
 from moee_analysis.baselines.controls import with_one_expert
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record.accumulate import sums_of
 from moee_analysis.extraction.record.recorded_tokens import capture_mlps
-from moee_analysis.extraction.record.token_source import calibration_tokens
-from moee_analysis.measure.routing.router_regret import _MeanInputs
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.oracle import OracleRouter
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, RandomRouter
 from tests.helpers.images import toy_images
-from tests.helpers.layers import added_up, agree, parts_of
 from tests.helpers.models import same_models, toy_kinds, toy_moe, toy_vit
 from tests.helpers.runs import best, quick
 
@@ -110,27 +106,23 @@ def test_the_oracle_is_no_part_of_a_model_and_pays_for_every_expert():
     assert oracle.macs == 2 * 32 * (64 + 9 + 14 + 0)
 
 
-def test_the_oracle_can_be_asked_while_its_dense_mlp_is_watched(run, choices):
-    watched = measure.routes(run.dense(), IMAGES, routers=choices["oracle"])
-    for index, oracle in choices["oracle"].items():
-        x = inputs_of(run, index, IMAGES)
-        np.testing.assert_array_equal(watched.experts[index], oracle(x).reshape(x.shape[:2]))
-
-
-def test_there_are_five_routers_for_every_routed_layer(run, choices):
+def test_there_are_five_routers_for_every_layer_with_a_choice(run, choices):
     assert sorted(choices) == sorted(NAMES)
-    several = [
-        i for i, layer in moe_layers(run.model).items() if layer.n_experts - leading(run) > 1
-    ]
+    layers, first = moe_layers(run.model), leading(run)
+    several = [index for index, layer in layers.items() if layer.n_experts - first > 1]
     assert several
     for routers in choices.values():
         assert list(routers) == several
         for index, router in routers.items():
             x = inputs_of(run, index, IMAGES)
             chosen = router(x).reshape(x.shape[:2])
-            assert (chosen[:, : leading(run)] == 0).all()
-            assert (chosen[:, leading(run) :] >= leading(run)).all()
-            assert chosen.max() < moe_layers(run.model)[index].n_experts
+            assert (chosen[:, :first] == 0).all()
+            assert (chosen[:, first:] >= first).all()
+            assert chosen.max() < layers[index].n_experts
+    watched = measure.routes(run.dense(), IMAGES, routers=choices["oracle"])
+    for index, oracle in choices["oracle"].items():  # asked while its dense MLP is watched
+        x = inputs_of(run, index, IMAGES)
+        np.testing.assert_array_equal(watched.experts[index], oracle(x).reshape(x.shape[:2]))
 
 
 def test_one_of_the_routers_is_the_run_s_own(run, choices):
@@ -156,21 +148,6 @@ def test_the_other_one_has_the_means_of_the_tokens_that_the_run_routes(run, choi
             assert isinstance(inner(router), NearestRouter)
             scores = inner(router)(means)[:, 0]
             assert torch.equal(scores, torch.arange(len(means)))  # a mean is nearest to itself
-
-
-@pytest.mark.parametrize("cuts", [(1,), (4, 5, 60), (17, 34)])
-def test_means_are_those_of_tokens_in_parts(run, store, cuts):
-    calibration = calibration_tokens(run.dense(), CALIBRATION, run.config, root=store)
-    index, moe = next(iter(moe_layers(run.model).items()))
-    site = calibration.sites[index]
-    (layers,) = calibration.parts([site])
-    layer, tally = layers[site.name], _MeanInputs(site, moe, "made")
-    sums = sums_of(tally, layer)
-    agree(added_up(tally, parts_of(layer, cuts)), sums)
-    routed = layer.sample.position >= leading(run)
-    assert float(sums["tokens"].sum()) == routed.sum()
-    total = layer.sample.inputs[routed].astype(float).sum(axis=0)
-    np.testing.assert_allclose(sums["inputs"].sum(dim=0), total, rtol=1e-5, atol=1e-3)
 
 
 def test_random_and_constant_follow_the_calibration(run, choices, store):
@@ -218,9 +195,6 @@ def test_errors_and_regrets_are_those_of_one_token_after_the_other(run, choices,
             assert row["regret"] == pytest.approx(regret, rel=1e-2, abs=1e-5)
             assert row["best"] == pytest.approx((taken == errors.min(axis=1)).mean(), abs=0.02)
             assert row["experts"] == errors.shape[1]
-
-
-def test_no_router_beats_the_oracle_and_the_oracle_regrets_nothing(table):
     assert (table["regret"] >= 0).all()
     oracle = table[table["router"] == "oracle"]
     assert list(oracle["regret"]) == [0] * len(oracle)
@@ -229,9 +203,8 @@ def test_no_router_beats_the_oracle_and_the_oracle_regrets_nothing(table):
 
 
 def test_a_row_for_every_layer_and_router_whatever_the_batches(run, choices, table):
-    layers = list(choices["cosine"])
-    found = list(table[["layer", "router"]].itertuples(index=False, name=None))
-    assert found == [(layer, name) for layer in layers for name in choices]
+    rows = list(table[["layer", "router"]].itertuples(index=False, name=None))
+    assert rows == [(layer, name) for layer in choices["cosine"] for name in choices]
     assert "10 images" in table.attrs["caption"]
     whole = measure.router_regret(run, IMAGES, choices)
     numbers = ["error", "regret", "best"]
