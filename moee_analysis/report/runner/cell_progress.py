@@ -42,13 +42,7 @@ def count_cells(notebook: Path) -> int:
     return 1 + sum(c["cell_type"] == "code" and bool("".join(c["source"]).strip()) for c in cells)
 
 
-def note_cell(folder: Path) -> None:
-    """Note in the ``folder`` of a notebook that a code cell has ended."""
-    with (folder / CELLS).open("ab") as file:
-        file.write(b".")
-
-
 def cells_noted(folder: Path) -> int:
-    """How many code cells have ended, as noted by :func:`note_cell`."""
+    """How many code cells have ended of the notebook that runs in ``folder``."""
     path = folder / CELLS
     return path.stat().st_size if path.is_file() else 0

@@ -183,6 +183,7 @@ def _run(
             "notebook": str(notebook),
             "written": str(place / NOTEBOOK),
             "status": str(place / STATUS),
+            "cells": str(place / CELLS),
             "parameters": parameters | {"out": str(place)},
             "timeout": seconds,
             "cwd": str(Path.cwd()),

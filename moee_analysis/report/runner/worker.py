@@ -20,7 +20,6 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from moee_analysis.outside_text import printable
 from moee_analysis.report.pages.output import ESCAPES, join_streams
-from moee_analysis.report.runner.cell_progress import note_cell
 from moee_analysis.report.runner.jupyter import NAME
 from moee_analysis.utils.signals import die_after
 from moee_analysis.utils.storage.files import write_json
@@ -50,7 +49,7 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
             execution_timeout=job["timeout"],
             shutdown_kernel="immediate",
             on_cell_executed=lambda cell, **_: join_streams(cell),  # nbclient takes hours
-            on_cell_complete=lambda **_: note_cell(written.parent),
+            on_cell_complete=lambda **_: _note_cell(Path(job["cells"])),
         )
     except papermill.PapermillExecutionError as error:
         status = {
@@ -67,6 +66,12 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
     except RuntimeError as error:
         status = _stopped(written, "dead_kernel", f"the kernel did not start ({error})")
     return status | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+def _note_cell(notes: Path) -> None:
+    """Note that a code cell has ended, for the report's bar."""
+    with notes.open("ab") as file:
+        file.write(b".")
 
 
 def _literal(path: str) -> str:
