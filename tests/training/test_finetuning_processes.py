@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.torchrun import tune as tune_together
 
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
@@ -21,7 +20,9 @@ from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import sum_gradients
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import SMALL_VIT, lively
-from tests.helpers.processes import ended_at, torchrun
+from tests.helpers.processes import ended_at
+from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import tune as tune_together
 from tests.helpers.runs import quick
 
 
@@ -30,8 +31,7 @@ def test_any_number_of_processes_learns_the_same(tmp_path):
     for folder in (one, two):
         folder.mkdir()
     tune_together(one)
-    done = torchrun(2, "tests.helpers.torchrun", "finetune", two)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, tune_together, two)
     models = [load_file(path) for folder in (one, two) for path in sorted(folder.glob("tuned-*"))]
     assert len(models) == 3
     histories = [pd.read_csv(folder / "run" / METRICS) for folder in (one, two)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -34,61 +34,32 @@ DATA_SETS = pd.DataFrame(**_TABLES["data_sets"])
 CONTRIBUTIONS = pd.DataFrame(**_TABLES["contributions"])
 """V-JetMoE-T: what core and universal experts contribute, layer by layer."""
 
+CONFIGURATIONS = pd.DataFrame(**_TABLES["configurations"]).astype({"first_layer": "Int64"})
+"""Models of the paper's: experts from ``first_layer`` on, NA where there are none."""
+
 DEPTH = 12
 
 
-class Configuration(NamedTuple):
-    """A model of the paper's, and its figures."""
-
-    model: str
-    start: str
-    first_layer: int | None  # with experts; None: dense
-    core: int
-    universal: int
-    params: float
-    flops: float
-    cifar100: float
-    imagenet: float | None = None
-
-    @property
-    def heads(self) -> int:
-        """Heads, of 64 dimensions each: 3 in ViT-T, 6 in ViT-S."""
-        return 6 if self.model.endswith("S") else 3
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers with experts, counted from 0."""
-        return () if self.first_layer is None else tuple(range(self.first_layer - 1, DEPTH))
-
-
-CONFIGURATIONS = tuple(Configuration(*row) for row in _TABLES["configurations"]["data"])
-"""The table of configurations."""
-
-
 def published() -> pd.DataFrame:
-    """Return the paper's table of configurations, with what this package counts beside it.
+    """Return :data:`CONFIGURATIONS`, with what this package counts beside them.
 
-    Returns
-    -------
-    DataFrame
-        A row a model: ``model``; what it ``start``s from, scratch or a pretrained dense model;
-        ``first_layer`` with experts, from 1, NA where there is none; ``core`` and ``universal``
-        experts; the paper's ``params`` (10^6), ``flops`` (10^9), ``cifar100`` and ``imagenet``
-        (top-1, %). Counted here, for ImageNet's 1000 classes: ``params_counted`` (10^6),
-        ``macs_counted`` (10^9), and two parts of these that the paper's FLOPs leave out:
-        ``macs_of_mixing`` (logits, dispatch and combine) and ``macs_of_attention`` (QK^T and AV).
-        No weights are made for it.
+    Columns: ``model``; what it ``start``s from, scratch or a pretrained dense model;
+    ``first_layer``; ``core`` and ``universal`` experts; the paper's ``params`` (10^6), ``flops``
+    (10^9), ``cifar100`` and ``imagenet`` (top-1, %). Counted here, for ImageNet's 1000 classes and
+    without making weights: ``params_counted`` (10^6), ``macs_counted`` (10^9), and two parts of
+    these that the paper's FLOPs leave out: ``macs_of_mixing`` (logits, dispatch and combine) and
+    ``macs_of_attention`` (QK^T and AV).
     """
-    rows = [row._asdict() | _counted(row) for row in CONFIGURATIONS]
-    table = pd.DataFrame(rows).astype({"first_layer": "Int64"})
+    counted = pd.DataFrame([_count(row) for row in CONFIGURATIONS.itertuples()])
+    table = pd.concat([CONFIGURATIONS, counted], axis=1)
     table.attrs["caption"] = "Models of the MoE Jetpack paper, and their sizes counted again."
     return table
 
 
-def _counted(row: Configuration) -> dict[str, float]:
+def _count(row: Any) -> dict[str, float]:
     model = build(row)
     tokens, dim = model.pos_embed.shape[1:]
-    mixing = 3 * tokens * dim * (row.core + row.universal) * len(row.layers)
+    mixing = 3 * tokens * dim * (row.core + row.universal) * len(layers_of(row))
     return {
         "params_counted": count_parameters(model) / 1e6,
         "macs_counted": count(model, sites=[]).total / 1e9,
@@ -97,16 +68,22 @@ def _counted(row: Configuration) -> dict[str, float]:
     }
 
 
-def build(row: Configuration) -> nn.Module:
-    """Build a model of the paper's on the meta device: shapes alone, no memory."""
+def layers_of(row: Any) -> tuple[int, ...]:
+    """Layers with experts of a row of :data:`CONFIGURATIONS`, counted from 0."""
+    return () if pd.isna(row.first_layer) else tuple(range(row.first_layer - 1, DEPTH))
+
+
+def build(row: Any) -> nn.Module:
+    """Build a row of :data:`CONFIGURATIONS` on the meta device: shapes alone, no memory."""
+    heads = 6 if row.model.endswith("S") else 3  # of 64 dimensions each
     with torch.device("meta"):
         dense = VisionTransformer(
-            embed_dim=64 * row.heads, depth=DEPTH, num_heads=row.heads, global_pool="avg",
+            embed_dim=64 * heads, depth=DEPTH, num_heads=heads, global_pool="avg",
             weight_init="skip",  # drawing takes long on that device
         )  # fmt: skip
     dense.pretrained_cfg = {"input_size": (3, 224, 224), "num_classes": dense.num_classes}
-    if not row.layers:
+    if not layers_of(row):
         return dense.eval()
     router = "soft" if row.model.startswith("Soft") else "sphero"
-    experts = {"layers": row.layers, "core": row.core, "universal": row.universal}
+    experts = {"layers": layers_of(row), "core": row.core, "universal": row.universal}
     return convert(dense, None, JetpackConfig(method="uniform", router=router, **experts))
