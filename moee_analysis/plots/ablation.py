@@ -92,7 +92,6 @@ def _draw_dots(ax: Axes, rows: pd.DataFrame, colour: str) -> None:
 
 
 def _write_retention(ax: Axes, rows: pd.DataFrame) -> None:
-    """Write the retention to the right of each row."""
     small = {"size": 7, "va": "center", "ha": "right", "transform": ax.get_yaxis_transform()}
     for place, row in enumerate(rows.itertuples()):
         if np.isnan(row.kl):

@@ -71,17 +71,12 @@ def heat_map(
 
 
 def heat_maps(
-    maps: dict[str, pd.DataFrame],
-    bar: str,
-    *,
-    cols: int,
-    panel: tuple[float, float],
-    **options: Any,
+    maps: dict[str, pd.DataFrame], bar: str, *, cols: int, panel: tuple[float, float], **look: Any
 ) -> tuple[Figure, list[Axes]]:
     """A ``panel`` of so many inches for each map, under its title; ``bar`` names their colours."""
     fig, axes = style.panels(len(maps), cols=cols, size=panel)
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
-        mesh = heat_map(ax, values, **options)
+        mesh = heat_map(ax, values, **look)
         ax.set_title(title)
     bar_beside(fig, axes, mesh, bar)
     return fig, axes
@@ -113,9 +108,8 @@ def curves(
     """
     if table.empty:
         return
-    looks = looks or style.looks(table[by])
-    colours = {name: look["color"] for name, look in looks.items()}
-    markers = {name: look["marker"] for name, look in looks.items()}
+    looks = pd.DataFrame(looks or style.looks(table[by])).T
+    colours, markers = looks["color"].to_dict(), looks["marker"].to_dict()
     common = {"x": x, "hue": by, "palette": colours, "estimator": None, "ax": ax}
     sns.lineplot(table, y=value, style=by, markers=markers, dashes=False, **common)
     for column, dashes in (chance or {}).items():
@@ -205,9 +199,7 @@ def number(ax: Axes, x: float, y: float, text: str, *, size: float = 7) -> None:
     ax.text(x, y, text, size=size, ha="center", va="center", path_effects=halo)
 
 
-def colour_patches(
-    ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: Sequence[str]
-) -> None:
+def colour_patches(ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: list[str]) -> None:
     """Lay the colours of patches' experts (rows, columns) over a pale grey picture."""
     height, width = picture.shape[:2]
     ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
@@ -225,7 +217,6 @@ def colour_parts(axes: Sequence[Axes], masks: Sequence[np.ndarray]) -> dict[int,
 
 
 def _colour(ax: Axes, values: np.ndarray, colours: Sequence[str], **options: Any) -> None:
-    """Draw whole numbers in the colours that stand in their places."""
     ends = {"vmin": -0.5, "vmax": len(colours) - 0.5, "interpolation": "nearest"}
     ax.imshow(values, cmap=ListedColormap(colours), **ends, **options)
 

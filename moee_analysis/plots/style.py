@@ -34,31 +34,24 @@ CHANCE = {"ls": "--", "lw": 1}
 LAYER_AXIS = "layer (counted from 0, as timm's blocks.0)"
 
 HOUSE: dict[str, Any] = {
-    **sns.axes_style("whitegrid"),
+    **sns.axes_style("ticks"),
     **sns.plotting_context("paper", font_scale=0.93),
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
+    "figure.titleweight": "bold",
     "font.sans-serif": ["DejaVu Sans"],
-    "text.color": INK,
     "text.parse_math": False,  # a class may be called $x$
     "axes.titlelocation": "left",
-    "axes.edgecolor": INK,
-    "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
     "grid.color": "#E4E6EA",
-    "grid.linewidth": 0.6,
-    "xtick.bottom": True,
-    "ytick.left": True,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
     "legend.frameon": False,
     "patch.force_edgecolor": False,
     "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
     "figure.labelsize": 9,
-    "figure.titleweight": "bold",
 }
 
 house = plt.rc_context(HOUSE)  # decorator of every plot: the user's own settings come back after it

@@ -90,7 +90,6 @@ def looks(table: pd.DataFrame, colour: str = style.INK) -> dict[str, drawing.Loo
 
 
 def _limits(table: pd.DataFrame) -> tuple[float, float]:
-    """The scale that all panels share."""
     known = table[["kl", "kl_low", "kl_high"]].to_numpy(float)
     known = known[np.isfinite(known) & (known > 1e-5)]
     return (known.min() / 1.25, known.max() * 1.25) if len(known) else (0.01, 1.0)

@@ -15,9 +15,7 @@ from matplotlib.patches import Rectangle
 from moee_analysis.errors import MoeeError
 from moee_analysis.plots import drawing, style, text
 
-AROUND = 1.5
-"""Patches that are shown on each side of a typical one: it needs some context to be recognised."""
-
+_AROUND = 1.5  # patches shown on each side of a typical one, which needs some context
 _COLUMNS = 6
 
 
@@ -53,7 +51,6 @@ def top_patches(
 
 
 def _draw_patch(ax: Axes, picture: np.ndarray, row: Any) -> None:
-    """Draw a patch framed, with :data:`AROUND` of its neighbours on each side."""
     height, width = picture.shape[:2]
     tall, wide = height / row.rows, width / row.columns
     top, left = row.row * tall, row.column * wide
@@ -61,7 +58,7 @@ def _draw_patch(ax: Axes, picture: np.ndarray, row: Any) -> None:
     for colour, thick in (("white", 3), (style.PALETTE[1], 1.6)):
         frame = Rectangle((left - 0.5, top - 0.5), wide, tall, fill=False, ec=colour, lw=thick)
         ax.add_patch(frame)
-    side = (1 + 2 * AROUND) * max(tall, wide)
+    side = (1 + 2 * _AROUND) * max(tall, wide)
     ax.set_xlim(_window(left + wide / 2, side, width))
     ax.set_ylim(_window(top + tall / 2, side, height)[::-1])
     ax.set_title(row.class_name, loc="center", size=6.5, pad=2)
@@ -121,9 +118,7 @@ def image_layers(
     return style.caption(fig, caption)
 
 
-def _draw_numbered(
-    ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: Sequence[str]
-) -> None:
+def _draw_numbered(ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: list[str]) -> None:
     """Colour every patch by its expert, and write each expert's number on its middle patch."""
     drawing.colour_patches(ax, picture, experts, colours)
     size = np.array(picture.shape[:2]) / experts.shape
@@ -136,20 +131,16 @@ def _draw_numbered(
 
 @text.describes(image_layers)
 def _describe_image_layers(
-    pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray], image: int | None = None
+    pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]
 ) -> str:
-    """Of one ``image``, or on average over all."""
     if not experts:
         return "There is no layer of patches to show."
-    chosen = slice(None) if image is None else slice(image, image + 1)
     met = {
-        layer: np.mean([len(np.unique(one)) for one in experts[layer][chosen]])
-        for layer in sorted(experts)
+        layer: np.mean([len(np.unique(one)) for one in experts[layer]]) for layer in sorted(experts)
     }
     few, many = min(met, key=met.get), max(met, key=met.get)
-    whose = "this image" if image is not None else f"one of {len(pictures)} images, on average,"
     each = text.listed(
         f"{text.number(met[layer], 1).removesuffix('.0')} experts in layer {layer}"
         for layer in dict.fromkeys((few, many))
     )
-    return f"The patches of {whose} meet {each}."
+    return f"The patches of one of {len(pictures)} images, on average, meet {each}."

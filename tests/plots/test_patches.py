@@ -71,8 +71,6 @@ def test_how_many_experts_an_image_meets():
     experts = {0: np.zeros((2, 2, 2), int), 5: np.array([[[0, 1], [2, 3]], [[0, 0], [0, 1]]])}
     said = plots.describe(plots.image_layers, [None, None], experts)
     assert "one of 2 images, on average, meet 1 experts in layer 0 and 3 experts in layer 5" in said
-    one = plots.describe(plots.image_layers, [None, None], experts, 0)
-    assert "this image meet 1 experts in layer 0 and 4 experts in layer 5" in one
     assert "no layer" in plots.describe(plots.image_layers, [], {})
 
 
