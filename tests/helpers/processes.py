@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-PRELOADED = [__name__, "moee_analysis.cli.commands", "tests.helpers.runs"]
+PRELOADED = [__name__, "moee_analysis.cli.commands", "tests.helpers.ranks"]
 
 
 @cache
@@ -130,16 +129,6 @@ def small_disk(largest):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def torchrun(count, *arguments):
-    """Run a module in so many processes, and return its outcome."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), "-m", *map(str, arguments)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    return subprocess.run(
-        command, env=settings, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 @contextmanager

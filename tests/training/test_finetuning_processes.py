@@ -21,7 +21,7 @@ from moee_analysis.utils.distributed import sum_gradients
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import SMALL_VIT, lively
 from tests.helpers.processes import ended_at
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, tune_toy
 from tests.helpers.ranks import tune as tune_together
 from tests.helpers.runs import quick
 

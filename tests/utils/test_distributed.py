@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,15 +13,16 @@ from safetensors.torch import load_file
 
 from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import agreed, all_sum, local_device, own_share, together
-from tests.helpers.processes import torchrun
+from tests.conftest import ROOT
+from tests.helpers.processes import new_place, run_command
+from tests.helpers.ranks import run_ranks, take_apart
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Folder of the models that one process comes to, by run."""
     folder = tmp_path_factory.mktemp("alone")
-    done = torchrun(1, "tests.helpers.torchrun", "extract", folder)
-    assert done.returncode == 0, done.stderr
+    run_ranks(1, take_apart, folder)
     return folder
 
 
@@ -37,27 +41,36 @@ def check_same(folder, alone, count):
 
 
 def test_any_number_of_processes_comes_to_the_same_experts(alone, tmp_path):
-    done = torchrun(3, "tests.helpers.torchrun", "extract", tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_ranks(3, take_apart, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3 * len(list(alone.iterdir())) == 12
     check_same(tmp_path, alone, 3)
 
 
 def test_a_process_that_fails_ends_the_job_with_its_error(alone, tmp_path):
-    done = torchrun(2, "tests.helpers.torchrun", "crash", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*command, "2", "-m", "tests.helpers.ranks", tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode != 0
     assert "expected a process that works" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {f"best-{n}.safetensors" for n in range(2)}
     check_same(tmp_path, alone, 2)
 
 
+def command_of_rank(argv, place):
+    run_command(argv, place / os.environ["RANK"])
+
+
 def test_the_command_is_one_for_all_processes(tmp_path):
-    done = torchrun(
-        2, "moee_analysis.cli", "extract", "--recipe", "best", "--preset", "smoke",
-        "--macs-reduction", "0.3", "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("saved to") == 1
+    argv = ["extract", "--recipe", "best", "--preset", "smoke", "--macs-reduction", "0.3", "--out"]
+    for rank in range(2):
+        new_place(tmp_path / str(rank))
+    run_ranks(2, command_of_rank, [*argv, str(tmp_path / "run")], tmp_path)
+    printed = [(tmp_path / str(rank) / "printed").read_text() for rank in range(2)]
+    assert "saved to" in printed[0]
+    assert "saved to" not in printed[1]
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["provenance"]["n_images"] == 160
 
