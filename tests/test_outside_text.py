@@ -17,8 +17,10 @@ from moee_analysis.outside_text import as_markdown, printable
 from moee_analysis.report.atlas import write_atlas
 from moee_analysis.report.runner.run_notebooks import report
 from moee_analysis.utils.progress import tell
-from tests.helpers.makers import image_folder, lively, quick
-from tests.helpers.notebook_files import write_notebook
+from tests.helpers.images import image_folder
+from tests.helpers.models import lively
+from tests.helpers.notebooks import write_notebook
+from tests.helpers.runs import quick
 
 SHOWN = {
     "{{facts}}": "{{facts}}",

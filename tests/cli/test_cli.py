@@ -27,7 +27,7 @@ from tests.measure.evaluation.test_evaluate import FIELDS, LAYER_FIELDS
 EXTRACT = ["extract", "--model", "bundled", "--reduce", "pca", "--preset", "smoke"]
 
 
-def scenes(folder, split="evaluation", count=60):
+def scenes(folder, split="evaluation", count=40):
     """A folder of bundled scenes, as a user would have photographs."""
     images = load_images(split=split, limit=count)
     for index, name in enumerate(images.folders):
@@ -98,7 +98,7 @@ def test_extract_then_evaluate_writes_every_promised_number(evaluated):
     assert set(numbers) >= FIELDS
     assert len(numbers["layers"]) == 12
     assert all(set(layer) >= LAYER_FIELDS for layer in numbers["layers"])
-    assert numbers["n_images"] == 60
+    assert numbers["n_images"] == 40
     assert numbers["macs_reduction"] == pytest.approx(0.2, abs=0.03)
     assert 0 < numbers["params_moe"] < numbers["params_dense"]
     assert numbers["provenance"]["seed"] == 0
@@ -208,7 +208,7 @@ def test_lab_passes_options_on_and_other_commands_refuse_strange_ones(monkeypatc
 def test_finetune_makes_a_run_that_can_be_evaluated(evaluated, tmp_path, capsys, monkeypatch):
     root, before = evaluated
     monkeypatch.setenv("MOEE_HEADLESS", "1")
-    seen = scenes(tmp_path / "seen", split="train", count=40)
+    seen = scenes(tmp_path / "seen", split="train")
     command = ["finetune", root / "run", "--images", seen, "--out", tmp_path / "tuned"]
     command += ["--epochs", 2, "--learning-rate", 1e-4, "--held-out", 0.4, "--batch-size", 8]
     command += ["--augmentation", "none", "--seed", 3]

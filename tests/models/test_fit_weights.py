@@ -43,72 +43,61 @@ def prefixed(tensors, prefix):
 # Wrappers and prefixes
 
 
+def check_loads(path, content, model):
+    """The file holds the weights of the model."""
+    loaded = load_model(SMALL_VIT, weights=written(path, content))
+    assert hash_weights(loaded) == hash_weights(model)
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_prefixes_are_looked_through(tmp_path, model, prefix, name, capsys):
-    path = written(tmp_path / name, prefixed(model.state_dict(), prefix))
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+def test_prefixes_are_looked_through(tmp_path, model, prefix, capsys):
+    name = "w.safetensors" if prefix == "model." else "w.pth"
+    check_loads(tmp_path / name, prefixed(model.state_dict(), prefix), model)
     assert f"'{prefix}'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", WRAPPERS)
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("outer", [None, "state_dict", "model"])
-def test_wrappers_are_looked_through_also_nested(tmp_path, model, key, prefix, outer):
-    content = {key: prefixed(model.state_dict(), prefix), "epoch": 3}
-    path = written(tmp_path / "w.pth", content if outer is None else {outer: content, "step": 1})
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+@pytest.mark.parametrize(
+    ("keys", "prefix"),
+    [
+        *[((key,), "") for key in WRAPPERS],
+        *[(("state_dict", key), "module.") for key in WRAPPERS[::2]],
+        (("model", "net"), ""),
+    ],
+)
+def test_wrappers_are_looked_through_also_nested(tmp_path, model, keys, prefix):
+    content = prefixed(model.state_dict(), prefix)
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3, "best": torch.tensor(71.2)}
+    check_loads(tmp_path / "w.pth", content, model)
 
 
 def test_averaged_weights_are_preferred_aloud(tmp_path, model, capsys):
     averaged = lively(seed=1)
     for key in ("state_dict_ema", "model_ema"):
         content = {"state_dict": model.state_dict(), key: averaged.state_dict()}
-        path = written(tmp_path / "w.pth", content)
-        assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(averaged)
+        check_loads(tmp_path / "w.pth", content, averaged)
         assert f"'{key}'" in capsys.readouterr().out
+    for prefix in ("model_ema.module.", "ema_model."):  # within one state dict
+        both = prefixed(model.state_dict(), "model.") | prefixed(averaged.state_dict(), prefix)
+        check_loads(tmp_path / "w.ckpt", {"state_dict": both}, averaged)
+        assert f"'{prefix}'" in capsys.readouterr().out
 
 
-def test_options_and_numbers_beside_the_weights_are_no_obstacle(tmp_path, model):
+def test_what_stands_beside_the_weights_is_no_obstacle(tmp_path, model):
     content = {
         "model": model.state_dict(), "args": argparse.Namespace(lr=0.1, name="x"),
         "best": np.float64(0.7), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "ema": {"decay": 0.9, "shadow_params": list(model.state_dict().values())},
+        "rng": torch.tensor(71.2), "step": torch.tensor(3), "rates": [0.1, 0.2],
     }  # fmt: skip
-    path = written(tmp_path / "w.pth", content)
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
-
-
-@pytest.mark.parametrize("beside", [{"best": 0}, {"rng": 0, "step": 0}])
-def test_tensors_beside_the_weights_are_no_obstacle(tmp_path, model, beside):
-    content = {"state_dict": prefixed(model.state_dict(), "module.")}
-    content |= {name: torch.tensor(71.2) for name in beside}
-    path = written(tmp_path / "w.pth", content)
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
-
-
-@pytest.mark.parametrize("prefix", ["model_ema.module.", "ema_model."])
-def test_averaged_weights_within_one_state_dict_are_preferred(tmp_path, model, prefix, capsys):
-    averaged = lively(seed=1)
-    both = prefixed(model.state_dict(), "model.") | prefixed(averaged.state_dict(), prefix)
-    path = written(tmp_path / "w.ckpt", {"state_dict": both})
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(averaged)
-    assert f"'{prefix}'" in capsys.readouterr().out
-
-
-def test_averages_in_a_list_are_passed_over(tmp_path, model):
-    shadow = {"decay": 0.9, "shadow_params": list(model.state_dict().values())}
-    path = written(tmp_path / "w.pth", {"model": model.state_dict(), "ema": shadow})
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+    check_loads(tmp_path / "w.pth", content, model)
 
 
 @pytest.mark.parametrize("inside", ["_orig_mod.", "_fsdp_wrapped_module."])
 def test_wrapped_parts_are_looked_through(tmp_path, model, inside):
-    tensors = {
-        name.replace("blocks.1.", f"blocks.1.{inside}"): tensor
-        for name, tensor in prefixed(model.state_dict(), "module.").items()
-    }
-    path = written(tmp_path / "w.pth", tensors)
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
+    tensors = prefixed(model.state_dict(), "module.").items()
+    wrapped = {n.replace("blocks.1.", f"blocks.1.{inside}"): t for n, t in tensors}
+    check_loads(tmp_path / "w.pth", wrapped, model)
 
 
 OFFICIAL = {
@@ -120,8 +109,7 @@ OFFICIAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(("name", "prefix"), [*zip(OFFICIAL, ("", "module."), strict=True)])
 def test_names_of_the_architecture_s_own_repository_are_timm_s_to_translate(tmp_path, name, prefix):
     model = build_model(name, num_classes=10)
     tensors = dict(model.state_dict())
@@ -154,24 +142,20 @@ def test_a_head_may_stand_outside_the_backbone(tmp_path, model, capsys):
 
 
 def test_one_network_among_others_is_chosen_by_the_usual_names(tmp_path, model):
-    both = prefixed(lively(seed=1).state_dict(), "teacher.") | prefixed(
-        model.state_dict(), "backbone."
-    )
-    path = written(tmp_path / "w.pth", both)
-    assert hash_weights(load_model(SMALL_VIT, weights=path)) == hash_weights(model)
-
-
-def test_two_networks_of_strange_names_are_named(tmp_path, model):
-    both = prefixed(model.state_dict(), "teacher.") | prefixed(model.state_dict(), "student.")
-    with pytest.raises(MoeeError, match=r"'teacher\.', 'student\.'"):
+    other = prefixed(lively(seed=1).state_dict(), "teacher.")
+    check_loads(tmp_path / "w.pth", other | prefixed(model.state_dict(), "backbone."), model)
+    both = prefixed(model.state_dict(), "student.") | other
+    with pytest.raises(MoeeError, match=r"'student\.', 'teacher\.'"):
         load_model(SMALL_VIT, weights=written(tmp_path / "w.pth", both))
 
 
 # Types, sizes and channels
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.float16, "w.pth"), (torch.bfloat16, "w.safetensors"), (torch.float64, "w.pth")],
+)
 def test_tensors_of_every_precision_load(tmp_path, model, dtype, name):
     tensors = {key: tensor.to(dtype) for key, tensor in model.state_dict().items()}
     loaded = load_model(SMALL_VIT, weights=written(tmp_path / name, tensors))
@@ -189,8 +173,10 @@ def test_position_embeddings_of_another_size_are_resampled_as_timm_does(tmp_path
     assert "resampled for this model's images: pos_embed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", FIRST)
-@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [(SMALL_VIT, 1), (SMALL_VIT, 2), (SMALL_VIT, 4), (SMALL_CONVNEXT, 1), (SMALL_CONVNEXT, 6)],
+)
 def test_patch_embeddings_of_other_channels_are_adapted_as_timm_does(tmp_path, name, channels):
     model, first = lively(name), FIRST[name]
     path = written(tmp_path / "w.pth", prefixed(model.state_dict(), "module."))

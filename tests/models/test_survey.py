@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.layers import GluMlp, Mlp
+from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.models.loading import find_mlps
@@ -82,13 +82,6 @@ def test_mlps_with_the_same_weights_are_left_out_under_one_name():
     shared = Mlp(4, 8)
     model = nn.ModuleDict({"one": shared, "own": Mlp(4, 8), "other": shared})
     assert reasons(model) == {"one": "stands in 2 places with the same weights", "own": ""}
-
-
-def test_the_reasons_are_lines_that_a_user_can_read():
-    model = nn.ModuleDict({"a": GluMlp(4, 8)})
-    (gated,) = survey(model)
-    assert (gated.name, gated.kind) == ("a", "GluMlp")
-    assert gated.reason == "gated: a hidden neuron is the product of two"
 
 
 def test_a_model_is_its_layers_whether_they_are_routed_or_not():

@@ -5,7 +5,8 @@ import torch
 from torch.nn import DataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from moee_analysis.extraction.pipeline import extract, load
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import load
 from moee_analysis.measure import accuracy, macs
 from moee_analysis.models.class_names import name_classes
 from moee_analysis.models.fingerprints import fingerprint
@@ -66,7 +67,7 @@ def test_wrapped_parts_are_left_where_they_are():
 
 
 def test_a_wrapped_model_is_taken_apart_saved_and_measured(wrapped, tmp_path):
-    images = toy_images(24)
+    images = toy_images(8)
     run = extract(wrapped, images, quick(experts="one"))
     run.save(tmp_path / "run")
     loaded = load(tmp_path / "run")
@@ -78,4 +79,4 @@ def test_a_wrapped_model_is_taken_apart_saved_and_measured(wrapped, tmp_path):
     assert macs(run, images)["macs"].notna().all()
     name_classes(wrapped, CLASSES)
     assert class_names(wrapped) == CLASSES
-    assert accuracy(wrapped, images, resamples=10)["n_images"].item() == 24
+    assert accuracy(wrapped, images, resamples=10)["n_images"].item() == 8

@@ -22,7 +22,6 @@ from tests.helpers.images import contents, toy_images
 from tests.helpers.models import SMALL_VIT, lively
 from tests.helpers.processes import ended_at
 from tests.helpers.ranks import run_ranks, tune_toy
-from tests.helpers.ranks import tune as tune_together
 from tests.helpers.runs import quick
 
 
@@ -30,8 +29,8 @@ def test_any_number_of_processes_learns_the_same(tmp_path):
     one, two = tmp_path / "1", tmp_path / "2"
     for folder in (one, two):
         folder.mkdir()
-    tune_together(one)
-    run_ranks(2, tune_together, two)
+    tune_toy(one)
+    run_ranks(2, tune_toy, two)
     models = [load_file(path) for folder in (one, two) for path in sorted(folder.glob("tuned-*"))]
     assert len(models) == 3
     histories = [pd.read_csv(folder / "run" / METRICS) for folder in (one, two)]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moee_analysis.baselines.jetpack.tensor_axes import heads_of
+from moee_analysis.baselines.jetpack.narrow_model import heads_of
 from moee_analysis.data.images import ImageSet
 from moee_analysis.models.capture import watch
 from moee_analysis.models.evaluation_mode import evaluating

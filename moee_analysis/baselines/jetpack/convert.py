@@ -19,10 +19,9 @@ from moee_analysis.baselines.common.replace_mlps import fill_budget, sites_at
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.baselines.jetpack.activation_profile import profile
 from moee_analysis.baselines.jetpack.config import JetpackConfig
-from moee_analysis.baselines.jetpack.narrow_model import successor
+from moee_analysis.baselines.jetpack.narrow_model import classifier_of, narrow_tensors, successor
 from moee_analysis.baselines.jetpack.recycling import Recycling
 from moee_analysis.baselines.jetpack.sphero import ExpertDropout, SpheroRouter
-from moee_analysis.baselines.jetpack.tensor_axes import classifier_of, narrow_tensors
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps

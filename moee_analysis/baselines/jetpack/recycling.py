@@ -19,7 +19,7 @@ from torch import nn
 from moee_analysis.baselines.common.equal_parts import divide_graph
 from moee_analysis.baselines.jetpack.activation_profile import Profile
 from moee_analysis.baselines.jetpack.config import JetpackConfig
-from moee_analysis.baselines.jetpack.tensor_axes import heads_of, stage_of, unit_counts
+from moee_analysis.baselines.jetpack.narrow_model import heads_of, stage_of, unit_counts
 from moee_analysis.models.loading import MlpSite, find_mlps
 
 PARTS = 32  # of a graph, as in the released code

@@ -45,7 +45,8 @@ def rows_of(tokens):
         for name in ("inputs", "image", "position", "weight"):
             values = [np.array(getattr(sample, name)) for sample in samples]
             found[site.name, name] = np.concatenate(values)
-        found[site.name, "hidden"] = np.concatenate([s.hidden[0 : len(s)] for s in samples])
+        hidden = [part[site.name].hidden(slice(None)) for part in parts]
+        found[site.name, "hidden"] = torch.cat(hidden).numpy()
         found[site.name, "start"] = np.array([sample.start for sample in samples])
         if gradients:
             values = [sample.gradients(slice(None)) for sample in samples]
