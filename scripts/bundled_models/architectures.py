@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.nn import functional
+from torch.nn.functional import layer_norm
 
 from moee_analysis.data.scenes.canvas import SIDE
 from moee_analysis.data.scenes.scene import CLASSES, SPLIT_SIZES
 from moee_analysis.models.loading import BUNDLED_MODELS
 from scripts.bundled_models.evaluation import GRID, PATCH
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -29,54 +26,28 @@ class Architecture:
 
     family: str
     kwargs: Mapping[str, object]
-    classifier: str
-    first_conv: str
+    classifier: str = "head.fc"
+    first_conv: str = "patch_embed.proj"
 
 
-ARCHITECTURES: dict[str, Architecture] = {
+_OUT = {"num_classes": len(CLASSES)}
+_VIT = {"patch_size": PATCH, "embed_dim": 64, "depth": 12, "num_heads": 2, "mlp_ratio": 4.0}
+_SWIN = {"patch_size": 4, "embed_dim": 32, "depths": (2, 6, 2), "num_heads": (1, 2, 4)}
+_CONVNEXT = {"patch_size": 4, "dims": (32, 64, 128, 128), "depths": (2, 6, 2, 1)}
+
+ARCHITECTURES = {
     "bundled": Architecture(
-        "vision_transformer",
-        {
-            "img_size": SIDE,
-            "patch_size": PATCH,
-            "embed_dim": 64,
-            "depth": 12,
-            "num_heads": 2,
-            "mlp_ratio": 4.0,
-            "num_classes": len(CLASSES),
-        },
-        classifier="head",
-        first_conv="patch_embed.proj",
+        "vision_transformer", {"img_size": SIDE} | _VIT | _OUT, classifier="head"
     ),
     "bundled_swin": Architecture(
         "swin_transformer",
-        {
-            "img_size": SIDE,
-            "patch_size": 4,
-            "embed_dim": 32,
-            "depths": (2, 6, 2),
-            "num_heads": (1, 2, 4),
-            "window_size": 4,
-            "mlp_ratio": 4.0,
-            "drop_path_rate": 0.0,
-            "num_classes": len(CLASSES),
-        },
-        classifier="head.fc",
-        first_conv="patch_embed.proj",
+        {"img_size": SIDE} | _SWIN | {"window_size": 4, "mlp_ratio": 4.0, "drop_path_rate": 0.0}
+        | _OUT,
     ),
     "bundled_convnext": Architecture(
-        "convnext",
-        {
-            "patch_size": 4,
-            "dims": (32, 64, 128, 128),
-            "depths": (2, 6, 2, 1),
-            "ls_init_value": 1.0,
-            "num_classes": len(CLASSES),
-        },
-        classifier="head.fc",
-        first_conv="stem.0",
+        "convnext", _CONVNEXT | {"ls_init_value": 1.0} | _OUT, first_conv="stem.0"
     ),
-}
+}  # fmt: skip
 """The bundled models by name."""
 
 
@@ -104,13 +75,8 @@ class Recipe:
 
 
 _ALL_PATCHES = Recipe(whole_epochs=Recipe.epochs, patches_seen=GRID * GRID)
-
-RECIPES: dict[str, Recipe] = {
-    "bundled": Recipe(),
-    "bundled_swin": _ALL_PATCHES,
-    "bundled_convnext": _ALL_PATCHES,
-}
-"""What made each bundled model."""
+RECIPES = {"bundled": Recipe(), "bundled_swin": _ALL_PATCHES, "bundled_convnext": _ALL_PATCHES}
+"""The training of each bundled model."""
 
 
 def build(name: str = "bundled") -> nn.Module:
@@ -130,39 +96,22 @@ def patch_width(model: nn.Module) -> int:
 def logits(
     model: nn.Module, x: torch.Tensor, seen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward pass that also shows the tokens of some patches.
+    """Class logits [n, classes], and normalised tokens [n, patches, width] of some patches.
 
-    Parameters
-    ----------
-    model
-        A vision transformer drops all other patches at its entrance; a model in stages works on
-        all of them and shows the tokens of the stage that has one for each patch.
-    x
-        Normalised pictures, float [n, 3, 64, 64].
-    seen
-        Indices of each picture's patches, int64 [n, patches].
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        Class logits [n, classes] and the patches' tokens [n, patches, width], normalised.
+    ``x`` are normalised pictures [n, 3, 64, 64], ``seen`` the indices of each one's patches, int64
+    [n, patches]. A vision transformer drops all others at its entrance; a model in stages works on
+    all of them and shows the tokens of the stage that has one for each patch.
     """
     seen = seen[..., None].expand(-1, -1, patch_width(model))
     if isinstance(model, VisionTransformer):
-        return _logits_of_some(model, x, seen)
+        tokens = model._pos_embed(model.patch_embed(x))
+        tokens = torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, seen)], 1)
+        tokens = model.norm(model.blocks(tokens))
+        return model.head(tokens[:, 0]), tokens[:, 1:]
     final, maps = model.forward_intermediates(x, indices=[_patch_stage(model)])
     tokens = maps[0].flatten(2).transpose(1, 2)
-    tokens = functional.layer_norm(tokens, tokens.shape[-1:])
+    tokens = layer_norm(tokens, tokens.shape[-1:])
     return model.forward_head(final), tokens.gather(1, seen)
-
-
-def _logits_of_some(
-    model: VisionTransformer, x: torch.Tensor, seen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = model._pos_embed(model.patch_embed(x))
-    tokens = torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, seen)], 1)
-    tokens = model.norm(model.blocks(tokens))
-    return model.head(tokens[:, 0]), tokens[:, 1:]
 
 
 def _patch_stage(model: nn.Module) -> int:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from moee_analysis.data.scenes.canvas import PARTS, SIDE
 from moee_analysis.data.scenes.scene import CLASSES, scene
+from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.utils.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
 
 PATCH = 8
 GRID = SIDE // PATCH
@@ -30,14 +26,8 @@ _PATCH_STARTS = (_ROWS * GRID + _COLUMNS) * len(PARTS)
 class Pictures:
     """Rendered scenes in memory.
 
-    Attributes
-    ----------
-    images
-        uint8 [n, 64, 64, 3].
-    labels
-        int64 [n], indices into `CLASSES`.
-    parts
-        uint8 [n, 64, parts]: in each 8 x 8 patch, row by row, how many pixels show each part.
+    ``images`` uint8 [n, 64, 64, 3], ``labels`` int64 [n], indices into `CLASSES`; ``parts`` uint8
+    [n, 64, parts]: in each 8 x 8 patch, row by row, how many pixels show each part.
     """
 
     images: torch.Tensor
@@ -54,14 +44,12 @@ class Pictures:
 
 def rendered(split: str, count: int) -> Pictures:
     """Render the first ``count`` scenes of a split."""
-    images = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
-    labels = np.empty(count, dtype=np.int64)
-    parts = np.empty((count, GRID * GRID, len(PARTS)), dtype=np.uint8)
-    for index in progress(range(count), label=f"rendering {split}"):
-        drawn = scene(split, index)
-        images[index], labels[index] = drawn.image, drawn.label
-        parts[index] = part_counts(drawn.parts)
-    return Pictures(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(parts))
+    scenes = [scene(split, n) for n in progress(range(count), label=f"rendering {split}")]
+    return Pictures(
+        torch.from_numpy(np.stack([each.image for each in scenes])),
+        torch.tensor([each.label for each in scenes]),
+        torch.from_numpy(np.stack([part_counts(each.parts) for each in scenes]).astype(np.uint8)),
+    )
 
 
 def part_counts(mask: np.ndarray) -> np.ndarray:
@@ -101,36 +89,28 @@ def hidden_variances(model: nn.Module, pictures: Pictures) -> list[torch.Tensor]
     """Variance of each hidden neuron's activation over all tokens, one float64 [hidden] a layer."""
     moments = [torch.zeros(3, 1, dtype=torch.float64) for _ in find_mlps(model)]
 
-    def add(layer: int, _module: nn.Module, _inputs: object, a: torch.Tensor) -> None:
-        a = a.flatten(0, -2).double()
+    def add(layer: int, hidden: torch.Tensor) -> None:
+        a = hidden.flatten(0, -2).double()
         batch = (torch.full_like(a[0], len(a)), a.sum(0), a.square().sum(0))
         moments[layer] = moments[layer] + torch.stack(batch)
 
-    with _hooked(model, [partial(add, layer) for layer in range(len(moments))]):
+    with watch(_activations(model), add, "outputs"):
         predictions(model, pictures)
     return [squares / n - (total / n) ** 2 for n, total, squares in moments]
 
 
 @contextmanager
 def half_pruned(model: nn.Module, calibration: Pictures) -> Iterator[None]:
-    """Silence, in every layer, the half of the hidden neurons that varies least.
+    """Silence the half of the hidden neurons of every layer that varies least: is the task hard?
 
-    Nothing makes up for them. A model that hardly suffers could not tell a good compression from
-    a bad one, so this is the check that the task is hard enough.
+    A model that hardly suffers could not tell a good compression from a bad one.
     """
-    hooks = []
-    for variance in hidden_variances(model, calibration):
-        keep = torch.zeros(len(variance))
-        keep[variance.argsort(descending=True)[: len(variance) // 2]] = 1.0
-        hooks.append(lambda _module, _inputs, a, keep=keep: a * keep)
-    with _hooked(model, hooks):
+    variances = hidden_variances(model, calibration)
+    kept = [v.argsort(descending=True)[: len(v) // 2] for v in variances]
+    keep = [torch.zeros(len(v)).scatter(0, n, 1.0) for v, n in zip(variances, kept, strict=True)]
+    with watch(_activations(model), lambda layer, hidden: hidden * keep[layer], "outputs"):
         yield
 
 
-@contextmanager
-def _hooked(model: nn.Module, hooks: Sequence[object]) -> Iterator[None]:
-    """Call one forward hook on the activations of each layer's MLP; gone afterwards."""
-    with ExitStack() as stack:
-        for site, hook in zip(find_mlps(model), hooks, strict=True):
-            stack.callback(site.module(model).act.register_forward_hook(hook).remove)
-        yield
+def _activations(model: nn.Module) -> dict[int, nn.Module]:
+    return {layer: site.module(model).act for layer, site in enumerate(find_mlps(model))}

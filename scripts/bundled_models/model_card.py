@@ -6,23 +6,18 @@ import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import nn
 
 from moee_analysis.data.scenes.canvas import SIDE
 from moee_analysis.data.scenes.scene import CLASSES, SPLIT_SEEDS
 from moee_analysis.utils.storage.files import new_file, write_text
-from scripts.bundled_models.architectures import ARCHITECTURES
-from scripts.bundled_models.evaluation import half_pruned, per_class, top1
+from scripts.bundled_models.architectures import ARCHITECTURES, Recipe
+from scripts.bundled_models.evaluation import Pictures, half_pruned, per_class, top1
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from scripts.bundled_models.architectures import Recipe
-    from scripts.bundled_models.evaluation import Pictures
+SPLITS = ("train", "evaluation", "calibration")
 
 
 def accuracy(
@@ -49,15 +44,12 @@ def card(
         "architecture": ARCHITECTURES[name].family,
         "kwargs": ARCHITECTURES[name].kwargs,
         "pretrained_cfg": _pretrained_cfg(name),
-        "data": {
-            "seeds": SPLIT_SEEDS,
-            "train_images": recipe.train_images,
-            "evaluation_images": recipe.evaluation_images,
-            "calibration_images": recipe.calibration_images,
-        },
+        "data": {"seeds": SPLIT_SEEDS}
+        | {f"{split}_images": getattr(recipe, f"{split}_images") for split in SPLITS},
         "training": {"command": command, "minutes": round(minutes, 1), **asdict(recipe)},
         "accuracy": scores,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
     }
 
 
@@ -74,11 +66,6 @@ def _pretrained_cfg(name: str) -> dict[str, object]:
         "classifier": ARCHITECTURES[name].classifier,
         "first_conv": ARCHITECTURES[name].first_conv,
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "timm", "numpy", "pillow")}
-    return {"python": platform.python_version(), **packages}
 
 
 def write(folder: Path, model: nn.Module, model_card: dict[str, object]) -> None:

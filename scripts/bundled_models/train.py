@@ -19,13 +19,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
 
 from moee_analysis.data.scenes.canvas import PARTS
 from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, find_mlps
@@ -35,12 +35,7 @@ from scripts.bundled_models.architectures import RECIPES, Recipe, build, logits,
 from scripts.bundled_models.evaluation import GRID, PATCH, Pictures, normalised, rendered, top1
 from scripts.bundled_models.model_card import accuracy, card, write
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
 OPTIONS = ("epochs", "train_images", "evaluation_images", "calibration_images", "seed")
-"""What of a recipe the command line can change."""
 
 
 def mirrored(x: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,15 +64,13 @@ def optimisers(
     rest = [w for w in (*model.parameters(), *part_head.parameters()) if id(w) not in named]
     return [
         torch.optim.Muon(
-            matrices,
-            lr=recipe.muon_rate,
-            weight_decay=recipe.weight_decay,
+            matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(
             rest, lr=recipe.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         ),
-    ]
+    ]  # fmt: skip
 
 
 @torch.no_grad()
@@ -94,18 +87,9 @@ def even_out(model: nn.Module, pull: float = 0.05) -> None:
 
 
 def train(name: str, recipe: Recipe, pictures: Pictures, check: Pictures) -> nn.Module:
-    """Train a model from scratch.
+    """Train a bundled architecture from scratch; tell its top-1 on ``check`` after each epoch.
 
-    Parameters
-    ----------
-    name
-        Which of the bundled architectures.
-    recipe
-        What to do; its seed covers initial weights, order and augmentation.
-    pictures
-        Training set.
-    check
-        Scenes whose top-1 is told after each epoch; they influence nothing.
+    The seed of the ``recipe`` covers initial weights, order and augmentation.
     """
     torch.manual_seed(recipe.seed)
     training = Training(recipe, build(name))
@@ -168,8 +152,8 @@ class Training:
             found = self.part_head(tokens)
         shares = parts.gather(1, seen[..., None].expand(-1, -1, len(PARTS))).float() / PATCH**2
         smoothing = self.recipe.label_smoothing
-        loss = functional.cross_entropy(classes.float(), labels, label_smoothing=smoothing)
-        in_patches = functional.cross_entropy(found.float().flatten(0, 1), shares.flatten(0, 1))
+        loss = cross_entropy(classes.float(), labels, label_smoothing=smoothing)
+        in_patches = cross_entropy(found.float().flatten(0, 1), shares.flatten(0, 1))
         return loss + self.recipe.part_weight * in_patches
 
 
@@ -194,14 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", choices=BUNDLED_MODELS, default=BUNDLED)
     for name in OPTIONS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=None, help="folder to write to (data/)")
     options = parser.parse_args(arguments)
-    changed = {
-        name: value
-        for name, value in vars(options).items()
-        if name in OPTIONS and value is not None
-    }
+    changed = {name: value for name, value in vars(options).items() if name in OPTIONS}
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = " ".join(["python -m scripts.bundled_models.train", *given])
     recipe = replace(RECIPES[options.model], **changed)
