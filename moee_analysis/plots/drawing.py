@@ -15,7 +15,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -197,28 +196,6 @@ def number(ax: Axes, x: float, y: float, text: str, *, size: float = 7) -> None:
     """Write ``text`` at a place of a picture, readable on every colour."""
     halo = [withStroke(linewidth=2, foreground="white")]
     ax.text(x, y, text, size=size, ha="center", va="center", path_effects=halo)
-
-
-def colour_patches(ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: list[str]) -> None:
-    """Lay the colours of patches' experts (rows, columns) over a pale grey picture."""
-    height, width = picture.shape[:2]
-    ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
-    _colour(ax, experts, colours, alpha=0.68, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-
-
-def colour_parts(axes: Sequence[Axes], masks: Sequence[np.ndarray]) -> dict[int, str]:
-    """Draw part masks, one on each of ``axes``; return the colours of parts, largest part first."""
-    values, pixels = np.unique(np.concatenate([mask.ravel() for mask in masks]), return_counts=True)
-    parts = values[np.argsort(-pixels, kind="stable")]
-    colours = dict(zip(parts.tolist(), style.expert_colours(len(parts)), strict=True))
-    for ax, mask in zip(axes, masks, strict=False):
-        _colour(ax, mask, [colours.get(value, "white") for value in range(values[-1] + 1)])
-    return colours
-
-
-def _colour(ax: Axes, values: np.ndarray, colours: Sequence[str], **options: Any) -> None:
-    ends = {"vmin": -0.5, "vmax": len(colours) - 0.5, "interpolation": "nearest"}
-    ax.imshow(values, cmap=ListedColormap(colours), **ends, **options)
 
 
 def sheet(figures: Sequence[Figure], *, caption: str | None = None) -> Figure:

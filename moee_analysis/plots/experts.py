@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -44,6 +45,68 @@ def _describe_layers(table: pd.DataFrame) -> str:
         f"tokens: {text.course(converted, 'noise_share', text.percent)}. Hidden neurons that a "
         f"token uses: {text.course(converted, 'active_fraction', text.percent)}."
     )
+
+
+@style.house
+def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.embedding``: tokens by cluster, noise (-1) grey, by layer."""
+    layers = table.groupby("layer")
+    fig, axes = style.panels(len(layers), cols=3, size=(2.6, 2.6))
+    for ax, (layer, tokens) in zip(axes, layers, strict=True):
+        _draw_tokens(ax, tokens.sort_values("cluster", kind="stable"))
+        clusters = tokens["cluster"][tokens["cluster"] >= 0].nunique()
+        noise = (tokens["cluster"] < 0).mean()
+        ax.set_title(f"layer {layer}: {clusters} clusters, {noise:.0%} noise")
+    return drawing.finish(fig, table, caption)
+
+
+def _draw_tokens(ax: Axes, tokens: pd.DataFrame) -> None:
+    colours = dict(enumerate(style.expert_colours(tokens["cluster"].max() + 1))) | {-1: style.PALE}
+    look = {"hue": "cluster", "palette": colours, "s": float(np.clip(6000 / len(tokens), 0.6, 8))}
+    sns.scatterplot(tokens, x="x", y="y", lw=0, rasterized=True, legend=False, ax=ax, **look)
+    for cluster, places in tokens[tokens["cluster"] >= 0].groupby("cluster")[["x", "y"]]:
+        drawing.number(ax, *places.median(), str(cluster))
+    ax.set(xlabel="", ylabel="")
+    drawing.bare(ax)
+
+
+@text.describes(embedding)
+def _describe_embedding(table: pd.DataFrame) -> str:
+    words = []
+    for layer, tokens in table.groupby("layer"):
+        clusters = tokens.loc[tokens["cluster"] >= 0, "cluster"].nunique()
+        noise = text.percent((tokens["cluster"] < 0).mean())
+        words.append(f"{text.count(clusters, 'cluster')} in layer {layer} ({noise} in none)")
+    return f"The tokens fall into {text.listed(words)}." if words else "No layer is shown."
+
+
+@style.house
+def surrogate(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.surrogate``: clusters found, and clusters invented, per layer."""
+    fig, axes = style.figure(6.4, 2.5, 1, 2)
+    labels = {"clusters": "clusters found", "noise_share": "share of noise"}
+    look = {"x": "layer", "hue": "data", "palette": style.colours(table["data"]), "errorbar": None}
+    for ax, (value, label) in zip(axes, labels.items(), strict=True):
+        sns.barplot(table, y=value, saturation=1, ax=ax, **look)
+        ax.get_legend().remove()
+        ax.set(xlabel="", ylabel=label)
+    fig.supxlabel(style.LAYER_AXIS)
+    drawing.legend(fig, axes[0])
+    return drawing.finish(fig, table, caption)
+
+
+@text.describes(surrogate)
+def _describe_surrogate(table: pd.DataFrame) -> str:
+    words = []
+    for layer, rows in table.groupby("layer"):
+        real, invented = (rows.set_index("data").loc[name] for name in ("activations", "surrogate"))
+        words.append(
+            f"layer {layer}: {real['clusters']:.0f} clusters and "
+            f"{text.percent(real['noise_share'])} noise in the activations, "
+            f"{invented['clusters']:.0f} and {text.percent(invented['noise_share'])} in a "
+            "surrogate that has no clusters by construction"
+        )
+    return text.sentence("; ".join(words) or "no layer is shown")
 
 
 @style.house

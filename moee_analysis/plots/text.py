@@ -57,6 +57,11 @@ def change(now: float, dense: float) -> str:
     return points(share) if pd.isna(share) else f"{points(share)} %"
 
 
+def count(number: int, what: str) -> str:
+    """``1 cluster``, ``2 clusters``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def span(values: pd.Series, form: Form = number) -> str:
     """The smallest and the largest of ``values``, as ``3 to 7``; one number if they are alike."""
     low, high = form(values.min()), form(values.max())

@@ -1,0 +1,256 @@
+"""What experts look at: the patches they take in pictures, and those that are typical of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.plots import drawing, style, text
+
+_SIDE = 1.15  # inches of one picture
+_LEGEND = 1.5  # inches beside the pictures
+_NAMED_PARTS = 22  # as many as fit beside a row; the largest
+_AROUND = 1.5  # patches shown on each side of a typical one, which needs some context
+_COLUMNS = 6
+
+
+@style.house
+def patches(
+    pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray], *, names: Sequence[str],
+    masks: Sequence[np.ndarray] | None = None, parts: Sequence[str] = (),
+    caption: str | None = None,
+) -> Figure:  # fmt: skip
+    """Draw pictures in a row, and below them the expert of every patch, a row per layer.
+
+    ``pictures`` are uint8 (height, width, 3) with a name each, ``experts`` int (pictures, rows,
+    columns) by layer, ``masks`` int (height, width) with the names of their values in ``parts``.
+    Not as many of each as pictures raises :class:`MoeeError`.
+    """
+    routed = {f"layer {layer}": experts[layer] for layer in sorted(experts)}
+    _check_counts(len(pictures), {"names": names, "masks": masks} | routed)
+    rows = 1 + len(routed) + (masks is not None)
+    size = (_SIDE * len(pictures) + _LEGEND, _SIDE * rows + 0.3)
+    widths = [_SIDE] * len(pictures) + [_LEGEND - 0.4]
+    fig, grid = style.figure(*size, rows, len(widths), squeeze=False, width_ratios=widths)
+    for ax in grid.flat:
+        drawing.bare(ax)
+    for ax, picture, name in zip(grid[0], pictures, names, strict=False):
+        ax.imshow(picture)
+        ax.set_title(name, loc="center", size=8)
+    for axes, (label, choices) in zip(grid[1:], routed.items(), strict=False):
+        colours = style.expert_colours(int(choices.max()) + 1)
+        for ax, picture, choice in zip(axes, pictures, choices, strict=False):
+            _colour_patches(ax, picture, choice, colours)
+        axes[0].set_ylabel(label, size=8)
+        used = {str(expert): colours[expert] for expert in np.unique(choices)}
+        _name_colours(axes[-1], used, columns=4, title="expert")
+    if masks is not None:
+        _draw_masks(grid[-1], masks, parts)
+    return style.caption(fig, caption)
+
+
+def _check_counts(count: int, of_images: Mapping[str, Sequence[object] | None]) -> None:
+    sizes = {what: len(given) for what, given in of_images.items() if given is not None}
+    wrong = [f"{size} for {what}" for what, size in sizes.items() if size != count]
+    if wrong or not count:
+        raise MoeeError(
+            f"one or more pictures, and as many ({count}) names, masks and routed images",
+            ", ".join(wrong) or "no picture",
+            "take the same images everywhere",
+        )
+
+
+def _draw_masks(axes: np.ndarray, masks: Sequence[np.ndarray], parts: Sequence[str]) -> None:
+    colours = _colour_parts(axes, masks)
+    axes[0].set_ylabel("parts", size=8)
+    if parts:
+        largest = {parts[value]: colour for value, colour in list(colours.items())[:_NAMED_PARTS]}
+        _name_colours(axes[-1], largest, columns=2, title="part")
+
+
+def _name_colours(ax: Axes, colours: Mapping[str, str], *, columns: int, title: str) -> None:
+    legend = ax.legend(
+        [Patch(color=colour) for colour in colours.values()], list(colours), title=title,
+        title_fontsize=6.5, fontsize=5.5, ncols=columns, loc="upper left", handlelength=0.8,
+        handleheight=0.8, columnspacing=0.7, handletextpad=0.3, labelspacing=0.25, borderpad=0,
+        alignment="left", bbox_to_anchor=(-0.05, 1.0),
+    )  # fmt: skip
+    legend.set_in_layout(False)  # a long list may be higher than its row
+
+
+@text.describes(patches)
+def _describe_patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
+    layers = [f"layer {layer}: {_regions(experts[layer])}" for layer in sorted(experts)]
+    words = "; ".join(layers) or "there is no layer of patches to show"
+    return f"{text.count(len(pictures), 'picture')}. {text.sentence(words)}"
+
+
+def _regions(choice: np.ndarray) -> str:
+    """How often neighbouring patches share an expert, beside two patches drawn at random."""
+    taken = np.unique(choice, return_counts=True)[1] / choice.size
+    across = (choice[:, :, 1:] == choice[:, :, :-1]).ravel()
+    along = (choice[:, 1:] == choice[:, :-1]).ravel()
+    shared = pd.Series(np.concatenate([across, along]), dtype=float).mean()
+    many = "1 expert takes" if len(taken) == 1 else f"{len(taken)} experts take"
+    return (
+        f"{many} the patches, and {text.percent(shared)} of neighbouring patches share one "
+        f"(by chance {text.percent(np.square(taken).sum())})"
+    )
+
+
+@style.house
+def image_layers(
+    pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray], *, image: int,
+    names: Sequence[str], masks: Sequence[np.ndarray] | None = None, caption: str | None = None,
+) -> Figure:  # fmt: skip
+    """Draw the picture number ``image`` and, beside it, the experts of its patches in every layer.
+
+    Colours mean nothing across layers. The other arguments are those of :func:`patches`.
+    """
+    titles = [names[image], *(["its parts"] if masks is not None else [])]
+    titles += [f"layer {layer}" for layer in sorted(experts)]
+    fig, axes = style.panels(len(titles), cols=7, size=(1.3, 1.45))
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_axis_off()
+        ax.set_title(title, loc="center", size=8)
+    axes[0].imshow(pictures[image])
+    if masks is not None:
+        _colour_parts(axes[1:2], [masks[image]])
+    for ax, layer in zip(axes[-len(experts) :], sorted(experts), strict=False):
+        colours = style.expert_colours(int(experts[layer].max()) + 1)
+        _draw_numbered(ax, pictures[image], experts[layer][image], colours)
+    return style.caption(fig, caption)
+
+
+def _draw_numbered(ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: list[str]) -> None:
+    """Colour every patch by its expert, and write each expert's number on its middle patch."""
+    _colour_patches(ax, picture, experts, colours)
+    size = np.array(picture.shape[:2]) / experts.shape
+    for expert in np.unique(experts):
+        places = np.argwhere(experts == expert)
+        middle = places[np.square(places - places.mean(axis=0)).sum(axis=1).argmin()]
+        y, x = (middle + 0.5) * size - 0.5
+        drawing.number(ax, x, y, str(expert), size=5.5)
+
+
+@text.describes(image_layers)
+def _describe_image_layers(
+    pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]
+) -> str:
+    if not experts:
+        return "There is no layer of patches to show."
+    met = {
+        layer: np.mean([len(np.unique(one)) for one in experts[layer]]) for layer in sorted(experts)
+    }
+    few, many = min(met, key=met.get), max(met, key=met.get)
+    each = text.listed(
+        f"{text.number(met[layer], 1).removesuffix('.0')} experts in layer {layer}"
+        for layer in dict.fromkeys((few, many))
+    )
+    return f"The patches of one of {len(pictures)} images, on average, meet {each}."
+
+
+@style.house
+def top_patches(
+    table: pd.DataFrame, pictures: Mapping[int, np.ndarray] | Sequence[np.ndarray], *,
+    caption: str | None = None,
+) -> Figure:  # fmt: skip
+    """Draw the patches of a table of ``measure.top_patches``, framed, with what is around them.
+
+    ``pictures`` are uint8 (height, width, 3), by the table's ``image``. Each layer and expert
+    takes a row; a table without rows raises :class:`MoeeError`.
+    """
+    if table.empty:
+        raise MoeeError(
+            "typical patches to draw", "an expert that no patch of these images goes to",
+            "choose another expert, or more images",
+        )  # fmt: skip
+    experts = [rows for _, rows in table.groupby(["layer", "expert"], sort=False)]
+    counts = [math.ceil(len(rows) / _COLUMNS) for rows in experts]
+    fig, parts = style.stacked(1.05 * _COLUMNS, [1.25 * count + 0.3 for count in counts])
+    for part, count, rows in zip(parts, counts, experts, strict=True):
+        first = rows.iloc[0]
+        title = f"layer {first['layer']}, expert {first['expert']}: "
+        title += f"{first['share']:.1%} of the patches, in {first['images']} images"
+        part.suptitle(title, size=8.5, x=0.01, ha="left")
+        axes = part.subplots(count, _COLUMNS, squeeze=False).ravel()
+        for ax in axes:
+            ax.set_axis_off()
+        for ax, row in zip(axes, rows.itertuples(), strict=False):
+            _draw_patch(ax, pictures[row.image], row)
+    return drawing.finish(fig, table, caption)
+
+
+def _draw_patch(ax: Axes, picture: np.ndarray, row: Any) -> None:
+    height, width = picture.shape[:2]
+    tall, wide = height / row.rows, width / row.columns
+    top, left = row.row * tall, row.column * wide
+    ax.imshow(picture, interpolation="nearest")
+    for colour, thick in (("white", 3), (style.PALETTE[1], 1.6)):
+        frame = Rectangle((left - 0.5, top - 0.5), wide, tall, fill=False, ec=colour, lw=thick)
+        ax.add_patch(frame)
+    side = (1 + 2 * _AROUND) * max(tall, wide)
+    ax.set_xlim(_window(left + wide / 2, side, width))
+    ax.set_ylim(_window(top + tall / 2, side, height)[::-1])
+    ax.set_title(row.class_name, loc="center", size=6.5, pad=2)
+
+
+def _window(middle: float, side: float, size: int) -> tuple[float, float]:
+    """Ends of a window around ``middle``, within the picture as far as it is large enough."""
+    middle = np.clip(middle, min(side, size) / 2, max(size - side / 2, size / 2))
+    return middle - side / 2 - 0.5, middle + side / 2 - 0.5
+
+
+@text.describes(top_patches)
+def _describe_top_patches(table: pd.DataFrame, pictures: object = None) -> str:
+    experts = table.drop_duplicates(["layer", "expert"])
+    if experts.empty:
+        return "No patch goes to the experts that were asked for."
+    words = _expert(text.largest(experts, "share"))
+    if len(experts) > 1:
+        words = f"of {len(experts)} experts {words}, {_expert(text.smallest(experts, 'share'))}"
+    last = table.groupby(["layer", "expert"], sort=False)["cosine"].min().reset_index()
+    alike = text.largest(last, "cosine")
+    return text.sentence(words) + (
+        f" The patches shown are most alike for expert {alike['expert']:.0f} of layer "
+        f"{alike['layer']:.0f}: all have a cosine of {text.number(alike['cosine'])} or more with "
+        "its mean input."
+    )
+
+
+def _expert(row: pd.Series) -> str:
+    return (
+        f"expert {row['expert']:.0f} of layer {row['layer']:.0f} takes "
+        f"{text.percent(row['share'])} of the patches, in {row['images']:.0f} images"
+    )
+
+
+def _colour_patches(ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: list[str]) -> None:
+    """Lay the colours of patches' experts (rows, columns) over a pale grey picture."""
+    height, width = picture.shape[:2]
+    ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale
+    _colour(ax, experts, colours, alpha=0.68, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+
+
+def _colour_parts(axes: Sequence[Axes], masks: Sequence[np.ndarray]) -> dict[int, str]:
+    """Draw part masks, one on each of ``axes``; return the colours of parts, largest part first."""
+    values, pixels = np.unique(np.concatenate([mask.ravel() for mask in masks]), return_counts=True)
+    parts = values[np.argsort(-pixels, kind="stable")]
+    colours = dict(zip(parts.tolist(), style.expert_colours(len(parts)), strict=True))
+    for ax, mask in zip(axes, masks, strict=False):
+        _colour(ax, mask, [colours.get(value, "white") for value in range(values[-1] + 1)])
+    return colours
+
+
+def _colour(ax: Axes, values: np.ndarray, colours: Sequence[str], **options: Any) -> None:
+    ends = {"vmin": -0.5, "vmax": len(colours) - 0.5, "interpolation": "nearest"}
+    ax.imshow(values, cmap=ListedColormap(colours), **ends, **options)
