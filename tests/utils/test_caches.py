@@ -1,3 +1,5 @@
+"""Libraries find a cache of their own where they could not write their usual one."""
+
 from __future__ import annotations
 
 import os
