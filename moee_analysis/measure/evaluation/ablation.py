@@ -51,13 +51,11 @@ def ablation(
 ) -> pd.DataFrame:
     """Each piece of a recipe off in turn, and each alone added to another recipe.
 
-    ``config``: the recipe to take apart, with its budget in MACs, sizes and seed. Where it sets
-      pieces itself, these are the recipe's.
-    ``other``: the recipe that says what a piece is when it is off, and that each is added to.
-      Pieces that both have in common are left out.
-    ``repeats``: how often the whole recipe is extracted again with another seed, and so from other
-      calibration images, tokens and clusters: what differs by chance.
-    ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
+    ``config`` is the recipe to take apart, with its budget in MACs, sizes and seed; where it sets
+    pieces itself, these are the recipe's. The ``other`` recipe says what a piece is when it is off,
+    and each is added to it; pieces that both have in common are left out. ``repeats`` extractions
+    of the whole recipe have other seeds, and so other calibration images, tokens and clusters: what
+    differs by chance. ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
 
     The columns of :func:`variants`, changes being those to the recipe as it is, and: ``recipe``,
     that the variant starts from; ``piece``, the one that differs, and its ``value``; ``direction``:
@@ -130,10 +128,9 @@ def sweeps(
 ) -> pd.DataFrame:
     """Vary one quantity at a time, in one or several systems.
 
-    ``tried``: by system and by name of the sweep: a configuration, or a model made already, by its
-      setting. The setting None is for what does not depend on any.
-    ``beside``: one of the variants, that all are compared with.
-    ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
+    ``tried`` are, by system and by name of the sweep, a configuration, or a model made already, by
+    its setting; None is for what does not depend on any. All are compared with ``beside``, one of
+    them. ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
 
     The columns of :func:`variants`, and: ``system``, ``sweep``, ``setting``; ``recipe``, empty for
     a model made already.

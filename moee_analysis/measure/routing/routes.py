@@ -118,12 +118,11 @@ def routes(
 ) -> Routes:
     """Route all tokens of ``images`` in one pass of ``model``, by its own routers or by others.
 
-    ``routers``: routers (input of an MLP [..., d] -> experts [n, k]) by layer index: each is
-      applied to the input of that MLP of ``model`` and changes nothing in the pass.
-    ``system``: name of the routed system, for tables and captions.
-    ``by_folder``: the classes are the folders of the images, numbered in the order of their names;
-      those that are classes of the model have its readable names. So they are, too, where a folder
-      is none of the model's classes: routing needs no labels.
+    ``routers`` (input of an MLP [..., d] -> experts [n, k]) by layer index are applied to the input
+    of that MLP and change nothing in the pass. With ``by_folder``, and where a folder is none of
+    the model's classes, the classes are the folders of the images, in the order of their names;
+    those that are classes of the model have its readable names: routing needs no labels.
+
     Raises MoeeError: no routed layer in the model, or a router for a layer that the model does not
     have.
     """

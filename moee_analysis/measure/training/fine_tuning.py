@@ -38,13 +38,9 @@ def fine_tuning(
 ) -> pd.DataFrame:
     """Fine-tune every run by the same recipe with every seed, and evaluate all on ``images``.
 
-    ``runs``: runs of one dense model by system, such as one for each budget.
-    ``training``: images to train on, none of them among ``images``.
-    ``config``: the recipe; its seed is replaced.
-    ``store``: folder that keeps the fine-tuned runs.
-    ``seeds``: of the fine-tuning: the order of the images, their augmentation, and which are held
-      out.
-    ``resamples``: of the bootstrap.
+    ``runs`` are of one dense model by system, such as one for each budget. The seed of ``config``
+    is replaced by the ``seeds``: of the order of the images, their augmentation, and which are held
+    out. ``store`` keeps the fine-tuned runs; ``resamples`` are of the bootstrap.
 
     A row for every run before, and for every run and seed after: ``system``, ``budget`` (number of
     the run of its system, from 0), ``stage`` (``before`` or ``after``), ``seed``; ``top1``,

@@ -48,10 +48,9 @@ class Trainings:
     def of(self, names: Iterable[str]) -> Trainings:
         """Those of some starts, in the order of ``names``."""
         names = list(names)
-        chosen = dict(list(self.history.groupby("start")))
         return replace(
             self,
-            history=pd.concat([chosen[name] for name in names], ignore_index=True),
+            history=self.history.set_index("start").loc[names].reset_index(),
             right=self.right[[self.starts.index(name) for name in names]],
             sizes=self.sizes.set_index("start").loc[names].reset_index(),
         )
@@ -77,15 +76,12 @@ def trainings(
     Every training computes with one thread on a CPU, so that its bytes are the same whatever else
     is trained beside it.
 
-    ``starts``: by name: seed -> model, alike in how they see images.
-    ``training``: images to train on.
-    ``images``: others, to evaluate: at the start, every ``config.check_every`` steps, and at the
-      end.
-    ``config``: the recipe; its seed is replaced, and is that of the start too.
-    ``store``: folder that keeps every training, under what decides it: a notebook that runs again
-      finds them.
-    ``workers``: processes that train side by side, for models on a CPU. A script that has more than
-      one must be guarded by ``if __name__ == "__main__":``.
+    ``starts`` are by name: seed -> model, alike in how they see images; ``config`` is the recipe,
+    whose seed is replaced, and is that of the start too. ``images`` are evaluated at the start,
+    every ``config.check_every`` steps, and at the end. A notebook that runs again finds the
+    trainings in the ``store``. ``workers`` train side by side, for models on a CPU; a script that
+    has more than one must be guarded by ``if __name__ == "__main__":``.
+
     Raises MoeeError: no starts or no seeds; images that are in both sets; a loss that is not
     finite.
     """
@@ -106,15 +102,11 @@ def trainings(
     ]
     bench = TrainingBench(training, images, Path(store))
     folders = dict(zip(jobs, bench.all_done(list(jobs.values()), workers=workers), strict=True))
-    histories = [
-        pd.read_csv(folder / HISTORY).assign(start=name, seed=seed)
-        for (name, seed), folder in folders.items()
-    ]
+    histories = {key: pd.read_csv(folder / HISTORY) for key, folder in folders.items()}
+    whole = pd.concat(histories, names=["start", "seed", None]).reset_index(["start", "seed"])
     right = np.stack([np.load(folder / RIGHT) for folder in folders.values()])
-    whole = pd.concat(histories, ignore_index=True)
-    first = ["start", "seed"]
     return Trainings(
-        whole[[*first, *(column for column in whole if column not in first)]],
+        whole.reset_index(drop=True),
         right.reshape(len(starts), len(seeds), *right.shape[1:]),
         pd.DataFrame(sizes),
         folders,
