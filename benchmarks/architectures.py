@@ -9,85 +9,50 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from common import as_markdown
+from torch import nn
 
 from moee_analysis.extraction.record.recorded_tokens import capture_mlps
 from moee_analysis.extraction.record.token_kinds import leading_kinds
 from moee_analysis.models.attention import plain_attentions
-from moee_analysis.models.loading import build_model, find_mlps, input_size
+from moee_analysis.models.loading import MlpSite, build_model, find_mlps, input_size
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.models.survey import survey
 from moee_analysis.utils.versions import versions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch import nn
-
-    from moee_analysis.models.loading import MlpSite
 
 FAMILIES = {
     "ViT": "vit_tiny_patch16_224",
     "ViT, registers, average pooling": "vit_little_patch16_reg4_gap_256",
     "ViT, average pooling": "vit_medium_patch16_gap_256",
     "ViT, relative positions": "vit_relpos_small_patch16_224",
-    "ViT of CLIP": "vit_base_patch32_clip_224",
-    "ViT of SigLIP": "vit_base_patch16_siglip_224",
-    "ViT of SAM": "samvit_base_patch16_224",
-    "ViT, any aspect": "naflexvit_base_patch16_gap",
-    "DINOv2": "vit_small_patch14_reg4_dinov2",
-    "DINOv3": "vit_small_patch16_dinov3",
-    "DeiT": "deit_tiny_patch16_224",
-    "DeiT, distilled": "deit_tiny_distilled_patch16_224",
-    "DeiT-3": "deit3_small_patch16_224",
-    "BEiT": "beit_base_patch16_224",
-    "EVA-02": "eva02_tiny_patch14_224",
-    "CaiT": "cait_xxs24_224",
-    "XCiT": "xcit_nano_12_p16_224",
-    "ConViT": "convit_tiny",
-    "CrossViT": "crossvit_tiny_240",
-    "PiT": "pit_ti_224",
-    "TNT": "tnt_s_patch16_224",
-    "VOLO": "volo_d1_224",
-    "CoaT": "coat_tiny",
-    "Swin": "swin_tiny_patch4_window7_224",
-    "Swin-v2": "swinv2_tiny_window8_256",
-    "Swin-v2-CR": "swinv2_cr_tiny_224",
-    "DaViT": "davit_tiny",
-    "Twins": "twins_svt_small",
-    "NesT": "nest_tiny",
-    "GCViT": "gcvit_xxtiny",
-    "MViT-v2": "mvitv2_tiny",
-    "Hiera": "hiera_tiny_224",
-    "Hiera of SAM 2": "hieradet_small",
-    "MaxViT": "maxvit_rmlp_pico_rw_256",
-    "MobileViT": "mobilevit_xxs",
-    "MobileViT-v2": "mobilevitv2_050",
-    "EdgeNeXt": "edgenext_xx_small",
-    "EfficientFormer": "efficientformer_l1",
-    "EfficientFormer-v2": "efficientformerv2_s0",
-    "CSATv2": "csatv2",
-    "ConvNeXt": "convnext_tiny",
-    "ConvNeXt, 1 x 1 convolutions": "convnext_atto",
-    "ConvNeXt-v2": "convnextv2_atto",
-    "InceptionNeXt": "inception_next_atto",
-    "MetaFormer": "caformer_s18",
-    "PoolFormer": "poolformer_s12",
-    "FocalNet": "focalnet_tiny_srf",
-    "PVT-v2": "pvt_v2_b0",
-    "LeViT": "levit_128s",
-    "TinyViT": "tiny_vit_5m_224",
-    "Visformer": "visformer_tiny",
-    "FastViT": "fastvit_t8",
-    "MLP-Mixer": "mixer_s16_224",
-    "ResMLP": "resmlp_12_224",
-    "gMLP": "gmlp_s16_224",
-    "Sequencer": "sequencer2d_s",
-}
+    "ViT of CLIP": "vit_base_patch32_clip_224", "ViT of SigLIP": "vit_base_patch16_siglip_224",
+    "ViT of SAM": "samvit_base_patch16_224", "ViT, any aspect": "naflexvit_base_patch16_gap",
+    "DINOv2": "vit_small_patch14_reg4_dinov2", "DINOv3": "vit_small_patch16_dinov3",
+    "DeiT": "deit_tiny_patch16_224", "DeiT, distilled": "deit_tiny_distilled_patch16_224",
+    "DeiT-3": "deit3_small_patch16_224", "BEiT": "beit_base_patch16_224",
+    "EVA-02": "eva02_tiny_patch14_224", "CaiT": "cait_xxs24_224", "XCiT": "xcit_nano_12_p16_224",
+    "ConViT": "convit_tiny", "CrossViT": "crossvit_tiny_240", "PiT": "pit_ti_224",
+    "TNT": "tnt_s_patch16_224", "VOLO": "volo_d1_224", "CoaT": "coat_tiny",
+    "Swin": "swin_tiny_patch4_window7_224", "Swin-v2": "swinv2_tiny_window8_256",
+    "Swin-v2-CR": "swinv2_cr_tiny_224", "DaViT": "davit_tiny", "Twins": "twins_svt_small",
+    "NesT": "nest_tiny", "GCViT": "gcvit_xxtiny", "MViT-v2": "mvitv2_tiny",
+    "Hiera": "hiera_tiny_224", "Hiera of SAM 2": "hieradet_small",
+    "MaxViT": "maxvit_rmlp_pico_rw_256", "MobileViT": "mobilevit_xxs",
+    "MobileViT-v2": "mobilevitv2_050", "EdgeNeXt": "edgenext_xx_small",
+    "EfficientFormer": "efficientformer_l1", "EfficientFormer-v2": "efficientformerv2_s0",
+    "CSATv2": "csatv2", "ConvNeXt": "convnext_tiny",
+    "ConvNeXt, 1 x 1 convolutions": "convnext_atto", "ConvNeXt-v2": "convnextv2_atto",
+    "InceptionNeXt": "inception_next_atto", "MetaFormer": "caformer_s18",
+    "PoolFormer": "poolformer_s12", "FocalNet": "focalnet_tiny_srf", "PVT-v2": "pvt_v2_b0",
+    "LeViT": "levit_128s", "TinyViT": "tiny_vit_5m_224", "Visformer": "visformer_tiny",
+    "FastViT": "fastvit_t8", "MLP-Mixer": "mixer_s16_224", "ResMLP": "resmlp_12_224",
+    "gMLP": "gmlp_s16_224", "Sequencer": "sequencer2d_s",
+}  # fmt: skip
 COLUMNS = (
     "family", "timm model", "MLPs", "tokens x width (MLPs)", "leading tokens (MLPs)", "GMACs",
     "parameters", "MLPs' share of MACs", "taken apart by", "attentions", "stay dense",
@@ -165,9 +130,7 @@ def reasons(model: nn.Module) -> list[str]:
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown of the rows."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    lines += [[of_family.get(column, "") for column in COLUMNS] for of_family in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return as_markdown(COLUMNS, [[row.get(name, "") for name in COLUMNS] for row in rows]) + "\n"
 
 
 def text(rows: Sequence[dict[str, str]]) -> str:
@@ -187,14 +150,14 @@ the tokens of an image, and stand in one place.
   `4 x 256` are windows that stand in the place of images. A feature map has rows x columns tokens.
 - *leading tokens*: those that are no patches, and how many MLPs see them.
 - *taken apart by*: the recipes that work. A small model of every such architecture is taken apart
-  by both, saved, loaded, measured and trained in `tests/test_architectures.py`, with random
+  by both, saved, loaded, measured and trained in `tests/models/test_architectures.py`, with random
   weights. How much accuracy is kept takes trained weights to say.
 - *attentions*: how many `attention="read"` and `attention="low_rank"` can act on.
 - *stay dense*: other modules like MLPs, and why.
 
 Written by `python benchmarks/architectures.py --out docs/architectures.md` (timm {timm}, torch
-{torch}), which builds the models without weights. MACs as everywhere (`counting.py`), at the size
-of the model's own images; parameters with the classifier.
+{torch}), which builds the models without weights. MACs as everywhere (`models/macs.py`), at the
+size of the model's own images; parameters with the classifier.
 
 """
 

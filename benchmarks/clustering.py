@@ -14,19 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import common
 import numpy as np
 import pandas as pd
-from common import (
-    Row,
-    add_model,
-    as_markdown,
-    circumstances,
-    command,
-    facts_of,
-    in_process,
-    parser_of,
-    peak_bytes,
-)
+from common import Row
 from figures import clustering_time
 from sklearn.metrics import adjusted_rand_score
 
@@ -84,12 +75,12 @@ def run(
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "points.npy"
-        facts = in_process(save_points, source, file, max(sizes))
-        facts |= {"settings": asdict(settings)} | circumstances()
+        facts = common.in_process(save_points, source, file, max(sizes))
+        facts |= {"settings": asdict(settings)} | common.circumstances()
         out.mkdir(parents=True, exist_ok=True)
         for size in sorted(sizes):
             systems = (OURS, THEIRS) if size <= hdbscan_limit else (OURS,)
-            new = compare([in_process(measure, s, file, size, settings) for s in systems])
+            new = compare([common.in_process(measure, s, file, size, settings) for s in systems])
             rows += new
             print("\n".join(as_text(row) for row in new), flush=True)
             write(out, facts, rows)
@@ -114,7 +105,7 @@ def save_points(source: Source, file: Path, count: int) -> Row:
         rows = np.random.default_rng(source.seed).permutation(len(hidden))[:count]
         np.save(file, hidden[rows])
     layer = {"layer": sites[0].name, "dim": sites[0].hidden, "tokens": len(hidden)}
-    return facts_of(model, images=images) | layer | {"seed": source.seed}
+    return common.facts_of(model, images=images) | layer | {"seed": source.seed}
 
 
 def measure(system: str, file: Path, count: int, settings: Settings) -> Row:
@@ -123,7 +114,7 @@ def measure(system: str, file: Path, count: int, settings: Settings) -> Row:
     cluster = {OURS: _by_products, THEIRS: _by_hdbscan}[system]
     cluster(points[:WARM], settings)
     row = {"system": system, "tokens": count} | cluster(points, settings)
-    return row | {"peak_gb": peak_bytes() / 1e9}
+    return row | {"peak_gb": common.peak_bytes() / 1e9}
 
 
 def _by_products(points: np.ndarray, settings: Settings) -> Row:
@@ -210,7 +201,8 @@ def table_of(rows: Sequence[Row]) -> str:
     others = {row["tokens"]: row for row in rows if row["system"] == THEIRS}
     lines = [_line(row, others.get(row["tokens"])) for row in rows if row["system"] == OURS]
     fits = [f"{NAMES[name]} n^{value:.2f}" for name, value in exponents(rows).items()]
-    return f"{as_markdown(header, lines)}\n\nSeconds grow as: {', '.join(fits) or 'not fitted'}."
+    table = common.as_markdown(header, lines)
+    return f"{table}\n\nSeconds grow as: {', '.join(fits) or 'not fitted'}."
 
 
 def _line(ours: Row, theirs: Row | None) -> list[str]:
@@ -244,7 +236,7 @@ def caption_of(facts: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with command(_parser(), argv) as asked:
+    with common.command(_parser(), argv) as asked:
         source = Source(
             asked.model, asked.weights, asked.images, asked.layer, asked.seed, asked.limit
         )
@@ -255,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("clustering", __doc__, out="docs/speed")
-    add_model(parser)
+    parser = common.parser_of("clustering", __doc__, out="docs/speed")
+    common.add_model(parser)
     add = parser.add_argument
     add("--images", default="bundled", help="folder of class folders")
     add("--limit", type=int, help="images to take the tokens from; else all")

@@ -16,18 +16,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import common
 import pandas as pd
 import torch
-from common import (
-    Row,
-    add_model,
-    as_markdown,
-    circumstances,
-    command,
-    in_process,
-    parser_of,
-    peak_bytes,
-)
+from common import Row
 from figures import extraction_time
 from torch import nn
 
@@ -82,10 +74,10 @@ def run(tasks: Sequence[Task], out: Path) -> list[Row]:
     Model, weights or images that cannot be loaded are refused, and fewer images than asked for.
     """
     rows: list[Row] = []
-    facts = in_process(facts_of, tasks[-1]) | circumstances()
+    facts = common.in_process(facts_of, tasks[-1]) | common.circumstances()
     out.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        rows.append(in_process(measure, task))
+        rows.append(common.in_process(measure, task))
         print(as_text(rows[-1]), flush=True)
         write(out, facts, rows)
     return rows
@@ -97,7 +89,7 @@ def measure(task: Task) -> Row:
     plain = [plain_pass(model, images)]
     config = config_of(task)
     with tempfile.TemporaryDirectory() as store:
-        before = peak_bytes()
+        before = common.peak_bytes()
         profile, start = cProfile.Profile(), time.perf_counter()
         profile.runcall(extract, model, images, config, store=store)
         seconds = time.perf_counter() - start
@@ -108,7 +100,7 @@ def measure(task: Task) -> Row:
     return {
         "recipe": task.recipe, "images": task.size, "seconds": seconds,
         "plain": sum(plain) / len(plain), "times": seconds * len(plain) / sum(plain),
-        "stages": stages, "disk": disk, "peak": peak_bytes() - before,
+        "stages": stages, "disk": disk, "peak": common.peak_bytes() - before,
     }  # fmt: skip
 
 
@@ -196,7 +188,7 @@ def table_of(rows: Sequence[Row]) -> str:
     header = ["recipe", "images", "plain pass (s)", "extraction (s)", "times the pass"]
     header += [f"{stage} (%)" for stage in stages]
     header += ["memory (GB)", "disk (GB)"]
-    return as_markdown(header, [_line(row, stages) for row in rows])
+    return common.as_markdown(header, [_line(row, stages) for row in rows])
 
 
 def _line(row: Row, stages: Sequence[str]) -> list[str]:
@@ -223,7 +215,7 @@ def caption_of(facts: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with command(_parser(), argv) as asked:
+    with common.command(_parser(), argv) as asked:
         given = asked.model, asked.weights, asked.calibration
         settings = Settings(asked.macs_reduction, asked.preset, asked.seed)
         run(
@@ -237,8 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("extraction", __doc__, out="docs/speed")
-    add_model(parser)
+    parser = common.parser_of("extraction", __doc__, out="docs/speed")
+    common.add_model(parser)
     add = parser.add_argument
     add("--calibration", default="bundled", help="folder of class folders")
     add("--sizes", type=int, nargs="+", default=(250, 500, 1000), help="numbers of images")

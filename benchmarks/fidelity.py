@@ -18,20 +18,10 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
+import common
 import pandas as pd
 import torch
-from common import (
-    Row,
-    add_inputs,
-    add_store,
-    circumstances,
-    command,
-    facts_of,
-    inputs,
-    parser_of,
-    percent_change,
-    read_results,
-)
+from common import Row
 from fidelity_tables import COLUMNS, budget_name, write
 from torch import nn
 
@@ -113,7 +103,7 @@ class Bench:
 
     def facts(self) -> Row:
         """What decides the numbers, beside systems, points and seeds."""
-        sets = facts_of(self.model, images=self.images, calibration=self.calibration)
+        sets = common.facts_of(self.model, images=self.images, calibration=self.calibration)
         return sets | {"preset": self.preset}
 
     def config(self, name: str, point: Point, seed: int) -> ExtractConfig:
@@ -154,8 +144,8 @@ def run(
     Images that are calibration images too are refused, and an ``out`` of other images or models.
     """
     check_disjoint(bench.calibration, bench.images, use="used for calibration")
-    found = read_results(out / "fidelity.json", bench.facts())
-    facts = found["facts"] if found else bench.facts() | circumstances()
+    found = common.read_results(out / "fidelity.json", bench.facts())
+    facts = found["facts"] if found else bench.facts() | common.circumstances()
     rows = [row for row in found["rows"] if row["system"] in SYSTEMS] if found else []
     out.mkdir(parents=True, exist_ok=True)
     tasks = [(point, seed) for point in points for seed in seeds]
@@ -167,7 +157,7 @@ def run(
         if missing:
             new = measure_at(bench, missing, point, seed)
             rows = [row for row in rows if not any(_same(row, other) for other in new)] + new
-            facts = bench.facts() | circumstances()
+            facts = bench.facts() | common.circumstances()
             write(out, facts, rows, order=list(SYSTEMS))
     return write(out, facts, rows, order=list(SYSTEMS))
 
@@ -241,24 +231,24 @@ def _as_text(row: Row) -> str:
     retention, kl = (math.nan if row[n] is None else row[n] for n in ("retention", "kl"))
     return (
         f"{row['system']}: retention {retention:.1%}, KL {kl:.3f}, "
-        f"MACs {percent_change(row['macs_reduction'])} %, "
-        f"parameters {percent_change(row['params_reduction'])} %, {row['seconds']:.0f} s"
+        f"MACs {common.percent_change(row['macs_reduction'])} %, "
+        f"parameters {common.percent_change(row['params_reduction'])} %, {row['seconds']:.0f} s"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with command(_parser(), argv) as asked:
-        bench = Bench(*inputs(asked, limit=asked.limit), asked.preset, asked.store)
+    with common.command(_parser(), argv) as asked:
+        bench = Bench(*common.inputs(asked, limit=asked.limit), asked.preset, asked.store)
         run(
             bench, systems=asked.systems, points=asked.points, seeds=asked.seeds, out=asked.out
         )  # fmt: skip
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("fidelity", __doc__, out="reports/fidelity")
-    add_inputs(parser)
-    add_store(parser)
+    parser = common.parser_of("fidelity", __doc__, out="reports/fidelity")
+    common.add_inputs(parser)
+    common.add_store(parser)
     add = parser.add_argument
     add("--limit", type=int, help="images to measure on; else as many as the preset says")
     add("--seeds", type=int, nargs="+", default=[0])

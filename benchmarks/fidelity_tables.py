@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import common
 import pandas as pd
-from common import Row, as_markdown, interval, percent_change, plural
+from common import Row
 from figures import fidelity
 
 from moee_analysis.utils.storage.files import write_json
@@ -97,7 +98,7 @@ def caption_of(facts: Row, table: pd.DataFrame) -> str:
         f"{facts['model']['name']}, nothing trained: share of the dense model's top-1 "
         f"({dense:.1%}) on {images['count']} images ({images['name']}), with 95 % intervals of "
         f"the image bootstrap{several}. Calibrated on {calibration['count']} others "
-        f"({calibration['name']}); preset {facts['preset']}, {plural('seed', seeds)}. "
+        f"({calibration['name']}); preset {facts['preset']}, {common.plural('seed', seeds)}. "
         "MACs: routers included (random routing has none), with the routes of the evaluated "
         "images. Seconds: of what the store did not hold yet. "
         f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}."
@@ -111,7 +112,7 @@ def _overview(rows: Sequence[Row]) -> str:
     for row in rows:
         cells.setdefault(row["system"], {})[_budget(row)] = _retention(row)
     lines = [[name, *(known.get(b, "–") for b in budgets)] for name, known in cells.items()]
-    return as_markdown(["retention (%)", *budgets], lines)
+    return common.as_markdown(["retention (%)", *budgets], lines)
 
 
 def _details(rows: Sequence[Row]) -> str:
@@ -123,13 +124,13 @@ def _details(rows: Sequence[Row]) -> str:
         [
             _budget(row), row["system"], f"{100 * row['top1']:.1f}", _retention(row),
             f"{100 * row['agreement']:.1f}", f"{row['kl']:.3f}",
-            percent_change(row["macs_reduction"]), percent_change(row["params_reduction"]),
+            *(common.percent_change(row[f"{each}_reduction"]) for each in ("macs", "params")),
             f"{row['seconds']:.0f}",
         ]
         for row in sorted(rows, key=_place)
         if pd.notna(row["top1"])
     ]  # fmt: skip
-    return as_markdown(header, lines)
+    return common.as_markdown(header, lines)
 
 
 def _budget(row: Row) -> str:
@@ -137,4 +138,4 @@ def _budget(row: Row) -> str:
 
 
 def _retention(row: Row) -> str:
-    return interval(row, "retention", "retention_low", "retention_high")
+    return common.interval(row, "retention", "retention_low", "retention_high")

@@ -13,19 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import common
 import pandas as pd
-from common import (
-    Row,
-    add_inputs,
-    add_store,
-    as_markdown,
-    circumstances,
-    command,
-    inputs,
-    interval,
-    parser_of,
-    percent_change,
-)
+from common import Row
 from fidelity import SYSTEMS, Bench, Point
 from fidelity_tables import budget_name
 
@@ -78,7 +68,7 @@ def run(
 def _write(out: Path, table: pd.DataFrame, curves: pd.DataFrame, facts: Row) -> None:
     caption = table.attrs["caption"]
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    write_json(out / "fine_tuning.json", {"facts": facts | circumstances(), "rows": rows})
+    write_json(out / "fine_tuning.json", {"facts": facts | common.circumstances(), "rows": rows})
     table.to_csv(out / "fine_tuning.csv", index=False)
     curves.to_csv(out / "history.csv", index=False)
     (out / "fine_tuning.md").write_text(f"{text_of(table)}\n\n{caption}\n")
@@ -93,17 +83,17 @@ def text_of(table: pd.DataFrame) -> str:
     ordered = table.sort_values(["system", "budget"], kind="stable")
     for names, rows in ordered.groupby(by, sort=False):
         mean = rows.drop(columns=by).mean()
-        saved = (percent_change(mean[f"{each}_reduction"]) for each in ("macs", "params"))
-        kept = interval(mean, "mean", "low", "high")
+        saved = (common.percent_change(mean[f"{each}_reduction"]) for each in ("macs", "params"))
+        kept = common.interval(mean, "mean", "low", "high")
         lines.append([*names, kept, f"{100 * mean['agreement']:.1f}", f"{mean['kl']:.4f}", *saved])
-    return as_markdown(HEAD, lines)
+    return common.as_markdown(HEAD, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with command(_parser(), argv) as asked:
+    with common.command(_parser(), argv) as asked:
         config = FinetuneConfig(**{name: getattr(asked, name) for name in TUNED})
-        bench = Bench(*inputs(asked), asked.preset, asked.store)
+        bench = Bench(*common.inputs(asked), asked.preset, asked.store)
         training = load_images(asked.training, split="train", limit=asked.limit)
         run(
             bench, training, config, systems=asked.systems, points=asked.points,
@@ -112,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("fine_tuning", __doc__, out="reports/fine_tuning")
-    add_inputs(parser)
-    add_store(parser)
+    parser = common.parser_of("fine_tuning", __doc__, out="reports/fine_tuning")
+    common.add_inputs(parser)
+    common.add_store(parser)
     add = parser.add_argument
     add("--training", default="bundled", help="folder of class folders to train on")
     add("--limit", type=int, help="images to train on; else all")

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import torch
-from common import Row, add_inputs, add_store, command, inputs, parser_of
+from common import Row
 from fidelity import Bench, Point, savings
 from inference_tables import DENSE, Plan, as_text, describe, reasons, speed, write
 from torch import nn
@@ -169,7 +170,7 @@ def choices(model: nn.Module, x: torch.Tensor) -> dict[int, tuple[torch.Tensor, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with command(_parser(), argv) as asked:
+    with common.command(_parser(), argv) as asked:
         most = torch.get_num_threads()
         threads = asked.threads or (thread_counts(most) if asked.device == "cpu" else (most,))
         plan = Plan(asked.batches, threads, asked.seconds, asked.rounds, precision=asked.precision)
@@ -179,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             images = load_images(asked.images, limit=limit)
             runs = load_runs(asked.run, dense)
         else:
-            dense, calibration, images = inputs(asked, limit=asked.limit, device=asked.device)
+            dense, calibration, images = common.inputs(
+                asked, limit=asked.limit, device=asked.device
+            )
             runs = extract_runs(asked, dense, calibration, images)
         rows, layers = run(systems_of(dense, runs, images), images, plan)
         write(asked.out, describe(dense, runs, images, plan), rows, layers)
@@ -215,9 +218,9 @@ def extract_runs(
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("inference", __doc__, out="reports/inference")
-    add_inputs(parser)
-    add_store(parser)
+    parser = common.parser_of("inference", __doc__, out="reports/inference")
+    common.add_inputs(parser)
+    common.add_store(parser)
     add = parser.add_argument
     add("--limit", type=int, help="images whose routes count; else as many as the preset says")
     add("--seed", type=int, default=0)

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import common
 import numpy as np
 import pandas as pd
 import torch
-from common import Row, as_markdown, circumstances, facts_of, plural
+from common import Row
 from figures import inference
 from torch import nn
 
@@ -75,9 +76,9 @@ def as_text(row: Row) -> str:
 def describe(dense: nn.Module, runs: Mapping[str, Extraction], images: ImageSet, plan: Plan) -> Row:
     """What decides the numbers, and where they were made."""
     return {
-        **facts_of(dense, images=images), "plan": asdict(plan),
+        **common.facts_of(dense, images=images), "plan": asdict(plan),
         "systems": {name: asdict(each.config) for name, each in runs.items()},
-        **circumstances(str(next(dense.parameters()).device)),
+        **common.circumstances(str(next(dense.parameters()).device)),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }  # fmt: skip
 
@@ -117,7 +118,7 @@ def text_of(table: pd.DataFrame) -> str:
         ]
         for row in table.itertuples()
     ]  # fmt: skip
-    return as_markdown(header, lines)
+    return common.as_markdown(header, lines)
 
 
 def _percent(share: float) -> str:
@@ -129,8 +130,8 @@ def caption_of(facts: Row) -> str:
     plan, images = facts["plan"], facts["images"]
     seeds = sorted({config["seed"] for config in facts["systems"].values()})
     return (
-        f"{facts['model']['name']}, nothing trained, {plural('seed', seeds)}: how many times as "
-        "fast as the dense model in the same round; medians and quartiles of "
+        f"{facts['model']['name']}, nothing trained, {common.plural('seed', seeds)}: "
+        "how many times as fast as the dense model in the same round; medians and quartiles of "
         f"n = {plan['rounds']} rounds, in which all take turns, "
         f"each for {plan['seconds']:g} s or more, with batches of different images. Promised: the "
         f"dense model's MACs over those with the routes of {images['count']} images "

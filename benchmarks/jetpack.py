@@ -15,18 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import pandas as pd
 import torch
-from common import (
-    Row,
-    add_store,
-    as_markdown,
-    circumstances,
-    command,
-    interval,
-    parser_of,
-)
+from common import Row
 
 from moee_analysis import measure, plots
 from moee_analysis.baselines.jetpack_study import JETPACK, PRETRAINED, JetpackStudy
@@ -89,7 +82,7 @@ def run(study: JetpackStudy, task: Task, *, parts: Sequence[str], store: Path, o
     rows = {part: _plain(table) for part, table in tables.items()}
     facts = {
         "recipe": asdict(task.recipe), "seeds": list(task.seeds), "caption": caption,
-        "successor": asdict(study.jetpack_config()), **circumstances(),
+        "successor": asdict(study.jetpack_config()), **common.circumstances(),
     }  # fmt: skip
     write_json(out / "jetpack.json", {"facts": facts, "rows": rows})
 
@@ -142,19 +135,19 @@ def text_of(table: pd.DataFrame) -> str:
     ]  # fmt: skip
     lines = [
         [
-            row["start"], interval(row, "top1", "low", "high"),
+            row["start"], common.interval(row, "top1", "low", "high"),
             f"{100 * row['worst']:.1f} to {100 * row['best']:.1f}",
             "never" if pd.isna(row["images"]) else f"{row['images']:.0f}",
             f"{row['macs'] / 1e6:.2f}", f"{row['params'] / 1e3:.0f}",
         ]
         for row in table.to_dict("records")
     ]  # fmt: skip
-    return as_markdown(header, lines)
+    return common.as_markdown(header, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and say where the files are."""
-    with command(_parser(), argv) as asked:
+    with common.command(_parser(), argv) as asked:
         given = {name: getattr(asked, name) for name in RECIPE}
         recipe = SupervisedConfig(**{name: v for name, v in given.items() if v is not None})
         calibration = load_images(split="calibration", limit=asked.calibration)
@@ -169,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("jetpack", __doc__, out="reports/jetpack")
-    add_store(parser)
+    parser = common.parser_of("jetpack", __doc__, out="reports/jetpack")
+    common.add_store(parser)
     add = parser.add_argument
     add("--model", default=BUNDLED, help="the predecessor: bundled or bundled_convnext")
     add("--width", type=int, help="channels of the successors; else half of its own")

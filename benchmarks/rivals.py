@@ -12,22 +12,9 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+import common
 import pandas as pd
-from common import (
-    Row,
-    add_inputs,
-    add_store,
-    as_markdown,
-    circumstances,
-    command,
-    facts_of,
-    inputs,
-    interval,
-    parser_of,
-    percent_change,
-    plural,
-    read_results,
-)
+from common import Row
 
 from moee_analysis import plots
 from moee_analysis.baselines.registry import SYSTEMS, systems_named
@@ -54,15 +41,15 @@ def run(
 
     An ``out`` of another model, other images, systems or seeds is refused.
     """
-    facts = facts_of(contest.dense, images=contest.images, calibration=contest.calibration)
+    facts = common.facts_of(contest.dense, images=contest.images, calibration=contest.calibration)
     names = list(systems_named(systems))
     facts |= {"preset": contest.preset, "seeds": list(seeds), "systems": names}
-    found = read_results(out / "rivals.json", facts)
+    found = common.read_results(out / "rivals.json", facts)
     rows = found["rows"] if found else []
     for saved in macs_reductions:
         if saved not in {row["macs_asked"] for row in rows}:
             rows += compare(contest, macs_reductions=[saved], seeds=seeds, systems=systems)
-            write(out, facts | circumstances(), rows)
+            write(out, facts | common.circumstances(), rows)
     return comparison_table(rows)
 
 
@@ -87,7 +74,7 @@ def text_of(table: pd.DataFrame) -> str:
         means = made.groupby("system", sort=False).mean(numeric_only=True)
         means["speed_up"] = made.groupby("system")["speed_up"].max()
         ordered = means.sort_values("mean", ascending=False)
-        lines = as_markdown(HEAD, [_line(name, row) for name, row in ordered.iterrows()])
+        lines = common.as_markdown(HEAD, [_line(name, row) for name, row in ordered.iterrows()])
         missing = rows[rows["reason"] != ""].drop_duplicates("system")
         reasons = "\n".join(f"- {row.system}: {row.reason}" for row in missing.itertuples())
         title = f"Asked to save {100 * asked:g} % of the MACs:"
@@ -98,9 +85,9 @@ def text_of(table: pd.DataFrame) -> str:
 def _line(name: str, row: pd.Series) -> list[str]:
     controls = ("random_routing", "constant_routing", "oracle_routing")
     return [
-        name, interval(row, "mean", "low", "high"), f"{100 * row['agreement']:.1f}",
+        name, common.interval(row, "mean", "low", "high"), f"{100 * row['agreement']:.1f}",
         f"{row['kl']:.3f}", ", ".join(_known(100 * row[control], ".1f") for control in controls),
-        percent_change(row["macs_reduction"]), percent_change(row["params_reduction"]),
+        *(common.percent_change(row[f"{each}_reduction"]) for each in ("macs", "params")),
         _known(row["speed_up"], ".2f"), _known(row["entropy"], ".2f"), f"{row['seconds']:.0f}",
     ]  # fmt: skip
 
@@ -115,7 +102,7 @@ def _caption(facts: Row, table: pd.DataFrame) -> str:
         f"{facts['model']['name']}, nothing trained but the routers of MoEfication: share of the "
         f"dense model's top-1 ({table['dense_top1'].max():.1%}) on {images['count']} images "
         f"({images['name']}), calibrated on {calibration['count']} others ({calibration['name']}); "
-        f"preset {facts['preset']}, {plural('seed', facts['seeds'])}. "
+        f"preset {facts['preset']}, {common.plural('seed', facts['seeds'])}. "
         f"{table.attrs['caption']} Seconds: of what the store did not hold yet. {facts['date']}, "
         f"{facts['machine']}, torch {facts['versions']['torch']}."
     )
@@ -123,8 +110,8 @@ def _caption(facts: Row, table: pd.DataFrame) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with command(_parser(), argv) as asked:
-        contest = Contest(*inputs(asked, limit=asked.limit), asked.preset, asked.store)
+    with common.command(_parser(), argv) as asked:
+        contest = Contest(*common.inputs(asked, limit=asked.limit), asked.preset, asked.store)
         run(
             contest, macs_reductions=asked.macs_reductions, seeds=asked.seeds,
             systems=asked.systems, out=asked.out,
@@ -132,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("rivals", __doc__, out="reports/rivals")
-    add_inputs(parser)
-    add_store(parser)
+    parser = common.parser_of("rivals", __doc__, out="reports/rivals")
+    common.add_inputs(parser)
+    common.add_store(parser)
     add = parser.add_argument
     add("--limit", type=int, help="images to measure on; else as many as the preset says")
     add("--macs-reductions", type=float, nargs="+", default=POINTS, help="shares to save")

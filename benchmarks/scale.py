@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import timm
-from common import Row, as_markdown, circumstances, command, parser_of, peak_bytes
+from common import Row
 from extraction import plain_pass
 from torch import nn
 
@@ -74,7 +75,7 @@ def measure(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
         "gradients": (runs - forward) / 3 / len(images),
         **{f"sums of {stage}": seconds / len(images) for stage, seconds in sums.items()},
         "clustering of a layer": clustering / clusterings,
-        "peak": peak_bytes(),
+        "peak": common.peak_bytes(),
     }  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def run(models: Sequence[str], images: ImageSet, out: Path, *, experts: int) -> 
             speed = measure(model, images, config)
         del model
     facts = {"measured": models[0], "experts": experts, "part": PART, "looked_at": IMAGES}
-    facts |= circumstances()
+    facts |= common.circumstances()
     out.mkdir(parents=True, exist_ok=True)
     write(out, facts, speed, known)
 
@@ -142,12 +143,7 @@ def write(out: Path, facts: Row, speed: Row, known: dict[str, Row]) -> None:
     plans = {name: worked_out(facts, speed, known, name) for name in known}
     content = {"facts": facts, "measured": speed, "sizes": known, "imagenet": plans}
     write_json(out / "scale.json", content)
-    parts = [
-        measuredas_markdown(speed),
-        sizeas_markdown(known),
-        timeas_markdown(plans),
-        caption_of(facts),
-    ]
+    parts = [measured_table(speed), size_table(known), time_table(plans), caption_of(facts)]
     (out / "scale.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -180,14 +176,14 @@ def worked_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list
     ]
 
 
-def measuredas_markdown(speed: Row) -> str:
+def measured_table(speed: Row) -> str:
     """Seconds of an image, as they were measured."""
     names = ["forward", "gradients", *(name for name in speed if name.startswith("sums"))]
     lines = [[name, f"{speed[name]:.3f}"] for name in names]
-    return as_markdown(["of one image", "seconds"], lines)
+    return common.as_markdown(["of one image", "seconds"], lines)
 
 
-def sizeas_markdown(known: dict[str, Row]) -> str:
+def size_table(known: dict[str, Row]) -> str:
     """What every model costs, and bytes."""
     header = [
         "model", "GMACs", "M parameters", "tokens of an image (MB)", "weights (GB)",
@@ -202,10 +198,10 @@ def sizeas_markdown(known: dict[str, Row]) -> str:
             [name, f"{own['macs'] / 1e9:.1f}", f"{own['parameters'] / 1e6:.0f}",
              f"{own['tokens'] / 1e6:.1f}", *sizes, total, passes]
         )  # fmt: skip
-    return as_markdown(header, lines)
+    return common.as_markdown(header, lines)
 
 
-def timeas_markdown(plans: dict[str, list[Row]]) -> str:
+def time_table(plans: dict[str, list[Row]]) -> str:
     """Hours and traffic on the full train set."""
     header = [
         "model", "processes", "the model (h)", "sums (h)", "clustering (s)",
@@ -218,7 +214,7 @@ def timeas_markdown(plans: dict[str, list[Row]]) -> str:
         for name, rows in plans.items()
         for row in rows
     ]  # fmt: skip
-    return as_markdown(header, lines)
+    return common.as_markdown(header, lines)
 
 
 def caption_of(facts: Row) -> str:
@@ -236,14 +232,14 @@ def caption_of(facts: Row) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
     started = time.perf_counter()
-    with command(_parser(), argv) as asked:
+    with common.command(_parser(), argv) as asked:
         images = load_images(asked.calibration, split="calibration", limit=asked.images)
         run(asked.models, images, asked.out, experts=asked.experts)
         print(f"{time.perf_counter() - started:.0f} s")
 
 
 def _parser() -> ArgumentParser:
-    parser = parser_of("scale", __doc__, out="docs/speed")
+    parser = common.parser_of("scale", __doc__, out="docs/speed")
     add = parser.add_argument
     add("--models", nargs="+", default=("deit_base_patch16_224", "vit_huge_patch14_224"))
     add("--calibration", default="bundled", help="folder of class folders")

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from functools import partial
 
-import common
 import fidelity
 import fidelity_tables
 import pandas as pd
@@ -164,7 +163,6 @@ def test_the_figure_leaves_out_systems_that_could_not_be_told_apart():
 def test_the_command_measures_a_model(tmp_path, capsys, monkeypatch):
     few = replace(PRESETS["smoke"], calibration_images=20)
     monkeypatch.setitem(PRESETS, "smoke", few)
-    monkeypatch.setattr(common, "load_model", lambda *_args, **_options: toy_vit())
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
         fidelity.main(["--images", str(tmp_path / "nowhere"), *out])
