@@ -1,4 +1,11 @@
-"""Measures: models and images in, tidy tables out; most have a plot of the same name."""
+"""Measures: models and images in, tidy tables out; most have a plot of the same name.
+
+Arguments that most share: ``source``, a run or a routed model with ``images`` to route, its routes,
+or the routes of several systems; ``layers`` to show, counted from 0, and ``classes``, by name or
+index (empty: all); ``resamples`` of images for 95 % intervals and ``permutations`` for chance, both
+by ``seed``; ``system``, a name for the table. A table has its caption in ``attrs["caption"]``. What
+cannot be measured is refused by a ``MoeeError``.
+"""
 
 from __future__ import annotations
 

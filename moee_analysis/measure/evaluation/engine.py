@@ -71,11 +71,13 @@ def extract_all(
     for config in progress(configs, label="variants"):
         new = make(partial(extract, dense, calibration, config, store=store))
         name = f"seconds-{content_key(config=asdict(config), **facts)}"
-        made[config] = replace(new, seconds=math.nan if new.reason else _kept(store, name, new))
+        made[config] = replace(
+            new, seconds=math.nan if new.reason else _first_seconds(store, name, new)
+        )
     return made
 
 
-def _kept(store: str | Path, name: str, made: Made) -> float:
+def _first_seconds(store: str | Path, name: str, made: Made) -> float:
     """The seconds that the store has under this name; those of ``made``, if there are none yet."""
     file = "seconds.json"
     folder = get_or_build(Path(store), name, lambda new: write_json(new / file, made.seconds))
