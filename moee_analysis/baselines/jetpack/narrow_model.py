@@ -233,7 +233,9 @@ def _narrow(
     model: nn.Module, name: str, tensor: torch.Tensor, kept: Mapping[str, np.ndarray]
 ) -> torch.Tensor:
     module = name.rpartition(".")[0]
-    axes = UNITS[type(model)][re.sub(r"(stages|blocks)\.\d+", r"\1.*", module)]
+    axes = UNITS[type(model)].get(re.sub(r"(stages|blocks)\.\d+", r"\1.*", module))
+    if axes is None:
+        raise _unsupported(f"a {type(model).__name__} with '{module}'")
     for axis, units in enumerate(axes[: tensor.ndim]):
         if units is not None:
             times = 3 if module.endswith(".qkv") and units == INNER else 1
