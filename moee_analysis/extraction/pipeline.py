@@ -78,13 +78,13 @@ def extract(
     if config.clustering.reduce == "umap":
         check_numba_cache()
     images = images.limit(config.calibration_images, seed=config.seed)
-    extracted = partial(_extract, model, images, config, limits=limits)
+    extract_in = partial(_extract, model, images, config, limits=limits)
     if store is None:
         with scratch_folder("store") as root:
-            run = extracted(root=root)
+            run = extract_in(root=root)
     else:
         root = Path(store)
-        run = through_store(partial(extracted, root=root), model, images, config, root=root)
+        run = through_store(partial(extract_in, root=root), model, images, config, root=root)
     return replace(run, original=model)
 
 
@@ -100,14 +100,16 @@ def _extract(
     if not tokens.on_disk:
         tell("the disk has no room for the tokens: every pass over them runs the model again")
     with saved_sums(tokens):
-        # Phase 1: cluster the tokens of every layer; each cluster is an expert.
+        # What the dense model costs, and one budget, which attention can join.
         sites = [site.name for site in (*tokens.sites, *plain_attentions(precise))]
         dense = count(precise, sites=sites)
         attentions = plan_attentions(precise, images, config, dense=dense, root=root)
+        budget = Budget(precise, dense, config, attentions)
+
+        # Phase 1: cluster the tokens of every layer; each cluster is an expert.
         layers = group_tokens(tokens, config)
 
-        # Phase 2: cut experts. Score neurons, and spend one budget where they are worth most.
-        budget = Budget(precise, dense, config, attentions)
+        # Phase 2: cut experts. Score neurons, and spend the budget where they are worth most.
         scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
         sizes = budget.allocate(layers, scores)
         if config.measures_coherence:

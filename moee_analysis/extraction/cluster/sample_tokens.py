@@ -61,9 +61,10 @@ class SampleAccumulator(Accumulator):
         """Add a part of the tokens."""
         own = self.rows - layer.sample.start
         picked = np.flatnonzero((own >= 0) & (own < len(layer.sample)))
-        for name in ("inputs", "hidden") if self.hidden else ("inputs",):
-            values = np.asarray(getattr(layer.sample, name)[own[picked]], dtype=np.float64)
-            sums[name][torch.from_numpy(picked)] += torch.from_numpy(values)
+        inputs = layer.sample.inputs[own[picked]].astype(np.float64)
+        sums["inputs"][torch.from_numpy(picked)] += torch.from_numpy(inputs)
+        if self.hidden:
+            sums["hidden"][torch.from_numpy(picked)] += layer.hidden(own[picked]).cpu()
         for rows in layer.chunks():
             self._add_products(sums, layer, rows[layer.sample.position[rows] >= self.leading])
 

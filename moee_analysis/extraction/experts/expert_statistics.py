@@ -74,10 +74,10 @@ class StatisticsAccumulator(Accumulator):
         sums["routed"] += _counts(routed, weight, len(sums["routed"]))
         sums["weight"] += _counts(members, weight, len(sums["weight"]))
         for rows in layer.chunks():
-            hidden = np.asarray(layer.sample.hidden[rows], dtype=np.float64)
+            hidden = layer.hidden(rows).cpu().double()
             for expert, own in enumerate(by_expert(members[rows], len(sums["weight"]))):
                 if len(own):
-                    values = torch.from_numpy(hidden[own])
+                    values = hidden[own]
                     counts = torch.from_numpy(weight[rows][own])
                     sums["hidden"][expert] += counts @ values
                     sums["squares"][expert] += counts @ values.square_()

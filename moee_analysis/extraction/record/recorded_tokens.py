@@ -134,64 +134,44 @@ class Activations:
         """Return the sample of ``site``, mapped from disk."""
         origin = self._load(f"tokens-{self._manifest['tokens'][site.name]}")
         values = {name: self._load(f"{site.name}.{name}") for name in self._manifest["contents"]}
-        first, last = origin["image"][[0, -1]]
-        start = int(first) * (len(origin) // int(last - first + 1))
-        return layer_sample(values, origin, start=start)
+        return layer_sample(values, origin)
 
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
 
-def layer_sample(
-    values: dict[str, np.ndarray], origin: np.ndarray, *, start: int
-) -> LayerSample:  # fmt: skip
+def layer_sample(values: dict[str, np.ndarray], origin: np.ndarray) -> LayerSample:
     """Return the sample of ``values`` whose rows have an ``origin``: image, position, weight."""
+    first, last = origin["image"][[0, -1]]
+    start = int(first) * (len(origin) // int(last - first + 1))
     fields = {field: origin[field] for field in origin.dtype.names}
     return LayerSample(**{"hidden": None} | values | fields, start=start)
 
 
 @dataclass(frozen=True)
 class RecordedLayer:
-    """A layer's MLP and some of its sampled tokens, with hidden activations in any case."""
+    """A layer's MLP and some of its sampled tokens, on the device of the MLP."""
 
     site: MlpSite
     mlp: Mlp
     sample: LayerSample
-
-    @classmethod
-    def of(cls, sample: LayerSample, model: nn.Module, site: MlpSite) -> RecordedLayer:
-        """Return the layer of a ``sample``; hidden activations not recorded are recomputed."""
-        mlp = site.module(model)
-        if sample.hidden is None:
-            sample = replace(sample, hidden=RecomputedHidden(mlp, sample.inputs))
-        return cls(site, mlp, sample)
 
     @property
     def device(self) -> torch.device:
         """Where the MLP is, and where large products of its activations are made."""
         return self.mlp.fc1.weight.device
 
+    @torch.no_grad()
     def hidden(self, rows: slice | np.ndarray) -> torch.Tensor:
-        """Hidden activations at ``rows``, float32 (n, hidden)."""
-        values = np.asarray(self.sample.hidden[rows], dtype=np.float32)
-        return torch.from_numpy(values).to(self.device)
+        """Hidden activations at ``rows``, float32 (n, hidden), recorded or computed again."""
+        if self.sample.hidden is not None:
+            values = np.asarray(self.sample.hidden[rows], dtype=np.float32)
+            return torch.from_numpy(values).to(self.device)
+        x = torch.from_numpy(self.sample.inputs[rows].astype(np.float32))
+        return self.mlp.act(self.mlp.fc1(x.to(self.mlp.fc1.weight))).float()
 
     def chunks(self, rows: np.ndarray | None = None, *, size: int = CHUNK) -> Iterator[np.ndarray]:
         """Numbers of all rows, or of some ``rows``, so many at a time."""
         rows = np.arange(len(self.sample)) if rows is None else rows
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
-
-
-@dataclass(frozen=True)
-class RecomputedHidden:
-    """Hidden activations, computed from the recorded inputs of the rows that are asked for."""
-
-    mlp: Mlp
-    inputs: np.ndarray
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Return act(W1 x + b1) at ``rows``, float32 (n, hidden)."""
-        x = torch.from_numpy(self.inputs[rows].astype(np.float32)).to(self.mlp.fc1.weight)
-        with torch.no_grad():
-            return self.mlp.act(self.mlp.fc1(x)).float().cpu().numpy()

@@ -102,8 +102,7 @@ class Recording:
         for site in self.sites:
             values = {content: arrays[site.name, content] for content in self.contents}
             origin = _origin(self.plan, count, self.tokens[site.name])
-            start = self.plan.first * self.kept[site.name]
-            found[site.name] = samples.layer_sample(values, origin, start=start)
+            found[site.name] = samples.layer_sample(values, origin)
         return found
 
     @property

@@ -133,7 +133,10 @@ class TokenSource:
                     )
                     for site in sites
                 }
-            yield {s.name: RecordedLayer.of(samples[s.name], self.model, s) for s in sites}
+            yield {
+                site.name: RecordedLayer(site, site.module(self.model), samples[site.name])
+                for site in sites
+            }
 
     @cached_property
     def on_disk(self) -> bool:
