@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -56,20 +57,16 @@ def class_labels(model: nn.Module) -> tuple[str, ...]:
 
 def knows_classes(model: nn.Module) -> bool:
     """Whether :func:`class_names` has an answer."""
-    try:
-        class_names(model)
-    except MoeeError:
-        return False
-    return True
+    with suppress(MoeeError):
+        return bool(class_names(model))
+    return False
 
 
 def is_classifier(model: nn.Module) -> bool:
     """Whether :func:`count_classes` has an answer."""
-    try:
-        count_classes(model)
-    except MoeeError:
-        return False
-    return True
+    with suppress(MoeeError):
+        return bool(count_classes(model))
+    return False
 
 
 def count_classes(model: nn.Module) -> int:
@@ -126,11 +123,11 @@ def names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...
     """
     if knows_classes(model):
         return ()
-    names = tuple(sorted(folders))
-    if not is_classifier(model) or (outputs := count_classes(model)) != len(names):
+    names, count = tuple(sorted(folders)), len(folders)
+    if not is_classifier(model) or count_classes(model) != count:
         return ()
     _tell_once(
-        f"the model's {outputs} classes have no names: they are taken to be the {outputs} class "
+        f"the model's {count} classes have no names: they are taken to be the {count} class "
         f"folders in the order of the alphabet, {_shorten(names)}"
     )
     return names
@@ -158,8 +155,7 @@ def plain_name(name: str) -> str:
 def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Read names of classes from a file: one a line, or JSON.
 
-    The JSON is a list of names, an object from index to name, as Hugging Face's ``id2label``, or
-    from name to index, as torchvision's ``class_to_idx``.
+    The JSON is a list of names, or an object like ``id2label`` or ``class_to_idx``.
 
     Raises MoeeError: no such file, or something else in it.
     """

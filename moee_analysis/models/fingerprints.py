@@ -1,8 +1,7 @@
-"""Which model is "the same": all that decides its outputs, and outputs of its own as proof.
+"""Which model is "the same": weights, structure, transform, and answers to one batch of images.
 
 Weights alone do not name a model: heads, activations, pooling and the preparation of images leave
-no trace in them. A fingerprint is of weights, structure and transform, and of the answers to one
-fixed batch of images, which reveal whatever the other three overlook.
+no trace in them. The answers reveal whatever the other three overlook.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,13 +29,7 @@ CLOSE = 1e-4  # of the largest answer: what other processors and versions may ma
 INFINITE = 1e9  # stands for what is not finite
 EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision
 
-IGNORED = {
-    *vars(nn.Module()), "training", "fused_attn", "grad_checkpointing", "pretrained_cfg",
-    "default_cfg", "pretrained_model_args", "feature_info", "weight_init_mode", "fix_init",
-    "strategy", "choices",
-}  # fmt: skip
-"""Attributes of modules that leave the outputs as they are, or are looked at in another place."""
-
+IGNORED = ("training", "fused_attn", "checkpointing", "drop", "cache", "init")
 STATED = ("architecture", "label_names", "classifier", "first_conv")
 
 
@@ -76,18 +68,22 @@ def identity(model: nn.Module) -> Identity:
     """
     network = unwrapped(model)
     transform = _digest(data_config(network))
-    probed, found = _probe(network)
-    return Identity(hash_weights(network), _structure(probed), transform, found)
+    return Identity(hash_weights(network), _structure(network), transform, answers(network))
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all that decides the outputs of a model; raises what :func:`identity` does."""
+    """SHA-256 of all that decides the outputs of a model."""
     return identity(model).digest
 
 
 def hash_weights(module: nn.Module) -> str:
     """SHA-256 of a module's stored tensors: names, shapes, types and values."""
-    return _hash_tensors(module.state_dict())
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def answers(model: nn.Module) -> tuple[float, ...]:
@@ -97,9 +93,17 @@ def answers(model: nn.Module) -> tuple[float, ...]:
     same numbers, and routers to the same decisions; as it is where it cannot be run like that. They
     are rounded to what is sure.
 
-    Raises MoeeError: the model cannot be run on images of its size.
+    Raises MoeeError: the model cannot be run on images of its size, or not be copied.
     """
-    return _probe(unwrapped(model))[1]
+    network = unwrapped(model)
+    first = next(network.parameters())
+    for device, dtype in ("cpu", torch.float64), (first.device, first.dtype):
+        copied = _copy(network).to(device, dtype).eval()
+        try:
+            return _answers(copied, device, dtype)
+        except DOES_NOT_FIT as error:
+            refusal = misfit(network, error)
+    raise refusal
 
 
 def alike(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -108,19 +112,7 @@ def alike(one: Sequence[float], other: Sequence[float]) -> bool:
     return a.shape == b.shape and bool(np.abs(a - b).max() <= CLOSE * np.abs(a).max())
 
 
-def _probe(network: nn.Module) -> tuple[nn.Module, tuple[float, ...]]:
-    """A copy that was run on two images, with all that a first run leaves in it; its answers."""
-    first = next(network.parameters())
-    for device, dtype in ("cpu", torch.float64), (first.device, first.dtype):
-        copied = _copied(network).to(device, dtype).eval()
-        try:
-            return copied, _answers(copied, device, dtype)
-        except DOES_NOT_FIT as error:
-            refusal = misfit(network, error)
-    raise refusal
-
-
-def _copied(network: nn.Module) -> nn.Module:
+def _copy(network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network)
     except (RuntimeError, TypeError) as error:
@@ -166,55 +158,19 @@ def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
 
 
 def _structure(network: nn.Module) -> str:
-    """Digest of what no stored tensor shows: classes, settings, other buffers, names and labels."""
-    stored = network.state_dict().keys()
-    buffers = network.named_buffers(remove_duplicate=False)
-    others = _hash_tensors({k: t.double() for k, t in buffers if k not in stored})
-    named = network.named_modules(remove_duplicate=False)
-    modules = {name: _describe_module(m) for name, m in named if not _passes_all(m)}
-    stated = {name: _describe(network.pretrained_cfg.get(name)) for name in STATED}
-    return _digest([modules, others, stated])
+    """Digest of what the probe may not reach: classes and settings of modules, names, labels."""
+    modules = {
+        name: [type(module).__qualname__, module.extra_repr(), _settings(module)]
+        for name, module in network.named_modules(remove_duplicate=False)
+        if not isinstance(module, nn.Identity) and "Drop" not in type(module).__name__
+    }
+    return _digest([modules, {name: network.pretrained_cfg.get(name) for name in STATED}])
 
 
-def _passes_all(module: nn.Module) -> bool:
-    """Whether it changes nothing in evaluation: an identity, or what drops while training."""
-    return isinstance(module, nn.Identity) or "Drop" in type(module).__name__
-
-
-def _describe_module(module: nn.Module) -> list[Any]:
-    """A module's class and settings."""
-    own = {k: v for k, v in vars(module).items() if k not in IGNORED and not k.startswith("_")}
-    own = {k: _describe(v) for k, v in own.items() if "drop" not in k and "cache" not in k}
-    return [_name_of(type(module)), own]
-
-
-def _describe(value: Any) -> Any:
-    """A setting as plain JSON: numbers and texts as they are, functions and others by name."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float() | torch.dtype():
-            return repr(value)
-        case Mapping():
-            return {str(key): _describe(each) for key, each in value.items()}
-        case list() | tuple():
-            return [_describe(each) for each in value]
-        case partial():
-            return [_describe(value.func), _describe(value.args), _describe(value.keywords)]
-    return _name_of(value if hasattr(value, "__qualname__") else type(value))
-
-
-def _name_of(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '')}.{thing.__qualname__}"
-
-
-def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Attributes of plain values that may change the outputs; the answers show all others."""
+    own = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+    return {k: v for k, v in own.items() if not any(part in k for part in IGNORED)}
 
 
 def _digest(content: Any) -> str:

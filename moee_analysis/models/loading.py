@@ -86,25 +86,20 @@ def load_model(
     classes: str | Path | Sequence[str] | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """Load a dense model, ready for evaluation.
+    """Load a dense model by one of :data:`BUNDLED_MODELS` or of timm's names, for evaluation.
 
     Parameters
     ----------
-    name
-        ``"bundled"`` (a small ViT trained on the rendered scenes), ``"bundled_swin"``,
-        ``"bundled_convnext"``, or any name timm knows.
     weights
         A local ``.safetensors`` or a checkpoint of PyTorch's; None takes the bundled weights, or
         timm's pretrained weights from the hub. Only tensors are ever read from a file. The head
         follows the weights; sizes and channels are resampled as timm does.
-    device
-        Where the model goes.
     classes
         Names of its classes in the order of its outputs, or a file of them (one name a line, or
         JSON); None: those it states itself.
     arguments
         Of ``timm.create_model``, such as ``img_size``, ``in_chans``, ``global_pool`` or
-        ``act_layer``. They are kept with whatever is saved of the model. None leaves one out.
+        ``act_layer``. They are saved with all that is made from the model. None leaves one out.
 
     Raises MoeeError: unknown name or argument; no weights to be had (offline); a file that is
     not a state dict of this model; a device that is not there; names that are not as many as
@@ -171,9 +166,7 @@ def build_model(
 
 
 def find_mlps(model: nn.Module) -> list[MlpSite]:
-    """Find every Linear-activation-Linear MLP (``timm.layers.Mlp``), in order, from 0.
-
-    Those that :func:`survey` gives a reason against are left out.
+    """Find every Linear-activation-Linear MLP that :func:`survey` has no reason against, from 0.
 
     Raises MoeeError: the model has none; the message lists the MLP-like modules that were
     found, and why they are left out.

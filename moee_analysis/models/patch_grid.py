@@ -14,7 +14,7 @@ from timm.models.nest import NestLevel
 from timm.models.tnt import TNT
 from torch import nn
 
-from moee_analysis.models.loading import input_size
+from moee_analysis.models.inputs import input_size
 
 
 def patch_places(
@@ -38,43 +38,24 @@ def patch_places(
         So many tokens of each image are no patches.
     """
     numbers = np.arange(math.prod(shape) - leading)
-    holders = [type(holder) for holder in _holders(model, name)]
-    if Hiera in holders:
-        return _rerolled(model, name, numbers)
-    if MobileVitBlock in holders:
-        return _unfolded(model, numbers.reshape(tuple(shape)))
-    if NestLevel in holders or (TNT in holders and shape[0] > 1):
-        return _in_blocks(model, numbers.reshape(shape[-2:]))
+    parts = name.split(".")
+    within = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    holders = {type(holder): holder for holder in within}
+    if Hiera in holders:  # by its own way back to rows and columns
+        (block,) = re.findall(r"(?:^|\.)blocks\.(\d+)\.", name)
+        tokens = torch.from_numpy(numbers)[None, :, None]
+        return holders[Hiera].reroll(tokens, int(block))[0, ..., 0].numpy()
+    if MobileVitBlock in holders:  # first tokens of square patches, then all second ones
+        numbers = numbers.reshape(tuple(shape))
+        side, patches = math.isqrt(len(numbers)), _in_proportion(model, numbers.shape[1])
+        return _weave(numbers.reshape(side, side, *patches).transpose(2, 3, 0, 1))
+    if NestLevel in holders or (TNT in holders and shape[0] > 1):  # block after block
+        blocks, inside = (_in_proportion(model, count) for count in shape[-2:])
+        return _weave(numbers.reshape(*blocks, *inside))
     return numbers.reshape(_sides(model, shape, len(numbers)))
 
 
-def _holders(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that the module called ``name`` is in, from ``model`` on."""
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-
-
-def _rerolled(model: nn.Module, name: str, numbers: np.ndarray) -> np.ndarray:
-    """Of Hiera, by its own way back to rows and columns."""
-    hiera = next(holder for holder in _holders(model, name) if isinstance(holder, Hiera))
-    (block,) = re.findall(r"(?:^|\.)blocks\.(\d+)\.", name)
-    return hiera.reroll(torch.from_numpy(numbers)[None, :, None], int(block))[0, ..., 0].numpy()
-
-
-def _unfolded(model: nn.Module, numbers: np.ndarray) -> np.ndarray:
-    """Of square patches whose first tokens come first, then all second ones: (place, patch)."""
-    side = math.isqrt(len(numbers))
-    patches = _in_proportion(model, numbers.shape[1])
-    return _woven(numbers.reshape(side, side, *patches).transpose(2, 3, 0, 1))
-
-
-def _in_blocks(model: nn.Module, numbers: np.ndarray) -> np.ndarray:
-    """Of blocks that come one after the other: (block, place in it)."""
-    blocks, inside = (_in_proportion(model, count) for count in numbers.shape)
-    return _woven(numbers.reshape(*blocks, *inside))
-
-
-def _woven(numbers: np.ndarray) -> np.ndarray:
+def _weave(numbers: np.ndarray) -> np.ndarray:
     """Put blocks (block rows, block columns, rows, columns) side by side."""
     high, wide, rows, columns = numbers.shape
     return numbers.swapaxes(1, 2).reshape(high * rows, wide * columns)

@@ -51,11 +51,15 @@ def survey(model: nn.Module) -> list[SurveyedMlp]:
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             places.setdefault(module, []).append(name)
-    return [
-        SurveyedMlp(names[0], _kind(module), _reason(model, module, names))
-        for module, names in places.items()
-        if _is_like_mlp(module)
-    ]
+    found = []
+    for module, names in places.items():
+        kind = type(module).__name__
+        if isinstance(module, Mlp):
+            kind += f" ({type(module.fc1).__name__}, {type(module.norm).__name__})"
+        elif not _is_called(module, *NAMES) or any(isinstance(c, Mlp) for c in module.children()):
+            continue  # not called like an MLP, or just holds one
+        found.append(SurveyedMlp(names[0], kind, _reason(model, module, names)))
+    return found
 
 
 def is_plain_mlp(module: nn.Module) -> bool:
@@ -68,20 +72,6 @@ def is_plain_mlp(module: nn.Module) -> bool:
     )
 
 
-def _is_like_mlp(module: nn.Module) -> bool:
-    """Whether it is called like an MLP, and does not just hold one."""
-    if isinstance(module, Mlp):
-        return True
-    return _is_called(module, *NAMES) and not any(isinstance(c, Mlp) for c in module.children())
-
-
-def _kind(module: nn.Module) -> str:
-    name = type(module).__name__
-    if isinstance(module, Mlp):
-        return f"{name} ({type(module.fc1).__name__}, {type(module.norm).__name__})"
-    return name
-
-
 def _reason(model: nn.Module, module: nn.Module, names: list[str]) -> str:
     """Why ``module`` cannot be taken apart; empty if it can."""
     parent, _, own = names[0].rpartition(".")
@@ -91,28 +81,25 @@ def _reason(model: nn.Module, module: nn.Module, names: list[str]) -> str:
         return f"stands in {len(names)} places with the same weights"
     if is_plain_mlp(module):
         return ""
-    return next(reason for holds, reason in REASONS if holds(module))
+    return next(reason for reason, holds in REASONS.items() if holds(module))
 
 
 def _is_called(module: nn.Module, *parts: str) -> bool:
     return any(part in type(module).__name__.lower() for part in parts)
 
 
-REASONS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
-    (lambda m: _is_called(m, "head"), "the classifier's head: one vector of an image, no tokens"),
-    (lambda m: _is_called(m, "glu", "gated"), "gated: a hidden neuron is the product of two"),
-    (
-        lambda m: _is_called(m, "globalresponse"),
-        "GRN inside: a hidden neuron depends on those of all tokens",
+REASONS: dict[str, Callable[[nn.Module], bool]] = {
+    "the classifier's head: one vector of an image, no tokens": lambda m: _is_called(m, "head"),
+    "gated: a hidden neuron is the product of two": lambda m: _is_called(m, "glu", "gated"),
+    "GRN inside: a hidden neuron depends on those of all tokens": lambda m: _is_called(
+        m, "globalresponse"
     ),
-    (
-        lambda m: any(isinstance(part, CONVOLUTIONS) for part in m.modules()),
-        "convolutional: made of convolutions, not of Linear layers alone",
+    "convolutional: made of convolutions, not of Linear layers alone": lambda m: any(
+        isinstance(part, CONVOLUTIONS) for part in m.modules()
     ),
-    (
-        lambda m: not isinstance(getattr(m, "norm", None), nn.Identity | None),
-        "a norm inside, beside its Linear layers",
+    "a norm inside, beside its Linear layers": lambda m: (
+        not isinstance(getattr(m, "norm", None), nn.Identity | None)
     ),
-    (lambda _: True, "not a timm.layers.Mlp"),
-)
+    "not a timm.layers.Mlp": lambda _: True,
+}
 """Why an MLP that sees tokens is not Linear-activation-Linear; the first that holds."""
