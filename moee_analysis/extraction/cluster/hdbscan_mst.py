@@ -78,19 +78,12 @@ class Neighbours:
 
 
 def spanning_tree(points: np.ndarray, min_samples: int) -> SpanningTree:
-    """Find the minimum spanning tree of the mutual reachability of ``points``, Euclidean.
+    """Find the minimum spanning tree of the mutual reachability of ``points``, float (n, d).
 
-    Edges of one weight are ordered by their ends among the distinct points, so rows in another
-    order get the same tree, and equal points hang on it alike. It takes O(n² d) operations, nearly
-    all in products of matrices, and O(n d) memory.
-
-    Parameters
-    ----------
-    points
-        Float (n, d), at least two. Half precision is computed with as single precision, all that
-        is not a float as double.
-    min_samples
-        Other points within a core distance, as hdbscan counts them; all there are, if fewer.
+    A core distance reaches ``min_samples`` other points, as hdbscan counts them; all there are, if
+    fewer. Edges of one weight are ordered by their ends among the distinct points, so rows in
+    another order get the same tree, and equal points hang on it alike. It takes O(n² d)
+    operations, nearly all in products of matrices, and O(n d) memory.
 
     Raises MoeeError: fewer than two points, no dimension; NaN, infinity, distances too large or
     too small to be squared; ``min_samples`` below 1.

@@ -21,10 +21,10 @@ from moee_analysis.models.loading import MlpSite
 class TokenSample:
     """Sampled tokens of a layer, and statistics of all ``tokens`` they are sampled from.
 
-    ``rows`` are their numbers among all recorded tokens, leading ones included; ``inputs``
-    (n, dim) and ``hidden`` (n, hidden) are float32, hidden activations None where nobody needs
-    them. ``covariance`` is that of the inputs, ``fisher`` the metric of the outputs, None without
-    gradients; both float64 (dim, dim). ``key`` names the recording in the store.
+    ``rows`` are their numbers among all recorded tokens; ``inputs`` (n, dim) and ``hidden``
+    (n, hidden), None where nobody needs it, are float32. ``covariance`` is that of the inputs,
+    ``fisher`` the metric of the outputs, None without gradients; both float64 (dim, dim). ``key``
+    names the recording in the store.
     """
 
     site: MlpSite

@@ -17,8 +17,8 @@ from moee_analysis.extraction.cluster.clustering import (
     assess,
     cluster,
     label,
+    nearest,
 )
-from moee_analysis.extraction.cluster.neighbors import nearest
 from moee_analysis.extraction.config.clustering import METHODS, ClusterConfig
 from tests.helpers.layers import same_partition
 from tests.helpers.runs import CLUSTERING
