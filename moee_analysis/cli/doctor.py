@@ -97,7 +97,11 @@ def _machine() -> dict[str, Any]:
 
 def _software() -> Iterator[Check]:
     """Python and every library, against what the package asks for."""
-    wanted, here = metadata.metadata(PACKAGE)["Requires-Python"], platform.python_version()
+    try:
+        wanted, here = metadata.metadata(PACKAGE)["Requires-Python"], platform.python_version()
+    except metadata.PackageNotFoundError:
+        yield Check("package", "not installed", ok=False, advice="pip install -e . in the checkout")
+        return
     advice = f"set the environment up with Python {wanted}"
     yield Check("Python", here, here in SpecifierSet(wanted), advice)
     asked = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]

@@ -32,21 +32,14 @@ class Seen:
 
 
 def look_through(run: Extraction, images: ImageSet) -> Seen:
-    """Route ``images`` through the run; their classes are their folders.
-
-    Raises
-    ------
-    MoeeError
-        No image; no layer with one expert per token whose patches have known places.
-    """
+    """Route ``images`` through the run; their classes are their folders."""
     if not len(images):
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
     routed = measure.routes(run, images, by_folder=True)
     if not routed.placed:
-        raise MoeeError(
-            "a layer with one expert per token whose patches have known places", "none",
-            "extract experts of layers that see the patches of an image",
-        )  # fmt: skip
+        expected = "a layer with one expert per token whose patches have known places"
+        hint = "extract experts of layers that see the patches of an image"
+        raise MoeeError(expected, "none", hint)
     return Seen(run, images, routed, measure.typical(run, images, routed))
 
 

@@ -32,19 +32,7 @@ def write_atlas(
 
     It shows every layer with one expert per token whose patches have places in the image. All that
     it says but the neurons of experts is measured on ``images``; their folders are the classes,
-    whatever their names.
-
-    Parameters
-    ----------
-    out
-        The file; it appears when it is complete.
-    dense
-        The dense model, for its predictions and for what is saved; None leaves both out.
-
-    Raises
-    ------
-    MoeeError
-        No images, or no layer that can be shown.
+    whatever their names. Without the ``dense`` model it tells no predictions of it and no savings.
     """
     out = Path(out)
     check_place(out)
@@ -58,13 +46,10 @@ def atlas_facts(
     """Return all that the page shows, in JSON's types.
 
     ``layers`` (see ``layer_facts``), each with ``routes``; ``images`` (class, picture,
-    predictions); ``about``, names and values of what was looked at; ``absent``, the layers that
-    are not shown, and why.
+    predictions); ``about``, names and values; ``absent``, the layers not shown, and why.
     """
     seen = look_through(run, images)
-    layers = [
-        facts | {"routes": packed_routes(seen, facts["layer"])} for facts in layer_facts(seen)
-    ]
+    layers = [each | {"routes": packed_routes(seen, each["layer"])} for each in layer_facts(seen)]
     return {
         "about": _about(seen, dense, layers),
         "absent": _absent(seen),
@@ -97,7 +82,6 @@ def _file(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """``text`` as a content security policy names it."""
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
@@ -117,7 +101,6 @@ def _about(
 
 
 def _absent(seen: Seen) -> str:
-    """The layers that are not shown, and why; nothing if all are."""
     reasons = [
         f"layer {report.index} "
         + ("has no patches with places" if report.converted else f"stayed dense: {report.reason}")
@@ -128,7 +111,6 @@ def _absent(seen: Seen) -> str:
 
 
 def _savings(seen: Seen, dense: nn.Module | None) -> list[tuple[str, str]]:
-    """Savings of the run, beside its dense model."""
     if dense is None:
         return []
     costs = measure.macs(replace(seen.run, original=dense), routes=seen.routed)

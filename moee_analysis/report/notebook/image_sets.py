@@ -17,16 +17,12 @@ from moee_analysis.report.notebook.parameters import Parameters
 from moee_analysis.utils.paths import store_folder
 from moee_analysis.utils.storage.store import check_writable
 
-SET_ASIDE = 0.5
-"""Share of ``images`` used for calibration when no other calibration set is given."""
+SET_ASIDE = 0.5  # share of ``images`` used for calibration when no other set is given
 
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Disjoint images for making the experts and for looking at them, and remarks on both.
-
-    ``training`` are for fine-tuning; they are those of the calibration where there are no others.
-    """
+    """Disjoint images for making the experts, for looking at them, for fine-tuning, and remarks."""
 
     calibration: ImageSet
     evaluation: ImageSet

@@ -36,9 +36,7 @@ def notebook_body(path: Path, findings: Mapping[str, str]) -> str:
                 shorten(output)
     config = Config()
     config.TagRemovePreprocessor.enabled = True
-    config.TagRemovePreprocessor.remove_cell_tags = ("papermill-error-cell-tag", "remove-cell")
-    config.TagRemovePreprocessor.remove_input_tags = ("remove-input",)
-    config.TagRemovePreprocessor.remove_all_outputs_tags = ("remove-output",)
+    config.TagRemovePreprocessor.remove_cell_tags = ("papermill-error-cell-tag",)
     exporter = HTMLExporter(config=config, template_name="basic", exclude_anchor_links=True)
     return refine(exporter.from_notebook_node(notebook)[0], findings)
 

@@ -83,26 +83,20 @@ def report(
 ) -> list[Outcome]:
     """Run notebooks and make a report of them that needs no network and no server.
 
+    The folder ``out`` gets an ``index.html`` and, per notebook, a folder with ``page.html``,
+    ``notebook.ipynb``, ``results.json``, ``status.json``, ``tables/`` and ``figures/``, which
+    appears when its notebook is done. A failing notebook does not stop the others.
+
     Parameters
     ----------
     parameters
-        Values for the notebooks' parameters cells; every notebook has to take them.
-    out
-        Folder of the report: ``index.html`` and, per notebook, a folder with ``page.html``,
-        ``notebook.ipynb``, ``results.json``, ``status.json``, ``tables/`` and ``figures/``.
-        A folder appears when its notebook is done; until then an older one stays.
+        Values for the notebooks' parameters cells; those that one cannot take are refused first.
     notebooks
-        Paths of notebooks; None runs all of the project's. A failing one does not stop the others.
+        Paths of notebooks; None runs all of the project's.
     timeout
         Seconds a single cell may take; None takes the preset's :data:`CELL_SECONDS`.
     say
         Called with a line when a notebook starts and ends, and with the place of the index.
-
-    Raises
-    ------
-    MoeeError
-        Before anything runs: parameters that a notebook cannot take, an ``out`` that holds
-        something else.
     """
     preset_named(preset)
     if timeout is not None:
