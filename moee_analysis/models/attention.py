@@ -49,11 +49,7 @@ def plain_attentions(model: nn.Module) -> list[AttentionSite]:
 
 
 def find_attentions(model: nn.Module) -> list[AttentionSite]:
-    """Find the plain self-attentions, as :func:`plain_attentions`, of a model that has some.
-
-    Raises MoeeError: the model has none: no attention, or one with windows, rotary embeddings
-    or norms inside.
-    """
+    """Find the plain self-attentions, as :func:`plain_attentions`; refuse a model without any."""
     sites = plain_attentions(model)
     if not sites:
         raise MoeeError(
@@ -105,20 +101,12 @@ class Ranks:
 
 
 class LowRankAttention(nn.Module):
-    """Self-attention with as few dimensions in its heads as it needs.
+    """Self-attention with few dimensions in its heads, in the place of the dense one at ``site``.
 
     Takes and gives what timm's ``Attention`` does, without a mask. The outputs of tokens beyond
-    the first ``queries`` are zeros.
-
-    Parameters
-    ----------
-    site
-        The dense attention that this one stands in for.
-    ranks
-        How many dimensions there are.
-    bias
-        Whether queries have a bias. Keys need none (it is the same for all scores of a query, and
-        softmax takes it away); that of values goes through the attention into the output's.
+    the first ``queries`` are zeros. Queries may have a ``bias``. Keys need none (it is the same
+    for all scores of a query, and softmax takes it away); that of values goes through the
+    attention into the output's.
     """
 
     def __init__(self, site: AttentionSite, ranks: Ranks, *, bias: bool) -> None:
@@ -133,10 +121,7 @@ class LowRankAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **others: Any
     ) -> torch.Tensor:
-        """Map tokens (images, tokens, dim) to the same shape.
-
-        Raises MoeeError: a mask is given, or asked for.
-        """
+        """Map tokens (images, tokens, dim) to the same shape; refuse a mask."""
         if attn_mask is not None or any(others.values()):  # is_causal
             raise MoeeError("attention without a mask", "one", "leave the attention dense")
         whole = self.ranks.queries is None
@@ -198,10 +183,7 @@ def _needs_one_width(x: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank maps left right^T in the place of identities, one for each head.
-
-    ``left`` and ``right`` are (heads, head_dim, rank), of any device and precision.
-    """
+    """Low-rank maps left right^T in the place of identities, each (heads, head_dim, rank)."""
 
     left: torch.Tensor
     right: torch.Tensor

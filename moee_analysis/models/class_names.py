@@ -31,7 +31,7 @@ FORMS = "write one name a line, or JSON: a list, or an object of indices and nam
 
 
 def class_names(model: nn.Module, *, readable: bool = False) -> tuple[str, ...]:
-    """Names of the model's classes in the order of its outputs; wnids for ImageNet.
+    """Names of the model's classes in the order of its outputs; wnids, or ``readable`` names.
 
     Raises MoeeError: the model does not say which classes it knows, or has not one output for
     each.
@@ -93,10 +93,7 @@ def count_classes(model: nn.Module) -> int:
 
 
 def name_classes(model: nn.Module, names: Sequence[str]) -> None:
-    """Give a classifier the names of its classes, in the order of its outputs.
-
-    Raises MoeeError: another number of names than of outputs, a name twice, or an empty one.
-    """
+    """Give a classifier the names of its classes, one for each output, in their order."""
     network, outputs = inside(model), count_classes(model)
     twice = len(names) - len(set(names))
     if len(names) != outputs or twice or "" in names:
@@ -138,8 +135,6 @@ def index_of_classes(model: nn.Module, folders: Sequence[str]) -> dict[str, int]
 
     Names stand there as they are and, where no two are alike, as :func:`plain_name`. They are
     class ``folders`` in their order where the model names none (:func:`names_by_folders`).
-
-    Raises MoeeError: a model whose classes are not known.
     """
     names = names_by_folders(model, folders)
     listed = [names] if names else [class_labels(model), class_names(model)]
@@ -156,8 +151,6 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Read names of classes from a file: one a line, or JSON.
 
     The JSON is a list of names, or an object like ``id2label`` or ``class_to_idx``.
-
-    Raises MoeeError: no such file, or something else in it.
     """
     path = Path(path)
     text = read_text(path, expected="a text file of class names", hint=FORMS)

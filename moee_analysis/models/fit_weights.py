@@ -36,8 +36,8 @@ def named_as_in(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterat
 def fit_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
     """Load weights into ``model``, resampled as timm does where sizes or channels are others.
 
-    Raises MoeeError: two networks in the file; what does not fit, by name: what is missing,
-    surplus or of another shape, and the prefix that was looked through.
+    Raises MoeeError: two networks in the file; tensors that are missing, surplus or of another
+    shape.
     """
     expected = model.state_dict()
     fitted, prefix = without_prefix(tensors, set(expected))
@@ -66,8 +66,6 @@ def without_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> tupl
     The prefix is the one that makes most of the names fit, whatever it is. Tensors outside it
     belong to something else; only those that have one of the network's names, with a part of the
     prefix or none, are taken along.
-
-    Raises MoeeError: two networks in the file, neither of which is preferred.
     """
     tensors = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
     prefix = _find_prefix(tensors, names)

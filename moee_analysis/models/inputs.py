@@ -26,10 +26,8 @@ DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of one input image, as ``model`` was built.
 
-    ``pretrained_cfg`` says what the pretrained weights took; a model that was built for another
-    size or other channels says so in its patch embedding and its first convolution.
-
-    Raises MoeeError: the model has no ``pretrained_cfg``.
+    ``pretrained_cfg``, which it must have, says what the pretrained weights took; a model that was
+    built for another size or other channels says so in its patch embedding and first convolution.
     """
     network = inside(model)
     channels, height, width = _config(network)["input_size"]

@@ -62,11 +62,7 @@ FACTORY = {
 
 @dataclass(frozen=True)
 class MlpSite:
-    """One Linear-activation-Linear MLP of a model.
-
-    ``name`` is the module's name (``"blocks.0.mlp"``), ``index`` its place counted from 0,
-    ``dim`` the width of its input, ``hidden`` its number of hidden neurons.
-    """
+    """A Linear-activation-Linear MLP of a model: its module, number, width, hidden neurons."""
 
     name: str
     index: int
@@ -137,9 +133,7 @@ def build_model(
     """Build the architecture ``name`` with random weights, and ``arguments`` of timm's.
 
     ``pretrained_cfg`` replaces the architecture's own where given. The image size of a model that
-    takes any is stated there alone.
-
-    Raises MoeeError: a name or an argument that timm does not know.
+    takes any is stated there alone. A name or an argument that timm does not know is refused.
     """
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if name not in BUNDLED_MODELS:
@@ -191,10 +185,7 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
 
 
 def architecture(model: nn.Module) -> str:
-    """Name under which :func:`build_model` builds this architecture.
-
-    Raises MoeeError: the model carries no ``pretrained_cfg`` with an architecture.
-    """
+    """Name under which :func:`build_model` builds this architecture; its ``pretrained_cfg``'s."""
     model = inside(model)
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name:

@@ -38,10 +38,7 @@ class MacCount:
     tokens: dict[str, int]
 
     def replacing(self, per_token: Mapping[str, float]) -> float:
-        """MACs of one image if the named sites cost so many MACs per token instead.
-
-        Raises MoeeError: a name that is not a counted site.
-        """
+        """MACs of one image if the named sites cost so many MACs per token instead."""
         unknown = sorted(per_token.keys() - self.tokens)
         if unknown:
             raise MoeeError(
@@ -59,16 +56,10 @@ def count(
     sites: Iterable[str] | None = None,
     size: tuple[int, int, int] | None = None,
 ) -> MacCount:
-    """Count the MACs of one image by running one, all zeros, through ``model``.
+    """Count the MACs of one image, all zeros, and of the model's own ``size`` unless that is given.
 
-    The model is left as it was: same training flags, no hooks, no gradients.
-
-    Parameters
-    ----------
-    sites
-        Names of the modules whose tokens are counted; None: the MLPs of ``find_mlps``.
-    size
-        Channels, height and width of the image; None: the model's own input size.
+    ``sites`` are the modules whose tokens are counted; None: the MLPs of ``find_mlps``. The model
+    is left as it was: same training flags, no hooks, no gradients.
     """
     names = [site.name for site in find_mlps(model)] if sites is None else list(sites)
     model = unwrapped(model)

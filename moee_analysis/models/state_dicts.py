@@ -41,10 +41,8 @@ SAVE_ALONE = (
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Read a state dict and its metadata from ``.safetensors``, or from a checkpoint of PyTorch's.
 
-    Of a checkpoint the weights are found by the usual names; that averaged ones (EMA) are preferred
-    is said. Nothing but tensors and plain data is ever read.
-
-    Raises MoeeError: no file, or one that cannot be read, is truncated or foreign.
+    Of a checkpoint the weights are found by the usual names, averaged ones (EMA) preferred. Nothing
+    but tensors and plain data is ever read.
     """
     check_file(path, expected="a weights file")
     try:
@@ -63,10 +61,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Load a complete state dict into ``model``; every name and shape must fit.
-
-    Raises MoeeError: names or shapes differ; the message lists the first three of each kind.
-    """
+    """Load a complete state dict into ``model``; refuse one of other names or shapes."""
     wrong = differences(model.state_dict(), tensors)
     if wrong:
         raise MoeeError(
