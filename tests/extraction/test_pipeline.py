@@ -219,7 +219,7 @@ def test_a_refit_comes_closer_to_the_dense_model_than_none_and_than_the_paper():
 
 @pytest.mark.parametrize("settings", [quick, best])
 def test_the_same_seed_gives_the_same_run_and_a_store_finds_it(tmp_path, monkeypatch, settings):
-    model, config = lively(), settings(seed=3, macs_reduction=0.05, layers=(0, 5))
+    model, config = toy_vit(), settings(seed=3, macs_reduction=0.05, layers=(0, 2))
     plain, first = (extract(model, IMAGES, config, store=store) for store in (None, tmp_path))
     other = extract(model, IMAGES, replace(config, seed=4))
     monkeypatch.setattr(pipeline, "group_tokens", lambda *_, **__: pytest.fail("again"))
@@ -234,7 +234,7 @@ def test_the_same_seed_gives_the_same_run_and_a_store_finds_it(tmp_path, monkeyp
 
 def test_a_store_keeps_no_run_that_fails_and_without_one_nothing_is_kept(tmp_path, monkeypatch):
     with pytest.raises(MoeeError):
-        extract(lively(), IMAGES, quick(macs_reduction=0.99, layers=(0,)), store=tmp_path / "store")
+        extract(toy_vit(), IMAGES, quick(macs_reduction=0.99), store=tmp_path / "store")
     kept = [path.name for path in (tmp_path / "store").iterdir()]
     assert not [name for name in kept if "run-" in name or name.startswith(".")]
     monkeypatch.setenv("MOEE_STORE", str(tmp_path / "own"))

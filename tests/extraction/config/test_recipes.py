@@ -13,11 +13,11 @@ from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
-from tests.helpers.models import lively, pixels_of, same_models, toy_vit
+from tests.helpers.models import pixels_of, same_models, toy_vit
 from tests.helpers.runs import CLUSTERING, MEANS
 
 IMAGES = toy_images(8)
-SMALL = {"layers": (0, 5), "cluster_tokens": 100, "macs_reduction": 0.05}
+SMALL = {"layers": (0, 2), "cluster_tokens": 100, "macs_reduction": 0.05}
 CLUSTERED = {"paper": CLUSTERING, "best": MEANS}
 SWITCHED = [
     (recipe, piece, choice)
@@ -64,7 +64,7 @@ def test_an_unknown_recipe_lists_those_there_are():
 
 @pytest.mark.parametrize(("recipe", "piece", "choice"), SWITCHED)
 def test_every_piece_can_be_switched_alone(tmp_path, store, recipe, piece, choice):
-    model = lively()
+    model = toy_vit()
     run = extract(model, IMAGES, small(recipe, **{piece: choice}), store=store)
     assert getattr(run.config, piece) == choice
     assert any(layer.converted for layer in run.layers)
@@ -73,7 +73,7 @@ def test_every_piece_can_be_switched_alone(tmp_path, store, recipe, piece, choic
     assert logits.shape == model(x).shape
     assert torch.isfinite(logits).all()
     run.save(tmp_path / "run")
-    again = load(tmp_path / "run")
+    again = load(tmp_path / "run", dense=model)
     assert again.config == run.config
     assert again.layers == run.layers
     assert same_models(again.model, run.model)
