@@ -60,7 +60,9 @@ def refused(capsys, *command):
 def evaluated(tmp_path_factory):
     """What extract and evaluate write for the bundled model."""
     root = tmp_path_factory.mktemp("cli")
-    assert run_cli(*EXTRACT, "--macs-reduction", "0.2", "--out", root / "run") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(image_module.scenes.SPLIT_SIZES, "calibration", 80)
+        assert run_cli(*EXTRACT, "--macs-reduction", "0.2", "--out", root / "run") == 0
     command = ["evaluate", root / "run", "--images", scenes(root / "scenes")]
     assert run_cli(*command, "--json", root / "numbers.json") == 0
     return root, json.loads((root / "numbers.json").read_text())

@@ -13,11 +13,7 @@ from moee_analysis.report.explore import FIGURES, DependsOn, Pictures, explore, 
 from moee_analysis.report.notebook.results import picture
 
 TABLE = pd.DataFrame(
-    {
-        "layer": [0, 0, 0, 3, 3],
-        "expert": [0, 1, 2, 0, 1],
-        "share": [0.5, 0.3, 0.2, 0.9, 0.1],
-    }
+    {"layer": [0, 0, 0, 3, 3], "expert": [0, 1, 2, 0, 1], "share": [0.5, 0.3, 0.2, 0.9, 0.1]}
 )
 TABLE.attrs["caption"] = "told once"
 
@@ -189,15 +185,12 @@ def test_live_images_are_browsed_around(live, draw):
 
 @pytest.mark.parametrize(
     ("choices", "told"),
-    [
-        ({}, "a choice"),
-        ({"layer": []}, "values of 'layer'"),
-        ({"expert": DependsOn("layer", {0: [0]}), "layer": [0]}, "after 'layer'"),
-        ({"layer": [0], "expert": DependsOn("layer", {0: []})}, "values of 'expert'"),
-        ({"layer": [0], "shown": {"class": [0]}}, "'class'"),
-        ({"layer": [0], "shown": {"layer": [7]}}, "among 0"),
-    ],
-)
+    [({}, "a choice"), ({"layer": []}, "values of 'layer'"),
+     ({"expert": DependsOn("layer", {0: [0]}), "layer": [0]}, "after 'layer'"),
+     ({"layer": [0], "expert": DependsOn("layer", {0: []})}, "values of 'expert'"),
+     ({"layer": [0], "shown": {"class": [0]}}, "'class'"),
+     ({"layer": [0], "shown": {"layer": [7]}}, "among 0")],
+)  # fmt: skip
 def test_what_cannot_be_explored_is_refused(draw, choices, told):
     with pytest.raises(MoeeError, match=told):
         explore(draw, **choices)
