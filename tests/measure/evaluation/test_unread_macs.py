@@ -60,12 +60,6 @@ def without_waste(model):
     return model
 
 
-def test_what_is_spent_on_patches_that_nothing_reads_has_a_closed_form():
-    found = unread_macs(toy_vit())
-    expected = {"blocks.2.attn": ATTENTION, "blocks.2.mlp": MLP}
-    assert found == {n: UnreadMacs(("patch",), macs, macs) for n, macs in expected.items()}
-
-
 @pytest.mark.parametrize("build", [toy_vit, lively])
 def test_leaving_it_out_saves_exactly_this_and_changes_no_logit(build):
     model = build()
@@ -73,6 +67,11 @@ def test_leaving_it_out_saves_exactly_this_and_changes_no_logit(build):
     torch.testing.assert_close(bare(x), model(x), rtol=1e-4, atol=1e-4)
     saved = count(model).total - count(bare, sites=()).total
     assert sum(each.now for each in unread_macs(model).values()) == saved
+    if build is toy_vit:  # it has a closed form
+        expected = {"blocks.2.attn": ATTENTION, "blocks.2.mlp": MLP}
+        assert unread_macs(model) == {
+            name: UnreadMacs(("patch",), macs, macs) for name, macs in expected.items()
+        }
 
 
 def one_token(layers, *, kind):
@@ -97,13 +96,10 @@ def test_where_the_head_reads_all_patches_only_leading_tokens_can_be_left(build,
     assert unread_macs(build()) == expected
 
 
-def test_registers_go_unread_with_the_patches():
-    for each in unread_macs(small(reg_tokens=3)).values():
-        assert each.kinds == ("register", "patch")
-    assert unread_macs(small(reg_tokens=3))["blocks.1.mlp"].now == 19 * 8 * D * D
-
-
-def test_an_mlp_that_sees_the_cls_token_alone_spends_nothing_on_patches():
+def test_registers_go_unread_with_the_patches_and_cls_alone_spends_nothing_on_them():
+    found = unread_macs(small(reg_tokens=3))
+    assert {each.kinds for each in found.values()} == {("register", "patch")}
+    assert found["blocks.1.mlp"].now == 19 * 8 * D * D
     torch.manual_seed(0)
     model = Cait(
         img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=6,
@@ -125,6 +121,11 @@ def test_of_tokens_routed_alike_each_costs_the_average():
     found = unread_macs(model)["blocks.2.mlp"]
     assert found.dense == MLP
     assert found.now == pytest.approx(16 * moe_layers(model)[2].macs_per_token())
+    config = MoeficationConfig(active=0.5, n_experts=16, router="centre")
+    table = measure.macs(convert(toy_vit(), IMAGES, config)).set_index("component")
+    row = table.loc["blocks.2.mlp"]
+    assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
+    assert row["macs_unread_dense"] == MLP
 
 
 def test_where_cls_has_an_expert_of_its_own_it_is_told_from_the_patches():
@@ -149,14 +150,6 @@ def test_a_constant_in_the_place_of_unread_outputs_leaves_nothing_to_waste(syste
     assert table.loc["total", "macs_unread"] == pytest.approx(ATTENTION)
 
 
-def test_moefication_wastes_as_much_as_it_spends():
-    config = MoeficationConfig(active=0.5, n_experts=16, router="centre")
-    table = measure.macs(convert(toy_vit(), IMAGES, config)).set_index("component")
-    row = table.loc["blocks.2.mlp"]
-    assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
-    assert row["macs_unread_dense"] == MLP
-
-
 def test_the_table_and_its_caption_tell_it_apart():
     table = measure.macs(toy_vit())
     for column in ("macs_unread", "macs_unread_dense"):
@@ -166,9 +159,5 @@ def test_the_table_and_its_caption_tell_it_apart():
     told = f"Of these, 0.1 M ({share:.1f} %) go to tokens that nothing reads: the patches of "
     assert told + "blocks.2.attn and blocks.2.mlp." in table.attrs["caption"]
     assert "nothing reads" not in measure.macs(toy_swin()).attrs["caption"]
-
-
-def test_a_run_says_what_its_dense_model_wastes_too():
     run = extract(toy_vit(), IMAGES, quick(macs_reduction=0.2, layers=(1, 2)))
-    caption = measure.macs(run).attrs["caption"]
-    assert "in the dense model 0.1 M" in caption
+    assert "in the dense model 0.1 M" in measure.macs(run).attrs["caption"]

@@ -4,6 +4,7 @@ to carry a class.
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -89,16 +90,6 @@ def test_each_row_is_a_whole_run_with_hooks(table, what):
         assert row["logp_change"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_share_knocked_out_is_the_expert_s_and_the_control_s(table):
-    routes = measure.routes(vit(), IMAGES)
-    rows = rows_of(table, kind="all", layer=2, what="removed")
-    for system in ("expert", "random tokens"):
-        share = rows_of(rows, system=system).sort_values("expert")["knocked_out"]
-        np.testing.assert_allclose(share, routes.shares(2), atol=1e-6)
-    others = rows_of(table, kind="all", layer=2, what="alone", system="expert")
-    np.testing.assert_allclose(others["knocked_out"], 1 - routes.shares(2), atol=1e-6)
-
-
 def test_groups_intervals_and_the_dense_model(table):
     kinds = table.groupby("kind")["group"].unique()
     assert list(kinds["all"]) == ["all"]
@@ -108,6 +99,11 @@ def test_groups_intervals_and_the_dense_model(table):
     wide = table[table["images"] > 3]
     assert (wide["low"] <= wide["change"]).all()
     assert (wide["logp_change"] <= wide["logp_high"]).all()
+    routes, rows = measure.routes(vit(), IMAGES), rows_of(table, kind="all", layer=2)
+    for what, system in itertools.product(("removed", "alone"), ("expert", "random tokens")):
+        share = rows_of(rows, what=what, system=system).sort_values("expert")["knocked_out"]
+        lost = routes.shares(2) if what == "removed" else 1 - routes.shares(2)
+        np.testing.assert_allclose(share, lost, atol=1e-6)
     x, truth = torch.cat(list(IMAGES.batches(toy_vit()))), IMAGES.labels(toy_vit())
     with torch.no_grad():
         dense = (toy_vit()(x).argmax(dim=1).numpy() == truth).mean()
@@ -158,6 +154,13 @@ def test_the_fast_path_is_the_whole_model(model, side):
                     torch.testing.assert_close(fast, model(x), atol=1e-4, rtol=1e-4)
 
 
+def test_several_experts_per_token_are_refused():
+    model = vit()
+    moe_layers(model)[0].router = ConstantRouter([0, 1])
+    with pytest.raises(MoeeError, match="one expert per token"):
+        measure.knock_out(model, IMAGES, CALIBRATION)
+
+
 def test_controls_follow_their_rule_and_are_averaged():
     rules = with_controls({(0,): removed(1), (1,): removed(2)}, leading=0, draws=2, seed=0)
     chosen = torch.tensor([[0, 1, 2, 2]])
@@ -194,10 +197,3 @@ def test_one_expert_carries_a_class_and_random_tokens_do_not():
 def test_what_cannot_be_knocked_out_is_refused(options, message):
     with pytest.raises(MoeeError, match=message):
         measure.knock_out(vit(), IMAGES, **{"calibration": CALIBRATION} | options)
-
-
-def test_several_experts_per_token_are_refused():
-    model = vit()
-    moe_layers(model)[0].router = ConstantRouter([0, 1])
-    with pytest.raises(MoeeError, match="one expert per token"):
-        measure.knock_out(model, IMAGES, CALIBRATION)

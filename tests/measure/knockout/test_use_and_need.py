@@ -49,12 +49,19 @@ def test_classes_that_need_what_they_use_correlate_beyond_chance():
     assert row["p"] == pytest.approx(1 / 201)
     assert (row["top_match"], row["top_match_even"]) == (1, 1 / EXPERTS)
     assert (row["classes"], row["experts"]) == (CLASSES, EXPERTS)
+    pairs = measure.uses_and_needs(made(3 * use, use))
+    assert len(pairs) == 3 * CLASSES * EXPERTS
+    one = pairs[(pairs["system"] == "expert") & (pairs["expert"] == 1)]
+    np.testing.assert_allclose(one["use"], use[:, 1] - use[:, 1].mean())
+    np.testing.assert_allclose(one["need"], 3 * one["use"])
 
 
 def test_it_is_the_rank_correlation_of_what_is_more_than_other_classes():
     use, need = drawn(), drawn(1)
     expected = spearmanr((use - use.mean(axis=0)).ravel(), (need - need.mean(axis=0)).ravel())
     assert found(made(need, use))["spearman"] == pytest.approx(expected.statistic)
+    with pytest.raises(MoeeError, match="at least four classes"):
+        measure.use_and_need(made(use[:3], need[:3]))
     shifted = made(need + np.arange(EXPERTS), use)  # an expert that all need is no class's own
     assert found(shifted)["spearman"] == pytest.approx(expected.statistic)
 
@@ -74,15 +81,6 @@ def test_what_random_tokens_explain_is_not_beyond_them():
     assert half["spearman"] == pytest.approx(1)
 
 
-def test_the_pairs_are_beside_the_mean_over_classes():
-    use = drawn()
-    pairs = measure.uses_and_needs(made(2 * use, use))
-    assert len(pairs) == 3 * CLASSES * EXPERTS
-    one = pairs[(pairs["system"] == "expert") & (pairs["expert"] == 1)]
-    np.testing.assert_allclose(one["use"], use[:, 1] - use[:, 1].mean())
-    np.testing.assert_allclose(one["need"], 2 * one["use"])
-
-
 def test_experts_that_carry_classes_are_found_in_a_model():
     images = coloured_images(*range(24))
     table = measure.knock_out(colour_model(), images, coloured_images(*range(100, 112)))
@@ -91,8 +89,3 @@ def test_experts_that_carry_classes_are_found_in_a_model():
     assert row["p"] < 0.1  # of four classes there are 24 orders
     assert row["top_match"] == 1
     assert row["experts"] == BLACK + 1 == len(COLOURS) + 1
-
-
-def test_few_classes_are_refused():
-    with pytest.raises(MoeeError, match="at least four classes"):
-        measure.use_and_need(made(drawn()[:3], drawn()[:3]))
