@@ -85,10 +85,21 @@ def removal_costs(
     Float64 (experts, hidden), by site name.
     """
 
+    def costs_of(task: tuple[LayerExperts, int, torch.Tensor]) -> torch.Tensor:
+        layer, expert, covariance = task
+        mlp = layer.site.module(tokens.model)
+        readout = root(metric_of(mlp, layer.statistics, expert)) @ _matrix(mlp.fc2)
+        return elimination_costs(covariance, readout)
+
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
         chosen = [layer for layer in layers if layer.site.name in missing]
-        for name, costs in eliminate(tokens, chosen).items():
-            yield name, {"costs": costs}
+        counts = [layer.assignment.experts for layer in chosen]
+        found = expert_covariances(tokens, chosen, label="covariances of neurons")
+        tasks = progress(found, label="eliminating neurons", total=sum(counts))
+        costs = iter(share_out(tasks, costs_of, lambda task: task[2].new_zeros(len(task[2]))))
+        for layer, count in zip(chosen, counts, strict=True):
+            rows = torch.stack([next(costs) for _ in range(count)])
+            yield layer.site.name, {"costs": rows.numpy()}
 
     folders = {}
     for layer in layers:
@@ -97,25 +108,6 @@ def removal_costs(
         folders[layer.site.name] = f"costs-{key}"
     files = stored_arrays(tokens.root, folders, compute)
     return {name: np.load(arrays["costs"]) for name, arrays in files.items()}
-
-
-def eliminate(tokens: TokenSource, layers: Sequence[LayerExperts]) -> dict[str, np.ndarray]:
-    """Costs of removing each neuron of every expert, float64 (experts, hidden), by site name."""
-
-    def costs_of(task: tuple[LayerExperts, int, torch.Tensor]) -> torch.Tensor:
-        layer, expert, covariance = task
-        mlp = layer.site.module(tokens.model)
-        readout = root(metric_of(mlp, layer.statistics, expert)) @ _matrix(mlp.fc2)
-        return elimination_costs(covariance, readout)
-
-    found = expert_covariances(tokens, layers, label="covariances of neurons")
-    experts = sum(layer.assignment.experts for layer in layers)
-    tasks = progress(found, label="eliminating neurons", total=experts)
-    costs = iter(share_out(tasks, costs_of, lambda task: task[2].new_zeros(len(task[2]))))
-    return {
-        layer.site.name: torch.stack([next(costs) for _ in range(layer.assignment.experts)]).numpy()
-        for layer in layers
-    }
 
 
 def _matrix(linear: torch.nn.Linear) -> torch.Tensor:
