@@ -92,7 +92,10 @@ class MoeMlp(nn.Module):
         """Outputs (n, dim) of ``tokens`` (n, dim) from the experts ``chosen`` for each, (n, k)."""
         if strategy.name == "masked" or not len(tokens) or not len(self.kept):
             return dispatch.masked(self.weights, tokens, chosen)
-        groups = self._grouped(strategy.groups)
+        if strategy.groups not in self._groups:
+            found = group_experts(self.mask, self.shares, strategy.groups)
+            self._groups[strategy.groups] = found
+        groups = self._groups[strategy.groups]
         return dispatch.IN_GROUPS[strategy.name](self.weights, groups, tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
@@ -150,11 +153,6 @@ class MoeMlp(nn.Module):
         mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
         mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
         return mask
-
-    def _grouped(self, count: int | None) -> ExpertGroups:
-        if count not in self._groups:
-            self._groups[count] = group_experts(self.mask, self.shares, count)
-        return self._groups[count]
 
     def _forget(self, _keys: object) -> None:
         """Forget what was made of other lists of neurons."""
