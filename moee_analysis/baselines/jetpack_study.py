@@ -75,7 +75,8 @@ class JetpackStudy:
     def sizes(self) -> Starts:
         """Fewer and more layers with experts, and half and twice as many experts in each."""
         (core, universal), third = self._numbers(1 / 3), max(1, len(self.layers) // 3)
-        layers = (self.layers[third:], self._earlier(third) + self.layers)
+        earlier = tuple(n for n in self._alike if n < self.layers[0])[-third:]
+        layers = (self.layers[third:], earlier + self.layers)
         numbers = ((max(1, core // 2), universal // 2), (2 * core, 2 * universal))
         by_layers = {f"{len(own)} layers": self.jetpack(layers=own) for own in layers}
         by_numbers = {f"{c} + {u} experts": self.jetpack(core=c, universal=u) for c, u in numbers}
@@ -106,30 +107,24 @@ class JetpackStudy:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """MLPs that get experts: those of the second half with as many tokens as the first."""
-        sites = find_mlps(self.dense)
-        half = sites[len(sites) // 2 :]
-        return tuple(s.index for s in half if self._tokens[s.name] == self._tokens[half[0].name])
+        return tuple(n for n in self._alike if n >= len(find_mlps(self.dense)) // 2)
+
+    @cached_property
+    def _alike(self) -> list[int]:
+        """MLPs with as many tokens as the first one of the second half."""
+        sites, tokens = find_mlps(self.dense), count(self.dense).tokens
+        wanted = tokens[sites[len(sites) // 2].name]
+        return [site.index for site in sites if tokens[site.name] == wanted]
 
     @cached_property
     def _narrow(self) -> JetpackConfig:
         return replace(self.recipe, width=self.width or self.dense.num_features // 2)
 
     @cached_property
-    def _tokens(self) -> dict[str, int]:
-        return count(self.dense).tokens
-
-    @cached_property
     def _successor_mlp(self) -> tuple[MlpSite, int]:
         """The successor's first MLP of those that get experts, and its tokens."""
         site = find_mlps(self.scratch(0))[self.layers[0]]
-        return site, self._tokens[site.name]
-
-    def _earlier(self, number: int) -> tuple[int, ...]:
-        """The last layers before those with experts that have as many tokens."""
-        sites = {site.index: site for site in find_mlps(self.dense)}
-        tokens = self._tokens[sites[self.layers[0]].name]
-        before = [n for n in range(self.layers[0]) if self._tokens[sites[n].name] == tokens]
-        return tuple(before[-number:])
+        return site, count(self.dense).tokens[site.name]
 
     def _numbers(self, core_share: float) -> tuple[int, int]:
         """Core and universal experts that cost the MACs of the MLP, mixing included."""
