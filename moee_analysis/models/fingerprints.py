@@ -169,7 +169,8 @@ def _structure(network: nn.Module) -> str:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Attributes of plain values that may change the outputs; the answers show all others."""
-    own = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+    own = {k: v for k, v in plain.items() if not k.startswith("_")}
     return {k: v for k, v in own.items() if not any(part in k for part in IGNORED)}
 
 

@@ -37,6 +37,12 @@ WRAPPINGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_run():
+    """A run of the network as it is."""
+    return extract(lively(num_classes=6), toy_images(8), quick(experts="one"))
+
+
 @pytest.fixture(params=WRAPPINGS)
 def wrapped(request):
     return WRAPPINGS[request.param](lively(num_classes=6))
@@ -54,28 +60,22 @@ def test_the_network_inside_is_found(wrapped):
     assert str(model_transform(wrapped)) == str(model_transform(plain))
 
 
-def test_what_is_not_wrapped_is_itself():
+def test_nothing_is_changed_to_find_it():
     model = lively()
     assert unwrapped(model) is model
-
-
-def test_wrapped_parts_are_left_where_they_are():
-    model = with_a_compiled_block(lively())
-    block = model.blocks[2]
+    block = with_a_compiled_block(model).blocks[2]
     assert unwrapped(model) is not model
     assert model.blocks[2] is block
 
 
-def test_a_wrapped_model_is_taken_apart_saved_and_measured(wrapped, tmp_path):
+def test_a_wrapped_model_is_taken_apart_saved_and_measured(wrapped, plain_run, tmp_path):
     images = toy_images(8)
     run = extract(wrapped, images, quick(experts="one"))
     run.save(tmp_path / "run")
     loaded = load(tmp_path / "run")
     x = pixels_of(unwrapped(wrapped))
     torch.testing.assert_close(loaded.model(x), run.model(x))
-    assert same_models(
-        run.model, extract(lively(num_classes=6), images, quick(experts="one")).model
-    )
+    assert same_models(run.model, plain_run.model)
     assert macs(run, images)["macs"].notna().all()
     name_classes(wrapped, CLASSES)
     assert class_names(wrapped) == CLASSES
