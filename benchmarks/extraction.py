@@ -12,9 +12,12 @@ import pstats
 import tempfile
 import time
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import common
 import pandas as pd
@@ -48,24 +51,15 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is the same for all extractions."""
-
-    macs_reduction: float
-    preset: str
-    seed: int
-
-
-@dataclass(frozen=True)
 class Task:
-    """One extraction: of which model, from how many images, by which recipe."""
+    """One extraction: of which model, from how many images, by which recipe and settings."""
 
     model: str
     weights: str | None
     images: str
     size: int
     recipe: str
-    settings: Settings
+    settings: dict[str, Any]
 
 
 def run(tasks: Sequence[Task], out: Path) -> list[Row]:
@@ -106,7 +100,7 @@ def measure(task: Task) -> Row:
 
 def config_of(task: Task) -> ExtractConfig:
     """Settings of an extraction from all images of a task."""
-    return ExtractConfig(recipe=task.recipe, calibration_images=task.size, **asdict(task.settings))
+    return ExtractConfig(recipe=task.recipe, calibration_images=task.size, **task.settings)
 
 
 def plain_pass(model: nn.Module, images: ImageSet) -> float:
@@ -120,17 +114,14 @@ def plain_pass(model: nn.Module, images: ImageSet) -> float:
 
 def stage_seconds(profile: cProfile.Profile) -> dict[str, float]:
     """Seconds of every stage that took any."""
-    functions = pstats.Stats(profile).stats
-    found = {}
-    for stage, (file, names) in STAGES.items():
-        own = [
-            cumulative
-            for (path, _, name), (_, _, _, cumulative, _) in functions.items()
-            if Path(path).name == file and name in names
-        ]
-        if sum(own) > 0:
-            found[stage] = float(sum(own))
-    return found
+    seconds: Counter[tuple[str, str]] = Counter()
+    for (path, _, name), (_, _, _, cumulative, _) in pstats.Stats(profile).stats.items():
+        seconds[Path(path).name, name] += cumulative
+    found = {
+        stage: float(sum(seconds[file, name] for name in names))
+        for stage, (file, names) in STAGES.items()
+    }
+    return {stage: spent for stage, spent in found.items() if spent}
 
 
 def facts_of(task: Task) -> Row:
@@ -138,9 +129,8 @@ def facts_of(task: Task) -> Row:
     model, images = _loaded(task)
     return {
         "model": {"name": architecture(model), "weights": fingerprint(model)[:12]},
-        "images": images.name,
-        **asdict(task.settings),
-    }
+        "images": images.name, **task.settings,
+    }  # fmt: skip
 
 
 def _loaded(task: Task) -> tuple[nn.Module, ImageSet]:
@@ -148,7 +138,7 @@ def _loaded(task: Task) -> tuple[nn.Module, ImageSet]:
     images = load_images(task.images, split="calibration")
     if len(images) < task.size:
         raise MoeeError(f"{task.size} images", f"{len(images)} in '{images.name}'", "ask for fewer")
-    return model, images.limit(task.size, seed=task.settings.seed)
+    return model, images.limit(task.size, seed=task.settings["seed"])
 
 
 # The files
@@ -217,15 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
     with common.command(_parser(), argv) as asked:
         given = asked.model, asked.weights, asked.calibration
-        settings = Settings(asked.macs_reduction, asked.preset, asked.seed)
-        run(
-            [
-                Task(*given, n, recipe, settings)
-                for n in sorted(asked.sizes)
-                for recipe in asked.recipe
-            ],
-            asked.out,
-        )
+        settings = {name: getattr(asked, name) for name in ("macs_reduction", "preset", "seed")}
+        pairs = product(sorted(asked.sizes), asked.recipe)
+        run([Task(*given, size, recipe, settings) for size, recipe in pairs], asked.out)
 
 
 def _parser() -> ArgumentParser:
