@@ -85,15 +85,14 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
         Missing, truncated, foreign, edited or newer files; facts or tensors that make no sense; a
         network that gives other outputs than the one that was saved.
     """
-    saved = read_run(Path(folder), dense=dense)
-    facts = saved.facts
+    model, facts = read_run(Path(folder), dense=dense)
     layers = tuple(LayerReport.from_json(layer) for layer in facts["layers"])
-    check_reports(layers, saved.model)
+    check_reports(layers, model)
     if dense is not None:
         check_dense(dense, facts["provenance"], source="the one given")
     config = ExtractConfig.from_json(facts["config"])
     p, provenance = facts["variance_kept"], facts["provenance"]
-    return Extraction(saved.model, config, p, layers, provenance, original=dense)
+    return Extraction(model, config, p, layers, provenance, original=dense)
 
 
 def through_store(

@@ -7,7 +7,6 @@ edited by hand or put together from two runs is refused instead of loading as a 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,8 @@ TENSORS = "model.safetensors"
 FACTS = "run.json"
 
 
-@dataclass(frozen=True)
-class SavedRun:
-    """What a run folder holds: the rebuilt model and the facts saved beside it."""
-
-    model: nn.Module
-    facts: dict[str, Any]
-
-
 def write_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
-    """Save a model with routed layers and plain JSON ``facts`` as ``folder``, all or nothing.
-
-    Raises MoeeError: the folder holds something that is not an earlier run; a router that
-    cannot be saved.
-    """
+    """Save a model with routed layers and plain JSON ``facts`` as ``folder``, all or nothing."""
     check_target(folder)
     with new_folder(folder) as partial:
         fill_run(partial, model, facts)
@@ -67,8 +54,8 @@ def fill_run(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     write_json(folder / FACTS, facts)
 
 
-def read_run(folder: Path, *, dense: nn.Module | None = None) -> SavedRun:
-    """Load a run folder, around the ``dense`` model it was made from where no name rebuilds that.
+def read_run(folder: Path, *, dense: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the model of a run, around the ``dense`` one where no name rebuilds that; its facts.
 
     Raises MoeeError: missing, truncated, foreign, edited or newer files; facts or tensors that
     make no sense; a network that answers otherwise than the one that was saved.
@@ -81,7 +68,7 @@ def read_run(folder: Path, *, dense: nn.Module | None = None) -> SavedRun:
             f"another content in {TENSORS}",
             "restore both files, or extract again",
         )
-    return SavedRun(rebuild(facts["model"], tensors, dense=dense), facts)
+    return rebuild(facts["model"], tensors, dense=dense), facts
 
 
 def check_target(folder: Path, *, wanted: int = 0) -> None:
