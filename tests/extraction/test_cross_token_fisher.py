@@ -14,7 +14,6 @@ from moee_analysis.extraction.cross_token_fisher import (
 from moee_analysis.extraction.experts.expert_statistics import StatisticsAccumulator
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record.accumulate import sums_of
 from moee_analysis.extraction.record.fisher import DAMPING
 from tests.helpers.images import toy_images
 from tests.helpers.layers import (
@@ -27,6 +26,7 @@ from tests.helpers.layers import (
     part_of,
     parts_of,
     sample_of,
+    sums_of,
 )
 from tests.helpers.models import toy_vit
 from tests.helpers.runs import best

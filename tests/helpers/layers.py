@@ -15,7 +15,6 @@ from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.cluster.clustering import NOISE
 from moee_analysis.extraction.cluster.clusters_to_router import Partition
 from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
-from moee_analysis.extraction.record.accumulate import sums_of
 from moee_analysis.extraction.record.recorded_tokens import LayerSample, RecordedLayer
 from moee_analysis.extraction.record.token_source import Limits
 from moee_analysis.models.loading import MlpSite
@@ -88,6 +87,11 @@ def added_up(accumulator, layers):
     for layer in layers:
         accumulator.update(sums, layer)
     return sums
+
+
+def sums_of(accumulator, layer):
+    """Sums of an accumulator over one layer, all in one part."""
+    return added_up(accumulator, [layer])
 
 
 def computed(accumulator, layer):

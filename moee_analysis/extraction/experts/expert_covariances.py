@@ -52,7 +52,8 @@ class CovarianceAccumulator(Accumulator):
 
     def compute(self, sums: Sums) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield every expert and its covariance, float64 (hidden, hidden)."""
-        for expert, products, weight in zip(self.experts, *sums.values(), strict=True):
+        found = zip(self.experts, sums["products"], sums["weight"], strict=True)
+        for expert, products, weight in found:
             yield expert, products / weight.clamp_min(TINY)
 
 

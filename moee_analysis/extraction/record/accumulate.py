@@ -103,13 +103,6 @@ def saved_sums(tokens: TokenSource) -> Iterator[None]:
         remove(path)
 
 
-def sums_of(accumulator: Accumulator, layer: RecordedLayer) -> Sums:
-    """Sums over the tokens of one recorded layer, all in one part."""
-    sums = _zeros(accumulator)
-    accumulator.update(sums, layer)
-    return sums
-
-
 def size_of(accumulator: Accumulator) -> int:
     """Bytes of the sums of an accumulator."""
     return 8 * sum(math.prod(shape) for shape in accumulator.shapes.values())

@@ -12,7 +12,6 @@ from moee_analysis.extraction.cluster.sample_tokens import (
     sample_tokens,
 )
 from moee_analysis.extraction.record import recorded_tokens
-from moee_analysis.extraction.record.accumulate import sums_of
 from tests.helpers.layers import (
     Made,
     added_up,
@@ -22,6 +21,7 @@ from tests.helpers.layers import (
     part_of,
     parts_of,
     sample_of,
+    sums_of,
 )
 from tests.helpers.runs import best, quick
 

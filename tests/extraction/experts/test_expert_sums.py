@@ -20,7 +20,6 @@ from moee_analysis.extraction.experts.expert_statistics import (
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, shared_readout
 from moee_analysis.extraction.record import recorded_tokens
-from moee_analysis.extraction.record.accumulate import sums_of
 from moee_analysis.extraction.record.fisher import DAMPING, PRIOR
 from moee_analysis.extraction.record.token_source import Limits
 from tests.helpers.layers import (
@@ -32,6 +31,7 @@ from tests.helpers.layers import (
     layer_of,
     parts_of,
     sample_of,
+    sums_of,
 )
 
 ROWS, DIM, HIDDEN, EXPERTS = 60, 5, 7, 3

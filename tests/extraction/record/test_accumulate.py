@@ -17,12 +17,12 @@ from moee_analysis.extraction.record.accumulate import (
     share_out,
     size_of,
     stored_arrays,
-    sums_of,
 )
 from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.storage import checksums
 from tests.helpers.images import toy_images
+from tests.helpers.layers import sums_of
 from tests.helpers.models import toy_vit
 from tests.helpers.runs import best
 
