@@ -37,15 +37,6 @@ def start(target, *arguments):
     return process
 
 
-def killed_after(seconds, target, *arguments):
-    """Whether a process was killed before it had finished; None for ``seconds``: it may finish."""
-    process = start(target, *arguments)
-    process.join(seconds)
-    process.kill()
-    process.join()
-    return process.exitcode != 0
-
-
 def ended_at(step, number, target, *arguments):
     """Exit code of a process that sends itself a signal before it flushes for that many times."""
     process = start(_end_at, step, number, target, arguments)

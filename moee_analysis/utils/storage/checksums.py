@@ -58,7 +58,7 @@ def damage_of(folder: Path) -> str:
     Files that have not been touched since they were last looked at are not read again.
     """
     content = read_seal(folder)
-    if not content:
+    if not content.keys() >= {"name", "files"}:
         return f"no whole {SEAL}"
     if content["name"] != folder.name:
         return f"what belongs to '{content['name']}'"

@@ -59,7 +59,7 @@ def scratch_folder(kind: str) -> Iterator[Path]:
     except FileNotFoundError as error:
         raise MoeeError("a folder for temporary files", str(error), OTHER_TEMPORARY) from None
     with ended_in_order(), ExitStack() as stack:
-        with writing(prefix, hint=OTHER_TEMPORARY):
+        with writing(prefix.parent, hint=OTHER_TEMPORARY):
             folder = stack.enter_context(temporary(prefix, make_folder))
         with writing(folder, hint=OTHER_TEMPORARY):
             yield folder

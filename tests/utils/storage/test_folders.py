@@ -128,15 +128,17 @@ def test_temporary_files_without_a_place_are_told(monkeypatch):
 
 
 def test_one_process_waits_for_another(tmp_path):
-    folder, found = tmp_path / "work", FORK.Queue()
+    folder, held, found = tmp_path / "work", FORK.Event(), FORK.Queue()
 
     def wait():
+        held.wait()
         with held_folder(folder):
             found.put(names(tmp_path))
 
+    process = FORK.Process(target=wait)
+    process.start()  # before the folder is held: a fork would hold it too
     with held_folder(folder):
-        process = FORK.Process(target=wait)
-        process.start()
+        held.set()
         folder.rename(tmp_path / "done")
     process.join()
     assert found.get() == ["done", "work"]
