@@ -30,14 +30,11 @@ def test_the_bundled_model_is_ready_for_evaluation():
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, len(CLASSES))
 
 
-def test_mlps_are_found_in_order_and_counted_from_0():
+def test_mlps_are_found_in_order_with_their_widths():
     sites = find_mlps(toy_vit())
     assert [(s.name, s.index, s.dim, s.hidden) for s in sites] == [
         (f"blocks.{i}.mlp", i, 32, 64) for i in range(3)
     ]
-
-
-def test_mlps_of_hierarchical_models_have_their_own_widths():
     assert [(s.dim, s.hidden) for s in find_mlps(toy_swin())] == [(16, 32), (32, 64)]
     convnext = find_mlps(build_model(SMALL_CONVNEXT))
     assert all(site.hidden == 4 * site.dim for site in convnext)
@@ -55,7 +52,7 @@ def test_mlps_of_hierarchical_models_have_their_own_widths():
 )
 def test_a_model_without_plain_mlps_is_told_what_it_has_instead(name, found):
     with pytest.raises(MoeeError) as error:
-        find_mlps(timm.create_model(name, pretrained=False))
+        find_mlps(timm.create_model(name))
     assert found in error.value.found
     assert "choose a ViT" in error.value.hint
 
@@ -113,16 +110,12 @@ def test_pictures_are_cropped_and_normalised_as_the_model_was_trained():
         assert (seen.min(), seen.max()) == (darkest, 2.0)
 
 
-def test_imagenet_models_know_their_classes():
+def test_imagenet_models_know_their_classes_and_others_say_how_to_name_them():
     model = build_model(SMALL_VIT)
     assert class_names(model)[:2] == ("n01440764", "n01443537")
     assert class_labels(model)[:2] == ("tench", "goldfish")
-
-
-def test_a_model_with_unnamed_classes_says_how_to_name_them():
-    model = build_model(SMALL_VIT, num_classes=7)
     with pytest.raises(MoeeError, match="--classes FILE"):
-        class_names(model)
+        class_names(build_model(SMALL_VIT, num_classes=7))
 
 
 def test_a_model_without_an_architecture_says_how_to_make_one():
