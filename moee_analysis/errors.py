@@ -6,13 +6,10 @@ from moee_analysis.outside_text import printable
 
 
 class MoeeError(Exception):
-    """Bad input or an impossible request, told in one line.
+    """Bad input or an impossible request, in one line.
 
-    Parameters
-    ----------
-    expected, found, hint
-        What the code needed, what it met instead, and what the user can do about it.
-        All three are clauses without a capital letter or a full stop.
+    ``expected``, ``found`` and ``hint`` (what the user can do about it) are clauses without a
+    capital letter or a full stop.
     """
 
     def __init__(self, expected: str, found: str, hint: str) -> None:
@@ -22,5 +19,4 @@ class MoeeError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        told = f"expected {self.expected}; found {self.found}. What to do: {self.hint}."
-        return printable(told)
+        return printable(f"expected {self.expected}; found {self.found}. What to do: {self.hint}.")
