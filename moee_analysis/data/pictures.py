@@ -7,11 +7,16 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 PIXELS = 89_000_000  # Pillow's own limit against decompression bombs
 MANY = 40_000_000  # pixels that a JPEG is not decoded to in full
 LONGEST = 64  # times the shorter side: of a longer strip the middle, which is all a crop sees
+TURNS = {  # by the orientation that a camera stored (EXIF)
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 EIGHT_BITS, SIXTEEN_BITS = (31, 255), (4095, 65535)
 RANGES = {  # of grey values: the second is meant where the largest value is above the first
     "I;16": ((0, 255), SIXTEEN_BITS),
@@ -54,7 +59,10 @@ def read_picture(path: Path) -> Image.Image:
         if image.width * image.height > MANY:
             image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG alone can
         image.load()  # which turns a TIFF upright by itself
-        return _as_rgb(ImageOps.exif_transpose(_middle(image)))
+        # ImageOps.exif_transpose writes the EXIF again, which odd cameras' does not bear
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        middle = _middle(image)
+        return _as_rgb(middle if turn is None else middle.transpose(turn))
 
 
 def check_picture(path: Path) -> str:
