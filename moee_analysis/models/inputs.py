@@ -68,10 +68,7 @@ def transform_of(config: dict[str, Any], **training: Any) -> Compose:
     if channels != RGB:
         steps = transform.transforms
         (place,) = (i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        steps[place : place + 2] = [
-            _ToChannels(channels),
-            Normalize(config["mean"], config["std"]),
-        ]
+        steps[place : place + 2] = [_ToChannels(channels), Normalize(config["mean"], config["std"])]
     return transform
 
 

@@ -120,10 +120,7 @@ def gradients_of(model, x, *, first):
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [
-        *[(name, "best") for name in FAMILIES],
-        *[(name, "paper") for name in list(FAMILIES)[::8]],
-    ],
+    [*[(name, "best") for name in FAMILIES], *[(name, "paper") for name in list(FAMILIES)[::8]]],
 )
 def test_a_model_is_taken_apart_saved_and_measured(name, recipe, tmp_path):
     """Budgets are a third of what the MLPs cost: in some families that is little of the whole."""

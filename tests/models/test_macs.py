@@ -24,10 +24,7 @@ def closed_form(*, dim, hidden, depth, patches, pixels, classes):
 
 @pytest.mark.parametrize(
     ("name", "dim", "published"),
-    [
-        ("deit_tiny_patch16_224", 192, 1.254e9),
-        ("deit_small_patch16_224", 384, 4.599e9),
-    ],
+    [("deit_tiny_patch16_224", 192, 1.254e9), ("deit_small_patch16_224", 384, 4.599e9)],
 )
 def test_deit_costs_what_is_published(name, dim, published):
     model = timm.create_model(name, pretrained=False)

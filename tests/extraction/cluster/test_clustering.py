@@ -54,11 +54,7 @@ def test_every_method_has_a_clusterer():
 
 @pytest.mark.parametrize(
     "config",
-    [
-        RAW,
-        replace(RAW, max_cluster_size=0.4),
-        replace(RAW, min_samples=1, min_cluster_size=0.02),
-    ],
+    [RAW, replace(RAW, max_cluster_size=0.4), replace(RAW, min_samples=1, min_cluster_size=0.02)],
 )
 def test_without_reduction_the_clusters_are_those_of_plain_hdbscan(blobs, config):
     points, _ = blobs

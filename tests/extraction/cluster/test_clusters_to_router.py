@@ -19,17 +19,7 @@ from moee_analysis.extraction.cluster.clusters_to_router import (
 )
 from moee_analysis.extraction.record.fisher import damped, input_root
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter
-from tests.helpers.layers import (
-    DIM,
-    EAST,
-    LABELS,
-    NORTH,
-    PLANTED,
-    ROWS,
-    SITE,
-    draw_from,
-    planted,
-)
+from tests.helpers.layers import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, draw_from, planted
 from tests.helpers.runs import CLUSTERING, MEANS, best, quick
 
 INPUTS = PLANTED.sample.inputs.astype(np.float32)
