@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import ipywidgets
 import numpy as np
 import pandas as pd
@@ -16,6 +14,7 @@ TABLE = pd.DataFrame(
     {"layer": [0, 0, 0, 3, 3], "expert": [0, 1, 2, 0, 1], "share": [0.5, 0.3, 0.2, 0.9, 0.1]}
 )
 TABLE.attrs["caption"] = "told once"
+EXPERTS = values_of(TABLE, "expert", by="layer")
 
 
 def bars(table, *, seen=None, caption=None):
@@ -36,13 +35,7 @@ def live(monkeypatch):
 
 def controls(panel):
     """Controls by their description."""
-    found, waiting = {}, [panel]
-    while waiting:
-        widget = waiting.pop()
-        waiting += getattr(widget, "children", ())
-        if hasattr(widget, "options"):
-            found[widget.description] = widget
-    return found
+    return {child.description: child for child in panel.children[0].children}
 
 
 def screen(panel):
@@ -70,39 +63,37 @@ def test_headless_it_is_a_figure_of_a_few_choices(draw, live, monkeypatch):
     assert len({choice["name"] for choice in draw.choices}) > 1
 
 
-def test_headless_choices_are_spread_evenly_or_those_that_the_notebook_says(draw):
-    explore(draw, layer=range(12))
-    assert [choice["layer"] for choice in draw.choices] == [1, 3, 5, 7, 9, 11]
-    draw.choices.clear()
-    explore(draw, layer=range(12), expert=[0, 1, 2], shown={"layer": [5, 11]})
-    assert [choice["layer"] for choice in draw.choices] == [5] * 3 + [11] * 3
-
-
-def test_values_may_depend_on_a_choice_before(draw):
-    explore(draw, layer=[0, 3], expert=values_of(TABLE, "expert", by="layer"))
-    assert {choice["layer"] for choice in draw.choices} == {0, 3}
-    assert all(choice["expert"] < (3 if choice["layer"] == 0 else 2) for choice in draw.choices)
+@pytest.mark.parametrize(
+    ("choices", "drawn"),
+    [({"layer": range(12)}, [(1,), (3,), (5,), (7,), (9,), (11,)]),
+     ({"layer": range(12), "expert": [0, 1, 2], "shown": {"layer": [5, 11]}},
+      [(5, 0), (5, 1), (5, 2), (11, 0), (11, 1), (11, 2)]),
+     ({"layer": [0, 3], "expert": EXPERTS}, [(0, 0), (0, 2), (3, 0), (3, 1)])],
+)  # fmt: skip
+def test_headless_choices_are_spread_evenly_or_those_that_the_notebook_says(draw, choices, drawn):
+    explore(draw, **choices)
+    assert [tuple(choice.values()) for choice in draw.choices] == drawn
 
 
 def test_of_table_gives_the_chosen_rows_and_tells_no_caption_twice():
     seen = []
-    explore(of_table(bars, TABLE, seen=seen), layer=[0, 3], caption="below all")
+    both = explore(of_table(bars, TABLE, seen=seen), layer=[0, 3], caption="below all")
     assert [set(rows["layer"]) for rows in seen] == [{0}, {3}]
     assert [len(rows) for rows in seen] == [3, 2]
     assert all(not rows.attrs for rows in seen)
     assert TABLE.attrs["caption"] == "told once"
+    assert both.get_size_inches()[0] >= 2 * 1.5  # as sharp as its figures
+    assert len(picture(both)) > len(picture(of_table(bars, TABLE)(layer=0)))
 
 
-def test_the_grid_is_as_sharp_as_its_figures():
-    one = picture(of_table(bars, TABLE)(layer=0))
-    both = explore(of_table(bars, TABLE), layer=[0, 3])
-    assert both.get_size_inches()[0] >= 2 * 1.5
-    assert len(picture(both)) > len(one)
+def test_values_of_a_column_are_in_the_order_of_appearance():
+    ranked = TABLE.sort_values(["layer", "share"])
+    assert values_of(ranked, "expert") == [2, 1, 0]
+    assert values_of(ranked, "expert", by="layer").values == {0: [2, 1, 0], 3: [1, 0]}
 
 
 def test_live_a_slider_changes_the_figure(live):
     panel = explore(of_table(bars, TABLE), layer=[0, 3], caption="below")
-    assert isinstance(panel, ipywidgets.Widget)
     slider = controls(panel)["layer"]
     assert isinstance(slider, ipywidgets.SelectionSlider)
     before = screen(panel)
@@ -114,8 +105,7 @@ def test_live_a_slider_changes_the_figure(live):
 
 
 def test_live_a_choice_offers_what_the_one_before_allows(live):
-    experts = values_of(TABLE, "expert", by="layer")
-    panel = explore(of_table(bars, TABLE), layer=[0, 3], expert=experts)
+    panel = explore(of_table(bars, TABLE), layer=[0, 3], expert=EXPERTS)
     pick = controls(panel)["expert"]
     pick.value = 2
     controls(panel)["layer"].value = 3
@@ -126,20 +116,15 @@ def test_live_a_choice_offers_what_the_one_before_allows(live):
     assert pick.value == 1
 
 
-def test_live_numbers_in_an_order_of_their_own_are_a_list(live):
-    ranked = TABLE.sort_values(["layer", "share"])
-    experts = values_of(ranked, "expert", by="layer")
-    panel = explore(of_table(bars, ranked), layer=[0, 3], expert=experts)
-    assert isinstance(controls(panel)["layer"], ipywidgets.SelectionSlider)
-    pick = controls(panel)["expert"]
-    assert isinstance(pick, ipywidgets.Dropdown)
-    assert [value for _, value in pick.options] == [2, 1, 0]
-
-
-def test_live_texts_are_a_list_and_never_markup(live):
-    names = ["<script>alert(1)</script>", "b"]
-    panel = explore(lambda class_name: style.figure(1, 1)[0], class_name=names)
-    assert isinstance(controls(panel)["class"], ipywidgets.Dropdown)
+def test_live_texts_and_numbers_in_an_order_of_their_own_are_a_list_and_never_markup(live, draw):
+    names, order = ["<script>alert(1)</script>", "b"], DependsOn("layer", {0: [2, 1, 0], 3: [1, 0]})
+    panel = explore(draw, class_name=names, layer=[0, 3], expert=order)
+    found = controls(panel)
+    assert {name: type(control) for name, control in found.items()} == {
+        "class": ipywidgets.Dropdown, "layer": ipywidgets.SelectionSlider,
+        "expert": ipywidgets.Dropdown,
+    }  # fmt: skip
+    assert [value for _, value in found["expert"].options] == [2, 1, 0]
     assert "<script>" not in screen(panel)
     assert "&lt;script&gt;" in screen(panel)
 
@@ -149,8 +134,7 @@ def test_live_nothing_is_drawn_twice_or_in_between(live, draw):
     controls(panel)["expert"].value = 1
     for value in (1, 0, 1):
         controls(panel)["layer"].value = value
-    drawn = [(choice["layer"], choice["expert"]) for choice in draw.choices]
-    assert drawn == [(0, 0), (0, 1), (1, 1)]
+    assert [tuple(choice.values()) for choice in draw.choices] == [(0, 0), (0, 1), (1, 1)]
 
 
 def test_live_an_error_is_told_and_the_next_choice_is_drawn(live):
@@ -169,10 +153,8 @@ def test_live_an_error_is_told_and_the_next_choice_is_drawn(live):
 
 def test_live_images_are_browsed_around(live, draw):
     thumbnails = [np.full((8, 8, 3), 40 * n, np.uint8) for n in range(3)]
-    pictures = Pictures(thumbnails, ["cat", "a & b", "dog"])
-    panel = explore(draw, image=pictures)
-    browser = panel.children[0].children[0]
-    previous, slider, following, look = browser.children
+    panel = explore(draw, image=Pictures(thumbnails, ["cat", "a & b", "dog"]))
+    previous, slider, following, look = panel.children[0].children[0].children
     previous.click()
     assert slider.value == 2
     assert "dog, image 3 of 3" in look.value
@@ -194,8 +176,5 @@ def test_live_images_are_browsed_around(live, draw):
 def test_what_cannot_be_explored_is_refused(draw, choices, told):
     with pytest.raises(MoeeError, match=told):
         explore(draw, **choices)
-
-
-def test_a_column_that_is_not_there_is_named():
     with pytest.raises(MoeeError, match="'class'"):
-        values_of(TABLE, "class")
+        values_of(TABLE, "class")  # a column that is not there

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -9,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from bs4 import BeautifulSoup
 from PIL import Image
 
@@ -22,13 +21,12 @@ from moee_analysis.report.atlas import write_atlas
 from moee_analysis.report.atlas.facts import OTHERS, PATCHES
 from moee_analysis.report.atlas.page import atlas_facts, page
 from tests.helpers.images import toy_images
-from tests.helpers.models import toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.models import CLASSES, toy_kinds, toy_moe, toy_swin, toy_vit
 
 NASTY = "</script><script>alert(1)</script>&<b>"
 
 
 def run_of(model):
-    """A run around a routed model that was made by hand."""
     return Extraction(model, ExtractConfig(), None, (), {"model": "toy"})
 
 
@@ -47,17 +45,13 @@ def facts(run, images):
     return atlas_facts(run, images, dense=toy_vit())
 
 
-@pytest.fixture(scope="module")
-def routed(run, images):
-    return measure.routes(run, images, by_folder=True)
-
-
 def unpacked(facts, layer):
     shape = (len(facts["images"]), *layer["grid"])
     return np.frombuffer(base64.b64decode(layer["routes"]), "<u2").reshape(shape)
 
 
-def test_every_layer_and_expert_is_there_with_its_use(facts, run, routed, images):
+def test_every_layer_and_expert_is_there_with_its_use(facts, run, images):
+    routed = measure.routes(run, images, by_folder=True)
     assert [layer["layer"] for layer in facts["layers"]] == list(routed.placed)
     for layer in facts["layers"]:
         patches = routed.patch_experts(layer["layer"])
@@ -70,25 +64,27 @@ def test_every_layer_and_expert_is_there_with_its_use(facts, run, routed, images
             assert expert["share"] == pytest.approx(own.mean(), abs=1e-4)
             assert expert["images"] == own.any(axis=(1, 2)).sum()
     # leading tokens are counted apart
-    first = [layer["experts"][0] for layer in facts["layers"]]
-    assert all(expert["leading"] == len(images) for expert in first)
-    assert all(expert["share"] == 0 for expert in first)
-    assert all(expert["top"] == [] for expert in first)
+    for first in (layer["experts"][0] for layer in facts["layers"]):
+        assert (first["leading"], first["share"], first["top"]) == (len(images), 0, [])
 
 
-def test_typical_patches_classes_and_neighbours_are_those_of_the_measures(facts, run, images):
+def test_patches_classes_and_overlap_are_those_of_the_measures(facts, run, images):
     top = measure.top_patches(run, images, count=PATCHES).set_index(["layer", "expert"])
-    shares = measure.class_routing(run, images)
+    shares = measure.class_routing(run, images).set_index(["layer", "expert"])
+    jaccard = measure.overlap(run).set_index(["layer", "expert_a", "expert_b"])["jaccard"]
     for layer in facts["layers"]:
         for number, expert in enumerate(layer["experts"]):
+            own = [(layer["layer"], number)]
             if expert["top"]:
-                rows = top.loc[[(layer["layer"], number)]]
-                expected = rows[["image", "row", "column"]].to_numpy().tolist()
+                expected = top.loc[own, ["image", "row", "column"]].to_numpy().tolist()
                 assert [patch[:3] for patch in expert["top"]] == expected
-            of = shares[(shares["layer"] == layer["layer"]) & (shares["expert"] == number)]
+            of = shares.loc[own]
             ahead = of.assign(ahead=of["share"] - of["share_all"]).nlargest(OTHERS, "ahead")
             more = ahead[ahead["ahead"] > 0]
             assert [name for name, *_ in expert["classes"]] == list(more["class_name"])
+            assert len(expert["overlap"]) == len(layer["experts"]) - 1
+            for other, share, _ in expert["overlap"]:
+                assert share == pytest.approx(jaccard.loc[*own[0], other], abs=1e-4)
 
 
 def test_neighbours_have_the_most_similar_mean_inputs_less_the_common_one(facts, run, images):
@@ -110,23 +106,14 @@ def _cosine(one, two):
     return one @ two / np.linalg.norm(one) / np.linalg.norm(two)
 
 
-def test_overlap_is_that_of_the_neurons(facts, run):
-    table = measure.overlap(run).set_index(["layer", "expert_a", "expert_b"])["jaccard"]
-    for layer in facts["layers"]:
-        for number, expert in enumerate(layer["experts"]):
-            assert len(expert["overlap"]) == len(layer["experts"]) - 1
-            for other, share, _ in expert["overlap"]:
-                expected = table.loc[(layer["layer"], number, other)]
-                assert share == pytest.approx(expected, abs=1e-4)
-
-
 def test_pictures_and_predictions_are_of_the_images(facts, images, run):
+    for model, name in ((run.model, "moe"), (toy_vit(), "dense")):
+        best = torch.cat([model(x).argmax(dim=1) for x in images.batches(model)])
+        assert [image[name] for image in facts["images"]] == [CLASSES[n] for n in best]
     for index, image in enumerate(facts["images"]):
         assert image["class"] == images.folders[index]
         shown = Image.open(io.BytesIO(base64.b64decode(image["picture"])))
         assert (np.asarray(shown) == images.as_seen(index, run.model)).all()  # small: no loss
-        assert isinstance(image["moe"], str)
-        assert isinstance(image["dense"], str)
 
 
 def test_layers_that_are_not_shown_are_named_with_the_reason(small_run, images):
@@ -141,8 +128,8 @@ def test_layers_that_are_not_shown_are_named_with_the_reason(small_run, images):
     assert "MACs" not in dict(facts["about"])
 
 
-def test_windows_are_put_where_they_are(images):
-    run = run_of(toy_moe(toy_swin()))
+def test_windows_are_put_where_they_are():
+    run, images = run_of(toy_moe(toy_swin())), toy_images(6)
     facts, routed = atlas_facts(run, images), measure.routes(run, images)
     assert facts["layers"]
     for layer in facts["layers"]:
@@ -152,13 +139,12 @@ def test_windows_are_put_where_they_are(images):
 def test_parts_are_those_that_an_expert_shows_more_than_others_do():
     images, run = load_images("bundled", limit=8), run_of(toy_moe(toy_vit()))
     profile = measure.part_profile(measure.routes(run, images, by_folder=True), images)
-    told = 0
+    shares, told = profile.set_index(["layer", "expert", "part"])["share"], 0
     for layer in atlas_facts(run, images)["layers"]:
         for number, expert in enumerate(layer["experts"]):
-            rows = profile[(profile["layer"] == layer["layer"]) & (profile["expert"] == number)]
-            by_part = rows.set_index("part")
             for part, share, usual in expert["parts"]:
-                assert share == pytest.approx(by_part.loc[part, "share"], abs=1e-4)
+                expected = shares[layer["layer"], number, part]
+                assert share == pytest.approx(expected, abs=1e-4)
                 assert usual < share
                 told += 1
     assert told
@@ -181,8 +167,7 @@ def test_the_page_holds_the_facts_fetches_nothing_and_runs_its_own_script_alone(
 
 def test_names_cannot_become_markup(run):
     named = replace(toy_images(6), name=NASTY, folders=(NASTY,) * 6)
-    made = replace(run, provenance={"model": NASTY})
-    text = page(atlas_facts(made, named, dense=toy_vit()))
+    text = page(atlas_facts(replace(run, provenance={"model": NASTY}), named, dense=toy_vit()))
     soup = BeautifulSoup(text, "html.parser")
     assert len(soup.find_all("script")) == 2
     assert NASTY not in text
@@ -198,7 +183,7 @@ def test_the_file_appears_when_it_is_complete(run, images, tmp_path, monkeypatch
         write_atlas(run, images.take([]), out)
     assert [path.name for path in tmp_path.iterdir()] == ["atlas.html"]
     assert out.read_text() == "older"
-    assert write_atlas(run, images, out) == out
+    assert write_atlas(run, images.take([0, 1]), out) == out
     assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [path.name for path in tmp_path.iterdir()] == ["atlas.html"]
     with pytest.raises(MoeeError, match="routed layers"):

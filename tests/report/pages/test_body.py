@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from bs4 import BeautifulSoup
 
 from moee_analysis.report.pages.body import refine
@@ -10,8 +8,8 @@ TABLE = """<table><thead><tr><th></th><th>top-1</th></tr></thead>
 SOLUTION = '<div class="cell code_cell celltag_solution"><div class="{}">1 / 0</div></div>'
 
 
-def refined(body: str, findings: dict[str, str] | None = None) -> BeautifulSoup:
-    return BeautifulSoup(refine(body, findings or {}), "html.parser")
+def refined(body, findings=()):
+    return BeautifulSoup(refine(body, dict(findings)), "html.parser")
 
 
 def test_a_finding_stands_below_its_figure_and_is_heard_once():

@@ -1,7 +1,3 @@
-from __future__ import annotations
-
-import json
-
 import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
@@ -33,7 +29,7 @@ FOUND = {
 def index(tmp_path):
     """The index of a run that found what is given."""
 
-    def written(found: dict, **status: str) -> BeautifulSoup:
+    def written(found, **status):
         folder = tmp_path / "one"
         (folder / "figures").mkdir(parents=True)
         for figure in found.get("figures", {}).values():
@@ -46,29 +42,25 @@ def index(tmp_path):
     return written
 
 
-def test_a_card_has_the_key_number_the_dense_model_beside_it_and_the_cover(index):
-    card = index(FOUND).article
-    assert card.find(class_="headline").get_text() == "0.457 of <everything>"
-    assert card.find(class_="dense").get_text() == "Dense: <all> of it"
-    assert card.img["alt"] == "It falls."
-
-
-def test_without_a_cover_the_first_figure_stands_for_the_notebook(index):
-    found = json.loads(json.dumps(FOUND))
-    del found["figures"]["two"]["cover"]
-    assert index(found).article.img["alt"] == "It rises. in layer 3"
-
-
-def test_words_say_which_claims_hold_and_how_many(index):
+def test_a_card_has_the_key_number_the_dense_model_beside_it_its_claims_and_the_cover(index):
     page = index(FOUND)
     summary = " ".join(page.find(class_="summary").get_text().split())
     assert summary == "The notebook ran to its end. Of 2 claims of the paper, 2 hold here."
-    claims = page.article.find("details", class_="claims")
+    card = page.article
+    assert card.find(class_="headline").get_text() == "0.457 of <everything>"
+    assert card.find(class_="dense").get_text() == "Dense: <all> of it"
+    assert card.img["alt"] == "It falls."
+    claims = card.find("details", class_="claims")
     assert claims.summary.get_text() == "3 claims: ✓ 2 hold, ✗ 1 does not"
     assert not claims.has_attr("open")
     assert [item.get_text() for item in claims.find_all("li")] == [
         "✓ holds, the paper says: s", "✗ does not, tested here: <t>", "✓ holds, the paper says: u",
     ]  # fmt: skip
+
+
+def test_without_a_cover_the_first_figure_stands_for_the_notebook(index):
+    figures = {"one": FOUND["figures"]["one"], "two": {"file": "figures/two.png"}}
+    assert index(FOUND | {"figures": figures}).article.img["alt"] == "It rises. in layer 3"
 
 
 def test_a_run_that_found_nothing_has_a_card_too(index):

@@ -1,7 +1,5 @@
 """How JupyterLab and kernels are started."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
