@@ -1,7 +1,3 @@
-from __future__ import annotations
-
-import copy
-
 import pytest
 import torch
 from timm.layers import Mlp
@@ -45,7 +41,7 @@ def test_any_numbers_of_inputs_have_the_outputs_and_gradients_of_each_mlp(counts
         torch.testing.assert_close(experts.fc2_bias.grad[e], mlp.fc2.bias.grad)
 
 
-def test_weights_are_copies_and_their_state_is_restored():
+def test_weights_are_copies():
     mlps, experts = made()
     assert (experts.n_experts, experts.hidden) == (EXPERTS, HIDDEN)
     x = inputs(1, EXPERTS, 2, DIM)
@@ -53,17 +49,10 @@ def test_weights_are_copies_and_their_state_is_restored():
     for mlp in mlps:
         torch.nn.init.zeros_(mlp.fc1.weight)
     torch.testing.assert_close(experts(x), before, rtol=0, atol=0)
-    other = ExpertMlps(mlps[::-1], mlps[0].act)
-    other.load_state_dict(experts.state_dict())
-    torch.testing.assert_close(other(x), before, rtol=0, atol=0)
 
 
 def test_hidden_activations_drop_out_in_training_only():
-    _, experts = made(drop=0.5)
     x = inputs(1, EXPERTS, 50, DIM)
+    (_, plain), (_, experts) = made(), made(drop=0.5)
     assert ((experts(x) == 0).double().mean() - 0.5).abs() < 0.1
-    experts.eval()
-    torch.testing.assert_close(experts(x), experts(x), rtol=0, atol=0)
-    plain = copy.deepcopy(experts)
-    plain.drop = torch.nn.Identity()
-    torch.testing.assert_close(experts(x), plain(x), rtol=0, atol=0)
+    torch.testing.assert_close(experts.eval()(x), plain(x), rtol=0, atol=0)

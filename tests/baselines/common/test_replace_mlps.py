@@ -1,10 +1,13 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.replace_mlps import find_places, replace_mlps, sites_at
+from moee_analysis.baselines.common.replace_mlps import (
+    fill_budget,
+    find_places,
+    replace_mlps,
+    sites_at,
+)
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.families import small
@@ -14,12 +17,28 @@ from tests.helpers.models import hooks_of, pixels_of, toy_swin, toy_vit
 def test_layers_are_chosen_in_order():
     sites = find_mlps(toy_vit())
     assert sites_at(sites, (2, 0, 2)) == [sites[0], sites[2]]
-
-
-@pytest.mark.parametrize("layers", [(), (3,), (0, -1)])
-def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(MoeeError, match="layers between 0 and 2"):
-        sites_at(find_mlps(toy_vit()), layers)
+        sites_at(sites, (0, -1))
+
+
+ALIKE = [10, 10, 10], [20, 20, 20]
+UNLIKE = [3, 12], [64, 16]
+
+
+@pytest.mark.parametrize(("costs", "tokens"), [ALIKE, UNLIKE])
+@pytest.mark.parametrize("reduction", [0.1, 0.5, 0.8])
+def test_a_budget_is_met_to_within_one_step(costs, tokens, reduction):
+    counts = fill_budget(reduction, costs, tokens, dense=1000, fixed=150)
+    spent = 150 + sum(n * cost for n, cost in zip(counts, costs, strict=True))
+    assert spent <= (1 - reduction) * 1000
+    assert counts == tokens or spent + max(costs) > (1 - reduction) * 1000
+
+
+def test_layers_grow_in_turn_by_their_share_of_tokens_up_to_all_of_them():
+    assert fill_budget(0.5, *ALIKE, dense=1000, fixed=150) == [12, 12, 11]
+    many, few = fill_budget(0.5, *UNLIKE, dense=1000, fixed=200)
+    assert many / 64 == pytest.approx(few / 16, abs=1 / 16)
+    assert fill_budget(0.01, *ALIKE, dense=10_000, fixed=0) == [20, 20, 20]
 
 
 @pytest.mark.parametrize(("model", "expected"), [

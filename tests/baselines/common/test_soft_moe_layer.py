@@ -1,4 +1,4 @@
-from __future__ import annotations
+import itertools
 
 import numpy as np
 import pytest
@@ -32,15 +32,12 @@ def tokens(*shape):
 def one_by_one(mlps, slots, mixing, x):
     """Every slot of every expert from every token, then every token from every slot."""
     outputs = torch.zeros_like(x)
-    for image in range(len(x)):
-        made_of_slots = []
-        for slot in range(len(mlps) * slots):
-            weights = mixing.dispatch[image, :, slot]
-            mixed = sum(w * token for w, token in zip(weights, x[image], strict=True))
-            made_of_slots.append(mlps[slot // slots](mixed))
+    for image, slot in itertools.product(range(len(x)), range(len(mlps) * slots)):
+        weights = mixing.dispatch[image, :, slot]
+        mixed = sum(w * token for w, token in zip(weights, x[image], strict=True))
+        output = mlps[slot // slots](mixed)
         for token in range(x.shape[1]):
-            for slot, output in enumerate(made_of_slots):
-                outputs[image, token] += mixing.combine[image, token, slot] * output
+            outputs[image, token] += mixing.combine[image, token, slot] * output
     return outputs
 
 
@@ -58,40 +55,19 @@ def test_tokens_on_a_grid_are_those_of_an_image_and_images_do_not_mix():
     torch.testing.assert_close(layer(x)[1:], layer(x[1:]))
 
 
-@pytest.mark.parametrize("kind", ["own", "random", "constant"])
-def test_slots_are_mixtures_of_tokens_and_tokens_of_slots(kind):
+def test_usage_is_the_mass_of_an_experts_slots_and_random_routing_leaves_it_as_it_is():
     _, layer = made()
-    routers = {
-        "own": layer.router,
-        "random": layer.random_router(5),
-        "constant": layer.constant_router(),
-    }
-    mixing = routers[kind](tokens())
-    assert mixing.dispatch.shape == mixing.combine.shape == (IMAGES, TOKENS, 6)
-    assert (mixing.dispatch >= 0).all()
-    assert (mixing.combine >= 0).all()
-    torch.testing.assert_close(mixing.dispatch.sum(1), torch.ones(IMAGES, 6).double())
-    torch.testing.assert_close(mixing.combine.sum(2), torch.ones(IMAGES, TOKENS).double())
-
-
-def test_usage_is_the_mass_of_an_experts_slots_and_sums_to_the_tokens():
-    _, layer = made()
-    mixing = layer.router(tokens())
-    usage = layer.usage(mixing)
     assert isinstance(layer, ExpertLayer)
+    own, other, same = (r(tokens()) for r in (layer.router, *map(layer.random_router, (0, 0))))
+    usage = layer.usage(own)
     assert usage.dtype == torch.float64
     assert usage.sum().item() == pytest.approx(IMAGES * TOKENS)
-    assert usage[1].item() == pytest.approx(mixing.combine[:, :, 2:4].sum().item())
-
-
-def test_usage_of_the_random_router_is_that_of_the_own_one():
-    _, layer = made()
-    x = tokens()
-    own, other = layer.router(x), layer.random_router(0)(x)
-    torch.testing.assert_close(layer.usage(other), layer.usage(own))
+    assert usage[1].item() == pytest.approx(own.combine[:, :, 2:4].sum().item())
+    torch.testing.assert_close(layer.usage(other), usage)
     assert not torch.equal(other.combine, own.combine)
-    same = layer.random_router(0)(x)
     torch.testing.assert_close(other, same, rtol=0, atol=0)
+    for sums in (other.dispatch.sum(1), other.combine.sum(2)):
+        torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
 def test_the_constant_router_makes_the_mean_of_all():
@@ -114,15 +90,6 @@ def test_what_drops_experts_sees_the_outputs_of_each():
     combine[:, :, :2] = 0
     expected = one_by_one(mlps, 2, Mixing(mixing.dispatch, combine), x)
     torch.testing.assert_close(layer(x), expected)
-
-
-def test_gradients_reach_experts_router_and_tokens():
-    _, layer = made()
-    x = tokens().requires_grad_()
-    layer(x).square().sum().backward()
-    assert (x.grad != 0).all()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad.abs().sum() > 0, name
 
 
 # The router
@@ -171,17 +138,3 @@ def test_the_scale_goes_from_even_mixing_to_the_nearest_slot():
     nn.init.zeros_(soft.scale)
     for mixing, parts in zip(soft(x), (TOKENS, 6), strict=True):
         torch.testing.assert_close(mixing, torch.full((IMAGES, TOKENS, 6), 1 / parts).double())
-
-
-def test_lengths_of_tokens_and_embeddings_do_not_matter():
-    soft, x = router(), tokens()
-    before = soft(x)
-    soft.embeddings.data *= 7
-    torch.testing.assert_close(soft(3 * x), before, rtol=1e-4, atol=1e-5)
-
-
-def test_scale_and_embeddings_learn():
-    soft, x = router(), tokens()
-    (soft(x).combine * torch.arange(6)).sum().backward()
-    assert soft.scale.grad.abs() > 0
-    assert (soft.embeddings.grad != 0).all()
