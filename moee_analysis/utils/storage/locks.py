@@ -45,12 +45,14 @@ def _make_and_hold(prefix: Path, make: Callable[[Path], object]) -> tuple[Path, 
     while True:
         path = prefix.with_name(prefix.name + uuid4().hex)
         make(path)
-        lock = os.open(path, READ)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return path, lock
-        os.close(lock)  # it was taken for one that was left, between the two steps
+        # until it is locked, another process may take it for one that was left
+        with suppress(FileNotFoundError):
+            lock = os.open(path, READ)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path, lock
+            os.close(lock)
 
 
 def _remove_and_let_go(path: Path, lock: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.signals import Terminated
 from moee_analysis.utils.storage.folders import held_folder, new_folder, scratch_folder
-from moee_analysis.utils.storage.locks import OURS, is_held, remove_left
+from moee_analysis.utils.storage.locks import OURS, is_held, remove_left, temporary
 from tests.helpers.images import contents
 from tests.helpers.processes import small_disk
 
@@ -142,3 +142,18 @@ def test_one_process_waits_for_another(tmp_path):
         folder.rename(tmp_path / "done")
     process.join()
     assert found.get() == ["done", "work"]
+
+
+def test_a_folder_that_another_process_took_for_one_that_was_left_is_made_again(tmp_path):
+    made = []
+
+    def make(path):
+        path.mkdir()
+        made.append(path)
+        if len(made) == 1:
+            path.rmdir()
+
+    with temporary(tmp_path / "x-", make) as folder:
+        assert made[1:] == [folder]
+        assert is_held(folder)
+    assert not names(tmp_path)
