@@ -23,8 +23,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.exact_hdbscan import label_tree
-from moee_analysis.extraction.cluster.hdbscan_mst import find_neighbours, grow_tree
+from moee_analysis.extraction.cluster.exact_hdbscan import find_neighbours, grow_tree, label_tree
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.extraction.record.recording import record
 from moee_analysis.models.loading import find_mlps, load_model

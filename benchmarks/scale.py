@@ -26,8 +26,7 @@ from extraction import plain_pass
 from torch import nn
 
 from moee_analysis.data.images import ImageSet, load_images
-from moee_analysis.extraction.cluster.assignment import Assignment
-from moee_analysis.extraction.cluster.clusters_to_router import Partition
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition
 from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.config.recipes import recipe_named

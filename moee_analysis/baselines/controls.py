@@ -22,8 +22,15 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, moe_macs
 from moee_analysis.moe.expert_layer import expert_layers
 from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_layers, moe_names
-from moee_analysis.moe.oracle import beside_leading, oracle_of, prefix_experts
-from moee_analysis.moe.routers import ConstantRouter, CosineRouter, RandomRouter, TokenKindRouter
+from moee_analysis.moe.routers import (
+    ConstantRouter,
+    CosineRouter,
+    RandomRouter,
+    TokenKindRouter,
+    beside_leading,
+    oracle_of,
+    prefix_experts,
+)
 
 
 def with_one_expert(config: ExtractConfig) -> ExtractConfig:

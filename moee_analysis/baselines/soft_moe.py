@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.init import trunc_normal_, zeros_
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
 from moee_analysis.baselines.common.replace_mlps import (
+    ExpertMlps,
     Place,
     fill_budget,
     find_places,

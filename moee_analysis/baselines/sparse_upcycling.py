@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
 from moee_analysis.baselines.common.replace_mlps import (
+    ExpertMlps,
     fill_budget,
     find_places,
     replace_mlps,

@@ -30,7 +30,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.experts.obs import RIDGE, elimination_costs
 from moee_analysis.extraction.record.accumulate import Arrays, average, stored_arrays
-from moee_analysis.extraction.record.output_gradients import probe
+from moee_analysis.extraction.record.fisher import probe
 from moee_analysis.models.attention import Factors, find_attentions, heads_of
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.fingerprints import fingerprint

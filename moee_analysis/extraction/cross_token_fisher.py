@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from moee_analysis.extraction.cluster.assignment import Assignment, by_expert
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, by_expert
 from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.experts.neuron_scores import metrics_of

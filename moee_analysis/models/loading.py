@@ -30,9 +30,8 @@ from moee_analysis.models.class_names import (
 )
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.fit_weights import fit_weights, named_as_in
-from moee_analysis.models.hub import hub_access
 from moee_analysis.models.inputs import blank, input_size, model_transform
-from moee_analysis.models.state_dicts import Tensors, read_tensors
+from moee_analysis.models.state_dicts import Tensors, hub_access, read_tensors
 from moee_analysis.models.survey import survey
 from moee_analysis.models.unwrapping import inside, stated_modules, unwrapped
 from moee_analysis.utils.checks import whole_number

@@ -1,16 +1,24 @@
-"""State dicts from files: safetensors, or the checkpoints of training scripts, their tensors."""
+"""State dicts from files: safetensors, or the checkpoints of training scripts, their tensors.
+
+The hub of pretrained weights: asked where it answers, else only its cache on this machine.
+"""
 
 from __future__ import annotations
 
 import argparse
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
+from huggingface_hub import constants as hub
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -136,3 +144,25 @@ def _unwrap(content: Any, depth: int = DEEP) -> tuple[Tensors, tuple[str, ...]]:
         if len(inner) > len(own):  # beside a state dict stand single numbers
             return inner, (key, *keys)
     return own, ()
+
+
+@contextmanager
+def hub_access() -> Iterator[None]:
+    """While open, the hub's client looks in its cache alone if the hub cannot be reached."""
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or not _hub_answers()
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; saves its client a minute of retries when it cannot."""
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((urlsplit(hub.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import inspect
 from functools import cache
 
@@ -16,7 +14,7 @@ from moee_analysis.moe.expert_layer import counting_usage, macs_as_used
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, pixels_of, same_models, toy_vit
 
-IMAGES = toy_images(48)
+IMAGES = toy_images(24)
 CONVERTING = [
     each.convert
     for each in (extraction, jetpack, moefication, soft_moe, sparse_upcycling, static_pruning)

@@ -1,7 +1,5 @@
 """Rivals, fine-tuning and MoE Jetpack: benchmarks that compare systems, and train."""
 
-from __future__ import annotations
-
 import json
 
 import fine_tuning

@@ -1,7 +1,5 @@
 """Clustering, extraction, what follows for ImageNet, and the command that runs all of them."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import replace

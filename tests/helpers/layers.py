@@ -11,9 +11,8 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.cluster.clustering import NOISE
-from moee_analysis.extraction.cluster.clusters_to_router import Partition
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition
 from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
 from moee_analysis.extraction.record.recorded_tokens import LayerSample, RecordedLayer
 from moee_analysis.extraction.record.token_source import Limits

@@ -8,6 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank
+from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import build_model, find_mlps, input_size
 from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
 from moee_analysis.moe.routers import CosineRouter, NearestRouter, TokenKindRouter
@@ -119,6 +120,15 @@ def pixels_of(model, *, count: int = 4, seed: int = 0) -> torch.Tensor:
 def hooks_of(model) -> int:
     """Number of hooks on any module of ``model``."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def seen_by(module, model, images, **batches) -> list:
+    """What a module of ``model`` gets and gives for ``images``, batch by batch."""
+    seen = []
+    with watch({0: module}, lambda _, both: seen.append(both), "both"), torch.no_grad():
+        for x in images.batches(model, **batches):
+            model(x)
+    return seen
 
 
 def same_models(one, other) -> bool:

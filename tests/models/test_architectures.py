@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moee_analysis import measure
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record.output_gradients import output_gradients
+from moee_analysis.extraction.record.fisher import output_gradients
 from moee_analysis.extraction.run import load
 from moee_analysis.measure.routing.routes import routes
 from moee_analysis.models.attention import plain_attentions, reduced_attentions

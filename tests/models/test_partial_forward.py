@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moee_analysis.models.capture import block_of, seeing_inputs, starting_at
 from moee_analysis.models.loading import find_mlps
-from moee_analysis.models.partial_forward import block_of, seeing_inputs, starting_at
 from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, toy_swin, toy_vit
 
 

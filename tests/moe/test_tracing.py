@@ -1,7 +1,5 @@
 """What deploys a model traces it once: the mixture beside the dense model, for any batch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 import pytest

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import Mixing, SlotMlp
 from moee_analysis.baselines.common.sparse_moe_layer import importance_loss, watch_routers
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
@@ -18,8 +18,7 @@ from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import replace_module
 from moee_analysis.training.batches import Loaded, training_batches
 from moee_analysis.training.loop import Loop
-from moee_analysis.training.parameter_groups import parameter_groups
-from moee_analysis.training.supervised import right_of, train
+from moee_analysis.training.supervised import parameter_groups, right_of, train
 from moee_analysis.training.supervised_config import SupervisedConfig
 from tests.helpers.images import toy_images
 from tests.helpers.models import same_models, toy_vit

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps
 
 EPSILON = 1e-6  # added to squared lengths
 

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, one_hot
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import per_expert
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps, per_expert
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of

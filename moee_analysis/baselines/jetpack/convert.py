@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
-from moee_analysis.baselines.common.replace_mlps import fill_budget, sites_at
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps, fill_budget, sites_at
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.baselines.jetpack.activation_profile import profile
 from moee_analysis.baselines.jetpack.config import JetpackConfig

@@ -1,8 +1,13 @@
-"""Which tokens share an expert: clusters of a layer's tokens, and the router that follows them."""
+"""Which tokens share an expert: clusters of a layer's tokens, and the router that follows them.
+
+Which expert every token of a layer goes to, and which one it counts for.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +25,7 @@ from moee_analysis.extraction.cluster.sample_tokens import TokenSample
 from moee_analysis.extraction.config.clustering import ClusterConfig
 from moee_analysis.extraction.config.extract_config import ExtractConfig
 from moee_analysis.extraction.record.fisher import damped, input_root
+from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, nearest_in_metric
 from moee_analysis.utils.storage.store import content_key, get_or_build
 
@@ -176,3 +182,62 @@ def _points(
         np.save(folder / "points.npy", reduce_dimensions(points, clustering, seed=config.seed))
 
     return np.load(get_or_build(root, f"reduced-{key}", build) / "points.npy")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The experts of leading tokens (``prefix``: that of each), then those of a ``partition``."""
+
+    prefix: tuple[int, ...]
+    partition: Partition
+
+    @property
+    def leading(self) -> int:
+        """Number of experts of leading tokens."""
+        return len(set(self.prefix))
+
+    @property
+    def experts(self) -> int:
+        """Number of all experts."""
+        return self.leading + self.partition.experts
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """The kind of token that each expert serves, 0 leading and 1 others, int (experts,)."""
+        return (np.arange(self.experts) >= self.leading).astype(int)
+
+    @cached_property
+    def digest(self) -> str:
+        """What decides the assignment of every token."""
+        parts = [getattr(self.partition, name) for name in ("centres", "root", "rows", "labels")]
+        digest = hashlib.sha256(repr([self.prefix, self.partition.experts]).encode())
+        for part in parts:
+            digest.update(b"none" if part is None else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    def of(self, layer: RecordedLayer) -> tuple[np.ndarray, np.ndarray]:
+        """Expert of every row of the layer, and the one it counts for, -1 for none: int64."""
+        sample = layer.sample
+        leading = sample.position < len(self.prefix)
+        own = np.array(self.prefix, dtype=np.int64)[sample.position[leading]]
+        others = np.flatnonzero(~leading)
+        routed = self.partition.route(sample.inputs[others])
+        members = self.partition.members(routed, sample.start + others)
+        found = []
+        for of_others in (routed, members):
+            experts = np.empty(len(sample), dtype=np.int64)
+            experts[leading] = own
+            experts[others] = np.where(of_others == NOISE, NOISE, of_others + self.leading)
+            found.append(experts)
+        return found[0], found[1]
+
+    def alive(self, routed: np.ndarray) -> Assignment:
+        """Leave out the experts of the partition that no token is routed to, of (experts,)."""
+        return replace(self, partition=self.partition.select(routed[self.leading :] > 0))
+
+
+def by_expert(experts: np.ndarray, count: int) -> list[np.ndarray]:
+    """Rows of each of ``count`` experts, ascending; those of -1 are left out."""
+    order = np.argsort(experts, kind="stable")
+    edges = np.searchsorted(experts[order], np.arange(count + 1))
+    return [order[edges[e] : edges[e + 1]] for e in range(count)]

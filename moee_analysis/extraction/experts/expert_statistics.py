@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moee_analysis.extraction.cluster.assignment import Assignment, by_expert
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, by_expert
 from moee_analysis.extraction.record import accumulate as sums_over
 from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Arrays, Sums
 from moee_analysis.extraction.record.fisher import expert_metrics, products

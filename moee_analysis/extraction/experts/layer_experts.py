@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from moee_analysis.extraction.cluster.assignment import Assignment
-from moee_analysis.extraction.cluster.clusters_to_router import Partition
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition
 from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.routers import TokenKindRouter

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from timm.layers import Mlp
 
-from moee_analysis.extraction.experts.expert_covariances import expert_covariances
 from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
-from moee_analysis.extraction.experts.obs import elimination_costs
+from moee_analysis.extraction.experts.obs import elimination_costs, expert_covariances
 from moee_analysis.extraction.record.accumulate import Arrays, share_out, stored_arrays
 from moee_analysis.extraction.record.fisher import importance, root
 from moee_analysis.extraction.record.token_source import TokenSource

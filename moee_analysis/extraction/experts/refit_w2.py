@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moee_analysis.extraction.cluster.assignment import Assignment
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite

@@ -16,7 +16,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record import activation_files as files
 from moee_analysis.extraction.record import recorded_tokens as samples
-from moee_analysis.extraction.record.output_gradients import output_gradients
+from moee_analysis.extraction.record.fisher import output_gradients
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.output_gradients import output_gradients
+from moee_analysis.extraction.record.fisher import output_gradients
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.models.attention import AttentionSite
 from moee_analysis.models.capture import watch

@@ -30,8 +30,15 @@ from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.moe.layer import MoeMlp, moe_layers
-from moee_analysis.moe.oracle import OracleRouter, beside_leading, oracle_of, prefix_experts
-from moee_analysis.moe.routers import ConstantRouter, RandomRouter, TokenKindRouter
+from moee_analysis.moe.routers import (
+    ConstantRouter,
+    OracleRouter,
+    RandomRouter,
+    TokenKindRouter,
+    beside_leading,
+    oracle_of,
+    prefix_experts,
+)
 from moee_analysis.utils.checks import seed_number
 
 

@@ -1,20 +1,30 @@
-"""The facts of the atlas about each expert, in JSON's types."""
+"""The facts of the atlas about each expert, in JSON's types.
+
+The images of the atlas, and the expert of each of their patches, as text that a page carries.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
+from torch import nn
 
 from moee_analysis import measure
-from moee_analysis.data.images import ImageSet
+from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.top_patches import Typical
+from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
+from moee_analysis.utils.progress import progress
 
 PATCHES = 12  # typical ones of an expert, at most one of an image
 OTHERS = 5  # classes, parts and other experts that are listed, at most
@@ -131,3 +141,47 @@ def _lists(rows: pd.DataFrame, *columns: str) -> list[list[Any]]:
 
 def _short(value: float) -> float:
     return round(float(value), DIGITS)
+
+
+LONGEST = 224  # pixels of the longer side of a picture, at most
+QUALITY = 78
+LOSSLESS_BELOW = 100  # pixels of the longer side
+
+
+def image_facts(seen: Seen, dense: nn.Module | None) -> list[dict[str, Any]]:
+    """Return class, picture and predictions of every image."""
+    systems = {"moe": seen.run.model} | ({"dense": dense} if dense is not None else {})
+    predictions = {name: _predictions(model, seen) for name, model in systems.items()}
+    return [
+        {
+            "class": seen.routed.class_names[int(seen.routed.labels[index])],
+            "picture": _packed(seen.images.as_seen(index, seen.run.model)),
+            **{name: labels[index] for name, labels in predictions.items()},
+        }
+        for index in progress(range(len(seen.images)), label="pictures")
+    ]
+
+
+def packed_routes(seen: Seen, layer: int) -> str:
+    """Base64 of the expert of each patch, image after image and row by row, two bytes each."""
+    experts = seen.routed.patch_experts(layer)
+    return base64.b64encode(experts.astype("<u2").tobytes()).decode()
+
+
+def _predictions(model: nn.Module, seen: Seen) -> list[str]:
+    names, found = class_labels(model), []
+    like = next(model.parameters())
+    with evaluating(model):
+        for x in seen.images.batches(model, batch_size=fitting_batch(model)):
+            found += model(x.to(like)).argmax(dim=1).tolist()
+    return [names[index] if index < len(names) else f"class {index}" for index in found]
+
+
+def _packed(pixels: np.ndarray) -> str:
+    """Base64 of a picture as WebP, without loss where it is small."""
+    buffer, image = io.BytesIO(), Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((LONGEST, LONGEST))
+    small = max(image.size) < LOSSLESS_BELOW
+    options = {"lossless": True} if small else {"quality": QUALITY}
+    image.save(buffer, format="WEBP", method=6, **options)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -14,8 +14,13 @@ from torch import nn
 from moee_analysis import measure
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.report.atlas.facts import Seen, layer_facts, look_through
-from moee_analysis.report.atlas.pictures import image_facts, packed_routes
+from moee_analysis.report.atlas.facts import (
+    Seen,
+    image_facts,
+    layer_facts,
+    look_through,
+    packed_routes,
+)
 from moee_analysis.report.pages.templates import render
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.refusals import check_place

@@ -1,4 +1,7 @@
-"""The report: notebooks run one by one through papermill, and the pages made of them."""
+"""The report: notebooks run one by one through papermill, and the pages made of them.
+
+How far a report is: code cells done, of its notebooks and in all, and the time left.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,52 @@ from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import NOTEBOOK, STATUS
 from moee_analysis.report.pages.index import INDEX, write_index
 from moee_analysis.report.pages.page import LOG, PAGE, read_story, write_page
-from moee_analysis.report.runner.cell_progress import CELLS, cell_bar, cells_noted
 from moee_analysis.report.runner.check_parameters import OWN, check_parameters
 from moee_analysis.report.runner.jupyter import own_kernel
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.paths import notebooks_folder
+from moee_analysis.utils.progress import has_bars
 from moee_analysis.utils.signals import PATIENCE, ended_in_order
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.folders import new_folder
 from moee_analysis.utils.storage.refusals import check_place
+
+CELLS = ".cells"  # file in a notebook's folder with a byte for every code cell that has ended
+FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+
+
+@contextmanager
+def cell_bar(notebooks: Sequence[Path]) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar over the code cells of all notebooks, where a person watches a terminal.
+
+    Gives a function of the number of a notebook, from 0, and of its cells that have ended.
+    """
+    if not has_bars():
+        yield lambda number, done: None
+        return
+    counts = list(map(count_cells, notebooks))
+    with tqdm(total=sum(counts), bar_format=FORMAT, leave=False, dynamic_ncols=True) as bar:
+
+        def show(number: int, done: int) -> None:
+            count = counts[number]
+            bar.n = sum(counts[:number]) + min(done, count)
+            place = f"notebook {number + 1} of {len(counts)}"
+            bar.set_description_str(f"{place}, cell {min(done + 1, count)} of {count}")
+
+        yield show
+
+
+def count_cells(notebook: Path) -> int:
+    """How many code cells run of a notebook; papermill adds one with the parameters."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return 1 + sum(c["cell_type"] == "code" and bool("".join(c["source"]).strip()) for c in cells)
+
+
+def cells_noted(folder: Path) -> int:
+    """How many code cells have ended of the notebook that runs in ``folder``."""
+    path = folder / CELLS
+    return path.stat().st_size if path.is_file() else 0
+
 
 CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
 """The longest a single cell may take, per preset."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.layers import Mlp
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps
 
 DIM, HIDDEN, EXPERTS = 6, 10, 3
 

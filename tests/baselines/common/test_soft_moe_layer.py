@@ -6,7 +6,7 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import Mixing, SlotMlp, SoftRouter
 from moee_analysis.moe.expert_layer import ExpertLayer
 

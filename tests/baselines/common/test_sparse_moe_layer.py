@@ -8,7 +8,7 @@ from timm.layers import Mlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moee_analysis.baselines.common.expert_mlps import ExpertMlps
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps
 from moee_analysis.baselines.common.sparse_moe_layer import (
     ExpertChoiceRouter,
     Gate,

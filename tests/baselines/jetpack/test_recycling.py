@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -33,7 +31,7 @@ def test_ids_are_as_many_as_wanted_unique_and_ascending(method, choose, size):
 
 
 @pytest.mark.parametrize("method", ["importance", "graph"])
-def test_what_all_tokens_pass_through_is_worth_most(method):
+def test_the_units_that_all_tokens_pass_through_are_worth_most(method):
     among = units()
     ids = choose_shared(method, among, 10, np.random.default_rng(0))
     assert among.worth[ids].min() >= np.delete(among.worth, ids).max()

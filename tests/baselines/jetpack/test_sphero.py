@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional
@@ -82,15 +80,6 @@ def test_noise_is_for_training_alone_and_the_same_for_both():
     assert SpheroRouter(16, 8).noise == 1 / 8
 
 
-@pytest.mark.parametrize("combine", COMBINES)
-def test_gradients_reach_queries_norm_and_temperatures(combine):
-    router = SpheroRouter(16, 4, combine=combine)
-    dispatch, combined = router(tokens())
-    weights = torch.randn(4, generator=torch.Generator().manual_seed(2))
-    ((dispatch * weights).square().sum() + (combined * weights).square().sum()).backward()
-    assert all(p.grad.abs().sum() > 0 for p in router.parameters())
-
-
 # Dropout of experts
 
 
@@ -98,7 +87,7 @@ def drop(rate, **settings):
     return ExpertDropout(rate, **settings).train()(torch.ones(200, 10, 3, 4)).flatten(2)
 
 
-def test_whole_experts_drop_out_and_the_others_make_up_for_them():
+def test_whole_experts_drop_out_in_training_and_the_others_make_up_for_them():
     outputs = drop(0.25)
     dropped = (outputs == 0).all(2)
     assert (dropped | torch.isclose(outputs, torch.tensor(4 / 3)).all(2)).all()
@@ -107,9 +96,6 @@ def test_whole_experts_drop_out_and_the_others_make_up_for_them():
     of_images = (drop(0.25, of_images=True) == 0).flatten(1)
     assert (of_images.any(1) == of_images.all(1)).all()
     assert of_images.all(1).float().mean() == pytest.approx(0.25, abs=0.1)
-
-
-def test_nothing_drops_out_in_evaluation_or_at_rate_0():
     assert (drop(0.0) == 1).all()
     assert (ExpertDropout(0.9).eval()(torch.ones(2, 10, 3, 4)) == 1).all()
 
@@ -139,15 +125,16 @@ def test_it_is_what_bisection_finds(spread):
     torch.testing.assert_close(entmax15(x.float()).sum(-1), torch.ones(3, 4))
 
 
-def test_what_lags_behind_gets_nothing_and_close_logits_share_like_a_softmax():
+def test_what_lags_behind_gets_nothing_and_no_gradient_is_nan():
     assert (entmax15(logits(5)) == 0).float().mean() > 0.5
     assert (entmax15(logits(0.01)) > 0).all()
-    alone = entmax15(torch.tensor([0.0, 9.0, 1.0]))
-    assert alone.tolist() == [0, 1, 0]
+    alone = torch.tensor([0.0, 100.0, 1.0], requires_grad=True)
+    entmax15(alone)[1].backward()
+    assert entmax15(alone).tolist() == [0, 1, 0]
+    assert alone.grad.tolist() == [0, 0, 0]
 
 
 def test_equal_logits_share_equally_whatever_is_added():
-    torch.testing.assert_close(entmax15(torch.zeros(2, 5)), torch.full((2, 5), 0.2))
     tied = entmax15(torch.tensor([3.0, 3.0, -9.0]))
     torch.testing.assert_close(tied, torch.tensor([0.5, 0.5, 0.0]))
     torch.testing.assert_close(entmax15(logits(2) + 7), entmax15(logits(2)))
@@ -157,9 +144,3 @@ def test_equal_logits_share_equally_whatever_is_added():
 def test_gradients_are_those_of_finite_differences(spread):
     x = logits(spread, shape=(2, 7)).requires_grad_()
     assert torch.autograd.gradcheck(entmax15, x)
-
-
-def test_a_single_weight_left_has_no_gradient_and_no_nan():
-    x = torch.tensor([100.0, 0.0, 0.0], requires_grad=True)
-    entmax15(x)[0].backward()
-    assert x.grad.tolist() == [0, 0, 0]

@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moee_analysis.extraction.cluster.assignment import Assignment, by_expert
 from moee_analysis.extraction.cluster.clustering import NOISE
-from moee_analysis.extraction.cluster.clusters_to_router import Partition
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition, by_expert
 from tests.helpers.layers import layer_of, part_of, parts_of, sample_of
 
 IMAGES, TOKENS, DIM = 6, 5, 4

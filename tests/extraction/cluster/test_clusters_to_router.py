@@ -9,9 +9,9 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from moee_analysis.extraction.cluster import clusters_to_router
-from moee_analysis.extraction.cluster.assignment import Assignment
 from moee_analysis.extraction.cluster.clustering import NOISE
 from moee_analysis.extraction.cluster.clusters_to_router import (
+    Assignment,
     Partition,
     cluster_tokens,
     metric_root,

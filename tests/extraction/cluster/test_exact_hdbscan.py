@@ -14,8 +14,12 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster import distances as bounds
 from moee_analysis.extraction.cluster import exact_hdbscan
 from moee_analysis.extraction.cluster.distances import BATCH, Distances
-from moee_analysis.extraction.cluster.exact_hdbscan import hdbscan_labels, label_tree
-from moee_analysis.extraction.cluster.hdbscan_mst import find_neighbours, spanning_tree
+from moee_analysis.extraction.cluster.exact_hdbscan import (
+    find_neighbours,
+    hdbscan_labels,
+    label_tree,
+    spanning_tree,
+)
 from moee_analysis.models.capture import capture
 from tests.helpers.layers import same_partition
 

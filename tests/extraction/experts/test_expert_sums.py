@@ -1,23 +1,21 @@
 """Sums over the tokens of experts: statistics, covariances, and the normal equations of a refit."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from moee_analysis.extraction.experts import expert_covariances as moments
-from moee_analysis.extraction.experts.expert_covariances import (
-    CovarianceAccumulator,
-    expert_covariances,
-)
+from moee_analysis.extraction.experts import obs as moments
 from moee_analysis.extraction.experts.expert_statistics import (
     StatisticsAccumulator,
     expert_statistics,
 )
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.obs import (
+    CovarianceAccumulator,
+    expert_covariances,
+)
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, shared_readout
 from moee_analysis.extraction.record import recorded_tokens
 from moee_analysis.extraction.record.fisher import DAMPING, PRIOR

@@ -1,7 +1,5 @@
 """Images and weights that change under a run, folders that cannot be written to."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +14,10 @@ from moee_analysis.extraction.record.fisher import (
     expert_metrics,
     importance,
     input_root,
+    output_gradients,
     products,
     root,
 )
-from moee_analysis.extraction.record.output_gradients import output_gradients
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.layers import sample_of
 from tests.helpers.models import pixels_of, toy_vit

@@ -1,13 +1,11 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record import output_gradients as gradients
+from moee_analysis.extraction.record import fisher as gradients
 from moee_analysis.extraction.record.activation_files import split_norms
-from moee_analysis.extraction.record.output_gradients import output_gradients, probe
+from moee_analysis.extraction.record.fisher import output_gradients, probe
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, pixels_of, toy_swin, toy_vit
 

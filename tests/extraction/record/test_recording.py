@@ -1,7 +1,5 @@
 """Making a recording: what it holds, what decides it, what it refuses."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import namedtuple
@@ -13,7 +11,7 @@ import torch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record import recording as recordings
 from moee_analysis.extraction.record.activation_files import CONTENTS
-from moee_analysis.extraction.record.output_gradients import output_gradients
+from moee_analysis.extraction.record.fisher import output_gradients
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan, capture_mlps
 from moee_analysis.extraction.record.recording import Recording, record
 from moee_analysis.extraction.record.token_kinds import token_plan

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,36 +6,36 @@ import torch
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from tests.helpers.images import toy_images
-from tests.helpers.models import toy_moe, toy_vit
+from tests.helpers.models import seen_by, toy_moe, toy_vit
 
 IMAGES = toy_images(30)
+MODELS = {"dense": toy_vit(), "MoEE": toy_moe(toy_vit()), "other": toy_vit(seed=1)}
+LABELS = torch.from_numpy(IMAGES.labels(toy_vit()))
 
 
 @pytest.fixture(scope="module")
 def table():
-    models = {"dense": toy_vit(), "MoEE": toy_moe(toy_vit()), "other": toy_vit(seed=1)}
-    return measure.accuracy(models, IMAGES, reference="dense", batch_size=7)
+    return measure.accuracy(MODELS, IMAGES, reference="dense", batch_size=7)
 
 
-def logits_of(model):
-    with torch.no_grad():
-        return torch.cat([model(x) for x in IMAGES.batches(model, batch_size=1)])
+def logits_of(name):
+    model = MODELS[name]
+    return torch.cat([logits for _, logits in seen_by(model, model, IMAGES, batch_size=1)])
 
 
 def test_every_score_is_the_obvious_one(table):
-    dense, other = logits_of(toy_vit()), logits_of(toy_vit(seed=1))
-    labels = torch.from_numpy(IMAGES.labels(toy_vit()))
+    dense, other = logits_of("dense"), logits_of("other")
     p, q = dense.softmax(1), other.softmax(1)
     row = table.set_index("system").loc["other"]
-    assert row["top1"] == pytest.approx((other.argmax(1) == labels).float().mean().item())
-    assert row["top5"] == pytest.approx(
-        np.mean([labels[i] in other[i].topk(5).indices for i in range(30)])
-    )
-    assert row["agreement"] == pytest.approx(
-        (other.argmax(1) == dense.argmax(1)).float().mean().item()
-    )
-    assert row["kl"] == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-4)
-    assert row["reference_top1"] == pytest.approx((dense.argmax(1) == labels).float().mean().item())
+    expected = {
+        "top1": other.argmax(1) == LABELS,
+        "top5": (other.topk(5).indices == LABELS[:, None]).any(1),
+        "reference_top1": dense.argmax(1) == LABELS,
+        "agreement": other.argmax(1) == dense.argmax(1),
+        "kl": (p * (p / q).log()).sum(1),
+    }
+    means = {name: values.float().mean().item() for name, values in expected.items()}
+    assert row[list(means)].to_dict() == pytest.approx(means, rel=1e-4)
     assert row["retention"] == pytest.approx(row["top1"] / row["reference_top1"])
     assert row["n_images"] == 30
 
@@ -53,14 +51,11 @@ def test_the_reference_retains_itself_and_intervals_hold_their_value(table):
 
 
 def test_the_interval_is_that_of_resampled_images():
-    model = toy_vit()
-    row = measure.accuracy(model, IMAGES, resamples=20_000).iloc[0]
-    right = logits_of(model).argmax(1).numpy() == IMAGES.labels(model)
-    rng = np.random.default_rng(1)
-    draws = right[rng.integers(30, size=(20_000, 30))].mean(1)
-    np.testing.assert_allclose(
-        (row["low"], row["high"]), np.quantile(draws, [0.025, 0.975]), atol=1 / 30 + 1e-9
-    )
+    row = measure.accuracy(MODELS["dense"], IMAGES, resamples=20_000).iloc[0]
+    right = (logits_of("dense").argmax(1) == LABELS).numpy()
+    draws = right[np.random.default_rng(1).integers(30, size=(20_000, 30))].mean(1)
+    ends = np.quantile(draws, [0.025, 0.975])
+    np.testing.assert_allclose(row[["low", "high"]].astype(float), ends, atol=1 / 30 + 1e-9)
 
 
 def test_a_single_model_needs_no_reference():
@@ -72,7 +67,7 @@ def test_a_single_model_needs_no_reference():
 
 
 def test_a_reference_outside_the_table_gets_no_row(table):
-    models = {"MoEE": toy_moe(toy_vit()), "other": toy_vit(seed=1)}
+    models = {name: model for name, model in MODELS.items() if name != "dense"}
     outside = measure.accuracy(models, IMAGES, reference=toy_vit())
     expected = table[table["system"] != "dense"].reset_index(drop=True)
     pd.testing.assert_frame_equal(outside, expected, rtol=1e-5)
@@ -89,8 +84,7 @@ def test_strange_references_and_nothing_to_measure_are_refused(models, images, m
 
 
 def test_nothing_is_retained_of_a_reference_that_is_never_right():
-    model = toy_vit()
-    wrong = logits_of(model).argmax(1).numpy() != IMAGES.labels(model)
+    model, wrong = MODELS["dense"], logits_of("dense").argmax(1) != LABELS
     row = measure.accuracy(model, IMAGES.take(np.flatnonzero(wrong)), reference=model).iloc[0]
     assert row["top1"] == 0
-    assert np.isnan([row["retention"], row["retention_low"], row["retention_high"]]).all()
+    assert row[["retention", "retention_low", "retention_high"]].isna().all()

@@ -1,16 +1,14 @@
-from __future__ import annotations
-
 import json
 
 import pytest
-import torch
 
+from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.evaluate import evaluate
 from moee_analysis.models.macs import count, count_parameters
 from tests.helpers.images import toy_images
-from tests.helpers.models import CLASSES, toy_vit
+from tests.helpers.models import seen_by, toy_vit
 from tests.helpers.runs import quick
 
 CALIBRATION, IMAGES = toy_images(72).take(range(36, 72)), toy_images(36)
@@ -33,11 +31,6 @@ def numbers(run):
     return evaluate(run, IMAGES)
 
 
-def predictions(model):
-    with torch.inference_mode():
-        return model(torch.cat(list(IMAGES.batches(model)))).argmax(dim=1)
-
-
 def test_every_promised_number_is_there_as_plain_json(numbers):
     assert set(numbers) >= FIELDS
     assert all(set(layer) >= LAYER_FIELDS for layer in numbers["layers"])
@@ -45,11 +38,10 @@ def test_every_promised_number_is_there_as_plain_json(numbers):
 
 
 def test_accuracies_are_those_of_the_two_models(run, numbers):
-    labels = torch.from_numpy(IMAGES.labels(run.model))
-    dense, moe = predictions(run.dense()), predictions(run.model)
-    assert numbers["dense_top1"] == pytest.approx((dense == labels).float().mean().item())
-    assert numbers["moe_top1"] == pytest.approx((moe == labels).float().mean().item())
-    assert numbers["agreement"] == pytest.approx((moe == dense).float().mean().item())
+    row = measure.accuracy(run.model, IMAGES, reference=run.dense()).iloc[0]
+    names = {"dense_top1": "reference_top1", "moe_top1": "top1", "agreement": "agreement"}
+    for name, column in names.items():
+        assert numbers[name] == pytest.approx(row[column])
     assert numbers["retention"] == pytest.approx(numbers["moe_top1"] / numbers["dense_top1"])
 
 
@@ -63,7 +55,7 @@ def test_costs_are_those_of_the_two_models(run, numbers):
     assert numbers["params_reduction"] == pytest.approx(saved)
 
 
-def test_what_nothing_reads_is_counted_apart(numbers):
+def test_macs_of_unread_outputs_are_counted_apart(numbers):
     wasted = 16 * 2 * 32 * 64 + 16 * 2 * 32 * (32 + 17)  # MLP and attention of the last block
     assert numbers["macs_unread_dense"] == wasted
     assert 0 < numbers["macs_unread_moe"] <= wasted
@@ -75,7 +67,9 @@ def test_what_nothing_reads_is_counted_apart(numbers):
 def test_with_everything_kept_the_two_agree_and_retention_of_nothing_is_undefined(run):
     kept = evaluate(extract(toy_vit(), CALIBRATION, quick(variance_kept=1.0)), IMAGES)
     assert kept["agreement"] == kept["retention"] == 1.0
-    wrong = [i for i, row in enumerate(predictions(run.dense())) if CLASSES[row] != CLASSES[i % 6]]
+    dense = run.dense()
+    ((_, logits),) = seen_by(dense, dense, IMAGES)
+    wrong = (logits.argmax(dim=1).numpy() != IMAGES.labels(dense)).nonzero()[0]
     numbers = evaluate(run, IMAGES.take(wrong))
     assert numbers["dense_top1"] == 0
     assert numbers["retention"] is None

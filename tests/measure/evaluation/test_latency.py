@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import sys
 
 import pytest
@@ -9,6 +7,7 @@ from torch import nn
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.latency import choose_batches, in_turn
+from moee_analysis.models.capture import watch
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_vit
 
@@ -47,21 +46,19 @@ def test_a_round_that_was_disturbed_does_not_count(clock):
 
 
 def test_every_model_is_really_called():
-    calls = []
-    models = {name: toy_vit(depth=1) for name in ("own", "reference")}
-    for name, model in models.items():
-        model.register_forward_hook(lambda *_, name=name: calls.append(name))
-    own, reference = models.values()
-    table = measure.latency({"own": own}, IMAGES, reference=reference, rounds=2, seconds=0.0001)
+    calls, models = [], {name: toy_vit(depth=1) for name in ("own", "reference")}
+    with watch(models, lambda name, _: calls.append(name)):
+        table = measure.latency(
+            {"own": models["own"]}, IMAGES, reference=models["reference"], rounds=2, seconds=0.0001
+        )
     assert min(calls.count(name) for name in models) > 2
     assert table["ms"].item() > 0
 
 
 def test_batches_are_of_different_images_and_each_is_even_over_the_classes():
     dense = toy_vit(depth=1)
-    batches = choose_batches(IMAGES, 9, dense)
+    batches, every = choose_batches(IMAGES, 9, dense), next(IMAGES.batches(dense))
     assert [len(batch) for batch in batches] == [9] * 4
-    every = torch.cat(list(IMAGES.batches(dense)))
     assert torch.equal(torch.cat(batches), torch.cat([every[start::4] for start in range(4)]))
     assert len(choose_batches(IMAGES, 36, dense)) == 1
 

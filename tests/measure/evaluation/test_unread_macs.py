@@ -12,7 +12,7 @@ from moee_analysis import measure
 from moee_analysis.baselines.moefication import MoeficationConfig, convert
 from moee_analysis.baselines.static_pruning import prune
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.measure.evaluation.unread_macs import UnreadMacs, unread_macs
+from moee_analysis.measure.evaluation.mac_table import UnreadMacs, unread_macs
 from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import moe_layers, replace_module

@@ -1,10 +1,3 @@
-"""Knock-outs of every expert, against whole-model runs with hooks, and where one expert is known
-to carry a class.
-"""
-
-from __future__ import annotations
-
-import itertools
 import sys
 
 import numpy as np
@@ -34,6 +27,7 @@ from tests.helpers.models import (
     SMALL_CONVNEXT,
     hooks_of,
     lively,
+    pixels_of,
     same_models,
     toy_kinds,
     toy_moe,
@@ -42,30 +36,29 @@ from tests.helpers.models import (
 )
 
 CALIBRATION, IMAGES = toy_images(12), toy_images(36).take(range(12, 36))
-COLOURED = coloured_images(*range(20))
+OTHERS = coloured_images(*range(100, 104))
 FAMILIES = dict(zip(CLASSES, ["insect", "insect", "pet", "pet", "fish", "pet"], strict=True))
 
 
-def vit():
-    return toy_moe(toy_vit())
+def measured(model=None, **options):
+    model = model or toy_moe(toy_vit())
+    options = {"reference": toy_vit(), "families": FAMILIES, "resamples": 50, "seed": 3} | options
+    return measure.knock_out(model, IMAGES, options.pop("calibration", CALIBRATION), **options)
 
 
 @pytest.fixture(scope="module")
 def table():
-    return measure.knock_out(
-        vit(), IMAGES, CALIBRATION, reference=toy_vit(), families=FAMILIES, resamples=50, seed=3
-    )
+    return measured()
 
 
 def rows_of(table, **wanted):
-    kept = np.logical_and.reduce([table[name] == value for name, value in wanted.items()])
-    return table[kept]
+    return table[np.logical_and.reduce([table[name] == value for name, value in wanted.items()])]
 
 
 def predicted(model, rule, layer, constant):
     """Classes and log-probabilities of the truth by one whole run with hooks."""
-    x, truth = torch.cat(list(IMAGES.batches(model))), torch.from_numpy(IMAGES.labels(model))
-    with torch.no_grad(), knocked_out(model, layer, rule, constant):
+    x, truth = next(IMAGES.batches(model)), torch.from_numpy(IMAGES.labels(model))
+    with knocked_out(model, layer, rule, constant):
         logits = model(x)
     logp = logits.log_softmax(dim=1)[torch.arange(len(x)), truth]
     return (logits.argmax(dim=1) == truth).double().numpy(), logp.double().numpy()
@@ -73,81 +66,67 @@ def predicted(model, rule, layer, constant):
 
 @pytest.mark.parametrize("what", [removed, alone])
 def test_each_row_is_a_whole_run_with_hooks(table, what):
-    model, layer, expert = vit(), 1, 2
+    model, layer, expert = toy_moe(toy_vit()), 1, 2
     constant = mean_outputs(model, CALIBRATION)[layer]
-    intact = predicted(model, removed(99), layer, constant)
+    intact, intact_logp = predicted(model, removed(99), layer, constant)
     right, logp = predicted(model, what(expert), layer, constant)
     labels = IMAGES.labels(model)
-    own = {"layer": layer, "expert": expert, "what": what.__name__, "system": "expert"}
+    own = rows_of(table, layer=layer, expert=expert, what=what.__name__, system="expert")
     groups = {"all": labels >= 0, "cat": labels == 2, "pet": np.isin(labels, [2, 3, 5])}
     for name, group in groups.items():
-        row = rows_of(table, group=name, **own).iloc[0]
+        row = rows_of(own, group=name).iloc[0]
         assert row["images"] == group.sum()
-        assert row["top1_intact"] == pytest.approx(intact[0][group].mean())
+        assert row["top1_intact"] == pytest.approx(intact[group].mean())
         assert row["top1"] == pytest.approx(right[group].mean())
-        assert row["change"] == pytest.approx((right - intact[0])[group].mean())
-        expected = (logp - intact[1])[group].mean()
-        assert row["logp_change"] == pytest.approx(expected, abs=1e-5)
+        assert row["change"] == pytest.approx((right - intact)[group].mean())
+        assert row["logp_change"] == pytest.approx((logp - intact_logp)[group].mean(), abs=1e-5)
 
 
 def test_groups_intervals_and_the_dense_model(table):
-    kinds = table.groupby("kind")["group"].unique()
-    assert list(kinds["all"]) == ["all"]
-    assert list(kinds["class"]) == list(CLASSES)
-    assert list(kinds["family"]) == ["insect", "pet", "fish"]
+    groups = table.groupby("kind")["group"].unique().map(list).to_dict()
+    assert groups == {"all": ["all"], "class": [*CLASSES], "family": ["insect", "pet", "fish"]}
     assert len(table) == 3 * 4 * 2 * 2 * (1 + 6 + 3)
     wide = table[table["images"] > 3]
     assert (wide["low"] <= wide["change"]).all()
     assert (wide["logp_change"] <= wide["logp_high"]).all()
-    routes, rows = measure.routes(vit(), IMAGES), rows_of(table, kind="all", layer=2)
-    for what, system in itertools.product(("removed", "alone"), ("expert", "random tokens")):
-        share = rows_of(rows, what=what, system=system).sort_values("expert")["knocked_out"]
-        lost = routes.shares(2) if what == "removed" else 1 - routes.shares(2)
-        np.testing.assert_allclose(share, lost, atol=1e-6)
-    x, truth = torch.cat(list(IMAGES.batches(toy_vit()))), IMAGES.labels(toy_vit())
-    with torch.no_grad():
-        dense = (toy_vit()(x).argmax(dim=1).numpy() == truth).mean()
-    assert set(rows_of(table, kind="all")["top1_dense"]) == {dense}
+    used = measure.routes(toy_moe(toy_vit()), IMAGES).shares(2)
+    for what, lost in (("removed", used), ("alone", 1 - used)):
+        for system in ("expert", "random tokens"):
+            rows = rows_of(table, kind="all", layer=2, what=what, system=system)
+            np.testing.assert_allclose(rows.sort_values("expert")["knocked_out"], lost, atol=1e-6)
+    dense = measure.accuracy(toy_vit(), IMAGES)["top1"].item()
+    assert set(table.query("kind == 'all'")["top1_dense"]) == {dense}
 
 
 def test_classes_of_the_same_name_stay_apart(monkeypatch):
     module = sys.modules["moee_analysis.measure.knockout.knock_out"]
     monkeypatch.setattr(module, "class_labels", lambda _: ("crane", "blue", "crane", "white"))
-    table = measure.knock_out(
-        colour_model(), COLOURED, coloured_images(*range(100, 104)), resamples=2
-    )
+    table = measure.knock_out(colour_model(), coloured_images(*range(4)), OTHERS, resamples=2)
     names = table[table["kind"] == "class"]["group"].unique()
     assert list(names) == ["crane (0)", "blue", "crane (2)", "white"]
 
 
 def test_batches_of_other_sizes_and_other_layers_change_nothing(table):
-    model, untouched = vit(), vit()
-    other = measure.knock_out(
-        model, IMAGES, CALIBRATION, reference=toy_vit(), families=FAMILIES, resamples=50, seed=3,
-        layers=[2], batch_size=5,
-    )  # fmt: skip
+    model = toy_moe(toy_vit())
+    other = measured(model, layers=[2], batch_size=5)
     same = rows_of(table, layer=2).reset_index(drop=True)
     pd.testing.assert_frame_equal(other, same, atol=1e-5, check_flags=False)
     assert hooks_of(model) == 0
-    assert same_models(model, untouched)
+    assert same_models(model, toy_moe(toy_vit()))
 
 
 @pytest.mark.parametrize(
-    ("model", "side"),
-    [(toy_kinds(toy_vit()), 32), (toy_moe(toy_swin()), 32), (toy_moe(lively(SMALL_CONVNEXT)), 64)],
+    "model",
+    [toy_kinds(toy_vit()), toy_moe(toy_swin()), toy_moe(lively(SMALL_CONVNEXT))],
     ids=["kinds", "swin", "convnext"],
 )
-def test_the_fast_path_is_the_whole_model(model, side):
-    layers = list(moe_layers(model))[-2:]
-    x = torch.randn(6, 3, side, side, generator=torch.Generator().manual_seed(1))
-    leading = 1 if hasattr(model, "cls_token") else 0
+def test_the_fast_path_is_the_whole_model(model):
+    layers, x = list(moe_layers(model))[-2:], pixels_of(model)
+    kinds = 2 if hasattr(model, "cls_token") else 1
     rules = {layer: [removed(1), removed(2), alone(1)] for layer in layers}
-    constants = {
-        layer: torch.randn(leading + 1, moe_layers(model)[layer].fc2.out_features)
-        for layer in layers
-    }
+    constants = {i: torch.randn(kinds, moe_layers(model)[i].fc2.out_features) for i in layers}
     with evaluating(model):
-        for one in interventions(model, x, Plan(rules, constants), model, size=4):
+        for one in interventions(model, x, Plan(rules, constants), model, size=3):
             torch.testing.assert_close(one.intact, model(x))
             for rule, fast in zip(rules[one.layer], one.seen, strict=True):
                 with knocked_out(model, one.layer, rule, constants[one.layer]):
@@ -155,36 +134,31 @@ def test_the_fast_path_is_the_whole_model(model, side):
 
 
 def test_several_experts_per_token_are_refused():
-    model = vit()
+    model = toy_moe(toy_vit())
     moe_layers(model)[0].router = ConstantRouter([0, 1])
     with pytest.raises(MoeeError, match="one expert per token"):
-        measure.knock_out(model, IMAGES, CALIBRATION)
+        measured(model)
 
 
 def test_controls_follow_their_rule_and_are_averaged():
     rules = with_controls({(0,): removed(1), (1,): removed(2)}, leading=0, draws=2, seed=0)
     chosen = torch.tensor([[0, 1, 2, 2]])
-    taken = [int(rule(chosen).sum()) for rule in rules]
-    assert taken == [1, 1, 1, 2, 2, 2]
-    values = np.array([1.0, 3, 5, 2, 8, 8])
-    np.testing.assert_array_equal(average(values, 2), [[1, 4], [2, 8]])
+    assert [int(rule(chosen).sum()) for rule in rules] == [1, 1, 1, 2, 2, 2]
+    averaged = average(np.array([1.0, 3, 5, 2, 8, 8]), 2)
+    np.testing.assert_array_equal(averaged, [[1, 4], [2, 8]])
 
 
 def test_one_expert_carries_a_class_and_random_tokens_do_not():
-    table = measure.knock_out(colour_model(), COLOURED, coloured_images(*range(100, 112)))
+    table = measure.knock_out(colour_model(), coloured_images(*range(8)), OTHERS, resamples=2)
     rows = rows_of(table, kind="class", what="removed")
-    lost = {
-        system: rows_of(rows, system=system).pivot(
-            index="group", columns="expert", values="logp_change"
-        )
-        for system in ("expert", "random tokens")
-    }
-    mine = lost["expert"].loc[list(COLOURS)].to_numpy()
+    lost = rows.pivot(index=["system", "group"], columns="expert", values="logp_change")
+    mine, random = (
+        lost.loc[system].loc[[*COLOURS]].to_numpy() for system in ("expert", "random tokens")
+    )
     assert (np.diag(mine) < -0.5).all()
     np.testing.assert_allclose(mine - np.diag(np.diag(mine)) @ np.eye(4, 5), 0, atol=1e-5)
-    halves = lost["random tokens"].loc[list(COLOURS)].to_numpy()
-    assert (np.diag(halves) > np.diag(mine) + 0.1).all()  # half of them were black
-    assert (halves[:, 4] < -0.1).all()  # and black itself is replaced by colours
+    assert (np.diag(random) > np.diag(mine) + 0.1).all()  # half of them were black
+    assert (random[:, 4] < -0.1).all()  # and black itself is replaced by colours
     assert (rows_of(rows, system="expert", expert=4)["change"] == 0).all()
 
 
@@ -196,4 +170,4 @@ def test_one_expert_carries_a_class_and_random_tokens_do_not():
 ])  # fmt: skip
 def test_what_cannot_be_knocked_out_is_refused(options, message):
     with pytest.raises(MoeeError, match=message):
-        measure.knock_out(vit(), IMAGES, **{"calibration": CALIBRATION} | options)
+        measured(**options)

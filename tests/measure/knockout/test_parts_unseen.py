@@ -1,7 +1,3 @@
-"""Parts that are lost with an expert, where it is known which ones are."""
-
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -13,14 +9,26 @@ from moee_analysis.measure.knockout.parts_unseen import PartProbe, Place
 from moee_analysis.measure.routing.part_alignment import all_patch_parts
 from tests.helpers.colours import COLOURS, colour_model, coloured_images
 from tests.helpers.images import toy_images
-from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, toy_moe, toy_swin, toy_vit
+from tests.helpers.models import (
+    SMALL_CONVNEXT,
+    hooks_of,
+    lively,
+    pixels_of,
+    toy_moe,
+    toy_swin,
+    toy_vit,
+)
 
 CALIBRATION, IMAGES = coloured_images(*range(100, 116)), coloured_images(*range(20))
 
 
+def measured(**options):
+    return measure.parts_unseen(colour_model(), IMAGES, CALIBRATION, **options)
+
+
 @pytest.fixture(scope="module")
 def table():
-    return measure.parts_unseen(colour_model(), IMAGES, CALIBRATION, resamples=50)
+    return measured(resamples=50)
 
 
 def changes(table, system):
@@ -30,40 +38,34 @@ def changes(table, system):
 
 def test_the_probe_knows_every_part_of_the_intact_model(table):
     assert (table["recall_intact"] == 1).all()
-    black = table[table["part"] == "black"]["patches"]
-    assert set(black) == {20 * 8}
+    assert set(table.loc[table["part"] == "black", "patches"]) == {len(IMAGES) * 8}
     assert set(table["layer"]) == {0}
 
 
 def test_each_colour_is_lost_with_its_expert_and_no_other(table):
-    """Black is what is left where nothing is known: its expert is not missed."""
-    expected = np.zeros((5, 5))
-    np.fill_diagonal(expected[:4, :4], -1)
-    np.testing.assert_array_equal(changes(table, "expert"), expected)
+    # black is the answer where nothing is known: its expert is not missed
+    np.testing.assert_array_equal(changes(table, "expert"), -np.diag([1, 1, 1, 1, 0]))
     lost = np.diag(changes(table, "random patches"))[:4]  # half of them are black
     assert ((lost > -0.7) & (lost < -0.3)).all()
 
 
-def test_intervals_hold_the_change(table):
+def test_intervals_hold_the_change_whatever_the_batches(table):
     assert (table["low"] <= table["change"]).all()
     assert (table["change"] <= table["high"]).all()
-    same = measure.parts_unseen(
-        colour_model(), IMAGES, CALIBRATION, resamples=50, batch_size=7, layers=[0]
-    )
-    assert same.equals(table)
+    assert measured(resamples=50, batch_size=7, layers=[0]).equals(table)
 
 
-def test_recall_is_counted_patch_by_patch():
+def test_recall_is_counted_patch_by_patch(table):
     model = colour_model()
     probe = PartProbe.trained(Place.of(model), CALIBRATION, None)
-    x, truth = torch.cat(list(IMAGES.batches(model))), all_patch_parts(IMAGES, (4, 4))
+    x, truth = next(IMAGES.batches(model)), all_patch_parts(IMAGES, (4, 4))
     constant = mean_outputs(model, CALIBRATION)[0]
     with torch.no_grad(), knocked_out(model, 0, removed(2), constant):
-        told = probe(x).numpy()
-    of = measure.parts_unseen(model, IMAGES, CALIBRATION, resamples=5)
-    of = of[(of["expert"] == 2) & (of["system"] == "expert")].set_index("part")["recall"]
+        found = probe(x).numpy()
+    rows = table[(table["expert"] == 2) & (table["system"] == "expert")].set_index("part")
     for number, part in enumerate([*COLOURS, "black"]):
-        assert of[part] == pytest.approx((told == number)[truth == number].mean())
+        recall = (found[truth == number] == number).mean()
+        assert rows.loc[part, "recall"] == pytest.approx(recall)
     assert hooks_of(model) == 0
 
 
@@ -78,9 +80,7 @@ def test_recall_is_counted_patch_by_patch():
 )
 def test_patches_are_read_row_by_row_where_they_enter_the_last_block(model, grid, layers):
     place = Place.of(model)
-    size = model.pretrained_cfg["input_size"]
-    with torch.no_grad():
-        patches = place.patches(torch.randn(2, *size))
+    patches = place.patches(pixels_of(model, count=2))
     assert patches.shape == (2, place.order.size, model.get_submodule(place.mlp).fc1.in_features)
     np.testing.assert_array_equal(place.order.ravel(), np.arange(place.order.size))
     assert grid in (None, place.order.shape)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,11 +14,10 @@ FAMILIES = {"class_0": "truck", "class 1": "animal", "class 2": "truck", "class 
 CLASSES = 5
 
 
-def family_routes(seed=0):
+def family_routes():
     """Classes 0 and 2 use experts 0 to 2, classes 1 and 3 experts 3 to 5."""
-    rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(4), 10)
-    experts = rng.integers(0, 3, size=(40, 17)) + 3 * (labels % 2)[:, None]
+    experts = np.random.default_rng(0).integers(0, 3, size=(40, 17)) + 3 * (labels % 2)[:, None]
     return made_routes(experts={0: experts}, labels=labels)
 
 
@@ -60,16 +57,11 @@ def test_classes_without_a_family_or_with_one_image_are_left_out_or_refused():
         measure.class_distance(routes, classes=["class 2", "class 1"])
 
 
-def distances(js):
+def relatedness(js, model, permutations=20):
     a, b = np.indices(js.shape).reshape(2, -1)
     columns = {"class_index_a": a, "class_index_b": b, "js": js.ravel()}
-    return pd.DataFrame({"system": "MoEE", "layer": 0} | columns)
-
-
-def classifier_distance(model):
-    rows = model.get_classifier().weight.detach().double().numpy()[:CLASSES]
-    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return 1 - rows @ rows.T
+    table = pd.DataFrame({"system": "MoEE", "layer": 0} | columns)
+    return measure.class_relatedness(table, model, permutations=permutations).iloc[0]
 
 
 @pytest.fixture
@@ -80,18 +72,22 @@ def model():
     return made
 
 
-def test_relatedness_is_the_rank_correlation_over_pairs(model):
-    js = np.random.default_rng(0).random((CLASSES, CLASSES))
+@pytest.fixture
+def distances(model):
+    rows = model.get_classifier().weight[:CLASSES].double().numpy()
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return 1 - rows @ rows.T
+
+
+def test_relatedness_is_the_rank_correlation_over_pairs(model, distances):
+    js, pairs = np.random.default_rng(0).random((CLASSES, CLASSES)), np.triu_indices(CLASSES, 1)
     js = (js + js.T) / 2
-    pairs = np.triu_indices(CLASSES, 1)
-    expected = spearmanr(js[pairs], classifier_distance(model)[pairs]).statistic
-    row = measure.class_relatedness(distances(js), model, permutations=20).iloc[0]
-    assert row["spearman"] == pytest.approx(expected)
+    expected = spearmanr(js[pairs], distances[pairs]).statistic
+    assert relatedness(js, model)["spearman"] == pytest.approx(expected)
 
 
-def test_equal_distances_are_found_and_beat_permuted_classes(model):
-    table = distances(classifier_distance(model))
-    row = measure.class_relatedness(table, model, permutations=200).iloc[0]
+def test_equal_distances_are_found_and_beat_permuted_classes(model, distances):
+    row = relatedness(distances, model, permutations=200)
     assert row["spearman"] == pytest.approx(1)
     assert row["p"] < 0.1
     assert row["null_high"] < 1
@@ -99,7 +95,7 @@ def test_equal_distances_are_found_and_beat_permuted_classes(model):
 
 def test_few_classes_and_models_without_a_classifier_are_refused(model):
     with pytest.raises(MoeeError, match="four classes"):
-        measure.class_relatedness(distances(np.ones((3, 3))), model)
+        relatedness(np.ones((3, 3)), model)
     model.head = nn.Identity()
     with pytest.raises(MoeeError, match="linear classifier"):
-        measure.class_relatedness(distances(np.eye(CLASSES)), model)
+        relatedness(np.eye(CLASSES), model)

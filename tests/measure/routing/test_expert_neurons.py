@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -17,8 +15,8 @@ def model(request):
 
 def kept_sets(model, layer):
     module = moe_layers(model)[layer]
-    kept = module.kept.numpy()
-    return [set(kept[module.expert_neurons(e).numpy()]) for e in range(module.n_experts)]
+    neurons = module.kept.numpy()
+    return [set(neurons[module.expert_neurons(e).numpy()]) for e in range(module.n_experts)]
 
 
 def test_sizes_are_those_of_the_layers(model):
@@ -38,9 +36,8 @@ def test_overlap_agrees_with_sets(model):
     assert len(table) == len(sets) ** 2
     for row in table.itertuples():
         a, b = sets[row.expert_a], sets[row.expert_b]
-        assert row.shared == len(a & b)
+        assert (row.shared, row.neurons_a, row.neurons_b) == (len(a & b), len(a), len(b))
         assert row.jaccard == pytest.approx(len(a & b) / max(1, len(a | b)))
-        assert (row.neurons_a, row.neurons_b) == (len(a), len(b))
 
 
 def test_expected_jaccard_agrees_with_random_subsets():
@@ -56,20 +53,20 @@ def test_expected_jaccard_agrees_with_random_subsets():
 
 def test_an_empty_expert_keeps_and_shares_nothing():
     model = toy_kinds(toy_vit(depth=2))
-    assert (measure.sizes(model).query("expert == 3")["neurons"] == 0).all()
     assert not measure.neurons(model).query("expert == 3")["kept"].any()
     pairs = measure.overlap(model).query("expert_a == 3 and expert_b != 3")
     assert (pairs[["jaccard", "expected_jaccard"]] == 0).all(axis=None)
 
 
 def test_neurons_are_all_of_the_dense_mlp_those_of_most_experts_first(model):
-    table, sets = measure.neurons(model, layers=[0]), kept_sets(model, 0)
-    for expert, part in table.groupby("expert"):
-        assert set(part.loc[part["kept"], "neuron"]) == sets[expert]
-        assert sorted(part["order"]) == list(range(64))
-    kept = table.groupby("order")["kept"].sum().to_numpy()
-    assert (np.diff(kept) <= 0).all()
-    assert kept[-1] == 0
+    table = measure.neurons(model, layers=[0])
+    found = [set(part.loc[part["kept"], "neuron"]) for _, part in table.groupby("expert")]
+    assert found == kept_sets(model, 0)
+    assert (np.sort(table.pivot(index="order", columns="expert", values="neuron"), axis=0)
+            == np.arange(64)[:, None]).all()  # fmt: skip
+    experts = table.groupby("order")["kept"].sum().to_numpy()
+    assert (np.diff(experts) <= 0).all()
+    assert experts[-1] == 0
 
 
 @pytest.mark.parametrize("measured", [measure.sizes, measure.neurons, measure.overlap])

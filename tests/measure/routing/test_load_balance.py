@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -31,11 +29,13 @@ def test_shares_sum_to_one_and_ranks_sort_them(routes):
 def test_several_experts_per_token_still_sum_to_one():
     images, config = toy_images(6), MoeficationConfig(active=3 / 8, n_experts=8, router="centre")
     model = convert(toy_vit(), images, config)
-    table = measure.routing(measure.routes(model, images, system="MoEfication"))
-    assert set(table["k"]) == {3}
-    assert set(table["system"]) == {"MoEfication"}
+    routes = measure.routes(model, images, system="MoEfication")
+    table = measure.routing(routes)
+    assert (set(table["k"]), set(table["system"])) == ({3}, {"MoEfication"})
     assert table.groupby("layer")["share"].sum().to_numpy() == pytest.approx(1)
     assert table["share"].max() <= 1 / 3 + 1e-12
+    assert routes.shares(0).sum() == pytest.approx(3)
+    assert not routes.experts
 
 
 def test_a_model_is_routed_and_systems_stand_side_by_side(routes):
@@ -53,14 +53,15 @@ def test_metrics_are_the_obvious_ones():
     assert [float(even[m]) for m in METRICS] == pytest.approx([1, 0, 1, 0, 0])
     assert [float(single[m]) for m in METRICS] == pytest.approx([0, 7 / 8, 8, 7, 7])
     tokens = np.array([40, 3, 0, 7, 25])
-    shares, metrics = tokens / 75, balance_metrics(tokens)
-    used = shares[shares > 0]
-    gini = np.abs(shares[:, None] - shares).sum() / (2 * len(shares) ** 2 * shares.mean())
-    assert metrics["entropy"] == pytest.approx(-(used * np.log(used)).sum() / np.log(5))
-    assert metrics["gini"] == pytest.approx(gini)
-    assert metrics["cv2"] == pytest.approx((shares.std() / shares.mean()) ** 2)
-    assert metrics["max_over_mean"] == pytest.approx(40 / 15)
-    assert metrics["dead"] == 1
+    shares, used = tokens / 75, tokens[tokens > 0] / 75
+    expected = {
+        "entropy": -(used * np.log(used)).sum() / np.log(5),
+        "gini": np.abs(shares[:, None] - shares).sum() / (2 * len(shares) ** 2 * shares.mean()),
+        "cv2": (shares.std() / shares.mean()) ** 2, "max_over_mean": 40 / 15, "dead": 1,
+    }  # fmt: skip
+    assert {name: float(v) for name, v in balance_metrics(tokens).items()} == pytest.approx(
+        expected
+    )
 
 
 def test_balance_has_a_row_for_every_layer_and_metric(routes):
@@ -79,6 +80,8 @@ def test_balance_has_a_row_for_every_layer_and_metric(routes):
 def test_more_images_make_narrower_intervals(routes):
     counts = {layer: np.tile(c, (16, 1)) for layer, c in routes.counts.items()}
     many = replace(routes, counts=counts, labels=np.tile(routes.labels, 16))
-    few, many = (measure.balance(r, resamples=200) for r in (routes, many))
-    few, many = (t[t["metric"] == "gini"].eval("high - low").to_numpy() for t in (few, many))
+    few, many = (
+        measure.balance(r, resamples=200).query("metric == 'gini'").eval("high - low").to_numpy()
+        for r in (routes, many)
+    )
     assert (many < 0.5 * few).all()

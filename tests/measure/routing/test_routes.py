@@ -1,11 +1,8 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 
 from moee_analysis import measure
-from moee_analysis.baselines.moefication import MoeficationConfig, convert
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.patch_grid import patch_places
@@ -13,23 +10,13 @@ from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import CosineRouter, TokenKindRouter
 from tests.helpers.families import small
 from tests.helpers.images import toy_images
-from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.models import hooks_of, seen_by, toy_kinds, toy_moe, toy_swin, toy_vit
 
 IMAGES = toy_images(12)
 
 
 def cosine_router(experts, dim=32):
     return CosineRouter(torch.randn(experts, dim, generator=torch.Generator().manual_seed(1)))
-
-
-def inputs_of(model, module, images=IMAGES, size=12):
-    """What a module gets, batch by batch."""
-    seen = []
-    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    for x in images.batches(model, batch_size=size):
-        model(x)
-    hook.remove()
-    return seen
 
 
 @pytest.mark.parametrize("make", [
@@ -40,10 +27,12 @@ def test_routes_are_those_of_one_image_at_a_time(make, batch_size):
     model = make()
     routes = measure.routes(model, IMAGES, batch_size=batch_size)
     for index, layer in moe_layers(model).items():
-        chosen = [layer.router(x)[:, 0].numpy() for x in inputs_of(model, layer, size=1)]
+        seen = seen_by(layer, model, IMAGES, batch_size=1)
+        chosen = [layer.router(x)[:, 0].numpy() for x, _ in seen]
         np.testing.assert_array_equal(routes.experts[index], chosen)
         counts = [np.bincount(row, minlength=4) for row in chosen]
         np.testing.assert_array_equal(routes.counts[index], counts)
+        assert routes.shares(index).sum() == pytest.approx(1)
     assert hooks_of(model) == 0
 
 
@@ -54,27 +43,16 @@ def test_facts_of_a_vit_and_of_feature_maps():
     assert routes.tokens_per_image == {0: 17, 2: 17}
     assert routes.prefix_tokens == routes.k == {0: 1, 2: 1}
     assert routes.grid == {0: (4, 4), 2: (4, 4)}
-    assert routes.counts[0].dtype == np.int32
-    assert routes.experts[0].dtype == np.int16
+    assert (routes.counts[0].dtype, routes.experts[0].dtype) == (np.int32, np.int16)
     maps = measure.routes(toy_moe(toy_swin()), IMAGES)
     assert maps.tokens_per_image == {0: 64, 1: 16}
     assert maps.prefix_tokens == {0: 0, 1: 0}
     assert maps.grid == {0: (8, 8), 1: (4, 4)}
 
 
-def test_shares_sum_to_the_experts_per_token():
-    top1 = measure.routes(toy_moe(toy_vit()), IMAGES)
-    config = MoeficationConfig(active=3 / 8, n_experts=8, router="centre")
-    top3 = measure.routes(convert(toy_vit(), IMAGES, config), IMAGES)
-    assert top1.shares(0).sum() == pytest.approx(1)
-    assert top3.shares(0).sum() == pytest.approx(3)
-    assert top3.k[0] == 3
-    assert not top3.experts
-
-
-def test_outside_routers_see_what_the_layers_own_would_see():
+def test_outside_routers_see_the_same_as_the_layers_own():
     model, router = toy_vit(), cosine_router(5)
-    (seen,) = inputs_of(model, find_mlps(model)[1].module(model))
+    ((seen, _),) = seen_by(find_mlps(model)[1].module(model), model, IMAGES)
     routes = measure.routes(model, IMAGES, routers={1: router})
     np.testing.assert_array_equal(routes.experts[1], router(seen).reshape(12, 17))
     apart = measure.routes(model, IMAGES, routers={1: TokenKindRouter((0,), router, tokens=17)})
@@ -84,11 +62,11 @@ def test_outside_routers_see_what_the_layers_own_would_see():
 
 
 def test_experts_first_chosen_in_a_later_batch_are_counted():
-    one, all_at_once = (
-        measure.routes(toy_vit(), IMAGES, routers={0: cosine_router(6)}, batch_size=size)
+    one, whole = (
+        measure.routes(toy_vit(), IMAGES, routers={0: cosine_router(6)}, batch_size=size).counts[0]
         for size in (1, 12)
     )
-    np.testing.assert_array_equal(one.counts[0], all_at_once.counts[0])
+    np.testing.assert_array_equal(one, whole)
 
 
 def test_hooks_come_off_after_an_error():
@@ -99,13 +77,14 @@ def test_hooks_come_off_after_an_error():
     assert hooks_of(model) == 0
 
 
-def test_dense_models_missing_layers_and_no_images_are_refused():
-    with pytest.raises(MoeeError, match="dense VisionTransformer"):
-        measure.routes(toy_vit(), IMAGES)
-    with pytest.raises(MoeeError, match="layer 7"):
-        measure.routes(toy_vit(), IMAGES, routers={7: cosine_router(2)})
-    with pytest.raises(MoeeError, match="at least one image"):
-        measure.routes(toy_moe(toy_vit()), IMAGES.take([]))
+@pytest.mark.parametrize(("model", "images", "options", "message"), [
+    (toy_vit(), IMAGES, {}, "dense VisionTransformer"),
+    (toy_vit(), IMAGES, {"routers": {7: cosine_router(2)}}, "layer 7"),
+    (toy_moe(toy_vit()), IMAGES.take([]), {}, "at least one image"),
+])  # fmt: skip
+def test_dense_models_missing_layers_and_no_images_are_refused(model, images, options, message):
+    with pytest.raises(MoeeError, match=message):
+        measure.routes(model, images, **options)
 
 
 @pytest.mark.parametrize("name", ["small_hiera", "small_mobilevit", "small_nest", "small_tnt"])
@@ -114,7 +93,7 @@ def test_patches_are_where_they_are_in_the_image(name):
     site = find_mlps(model)[0]
     router = cosine_router(4, site.dim)
     found = measure.routes(model, images, routers={0: router}, batch_size=2)
-    (seen,) = inputs_of(model, site.module(model), images)
+    ((seen, _),) = seen_by(site.module(model), model, images)
     places = patch_places(model, site.name, (len(seen) // 3, *seen.shape[1:-1]))
     chosen = router(seen).reshape(3, -1).numpy()
     np.testing.assert_array_equal(found.patch_experts(0), chosen[:, places])

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -8,7 +6,7 @@ from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
-from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_swin, toy_vit
+from tests.helpers.models import hooks_of, seen_by, toy_kinds, toy_moe, toy_swin, toy_vit
 from tests.helpers.routes import drawn_routes
 
 IMAGES = toy_images(12)
@@ -25,15 +23,11 @@ def seen(request):
 
 def slow_tokens(model, layer):
     """Inputs of a routed layer and their experts, one image at a time: (n, dim) and (n,)."""
-    module, inputs, experts = moe_layers(model)[layer], [], []
-    hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.inference_mode():
-        for index in range(len(IMAGES)):
-            model(next(IMAGES.take([index]).batches(model)))
-            experts.append(module.router(inputs[-1])[:, 0].numpy())
-    hook.remove()
-    flat = [each.reshape(-1, each.shape[-1]).double().numpy() for each in inputs]
-    return np.concatenate(flat), np.concatenate(experts)
+    module = moe_layers(model)[layer]
+    inputs = [x for x, _ in seen_by(module, model, IMAGES, batch_size=1)]
+    experts = [module.router(x)[:, 0].numpy() for x in inputs]
+    tokens = torch.cat([x.flatten(0, -2) for x in inputs]).double().numpy()
+    return tokens, np.concatenate(experts)
 
 
 def test_means_and_cosines_are_those_of_a_slow_loop(seen):

@@ -1,7 +1,5 @@
 """Every strategy gives what a loop over tokens and dense weights gives."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

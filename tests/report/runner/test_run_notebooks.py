@@ -12,9 +12,8 @@ from bs4 import BeautifulSoup
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.report.runner import run_notebooks
-from moee_analysis.report.runner.cell_progress import cell_bar
 from moee_analysis.report.runner.check_parameters import check_parameters
-from moee_analysis.report.runner.run_notebooks import report
+from moee_analysis.report.runner.run_notebooks import cell_bar, report
 from tests.helpers.notebooks import write_notebook
 
 KEEPS_A_PICTURE = """import io, json, os, pathlib

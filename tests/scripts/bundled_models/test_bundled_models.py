@@ -1,7 +1,5 @@
 """The bundled models as they are stored, and how they are trained, from a step to the command."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 
