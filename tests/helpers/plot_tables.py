@@ -44,7 +44,7 @@ def _pairs(columns, *rows):
 
 
 def _square(names, order, **values):
-    """All pairs of three things, from matrices of values; ``kind_a`` and ``kind_b`` of each kind."""
+    """All pairs of three things, with both ends of each fact, from matrices of values."""
     ends = dict(zip("ab", np.indices((3, 3)).reshape(2, -1), strict=True))
     facts = {**names, "order": order}
     columns = {f"{k}_{end}": np.array(f)[i] for k, f in facts.items() for end, i in ends.items()}

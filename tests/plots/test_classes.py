@@ -1,22 +1,23 @@
-from __future__ import annotations
-
 import math
 
 import pytest
 
 from moee_analysis import plots
 from moee_analysis.plots import style
-from tests.helpers.plot_tables import TABLES, figure_of, legend, lines
+from tests.helpers.plot_tables import TABLES, figure_of, legend, lines, titles, words
+
+
+def shown(ax):
+    return ax.collections[0].get_array().tolist()
 
 
 def test_class_routing_orders_experts_by_their_use():
     fig = figure_of("class_routing")
-    assert [ax.get_title(loc="left") for ax in fig.axes[:2]] == ["pug", "plane"]
+    assert titles(fig.axes[:2]) == ["pug", "plane"]
     assert [ax.get_ylabel() for ax in fig.axes[::2]] == ["layer 3", "layer 9"]
-    everyone, one = fig.axes[0].containers
-    assert [bar.get_height() for bar in everyone] == [0.8, 0.2]
-    assert [bar.get_height() for bar in one] == [0.7, 0.3]
-    assert [tick.get_text() for tick in fig.axes[0].get_xticklabels()] == ["1", "0"]
+    heights = [[bar.get_height() for bar in bars] for bars in fig.axes[0].containers]
+    assert heights == [[0.8, 0.2], [0.7, 0.3]]  # all classes, the class
+    assert words(fig.axes[0].get_xticklabels()) == ["1", "0"]
     assert legend(fig) == ["all classes", "the class"]
 
 
@@ -27,11 +28,8 @@ def test_specificity_draws_a_line_per_class_the_mean_and_its_bands():
     assert mean == [[0, 0.02], [5, 0.3]]
     assert corrected == [[0, 0.01], [5, 0.25]]
     assert len(ax.collections) == 2
-    assert sorted(text.get_text() for text in ax.texts) == ["cat", "pug"]
+    assert sorted(words(ax.texts)) == ["cat", "pug"]
     assert legend(figure_of("specificity"))[1:] == ["mean over classes", "bias removed, 95 %"]
-
-
-def test_specificity_of_no_class_but_all():
     alone = TABLES["specificity"].query("class_name == 'all'")
     assert len(lines(plots.specificity(alone).axes[0])) == 2
 
@@ -46,34 +44,35 @@ def test_information_no_more_than_chance_has_a_hollow_mark():
 
 def test_class_distance_names_classes_in_order_and_parts_families():
     ax = figure_of("class_distance").axes[0]
-    names = ["pug", "cat", "cliff"]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == names
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == names
-    shown = ax.collections[0].get_array()
-    assert shown[0].tolist() == [0, 0.05, 0.6]
+    assert words(ax.get_yticklabels()) == words(ax.get_xticklabels()) == ["pug", "cat", "cliff"]
+    assert shown(ax)[0] == [0, 0.05, 0.6]
     assert [line.get_ydata()[0] for line in ax.lines[::2]] == [2]
     alone = plots.class_distance(TABLES["class_distance"].drop(columns=["family_a", "family_b"]))
     assert not alone.axes[0].lines
 
 
-def test_relatedness_and_modularity_have_a_line_per_system_and_chance_below():
-    for name, chance in (("class_relatedness", ["--"]), ("modularity", ["--", ":"])):
-        ax = figure_of(name).axes[0]
-        own, *nulls = [line for line in ax.lines if len(line.get_xdata()) == 2][: 1 + len(chance)]
-        assert own.get_color() == style.PALETTE[0]
-        assert own.get_ydata()[1] == 0.4
-        assert [line.get_linestyle() for line in nulls] == chance
-        assert len(legend(figure_of(name))) == 1 + len(chance)
-    assert len(ax.collections) == 1  # the interval
+@pytest.mark.parametrize(
+    ("name", "chance", "intervals"),
+    [("class_relatedness", ["--"], 0), ("modularity", ["--", ":"], 1)],
+)
+def test_relatedness_and_modularity_have_a_line_per_system_and_chance_below(
+    name, chance, intervals
+):
+    ax = figure_of(name).axes[0]
+    own, *nulls = [line for line in ax.lines if len(line.get_xdata()) == 2][: 1 + len(chance)]
+    assert (own.get_color(), own.get_ydata()[1]) == (style.PALETTE[0], 0.4)
+    assert [line.get_linestyle() for line in nulls] == chance
+    assert len(legend(figure_of(name))) == 1 + len(chance)
+    assert len(ax.collections) == intervals
 
 
 def test_part_profile_shows_all_patches_first_and_the_parts_asked_for():
     ax = figure_of("part_profile").axes[0]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["all", "1 (30%)", "0 (10%)"]
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["sky", "wheel"]
-    assert ax.collections[0].get_array().tolist() == [[0.4, 0.2], [0.5, 0.5], [0.9, 0]]
+    assert words(ax.get_yticklabels()) == ["all", "1 (30%)", "0 (10%)"]
+    assert words(ax.get_xticklabels()) == ["sky", "wheel"]
+    assert shown(ax) == [[0.4, 0.2], [0.5, 0.5], [0.9, 0]]
     few = plots.part_profile(TABLES["part_profile"], parts=1).axes[0]
-    assert [tick.get_text() for tick in few.get_xticklabels()] == ["sky"]
+    assert words(few.get_xticklabels()) == ["sky"]
 
 
 def test_a_dot_is_an_expert_beside_its_control():
@@ -90,11 +89,10 @@ def test_a_dot_is_an_expert_beside_its_control():
 
 def test_classes_stand_by_family_and_experts_by_their_tokens():
     ax, other = figure_of("class_knock_out").axes[:2]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["green", "red one", "blue"]
-    assert [text.get_text() for text in other.get_xticklabels()] == ["2", "1", "0"]
+    assert words(ax.get_yticklabels()) == ["green", "red one", "blue"]
+    assert words(other.get_xticklabels()) == ["2", "1", "0"]
     assert not other.get_yticklabels()
-    shown = ax.collections[0].get_array()
-    assert shown[0].tolist() == pytest.approx([-0.08, -0.04])
+    assert shown(ax)[0] == pytest.approx([-0.08, -0.04])
     assert [line.get_ydata()[0] for line in ax.lines] == [1]
 
 
@@ -107,13 +105,11 @@ def test_use_and_need_have_chance_levels():
 
 
 def test_changes_of_recall_are_in_points_and_clear_ones_have_a_dot():
-    fig = figure_of("parts_unseen")
-    ax = fig.axes[0]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["sky (90%)", "wheel (50%)"]
-    assert ax.collections[0].get_array().tolist() == [[-40, 2], [0, -10]]
-    assert lines(ax) == [[[0.5, 0.5], [1.5, 1.5]]]
-    titles = [ax.get_title(loc="left") for ax in fig.axes[:2]]
-    assert titles == ["layer 1, expert", "layer 1, random patches"]
+    axes = figure_of("parts_unseen").axes
+    assert words(axes[0].get_yticklabels()) == ["sky (90%)", "wheel (50%)"]
+    assert shown(axes[0]) == [[-40, 2], [0, -10]]
+    assert lines(axes[0]) == [[[0.5, 0.5], [1.5, 1.5]]]
+    assert titles(axes[:2]) == ["layer 1, expert", "layer 1, random patches"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,3 @@
-"""All plots: closed figures with names and captions, and a sentence with the numbers that count."""
-
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -22,6 +18,11 @@ OWN_FACTS = ("accuracy", "routing", "balance")
 SENTENCE = re.compile(r"[A-Z0-9−].*\.", re.DOTALL)
 
 every = pytest.mark.parametrize("name", TABLES)
+
+
+def assert_apart(texts):
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
 
 
 def describe(name, table):
@@ -59,11 +60,6 @@ def test_names_what_it_shows_and_nothing_touches(name):
     assert_apart([ax._left_title for ax in fig.axes])
 
 
-def assert_apart(texts):
-    boxes = [text.get_window_extent() for text in texts if text.get_text()]
-    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
-
-
 @every
 def test_describes_the_table_whatever_its_index(name):
     table = TABLES[name].copy()
@@ -75,24 +71,21 @@ def test_describes_the_table_whatever_its_index(name):
 @every
 def test_describes_a_table_of_which_nothing_or_one_row_is_known(name):
     table = TABLES[name].copy()
+    last = table[table["component"] == "total"] if name == "macs" else table
+    one = last.head(1) if name != "surrogate" else last
+    assert SENTENCE.fullmatch(describe(name, one))
     table[table.select_dtypes("float").columns] = math.nan
     said = describe(name, table)
     assert SENTENCE.fullmatch(said)
     assert not re.search(r"\bnan\b", said)
-    table = TABLES[name]
-    last = table[table["component"] == "total"] if name == "macs" else table
-    one = last.head(1) if name != "surrogate" else last
-    assert SENTENCE.fullmatch(describe(name, one))
 
 
-def test_every_plot_that_is_public_or_in_a_notebook_has_a_description():
+def test_every_plot_that_is_public_or_in_a_notebook_is_tested_here():
     public = {name for name in vars(plots) if callable(vars(plots)[name])} - {"describe"}
     shown = set()
     for path in paths.notebooks_folder().glob("*.ipynb"):
         shown |= set(re.findall(r"\bplots\.(\w+)", path.read_text(encoding="utf-8")))
     assert shown - {"describe"} <= public == {*TABLES, "patches", "image_layers", "top_patches"}
-    for name in public & {*TABLES}:
-        assert describe(name, TABLES[name])
 
 
 def test_a_plot_without_a_description_is_refused():

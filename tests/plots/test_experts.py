@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -7,7 +5,7 @@ import pandas as pd
 import pytest
 
 from moee_analysis import plots
-from tests.helpers.plot_tables import TABLES, figure_of, legend, lines, panel
+from tests.helpers.plot_tables import TABLES, figure_of, legend, lines, titles, words
 
 
 def cells(ax):
@@ -35,36 +33,30 @@ def test_sizes_draws_a_dot_per_expert_beside_each_other():
     assert "%" in ax.yaxis.get_major_formatter()(0.5)
 
 
-def test_neurons_are_cells_by_expert():
+def test_neurons_are_cells_by_expert_and_several_systems_are_named():
     fig = figure_of("neurons")
     assert cells(fig.axes[0]).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
-    assert panel(fig, "layer 5").get_title(loc="left") == "layer 5: 4 hidden neurons"
-
-
-def test_several_systems_are_named():
+    assert titles(fig.axes)[1] == "layer 5: 4 hidden neurons"
     both = pd.concat([TABLES["neurons"], TABLES["neurons"].assign(system="random centres")])
     both = both.reset_index(drop=True)
     assert "in layer 3 of random centres" in plots.describe(plots.neurons, both)
-    titles = [ax.get_title(loc="left") for ax in plots.neurons(both).axes]
-    assert titles[2] == "random centres\nlayer 3: 4 hidden neurons"
+    assert titles(plots.neurons(both).axes)[2] == "random centres\nlayer 3: 4 hidden neurons"
 
 
-def test_overlap_shows_what_was_found_above_what_is_expected():
+def test_overlap_shows_the_values_found_above_those_expected():
     shown = cells(figure_of("overlap").axes[0])
     assert (shown[0, 1], shown[1, 0]) == (0.5, 0.2)
     assert np.isnan(np.diag(shown)).all()
 
 
 def test_similarity_shows_both_cosines_in_the_same_order():
-    raw, centred = figure_of("similarity").axes[:2]
-    assert cells(raw)[0].tolist() == [1, 0.9, 0.5]
-    assert cells(centred)[0].tolist() == [1, -0.5, 0.1]
-    assert centred.get_title(loc="left") == "layer 5, centred"
-    names = [[tick.get_text() for tick in ax.get_xticklabels()] for ax in (raw, centred)]
-    assert names == [["0", "1", "2"]] * 2
+    axes = figure_of("similarity").axes[:2]
+    assert [cells(ax)[0].tolist() for ax in axes] == [[1, 0.9, 0.5], [1, -0.5, 0.1]]
+    assert titles(axes)[1] == "layer 5, centred"
+    assert [words(ax.get_xticklabels()) for ax in axes] == [["0", "1", "2"]] * 2
 
 
-def test_the_summary_has_means_ranges_and_what_is_expected():
+def test_the_summary_has_means_ranges_and_expected_values():
     left, right = figure_of("similarity_summary").axes
     raw, centred, expected = lines(left)
     assert [y for _, y in raw + centred + expected] == [0.5, 0.2, -0.1, -0.1, -0.2, -0.2]
@@ -72,7 +64,7 @@ def test_the_summary_has_means_ranges_and_what_is_expected():
     assert [[y for _, y in line] for line in lines(right)] == [[0.6, 0.3], [0, 0.4], [0.7, 0.8]]
 
 
-def test_a_layer_without_two_experts_is_said():
-    for name in ("overlap", "similarity"):
-        alone = TABLES[name].query("expert_a == expert_b")
-        assert "two experts" in plots.describe(getattr(plots, name), alone)
+@pytest.mark.parametrize("name", ["overlap", "similarity"])
+def test_a_layer_without_two_experts_is_described(name):
+    alone = TABLES[name].query("expert_a == expert_b")
+    assert "two experts" in plots.describe(getattr(plots, name), alone)

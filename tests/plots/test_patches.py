@@ -1,12 +1,10 @@
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from moee_analysis import plots
 from moee_analysis.errors import MoeeError
-from tests.helpers.plot_tables import TABLES, figure_of, legend
+from tests.helpers.plot_tables import TABLES, figure_of, legend, titles, words
 
 PICTURES = [np.full((32, 48, 3), 50 * n, np.uint8) for n in range(4)]
 TOP = pd.DataFrame(
@@ -19,21 +17,15 @@ TOP = pd.DataFrame(
 )  # fmt: skip
 
 
-def titles(fig):
-    return [ax.get_title(loc="center") for ax in fig.axes]
-
-
 def test_every_patch_is_framed_where_it_is_and_stays_in_view():
     fig = plots.top_patches(TOP, PICTURES, caption="my words")
     drawn = [ax for part in fig.subfigs for ax in part.axes if ax.images]
     assert [ax.get_title(loc="center") for ax in drawn] == ["cat", "dog", "owl"]
     for ax, row in zip(drawn, TOP.itertuples(), strict=True):
-        frame = ax.patches[-1]
-        assert (frame.get_x(), frame.get_y()) == (8 * row.column - 0.5, 8 * row.row - 0.5)
-        left, right = sorted(ax.get_xlim())
-        top, bottom = sorted(ax.get_ylim())
-        assert left <= frame.get_x() <= frame.get_x() + 8 <= right
-        assert top <= frame.get_y() <= frame.get_y() + 8 <= bottom
+        x, y = ax.patches[-1].get_xy()
+        assert (x, y) == (8 * row.column - 0.5, 8 * row.row - 0.5)
+        for start, limits in ((x, sorted(ax.get_xlim())), (y, sorted(ax.get_ylim()))):
+            assert limits[0] <= start <= start + 8 <= limits[1]
         assert int(ax.images[0].get_array()[0, 0, 0]) == 50 * row.image
     first, second = [part.get_suptitle() for part in fig.subfigs]
     assert first == "layer 2, expert 0: 25.0% of the patches, in 2 images"
@@ -41,37 +33,44 @@ def test_every_patch_is_framed_where_it_is_and_stays_in_view():
     assert fig.texts[-1].get_text() == "my words"
 
 
-def test_an_expert_without_patches_is_told():
+def test_top_patches_need_a_patch():
     with pytest.raises(MoeeError, match="no patch"):
         plots.top_patches(TOP[:0], PICTURES)
-    assert plots.describe(plots.top_patches, TOP[:0]).startswith("No patch")
 
 
-def test_the_busiest_and_the_idlest_expert_and_the_most_alike_patches():
-    said = plots.describe(plots.top_patches, TOP)
-    assert said.startswith("Of 2 experts expert 0 of layer 2 takes 25.0 % of the patches")
-    assert "expert 1 of layer 2 takes 10.0 %" in said
-    assert "most alike for expert 1 of layer 2: all have a cosine of 0.80 or more" in said
-    alone = plots.describe(plots.top_patches, TOP[:2])
-    assert alone.startswith("Expert 0 of layer 2 takes 25.0 % of the patches, in 2 images.")
-    assert "0.50 or more" in alone
+@pytest.mark.parametrize(("plot", "given", "said"), [
+    (plots.top_patches, [TOP],
+     ["Of 2 experts expert 0 of layer 2 takes 25.0 % of the patches",
+      "expert 1 of layer 2 takes 10.0 %",
+      "most alike for expert 1 of layer 2: all have a cosine of 0.80 or more"]),
+    (plots.top_patches, [TOP[:2]],
+     ["Expert 0 of layer 2 takes 25.0 % of the patches, in 2 images.", "0.50 or more"]),
+    (plots.top_patches, [TOP[:0]], ["No patch"]),
+    (plots.image_layers,
+     [[0, 0], {0: np.zeros((2, 2, 2), int), 5: np.array([[[0, 1], [2, 3]], [[0, 0], [0, 1]]])}],
+     ["one of 2 images, on average, meet 1 experts in layer 0 and 3 experts in layer 5"]),
+    (plots.image_layers, [[], {}], ["no layer"]),
+    (plots.patches, [PICTURES[:1], {3: np.array([[[0, 0], [1, 1]]])}],
+     ["1 picture. Layer 3: 2 experts take the patches, and 50.0 % of neighbouring patches "
+      "share one (by chance 50.0 %)."]),
+    (plots.patches, [[], {}], ["no layer"]),
+    (plots.patches, [[], {0: np.zeros((1, 1, 1), int)}],
+     ["1 expert takes the patches, and unknown of"]),
+])  # fmt: skip
+def test_pictures_are_described(plot, given, said):
+    found = plots.describe(plot, *given)
+    assert [words in found for words in said] == [True] * len(said)
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_one_image_in_every_layer_with_the_numbers_of_its_experts(known):
     experts = {0: np.zeros((4, 4, 6), int), 5: np.tile(np.arange(6), (4, 4, 1))}
     masks = [np.zeros((32, 48), np.uint8)] * 4 if known else None
-    fig = plots.image_layers(PICTURES, experts, image=1, names=list("abcd"), masks=masks)
-    assert titles(fig) == ["b", *["its parts"] * known, "layer 0", "layer 5"]
-    numbers = [sorted(text.get_text() for text in ax.texts) for ax in fig.axes[-2:]]
+    axes = plots.image_layers(PICTURES, experts, image=1, names=list("abcd"), masks=masks).axes
+    names = ["b", *["its parts"] * known, "layer 0", "layer 5"]
+    assert [ax.get_title(loc="center") for ax in axes] == names
+    numbers = [sorted(words(ax.texts)) for ax in axes[-2:]]
     assert numbers == [["0"], ["0", "1", "2", "3", "4", "5"]]
-
-
-def test_how_many_experts_an_image_meets():
-    experts = {0: np.zeros((2, 2, 2), int), 5: np.array([[[0, 1], [2, 3]], [[0, 0], [0, 1]]])}
-    said = plots.describe(plots.image_layers, [None, None], experts)
-    assert "one of 2 images, on average, meet 1 experts in layer 0 and 3 experts in layer 5" in said
-    assert "no layer" in plots.describe(plots.image_layers, [], {})
 
 
 def overlays(count=3, **changes):
@@ -93,49 +92,34 @@ def test_patches_lays_experts_over_pictures_layer_by_layer(count):
     choice = grid[2, 0].images[1]
     assert choice.get_array().shape == (4, 4)
     assert choice.get_extent() == [-0.5, 15.5, 15.5, -0.5]
-    named = [text.get_text() for text in grid[3, -1].get_legend().get_texts()]
-    assert sorted(named) == ["ground", "sky", "wheel"]
+    assert sorted(legend(grid[3, -1])) == ["ground", "sky", "wheel"]
 
 
-def test_patches_without_masks():
-    assert len(overlays(masks=None).axes) == 3 * 4
-
-
-def test_patches_gives_an_expert_the_same_colour_in_every_picture():
-    fig = overlays(experts={0: np.arange(3).repeat(16).reshape(3, 4, 4)})
+def test_patches_without_masks_give_an_expert_the_same_colour_in_every_picture():
+    fig = overlays(experts={0: np.arange(3).repeat(16).reshape(3, 4, 4)}, masks=None)
+    assert len(fig.axes) == 2 * 4
     drawn = [ax.images[1] for ax in fig.axes[4:7]]
     colours = [image.cmap(image.norm(image.get_array()))[0, 0, :3] for image in drawn]
     assert len({tuple(np.round(colour, 4)) for colour in colours}) == 3
 
 
-def test_patches_of_different_images_are_refused():
-    with pytest.raises(MoeeError, match="2 for names"):
-        overlays(names=["a", "b"])
-    with pytest.raises(MoeeError, match="2 for layer 1"):
-        overlays(experts={1: np.zeros((2, 4, 4), int)})
-    with pytest.raises(MoeeError, match="no picture"):
-        overlays(0)
+@pytest.mark.parametrize(("count", "changes", "message"), [
+    (3, {"names": ["a", "b"]}, "2 for names"),
+    (3, {"experts": {1: np.zeros((2, 4, 4), int)}}, "2 for layer 1"),
+    (0, {}, "no picture"),
+])  # fmt: skip
+def test_patches_of_different_images_are_refused(count, changes, message):
+    with pytest.raises(MoeeError, match=message):
+        overlays(count, **changes)
 
 
-def test_patches_say_whether_neighbours_share_an_expert():
-    choice = {3: np.array([[[0, 0], [1, 1]]])}
-    assert plots.describe(plots.patches, PICTURES[:1], choice) == (
-        "1 picture. Layer 3: 2 experts take the patches, and 50.0 % of neighbouring patches "
-        "share one (by chance 50.0 %)."
-    )
-    assert "no layer" in plots.describe(plots.patches, [], {})
-    single = plots.describe(plots.patches, [], {0: np.zeros((1, 1, 1), int)})
-    assert "1 expert takes the patches, and unknown of" in single
-
-
-def test_embedding_says_how_much_is_noise():
-    table = TABLES["embedding"]
+def test_embedding_writes_the_share_of_noise():
     axes = figure_of("embedding").axes
-    assert axes[0].get_title(loc="left") == "layer 3: 1 clusters, 50% noise"
-    assert [text.get_text() for text in axes[1].texts] == ["0", "1"]
+    assert titles(axes)[0] == "layer 3: 1 clusters, 50% noise"
+    assert words(axes[1].texts) == ["0", "1"]
     assert len(axes[1].collections[0].get_offsets()) == 2
-    noise = plots.embedding(table.assign(cluster=-1)).axes[0]
-    assert noise.get_title(loc="left") == "layer 3: 0 clusters, 100% noise"
+    noise = plots.embedding(TABLES["embedding"].assign(cluster=-1))
+    assert titles(noise.axes)[0] == "layer 3: 0 clusters, 100% noise"
 
 
 def test_surrogate_draws_both_kinds_side_by_side():

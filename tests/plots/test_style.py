@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,19 +7,12 @@ from matplotlib.colors import to_rgb
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.plots import drawing, style
+from tests.helpers.plot_tables import words
+
+RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
 
 
-def test_figures_are_closed_and_settings_of_others_stay():
-    before = dict(mpl.rcParams)
-    fig, _ = style.figure(3, 2)
-    style.panels(5)
-    style.stacked(5, [3, 1])
-    style.caption(fig, "words")
-    assert plt.get_fignums() == []
-    assert dict(mpl.rcParams) == before
-
-
-def test_the_house_restores_after_an_error():
+def test_figures_are_closed_and_settings_of_others_stay_also_after_an_error():
     before = dict(mpl.rcParams)
 
     @style.house
@@ -31,6 +22,11 @@ def test_the_house_restores_after_an_error():
     for _ in range(2):
         with pytest.raises(RuntimeError):
             fails()
+    fig, _ = style.figure(3, 2)
+    style.panels(5)
+    style.stacked(5, [3, 1])
+    style.caption(fig, "words")
+    assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
 
 
@@ -38,19 +34,14 @@ def test_the_house_restores_after_an_error():
 def test_a_caption_stands_below_everything(shared_label):
     fig, ax = style.figure(4, 3)
     ax.set_xlabel("x")
-    if shared_label:
-        fig.supxlabel(shared_label)
+    labels = [ax.xaxis.label, *([fig.supxlabel(shared_label)] if shared_label else [])]
     fig.draw_without_rendering()
     before = ax.get_window_extent().height
     style.caption(fig, "many words " * 30)
     fig.draw_without_rendering()
-    caption = fig.texts[-1].get_window_extent()
-    lowest = ax.xaxis.label.get_window_extent().y0
-    if shared_label:
-        label = next(t for t in fig.texts if t.get_text() == shared_label).get_window_extent()
-        assert label.y1 < lowest
-        lowest = label.y0
-    assert 0 <= caption.y0 < caption.y1 < lowest
+    caption, *boxes = [text.get_window_extent() for text in (fig.texts[-1], *reversed(labels))]
+    for lower, upper in zip([caption, *boxes], boxes, strict=False):
+        assert 0 <= lower.y0 < lower.y1 < upper.y0
     assert caption.x1 <= fig.bbox.width
     assert ax.get_window_extent().height == pytest.approx(before, rel=0.05)
 
@@ -102,8 +93,9 @@ def test_names_are_no_formulas():
 
     fig = drawn()
     fig.canvas.draw()
-    assert [text.get_text() for text in fig.axes[0].get_xticklabels()] == names
-    assert not any(text.get_parse_math() for text in fig.axes[0].get_xticklabels())
+    labels = fig.axes[0].get_xticklabels()
+    assert words(labels) == names
+    assert not any(text.get_parse_math() for text in labels)
 
 
 def plain(colour, *, width=2.0, height=1.0):
@@ -116,32 +108,30 @@ def plain(colour, *, width=2.0, height=1.0):
 
 
 def middle_colours(fig, rows, columns):
-    """Colour in the middle of each place of a grid."""
+    """Colour in the middle of each place of a grid, (rows, columns, 3)."""
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     image = np.asarray(canvas.buffer_rgba())[..., :3]
-    height, width = image.shape[:2]
-    return [
-        [tuple(image[int((r + 0.45) * height / rows), int((c + 0.45) * width / columns)])
-         for c in range(columns)]
-        for r in range(rows)
-    ]  # fmt: skip
+    down, across = (
+        ((np.arange(n) + 0.45) * size / n).astype(int)
+        for n, size in zip((rows, columns), image.shape[:2], strict=True)
+    )
+    return image[np.ix_(down, across)] / 255
 
 
 def test_figures_on_a_sheet_stand_side_by_side_in_their_order():
-    fig = drawing.sheet([plain("#ff0000"), plain("#00ff00"), plain("#0000ff")])
-    assert middle_colours(fig, 1, 3) == [[(255, 0, 0), (0, 255, 0), (0, 0, 255)]]
+    fig = drawing.sheet([plain(colour) for colour in (RED, GREEN, BLUE)])
+    np.testing.assert_array_equal(middle_colours(fig, 1, 3)[0], np.eye(3))
 
 
-def test_what_does_not_fit_beside_the_others_goes_below_in_even_lines():
+def test_figures_that_do_not_fit_beside_the_others_go_below_in_even_lines():
     wide = drawing.WIDTH / 3.5
-    colours = ["#ff0000", "#ff0000", "#ff0000", "#0000ff"]
-    fig = drawing.sheet([plain(colour, width=wide) for colour in colours])
-    assert middle_colours(fig, 2, 2)[1] == [(255, 0, 0), (0, 0, 255)]
+    fig = drawing.sheet([plain(colour, width=wide) for colour in (RED, RED, RED, BLUE)])
+    np.testing.assert_array_equal(middle_colours(fig, 2, 2)[1], np.eye(3)[[0, 2]])
 
 
 def test_a_caption_of_a_sheet_gets_room_of_its_own_and_no_figure_is_refused():
-    figures = [plain("#ff0000")]
+    figures = [plain(RED)]
     told = drawing.sheet(figures, caption="told")
     assert told.get_figheight() > drawing.sheet(figures).get_figheight()
     with pytest.raises(MoeeError, match="figures"):
