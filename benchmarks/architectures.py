@@ -5,8 +5,6 @@ writes that file. Nothing is fetched or computed: models are built without value
 ``meta``, where only shapes are known.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ all tokens of all images equally likely, with both systems in turns, each time i
 own. It writes ``clustering.json``, ``.md`` and ``.png`` after every size.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from argparse import ArgumentParser

@@ -1,7 +1,5 @@
 """What the benchmarks share: their commands, the facts behind their numbers, their tables."""
 
-from __future__ import annotations
-
 import json
 import resource
 from argparse import ArgumentParser, Namespace

@@ -5,8 +5,6 @@ each recipe, nothing stored before, each time in a process of its own that also 
 once over the same images. It writes ``extraction.json``, ``.md`` and ``.png`` after every size.
 """
 
-from __future__ import annotations
-
 import cProfile
 import pstats
 import tempfile

@@ -6,8 +6,6 @@ budget too, on images that were not used for calibration. It writes ``fidelity.j
 ``.md`` and ``.png`` after each point, and computes nothing again that is in ``fidelity.json``.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from argparse import ArgumentParser
@@ -16,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import common
 import pandas as pd
@@ -47,7 +45,7 @@ class Point:
     params: float | None = None
 
     @classmethod
-    def parsed(cls, text: str) -> Point:
+    def parsed(cls, text: str) -> Self:
         """``0.28`` is a budget of MACs, ``0.29/0.20`` one of MACs and parameters."""
         macs, _, params = text.partition("/")
         return cls(float(macs), float(params) if params else None)

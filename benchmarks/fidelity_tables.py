@@ -1,7 +1,5 @@
 """The files of ``fidelity.py``: its rows as JSON, CSV, Markdown and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

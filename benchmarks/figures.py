@@ -1,7 +1,5 @@
 """The figures of the benchmarks: fidelity, speed-ups, times of clusterings and extractions."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -6,8 +6,6 @@ trained with. It writes ``fine_tuning.json``, ``.csv``, ``.md`` and ``.png``, an
 trainings as ``history.csv`` and ``.png``. What the store holds is not made again.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, replace

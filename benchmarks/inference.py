@@ -7,8 +7,6 @@ round after round, so that whatever else the machine does slows all of them down
 slow each other down many times over: set ``OMP_WAIT_POLICY=PASSIVE``.
 """
 
-from __future__ import annotations
-
 import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The files of ``inference.py``: rows and facts as JSON, Markdown and a figure."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -6,8 +6,6 @@ and for every part of the study its learning curves, ends and differences as ``.
 What the store holds is not trained again: a study that was stopped goes on.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ writes ``rivals.json``, ``.csv`` and ``.md``, and two figures, after each budget
 ``rivals.json`` are not measured again.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ weights (how long it takes does not depend on them), and works out the rest: siz
 shapes of all that is added up. It writes ``scale.json`` and ``scale.md``.
 """
 
-from __future__ import annotations
-
 import cProfile
 import math
 import pstats

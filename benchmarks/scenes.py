@@ -1,7 +1,5 @@
 """How fast scenes render on one core: ``python benchmarks/scenes.py [--json FILE]``."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from timeit import repeat

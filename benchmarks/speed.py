@@ -4,8 +4,6 @@
 their own commands have more options.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import clustering

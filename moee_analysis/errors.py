@@ -1,7 +1,5 @@
 """The one error of the package: what was expected, what was found, what to do."""
 
-from __future__ import annotations
-
 from moee_analysis.outside_text import printable
 
 

@@ -1,7 +1,5 @@
 """Text from outside, such as the name of a folder, shown as it is and taken for nothing else."""
 
-from __future__ import annotations
-
 import re
 
 UNSEEN = re.compile(

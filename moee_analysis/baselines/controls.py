@@ -1,7 +1,5 @@
 """Controls: what a claim about routing has to beat."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace

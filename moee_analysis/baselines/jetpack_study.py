@@ -7,8 +7,6 @@ number of experts is what is varied. A start is a function: seed -> model, to be
 Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property

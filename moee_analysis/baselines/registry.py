@@ -1,7 +1,5 @@
 """Every system that needs no training of the network, by name, asked for in the same words."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial

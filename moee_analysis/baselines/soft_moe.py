@@ -6,8 +6,6 @@ first every slot is almost the mean of all tokens, which the dense model's MLPs 
 lost until the model is trained.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

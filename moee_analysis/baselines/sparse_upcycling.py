@@ -6,8 +6,6 @@ trained on. Published for vision: Expert Choice with capacity 2, 32 experts, wei
 per token. The original never saves MACs; a capacity below 1, which does, is this project's port.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -7,8 +7,6 @@ variances; then what the Fisher metric adds. All give the patches that nothing r
 that they save there what the best mixture of experts saves.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``python -m moee_analysis.cli`` is ``moee``; torchrun starts it by this name."""
 
-from __future__ import annotations
-
 import sys
 
 from moee_analysis.cli import main

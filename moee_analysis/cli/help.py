@@ -1,7 +1,5 @@
 """How a command tells of itself, and how it refuses what it cannot read: in one line."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

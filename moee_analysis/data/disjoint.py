@@ -1,7 +1,5 @@
 """Checks that no image which something was made from is also one it is measured on."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

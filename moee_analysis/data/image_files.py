@@ -1,7 +1,5 @@
 """Which files of a folder of class folders are images, and why the others are not."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

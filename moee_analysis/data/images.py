@@ -1,7 +1,5 @@
 """Labelled images: class folders on disk, or the bundled scenes; the same interface for both."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -170,19 +168,19 @@ class ImageSet:
             )
         return np.array([found[f] for f in self.folders], dtype=np.int64)
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """Return the images at ``indices``, in that order."""
         rows, folders = ([values[int(i)] for i in indices] for values in (self.rows, self.folders))
         return replace(self, rows=tuple(rows), folders=tuple(folders))
 
-    def limit(self, count: int | None, *, seed: int = 0) -> ImageSet:
+    def limit(self, count: int | None, *, seed: int = 0) -> Self:
         """At most ``count`` images, at least 1, even over the classes, in their old order."""
         _check_draw(count, seed)
         if count is None or count >= len(self):
             return self
         return self.take(np.sort(self._deal(seed)[:count]))
 
-    def split(self, share: float, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    def split(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
         """Two disjoint sets, even over the classes: ``share`` (0 to 1) of the images, the rest."""
         real_number("share", share, least=0, most=1)
         seed_number(seed)
@@ -196,7 +194,7 @@ class ImageSet:
         turns = folders.groupby(folders, sort=False).cumcount()
         return shuffled[np.argsort(turns.to_numpy(), kind="stable")]
 
-    def of_classes(self, folders: Sequence[str]) -> ImageSet:
+    def of_classes(self, folders: Sequence[str]) -> Self:
         """Return the images of these classes only (folder names as in ``folders``)."""
         as_named = str if set(folders) <= set(self.classes) else plain_name
         wanted = set(map(as_named, folders))

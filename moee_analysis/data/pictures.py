@@ -1,7 +1,5 @@
 """One picture from a file: upright, red green and blue in 8 bits, whatever it was stored as."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import cache
 from pathlib import Path

@@ -15,12 +15,11 @@ activation in the elimination of ``obs``, whose readout is ones: modes go
 whose loss refitted gains of the others can best make good.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -106,7 +105,7 @@ class AttentionModes:
         return {name: values.numpy() for name, values in named.items()}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> AttentionModes:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
         """Rebuild modes from their :meth:`arrays`."""
         values = {name: torch.from_numpy(array) for name, array in arrays.items()}
         names = ("left", "right", "strength", "gram")

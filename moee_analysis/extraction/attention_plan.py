@@ -1,7 +1,5 @@
 """Attention as an optional stage: candidates for the one budget, and the heads that are chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ MoEE (CVPR 2025), phase 2: rank the neurons of a cluster by their intra-cluster 
 the smallest set whose variances add up to p % of the total.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 

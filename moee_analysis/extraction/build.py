@@ -1,7 +1,5 @@
 """Phase 3: a model whose MLPs are experts cut out of the dense layers, behind their routers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 

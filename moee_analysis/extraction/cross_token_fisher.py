@@ -7,8 +7,6 @@ E[(sum_t g_t . delta_t)^2] / 2, over the sum of the metric's costs token by toke
 once for every layer, and multiplies the scores of its routed experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 

@@ -6,8 +6,6 @@ of an expert must be worth its MACs, and a neuron in the union of a layer's expe
 its parameters. lambda and nu are found by bisection.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ CVPR 2025), in the order of the paper: record, cluster, cut experts, route. What
 open, and what is chosen here, stands in docs/paper.md.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Phase 1: the experts of every layer, which tokens go to each, and statistics of these."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A run: a mixture of experts and how it came about, saved, loaded, and found in a store."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

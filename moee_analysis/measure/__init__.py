@@ -7,8 +7,6 @@ by ``seed``; ``system``, a name for the table. A table has its caption in ``attr
 cannot be measured is refused by a ``MoeeError``.
 """
 
-from __future__ import annotations
-
 from moee_analysis.measure.evaluation.ablation import ablation as ablation
 from moee_analysis.measure.evaluation.ablation import sweeps as sweeps
 from moee_analysis.measure.evaluation.accuracy import accuracy as accuracy

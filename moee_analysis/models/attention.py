@@ -1,10 +1,8 @@
 """Self-attention whose heads have fewer dimensions, and that only tokens ask that are read."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from timm.layers import Attention
@@ -66,7 +64,7 @@ def site_of(name: str, attention: Attention) -> AttentionSite:
     return AttentionSite(name, dim, attention.num_heads, attention.head_dim, parameters)
 
 
-def reduced_attentions(model: nn.Module) -> dict[str, LowRankAttention]:
+def reduced_attentions(model: nn.Module) -> dict[str, "LowRankAttention"]:
     """Return the attentions of lower rank, or with fewer queries, by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankAttention)}
 
@@ -189,7 +187,7 @@ class Factors:
     right: torch.Tensor
 
     @classmethod
-    def whole(cls, site: AttentionSite) -> Factors:
+    def whole(cls, site: AttentionSite) -> Self:
         """The identities themselves."""
         each = torch.eye(site.head_dim, dtype=torch.float64).expand(site.heads, -1, -1)
         return cls(each, each)

@@ -3,8 +3,6 @@
 Run only the rest of a network: the tensor that enters one of its blocks is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

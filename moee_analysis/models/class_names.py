@@ -1,7 +1,5 @@
 """The classes of a model: their names, where these come from, and that there is one an output."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Models as they are evaluated: nothing drops out, and every module gets its own flag back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -4,15 +4,13 @@ Weights alone do not name a model: heads, activations, pooling and the preparati
 no trace in them. The answers reveal whatever the other three overlook.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -51,7 +49,7 @@ class Identity:
         """SHA-256 of all four."""
         return _digest([self.weights, self.structure, self.transform, self.answers])
 
-    def difference(self, other: Identity) -> str:
+    def difference(self, other: Self) -> str:
         """Which part of ``other`` is not this model's, across versions; "" if none."""
         if self.weights != other.weights:
             return "other weights"

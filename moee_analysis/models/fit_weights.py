@@ -1,7 +1,5 @@
 """Weights as others saved them: prefixes are looked through, sizes and channels resampled."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

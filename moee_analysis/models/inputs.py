@@ -1,7 +1,5 @@
 """The images a model takes: how many channels, which size, and how a picture is prepared for it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import cycle, islice
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Models: the bundled ones, any timm name, local checkpoints; and the MLPs inside them."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import reprlib

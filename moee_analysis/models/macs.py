@@ -4,8 +4,6 @@ Counted are matrix products and convolutions: patch embedding, qkv, QK^T, AV, pr
 head and routers (1 MAC = 2 FLOPs). Norms, softmax, GELU and biases are not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Where the patch tokens of an image lie: not every network has them stand row by row."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The hub of pretrained weights: asked where it answers, else only its cache on this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Which MLPs of a model can be taken apart, and why the others cannot."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The network itself, inside what training and compiling wrap around it."""
 
-from __future__ import annotations
-
 import copy
 
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3

@@ -1,7 +1,5 @@
 """All layers with experts alike, whatever their kind: hard or soft, of a dense MLP or their own."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable

@@ -1,12 +1,10 @@
 """The MoE layer: an MLP whose tokens each use the hidden neurons of their own experts."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -160,7 +158,7 @@ class MoeMlp(nn.Module):
         self._groups.clear()
         self.choices.clear()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> MoeMlp:
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._groups.clear()  # of another device
         shares = self.shares
         moved = super()._apply(*args, **kwargs)

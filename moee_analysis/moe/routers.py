@@ -3,8 +3,6 @@
 The best expert for every token, found by computing them all: a bound for routers.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """What each piece of a recipe is worth: dots sorted by effect, and what else was varied."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes

@@ -1,7 +1,5 @@
 """What systems keep of the dense model's accuracy, at which saving, and what their routing adds."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

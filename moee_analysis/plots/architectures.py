@@ -1,7 +1,5 @@
 """Several architectures side by side, and where the multiply-accumulates of one go."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

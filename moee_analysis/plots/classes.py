@@ -1,7 +1,5 @@
 """How classes are routed: the paper's Figures 3 and 4, what stands behind them, and distances."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """What several figures are drawn with: heat maps, curves, rows of dots, legends, sheets."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

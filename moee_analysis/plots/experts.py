@@ -1,7 +1,5 @@
 """What the experts are made of: their sizes, their neurons, and how alike they are."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import seaborn as sns

@@ -1,7 +1,5 @@
 """What is lost once an expert is knocked out: by all images, by classes, and by whom most."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

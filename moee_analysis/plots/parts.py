@@ -1,7 +1,5 @@
 """Whether experts stand for parts of the scene, and which parts are lost without an expert."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What experts look at: the patches they take in pictures, and those that are typical of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

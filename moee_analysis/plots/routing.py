@@ -1,7 +1,5 @@
 """How evenly the experts are used, and what a router costs beside the best one possible."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes

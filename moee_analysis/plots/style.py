@@ -1,7 +1,5 @@
 """The look of every figure: seaborn's theme, colours for colour-blind readers too, captions."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """One quantity varied at a time: a small panel for each, all on the same scale."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

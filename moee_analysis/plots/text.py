@@ -1,7 +1,5 @@
 """The alternative text of figures: what a plot shows in words, with the numbers that count."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any

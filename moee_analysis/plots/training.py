@@ -1,7 +1,5 @@
 """How models learn: what fine-tuning gives back, and which start beats which."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import seaborn as sns

@@ -1,7 +1,5 @@
 """One call that is a panel of widgets in JupyterLab, and a grid of figures where nobody clicks."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

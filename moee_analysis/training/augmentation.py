@@ -4,8 +4,6 @@ timm's transforms draw from the random states of Python, NumPy and torch, which 
 image and given back afterwards.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Iterator

@@ -1,9 +1,8 @@
 """Batches of labelled images for training, from images that are prepared once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ class Loaded:
     normalise: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
-    def of(cls, images: ImageSet | Loaded, model: nn.Module) -> Loaded:
+    def of(cls, images: ImageSet | Self, model: nn.Module) -> Self:
         """Decode ``images`` for ``model``; loaded ones stay as they are."""
         if isinstance(images, cls):
             return images

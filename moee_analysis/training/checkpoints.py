@@ -3,8 +3,6 @@
 Both carry checksums. The history is a CSV beside them, which stays when the training has ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """Losses towards a dense model: to predict, and where wanted to compute, the same."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 

@@ -5,8 +5,6 @@ cosine. Weights and shifts change, and routers where wanted; which hidden neuron
 never does.
 """
 
-from __future__ import annotations
-
 import copy
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """What decides a fine-tuning."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 

@@ -1,7 +1,5 @@
 """Trainings that the store keeps, one after the other or in processes side by side."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """One update of a model after the other, as fine-tuning and supervised training make them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Models run in training mode: noise, dropout and dropped experts are part of thei
 Which parameters of a model learn at which rate, and which of them decay.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

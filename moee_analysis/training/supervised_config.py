@@ -1,7 +1,5 @@
 """What decides a training on labelled images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from moee_analysis.errors import MoeeError

@@ -6,8 +6,6 @@ that of the expert's probability (Bengio et al., arXiv:1308.3432). ``auxiliary``
 cross-entropy of the choice of the expert that comes nearest to the dense MLP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ every epoch, a training that was killed therefore comes to the same bits.
 The model runs in evaluation mode: nothing drops out, and batch norms keep their statistics.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ numba (behind UMAP) refuses to start without a cache, Jupyter without a home, an
 without a user name. They are found one before they are imported, if they have none.
 """
 
-from __future__ import annotations
-
 import getpass
 import os
 import tempfile

@@ -3,8 +3,6 @@
 All raise a ``MoeeError`` that names the setting, where it has a ``name``.
 """
 
-from __future__ import annotations
-
 import operator
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ consecutive images, and all come to the same sums, hence to the same experts. On
 float64 on the CPU. A process that fails ends, and torchrun ends the others.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Where the project's own files lie, in a checkout and in an installed package; and the store."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Progress that fits where it is shown: a bar for a person, a few lines for a log."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """How a process is ended from outside, so that its temporary files and folders go with it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

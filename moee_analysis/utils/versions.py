@@ -1,7 +1,5 @@
 """Where numbers were made: versions and device."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib import metadata

@@ -1,7 +1,5 @@
 """Opening a finished page where somebody can look at it."""
 
-from __future__ import annotations
-
 import os
 import sys
 import webbrowser

@@ -1,7 +1,5 @@
 """The bundled models: their architectures, and how each is trained and looked into meanwhile."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,10 +1,9 @@
 """How good a model of the scenes is, and whether the task is hard enough to tell models apart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def first(self, count: int) -> Pictures:
+    def first(self, count: int) -> Self:
         """The first ``count`` of them."""
         return Pictures(self.images[:count], self.labels[:count], self.parts[:count])
 

@@ -1,7 +1,5 @@
 """The card of a bundled model: how good it is, how it came about; and both files on disk."""
 
-from __future__ import annotations
-
 import json
 import platform
 from dataclasses import asdict

@@ -13,8 +13,6 @@ things make that possible, and a fourth makes the outcome useful:
   no neuron idles and compression shows (see `even_out`).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

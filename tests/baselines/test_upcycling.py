@@ -75,17 +75,13 @@ def test_noise_and_dropout_are_for_training_only(convert, settings):
 def test_measures_and_controls_take_the_model(convert):
     dense = toy_vit()
     model = convert(dense)
-    systems = {
-        "own": model, "random": randomly_routed(model), "constant": constantly_routed(model),
-    }  # fmt: skip
+    systems = {"own": model, "random": randomly_routed(model), "constant": constantly_routed(model)}
     table = measure.accuracy(systems | {"dense": dense}, IMAGES, reference="dense")
     assert table["top1"].between(0, 1).all()
     total = measure.macs(model)["macs"].iloc[-1]
     assert count(systems["random"], sites=[]).total == total
     if convert is not soft:
         assert count(systems["constant"], sites=[]).total == total
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(pixels_of(dense)).isfinite().all()
 
 
 def test_the_second_half_or_every_second_mlp_is_exchanged():
@@ -158,24 +154,22 @@ def test_the_largest_saving_can_be_had():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_upcycled_expert_is_the_dense_mlp(name):
+def test_upcycled_experts_are_the_dense_mlp(name):
     """One expert with one slot: all tokens get its MLP of what dispatch mixes."""
     dense = MODELS[name]()
     site = find_mlps(dense)[0]
     layer = site.module(soft(dense, experts=1, slots=1, layers=(0,)))
-    x = torch.randn(2, 3, 4, site.dim)
-    dispatch = layer.router(x.flatten(1, 2)).dispatch
-    slot = (dispatch * x.flatten(1, 2)).sum(1)
-    expected = site.module(dense)(slot)[:, None, None].expand_as(x)
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    x = torch.randn(2, 12, site.dim)
+    slot = layer.router(x).dispatch.mT @ x
+    torch.testing.assert_close(
+        layer(x), site.module(dense)(slot).expand_as(x), atol=1e-5, rtol=1e-4
+    )
+    (several,) = site.module(soft(dense, layers=(0,))).groups
+    assert (several.fc1_weight == site.module(dense).fc1.weight).all()
 
 
-def test_upcycled_experts_are_alike_and_fresh_ones_differ():
-    dense = toy_vit()
-    (alike,) = soft(dense, layers=(2,)).blocks[2].mlp.groups
-    assert (alike.fc1_weight == dense.blocks[2].mlp.fc1.weight).all()
-    assert (alike.fc2_bias == dense.blocks[2].mlp.fc2.bias).all()
-    (fresh,) = soft(dense, layers=(2,), initialisation="fresh").blocks[2].mlp.groups
+def test_fresh_experts_differ():
+    (fresh,) = soft(toy_vit(), layers=(2,), initialisation="fresh").blocks[2].mlp.groups
     for weight in (fresh.fc1_weight, fresh.fc2_weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert not torch.equal(weight[0], weight[1])

@@ -31,11 +31,9 @@ def own(tmp_path_factory):
 def run(own):
     """The folder of its run, not to be changed; ``numbers.json`` and ``told.txt`` lie beside."""
     class_names._tell_once.cache_clear()
-    command = extraction(
-        own, "--recipe", "best", "--macs-reduction", 0.3, "--attention", "low_rank"
-    )
+    options = ["--recipe", "best", "--macs-reduction", 0.3, "--attention", "low_rank"]
     with (own / "told.txt").open("w") as told, redirect_stdout(told):
-        assert run_cli(*command, "--out", own / "run") == 0
+        assert run_cli(*extraction(own, *options, "--out", own / "run")) == 0
     command = ["evaluate", own / "run", "--images", own / "evaluation"]
     assert run_cli(*command, "--json", own / "numbers.json") == 0
     return own / "run"

@@ -1,7 +1,5 @@
 """What ``--help`` says is true: its examples can be typed, its defaults are in force."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shlex

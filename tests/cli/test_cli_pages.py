@@ -1,19 +1,14 @@
 """Commands that write pages: the report and the atlas."""
 
-from __future__ import annotations
-
 import pytest
 
 from moee_analysis import cli
-from moee_analysis.extraction.pipeline import extract
-from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import load_model
 from moee_analysis.report import atlas as atlas_package
 from moee_analysis.report.runner import run_notebooks
 from moee_analysis.utils import web_browser
-from tests.cli.test_cli import refused, run_cli, scenes
-from tests.helpers.images import toy_images
-from tests.helpers.runs import quick
+from tests.cli.calls import refused, run_cli
+from tests.helpers.models import SMALL_VIT, same_models
 
 
 @pytest.fixture
@@ -37,21 +32,14 @@ def asked(opened, monkeypatch):
     return calls
 
 
-@pytest.fixture(scope="module")
-def run(bundled, tmp_path_factory):
-    """The bundled model with one layer taken apart, on disk."""
-    folder = tmp_path_factory.mktemp("pages") / "run"
-    extract(bundled, toy_images(24), quick(layers=(10,))).save(folder)
-    return folder
-
-
-def test_an_atlas_is_written_of_some_images_with_the_dense_model(run, asked, opened, tmp_path):
+def test_an_atlas_is_written_of_some_images_with_the_dense_model(own, run, asked, opened, tmp_path):
     out = tmp_path / "atlas.html"
-    command = ["atlas", run, "--images", scenes(tmp_path / "scenes"), "--out", out]
-    assert run_cli(*command, "--limit", 20) == 0
+    command = ["atlas", run, "--images", own / "evaluation", "--out", out, "--limit", 3]
+    assert run_cli(*command) == 0
     [(_, images, dense)] = asked
-    assert len(images) == len(set(images.folders)) == 20
-    assert fingerprint(dense) == fingerprint(load_model())
+    assert images.folders == ("ant", "yak", "zebra")
+    wanted = load_model(SMALL_VIT, weights=own / "tuned.pth", img_size=64, in_chans=1)
+    assert same_models(dense, wanted)
     assert opened == []
     assert run_cli(*command, "--open") == 0
     assert opened == [out]

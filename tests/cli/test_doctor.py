@@ -1,7 +1,5 @@
 """``moee doctor``: what it finds is so, and what is broken is named with what to do."""
 
-from __future__ import annotations
-
 import json
 import os
 

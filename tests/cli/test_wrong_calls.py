@@ -1,7 +1,5 @@
 """Wrong calls: every option of every command refuses bad values in one line, at once."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -59,128 +57,86 @@ NEEDED = {
 }  # fmt: skip
 
 
-class Place:
-    """A folder to call from, with one of each kind of thing, and commands that fail if they run."""
-
-    def __init__(self, folder, patch):
-        (folder / "file").write_text("a file")
-        (folder / "empty").mkdir()
-        (folder / "run").mkdir()
-        (folder / "run" / "run.json").write_text("{}")
-        (folder / "loop").symlink_to("loop")
-        os.mkfifo(folder / "pipe")
-        self.folder = folder
-        patch.chdir(folder)
-        for name, (options, _) in COMMANDS.items():
-            patch.setitem(COMMANDS, name, (options, pytest.fail))
-        parser = command_parser()  # once for all calls
-        patch.setattr(cli, "command_parser", lambda: parser)
-
-    def names(self):
-        return sorted(path.relative_to(self.folder) for path in self.folder.rglob("*"))
+OTHERS = {
+    ("--bogus",): "moee --help", ("bogus",): "", ("",): "", (LONG,): "", ("extrat",): "'extract'",
+    ("--bogus", "extract", "--out", "new"): "", ("extract",): "--out", ("extract", "--out"): "--out",
+    ("extract", "--out", "new", "--bogus"): "moee extract --help", ("evaluate",): "run",
+    ("extract", "--out", "new", "x"): "x", ("extract", "--out", "new", "--bo\ngus"): "--bo\\ngus",
+    ("evaluate", "run", "--limit", "3"): "--limit", ("finetune", "run"): "--out",
+    ("compare", "--systems"): "--systems", ("compare", "--macs-reduction", "0.2", "1.5"): "1.5",
+    ("doctor", "run"): "run", ("--version=2",): "--version",
+    ("extract", "--out", "new", "--limit", "-5"): "--limit",
+    ("finetune", "run", "--out", "new", "--limt", "3"): "did you mean --limit?",
+    ("finetune", "run", "--out", "new", "--limit", "-5"): "--limit: expected a whole number",
+}  # fmt: skip
+"""Calls that are wrong in another way, and some of the words they get."""
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        yield Place(tmp_path_factory.mktemp("calls"), patch)
+def fill(folder):
+    """One of each kind of thing."""
+    (folder / "file").write_text("a file")
+    (folder / "empty").mkdir()
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text("{}")
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
 
 
-def calls(command, name, *, takes_value):
+def calls(command, flag, about):
     """Calls that are right but for the value of one option."""
     needed = NEEDED.get(command, [])
-    if not takes_value:
-        return [[command, *needed, f"{name}={value}"] for value in ANYTHING]
-    values = WRONG[f"{command} {name}"] if f"{command} {name}" in WRONG else WRONG[name]
-    if name.startswith("--"):
-        return [[command, *needed, f"{name}={value}"] for value in values]
+    if about.get("action") == "store_true":
+        values = ANYTHING
+    else:
+        values = WRONG.get(f"{command} {flag}") or WRONG[flag]
+    assert len(values) >= 8
+    if flag.startswith("--"):
+        return [[command, *needed, f"{flag}={value}"] for value in values]
     return [[command, value, *needed[1:]] for value in values]
 
 
-OPTIONS = [
-    pytest.param(command, flag, about.get("action") != "store_true", id=f"{command} {flag}")
-    for command, (groups, _) in COMMANDS.items()
-    for options in groups.values()
-    for flag, about in options
-]
-OTHERS = [
-    ["--bogus"], ["bogus"], [""], [LONG], ["--bogus", "extract", "--out", "new"], ["extract"],
-    ["extract", "--out"], ["extract", "--out", "new", "--bogus"], ["extract", "--out", "new", "x"],
-    ["extract", "--out", "new", "--bo\ngus"], ["evaluate", "run", "--limit", "3"], ["evaluate"],
-    ["finetune", "run"], ["compare", "--systems"], ["compare", "--macs-reduction", "0.2", "1.5"],
-    ["doctor", "run"], ["--version=2"], ["extract", "--out", "new", "--limit", "-5"],
-]  # fmt: skip
-"""Calls that are wrong in another way."""
-
-
-def check(call):
+def check(call, words=""):
     """Fail unless a call ends with 2 and one line that says what to do."""
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
         cli.main(call)
     told = err.getvalue()
     assert stop.value.code == 2, call
-    assert out.getvalue() == ""
-    assert len(told.splitlines()) == 1, told
-    assert told.startswith("moee")
-    assert "What to do: " in told
-    assert told.endswith(".\n")
-
-
-@pytest.mark.parametrize(("command", "name", "takes_value"), OPTIONS)
-def test_a_bad_value_is_refused_in_one_line_and_nothing_is_written(
-    place, command, name, takes_value
-):
-    before = place.names()
-    wrong = calls(command, name, takes_value=takes_value)
-    assert len(wrong) >= 8
-    for call in wrong:
-        check(call)
-    assert place.names() == before
-
-
-@pytest.mark.parametrize("call", OTHERS, ids=lambda call: " ".join(call)[:40])
-def test_a_call_that_cannot_be_read_is_refused_in_one_line(place, call):
-    before = place.names()
-    check(call)
-    assert place.names() == before
-
-
-@pytest.mark.parametrize(
-    ("call", "told"),
-    [
-        (["finetune", "run", "--out", "new", "--limt", "3"], "did you mean --limit?"),
-        (["extract", "--out", "new", "--bogus"], "moee extract --help"),
-        (["--bogus"], "moee --help"),
-        (["extrat"], "'extract'"),
-        (["finetune", "run", "--out", "new", "--limit", "-5"], "--limit: expected a whole number"),
-    ],
-)
-def test_a_slip_is_told_with_what_may_have_been_meant(place, capsys, call, told):
-    with pytest.raises(SystemExit):
-        cli.main(call)
-    assert told in capsys.readouterr().err
-
-
-def test_it_takes_none_of_the_heavy_libraries(tmp_path):
-    """A wrong call does not wait for them: all of these calls together do not."""
-    code = "from tests.cli.test_wrong_calls import call_all; call_all()"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    subprocess.run(command, check=True, env=environment)
+    assert out.getvalue() == "", call
+    assert len(told.splitlines()) == 1, (call, told)
+    assert told.startswith("moee"), call
+    assert "What to do: " in told, (call, told)
+    assert told.endswith(".\n"), (call, told)
+    assert words in told, (call, told)
 
 
 def call_all():
-    with pytest.MonkeyPatch.context() as patch:
-        Place(Path(sys.argv[1]), patch)
-        for parameters in OPTIONS:
-            command, name, takes_value = parameters.values
-            for call in calls(command, name, takes_value=takes_value):
-                check(call)
-        for call in OTHERS:
+    """Make all of these calls; no command runs, nothing is written, no heavy library comes."""
+    fill(Path())
+    before, parser = sorted(Path().rglob("*")), command_parser()  # one for all
+    cli.command_parser = lambda: parser
+    options = [
+        (name, *option)
+        for name, (groups, _) in COMMANDS.items()
+        for group in groups.values()
+        for option in group
+    ]
+    for name, (groups, _) in COMMANDS.items():
+        COMMANDS[name] = groups, pytest.fail
+    for option in options:
+        for call in calls(*option):
             check(call)
+    for call, words in OTHERS.items():
+        check(list(call), words)
+    assert sorted(Path().rglob("*")) == before
     heavy = {"torch", "timm", "numpy", "pandas", "matplotlib", "sklearn", "PIL"}
     assert not heavy & sys.modules.keys()
+
+
+def test_wrong_calls_are_refused_in_one_line_write_nothing_and_load_no_heavy_library(tmp_path):
+    code = "from tests.cli.test_wrong_calls import call_all; call_all()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_a_wrong_call_in_a_shell_ends_with_2_and_one_line(tmp_path):

@@ -1,20 +1,12 @@
 """Pictures are upright, RGB in 8 bits, whatever they were stored as, or refused by name."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
 from moee_analysis.data.images import load_images
-from moee_analysis.data.pictures import (
-    LONGEST,
-    UnreadableError,
-    check_picture,
-    read_picture,
-    suffixes,
-)
+from moee_analysis.data.pictures import LONGEST, UnreadableError, check_picture, read_picture
 from moee_analysis.errors import MoeeError
 from tests.helpers.images import image_folder, picture
 from tests.helpers.models import toy_vit
@@ -32,75 +24,57 @@ def saved(path, values):
 def test_every_picture_becomes_rgb(tmp_path, mode):
     grey = picture(0, mode="L")
     grey = grey.convert("I").convert(mode) if mode == "I;16" else grey.convert(mode)
-    grey.save(tmp_path / "a.tif")
-    assert read_picture(tmp_path / "a.tif").mode == "RGB"
+    transparent = {"transparency": bytes(range(256))} if mode == "P" else {}
+    grey.save(tmp_path / "a.png" if mode == "P" else tmp_path / "a.tif", **transparent)
+    (path,) = tmp_path.iterdir()
+    assert read_picture(path).mode == "RGB"
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), 77])  # the last is broken
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path, orientation):
+@pytest.mark.parametrize("height", [40, 3])  # of a strip the middle of what is upright
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path, orientation, height):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = picture(1, size=48).resize((60, 40))
+    stored = picture(1, size=200).crop((0, 0, 200, height))
     for name in ("a.png", "a.tif", "a.webp"):
         stored.save(tmp_path / name, exif=exif, **({"lossless": True} if "webp" in name else {}))
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png")).convert("RGB")
-    for name in ("a.png", "a.tif", "a.webp"):
-        assert read_picture(tmp_path / name).tobytes() == upright.tobytes(), name
+    width, tall = (min(side, LONGEST * min(upright.size)) for side in upright.size)
+    left, top = (upright.width - width) // 2, (upright.height - tall) // 2
+    upright = upright.crop((left, top, left + width, top + tall))
+    for path in tmp_path.iterdir():
+        assert read_picture(path).tobytes() == upright.tobytes(), path
 
 
-@pytest.mark.parametrize(
-    ("name", "full", "kind"),
-    [
-        ("a.png", 65535, np.uint16), ("a.tif", 65535, np.uint16), ("a.tif", 65535, np.int32),
-        ("a.tif", 2**31 - 1, np.int32), ("a.tif", 1, np.float32), ("a.tif", 255, np.float32),
-        ("a.tif", 65535, np.float32), ("a.tif", 255, np.int32), ("a.png", 255, np.uint16),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "full", "kind"), [
+    ("a.png", 65535, np.uint16), ("a.tif", 65535, np.uint16), ("a.tif", 65535, np.int32),
+    ("a.tif", 2**31 - 1, np.int32), ("a.tif", 1, np.float32), ("a.tif", 255, np.float32),
+    ("a.tif", 65535, np.float32), ("a.tif", 255, np.int32), ("a.png", 255, np.uint16),
+    ("a.png", 0, np.uint16), ("a.tif", 0, np.int32), ("a.tif", 0, np.float32),
+    ("a.tif", 65535, ">u2"),
+])  # fmt: skip
 def test_deep_pictures_show_what_they_show_in_8_bits(tmp_path, name, full, kind):
-    seen = np.asarray(read_picture(saved(tmp_path / name, (full * RAMP).astype(kind))))
+    values = (full * RAMP).astype(kind)
+    if kind == ">u2":
+        Image.frombytes("I;16B", (64, 48), values.tobytes()).save(tmp_path / name)
+    else:
+        saved(tmp_path / name, values)
+    seen = np.asarray(read_picture(tmp_path / name))
     assert seen.shape == (48, 64, 3)
-    assert np.abs(seen.astype(int) - BYTES[:, :, None]).max() <= 1
+    assert np.abs(seen.astype(int) - BYTES[:, :, None] * (full > 0)).max() <= 1
 
 
-def test_a_big_endian_picture_is_read_too(tmp_path):
-    saved(tmp_path / "a.tif", (65535 * RAMP).astype(np.uint16))
-    big = Image.frombytes("I;16B", (64, 48), (65535 * RAMP).astype(">u2").tobytes())
-    big.save(tmp_path / "b.tif")
-    one, other = (read_picture(tmp_path / name).tobytes() for name in ("a.tif", "b.tif"))
-    assert one == other
-
-
-@pytest.mark.parametrize(
-    ("values", "why"),
-    [
-        (-RAMP.astype(np.float32), "below 0"),
-        (np.where(RAMP == 1, np.nan, RAMP).astype(np.float32), "not finite"),
-        (np.where(RAMP == 1, np.inf, RAMP).astype(np.float32), "not finite"),
-        ((1e6 * RAMP).astype(np.float32), "1e\\+06"),
-        ((70000 * RAMP).astype(np.int32), "7e\\+04"),
-        ((4095 * RAMP).astype(np.uint16), "4095"),
-        ((300 * RAMP).astype(np.uint16), "300"),
-        ((1.02 * RAMP).astype(np.float32), "1.02"),
-        ((1000 * RAMP).astype(np.float32), "1000"),
-    ],
-)
-def test_numbers_of_an_unknown_range_are_refused_by_name(tmp_path, values, why):
-    path = saved(tmp_path / "a.tif", values)
+@pytest.mark.parametrize(("values", "kind", "why"), [
+    (-RAMP, "f4", "below 0"), (np.where(RAMP == 1, np.nan, RAMP), "f4", "not finite"),
+    (np.where(RAMP == 1, np.inf, RAMP), "f4", "not finite"), (1e6 * RAMP, "f4", r"1e\+06"),
+    (70000 * RAMP, "i4", r"7e\+04"), (4095 * RAMP, "u2", "4095"), (300 * RAMP, "u2", "300"),
+    (1.02 * RAMP, "f4", "1.02"), (1000 * RAMP, "f4", "1000"),
+])  # fmt: skip
+def test_numbers_of_an_unknown_range_are_refused_by_name(tmp_path, values, kind, why):
+    path = saved(tmp_path / "a.tif", values.astype(kind))
     with pytest.raises(UnreadableError, match=why):
         read_picture(path)
     assert "in a range that is not known" in check_picture(path)
-
-
-def test_a_black_picture_is_black(tmp_path):
-    for name, kind in (("a.png", np.uint16), ("a.tif", np.int32), ("b.tif", np.float32)):
-        black = read_picture(saved(tmp_path / name, np.zeros((8, 8), kind)))
-        assert black.getextrema() == ((0, 0),) * 3
-
-
-def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):
-    image = picture(1).convert("P")
-    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
-    assert read_picture(tmp_path / "a.png").mode == "RGB"
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "gif", "avif", "webp", "tga", "JPEG", "jp2"])
@@ -108,8 +82,9 @@ def test_whatever_pillow_reads_is_read(tmp_path, suffix):
     folder = image_folder(tmp_path / "photos", {"ant": 1})
     kind = {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix)
     picture(2).save(folder / "ant" / f"b.{suffix}", format=kind)
-    assert len(load_images(folder)) == 2
-    assert {".heic", ".pdf"} & suffixes() <= {".heic"}
+    (folder / "ant" / "c.pdf").write_bytes(b"%PDF-1.4")
+    with pytest.warns(UserWarning, match=r"skipped 1 file.*no image \(\.pdf\): ant/c\.pdf"):
+        assert len(load_images(folder)) == 2
 
 
 @pytest.mark.parametrize("size", [(12000, 1), (1, 12000), (3, 9000)])
@@ -125,26 +100,14 @@ def test_of_a_strip_the_middle_is_seen(tmp_path, size):
     torch.testing.assert_close(batch[1].amax((1, 2)), batch[1].amin((1, 2)))
 
 
-def test_the_middle_of_a_turned_strip_is_that_of_the_upright_one(tmp_path):
-    values = np.arange(3 * 600, dtype=np.uint16).reshape(3, 600).astype(np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
-    whole = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
-    top = (600 - 3 * LONGEST) // 2
-    middle = whole.crop((0, top, 3, top + 3 * LONGEST)).convert("RGB")
-    assert read_picture(tmp_path / "a.png").tobytes() == middle.tobytes()
-
-
-@pytest.mark.parametrize("megapixels", [(95, "95 million"), (190, "178 million")])
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, megapixels):
-    count, told = megapixels
+@pytest.mark.parametrize(("megapixels", "words"), [(95, "95 million"), (190, "178 million")])
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, megapixels, words):
     folder = image_folder(tmp_path / "photos", {"ant": 1})
-    Image.new("1", (10000, 100 * count)).save(folder / "ant" / "bomb.png")
-    with pytest.warns(UserWarning, match=told):
+    Image.new("1", (10000, 100 * megapixels)).save(folder / "ant" / "bomb.png")
+    with pytest.warns(UserWarning, match=words):
         images = load_images(folder)
     assert images.skipped == ("ant/bomb.png",)
-    with pytest.raises(MoeeError, match=told):
+    with pytest.raises(MoeeError, match=words):
         load_images(folder, strict=True)
 
 

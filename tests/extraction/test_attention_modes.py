@@ -49,11 +49,13 @@ def with_gains(each, kind, c):
 
 
 @pytest.mark.parametrize("kind", ["scores", "values"])
-def test_modes_add_up_to_the_identity(measured, kind):
+def test_all_modes_are_the_dense_attention(measured, kind):
     for each in measured[1].values():
-        modes = getattr(each, kind)
+        modes, identity = getattr(each, kind), torch.eye(16).double().expand(2, -1, -1)
         whole = (modes.left * modes.strength[:, None]) @ modes.right.mT
-        assert torch.allclose(whole, torch.eye(16).double().expand_as(whole), atol=1e-6)
+        assert torch.allclose(whole, identity, atol=1e-6)
+        factors = modes.factors(np.ones((2, 16), dtype=bool))
+        assert torch.equal(factors.left @ factors.right.mT, identity)
 
 
 @pytest.mark.parametrize("kind", ["scores", "values"])
@@ -84,45 +86,27 @@ def test_gains_are_the_best_there_are():
 def test_the_last_mode_is_the_one_that_can_replace_the_others():
     t = torch.randn(500, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = t * torch.tensor([0.1, 3.0, 0.2, 1.0, 0.3])
-    modes = Modes(*[torch.eye(5).double()[None]] * 2, torch.ones(1, 5), (t.T @ t / 1000)[None])
-    costs = modes.costs()[0]
-    lost = {
-        pair: min(float(c @ modes.gram[0] @ c) for c in [_left(modes.gram[0], pair)])
-        for pair in combinations(range(5), 2)
-    }
+    gram, lost = t.T @ t / 1000, {}
+    for pair in map(list, combinations(range(5), 2)):
+        kept, rest = torch.zeros(5, dtype=torch.bool), torch.ones(5).double()
+        kept[pair] = True
+        rest[pair] -= gains(gram, kept)
+        lost[tuple(pair)] = float(rest @ gram @ rest)
+    costs = Modes(*[torch.eye(5).double()[None]] * 2, torch.ones(1, 5), gram[None]).costs()[0]
     assert set(np.argsort(costs)[-2:]) == set(min(lost, key=lost.get))
 
 
-def _left(gram, pair):
-    """(1 - c) of the best gains of a pair of modes."""
-    kept = torch.zeros(5, dtype=torch.bool)
-    kept[list(pair)] = True
-    c = torch.zeros(5).double()
-    c[kept] = gains(gram, kept)
-    return 1 - c
-
-
-def test_all_modes_are_exactly_the_dense_attention(measured):
-    _, found = measured
-    all_kept = np.ones((2, 16), dtype=bool)
-    factors = found["blocks.0.attn"].scores.factors(all_kept)
-    assert torch.equal(factors.left @ factors.right.mT, torch.eye(16).double().expand(2, -1, -1))
-
-
-@pytest.mark.parametrize("kind", ["scores", "values"])
-def test_modes_that_cost_little_move_the_prediction_little(measured, kind):
+@pytest.mark.parametrize(("kind", "other"), [("scores", "values"), ("values", "scores")])
+def test_modes_that_cost_little_move_the_prediction_little(measured, kind, other):
     model, found = measured
-    site = find_attentions(model)[0]
+    site, seen = find_attentions(model)[0], []
     each = found[site.name]
-    costs = getattr(each, kind).costs()
-    whole = getattr(each, kind).factors(np.ones((2, 16), dtype=bool))
-    other = "values" if kind == "scores" else "scores"
-    seen = []
-    rank = costs.argsort(axis=1).argsort(axis=1)
+    rank = getattr(each, kind).costs().argsort(axis=1).argsort(axis=1)
     for kept in (rank >= 8, rank < 8):
-        maps = {kind: getattr(each, kind).factors(kept), other: whole}
-        reduced = with_maps(model, site, Reduction(**maps, mean=each.mean))
-        seen.append(divergence(model, reduced))
+        masks = {kind: kept, other: np.ones((2, 16), dtype=bool)}
+        maps = {name: getattr(each, name).factors(mask) for name, mask in masks.items()}
+        reduction = Reduction(**maps, mean=each.mean)
+        seen.append(divergence(model, with_maps(model, site, reduction)))
     assert seen[0] < seen[1] / 3
 
 

@@ -50,24 +50,13 @@ def test_attention_of_what_is_read_changes_no_prediction():
     model = toy_vit()
     plans = planned(model, attention="read")
     assert [(p.site.name, p.queries, p.modes) for p in plans] == [("blocks.2.attn", 1, None)]
+    assert planned(toy_swin(), attention="read") == []
     run = extract(model, IMAGES, best(attention="read", macs_reduction=0.1))
     assert list(reduced_attentions(run.model)) == ["blocks.2.attn"]
     x = torch.randn(2, 3, 32, 32)
     reduced = run.model.blocks[2].attn
     tokens = model.blocks[2].norm1(model.forward_features(x))
     assert torch.allclose(reduced(tokens)[:, 0], model.blocks[2].attn(tokens)[:, 0], atol=1e-5)
-
-
-def test_a_model_without_plain_attention_is_left_dense_where_only_what_is_read_is_asked_for():
-    assert planned(toy_swin(), attention="read") == []
-
-
-def test_keeping_everything_is_the_dense_model():
-    model, x = toy_vit(), torch.randn(2, 3, 32, 32)
-    settings = {"recipe": "paper", "attention": "low_rank", "variance_kept": 1.0}
-    run = extract(model, IMAGES, quick(**settings))
-    assert len(reduced_attentions(run.model)) == 3
-    assert torch.allclose(run.model(x), model(x), atol=1e-4)
 
 
 # One budget
@@ -106,18 +95,13 @@ def test_attention_takes_what_neurons_need_not_save(model, store):
 # What comes after
 
 
-def test_a_saved_run_is_the_same_model(model, store, tmp_path):
+def test_a_saved_run_and_controls_keep_the_attention(model, store, tmp_path):
     run = extracted(model, store, macs_reduction=0.3, attention="low_rank")
     run.save(tmp_path / "run")
     again, x = load(tmp_path / "run"), torch.randn(2, 3, 160, 160)
     assert again.config.attention == "low_rank"
     assert torch.equal(again.model(x), run.model(x))
-
-
-def test_controls_keep_the_attention(model, store):
-    run = extracted(model, store, macs_reduction=0.3, attention="low_rank")
-    at_random = randomly_routed(run)
-    assert len(reduced_attentions(at_random)) == 6
+    assert len(reduced_attentions(randomly_routed(run))) == 6
     static = statically_pruned(run, IMAGES, store=store)
     assert static.config.attention == "low_rank"
     assert 0.3 <= savings(static, model)[0] < 0.3 + ONE_BLOCK

@@ -1,4 +1,4 @@
-import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +14,10 @@ from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import lively, toy_swin, toy_vit
-from tests.helpers.runs import best, quick
+from tests.helpers.runs import CLUSTERING, best, quick
 
 IMAGES = toy_images(8)
+NOTHING = {"clustering": replace(CLUSTERING, max_noise=0.001)}  # no layer has clusters
 CLOSE = 0.003  # of the dense model's
 VARIANCE = np.random.default_rng(0).gamma(0.5, size=(4, 30))
 SHARES = [0.05, 0.3, 0.5, 0.9, 0.99, 1.0]
@@ -37,15 +38,7 @@ def smallest_set(variance, p):
 def test_an_expert_keeps_the_fewest_neurons_that_hold_its_share_of_variance(p):
     kept = keep_share(VARIANCE, p)
     assert [np.flatnonzero(row).tolist() for row in kept] == [smallest_set(v, p) for v in VARIANCE]
-
-
-def test_no_smaller_set_would_do_and_a_larger_share_contains_the_smaller():
-    variance = VARIANCE[:1, :8]
-    size = keep_share(variance, 0.7).sum()
-    best = max(sum(c) for c in itertools.combinations(variance[0], size - 1))
-    assert best < 0.7 * variance.sum()
-    for small, large in itertools.pairwise(SHARES):
-        assert (keep_share(VARIANCE, small) <= keep_share(VARIANCE, large)).all()
+    assert (kept <= keep_share(VARIANCE, p + 0.03)).all()
 
 
 def test_the_ends_of_a_share():
@@ -72,13 +65,6 @@ def test_bisection_finds_the_largest_share_within_the_budget(reduction):
     assert share_for_macs(cost, dense=2 * cost(1.0), reduction=0.4) == 1.0
 
 
-def test_a_budget_below_one_neuron_each_is_refused_with_what_can_be_had():
-    most = 1 - cost(0.0) / cost(1.0)
-    with pytest.raises(MoeeError, match=f"at most {most:.1%}") as error:
-        share_for_macs(cost, dense=cost(1.0), reduction=0.95)
-    assert "95.0%" in error.value.expected
-
-
 # Budgets of whole runs
 
 
@@ -97,37 +83,30 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.mark.parametrize(
-    ("build", "reduction", "pieces"),
-    [
-        (toy_vit, 0.15, {}), (toy_vit, 0.3, {}), (toy_swin, 0.3, {}), (lively, 0.25, {}),
-        (toy_vit, 0.2, {"experts": "one"}), (toy_vit, 0.2, {"router": "cosine"}),
-        (toy_vit, 0.2, {"layers": (0, 2)}), (toy_vit, 0.2, {"settings": quick, "budget": "global"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("build", "reduction", "pieces"), [
+    (toy_vit, 0.15, {}), (toy_vit, 0.3, {}), (toy_swin, 0.3, {}), (lively, 0.25, {}),
+    (toy_vit, 0.2, {"experts": "one"}), (toy_vit, 0.2, {"router": "cosine"}),
+    (toy_vit, 0.2, {"layers": (0, 2)}), (toy_vit, 0.2, {"settings": quick, "budget": "global"}),
+])  # fmt: skip
 def test_one_budget_of_macs_is_met_whatever_the_other_pieces(store, build, reduction, pieces):
     run = extracted(store, build, macs_reduction=reduction, **pieces)
     assert run.variance_kept is None
     assert reduction - 1e-9 <= saved(run)["macs"] < reduction + CLOSE
 
 
-@pytest.mark.parametrize(
-    ("build", "pieces"),
-    [
-        (toy_vit, {}), (toy_swin, {}), (lively, {}), (toy_vit, {"refit": "none"}),
-        (toy_vit, {"refit": "shift"}),
-    ],
-)  # fmt: skip
-def test_one_budget_of_parameters_is_met(store, build, pieces):
-    run = extracted(store, build, params_reduction=0.2, **pieces)
+@pytest.mark.parametrize(("build", "refit"), [
+    (toy_vit, "none"), (toy_vit, "shift"), (toy_vit, "shared"), (toy_swin, "shared"),
+    (lively, "shared"),
+])  # fmt: skip
+def test_one_budget_of_parameters_is_met(store, build, refit):
+    run = extracted(store, build, params_reduction=0.2, refit=refit)
     one_neuron = 65 / count_parameters(run.dense())
     assert 0.2 <= saved(run)["params"] < 0.2 + max(CLOSE, one_neuron)
 
 
-@pytest.mark.parametrize(
-    ("build", "mac", "parameter"),
-    [(toy_vit, 0.3, 0.05), (toy_vit, 0.1, 0.25), (lively, 0.25, 0.15)],
-)
+@pytest.mark.parametrize(("build", "mac", "parameter"), [
+    (toy_vit, 0.3, 0.05), (toy_vit, 0.1, 0.25), (lively, 0.25, 0.15),
+])  # fmt: skip
 def test_two_budgets_are_met_at_once(store, build, mac, parameter):
     budgets = {"macs_reduction": mac, "params_reduction": parameter}
     found = saved(extracted(store, build, **budgets))
@@ -136,12 +115,15 @@ def test_two_budgets_are_met_at_once(store, build, mac, parameter):
     assert min(over) < CLOSE
 
 
-@pytest.mark.parametrize(
-    ("budget", "told"), [("macs_reduction", "MACs"), ("params_reduction", "parameters")]
-)
-def test_a_budget_that_cannot_be_met_is_refused(store, budget, told):
-    with pytest.raises(MoeeError, match=f"a budget of {told}.*too few"):
-        extracted(store, **{budget: 0.99})
+@pytest.mark.parametrize(("settings", "pieces", "words"), [
+    (best, {"macs_reduction": 0.99}, "a budget of MACs.*too few"),
+    (best, {"params_reduction": 0.99}, "a budget of parameters.*too few"),
+    (quick, {"macs_reduction": 0.99}, "a MACs reduction of 99.0%; found at most"),
+    (quick, {"macs_reduction": 0.1, **NOTHING}, r"reduction of 10.0%; found at most 0\.0%"),
+])  # fmt: skip
+def test_a_budget_that_cannot_be_met_is_refused_with_what_can(store, settings, pieces, words):
+    with pytest.raises(MoeeError, match=words):
+        extracted(store, settings=settings, **pieces)
 
 
 def test_a_layer_that_is_left_out_costs_what_it_did(store):
@@ -186,19 +168,3 @@ def test_a_share_leaves_constant_experts_empty(planned, budget):
     kept = planned[1](budget="share", **budget).neurons
     assert kept["blocks.2.mlp"].any(axis=1).tolist() == [True, False]
     assert all(mask.any(axis=1).all() for name, mask in kept.items() if "2" not in name)
-
-
-def test_layers_compete_for_one_budget_and_more_to_save_never_keeps_more(planned):
-    found, allocate = planned
-    kept = [allocate(macs_reduction=r).neurons for r in (0.12, 0.2, 0.3)]
-    counts = [sum(mask.sum() for mask in each.values()) for each in kept]
-    assert counts == sorted(counts, reverse=True)
-    for name, mask in kept[1].items():
-        for own, row in zip(mask, found[best][1][name], strict=True):
-            assert not own.any() or own.all() or row[own].min() >= row[~own].max()
-
-
-def test_parameters_alone_keep_a_neuron_for_all_experts_or_for_none(planned):
-    kept = planned[1](params_reduction=0.2, order="weighted").neurons
-    for mask in [kept["blocks.0.mlp"], kept["blocks.1.mlp"]]:
-        assert (mask == mask.any(axis=0)).all()

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 
-from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.lagrangian import Candidates, choose
 
 SHARES = [0.1, 0.4, 0.7, 0.95]
@@ -131,13 +130,6 @@ def test_a_larger_budget_never_costs_more(name):
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] == 0
     assert not any(mask.any() for mask in kept[0])
-
-
-@pytest.mark.parametrize(("name", "told"), [("macs", "MACs"), ("parameters", "parameters")])
-def test_a_budget_below_zero_is_refused_with_what_is_missing(name, told):
-    with pytest.raises(MoeeError, match=f"a budget of {told}.*fit into; found 1.23e") as error:
-        choose(WIDE, **{name: -12300.0})
-    assert "too few" in error.value.found
 
 
 def test_without_a_budget_all_that_is_worth_anything_is_kept():

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import moee_analysis as moee
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import pipeline
 from moee_analysis.extraction.pipeline import extract
+from moee_analysis.models.attention import reduced_attentions
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import find_mlps, fingerprint, load_model
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
-from moee_analysis.moe.routers import ConstantRouter, NearestRouter, TokenKindRouter
+from moee_analysis.moe.routers import ConstantRouter
 from tests.helpers.images import toy_images
 from tests.helpers.models import (
     SMALL_CONVNEXT,
@@ -28,11 +30,6 @@ from tests.helpers.models import (
 from tests.helpers.runs import CLUSTERING, best, quick
 
 IMAGES = toy_images(16)
-NOTHING = {"clustering": replace(CLUSTERING, max_noise=0.001)}  # no layer has clusters
-
-
-def convnext():
-    return lively(SMALL_CONVNEXT)
 
 
 def cost(run):
@@ -44,15 +41,28 @@ def cost(run):
 # The same as the dense model where nothing is left out
 
 
-@pytest.mark.parametrize("build", [toy_vit, toy_swin, convnext, load_model])
-def test_with_all_variance_kept_the_output_is_that_of_the_dense_model(build):
+EVERY_NEURON = {"budget": "share", "variance_kept": 1.0}
+HARDLY = {"macs_reduction": 1e-6}
+
+
+@pytest.mark.parametrize(("build", "config"), [
+    *((build, quick(variance_kept=1.0, layers=(0, 1)))
+      for build in (toy_vit, toy_swin, partial(lively, SMALL_CONVNEXT), load_model)),
+    (toy_vit, quick(variance_kept=1.0, attention="low_rank")),
+    (toy_vit, best(**EVERY_NEURON)), (toy_swin, best(**EVERY_NEURON)),
+    (toy_vit, best(**EVERY_NEURON, refit="shift")), (toy_vit, best(**HARDLY)),
+])  # fmt: skip
+def test_with_nothing_left_out_the_output_is_that_of_the_dense_model(build, config):
     model = build()
-    run = extract(model, IMAGES, quick(variance_kept=1.0, layers=(0, 1)))
+    run = extract(model, IMAGES, config)
     assert any(layer.experts > 1 for layer in run.layers)
+    if config == best(**HARDLY):
+        assert [set(layer.sizes) for layer in run.layers] == [{64}, {64}, {64, 0}]
+    assert len(reduced_attentions(run.model)) == (3 if config.attention == "low_rank" else 0)
     x = pixels_of(model, count=5)
     dense = model(x)
-    scale = max(1.0, float(dense.abs().max()))
-    torch.testing.assert_close(run.model(x), dense, rtol=0, atol=1e-5 * scale)
+    near = 1e-5 * max(1.0, float(dense.abs().max())) if config.recipe == "paper" else 1e-4
+    torch.testing.assert_close(run.model(x), dense, rtol=0 if near < 1e-4 else 1e-4, atol=near)
 
 
 # What each layer becomes
@@ -86,11 +96,11 @@ def test_the_report_tells_what_the_model_is_and_the_dense_one_is_not_changed():
 
 
 def test_where_no_clusters_are_found_the_model_stays_dense_and_says_why():
-    model = toy_vit()
-    run = extract(model, IMAGES, quick(**NOTHING))
+    model, x = toy_vit(), pixels_of(toy_vit())
+    run = extract(model, IMAGES, quick(clustering=replace(CLUSTERING, max_noise=0.001)))
     assert [layer.converted for layer in run.layers] == [False] * 3
     assert all("noise" in layer.reason for layer in run.layers)
-    assert torch.equal(run.model(pixels_of(model)), model(pixels_of(model)))
+    assert torch.equal(run.model(x), model(x))
 
 
 def test_a_dead_layer_stays_dense_and_the_others_do_not_mind():
@@ -120,19 +130,6 @@ def test_one_cluster_is_static_pruning_by_variance():
     assert all(told.experts == 1 and told.union_fraction < 1 for told in run.layers)
 
 
-def test_one_cluster_keeps_the_most_variable_neurons():
-    model = toy_vit(depth=1)
-    run = extract(model, IMAGES, quick(variance_kept=0.6, experts="one", tokens_per_image=16))
-    seen = []
-    model.blocks[0].mlp.act.register_forward_hook(lambda _, __, out: seen.append(out))
-    model(torch.cat(list(IMAGES.batches(model))))
-    variance = seen[0].flatten(0, 1).var(dim=0, correction=0)
-    kept = moe_layers(run.model)[0].kept
-    dropped = np.setdiff1d(np.arange(64), kept)
-    assert variance[kept].min() >= 0.99 * variance[dropped].max()  # half precision may swap two
-    assert variance[kept].sum() >= 0.599 * variance.sum()
-
-
 # A budget
 
 
@@ -140,37 +137,12 @@ def test_one_cluster_keeps_the_most_variable_neurons():
 def test_a_budget_is_met_with_the_largest_possible_experts(reduction):
     model = toy_vit()
     run = extract(model, IMAGES, quick(macs_reduction=reduction))
-    budget = (1 - reduction) * count(model).total
-    assert 0.97 * budget < cost(run) <= budget
     more = extract(model, IMAGES, quick(variance_kept=run.variance_kept + 1e-6))
-    assert cost(more) > budget
-
-
-@pytest.mark.parametrize(
-    ("reduction", "pieces", "most"), [(0.99, {}, "at most"), (0.1, NOTHING, r"at most 0\.0%")]
-)
-def test_a_budget_that_cannot_be_met_is_refused_with_what_can(reduction, pieces, most):
-    with pytest.raises(MoeeError, match=f"a MACs reduction of {reduction:.1%}; found {most}"):
-        extract(toy_vit(), IMAGES, quick(macs_reduction=reduction, **pieces))
+    saved = (1 - reduction) * count(model).total
+    assert 0.97 * saved < cost(run) <= saved < cost(more)
 
 
 # The recipe "best"
-
-
-WHOLE = {"budget": "share", "variance_kept": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("build", "budget"), [(toy_vit, WHOLE), (toy_swin, WHOLE), (toy_vit, {"macs_reduction": 1e-6})]
-)
-def test_the_best_recipe_with_nothing_to_save_is_the_dense_model(build, budget):
-    model = build()
-    run = extract(model, IMAGES, best(**budget))
-    assert all(layer.converted for layer in run.layers)
-    if budget is not WHOLE:
-        assert [set(layer.sizes) for layer in run.layers] == [{64}, {64}, {64, 0}]
-    x = pixels_of(model, count=5)
-    torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("build", [toy_vit, lively])
@@ -185,18 +157,6 @@ def test_patches_that_nothing_reads_get_a_constant_and_no_logit_changes(build):
     tokens = torch.randn(3, layer.router.tokens, layer.fc1.in_features)
     patches = layer(tokens)[:, 1:].flatten(0, 1)
     assert torch.equal(patches, patches[:1].expand_as(patches))
-
-
-def test_cls_has_an_expert_of_its_own_and_patches_the_nearest():
-    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.2))
-    for index, layer in moe_layers(run.model).items():
-        assert isinstance(layer.router, TokenKindRouter)
-        chosen = layer.router(torch.randn(2, 17, 32)).reshape(2, 17)
-        assert (chosen[:, 0] == 0).all()
-        assert (chosen[:, 1:] > 0).all()
-        assert float(layer.shares[0]) == pytest.approx(1 / 17)
-        kind = ConstantRouter if index == 2 else NearestRouter
-        assert isinstance(layer.router.inner, kind)
 
 
 def test_a_refit_comes_closer_to_the_dense_model_than_none_and_than_the_paper():

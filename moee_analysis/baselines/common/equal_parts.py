@@ -7,8 +7,6 @@ Clustering", 2001), balanced k-means of these, and swaps of two nodes for as lon
 cut (after Kernighan and Lin, 1970).
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Literal
 

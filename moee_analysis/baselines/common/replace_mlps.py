@@ -3,8 +3,6 @@
 Experts with weights of their own: many MLPs of one shape, computed as batched products.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

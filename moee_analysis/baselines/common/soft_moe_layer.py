@@ -4,8 +4,6 @@ Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308
 is that of its algorithms 1 and 2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,11 +74,11 @@ class SlotMlp(nn.Module):
         by_slot = mixing.combine.detach().double().sum(dim=(0, 1))
         return by_slot.unflatten(0, (self.n_experts, self.slots)).sum(dim=1)
 
-    def random_router(self, seed: int = 0) -> ShuffledMixing:
+    def random_router(self, seed: int = 0) -> "ShuffledMixing":
         """Return a router that gives every token the mixing of another one."""
         return ShuffledMixing(self.router, seed=seed)
 
-    def constant_router(self) -> EvenMixing:
+    def constant_router(self) -> "EvenMixing":
         """Return a router that mixes all tokens, and all slots, evenly."""
         return EvenMixing(self.n_experts * self.slots)
 

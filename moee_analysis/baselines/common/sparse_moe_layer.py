@@ -5,13 +5,11 @@ and the losses that balance it); Zhou et al., "Mixture-of-Experts with Expert Ch
 arXiv:2202.09368. Images are routed by themselves, whatever else is in the batch.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -108,7 +106,7 @@ class TopKRouter(nn.Module):
         chosen, ids = experts.flatten()[order], order // self.k
         return Routed(chosen, ids, weights.flatten()[order], logits, noisy)
 
-    def constant(self) -> TopKRouter:
+    def constant(self) -> Self:
         """Return a router like this one, with the first k experts for all tokens."""
         return _with_preference(self, partial(prefer_first, n_experts=self.gate.n_experts))
 
@@ -162,7 +160,7 @@ class ExpertChoiceRouter(nn.Module):
         experts = torch.arange(n_experts, device=x.device).repeat_interleave(images * taken)
         return Routed(experts, ids, weights, logits, noisy)
 
-    def constant(self) -> ExpertChoiceRouter:
+    def constant(self) -> Self:
         """Return a router like this one, with tokens for every expert by their places alone."""
         facts = {"n_experts": self.gate.n_experts, "capacity": self.capacity}
         return _with_preference(self, partial(deal_tokens, **facts))

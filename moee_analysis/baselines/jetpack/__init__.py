@@ -4,8 +4,6 @@ Source: Zhu et al., "MoE Jetpack: From Dense Checkpoints to Adaptive Mixture of 
 Tasks", NeurIPS 2024, and its released code.
 """
 
-from __future__ import annotations
-
 from moee_analysis.baselines.jetpack.config import JetpackConfig as JetpackConfig
 from moee_analysis.baselines.jetpack.convert import convert as convert
 from moee_analysis.baselines.jetpack.convert import narrowed as narrowed

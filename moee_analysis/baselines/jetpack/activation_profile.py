@@ -1,7 +1,5 @@
 """What activations say about channels, heads and hidden neurons: sums over all tokens of images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

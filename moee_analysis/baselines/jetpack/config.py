@@ -1,7 +1,5 @@
 """What decides a conversion by MoE Jetpack."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

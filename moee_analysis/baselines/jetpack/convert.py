@@ -4,8 +4,6 @@ A layer costs its experts, slot by slot, and three products of all tokens with a
 dispatch and combine. The paper leaves these out of its FLOPs; here they count.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ narrowed alike. Units are called by a place in the model: the channels of a stag
 ``blocks.3.mlp``).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

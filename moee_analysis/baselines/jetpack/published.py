@@ -5,8 +5,6 @@ figure, ``params`` millions and ``flops`` 10^9. Pretrained models come from Imag
 counted from 1, as in the paper.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Source: MoE Jetpack, section 3.2. Heads are kept whole, so that a narrower model
 the released code mixes their dimensions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

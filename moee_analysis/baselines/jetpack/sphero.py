@@ -3,8 +3,6 @@
 Source: MoE Jetpack, section 3.3, and its released code where the paper leaves something open.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Literal
 

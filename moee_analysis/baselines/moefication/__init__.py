@@ -6,8 +6,6 @@ here is also its port to vision transformers with GELU, "ViT-MoEfication", with 
 experts, and with the mean of what is left out. All neurons stay, so no parameters are saved.
 """
 
-from __future__ import annotations
-
 from moee_analysis.baselines.moefication.config import MoeficationConfig as MoeficationConfig
 from moee_analysis.baselines.moefication.convert import convert as convert
 from moee_analysis.baselines.moefication.convert import matching_active as matching_active

@@ -1,7 +1,5 @@
 """A dense model in, its MLPs as experts out, within a budget of MACs."""
 
-from __future__ import annotations
-
 import copy
 import math
 from contextlib import nullcontext

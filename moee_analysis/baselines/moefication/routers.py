@@ -1,7 +1,5 @@
 """The routers of MoEfication: the k experts of the highest score, known, guessed or learned."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass

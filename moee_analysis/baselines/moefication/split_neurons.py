@@ -1,7 +1,5 @@
 """The hidden neurons of an MLP dealt into experts of equal size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

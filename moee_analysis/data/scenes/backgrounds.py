@@ -1,7 +1,5 @@
 """What stands around an object: the place it is in, clutter behind it and occluders before it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from moee_analysis.data.scenes.canvas import Canvas, Colour, Draws, Pose, shaded

@@ -1,7 +1,5 @@
 """What the scenes are drawn with: seeded draws, a pose, and a canvas for picture and mask."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

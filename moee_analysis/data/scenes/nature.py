@@ -1,7 +1,5 @@
 """Drawers of animals, plants, rocks and buildings, each in a frame of about [-1, 1] x [-1, 1]."""
 
-from __future__ import annotations
-
 from moee_analysis.data.scenes.canvas import Canvas, Colour, Draws, shaded
 
 COATS: tuple[Colour, ...] = (

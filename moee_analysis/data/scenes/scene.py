@@ -6,8 +6,6 @@ only the usual place and the usual paint lean towards the class, as they do in p
 a scene shows objects of two classes, the larger one, in front, gives the label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

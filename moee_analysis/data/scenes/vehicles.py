@@ -1,7 +1,5 @@
 """Drawers of everything that drives, flies or sails, each in a frame of about [-1, 1] x [-1, 1]."""
 
-from __future__ import annotations
-
 from moee_analysis.data.scenes.canvas import Canvas, Colour, Draws, Point, shaded
 
 GLASS: tuple[Colour, ...] = ((60, 75, 95), (150, 185, 205), (35, 40, 50))

@@ -4,8 +4,6 @@ MoEE (CVPR 2025), phase 1: HDBSCAN on the activations of every layer on its own;
 no clusters are found stays dense.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress

@@ -3,12 +3,11 @@
 Which expert every token of a layer goes to, and which one it counts for.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ class Partition:
         place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         return np.where(self.rows[place] == rows, self.labels[place], NOISE)
 
-    def select(self, alive: np.ndarray) -> Partition:
+    def select(self, alive: np.ndarray) -> Self:
         """Leave only the experts that are ``alive``, bool (experts,)."""
         if alive.all() or self.centres is None:
             return self
@@ -231,7 +230,7 @@ class Assignment:
             found.append(experts)
         return found[0], found[1]
 
-    def alive(self, routed: np.ndarray) -> Assignment:
+    def alive(self, routed: np.ndarray) -> Self:
         """Leave out the experts of the partition that no token is routed to, of (experts,)."""
         return replace(self, partition=self.partition.select(routed[self.leading :] > 0))
 

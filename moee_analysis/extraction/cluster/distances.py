@@ -1,9 +1,8 @@
 """Squared distances among points: all bounded by matrix products, the few that matter exact."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ class Distances:
     unit: float
 
     @classmethod
-    def of(cls, points: torch.Tensor, dtype: torch.dtype = torch.float32) -> Distances:
+    def of(cls, points: torch.Tensor, dtype: torch.dtype = torch.float32) -> Self:
         """Prepare bounds in the precision ``dtype``."""
         count, dim = points.shape
         centre, scale = _frame(points)

@@ -6,8 +6,6 @@ it; McInnes, Healy and Astels (2017) for the library.
 The minimum spanning tree of mutual reachability, on which HDBSCAN rests: exact, canonical.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

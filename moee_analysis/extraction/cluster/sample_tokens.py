@@ -1,7 +1,5 @@
 """The tokens of a layer that are clustered, sampled from all that are routed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 

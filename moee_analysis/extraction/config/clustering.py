@@ -1,9 +1,7 @@
 """How the tokens of a layer are clustered."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from moee_analysis.utils.checks import not_none, one_of, real_number, share, whole_number
 
@@ -55,7 +53,7 @@ class ClusterConfig:
         whole_number("min_samples", self.min_samples)
         whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
 
-    def for_width(self, hidden: int) -> ClusterConfig:
+    def for_width(self, hidden: int) -> Self:
         """Fill in ``count`` and ``components``, if None, for a layer of ``hidden`` neurons.
 
         A cluster for every 12 neurons, so that routers and shifts stay small beside the weights,

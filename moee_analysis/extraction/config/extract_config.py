@@ -1,11 +1,9 @@
 """What decides an extraction: recipe, budget, preset, clustering and seed."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config.clustering import ClusterConfig
@@ -120,7 +118,7 @@ class ExtractConfig:
         pieces = ("coherence", "metric", "budget")
         return [self._piece(name) for name in pieces] == ["measured", "fisher", "global"]
 
-    def resolved(self) -> ExtractConfig:
+    def resolved(self) -> Self:
         """Return the same configuration with all that preset and recipe decide filled in.
 
         ``tokens_per_image`` stays None, which means all tokens, where the recipe needs more of
@@ -135,7 +133,7 @@ class ExtractConfig:
         return replace(self, **pieces, **sizes, **self._budgets())
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> ExtractConfig:
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON."""
         kept = _without(REMOVED, content)
         if kept["refit"] == "each":

@@ -1,7 +1,5 @@
 """The one dial of compute: everything that costs time derives from a preset unless given."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from moee_analysis.utils.checks import one_of

@@ -3,8 +3,6 @@
 Every piece can be switched on or off alone, in any recipe.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 

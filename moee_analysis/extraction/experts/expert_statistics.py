@@ -1,9 +1,8 @@
 """Counts, means, variances and metrics of the tokens of each expert."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ class ExpertStatistics:
         """Share of the tokens that goes to each expert, (experts,)."""
         return self.routed / self.routed.sum()
 
-    def of(self, chosen: np.ndarray) -> ExpertStatistics:
+    def of(self, chosen: np.ndarray) -> Self:
         """Those of the ``chosen`` experts, bool (experts,)."""
         if chosen.all():
             return self  # metrics stay on the disk

@@ -1,7 +1,5 @@
 """The experts of a layer, before any neuron is dropped."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

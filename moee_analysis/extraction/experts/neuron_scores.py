@@ -1,7 +1,5 @@
 """What a hidden neuron is worth to an expert: one score for every neuron of every expert."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np

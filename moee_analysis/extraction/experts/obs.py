@@ -7,8 +7,6 @@ weights of the others, and each gets as its score what its removal cost.
 Covariances of the hidden activations of every expert, some experts at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Of the N_e tokens that an expert e gets, hidden activations have mean mu_e and c
 kept neurons are the diagonal D_e of zeros and ones.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@ Whatever an extraction knows of its tokens is a sum over them, or a few of them 
 file alone knows of several processes and of kills; no step does.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

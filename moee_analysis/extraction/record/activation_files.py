@@ -3,8 +3,6 @@
 Checksums tell how many images are whole on the disk, so that a killed recording goes on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

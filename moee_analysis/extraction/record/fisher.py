@@ -9,8 +9,6 @@ arXiv:2311.00636).
 How far a change of an MLP's output moves the prediction: gradients of random probes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

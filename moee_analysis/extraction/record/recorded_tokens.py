@@ -1,13 +1,12 @@
 """Sampled tokens of MLPs: which are kept of every image, and what is known of each."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -104,7 +103,7 @@ class LayerSample:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def part(self, rows: slice) -> LayerSample:
+    def part(self, rows: slice) -> Self:
         """Some consecutive rows of the sample, none of them copied."""
         own = {name: v[rows] for name, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **own, start=self.start + rows.start)

@@ -1,7 +1,5 @@
 """Making a recording: the model runs over images once, and sampled tokens go to disk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial

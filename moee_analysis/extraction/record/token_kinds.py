@@ -1,7 +1,5 @@
 """Tokens are not all alike: what the leading ones are, and whose outputs nothing reads."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

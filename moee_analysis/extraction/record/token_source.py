@@ -5,8 +5,6 @@ once and read again by every pass; where it has not, every pass runs the model a
 number of images will do. The tokens are the same, whichever it is.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

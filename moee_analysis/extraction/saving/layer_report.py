@@ -1,9 +1,7 @@
 """What became of one MLP layer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 REMOVED = ("thin", "dense_tokens")
 """Fields of earlier versions, which say nothing of how a run is loaded."""
@@ -31,7 +29,7 @@ class LayerReport:
     sizes: tuple[int, ...] = ()
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> LayerReport:
+    def from_json(cls, content: dict[str, Any]) -> Self:
         """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
         known = {name: value for name, value in content.items() if name not in REMOVED}
         return cls(**known | {"sizes": tuple(known["sizes"])})

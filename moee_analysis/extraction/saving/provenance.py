@@ -1,7 +1,5 @@
 """The origin of a run, and whether a dense model is the one that it was made from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

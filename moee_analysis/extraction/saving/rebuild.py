@@ -5,8 +5,6 @@ gives the same network is seen by its answers; one that was changed by hand in w
 says is rebuilt only around the dense network itself.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

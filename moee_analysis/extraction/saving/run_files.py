@@ -4,8 +4,6 @@ The JSON carries a checksum of itself and of the tensors, so that a file that wa
 edited by hand or put together from two runs is refused instead of loading as a wrong model.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 No other fields are taken, but among the arguments of a network and in the record of its origin.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping

@@ -4,8 +4,6 @@ Checksums reveal files that were damaged. What is refused here is what no extrac
 of neurons that are no experts, shares that are none, tensors of another network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What each piece of a recipe is worth, and what each quantity in it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How well models classify, with intervals, and how close they stay to the dense model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack

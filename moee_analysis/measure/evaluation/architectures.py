@@ -1,7 +1,5 @@
 """Several architectures side by side: what their layers fall apart into, and what they keep."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All systems that need no training, side by side, at the same MACs and on the same images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace

@@ -1,7 +1,5 @@
 """The rows of a comparison as a tidy table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Scores are those of ``accuracy.score_images``: all models see the same decoded images once.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

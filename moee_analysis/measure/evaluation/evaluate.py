@@ -1,7 +1,5 @@
 """One run against its dense model, as plain numbers for a file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """How long models take: always in turn with each other, as ratios in one run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import cycle

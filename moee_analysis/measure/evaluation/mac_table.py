@@ -3,8 +3,6 @@
 MACs that are spent on outputs that nothing reads, of any model: dense, routed or pruned.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

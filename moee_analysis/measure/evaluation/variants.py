@@ -1,7 +1,5 @@
 """Extractions side by side: several configurations, all on the same images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from pathlib import Path

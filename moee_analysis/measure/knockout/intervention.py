@@ -3,11 +3,10 @@
 Many knock-outs of the same images run only what each of them can change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -131,7 +130,7 @@ class Plan:
         *,
         controls: int,
         seed: int,
-    ) -> Plan:
+    ) -> Self:
         """Take mean outputs over ``calibration``; ``seed`` and a rule's key seed its controls."""
         constants = mean_outputs(model, calibration, layers=list(rules))
         followed = {

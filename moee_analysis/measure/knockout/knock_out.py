@@ -1,7 +1,5 @@
 """What an expert does, causally: what a model gets wrong once the expert's tokens are lost."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
 """Which parts of a scene are no longer seen once an expert is knocked out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -116,7 +115,7 @@ class Place:
     order: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     @classmethod
-    def of(cls, model: nn.Module) -> Place:
+    def of(cls, model: nn.Module) -> Self:
         """Find the last block, and how its tokens lie in the image."""
         bare = cls(model, list(all_mlps(model))[-1])
         with evaluating(model):
@@ -157,7 +156,7 @@ class PartProbe:
     probe: RidgeClassifier
 
     @classmethod
-    def trained(cls, place: Place, images: ImageSet, batch_size: int | None) -> PartProbe:
+    def trained(cls, place: Place, images: ImageSet, batch_size: int | None) -> Self:
         """Train on ``images``; every part weighs the same."""
         batches = batches_of(place.model, images, batch_size, label="tokens for the probe")
         with evaluating(place.model):

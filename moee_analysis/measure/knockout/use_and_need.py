@@ -1,7 +1,5 @@
 """Whether the experts that a class uses most are those that it needs most."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata

@@ -4,10 +4,9 @@ The tokens of one image depend on each other: shuffling tokens makes a null dist
 twenty to forty times too narrow. Everything here permutes or redraws whole images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,7 +34,7 @@ class Groups:
     sizes: np.ndarray
 
     @classmethod
-    def of(cls, labels: np.ndarray) -> Groups:
+    def of(cls, labels: np.ndarray) -> Self:
         """Group images by their ``labels``, (images,)."""
         classes, starts, sizes = np.unique(np.sort(labels), return_index=True, return_counts=True)
         return cls(classes, np.argsort(labels, kind="stable"), starts, sizes)

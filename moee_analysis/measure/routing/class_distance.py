@@ -1,7 +1,5 @@
 """How differently two classes are routed, and whether classes that are alike are routed alike."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which experts the images of a class use, and how far that is from what all images use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

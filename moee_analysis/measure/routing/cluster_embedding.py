@@ -1,7 +1,5 @@
 """The steps of an extraction as tables: where the tokens lie, which clusters they form."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

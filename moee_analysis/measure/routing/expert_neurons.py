@@ -1,7 +1,5 @@
 """What the experts are made of: how many hidden neurons each keeps, and which they share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache

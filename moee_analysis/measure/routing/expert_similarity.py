@@ -1,7 +1,5 @@
 """How alike the mean inputs of experts are (the paper's Figure 5), raw and centred."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How evenly the experts are used: routing shares, and what sums them up."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy.special import entr

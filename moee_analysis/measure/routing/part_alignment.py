@@ -1,7 +1,5 @@
 """Whether experts stand for parts of the scene: expert of a patch against the part it shows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """Which model, batches, layers and classes a measure is asked about."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a router costs beside the best one possible, token by token, with the same experts."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Which expert every token of a set of images goes to: the one record all routing measures read."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Tables of layers and of pairs, and the order of rows in a heat map."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the experts of a routed model stand for on some images: mean inputs, typical patches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

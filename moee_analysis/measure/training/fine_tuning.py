@@ -1,7 +1,5 @@
 """What light fine-tuning gives back, with as many seeds as wanted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ All intervals are of one bootstrap, of images and of seeds at once. Of n seeds n
 which gives the mean of few seeds its whole variance; models are compared on the same draws.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What groups of experts on slots add to the tokens, such as core and universal experts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,10 +1,9 @@
 """Models that differ in how they start, trained by one recipe with several seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -45,7 +44,7 @@ class Trainings:
         """Names of the starts."""
         return list(self.sizes["start"])
 
-    def of(self, names: Iterable[str]) -> Trainings:
+    def of(self, names: Iterable[str]) -> Self:
         """Those of some starts, in the order of ``names``."""
         names = list(names)
         return replace(

@@ -1,7 +1,5 @@
 """Which strategy computes a layer fastest, found by measuring once, and why."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ Each takes tokens (n, dim) and the experts chosen for them, int64 (n, k), and gi
   not wait to know how many tokens each one gets; for GPUs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 

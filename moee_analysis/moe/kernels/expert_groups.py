@@ -5,8 +5,6 @@ compute every stored neuron for every token, in one large product. Groups of exp
 all neurons of the group for each of its tokens, then zeros for those that the token's expert lacks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import chain
 

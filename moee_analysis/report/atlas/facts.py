@@ -3,8 +3,6 @@
 The images of the atlas, and the expert of each of their patches, as text that a page carries.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The page of the atlas: facts, style and script in one file that fetches nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from dataclasses import replace

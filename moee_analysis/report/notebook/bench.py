@@ -1,7 +1,5 @@
 """The workbench of a notebook: its model and images, and the place of its findings."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import time

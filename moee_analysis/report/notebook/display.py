@@ -1,7 +1,5 @@
 """How a notebook shows its findings: the same in JupyterLab and in a report."""
 
-from __future__ import annotations
-
 import base64
 import struct
 from typing import Any

@@ -1,7 +1,5 @@
 """Which images a notebook calibrates with and which it looks at: never the same ones."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The parameters every notebook takes, checked before anything is computed."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The findings of a notebook, in files that other programs can read."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -1,7 +1,5 @@
 """A notebook as HTML that stands alone: nothing runs or is fetched, and everybody can read it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

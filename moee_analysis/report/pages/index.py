@@ -1,7 +1,5 @@
 """The index of a report: one card per notebook, and the facts of the run."""
 
-from __future__ import annotations
-
 import io
 import json
 from datetime import UTC, datetime

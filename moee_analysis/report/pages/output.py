@@ -3,8 +3,6 @@
 The time is in proportion to the text, also for millions of characters on one line.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

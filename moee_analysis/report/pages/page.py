@@ -1,7 +1,5 @@
 """The page of one notebook: its story, figures and tables; code and solutions out of sight."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

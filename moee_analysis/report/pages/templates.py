@@ -1,7 +1,5 @@
 """HTML pages from the templates beside them: escaped, and fetching nothing."""
 
-from __future__ import annotations
-
 import base64
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """Strict parameters for notebooks: papermill itself lets a typo pass with a log line."""
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Mapping

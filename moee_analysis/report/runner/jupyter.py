@@ -1,7 +1,5 @@
 """Jupyter on this interpreter, whatever else is installed on the machine."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 How far a report is: code cells done, of its notebooks and in all, and the time left.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -5,8 +5,6 @@ report's own process nbclient would take its handlers of signals; and nobody wou
 of a report that was killed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ A folder is sealed by a file that lists its files with their hashes; a file of t
 checksum of its own content.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

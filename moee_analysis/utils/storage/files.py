@@ -1,7 +1,5 @@
 """Files that are read whole or refused, and that appear complete or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

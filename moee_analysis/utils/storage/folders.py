@@ -1,7 +1,5 @@
 """Temporary folders: each becomes the one it is named for, or vanishes, also after a kill."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile

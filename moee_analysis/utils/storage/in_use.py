@@ -3,8 +3,6 @@
 A process holds a lock, which others may share, on the checksums of the folders that it used last.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Iterator

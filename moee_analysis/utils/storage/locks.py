@@ -3,8 +3,6 @@
 One that nobody holds was left by a process that was killed, and goes with the next of its name.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

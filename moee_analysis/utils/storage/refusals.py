@@ -1,7 +1,5 @@
 """Errors of a disk in one line: the place, its free room and the room it would take."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -4,8 +4,6 @@ Every folder carries checksums of its files. A damaged one is named, set aside, 
 Folders that processes use are marked, so that they are not removed under their hands.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

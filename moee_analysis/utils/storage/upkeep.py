@@ -1,7 +1,5 @@
 """Contents of a store, by run and by size, and removing the folders not used for longest."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

@@ -127,14 +127,3 @@ def test_noise_is_added_in_training_only():
     logs = torch.stack([soft(x).dispatch.log() for _ in range(2000)])
     spread = (logs[:, :, 0] - logs[:, :, 1]).var(dim=0)  # of the difference of two tokens' noise
     assert spread.mean().item() == pytest.approx(2 * 0.5**2, abs=0.03)
-
-
-def test_the_scale_goes_from_even_mixing_to_the_nearest_slot():
-    soft, x = router(), tokens()
-    nn.init.constant_(soft.scale, 1e4)
-    combine, logits = soft(x).combine, soft.logits(x)
-    torch.testing.assert_close(combine.max(dim=2).values, torch.ones(IMAGES, TOKENS).double())
-    assert torch.equal(combine.argmax(dim=2), logits.argmax(dim=2))
-    nn.init.zeros_(soft.scale)
-    for mixing, parts in zip(soft(x), (TOKENS, 6), strict=True):
-        torch.testing.assert_close(mixing, torch.full((IMAGES, TOKENS, 6), 1 / parts).double())

@@ -24,37 +24,26 @@ def test_slots_are_mixtures_of_all_tokens_and_tokens_of_all_slots(combine, low):
     assert (combined >= 0).all()
 
 
-def test_logits_are_cosines_of_normed_queries_each_for_itself():
-    router = SpheroRouter(16, 3, slots=2).requires_grad_(requires_grad=False)
+def test_logits_are_cosines_of_normed_queries_each_for_itself_by_two_temperatures():
+    router = SpheroRouter(16, 3, slots=2, temperature=0.5).requires_grad_(requires_grad=False)
     router.query_norm.weight.uniform_(0.5, 2)
-    found, x = router.logits(tokens()), tokens()
-    for image, token, expert, slot in ((0, 0, 0, 0), (1, 4, 1, 1), (1, 8, 2, 0)):
-        query = router.query_norm(router.queries[expert, slot])
-        cosine = functional.cosine_similarity(x[image, token], query, dim=0)
-        torch.testing.assert_close(found[image, token, 2 * expert + slot], cosine)
-
-
-def test_keys_that_are_not_normalised_make_long_tokens_loud():
-    loud, plain = (SpheroRouter(16, 3, normalize_key=normed) for normed in (False, True))
-    x = tokens()
+    x, queries = tokens(), router.query_norm(router.queries).flatten(0, 1)
+    found = router.logits(x)
+    cosines = functional.cosine_similarity(x[:, :, None], queries, dim=-1)
+    torch.testing.assert_close(found, cosines)
+    torch.testing.assert_close(router.logits(2 * x), found)
+    router.dispatch_temperature.fill_(0.1)
+    dispatch, combine = router.eval()(x)
+    torch.testing.assert_close(dispatch, (10 * found).softmax(dim=1))
+    torch.testing.assert_close(combine, (2 * found).softmax(dim=2))
+    loud = SpheroRouter(16, 3, normalize_key=False)  # long tokens are
     torch.testing.assert_close(loud.logits(2 * x), 2 * loud.logits(x))
-    torch.testing.assert_close(plain.logits(2 * x), plain.logits(x))
 
 
 def centred(logits):
     """What softmaxes over tokens and over slots both leave of the logits."""
     centred = logits - logits.mean(dim=1, keepdim=True)
     return centred - centred.mean(dim=2, keepdim=True)
-
-
-def test_both_temperatures_work_for_themselves():
-    router = SpheroRouter(16, 4, temperature=0.5)
-    x = tokens()
-    logits = router.logits(x)
-    router.dispatch_temperature.data.fill_(0.1)
-    dispatch, combine = router.eval()(x)
-    torch.testing.assert_close(dispatch, (10 * logits).softmax(dim=1))
-    torch.testing.assert_close(combine, (2 * logits).softmax(dim=2))
 
 
 @pytest.mark.parametrize(("experts", "slots"), [(5, 2), (40, 1)])

@@ -1,40 +1,24 @@
 """The bundled data set: what a user may rely on."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np
 import pytest
 
 from moee_analysis.data.scenes import scene as scenes
-from moee_analysis.data.scenes.canvas import Canvas, Draws, Pose
+from moee_analysis.data.scenes.canvas import Canvas, Pose
 from moee_analysis.data.scenes.scene import CLASSES, FAMILIES, PARTS
 from moee_analysis.errors import MoeeError
 
 SIGNATURES = {
-    "goldfish": {"body", "fin", "tail", "eye"},
-    "pug": {"fur", "ear", "eye", "muzzle"},
-    "cat": {"fur", "ear", "eye", "muzzle"},
-    "owl": {"body", "eye", "wing"},
-    "plane": {"body", "wing", "tail"},
-    "helicopter": {"body", "rotor", "tail", "window"},
-    "cliff": {"rock"},
-    "volcano": {"rock", "lava"},
-    "fire_engine": {"cab", "wheel", "body", "ladder"},
-    "garbage_truck": {"cab", "wheel", "hopper"},
-    "pickup": {"cab", "wheel", "body", "bed"},
-    "tow_truck": {"cab", "wheel", "bed", "boom"},
-    "school_bus": {"body", "window", "wheel"},
-    "sailboat": {"hull", "cloth"},
-    "house": {"wall", "roof", "window"},
-    "lighthouse": {"wall", "roof", "lamp"},
-    "windmill": {"wall", "roof", "rotor"},
-    "tent": {"cloth"},
-    "palm": {"trunk", "foliage"},
-    "mushroom": {"stem", "cap"},
-}
-TRUCKS = [name for name, family in FAMILIES.items() if family == "truck"]
+    "goldfish": "body fin tail eye", "pug": "fur ear eye muzzle", "cat": "fur ear eye muzzle",
+    "owl": "body eye wing", "plane": "body wing tail", "helicopter": "body rotor tail window",
+    "cliff": "rock", "volcano": "rock lava", "fire_engine": "cab wheel body ladder",
+    "garbage_truck": "cab wheel hopper", "pickup": "cab wheel body bed",
+    "tow_truck": "cab wheel bed boom", "school_bus": "body window wheel", "sailboat": "hull cloth",
+    "house": "wall roof window", "lighthouse": "wall roof lamp", "windmill": "wall roof rotor",
+    "tent": "cloth", "palm": "trunk foliage", "mushroom": "stem cap",
+}  # fmt: skip
 SAMPLE = 30
 
 
@@ -47,12 +31,13 @@ def parts_seen(name: str) -> dict[str, float]:
 
 
 def test_a_scene_is_a_function_of_seed_and_index():
-    forwards = [scenes.render(3, index) for index in range(6)]
-    backwards = [scenes.render(3, index) for index in reversed(range(6))][::-1]
+    forwards = [scenes.render(3, index) for index in range(4)]
+    backwards = [scenes.render(3, index) for index in reversed(range(4))][::-1]
     for one, other in zip(forwards, backwards, strict=True):
         assert one.image.tobytes() == other.image.tobytes()
         assert one.parts.tobytes() == other.parts.tobytes()
     assert (scenes.render(4, 0).image != forwards[0].image).any()
+    assert len(set(scenes.SPLIT_SEEDS.values())) == len(scenes.SPLIT_SEEDS)
 
 
 def test_scenes_are_pictures_with_part_masks():
@@ -64,13 +49,6 @@ def test_scenes_are_pictures_with_part_masks():
     assert drawn.label == 7
 
 
-def test_classes_cover_what_the_notebooks_name():
-    assert {"goldfish", "pug", "plane", "cliff"} <= set(CLASSES)
-    assert {"fire_engine", "garbage_truck", "pickup", "tow_truck"} == set(TRUCKS)
-    assert len(CLASSES) >= 16
-    assert set(SIGNATURES) == set(CLASSES)
-
-
 def test_any_run_of_scenes_is_balanced():
     labels = [scenes.render(5, index).label for index in range(13, 13 + 2 * len(CLASSES))]
     assert set(np.bincount(labels)) == {2}
@@ -79,28 +57,16 @@ def test_any_run_of_scenes_is_balanced():
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_class_shows_its_signature_parts(name):
     seen = parts_seen(name)
-    missing = {part: seen[part] for part in SIGNATURES[name] if seen[part] < 0.8}
-    assert not missing
+    assert not {part: seen[part] for part in SIGNATURES[name].split() if seen[part] < 0.8}
 
 
 def test_trucks_share_cab_and_wheels_and_differ_in_fittings():
+    trucks = [parts_seen(name) for name, family in FAMILIES.items() if family == "truck"]
+    assert len(trucks) == 4
     fittings = ["body", "ladder", "hopper", "bed", "boom"]
-    usual = {
-        name: frozenset(part for part in fittings if parts_seen(name)[part] > 0.8)
-        for name in TRUCKS
-    }
-    assert len(set(usual.values())) == len(TRUCKS)
-    assert all(parts_seen(name)[part] > 0.8 for name in TRUCKS for part in ("cab", "wheel"))
-
-
-def test_splits_share_no_picture():
-    pictures = [
-        scenes.scene(split, index).image.tobytes()
-        for split in scenes.SPLIT_SEEDS
-        for index in range(60)
-    ]
-    assert len(set(pictures)) == len(pictures)
-    assert len(set(scenes.SPLIT_SEEDS.values())) == len(scenes.SPLIT_SEEDS)
+    usual = {frozenset(part for part in fittings if seen[part] > 0.8) for seen in trucks}
+    assert len(usual) == len(trucks)
+    assert all(seen[part] > 0.8 for seen in trucks for part in ("cab", "wheel"))
 
 
 @pytest.mark.parametrize(("split", "index"), [("test", 0), ("evaluation", 2000), ("train", -1)])
@@ -118,19 +84,3 @@ def test_mask_and_picture_are_painted_together():
     marked = canvas.parts() != 0
     assert (painted != marked).mean() < 0.02
     assert marked.mean() > 0.05
-
-
-def test_a_canvas_forgets_the_pose_when_drawing_fails():
-    canvas = Canvas()
-    with pytest.raises(KeyError), canvas.posed(Pose(0.5, 0.5, 0.1)):
-        canvas.box("no such part", (1, 2, 3), -1, -1, 1, 1)
-    canvas.box("rock", (1, 2, 3), 0, 0, 1, 1)
-    assert (canvas.parts() == PARTS.index("rock")).all()
-
-
-def test_draws_stay_in_their_ranges():
-    draws = Draws(np.random.default_rng(0))
-    numbers = [draws.integer(2, 4) for _ in range(300)]
-    assert set(numbers) == {2, 3, 4}
-    assert all(-1 <= draws.uniform(-1, 2) < 2 for _ in range(300))
-    assert all(0 <= c <= 255 for _ in range(100) for c in draws.near((250, 5, 128), 60))

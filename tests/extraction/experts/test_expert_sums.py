@@ -17,7 +17,7 @@ from moee_analysis.extraction.experts.obs import (
     expert_covariances,
 )
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, shared_readout
-from moee_analysis.extraction.record import recorded_tokens
+from moee_analysis.extraction.record import fisher, recorded_tokens
 from moee_analysis.extraction.record.fisher import DAMPING, PRIOR
 from moee_analysis.extraction.record.token_source import Limits
 from tests.helpers.layers import (
@@ -51,6 +51,7 @@ def layer():
         image=image,
         position=position,
     )
+    sample.norms[:] = rng.gamma(1.0, size=(ROWS, 2))
     return layer_of(sample)
 
 
@@ -124,10 +125,12 @@ def test_statistics_equal_those_of_tokens_repeated_by_their_weight(
     assert all(v.dtype == np.float64 for v in vars(found).values() if v is not None)
 
 
-def test_metrics_are_those_of_the_expert_s_tokens_and_of_their_kind(layer):
-    accumulator = statistics_sum(layer, gradients=True, prefix=(0,))
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_metrics_are_those_of_the_expert_s_tokens_and_of_their_kind(layer, monkeypatch, chunk):
+    monkeypatch.setattr(fisher, "CHUNK", chunk)
+    accumulator = statistics_sum(layer, gradients=True, prefix=(0,), experts=EXPERTS + 1)
     sample, (_, members) = layer.sample, accumulator.assignment.of(layer)
-    own, kinds = np.zeros((EXPERTS + 1, DIM, DIM)), np.zeros((2, DIM, DIM))
+    own, kinds = np.zeros((EXPERTS + 2, DIM, DIM)), np.zeros((2, DIM, DIM))
     for row in range(ROWS):
         for g in sample.gradients([row])[:, 0].astype(float):
             product = sample.weight[row] * np.outer(g, g) / 2
@@ -136,6 +139,7 @@ def test_metrics_are_those_of_the_expert_s_tokens_and_of_their_kind(layer):
                 own[members[row]] += product
     found = computed(accumulator, layer)
     assert found.metrics.dtype == np.float32
+    assert found.weight[-1] == 0  # then the metric is that of its kind
     for expert, metric in enumerate(found.metrics):
         kind = int(expert > 0)
         prior = kinds[kind] / sample.weight[(sample.position > 0) == kind].sum()
@@ -163,17 +167,9 @@ def test_a_constant_neuron_never_has_negative_variance(layer):
     assert (found.variance[:, 0] < 1e-6).all()
 
 
-def test_some_experts_can_be_taken_out(layer):
-    found = computed(statistics_sum(layer, gradients=True), layer)
-    some = found.of(np.array([True, False, True]))
-    for name, values in vars(some).items():
-        np.testing.assert_array_equal(values, getattr(found, name)[[0, 2]])
-    np.testing.assert_allclose(some.shares.sum(), 1)
-
-
-def two_layers(layer, root, **given):
+def two_layers(layer, root):
     other = replace(layer, site=replace(layer.site, name="other", index=1))
-    return Made([layer, other], root, CUTS, **given)
+    return Made([layer, other], root, CUTS)
 
 
 ASSIGNED = {
@@ -201,41 +197,13 @@ def test_all_layers_are_gathered_in_one_pass_and_found_again(layer, tmp_path, gr
     assert len(made.reads) == 1
 
 
-def test_what_decides_the_statistics_decides_where_they_are_kept(layer, tmp_path):
-    made = two_layers(layer, tmp_path)
-    for key, gradients, assignments in [
-        ("made", False, {"mlp": ASSIGNED["mlp"]}), ("others", False, {"mlp": ASSIGNED["mlp"]}),
-        ("made", True, {"mlp": ASSIGNED["mlp"]}), ("made", False, {"other": ASSIGNED["mlp"]}),
-        ("made", False, {"mlp": assigned(MEMBERS[::-1], dim=DIM)}),
-    ]:  # fmt: skip
-        made.key = key
-        expert_statistics(made, assignments, gradients=gradients)
-    assert len(list(tmp_path.iterdir())) == 5
-
-
 # Covariances
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 90])
-@pytest.mark.parametrize("experts", [range(3), range(1, 3), range(1)])
-def test_products_equal_a_slow_loop(layer, monkeypatch, chunk, experts):
-    monkeypatch.setattr(moments, "CHUNK", chunk)
-    accumulator = covariance_sum(layer, experts=experts)
-    sums = sums_of(accumulator, layer)
-    for place, expert in enumerate(experts):
-        total = np.zeros((HIDDEN, HIDDEN))
-        for row in np.flatnonzero(expert == MEMBERS):
-            apart = layer.sample.hidden[row].astype("f8") - accumulator.means[expert]
-            total += layer.sample.weight[row] * np.outer(apart, apart)
-        np.testing.assert_allclose(sums["products"][place], total, rtol=1e-5, atol=1e-4)
-        assert sums["weight"][place] == layer.sample.weight[expert == MEMBERS].sum()
 
 
 def experts_of(layer, assignment):
     statistics = computed(StatisticsAccumulator(layer.site, assignment, gradients=False), layer)
-    return LayerExperts(
-        layer.site, 6, assignment.prefix, partition=assignment.partition, statistics=statistics
-    )
+    given = {"partition": assignment.partition, "statistics": statistics}
+    return LayerExperts(layer.site, 6, assignment.prefix, **given)
 
 
 def covariances(made, *experts):
@@ -246,7 +214,10 @@ def covariances(made, *experts):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("far", [0, 3000])  # a large common mean costs no precision
-def test_covariances_count_every_token_as_often_as_it_stands_for(layer, tmp_path, prefix, far):
+def test_covariances_count_every_token_as_often_as_it_stands_for(
+    layer, tmp_path, monkeypatch, prefix, far
+):
+    monkeypatch.setattr(moments, "CHUNK", 7)
     plain = layer.sample
     layer = layer_of(replace(plain, hidden=plain.hidden.astype("f4") + far))
     assignment = assigned(MEMBERS, dim=DIM, prefix=prefix)
@@ -272,9 +243,8 @@ def test_experts_come_in_as_many_passes_as_memory_asks_for(layer, tmp_path, held
 
 def test_layers_come_one_after_the_other(layer, tmp_path):
     made = two_layers(layer, tmp_path)
-    both = [experts_of(each, ASSIGNED[each.site.name]) for each in made.layers]
-    order, _ = covariances(made, *both)
-    assert order == [("mlp", e) for e in range(3)] + [("other", e) for e in range(3)]
+    order, _ = covariances(made, *(experts_of(e, ASSIGNED[e.site.name]) for e in made.layers))
+    assert order == [(name, expert) for name in ("mlp", "other") for expert in range(3)]
     assert len(made.reads) == 1
 
 

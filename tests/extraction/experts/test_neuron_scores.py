@@ -107,10 +107,3 @@ def test_scores_are_finite_exact_numbers_of_every_expert(scored, order, metric, 
     assert found.dtype == np.float64
     assert np.isfinite(found).all()
     assert bool(found[1].max() < 1e-30) is (tokens < 2 and order != "magnitude")
-
-
-def test_nothing_to_score_is_no_pass(tmp_path):
-    made = Made([layer_of(drawn())], tmp_path)
-    for order in ORDERS:
-        assert score_neurons(made, [], order=order, metric="outputs") == {}
-    assert made.reads == []

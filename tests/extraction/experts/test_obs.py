@@ -49,38 +49,16 @@ def one_by_one(activations, readout, *, ridge):
     return gone, torch.tensor(errors, dtype=torch.float64)
 
 
-RISING = [0, 1, 2, 3]  # seeds for which every removal costs more than the last
-FALLING = [10, 14, 17, 19]  # and for which a refit makes a later one cheaper
-
-
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 0.1])
-@pytest.mark.parametrize("seed", RISING[:2] + FALLING)
+@pytest.mark.parametrize("seed", [0, 1, 10, 14, 17, 19])
 def test_costs_are_those_of_trying_every_neuron_at_every_step(seed, ridge):
     activations, readout = drawn(seed)
     gone, errors = one_by_one(activations, readout, ridge=ridge)
     raised = errors.diff(prepend=errors.new_zeros(1))
+    if seed >= 10 and ridge == 1e-3:  # a refit makes a later removal cheaper than the last
+        assert (raised.diff() < 0).any()
     costs = elimination_costs(covariance_of(activations), readout, ridge=ridge, block=ALONE)
     torch.testing.assert_close(costs[gone], raised.cummax(dim=0).values, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("seed", RISING)
-def test_the_error_without_some_neurons_is_the_sum_of_their_costs(seed):
-    activations, readout = drawn(seed)
-    costs = elimination_costs(covariance_of(activations), readout, block=ALONE)
-    order = costs.argsort().tolist()
-    for gone in range(1, HIDDEN + 1):
-        error = refitted_error(activations, readout, order[gone:], ridge=1e-3)
-        assert costs[order[:gone]].sum() == pytest.approx(error, rel=1e-6)
-
-
-@pytest.mark.parametrize("seed", FALLING)
-def test_costs_never_fall_in_the_order_of_removal(seed):
-    activations, readout = drawn(seed)
-    gone, errors = one_by_one(activations, readout, ridge=1e-3)
-    assert (errors.diff().diff() < 0).any()
-    costs = elimination_costs(covariance_of(activations), readout, block=ALONE)
-    assert (costs[gone].diff() > -1e-9).all()
-    assert (costs[gone].cumsum(dim=0) > errors - 1e-9).all()
 
 
 @pytest.mark.parametrize("hidden", [1, 24, 60])
@@ -96,13 +74,11 @@ def test_removing_everything_costs_all_that_varies(hidden):
 @pytest.mark.parametrize("seed", range(4))
 def test_two_at_a_time_are_nearly_as_good_as_one_at_a_time(seed):
     activations, readout = drawn(seed, hidden=48, tokens=200)
+    given = covariance_of(activations), readout
+    orders = [elimination_costs(*given, **o).argsort().tolist() for o in ({"block": ALONE}, {})]
     for gone in (12, 24, 36):
         slow, fast = (
-            refitted_error(activations, readout, costs.argsort()[gone:].tolist(), ridge=1e-3)
-            for costs in (
-                elimination_costs(covariance_of(activations), readout, block=ALONE),
-                elimination_costs(covariance_of(activations), readout),
-            )
+            refitted_error(activations, readout, order[gone:], ridge=1e-3) for order in orders
         )
         assert fast <= 1.2 * slow
 
@@ -150,11 +126,3 @@ def test_the_order_of_the_neurons_makes_no_difference(block):
     permuted = covariance_of(activations[:, order])
     again = elimination_costs(permuted, readout[:, order], block=block)
     torch.testing.assert_close(again, costs[order])
-
-
-def test_a_rotation_of_the_outputs_makes_no_difference():
-    activations, readout = drawn(5)
-    rotation, _ = torch.linalg.qr(drawn(6)[1][:, :OUTPUTS])
-    costs = elimination_costs(covariance_of(activations), readout)
-    again = elimination_costs(covariance_of(activations), rotation @ readout)
-    torch.testing.assert_close(again, costs)

@@ -1,6 +1,5 @@
 """Images and weights that change under a run, folders that cannot be written to."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,33 +10,21 @@ from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record import recording
 from moee_analysis.extraction.record.token_source import Limits
 from moee_analysis.extraction.run import load
+from tests.helpers.images import image_folder
 from tests.helpers.models import toy_vit
 from tests.helpers.runs import best
 
-IMAGES = 8
 KEPT = [Limits(), Limits(disk=0)]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Photographs of noise in two class folders."""
-    rng = np.random.default_rng(0)
-    for number in range(IMAGES):
-        path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "images"
+    return image_folder(tmp_path / "images", {"class0": 4, "class1": 4})
 
 
 def run(folder, store, *, model=None, limits=None):
-    images = load_images(folder)
-    return extract(
-        model or toy_vit(),
-        images,
-        best(macs_reduction=0.05, layers=(0, 2), cluster_tokens=100),
-        store=store,
-        limits=limits,
-    )
+    config = best(macs_reduction=0.05, layers=(0, 2), cluster_tokens=100)
+    return extract(model or toy_vit(), load_images(folder), config, store=store, limits=limits)
 
 
 def files(store):
@@ -56,36 +43,29 @@ def changing(monkeypatch, change):
     monkeypatch.setattr(recording, "_seen", seen)
 
 
-@pytest.mark.parametrize("limits", KEPT)
-def test_an_image_that_changes_during_a_run_is_told(folder, tmp_path, monkeypatch, limits):
-    run(folder, tmp_path / "store", model=toy_vit(seed=1))
-    before = files(tmp_path / "store")
-    last = sorted(folder.rglob("*.png"))[-1]
-    changing(monkeypatch, lambda: Image.new("RGB", (40, 40)).save(last))
-    with pytest.raises(MoeeError, match="changed meanwhile"):
-        run(folder, tmp_path / "store", limits=limits)
-    after = files(tmp_path / "store")
-    assert all(after[path] == content for path, content in before.items())
-    assert not list((tmp_path / "store").glob("run-*-*"))
-    run(folder, tmp_path / "store", limits=limits)
+def last_of(folder):
+    return sorted(folder.rglob("*.png"))[-1]
 
 
 @pytest.mark.parametrize("limits", KEPT)
-def test_weights_that_change_during_a_run_are_told(folder, tmp_path, monkeypatch, limits):
-    model = toy_vit()
-    changing(monkeypatch, lambda: model.head.bias.data.add_(1))
-    with pytest.raises(MoeeError, match="changed meanwhile"):
-        run(folder, tmp_path / "store", model=model, limits=limits)
-
-
-@pytest.mark.parametrize("limits", KEPT)
-def test_an_image_that_vanishes_is_named(folder, tmp_path, monkeypatch, limits):
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda folder, _: Image.new("RGB", (40, 40)).save(last_of(folder)), "changed meanwhile"),
+    (lambda _, model: model.head.bias.data.add_(1), "changed meanwhile"),
+    (lambda folder, _: last_of(folder).unlink(), r"3\.png"),
+])  # fmt: skip
+def test_what_changes_during_a_run_is_told(folder, monkeypatch, limits, change, words):
     monkeypatch.setattr(recording, "BATCH", 2)
-    last = sorted(folder.rglob("*.png"))[-1]
-    changing(monkeypatch, last.unlink)
-    with pytest.raises(MoeeError, match=last.name):
-        run(folder, tmp_path / "store", limits=limits)
-    assert not list((tmp_path / "store").glob("activations-*"))
+    store, model = folder.parent / "store", toy_vit()
+    run(folder, store, model=toy_vit(seed=1))
+    before = files(store)
+    changing(monkeypatch, lambda: change(folder, model))
+    with pytest.raises(MoeeError, match=words):
+        run(folder, store, model=model, limits=limits)
+    after = files(store)
+    assert all(after[path] == content for path, content in before.items())
+    assert not list(store.glob("run-*-*"))
+    assert len(list(store.glob("activations-*"))) == 1
+    run(folder, store, limits=limits)
 
 
 def test_changed_images_make_another_run_and_leave_the_old_one(folder, tmp_path):

@@ -1,18 +1,9 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from timm.layers import Mlp
 
-from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record import fisher as fishers
 from moee_analysis.extraction.record.fisher import (
-    DAMPING,
-    PRIOR,
-    damped,
-    expert_metrics,
-    importance,
     input_root,
     output_gradients,
     products,
@@ -22,97 +13,13 @@ from moee_analysis.models.loading import find_mlps
 from tests.helpers.layers import sample_of
 from tests.helpers.models import pixels_of, toy_vit
 
-PROBES, ROWS, DIM, HIDDEN = 3, 30, 5, 8
+DIM, HIDDEN = 5, 8
 MANY = 48  # probes, images and draws that make a mean exact enough
 
 
-@pytest.fixture
-def drawn():
-    rng = np.random.default_rng(0)
-    gradients = rng.normal(size=(PROBES, ROWS, DIM)).astype("f2")
-    norms = rng.gamma(1.0, size=(PROBES, ROWS)).astype("f4")
-    weight = rng.integers(1, 4, size=ROWS).astype("f4")
-    inputs = np.zeros((ROWS, DIM), "f2")
-    sample = sample_of(inputs=inputs, gradients=gradients, weight=weight)
-    return replace(sample, norms=norms.T.copy())
-
-
-def outer_products(sample, rows):
-    """Sum over tokens of their weight times g g^T, mean over probes, one after the other."""
-    total = np.zeros((DIM, DIM))
-    for row in rows:
-        for g in sample.gradients([row])[:, 0].astype("f8"):
-            total += sample.weight[row] * np.outer(g, g) / PROBES
-    return total
-
-
-def some_metric(seed=0):
-    half = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def some_metric():
+    half = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return half @ half.T
-
-
-# Products, and metrics from their sums
-
-
-@pytest.mark.parametrize("rows", [np.arange(ROWS), np.array([0, 3, 4, 17]), np.array([], int)])
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_products_of_gradients_are_summed_as_often_as_a_token_counts(
-    drawn, monkeypatch, rows, chunk
-):
-    monkeypatch.setattr(fishers, "CHUNK", chunk)
-    expected = outer_products(drawn, rows)
-    found = products(drawn, rows)
-    assert found.dtype == torch.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-EXPERTS = 4
-
-
-def some_sums():
-    """Four experts, the last without tokens; the first serves another kind than the others."""
-    draw = torch.Generator().manual_seed(0)
-    halves = torch.randn(EXPERTS + 2, DIM, DIM, generator=draw, dtype=torch.float64)
-    squares = halves @ halves.mT
-    weight = torch.tensor([40.0, 1.0, 7000.0, 0.0], dtype=torch.float64)
-    fisher = weight[:, None, None] * squares[:EXPERTS]
-    of_kinds = torch.tensor([40.0, 9000.0], dtype=torch.float64)
-    kinds = of_kinds[:, None, None] * squares[EXPERTS:]
-    return {"fisher": fisher, "kinds": kinds, "weight": weight, "of_kinds": of_kinds}
-
-
-KINDS = np.array([0, 1, 1, 1])
-
-
-def test_a_prior_counts_as_so_many_tokens_more():
-    sums = some_sums()
-    found = expert_metrics(sums, KINDS)
-    for expert, kind in enumerate(KINDS):
-        own, weight = sums["fisher"][expert].numpy(), float(sums["weight"][expert])
-        prior = sums["kinds"][kind].numpy() / float(sums["of_kinds"][kind])
-        Q = (own + PRIOR * prior) / (weight + PRIOR)
-        expected = (Q + DAMPING * np.trace(Q) / DIM * np.eye(DIM)) / 2
-        np.testing.assert_allclose(found[expert], expected, rtol=1e-10)
-
-
-def test_without_tokens_the_metric_is_the_prior_and_without_any_of_the_kind_nothing():
-    sums = some_sums()
-    prior = sums["kinds"][1] / sums["of_kinds"][1]
-    torch.testing.assert_close(expert_metrics(sums, KINDS)[3], damped(prior) / 2)
-    nothing = {name: torch.zeros_like(values) for name, values in sums.items()}
-    assert not expert_metrics(nothing, KINDS).any()
-
-
-def test_a_sample_without_gradients_is_refused():
-    with pytest.raises(MoeeError, match="gradients"):
-        products(sample_of(np.zeros((3, 4), "f2")), np.arange(3))
-
-
-def test_damping_raises_every_eigenvalue_by_a_share_of_their_mean():
-    metrics = torch.stack([some_metric(seed) for seed in range(6)]).reshape(2, 3, DIM, DIM)
-    for before, after in zip(metrics.flatten(0, 1), damped(metrics).flatten(0, 1), strict=True):
-        values, raised = torch.linalg.eigvalsh(before), torch.linalg.eigvalsh(after)
-        torch.testing.assert_close(raised, values + DAMPING * values.mean())
 
 
 def test_a_root_squared_is_the_metric_also_of_a_singular_one():
@@ -122,12 +29,6 @@ def test_a_root_squared_is_the_metric_also_of_a_singular_one():
     flat = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     torch.testing.assert_close(root(flat), flat.sqrt())
     torch.testing.assert_close(root(flat - 1e-12 * torch.eye(4)), flat.sqrt())
-
-
-def test_importance_is_the_squared_length_of_each_column():
-    readout = torch.randn(DIM, HIDDEN, dtype=torch.float64)
-    columns = [float(w @ some_metric() @ w) for w in readout.T]
-    np.testing.assert_allclose(importance(readout, some_metric()), columns, rtol=1e-10)
 
 
 def test_distances_after_the_input_root_are_those_that_hidden_neurons_pass_on():

@@ -8,8 +8,8 @@ from moee_analysis.extraction.record.recorded_tokens import RecordedLayer, Token
 from moee_analysis.extraction.record.recording import record
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.images import toy_images
-from tests.helpers.layers import PLANTED, sample_of
-from tests.helpers.models import hooks_of, pixels_of, toy_swin, toy_vit
+from tests.helpers.layers import PLANTED
+from tests.helpers.models import pixels_of, toy_swin, toy_vit
 
 # One forward pass
 
@@ -36,15 +36,6 @@ def test_a_grid_of_tokens_is_flattened_row_by_row():
         model(pixels_of(model))
     assert captured[site.name]["inputs"].shape == (4, 16, 32)
     torch.testing.assert_close(captured[site.name]["inputs"].flatten(), grids["seen"].flatten())
-
-
-def test_hooks_come_off_also_after_an_error():
-    model = toy_vit()
-    with pytest.raises(ValueError, match="unpack"), capture_mlps(model, find_mlps(model)):
-        model(torch.zeros(7))
-    with pytest.raises(AttributeError), capture_mlps(model, find_mlps(toy_vit(depth=4))):
-        pass
-    assert hooks_of(model) == 0
 
 
 # Which tokens
@@ -82,31 +73,6 @@ def test_layers_of_patches_alone_have_no_prefix_and_a_plan_of_their_own():
     assert plan.weights(16).tolist() == [16 / 5] * 5
     assert plan.weights(17).tolist() == [1] + [16 / 5] * 5
     assert plan.facts != TokenPlan(per_image=5, prefix=1).facts
-
-
-# A part of a sample
-
-
-def test_a_part_is_some_rows_of_everything_and_knows_where_it_starts():
-    rng = np.random.default_rng(0)
-    image, position = np.divmod(np.arange(20, dtype=np.int32), 4)
-    sample = sample_of(
-        rng.normal(size=(20, 8)), inputs=rng.normal(size=(20, 5)).astype("f2"),
-        weight=rng.random(20), gradients=rng.normal(size=(3, 20, 5)).astype("f2"),
-        image=image, position=position,
-    )  # fmt: skip
-    sample.norms[:] = rng.random(size=(20, 3))
-    part = sample.part(slice(6, 13))
-    assert (len(part), part.start, len(sample)) == (7, 6, 20)
-    for name in ("inputs", "hidden", "image", "position", "weight"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(sample, name)[6:13])
-        assert np.shares_memory(getattr(part, name), getattr(sample, name))
-    np.testing.assert_array_equal(part.gradients(slice(None)), sample.gradients(slice(6, 13)))
-    again = part.part(slice(2, 4))
-    assert again.start == 8
-    np.testing.assert_array_equal(again.inputs, sample.inputs[8:10])
-    bare = sample_of(inputs=np.zeros((6, 4), "f2")).part(slice(2, 6))
-    assert bare.hidden is bare.directions is bare.norms is None
 
 
 # A layer with hidden activations in any case

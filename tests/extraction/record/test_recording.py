@@ -1,6 +1,5 @@
 """Making a recording: what it holds, what decides it, what it refuses."""
 
-import json
 import shutil
 from collections import namedtuple
 
@@ -16,7 +15,6 @@ from moee_analysis.extraction.record.recorded_tokens import TokenPlan, capture_m
 from moee_analysis.extraction.record.recording import Recording, record
 from moee_analysis.extraction.record.token_kinds import token_plan
 from moee_analysis.models.loading import build_model, find_mlps
-from moee_analysis.utils.storage.checksums import SEAL
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_swin, toy_vit
 
@@ -100,16 +98,6 @@ def test_a_recording_is_found_again_by_all_that_decides_it(tmp_path, monkeypatch
     monkeypatch.setattr(recordings, "_record_into", lambda *_, **__: pytest.fail("again"))
     assert recorded(tmp_path).folder == first.folder
     assert recorded(tmp_path, kinds=("hidden", "inputs"), probes=7).folder == first.folder
-
-
-def test_a_folder_holds_the_files_of_all_sites_and_a_manifest(tmp_path):
-    found = recorded(tmp_path)
-    sites = [site.name for site in find_mlps(toy_vit())]
-    files = {f"{name}.{kind}.npy" for name in sites for kind in ("inputs", "hidden")}
-    others = {"tokens-17.npy", "manifest.json", SEAL}
-    assert {p.name for p in found.folder.iterdir()} == files | others
-    manifest = json.loads((found.folder / "manifest.json").read_text())
-    assert manifest["tokens"] == dict.fromkeys(sites, 17)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record import token_kinds
 from moee_analysis.extraction.record.token_kinds import prefix_kinds, unread_patches
+from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, pixels_of, toy_swin, toy_vit
 
@@ -111,18 +112,14 @@ def test_leading_tokens_of_an_unknown_kind_are_refused():
 
 def zeroed_at_patches(model, name, x):
     """Logits with the outputs at all patches of one MLP set to zero."""
-    prefix = len(prefix_kinds(model))
 
-    def zero(_module, _args, output):
+    def zero(_, output):
         tokens = output.reshape(len(x), -1, output.shape[-1]).clone()
-        tokens[:, prefix:] = 0
+        tokens[:, len(prefix_kinds(model)) :] = 0
         return tokens.reshape(output.shape)
 
-    hook = model.get_submodule(name).register_forward_hook(zero)
-    try:
+    with watch({0: model.get_submodule(name)}, zero, "outputs"):
         return model(x)
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("name", MODELS)
