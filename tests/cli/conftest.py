@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moee_analysis.models import class_names
-from tests.cli.calls import extraction, run_cli
+from tests.helpers.calls import extraction, run_cli
 from tests.helpers.images import image_folder
 from tests.helpers.models import lively
 

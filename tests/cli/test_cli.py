@@ -11,7 +11,7 @@ from moee_analysis import cli
 from moee_analysis.data import images as image_module
 from moee_analysis.models.macs import count
 from moee_analysis.report.runner import jupyter
-from tests.cli.calls import extraction, model_of, refused, run_cli
+from tests.helpers.calls import extraction, model_of, refused, run_cli
 from tests.helpers.images import image_folder
 from tests.helpers.models import SMALL_VIT, lively
 from tests.measure.evaluation.test_evaluate import FIELDS, LAYER_FIELDS

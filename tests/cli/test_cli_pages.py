@@ -7,7 +7,7 @@ from moee_analysis.models.loading import load_model
 from moee_analysis.report import atlas as atlas_package
 from moee_analysis.report.runner import run_notebooks
 from moee_analysis.utils import web_browser
-from tests.cli.calls import refused, run_cli
+from tests.helpers.calls import refused, run_cli
 from tests.helpers.models import SMALL_VIT, same_models
 
 
