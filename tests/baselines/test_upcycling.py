@@ -18,7 +18,7 @@ from moee_analysis.moe.expert_layer import expert_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import lively, pixels_of, same_models, toy_swin, toy_vit
 
-MODELS = {"vit": toy_vit, "swin": toy_swin, "convnext": lambda: lively("test_convnext")}
+MODELS = {"vit": toy_vit, "swin": toy_swin, "convnext": partial(lively, "test_convnext")}
 IMAGES = toy_images(6)
 
 
@@ -40,9 +40,6 @@ SYSTEMS = [soft, sparse, top_k]
 
 def all_layers(dense):
     return tuple(site.index for site in find_mlps(dense))
-
-
-# What all have in common
 
 
 @pytest.mark.parametrize("convert", SYSTEMS)
@@ -89,40 +86,29 @@ def test_the_second_half_or_every_second_mlp_is_exchanged():
     assert list(expert_layers(sparse(lively()))) == ["blocks.1.mlp", "blocks.3.mlp", "blocks.5.mlp"]
 
 
-# Their MACs
-
-
-def slots_macs(site, tokens, slots):
-    """MACs of the slots' MLPs; logits, dispatch and combination."""
-    return 2 * slots * site.dim * site.hidden + 3 * tokens * slots * site.dim
-
-
-def pairs_macs(site, tokens, pairs):
-    """MACs of a layer with so many pairs of a token and an expert, and its router."""
-    return 2 * pairs * site.dim * site.hidden + tokens * 4 * site.dim
-
-
-def a_share(capacity):
-    """Tokens, or slots, of all four experts."""
-    return lambda tokens: 4 * round(capacity * tokens / 4)
+def layer_macs(convert, site, tokens, computed):
+    """MACs of the MLPs of so many slots, or pairs of a token and an expert, and of routing."""
+    routing = 3 * computed if convert is soft else 4  # logits, dispatch, combination; four gates
+    return 2 * computed * site.dim * site.hidden + routing * tokens * site.dim
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("convert", "settings", "computed"), [
     (soft, {"slots": 1}, lambda _: 4), (soft, {"slots": 3}, lambda _: 12),
-    (soft, {"capacity_factor": 0.5}, a_share(0.5)), (soft, {}, a_share(1)),
+    (soft, {"capacity_factor": 0.5}, lambda tokens: 4 * round(0.5 * tokens / 4)),
+    (soft, {}, lambda tokens: 4 * round(tokens / 4)),
     (top_k, {"k": 1}, lambda tokens: tokens), (top_k, {"k": 3}, lambda tokens: 3 * tokens),
-    (sparse, {"capacity": 1.0}, a_share(1)), (sparse, {"capacity": 2.0}, a_share(2)),
-    (sparse, {"capacity": 0.25}, a_share(0.25)),
+    (sparse, {"capacity": 1.0}, lambda tokens: 4 * round(tokens / 4)),
+    (sparse, {"capacity": 2.0}, lambda tokens: 4 * round(2 * tokens / 4)),
+    (sparse, {"capacity": 0.25}, lambda tokens: 4 * round(0.25 * tokens / 4)),
 ])  # fmt: skip
 def test_macs_are_those_of_the_mlps_and_of_routing(name, convert, settings, computed):
     dense = MODELS[name]()
     model, counted = convert(dense, layers=all_layers(dense), **settings), count(dense)
     now, expected = count(model, sites=[]), counted.total
-    layer_macs = slots_macs if convert is soft else pairs_macs
     for site in find_mlps(dense):
         tokens = counted.tokens[site.name]
-        macs = layer_macs(site, tokens, computed(tokens))
+        macs = layer_macs(convert, site, tokens, computed(tokens))
         assert now.by_module[site.name] == macs
         expected += macs - counted.by_module[site.name]
     assert now.total == expected
@@ -136,9 +122,10 @@ def test_a_budget_of_macs_is_met(name, reduction, convert, experts):
     dense = MODELS[name]()
     model = convert(dense, experts=experts, layers=all_layers(dense), macs_reduction=reduction)
     counted = count(dense)
-    step = max(slots_macs(s, counted.tokens[s.name], experts) for s in find_mlps(dense))
-    if convert is sparse:
-        step = max(experts * 2 * s.dim * s.hidden for s in find_mlps(dense))
+    mixing = {
+        s: 3 * counted.tokens[s.name] * s.dim if convert is soft else 0 for s in find_mlps(dense)
+    }
+    step = max(experts * (2 * s.dim * s.hidden + more) for s, more in mixing.items())
     budget = (1 - reduction) * counted.total
     assert budget - step < count(model, sites=[]).total <= budget
     assert measure.macs(model)["macs"].iloc[-1] == count(model, sites=[]).total
@@ -148,9 +135,6 @@ def test_the_largest_saving_can_be_had():
     dense = toy_vit()
     saved = 1 - count(sparse(dense, macs_reduction=0.089), sites=[]).total / count(dense).total
     assert 0.089 <= saved < 0.09
-
-
-# Soft MoE
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -189,9 +173,6 @@ def test_seeds_decide(convert):
         assert std == pytest.approx(0.02, rel=0.05)
 
 
-# Sparse Upcycling
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("convert", "settings"), [
     (top_k, {"k": 1}), (top_k, {"k": 2}), (top_k, {"k": 4}),
@@ -213,9 +194,6 @@ def test_gates_that_are_not_renormalised_scale_the_output():
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(("convert", "settings", "message"), [
     (soft, {"experts": 0}, "experts as a whole number"),
     (soft, {"slots": 0}, "slots as a whole number"),
@@ -228,8 +206,7 @@ def test_gates_that_are_not_renormalised_scale_the_output():
     (soft, {"noise": -0.1}, "noise as a number at least 0"),
     (soft, {"layers": (9,)}, "layers between 0 and 2"),
     (top_k, {"macs_reduction": 0.2}, "plain upcycling never reduces MACs"),
-    (top_k, {"k": 5}, "at most 4 experts"),
-    (top_k, {"k": 0}, "k as a whole number"),
+    (top_k, {"k": 5}, "at most 4 experts"), (top_k, {"k": 0}, "k as a whole number"),
     (sparse, {"capacity": 1.0, "macs_reduction": 0.2}, "capacity or a MACs reduction"),
     (sparse, {"macs_reduction": 28}, "0.28 means 28 %"),
     (sparse, {"macs_reduction": 0.5}, r"at most 8\.9%; found 50\.0%"),

@@ -13,8 +13,6 @@ from moee_analysis.baselines.common.equal_parts import (
 )
 from moee_analysis.errors import MoeeError
 
-# Points
-
 
 def inertia(points, labels, clusters):
     return ((points - cluster_means(points, labels, clusters)[labels]) ** 2).sum()
@@ -47,9 +45,6 @@ def test_close_to_the_best_of_all_divisions():
     best = min(inertia(points, half.astype(int), 2) for half in halves)
     found = min(inertia(points, balanced_kmeans(points, 2, seed=s), 2) for s in range(5))
     assert found == pytest.approx(best)
-
-
-# Graphs
 
 
 def cut(weights, part_of):

@@ -92,9 +92,6 @@ def test_what_drops_experts_sees_the_outputs_of_each():
     torch.testing.assert_close(layer(x), expected)
 
 
-# The router
-
-
 def router(**settings):
     soft = SoftRouter(DIM, 3, slots=2, seed=1, **settings).double().eval()
     nn.init.constant_(soft.scale, 3.0)

@@ -118,9 +118,6 @@ def test_gates_keep_their_precision_under_autocast(name):
     assert found.isfinite().all()
 
 
-# Routers
-
-
 def weights_of(routed, *, images=IMAGES, count=TOKENS):
     """Weight of every expert in every token, (images, tokens, experts); 0 where they do not meet.
 
@@ -234,9 +231,6 @@ def test_gates_learn_and_noise_is_added_in_training_only(name):
     assert (noisy.gate.weight.grad != 0).any()
     routed = noisy.train()(tokens(IMAGES, 5000, DIM))
     assert (routed.noisy - routed.logits).std().item() == pytest.approx(0.5, abs=0.01)
-
-
-# Losses
 
 
 def logits(seed=0):

@@ -1,46 +1,27 @@
 import numpy as np
 import pytest
 
-from moee_analysis.baselines.jetpack.recycling import (
-    Units,
-    choose_shared,
-    draw_order,
-    draw_units,
-    spaced_evenly,
-)
-
-METHODS = ("importance", "graph", "uniform", "random")
+from moee_analysis.baselines.jetpack.recycling import Units, choose_shared, draw_order, draw_units
 
 
-def units(total=64, *, seed=0):
-    rng = np.random.default_rng(seed)
+def units(total=64):
+    rng = np.random.default_rng(0)
     active = rng.uniform(size=(500, total)) < rng.uniform(0.1, 0.9, size=total)
     together = active.T.astype(float) @ active
     return Units(total, rng.uniform(size=total), together)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["importance", "graph", "uniform", "random"])
 @pytest.mark.parametrize("choose", [draw_units, choose_shared])
-@pytest.mark.parametrize("size", [1, 13, 32, 63, 64])
+@pytest.mark.parametrize("size", [1, 13, 64])
 def test_ids_are_as_many_as_wanted_unique_and_ascending(method, choose, size):
-    ids = choose(method, units(), size, np.random.default_rng(0))
+    among = units()
+    ids = choose(method, among, size, np.random.default_rng(0))
     assert len(ids) == size
     assert (np.diff(ids) > 0).all()
-    assert ids.min() >= 0
-    assert ids.max() < 64
-
-
-@pytest.mark.parametrize("method", ["importance", "graph"])
-def test_the_units_that_all_tokens_pass_through_are_worth_most(method):
-    among = units()
-    ids = choose_shared(method, among, 10, np.random.default_rng(0))
-    assert among.worth[ids].min() >= np.delete(among.worth, ids).max()
-
-
-def test_evenly_spaced_ids_have_both_ends():
-    assert spaced_evenly(9, 5).tolist() == [0, 2, 4, 6, 8]
-    assert spaced_evenly(7, 7).tolist() == list(range(7))
-    assert spaced_evenly(7, 1).tolist() == [0]
+    assert 0 <= ids.min() <= ids.max() < 64
+    if choose is choose_shared and method in ("importance", "graph"):  # those worth most
+        assert among.worth[ids].min() >= np.delete(among.worth, ids).max(initial=0)
 
 
 def test_draws_follow_the_weights_without_replacement():

@@ -69,9 +69,6 @@ def test_noise_is_for_training_alone_and_the_same_for_both():
     assert SpheroRouter(16, 8).noise == 1 / 8
 
 
-# Dropout of experts
-
-
 def drop(rate, **settings):
     return ExpertDropout(rate, **settings).train()(torch.ones(200, 10, 3, 4)).flatten(2)
 
@@ -87,9 +84,6 @@ def test_whole_experts_drop_out_in_training_and_the_others_make_up_for_them():
     assert of_images.all(1).float().mean() == pytest.approx(0.25, abs=0.1)
     assert (drop(0.0) == 1).all()
     assert (ExpertDropout(0.9).eval()(torch.ones(2, 10, 3, 4)) == 1).all()
-
-
-# Entmax
 
 
 def by_bisection(logits):
