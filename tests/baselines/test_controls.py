@@ -20,7 +20,6 @@ from moee_analysis.moe.routers import (
     CosineRouter,
     NearestRouter,
     RandomRouter,
-    TokenKindRouter,
 )
 from tests.helpers.images import toy_images
 from tests.helpers.models import pixels_of, toy_kinds, toy_vit
@@ -74,16 +73,6 @@ def test_random_routing_leaves_leading_tokens_with_their_experts(run):
         assert layer.router.macs == 0
         assert (layer.router.n_experts, layer.router.tokens) == (4, 17)
         assert torch.equal(layer.shift, own.shift)
-
-
-def test_patches_with_a_single_expert_keep_it(run):
-    model = toy_kinds(toy_vit())
-    for layer in moe_layers(model).values():
-        layer.router = TokenKindRouter((0, 1, 2), ConstantRouter(), tokens=17)
-    control = randomly_routed(replace(run, model=model))
-    assert isinstance(moe_layers(control)[0].router.inner, ConstantRouter)
-    x = pixels_of(model)
-    assert torch.equal(control(x), model(x))
 
 
 def test_static_pruning_meets_the_same_budget_in_the_same_layers(run):

@@ -13,13 +13,16 @@ def photos(tmp_path):
     return image_folder(tmp_path / "photos", {"ant": 2, "bee": 1})
 
 
-def test_hidden_folders_are_never_read_and_hidden_pictures_named(photos):
+def test_hidden_folders_are_never_read_hidden_pictures_named_and_odd_names_shown(photos):
     for folder in (photos / "ant" / ".ipynb_checkpoints", photos / ".ipynb_checkpoints"):
         folder.mkdir()
         picture(5).save(folder / "0-checkpoint.png")
+    (photos / "bee").rename(os.fsdecode(bytes(photos) + b"/caf\xe9"))  # no UTF-8
     images = load_images(photos)
     assert [path.name for path in images.source.paths] == ["0.png", "1.png", "0.png"]
-    assert images.classes == ("ant", "bee")
+    assert images.classes == ("ant", "caf\\xe9")
+    assert images.fingerprint
+    assert images.picture(2).size
     assert not images.skipped
     shutil.copy(photos / "ant" / "0.png", photos / "ant" / "._0.png")
     (photos / "ant" / ".DS_Store").write_bytes(b"whatever")
@@ -82,11 +85,3 @@ def test_what_may_not_be_looked_at_is_named(photos, monkeypatch, method, name, f
     monkeypatch.setattr(Path, method, forbidden)
     with pytest.warns(UserWarning, match=found):
         assert len(load_images(photos)) == (2 if name == "bee" else 3)
-
-
-def test_a_name_that_is_not_utf_8_is_shown(photos):
-    (photos / "bee").rename(os.fsdecode(bytes(photos) + b"/caf\xe9"))
-    images = load_images(photos)
-    assert images.classes == ("ant", "caf\\xe9")
-    assert images.fingerprint
-    assert images.picture(2).size

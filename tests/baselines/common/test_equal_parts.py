@@ -127,20 +127,14 @@ def test_graphs_without_edges_and_lonely_nodes_are_dealt_out(method):
         assert list(np.bincount(divide_graph(each, 3, method=method))) == [4] * 3
 
 
-def test_metis_is_preferred_where_it_is_installed(monkeypatch):
+def test_metis_is_preferred_where_it_is_installed_and_impossible_requests_are_refused(monkeypatch):
     monkeypatch.setattr(equal_parts, "find_spec", lambda _: None)
     assert best_method() == "spectral"
-    with pytest.raises(MoeeError, match="pip install pymetis"):
-        divide_graph(random_graph(8, seed=0), 2, method="metis")
+    for parts, name, words in (
+        (2, "metis", "pip install pymetis"), (9, "spectral", "1 to 8 parts"),
+        (0, "spectral", "1 to 8 parts"), (2, "louvain", "metis, spectral"),
+    ):  # fmt: skip
+        with pytest.raises(MoeeError, match=words):
+            divide_graph(random_graph(8, seed=0), parts, method=name)
     monkeypatch.setattr(equal_parts, "find_spec", lambda _: "found")
     assert best_method() == "metis"
-
-
-@pytest.mark.parametrize(("parts", "method", "message"), [
-    (9, "spectral", "1 to 8 parts"),
-    (0, "spectral", "1 to 8 parts"),
-    (2, "louvain", "metis, spectral"),
-])  # fmt: skip
-def test_impossible_requests_are_refused(parts, method, message):
-    with pytest.raises(MoeeError, match=message):
-        divide_graph(random_graph(8, seed=0), parts, method=method)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.stats import norm
 from timm.layers import Mlp
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.baselines.common.replace_mlps import ExpertMlps
@@ -222,14 +221,10 @@ def test_constant_routing_is_by_places_or_the_same_for_all(capacity):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_gates_learn_and_noise_is_added_in_training_only(name):
-    noisy, plain, x = ROUTERS[name](gate(noise=0.5)).eval(), ROUTERS[name](gate()), tokens()
-    routed = noisy(x)
-    assert torch.equal(routed.noisy, routed.logits)
-    torch.testing.assert_close(weights_of(routed), weights_of(plain(x)))
-    (routed.weights * routed.experts).sum().backward()
-    assert (noisy.gate.weight.grad != 0).any()
-    routed = noisy.train()(tokens(IMAGES, 5000, DIM))
+def test_noise_is_added_in_training_only(name):
+    noisy, x = ROUTERS[name](gate(noise=0.5)).eval(), tokens(IMAGES, 5000, DIM)
+    assert torch.equal(noisy(x).noisy, noisy(x).logits)
+    routed = noisy.train()(x)
     assert (routed.noisy - routed.logits).std().item() == pytest.approx(0.5, abs=0.01)
 
 
@@ -249,38 +244,18 @@ def test_losses_are_the_cv_of_summed_gates_and_of_expected_numbers_of_tokens():
         sums = each.sum(axis=1)
         expected = np.mean((sums.std(axis=1) / sums.mean(axis=1)) ** 2)
         assert found.item() == pytest.approx(expected)
-
-
-def test_even_experts_cost_nothing_and_one_expert_for_all_costs_most():
-    even = torch.eye(EXPERTS).repeat(5, 1)[None]
-    assert importance_loss(even).item() == pytest.approx(0, abs=1e-12)
-    assert load_loss(even, even, k=1, noise=0.1).item() == pytest.approx(0, abs=1e-12)
-    one = torch.zeros(1, TOKENS, EXPERTS)
-    one[..., 0] = 50
-    assert importance_loss(one).item() == pytest.approx(EXPERTS - 1)
-    assert load_loss(one, one + 1e-9, k=1, noise=0.1).item() == pytest.approx(EXPERTS - 1)
     with pytest.raises(MoeeError, match="noise above 0"):
         load_loss(logits(), logits(), k=1, noise=0.0)
 
 
-def test_training_on_the_losses_balances_a_models_router():
+def test_the_routers_of_a_model_are_watched_and_their_losses_summed():
     config = SparseUpcyclingConfig(experts=EXPERTS, router="top_k", k=1, noise=1.0)
-    model = convert(toy_vit(), toy_images(1), config).requires_grad_().train()
-    router, hooks = model.blocks[1].mlp.router, hooks_of(model)
-    nn.init.normal_(router.gate.weight)
-    optimiser = torch.optim.SGD(router.parameters(), lr=0.03)
-    x, values = next(toy_images(6).batches(toy_vit())), []
+    model = convert(toy_vit(), toy_images(1), config).train()
+    hooks = hooks_of(model)
     with watch_routers(model) as routed:
-        for _ in range(60):
-            model(x)
-            last = routed[router]
-            load = load_loss(last.logits, last.noisy, k=1, noise=1 / EXPERTS)
-            losses = torch.stack([importance_loss(last.logits), load])
-            torch.testing.assert_close(balance_loss(routed), losses.sum())
-            optimiser.zero_grad()
-            losses.sum().backward()
-            optimiser.step()
-            values.append(losses.detach())
-    assert len(routed) == 1
+        model(next(toy_images(6).batches(toy_vit())))
+    (last,) = routed.values()
+    load = load_loss(last.logits, last.noisy, k=1, noise=1 / EXPERTS)
+    torch.testing.assert_close(balance_loss(routed), importance_loss(last.logits) + load)
+    assert list(routed) == [model.blocks[1].mlp.router]
     assert hooks_of(model) == hooks
-    assert (values[-1] < 0.7 * values[0]).all()

@@ -32,25 +32,14 @@ def slot_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}
 
 
-def expert(layer, number, *, group=0):
-    """One expert as a function of tokens (n, dim)."""
-    experts = layer.groups[group]
+def expert(layer, number):
+    """A core expert as a function of tokens (n, dim)."""
+    experts = layer.groups[0]
     return lambda x: experts(x.expand(1, experts.n_experts, *x.shape))[0, number]
 
 
-def tokens(dim, count=7):
-    return torch.randn(count, dim, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_evenly_spaced_core_experts_of_the_same_width_are_the_dense_mlp(name):
-    dense = MAKERS[name]()
-    model = convert(dense, IMAGES, JetpackConfig(method="uniform", **FEW))
-    for place, layer in slot_layers(model).items():
-        mlp = dense.get_submodule(place)
-        x = tokens(mlp.fc1.in_features)
-        for number in range(3):
-            torch.testing.assert_close(expert(layer, number)(x), mlp(x))
+def tokens(dim):
+    return torch.randn(7, dim, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module", params=PLANTED)
@@ -97,16 +86,13 @@ def test_the_seed_decides_which_units_experts_have_and_all_or_each_have_their_ch
 
 
 def test_small_experts_of_the_released_code_thin_out_a_large_one():
-    config = JetpackConfig(
-        width=16, method="uniform", consistent_channels=False, universal_ratio=0.5, **FEW
-    )
+    settings = {"consistent_channels": False, "universal_ratio": 0.5, **FEW}
     dense = toy_vit()
-    layer = slot_layers(convert(dense, IMAGES, config))["blocks.2.mlp"]
-    large = np.linspace(0, 63, 32).round()
-    small = large[np.linspace(0, 31, 16).round().astype(int)]
+    model = convert(dense, IMAGES, JetpackConfig(width=16, method="uniform", **settings))
     channels = np.linspace(0, 31, 16).round()
+    small = np.linspace(0, 63, 32).round()[channels.astype(int)]
     expected = dense.blocks[2].mlp.fc1.weight[small][:, channels]
-    assert torch.equal(layer.groups[1].fc1_weight[0], expected)
+    assert torch.equal(model.blocks[2].mlp.groups[1].fc1_weight[0], expected)
 
 
 def test_sizes_are_as_told_of_both_kinds_of_experts_or_one():
@@ -133,14 +119,23 @@ def test_by_default_there_are_half_as_many_core_experts_as_patches():
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("width", [None, 16])
-def test_outside_its_experts_it_is_the_narrowed_model_and_the_dense_one_is_not_touched(name, width):
-    config, dense = JetpackConfig(width=width, **FEW), MAKERS[name]()
-    small, model = narrowed(dense, IMAGES, config).state_dict(), convert(dense, IMAGES, config)
-    new = {f"{n}.{p}" for n, layer in slot_layers(model).items() for p in layer.state_dict()}
+@pytest.mark.parametrize("settings", [{}, {"width": 16}, {"method": "uniform"}])
+def test_outside_its_experts_it_is_the_narrowed_model_and_the_dense_one_is_not_touched(
+    name, settings
+):
+    config, dense = JetpackConfig(**settings, **FEW), MAKERS[name]()
+    small, model = narrowed(dense, IMAGES, config), convert(dense, IMAGES, config)
+    layers = slot_layers(model)
+    new = {f"{place}.{p}" for place, layer in layers.items() for p in layer.state_dict()}
     rest = {n: t for n, t in model.state_dict().items() if n not in new}
     assert rest
-    assert all(torch.equal(small[n], t) for n, t in rest.items())
+    assert all(torch.equal(small.state_dict()[n], t) for n, t in rest.items())
+    if settings == {"method": "uniform"}:  # core experts, evenly spaced among as many neurons
+        for place, layer in layers.items():
+            mlp = dense.get_submodule(place)
+            x = tokens(mlp.fc1.in_features)
+            for number in range(3):
+                torch.testing.assert_close(expert(layer, number)(x), mlp(x))
     for parameter in model.requires_grad_(requires_grad=True).parameters():
         parameter.data.add_(1)
     assert same_models(dense, MAKERS[name]())
@@ -262,16 +257,13 @@ def test_a_successor_is_narrower_in_everything_and_takes_the_same_images():
 
 
 def test_the_seed_decides_and_torch_random_numbers_go_on():
-    state = torch.random.get_rng_state()
-    first, again, other = (successor(toy_vit(), 16, seed=seed) for seed in (1, 1, 2))
+    dense, state = toy_vit(), torch.random.get_rng_state()
+    first, again, other = (successor(dense, 16, seed=seed) for seed in (1, 1, 2))
     assert same_models(first, again)
     assert not same_models(first, other)
+    fresh = successor(dense, 16, num_classes=9, seed=3)
+    found = narrowed(dense, IMAGES, JetpackConfig(width=16, num_classes=9, seed=3))
     assert torch.equal(torch.random.get_rng_state(), state)
-    config = JetpackConfig(width=16, num_classes=9, seed=3)
-    found, fresh = (
-        narrowed(toy_vit(), IMAGES, config),
-        successor(toy_vit(), 16, num_classes=9, seed=3),
-    )
     assert torch.equal(found.head.weight, fresh.head.weight)
     assert not torch.equal(found.blocks[0].mlp.fc1.weight, fresh.blocks[0].mlp.fc1.weight)
     for small in (found, fresh):

@@ -65,24 +65,18 @@ def test_true_scores_are_what_they_are_called(score):
     torch.testing.assert_close(router.scores(inputs).float(), factor * expected.float())
 
 
-def test_the_centre_router_ranks_by_distance():
-    points = torch.randn(7, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    router, inputs = CentreRouter(points, k=3), tokens()
-    directions = inputs / inputs.norm(dim=1, keepdim=True)
-    expected = torch.cdist(directions, points).topk(3, largest=False).indices
-    assert torch.equal(router(inputs), expected)
-    assert router.macs == 7 * DIM
-
-
-def test_the_mlp_router_is_a_small_mlp_without_biases():
+def test_the_centre_router_ranks_by_distance_and_the_mlp_router_is_one_without_biases():
     generator = torch.Generator().manual_seed(3)
     V = torch.randn(7, DIM, generator=generator, dtype=torch.float64)
     W = torch.randn(7, 7, generator=generator, dtype=torch.float64)
-    router, inputs = MlpRouter(V, W, k=3), tokens()
-    expected = [W @ torch.tanh(V @ (x / x.norm())) for x in inputs]
-    torch.testing.assert_close(router.scores(inputs), torch.stack(expected))
-    assert torch.equal(router(inputs), torch.stack(expected).topk(3).indices)
-    assert router.macs == 7 * DIM + 49
+    centre, mlp, inputs = CentreRouter(V, k=3), MlpRouter(V, W, k=3), tokens()
+    directions = inputs / inputs.norm(dim=1, keepdim=True)
+    nearest = torch.cdist(directions, V).topk(3, largest=False).indices
+    assert torch.equal(centre(inputs), nearest)
+    expected = torch.stack([W @ torch.tanh(V @ x) for x in directions])
+    torch.testing.assert_close(mlp.scores(inputs), expected)
+    assert torch.equal(mlp(inputs), expected.topk(3).indices)
+    assert (centre.macs, mlp.macs) == (7 * DIM, 7 * DIM + 49)
 
 
 # Training the small MLP
@@ -91,13 +85,12 @@ MANY, WIDE, K = 8, 12, 2
 CENTRES = torch.randn(MANY, WIDE, generator=torch.Generator().manual_seed(5))
 
 
-def problem(*, images=200, per_image=25, seed=0):
+def problem(*, seed=0):
     """Tokens, scores that depend on their directions in a way unlike the centres, images."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(images * per_image, WIDE, generator=generator)
+    inputs = torch.randn(5000, WIDE, generator=torch.Generator().manual_seed(seed))
     truth = torch.randn(MANY, WIDE, generator=torch.Generator().manual_seed(9))
     scores = torch.nn.functional.normalize(inputs, dim=1) @ truth.T
-    return inputs, scores.clamp(min=0) ** 2, np.repeat(np.arange(images), per_image)
+    return inputs, scores.clamp(min=0) ** 2, np.repeat(np.arange(200), 25)
 
 
 def train(*, seed=0, scores=None):
@@ -106,20 +99,24 @@ def train(*, seed=0, scores=None):
     return train_router(CENTRES, inputs, scores, image=image, k=K, seed=seed)
 
 
-def test_a_router_learns_what_its_centres_do_not_know():
-    found = train()
+@pytest.fixture(scope="module")
+def trained():
+    return train()
+
+
+def test_a_router_learns_what_its_centres_do_not_know(trained):
     inputs, scores, _ = problem(seed=1)
     best = captured(scores, scores.topk(K).indices)
-    assert captured(scores, found.router(inputs)) > 0.8 * best
-    assert found.captured[0] < 0.4 * best
+    assert captured(scores, trained.router(inputs)) > 0.8 * best
+    assert trained.captured[0] < 0.4 * best
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_best_epoch_is_kept_and_training_ends_soon_after_it(known):
+def test_the_best_epoch_is_kept_and_training_ends_soon_after_it(known, trained):
     inputs, scores, image = problem()
     if not known:  # nothing to learn: epochs differ by chance
         scores = scores[torch.randperm(len(scores), generator=torch.Generator().manual_seed(7))]
-    found = train(scores=scores)
+    found = trained if known else train(scores=scores)
     judges = np.random.default_rng(0).permutation(np.unique(image))[:20]
     rows = torch.from_numpy(np.flatnonzero(np.isin(image, judges)))
     share = captured(scores[rows], found.router(inputs[rows]))
@@ -136,21 +133,20 @@ def test_a_router_that_cannot_improve_stays_as_it_began():
     assert len(found.captured) < EPOCHS
 
 
-def test_the_seed_decides_and_centres_are_left_alone_where_gradients_are_off_too():
-    before = CENTRES.clone()
-    one, other = (train(seed=seed) for seed in (0, 1))
+def test_the_seed_decides_and_centres_are_left_alone_where_gradients_are_off_too(trained):
+    before, other = CENTRES.clone(), train(seed=1)
     with torch.no_grad():
         again = train()
     assert torch.equal(CENTRES, before)
-    assert torch.equal(one.router.inward, again.router.inward)
-    assert one.captured == again.captured
-    assert not torch.equal(one.router.inward, other.router.inward)
-    assert not any(held.requires_grad for held in one.router.buffers())
+    assert torch.equal(trained.router.inward, again.router.inward)
+    assert trained.captured == again.captured
+    assert not torch.equal(trained.router.inward, other.router.inward)
+    assert not any(held.requires_grad for held in trained.router.buffers())
 
 
 def test_one_image_is_enough_and_one_token_is_not():
-    inputs, scores, _ = problem(images=1, per_image=40)
-    found = train_router(CENTRES, inputs, scores, image=np.zeros(40), k=K)
+    inputs, scores, _ = problem()
+    found = train_router(CENTRES, inputs[:40], scores[:40], image=np.zeros(40), k=K)
     assert max(found.captured) >= found.captured[0]
     with pytest.raises(MoeeError, match="two calibration tokens"):
         train_router(CENTRES, inputs[:1], scores[:1], image=np.zeros(1), k=K)
