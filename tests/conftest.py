@@ -20,6 +20,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unflushed():
+    """No test of this process cuts the power: what it writes need not wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_store(tmp_path_factory):
     """A store for all tests and workers: what one of them computes, the others find."""

@@ -1,7 +1,5 @@
 """Runs, stores and checkpoints damaged at random: the same outputs, or one clear error."""
 
-from __future__ import annotations
-
 import os
 import shutil
 
@@ -18,7 +16,7 @@ from moee_analysis.training.finetune import finetune
 from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.storage.store import ASIDE, get_or_build, present, unfinished_folder
 from tests.helpers.images import contents, toy_images
-from tests.helpers.models import lively, pixels_of, same_models
+from tests.helpers.models import TINY, lively, pixels_of, same_models
 from tests.helpers.runs import best
 
 
@@ -77,7 +75,7 @@ def any_kind(rng):
 def work(tmp_path_factory):
     """A store with all that an extraction keeps, and its run."""
     root = tmp_path_factory.mktemp("damage")
-    run = extract(lively(), toy_images(8), best(macs_reduction=0.3), store=root / "store")
+    run = extract(lively(**TINY), toy_images(8), best(macs_reduction=0.3), store=root / "store")
     run.save(root / "run")
     return root, run
 
@@ -129,7 +127,7 @@ def test_a_damaged_store_makes_the_same_run(work, tmp_path, seed):
             shutil.rmtree(folder)
         elif rng.random() < 0.5:
             damage(folder, any_kind(rng), rng)
-    again = extract(lively(), toy_images(8), best(macs_reduction=0.3), store=store)
+    again = extract(lively(**TINY), toy_images(8), best(macs_reduction=0.3), store=store)
     assert same_models(again.model, run.model)
 
 
@@ -139,11 +137,11 @@ def test_a_damaged_or_forged_run_of_a_store_is_made_again(work, tmp_path):
     shutil.copytree(root / "store", store)
     (found,) = store.glob("run-*")
     flip(found / "model.safetensors", np.random.default_rng(0))
-    again = extract(lively(), toy_images(8), best(macs_reduction=0.3), store=store)
+    again = extract(lively(**TINY), toy_images(8), best(macs_reduction=0.3), store=store)
     assert same_models(again.model, run.model)
     shutil.rmtree(found)
     get_or_build(store, found.name, lambda folder: (folder / "run.json").write_text("{}"))
-    again = extract(lively(), toy_images(8), best(macs_reduction=0.3), store=store)
+    again = extract(lively(**TINY), toy_images(8), best(macs_reduction=0.3), store=store)
     assert same_models(again.model, run.model)
 
 

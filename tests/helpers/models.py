@@ -16,6 +16,7 @@ from moee_analysis.moe.routers import CosineRouter, NearestRouter, TokenKindRout
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
 SMALL_VIT = "test_vit"  # timm's own test model: 6 blocks of width 64, 100 tokens and CLS
 SMALL_CONVNEXT = "test_convnext"
+TINY = {"depth": 2, "img_size": 64}  # SMALL_VIT of 2 blocks, 16 tokens and CLS
 
 
 def toy_vit(*, depth: int = 3, seed: int = 0) -> VisionTransformer:

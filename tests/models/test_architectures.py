@@ -1,7 +1,5 @@
 """Every family of timm whose MLPs can be taken apart, from images to a saved mixture of experts."""
 
-from __future__ import annotations
-
 import math
 from copy import deepcopy
 from functools import cache

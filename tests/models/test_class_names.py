@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 import pandas as pd
@@ -22,26 +20,26 @@ from moee_analysis.models.class_names import (
 )
 from moee_analysis.models.loading import load_model
 from tests.helpers.images import image_folder, toy_images
-from tests.helpers.models import CLASSES, SMALL_VIT, lively
+from tests.helpers.models import CLASSES, SMALL_VIT, TINY, lively
 from tests.helpers.runs import best, quick
 
 ANIMALS = ("zebra", "ant", "yak")
 
 
 def by_hand(outputs):
-    model = lively()
+    model = lively(**TINY)
     model.head = nn.Linear(64, outputs)
     return model
 
 
 def headless():
-    model = lively()
+    model = lively(**TINY)
     model.head = nn.Identity()
     return model
 
 
 def flat():
-    model = lively()
+    model = lively(**TINY)
     model.head = nn.Sequential(nn.Linear(64, 1), nn.Flatten(0))
     return model
 
@@ -110,15 +108,16 @@ def test_other_numbers_of_folders_name_nothing(tmp_path):
 
 def test_names_of_a_run_stay_with_it_whatever_is_given_and_stored(tmp_path):
     images = load_images(image_folder(tmp_path / "a", {"aa": 4, "bb": 4}))
-    plain, named = lively(num_classes=2), lively(num_classes=2)
+    config = quick(experts="one")
+    plain, named = (lively(num_classes=2, **TINY) for _ in range(2))
     name_classes(named, ["bb", "aa"])
-    extract(named, images, quick()).save(tmp_path / "run")
+    extract(named, images, config).save(tmp_path / "run")
     told = json.loads((tmp_path / "run" / "run.json").read_text())
     assert told["model"]["pretrained_cfg"]["label_names"] == ["bb", "aa"]
     for dense in (None, plain):
         assert class_names(load(tmp_path / "run", dense=dense).model) == ("bb", "aa")
     for _ in range(2):
-        stored = extract(plain, images, quick(), store=tmp_path / "store")
+        stored = extract(plain, images, config, store=tmp_path / "store")
         assert class_names(stored.model) == ("aa", "bb")  # that its folders gave
     few = load_images(image_folder(tmp_path / "b", {"bb": 4}, first=50))
     assert few.labels(stored.model).tolist() == [1] * 4
@@ -150,9 +149,9 @@ def test_names_that_were_stated_stay(tmp_path):
 
 HEADS = {
     "another size": lambda: by_hand(10),
-    "none": lambda: lively(num_classes=0),
+    "none": lambda: lively(num_classes=0, **TINY),
     "none by hand": headless,
-    "a regression": lambda: lively(num_classes=1),
+    "a regression": lambda: lively(num_classes=1, **TINY),
     "a regression by hand": lambda: by_hand(1),
     "a number an image": flat,
 }

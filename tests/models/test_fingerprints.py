@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -13,7 +11,7 @@ from moee_analysis.extraction.run import load
 from moee_analysis.models.fingerprints import alike, answers, fingerprint, hash_weights, identity
 from moee_analysis.models.loading import build_model, load_model
 from tests.helpers.images import toy_images
-from tests.helpers.models import SMALL_VIT, lively, pixels_of, same_models, toy_swin
+from tests.helpers.models import SMALL_VIT, TINY, lively, pixels_of, same_models, toy_swin
 from tests.helpers.runs import quick
 
 
@@ -162,25 +160,25 @@ def test_a_model_that_cannot_run_on_its_images_is_refused():
 
 
 def test_another_model_of_the_same_weights_gets_a_run_of_its_own(tmp_path):
-    images = toy_images(6)
-    one = extract(lively(), images, quick(), store=tmp_path)
+    images, config = toy_images(2), quick(layers=(0,), experts="one")
+    one = extract(lively(), images, config, store=tmp_path)
     for number, change in enumerate(("act_layer", "mean", "a hook"), start=2):
         other = changed(change)
-        run = extract(other, images, quick(), store=tmp_path)
+        run = extract(other, images, config, store=tmp_path)
         assert len(list(tmp_path.glob("run-*"))) == number
         assert run.dense() is other
-        again = extract(changed(change), images, quick(), store=tmp_path)
-        x = pixels_of(other)
+        again = extract(changed(change), images, config, store=tmp_path)
+        x = pixels_of(other, count=1)
         torch.testing.assert_close(again.model(x), run.model(x))
-    assert same_models(extract(lively(), images, quick(), store=tmp_path).model, one.model)
+    assert same_models(extract(lively(), images, config, store=tmp_path).model, one.model)
     assert len(list(tmp_path.glob("run-*"))) == 4
 
 
 def test_the_dense_model_of_a_run_has_to_be_the_same_in_all_that_counts(tmp_path):
-    torch.save(lively(act_layer="relu", global_pool="avg").state_dict(), tmp_path / "dense.pth")
-    given = {"act_layer": "relu", "global_pool": "avg"}
+    given = {"act_layer": "relu", "global_pool": "avg", **TINY}
+    torch.save(lively(**given).state_dict(), tmp_path / "dense.pth")
     dense = with_cfg(load_model(SMALL_VIT, weights=tmp_path / "dense.pth", **given), crop_pct=0.7)
-    extract(dense, toy_images(6), quick()).save(tmp_path / "run")
+    extract(dense, toy_images(2), quick(experts="one")).save(tmp_path / "run")
     run, x = load(tmp_path / "run"), pixels_of(dense)
     torch.testing.assert_close(run.dense()(x), dense(x))
     assert run.dense().pretrained_cfg["crop_pct"] == 0.7

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import timm
@@ -22,6 +20,7 @@ from tests.helpers.models import (
     CLASSES,
     SMALL_CONVNEXT,
     SMALL_VIT,
+    TINY,
     lively,
     pixels_of,
     toy_swin,
@@ -105,15 +104,15 @@ def _named(model):
 
 @pytest.mark.parametrize(("channels", "config"), [(1, best(macs_reduction=0.2)), (4, quick())])
 def test_a_model_of_other_channels_is_taken_apart_and_saved(tmp_path, channels, config):
-    model = lively(in_chans=channels, img_size=96)
+    model = lively(in_chans=channels, **TINY)
     run = extract(model, toy_images(8), config)
     cost = measure.macs(run, toy_images(2)).set_index("component").loc["total"]
     assert cost["macs_dense"] == count(model).total
     run.save(tmp_path / "run")
     x = pixels_of(model)
-    assert x.shape == (4, channels, 96, 96)
+    assert x.shape == (4, channels, 64, 64)
     torch.testing.assert_close(load(tmp_path / "run").model(x), run.model(x))
-    assert toy_images(2).as_seen(0, model).shape == (96, 96, 3)
+    assert toy_images(2).as_seen(0, model).shape == (64, 64, 3)
 
 
 # Precision
@@ -146,8 +145,8 @@ def test_a_model_of_any_precision_comes_to_the_mixture_of_its_weights(dtype, mak
     ],
 )
 def test_it_is_saved_evaluated_and_tuned_in_its_precision(tmp_path, dtype, config):
-    torch.save(lively(num_classes=6).state_dict(), tmp_path / "w.pth")
-    model = load_model(SMALL_VIT, weights=tmp_path / "w.pth", classes=CLASSES).to(dtype)
+    torch.save(lively(num_classes=6, **TINY).state_dict(), tmp_path / "w.pth")
+    model = load_model(SMALL_VIT, weights=tmp_path / "w.pth", classes=CLASSES, **TINY).to(dtype)
     run = extract(model, toy_images(8), config, store=tmp_path / "store")
     run.save(tmp_path / "run")
     loaded, x = load(tmp_path / "run"), pixels_of(model).to(dtype)

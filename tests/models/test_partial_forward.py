@@ -1,7 +1,5 @@
 """A network that starts at a block gives what the whole one gives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import DataParallel
@@ -15,7 +13,7 @@ from moee_analysis.models.loading import architecture, class_names, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.models.unwrapping import unwrapped
 from tests.helpers.images import toy_images
-from tests.helpers.models import CLASSES, lively, pixels_of, same_models
+from tests.helpers.models import CLASSES, TINY, lively, pixels_of, same_models
 from tests.helpers.runs import quick
 
 
@@ -24,7 +22,7 @@ def compiled(model):
 
 
 def with_a_compiled_block(model):
-    model.blocks[2] = compiled(model.blocks[2])
+    model.blocks[1] = compiled(model.blocks[1])
     return model
 
 
@@ -40,21 +38,21 @@ WRAPPINGS = {
 @pytest.fixture(scope="module")
 def plain_run():
     """A run of the network as it is."""
-    return extract(lively(num_classes=6), toy_images(8), quick(experts="one"))
+    return extract(lively(num_classes=6, **TINY), toy_images(8), quick(experts="one"))
 
 
 @pytest.fixture(params=WRAPPINGS)
 def wrapped(request):
-    return WRAPPINGS[request.param](lively(num_classes=6))
+    return WRAPPINGS[request.param](lively(num_classes=6, **TINY))
 
 
 def test_the_network_inside_is_found(wrapped):
-    plain = lively(num_classes=6)
+    plain = lively(num_classes=6, **TINY)
     inside = unwrapped(wrapped)
     assert same_models(inside, plain)
     assert fingerprint(wrapped) == fingerprint(plain)
     assert architecture(wrapped) == "test_vit"
-    assert input_size(wrapped) == (3, 160, 160)
+    assert input_size(wrapped) == (3, 64, 64)
     assert count(wrapped).total == count(plain).total
     assert [site.name for site in find_mlps(wrapped)] == [site.name for site in find_mlps(plain)]
     assert str(model_transform(wrapped)) == str(model_transform(plain))
@@ -63,9 +61,9 @@ def test_the_network_inside_is_found(wrapped):
 def test_nothing_is_changed_to_find_it():
     model = lively()
     assert unwrapped(model) is model
-    block = with_a_compiled_block(model).blocks[2]
+    block = with_a_compiled_block(model).blocks[1]
     assert unwrapped(model) is not model
-    assert model.blocks[2] is block
+    assert model.blocks[1] is block
 
 
 def test_a_wrapped_model_is_taken_apart_saved_and_measured(wrapped, plain_run, tmp_path):

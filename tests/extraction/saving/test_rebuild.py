@@ -1,7 +1,5 @@
 """Networks saved and loaded: by their names, around the dense one, with every kind of layer."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Runs whose checksums fit and whose content makes no sense, made on purpose."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random
