@@ -138,16 +138,14 @@ def test_savings_are_those_of_the_measure_with_the_routes_of_the_same_pass():
 
 
 def test_seeds_become_means_within_the_widest_interval():
-    row = dict.fromkeys(fidelity_tables.COLUMNS)
-    row |= {"system": "best", "family": "f", "macs_asked": 0.2}
-    names = ("seed", "retention", "retention_low", "retention_high", "kl")
-    seeds = [
-        dict(zip(names, v, strict=True)) for v in ((1, 0.9, 0.8, 1, 0.3), (0, 0.8, 0.7, 0.9, 0.1))
-    ]
-    table = fidelity_tables.table_of([row | seed for seed in seeds], ["best"])
+    columns = ["seed", "retention", "retention_low", "retention_high", "kl"]
+    rows = pd.DataFrame([(1, 0.9, 0.8, 1, 0.3), (0, 0.8, 0.7, 0.9, 0.1)], columns=columns)
+    row = dict.fromkeys(fidelity_tables.COLUMNS) | {"system": "best", "macs_asked": 0.2}
+    seeds = [row | {"family": "f"} | each for each in rows.to_dict("records")]
+    table = fidelity_tables.table_of(seeds, ["best"])
     assert table["seed"].tolist() == [0, 1]
     (mean,) = fidelity_tables.over_seeds(table).to_dict("records")
-    assert [mean[n] for n in names[1:]] == pytest.approx([0.85, 0.7, 1.0, 0.2])
+    assert [mean[n] for n in columns[1:]] == pytest.approx([0.85, 0.7, 1.0, 0.2])
 
 
 def test_the_figure_leaves_out_systems_that_could_not_be_told_apart():

@@ -83,6 +83,25 @@ def test_a_row_says_which_strategy_was_chosen_and_why(systems, monkeypatch):
     assert inference_tables.count_ways(choices) == "2 sorted, 4 groups; 1 masked"
 
 
+def test_numbers_of_threads_are_powers_of_two_and_the_most_and_an_error_sets_them_back(
+    systems, monkeypatch
+):
+    assert [inference.thread_counts(n) for n in (1, 6, 8)] == [(1,), (1, 2, 4, 6), (1, 2, 4, 8)]
+    with pytest.raises(MoeeError, match="3 images for a batch"):
+        inference.run(systems, UNSEEN.take([0, 1]), PLAN)
+
+    def stop(*_args, **_options):
+        assert torch.get_num_threads() == 1
+        raise RuntimeError("stop")
+
+    most = torch.get_num_threads()
+    monkeypatch.setattr(inference, "in_turn", stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        inference.run(systems, UNSEEN, PLAN)
+    assert torch.get_num_threads() == most
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_speed_ups_are_ratios_within_a_round():
     row = inference_tables.speed([1.0, 2.0, 4.0], [2.0, 5.0, 6.0], promised=1.5)
     assert (row["ms"], row["dense_ms"], row["speedup"]) == (2, 5, 2)
@@ -109,34 +128,12 @@ def test_static_pruning_is_timed_without_routing_and_computes_the_same(systems, 
     assert len(all_mlps(pruned)) == 3
 
 
-def test_an_error_leaves_the_number_of_threads_as_it_was(systems, monkeypatch):
-    def stop(*_args, **_options):
-        assert torch.get_num_threads() == 1
-        raise RuntimeError("stop")
-
-    most = torch.get_num_threads()
-    monkeypatch.setattr(inference, "in_turn", stop)
-    with pytest.raises(RuntimeError, match="stop"):
-        inference.run(systems, UNSEEN, PLAN)
-    assert torch.get_num_threads() == most
-    assert not torch.is_inference_mode_enabled()
-
-
 def test_a_lower_precision_is_that_of_the_products(systems):
     precisions = set()
     first = next(iter(all_mlps(systems["dense"].model).values())).fc1
     with first.register_forward_hook(lambda *seen: precisions.add(seen[-1].dtype)):
         inference.run(systems, UNSEEN, replace(PLAN, threads=(1,), precision="bf16"))
     assert precisions == {torch.bfloat16}
-
-
-def test_thread_counts_are_powers_of_two_and_the_most():
-    assert [inference.thread_counts(n) for n in (1, 6, 8)] == [(1,), (1, 2, 4, 6), (1, 2, 4, 8)]
-
-
-def test_a_batch_needs_as_many_images(systems):
-    with pytest.raises(MoeeError, match="3 images for a batch"):
-        inference.run(systems, UNSEEN.take([0, 1]), PLAN)
 
 
 def test_the_command_times_systems_that_it_extracts(tmp_path, capsys, monkeypatch):
@@ -163,30 +160,22 @@ def test_the_command_times_systems_that_it_extracts(tmp_path, capsys, monkeypatc
 def test_saved_runs_of_the_model_are_timed_under_the_names_of_their_folders(
     saved_run, tmp_path, capsys
 ):
-    def command(*folders, seed=0):
-        weights = tmp_path / "dense.safetensors"
-        save_file(lively(seed=seed).state_dict(), weights)
-        given = {"model": SMALL_VIT, "weights": weights, "images": images, "out": tmp_path / "out"}
-        fixed = ["--batches=2", "--threads=1", "--seconds=1e-5", "--rounds=1"]
-        chosen = [f"--run={folder}" for folder in folders]
-        inference.main([*(f"--{name}={value}" for name, value in given.items()), *fixed, *chosen])
-
-    images = image_folder(tmp_path / "images", {"one": 2, "two": 1})
-    for folders, seed, words in (
-        ([saved_run, saved_run], 0, "different names"), ([saved_run], 1, "'run' of other weights"),
+    out, images = tmp_path / "out", image_folder(tmp_path / "images", {"one": 2, "two": 1})
+    for seed in (0, 1):
+        save_file(lively(seed=seed).state_dict(), tmp_path / f"{seed}.safetensors")
+    asked = [f"--model={SMALL_VIT}", f"--images={images}", f"--out={out}", "--batches=2",
+             "--threads=1", "--seconds=1e-5", "--rounds=1", f"--run={saved_run}"]  # fmt: skip
+    right, wrong = (f"--weights={tmp_path / str(seed)}.safetensors" for seed in (0, 1))
+    for more, words in (
+        ([right, f"--run={saved_run}"], "different names"), ([wrong], "'run' of other weights"),
+        ([right, "--batches=0,1"], "--batches"), ([right, "--batches=one"], "--batches"),
+        ([right, "--batches=1,"], "--batches"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
-            command(*folders, seed=seed)
+            inference.main([*asked, *more])
         assert words in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    command(saved_run)
-    content = json.loads((tmp_path / "out" / "inference.json").read_text())
+    assert not out.exists()
+    inference.main([*asked, right])
+    content = json.loads((out / "inference.json").read_text())
     assert [row["system"] for row in content["rows"]] == ["dense", "run"]
     assert content["facts"]["images"]["count"] == 3
-
-
-@pytest.mark.parametrize("text", ["0,1", "one", "1,"])
-def test_numbers_that_are_none_are_refused(text, capsys):
-    with pytest.raises(SystemExit):
-        inference.main(["--batches", text])
-    assert "--batches" in capsys.readouterr().err

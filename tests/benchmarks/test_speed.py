@@ -90,18 +90,15 @@ def row(system, tokens, seconds):
     return {"system": system, "tokens": tokens, "seconds": seconds, "peak_gb": 1.0}
 
 
-def test_exponents_are_of_the_larger_sizes():
+def test_exponents_are_of_the_larger_sizes_and_systems_that_agree_say_so():
     rows = [row("products", 100, 5.0), row("hdbscan", 100, 2.0)]
     rows += [row("products", n, 1e-6 * n**1.5) for n in (2500, 5000, 20_000)]
     assert clustering.exponents(rows) == {"products": pytest.approx(1.5)}
     small = [row("hdbscan", n, 1e-3 * n**2) for n in (100, 300)]
     assert clustering.exponents(small) == {"hdbscan": pytest.approx(2)}
-
-
-def test_systems_that_agree_say_so():
-    result = np.arange(1.0, 4.0), np.array([0, 0, -1, 1])
-    rows = [row("products", 4, 1.0), row("hdbscan", 4, 30.0)]
-    ours, theirs = clustering.compare([each | {"result": result} for each in rows])
+    result = {"result": (np.arange(1.0, 4.0), np.array([0, 0, -1, 1]))}
+    both = [row("products", 4, 1.0) | result, row("hdbscan", 4, 30.0) | result]
+    ours, theirs = clustering.compare(both)
     assert (ours["times_faster"], ours["weights_differ"], ours["noise_differs"]) == (30, 0, 0)
     assert (ours["ari"], ours["clusters"], ours["noise"]) == (1, 2, 0.25)
     assert "ari" not in theirs

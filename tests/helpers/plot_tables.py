@@ -87,17 +87,15 @@ def _knocked_out():
 
 
 def _unseen():
-    changes = (0, "sky", 0.9, -0.4), (0, "wheel", 0.5, 0.0), (1, "sky", 0.9, 0.02), (
-        1, "wheel", 0.5, -0.1)  # fmt: skip
-    scales = {(1, "expert"): 1, (1, "random patches"): 0.05,
+    places = {(1, "expert"): 1, (1, "random patches"): 0.05,
               (3, "expert"): 0.1, (3, "random patches"): 0.05}  # fmt: skip
-    rows = [
-        (*key, expert, part, recall, change * scale)
-        for key, scale in scales.items()
-        for expert, part, recall, change in changes
-    ]
-    table = _rows("layer system expert part recall_intact change", *rows)
-    return table.assign(low=table["change"] - 0.05, high=table["change"] + 0.05)
+    changes = ((0, "sky", -0.4), (0, "wheel", 0.0), (1, "sky", 0.02), (1, "wheel", -0.1))
+    rows = [(*p, e, part, scale * c) for p, scale in places.items() for e, part, c in changes]
+    table = _rows("layer system expert part change", *rows)
+    recall = table["part"].map({"sky": 0.9, "wheel": 0.5})
+    return table.assign(
+        recall_intact=recall, low=table["change"] - 0.05, high=table["change"] + 0.05
+    )
 
 
 def _numbers(table, change=NAN):

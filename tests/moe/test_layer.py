@@ -21,48 +21,18 @@ DIM, HIDDEN = 6, 10
 EXPERTS = [np.array([0, 2, 3]), np.array([2, 5]), np.array([8])]
 KEPT = [0, 2, 3, 5, 8]
 SHARES = np.array([0.5, 0.25, 0.25])
-NONE = [np.array([], dtype=np.int64)] * 3
 
 
-def build(experts=EXPERTS, readout=None, router=None):
+def build(readout=None):
     torch.manual_seed(0)
-    mlp = Mlp(DIM, HIDDEN).double()
-    centres = torch.randn(len(experts), DIM, dtype=torch.float64)
-    return mlp, MoeMlp(mlp, router or CosineRouter(centres), experts, SHARES, readout)
+    mlp, centres = Mlp(DIM, HIDDEN).double(), torch.randn(len(EXPERTS), DIM, dtype=torch.float64)
+    return mlp, MoeMlp(mlp, CosineRouter(centres), EXPERTS, SHARES, readout)
 
 
 @pytest.fixture
 def readout():
     draw = torch.Generator().manual_seed(1)
     return Readout(*(torch.randn(*s, generator=draw).double() for s in ((DIM, HIDDEN), (3, DIM))))
-
-
-def test_all_neurons_in_every_expert_is_the_dense_layer():
-    mlp, layer = build([np.arange(HIDDEN)] * 3)
-    x = torch.randn(2, 7, DIM, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), mlp(x), rtol=0, atol=1e-12)
-
-
-def test_an_expert_that_gets_no_token_changes_nothing():
-    mlp, layer = build(router=ConstantRouter(1))
-    x = torch.randn(4, DIM, dtype=torch.float64)
-    hidden = mlp.act(mlp.fc1(x)) * torch.isin(torch.arange(HIDDEN), torch.tensor(EXPERTS[1]))
-    torch.testing.assert_close(layer(x), mlp.fc2(hidden))
-
-
-def test_no_tokens_give_no_output():
-    assert build()[1](torch.zeros(0, 5, DIM, dtype=torch.float64)).shape == (0, 5, DIM)
-
-
-def test_neurons_that_no_expert_uses_are_gone(readout):
-    mlp, layer = build()
-    state = layer.state_dict()
-    assert state["fc1.weight"].shape == (len(KEPT), DIM)
-    assert state["fc2.weight"].shape == (DIM, len(KEPT))
-    assert torch.equal(layer.fc1.weight, mlp.fc1.weight[KEPT])
-    assert torch.equal(layer.fc1.bias, mlp.fc1.bias[KEPT])
-    assert torch.equal(layer.fc2.weight, mlp.fc2.weight[:, KEPT])
-    assert torch.equal(build(readout=readout)[1].fc2.weight, readout.weight[:, KEPT])
 
 
 @pytest.mark.parametrize("refitted", [True, False])
@@ -73,13 +43,16 @@ def test_parameters_are_counted_as_stored(refitted, readout):
     assert count_parameters(layer) == stored + 3 * DIM  # the router's centres
 
 
-def test_a_neuron_shared_by_experts_is_stored_once_and_listed_by_both():
-    _, layer = build()
+def test_neurons_are_stored_once_and_those_that_no_expert_uses_are_gone(readout):
+    mlp, layer = build()
     assert layer.kept.tolist() == KEPT
     for expert, ids in enumerate(EXPERTS):
         assert layer.kept[layer.expert_neurons(expert)].tolist() == ids.tolist()
-    assert layer.expert_sizes == [3, 2, 1]
-    assert (layer.n_experts, layer.hidden_dense) == (3, HIDDEN)
+    assert (layer.expert_sizes, layer.n_experts, layer.hidden_dense) == ([3, 2, 1], 3, HIDDEN)
+    assert torch.equal(layer.fc1.weight, mlp.fc1.weight[KEPT])
+    assert torch.equal(layer.fc1.bias, mlp.fc1.bias[KEPT])
+    assert torch.equal(layer.fc2.weight, mlp.fc2.weight[:, KEPT])
+    assert torch.equal(build(readout=readout)[1].fc2.weight, readout.weight[:, KEPT])
 
 
 def test_dense_layer_and_readout_are_copied(readout):
@@ -113,19 +86,6 @@ def test_usage_is_how_many_tokens_have_an_expert(chosen):
     assert usage.tolist() == [sum(expert in row for row in chosen) for expert in range(3)]
 
 
-def test_an_expert_of_no_neurons_is_a_constant_that_learns(readout):
-    mlp, layer = build(NONE, readout=readout)
-    x = torch.randn(2, 7, DIM, dtype=torch.float64, requires_grad=True)
-    chosen = layer.router(x)[:, 0]
-    wanted = (mlp.fc2.bias + readout.shift)[chosen].reshape(x.shape)
-    assert torch.equal(layer(x), wanted)
-    assert layer.macs_per_token() == layer.router.macs
-    layer(x).sum().backward()
-    used = torch.bincount(chosen, minlength=3).double()
-    torch.testing.assert_close(layer.shift.grad, used[:, None].expand(3, DIM))
-    assert not x.grad.any()
-
-
 @pytest.mark.parametrize(("weight", "shift", "named"), [
     ((HIDDEN, DIM), None, "weight"),
     ((3, DIM, HIDDEN), None, "weight"),
@@ -136,9 +96,6 @@ def test_a_readout_of_another_shape_is_refused(weight, shift, named):
     wrong = Readout(*(None if shape is None else torch.zeros(shape) for shape in (weight, shift)))
     with pytest.raises(MoeeError, match=f"the readout's {named} of shape"):
         build(readout=wrong)
-
-
-# Layers in a model
 
 
 def test_routed_layers_are_counted_as_in_the_dense_model():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -78,11 +80,6 @@ def test_a_router_is_rebuilt_from_its_description_and_tensors(router):
     assert (again.n_experts, again.macs) == (router.n_experts, router.macs)
 
 
-def test_a_control_is_not_saved():
-    with pytest.raises(MoeeError, match=r"cosine, constant, nearest, token_kinds.*RandomRouter"):
-        describe_router(TokenKindRouter((0,), RandomRouter(torch.ones(2), dim=12), tokens=5))
-
-
 @pytest.mark.parametrize(
     "router",
     [*SAVED[:4], RandomRouter(torch.ones(4), dim=12), CentreRouter(CENTRES, k=2)],
@@ -147,13 +144,22 @@ def test_leading_tokens_have_their_experts_and_patches_are_routed_among_the_othe
     assert router(torch.zeros(0, 5, 12)).shape == (0, 1)
 
 
-@pytest.mark.parametrize("shape", [(9, 12), (2, 3, 4, 12), (4, 1, 12)])
-def test_an_input_whose_leading_tokens_are_unknown_is_refused(shape):
-    with pytest.raises(MoeeError, match="2 or more"):
-        TokenKindRouter((0, 1), CosineRouter(CENTRES), tokens=10)(torch.zeros(shape))
+def kinds(prefix, inner, tokens=5):
+    return TokenKindRouter(prefix, inner, tokens=tokens)
 
 
-def test_patches_with_several_experts_each_are_refused():
-    router = TokenKindRouter((0,), CentreRouter(CENTRES, k=2), tokens=5)
-    with pytest.raises(MoeeError, match="2 experts"):
-        router(torch.zeros(2, 5, 12))
+UNKNOWN = [
+    partial(kinds((0, 1), CosineRouter(CENTRES), 10), torch.zeros(shape))
+    for shape in ((9, 12), (2, 3, 4, 12), (4, 1, 12))
+]
+RANDOM = kinds((0,), RandomRouter(torch.ones(2), dim=12))
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    *((call, "2 or more") for call in UNKNOWN),
+    (partial(kinds((0,), CentreRouter(CENTRES, k=2)), torch.zeros(2, 5, 12)), "2 experts"),
+    (partial(describe_router, RANDOM), r"cosine, constant, nearest, token_kinds.*RandomRouter"),
+])  # fmt: skip
+def test_what_a_router_cannot_do_is_refused(call, words):
+    with pytest.raises(MoeeError, match=words):
+        call()

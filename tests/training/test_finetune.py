@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -24,14 +22,15 @@ from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.storage.store import unfinished_folder
 from tests.helpers.families import FAMILIES, small
 from tests.helpers.images import contents, toy_images
-from tests.helpers.models import divergence, hooks_of, lively, same_models, toy_vit
+from tests.helpers.models import divergence, hooks_of, same_models, toy_vit
 from tests.helpers.runs import best, quick
 
 SCENES = load_images(split="calibration")
-IMAGES, FEW, UNSEEN = (SCENES.take(range(*ends)) for ends in ((60, 100), (60, 78), (100, 150)))
+IMAGES, UNSEEN = SCENES.take(range(60, 100)), SCENES.take(range(100, 150))
+FEW = toy_images(40).take(range(22, 40))
 
 
-def tuning(**settings) -> FinetuneConfig:
+def tuning(**settings):
     defaults = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-4, "augmentation": "none"}
     return FinetuneConfig(**{**defaults, **settings})
 
@@ -48,10 +47,16 @@ def tuned(run):
 
 
 @pytest.fixture(scope="module")
-def saved(run, tmp_path_factory):
-    """A fine-tuned run, and the folder where it lies."""
+def toy():
+    """A model that no name rebuilds, taken apart by the same recipe."""
+    return extract(toy_vit(), toy_images(22), best(macs_reduction=0.3))
+
+
+@pytest.fixture(scope="module")
+def saved(toy, tmp_path_factory):
+    """The toy fine-tuned, and the folder where it lies."""
     folder = tmp_path_factory.mktemp("saved") / "tuned"
-    return finetune(run, FEW, tuning(), out=folder), folder
+    return finetune(toy, FEW, tuning(), out=folder), folder
 
 
 def test_the_model_comes_nearer_to_the_dense_one_also_on_images_it_never_saw(run, tuned):
@@ -80,11 +85,11 @@ def test_experts_stay_the_subnetworks_they_were_and_so_do_frozen_routers(run, tu
 
 
 @pytest.mark.parametrize("router", ["straight_through", "auxiliary"])
-def test_a_router_can_learn_too(run, router):
-    learned = finetune(run, FEW, tuning(router=router, epochs=1)).run
+def test_a_router_can_learn_too(toy, router):
+    learned = finetune(toy, FEW, tuning(router=router, epochs=1)).run
     changed = [
         not torch.equal(other, own)
-        for index, layer in moe_layers(run.model).items()
+        for index, layer in moe_layers(toy.model).items()
         for own, other in zip(
             layer.router.buffers(), moe_layers(learned.model)[index].router.buffers(), strict=True
         )
@@ -92,19 +97,19 @@ def test_a_router_can_learn_too(run, router):
     ]
     assert changed
     assert all(changed)
-    assert learned.model.state_dict().keys() == run.model.state_dict().keys()
-    assert not list(moe_layers(learned.model)[5].router.parameters())
+    assert learned.model.state_dict().keys() == toy.model.state_dict().keys()
+    assert not [p for each in moe_layers(learned.model).values() for p in each.router.parameters()]
 
 
-def test_neither_the_run_nor_the_dense_model_is_changed(run):
-    models = run.model, run.dense()
+def test_neither_the_run_nor_the_dense_model_is_changed(toy):
+    models = toy.model, toy.dense()
     states = [copy.deepcopy(m.state_dict()) for m in models]
-    tuned = finetune(run, FEW, tuning(epochs=1, block_weight=0.1, router="auxiliary")).run
+    tuned = finetune(toy, FEW, tuning(epochs=1, block_weight=0.1, router="auxiliary")).run
     for model, before in zip(models, states, strict=True):
         assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
     for model in (*models, tuned.model):
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert hooks_of(tuned.model) == hooks_of(run.model)
+    assert hooks_of(tuned.model) == hooks_of(toy.model)
     assert not tuned.model.training
 
 
@@ -120,44 +125,44 @@ def test_the_shares_are_those_of_the_held_out_images(run, tuned):
     assert tuned.run.layers[5].active_fraction == pytest.approx(active)
 
 
-def test_parts_of_a_batch_add_up_to_the_batch(run):
-    whole, parts = (finetune(run, FEW, tuning(epochs=1, accumulate=n)) for n in (1, 3))
+def test_parts_of_a_batch_add_up_to_the_batch(toy):
+    whole, parts = (finetune(toy, FEW, tuning(epochs=1, accumulate=n)) for n in (1, 3))
     pd.testing.assert_frame_equal(whole.history, parts.history, rtol=1e-4)
     for one, other in zip(whole.run.model.parameters(), parts.run.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # AdamW takes signs of noise
 
 
-def test_one_step_is_that_of_adamw_on_the_divergence(run):
+def test_one_step_is_that_of_adamw_on_the_divergence(toy):
     """Against the same step, written out."""
     config = tuning(
         epochs=1, batch_size=64, warmup_epochs=0, weight_decay=0.0, learning_rate=1e-4, clip=1e9
     )
-    (x,) = IMAGES.split(config.held_out, seed=config.seed)[1].batches(run.dense())
-    student = copy.deepcopy(run.model).requires_grad_(requires_grad=True)
-    wanted = log_softmax(run.dense()(x), dim=1)
+    (x,) = FEW.split(config.held_out, seed=config.seed)[1].batches(toy.dense())
+    student = copy.deepcopy(toy.model).requires_grad_(requires_grad=True)
+    wanted = log_softmax(toy.dense()(x), dim=1)
     loss = kl_div(log_softmax(student(x), dim=1), wanted, reduction="batchmean", log_target=True)
     loss.backward()
     torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0).step()
-    found = finetune(run, IMAGES, config)
+    found = finetune(toy, FEW, config)
     assert found.history["loss"].iloc[1] == pytest.approx(loss.item(), rel=1e-4)
     assert found.best
     moved = zip(student.parameters(), found.run.model.parameters(), strict=True)
     assert max((a - b).abs().max() for a, b in moved) < 5e-5
 
 
-def test_what_has_ended_is_not_worse_than_what_was_begun_with(run):
-    tuned = finetune(run, FEW, tuning(learning_rate=1.0, epochs=5, patience=2))
+def test_what_has_ended_is_not_worse_than_what_was_begun_with(toy):
+    tuned = finetune(toy, FEW, tuning(learning_rate=1.0, epochs=5, patience=2))
     assert tuned.best == 0
     assert len(tuned.history) == 3
     assert "no lower divergence" in tuned.stopped
-    assert same_models(tuned.run.model, run.model)
+    assert same_models(tuned.run.model, toy.model)
 
 
-def test_a_running_mean_of_the_weights_is_what_is_kept(run):
-    plain, averaged = (finetune(run, IMAGES, tuning(epochs=2, ema=e)) for e in (None, 0.9))
+def test_a_running_mean_of_the_weights_is_what_is_kept(toy):
+    plain, averaged = (finetune(toy, FEW, tuning(ema=e)) for e in (None, 0.9))
     starts, *ends = (
         torch.cat([p.flatten() for p in m.parameters()])
-        for m in (run.model, averaged.run.model, plain.run.model)
+        for m in (toy.model, averaged.run.model, plain.run.model)
     )
     assert 0 < (ends[0] - starts).norm() < (ends[1] - starts).norm()
 
@@ -174,7 +179,7 @@ def test_static_pruning_is_trained_by_the_same_recipe_in_any_precision(
 
 @pytest.mark.parametrize("config", [quick(macs_reduction=0.2), best(attention="low_rank")])
 def test_any_recipe_can_be_trained(config):
-    run = extract(lively(), toy_images(12), config)
+    run = extract(toy_vit(), toy_images(12), config)
     tuned = finetune(run, toy_images(12), tuning(epochs=1, block_weight=0.5))
     assert tuned.history["loss"].iloc[1] > 0
 
@@ -183,19 +188,20 @@ def test_any_recipe_can_be_trained(config):
 def test_every_family_can_be_trained_with_all_losses(name):
     run = extract(small(name), toy_images(12), quick())
     config = tuning(epochs=1, held_out=0.2, block_weight=0.5, router="auxiliary")
-    tuned = finetune(run, toy_images(8), config)
-    assert tuned.history["loss"].iloc[1] > 0
-    assert tuned.history["kl"].notna().all()
+    history = finetune(run, toy_images(8), config).history
+    assert history["loss"].iloc[1] > 0
+    assert history["kl"].notna().all()
     assert not hooks_of(run.dense())
 
 
 # On disk
 
 
-def test_a_finished_folder_is_a_run_with_its_history_and_can_be_trained_again(saved):
+def test_a_finished_folder_is_a_run_with_its_history_and_can_be_trained_again(toy, saved):
     tuned, folder = saved
-    again = load(folder)
+    again = load(folder, dense=toy.dense())
     assert same_models(again.model, tuned.run.model)
+    assert same_models(finetune(toy, FEW, tuning()).run.model, tuned.run.model)  # without a folder
     pd.testing.assert_frame_equal(history_of(again), tuned.history)
     pd.testing.assert_frame_equal(pd.read_csv(folder / METRICS), tuned.history)
     assert [p.name for p in folder.parent.iterdir()] == ["tuned"]
@@ -206,18 +212,17 @@ def test_a_finished_folder_is_a_run_with_its_history_and_can_be_trained_again(sa
 
 
 def test_what_has_ended_is_not_repeated_and_nothing_else_takes_its_place(
-    run, saved, tmp_path, monkeypatch
+    toy, saved, tmp_path, monkeypatch
 ):
     (tuned, folder), before = saved, contents(saved[1])
     monkeypatch.setattr(training.Training, "run", lambda _: pytest.fail("trained again"))
-    second = finetune(run, FEW, tuning(), out=folder)
+    second = finetune(toy, FEW, tuning(), out=folder)
     pd.testing.assert_frame_equal(tuned.history, second.history)
-    with pytest.raises(MoeeError, match="another folder"):
-        finetune(run, FEW, tuning(seed=3), out=folder)
-    assert contents(folder) == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(MoeeError, match="another folder"):
-        finetune(run, FEW, tuning(), out=tmp_path / "file")
+    for config, out in ((tuning(seed=3), folder), (tuning(), tmp_path / "file")):
+        with pytest.raises(MoeeError, match="another folder"):
+            finetune(toy, FEW, config, out=out)
+    assert contents(folder) == before
 
 
 class Interrupted(BaseException):
@@ -246,29 +251,26 @@ def interrupted(monkeypatch, last, *arguments, out):
     [{}, {"ema": 0.8, "router": "straight_through"}, {"augmentation": "strong", "accumulate": 2}],
 )
 def test_a_training_that_was_interrupted_comes_to_the_same_bytes(
-    run, tmp_path, monkeypatch, settings
+    toy, tmp_path, monkeypatch, settings
 ):
     config = tuning(epochs=3, **settings)
-    finetune(run, FEW, config, out=tmp_path / "whole")
+    finetune(toy, FEW, config, out=tmp_path / "whole")
     for last in (1, 2, 3):
-        begun = interrupted(monkeypatch, last, run, FEW, config, out=tmp_path / "parts")
+        begun = interrupted(monkeypatch, last, toy, FEW, config, out=tmp_path / "parts")
         assert len(begun["rows"]) == last
     np.random.default_rng().random()
     torch.rand(3)
-    finetune(run, FEW, config, out=tmp_path / "parts")
+    finetune(toy, FEW, config, out=tmp_path / "parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_other_settings_do_not_go_on_with_what_was_begun(run, tmp_path, monkeypatch):
+def test_other_settings_do_not_go_on_with_what_was_begun(toy, tmp_path, monkeypatch):
     out = tmp_path / "tuned"
-    interrupted(monkeypatch, 2, run, FEW, tuning(), out=out)
+    interrupted(monkeypatch, 2, toy, FEW, tuning(), out=out)
     begun = contents(unfinished_folder(out))
     with pytest.raises(MoeeError, match="was begun"):
-        finetune(run, FEW, tuning(seed=5), out=out)
+        finetune(toy, FEW, tuning(seed=5), out=out)
     assert contents(unfinished_folder(out)) == begun
-
-
-# What is refused
 
 
 def breaking(monkeypatch, epoch):
@@ -283,24 +285,26 @@ def breaking(monkeypatch, epoch):
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_the_best_epoch_is_kept(
-    run, tmp_path, monkeypatch
+    toy, tmp_path, monkeypatch
 ):
-    good = finetune(run, FEW, tuning(epochs=3))
+    good = finetune(toy, FEW, tuning(epochs=3))
     breaking(monkeypatch, epoch=3)
-    tuned = finetune(run, FEW, tuning(epochs=3), out=tmp_path / "tuned")
+    tuned = finetune(toy, FEW, tuning(epochs=3), out=tmp_path / "tuned")
     assert tuned.stopped == "the loss was not finite in epoch 3"
     assert not tuned.finite
     assert tuned.best in (1, 2)
     pd.testing.assert_frame_equal(tuned.history, good.history.iloc[:3])
-    assert all(p.isfinite().all() for p in load(tmp_path / "tuned").model.parameters())
+    assert all(
+        p.isfinite().all() for p in load(tmp_path / "tuned", dense=toy.dense()).model.parameters()
+    )
 
 
-def test_a_loss_that_was_never_finite_or_too_few_images_leave_nothing(run, tmp_path, monkeypatch):
+def test_a_loss_that_was_never_finite_or_too_few_images_leave_nothing(toy, tmp_path, monkeypatch):
     breaking(monkeypatch, epoch=1)
     with pytest.raises(MoeeError, match="lower the learning rate"):
-        finetune(run, FEW, tuning(), out=tmp_path / "tuned")
+        finetune(toy, FEW, tuning(), out=tmp_path / "tuned")
     with pytest.raises(MoeeError, match="held_out"):
-        finetune(run, FEW.take(range(3)), tuning(), out=tmp_path / "tuned")
+        finetune(toy, FEW.take(range(3)), tuning(), out=tmp_path / "tuned")
     assert not list(tmp_path.iterdir())
 
 
@@ -315,14 +319,3 @@ def test_a_loss_that_was_never_finite_or_too_few_images_leave_nothing(run, tmp_p
 def test_settings_out_of_their_range_are_refused(setting):
     with pytest.raises(MoeeError, match=next(iter(setting))):
         FinetuneConfig(**setting)
-
-
-def test_a_model_that_no_name_rebuilds_can_be_trained_and_saved(tmp_path):
-    run = extract(toy_vit(), toy_images(12), quick())
-    tuned, again = (
-        finetune(run, toy_images(12), tuning(epochs=1), out=out) for out in (None, tmp_path / "new")
-    )
-    assert tuned.history["kl"].notna().all()
-    assert same_models(again.run.model, tuned.run.model)
-    loaded = load(tmp_path / "new", dense=run.dense())
-    assert same_models(loaded.model, tuned.run.model)

@@ -23,30 +23,26 @@ OTHER = {
 
 
 WRONG = [
-    {"recipe": "worst"}, {"noise": "ignore"}, {"experts": "two"}, {"preset": "huge"},
-    {"macs_reduction": 28}, {"macs_reduction": 0}, {"macs_reduction": float("nan")},
-    {"variance_kept": 90}, {"variance_kept": -0.1},
+    {"recipe": "worst"}, {"preset": "huge"}, {"macs_reduction": 28}, {"macs_reduction": 0},
+    {"macs_reduction": float("nan")}, {"variance_kept": 90}, {"variance_kept": -0.1},
     {"macs_reduction": 0.3, "variance_kept": 0.9}, {"params_reduction": 30},
     {"params_reduction": 0}, {"variance_kept": 0.9, "recipe": "best"},
     {"variance_kept": 0.9, "budget": "global"}, {"params_reduction": 0.3},
-    {"params_reduction": 0.3, "recipe": "best", "budget": "share"}, {"router": "random"},
-    {"tokens": "cls"}, {"unread": "dropped"}, {"order": "best"}, {"metric": "cosine"},
-    {"budget": "all"}, {"coherence": "high"}, {"refit": "all"}, {"tokens_per_image": 0},
+    {"params_reduction": 0.3, "recipe": "best", "budget": "share"}, {"tokens_per_image": 0},
     {"cluster_tokens": -1}, {"calibration_images": 2.5}, {"seed": -1}, {"seed": None},
     {"recipe": []}, {"preset": []}, {"clustering": math.inf}, {"clustering": []},
     {"clustering": "kmeans"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
-    with pytest.raises(MoeeError, match=next(iter(wrong))):
+@pytest.mark.parametrize(("wrong", "words"), [
+    *((wrong, next(iter(wrong))) for wrong in WRONG),
+    ({"preset": "huge"}, "smoke, small, full"),
+    *(({piece: "none of them"}, f"{piece} among {', '.join(c)}") for piece, c in CHOICES.items()),
+])  # fmt: skip
+def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong, words):
+    with pytest.raises(MoeeError, match=words):
         ExtractConfig(**wrong)
-
-
-def test_an_unknown_preset_lists_those_there_are():
-    with pytest.raises(MoeeError, match="smoke, small, full"):
-        ExtractConfig(preset="huge")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -58,16 +54,10 @@ def test_the_preset_decides_what_is_not_given(preset):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_recipe_decides_the_pieces_that_are_not_given(recipe):
-    resolved = ExtractConfig(recipe=recipe).resolved()
-    assert recipe_named(recipe).items() <= vars(resolved).items()
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("piece", OTHER)
-def test_a_piece_that_is_given_stands_and_the_others_are_the_recipe_s(recipe, piece):
-    resolved = ExtractConfig(recipe=recipe, **{piece: OTHER[piece]}).resolved()
-    assert (recipe_named(recipe) | {piece: OTHER[piece]}).items() <= vars(resolved).items()
+@pytest.mark.parametrize("given", [{}, *({piece: choice} for piece, choice in OTHER.items())])
+def test_a_piece_that_is_given_stands_and_the_others_are_the_recipe_s(recipe, given):
+    resolved = ExtractConfig(recipe=recipe, **given).resolved()
+    assert (recipe_named(recipe) | given).items() <= vars(resolved).items()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -80,12 +70,6 @@ def test_where_parameters_are_bound_some_pieces_of_the_recipe_change(recipe):
         assert given.resolved().order == "variance"
 
 
-@pytest.mark.parametrize("piece", CHOICES)
-def test_a_choice_that_there_is_not_is_refused_with_those_there_are(piece):
-    with pytest.raises(MoeeError, match=f"{piece} among {', '.join(CHOICES[piece])}"):
-        ExtractConfig(**{piece: "none of them"})
-
-
 @pytest.mark.parametrize(
     "config",
     [{}, {"recipe": "best"}, {"recipe": "best", "params_reduction": 0.2}, {"macs_reduction": 0.2}],
@@ -95,20 +79,16 @@ def test_what_is_resolved_stays_as_it_is(config):
     assert resolved.resolved() == resolved
 
 
-@pytest.mark.parametrize(
-    ("pieces", "everything"),
-    [
-        ({}, False),
-        ({"recipe": "best"}, True),
-        ({"recipe": "best", "order": "weighted"}, True),
-        ({"recipe": "best", "refit": "shift"}, False),
-        ({"recipe": "best", "refit": "shift", "order": "obs"}, True),
-        ({"recipe": "best", "refit": "shift", "params_reduction": 0.1}, True),
-        ({"order": "obs"}, True),
-        ({"refit": "shared"}, True),
-        ({"metric": "fisher", "order": "weighted", "refit": "shift"}, False),
-    ],
-)
+BEST, SHIFTED = {"recipe": "best"}, {"recipe": "best", "refit": "shift"}
+WHOLE = {"coherence": "measured", "metric": "fisher", "budget": "global"}
+
+
+@pytest.mark.parametrize(("pieces", "everything"), [
+    ({}, False), (BEST, True), (BEST | {"order": "weighted"}, True), (SHIFTED, False),
+    (SHIFTED | {"order": "obs"}, True), (SHIFTED | {"params_reduction": 0.1}, True),
+    ({"order": "obs"}, True), ({"refit": "shared"}, True),
+    ({"metric": "fisher", "order": "weighted", "refit": "shift"}, False),
+])  # fmt: skip
 def test_covariances_take_all_tokens_and_variances_a_sample(pieces, everything):
     resolved = ExtractConfig(**pieces).resolved()
     assert (resolved.tokens_per_image is None) is everything
@@ -122,19 +102,11 @@ def test_only_the_fisher_metric_needs_gradients(recipe):
     assert ExtractConfig(recipe=recipe).needs_gradients is (recipe == "best")
 
 
-@pytest.mark.parametrize(
-    ("pieces", "measured"),
-    [
-        ({}, False),
-        ({"coherence": "measured"}, False),
-        ({"coherence": "measured", "metric": "fisher"}, False),
-        ({"coherence": "measured", "metric": "fisher", "budget": "global"}, True),
-        ({"recipe": "best"}, True),
-        ({"recipe": "best", "coherence": "ignored"}, False),
-        ({"recipe": "best", "metric": "outputs"}, False),
-        ({"recipe": "best", "budget": "share"}, False),
-    ],
-)
+@pytest.mark.parametrize(("pieces", "measured"), [
+    ({}, False), ({"coherence": "measured"}, False), (WHOLE, True), (BEST, True),
+    (WHOLE | {"budget": "share"}, False), (BEST | {"coherence": "ignored"}, False),
+    (BEST | {"metric": "outputs"}, False), (BEST | {"budget": "share"}, False),
+])  # fmt: skip
 def test_coherence_takes_a_fisher_metric_and_one_budget(pieces, measured):
     assert ExtractConfig(**pieces).measures_coherence is measured
 

@@ -23,8 +23,10 @@ def folder(tmp_path):
 
 
 def run(folder, store, *, model=None, limits=None):
-    config = best(macs_reduction=0.05, layers=(0, 2), cluster_tokens=100)
-    return extract(model or toy_vit(), load_images(folder), config, store=store, limits=limits)
+    config = best(macs_reduction=0.05, layers=(0,), cluster_tokens=100)
+    return extract(
+        model or toy_vit(depth=2), load_images(folder), config, store=store, limits=limits
+    )
 
 
 def files(store):
@@ -55,8 +57,8 @@ def last_of(folder):
 ])  # fmt: skip
 def test_what_changes_during_a_run_is_told(folder, monkeypatch, limits, change, words):
     monkeypatch.setattr(recording, "BATCH", 2)
-    store, model = folder.parent / "store", toy_vit()
-    run(folder, store, model=toy_vit(seed=1))
+    store, model = folder.parent / "store", toy_vit(depth=2)
+    run(folder, store, model=toy_vit(seed=1, depth=2))
     before = files(store)
     changing(monkeypatch, lambda: change(folder, model))
     with pytest.raises(MoeeError, match=words):
@@ -77,7 +79,7 @@ def test_changed_images_make_another_run_and_leave_the_old_one(folder, tmp_path)
     after = files(tmp_path / "store")
     assert all(after[path] == content for path, content in before.items())
     (old,) = {path.parent for path in before if path.parent.name.startswith("run-")}
-    again = load(old, dense=toy_vit()).model.state_dict()
+    again = load(old, dense=toy_vit(depth=2)).model.state_dict()
     assert all(torch.equal(v, again[k]) for k, v in first.model.state_dict().items())
 
 

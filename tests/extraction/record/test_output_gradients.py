@@ -154,11 +154,20 @@ def test_hooks_come_off_after_an_error():
     assert hooks_of(model) == 0
 
 
+class Twice(torch.nn.Module):
+    def __init__(self, once):
+        super().__init__()
+        self.once = once
+
+    def forward(self, x):
+        return self.once(self.once(x))
+
+
 @pytest.mark.parametrize("calls", [0, 2])
 def test_an_mlp_that_is_not_called_once_is_refused(calls):
-    model, name = toy_vit(), {0: "spare", 2: r"blocks\.1\.mlp\.0"}[calls]
+    model, name = toy_vit(), {0: "spare", 2: r"blocks\.1\.mlp\.once"}[calls]
     if calls == 2:
-        model.blocks[1].mlp = torch.nn.Sequential(*2 * [model.blocks[1].mlp])
+        model.blocks[1].mlp = Twice(model.blocks[1].mlp)
     else:
         model.spare = toy_vit(depth=1).blocks[0].mlp
     with pytest.raises(MoeeError, match=f"one call of '{name}'.*found {calls} calls"):

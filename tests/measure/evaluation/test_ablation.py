@@ -16,10 +16,12 @@ from tests.helpers.runs import CLUSTERING, MEANS, best
 DENSE = toy_vit()
 CALIBRATION, IMAGES = toy_images(12), toy_images(40).take(range(24, 40))
 BOOTSTRAP = {"seed": 2, "resamples": 20}
-WHOLE = best(macs_reduction=0.1, tokens_per_image=17, cluster_tokens=200)
-FEW, ONE = replace(WHOLE, clustering=replace(MEANS, count=2)), with_one_expert(WHOLE)
 BEST, PAPER = RECIPES["best"].pieces, RECIPES["paper"].pieces
-DIFFERENT = [piece for piece, own in BEST.items() if own != PAPER[piece]]
+FULL = best(macs_reduction=0.1, tokens_per_image=17, cluster_tokens=200)
+WHOLE = replace(FULL, **{piece: PAPER[piece] for piece in ("tokens", "metric", "coherence")})
+PIECES = [piece for piece, own in BEST.items() if own != PAPER[piece]]
+DIFFERENT = [piece for piece in PIECES if getattr(WHOLE, piece) != PAPER[piece]]
+FEW, ONE = replace(WHOLE, clustering=replace(MEANS, count=2)), with_one_expert(WHOLE)
 CONTROLS = {"static pruning", "random routing", "random centres"}
 NUMBERS = [*SCORES, "kl_low", "kl_high", "macs_reduction", "params_reduction", "router_macs"]
 
@@ -108,18 +110,17 @@ def test_a_row_is_the_recipe_with_one_piece_changed(table, store, model_of):
 
 
 def test_all_pieces_off_are_the_paper_and_all_on_are_the_best(model_of):
-    off = replace(WHOLE, **recipe_named("paper"))
+    off = replace(FULL, **recipe_named("paper"))
     on = paper(**recipe_named("best") | {"clustering": MEANS})
     assert same_models(model_of(off), model_of(paper()))
-    assert same_models(model_of(on), model_of(WHOLE))
+    assert same_models(model_of(on), model_of(FULL))
 
 
-def test_pieces_that_the_recipes_share_are_left_out(store):
-    shared = {p: PAPER[p] for p in DIFFERENT if p not in ("router", "clustering")}
-    table = measure.ablation(
-        DENSE, CALIBRATION, IMAGES, replace(WHOLE, **shared), store=store, repeats=0, resamples=2
-    )
-    assert set(table["piece"]) == {"", "router", "clustering", "experts"}
+def test_every_piece_that_differs_is_turned(store):
+    config = replace(FULL, layers=(7,))  # of no layer: nothing is made
+    table = measure.ablation(DENSE, CALIBRATION, IMAGES, config, store=store, repeats=0)
+    for direction in ("off in turn", "on alone"):
+        assert list(table.loc[table["direction"] == direction, "piece"]) == PIECES
     assert "another seed" not in set(table["direction"])
 
 

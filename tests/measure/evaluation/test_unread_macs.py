@@ -35,10 +35,10 @@ ATTENTION = 16 * 2 * D * (D + N)
 LAST = ["blocks.2.attn", "blocks.2.mlp"]
 
 
-def small(**settings):
+def small(kind=VisionTransformer, **settings):
     torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = VisionTransformer(**sizes, num_classes=6, **settings)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "num_classes": 6}
+    model = kind(**sizes | {"depth": 2} | settings)
     model.pretrained_cfg = toy_vit().pretrained_cfg
     return model.eval().requires_grad_(requires_grad=False)
 
@@ -67,11 +67,12 @@ def test_leaving_it_out_saves_exactly_this_and_changes_no_logit(build):
     torch.testing.assert_close(bare(x), model(x), rtol=1e-4, atol=1e-4)
     saved = count(model).total - count(bare, sites=()).total
     assert sum(each.now for each in unread_macs(model).values()) == saved
-    if build is toy_vit:  # it has a closed form
-        expected = {"blocks.2.attn": ATTENTION, "blocks.2.mlp": MLP}
-        assert unread_macs(model) == {
-            name: UnreadMacs(("patch",), macs, macs) for name, macs in expected.items()
-        }
+
+
+def test_the_patches_of_the_last_block_go_unread():
+    macs = {"blocks.2.attn": ATTENTION, "blocks.2.mlp": MLP}
+    expected = {name: UnreadMacs(("patch",), each, each) for name, each in macs.items()}
+    assert unread_macs(toy_vit()) == expected
 
 
 def one_token(layers, *, kind):
@@ -100,13 +101,7 @@ def test_registers_go_unread_with_the_patches_and_cls_alone_spends_nothing_on_th
     found = unread_macs(small(reg_tokens=3))
     assert {each.kinds for each in found.values()} == {("register", "patch")}
     assert found["blocks.1.mlp"].now == 19 * 8 * D * D
-    torch.manual_seed(0)
-    model = Cait(
-        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=6,
-        depth_token_only=1, init_values=1.0,
-    )  # fmt: skip
-    model.pretrained_cfg = toy_vit().pretrained_cfg
-    assert unread_macs(model.eval()) == {}
+    assert unread_macs(small(Cait, depth=1, depth_token_only=1, init_values=1.0)) == {}
 
 
 def test_attention_that_is_asked_for_cls_alone_wastes_nothing_any_more():
@@ -118,31 +113,30 @@ def test_attention_that_is_asked_for_cls_alone_wastes_nothing_any_more():
 
 def test_of_tokens_routed_alike_each_costs_the_average():
     model = toy_moe(toy_vit(), layers={2})
-    found = unread_macs(model)["blocks.2.mlp"]
-    assert found.dense == MLP
-    assert found.now == pytest.approx(16 * moe_layers(model)[2].macs_per_token())
-    config = MoeficationConfig(active=0.5, n_experts=16, router="centre")
-    table = measure.macs(convert(toy_vit(), IMAGES, config)).set_index("component")
-    row = table.loc["blocks.2.mlp"]
-    assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
+    row = measure.macs(model).set_index("component").loc["blocks.2.mlp"]
+    assert row["macs_unread"] == pytest.approx(16 * moe_layers(model)[2].macs_per_token())
     assert row["macs_unread_dense"] == MLP
+    config = MoeficationConfig(active=0.5, n_experts=16, router="centre")
+    row = (
+        measure.macs(convert(toy_vit(), IMAGES, config)).set_index("component").loc["blocks.2.mlp"]
+    )
+    assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
 
 
 def test_where_cls_has_an_expert_of_its_own_it_is_told_from_the_patches():
-    pieces = {"unread": "routed", "metric": "outputs"}
-    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.1, **pieces))
+    run = extract(toy_vit(), IMAGES, best(macs_reduction=0.1, unread="routed", metric="outputs"))
     table = measure.macs(run, IMAGES).set_index("component")
     layer = moe_layers(run.model)[2]
     row = table.loc["blocks.2.mlp"]
     assert row["macs_unread"] == pytest.approx(row["macs"] - 2 * D * layer.expert_sizes[0])
 
 
-@pytest.mark.parametrize("system", ["best", "static pruning"])
-def test_a_constant_in_the_place_of_unread_outputs_leaves_nothing_to_waste(system):
-    if system == "best":
-        run = extract(toy_vit(), IMAGES, best(macs_reduction=0.2))
-    else:
-        run = prune(toy_vit(), IMAGES, "output-weighted least squares", macs_reduction=0.2)
+@pytest.mark.parametrize("make", [
+    lambda: extract(toy_vit(), IMAGES, best(macs_reduction=0.2)),
+    lambda: prune(toy_vit(), IMAGES, "output-weighted least squares", macs_reduction=0.2),
+], ids=["best", "static pruning"])  # fmt: skip
+def test_a_constant_in_the_place_of_unread_outputs_leaves_nothing_to_waste(make):
+    run = make()
     table = measure.macs(run).set_index("component")
     assert table.loc["blocks.2.mlp", "macs_unread_dense"] == MLP
     assert table.loc["blocks.2.mlp", "macs_unread"] == pytest.approx(0, abs=1)

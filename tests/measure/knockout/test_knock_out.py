@@ -10,12 +10,10 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.measure.knockout.intervention import (
     Plan,
     alone,
-    average,
     interventions,
     knocked_out,
     mean_outputs,
     removed,
-    with_controls,
 )
 from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.moe.layer import moe_layers
@@ -138,14 +136,6 @@ def test_several_experts_per_token_are_refused():
     moe_layers(model)[0].router = ConstantRouter([0, 1])
     with pytest.raises(MoeeError, match="one expert per token"):
         measured(model)
-
-
-def test_controls_follow_their_rule_and_are_averaged():
-    rules = with_controls({(0,): removed(1), (1,): removed(2)}, leading=0, draws=2, seed=0)
-    chosen = torch.tensor([[0, 1, 2, 2]])
-    assert [int(rule(chosen).sum()) for rule in rules] == [1, 1, 1, 2, 2, 2]
-    averaged = average(np.array([1.0, 3, 5, 2, 8, 8]), 2)
-    np.testing.assert_array_equal(averaged, [[1, 4], [2, 8]])
 
 
 def test_one_expert_carries_a_class_and_random_tokens_do_not():

@@ -1,17 +1,13 @@
 import numpy as np
 import pytest
-import torch
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.knockout.intervention import knocked_out, mean_outputs, removed
-from moee_analysis.measure.knockout.parts_unseen import PartProbe, Place
-from moee_analysis.measure.routing.part_alignment import all_patch_parts
+from moee_analysis.measure.knockout.parts_unseen import Place
 from tests.helpers.colours import COLOURS, colour_model, coloured_images
 from tests.helpers.images import toy_images
 from tests.helpers.models import (
     SMALL_CONVNEXT,
-    hooks_of,
     lively,
     pixels_of,
     toy_moe,
@@ -53,20 +49,6 @@ def test_intervals_hold_the_change_whatever_the_batches(table):
     assert (table["low"] <= table["change"]).all()
     assert (table["change"] <= table["high"]).all()
     assert measured(resamples=50, batch_size=7, layers=[0]).equals(table)
-
-
-def test_recall_is_counted_patch_by_patch(table):
-    model = colour_model()
-    probe = PartProbe.trained(Place.of(model), CALIBRATION, None)
-    x, truth = next(IMAGES.batches(model)), all_patch_parts(IMAGES, (4, 4))
-    constant = mean_outputs(model, CALIBRATION)[0]
-    with torch.no_grad(), knocked_out(model, 0, removed(2), constant):
-        found = probe(x).numpy()
-    rows = table[(table["expert"] == 2) & (table["system"] == "expert")].set_index("part")
-    for number, part in enumerate([*COLOURS, "black"]):
-        recall = (found[truth == number] == number).mean()
-        assert rows.loc[part, "recall"] == pytest.approx(recall)
-    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize(

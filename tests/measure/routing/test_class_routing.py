@@ -5,7 +5,6 @@ from scipy.stats import entropy
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.bootstrap import jensen_shannon
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_moe, toy_vit
 from tests.helpers.routes import drawn_routes, made_routes
@@ -23,15 +22,6 @@ def specificity(routes, permutations=99, resamples=2):
     options = {"permutations": permutations, "resamples": resamples}
     table = measure.specificity(routes, **options).query("class_name == 'all'")
     return table.iloc[0] if len(table) == 1 else table
-
-
-def test_jensen_shannon_agrees_with_scipy():
-    p, q = np.random.default_rng(0).dirichlet(np.ones(7), size=(2, 20))
-    q[0] = np.eye(7)[3]
-    expected = [jensenshannon(a, b, base=2) ** 2 for a, b in zip(p, q, strict=True)]
-    np.testing.assert_allclose(jensen_shannon(p, q), expected, atol=1e-12)
-    np.testing.assert_allclose(jensen_shannon(np.eye(2), np.eye(2)[::-1]), 1)
-    assert (jensen_shannon(p, p) == 0).all()
 
 
 def test_shares_of_a_class_are_means_over_its_images():

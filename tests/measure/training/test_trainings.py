@@ -1,3 +1,4 @@
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from moee_analysis.training.supervised import right_of, train
 from moee_analysis.training.supervised_config import SupervisedConfig
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import same_models, toy_vit
+from tests.helpers.processes import processes
 
 TRAINING, IMAGES = toy_images(40).take(range(24)), toy_images(40).take(range(24, 40))
 CONFIG = SupervisedConfig(steps=4, batch_size=8, check_every=2)
@@ -75,7 +77,9 @@ def test_rates_that_are_no_weights_make_another_training(store, trained):
     assert other.folders["deep", 3] != trained.folders["deep", 3]
 
 
-def test_processes_side_by_side_come_to_the_same_bytes(trained, tmp_path):
+def test_processes_side_by_side_come_to_the_same_bytes(trained, tmp_path, monkeypatch):
+    quick = processes()  # have imported everything
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: quick)
     beside = trained_in(tmp_path, workers=2)
     assert all(
         contents(beside.folders[key]) == contents(own) for key, own in trained.folders.items()

@@ -38,25 +38,17 @@ def test_the_fastest_of_all_strategies_is_chosen_and_says_why(layer):
     assert "sorted, 16 groups" in choice.reason
 
 
-def test_measuring_is_done_once_for_about_as_many_tokens(layer):
+def test_measuring_is_done_once_for_about_as_many_tokens_and_as_many_threads(layer, monkeypatch):
     outs = [layer(torch.ones(n, DIM)) for n in (WORTH, WORTH, WORTH + 1)]
     assert torch.equal(outs[0], outs[1])
     assert len(layer.choices) == 1
     layer(torch.ones(4 * WORTH, DIM))
     assert len(layer.choices) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    layer(torch.ones(WORTH, DIM))
+    assert len(layer.choices) == 3
     layer.load_state_dict(layer.state_dict())  # perhaps of other lists
     assert not layer.choices
-
-
-def test_measuring_is_repeated_with_other_threads(layer):
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            layer(torch.ones(WORTH, DIM))
-    finally:
-        torch.set_num_threads(before)
-    assert len(layer.choices) == 2
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])

@@ -34,12 +34,12 @@ from scripts.bundled_models.architectures import patch_width as width_of
 from tests.helpers.models import pixels_of, same_models
 from tests.helpers.runs import best
 
-NAMES = list(BUNDLED_MODELS)
+KINDS = dict(zip(BUNDLED_MODELS, (VisionTransformer, SwinTransformer, ConvNeXt), strict=True))
 TINY = [
     "--epochs", "1", "--train-images", "20", "--evaluation-images", "20",
     "--calibration-images", "20", "--seed", "3",
 ]  # fmt: skip
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,6 @@ def held_out():
 
 
 # As they are stored
-
-
-def test_there_are_a_vit_a_swin_and_a_convnext_of_timm_s():
-    assert list(BUNDLED_MODELS.values()) == [VisionTransformer, SwinTransformer, ConvNeXt]
-    assert set(ARCHITECTURES) == set(RECIPES) == set(BUNDLED_MODELS)
 
 
 @each
@@ -83,7 +78,8 @@ def test_the_card_tells_how_the_model_came_about_and_promises_that_it_discrimina
 @each
 def test_a_model_is_loaded_by_name_with_the_stored_weights_and_its_mlps_can_be_taken_apart(name):
     model = load_model(name)
-    assert type(model) is BUNDLED_MODELS[name]
+    assert set(ARCHITECTURES) == set(RECIPES) == set(BUNDLED_MODELS)
+    assert type(model) is BUNDLED_MODELS[name] is KINDS[name]
     assert not model.training
     assert architecture(model) == name
     assert class_names(model) == CLASSES
@@ -108,18 +104,16 @@ def test_a_misspelt_bundled_model_is_corrected():
 
 
 @each
-def test_other_weights_of_a_bundled_architecture_are_taken_and_remembered(name, tmp_path):
-    path = tmp_path / "other.safetensors"
-    save_file(build_model(name).state_dict(), path)
-    assert load_model(name, weights=path).pretrained_cfg["file"] == str(path)
-
-
-@each
-def test_a_run_of_a_bundled_model_is_saved_and_loaded(name, tmp_path, bundled_images):
+def test_runs_and_weights_of_a_bundled_architecture_are_saved_and_loaded(
+    name, tmp_path, bundled_images
+):
     images = bundled_images["calibration"].limit(16)
     run = extract(load_model(name), images, best(macs_reduction=0.02, layers=(1, 2)))
     run.save(tmp_path / "run")
     loaded = load(tmp_path / "run")
+    path = tmp_path / "other.safetensors"
+    save_file(build_model(name).state_dict(), path)
+    assert load_model(name, weights=path).pretrained_cfg["file"] == str(path)
     assert any(layer.converted for layer in run.layers)
     assert same_models(loaded.model, run.model)
     x = pixels_of(run.model, count=3)
@@ -146,7 +140,7 @@ def test_a_stored_model_keeps_its_promise_and_half_its_neurons_do_not_go_unnotic
 
 
 @each
-def test_hidden_variances_match_a_plain_computation(name, pictures):
+def test_hidden_variances_and_part_counts_match_a_plain_computation(name, pictures):
     model, hidden, few = load_model(name), [], pictures.first(8)
     act = find_mlps(model)[3].module(model).act
     with act.register_forward_hook(lambda *given: hidden.append(given[2])), torch.inference_mode():
@@ -154,12 +148,8 @@ def test_hidden_variances_match_a_plain_computation(name, pictures):
     wanted = hidden[0].flatten(0, -2).double().var(0, correction=0)
     found = evaluation.hidden_variances(model, few)[3]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
-
-
-def test_part_counts_match_a_plain_count():
     mask = render(6, 3).parts
-    patch = mask[40:48, 16:24]
-    expected = [(patch == value).sum() for value in range(len(PARTS))]
+    expected = [(mask[40:48, 16:24] == value).sum() for value in range(len(PARTS))]
     assert evaluation.part_counts(mask)[8 * 5 + 2].tolist() == expected
 
 
