@@ -15,12 +15,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
-from moee_analysis.moe.routers import (
-    ConstantRouter,
-    CosineRouter,
-    NearestRouter,
-    RandomRouter,
-)
+from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, RandomRouter
 from tests.helpers.images import toy_images
 from tests.helpers.models import pixels_of, toy_kinds, toy_vit
 from tests.helpers.runs import CLUSTERING, best, quick
@@ -39,8 +34,7 @@ def run():
 
 
 def cost(run):
-    names = moe_names(run.model)
-    layers = moe_layers(run.model)
+    names, layers = moe_names(run.model), moe_layers(run.model)
     return moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
 
 

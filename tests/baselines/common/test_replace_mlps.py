@@ -1,8 +1,10 @@
 import pytest
 import torch
+from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.baselines.common.replace_mlps import (
+    ExpertMlps,
     fill_budget,
     find_places,
     replace_mlps,
@@ -21,15 +23,12 @@ def test_layers_are_chosen_in_order():
         sites_at(sites, (0, -1))
 
 
-ALIKE = [10, 10, 10], [20, 20, 20]
-UNLIKE = [3, 12], [64, 16]
-
-
 def test_layers_grow_in_turn_by_their_share_of_tokens_up_to_all_of_them():
-    assert fill_budget(0.5, *ALIKE, dense=1000, fixed=150) == [12, 12, 11]
-    many, few = fill_budget(0.5, *UNLIKE, dense=1000, fixed=200)
+    alike = [10, 10, 10], [20, 20, 20]
+    assert fill_budget(0.5, *alike, dense=1000, fixed=150) == [12, 12, 11]
+    many, few = fill_budget(0.5, [3, 12], [64, 16], dense=1000, fixed=200)
     assert many / 64 == pytest.approx(few / 16, abs=1 / 16)
-    assert fill_budget(0.01, *ALIKE, dense=10_000, fixed=0) == [20, 20, 20]
+    assert fill_budget(0.01, *alike, dense=10_000, fixed=0) == [20, 20, 20]
 
 
 @pytest.mark.parametrize(("model", "expected"), [
@@ -55,3 +54,25 @@ def test_what_is_exchanged_has_device_precision_and_trainability_of_the_mlp():
     assert [first.weight.requires_grad, second.weight.requires_grad] == [False, True]
     assert type(third) is type(dense.blocks[0].mlp)
     assert model(pixels_of(dense).double()).shape == (4, 6)
+
+
+def made(*, bias=True, drop=0.0):
+    """Three MLPs of random weights, the same as experts, and tokens of each."""
+    torch.manual_seed(0)
+    mlps = [Mlp(6, 10, bias=bias).double() for _ in range(3)]
+    x = torch.randn(2, 3, 50, 6, dtype=torch.float64)
+    return mlps, ExpertMlps(mlps, mlps[0].act, drop=drop), x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_expert_is_its_mlp(bias):
+    mlps, experts, x = made(bias=bias)
+    assert (experts.n_experts, experts.hidden) == (3, 10)
+    each = torch.stack([mlp(x[:, e]) for e, mlp in enumerate(mlps)], dim=1)
+    torch.testing.assert_close(experts(x), each)
+
+
+def test_hidden_activations_drop_out_in_training_only():
+    (_, plain, x), (_, experts, _) = made(), made(drop=0.5)
+    assert ((experts(x) == 0).double().mean() - 0.5).abs() < 0.1
+    torch.testing.assert_close(experts.eval()(x), plain(x), rtol=0, atol=0)

@@ -165,10 +165,16 @@ def test_the_budget_is_met_to_within_one_expert_and_pays_the_router(make, router
     assert goal - one - 1 <= table["macs"].iloc[-1] <= goal + 1
 
 
+STORED = {"centre": 8 * 32, "mlp": 8 * 32 + 8 * 8}  # parameters beside those of the dense model
+
+
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("score", ["pos", "out"])
-def test_what_is_counted_is_what_runs(router, score):
-    model = moefied(toy_vit(depth=1), router=router, score=score)
+@pytest.mark.parametrize("settings", [{}, {"score": "out"}, {"mean_compensation": True}])
+def test_what_is_counted_is_what_runs_and_no_parameters_are_saved(router, settings):
+    dense = toy_vit(depth=1)
+    model = moefied(dense, router=router, **settings)
+    means = 8 * 32 if "mean_compensation" in settings else 0
+    assert count_parameters(model) == count_parameters(dense) + STORED.get(router, 0) + means
     expected = measure.macs(model)["macs"].iloc[-1]
     set_dispatch(model, "sorted")
     counted = count(model, sites=[]).total
@@ -188,15 +194,6 @@ def test_a_cheaper_router_and_fewer_layers_leave_and_cost_experts():
     for share, k in ((0.25, 2), (0.5, 4), (1.0, 8)):
         assert active(active=share) == share
         assert layer_of(active=share, router="centre").router.k == k
-
-
-def test_no_parameters_are_saved():
-    own = count_parameters(toy_vit(depth=1))
-    more = {"centre": 8 * 32, "mlp": 8 * 32 + 8 * 8, "oracle": 0, "random": 0, "constant": 0}
-    for router in ROUTERS:
-        assert count_parameters(moefied(toy_vit(depth=1), router=router)) == own + more[router]
-    means = moefied(toy_vit(depth=1), router="oracle", mean_compensation=True)
-    assert count_parameters(means) == own + 8 * 32
 
 
 def test_a_recording_is_found_again(tmp_path, capsys):
