@@ -1,7 +1,5 @@
 """Fine-tuning in many processes, and in processes that are killed."""
 
-from __future__ import annotations
-
 import signal
 
 import numpy as np
