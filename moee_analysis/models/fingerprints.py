@@ -9,7 +9,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.models.unwrapping import unwrapped
 
@@ -28,6 +31,7 @@ INFINITE = 1e9  # stands for what is not finite
 EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision
 
 IGNORED = ("training", "fused_attn", "checkpointing", "drop", "cache", "init")
+OWN = frozenset(vars(nn.Module()))  # attributes of every module
 STATED = ("architecture", "label_names", "classifier", "first_conv")
 
 
@@ -87,18 +91,19 @@ def hash_weights(module: nn.Module) -> str:
 def answers(model: nn.Module) -> tuple[float, ...]:
     """Outputs for two fixed images, projected to :data:`PROJECTED` numbers each.
 
-    A copy of the model is run in double precision on the CPU, so that every processor comes to the
-    same numbers, and routers to the same decisions; as it is where it cannot be run like that. They
-    are rounded to what is sure.
+    The model is run with copies of its tensors in double precision on the CPU, so that every
+    processor comes to the same numbers, and routers to the same decisions; as it is where it cannot
+    be run like that. They are rounded to what is sure.
 
     Raises MoeeError: the model cannot be run on images of its size, or not be copied.
     """
     network = unwrapped(model)
     first = next(network.parameters())
     for device, dtype in ("cpu", torch.float64), (first.device, first.dtype):
-        copied = _copy(network).to(device, dtype).eval()
+        run = _run_copy if any(map(_holds_tensors, network.modules())) else _run_in_place
         try:
-            return _answers(copied, device, dtype)
+            images = _images(input_size(network)).to(device, dtype)
+            return _rounded(run(network, images), exact=dtype == torch.float64)
         except DOES_NOT_FIT as error:
             refusal = misfit(network, error)
     raise refusal
@@ -121,17 +126,53 @@ def _copy(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _answers(
-    network: nn.Module, device: str | torch.device, dtype: torch.dtype
-) -> tuple[float, ...]:
-    outputs = network(_images(input_size(network)).to(device, dtype))
+def _run_copy(network: nn.Module, images: torch.Tensor) -> Any:
+    return _copy(network).to(images.device, images.dtype).eval()(images)
+
+
+def _run_in_place(network: nn.Module, images: torch.Tensor) -> Any:
+    with evaluating(network), _exchanged(network, images.device, images.dtype):
+        return network(images)
+
+
+@contextmanager
+def _exchanged(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Copies in the place of all tensors: to copy the modules too takes far longer.
+
+    What modules keep meanwhile, such as caches of this precision, is forgotten.
+    """
+    copies: dict[int, torch.Tensor | None] = {id(None): None}
+    for tensor in chain(network.parameters(), network.buffers()):
+        precise = tensor.is_floating_point() or tensor.is_complex()
+        copies[id(tensor)] = tensor.detach().to(device, dtype if precise else None, copy=True)
+    before = [(vars(module), dict(vars(module))) for module in network.modules()]
+    try:
+        for attributes, own in before:
+            dicts = {name: value for name, value in own.items() if isinstance(value, dict)}
+            attributes.update({k: dict(v) for k, v in dicts.items() if k not in OWN})
+            for name in ("_parameters", "_buffers"):
+                attributes[name] = {k: copies[id(v)] for k, v in own[name].items()}
+        yield
+    finally:
+        for attributes, own in before:
+            attributes.clear()
+            attributes.update(own)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    """Whether tensors beside parameters and buffers decide what it does, as those of an LSTM."""
+    lists = [v for v in vars(module).values() if isinstance(v, list | tuple)]
+    return any(map(torch.is_tensor, chain(vars(module).values(), *lists)))
+
+
+def _rounded(outputs: Any, *, exact: bool) -> tuple[float, ...]:
     images = [t.reshape(len(t), -1).double().cpu() for t in _tensors_in(outputs)]
     flat = torch.cat(images, dim=1).numpy()
     flat = np.nan_to_num(flat, nan=0, posinf=INFINITE, neginf=-INFINITE)  # JSON knows no others
     directions = np.random.default_rng(len(flat[0])).standard_normal((len(flat[0]), PROJECTED))
     projected = (flat @ directions / math.sqrt(len(directions))).flatten()
     # Rounded to steps of the power of two above the largest.
-    largest, steps = np.abs(projected).max(), EXACT if dtype == torch.float64 else ROUGH
+    largest, steps = np.abs(projected).max(), EXACT if exact else ROUGH
     step = (2.0 ** math.ceil(math.log2(largest)) if largest else 1.0) / steps
     return tuple((np.round(projected / step) * step).tolist())
 
