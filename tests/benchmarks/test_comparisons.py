@@ -11,17 +11,13 @@ import rivals
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.comparison import Contest
 from moee_analysis.training.finetune_config import FinetuneConfig
-from tests.helpers.images import toy_images
+from tests.helpers.images import contents, toy_images
 from tests.helpers.models import toy_vit
 
 IMAGES = toy_images(60)
 SYSTEMS = ["static: magnitude", "MoEfication: k-means, centre", "Sparse Upcycling: top-1"]
 FAST = ["--steps", "2", "--batch-size", "4", "--check-every", "1", "--calibration", "10"]
 FEW = ["--limit", "12", "--evaluated", "10", "--seeds", "0", "1"]
-
-
-def files_in(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 # Rivals
@@ -33,7 +29,7 @@ def test_rivals_are_measured_once_for_each_budget(tmp_path, monkeypatch):
     contest = Contest(dense, *sets, "smoke", tmp_path / "store", resamples=20, latency=False)
     asked = {"macs_reductions": [0.2], "seeds": [0], "systems": SYSTEMS, "out": out}
     table = rivals.run(contest, **asked)
-    assert files_in(out) == {
+    assert contents(out).keys() == {
         "rivals.json", "rivals.csv", "rivals.md", "comparison.png", "routing_controls.png",
     }  # fmt: skip
     content = json.loads((out / "rivals.json").read_text())
@@ -70,7 +66,7 @@ def test_every_system_is_fine_tuned_with_every_seed(tmp_path):
     table = fine_tuning.run(bench, IMAGES.take(range(24, 50)), config, **asked, seeds=[0, 1])
     assert len(table) == 2 * (1 + 2)
     assert set(table["asked"]) == {"−10 %", "−20 %"}
-    assert files_in(out) == {
+    assert contents(out).keys() == {
         "fine_tuning.json", "fine_tuning.csv", "fine_tuning.md", "fine_tuning.png", "history.csv",
         "history.png",
     }  # fmt: skip
@@ -99,7 +95,7 @@ def test_every_start_is_trained_once_with_every_seed(tmp_path, monkeypatch):
 
     out, names = command("out"), ("components_curves", "components_ends", "components_differences")
     expected = {f"{name}.{kind}" for name in (*names, "contributions") for kind in ("csv", "png")}
-    assert files_in(out) == expected | {"jetpack.json", "jetpack.md"}
+    assert contents(out).keys() == expected | {"jetpack.json", "jetpack.md"}
     curves = pd.read_csv(out / "components_curves.csv")
     assert len(curves) == 2 * 2 * 3
     content = json.loads((out / "jetpack.json").read_text())

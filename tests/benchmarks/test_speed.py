@@ -12,6 +12,7 @@ import pytest
 import scale
 import speed
 
+from tests.helpers.images import contents
 from tests.helpers.models import SMALL_VIT, toy_vit
 from tests.helpers.runs import CLUSTERING, MEANS
 
@@ -24,15 +25,8 @@ def _here(monkeypatch):
     monkeypatch.setattr(common, "in_process", lambda function, *args: function(*args))
 
 
-def files_in(folder):
-    return {path.name for path in folder.iterdir()}
-
-
-def test_a_measurement_has_a_process_of_its_own():
+def test_one_command_runs_all_benchmarks_of_speed_each_measurement_in_its_process(monkeypatch):
     assert IN_PROCESS(os.getpid) != os.getpid()
-
-
-def test_one_command_runs_all_benchmarks_of_speed(monkeypatch):
     called = {}
     for name in ("clustering", "extraction", "inference"):
         module = getattr(speed, name)
@@ -64,7 +58,7 @@ def test_both_systems_cluster_activations_of_the_bundled_model(tmp_path, capsys)
     out = tmp_path / "out"
     asked = ["--limit", "6", "--sizes", "120", "200", "320", "--hdbscan-limit", "200"]
     clustering.main([*asked, "--out", str(out)])
-    assert files_in(out) == {"clustering.json", "clustering.md", "clustering.png"}
+    assert contents(out).keys() == {"clustering.json", "clustering.md", "clustering.png"}
     text = (out / "clustering.json").read_text()
     assert str(tmp_path) not in text
     content = json.loads(text)
@@ -115,7 +109,11 @@ def test_every_recipe_is_timed_by_its_stages(tmp_path, capsys, monkeypatch):
         extraction, "config_of", lambda task: replace(make(task), clustering=quick[task.recipe])
     )
     extraction.main(["--sizes", "24", "16", "--preset", "smoke", "--out", str(tmp_path / "out")])
-    assert files_in(tmp_path / "out") == {"extraction.json", "extraction.md", "extraction.png"}
+    assert contents(tmp_path / "out").keys() == {
+        "extraction.json",
+        "extraction.md",
+        "extraction.png",
+    }
     text = (tmp_path / "out" / "extraction.json").read_text()
     assert str(tmp_path) not in text
     content = json.loads(text)

@@ -12,9 +12,7 @@ from moee_analysis.extraction.record.accumulate import (
     Accumulator,
     accumulate,
     saved_sums,
-    share_out,
     size_of,
-    stored_arrays,
 )
 from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
 from moee_analysis.models.loading import MlpSite
@@ -165,26 +163,3 @@ def test_saved_sums_that_are_damaged_are_told_and_made_again(tokens, always_save
     saved.write_bytes(content if place is not None else b"edited")
     assert same(right, total(tokens, tokens.sites[0]))
     assert "saved sums are damaged" in capsys.readouterr().out
-
-
-def test_work_is_dealt_to_processes_and_its_results_are_everybody_s(monkeypatch):
-    monkeypatch.setattr(accumulating, "processes", lambda: 2)
-    done = {0: [], 1: []}
-    for rank in (0, 1):
-        monkeypatch.setattr(accumulating, "rank", lambda own=rank: own)
-        done[rank] = share_out([1.0, 2.0, 3.0], torch.tensor, lambda _: torch.tensor(0.0))
-    assert [float(a + b) for a, b in zip(done[0], done[1], strict=True)] == [1, 2, 3]
-    assert [float(a) for a in done[0]] == [1, 0, 3]
-
-
-def test_arrays_in_the_store_are_not_computed_again(tmp_path):
-    asked = []
-
-    def compute(missing):
-        asked.append(missing)
-        return ((name, {"values": np.arange(3)}) for name in missing)
-
-    for folders in ({"a": "x"}, {"a": "x", "b": "y"}):
-        files = stored_arrays(tmp_path, folders, compute)
-    assert asked == [["a"], ["b"]]
-    assert [np.load(of["values"]).tolist() for of in files.values()] == [[0, 1, 2]] * 2
