@@ -262,3 +262,12 @@ def test_the_oracle_and_the_random_control_use_as_many_experts():
 def test_impossible_requests_are_refused(settings, message):
     with pytest.raises(MoeeError, match=message):
         convert(toy_vit(), IMAGES, MoeficationConfig(**{"n_experts": 8, **settings}))
+
+
+def test_true_scores_keep_more_of_a_trained_prediction_than_centres(bundled, bundled_images):
+    config = MoeficationConfig(router="centre", active=0.5, tokens=6000)
+    centre = convert(bundled, bundled_images["calibration"], config)
+    x = torch.cat(list(bundled_images["evaluation"].batches(bundled)))
+    with torch.inference_mode():
+        expected, found, best = (m(x) for m in (bundled, centre, oracle_routed(centre)))
+    assert (best - expected).norm() < (found - expected).norm()
