@@ -3,8 +3,6 @@
 Runs by ``make test-browser`` only, which sets ``MOEE_CHROMIUM`` to the browser's place.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from contextlib import contextmanager
@@ -71,7 +69,7 @@ def shots():
 
 @pytest.fixture(scope="session")
 def problems(shots):
-    """Take a screenshot of a page opened with ``bypass_csp``; list what axe-core calls serious."""
+    """A screenshot of a page opened with ``bypass_csp``, and what axe-core calls serious in it."""
     if not AXE.is_file():
         pytest.skip("no axe-core (npm was not found when the browser tests were set up)")
     script = AXE.read_text(encoding="utf-8")
@@ -125,7 +123,6 @@ def small_atlas(store):
 
 @pytest.fixture(scope="session")
 def atlas_file(small_atlas, tmp_path_factory):
-    """Its atlas."""
     run, images = small_atlas
     out = tmp_path_factory.mktemp("atlas") / "atlas.html"
     return write_atlas(run, images, out, dense=run.dense())

@@ -1,7 +1,5 @@
 """The atlas as people use it: with a pointer, with keys, on a telephone, in the dark."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A notebook in JupyterLab, as a newcomer meets it: Run All, then move a slider."""
 
-from __future__ import annotations
-
 import json
 import socket
 import subprocess

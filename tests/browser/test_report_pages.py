@@ -1,7 +1,5 @@
 """The report as people read it: the index, its pages, with a screen reader, on a telephone."""
 
-from __future__ import annotations
-
 import pytest
 
 SCHEMES = ("light", "dark")
