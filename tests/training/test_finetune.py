@@ -80,18 +80,17 @@ def test_experts_stay_the_subnetworks_they_were_and_so_do_frozen_routers(run, tu
 @pytest.mark.parametrize("router", ["straight_through", "auxiliary"])
 def test_a_router_can_learn_too(run, router):
     learned = finetune(run, FEW, tuning(router=router, epochs=1)).run
+    after = moe_layers(learned.model)
     changed = [
         not torch.equal(other, own)
         for index, layer in moe_layers(run.model).items()
-        for own, other in zip(
-            layer.router.buffers(), moe_layers(learned.model)[index].router.buffers(), strict=True
-        )
+        for own, other in zip(layer.router.buffers(), after[index].router.buffers(), strict=True)
         if own.is_floating_point() and layer.router.inner.n_experts > 1
     ]
     assert changed
     assert all(changed)
     assert learned.model.state_dict().keys() == run.model.state_dict().keys()
-    assert not [p for each in moe_layers(learned.model).values() for p in each.router.parameters()]
+    assert not [p for layer in after.values() for p in layer.router.parameters()]
 
 
 def test_neither_the_run_nor_the_dense_model_is_changed(run):
@@ -168,18 +167,15 @@ def test_static_pruning_is_trained_by_the_same_recipe_in_any_precision(run, prec
     assert {p.dtype for p in tuned.run.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("config", [quick(macs_reduction=0.2), best(attention="low_rank")])
-def test_any_recipe_can_be_trained(config):
-    run = extract(toy_vit(), toy_images(12), config)
-    tuned = finetune(run, toy_images(12), tuning(epochs=1, block_weight=0.5))
-    assert tuned.history["loss"].iloc[1] > 0
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_can_be_trained_with_all_losses(name):
-    run = extract(small(name), toy_images(12), quick())
-    config = tuning(epochs=1, held_out=0.2, block_weight=0.5, router="auxiliary")
-    history = finetune(run, toy_images(8), config).history
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, quick()) for name in FAMILIES), ("small_vit", quick(macs_reduction=0.2)),
+     ("small_vit", best(attention="low_rank"))],
+)  # fmt: skip
+def test_every_family_and_recipe_can_be_trained_with_all_losses(name, config):
+    run = extract(small(name), toy_images(12), config)
+    losses = tuning(epochs=1, held_out=0.2, block_weight=0.5, router="auxiliary")
+    history = finetune(run, toy_images(8), losses).history
     assert history["loss"].iloc[1] > 0
     assert history["kl"].notna().all()
     assert not hooks_of(run.dense())
