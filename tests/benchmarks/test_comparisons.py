@@ -13,6 +13,7 @@ from moee_analysis.measure.evaluation.comparison import Contest
 from moee_analysis.training.finetune_config import FinetuneConfig
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import toy_vit
+from tests.helpers.widened import lively_ones, vit
 
 IMAGES = toy_images(60)
 SYSTEMS = ["static: magnitude", "MoEfication: k-means, centre", "Sparse Upcycling: top-1"]
@@ -86,6 +87,9 @@ def test_every_start_is_trained_once_with_every_seed(tmp_path, monkeypatch):
     make, few = jetpack.JetpackStudy.components, (jetpack.PRETRAINED, jetpack.JETPACK)
     starts = lambda study: {name: make(study)[name] for name in few}  # noqa: E731
     monkeypatch.setattr(jetpack.JetpackStudy, "components", starts)
+    dense = lively_ones(vit(4, depth=4))
+    dense.pretrained_cfg = dense.pretrained_cfg | {"label_names": ("pug", "cat", *"abcd")}
+    monkeypatch.setattr(jetpack, "load_model", lambda _: dense)
 
     def command(out):
         folders = ["--store", str(tmp_path / "store"), "--out", str(tmp_path / out)]

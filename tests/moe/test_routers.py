@@ -110,14 +110,14 @@ def test_the_linear_rule_finds_the_nearest_centre_in_the_metric_with_fewest_macs
 
 
 def test_a_nearest_router_takes_the_largest_score_of_projected_tokens():
-    draw = lambda *shape: torch.from_numpy(RNG.normal(size=shape)).float()  # noqa: E731
-    projection, directions = draw(3, 12), draw(4, 3)
-    offsets = torch.tensor([0.0, 3.0, -1.0, 0.5])
+    projection, directions = (
+        torch.from_numpy(RNG.normal(size=s)).float() for s in ((3, 12), (4, 3))
+    )
+    offsets, tokens = torch.tensor([0.0, 3.0, -1.0, 0.5]), TOKENS[:50]
     whole = directions @ projection
-    chosen = NearestRouter(whole, offsets)(TOKENS[:50])
-    scores = [[float(d @ x + o) for d, o in zip(whole, offsets, strict=True)] for x in TOKENS[:50]]
-    assert chosen[:, 0].tolist() == [int(np.argmax(s)) for s in scores]
-    assert torch.equal(NearestRouter(directions, offsets, projection)(TOKENS[:50]), chosen)
+    chosen = NearestRouter(whole, offsets)(tokens)
+    assert torch.equal(chosen[:, 0], (tokens @ whole.T + offsets).argmax(dim=1))
+    assert torch.equal(NearestRouter(directions, offsets, projection)(tokens), chosen)
 
 
 # Leading tokens and patches

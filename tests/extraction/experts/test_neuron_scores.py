@@ -70,11 +70,6 @@ def test_magnitude_is_the_product_of_a_neuron_s_weights_whatever_the_data(scored
     np.testing.assert_allclose(scored(drawn(), order="magnitude"), [expected] * 2, rtol=1e-6)
 
 
-def test_variance_is_that_of_the_expert_s_tokens(scored):
-    for expert, row in enumerate(scored(drawn(), order="variance")):
-        np.testing.assert_allclose(row, tokens_of(drawn(), expert).var(axis=0), rtol=1e-6)
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_weighted_is_what_dropping_a_neuron_does_to_the_outputs(scored, metric):
     sample, W2 = drawn(metric), MLP.fc2.weight.double().numpy()

@@ -9,6 +9,7 @@ from moee_analysis.extraction.record.fisher import (
     products,
     root,
 )
+from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.layers import sample_of
 from tests.helpers.models import pixels_of, toy_vit
@@ -50,9 +51,8 @@ def test_distances_after_the_input_root_are_those_that_hidden_neurons_pass_on():
 def divergences(model, site, x, delta):
     """KL(before || after) of each image, ``delta`` (images, tokens, dim) added to the outputs."""
     before = model(x).log_softmax(dim=1)
-    hook = site.module(model).register_forward_hook(lambda _module, _args, out: out + delta)
-    after = model(x).log_softmax(dim=1)
-    hook.remove()
+    with watch({0: site.module(model)}, lambda _, output: output + delta, "outputs"):
+        after = model(x).log_softmax(dim=1)
     return (before.exp() * (before - after)).sum(dim=1)
 
 
