@@ -26,7 +26,7 @@ from tests.helpers.images import toy_images
 from tests.helpers.models import CLASSES, hooks_of, pixels_of
 from tests.helpers.runs import best, quick
 
-IMAGES = toy_images(8)
+IMAGES = toy_images(6)
 every_family = pytest.mark.parametrize("name", FAMILIES)
 built = cache(small)  # not to be changed
 counted = cache(lambda name: count(built(name)))

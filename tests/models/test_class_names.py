@@ -26,21 +26,9 @@ from tests.helpers.runs import best, quick
 ANIMALS = ("zebra", "ant", "yak")
 
 
-def by_hand(outputs):
+def with_head(*modules):
     model = lively(**TINY)
-    model.head = nn.Linear(64, outputs)
-    return model
-
-
-def headless():
-    model = lively(**TINY)
-    model.head = nn.Identity()
-    return model
-
-
-def flat():
-    model = lively(**TINY)
-    model.head = nn.Sequential(nn.Linear(64, 1), nn.Flatten(0))
+    model.head = nn.Sequential(*modules) if len(modules) > 1 else modules[0]
     return model
 
 
@@ -148,12 +136,12 @@ def test_names_that_were_stated_stay(tmp_path):
 
 
 HEADS = {
-    "another size": lambda: by_hand(10),
+    "another size": lambda: with_head(nn.Linear(64, 10)),
     "none": lambda: lively(num_classes=0, **TINY),
-    "none by hand": headless,
+    "none by hand": lambda: with_head(nn.Identity()),
     "a regression": lambda: lively(num_classes=1, **TINY),
-    "a regression by hand": lambda: by_hand(1),
-    "a number an image": flat,
+    "a regression by hand": lambda: with_head(nn.Linear(64, 1)),
+    "a number an image": lambda: with_head(nn.Linear(64, 1), nn.Flatten(0)),
 }
 
 
@@ -196,7 +184,7 @@ def _named(count):
 
 
 def test_outputs_are_counted_as_they_are():
-    assert count_classes(by_hand(10)) == 10
+    assert count_classes(with_head(nn.Linear(64, 10))) == 10
     assert count_classes(lively(num_classes=7)) == 7
     assert count_classes(lively("deit_tiny_distilled_patch16_224", num_classes=5)) == 5
     assert len(class_names(lively())) == 1000

@@ -17,7 +17,7 @@ from tests.helpers.runs import quick
 
 def twin(model, **arguments):
     """A model with the same tensors, made by other arguments of timm's."""
-    other = build_model(SMALL_VIT, **arguments)
+    other = build_model(SMALL_VIT, **TINY, **arguments)
     other.load_state_dict(model.state_dict(), strict=True)
     return other
 
@@ -31,7 +31,7 @@ def with_cfg(model, **facts):
 
 
 def scaled(model, factor):
-    model.blocks[1].register_forward_hook(lambda _module, _args, out: out * factor)
+    model.blocks[0].register_forward_hook(lambda _module, _args, out: out * factor)
 
 
 def patched(model):
@@ -61,14 +61,14 @@ CHANGES = {
 
 
 def changed(change):
-    model = lively()
+    model = lively(**TINY)
     other = CHANGES[change](model)
     return other if isinstance(other, nn.Module) else model
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_changes_with_all_that_decides_the_outputs(change):
-    assert fingerprint(changed(change)) != fingerprint(lively())
+    assert fingerprint(changed(change)) != fingerprint(lively(**TINY))
 
 
 @pytest.mark.parametrize("change", ["a closure", "a buffer that is not saved"])
@@ -97,14 +97,14 @@ def test_it_changes_where_no_attribute_tells(change):
     ],
 )  # fmt: skip
 def test_what_drops_at_random_does_not_matter(rates):
-    model = lively()
+    model = lively(**TINY)
     assert fingerprint(twin(model, **rates)) == fingerprint(model)
 
 
 def test_runs_training_flags_gradients_fused_kernels_and_threads_do_not_matter():
-    model, threads = lively(), torch.get_num_threads()
+    model, threads = lively(**TINY), torch.get_num_threads()
     before = fingerprint(model)
-    assert before == fingerprint(lively())
+    assert before == fingerprint(lively(**TINY))
     model(pixels_of(model, count=2))
     assert fingerprint(model) == before
     for number in (1, 2):
@@ -123,7 +123,7 @@ def test_runs_training_flags_gradients_fused_kernels_and_threads_do_not_matter()
 
 
 def test_answers_are_alike_for_rounding_and_not_for_changes():
-    model = lively()
+    model = lively(**TINY)
     rounded = copy.deepcopy(model)
     rounded.head.weight *= 1 + 1e-7
     assert alike(answers(model), answers(rounded))
@@ -135,13 +135,13 @@ def test_answers_are_alike_for_rounding_and_not_for_changes():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_answers_as_its_own_weights_do(dtype):
-    model = lively().to(dtype)
+    model = lively(**TINY).to(dtype)
     assert answers(model) == answers(copy.deepcopy(model).double())
     assert hash_weights(model) != hash_weights(copy.deepcopy(model).float())
 
 
 def test_a_model_that_cannot_be_copied_says_so():
-    model = lively().requires_grad_(requires_grad=True)
+    model = lively(**TINY).requires_grad_(requires_grad=True)
     prune.l1_unstructured(model.head, "weight", 0.1)
     with pytest.raises(MoeeError, match="can be copied"):
         identity(model)
@@ -161,7 +161,7 @@ def test_a_model_that_cannot_run_on_its_images_is_refused():
 
 def test_another_model_of_the_same_weights_gets_a_run_of_its_own(tmp_path):
     images, config = toy_images(2), quick(layers=(0,), experts="one")
-    one = extract(lively(), images, config, store=tmp_path)
+    one = extract(lively(**TINY), images, config, store=tmp_path)
     for number, change in enumerate(("act_layer", "mean", "a hook"), start=2):
         other = changed(change)
         run = extract(other, images, config, store=tmp_path)
@@ -170,7 +170,7 @@ def test_another_model_of_the_same_weights_gets_a_run_of_its_own(tmp_path):
         again = extract(changed(change), images, config, store=tmp_path)
         x = pixels_of(other, count=1)
         torch.testing.assert_close(again.model(x), run.model(x))
-    assert same_models(extract(lively(), images, config, store=tmp_path).model, one.model)
+    assert same_models(extract(lively(**TINY), images, config, store=tmp_path).model, one.model)
     assert len(list(tmp_path.glob("run-*"))) == 4
 
 

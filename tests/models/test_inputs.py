@@ -9,7 +9,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
 from moee_analysis.models.inputs import blank, data_config, input_size, model_transform
-from moee_analysis.models.loading import build_model, check_device, load_model
+from moee_analysis.models.loading import build_model, load_model
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.training.augmentation import training_transform
@@ -66,14 +66,11 @@ def test_a_model_of_any_size_is_told_its_size():
 def test_one_channel_is_the_luminance():
     model = build_model(SMALL_VIT, in_chans=1)
     config = data_config(model)
-    assert config["mean"] == (pytest.approx(np.mean(build_mean())),)
+    of_three = build_model(SMALL_VIT).pretrained_cfg["mean"]
+    assert config["mean"] == (pytest.approx(np.mean(of_three)),)
     grey = model_transform(model)(picture(3).convert("L"))
     torch.testing.assert_close(model_transform(model)(picture(3).convert("L").convert("RGB")), grey)
     assert grey.shape == (1, 160, 160)
-
-
-def build_mean():
-    return build_model(SMALL_VIT).pretrained_cfg["mean"]
 
 
 @pytest.mark.parametrize("channels", [2, 4, 7])
@@ -183,18 +180,9 @@ def test_a_model_of_several_precisions_is_refused():
         extract(model, toy_images(4), quick())
 
 
-# Devices
-
-
-def test_a_device_without_values_is_refused():
-    with pytest.raises(MoeeError, match="meta"):
-        check_device("meta")
-    with pytest.raises(MoeeError, match="meta"):
-        load_model("bundled", device="meta")
+def test_a_model_without_values_is_refused():
     with pytest.raises(MoeeError, match="without values"):
         extract(lively().to("meta"), toy_images(4), quick())
-    with pytest.raises(MoeeError, match="a device of this machine"):
-        check_device("toaster")
 
 
 def test_pictures_are_shown_as_they_are_seen():

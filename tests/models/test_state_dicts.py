@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,11 +12,8 @@ from moee_analysis.utils.paths import data_folder
 from tests.helpers.images import picture
 from tests.helpers.models import SMALL_VIT, lively
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
-
-def stored(path: Path, content) -> Path:
+def stored(path, content):
     if path.suffix == ".safetensors":
         save_file(content, path)
     else:
@@ -106,7 +102,7 @@ def test_what_is_no_file_is_told(tmp_path, name):
 class Trap:
     """A pickle that would create a file when it is read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = str(path)
 
     def __reduce__(self):
