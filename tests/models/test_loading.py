@@ -106,14 +106,11 @@ def test_pictures_are_cropped_and_normalised_as_the_model_was_trained():
         assert (seen.min(), seen.max()) == (darkest, 2.0)
 
 
-def test_imagenet_models_know_their_classes_and_others_say_how_to_name_them():
+def test_models_know_their_classes_and_architecture_or_say_how_to_state_them():
     model = build_model(SMALL_VIT)
     assert class_names(model)[:2] == ("n01440764", "n01443537")
     assert class_labels(model)[:2] == ("tench", "goldfish")
     with pytest.raises(MoeeError, match="--classes FILE"):
         class_names(build_model(SMALL_VIT, num_classes=7))
-
-
-def test_a_model_without_an_architecture_says_how_to_make_one():
     with pytest.raises(MoeeError, match=r"timm\.create_model"):
         models.architecture(torch.nn.Linear(2, 2))

@@ -26,33 +26,24 @@ def test_from_every_block_on_the_outputs_are_the_same(model):
     assert hooks_of(model) == 0
 
 
-def test_what_comes_before_is_not_computed():
-    model = toy_vit()
-    x = torch.zeros(2, 3, 32, 32)
-    ran = []
+def test_what_comes_before_is_not_computed_and_put_back_also_after_an_error():
+    model, ran = toy_vit(), []
+    before = list(model.blocks)
     for block in model.blocks:
         block.register_forward_hook(lambda block, *_: ran.append(block))
     with torch.no_grad(), starting_at(block_of(model, "blocks.2.mlp"), torch.zeros(2, 17, 32)):
-        model(x)
+        model(torch.zeros(2, 3, 32, 32))
     assert ran == [model.blocks[2]]
-
-
-def test_blocks_are_put_back_after_an_error():
-    model = toy_vit()
-    before = list(model.blocks)
     block = block_of(model, "blocks.2.mlp")
     with pytest.raises(ZeroDivisionError), starting_at(block, torch.zeros(2, 17, 32)):
         _ = 1 / 0
     assert list(model.blocks) == before
 
 
-def test_the_first_block_leaves_nothing_out():
-    assert block_of(toy_vit(), "blocks.0.mlp") is None
-    assert block_of(torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}), "a") is None
-
-
-def test_blocks_in_a_list_run_as_a_whole():
-    """What a model does between blocks in a list is its own affair."""
+def test_the_first_block_and_blocks_in_a_list_run_as_a_whole():
     model = toy_vit()
+    assert block_of(model, "blocks.0.mlp") is None
+    assert block_of(torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}), "a") is None
+    # What a model does between blocks in a list is its own affair.
     model.blocks = torch.nn.ModuleList(model.blocks)
     assert block_of(model, "blocks.2.mlp") is None

@@ -65,16 +65,10 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, name):
         load_model(SMALL_VIT, weights=tmp_path / name)
 
 
-def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
+def test_weights_of_another_architecture_or_shape_are_refused_by_name(tmp_path):
     path = stored(tmp_path / "w.pth", lively("test_convnext").state_dict())
-    with pytest.raises(MoeeError) as error:
+    with pytest.raises(MoeeError, match=r"missing: cls_token, pos_embed.*more.*architecture"):
         load_model(SMALL_VIT, weights=path)
-    assert "missing: cls_token, pos_embed" in error.value.found
-    assert "more" in error.value.found
-    assert "architecture" in error.value.hint
-
-
-def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path):
     tensors = lively().state_dict() | {"blocks.1.mlp.fc1.weight": torch.zeros(3, 3)}
     with pytest.raises(MoeeError, match=r"blocks\.1\.mlp\.fc1\.weight is \(3, 3\), not"):
         load_model(SMALL_VIT, weights=stored(tmp_path / "w.safetensors", tensors))
