@@ -133,6 +133,18 @@ def test_answers_are_alike_for_rounding_and_not_for_changes():
     assert alike((0.0, 0.0), (0.0, 0.0))
 
 
+def test_answering_leaves_no_trace_in_a_model_that_keeps_tensors_and_shares_modules():
+    model = lively(**TINY)
+    model.blocks[1].attn, model.cache = model.blocks[0].attn, {}
+    expected = answers(copy.deepcopy(model))
+    model.norm.register_forward_hook(lambda _, args, out: model.cache.update(seen=out))
+    model.norm.register_forward_hook(lambda norm, args, out: setattr(norm, "last", out))
+    assert answers(model) == expected
+    assert (model.cache, hasattr(model.norm, "last")) == ({}, False)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model(pixels_of(model)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_answers_as_its_own_weights_do(dtype):
     model = lively(**TINY).to(dtype)

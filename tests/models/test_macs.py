@@ -150,7 +150,8 @@ def test_parameters_that_are_handed_to_modules_may_ask_for_gradients():
 def test_evaluating_has_no_gradients():
     model = nn.Linear(2, 2).train()
     with evaluating(model):
-        assert not (model.training or torch.is_grad_enabled())
+        assert not model.training
+        assert not torch.is_grad_enabled()
     assert model.training
     assert torch.is_grad_enabled()
 
