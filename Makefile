@@ -12,7 +12,7 @@
 VENV := .venv
 ARGS :=
 OUT := reports
-PARALLEL := --numprocesses auto --dist loadgroup --durations 10
+PARALLEL := --numprocesses auto --durations 10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 

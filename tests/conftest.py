@@ -7,17 +7,27 @@ import shutil
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("MOEE_CHROMIUM") else ["browser"]
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of a file share a worker, and what they make; notebooks, which take longest, begin."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Let notebooks, which take longest, begin."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give the tests of a file, or of a notebook, to one worker: it makes what they share once."""
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            return test.partition("[")[2] if file.endswith("test_notebooks.py") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,9 +37,7 @@ ABSOLUTE = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|mnt|opt|data)/|[
 FINDING = re.compile(r"[^.]*\d.*\.", re.DOTALL)
 """A sentence or more with a number."""
 
-each_notebook = pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=pytest.mark.xdist_group(p.stem)) for p in NOTEBOOKS]
-)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def _cells(path, kind):

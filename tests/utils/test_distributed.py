@@ -72,7 +72,7 @@ def test_the_command_is_one_for_all_processes(tmp_path):
     assert "saved to" in printed[0]
     assert "saved to" not in printed[1]
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["provenance"]["n_images"] == 160
+    assert facts["provenance"]["n_images"] == 96
 
 
 def test_alone_a_sum_is_what_it_is(monkeypatch):
