@@ -99,7 +99,8 @@ def test_damaged_folders_go_first_and_foreign_ones_never(store):
 def use(root, ready):
     assert present(root / NAMES["clusters"])
 
-    def wait(_):
+    def wait(folder):
+        (folder / "x").write_bytes(bytes(10))
         ready.set()
         signal.pause()
 
