@@ -33,6 +33,7 @@ from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.extraction.saving.provenance import provenance_of
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.class_names import knows_classes, name_by_folders
+from moee_analysis.models.fingerprints import copy_model
 from moee_analysis.models.loading import architecture, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.models.unwrapping import unwrapped
@@ -144,7 +145,7 @@ def check_model(model: nn.Module) -> None:
     ------
     MoeeError
         It holds no values (on the device "meta") or several precisions; it has no MLPs to convert,
-        or no ``pretrained_cfg`` that names its architecture.
+        or no ``pretrained_cfg`` that names its architecture; it cannot be copied.
     """
     types = {p.dtype for p in model.parameters()}
     if len(types) != 1 or any(p.is_meta for p in model.parameters()):
@@ -155,6 +156,7 @@ def check_model(model: nn.Module) -> None:
         )  # fmt: skip
     find_mlps(model)
     architecture(model)
+    copy_model(model)  # of which the mixture is made at the end
 
 
 def _in_single_precision(model: nn.Module) -> nn.Module:

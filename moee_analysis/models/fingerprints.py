@@ -115,7 +115,8 @@ def alike(one: Sequence[float], other: Sequence[float]) -> bool:
     return a.shape == b.shape and bool(np.abs(a - b).max() <= CLOSE * np.abs(a).max())
 
 
-def _copy(network: nn.Module) -> nn.Module:
+def copy_model(network: nn.Module) -> nn.Module:
+    """Copy a model. Raises MoeeError: it holds what cannot be copied."""
     try:
         return copy.deepcopy(network)
     except (RuntimeError, TypeError) as error:
@@ -127,7 +128,7 @@ def _copy(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _run_copy(network: nn.Module, images: torch.Tensor) -> Any:
-    return _copy(network).to(images.device, images.dtype).eval()(images)
+    return copy_model(network).to(images.device, images.dtype).eval()(images)
 
 
 def _run_in_place(network: nn.Module, images: torch.Tensor) -> Any:
