@@ -30,7 +30,8 @@ def check_same(folder, alone, count):
     """Require the same models of all processes, and those of one process alone."""
     for path in folder.glob("*-0.safetensors"):
         first, expected = load_file(path), load_file(alone / path.name)
-        others = [load_file(str(path).replace("-0", f"-{rank}")) for rank in range(1, count)]
+        name = path.name.removesuffix("0.safetensors")
+        others = [load_file(folder / f"{name}{rank}.safetensors") for rank in range(1, count)]
         assert first.keys() == expected.keys()
         for key, values in first.items():
             assert all(torch.equal(values, other[key]) for other in others), key
