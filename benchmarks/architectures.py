@@ -21,7 +21,7 @@ from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.loading import MlpSite, build_model, find_mlps, input_size
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.models.survey import survey
-from moee_analysis.utils.versions import versions
+from moee_analysis.utils.environment import versions
 
 FAMILIES = {
     "ViT": "vit_tiny_patch16_224",

@@ -17,11 +17,10 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.presets import PRESETS, preset_named
+from moee_analysis.extraction.config import PRESETS, preset_named
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import architecture, load_model
-from moee_analysis.utils.paths import store_folder
-from moee_analysis.utils.versions import describe_device, versions
+from moee_analysis.utils.environment import describe_device, store_folder, versions
 
 Row = dict[str, Any]
 

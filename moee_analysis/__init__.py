@@ -8,15 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moee_analysis.utils.caches import prepare_caches
+from moee_analysis.utils.environment import prepare_caches
 
 if TYPE_CHECKING:
     from moee_analysis import measure as measure
     from moee_analysis import plots as plots
     from moee_analysis.data.images import load_images as load_images
     from moee_analysis.errors import MoeeError as MoeeError
-    from moee_analysis.extraction.config.clustering import ClusterConfig as ClusterConfig
-    from moee_analysis.extraction.config.extract_config import ExtractConfig as ExtractConfig
+    from moee_analysis.extraction.config import ClusterConfig as ClusterConfig
+    from moee_analysis.extraction.config import ExtractConfig as ExtractConfig
     from moee_analysis.extraction.pipeline import extract as extract
     from moee_analysis.extraction.record.token_source import Limits as Limits
     from moee_analysis.extraction.run import Extraction as Extraction
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "data.images": ("load_images",),
     "errors": ("MoeeError",),
-    "extraction.config.clustering": ("ClusterConfig",),
-    "extraction.config.extract_config": ("ExtractConfig",),
+    "extraction.config": ("ClusterConfig", "ExtractConfig"),
     "extraction.pipeline": ("extract",),
     "extraction.record.token_source": ("Limits",),
     "extraction.run": ("Extraction", "load"),

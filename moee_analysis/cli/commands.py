@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.environment import store_folder
 from moee_analysis.utils.storage.files import new_file, write_json
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def extract(arguments: Namespace) -> int:
 def _extract(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli import printing
-    from moee_analysis.extraction.config.recipes import recipe_named
+    from moee_analysis.extraction.config import recipe_named
     from moee_analysis.extraction.saving.run_files import check_target
     from moee_analysis.models.class_names import name_by_folders
     from moee_analysis.utils.distributed import local_device, rank
@@ -114,7 +114,7 @@ def compare(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.baselines.registry import systems_named
     from moee_analysis.cli import printing
-    from moee_analysis.extraction.config.presets import preset_named
+    from moee_analysis.extraction.config import preset_named
     from moee_analysis.measure.evaluation.comparison import Contest
     from moee_analysis.measure.evaluation.comparison import compare as compare_systems
     from moee_analysis.measure.evaluation.comparison_table import comparison_table
@@ -147,8 +147,7 @@ def atlas(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.models.loading import check_device
     from moee_analysis.report.atlas import write_atlas
-    from moee_analysis.utils import web_browser
-    from moee_analysis.utils.progress import tell
+    from moee_analysis.utils.progress import open_page, tell
 
     check_device(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
@@ -157,7 +156,7 @@ def atlas(arguments: Namespace) -> int:
     page = write_atlas(run, images, arguments.out, dense=_dense(run, arguments))
     tell(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
-        web_browser.open_page(page)
+        open_page(page)
     return 0
 
 
@@ -166,14 +165,14 @@ def report(arguments: Namespace) -> int:
     from moee_analysis.report.notebook.image_sets import check_report
     from moee_analysis.report.pages.index import INDEX
     from moee_analysis.report.runner import run_notebooks
-    from moee_analysis.utils import web_browser
+    from moee_analysis.utils.progress import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
     given = _given(arguments, *names) | {"class_file": arguments.classes}
     check_report(given | {"preset": arguments.preset})
     outcomes = run_notebooks.report(given, out=arguments.out, preset=arguments.preset)
     if arguments.open:
-        web_browser.open_page(arguments.out / INDEX)
+        open_page(arguments.out / INDEX)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

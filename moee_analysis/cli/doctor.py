@@ -23,9 +23,14 @@ from packaging.specifiers import SpecifierSet
 import moee_analysis as moee
 from moee_analysis.cli.help import WIDTH
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.caches import check_numba_cache
-from moee_analysis.utils.paths import nearest_folder, notebooks_folder, store_folder
-from moee_analysis.utils.versions import PACKAGE, versions
+from moee_analysis.utils.environment import (
+    PACKAGE,
+    check_numba_cache,
+    nearest_folder,
+    own_folder,
+    store_folder,
+    versions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,7 +152,7 @@ def _installed(module: str) -> str:
 def _places() -> Iterator[Check]:
     """The project's notebooks, and folders that libraries and the store write to."""
     elsewhere = "set {} to a folder that can be written to".format
-    yield _attempt("notebooks", lambda: f"{len(list(notebooks_folder().glob('*.ipynb')))}")
+    yield _attempt("notebooks", lambda: f"{len(list(own_folder('notebooks').glob('*.ipynb')))}")
     yield _attempt("temporary files", _temporary, elsewhere("TMPDIR"))
     yield _attempt("numba's cache", check_numba_cache)
     yield _attempt("store", _store, elsewhere("MOEE_STORE"))

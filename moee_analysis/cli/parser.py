@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from moee_analysis.cli import commands, values
 from moee_analysis.cli.help import GUIDES, Help, Parser, first_steps, texts_of
-from moee_analysis.extraction.config.clustering import REDUCTIONS
-from moee_analysis.extraction.config.extract_config import CHOICES, ExtractConfig
-from moee_analysis.extraction.config.presets import PRESETS
-from moee_analysis.extraction.config.recipes import RECIPES
+from moee_analysis.extraction.config import (
+    CHOICES,
+    CLUSTER_CHOICES,
+    PRESETS,
+    RECIPES,
+    ExtractConfig,
+)
 from moee_analysis.training import finetune_config
 from moee_analysis.training.finetune_config import FinetuneConfig
-from moee_analysis.utils.versions import version
+from moee_analysis.utils.environment import version
 
 if TYPE_CHECKING:
     import argparse
@@ -87,7 +90,7 @@ COMMANDS: dict[str, tuple[Options, commands.Command]] = {
         "how much to save": settings(ExtractConfig, SHARES, "SHARE"),
         "how": [
             *settings(ExtractConfig, {"recipe": RECIPES}),
-            choice("--reduce", REDUCTIONS),
+            choice("--reduce", CLUSTER_CHOICES["reduce"]),
             *settings(ExtractConfig, {name: CHOICES[name] for name in ("noise", "attention")}),
         ],
         "memory and disk": [

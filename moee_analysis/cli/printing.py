@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from moee_analysis.outside_text import printable
-from moee_analysis.utils.paths import nearest_folder
+from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.refusals import bytes_text
 from moee_analysis.utils.storage.upkeep import shares
 

@@ -20,7 +20,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.attention_plan import plan_attentions, reduce_attention
 from moee_analysis.extraction.budget import Budget
 from moee_analysis.extraction.build import build_moe
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import scale_by_coherence
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
@@ -37,7 +37,7 @@ from moee_analysis.models.fingerprints import copy_model
 from moee_analysis.models.loading import architecture, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.models.unwrapping import unwrapped
-from moee_analysis.utils.caches import check_numba_cache
+from moee_analysis.utils.environment import check_numba_cache
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.folders import scratch_folder
 

@@ -33,7 +33,7 @@ from moee_analysis.models.state_dicts import Tensors, hub_access, read_tensors
 from moee_analysis.models.survey import survey
 from moee_analysis.models.unwrapping import inside, stated_modules, unwrapped
 from moee_analysis.utils.checks import whole_number
-from moee_analysis.utils.paths import data_folder
+from moee_analysis.utils.environment import own_folder
 from moee_analysis.utils.progress import tell
 
 __all__ = [
@@ -103,7 +103,7 @@ def load_model(
     arguments = {key: value for key, value in arguments.items() if value is not None}
     _check_arguments(arguments)
     if weights is None and name in BUNDLED_MODELS:
-        weights = data_folder() / f"{name}.safetensors"
+        weights = own_folder("data") / f"{name}.safetensors"
     if weights is None:
         model = _from_hub(name, arguments)
     else:
@@ -240,7 +240,7 @@ def _create(create: Callable[..., nn.Module], name: str, arguments: Mapping[str,
 
 
 def _bundled_architecture(name: str, **arguments: Any) -> nn.Module:
-    card = json.loads((data_folder() / f"{name}.json").read_text())
+    card = json.loads((own_folder("data") / f"{name}.json").read_text())
     model = BUNDLED_MODELS[name](**{**card["kwargs"], **arguments})
     model.pretrained_cfg = card["pretrained_cfg"]
     return model
@@ -258,7 +258,7 @@ def _with_local_weights(name: str, path: Path, arguments: dict[str, Any]) -> nn.
         if classes != model.num_classes:
             model = build_model(name, pretrained_cfg=stored, num_classes=classes, **arguments)
     fit_weights(model, tensors, source=str(path))
-    if name not in BUNDLED_MODELS or path.parent != data_folder():
+    if name not in BUNDLED_MODELS or path.parent != own_folder("data"):
         model.pretrained_cfg["file"] = str(path.resolve())
     return model
 

@@ -1,11 +1,13 @@
-"""Progress that fits where it is shown: a bar for a person, a few lines for a log."""
+"""What a person sees: bars that move, or a few lines in a log; lines; a page in the browser."""
 
 import os
 import sys
 import time
+import webbrowser
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm.std import tqdm
@@ -91,3 +93,17 @@ def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
             left = tqdm.format_interval(passed / done * (total - done))
             words = f"took {tqdm.format_interval(passed)}" if done == total else f"{left} left"
             print(f"{label}: {done}/{total}, {words}", file=sys.stderr, flush=True)
+
+
+def open_page(page: Path) -> bool:
+    """Open a ``page`` in the user's browser, and say whether that was possible.
+
+    Where there is no screen it is not tried: a browser in the terminal would take that over.
+    """
+    page = page.resolve()
+    displays = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    has_screen = sys.platform in ("win32", "darwin") or any(map(os.environ.get, displays))
+    if has_screen and not is_headless() and webbrowser.open(page.as_uri()):
+        return True
+    tell(f"no browser to open here: {page}")
+    return False

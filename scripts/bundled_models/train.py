@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from moee_analysis.data.scenes.canvas import PARTS
 from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, find_mlps
-from moee_analysis.utils.paths import data_folder
+from moee_analysis.utils.environment import own_folder
 from moee_analysis.utils.progress import progress
 from scripts.bundled_models.architectures import RECIPES, Recipe, build, logits, patch_width
 from scripts.bundled_models.evaluation import GRID, PATCH, Pictures, normalised, rendered, top1
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = " ".join(["python -m scripts.bundled_models.train", *given])
     recipe = replace(RECIPES[options.model], **changed)
-    model_card = make(options.model, recipe, options.out or data_folder(), command=command)
+    model_card = make(options.model, recipe, options.out or own_folder("data"), command=command)
     print(json.dumps(model_card["accuracy"], indent=2))
 
 

@@ -15,7 +15,7 @@ import moee_analysis as moee
 from moee_analysis.report.atlas import write_atlas
 from moee_analysis.report.pages.index import write_index
 from moee_analysis.report.runner.run_notebooks import report
-from moee_analysis.utils import paths
+from moee_analysis.utils import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 AXE = ROOT / ".venv" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
@@ -107,7 +107,7 @@ def report_folder(store, tmp_path_factory):
         write_index(folder, runs)
         return folder
     names = ("01_extraction", "03_class_specific_experts")
-    chosen = [paths.notebooks_folder() / f"{name}.ipynb" for name in names]
+    chosen = [environment.own_folder("notebooks") / f"{name}.ipynb" for name in names]
     assert all(done.ok for done in report({}, out=folder, preset="smoke", notebooks=chosen))
     return folder
 

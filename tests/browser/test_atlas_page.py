@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.report.atlas import write_atlas
 from tests.helpers.images import toy_images

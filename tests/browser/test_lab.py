@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 
-from moee_analysis.utils import paths
+from moee_analysis.utils import environment
 from tests.browser.conftest import set_for_a_while
 
 NAME = "03_class_specific_experts.ipynb"
@@ -24,7 +24,7 @@ def notebooks(tmp_path):
     """A folder with notebook 03, which asks for little compute."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    text = (paths.notebooks_folder() / NAME).read_text(encoding="utf-8")
+    text = (environment.own_folder("notebooks") / NAME).read_text(encoding="utf-8")
     asked = text.replace('preset: str = \\"small\\"', 'preset: str = \\"smoke\\"')
     assert asked != text
     (folder / NAME).write_text(asked, encoding="utf-8")

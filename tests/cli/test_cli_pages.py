@@ -6,7 +6,6 @@ from moee_analysis import cli
 from moee_analysis.models.loading import load_model
 from moee_analysis.report import atlas as atlas_package
 from moee_analysis.report.runner import run_notebooks
-from moee_analysis.utils import web_browser
 from tests.helpers.calls import refused, run_cli
 from tests.helpers.models import SMALL_VIT, same_models
 
@@ -14,7 +13,9 @@ from tests.helpers.models import SMALL_VIT, same_models
 @pytest.fixture
 def opened(monkeypatch):
     pages = []
-    monkeypatch.setattr(web_browser, "open_page", lambda page: pages.append(page) or True)
+    monkeypatch.setattr(
+        "moee_analysis.utils.progress.open_page", lambda page: pages.append(page) or True
+    )
     return pages
 
 

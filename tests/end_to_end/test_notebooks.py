@@ -15,9 +15,9 @@ from moee_analysis.report.notebook.results import NOTEBOOK
 from moee_analysis.report.pages.body import SOLUTION
 from moee_analysis.report.runner.check_parameters import check_parameters, declared_parameters
 from moee_analysis.report.runner.run_notebooks import report
-from moee_analysis.utils import paths
+from moee_analysis.utils import environment
 
-NOTEBOOKS = sorted(paths.notebooks_folder().glob("*.ipynb"))
+NOTEBOOKS = sorted(environment.own_folder("notebooks").glob("*.ipynb"))
 PARAMETERS = {
     "model": ("str", '"bundled"'),
     "weights": ("str", "None"),

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import class_names, fingerprint, load_model, model_transform
-from moee_analysis.utils.paths import data_folder
+from moee_analysis.utils.environment import own_folder
 from tests.helpers.images import picture
 from tests.helpers.models import SMALL_VIT, lively
 
@@ -126,4 +126,6 @@ def test_the_bundled_architecture_takes_other_weights_too(tmp_path):
     loaded = load_model(weights=stored(tmp_path / "w.safetensors", model.state_dict()))
     assert fingerprint(loaded) == fingerprint(model)
     assert loaded.pretrained_cfg["file"] == str(tmp_path / "w.safetensors")
-    assert "file" not in load_model(weights=data_folder() / "bundled.safetensors").pretrained_cfg
+    assert (
+        "file" not in load_model(weights=own_folder("data") / "bundled.safetensors").pretrained_cfg
+    )

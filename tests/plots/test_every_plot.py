@@ -10,7 +10,7 @@ import pytest
 
 from moee_analysis import plots
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils import paths
+from moee_analysis.utils import environment
 from tests.helpers.plot_tables import CAPTION, TABLES, figure_of
 
 SAID = json.loads(Path(__file__).with_name("descriptions.json").read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def test_describes_a_table_of_which_nothing_or_one_row_is_known(name):
 def test_every_plot_that_is_public_or_in_a_notebook_is_tested_here():
     public = {name for name in vars(plots) if callable(vars(plots)[name])} - {"describe"}
     shown = set()
-    for path in paths.notebooks_folder().glob("*.ipynb"):
+    for path in environment.own_folder("notebooks").glob("*.ipynb"):
         shown |= set(re.findall(r"\bplots\.(\w+)", path.read_text(encoding="utf-8")))
     assert shown - {"describe"} <= public == {*TABLES, "patches", "image_layers", "top_patches"}
 

@@ -17,8 +17,7 @@ from moee_analysis.baselines.soft_moe import SoftMoeConfig
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.baselines.static_pruning import StaticPruningConfig
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.clustering import ClusterConfig
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.record.token_source import Limits
 from moee_analysis.measure.evaluation.comparison import Contest
 from moee_analysis.training.finetune_config import FinetuneConfig

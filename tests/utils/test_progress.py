@@ -1,15 +1,16 @@
-"""Progress: a bar for a person, a few lines for a log, nothing where nobody watches."""
-
-from __future__ import annotations
+"""A bar for a person, a few lines for a log, nothing where nobody watches; pages on screens."""
 
 import io
 import itertools
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
-from moee_analysis.utils.progress import is_headless, progress, tell_progress, unwatched
+from moee_analysis.utils.progress import is_headless, open_page, progress, tell_progress, unwatched
+
+VARIABLES = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +88,29 @@ def _fails_after_a_step():
     tell_progress("a step")
     assert list(progress([1, 2], label="working")) == [1, 2]
     raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "opens"),
+    [
+        *[("linux", {name: "something"}, True) for name in VARIABLES],
+        ("linux", {}, False), ("darwin", {}, True), ("darwin", {"MOEE_HEADLESS": "1"}, False),
+    ],
+)  # fmt: skip
+def test_a_page_is_opened_where_there_is_a_screen(monkeypatch, platform, variables, opens):
+    pages, page = [], Path("/with space.html")
+    monkeypatch.setattr("webbrowser.open", lambda url: pages.append(url) or True)
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in (*VARIABLES, "MOEE_HEADLESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert open_page(page) is opens
+    assert pages == ([page.as_uri()] if opens else [])
+
+
+def test_the_path_of_a_page_that_cannot_be_opened_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("webbrowser.open", lambda _: False)
+    assert not open_page(tmp_path / "index.html")
+    assert str(tmp_path / "index.html") in capsys.readouterr().out

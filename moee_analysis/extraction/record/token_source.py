@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.recorded_tokens import Activations, RecordedLayer, TokenPlan
 from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.extraction.record.token_kinds import leading_kinds, token_plan
@@ -22,7 +22,7 @@ from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.utils.checks import not_none, real_number
 from moee_analysis.utils.distributed import own_share, processes
-from moee_analysis.utils.paths import nearest_folder
+from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.store import content_key, present
 
 PART = 128  # images, whole batches of them

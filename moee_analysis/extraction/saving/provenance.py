@@ -11,11 +11,11 @@ from torch import nn
 from moee_analysis.data.disjoint import contents_of
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.saving.rebuild import arguments_of, dtype_of, input_facts
 from moee_analysis.models.fingerprints import identity
 from moee_analysis.models.loading import architecture, load_model
-from moee_analysis.utils.versions import versions
+from moee_analysis.utils.environment import versions
 
 
 def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:

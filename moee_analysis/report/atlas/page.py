@@ -20,9 +20,9 @@ from moee_analysis.report.atlas.facts import (
     packed_routes,
 )
 from moee_analysis.report.pages.templates import render
+from moee_analysis.utils.environment import version
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.refusals import check_place
-from moee_analysis.utils.versions import version
 
 SCRIPTS = ("atlas_state.js", "atlas_expert.js", "atlas_image.js")
 HERE = Path(__file__).parent

@@ -20,8 +20,7 @@ from torch import nn
 from moee_analysis import plots
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.config.presets import Preset, preset_named
+from moee_analysis.extraction.config import ExtractConfig, Preset, preset_named
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models import loading as models
@@ -32,8 +31,7 @@ from moee_analysis.report.notebook import display
 from moee_analysis.report.notebook.image_sets import ImageSets, choose_images
 from moee_analysis.report.notebook.parameters import Parameters
 from moee_analysis.report.notebook.results import Results, alternative, picture, readable
-from moee_analysis.utils.paths import store_folder
-from moee_analysis.utils.versions import describe_device, versions
+from moee_analysis.utils.environment import describe_device, store_folder, versions
 
 MACS_REDUCTION = 0.28
 """Share of the dense model's MACs that the notebooks' extraction saves at most, as in the paper."""

@@ -8,11 +8,11 @@ from typing import Any
 from moee_analysis.data.disjoint import check_disjoint, without_repeats
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.extraction.config import preset_named
 from moee_analysis.models.class_names import is_classifier
 from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, load_model
 from moee_analysis.report.notebook.parameters import Parameters
-from moee_analysis.utils.paths import store_folder
+from moee_analysis.utils.environment import store_folder
 from moee_analysis.utils.storage.store import check_writable
 
 SET_ASIDE = 0.5  # share of ``images`` used for calibration when no other set is given

@@ -11,8 +11,8 @@ from PIL import Image
 from moee_analysis.report.notebook.results import FILE, STATUS, alternative, readable
 from moee_analysis.report.pages.page import PAGE
 from moee_analysis.report.pages.templates import data_uri, render
+from moee_analysis.utils.environment import versions
 from moee_analysis.utils.storage.files import write_text
-from moee_analysis.utils.versions import versions
 
 INDEX = "index.html"
 COVER_PIXELS = (760, 760)

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.caches import has_home
-from moee_analysis.utils.paths import SHIPPED, notebooks_folder
+from moee_analysis.utils.environment import SHIPPED, has_home, own_folder
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.folders import scratch_folder
 
@@ -70,7 +69,7 @@ def _before(variable: str, folder: str) -> str:
 @contextmanager
 def _settings() -> Iterator[str]:
     """A folder of settings for JupyterLab: it opens the notebooks, and asks for no news."""
-    notebooks = notebooks_folder()
+    notebooks = own_folder("notebooks")
     root, url = notebooks.parent, f"/lab/tree/{notebooks.name}"  # documents beside them open too
     if root.name == SHIPPED:
         root, url = notebooks, "/lab"

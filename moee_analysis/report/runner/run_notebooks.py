@@ -18,7 +18,7 @@ from typing import Any
 from tqdm.std import tqdm
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.extraction.config import preset_named
 from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import NOTEBOOK, STATUS
 from moee_analysis.report.pages.index import INDEX, write_index
@@ -26,7 +26,7 @@ from moee_analysis.report.pages.page import LOG, PAGE, read_story, write_page
 from moee_analysis.report.runner.check_parameters import OWN, check_parameters
 from moee_analysis.report.runner.jupyter import own_kernel
 from moee_analysis.utils.checks import whole_number
-from moee_analysis.utils.paths import notebooks_folder
+from moee_analysis.utils.environment import own_folder
 from moee_analysis.utils.progress import has_bars
 from moee_analysis.utils.signals import PATIENCE, ended_in_order
 from moee_analysis.utils.storage.files import write_json
@@ -166,7 +166,7 @@ def _say(say: Callable[[str], None], line: str) -> None:
 
 def _choose(notebooks: Sequence[str | Path] | None) -> list[Path]:
     """Absolute paths of the notebooks to run, each under a name of its own."""
-    listed = sorted(notebooks_folder().glob("*.ipynb")) if notebooks is None else notebooks
+    listed = sorted(own_folder("notebooks").glob("*.ipynb")) if notebooks is None else notebooks
     chosen = [_absolute(path) for path in listed]
     if not chosen:
         raise MoeeError("at least one notebook", "none", "name the notebooks to run")

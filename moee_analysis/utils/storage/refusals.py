@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.paths import nearest_folder
+from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.locks import OURS, RANDOM
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -12,7 +12,7 @@ from jupyterlab_server.config import get_page_config
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.report.runner import jupyter
-from moee_analysis.utils import paths
+from moee_analysis.utils import environment
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def test_lab_opens_the_checkout_at_its_notebooks_with_the_user_s_options(start_l
     assert started["command"] == [sys.executable, "-m", "jupyterlab", *options]
     assert "moee-kernel-" in started["env"]["JUPYTER_PATH"]
     root = Path(started["settings"]["ServerApp"]["root_dir"])
-    assert root / "notebooks" == paths.notebooks_folder()
+    assert root / "notebooks" == environment.own_folder("notebooks")
     assert (root / "docs").is_dir()
     assert started["settings"]["LabApp"]["default_url"] == "/lab/tree/notebooks"
 
 
 def test_lab_opens_the_notebooks_of_an_installed_package(start_lab, monkeypatch):
-    inside = Path("package") / paths.SHIPPED / "notebooks"
-    monkeypatch.setattr(jupyter, "notebooks_folder", lambda: inside)
+    inside = Path("package") / environment.SHIPPED / "notebooks"
+    monkeypatch.setattr(jupyter, "own_folder", lambda _: inside)
     settings = start_lab()["settings"]
     assert settings["ServerApp"]["root_dir"] == str(inside)
     assert settings["LabApp"]["default_url"] == "/lab"

@@ -27,7 +27,7 @@ from moee_analysis.models.loading import (
     load_model,
 )
 from moee_analysis.models.macs import count
-from moee_analysis.utils.paths import data_folder
+from moee_analysis.utils.environment import own_folder
 from scripts.bundled_models import evaluation, model_card, train
 from scripts.bundled_models.architectures import ARCHITECTURES, RECIPES, Recipe, build, logits
 from scripts.bundled_models.architectures import patch_width as width_of
@@ -58,8 +58,8 @@ def held_out():
 
 @each
 def test_the_card_tells_how_the_model_came_about_and_promises_that_it_discriminates(name):
-    assert (data_folder() / f"{name}.safetensors").stat().st_size <= 8e6
-    card = json.loads((data_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    assert (own_folder("data") / f"{name}.safetensors").stat().st_size <= 8e6
+    card = json.loads((own_folder("data") / f"{name}.json").read_text(encoding="utf-8"))
     command = "python -m scripts.bundled_models.train"
     told, reached = card["training"], card["accuracy"]
     assert (card["format"], card["name"]) == (1, name)
@@ -84,7 +84,7 @@ def test_a_model_is_loaded_by_name_with_the_stored_weights_and_its_mlps_can_be_t
     assert architecture(model) == name
     assert class_names(model) == CLASSES
     assert "file" not in model.pretrained_cfg
-    stored = load_file(data_folder() / f"{name}.safetensors")
+    stored = load_file(own_folder("data") / f"{name}.safetensors")
     assert all(torch.equal(tensor, stored[key]) for key, tensor in model.state_dict().items())
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     assert fingerprint(model) == fingerprint(load_model(name))
@@ -125,7 +125,7 @@ def test_a_stored_model_keeps_its_promise_and_half_its_neurons_do_not_go_unnotic
     name, held_out, pictures
 ):
     model = load_model(name)
-    card = json.loads((data_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    card = json.loads((own_folder("data") / f"{name}.json").read_text(encoding="utf-8"))
     # all of the card's scenes; another version of Pillow may draw a few pixels differently
     promised = card["accuracy"]["top1_evaluation"]
     predicted = evaluation.predictions(model, held_out)

@@ -1,6 +1,4 @@
-"""Libraries find a cache of their own where they could not write their usual one."""
-
-from __future__ import annotations
+"""Folders of the project and of the user; caches for libraries that cannot write their own."""
 
 import os
 import subprocess
@@ -12,9 +10,26 @@ import pytest
 
 from moee_analysis.cli import doctor
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils import caches, paths
+from moee_analysis.utils import environment
 
 TOLD = "HOME", "USER", "NUMBA_CACHE_DIR", "MPLCONFIGDIR"
+
+
+def test_folders_of_the_project_are_found_or_the_installation_is_incomplete(monkeypatch, tmp_path):
+    assert (environment.own_folder("data") / "bundled.safetensors").is_file()
+    monkeypatch.setattr(environment, "_ROOMS", tmp_path / "moee_analysis")
+    with pytest.raises(MoeeError, match="install the project again"):
+        environment.own_folder("data")
+
+
+def test_the_store_is_named_by_the_environment_or_lies_in_the_cache(monkeypatch):
+    monkeypatch.setenv("MOEE_STORE", "~/mine")
+    assert environment.store_folder() == Path.home() / "mine"
+    monkeypatch.delenv("MOEE_STORE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert environment.store_folder() == Path("/cache/moee-analysis")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert environment.store_folder() == Path.home() / ".cache" / "moee-analysis"
 
 
 def found(name):
@@ -48,14 +63,14 @@ def bare(monkeypatch, tmp_path):
 
 
 def test_who_has_no_home_gets_caches_of_their_own(bare):
-    caches.prepare_caches()
+    environment.prepare_caches()
     private = bare / f"moee-analysis-{os.getuid()}"
     assert private.stat().st_mode & 0o777 == 0o700
     assert os.environ["NUMBA_CACHE_DIR"] == str(private / "numba")
     assert os.environ["MPLCONFIGDIR"] == str(private / "matplotlib")
     assert os.environ["HOME"] == str(private)
     assert os.environ["USER"] == f"user{os.getuid()}"
-    assert caches.check_numba_cache() == str(private / "numba")
+    assert environment.check_numba_cache() == str(private / "numba")
 
 
 def test_what_is_set_stays(bare, monkeypatch):
@@ -63,7 +78,7 @@ def test_what_is_set_stays(bare, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOGNAME", "ada")
-    caches.prepare_caches()
+    environment.prepare_caches()
     assert {name: os.environ[name] for name in given} == given
     assert "USER" not in os.environ
 
@@ -72,7 +87,7 @@ def test_a_folder_that_another_user_prepared_is_not_trusted(bare):
     trap = bare / f"moee-analysis-{os.getuid()}"
     trap.mkdir()
     trap.chmod(0o777)
-    caches.prepare_caches()
+    environment.prepare_caches()
     assert not os.environ["NUMBA_CACHE_DIR"].startswith(f"{trap}/")
     assert Path(os.environ["NUMBA_CACHE_DIR"]).parent.stat().st_mode & 0o077 == 0
 
@@ -80,7 +95,7 @@ def test_a_folder_that_another_user_prepared_is_not_trusted(bare):
 def test_a_cache_that_cannot_be_written_names_the_variable(bare, monkeypatch, tmp_path):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "elsewhere"))
     with pytest.raises(MoeeError, match="set NUMBA_CACHE_DIR"):
-        caches.check_numba_cache()
+        environment.check_numba_cache()
     check = found("numba's cache")
     assert not check.ok
     assert "NUMBA_CACHE_DIR" in check.advice
@@ -88,7 +103,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(bare, monkeypatch, tm
 
 def test_a_store_without_a_home_names_its_variable(bare):
     with pytest.raises(MoeeError, match="set MOEE_STORE"):
-        paths.store_folder()
+        environment.store_folder()
     store = found("store")
     assert not store.ok
     assert "MOEE_STORE" in store.advice

@@ -1,0 +1,147 @@
+"""Where this runs: the project's own folders, the store, versions, caches of the libraries.
+
+Some machines give libraries no home: they are read-only, or the user has no name. numba (behind
+UMAP) refuses to start without a cache, Jupyter without a home, and PyTorch's compiler without a
+user name. They are found one before they are imported, if they have none.
+"""
+
+import getpass
+import os
+import platform
+import tempfile
+from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from moee_analysis.errors import MoeeError
+
+PACKAGE = "moee-analysis"
+LIBRARIES = (
+    "torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "hdbscan", "umap-learn",
+    "matplotlib", "seaborn", "papermill",
+)  # fmt: skip
+SHIPPED = "shipped"  # in a wheel, beside the rooms
+NUMBA, MATPLOTLIB = "NUMBA_CACHE_DIR", "MPLCONFIGDIR"
+_ROOMS = Path(__file__).resolve().parents[1]
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python and of the libraries that make the numbers."""
+    found = {PACKAGE: version(PACKAGE), "python": platform.python_version()}
+    return found | {name: version(name) for name in LIBRARIES}
+
+
+def version(distribution: str = PACKAGE) -> str:
+    """Version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_device(device: str) -> str:
+    """``device`` in words a reader of the report understands."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def own_folder(name: str) -> Path:
+    """Folder of the project: "data" of the bundled models and their cards, or "notebooks"."""
+    for folder in (_ROOMS.parent / name, _ROOMS / SHIPPED / name):
+        if folder.is_dir():
+            return folder
+    raise MoeeError(
+        f"the project's own folder '{name}' beside or inside the package", "neither",
+        "install the project again from a complete checkout",
+    )  # fmt: skip
+
+
+def store_folder() -> Path:
+    """Folder of the content-keyed store: ``$MOEE_STORE``, else in the user's cache folder."""
+    named, cache = os.environ.get("MOEE_STORE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(named).expanduser() if named else Path(cache).expanduser() / PACKAGE
+    except RuntimeError as error:
+        raise MoeeError(
+            "a place for the store", f"no home folder ({error})",
+            "set MOEE_STORE to a folder that can be written to",
+        ) from None  # fmt: skip
+
+
+def nearest_folder(path: Path) -> Path:
+    """``path``, or the nearest existing one of the folders that it is in."""
+    for place in (path, *path.absolute().parents):
+        with suppress(OSError):  # a name that is too long, a folder that may not be looked into
+            if place.exists():
+                return place
+    return Path("/")
+
+
+def prepare_caches() -> None:
+    """Give libraries that cannot write their usual caches a private folder of the temporary one.
+
+    Variables that are set already stay as they are.
+    """
+    with suppress(OSError):  # no temporary folder either: `moee doctor` and the caches say so
+        if _in_home(".") is None:  # Jupyter asks where it is
+            os.environ["HOME"] = str(_private_folder())
+        if NUMBA not in os.environ and not _numba_has_place():
+            os.environ[NUMBA] = str(_private_folder() / "numba")
+        if MATPLOTLIB not in os.environ and not _is_writable(_in_home(".config")):
+            os.environ[MATPLOTLIB] = str(_private_folder() / "matplotlib")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # as of `docker run --user 1234`
+        os.environ["USER"] = f"user{os.getuid()}"
+
+
+def check_numba_cache() -> str:
+    """Return where numba keeps its compiled code, without which it would not start, nor UMAP."""
+    named = os.environ.get(NUMBA)
+    if named and _is_writable(Path(named)):
+        return named
+    if not named and _numba_has_place():
+        return "beside the libraries, or in the home folder"
+    raise MoeeError(
+        "a cache for numba, which UMAP needs", f"none to write to ({named or 'no home'})",
+        f"set {NUMBA} to a folder that can be written to, or cluster with --reduce pca",
+    )  # fmt: skip
+
+
+def has_home() -> bool:
+    """Whether the user has a home folder that can be written to."""
+    return _is_writable(_in_home("."))
+
+
+def _numba_has_place() -> bool:
+    """Whether numba can write beside the code that it compiles, or into the user's cache."""
+    spec = find_spec("umap")
+    beside = Path(spec.origin).parent / "__pycache__" if spec and spec.origin else None
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return _is_writable(beside) or _is_writable(Path(cache) if cache else _in_home(".cache"))
+
+
+def _in_home(name: str) -> Path | None:
+    with suppress(RuntimeError):  # nobody knows where it is
+        return Path.home() / name
+    return None
+
+
+def _is_writable(folder: Path | None) -> bool:
+    there = folder and nearest_folder(folder)  # it may have to be made
+    return bool(there) and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _private_folder() -> Path:
+    """A folder for this user alone: others could put code into a cache that they can write to."""
+    folder = Path(tempfile.gettempdir()) / f"{PACKAGE}-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if status.st_uid == os.getuid() and status.st_mode & 0o077 == 0 and not folder.is_symlink():
+        return folder
+    return Path(tempfile.mkdtemp(prefix=f"{PACKAGE}-"))
