@@ -26,8 +26,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.config.presets import PRESETS
+from moee_analysis.extraction.config import PRESETS, ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.recording import BATCH
 from moee_analysis.models.fingerprints import fingerprint

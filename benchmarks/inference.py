@@ -24,7 +24,7 @@ from torch.utils.benchmark import set_torch_threads, timer
 from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.extraction.config import preset_named
 from moee_analysis.extraction.run import Extraction, load
 from moee_analysis.measure.evaluation.latency import choose_batches, in_turn, milliseconds
 from moee_analysis.models.capture import watch

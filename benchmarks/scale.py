@@ -26,8 +26,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition
 from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
-from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.config.recipes import recipe_named
+from moee_analysis.extraction.config import ExtractConfig, recipe_named
 from moee_analysis.extraction.cross_token_fisher import IMAGES
 from moee_analysis.extraction.experts.expert_statistics import StatisticsAccumulator
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator

@@ -17,7 +17,7 @@ from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.baselines.static_pruning import StaticPruningConfig
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.loading import find_mlps

@@ -12,7 +12,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.attention_modes import AttentionModes, attention_modes
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.lagrangian import Candidates
 from moee_analysis.extraction.record.token_kinds import leading_kinds, unread_patches
 from moee_analysis.models.attention import (

@@ -12,7 +12,7 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.attention_plan import AttentionPlan, KeptModes
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.lagrangian import Candidates, choose
 from moee_analysis.models.macs import MacCount, count_parameters

@@ -6,7 +6,7 @@ import torch
 
 from moee_analysis.baselines.static_pruning import BASELINES, prune
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import CHOICES, ExtractConfig
+from moee_analysis.extraction.config import CHOICES, ExtractConfig
 from moee_analysis.extraction.run import load
 from moee_analysis.models.capture import capture
 from moee_analysis.models.loading import find_mlps

@@ -10,8 +10,7 @@ import pytest
 from moee_analysis import measure
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
-from moee_analysis.extraction.config.presets import PRESETS
+from moee_analysis.extraction.config import PRESETS, ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.moe.expert_layer import counting_usage
 from tests.helpers.images import toy_images

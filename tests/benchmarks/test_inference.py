@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from moee_analysis import measure
 from moee_analysis.baselines.static_pruning import prune
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.presets import PRESETS
+from moee_analysis.extraction.config import PRESETS
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.moe.kernels import autotune
 from moee_analysis.moe.layer import all_mlps, moe_layers

@@ -11,8 +11,8 @@ from moee_analysis import cli
 from moee_analysis.baselines.registry import SYSTEMS
 from moee_analysis.cli.help import GUIDES
 from moee_analysis.cli.parser import COMMANDS, FINETUNE_SETTINGS, command_parser
-from moee_analysis.extraction.config import extract_config
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction import config as extract_config
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.training import finetune_config
 from moee_analysis.training.finetune_config import FinetuneConfig
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from moee_analysis.extraction.config.clustering import ClusterConfig
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.extraction.saving.provenance import provenance_of

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import MACS_REDUCTION
+from moee_analysis.extraction.config import MACS_REDUCTION
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils import checks
 

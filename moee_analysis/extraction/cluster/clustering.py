@@ -14,7 +14,7 @@ import torch
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.exact_hdbscan import hdbscan_labels
-from moee_analysis.extraction.config.clustering import ClusterConfig
+from moee_analysis.extraction.config import ClusterConfig
 
 NOISE = -1
 KMEANS_STEPS = 25  # more of them change little

@@ -21,8 +21,7 @@ from moee_analysis.extraction.cluster.clustering import (
     reduce_dimensions,
 )
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample
-from moee_analysis.extraction.config.clustering import ClusterConfig
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.record.fisher import damped, input_root
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, nearest_in_metric

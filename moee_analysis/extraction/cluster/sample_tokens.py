@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from timm.layers import Mlp
 
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.fisher import products
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer

@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import fastjsonschema
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.clustering import ClusterConfig
-from moee_analysis.extraction.config.extract_config import (
+from moee_analysis.extraction.config import (
     REMOVED,
     REMOVED_CLUSTERING,
+    ClusterConfig,
     ExtractConfig,
 )
 from moee_analysis.extraction.saving import layer_report

@@ -12,7 +12,7 @@ from torch import nn
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.engine import Variant, extract_all
 from moee_analysis.measure.evaluation.variants import variants

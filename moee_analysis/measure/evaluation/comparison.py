@@ -16,7 +16,7 @@ from moee_analysis.baselines.registry import STATIC, Asked, System, systems_name
 from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.extraction.config import preset_named
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, score_images, summarize
 from moee_analysis.measure.evaluation.comparison_table import CONTROLS, STATIC_FAMILY

@@ -16,7 +16,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.clusters_to_router import make_router, metric_root
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource, calibration_tokens

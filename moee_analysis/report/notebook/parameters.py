@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.presets import preset_named
+from moee_analysis.extraction.config import preset_named
 from moee_analysis.utils.checks import not_none, seed_number, whole_number
 
 LARGEST_SIZE = 10_000  # pixels or channels

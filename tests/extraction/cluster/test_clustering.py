@@ -16,7 +16,7 @@ from moee_analysis.extraction.cluster.clustering import (
     label,
     nearest,
 )
-from moee_analysis.extraction.config.clustering import ClusterConfig
+from moee_analysis.extraction.config import ClusterConfig
 from tests.helpers.layers import same_partition
 from tests.helpers.runs import CLUSTERING
 

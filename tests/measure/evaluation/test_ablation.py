@@ -6,7 +6,7 @@ import pytest
 from moee_analysis import measure
 from moee_analysis.baselines.controls import randomly_routed, with_one_expert, with_random_centres
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.recipes import RECIPES, recipe_named
+from moee_analysis.extraction.config import RECIPES, recipe_named
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.variants import SCORES
 from tests.helpers.images import toy_images
@@ -16,7 +16,7 @@ from tests.helpers.runs import CLUSTERING, MEANS, best
 DENSE = toy_vit()
 CALIBRATION, IMAGES = toy_images(12), toy_images(40).take(range(24, 40))
 BOOTSTRAP = {"seed": 2, "resamples": 20}
-BEST, PAPER = RECIPES["best"].pieces, RECIPES["paper"].pieces
+BEST, PAPER = RECIPES["best"], RECIPES["paper"]
 FULL = best(macs_reduction=0.1, tokens_per_image=17, cluster_tokens=200)
 WHOLE = replace(FULL, **{piece: PAPER[piece] for piece in ("tokens", "metric", "coherence")})
 PIECES = [piece for piece, own in BEST.items() if own != PAPER[piece]]

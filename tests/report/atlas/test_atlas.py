@@ -14,7 +14,7 @@ from PIL import Image
 from moee_analysis import measure
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.extract_config import ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.report.atlas import write_atlas

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.clustering import METHODS, REDUCTIONS, ClusterConfig
-from moee_analysis.extraction.config.extract_config import CHOICES, ExtractConfig
-from moee_analysis.extraction.config.recipes import RECIPES, recipe_named
+from moee_analysis.extraction.config import (
+    BOUND,
+    CHOICES,
+    CLUSTER_CHOICES,
+    RECIPES,
+    ClusterConfig,
+    ExtractConfig,
+    recipe_named,
+)
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
 from moee_analysis.moe.layer import moe_layers
@@ -54,7 +60,7 @@ def test_an_unknown_recipe_lists_those_there_are():
 def test_a_recipe_decides_every_piece(recipe):
     chosen = recipe_named(recipe)
     assert chosen.keys() - {"clustering"} == CHOICES.keys() - {"noise", "experts"}
-    assert recipe_named(recipe, bound=True) == chosen | RECIPES[recipe].bound
+    assert recipe_named(recipe, bound=True) == chosen | BOUND.get(recipe, {})
 
 
 @pytest.mark.parametrize(("recipe", "piece", "choice"), SWITCHED)
@@ -75,9 +81,9 @@ def test_every_piece_can_be_switched_alone(tmp_path, store, recipe, piece, choic
     assert torch.equal(again.model(x), logits)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CLUSTER_CHOICES["method"])
 @pytest.mark.parametrize(("space", "recipe"), [("hidden", "paper"), ("inputs", "best")])
-@pytest.mark.parametrize("reduce", [name for name in REDUCTIONS if name != "umap"])
+@pytest.mark.parametrize("reduce", [name for name in CLUSTER_CHOICES["reduce"] if name != "umap"])
 def test_tokens_can_be_clustered_in_every_way(store, method, space, recipe, reduce):
     settings = {"method": method, "space": space, "reduce": reduce, "count": 5, "max_noise": 1.0}
     clustering = ClusterConfig(**{**vars(CLUSTERING), **settings})

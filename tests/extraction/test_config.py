@@ -5,15 +5,16 @@ from dataclasses import asdict
 import pytest
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config.clustering import ClusterConfig
-from moee_analysis.extraction.config.extract_config import (
+from moee_analysis.extraction.config import (
     CHOICES,
     MACS_REDUCTION,
+    PRESETS,
+    RECIPES,
     VARIANCE_KEPT,
+    ClusterConfig,
     ExtractConfig,
+    recipe_named,
 )
-from moee_analysis.extraction.config.presets import PRESETS
-from moee_analysis.extraction.config.recipes import RECIPES, recipe_named
 
 OTHER = {
     "clustering": ClusterConfig(reduce="pca"), "router": "nearest", "tokens": "kinds",
