@@ -1,11 +1,20 @@
-"""What each piece of a recipe is worth: dots sorted by effect, and what else was varied."""
+"""What each piece of a recipe is worth, and one quantity varied at a time."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from moee_analysis.plots import drawing, style, sweeps, text
+from moee_analysis.plots import drawing, style, text
+from moee_analysis.plots.routing import draw_regret
+
+_Row = tuple[float, bool, Sequence[Callable[[Axes], None]]]  # inches, one y-axis for all, panels
+_WIDTH = 7.8
+_DIVERGENCE = "KL(dense ‖ variant), nats"
 
 _TITLES = {"off in turn": "“{}”, one piece off", "on alone": "“{}”, one piece added"}
 _ROW = 0.19  # inches
@@ -31,19 +40,19 @@ def ablation(
     pieces = table[table["direction"].notna()]
     swept = table[table["sweep"].notna()] if "sweep" in table else table[:0]
     groups = [_sort(pieces, name) for name in _TITLES if (pieces["direction"] == name).any()]
-    colours = sweeps.recipe_colours(table)
-    below = sweeps.sweep_rows(swept, colours, regret) if len(swept) else []
-    heights = [0.98 + _ROW * max(map(len, groups)), *(row.height for row in below)]
-    fig, (top, *parts) = style.stacked(sweeps.WIDTH, heights)
+    colours = _recipe_colours(table)
+    below = _plan_rows(swept, colours, regret) if len(swept) else []
+    heights = [0.98 + _ROW * max(map(len, groups)), *(height for height, *_ in below)]
+    fig, (top, *parts) = style.stacked(_WIDTH, heights)
     for ax, rows in zip(top.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         recipe = rows["recipe"].iloc[0]
         own = pieces[pieces["recipe"] == recipe]
         _draw_group(ax, rows, own.loc[own["direction"] == "another seed", "kl"], colours[recipe])
-    sweeps.draw_rows(parts, below)
+    _draw_rows(parts, below)
     known = {*pieces["direction"], "changed", "changed, but perhaps by chance"}
-    looks = {name: look for name, look in _LOOKS.items() if name in known}
-    looks |= {name: look for name, look in sweeps.looks(swept).items() if name != "MoEE"}
-    drawing.legend(fig, looks, columns=len(looks))
+    marks = {name: look for name, look in _LOOKS.items() if name in known}
+    marks |= {name: look for name, look in _system_looks(swept).items() if name != "MoEE"}
+    drawing.legend(fig, marks, columns=len(marks))
     return drawing.finish(fig, table, caption)
 
 
@@ -71,7 +80,7 @@ def _draw_group(ax: Axes, rows: pd.DataFrame, seeds: pd.Series, colour: str) -> 
     names = rows["value"].where(~changed, rows["piece"] + ": " + rows["value"])
     drawing.row_axis(ax, ["as it is", *names[1:]])
     _write_retention(ax, rows)
-    ax.set(xscale="log", xlabel=sweeps.DIVERGENCE)
+    ax.set(xscale="log", xlabel=_DIVERGENCE)
     low, high = ax.get_xlim()
     drawing.plain_log(ax.xaxis, subs=(1, 2, 5) if high < 100 * low else (1,))
 
@@ -90,14 +99,16 @@ def _draw_dots(ax: Axes, rows: pd.DataFrame, colour: str) -> None:
 
 
 def _write_retention(ax: Axes, rows: pd.DataFrame) -> None:
-    small = {"size": 7, "va": "center", "ha": "right", "transform": ax.get_yaxis_transform()}
+    # as far from the axes as the longest number needs, however wide they are
+    aside = {"xytext": (29, 0), "textcoords": "offset points", "size": 7, "ha": "right"}
     for place, row in enumerate(rows.itertuples()):
+        at = {"xy": (1, place), "xycoords": ax.get_yaxis_transform(), "va": "center"}
         if np.isnan(row.kl):
-            missing = small | {"ha": "left", "color": style.GREY}
-            ax.text(0.02, place, "no such model, see the table", **missing)
+            missing = at | {"xy": (0.02, place), "size": 7, "color": style.GREY}
+            ax.annotate("no such model, see the table", **missing)
         else:
-            ax.text(1.11, place, f"{100 * row.retention:.1f}", **small)
-    ax.text(1.11, 1.01, "top-1 kept, %", **small | {"transform": ax.transAxes, "va": "bottom"})
+            ax.annotate(f"{100 * row.retention:.1f}", **aside | at)
+    ax.annotate("top-1, % of dense", (1, 1.01), xycoords="axes fraction", va="bottom", **aside)
 
 
 @text.describes(ablation)
@@ -119,3 +130,139 @@ def _describe_ablation(table: pd.DataFrame) -> str:
             words += f" {first} {row['piece']} ({text.bits(row['kl'])} nats)."
     beside = [f"{row.value} of {row.recipe} {text.bits(row.kl)}" for row in controls.itertuples()]
     return words + (f" Controls: {text.listed(beside)} nats." if beside else "")
+
+
+@style.house
+def sweeps(
+    table: pd.DataFrame, *, regret: pd.DataFrame | None = None, caption: str | None = None
+) -> Figure:
+    """Draw a table of ``measure.sweeps``: a panel each, on the same scale; and maybe ``regret``.
+
+    Settings that are numbers stand on the axis (or at their dots, over MACs), others name rows.
+    """
+    rows = _plan_rows(table, _recipe_colours(table), regret)
+    fig, parts = style.stacked(_WIDTH, [height for height, *_ in rows])
+    _draw_rows(parts, rows)
+    drawing.legend(fig, _system_looks(table))
+    return drawing.finish(fig, table, caption)
+
+
+def _plan_rows(
+    table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None
+) -> list[_Row]:
+    """Up to three sweeps of numbers side by side, then up to four of names."""
+    routers = {} if regret is None else style.looks(regret["router"])
+    curves, dots, most = [], [], 4
+    for name, rows in table.groupby("sweep", sort=False):
+        recipe = next((one for one in rows["recipe"] if one in colours), None)
+        look = {"colour": colours.get(recipe, style.PALETTE[0]), "limits": _limits(table)}
+        settings = rows["setting"].dropna()
+        if all(isinstance(setting, Real) for setting in settings):
+            curves.append(partial(_draw_numbers, rows=rows, title=name, **look))
+        else:
+            dots.append(partial(_draw_names, rows=rows, title=name, routers=routers, **look))
+            most = max(most, settings.nunique())
+    if regret is not None:
+        dots.append(partial(draw_regret, table=regret))
+    height = 0.85 + 0.21 * most
+    return [
+        *((1.95, True, curves[at : at + 3]) for at in range(0, len(curves), 3)),
+        *((height, False, dots[at : at + 4]) for at in range(0, len(dots), 4)),
+    ]
+
+
+def _draw_rows(parts: Sequence[SubFigure], rows: Sequence[_Row]) -> None:
+    for part, (_, sharey, panels) in zip(parts, rows, strict=True):
+        axes = part.subplots(1, len(panels), sharey=sharey, squeeze=False)[0]
+        for ax, draw in zip(axes, panels, strict=True):
+            draw(ax)
+            if sharey:
+                ax.label_outer()
+
+
+def _recipe_colours(table: pd.DataFrame) -> dict[str, str]:
+    recipes = [name for name in table["recipe"].dropna().unique() if name]
+    return dict(zip(recipes, style.PALETTE, strict=False))
+
+
+def _system_looks(table: pd.DataFrame, colour: str = style.INK) -> dict[str, drawing.Look]:
+    """The first system in ``colour``, others dashed."""
+    first = {"color": colour, "marker": "o", "ms": 4.5, "zorder": 3}
+    other = {"color": style.INK, "marker": "s", "ms": 3, "lw": 1, "ls": "--"}
+    names = table["system"].unique() if len(table) else ()
+    return {name: other if place else first for place, name in enumerate(names)}
+
+
+def _limits(table: pd.DataFrame) -> tuple[float, float]:
+    known = table[["kl", "kl_low", "kl_high"]].to_numpy(float)
+    known = known[np.isfinite(known) & (known > 1e-5)]
+    return (known.min() / 1.25, known.max() * 1.25) if len(known) else (0.01, 1.0)
+
+
+def _draw_numbers(
+    ax: Axes, *, rows: pd.DataFrame, title: str, colour: str, limits: tuple[float, float]
+) -> None:
+    """Divergence over the setting, or over the MACs where these differ."""
+    ax.set(yscale="log", ylim=limits, title=title, ylabel=_DIVERGENCE)
+    drawing.plain_log(ax.yaxis, subs=(1, 3))
+    _draw_levels(rows, ax.axhspan, ax.axhline)
+    first, settings = rows["system"].iloc[0], rows.dropna(subset="setting")
+    saved = rows.loc[rows["system"] == first, "macs_reduction"]
+    over_macs = saved.max() - saved.min() > 0.02
+    x = 100 * (1 - settings["macs_reduction"]) if over_macs else settings["setting"].astype(float)
+    settings = settings.assign(x=x).sort_values("x")
+    for system, look in _system_looks(rows, colour).items():
+        own = settings[settings["system"] == system]
+        ax.vlines(own["x"], own["kl_low"], own["kl_high"], color=look["color"], **style.INTERVAL)
+        ax.plot(own["x"], own["kl"], **look)
+    if over_macs:
+        _write_settings(ax, settings[settings["system"] == first], colour)
+        ax.set_xlabel("MACs (% of the dense model)")
+    else:
+        names = sorted(settings["setting"].unique())
+        ax.set_xscale("log", base=2)
+        ax.minorticks_off()
+        ax.set_xticks(names, [f"{name:g}" for name in names])
+
+
+def _write_settings(ax: Axes, rows: pd.DataFrame, colour: str) -> None:
+    beside = {"xytext": (-4, -2), "textcoords": "offset points", "ha": "right", "va": "top"}
+    for row in rows.dropna(subset=["x", "kl"]).itertuples():
+        ax.annotate(str(row.setting), (row.x, row.kl), size=6.5, color=colour, **beside)
+    ax.margins(x=0.12)
+
+
+def _draw_levels(
+    rows: pd.DataFrame, across: Callable[..., object], along: Callable[..., object]
+) -> None:
+    """A band and a dashed line for what does not depend on the setting, such as static pruning."""
+    for level in rows[rows["setting"].isna() & rows["kl"].notna()].itertuples():
+        across(level.kl_low, level.kl_high, color=style.INK, alpha=0.07, lw=0)
+        along(level.kl, color=style.INK, lw=1, ls="--")
+
+
+def _draw_names(
+    ax: Axes, *, rows: pd.DataFrame, title: str, colour: str, limits: tuple[float, float],
+    routers: dict[str, drawing.Look],
+) -> None:  # fmt: skip
+    """A dot with its interval for every setting, on a row of its own."""
+    ax.set(xscale="log", xlim=limits, title=title, xlabel="KL, nats")
+    drawing.plain_log(ax.xaxis)
+    _draw_levels(rows, ax.axvspan, ax.axvline)
+    settings = rows.dropna(subset="setting")
+    for place, row in enumerate(settings.itertuples()):
+        look = routers.get(row.setting, {"color": colour, "marker": "o"})
+        ax.hlines(place, row.kl_low, row.kl_high, color=look["color"], **style.INTERVAL)
+        ax.scatter(row.kl, place, s=26, zorder=4, linewidth=0, **look)
+    drawing.row_axis(ax, settings["setting"].astype(str), size=7.5)
+
+
+@text.describes(sweeps)
+def _describe_sweeps(table: pd.DataFrame) -> str:
+    words = []
+    for name, rows in table.dropna(subset="setting").groupby("sweep", sort=False):
+        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
+        if best is not None:
+            setting = " ".join(str(best["setting"]).split())
+            words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
+    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."

@@ -1,13 +1,19 @@
-"""How classes are routed: the paper's Figures 3 and 4, what stands behind them, and distances."""
+"""What experts stand for: classes, as in the paper's Figures 3 and 4, and parts of the scene."""
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from moee_analysis.plots import drawing, style, text
 
 _HOLLOW = {"ls": "", "marker": "o", "mfc": "white", "mew": 1.2}
 _CHANCE = {"permuted classes, 95 %": {"color": style.GREY, **style.CHANCE}}
+_NULLS = {"class_null_high": "--", "null_high": ":"}
+_NULL_NAMES = {
+    "masks exchanged within a class, 95 %": {"color": style.GREY, "lw": 1, "ls": "--"},
+    "masks exchanged between any images, 95 %": {"color": style.GREY, "lw": 1, "ls": ":"},
+}
 
 
 @style.house
@@ -99,11 +105,10 @@ def _draw_mean(ax: Axes, mean: pd.DataFrame, colour: str) -> None:
     ax.fill_between(x, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
 
 
-@text.describes(specificity)
-def _describe_specificity(table: pd.DataFrame) -> str:
-    mean, chance = table[table["class_index"] < 0], "permuted labels"
-    words = text.beyond(mean, "js", chance, shown="corrected", form=text.bits)
-    return f"Mean divergence of a class from all classes, in bits, bias removed: {words}."
+@text.describes(specificity, "Mean divergence of a class from all classes, in bits, bias removed")
+def _describe_specificity(rows: pd.DataFrame) -> str:
+    mean = rows[rows["class_index"] < 0]
+    return text.beyond(mean, "js", "permuted labels", shown="corrected", form=text.bits)
 
 
 @style.house
@@ -125,16 +130,12 @@ def class_information(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(class_information)
-def _describe_class_information(table: pd.DataFrame) -> str:
-    words = text.of_each(
-        table,
-        lambda rows: (
-            f"{text.course(rows, 'corrected', text.percent)}, more than permuted labels in "
-            f"{(rows['p'] < 0.05).sum()} of {len(rows)} layers"
-        ),
+@text.describes(class_information, "Of the experts' entropy the class of the image explains")
+def _describe_class_information(rows: pd.DataFrame) -> str:
+    return (
+        f"{text.course(rows, 'corrected', text.percent)}, more than permuted labels in "
+        f"{(rows['p'] < 0.05).sum()} of {len(rows)} layers"
     )
-    return f"Of the experts' entropy the class of the image explains: {words}."
 
 
 @style.house
@@ -188,7 +189,69 @@ def class_relatedness(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(class_relatedness)
-def _describe_class_relatedness(table: pd.DataFrame) -> str:
-    words = text.beyond(table, "spearman", "permuted classes")
-    return f"Rank correlation of routing distance and classifier distance: {words}."
+@text.describes(class_relatedness, "Rank correlation of routing distance and classifier distance")
+def _describe_class_relatedness(rows: pd.DataFrame) -> str:
+    return text.beyond(rows, "spearman", "permuted classes")
+
+
+@style.house
+def modularity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.modularity``: a line per system, its chance levels below it."""
+    fig, ax = style.figure(5.4, 3.2)
+    drawing.curves(ax, table, "ami", band=True, chance=_NULLS)
+    ax.axhline(0, **style.REFERENCE)
+    ax.set_ylabel("adjusted mutual information\nof expert and part")
+    drawing.layer_axis(fig, [ax])
+    drawing.legend(fig, ax, _NULL_NAMES, columns=2)
+    return drawing.finish(fig, table, caption)
+
+
+@text.describes(modularity, "Adjusted mutual information of expert and part")
+def _describe_modularity(rows: pd.DataFrame) -> str:
+    chance = "masks exchanged within a class"
+    return text.beyond(rows, "ami", chance, null="class_null_high")
+
+
+@style.house
+def part_profile(table: pd.DataFrame, *, parts: int = 16, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.part_profile``: experts by the most frequent ``parts``, per layer.
+
+    The row on top is all patches; each expert's share of the patches stands beside its number.
+    """
+    frequent = table.sort_values("share_all", ascending=False, kind="stable")["part"].unique()
+    layers = drawing.by_layer(table)
+    maps = {
+        name: _profiles(rows).reindex(columns=frequent[:parts]) for name, rows in layers.items()
+    }
+    rows, columns = (max(one.shape[axis] for one in maps.values()) for axis in (0, 1))
+    size = (1.3 + 0.15 * columns, 0.9 + 0.14 * max(8, rows))
+    norm = PowerNorm(0.5, vmin=0, vmax=table["share"].max())  # shows small shares too
+    look = {"cmap": style.SHARES, "norm": norm, "most": max(rows, columns)}
+    bar = "share of the expert's patches"
+    fig, axes = drawing.heat_maps(maps, bar, cols=3, panel=size, **look)
+    for ax in axes:
+        ax.axhline(1, color="white", lw=5)
+    fig.supylabel("expert (share of patches)")
+    return drawing.finish(fig, table, caption)
+
+
+def _profiles(rows: pd.DataFrame) -> pd.DataFrame:
+    """Shares of parts (columns) of all patches, then of those of each expert in order."""
+    experts = rows.pivot(index="order", columns="part", values="share").fillna(0)
+    first = rows.drop_duplicates("order").sort_values("order")
+    names = first["expert"].astype(str) + first["size"].map(" ({:.0%})".format)
+    everything = rows.drop_duplicates("part").set_index("part")["share_all"]
+    return pd.concat([everything.to_frame("all").T, experts.set_axis(names)])
+
+
+@text.describes(part_profile)
+def _describe_part_profile(table: pd.DataFrame) -> str:
+    purest = text.largest(table, "share")
+    if purest is None:
+        return "No expert takes a patch."
+    share, everywhere, size = (text.percent(purest[of]) for of in ("share", "share_all", "size"))
+    return (
+        f"Purest is expert {purest['expert']} of {text.where(purest, table)}: {share} of its "
+        f"patches show {purest['part']}, of all patches {everywhere}. It takes {size} of the "
+        "patches."
+    )

@@ -1,7 +1,9 @@
-"""What is lost once an expert is knocked out: by all images, by classes, and by whom most."""
+"""What is lost once an expert is knocked out: by all images, by classes, and of which parts."""
 
 import math
+from itertools import product
 
+import numpy as np
 import pandas as pd
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
@@ -72,7 +74,11 @@ def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figur
     size = (1.4 + 1.0 / len(layers) + 0.12 * experts, 0.75 + 0.14 * max(12, len(classes)))
     fig, axes = style.panels(len(layers), cols=2, size=size)
     for place, (ax, layer) in enumerate(zip(axes, layers, strict=True)):
-        changes = _by_share(rows[rows["layer"] == layer]).loc[classes["group"]]
+        own = rows[rows["layer"] == layer]
+        shares = own.groupby("expert")["knocked_out"].sum()
+        order = shares.sort_values(ascending=False, kind="stable").index
+        changes = own.pivot(index="group", columns="expert", values="logp_change")
+        changes = changes.loc[classes["group"], order]
         changes.index = changes.index.str.replace("_", " ")
         # colours end at the 99th percentile: one cell further out hides no others
         norm = CenteredNorm(0, float(changes.abs().stack().quantile(0.99)) or 1.0)
@@ -88,13 +94,6 @@ def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figur
 def _of_classes(table: pd.DataFrame) -> pd.DataFrame:
     removed = (table["kind"] == "class") & (table["what"] == "removed")
     return table[removed & (table["system"] == "expert")]
-
-
-def _by_share(rows: pd.DataFrame) -> pd.DataFrame:
-    """Changes (classes, experts), experts by their share of tokens."""
-    shares = rows.groupby("expert")["knocked_out"].sum()
-    order = shares.sort_values(ascending=False, kind="stable").index
-    return rows.pivot(index="group", columns="expert", values="logp_change")[order]
 
 
 @text.describes(class_knock_out)
@@ -129,7 +128,50 @@ def use_and_need(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(use_and_need)
-def _describe_use_and_need(table: pd.DataFrame) -> str:
-    words = text.beyond(table, "spearman", "permuted classes")
-    return f"Rank correlation of use and need over classes and experts: {words}."
+@text.describes(use_and_need, "Rank correlation of use and need over classes and experts")
+def _describe_use_and_need(rows: pd.DataFrame) -> str:
+    return text.beyond(rows, "spearman", "permuted classes")
+
+
+@style.house
+def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw a table of ``measure.parts_unseen``: change in recall, parts by experts removed.
+
+    A row of panels for each layer; a dot marks a change whose interval leaves out 0.
+    """
+    layers, systems, parts = (table[name].unique() for name in ("layer", "system", "part"))
+    experts = max(12, table.groupby("layer")["expert"].nunique().max())
+    width, height = 2 * (0.5 + 0.115 * experts) + 1.6, 0.65 + 0.135 * max(8, len(parts))
+    grid = {"rows": len(layers), "cols": len(systems), "squeeze": False, "sharey": True}
+    fig, axes = style.figure(width, height * len(layers), **grid)
+    norm = CenteredNorm(0, 100 * max(float(table["change"].abs().quantile(0.995)), 0.01))
+    named = table["part"] + table["recall_intact"].map(" ({:.0%})".format)
+    cells = drawing.in_percent(table.assign(part=named), "change").groupby(["layer", "system"])
+    for ax, panel in zip(axes.flat, product(layers, systems), strict=True):
+        values = cells.get_group(panel).pivot(index="part", columns="expert")
+        values = values.reindex(named.unique())
+        look = {"cmap": "RdBu", "norm": norm, "yticklabels": True, "most": 14}
+        mesh = drawing.heat_map(ax, values["change"], **look)
+        row, column = np.nonzero(((values["low"] > 0) | (values["high"] < 0)).to_numpy())
+        ax.plot(column + 0.5, row + 0.5, "o", ms=2.4, color=style.INK, mec="white", mew=0.5)
+        ax.set_title("layer {}, {}".format(*panel))
+    fig.supxlabel("expert removed, or replaced by as many random patches")
+    fig.supylabel("part (recall of the intact model)")
+    drawing.bar_beside(fig, list(axes.flat), mesh, "change in recall (percentage points)")
+    return drawing.finish(fig, table, caption)
+
+
+@text.describes(parts_unseen)
+def _describe_parts_unseen(table: pd.DataFrame) -> str:
+    clear = text.of_each(
+        table,
+        lambda rows: f"in {(rows['high'] < 0).sum()} of {len(rows)} pairs of knock-out and part",
+    )
+    worst = text.smallest(table[table["system"] == "expert"], "change")
+    if worst is None:
+        return f"Recall of parts falls clearly: {clear}."
+    return (
+        f"Recall of a part falls clearly: {clear}. Most in layer {worst['layer']} without expert "
+        f"{worst['expert']}: {worst['part']} from {text.percent(worst['recall_intact'])} by "
+        f"{text.points(worst['change'])} percentage points."
+    )

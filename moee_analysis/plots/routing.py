@@ -14,7 +14,7 @@ _METRICS = {
     "cv2": ("CV² of the shares", "Squared coefficient of variation", "0 is even"),
     "dead": ("experts never used", "Experts never used", ""),
 }
-_SHARE = "% of the output's variance"
+_SHARE = "% of the output's\nvariance"
 
 
 @style.house

@@ -1,6 +1,6 @@
 """The alternative text of figures: what a plot shows in words, with the numbers that count."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,23 @@ Text = Callable[..., str]
 _OF_PLOTS: dict[Callable[..., object], Text] = {}
 
 
-def describes(plot: Callable[..., object]) -> Callable[[Text], Text]:
-    """Let the decorated function say in a sentence or two what ``plot`` shows of the same table."""
-    return lambda function: _OF_PLOTS.setdefault(plot, function)
+def describes(
+    plot: Callable[..., object], beginning: str = "", *, by: str = "system"
+) -> Callable[[Text], Text]:
+    """Let the decorated function say in a sentence or two what ``plot`` shows of the same table.
+
+    With a ``beginning`` it goes on from there, of the rows of each system or of each value of
+    ``by``.
+    """
+
+    def note(function: Text) -> Text:
+        def each(table: pd.DataFrame) -> str:
+            return f"{beginning}: {of_each(table, function, by)}."
+
+        _OF_PLOTS[plot] = each if beginning else function
+        return function
+
+    return note
 
 
 def describe(plot: Callable[..., object], *given: Any) -> str:
@@ -97,25 +111,18 @@ def listed(parts: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def of_each(
-    table: pd.DataFrame, text: Callable[[pd.DataFrame], str], by: Hashable = "system"
-) -> str:
+def of_each(table: pd.DataFrame, text: Callable[[pd.DataFrame], str], by: str = "system") -> str:
     """The ``text`` of every system, one after the other, each by its name."""
     return "; ".join(f"{name} {text(rows)}" for name, rows in table.groupby(by, sort=False))
 
 
 def beyond(
-    table: pd.DataFrame, value: str, chance: str, *, null: str = "null_high",
+    rows: pd.DataFrame, value: str, chance: str, *, null: str = "null_high",
     shown: str | None = None, form: Form = number,
 ) -> str:  # fmt: skip
-    """Of each system the course of ``shown``, and in how many layers ``value`` exceeds ``null``."""
-    return of_each(
-        table,
-        lambda rows: (
-            f"{course(rows, shown or value, form)}, beyond {chance} in "
-            f"{(rows[value] > rows[null]).sum()} of {len(rows)} layers"
-        ),
-    )
+    """The course of ``shown`` over the layers, and in how many ``value`` exceeds ``null``."""
+    above = (rows[value] > rows[null]).sum()
+    return f"{course(rows, shown or value, form)}, beyond {chance} in {above} of {len(rows)} layers"
 
 
 def sentence(text: str) -> str:

@@ -94,7 +94,7 @@ def test_rows_are_sorted_by_effect_and_controls_stand_last(off_and_on):
     assert dots(off) == pytest.approx(dict(enumerate(expected)))
     for row, kl in enumerate(expected):
         assert bars(off)[row] == pytest.approx([0.8 * kl, 1.2 * kl])
-    written = ["96.0", "80.0", "90.0", "97.0", "95.0", "60.0", "top-1 kept, %"]
+    written = ["96.0", "80.0", "90.0", "97.0", "95.0", "60.0", "top-1, % of dense"]
     assert words(off.texts) == written
 
 
