@@ -16,9 +16,9 @@ from moee_analysis.extraction.saving.run_files import FORMAT, fill_run, read_run
 from moee_analysis.extraction.saving.tables import check_reports
 from moee_analysis.models.fingerprints import identity
 from moee_analysis.utils.distributed import agreed
-from moee_analysis.utils.storage.in_use import collecting
 from moee_analysis.utils.storage.store import (
     check_writable,
+    collecting,
     content_key,
     get_or_build,
     present,

@@ -29,7 +29,7 @@ def is_headless() -> bool:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """While open, nothing is said of progress: for one of many jobs that have a bar in common."""
+    """While open, nothing is said of progress: for a job of many that have a bar in common."""
     before = _UNWATCHED.set(True)
     try:
         yield
@@ -55,10 +55,9 @@ def progress(
 ) -> Iterator[T]:
     """Yield ``items`` and say how far along we are, and how much time is left.
 
-    A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing at all, and
-    a plain log one line per tenth of what takes longer than :data:`SHORT`. A bar within another
-    one vanishes when it is full. Of several processes the first one speaks. Bars of many short
-    steps appear after a ``delay`` in seconds, if they have not ended by then.
+    A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing, a plain log one
+    line per tenth of what takes longer than :data:`SHORT`. Bars appear after a ``delay`` in
+    seconds, if they have not ended by then. Of several processes the first one speaks.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)

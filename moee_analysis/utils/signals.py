@@ -29,11 +29,10 @@ class Terminated(SystemExit):
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """While open, SIGTERM ends this process by :class:`Terminated`, which closes what is open.
+    """While open, SIGTERM and SIGHUP end this process by :class:`Terminated`, which closes all.
 
-    So does SIGHUP, of a terminal that is closed. These and Ctrl-C end it also where a library makes
-    another error of them. Without effect outside the main thread, and where
-    a program has handlers of its own, or ignores the signals as under ``nohup``.
+    These and Ctrl-C end it also where a library makes another error of them. Without effect
+    outside the main thread, where a program has handlers of its own, and under ``nohup``.
     """
     received: list[int] = []
 
@@ -54,8 +53,7 @@ def ended_in_order() -> Iterator[None]:
     except Exception:
         if not received:
             raise
-        # a library has made an error of its own of the interruption
-        raise _ending_by(received[0]) from None
+        raise _ending_by(received[0]) from None  # a library made another error of it
     finally:
         for number, usual in ours.items():
             signal.signal(number, usual)

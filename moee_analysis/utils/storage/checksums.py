@@ -17,14 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.storage.files import (
-    check_file,
-    checksum,
-    file_hash,
-    new_file,
-    read_json,
-    write_json,
-)
+from moee_analysis.utils.storage import files
+from moee_analysis.utils.storage.files import check_file, checksum
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,9 +54,9 @@ def damage_of(folder: Path) -> str:
         return f"no whole {SEAL}"
     if content["name"] != folder.name:
         return f"what belongs to '{content['name']}'"
-    files = content["files"]
+    written = content["files"]
     try:
-        strange = sorted(_names(folder) ^ files.keys())
+        strange = sorted(_names(folder) ^ written.keys())
         if strange:
             return f"files that are missing or do not belong there: {', '.join(strange[:3])}"
         hashes = _hashes(folder)
@@ -70,7 +64,7 @@ def damage_of(folder: Path) -> str:
         return error.found
     except OSError as error:
         return str(error)
-    return ", ".join(f"{name} has changed" for name in files if hashes[name] != files[name])
+    return ", ".join(f"{name} has changed" for name in written if hashes[name] != written[name])
 
 
 def _names(folder: Path) -> set[str]:
@@ -89,19 +83,19 @@ def _hash(path: Path) -> str:
     there = path.stat()
     state = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns)
     if state not in _HASHES:
-        _HASHES[state] = file_hash(path)
+        _HASHES[state] = files.file_hash(path)
     return _HASHES[state]
 
 
 def write_signed(path: Path, content: dict[str, Any]) -> None:
     """Write JSON ``content`` with its checksum."""
-    write_json(path, {**content, CHECKSUM: checksum(content)})
+    files.write_json(path, {**content, CHECKSUM: checksum(content)})
 
 
 def read_signed(path: Path) -> dict[str, Any]:
     """Read JSON content that was written with its checksum, which is left out; or refuse it."""
     expected, hint = f"'{path}' as it was written", "make it again"
-    content = read_json(path, expected=expected, hint=hint)
+    content = files.read_json(path, expected=expected, hint=hint)
     signed = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
     if signed is None or signed != checksum(content):
         raise MoeeError(expected, "a damaged or edited file", hint)
@@ -111,7 +105,7 @@ def read_signed(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> None:
     """Write ``tensors`` and plain ``facts`` with their checksum; an older file stays until then."""
     text = json.dumps(dict(facts), sort_keys=True)
-    with new_file(path, wanted=sum(tensor.nbytes for tensor in tensors.values())) as new:
+    with files.new_file(path, wanted=sum(tensor.nbytes for tensor in tensors.values())) as new:
         save_file(tensors, new, metadata={"facts": text, CHECKSUM: _digest(tensors, text)})
 
 

@@ -38,19 +38,25 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
         with writing(final, hint=hint, new=new):
             yield new
             flush_all(new)
-            _open_to_others(new)
+            new.chmod(0o755)  # others may read it, also where a library lets its owner alone
+            for path in filter(Path.is_file, new.iterdir()):
+                path.chmod(0o644)
             if replace:
                 _replace(new, final)
             else:
-                _publish(new, final)
+                try:
+                    new.rename(final)
+                except OSError:  # unless another process was first with the same content
+                    if not final.is_dir():
+                        raise
             flush(final.parent)
 
 
 @contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
-    """Give a folder for intermediate results, which is gone when this is closed, as by SIGTERM.
+    """Give a folder for intermediate results, gone when this is closed, as by SIGTERM.
 
-    A folder of this ``kind`` that a killed process has left goes too.
+    Folders of this ``kind`` that killed processes have left go too.
     """
     try:
         prefix = Path(tempfile.gettempdir()) / f"moee-{kind}-"
@@ -85,14 +91,6 @@ def flush_all(folder: Path) -> None:
             flush(path)
 
 
-def _open_to_others(folder: Path) -> None:
-    """Let others read all that the user may read; some libraries give a file to its owner alone."""
-    folder.chmod(0o755)
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(0o644)
-
-
 def _replace(new: Path, final: Path) -> None:
     """Put ``new`` in the place of ``final``; the old one is removed only afterwards."""
     old = Path(f"{new}{OLD}")
@@ -117,12 +115,3 @@ def _restore(final: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(final)
-
-
-def _publish(new: Path, final: Path) -> None:
-    """Rename ``new`` to ``final``, unless another process was first with the same content."""
-    try:
-        new.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise

@@ -42,9 +42,9 @@ def writing(
 def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") -> MoeeError | None:
     """What to say of an ``error`` that a disk has caused while ``place`` was written, if it has.
 
-    ``wanted`` is a size, in words. Without a ``hint`` it is about room, or another place.
+    ``wanted`` is a size, in words.
     """
-    code, place = _code(error), named_finally(place)
+    code, place = _code(error), _final_name(place)
     if code in FULL:
         room, above = f"{wanted} of room" if wanted else "room", nearest_folder(place)
         free = f"{bytes_text(shutil.disk_usage(above).free)} free in '{above}'"
@@ -55,7 +55,7 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
     return None
 
 
-def named_finally(place: Path) -> Path:
+def _final_name(place: Path) -> Path:
     """The path that something in a temporary file or folder will have."""
     return Path(re.sub(rf"(?<=/)\.([^/]+){OURS}{RANDOM}(?=/|$)", r"\1", str(place)))
 
@@ -80,11 +80,7 @@ def _code(error: Exception) -> int | None:
 
 
 def check_place(path: Path, *, wanted: int = 0) -> None:
-    """Try whether a file or folder can be written at ``path``, before it is computed; or refuse it.
-
-    In the way may be a file, a folder that cannot be written to, or less than ``wanted`` bytes of
-    room.
-    """
+    """Refuse a ``path`` that cannot be written, or has less than ``wanted`` bytes of room."""
     with writing(path, wanted=wanted):
         try:
             path = path.resolve()

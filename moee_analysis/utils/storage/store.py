@@ -1,30 +1,37 @@
 """The content-keyed store: folders that are complete or absent, found again by their key.
 
 Every folder carries checksums of its files. A damaged one is named, set aside, and made again.
-Folders that processes use are marked, so that they are not removed under their hands.
+A process holds a lock, which others may share, on the checksums of the folders that it used last,
+so that none is removed under its hands.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.progress import tell
-from moee_analysis.utils.storage.checksums import damage_of, seal
+from moee_analysis.utils.storage.checksums import SEAL, damage_of, seal
 from moee_analysis.utils.storage.files import flush
 from moee_analysis.utils.storage.folders import flush_all, held_folder, new_folder
-from moee_analysis.utils.storage.in_use import use
-from moee_analysis.utils.storage.locks import remove
+from moee_analysis.utils.storage.locks import OURS, RANDOM, READ, locked, remove, remove_left
 from moee_analysis.utils.storage.refusals import check_place, writing
 
 FORMAT = 6  # part of every key: raise it whenever a step of the extraction changes its results
 ELSEWHERE = "make room, or name another folder: --store DIR, or MOEE_STORE; TMPDIR without a store"
 ASIDE = "damaged-"
 UNFINISHED = "-unfinished"
+MOST_HELD = 300  # open files
+
+_COLLECTIONS: ContextVar[tuple[list[str], ...]] = ContextVar("collections", default=())
+_HELD: dict[Path, int] = {}
+_TIDIED: set[Path] = set()
 
 Build = Callable[[Path], None]
 
@@ -40,8 +47,7 @@ def get_or_build(
 ) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill it first if it is absent.
 
-    The folder appears only when ``build`` has finished; a failure leaves nothing behind. ``about``
-    are facts for a list of the store.
+    A failure leaves nothing behind. ``about`` are facts for a list of the store.
     """
     final = root / name
     with writing(final, hint=ELSEWHERE):
@@ -57,9 +63,8 @@ def get_or_build(
 def get_or_resume(root: Path, name: str, build: Build) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill or finish it if it is absent.
 
-    The files of a killed process stay hidden, and are there when ``build`` is called again, which
-    must see for itself which of them are whole; after a ``MoeeError`` none is left. One process
-    builds at a time, others wait.
+    ``build`` must see for itself which files of a killed process are whole; after a ``MoeeError``
+    none is left. One process builds at a time, others wait.
     """
     final, unfinished = root / name, unfinished_folder(root / name)
     if not present(final):
@@ -139,3 +144,45 @@ def check_writable(root: Path) -> None:
     except MoeeError as error:
         expected = f"a store that can be written to at '{root}'"
         raise MoeeError(expected, error.found, ELSEWHERE) from None
+
+
+def use(folder: Path) -> None:
+    """Keep a folder of a store from being removed until this process ends, or has used many others.
+
+    Temporary files of killed processes go from a store when a process first uses it.
+    """
+    for names in _COLLECTIONS.get():
+        names.append(folder.name)
+    if folder.parent not in _TIDIED:
+        _TIDIED.add(folder.parent)
+        remove_left(folder.parent, rf"\..+{OURS}{RANDOM}")
+    if folder in _HELD:
+        os.close(_HELD.pop(folder))
+    with suppress(OSError, ValueError):
+        _HELD[folder] = os.open(folder / SEAL, READ)
+        fcntl.flock(_HELD[folder], fcntl.LOCK_SH)
+    while len(_HELD) > MOST_HELD:
+        os.close(_HELD.pop(next(iter(_HELD))))
+
+
+@contextmanager
+def unused(folder: Path) -> Iterator[bool]:
+    """Whether no process uses a folder of a store; none begins to while this is open."""
+    with ExitStack() as held:
+        free = True
+        try:
+            held.enter_context(locked(folder / SEAL, wait=False))
+        except OSError:  # a folder without checksums is of no use
+            free = not (folder / SEAL).exists()
+        yield free
+
+
+@contextmanager
+def collecting() -> Iterator[list[str]]:
+    """While open, the names of all folders that are used gather in the yielded list."""
+    names: list[str] = []
+    before = _COLLECTIONS.set((*_COLLECTIONS.get(), names))
+    try:
+        yield names
+    finally:
+        _COLLECTIONS.reset(before)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from moee_analysis.utils.storage.checksums import SEAL, read_seal
 from moee_analysis.utils.storage.folders import make_folder
-from moee_analysis.utils.storage.in_use import unused
 from moee_analysis.utils.storage.locks import is_held, temporary, temporary_prefix
 from moee_analysis.utils.storage.refusals import size_of, writing
-from moee_analysis.utils.storage.store import ASIDE, UNFINISHED
+from moee_analysis.utils.storage.store import ASIDE, UNFINISHED, unused
 
 KEY = "[0-9a-f]{20}"
 KINDS = (
@@ -66,16 +65,11 @@ def entries(root: Path) -> list[Entry]:
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         with suppress(OSError):  # removed meanwhile
-            if _is_of_store(path):
+            sealed = re.fullmatch(SEALED, path.name) and (path / SEAL).is_file()
+            ours = sealed or re.fullmatch(OTHERS, path.name)
+            if ours and path.is_dir() and not path.is_symlink():
                 found.append(_entry(path))
     return sorted(found, key=lambda entry: entry.used)
-
-
-def _is_of_store(path: Path) -> bool:
-    if path.is_symlink() or not path.is_dir():
-        return False
-    sealed = re.fullmatch(SEALED, path.name) and (path / SEAL).is_file()
-    return bool(sealed or re.fullmatch(OTHERS, path.name))
 
 
 def _entry(path: Path) -> Entry:
