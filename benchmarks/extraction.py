@@ -37,7 +37,7 @@ STAGES = {
     "recording": ("recording.py", ("_record_into",)),
     "drawing": ("sample_tokens.py", ("update",)),
     "clustering": ("clusters_to_router.py", ("cluster_tokens",)),
-    "statistics": ("expert_statistics.py", ("update",)),
+    "statistics": ("layer_experts.py", ("update",)),
     "elimination": ("neuron_scores.py", ("removal_costs",)),
     "attention": ("attention_modes.py", ("attention_modes",)),
     "sizing": ("budget.py", ("allocate",)),

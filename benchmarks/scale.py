@@ -28,7 +28,7 @@ from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Part
 from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
 from moee_analysis.extraction.config import ExtractConfig, recipe_named
 from moee_analysis.extraction.cross_token_fisher import IMAGES
-from moee_analysis.extraction.experts.expert_statistics import StatisticsAccumulator
+from moee_analysis.extraction.experts.layer_experts import StatisticsAccumulator
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.accumulate import groups_that_fit, size_of
@@ -47,7 +47,7 @@ ASSUMED = 1e13  # MACs a second of one GPU in single precision; nothing here has
 NOTHING_KEPT = Limits(disk=0)
 SUMS = {
     "drawing": ("sample_tokens.py", "update"),
-    "statistics": ("expert_statistics.py", "update"),
+    "statistics": ("layer_experts.py", "update"),
     "coherence": ("cross_token_fisher.py", "update"),
     "refit": ("refit_w2.py", "update"),
 }

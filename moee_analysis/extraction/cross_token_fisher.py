@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment, by_expert
-from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.layer_experts import ExpertStatistics, LayerExperts
 from moee_analysis.extraction.experts.neuron_scores import metrics_of
 from moee_analysis.extraction.experts.refit_w2 import mean_shift
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate

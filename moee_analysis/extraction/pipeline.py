@@ -19,15 +19,15 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.attention_plan import plan_attentions, reduce_attention
 from moee_analysis.extraction.budget import Budget
-from moee_analysis.extraction.build import build_moe
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import scale_by_coherence
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
+from moee_analysis.extraction.experts.refit_w2 import refit_layers
 from moee_analysis.extraction.plan import group_tokens
 from moee_analysis.extraction.record.accumulate import saved_sums
 from moee_analysis.extraction.record.recording import check_unchanged
-from moee_analysis.extraction.record.token_source import Limits, calibration_tokens
+from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
 from moee_analysis.extraction.run import Extraction, through_store
 from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.extraction.saving.provenance import provenance_of
@@ -37,6 +37,7 @@ from moee_analysis.models.fingerprints import copy_model
 from moee_analysis.models.loading import architecture, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.models.unwrapping import unwrapped
+from moee_analysis.moe.layer import MoeMlp, replace_module
 from moee_analysis.utils.environment import check_numba_cache
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.folders import scratch_folder
@@ -92,7 +93,9 @@ def _extract(
 ) -> Extraction:
     """The method, step by step, with the store ``root``."""
     provenance = provenance_of(model, images, config)
-    precise = _in_single_precision(model)
+    precise = model
+    if next(model.parameters()).dtype != torch.float32:
+        precise = copy.deepcopy(model).float()  # sums over tokens in half precision would be wrong
 
     # Record: inputs, hidden activations or gradients of sampled tokens.
     tokens = calibration_tokens(precise, images, config, root=root, limits=limits)
@@ -123,8 +126,32 @@ def _extract(
     moe.to(next(model.parameters()).dtype)
     if not knows_classes(model):
         name_by_folders(moe, images.classes)
-    reports = _reports(layers, sizes.neurons)
+    reports = tuple(_report(layer, sizes.neurons) for layer in layers)
     return Extraction(moe, config, sizes.variance_kept, reports, provenance)
+
+
+def build_moe(
+    tokens: TokenSource,
+    layers: Sequence[LayerExperts],
+    kept: Mapping[str, np.ndarray],
+    *,
+    refit: str,
+) -> nn.Module:
+    """Copy the calibrated model with its converted layers replaced by mixtures of experts.
+
+    ``kept`` are the neurons of every expert, bool (experts, hidden), by site name.
+    """
+    moe = copy.deepcopy(tokens.model)
+    device = next(moe.parameters()).device
+    layers = [layer for layer in layers if layer.converted]
+    readouts = refit_layers(tokens, layers, kept, refit=refit)
+    for layer in layers:
+        name, mlp = layer.site.name, layer.site.module(moe)
+        experts = [np.flatnonzero(of_expert) for of_expert in kept[name]]
+        shares = layer.statistics.shares
+        routed = MoeMlp(mlp, layer.router(), experts, shares, readouts.get(name))
+        replace_module(moe, name, routed.to(device))
+    return moe.eval()
 
 
 def convert(
@@ -159,34 +186,20 @@ def check_model(model: nn.Module) -> None:
     copy_model(model)  # of which the mixture is made at the end
 
 
-def _in_single_precision(model: nn.Module) -> nn.Module:
-    """The model, or a copy: sums over tokens in half precision would be wrong."""
-    if next(model.parameters()).dtype == torch.float32:
-        return model
-    return copy.deepcopy(model).float()
-
-
-def _reports(
-    layers: Sequence[LayerExperts], kept: Mapping[str, np.ndarray]
-) -> tuple[LayerReport, ...]:
-    """Report what became of every layer; ``kept`` are neurons, bool (experts, hidden), by name."""
-    reports = []
-    for layer in layers:
-        site, partition = layer.site, layer.partition
-        report = LayerReport(
-            site.index, site.name, site.hidden, layer.converted, partition.reason,
-            noise_share=partition.noise_share,
-        )  # fmt: skip
-        if layer.converted:
-            neurons = kept[site.name]
-            sizes = neurons.sum(axis=1)
-            report = replace(
-                report,
-                experts=len(sizes),
-                route_agreement=partition.route_agreement,
-                active_fraction=float(layer.statistics.shares @ sizes) / site.hidden,
-                union_fraction=float(neurons.any(axis=0).mean()),
-                sizes=tuple(int(size) for size in sizes),
-            )
-        reports.append(report)
-    return tuple(reports)
+def _report(layer: LayerExperts, kept: Mapping[str, np.ndarray]) -> LayerReport:
+    """What became of a layer; ``kept`` are neurons, bool (experts, hidden), by name."""
+    site, partition, facts = layer.site, layer.partition, {}
+    if layer.converted:
+        neurons = kept[site.name]
+        sizes = neurons.sum(axis=1)
+        facts = {
+            "experts": len(sizes),
+            "route_agreement": partition.route_agreement,
+            "active_fraction": float(layer.statistics.shares @ sizes) / site.hidden,
+            "union_fraction": float(neurons.any(axis=0).mean()),
+            "sizes": tuple(sizes.tolist()),
+        }
+    return LayerReport(
+        site.index, site.name, site.hidden, layer.converted, partition.reason,
+        noise_share=partition.noise_share, **facts,
+    )  # fmt: skip

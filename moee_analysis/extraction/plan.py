@@ -13,8 +13,11 @@ from moee_analysis.extraction.cluster.clusters_to_router import (
 )
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics, expert_statistics
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.layer_experts import (
+    ExpertStatistics,
+    LayerExperts,
+    expert_statistics,
+)
 from moee_analysis.extraction.record.accumulate import share_out
 from moee_analysis.extraction.record.token_kinds import unread_patches
 from moee_analysis.extraction.record.token_source import TokenSource

@@ -9,8 +9,7 @@ from moee_analysis.extraction.cross_token_fisher import (
     scale_by_coherence,
     spread_images,
 )
-from moee_analysis.extraction.experts.expert_statistics import StatisticsAccumulator
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.layer_experts import LayerExperts, StatisticsAccumulator
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.fisher import DAMPING
 from tests.helpers.images import toy_images

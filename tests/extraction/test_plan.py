@@ -189,7 +189,7 @@ def test_layers_that_do_not_exist_are_refused(tmp_path, layers):
 
 AGAIN = (
     "cluster.clusters_to_router.label", "cluster.clusters_to_router.reduce_dimensions",
-    "experts.expert_statistics.StatisticsAccumulator.update",
+    "experts.layer_experts.StatisticsAccumulator.update",
     "experts.neuron_scores.elimination_costs",
 )  # fmt: skip
 

@@ -1,14 +1,50 @@
-"""The experts of a layer, before any neuron is dropped."""
+"""The experts of a layer, before any neuron is dropped, and statistics of the tokens of each."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
+import torch
 from torch import nn
 
-from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition
-from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition, by_expert
+from moee_analysis.extraction.record import accumulate as sums_over
+from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Arrays, Sums
+from moee_analysis.extraction.record.fisher import expert_metrics, products
+from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
+from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.routers import TokenKindRouter
+from moee_analysis.utils.storage.store import content_key
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """The tokens of each expert of a layer.
+
+    ``routed`` (experts,) is how many tokens go to each, ``weight`` (experts,) how many count for
+    it; ``means`` and ``variance`` (experts, hidden) are those of the hidden activations of the
+    latter; all float64. ``metrics`` (experts, dim, dim) float32, those of
+    ``expert_metrics``; None where errors of the outputs count alike.
+    """
+
+    routed: np.ndarray
+    weight: np.ndarray
+    means: np.ndarray
+    variance: np.ndarray
+    metrics: np.ndarray | None = None
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Share of the tokens that goes to each expert, (experts,)."""
+        return self.routed / self.routed.sum()
+
+    def of(self, chosen: np.ndarray) -> Self:
+        """Those of the ``chosen`` experts, bool (experts,)."""
+        if chosen.all():
+            return self  # metrics stay on the disk
+        return ExpertStatistics(*(None if v is None else v[chosen] for v in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -46,3 +82,90 @@ class LayerExperts:
         """Return a new router of this layer."""
         router = self.partition.router()
         return TokenKindRouter(self.prefix, router, tokens=self.tokens) if self.prefix else router
+
+
+@dataclass(frozen=True)
+class StatisticsAccumulator(Accumulator):
+    """Sums over the tokens of every expert of a layer."""
+
+    site: MlpSite
+    assignment: Assignment
+    gradients: bool
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of sums over tokens, over activations and their squares, and of products of gradients.
+
+        ``kinds`` are products over all tokens of a kind, leading or other ones.
+        """
+        experts, hidden, dim = self.assignment.experts, self.site.hidden, self.site.dim
+        shapes = {"routed": (experts,), "weight": (experts,)}
+        shapes |= {"hidden": (experts, hidden), "squares": (experts, hidden)}
+        if self.gradients:
+            shapes |= {"fisher": (experts, dim, dim), "kinds": (2, dim, dim), "of_kinds": (2,)}
+        return shapes
+
+    def update(self, sums: Sums, layer: RecordedLayer) -> None:
+        """Add a part of the tokens."""
+        routed, members = self.assignment.of(layer)
+        weight, experts = layer.sample.weight.astype(np.float64), self.assignment.experts
+        sums["routed"] += _counts(routed, weight, experts)
+        sums["weight"] += _counts(members, weight, experts)
+        for rows in layer.chunks():
+            hidden = layer.hidden(rows).cpu().double()
+            for expert, own in enumerate(by_expert(members[rows], experts)):
+                counts, values = torch.from_numpy(weight[rows][own]), hidden[own]
+                sums["hidden"][expert] += counts @ values
+                sums["squares"][expert] += counts @ values.square_()
+        if self.gradients:
+            kinds = (layer.sample.position >= len(self.assignment.prefix)).astype(int)
+            sums["of_kinds"] += _counts(kinds, weight, 2)
+            for name, numbers in {"fisher": members, "kinds": kinds}.items():
+                for number, own in enumerate(by_expert(numbers, len(sums[name]))):
+                    sums[name][number] += products(layer.sample, own)
+
+    def compute(self, sums: Sums) -> ExpertStatistics:
+        """Means, variances and metrics."""
+        divisor = sums["weight"].clamp_min(TINY)[:, None]
+        means = sums["hidden"] / divisor
+        variance = (sums["squares"] / divisor - means**2).clamp_min(0)
+        found = [t.numpy() for t in (sums["routed"], sums["weight"], means, variance)]
+        if self.gradients:
+            found.append(expert_metrics(sums, self.assignment.kinds).float().numpy())
+        return ExpertStatistics(*found)
+
+
+def _counts(experts: np.ndarray, weight: np.ndarray, count: int) -> torch.Tensor:
+    """Sum of the weights of the tokens of each expert, those of -1 left out."""
+    return torch.from_numpy(np.bincount(experts + 1, weights=weight, minlength=count + 1)[1:])
+
+
+def expert_statistics(
+    tokens: TokenSource, assignments: Mapping[str, Assignment], *, gradients: bool
+) -> dict[str, ExpertStatistics]:
+    """Statistics of the experts of some layers, by site name, or found in the store.
+
+    Experts without tokens keep their places. ``gradients``: whether there are metrics.
+    """
+    accumulators = {
+        site.name: StatisticsAccumulator(site, assignments[site.name], gradients)
+        for site in tokens.sites
+        if site.name in assignments
+    }
+
+    def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
+        chosen = [accumulators[name] for name in missing]
+        for site, found in sums_over.accumulate(tokens, chosen, label="statistics of experts"):
+            yield site.name, {name: v for name, v in vars(found).items() if v is not None}
+
+    folders = {
+        name: f"statistics-{content_key(tokens=tokens.key, **each.facts)}"
+        for name, each in accumulators.items()
+    }
+    found = {}
+    for name, files in sums_over.stored_arrays(tokens.root, folders, compute).items():
+        # metrics are large, and stay on the disk until they are used
+        modes = {array: "r" if array == "metrics" else None for array in files}
+        arrays = {array: np.load(files[array], mmap_mode=mode) for array, mode in modes.items()}
+        found[name] = ExpertStatistics(**arrays)
+    return found

@@ -1,13 +1,12 @@
 """What a hidden neuron is worth to an expert: one score for every neuron of every expert."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from timm.layers import Mlp
 
-from moee_analysis.extraction.experts.expert_statistics import ExpertStatistics
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.layer_experts import ExpertStatistics, LayerExperts
 from moee_analysis.extraction.experts.obs import elimination_costs, expert_covariances
 from moee_analysis.extraction.record.accumulate import Arrays, share_out, stored_arrays
 from moee_analysis.extraction.record.fisher import importance, root
@@ -28,38 +27,26 @@ def score_neurons(
     if order == "obs":
         return removal_costs(tokens, layers, metric=metric)
     return {
-        layer.site.name: CRITERIA[order](layer.site.module(tokens.model), layer.statistics)
+        layer.site.name: score_alone(layer.site.module(tokens.model), layer.statistics, order)
         for layer in progress(layers, label="scoring neurons")
     }
 
 
-def _magnitude(mlp: Mlp, statistics: ExpertStatistics) -> np.ndarray:
-    norms = _matrix(mlp.fc1).norm(dim=1) * _matrix(mlp.fc2).norm(dim=0)
-    return np.tile(norms.numpy(), (len(statistics.routed), 1))
+def score_alone(mlp: Mlp, statistics: ExpertStatistics, order: str) -> np.ndarray:
+    """Score each neuron by what it does by itself, (experts, hidden).
 
-
-def _variance(_: Mlp, statistics: ExpertStatistics) -> np.ndarray:
-    return statistics.variance
-
-
-def _weighted_variance(mlp: Mlp, statistics: ExpertStatistics) -> np.ndarray:
-    W2 = _matrix(mlp.fc2)
+    ``magnitude`` |W1_j| |W2_j|, the same for all experts and without any data; ``variance`` of the
+    activation (MoEE); ``weighted``, variance times W2_j^T Q W2_j, what dropping the neuron alone
+    adds to the error once its mean is kept (in the Fisher metric the diagonal of its information).
+    Q is the identity where there is no metric.
+    """
+    W1, W2 = _matrix(mlp.fc1), _matrix(mlp.fc2)
+    if order == "magnitude":
+        return np.tile((W1.norm(dim=1) * W2.norm(dim=0)).numpy(), (len(statistics.routed), 1))
+    if order == "variance":
+        return statistics.variance
     weights = torch.stack([importance(W2, Q) for Q in metrics_of(mlp, statistics)])
     return statistics.variance * weights.numpy()
-
-
-CRITERIA: dict[str, Callable[[Mlp, ExpertStatistics], np.ndarray]] = {
-    "magnitude": _magnitude,
-    "variance": _variance,
-    "weighted": _weighted_variance,
-}
-"""Importance criteria that ask of each neuron what it does by itself; ``obs`` asks them together.
-
-``magnitude`` |W1_j| |W2_j|, the same for all experts and without any data; ``variance`` of the
-activation (MoEE); ``weighted``, variance times W2_j^T Q W2_j, what dropping the neuron alone adds
-to the error once its mean is kept (in the Fisher metric the diagonal of its information). Q is the
-identity where there is no metric.
-"""
 
 
 def metric_of(mlp: Mlp, statistics: ExpertStatistics, expert: int) -> torch.Tensor:

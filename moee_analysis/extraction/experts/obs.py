@@ -2,9 +2,8 @@
 
 Optimal Brain Surgeon (Hassibi & Stork, 1993) with whole neurons in the place of weights. Neurons
 leave one block after the other, always those whose loss can best be made good by refitted output
-weights of the others, and each gets as its score what its removal cost.
-
-Covariances of the hidden activations of every expert, some experts at a time.
+weights of the others, and each gets as its score what its removal cost. It takes covariances of the
+hidden activations of every expert.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,14 +22,11 @@ from moee_analysis.models.loading import MlpSite
 RIDGE = 1e-3
 BLOCK = 24  # every step removes one in so many of the neurons that are left
 SQUEEZE = 0.7  # once fewer columns are in use, the others are left out: copying takes longest
+CHUNK = 16384  # tokens whose products are added up at a time
 
 
 def elimination_costs(
-    covariance: torch.Tensor,
-    readout: torch.Tensor,
-    *,
-    ridge: float = RIDGE,
-    block: int = BLOCK,
+    covariance: torch.Tensor, readout: torch.Tensor, *, ridge: float = RIDGE, block: int = BLOCK
 ) -> torch.Tensor:
     """What it costs to remove each neuron, given that all cheaper ones are gone already.
 
@@ -55,7 +51,12 @@ def elimination_costs(
         going, staying = alive[order[:count]], alive[order[count:]].sort().values
         running = torch.cat([highest, cost[order[:count]]]).cummax(dim=0).values
         costs[neuron[going]], highest = running[1:], running[-1:]
-        _remove(inverse, readout, going)
+        # take them out of the inverse, and refit the readout of the others, in place; what is left
+        # in the columns of those that are gone means nothing
+        across = inverse[going]
+        gain = torch.linalg.solve(across[:, going], across)
+        readout.addmm_(readout[:, going], gain, alpha=-1)
+        inverse.addmm_(across.T, gain, alpha=-1)
         alive = staying
         if len(alive) < SQUEEZE * len(neuron):
             inverse, readout, neuron = inverse[alive][:, alive], readout[:, alive], neuron[alive]
@@ -69,20 +70,6 @@ def _inverse(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
     scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     ridged = covariance + ridge * scale * torch.eye(len(covariance), dtype=covariance.dtype)
     return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
-
-
-def _remove(inverse: torch.Tensor, readout: torch.Tensor, going: torch.Tensor) -> None:
-    """Take neurons out of the inverse covariance, and refit the readout of the others, in place.
-
-    What is left in the columns of those that are gone means nothing.
-    """
-    across = inverse[going]
-    gain = torch.linalg.solve(across[:, going], across)
-    readout.addmm_(readout[:, going], gain, alpha=-1)
-    inverse.addmm_(across.T, gain, alpha=-1)
-
-
-CHUNK = 16384
 
 
 @dataclass(frozen=True)
@@ -119,9 +106,8 @@ class CovarianceAccumulator(Accumulator):
 
     def compute(self, sums: Sums) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield every expert and its covariance, float64 (hidden, hidden)."""
-        found = zip(self.experts, sums["products"], sums["weight"], strict=True)
-        for expert, products, weight in found:
-            yield expert, products / weight.clamp_min(TINY)
+        for place, expert in enumerate(self.experts):  # one at a time: they are large
+            yield expert, sums["products"][place] / sums["weight"][place].clamp_min(TINY)
 
 
 def expert_covariances(
@@ -131,19 +117,15 @@ def expert_covariances(
 
     Only as many covariances are held at once as fit in the memory that the tokens' limits allow.
     """
-    accumulators = [
-        CovarianceAccumulator(layer.site, layer.assignment, experts, layer.statistics.means)
-        for layer in layers
-        for experts in _blocks(layer, tokens.limits.memory)
-    ]
+    accumulators = []
+    for layer in layers:
+        fitting = max(1, int(tokens.limits.memory // (8 * layer.site.hidden**2)))
+        experts, means = range(layer.assignment.experts), layer.statistics.means
+        accumulators += [
+            CovarianceAccumulator(layer.site, layer.assignment, experts[few : few + fitting], means)
+            for few in experts[::fitting]
+        ]
     by_site = {layer.site: layer for layer in layers}
     for site, covariances in accumulate(tokens, accumulators, label=label):
         for expert, covariance in covariances:
             yield by_site[site], expert, covariance
-
-
-def _blocks(layer: LayerExperts, memory: float) -> list[range]:
-    """Divide the experts of a layer into blocks whose covariances fit in ``memory``."""
-    size = max(1, int(memory // (8 * layer.site.hidden**2)))
-    experts = layer.assignment.experts
-    return [range(start, min(start + size, experts)) for start in range(0, experts, size)]

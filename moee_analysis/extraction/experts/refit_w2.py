@@ -1,21 +1,57 @@
-"""A stand-in for the dropped neurons: nothing, their mean, or a refitted W2.
+"""What stands in for the dropped neurons: nothing, their mean, or a refitted W2.
 
 Of the N_e tokens that an expert e gets, hidden activations have mean mu_e and covariance C_e; its
 kept neurons are the diagonal D_e of zeros and ones.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
+from timm.layers import Mlp
 
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment
-from moee_analysis.extraction.record.accumulate import Accumulator, Sums
+from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.neuron_scores import metrics_of
+from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
+from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.layer import Readout
+from moee_analysis.utils.progress import progress
 
 RIDGE = 1e-3  # as a share of the mean diagonal of the normal equations
+
+
+def refit_layers(
+    tokens: TokenSource,
+    layers: Sequence[LayerExperts],
+    kept: Mapping[str, np.ndarray],
+    *,
+    refit: str,
+) -> dict[str, Readout]:
+    """Return the readouts of converted ``layers`` by site name; none without a ``refit``.
+
+    ``kept`` are the neurons of every expert, bool (experts, hidden), by site name.
+    """
+    if refit == "none":
+        return {}
+    given = {}
+    for layer in layers:
+        name, W2 = layer.site.name, layer.site.module(tokens.model).fc2.weight
+        means = torch.from_numpy(layer.statistics.means).float()
+        given[name] = W2.detach().float().cpu(), torch.from_numpy(kept[name]), means
+    if refit == "shift":
+        return {name: Readout(shift=mean_shift(*each)) for name, each in given.items()}
+    accumulators = [
+        RefitAccumulator.of(layer, kept[layer.site.name], layer.site.module(tokens.model))
+        for layer in layers
+    ]
+    found = accumulate(tokens, accumulators, label="refitting layers")
+    solved = progress(found, label="solving for output weights", total=len(layers))
+    return {site.name: shared_readout(*given[site.name], sums) for site, sums in solved}
 
 
 @dataclass(frozen=True)
@@ -35,6 +71,18 @@ class RefitAccumulator(Accumulator):
     means: np.ndarray
     weights: np.ndarray
     gradients: bool = False
+
+    @classmethod
+    def of(cls, layer: LayerExperts, kept: np.ndarray, mlp: Mlp) -> Self:
+        """Those of a layer whose experts keep ``kept``.
+
+        An expert's token counts by the mean of its metric's diagonal, the weight of an error.
+        """
+        statistics = layer.statistics
+        metric = np.array([float(Q.diagonal().mean()) for Q in metrics_of(mlp, statistics)])
+        of_image = layer.tokens * statistics.shares * metric
+        weights = of_image / np.maximum(statistics.weight, TINY)
+        return cls(layer.site, layer.assignment, kept, statistics.means, weights)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -74,9 +122,9 @@ def mean_shift(weight: torch.Tensor, kept: torch.Tensor, mean: torch.Tensor) -> 
 
 def shared_readout(
     weight: torch.Tensor,
-    sums: Sums,
     kept: torch.Tensor,
     means: torch.Tensor,
+    sums: Sums,
     *,
     ridge: float = RIDGE,
 ) -> Readout:
@@ -87,8 +135,8 @@ def shared_readout(
     equal: W2 mu_e - W D_e mu_e. With one expert this is the refit of OB2C. Where all neurons are
     kept, or none, W2 stays.
 
-    ``weight`` is W2, (dim, hidden); ``sums`` are those of a :class:`RefitAccumulator`; ``kept``
-    and ``means`` are (experts, hidden); ``ridge`` is r over the mean diagonal of the second matrix.
+    ``weight`` is W2, (dim, hidden); ``kept`` and ``means`` are (experts, hidden), ``sums`` those of
+    a :class:`RefitAccumulator`; ``ridge`` is r over the mean diagonal of the second matrix.
     """
     across, within = sums["across"], sums["within"]
     scale = ridge * within.diagonal().mean()
@@ -99,6 +147,5 @@ def shared_readout(
         # not come back where all neurons are kept.
         targets = (across + damping).T @ weight.double().T
         fitted = torch.linalg.solve((within + damping).T, targets).T.to(weight.dtype)
-    if kept.all():
-        return Readout(fitted, weight.new_zeros(len(kept), len(weight)))
-    return Readout(fitted, means @ weight.T - (means * kept) @ fitted.T)
+    shift = means @ weight.T - (means * kept) @ fitted.T
+    return Readout(fitted, torch.zeros_like(shift) if kept.all() else shift)

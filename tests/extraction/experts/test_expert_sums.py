@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moee_analysis.extraction.experts import obs as moments
-from moee_analysis.extraction.experts.expert_statistics import (
+from moee_analysis.extraction.experts.layer_experts import (
+    LayerExperts,
     StatisticsAccumulator,
     expert_statistics,
 )
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.experts.obs import (
     CovarianceAccumulator,
     expert_covariances,
@@ -273,5 +273,5 @@ def test_w2_comes_back_from_sums_in_single_precision_where_all_neurons_are_kept(
     W2 = torch.randn(DIM, HIDDEN, generator=torch.Generator().manual_seed(0))
     kept = torch.from_numpy(accumulator.kept)
     means = torch.from_numpy(accumulator.means).float()
-    found = shared_readout(W2, computed(accumulator, flat), kept, means)
+    found = shared_readout(W2, kept, means, computed(accumulator, flat))
     torch.testing.assert_close(found.weight, W2)

@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.extraction.experts.expert_statistics import StatisticsAccumulator
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
-from moee_analysis.extraction.experts.neuron_scores import CRITERIA, score_neurons
+from moee_analysis.extraction.config import CHOICES
+from moee_analysis.extraction.experts.layer_experts import LayerExperts, StatisticsAccumulator
+from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.experts.obs import elimination_costs
 from moee_analysis.extraction.record.fisher import DAMPING, PRIOR
 from tests.helpers.layers import Made, assigned, computed, layer_of, sample_of
 
 DIM, HIDDEN, ROWS = 5, 9, 60
-ORDERS, METRICS = (*CRITERIA, "obs"), ("outputs", "fisher")
+ORDERS, METRICS = CHOICES["order"], CHOICES["metric"]
 MEMBERS = np.random.default_rng(1).integers(-1, 2, size=ROWS)
 CUTS = (7, 31)
 

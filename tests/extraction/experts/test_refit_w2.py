@@ -25,7 +25,7 @@ def refit(tokens, W2, kept, weights, *, ridge=RIDGE):
         "across": sum(w * C * D for w, C, D in given),
         "within": sum(w * C * D * D[:, None] for w, C, D in given),
     }
-    return shared_readout(W2, sums, kept, tokens.mean(dim=1), ridge=ridge)
+    return shared_readout(W2, kept, tokens.mean(dim=1), sums, ridge=ridge)
 
 
 def error(tokens, W2, kept, weights, readout):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.extraction.build import build_moe, refit_accumulator
+from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator
+from moee_analysis.extraction.pipeline import build_moe
 from moee_analysis.extraction.plan import group_tokens
 from moee_analysis.extraction.record.recorded_tokens import capture_mlps
 from moee_analysis.extraction.record.token_source import Limits, calibration_tokens
@@ -99,7 +100,7 @@ def test_an_expert_counts_by_its_tokens_and_by_how_much_their_errors_do(built):
     scale = np.arange(1.0, 1 + experts)
     metrics = scale[:, None, None] * np.eye(32, dtype="f4")
     weighted = replace(layer, statistics=replace(layer.statistics, metrics=metrics))
-    tokens = type("Tokens", (), {"model": toy_vit()})
-    found = refit_accumulator(weighted, at_random([layer])[layer.site.name], tokens)
+    kept, mlp = at_random([layer])[layer.site.name], layer.site.module(toy_vit())
+    found = RefitAccumulator.of(weighted, kept, mlp)
     # all of its tokens together count its share of an image's tokens, times what an error counts
     np.testing.assert_allclose(found.weights * layer.statistics.weight, 17 * shares * scale)
