@@ -23,7 +23,7 @@ from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.exact_hdbscan import find_neighbours, grow_tree, label_tree
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan
-from moee_analysis.extraction.record.recording import record
+from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.utils.storage.files import write_json
 
@@ -91,16 +91,15 @@ def save_points(source: Source, file: Path, count: int) -> Row:
     sites = [site for site in find_mlps(model) if site.index == source.layer]
     if not sites:
         raise MoeeError("a layer of the model", str(source.layer), "count its layers from 0")
-    plan = TokenPlan(None, prefix=0)
-    with tempfile.TemporaryDirectory() as store:
-        hidden = record(model, images, sites, plan=plan, root=Path(store)).layer(sites[0]).hidden
-        if len(hidden) < count:
-            raise MoeeError(
-                f"{count} tokens", f"{len(hidden)} in {len(images)} images",
-                "take more --images, or smaller --sizes",
-            )  # fmt: skip
-        rows = np.random.default_rng(source.seed).permutation(len(hidden))[:count]
-        np.save(file, hidden[rows])
+    recording = Recording(model, images, tuple(sites), TokenPlan(None, prefix=0))
+    hidden = recording.in_memory()[sites[0].name].hidden
+    if len(hidden) < count:
+        raise MoeeError(
+            f"{count} tokens", f"{len(hidden)} in {len(images)} images",
+            "take more --images, or smaller --sizes",
+        )  # fmt: skip
+    rows = np.random.default_rng(source.seed).permutation(len(hidden))[:count]
+    np.save(file, hidden[rows])
     layer = {"layer": sites[0].name, "dim": sites[0].hidden, "tokens": len(hidden)}
     return common.facts_of(model, images=images) | layer | {"seed": source.seed}
 

@@ -12,7 +12,7 @@ import torch
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.record import accumulate, activation_files, recording, token_source
+from moee_analysis.extraction.record import accumulate, recording, token_source
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.extraction.record.token_source import Limits
 from moee_analysis.models.loading import find_mlps
@@ -28,7 +28,7 @@ KINDS = ("inputs", "hidden", "gradients")
 def record(root, images=IMAGES):
     model, plan = toy_vit(), TokenPlan(6, 1)
     images = toy_images(images)
-    return recording.record(model, images, find_mlps(model), plan=plan, root=root, kinds=KINDS)
+    return recording.Recording(model, images, tuple(find_mlps(model)), plan, KINDS).to_disk(root)
 
 
 def record_often_saved(root):
@@ -92,14 +92,14 @@ def test_only_what_is_not_saved_is_recorded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(recording, "_seen", stop_at(None))
     again = record(tmp_path / "stopped", images=30)
     assert seen == [16, 20, 24, 28]
-    assert contents(again.folder) == contents(whole.folder)
+    assert contents(again) == contents(whole)
 
 
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(activation_files.os, "posix_fallocate", full)
+    monkeypatch.setattr(recording.os, "posix_fallocate", full)
     with pytest.raises(MoeeError, match="No space left"):
         record(tmp_path, images=8)
     assert not list(tmp_path.iterdir())

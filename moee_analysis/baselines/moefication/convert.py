@@ -27,7 +27,7 @@ from moee_analysis.baselines.moefication.split_neurons import (
 )
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.recording import record
+from moee_analysis.extraction.record.recording import Recording, load_sample
 from moee_analysis.extraction.record.token_kinds import token_plan
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
@@ -64,9 +64,10 @@ def convert(
     each = max(1, round(config.tokens / len(images)))
     plan = token_plan(source, [site.name for site in sites], each, seed=config.seed)
     with scratch_folder("store") if store is None else nullcontext(store) as root:
-        inputs = record(source, images, sites, plan=plan, root=Path(root), kinds=("inputs",))
+        folder = Recording(source, images, tuple(sites), plan, ("inputs",)).to_disk(Path(root))
         for site in sites:
-            tokens = thin_sample(inputs.layer(site), site.module(source), seed=config.seed)
+            sample, mlp = load_sample(folder, site), site.module(source)
+            tokens = thin_sample(sample, mlp, seed=config.seed)
             replace_module(source, site.name, _moefy(tokens, config, *sizes[site.name]))
     return source
 

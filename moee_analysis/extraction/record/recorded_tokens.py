@@ -1,11 +1,8 @@
 """Sampled tokens of MLPs: which are kept of every image, and what is known of each."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -116,35 +113,6 @@ class LayerSample:
             )
         gradients = self.directions[rows].astype(np.float32) * self.norms[rows, :, None]
         return np.ascontiguousarray(gradients.swapaxes(0, 1))
-
-
-@dataclass(frozen=True)
-class Activations:
-    """A recorded sample of activations: one :class:`LayerSample` per site name."""
-
-    folder: Path
-    key: str
-
-    @cached_property
-    def _manifest(self) -> dict:
-        return json.loads((self.folder / "manifest.json").read_text())
-
-    def layer(self, site: MlpSite) -> LayerSample:
-        """Return the sample of ``site``, mapped from disk."""
-        origin = self._load(f"tokens-{self._manifest['tokens'][site.name]}")
-        values = {name: self._load(f"{site.name}.{name}") for name in self._manifest["contents"]}
-        return layer_sample(values, origin)
-
-    def _load(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
-
-
-def layer_sample(values: dict[str, np.ndarray], origin: np.ndarray) -> LayerSample:
-    """Return the sample of ``values`` whose rows have an ``origin``: image, position, weight."""
-    first, last = origin["image"][[0, -1]]
-    start = int(first) * (len(origin) // int(last - first + 1))
-    fields = {field: origin[field] for field in origin.dtype.names}
-    return LayerSample(**{"hidden": None} | values | fields, start=start)
 
 
 @dataclass(frozen=True)

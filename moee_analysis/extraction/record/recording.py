@@ -1,7 +1,15 @@
-"""Making a recording: the model runs over images once, and sampled tokens go to disk."""
+"""Making a recording: the model runs over images once, and sampled tokens go to disk or memory.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+On disk every file has its full size from the start, and is filled in turn. Checksums tell how many
+images are whole there, so that a killed recording goes on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,35 +20,26 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record import activation_files as files
-from moee_analysis.extraction.record import recorded_tokens as samples
 from moee_analysis.extraction.record.fisher import output_gradients
+from moee_analysis.extraction.record.recorded_tokens import LayerSample, TokenPlan, capture_mlps
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank
-from moee_analysis.utils.progress import progress, tell_progress
+from moee_analysis.utils.progress import progress, tell, tell_progress
+from moee_analysis.utils.storage.checksums import read_signed, write_signed
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.locks import remove
+from moee_analysis.utils.storage.refusals import bytes_text
 from moee_analysis.utils.storage.store import content_key, get_or_resume
 
 BATCH = 32  # images; a pass that can be run backward keeps every layer's activations
 SAVED_EVERY = 512  # images, whole batches of them
+PROGRESS, MANIFEST = "progress.json", "manifest.json"
 ORIGIN = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
-DEFAULT = ("inputs", "hidden")
+CONTENTS = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
+"""What a site's files hold, by kind of values."""
 
-
-def record(
-    model: nn.Module,
-    images: ImageSet,
-    sites: Sequence[MlpSite],
-    *,
-    plan: samples.TokenPlan,
-    root: Path,
-    kinds: Sequence[str] = DEFAULT,
-    probes: int = 2,
-) -> samples.Activations:
-    """Record a token sample of every site, see :class:`Recording`, or find it in a store."""
-    return Recording(model, images, tuple(sites), plan, tuple(kinds), probes).to_disk(root)
+File = tuple[str, str]  # a site's name, and what the file holds of it
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,14 @@ class Recording:
     model: nn.Module
     images: ImageSet
     sites: tuple[MlpSite, ...]
-    plan: samples.TokenPlan
-    kinds: tuple[str, ...] = DEFAULT
+    plan: TokenPlan
+    kinds: tuple[str, ...] = ("inputs", "hidden")
     probes: int = 2
 
     def __post_init__(self) -> None:
-        if "inputs" not in self.kinds or set(self.kinds) - set(files.CONTENTS) or self.probes < 1:
+        if "inputs" not in self.kinds or set(self.kinds) - set(CONTENTS) or self.probes < 1:
             raise MoeeError(
-                f"inputs and others of {', '.join(files.CONTENTS)}; probes >= 1",
+                f"inputs and others of {', '.join(CONTENTS)}; probes >= 1",
                 f"{self.kinds}; {self.probes} probes",
                 'name them as in kinds=("inputs", "gradients"), probes=2',
             )  # fmt: skip
@@ -79,39 +78,37 @@ class Recording:
         """Where the recording is in the store ``root`` once it is made."""
         return root / f"activations-{self.key}"
 
-    def to_disk(self, root: Path, *, label: str = "recording") -> samples.Activations:
-        """Record, or find the recording in the store ``root``; its size is told first.
+    def to_disk(self, root: Path) -> Path:
+        """Record into the store ``root``, or find the recording there; return its folder.
 
-        A recording that was killed goes on where it was last saved, and comes to the same bytes.
+        Its size is told first. A recording that was killed goes on where it was last saved, and
+        comes to the same bytes.
         """
-        build = partial(_record_into, task=self, label=label)
-        return samples.Activations(get_or_resume(root, self.folder(root).name, build), self.key)
+        return get_or_resume(root, self.folder(root).name, partial(_record_into, task=self))
 
-    def in_memory(self) -> dict[str, samples.LayerSample]:
+    def in_memory(self) -> dict[str, LayerSample]:
         """Record into memory alone; the sample of every site, by its name."""
-        count = len(self.images)
         arrays = {
-            file: np.empty((count * len(block), *block.shape[1:]), block.dtype)
+            file: np.empty((len(self.images) * len(block), *block.shape[1:]), block.dtype)
             for file, block in self.blocks.items()
         }
         for _ in _record_batches(self, arrays.__getitem__):
             pass
-        found = {}
-        for site in self.sites:
-            values = {content: arrays[site.name, content] for content in self.contents}
-            origin = _origin(self.plan, count, self.tokens[site.name])
-            found[site.name] = samples.layer_sample(values, origin)
-        return found
+        return {
+            name: _sample({content: arrays[name, content] for content in self.contents},
+                          _origin(self.plan, len(self.images), count))
+            for name, count in self.tokens.items()
+        }  # fmt: skip
 
     @property
     def contents(self) -> list[str]:
         """What there is a file of, for every site."""
-        return [content for kind in self.kinds for content in files.CONTENTS[kind]]
+        return [content for kind in self.kinds for content in CONTENTS[kind]]
 
     @cached_property
     def tokens(self) -> dict[str, int]:
         """How many tokens of an image each site sees, by its name."""
-        with samples.capture_mlps(self.model, self.sites) as seen, torch.inference_mode():
+        with capture_mlps(self.model, self.sites) as seen, torch.inference_mode():
             self.model(blank(self.model))
         return {name: of["inputs"].shape[:2].numel() for name, of in seen.items()}
 
@@ -121,22 +118,51 @@ class Recording:
         return {name: len(self.plan.weights(count)) for name, count in self.tokens.items()}
 
     @cached_property
-    def blocks(self) -> files.Blocks:
+    def blocks(self) -> dict[File, np.ndarray]:
         """The rows of one image in every file, all zeros."""
         blocks = {}
         for site in self.sites:
-            shapes = {"inputs": (site.dim,), "hidden": (site.hidden,)}
-            shapes["gradients"] = (self.probes, site.dim)
-            kept = self.kept[site.name]
-            rows = {kind: torch.zeros(kept, *shapes[kind]) for kind in self.kinds}
-            for content, values in files.contents_of(rows).items():
-                blocks[site.name, content] = values.numpy()
+            rows = (self.kept[site.name], self.probes)
+            shapes = {"inputs": (rows[0], site.dim), "hidden": (rows[0], site.hidden)}
+            shapes |= {"directions": (*rows, site.dim), "norms": rows}
+            for content in self.contents:
+                dtype = np.float32 if content == "norms" else np.float16
+                blocks[site.name, content] = np.zeros(shapes[content], dtype)
         return blocks
 
     @property
     def bytes(self) -> int:
         """What the recording takes on disk."""
-        return files.size_of(self.blocks, len(self.images))
+        return len(self.images) * sum(block.nbytes for block in self.blocks.values())
+
+
+def load_sample(folder: Path, site: MlpSite) -> LayerSample:
+    """The sample of ``site``, mapped from the ``folder`` of a recording."""
+
+    def load(name: str) -> np.ndarray:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+    manifest = json.loads((folder / MANIFEST).read_text())
+    values = {content: load(f"{site.name}.{content}") for content in manifest["contents"]}
+    return _sample(values, load(f"tokens-{manifest['tokens'][site.name]}"))
+
+
+def _sample(values: dict[str, np.ndarray], origin: np.ndarray) -> LayerSample:
+    """The sample of ``values`` whose rows have an ``origin``: image, position, weight."""
+    first, last = origin["image"][[0, -1]]
+    start = int(first) * (len(origin) // int(last - first + 1))
+    fields = {field: origin[field] for field in origin.dtype.names}
+    return LayerSample(**{"hidden": None} | values | fields, start=start)
+
+
+def _origin(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
+    """Image, position and weight of every sampled row, as one structured array."""
+    weights = plan.weights(tokens)
+    origin = np.empty(images * len(weights), ORIGIN)
+    for number, rows in enumerate(origin.reshape(-1, len(weights)), start=plan.first):
+        rows["image"], rows["weight"] = number, weights
+        rows["position"] = plan.positions(number, tokens)
+    return origin
 
 
 def check_unchanged(task: Any) -> None:
@@ -148,48 +174,31 @@ def check_unchanged(task: Any) -> None:
         )  # fmt: skip
 
 
-def _record_into(folder: Path, *, task: Recording, label: str) -> None:
-    saved, images = files.SavedImages(folder, task.blocks), len(task.images)
+def _record_into(folder: Path, *, task: Recording) -> None:
+    saved, images = _SavedImages(folder, task.blocks), len(task.images)
     if not saved.resume():
-        if label:
-            kept = "/".join(map(str, sorted(set(task.kept.values()))))
-            tell_progress(
-                f"recording {len(task.sites)} layers on {images} images, "
-                f"{kept} tokens of each: {task.bytes / 1e6:.0f} MB on disk"
-            )
-        files.create(folder, task.blocks, images)
+        kept = "/".join(map(str, sorted(set(task.kept.values()))))
+        tell_progress(
+            f"recording {len(task.sites)} layers on {images} images, "
+            f"{kept} tokens of each: {task.bytes / 1e6:.0f} MB on disk"
+        )
+        _create_files(folder, task)
         saved.save(0)
-    array_of = partial(files.map_file, folder)
-    for count in _record_batches(task, array_of, first=saved.count, label=label):
+    array_of = partial(_map_file, folder)
+    for count in _record_batches(task, array_of, first=saved.count, label="recording"):
         if count % SAVED_EVERY == 0 or count == images:
             saved.save(count)
     check_unchanged(task)
     for count in set(task.tokens.values()):
         np.save(folder / f"tokens-{count}.npy", _origin(task.plan, images, count))
-    write_json(folder / "manifest.json", {"tokens": task.tokens, "contents": task.contents})
-    own = {f"tokens-{count}.npy" for count in task.tokens.values()} | {"manifest.json"}
-    own |= {files.path_of(folder, file).name for file in task.blocks}
+    write_json(folder / MANIFEST, {"tokens": task.tokens, "contents": task.contents})
     for path in folder.iterdir():
-        if path.name not in own:
+        if path.suffix != ".npy" and path.name != MANIFEST:
             remove(path)
 
 
-def _origin(plan: samples.TokenPlan, images: int, tokens: int) -> np.ndarray:
-    """Image, position and weight of every sampled row, as one structured array."""
-    weights = plan.weights(tokens)
-    origin = np.empty(images * len(weights), ORIGIN)
-    for number, rows in enumerate(origin.reshape(-1, len(weights)), start=plan.first):
-        rows["image"], rows["weight"] = number, weights
-        rows["position"] = plan.positions(number, tokens)
-    return origin
-
-
 def _record_batches(
-    task: Recording,
-    array_of: Callable[[files.File], np.ndarray],
-    *,
-    first: int = 0,
-    label: str = "",
+    task: Recording, array_of: Callable[[File], np.ndarray], *, first: int = 0, label: str = ""
 ) -> Iterator[int]:
     """Record from the image ``first`` on, and yield how many there are after every batch."""
     rest = task.images.take(range(first, len(task.images)))
@@ -201,10 +210,17 @@ def _record_batches(
         numbers = range(task.plan.first + first, task.plan.first + first + len(batch))
         for name, tokens in _seen(task, like(batch, task.model), numbers).items():
             chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
-            rows = {kind: _rows(tokens[kind], chosen) for kind in task.kinds}
-            for content, values in files.contents_of(rows).items():
-                start = first * chosen.shape[1]
-                files.write_rows(array_of((name, content)), values, start=start, name=name)
+            index = torch.arange(len(batch))[:, None], torch.from_numpy(chosen).long()
+            rows = {kind: tokens[kind][index].flatten(0, 1).cpu() for kind in task.kinds}
+            start = first * chosen.shape[1]
+            for content, values in _contents_of(rows).items():
+                if not torch.isfinite(values).all():
+                    raise MoeeError(
+                        "activations within half precision (below 65504) and finite",
+                        f"larger or NaN values in {name}",
+                        "check the weights and the images' normalisation",
+                    )
+                array_of((name, content))[start : start + len(values)] = values.numpy()
         first += len(batch)
         yield first
 
@@ -212,7 +228,7 @@ def _record_batches(
 def _seen(task: Recording, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
     """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
     gradients: dict[str, torch.Tensor] = {}
-    with samples.capture_mlps(task.model, task.sites) as seen:
+    with capture_mlps(task.model, task.sites) as seen:
         if "gradients" in task.kinds:
             seeds = [(task.plan.seed, number) for number in numbers]
             gradients = output_gradients(task.model, task.sites, x, seeds=seeds, probes=task.probes)
@@ -227,7 +243,96 @@ def _seen(task: Recording, x: torch.Tensor, numbers: range) -> dict[str, dict[st
     return seen
 
 
-def _rows(tokens: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
-    """The rows (images * kept, ...) at positions ``chosen`` (images, kept) of the tokens."""
-    index = torch.from_numpy(chosen).long().to(tokens.device)
-    return torch.cat([image[kept] for image, kept in zip(tokens, index, strict=True)]).cpu()
+def _contents_of(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the files of one site hold of its ``rows``, by kind of values."""
+    contents = {kind: values.half() for kind, values in rows.items() if kind != "gradients"}
+    if "gradients" in rows:
+        # Unit vectors are safe in half precision whatever the gradients' size; zeros stay zeros.
+        exact = rows["gradients"].double()  # where no square of a float32 over- or underflows
+        norms = torch.linalg.vector_norm(exact, dim=-1)
+        directions = exact / norms.clamp_min(torch.finfo(norms.dtype).tiny)[..., None]
+        contents |= {"norms": norms.float(), "directions": directions.float().half()}
+    return contents
+
+
+def _path_of(folder: Path, file: File) -> Path:
+    return folder / f"{'.'.join(file)}.npy"
+
+
+def _map_file(folder: Path, file: File) -> np.ndarray:
+    """Map a file that was created; what is written leaves the process's memory with the array."""
+    return np.lib.format.open_memmap(_path_of(folder, file), "r+")
+
+
+def _create_files(folder: Path, task: Recording) -> None:
+    """Create the files of a recording; all room is taken now, so that none lacks later."""
+
+    def no_room(found: str) -> MoeeError:
+        return MoeeError(
+            f"{bytes_text(task.bytes)} of free disk for the activations",
+            f"{found} in '{folder.parent}'",
+            "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
+        )
+
+    free = shutil.disk_usage(folder).free
+    if task.bytes > free:
+        raise no_room(f"{bytes_text(free)} free")
+    for file, block in task.blocks.items():
+        path, shape = _path_of(folder, file), (len(task.images) * len(block), *block.shape[1:])
+        mapped = np.lib.format.open_memmap(path, "w+", block.dtype, shape)
+        try:
+            with path.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, mapped.offset + mapped.nbytes)
+        except OSError as error:  # another program was quicker, or a quota is used up
+            raise no_room(str(error)) from None
+
+
+@dataclass
+class _SavedImages:
+    """How many images of a recording are whole in its ``folder``; ``hashes`` are of their rows."""
+
+    folder: Path
+    blocks: Mapping[File, np.ndarray]
+    count: int = 0
+    hashes: dict[File, Any] = field(default_factory=dict)
+
+    def save(self, count: int) -> None:
+        """Say that there are so many images now; their rows are brought to the disk."""
+        self._hash(count)
+        for file in self.blocks:
+            _map_file(self.folder, file).flush()
+        write_signed(self.folder / PROGRESS, {"images": count, "hashes": self._digests})
+
+    def resume(self) -> bool:
+        """Find the images that were saved before; whether there are any, and they are whole."""
+        path = self.folder / PROGRESS
+        if not path.exists():
+            return False
+        try:
+            saved = read_signed(path)
+            self._hash(saved["images"])
+            if self._digests == saved["hashes"]:
+                return True
+            damage = "other values than were saved"
+        except Exception as error:  # a damaged file can break the reader in any way
+            damage = getattr(error, "found", error)
+        tell(f"the recording in '{self.folder}' is damaged ({damage}): it begins again")
+        self.count, self.hashes = 0, {}
+        return False
+
+    @property
+    def _digests(self) -> dict[str, str]:
+        return {".".join(file): found.hexdigest() for file, found in sorted(self.hashes.items())}
+
+    def _hash(self, count: int) -> None:
+        """Add the rows up to those of so many images; before the first ones, the file's header."""
+        for file, block in self.blocks.items():
+            mapped, path = _map_file(self.folder, file), _path_of(self.folder, file)
+            if file not in self.hashes:
+                if path.stat().st_size != mapped.offset + mapped.nbytes:
+                    raise ValueError(f"{path.name} has another size")
+                with path.open("rb") as opened:
+                    self.hashes[file] = hashlib.sha256(opened.read(mapped.offset))
+            rows = slice(self.count * len(block), count * len(block))
+            self.hashes[file].update(np.ascontiguousarray(mapped[rows]))
+        self.count = count

@@ -15,8 +15,8 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.record.recorded_tokens import Activations, RecordedLayer, TokenPlan
-from moee_analysis.extraction.record.recording import Recording
+from moee_analysis.extraction.record.recorded_tokens import RecordedLayer, TokenPlan
+from moee_analysis.extraction.record.recording import Recording, load_sample
 from moee_analysis.extraction.record.token_kinds import leading_kinds, token_plan
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import MlpSite, find_mlps
@@ -89,7 +89,7 @@ class TokenSource:
     @property
     def kept_per_image(self) -> dict[str, int]:
         """How many tokens of every image each site has in the sample, by its name."""
-        return {n: len(self.plan.weights(count)) for n, count in self.tokens_per_image.items()}
+        return self._whole.kept
 
     @property
     def bytes_per_image(self) -> int:
@@ -120,14 +120,14 @@ class TokenSource:
         only where these are needed.
         """
         kept, first = self.kept_per_image, self.own[0].start if self.own else 0
+        folder = self._folder
         for part in self.chosen[skip:]:
-            if self._recorded is None:
+            if folder is None:
                 samples = self._recording(part, sites, gradients=gradients).in_memory()
             else:
-                start, stop = part.start - first, part.stop - first
                 samples = {
-                    site.name: self._recorded.layer(site).part(
-                        slice(start * kept[site.name], stop * kept[site.name])
+                    site.name: load_sample(folder, site).part(
+                        slice(*((n - first) * kept[site.name] for n in (part.start, part.stop)))
                     )
                     for site in sites
                 }
@@ -146,8 +146,8 @@ class TokenSource:
         return there or self._whole.bytes <= room / processes()
 
     @cached_property
-    def _recorded(self) -> Activations | None:
-        """All parts of this process, recorded; None where there is no room for them."""
+    def _folder(self) -> Path | None:
+        """Where all parts of this process are recorded; None where there is no room for them."""
         return self._whole.to_disk(self.root) if self.on_disk else None
 
     @cached_property

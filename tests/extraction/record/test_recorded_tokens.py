@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer, TokenPlan, capture_mlps
-from moee_analysis.extraction.record.recording import record
+from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.images import toy_images
 from tests.helpers.layers import PLANTED
@@ -73,15 +73,15 @@ def test_layers_of_patches_alone_have_no_prefix_and_a_plan_of_their_own():
 # A layer with hidden activations in any case
 
 
-def recorded(root, kinds):
+def recorded(kinds):
     model = toy_vit()
-    plan, sites = TokenPlan(None, 1), find_mlps(model)
-    activations = record(model, toy_images(5), sites, plan=plan, root=root, kinds=kinds)
-    return [RecordedLayer(site, site.module(model), activations.layer(site)) for site in sites]
+    sites = tuple(find_mlps(model))
+    samples = Recording(model, toy_images(5), sites, TokenPlan(None, 1), kinds).in_memory()
+    return [RecordedLayer(site, site.module(model), samples[site.name]) for site in sites]
 
 
-def test_hidden_activations_that_were_not_recorded_are_computed_from_the_inputs(tmp_path):
-    written, bare = (recorded(tmp_path, k) for k in (("inputs", "hidden"), ("inputs",)))
+def test_hidden_activations_that_were_not_recorded_are_computed_from_the_inputs():
+    written, bare = recorded(("inputs", "hidden")), recorded(("inputs",))
     for known, computed, block in zip(written, bare, toy_vit().blocks, strict=True):
         assert torch.equal(computed.mlp.fc1.weight, block.mlp.fc1.weight)
         assert isinstance(known.sample.hidden, np.ndarray)

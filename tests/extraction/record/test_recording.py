@@ -6,13 +6,13 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import LayerScale
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record import recording as recordings
-from moee_analysis.extraction.record.activation_files import CONTENTS
 from moee_analysis.extraction.record.fisher import output_gradients
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan, capture_mlps
-from moee_analysis.extraction.record.recording import Recording, record
+from moee_analysis.extraction.record.recording import CONTENTS, Recording, load_sample
 from moee_analysis.extraction.record.token_kinds import token_plan
 from moee_analysis.models.loading import build_model, find_mlps
 from tests.helpers.images import toy_images
@@ -31,7 +31,7 @@ def recorded(root, model=None, images=IMAGES, *, per_image=5, seed=0, **settings
     model = model or toy_vit()
     sites = find_mlps(model)
     plan = token_plan(model, [site.name for site in sites], per_image, seed=seed)
-    return record(model, images, sites, plan=plan, root=root, **settings)
+    return Recording(model, images, tuple(sites), plan, **settings).to_disk(root)
 
 
 def rows_of(model, images, site, sample, kind):
@@ -59,7 +59,7 @@ def test_the_sample_holds_the_direct_values_in_half_precision(tmp_path, build):
     model = build()
     found = recorded(tmp_path, model)
     for site in find_mlps(model):
-        sample = found.layer(site)
+        sample = load_sample(found, site)
         for kind in ("inputs", "hidden"):
             values = getattr(sample, kind)
             assert values.dtype == np.float16
@@ -76,8 +76,7 @@ def test_windows_handed_to_an_mlp_one_by_one_are_tokens_of_their_image(tmp_path)
     model = build_model("mobilevit_xxs")
     model.pretrained_cfg["input_size"] = (3, 64, 64)
     images, site = toy_images(3), find_mlps(model)[0]
-    plan = TokenPlan(5, 0)
-    sample = record(model, images, [site], plan=plan, root=tmp_path).layer(site)
+    sample = Recording(model, images, (site,), TokenPlan(5, 0)).in_memory()[site.name]
     assert sample.image.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     wanted = rows_of(model, images, site, sample, "hidden")
     np.testing.assert_allclose(sample.hidden, wanted, rtol=1e-3, atol=1e-3)
@@ -90,14 +89,12 @@ def test_a_recording_is_found_again_by_all_that_decides_it(tmp_path, monkeypatch
         {"kinds": ("inputs",)}, {"kinds": ("inputs", "gradients")}, {"kinds": CONTENTS},
         {"kinds": ("inputs", "gradients"), "probes": 1},
     ]  # fmt: skip
-    keys = {recorded(tmp_path, **given).key for given in others}
-    part = record(
-        toy_vit(), IMAGES, find_mlps(toy_vit()), plan=TokenPlan(5, 1, 0, 4), root=tmp_path
-    )
-    assert len(keys | {first.key, part.key}) == len(others) + 2
+    part = Recording(toy_vit(), IMAGES, tuple(find_mlps(toy_vit())), TokenPlan(5, 1, 0, 4))
+    folders = {recorded(tmp_path, **given) for given in others} | {first, part.folder(tmp_path)}
+    assert len(folders) == len(others) + 2
     monkeypatch.setattr(recordings, "_record_into", lambda *_, **__: pytest.fail("again"))
-    assert recorded(tmp_path).folder == first.folder
-    assert recorded(tmp_path, kinds=("hidden", "inputs"), probes=7).folder == first.folder
+    assert recorded(tmp_path) == first
+    assert recorded(tmp_path, kinds=("hidden", "inputs"), probes=7) == first
 
 
 @pytest.mark.parametrize(("kinds", "value"), [({}, 1e6), ({}, np.nan), (GRADED, np.nan)])
@@ -125,7 +122,7 @@ def test_kinds_that_cannot_be_recorded_are_refused(tmp_path, wrong):
 @pytest.mark.parametrize("kinds", [{}, GRADED])
 def test_a_full_disk_is_told_before_recording(tmp_path, monkeypatch, build, kinds):
     found = recorded(tmp_path / "roomy", build(), **kinds)
-    size = sum(np.load(path).nbytes for path in found.folder.glob("*.*.npy"))
+    size = sum(np.load(path).nbytes for path in found.glob("*.*.npy"))
     room_for(monkeypatch, size)
     recorded(tmp_path / "just enough", build(), **kinds)
     room_for(monkeypatch, size - 1)
@@ -135,30 +132,25 @@ def test_a_full_disk_is_told_before_recording(tmp_path, monkeypatch, build, kind
     assert not list((tmp_path / "too little").iterdir())
 
 
-def test_the_log_says_how_large_a_recording_is_and_how_far_if_it_has_a_name(
-    tmp_path, capsys, monkeypatch
-):
+def test_the_log_says_how_large_a_recording_is_and_how_far(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MOEE_HEADLESS", raising=False)
     monkeypatch.setattr("moee_analysis.utils.progress.SHORT", 0)
-    task = Recording(toy_vit(), IMAGES, tuple(find_mlps(toy_vit())), TokenPlan(5, 1), **GRADED)
-    task.to_disk(tmp_path / "in silence", label="")
-    assert "recording" not in "".join(capsys.readouterr())
-    task.to_disk(tmp_path / "told")
+    recorded(tmp_path, **GRADED)
     told = capsys.readouterr()
     assert told.out.startswith("recording 3 layers on 6 images, 6 tokens of each")
     assert "recording with gradients: 2/2" in told.err
 
 
 @pytest.mark.parametrize("kinds", [("inputs", "hidden"), ("inputs", "gradients")])
-def test_images_that_are_a_part_of_many_have_the_same_tokens(tmp_path, kinds):
-    images, sites = toy_images(12), find_mlps(toy_vit())
+def test_images_that_are_a_part_of_many_have_the_same_tokens_on_disk_or_not(tmp_path, kinds):
+    images, sites = toy_images(12), tuple(find_mlps(toy_vit()))
     whole, rest = (
-        record(toy_vit(), images.take(range(first, 12)), sites, plan=TokenPlan(5, 1, 3, first),
-               root=tmp_path, kinds=kinds)
+        Recording(toy_vit(), images.take(range(first, 12)), sites, TokenPlan(5, 1, 3, first), kinds)
         for first in (0, 8)
-    )  # fmt: skip
+    )
+    folder, parts = whole.to_disk(tmp_path), rest.in_memory()
     for site in sites:
-        part, expected = rest.layer(site), whole.layer(site).part(slice(8 * 6, None))
+        part, expected = parts[site.name], load_sample(folder, site).part(slice(8 * 6, None))
         assert part.start == expected.start == 48
         for name in ("inputs", "hidden", "image", "position", "weight", "directions", "norms"):
             np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
@@ -175,7 +167,7 @@ def test_gradients_are_those_of_the_sampled_tokens(tmp_path, build):
     seeds = [(5, image) for image in range(len(IMAGES))]
     whole = output_gradients(model, find_mlps(model), x, seeds=seeds, probes=3)
     for site in find_mlps(model):
-        sample = found.layer(site)
+        sample = load_sample(found, site)
         g = whole[site.name][:, *places(sample)]
         close = {"rtol": 2e-3, "atol": 1e-3 * float(g.abs().max())}
         np.testing.assert_allclose(sample.gradients(slice(None)), g, **close)
@@ -190,32 +182,21 @@ def test_gradients_are_those_of_the_sampled_tokens(tmp_path, build):
         assert not sample.norms[sample.position > 0].any()
 
 
-class Scaled(torch.nn.Module):
-    """Takes the place of a block's layer scale."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return self.factor * x
-
-
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
 def test_gradients_of_any_magnitude_are_recorded(tmp_path, scale):
     model, site = toy_vit(), find_mlps(toy_vit())[1]
-    plain = recorded(tmp_path, model, **GRADED).layer(site)
+    plain = load_sample(recorded(tmp_path, model, **GRADED), site)
     for parameter in model.blocks[1].mlp.fc2.parameters():
         parameter.div_(scale)
-    model.blocks[1].ls2 = Scaled(scale)
-    scaled = recorded(tmp_path, model, **GRADED).layer(site)
+    model.blocks[1].ls2 = LayerScale(32, init_values=scale)
+    scaled = load_sample(recorded(tmp_path, model, **GRADED), site)
     np.testing.assert_allclose(scaled.norms, scale * plain.norms, rtol=1e-3)
     np.testing.assert_allclose(scaled.directions, plain.directions, atol=2e-3)
 
 
 def test_any_rows_of_the_gradients_can_be_read_and_what_was_not_recorded_is_none(tmp_path):
     site = find_mlps(toy_vit())[0]
-    sample, plain = (recorded(tmp_path, **kinds).layer(site) for kinds in (GRADED, {}))
+    sample, plain = (load_sample(recorded(tmp_path, **kinds), site) for kinds in (GRADED, {}))
     whole = (sample.directions.astype(np.float32) * sample.norms[:, :, None]).swapaxes(0, 1)
     assert sample.gradients(slice(None)).dtype == np.float32
     for rows in (slice(3, 9), np.array([20, 4, 4]), np.arange(36) % 3 == 0):
