@@ -16,8 +16,8 @@ from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.engine import Variant, extract_all
 from moee_analysis.measure.evaluation.variants import variants
-from moee_analysis.measure.routing.class_routing import class_information
-from moee_analysis.measure.routing.expert_similarity import similarity, similarity_summary
+from moee_analysis.measure.routing.classes import class_information
+from moee_analysis.measure.routing.experts import similarity, similarity_summary
 from moee_analysis.measure.routing.load_balance import balance
 from moee_analysis.measure.routing.part_alignment import modularity
 from moee_analysis.measure.routing.routes import Routes, routes

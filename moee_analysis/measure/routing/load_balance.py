@@ -7,7 +7,7 @@ from scipy.special import entr
 from moee_analysis.data.images import ImageSet
 from moee_analysis.measure.routing.bootstrap import basic_interval, redraw_counts
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
-from moee_analysis.measure.routing.tables import stack_layers
+from moee_analysis.measure.routing.tables import stack
 from moee_analysis.utils.checks import draw_numbers
 
 METRICS = ("entropy", "gini", "max_over_mean", "cv2", "dead")
@@ -22,7 +22,7 @@ def routing(source: Source, images: ImageSet | None = None) -> pd.DataFrame:
     ``n_experts``, ``k``, ``n_images``.
     Raises MoeeError: no routed layers, or no images to route.
     """
-    return stack_layers(
+    return stack(
         (routed.system, layer, _layer_shares(routed, layer))
         for routed in all_routes(source, images)
         for layer in routed.layers
@@ -51,15 +51,14 @@ def balance(
     draw_numbers(seed, resamples=resamples)
     if isinstance(source, pd.DataFrame):
         groups = source.groupby(["system", "layer"], sort=False)
-        return stack_layers((*key, _balance(part)) for key, part in groups)
+        return stack((*key, _balance(part)) for key, part in groups)
     parts = []
     for routed in all_routes(source, images):
         drawn = redraw_counts(routed.n_images, resamples, seed=seed)
         for layer in routed.layers:
             resampled = drawn @ routed.counts[layer].astype(np.float64)
-            table = _balance(_layer_shares(routed, layer), resampled)
-            parts.append((routed.system, layer, table))
-    return stack_layers(parts)
+            parts.append((routed.system, layer, _balance(_layer_shares(routed, layer), resampled)))
+    return stack(parts)
 
 
 def balance_metrics(tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -78,30 +77,22 @@ def balance_metrics(tokens: np.ndarray) -> dict[str, np.ndarray]:
 
 def _layer_shares(routed: Routes, layer: int) -> pd.DataFrame:
     tokens = routed.counts[layer].sum(0, dtype=np.int64)
-    return pd.DataFrame(
-        {
-            "expert": range(len(tokens)),
-            "rank": np.argsort(np.argsort(-tokens, kind="stable")),
-            "tokens": tokens,
-            "share": tokens / tokens.sum(),
-            "n_experts": len(tokens),
-            "k": routed.k[layer],
-            "n_images": routed.n_images,
-        }
-    )
+    rank = np.argsort(np.argsort(-tokens, kind="stable"))
+    table = pd.DataFrame({"expert": range(len(tokens)), "rank": rank, "tokens": tokens})
+    table = table.assign(share=tokens / tokens.sum(), n_experts=len(tokens))
+    return table.assign(k=routed.k[layer], n_images=routed.n_images)
 
 
 def _balance(shares: pd.DataFrame, resampled: np.ndarray | None = None) -> pd.DataFrame:
     """Metrics of one layer; intervals by tokens of redrawn images (resamples, experts)."""
-    first = shares.iloc[0]
-    experts, k = first["n_experts"], first["k"]
-    table = pd.DataFrame({"metric": METRICS, "low": np.nan, "high": np.nan})
+    facts = shares.iloc[0][["n_experts", "k", "n_images"]].astype(int)
+    experts, k = facts["n_experts"], facts["k"]
     values = balance_metrics(shares["tokens"].to_numpy(dtype=float))
-    table.insert(1, "value", [values[name] for name in METRICS])
+    table = pd.DataFrame({"metric": METRICS, "value": [values[name] for name in METRICS]})
+    table["low"] = table["high"] = np.nan
     if resampled is not None:
         draws = np.stack([*balance_metrics(resampled).values()], axis=1)
         most = [1, 1, experts / k, experts / k - 1, experts - k]
         least = [0, 0, 1, 0, 0]
         table["low"], table["high"] = basic_interval(table["value"], draws, least=least, most=most)
-    facts = ["n_experts", "k", "n_images"]
-    return table.assign(**first[facts].astype(int))
+    return table.assign(**facts)

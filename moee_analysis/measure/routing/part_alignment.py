@@ -1,6 +1,6 @@
 """Whether experts stand for parts of the scene: expert of a patch against the part it shows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -18,13 +18,12 @@ from moee_analysis.measure.routing.bootstrap import (
     redraw_counts,
     repeat,
 )
-from moee_analysis.measure.routing.resolve import choose_layers
-from moee_analysis.measure.routing.routes import Routes, Source, all_routes
+from moee_analysis.measure.routing.routes import Source, all_routes
 from moee_analysis.measure.routing.tables import (
     add_caption,
     all_rows,
     similarity_rank,
-    stack_layers,
+    stack,
 )
 from moee_analysis.utils.checks import draw_numbers
 
@@ -55,10 +54,9 @@ def modularity(
     per token and a grid of patches, no permutations or resamples.
     """
     draw_numbers(seed, permutations=permutations, resamples=resamples)
-    every = _patches_of_layers(source, images, layers)
     rows = [
         {"system": system, "layer": layer} | _row(patches, permutations, resamples, seed)
-        for system, layer, patches in every
+        for system, layer, patches in _patches_of_layers(source, images, layers)
     ]
     return add_caption(
         pd.DataFrame(rows),
@@ -75,9 +73,20 @@ def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()
     expert's share of all patches), ``order`` (position of the expert in a heat map: linkage of the
     profiles). Parts that no patch shows are left out.
     """
-    every = _patches_of_layers(source, images, layers)
-    table = stack_layers((*key, _profile(own.table(), images.parts)) for *key, own in every)
-    return add_caption(table, _describe(images))
+    tables = []
+    for system, layer, patches in _patches_of_layers(source, images, layers):
+        table = patches.table()
+        shown = np.flatnonzero(table.any(axis=0))
+        table, total = table[:, shown], table.sum(axis=1)
+        shares = table / np.maximum(total, 1)[:, None]
+        profile = all_rows(expert=range(len(table)), part=[images.parts[part] for part in shown])
+        expert = profile["expert"]
+        profile = profile.assign(tokens=table.ravel(), share=shares.ravel())
+        profile["share_all"] = np.tile(table.sum(axis=0) / table.sum(), len(table))
+        profile["size"] = (total / total.sum())[expert]
+        profile["order"] = similarity_rank(np.sqrt(shares))[expert]
+        tables.append((system, layer, profile))
+    return add_caption(stack(tables), _describe(images))
 
 
 def check_masks(images: ImageSet) -> None:
@@ -166,34 +175,24 @@ def _patches_of_layers(
     """System, layer and its patches."""
     several = all_routes(source, images)
     check_masks(images)
-    parts = cache(partial(all_patch_parts, images))
-    found = []
+    found, parts = [], cache(partial(all_patch_parts, images))
     for routes in several:
-        for layer in _choose_placed(routes, layers, images):
+        if routes.n_images != len(images):
+            raise MoeeError(
+                f"routes of the same {len(images)} images", f"routes of {routes.n_images}",
+                "route the images that are passed here",
+            )  # fmt: skip
+        if not routes.experts:
+            raise MoeeError(
+                "a system with one expert per token", f"several per token in '{routes.system}'",
+                "modularity compares partitions: use top-1 routers",
+            )  # fmt: skip
+        for layer in routes.choose_placed(layers):
             experts = routes.experts[layer][:, routes.prefix_tokens[layer] :].astype(np.int64)
             own = parts(routes.grid[layer])
             shape = routes.counts[layer].shape[1], int(own.max()) + 1
             found.append((routes.system, layer, _Patches(experts, own, shape, routes.labels)))
     return found
-
-
-def _choose_placed(routes: Routes, layers: Sequence[int], images: ImageSet) -> list[int]:
-    if routes.n_images != len(images):
-        raise MoeeError(
-            f"routes of the same {len(images)} images", f"routes of {routes.n_images}",
-            "route the images that are passed here",
-        )  # fmt: skip
-    if not routes.experts:
-        raise MoeeError(
-            "a system with one expert per token", f"several per token in '{routes.system}'",
-            "modularity compares partitions: use top-1 routers",
-        )  # fmt: skip
-    if not routes.placed:
-        raise MoeeError(
-            "a layer whose patches have known places", f"none in '{routes.system}'",
-            "extract experts of layers that see the patches of an image",
-        )  # fmt: skip
-    return choose_layers(routes.placed, layers)
 
 
 def _row(patches: _Patches, permutations: int, resamples: int, seed: int) -> dict[str, object]:
@@ -205,7 +204,7 @@ def _row(patches: _Patches, permutations: int, resamples: int, seed: int) -> dic
 
     def exchange(labels: np.ndarray) -> dict[str, np.ndarray]:
         """Compare with masks exchanged between images of the same label."""
-        draw: Callable = Groups.of(labels).exchanged
+        draw = Groups.of(labels).exchanged
         null = repeat(lambda o: score(patches.table(o)), draw, times=permutations, seed=seed)
         return against_chance(value, null)
 
@@ -215,31 +214,9 @@ def _row(patches: _Patches, permutations: int, resamples: int, seed: int) -> dic
     numbers = {"ami": value, "low": low, "high": high, **everywhere}
     numbers |= {f"class_{name}": within[name] for name in ("null_mean", "null_high", "p")}
     numbers |= {f"token_{name}": tokens[name] for name in ("null_mean", "null_high")}
-    return {
-        "experts": patches.shape[0],
-        "parts": int(table.any(axis=0).sum()),
-        "images": len(patches.experts),
-        "tokens": int(table.sum()),
-        **{name: float(number) for name, number in numbers.items()},
-        "seed": seed,
-    }
-
-
-def _profile(table: np.ndarray, names: tuple[str, ...]) -> pd.DataFrame:
-    shown = np.flatnonzero(table.any(axis=0))
-    table = table[:, shown]
-    totals = table.sum(axis=1)
-    shares = table / np.maximum(totals, 1)[:, None]
-    profile = all_rows(expert=range(len(table)), part=shown)
-    expert = profile["expert"]
-    return profile.assign(
-        part=[names[part] for part in profile["part"]],
-        tokens=table.ravel(),
-        share=shares.ravel(),
-        share_all=np.tile(table.sum(axis=0) / table.sum(), len(table)),
-        size=(totals / totals.sum())[expert],
-        order=similarity_rank(np.sqrt(shares))[expert],
-    )
+    row = {"experts": patches.shape[0], "parts": int(table.any(axis=0).sum())}
+    row |= {"images": len(patches.experts), "tokens": int(table.sum())}
+    return row | {name: float(number) for name, number in numbers.items()} | {"seed": seed}
 
 
 def _describe(images: ImageSet) -> str:

@@ -48,15 +48,15 @@ def choose_layers(known: Iterable[int], wanted: Sequence[int]) -> list[int]:
     A MoeeError names a layer that is not known, or layers that are no tuple of numbers.
     """
     layer_numbers(wanted)
-    wanted, known = set(wanted or ()), sorted(known)
-    missing = sorted(wanted - set(known))
+    wanted, known = sorted(set(wanted or ())), sorted(known)
+    missing = [layer for layer in wanted if layer not in known]
     if missing:
         raise MoeeError(
             f"layers among {', '.join(map(str, known)) or 'none'} (those with experts)",
             f"layer {missing[0]}",
             "layers are counted from 0; a layer left dense has no experts",
         )
-    return sorted(wanted) or known
+    return wanted or known
 
 
 def choose_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> list[int]:
@@ -65,15 +65,15 @@ def choose_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> lis
     Case, spaces and underscores of names do not matter. A MoeeError names classes without images.
     """
     index = {plain(name): number for number, name in names.items()} | {n: n for n in names}
-    keys = [plain(item) if isinstance(item, str) else item for item in wanted]
-    missing = [str(item) for item, key in zip(wanted, keys, strict=True) if key not in index]
+    found = {item: index.get(plain(item) if isinstance(item, str) else item) for item in wanted}
+    missing = [str(item) for item, number in found.items() if number is None]
     if missing:
         raise MoeeError(
             f"classes of the images (such as {', '.join(list(names.values())[:6])})",
             f"no image of {', '.join(missing[:3])}",
             "choose classes that the images have, or add images of them",
         )
-    return [index[key] for key in keys] or sorted(names)
+    return [found[item] for item in wanted] or sorted(names)
 
 
 def families_of(names: Sequence[str], families: Mapping[str, str]) -> list[str]:

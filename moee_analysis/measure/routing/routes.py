@@ -13,7 +13,7 @@ from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.token_kinds import kinds_seen
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import batches_of, check_any, model_of
+from moee_analysis.measure.routing.resolve import batches_of, check_any, choose_layers, model_of
 from moee_analysis.models.capture import watch
 from moee_analysis.models.class_names import class_labels, knows_classes
 from moee_analysis.models.evaluation_mode import evaluating
@@ -72,6 +72,18 @@ class Routes:
         """Each expert's share of an image's choices, (images, experts); rows sum to 1."""
         counts = self.counts[layer].astype(np.float64)
         return counts / counts.sum(axis=1, keepdims=True)
+
+    def choose_placed(self, wanted: Sequence[int]) -> list[int]:
+        """Those of the ``wanted`` layers, or of all, whose patches have known places.
+
+        A MoeeError says that there are none, or names another layer.
+        """
+        if not self.placed:
+            raise MoeeError(
+                "a layer whose patches have known places", f"none in '{self.system}'",
+                "extract experts of layers that see the patches of an image",
+            )  # fmt: skip
+        return choose_layers(self.placed, wanted)
 
     def patch_experts(self, layer: int) -> np.ndarray:
         """Expert of every patch of a layer, int16 (images, rows, columns)."""

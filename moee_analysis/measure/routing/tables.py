@@ -1,6 +1,6 @@
 """Tables of layers and of pairs, and the order of rows in a heat map."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,12 +20,12 @@ def all_rows(**columns: Iterable) -> pd.DataFrame:
     return index.to_frame(index=False)
 
 
-def stack_layers(parts: Iterable[tuple[str, int, pd.DataFrame]]) -> pd.DataFrame:
-    """One table of those of each system and layer, which become its first two columns."""
+def stack(parts: Iterable[tuple], by: Sequence[str] = ("system", "layer")) -> pd.DataFrame:
+    """One table of many; a part is the values of the columns ``by``, which come first, and one."""
     tables = []
-    for system, layer, table in parts:
-        table.insert(0, "layer", layer)
-        table.insert(0, "system", system)
+    for *values, table in parts:
+        for place, (name, value) in enumerate(zip(by, values, strict=True)):
+            table.insert(place, name, value)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
+from moee_analysis.measure.routing.resolve import batches_of, model_of
 from moee_analysis.measure.routing.routes import Routes, routes
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture
@@ -101,12 +101,7 @@ def top_patches(
     """
     whole_number("count", count)
     routed = routed or routes(model_of(model), images)
-    shown = choose_layers(routed.placed, layers)
-    if not shown:
-        raise MoeeError(
-            "a layer whose patches have known places", f"none in '{routed.system}'",
-            "extract experts of layers that see the patches of an image",
-        )  # fmt: skip
+    shown = routed.choose_placed(layers)
     known = known or typical(model, images, routed)
     rows = [row for layer in shown for row in _top_of_layer(routed, known, layer, count)]
     return add_caption(

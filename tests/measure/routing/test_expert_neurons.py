@@ -3,7 +3,7 @@ import pytest
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.expert_neurons import expected_jaccard
+from moee_analysis.measure.routing.experts import expected_jaccard
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.models import toy_kinds, toy_moe, toy_vit
 

@@ -1,0 +1,224 @@
+"""What the experts are made of: which neurons they share, and how alike their inputs are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from scipy.stats import hypergeom
+from torch import nn
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.resolve import choose_layers, model_of
+from moee_analysis.measure.routing.tables import (
+    add_caption,
+    all_rows,
+    similarity_rank,
+    stack,
+    sum_up,
+)
+from moee_analysis.moe.layer import MoeMlp, moe_layers
+
+NEAR_ORTHOGONAL = 0.2
+"""Two mean inputs with a cosine between plus and minus this are called near-orthogonal."""
+
+Source = Extraction | nn.Module | Mapping[int, np.ndarray]
+
+
+def layers(run: Extraction) -> pd.DataFrame:
+    """What became of every MLP layer of a run: the fields of ``LayerReport``, a row per layer.
+
+    The sizes of the experts are left out.
+    """
+    return pd.DataFrame([asdict(layer) for layer in run.layers]).drop(columns="sizes")
+
+
+def sizes(
+    run: Extraction | nn.Module, *, layers: Sequence[int] = (), system: str = "MoEE"
+) -> pd.DataFrame:
+    """How many hidden neurons each expert keeps, and how many tokens it serves.
+
+    Columns: ``system``, ``layer``, ``expert``, ``neurons``, ``hidden`` (neurons of the dense MLP),
+    ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens), ``active`` (mean of
+    ``fraction`` over tokens, the same in a layer), ``union`` (share of the dense neurons that any
+    expert keeps, the same in a layer).
+    Raises MoeeError: no layer with experts, or a chosen layer without them.
+    """
+    parts = []
+    for number, layer in _choose(run, layers).items():
+        counts, hidden = np.array(layer.expert_sizes), layer.hidden_dense
+        shares = layer.shares.double().cpu().numpy()
+        table = pd.DataFrame({"expert": range(len(counts)), "neurons": counts, "hidden": hidden})
+        table = table.assign(fraction=counts / hidden, share=shares)
+        table = table.assign(active=shares @ counts / hidden, union=len(layer.kept) / hidden)
+        parts.append((system, number, table))
+    return stack(parts)
+
+
+def neurons(
+    run: Extraction | nn.Module, *, layers: Sequence[int] = (), system: str = "MoEE"
+) -> pd.DataFrame:
+    """Which hidden neurons of the dense MLP each expert keeps (the paper's Figure 1, phase 2).
+
+    Columns: ``system``, ``layer``, ``expert``, ``neuron`` (in the dense MLP; every one of them),
+    ``kept`` (bool), ``order`` (position of the neuron in a picture: those that many experts keep
+    come first, and among those kept equally often the ones of the first experts).
+    """
+    parts = []
+    for number, layer in _choose(run, layers).items():
+        kept = _keeps(layer)
+        # the last key counts first
+        rank = np.argsort(np.lexsort([*(~kept)[::-1], -kept.sum(axis=0)]))
+        table = all_rows(expert=range(len(kept)), neuron=range(kept.shape[1]))
+        parts.append((system, number, table.assign(kept=kept.ravel(), order=rank[table["neuron"]])))
+    return stack(parts)
+
+
+def overlap(
+    run: Extraction | nn.Module, *, layers: Sequence[int] = (), system: str = "MoEE"
+) -> pd.DataFrame:
+    """How many hidden neurons every two experts share.
+
+    Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
+    expert with itself), ``neurons_a``, ``neurons_b``, ``shared``, ``jaccard`` (shared / kept by
+    either), ``expected_jaccard`` (its expectation for random subsets of the same sizes; 1 on the
+    diagonal), ``hidden``. Neurons of high variance are kept by most experts, so ``jaccard`` above
+    the expectation is the rule.
+    """
+    parts, expected = [], cache(expected_jaccard)
+    for number, layer in _choose(run, layers).items():
+        kept = _keeps(layer).astype(np.int64)
+        hidden, counts, shared = layer.hidden_dense, kept.sum(axis=1), (kept @ kept.T).ravel()
+        pairs = all_rows(expert_a=range(len(kept)), expert_b=range(len(kept)))
+        a, b = (counts[pairs[expert]] for expert in ("expert_a", "expert_b"))
+        chance = [expected(min(both), max(both), hidden) for both in zip(a, b, strict=True)]
+        chance = np.where(pairs["expert_a"] == pairs["expert_b"], 1.0, chance)
+        pairs = pairs.assign(neurons_a=a, neurons_b=b, shared=shared)
+        pairs["jaccard"] = shared / np.maximum(a + b - shared, 1)
+        parts.append((system, number, pairs.assign(expected_jaccard=chance, hidden=hidden)))
+    return stack(parts)
+
+
+def expected_jaccard(a: int, b: int, hidden: int) -> float:
+    """Expected Jaccard index of random subsets of ``a`` and ``b`` of ``hidden`` neurons.
+
+    The number of shared neurons is hypergeometric.
+    """
+    if a == 0 and b == 0:
+        return 0.0
+    shared = np.arange(max(0, a + b - hidden), min(a, b) + 1)
+    return float(hypergeom.pmf(shared, hidden, a, b) @ (shared / (a + b - shared)))
+
+
+def similarity(
+    source: Source,
+    *,
+    layers: Sequence[int] = (),
+    shares: Mapping[int, np.ndarray] | None = None,
+    system: str = "MoEE",
+) -> pd.DataFrame:
+    """Cosine between the mean inputs of every two experts, raw and centred (the paper's Figure 5).
+
+    Inputs of deep layers have a large mean in common, which alone makes raw cosines large. The
+    centred ones leave out the share-weighted mean of the experts' means. Centred cosines of k
+    experts average about -1 / (k - 1) whatever the experts are: look at their spread.
+
+    ``source`` is a run or a routed model, whose routers know their centres; or centres (experts,
+    dim) by layer. ``shares`` weigh each expert in the common mean, by layer; None takes the routing
+    shares of the calibration tokens, or equal ones where only centres are given.
+
+    Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
+    expert with itself), ``cosine``, ``cosine_centred``, ``order_a``, ``order_b`` (position for a
+    heat map: average linkage of the centred cosines), ``common_mean`` (squared length of the common
+    mean / mean squared length of the centres, 0 to 1).
+    Raises MoeeError: no layer whose router has centres, or a layer without experts.
+    """
+    centres, weights = _centres(source)
+    weights, parts = weights | dict(shares or {}), []
+    for layer in choose_layers(centres, layers):
+        points, weight = centres[layer], np.asarray(weights[layer]) / np.sum(weights[layer])
+        common = weight @ points
+        centred = _cosines(points - common)
+        rank = similarity_rank(1 - centred, distances=True)
+        pairs = all_rows(expert_a=range(len(points)), expert_b=range(len(points)))
+        pairs = pairs.assign(cosine=_cosines(points).ravel(), cosine_centred=centred.ravel())
+        pairs = pairs.assign(order_a=rank[pairs["expert_a"]], order_b=rank[pairs["expert_b"]])
+        pairs["common_mean"] = common @ common / (weight @ (points**2).sum(axis=1))
+        parts.append((system, layer, pairs))
+    return add_caption(
+        stack(parts),
+        "Mean inputs of the MLP over the tokens that each expert was made from. Centred: less "
+        "their mean, weighted by the experts' shares of tokens.",
+    )
+
+
+def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Sum up a table of :func:`similarity`: one row per layer, over pairs of different experts.
+
+    Columns: ``system``, ``layer``, ``experts``, ``mean``, ``min``, ``max``, ``spread`` (standard
+    deviation), ``near_orthogonal`` (share of pairs with a cosine within ±0.2), the same of the
+    centred cosines with the prefix ``centred_``, ``centred_expected`` (-1 / (experts - 1)),
+    ``common_mean``.
+    """
+
+    def describe(part: pd.DataFrame) -> dict[str, float]:
+        pairs = part[part["expert_a"] < part["expert_b"]]
+        experts = int(part["expert_a"].max()) + 1
+        row: dict[str, float] = {"experts": experts}
+        for prefix, column in (("", "cosine"), ("centred_", "cosine_centred")):
+            cosines = pairs[column]
+            row |= {
+                f"{prefix}mean": float(cosines.mean()),
+                f"{prefix}min": float(cosines.min()),
+                f"{prefix}max": float(cosines.max()),
+                f"{prefix}spread": float(cosines.std(ddof=0)),
+                f"{prefix}near_orthogonal": float((cosines.abs() < NEAR_ORTHOGONAL).mean()),
+            }
+        expected = -1 / (experts - 1) if experts > 1 else np.nan
+        return row | {"centred_expected": expected, "common_mean": part["common_mean"].iloc[0]}
+
+    return add_caption(sum_up(table, describe), table.attrs["caption"])
+
+
+def _choose(run: Extraction | nn.Module, layers: Sequence[int]) -> dict[int, MoeMlp]:
+    found = moe_layers(model_of(run))
+    if not found:
+        raise MoeeError(
+            "a model with experts", "only dense layers",
+            "extract with another clustering, or see why layers stayed dense in run.layers",
+        )  # fmt: skip
+    return {layer: found[layer] for layer in choose_layers(found, layers)}
+
+
+def _keeps(layer: MoeMlp) -> np.ndarray:
+    """Whether each expert keeps each neuron of the dense MLP: bool (experts, hidden)."""
+    keeps = np.zeros((layer.n_experts, layer.hidden_dense), dtype=bool)
+    for expert, row in enumerate(keeps):
+        row[layer.kept[layer.expert_neurons(expert)].cpu().numpy()] = True
+    return keeps
+
+
+def _centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Centres (experts, dim) and shares (experts,) by layer."""
+    if isinstance(source, Mapping):
+        centres = {n: np.asarray(c, dtype=np.float64) for n, c in source.items()}
+        shares = {n: np.ones(len(c)) for n, c in centres.items()}
+    else:
+        routed = moe_layers(model_of(source))
+        known = {n: m for n, m in routed.items() if "centres" in dict(m.router.named_buffers())}
+        centres = {n: m.router.centres.double().cpu().numpy() for n, m in known.items()}
+        shares = {n: m.shares.double().cpu().numpy() for n, m in known.items()}
+    if not centres:
+        raise MoeeError(
+            "layers whose routers have centres", "none",
+            "pass an extraction with cosine routers, or {layer: centres}",
+        )  # fmt: skip
+    return centres, shares
+
+
+def _cosines(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = vectors / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return np.clip(unit @ unit.T, -1, 1)
