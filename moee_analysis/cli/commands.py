@@ -36,7 +36,7 @@ def _extract(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli import printing
     from moee_analysis.extraction.config import recipe_named
-    from moee_analysis.extraction.saving.run_files import check_target
+    from moee_analysis.extraction.run import check_target
     from moee_analysis.models.class_names import name_by_folders
     from moee_analysis.utils.distributed import local_device, rank
     from moee_analysis.utils.progress import tell

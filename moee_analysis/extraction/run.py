@@ -1,21 +1,32 @@
-"""A run: a mixture of experts and how it came about, saved, loaded, and found in a store."""
+"""A run: a mixture of experts and how it came about, saved, loaded, and found in a store.
 
+On disk it is a safetensors and a JSON file, and anything else is refused. The JSON carries a
+checksum of itself and of the tensors, so that a file that was cut short, edited by hand or put
+together from two runs is refused instead of loading as a wrong model.
+"""
+
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.saving.layer_report import LayerReport
 from moee_analysis.extraction.saving.provenance import check_dense, load_dense
-from moee_analysis.extraction.saving.run_files import FORMAT, fill_run, read_run, write_run
+from moee_analysis.extraction.saving.rebuild import describe, rebuild, stored_tensors
+from moee_analysis.extraction.saving.schema import LayerReport, check_facts
 from moee_analysis.extraction.saving.tables import check_reports
 from moee_analysis.models.fingerprints import identity
+from moee_analysis.models.weights import read_tensors
 from moee_analysis.utils.distributed import agreed
+from moee_analysis.utils.storage.files import checksum, file_hash, read_json, write_json
+from moee_analysis.utils.storage.folders import new_folder
+from moee_analysis.utils.storage.refusals import check_place, writing
 from moee_analysis.utils.storage.store import (
     check_writable,
     collecting,
@@ -24,6 +35,14 @@ from moee_analysis.utils.storage.store import (
     present,
     set_aside,
 )
+
+FORMAT = 6
+READABLE = (5, FORMAT)
+"""Formats that can be read; 5 had neither answers nor arguments of ``timm.create_model``."""
+
+KIND = "moee run"
+TENSORS = "model.safetensors"
+FACTS = "run.json"
 
 
 @dataclass(frozen=True)
@@ -50,15 +69,29 @@ class Extraction:
 
     def save(self, folder: str | Path) -> None:
         """Save as ``folder`` (one safetensors, one JSON); complete or not at all."""
-        write_run(Path(folder), self.model, self._facts())
+        check_target(Path(folder))
+        with new_folder(Path(folder)) as partial:
+            self.fill(partial)
 
-    def _facts(self) -> dict[str, Any]:
-        return {
+    def fill(self, folder: Path) -> None:
+        """Write the two files into an existing ``folder``."""
+        tensors = stored_tensors(self.model)
+        with writing(folder / TENSORS, wanted=sum(t.nbytes for t in tensors.values())):
+            save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        facts = {
+            "kind": KIND,
+            "format": FORMAT,
+            "model": describe(self.model),
+            "tensors_sha256": file_hash(folder / TENSORS),
             "config": asdict(self.config),
             "variance_kept": self.variance_kept,
             "layers": [asdict(layer) for layer in self.layers],
             "provenance": self.provenance,
         }
+        facts["checksum"] = checksum(facts)
+        # nothing is written that could not be loaded
+        check_facts(json.loads(json.dumps(facts)), folder / FACTS)
+        write_json(folder / FACTS, facts)
 
     @property
     def _title(self) -> str:
@@ -69,6 +102,20 @@ class Extraction:
         images = f"{facts['n_images']} images of {facts['images']}"
         seed = f"seed {self.config.seed}"
         return ", ".join([facts["model"], self.config.recipe, *saved, images, seed])
+
+
+def check_target(folder: Path, *, wanted: int = 0) -> None:
+    """Refuse to save over anything but an empty folder or an earlier run, of ``wanted`` bytes."""
+    check_place(folder, wanted=wanted)
+    if folder.exists() and not folder.is_dir():
+        raise MoeeError(f"a folder at '{folder}'", "a file", "choose another place")
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if present - {TENSORS, FACTS}:
+        raise MoeeError(
+            f"'{folder}' to be new, empty, or an earlier run",
+            f"other files there ({', '.join(sorted(present)[:3])})",
+            "choose another folder",
+        )
 
 
 def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
@@ -83,14 +130,48 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
         Missing, truncated, foreign, edited or newer files; facts or tensors that make no sense; a
         network that gives other outputs than the one that was saved.
     """
-    model, facts = read_run(Path(folder), dense=dense)
+    path = Path(folder) / FACTS
+    facts, (tensors, _) = _read_facts(path), read_tensors(path.with_name(TENSORS))
+    if file_hash(path.with_name(TENSORS)) != facts["tensors_sha256"]:
+        raise MoeeError(
+            f"the tensors that were saved with '{path}'", f"another content in {TENSORS}",
+            "restore both files, or extract again",
+        )  # fmt: skip
+    model = rebuild(facts["model"], tensors, dense=dense)
     layers = tuple(LayerReport.from_json(layer) for layer in facts["layers"])
     check_reports(layers, model)
-    if dense is not None:
-        check_dense(dense, facts["provenance"], source="the one given")
-    config = ExtractConfig.from_json(facts["config"])
     p, provenance = facts["variance_kept"], facts["provenance"]
+    if dense is not None:
+        check_dense(dense, provenance, source="the one given")
+    config = ExtractConfig.from_json(facts["config"])
     return Extraction(model, config, p, layers, provenance, original=dense)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    facts = read_json(
+        path, expected=f"a run folder with {FACTS} and {TENSORS}",
+        hint="check the path, restore the file, or extract again",
+    )  # fmt: skip
+    if not isinstance(facts, dict) or facts.get("kind") != KIND:
+        raise MoeeError(f"the facts of a run in '{path}'", "another JSON file", "check the path")
+    if facts.get("format") not in READABLE:
+        raise MoeeError(
+            f"run format {FORMAT} in '{path}'", f"format {facts.get('format')}",
+            "load it with the version of this package that saved it",
+        )  # fmt: skip
+    try:
+        content = {key: value for key, value in facts.items() if key != "checksum"}
+        if facts.get("checksum") != checksum(content):
+            raise MoeeError(
+                f"'{path}' as it was saved", "a file edited since then",
+                "restore the file, or extract again with other settings",
+            )  # fmt: skip
+        check_facts(facts, path)
+    except RecursionError:
+        raise MoeeError(
+            f"the facts of a run in '{path}'", "lists too deep in each other", "check the path"
+        ) from None
+    return facts
 
 
 def through_store(
@@ -101,28 +182,25 @@ def through_store(
     *,
     root: Path,
 ) -> Extraction:
-    """Return the run of ``model``, ``images`` and ``config`` in a store, or ``extract`` it."""
+    """Return the run of ``model``, ``images`` and ``config`` in a store, or ``extract`` it.
+
+    A run there that cannot be loaded is set aside.
+    """
     facts = {"model": identity(model).digest, "images": images.fingerprint}
-    name = f"run-{content_key(run_format=FORMAT, config=asdict(config), **facts)}"
-    run = _find(root / name, model)
+    folder = root / f"run-{content_key(run_format=FORMAT, config=asdict(config), **facts)}"
+    run = None
+    if present(folder):
+        seen = folder.lstat()
+        try:
+            run = load(folder, dense=model)
+        except MoeeError as error:
+            set_aside(folder, error.found, seen=seen)
     if not agreed(run is not None):
         check_writable(root)
         with collecting() as used:
             made = extract()
         about = {"run": made._title, "uses": sorted(set(used))}
-        get_or_build(root, name, lambda folder: fill_run(folder, made.model, made._facts()), about)
-        run = load(root / name, dense=model)
+        get_or_build(root, folder.name, made.fill, about)
+        run = load(folder, dense=model)
     run.model.to(next(model.parameters()).device)
     return run
-
-
-def _find(folder: Path, model: nn.Module) -> Extraction | None:
-    """The run in ``folder``, if there is one; what cannot be loaded is set aside."""
-    if not present(folder):
-        return None
-    seen = folder.lstat()
-    try:
-        return load(folder, dense=model)
-    except MoeeError as error:
-        set_aside(folder, error.found, seen=seen)
-        return None

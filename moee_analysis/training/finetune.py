@@ -14,20 +14,18 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from moee_analysis.data.disjoint import contents_of, without_repeats
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction, load
-from moee_analysis.extraction.saving.run_files import fill_run
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.expert_layer import counting_usage
 from moee_analysis.moe.layer import moe_layers, moe_names
 from moee_analysis.training.checkpoints import METRICS, hold_checkpoint, remove_checkpoint
-from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.loop import NOT_FINITE
 from moee_analysis.training.trainer import Training
 from moee_analysis.utils.distributed import agreed, all_sum, rank
@@ -96,7 +94,12 @@ def finetune(
     facts = {"run": fingerprint(student), "dense": fingerprint(dense), "config": asdict(config)}
     key = content_key(**facts, images=images.fingerprint)
     training = Training(student, dense, images, config, Path(), key)
-    _check_images(training)
+    counts = [len(images) for images in training.sets]
+    if min(counts) < 1:
+        raise MoeeError(
+            "images to train on and others to hold out", f"{counts[0]} and {counts[1]}",
+            "give more images, or another share 'held_out'",
+        )  # fmt: skip
     if out is None and store is None:
         with scratch_folder("training") as root:
             return _result(_train(replace(training, folder=root), run), run)
@@ -126,15 +129,6 @@ def _result(tuned: Extraction, run: Extraction) -> Finetuned:
     facts = _last(tuned)
     tuned = replace(tuned, original=run.original)
     return Finetuned(tuned, history_of(tuned), facts["best"], facts["stopped"])
-
-
-def _check_images(training: Training) -> None:
-    counts = [len(images) for images in training.sets]
-    if min(counts) < 1:
-        raise MoeeError(
-            "images to train on and others to hold out", f"{counts[0]} and {counts[1]}",
-            "give more images, or another share 'held_out'",
-        )  # fmt: skip
 
 
 def _train_into(folder: Path, training: Training, run: Extraction, *, of_store: bool) -> None:
@@ -178,9 +172,8 @@ def _check_same(folder: Path, key: str, run: Extraction) -> None:
 def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
     """Train, and save the run and its history as a new ``folder``."""
     tuned = _train(training, run)
-    fill_run(folder, tuned.model, tuned._facts())
-    history = pd.DataFrame(_last(tuned)["history"])
-    write_text(folder / METRICS, history.to_csv(index=False))
+    tuned.fill(folder)
+    write_text(folder / METRICS, history_of(tuned).to_csv(index=False))
 
 
 def _train(training: Training, run: Extraction) -> Extraction:
@@ -206,19 +199,14 @@ def _train(training: Training, run: Extraction) -> Extraction:
         "stopped": progress.stopped,
         "history": progress.rows,
     }
-    layers = moe_layers(training.student)
-    reports = tuple(
-        replace(layer, active_fraction=_active_fraction(layers[layer.index]))
-        if layer.converted
-        else layer
-        for layer in run.layers
-    )
+    reports = {report.index: report for report in run.layers}
+    for index, layer in moe_layers(training.student).items():
+        active = float(layer.shares.double() @ layer.sizes.double()) / layer.hidden_dense
+        reports[index] = replace(reports[index], active_fraction=active)
     provenance = run.provenance | {_FACT: [*run.provenance.get(_FACT, []), facts]}
-    return replace(run, model=training.student, layers=reports, provenance=provenance)
-
-
-def _active_fraction(layer: nn.Module) -> float:
-    return float(layer.shares.double() @ layer.sizes.double()) / layer.hidden_dense
+    return replace(
+        run, model=training.student, layers=tuple(reports.values()), provenance=provenance
+    )
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import alike, answers
 from moee_analysis.models.inputs import input_size
 from moee_analysis.models.loading import architecture, build_model
-from moee_analysis.models.state_dicts import Tensors
 from moee_analysis.models.unwrapping import stated_modules, unwrapped
+from moee_analysis.models.weights import Tensors
 from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
 from moee_analysis.moe.routers import TokenKindRouter, describe_router, rebuild_router
 

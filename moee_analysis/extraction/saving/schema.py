@@ -5,12 +5,12 @@ No other fields are taken, but among the arguments of a network and in the recor
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import fastjsonschema
 
@@ -21,8 +21,6 @@ from moee_analysis.extraction.config import (
     ClusterConfig,
     ExtractConfig,
 )
-from moee_analysis.extraction.saving import layer_report
-from moee_analysis.extraction.saving.layer_report import LayerReport
 
 Schema = dict[str, Any]
 
@@ -31,8 +29,39 @@ FIRST = 5
 """The format whose models have neither answers nor arguments of ``timm.create_model``."""
 
 LATER = ("arguments", "dtype", "answers", "by_hand", "transform_sha256")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one MLP layer.
+
+    ``noise_share`` is the share of clustered tokens in no cluster, ``route_agreement`` the share
+    of clustered tokens that the router sends to their own cluster, ``active_fraction`` the
+    expected share of hidden neurons a token uses, ``union_fraction`` the share still stored.
+    """
+
+    index: int
+    name: str
+    hidden: int
+    converted: bool
+    reason: str
+    experts: int = 0
+    noise_share: float = 0.0
+    route_agreement: float = 1.0
+    active_fraction: float = 1.0
+    union_fraction: float = 1.0
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Rebuild a report from ``dataclasses.asdict`` after a trip through JSON."""
+        known = {each.name: content[each.name] for each in fields(cls)}
+        return cls(**known | {"sizes": tuple(known["sizes"])})
+
+
 REMOVED_FROM = {
-    ExtractConfig: REMOVED, ClusterConfig: REMOVED_CLUSTERING, LayerReport: layer_report.REMOVED,
+    ExtractConfig: REMOVED, ClusterConfig: REMOVED_CLUSTERING,
+    LayerReport: ("thin", "dense_tokens"),
 }  # fmt: skip
 """Fields that runs of earlier versions may have."""
 
@@ -49,20 +78,15 @@ def check_facts(facts: Mapping[str, Any], source: Path) -> None:
         found = str(error).removeprefix("data.")
         raise MoeeError(f"the facts of a run in '{source}'", found[:200], HINT) from None
     ExtractConfig.from_json(facts["config"])
-    for found in _contradictions(facts):
-        raise MoeeError(f"facts of one run in '{source}'", found, HINT)
-
-
-def _contradictions(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Pairs of fields that cannot be of one run."""
     model, provenance = facts["model"], facts["provenance"]
     names = {model["architecture"], model["pretrained_cfg"]["architecture"], provenance["model"]}
-    if len(names) > 1:
-        yield f"several architectures ({', '.join(sorted(names))})"
+    wrong = [f"several architectures ({', '.join(sorted(names))})"] if len(names) > 1 else []
     for tuning in provenance.get("finetunings", []):
-        epochs = [row["epoch"] for row in tuning["history"]]
-        if epochs != list(range(len(epochs))) or tuning["best"] not in epochs:
-            yield f"a history of epochs {epochs[:3]}... of which {tuning['best']} is the best"
+        epochs, best = [row["epoch"] for row in tuning["history"]], tuning["best"]
+        if epochs != list(range(len(epochs))) or best not in epochs:
+            wrong.append(f"a history of epochs {epochs[:3]}... of which {best} is the best")
+    if wrong:
+        raise MoeeError(f"facts of one run in '{source}'", wrong[0], HINT)
 
 
 def _schema_of(hint: Any, integer: Schema, number: Schema) -> Schema:

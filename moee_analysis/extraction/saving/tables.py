@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.saving.layer_report import LayerReport
+from moee_analysis.extraction.saving.schema import LayerReport
 from moee_analysis.models.attention import plain_attentions
-from moee_analysis.models.state_dicts import Tensors, differences
+from moee_analysis.models.weights import Tensors, differences
 from moee_analysis.moe.layer import MoeMlp, all_mlps
 
 HINT = "restore the run or extract again; a dense network that is given is the one it was made from"

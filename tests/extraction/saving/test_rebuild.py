@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.run import load
+from moee_analysis.extraction.run import FACTS, TENSORS, load
 from moee_analysis.extraction.saving.provenance import provenance_of
 from moee_analysis.extraction.saving.rebuild import arguments_of
-from moee_analysis.extraction.saving.run_files import FACTS, TENSORS, write_run
 from moee_analysis.models.loading import build_model, find_mlps, load_model
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
 from moee_analysis.moe.routers import (
@@ -204,13 +203,14 @@ def test_every_layer_is_loaded_as_it_was_saved(router, readout, experts, tmp_pat
 
 def test_routers_are_described_in_the_json_and_controls_are_refused(tmp_path):
     model = toy_kinds(lively()).eval()
-    run_of(model).save(tmp_path / "run")
+    run = run_of(model)
+    run.save(tmp_path / "run")
     told = json.loads((tmp_path / "run" / FACTS).read_text())["model"]["routers"]
     nested = {"kind": "token_kinds", "prefix": [0], "tokens": 101, "inner": {"kind": "nearest"}}
     assert told == {f"blocks.{index}.mlp": nested for index in range(6)}
     moe_layers(model)[3].router.inner = RandomRouter(torch.ones(3), dim=64)
     with pytest.raises(MoeeError, match="RandomRouter"):
-        write_run(tmp_path / "control", model, {})
+        run.save(tmp_path / "control")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

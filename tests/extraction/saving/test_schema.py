@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.run import load
-from moee_analysis.extraction.saving.run_files import FACTS, TENSORS
+from moee_analysis.extraction.run import FACTS, TENSORS, load
 from moee_analysis.utils.storage.files import checksum, file_hash
 from tests.helpers.models import (
     lively,

@@ -14,8 +14,6 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import run as runs
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
-from moee_analysis.extraction.saving import run_files as saving
-from moee_analysis.extraction.saving.run_files import write_run
 from moee_analysis.models.loading import class_names, load_model
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import contents, toy_images
@@ -158,18 +156,17 @@ def test_tensors_that_are_edited_or_of_another_run_are_refused(saved_run, tmp_pa
 
 
 def test_a_newer_format_is_refused(saved_run, monkeypatch, small_run):
-    monkeypatch.setattr(saving, "FORMAT", saving.FORMAT + 1)
+    monkeypatch.setattr(runs, "FORMAT", runs.FORMAT + 1)
     small_run.save(saved_run)
     monkeypatch.undo()
-    with pytest.raises(MoeeError, match=f"format {saving.FORMAT + 1}") as error:
+    with pytest.raises(MoeeError, match=f"format {runs.FORMAT + 1}") as error:
         load(saved_run)
     assert "version" in error.value.hint
 
 
 def test_a_run_that_the_store_holds_in_another_format_is_made_again(tmp_path, monkeypatch):
-    for module in (saving, runs):
-        monkeypatch.setattr(module, "FORMAT", 1)
-    monkeypatch.setattr(saving, "READABLE", (1,))
+    monkeypatch.setattr(runs, "FORMAT", 1)
+    monkeypatch.setattr(runs, "READABLE", (1,))
     dense, images, config = lively(**TINY), toy_images(4), quick(experts="one")
     extract(dense, images, config, store=tmp_path)
     monkeypatch.undo()
@@ -224,7 +221,7 @@ def test_a_failing_save_leaves_no_half_written_run(
     if earlier:
         small_run.save(tmp_path / "run")
     before = contents(tmp_path / "run") if earlier else None
-    monkeypatch.setattr(saving, broken, full)
+    monkeypatch.setattr(runs, broken, full)
     with pytest.raises(MoeeError, match="No space left"):
         small_run.save(tmp_path / "run")
     if earlier:
@@ -234,7 +231,7 @@ def test_a_failing_save_leaves_no_half_written_run(
 
 def test_controls_and_weights_that_are_not_finite_are_not_saved(small_run, tmp_path):
     with pytest.raises(MoeeError, match="RandomRouter"):
-        write_run(tmp_path / "control", randomly_routed(small_run), {})
+        replace(small_run, model=randomly_routed(small_run)).save(tmp_path / "control")
     model = copy.deepcopy(small_run.model)
     model.norm.bias[0] = torch.nan
     with pytest.raises(MoeeError, match=r"NaN or infinity in norm\.bias"):
