@@ -31,7 +31,7 @@ from moee_analysis.extraction.experts.obs import RIDGE, elimination_costs
 from moee_analysis.extraction.record.accumulate import Arrays, average, stored_arrays
 from moee_analysis.extraction.record.fisher import probe
 from moee_analysis.models.attention import Factors, find_attentions, heads_of
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import replace_module

@@ -1,7 +1,4 @@
-"""What modules of a network take in and give out while it runs, and whether it is traced.
-
-Run only the rest of a network: the tensor that enters one of its blocks is kept.
-"""
+"""A network while it runs: evaluated, watched, started at one of its blocks, or traced."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +14,25 @@ Side = Literal["inputs", "outputs", "both", "calls"]
 
 
 @contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with or without gradients as it was; every module gets its own flag back."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
 def watch(
     modules: Mapping[Key, nn.Module], see: Callable[[Key, Any], Any], side: Side = "inputs"
 ) -> Iterator[None]:
@@ -29,10 +45,10 @@ def watch(
     with ExitStack() as hooks:
         for key, module in modules.items():
             if side in ("inputs", "calls"):
-                before = partial(_before, see, key, side)
+                before = partial(_see_before, see, key, side)
                 hook = module.register_forward_pre_hook(before, with_kwargs=True)
             else:
-                hook = module.register_forward_hook(partial(_after, see, key, side))
+                hook = module.register_forward_hook(partial(_see_after, see, key, side))
             hooks.callback(hook.remove)
         yield
 
@@ -55,14 +71,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _before(
+def _see_before(
     see: Callable, key: object, side: Side, _module: nn.Module, args: tuple, named: dict
 ) -> tuple | None:
     new = see(key, args[0] if side == "inputs" else (args, named))
     return None if new is None or side == "calls" else ((new, *args[1:]), named)
 
 
-def _after(
+def _see_after(
     see: Callable, key: object, side: Side, _module: nn.Module, args: tuple, output: Any
 ) -> Any:  # fmt: skip
     return see(key, (args[0], output) if side == "both" else output)

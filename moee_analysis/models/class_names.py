@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import DOES_NOT_FIT, blank, misfit
 from moee_analysis.models.unwrapping import inside, stated_modules
 from moee_analysis.outside_text import printable

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.models.unwrapping import unwrapped
 

@@ -16,6 +16,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.unwrapping import inside, stated_modules
 
 RGB = 3
+MAKE_IT = "load it with load_model, or make it with timm.create_model"
 
 DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
 """What a network raises on images that it was not built for."""
@@ -50,8 +51,8 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 def model_transform(model: nn.Module) -> Compose:
     """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``.
 
-    A model of one channel gets the luminance; one of other than three channels gets red, green and
-    blue in turn, as timm repeats the weights of its first convolution.
+    One channel is the luminance; other than three are red, green and blue in turn, as timm repeats
+    the weights of a first convolution.
     """
     return transform_of(data_config(model))
 
@@ -110,9 +111,8 @@ def _config(network: nn.Module) -> dict[str, Any]:
     if not getattr(network, "pretrained_cfg", None):
         raise MoeeError(
             "a timm model whose pretrained_cfg says which images it takes",
-            f"a {type(network).__name__} without one",
-            "load it with load_model, or make it with timm.create_model",
-        )
+            f"a {type(network).__name__} without one", MAKE_IT,
+        )  # fmt: skip
     return timm.data.resolve_model_data_config(network)
 
 

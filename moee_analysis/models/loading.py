@@ -4,10 +4,9 @@ import difflib
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,17 @@ from moee_analysis.models.class_names import (
     read_class_names,
 )
 from moee_analysis.models.fingerprints import fingerprint
-from moee_analysis.models.fit_weights import fit_weights, named_as_in
-from moee_analysis.models.inputs import blank, input_size, model_transform
-from moee_analysis.models.state_dicts import Tensors, hub_access, read_tensors
+from moee_analysis.models.inputs import MAKE_IT, blank, input_size, model_transform
 from moee_analysis.models.survey import survey
-from moee_analysis.models.unwrapping import inside, stated_modules, unwrapped
+from moee_analysis.models.unwrapping import inside, unwrapped
+from moee_analysis.models.weights import (
+    count_classes_in,
+    fit_weights,
+    hub_access,
+    read_tensors,
+)
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.environment import own_folder
-from moee_analysis.utils.progress import tell
 
 __all__ = [
     "BUNDLED", "BUNDLED_MODELS", "MlpSite", "architecture", "blank", "build_model", "check_device",
@@ -129,16 +131,15 @@ def build_model(
 ) -> nn.Module:
     """Build the architecture ``name`` with random weights, and ``arguments`` of timm's.
 
-    ``pretrained_cfg`` replaces the architecture's own where given. The image size of a model that
+    Entries of ``pretrained_cfg`` replace the architecture's own. The image size of a model that
     takes any is stated there alone. A name or an argument that timm does not know is refused.
     """
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if name not in BUNDLED_MODELS:
         _check_name(name)
     _check_arguments(arguments)
-    create = _bundled_architecture if name in BUNDLED_MODELS else timm.create_model
     try:
-        model = _create(create, name, arguments)
+        model = _create(name, arguments)
     except Exception as error:  # timm's models raise whatever nonsense leads to
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
@@ -188,9 +189,8 @@ def architecture(model: nn.Module) -> str:
     if not name:
         raise MoeeError(
             "a timm model whose pretrained_cfg names its architecture",
-            f"a {type(model).__name__} without one",
-            "load it with load_model, or make it with timm.create_model",
-        )
+            f"a {type(model).__name__} without one", MAKE_IT,
+        )  # fmt: skip
     return name
 
 
@@ -229,21 +229,20 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         whole_number("img_size", side)
 
 
-def _create(create: Callable[..., nn.Module], name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Let ``create`` build a model; one that takes images of any size gets no ``img_size``."""
+def _create(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """Build a model; one that takes images of any size gets no ``img_size``."""
     try:
-        return create(name, **arguments)
+        if name not in BUNDLED_MODELS:
+            return timm.create_model(name, pretrained=pretrained, **arguments)
+        card = json.loads((own_folder("data") / f"{name}.json").read_text())
+        model = BUNDLED_MODELS[name](**{**card["kwargs"], **arguments})
+        model.pretrained_cfg = card["pretrained_cfg"]
+        return model
     except TypeError as error:
         if "img_size" not in arguments or "img_size" not in str(error):
             raise
-    return create(name, **{key: v for key, v in arguments.items() if key != "img_size"})
-
-
-def _bundled_architecture(name: str, **arguments: Any) -> nn.Module:
-    card = json.loads((own_folder("data") / f"{name}.json").read_text())
-    model = BUNDLED_MODELS[name](**{**card["kwargs"], **arguments})
-    model.pretrained_cfg = card["pretrained_cfg"]
-    return model
+    smaller = {key: value for key, value in arguments.items() if key != "img_size"}
+    return _create(name, smaller, pretrained=pretrained)
 
 
 def _with_local_weights(name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
@@ -254,7 +253,7 @@ def _with_local_weights(name: str, path: Path, arguments: dict[str, Any]) -> nn.
         arguments = {"in_chans": size[0], "img_size": tuple(size[1:])} | arguments
     model = build_model(name, pretrained_cfg=stored, **arguments)
     if "num_classes" not in arguments:
-        classes = _count_stored_classes(tensors, model, path)
+        classes = count_classes_in(tensors, model, path)
         if classes != model.num_classes:
             model = build_model(name, pretrained_cfg=stored, num_classes=classes, **arguments)
     fit_weights(model, tensors, source=str(path))
@@ -271,32 +270,16 @@ def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         if isinstance(cfg, dict):
             return cfg
     raise MoeeError(
-        f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'",
-        f"'{text[:40]}'",
+        f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'", f"'{text[:40]}'",
         "save the file again, with or without this entry",
-    )
-
-
-def _count_stored_classes(tensors: Tensors, model: nn.Module, path: Path) -> int:
-    """How many classes the weights in a file tell apart; 0 where they are of no classifier."""
-    heads = tuple(f"{head}." for head in stated_modules(model, "classifier"))
-    if not heads or not model.num_classes:
-        return model.num_classes
-    for own in named_as_in(model, tensors):
-        given = [own[f"{head}weight"] for head in heads if f"{head}weight" in own]
-        if given:
-            return len(given[0])
-        if any(name.startswith(heads) for name in own):
-            return model.num_classes
-    tell(f"weights: no classifier in {path}: a model of features (num_classes=0)")
-    return 0
+    )  # fmt: skip
 
 
 def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     model = build_model(name, **arguments)
     try:
         with hub_access():
-            loaded = _create(partial(timm.create_model, pretrained=True), name, arguments)
+            loaded = _create(name, arguments, pretrained=True)
     except Exception as error:  # the hub's client raises many unrelated types when offline
         raise MoeeError(
             f"pretrained weights of '{name}' from the hub",

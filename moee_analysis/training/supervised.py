@@ -1,8 +1,6 @@
 """Supervised training: any model learns the labels of images, by cross-entropy.
 
 Models run in training mode: noise, dropout and dropped experts are part of their recipes.
-
-Which parameters of a model learn at which rate, and which of them decay.
 """
 
 import copy
@@ -23,15 +21,13 @@ from torch.nn.functional import cross_entropy
 from moee_analysis.baselines.common.sparse_moe_layer import balance_loss, watch_routers
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.moe.expert_layer import expert_layers
-from moee_analysis.training.augmentation import seeded
-from moee_analysis.training.batches import Batch, Loaded, training_batches
+from moee_analysis.training.batches import Batch, Loaded, seeded, training_batches
+from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.training.loop import Loop
-from moee_analysis.training.supervised_config import SupervisedConfig
 
-NORMS = ("norm2", "norm")
-"""Names of the norm before the MLP of a block, in timm's models."""
+NORMS = ("norm2", "norm")  # names of the norm before the MLP of a block, in timm's models
 
 
 def parameter_groups(
@@ -47,7 +43,14 @@ def parameter_groups(
     Raises ``MoeeError``: a ``layer_decay`` below 1 for a model that does not say which layers it
     has.
     """
-    layers = _layers(model) if layer_decay < 1 else {}
+    layers: dict[str, int] = {}  # of every parameter, from 0 at the images to the classifier's
+    if layer_decay < 1:
+        if not hasattr(model, "group_matcher"):
+            raise MoeeError(
+                "a timm model, which says which layers it has", type(model).__name__,
+                "leave layer_decay at 1",
+            )  # fmt: skip
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     top, new = max(layers.values(), default=0), set(_of_experts(model))
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
@@ -60,16 +63,6 @@ def parameter_groups(
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
-
-
-def _layers(model: nn.Module) -> dict[str, int]:
-    """Layer of every parameter, from 0 at the images to the classifier's."""
-    if not hasattr(model, "group_matcher"):
-        raise MoeeError(
-            "a timm model, which says which layers it has", type(model).__name__,
-            "leave layer_decay at 1",
-        )  # fmt: skip
-    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
 
 
 def _of_experts(model: nn.Module) -> Iterator[str]:
@@ -119,11 +112,13 @@ def train(
     learner = copy.deepcopy(model).requires_grad_(requires_grad=True).train()
     loaded, checked = Loaded.of(images, model), Loaded.of(check, model)
     rows, right = [], []
-    with _all_seeded(config.seed, _device(learner)), plain_attention(learner):
+    accelerators = [] if _device(learner).type == "cpu" else [_device(learner)]
+    with torch.random.fork_rng(accelerators), seeded(config.seed), plain_attention(learner):
+        if accelerators:
+            torch.cuda.manual_seed(config.seed)
         for step, loss in _train(learner, loaded, config):
             right.append(right_of(learner, checked))
-            seen = step * config.batch_size
-            top1 = right[-1].double().mean().item()
+            seen, top1 = step * config.batch_size, right[-1].double().mean().item()
             row = {"step": step, "epoch": seen / len(loaded), "images": seen, "loss": loss}
             rows.append(row | {"top1": top1})
     learner.zero_grad(set_to_none=True)
@@ -151,14 +146,15 @@ def _train(
                 found = f"{losses[-1].item()} in step {step}"
                 raise MoeeError("a finite loss", found, "lower the learning rate")
             losses[-1] = losses[-1].detach()
-            if config.checks_after(step):
+            if step == config.steps or step % (config.check_every or config.steps) == 0:
                 yield step, torch.stack(losses).mean().item()
                 losses.clear()
 
 
 def _loop(model: nn.Module, config: SupervisedConfig) -> Loop:
-    decays = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
-    groups = parameter_groups(model, **decays)
+    groups = parameter_groups(
+        model, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+    )
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     warmup = round(config.warmup * config.steps)
     scheduler = CosineLRScheduler(
@@ -196,13 +192,3 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for module in fused:
             module.fused_attn = True
-
-
-@contextmanager
-def _all_seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random states of the CPU and of ``device``; all are given back at the end."""
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, enabled=bool(accelerators)), seeded(seed):
-        if accelerators:
-            torch.cuda.manual_seed(seed)
-        yield

@@ -7,6 +7,7 @@ every epoch, a training that was killed therefore comes to the same bits.
 The model runs in evaluation mode: nothing drops out, and batch norms keep their statistics.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
-from moee_analysis.models.evaluation_mode import in_evaluation_mode
-from moee_analysis.training.augmentation import Augmented, epoch_batches, training_transform
+from moee_analysis.models.capture import in_evaluation_mode
+from moee_analysis.training.batches import Augmented, epoch_batches, training_transform
 from moee_analysis.training.checkpoints import (
     Progress,
     load_moments,
@@ -29,10 +30,9 @@ from moee_analysis.training.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from moee_analysis.training.distillation import divergences, losses_of
-from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training.config import FinetuneConfig
+from moee_analysis.training.distillation import divergences, losses_of, trainable_routers
 from moee_analysis.training.loop import NOT_FINITE, Loop
-from moee_analysis.training.train_routers import trainable_routers
 from moee_analysis.utils.distributed import all_sum, own_share
 from moee_analysis.utils.progress import progress as shown
 from moee_analysis.utils.progress import tell_progress
@@ -78,7 +78,7 @@ class Training:
         self._ema = None if decay is None else ModelEmaV3(self.student, decay=decay)
         found = read_checkpoint(self.folder)
         if found is None:
-            self._best = _copy_state(self.student)
+            self._best = copy.deepcopy(self.student.state_dict())
             self.progress.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._evaluate()})
             self._save()
             return
@@ -105,7 +105,6 @@ class Training:
         return Loop(parameters, optimizer, scheduler, config.clip)
 
     def _next_epoch(self) -> None:
-        """One epoch, and what has become of the model."""
         rows, epoch, last = self.progress.rows, self.progress.epochs + 1, self.config.epochs
         loss = self._train_epoch(epoch)
         if loss is None:
@@ -114,7 +113,7 @@ class Training:
         row = {"epoch": epoch, "steps": epoch * self._steps, "loss": loss, **self._evaluate()}
         rows.append(row)
         if row["kl"] < rows[self.progress.best]["kl"]:
-            self.progress.best, self._best = epoch, _copy_state(self._model)
+            self.progress.best, self._best = epoch, copy.deepcopy(self._model.state_dict())
         elif epoch - self.progress.best >= self.config.patience and epoch < last:
             self.progress.stopped = f"no lower divergence since epoch {self.progress.best}"
         tell_progress(
@@ -149,8 +148,7 @@ class Training:
 
     def _evaluate(self) -> dict[str, float]:
         """Divergence and agreement on the images held out."""
-        _, held_out = self.sets
-        own = held_out.take(own_share(len(held_out)))
+        own = self.sets[1].take(own_share(len(self.sets[1])))
         sums = torch.zeros(3, dtype=torch.float64)
         batches = own.batches(self.dense, batch_size=self.config.batch_size)
         total = -(-len(own) // self.config.batch_size)
@@ -168,8 +166,8 @@ class Training:
         return {"kl": kl / count, "agreement": agreement / count}
 
     def _save(self) -> None:
-        groups = {"student": self.student.state_dict(), "best": self._best}
-        groups["optimizer"] = moments(self._loop.optimizer)
+        optimizer = moments(self._loop.optimizer)
+        groups = {"student": self.student.state_dict(), "best": self._best, "optimizer": optimizer}
         if self._ema is not None:
             groups["ema"] = self._ema.module.state_dict()
         save_checkpoint(self.folder, self.progress, groups, key=self.key)
@@ -201,7 +199,3 @@ def _trainable(model: nn.Module, router: str) -> Iterator[None]:
         for parameter, before in own.items():
             parameter.requires_grad_(before)
             parameter.grad = None
-
-
-def _copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

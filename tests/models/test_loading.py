@@ -70,7 +70,7 @@ def test_an_odd_name_is_told_what_to_give(name, hint):
 
 
 def test_offline_without_weights_says_what_to_pass(monkeypatch, tmp_path):
-    monkeypatch.setattr("moee_analysis.models.state_dicts._hub_answers", lambda: False)
+    monkeypatch.setattr("moee_analysis.models.weights._hub_answers", lambda: False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     before = hub.HF_HUB_OFFLINE
     with pytest.raises(MoeeError) as error:

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import watch
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
 from tests.helpers.families import small

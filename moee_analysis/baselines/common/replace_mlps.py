@@ -13,8 +13,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import capture
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.moe.layer import replace_module
 

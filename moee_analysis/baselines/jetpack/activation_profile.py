@@ -11,8 +11,7 @@ from torch import nn
 
 from moee_analysis.baselines.jetpack.narrow_model import heads_of
 from moee_analysis.data.images import ImageSet
-from moee_analysis.models.capture import watch
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import find_mlps, fingerprint
 from moee_analysis.utils.progress import progress

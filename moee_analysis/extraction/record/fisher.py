@@ -18,8 +18,7 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.recorded_tokens import LayerSample
-from moee_analysis.models.capture import watch
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.loading import MlpSite
 
 PRIOR = 500  # tokens' worth of the metric of all experts that each expert's own is mixed with

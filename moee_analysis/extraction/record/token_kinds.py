@@ -1,8 +1,8 @@
 """Tokens are not all alike: what the leading ones are, and whose outputs nothing reads."""
 
-import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -11,8 +11,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.fisher import output_gradients
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.models.attention import AttentionSite
-from moee_analysis.models.capture import watch
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank, find_mlps, input_size
 
@@ -70,8 +69,9 @@ def leading_kinds(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str
     pixels of a patch) in the place of images sees no leading tokens; nothing is said of one that
     is called several times, or never.
     """
-    shapes = _shapes(model, names) if prefix_kinds(model) else dict.fromkeys(names, (1, 0))
-    return {name: _kinds_of_input(model, shape) for name, shape in shapes.items()}
+    if not prefix_kinds(model):
+        return dict.fromkeys(names, ())
+    return {name: kinds for name, (kinds, _) in _inputs(model, names).items()}
 
 
 def token_plan(
@@ -79,23 +79,25 @@ def token_plan(
 ) -> TokenPlan:
     """Plan to keep all leading tokens and ``per_image`` patches (None: all) at some layers."""
     prefix = len(prefix_kinds(model))
-    shapes = _shapes(model, names) if prefix else {}
-    alone = {math.prod(s[:-1]) for s in shapes.values() if not _kinds_of_input(model, s)}
-    return TokenPlan(per_image, prefix, seed, patches_alone=frozenset(alone))
+    inputs = _inputs(model, names).values() if prefix else ()
+    alone = frozenset(tokens for kinds, tokens in inputs if not kinds)
+    return TokenPlan(per_image, prefix, seed, patches_alone=alone)
 
 
-def _kinds_of_input(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
-    """Kinds of the leading tokens in an input (parts of an image, *tokens, dim)."""
-    return kinds_seen(model, shape[1:-1]) if shape[0] == 1 else ()
+def _inputs(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[tuple[str, ...], int]]:
+    """Kinds of the leading tokens in what each layer gets of an image, and how many tokens it is.
 
-
-def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what each layer gets of one image, if it is called once."""
-    calls: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+    Of those that are called once.
+    """
+    calls: dict[str, list[torch.Size]] = {name: [] for name in names}
     modules = {name: model.get_submodule(name) for name in calls}
-    with evaluating(model), watch(modules, lambda name, x: calls[name].append(tuple(x.shape))):
+    with evaluating(model), watch(modules, lambda name, x: calls[name].append(x.shape)):
         model(blank(model))
-    return {name: shapes[0] for name, shapes in calls.items() if len(shapes) == 1}
+    shapes = {name: shapes[0] for name, shapes in calls.items() if len(shapes) == 1}
+    return {  # what is not one image are parts of it
+        name: (kinds_seen(model, shape[1:-1]) if shape[0] == 1 else (), shape[:-1].numel())
+        for name, shape in shapes.items()
+    }
 
 
 def unread_kinds(
@@ -108,8 +110,8 @@ def unread_kinds(
     alone, at the CLS token where it reads the mean of the patches. ``sites`` None: all MLPs.
     """
     return {
-        name: tuple(dict.fromkeys(kind for kind in kinds if kind not in read))
-        for name, (kinds, read) in _read_kinds(model, sites).items()
+        name: tuple(kind for kind, is_read in read.items() if not is_read)
+        for name, read in _read_kinds(model, sites).items()
     }
 
 
@@ -120,21 +122,22 @@ def unread_patches(
 
     As :func:`unread_kinds`; an MLP that gets no patches is one of them.
     """
-    kinds_read = _read_kinds(model, sites)
-    return frozenset(name for name, (_, read) in kinds_read.items() if "patch" not in read)
+    read_kinds = _read_kinds(model, sites)
+    return frozenset(name for name, read in read_kinds.items() if not read.get("patch"))
 
 
 def _read_kinds(
     model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None
-) -> dict[str, tuple[tuple[str, ...], set[str]]]:
-    """The kinds of the tokens at each site, and those of which some output is read."""
+) -> dict[str, dict[str, bool]]:
+    """Whether the output of any token of a kind is read, by site and kind."""
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
     sites = find_mlps(model) if sites is None else sites
     gradients = output_gradients(model, sites, like(image, model), seeds=[(0, 0)], probes=1)
     leading = leading_kinds(model, gradients)
-    found = {}
+    found: dict[str, dict[str, bool]] = {}
     for name, gradient in gradients.items():
         read = gradient.flatten(0, 1).any(dim=2).any(dim=0).tolist()
-        kinds = (*leading[name], *["patch"] * (len(read) - len(leading[name])))
-        found[name] = kinds, {kind for kind, is_read in zip(kinds, read, strict=True) if is_read}
+        kinds, found[name] = leading[name], {}
+        for kind, is_read in zip_longest(kinds, read, fillvalue="patch"):
+            found[name][kind] = found[name].get(kind, False) or is_read
     return found

@@ -11,8 +11,9 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.resolve import check_any
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import like
+from moee_analysis.moe.kernels.autotune import measuring_at_once
 from moee_analysis.utils.checks import real_number, whole_number
 
 IN_TURN = 4  # batches of different images: how many tokens an expert gets differs
@@ -49,7 +50,8 @@ def latency(
     with ExitStack() as stack:
         for model in every.values():
             stack.enter_context(evaluating(model))
-            model(batches[0])  # layers find out which way of computing them is the fastest
+            with measuring_at_once():  # which way of computing a layer is the fastest
+                model(batches[0])
         times = [in_turn(every, batches, number, seconds=seconds) for number in range(rounds)]
     table = pd.DataFrame([_row(name, times) for name in models])
     table.insert(1, "batch_size", size)

@@ -20,8 +20,7 @@ from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
 from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows
-from moee_analysis.models.capture import capture
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.inputs import blank
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import all_mlps, moe_layers, moe_names

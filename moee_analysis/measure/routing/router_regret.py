@@ -23,8 +23,7 @@ from moee_analysis.extraction.record.token_source import TokenSource, calibratio
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, check_any
 from moee_analysis.measure.routing.tables import add_caption
-from moee_analysis.models.capture import capture
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.moe.layer import MoeMlp, moe_layers

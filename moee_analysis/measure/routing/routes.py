@@ -14,9 +14,8 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.token_kinds import kinds_seen
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, check_any, choose_layers, model_of
-from moee_analysis.models.capture import watch
+from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.class_names import class_labels, knows_classes
-from moee_analysis.models.evaluation_mode import evaluating
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers, moe_names

@@ -15,8 +15,7 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, model_of
 from moee_analysis.measure.routing.routes import Routes, routes
 from moee_analysis.measure.routing.tables import add_caption
-from moee_analysis.models.capture import capture
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_names
 from moee_analysis.utils.checks import whole_number

@@ -13,8 +13,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.resolve import batches_of
 from moee_analysis.measure.routing.tables import add_caption
-from moee_analysis.models.capture import watch
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.survey import survey
 
 

@@ -19,7 +19,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.top_patches import Typical
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.progress import progress

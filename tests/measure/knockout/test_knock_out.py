@@ -15,7 +15,7 @@ from moee_analysis.measure.knockout.intervention import (
     mean_outputs,
     removed,
 )
-from moee_analysis.models.evaluation_mode import evaluating
+from moee_analysis.models.capture import evaluating
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import ConstantRouter
 from tests.helpers.colours import COLOURS, colour_model, coloured_images

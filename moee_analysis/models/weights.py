@@ -1,0 +1,295 @@
+"""Weights from files, as others saved them, and the hub that some are fetched from.
+
+Files are safetensors, or the checkpoints of training scripts. Wrappers and prefixes are looked
+through; sizes and channels are resampled as timm does.
+"""
+
+import argparse
+import logging
+import os
+import pickle
+import re
+import socket
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import numpy as np
+import torch
+from huggingface_hub import constants as hub
+from safetensors import SafetensorError, safe_open
+from timm.models import adapt_input_conv
+from torch import nn
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.models.unwrapping import stated_modules
+from moee_analysis.utils.progress import tell
+from moee_analysis.utils.storage.files import check_file
+
+Tensors = dict[str, torch.Tensor]
+
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+WRAPPERS = (*AVERAGED, "state_dict", "model", "model_state_dict", "model_state", "net", "network",
+            "module", "weights")  # fmt: skip
+"""Keys that training scripts put a state dict under, the best first: averaged weights."""
+
+DEEP = 3  # wrappers within each other
+HARMLESS = [
+    argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
+]  # fmt: skip
+"""Plain data beside the weights: the options of a training, NumPy's numbers."""
+
+SAVE_ALONE = (
+    "save the state dict alone, where the file was made: save model.state_dict(), best by "
+    "safetensors.torch.save_file"
+)
+USUAL = r"(?:module|_orig_mod|model|backbone|encoder)\."
+"""What training scripts put before the names, preferred where a file holds several networks."""
+
+INSIDE = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+"""What compiling, sharding and recomputing put before the names of a network's parts."""
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read a state dict and its metadata from ``.safetensors``, or from a checkpoint of PyTorch's.
+
+    Of a checkpoint the weights are found by the usual names, averaged ones (EMA) preferred. Nothing
+    but tensors and plain data is ever read.
+    """
+    check_file(path, expected="a weights file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise MoeeError("a weights file that can be read", str(error), "check the path") from None
+    if path.suffix != ".safetensors":
+        return _state_dict(_read_checkpoint(path), path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise MoeeError(
+            f"a complete safetensors file at '{path}'", str(error), "fetch or save it again"
+        ) from None
+
+
+def _read_checkpoint(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f"an object of {named[1]}" if named else "something else"
+        raise MoeeError(
+            f"a checkpoint of tensors and plain data at '{path}'",
+            f"{found}, which could run code when it is read (UnpicklingError)", SAVE_ALONE,
+        ) from None  # fmt: skip
+    except Exception as error:  # a damaged file can break the reader in any way
+        raise MoeeError(
+            f"a checkpoint of tensors at '{path}'", f"something else ({type(error).__name__})",
+            f"fetch or save it again; else {SAVE_ALONE}",
+        ) from None  # fmt: skip
+
+
+def _state_dict(content: Any, path: Path) -> Tensors:
+    """The weights of a checkpoint, inside the wrappers that training scripts put around them."""
+    tensors, passed = _unwrap(content)
+    if not tensors:
+        keys = map(str, content) if isinstance(content, Mapping) and content else None
+        raise MoeeError(
+            f"a state dict (name -> tensor) in '{path}', or under one of {', '.join(WRAPPERS)}",
+            f"a {type(content).__name__}" + (f" with the keys {_three([*keys])}" if keys else ""),
+            SAVE_ALONE,
+        )
+    for key in set(passed) & set(AVERAGED):
+        tell(f"weights: those of '{key}' in {path.name}, the averaged ones (EMA)")
+    return tensors
+
+
+def _unwrap(content: Any, depth: int = DEEP) -> tuple[Tensors, tuple[str, ...]]:
+    """The tensors of ``content``, or of the first wrapper in it that has more; the keys to them."""
+    if not isinstance(content, Mapping):
+        return {}, ()
+    own = {n: t for n, t in content.items() if isinstance(n, str) and torch.is_tensor(t)}
+    for key in WRAPPERS if depth else ():
+        inner, keys = _unwrap(content.get(key), depth - 1)
+        if len(inner) > len(own):  # beside a state dict stand single numbers
+            return inner, (key, *keys)
+    return own, ()
+
+
+def fit_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Load weights into ``model``, resampled as timm does where sizes or channels are others.
+
+    Raises MoeeError: two networks in the file; tensors that are missing, surplus or of another
+    shape.
+    """
+    expected = model.state_dict()
+    fitted, prefix = _without_prefix(tensors, set(expected))
+    if prefix:
+        left = [n for n, t in tensors.items() if not any(t is own for own in fitted.values())]
+        left = [n for n in left if not n.startswith(prefix)]
+        others = f"; left {len(left)} tensors outside it, such as {left[0]}" if left else ""
+        tell(f"weights: taken from behind the prefix '{prefix}' in {source}{others}")
+    if differences(expected, fitted):
+        fitted = _resample(model, fitted, source)
+    wrong = differences(expected, fitted)
+    if wrong:
+        through = f", looked for behind the prefix '{prefix}'" if prefix else ""
+        raise MoeeError(
+            f"the tensors of {type(model).__name__} in '{source}'{through}", wrong,
+            "name the architecture that the file belongs to (--model), and its --img-size and "
+            "--in-chans where they are not the usual ones; or save it with the names of timm's "
+            "model",
+        )  # fmt: skip
+    model.load_state_dict(fitted)
+
+
+def count_classes_in(tensors: Tensors, model: nn.Module, path: Path) -> int:
+    """How many classes the weights in a file tell apart; 0 where they are of no classifier."""
+    heads = tuple(f"{head}." for head in stated_modules(model, "classifier"))
+    if not heads or not model.num_classes:
+        return model.num_classes
+    own, _ = _without_prefix(tensors, set(model.state_dict()))
+    for rename in (dict, partial(_filter, model)):  # as they are called, then as timm has them
+        named = rename(own)
+        given = [named[f"{head}weight"] for head in heads if f"{head}weight" in named]
+        if given:
+            return len(given[0])
+        if any(name.startswith(heads) for name in named):
+            return model.num_classes
+    tell(f"weights: no classifier in {path}: a model of features (num_classes=0)")
+    return 0
+
+
+def differences(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Names and shapes in which ``tensors`` differ: three of each kind, and how many; or ""."""
+    own = {name: tuple(t.shape) for name, t in expected.items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    kinds = {
+        "missing": [name for name in own if name not in given],
+        "not in the model": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} is {given[name]}, not {shape}"
+            for name, shape in own.items()
+            if given.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(f"{kind}: {_three(names)}" for kind, names in kinds.items() if names)
+
+
+def _three(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _without_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> tuple[Tensors, str]:
+    """The tensors of a network by its own ``names``, and the prefix they had in the file.
+
+    Tensors outside the prefix belong to something else; only those that have one of the network's
+    names, with a part of the prefix or none, are taken along.
+    """
+    tensors = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
+    prefix = _find_prefix(tensors, names)
+    found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    parts = prefix.split(".")[:-1]
+    for depth in range(len(parts) - 1, -1, -1):
+        shorter = "".join(f"{part}." for part in parts[:depth])
+        missing = names - found.keys()
+        found |= {name: tensors[shorter + name] for name in missing if shorter + name in tensors}
+    return found, prefix
+
+
+def _without_wrappers(name: str) -> str:
+    """``name`` without what compiling and sharding put into the middle of it."""
+    first = re.match(rf"(?:{USUAL})+|[^.]*\.?", name)[0]
+    return first + re.sub(INSIDE, "", name[len(first) :])
+
+
+def _find_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> str:
+    """The prefix behind which most of ``names`` stand; "" where there is none."""
+    counts = Counter(
+        "".join(f"{part}." for part in key[:depth])
+        for key in (name.split(".") for name in tensors)
+        for depth in range(len(key))
+        if ".".join(key[depth:]) in names
+    )
+    most = max(counts.values(), default=0)
+    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 (of characters is meant)
+    shared = re.match(f"(?:{USUAL})*", common)[0]
+    if (shared and counts[shared] == most) or 2 * most < len(names):  # named in another way
+        return shared
+    best = [prefix for prefix, count in counts.items() if count == most]
+    averaged = [prefix for prefix in best if re.search(r"(^|[._])ema([._]|$)", prefix)]
+    usual = [prefix for prefix in best if re.fullmatch(f"(?:{USUAL})*", prefix)]
+    chosen = averaged or usual or best
+    if len(chosen) > 1:
+        networks = ", ".join(f"'{prefix}'" for prefix in chosen)
+        raise MoeeError(
+            "weights of one network", f"several that fit, behind {networks}",
+            "save the one that is meant alone",
+        )  # fmt: skip
+    return chosen[0]
+
+
+def _resample(model: nn.Module, tensors: Tensors, source: str) -> Tensors:
+    """``tensors`` as timm's own filter for this architecture makes them fit, channels too."""
+    fitted = _filter(model, tensors)
+    for name, first in stated_modules(model, "first_conv").items():
+        if isinstance(first, nn.Conv2d) and f"{name}.weight" in fitted:
+            fitted[f"{name}.weight"] = _adapt(fitted[f"{name}.weight"], first.weight.shape[1])
+    changed = [n for n, t in fitted.items() if n in tensors and t.shape != tensors[n].shape]
+    if changed:
+        shapes = (f"{n} {tuple(tensors[n].shape)} -> {tuple(fitted[n].shape)}" for n in changed[:3])
+        tell(f"weights: resampled for this model's images: {', '.join(shapes)} ({source})")
+    return fitted
+
+
+def _filter(model: nn.Module, tensors: Tensors) -> Tensors:
+    """``tensors`` as timm's own filter for this architecture renames and resamples them."""
+    module = sys.modules[type(model).__module__]
+    filter_weights = getattr(module, "checkpoint_filter_fn", lambda tensors, _model: tensors)
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.INFO)  # what timm says of it is told in one line
+        return dict(filter_weights(dict(tensors), model))
+    except Exception:  # a foreign file can break timm's filter in any way; the misfits are named
+        return dict(tensors)
+    finally:
+        logging.disable(before)
+
+
+def _adapt(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """Weights of a first convolution for so many channels, as timm adapts them; from one, too."""
+    if weight.ndim != 4 or weight.shape[1] == channels:
+        return weight
+    if weight.shape[1] == 1:  # of equal channels, each contributes its share
+        return weight.expand(-1, channels, -1, -1) / channels
+    return adapt_input_conv(channels, weight) if weight.shape[1] == 3 else weight
+
+
+@contextmanager
+def hub_access() -> Iterator[None]:
+    """While open, the hub's client looks in its cache alone if the hub cannot be reached."""
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or not _hub_answers()
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; saves its client a minute of retries when it cannot."""
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((urlsplit(hub.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
