@@ -1,6 +1,7 @@
 """The MoE layer: an MLP whose tokens each use the hidden neurons of their own experts."""
 
 import copy
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,7 @@ class MoeMlp(nn.Module):
         self.register_buffer("mask", self._mask(), persistent=False)
         self.strategy: Strategy | None = None
         self.choices: dict[Hashable, Choice] = {}
+        self._batches: Counter[Hashable] = Counter()
         self._groups: dict[int | None, ExpertGroups] = {}
         self.register_load_state_dict_post_hook(MoeMlp._forget)
 
@@ -97,14 +99,20 @@ class MoeMlp(nn.Module):
         return dispatch.IN_GROUPS[strategy.name](self.weights, groups, tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
-        """The strategy that is set, or the fastest, measured once for about as many tokens."""
+        """The strategy that is set, or the fastest, measured once for about as many tokens.
+
+        It is measured when there have been a few such batches (``autotune.FEW``).
+        """
         if self.strategy is not None:
             return Choice(self.strategy, "set")
         reason = autotune.reason_for_masked(tokens, self, macs=2 * self.fc1.weight.numel())
         if reason:
             return Choice(autotune.MASKED, reason)
         key = autotune.situation(tokens)
+        self._batches[key] += 1
         if key not in self.choices:
+            if autotune.is_early(self._batches[key]):
+                return Choice(autotune.MASKED, f"measured from batch {autotune.FEW + 1} on")
             compute = partial(self.compute, tokens, chosen)
             self.choices[key] = autotune.choose_fastest(compute, tokens, experts=self.n_experts)
         return self.choices[key]
@@ -157,6 +165,7 @@ class MoeMlp(nn.Module):
         self.mask = self._mask()
         self._groups.clear()
         self.choices.clear()
+        self._batches.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._groups.clear()  # of another device

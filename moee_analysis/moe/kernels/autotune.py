@@ -1,7 +1,9 @@
 """Which strategy computes a layer fastest, found by measuring once, and why."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +13,12 @@ from moee_analysis.models.capture import is_traced
 from moee_analysis.moe.kernels.dispatch import Strategy
 
 LITTLE = 20_000_000  # MACs below which no strategy is faster than another by much
+FEW = 8  # batches that are not measured for: to measure takes as long as some of them
 ENOUGH = 0.01  # seconds after which a strategy need not be timed again
 GROUPS = (2, 4, 16, 64)  # of experts; tried beside every expert by itself
 AGAIN, CLOSE = 2, 1.5  # times that those no slower than this, in shares of the fastest, are timed
 MASKED = Strategy("masked")
+_AT_ONCE = ContextVar("at_once", default=False)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,21 @@ def reason_for_masked(tokens: torch.Tensor, module: nn.Module, *, macs: int) -> 
         return "gradients are wanted"
     little = macs * len(tokens) < LITTLE
     return f"{len(tokens)} tokens are too little work to divide" if little else ""
+
+
+@contextmanager
+def measuring_at_once() -> Iterator[None]:
+    """While open, the strategies are measured for the first batch there is."""
+    token = _AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        _AT_ONCE.reset(token)
+
+
+def is_early(batches: int) -> bool:
+    """Whether there have been too few ``batches`` of about as many tokens to measure for them."""
+    return batches <= FEW and not _AT_ONCE.get()
 
 
 def situation(tokens: torch.Tensor) -> Hashable:

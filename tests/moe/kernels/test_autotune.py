@@ -18,6 +18,7 @@ WORTH = LITTLE // (2 * DIM * HIDDEN) + 1  # tokens that are worth measuring
 @pytest.fixture
 def layer(monkeypatch):
     monkeypatch.setattr(autotune, "ENOUGH", 1e-9)
+    monkeypatch.setattr(autotune, "FEW", 0)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     experts = [np.sort(rng.permutation(HIDDEN)[:100]) for _ in range(EXPERTS - 1)]
@@ -49,6 +50,21 @@ def test_measuring_is_done_once_for_about_as_many_tokens_and_as_many_threads(lay
     assert len(layer.choices) == 3
     layer.load_state_dict(layer.state_dict())  # perhaps of other lists
     assert not layer.choices
+
+
+def test_few_batches_are_not_worth_measuring_but_by_those_who_time_a_model(layer, monkeypatch):
+    monkeypatch.setattr(autotune, "FEW", 2)
+    x = torch.randn(WORTH, DIM)
+    outs = [layer(x), layer(x)]
+    assert not layer.choices
+    assert layer.choose_strategy(x[:9], layer.router(x[:9])).strategy == autotune.MASKED
+    outs.append(layer(x))
+    assert len(layer.choices) == 1
+    torch.testing.assert_close(outs[0], outs[2])
+    with autotune.measuring_at_once():
+        layer(torch.randn(4 * WORTH, DIM))
+    assert len(layer.choices) == 2
+    assert autotune.is_early(1)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
