@@ -21,7 +21,7 @@ from moee_analysis import measure, plots
 from moee_analysis.cli.parser import FINETUNE_SETTINGS, add_options, settings
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.training.finetune import finetune
-from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils.storage.files import write_json
 
 TUNED = {name: read for name, read in FINETUNE_SETTINGS.items() if name != "seed"}

@@ -24,7 +24,7 @@ from moee_analysis.baselines.jetpack_study import JETPACK, PRETRAINED, JetpackSt
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.measure import Trainings
 from moee_analysis.models.loading import BUNDLED, architecture, load_model
-from moee_analysis.training.supervised_config import SupervisedConfig
+from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.utils.storage.files import write_json
 
 Write = Callable[[str, Any, pd.DataFrame], None]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moee_analysis.training.finetune import Finetuned as Finetuned
     from moee_analysis.training.finetune import finetune as finetune
     from moee_analysis.training.finetune import history_of as history_of
-    from moee_analysis.training.finetune_config import FinetuneConfig as FinetuneConfig
+    from moee_analysis.training.config import FinetuneConfig as FinetuneConfig
 
 _PUBLIC = {
     "data.images": ("load_images",),
@@ -43,7 +43,7 @@ _PUBLIC = {
     "models.survey": ("survey",),
     "moe.layer": ("set_dispatch",),
     "training.finetune": ("Finetuned", "finetune", "history_of"),
-    "training.finetune_config": ("FinetuneConfig",),
+    "training.config": ("FinetuneConfig",),
 }
 prepare_caches()
 _PLACES = {name: place for place, names in _PUBLIC.items() for name in names}

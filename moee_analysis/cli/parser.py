@@ -17,8 +17,8 @@ from moee_analysis.extraction.config import (
     RECIPES,
     ExtractConfig,
 )
-from moee_analysis.training import finetune_config
-from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training import config as training_config
+from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils.environment import version
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ FINETUNE_SETTINGS = {
     "epochs": values.whole(), "learning_rate": values.real(above=0), "batch_size": values.whole(),
     "accumulate": values.whole(), "weight_decay": values.real(least=0),
     "block_weight": values.real(least=0), "ema": values.part, "held_out": values.part,
-    "patience": values.whole(), "seed": values.seed, **finetune_config.CHOICES,
+    "patience": values.whole(), "seed": values.seed, **training_config.CHOICES,
 }  # fmt: skip
 
 COMMANDS: dict[str, tuple[Options, commands.Command]] = {

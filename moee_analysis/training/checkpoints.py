@@ -33,10 +33,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Progress:
-    """The ``rows`` of a training's history, epoch ``best`` of them, and its end.
-
-    ``stopped`` says why it ended before its time; "" where it has not.
-    """
+    """The ``rows`` of a training's history, the ``best`` epoch, and why it ``stopped`` early."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: int = 0
@@ -56,23 +53,18 @@ def save_checkpoint(
     ``key`` says of which training it is. Of several processes the first one saves, for all.
     """
     if rank() == 0:
-        _save(folder, progress, groups, key)
-    all_sum(torch.zeros(1))  # none goes on before it is there
-
-
-def _save(folder: Path, progress: Progress, groups: Mapping[str, Tensors], key: str) -> None:
-    file = f"checkpoint-{progress.epochs}.safetensors"
-    copies = {  # a weight with several names is several tensors of the file
-        f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
-        for group, own in groups.items()
-        for name, t in own.items()
-    }
-    write_tensors(folder / file, copies, {"key": key, "epochs": progress.epochs})
-    write_signed(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
-    write_text(folder / METRICS, pd.DataFrame(progress.rows).to_csv(index=False))
-    for older in folder.glob("checkpoint-*.safetensors"):
-        if older.name != file:
+        file = f"checkpoint-{progress.epochs}.safetensors"
+        copies = {  # a weight with several names is several tensors of the file
+            f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
+            for group, own in groups.items()
+            for name, t in own.items()
+        }
+        write_tensors(folder / file, copies, {"key": key, "epochs": progress.epochs})
+        write_signed(folder / FACTS, {"key": key, "tensors": file, **asdict(progress)})
+        write_text(folder / METRICS, pd.DataFrame(progress.rows).to_csv(index=False))
+        for older in set(folder.glob("checkpoint-*.safetensors")) - {folder / file}:
             older.unlink()
+    all_sum(torch.zeros(1))  # none goes on before it is there
 
 
 def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:

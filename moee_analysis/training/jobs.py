@@ -4,23 +4,21 @@ import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.benchmark import set_torch_threads
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.training.batches import Loaded
+from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.training.supervised import train
-from moee_analysis.training.supervised_config import SupervisedConfig
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.signals import die_after
 from moee_analysis.utils.storage.files import write_json
@@ -61,15 +59,21 @@ class TrainingBench:
         if workers > 1 and len(missing) > 1:
             doing = self._side_by_side(missing, min(workers, len(missing)))
         else:
-            doing = (self.do(job, folder) for folder, job in missing.items())
+            doing = map(self.do, missing.values(), missing)
         deque(progress(doing, label="trainings", total=len(missing)), maxlen=0)
         return folders
 
     def folder(self, job: TrainingJob) -> Path:
         """Where a job is, or will be, kept: by everything that decides it."""
+        plain = (int, float, str, type(None))
+        settings = {  # what modules were told beside their weights: rates of dropout, noise
+            name: {"": type(module).__name__}
+            | {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "training"}
+            for name, module in job.model.named_modules()
+        }
         key = content_key(
             model=fingerprint(job.model),
-            settings=_settings(job.model),
+            settings=settings,
             training=self.training.fingerprint,
             images=self.images.fingerprint,
             config=asdict(job.config),
@@ -89,7 +93,7 @@ class TrainingBench:
             both = (Loaded.of(images, job.model) for images in (self.training, self.images))
             self.loaded = tuple(both)
         training, images = self.loaded
-        with _one_thread():
+        with set_torch_threads(1):
             trained = train(job.model, training, job.config, check=images)
         trained.history.to_csv(folder / HISTORY, index=False)
         np.save(folder / RIGHT, trained.right)
@@ -98,14 +102,16 @@ class TrainingBench:
 
     def _side_by_side(self, missing: dict[Path, TrainingJob], workers: int) -> Iterator[None]:
         """Do jobs in fresh processes, each of which loads the images once."""
-        bare = TrainingBench(self.training, self.images, self.store)
-        with (
-            ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(bare,)
-            ) as pool,
-            _stopped_with_us(pool),
-        ):
-            yield from pool.map(_do, missing.values(), missing)
+        context, bare = multiprocessing.get_context("spawn"), replace(self, loaded=None)
+        others = set(multiprocessing.active_children())
+        with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(bare,)) as pool:
+            try:
+                yield from pool.map(_do, missing.values(), missing)
+            except (KeyboardInterrupt, SystemExit):  # what is under way is not waited for
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
+                raise
 
 
 _OWN: list[TrainingBench] = []  # of a process that was begun for jobs
@@ -118,36 +124,3 @@ def _begin(bench: TrainingBench) -> None:
 
 def _do(job: TrainingJob, folder: Path) -> None:
     _OWN[-1].do(job, folder)
-
-
-@contextmanager
-def _stopped_with_us(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """Where a person or a signal stops us, jobs that are under way are not waited for."""
-    others = set(multiprocessing.active_children())
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What every module is and was told, but for its weights: rates of dropout, noise, numbers."""
-    plain = (int, float, str, type(None))
-    return {
-        name: {"": type(module).__name__}
-        | {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "training"}
-        for name, module in model.named_modules()
-    }

@@ -10,7 +10,7 @@ import rivals
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.comparison import Contest
-from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training.config import FinetuneConfig
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import toy_vit
 from tests.helpers.widened import lively_ones, vit

@@ -13,10 +13,10 @@ from moee_analysis.cli.help import GUIDES
 from moee_analysis.cli.parser import COMMANDS, FINETUNE_SETTINGS, command_parser
 from moee_analysis.extraction import config as extract_config
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.training import finetune_config
-from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training import config as training_config
+from moee_analysis.training.config import FinetuneConfig
 
-CHOICES = {ExtractConfig: extract_config.CHOICES, FinetuneConfig: finetune_config.CHOICES}
+CHOICES = {ExtractConfig: extract_config.CHOICES, FinetuneConfig: training_config.CHOICES}
 FIRST_STEPS = GUIDES["first_steps"]
 EXAMPLES = sorted({line for name in COMMANDS for _, line in GUIDES[name]["examples"]})
 

@@ -16,7 +16,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record import recording, token_source
 from moee_analysis.training.finetune import finetune
-from moee_analysis.training.finetune_config import FinetuneConfig
+from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils.distributed import rank, together
 from tests.helpers.images import toy_images
 from tests.helpers.models import lively, toy_vit

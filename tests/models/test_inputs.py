@@ -12,7 +12,7 @@ from moee_analysis.models.inputs import blank, data_config, input_size, model_tr
 from moee_analysis.models.loading import build_model, load_model
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import moe_layers
-from moee_analysis.training.augmentation import training_transform
+from moee_analysis.training.batches import training_transform
 from moee_analysis.training.batches import Loaded
 from moee_analysis.training.finetune import finetune
 from tests.helpers.images import picture, toy_images

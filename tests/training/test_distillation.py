@@ -1,13 +1,29 @@
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from moee_analysis.models.capture import capture
-from moee_analysis.training.distillation import block_errors, compared_blocks, divergences
-from tests.helpers.models import toy_moe, toy_swin, toy_vit
+from moee_analysis.models.loading import find_mlps
+from moee_analysis.moe.kernels.dispatch import Strategy
+from moee_analysis.moe.layer import moe_layers, set_dispatch
+from moee_analysis.training.distillation import (
+    block_errors,
+    choice_loss,
+    compared_blocks,
+    divergences,
+    find_learners,
+    nearest_experts,
+    probabilities,
+    straight_through,
+    trainable_routers,
+    watch_learners,
+)
+from tests.helpers.models import hooks_of, toy_kinds, toy_moe, toy_swin, toy_vit
 
-X = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def slow_divergence(student, dense, temperature):
@@ -44,19 +60,148 @@ def test_errors_of_blocks_are_relative_and_of_each_image():
     with capture(dense, names, "outputs") as wanted, capture(student, names, "outputs") as found:
         dense(X)
         student(X)
-    errors = block_errors(found, wanted, 5)
+    errors = block_errors(found, wanted, 3)
     slow = [
         sum(
             float((found[n][i] - wanted[n][i]).square().sum() / wanted[n][i].square().sum())
             for n in names
         )
         / len(names)
-        for i in range(5)
+        for i in range(3)
     ]
     assert errors.tolist() == pytest.approx(slow, rel=1e-5)
-    assert block_errors(wanted, wanted, 5).tolist() == [0.0] * 5
+    assert block_errors(wanted, wanted, 3).tolist() == [0.0] * 3
     windows = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
     off = windows.clone()
     off[2:4] *= 1.1  # the second image of three, in two windows
     errors = block_errors({"b": off}, {"b": windows}, 3)
     assert errors.tolist() == pytest.approx([0, 0.01, 0], abs=1e-6)
+
+
+# Routers that learn
+
+
+def routed(kind):
+    model = toy_moe(toy_vit()) if kind == "alike" else toy_kinds(toy_vit())
+    set_dispatch(model, "masked")
+    return model
+
+
+KINDS = pytest.mark.parametrize("kind", ["alike", "kinds"])
+
+
+@KINDS
+def test_probabilities_are_highest_for_the_chosen_expert(kind):
+    model = routed(kind)
+    x = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(1))
+    for each in find_learners(model).values():
+        p = probabilities(each.router, x[:, each.leading :])
+        torch.testing.assert_close(p.sum(dim=1), torch.ones(len(p)))
+        chosen = each.layer.router(x).reshape(3, 17)[:, each.leading :].flatten()
+        assert torch.equal(p.argmax(dim=1) + each.first, chosen)
+
+
+def test_layers_without_a_choice_learn_none():
+    assert list(find_learners(routed("alike"))) == [f"blocks.{n}.mlp" for n in range(3)]
+    assert not find_learners(toy_vit())
+    assert not find_learners(toy_moe(toy_vit(), n_experts=1))
+
+
+@KINDS
+def test_straight_through_outputs_stay_and_routers_get_gradients(kind):
+    model, before = routed(kind), routed(kind)(X)
+    hooks = hooks_of(model)
+    with trainable_routers(model), straight_through(model):
+        out = model(X)
+        torch.testing.assert_close(out, before, rtol=1e-4, atol=1e-5)
+        model.forward_features(X).square().sum().backward()  # nothing else reads the last patches
+        for each in find_learners(model).values():
+            own = dict(each.router.named_parameters())
+            assert own
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in own.values())
+    assert hooks_of(model) == hooks
+
+
+@KINDS
+def test_the_gradient_is_that_of_a_gate_by_the_probability(kind):
+    """Against outputs that are multiplied by the probability itself."""
+    model = routed(kind)
+    layer, each = moe_layers(model)[0], find_learners(model)["blocks.0.mlp"]
+    x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(3))
+    with trainable_routers(model):
+        router_weight = next(each.router.parameters())
+        with straight_through(model):
+            (layer(x) * weights).sum().backward()
+        found, router_weight.grad = router_weight.grad.clone(), None
+        outputs = layer(x).detach() - layer.fc2.bias.detach()
+        p = probabilities(each.router, x[:, each.leading :]).amax(dim=1).reshape(2, -1)
+        gated = outputs[:, each.leading :] * p[..., None]
+        (gated * weights[:, each.leading :]).sum().backward()
+        torch.testing.assert_close(router_weight.grad, found, rtol=1e-4, atol=1e-5)
+
+
+@KINDS
+def test_routers_are_buffers_again_afterwards_with_what_they_learned(kind):
+    model = routed(kind)
+    names = list(model.state_dict())
+    with pytest.raises(RuntimeError, match="broken"), trainable_routers(model):
+        raise RuntimeError("broken")
+    assert not list(next(iter(find_learners(model).values())).router.parameters())
+    with trainable_routers(model):
+        assert sorted(model.state_dict()) == sorted(names)
+        router = next(iter(find_learners(model).values())).router
+        with torch.no_grad():
+            next(router.parameters()).add_(1.0)
+        learned = next(router.parameters()).detach().clone()
+    assert not list(router.parameters())
+    assert torch.equal(next(router.buffers()), learned)
+    assert list(model.state_dict()) == names
+
+
+@KINDS
+def test_the_nearest_expert_is_found_as_by_trying_each_alone(kind):
+    model, dense = routed(kind), toy_vit()
+    with watch_learners(model) as seen:
+        model(X)
+    for site in find_mlps(dense):
+        each, mlp = seen[site.name], site.module(dense)
+        for token, found in zip(each.tokens, nearest_experts(each, mlp), strict=True):
+            errors = []
+            for expert in range(each.first, each.layer.n_experts):
+                chosen = torch.full((1, 1), expert)
+                y = each.layer.compute(token[None], chosen, Strategy("sorted"))
+                errors.append(float((y - mlp(token[None])).square().sum()))
+            assert found == np.argmin(errors)
+
+
+def test_only_tokens_that_have_a_choice_are_seen():
+    model = routed("kinds")
+    with watch_learners(model) as seen, capture(model, ["blocks.0.mlp"]) as inputs:
+        model(X)
+    patches = inputs["blocks.0.mlp"][:, 1:].flatten(0, 1)
+    assert torch.equal(seen["blocks.0.mlp"].tokens, patches)  # and not CLS
+
+
+@KINDS
+def test_the_auxiliary_task_is_learned_and_teaches_routers_alone(kind):
+    model, dense = routed(kind), toy_vit()
+    before = copy.deepcopy(model.state_dict())
+    with trainable_routers(model), watch_learners(model) as seen:
+        model.requires_grad_(requires_grad=True)
+        own = [p for each in seen.values() for p in each.router.parameters()]
+        optimizer = torch.optim.Adam(own, lr=0.05)
+        losses = []
+        for _ in range(30):
+            model(X)
+            loss = choice_loss(seen, dense)
+            optimizer.zero_grad()
+            loss.backward()
+            assert moe_layers(model)[0].fc1.weight.grad is None
+            optimizer.step()
+            losses.append(loss.item())
+        model.requires_grad_(requires_grad=False)
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed
+    assert all(".router." in name for name in changed)

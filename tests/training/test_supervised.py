@@ -14,10 +14,10 @@ from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, conv
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import replace_module
-from moee_analysis.training.batches import Loaded, training_batches
+from moee_analysis.training.batches import Loaded
+from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.training.loop import Loop
 from moee_analysis.training.supervised import parameter_groups, right_of, train
-from moee_analysis.training.supervised_config import SupervisedConfig
 from tests.helpers.images import toy_images
 from tests.helpers.models import same_models, toy_vit
 
@@ -165,37 +165,6 @@ def test_rates_and_decay_by_group():
     assert [group["param_names"] for group in groups] == [["0.weight"], ["0.bias"]]
     with pytest.raises(MoeeError, match="which layers"):
         parameter_groups(unnamed, weight_decay=0.1, layer_decay=0.5)
-
-
-def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
-    model = toy_vit()
-    loaded = Loaded.of(TRAINING, model)
-    whole = torch.cat(list(TRAINING.batches(model)))
-    config = SupervisedConfig(steps=9, batch_size=10, label_smoothing=0.0)
-    batches = list(training_batches(loaded, model, config))
-    x, targets = (torch.cat(part) for part in zip(*batches, strict=True))
-    same = ((x[:, None] - whole) ** 2).flatten(2).mean(2)
-    mirrored = ((x[:, None] - whole.flip(3)) ** 2).flatten(2).mean(2)
-    best, which = torch.minimum(same, mirrored).min(dim=1)
-    assert best.max() < 1e-10
-    assert 20 < (mirrored.min(dim=1).values < 1e-10).sum() < 70
-    for each_pass in which.split(30):
-        assert sorted(each_pass.tolist()) == list(range(30))
-    assert not torch.equal(which[:30], which[30:60])
-    assert torch.equal(targets.argmax(dim=1), loaded.labels[which])
-
-
-def test_labels_are_smoothed_and_mixed():
-    model = toy_vit()
-    loaded = Loaded.of(TRAINING, model)
-    (_, targets), *_ = training_batches(loaded, model, SupervisedConfig(steps=1, batch_size=10))
-    assert targets.sum(dim=1).tolist() == pytest.approx([1] * 10)
-    assert targets.max(dim=1).values.tolist() == pytest.approx([0.9 + 0.1 / 6] * 10)
-    (_, mixed), *_ = training_batches(
-        loaded, model, SupervisedConfig(steps=1, batch_size=10, mixup=5.0)
-    )
-    assert mixed.sum(dim=1).tolist() == pytest.approx([1] * 10)
-    assert (mixed > 0.1).sum() > 10
 
 
 def test_the_learning_rate_warms_up_and_falls_to_one_percent(monkeypatch):

@@ -20,8 +20,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.record.token_source import Limits
 from moee_analysis.measure.evaluation.comparison import Contest
-from moee_analysis.training.finetune_config import FinetuneConfig
-from moee_analysis.training.supervised_config import SupervisedConfig
+from moee_analysis.training.config import FinetuneConfig, SupervisedConfig
 from moee_analysis.utils import checks
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_moe, toy_vit

@@ -16,8 +16,8 @@ from moee_analysis.measure.evaluation.engine import costs_of
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.macs import count
+from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.finetune import Finetuned, finetune
-from moee_analysis.training.finetune_config import FinetuneConfig
 from moee_analysis.utils.progress import progress
 
 SCORES = ["top1", "retention", "agreement", "kl"]

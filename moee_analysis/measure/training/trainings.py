@@ -14,8 +14,8 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.training.jobs import HISTORY, RIGHT, WEIGHTS, TrainingBench, TrainingJob
-from moee_analysis.training.supervised_config import SupervisedConfig
 from moee_analysis.utils.checks import seed_number
 
 Start = Callable[[int], nn.Module]

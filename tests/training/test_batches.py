@@ -6,18 +6,21 @@ import torch
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import model_transform
-from moee_analysis.training import augmentation
-from moee_analysis.training.augmentation import (
+from moee_analysis.training import batches as training
+from moee_analysis.training.batches import (
     AUGMENTATIONS,
     Augmented,
+    Loaded,
     epoch_batches,
     seeded,
+    training_batches,
     training_transform,
 )
-from moee_analysis.utils import distributed
+from moee_analysis.training.config import SupervisedConfig
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_vit
 
+TRAINING = toy_images(48).take(range(30))
 CPU = torch.device("cpu")
 
 
@@ -73,15 +76,42 @@ def test_every_image_is_seen_once_an_epoch_in_another_order():
 
 
 def test_processes_share_out_every_batch(monkeypatch):
-    (whole,) = [torch.cat(list(epoch_batches(epoch(count=11), 4, device=CPU)))]
-    parts = []
+    whole, parts = torch.cat(list(epoch_batches(epoch(count=11), 4, device=CPU))), []
     for number in (0, 1):
-        monkeypatch.setattr(augmentation, "rank", lambda number=number: number)
-        monkeypatch.setattr(augmentation, "processes", lambda: 2)
+        monkeypatch.setattr(training, "rank", lambda number=number: number)
+        monkeypatch.setattr(training, "processes", lambda: 2)
         parts.append(list(epoch_batches(epoch(count=11), 4, device=CPU)))
-    assert distributed.processes() == 1
-    assert [len(batch) for batch in parts[0]] == [2, 2, 2]
-    assert [len(batch) for batch in parts[1]] == [2, 2, 1]
-    together = torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)])
-    known = {image.sum().item() for image in whole}
-    assert {image.sum().item() for image in together} == known
+    assert [[len(batch) for batch in own] for own in parts] == [[2, 2, 2], [2, 2, 1]]
+    images = [image.sum().item() for own in parts for batch in own for image in batch]
+    assert sorted(images) == sorted(image.sum().item() for image in whole)
+
+
+def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
+    model = toy_vit()
+    loaded = Loaded.of(TRAINING, model)
+    whole = torch.cat(list(TRAINING.batches(model)))
+    config = SupervisedConfig(steps=9, batch_size=10, label_smoothing=0.0)
+    batches = list(training_batches(loaded, model, config))
+    x, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    same = ((x[:, None] - whole) ** 2).flatten(2).mean(2)
+    mirrored = ((x[:, None] - whole.flip(3)) ** 2).flatten(2).mean(2)
+    best, which = torch.minimum(same, mirrored).min(dim=1)
+    assert best.max() < 1e-10
+    assert 20 < (mirrored.min(dim=1).values < 1e-10).sum() < 70
+    for each_pass in which.split(30):
+        assert sorted(each_pass.tolist()) == list(range(30))
+    assert not torch.equal(which[:30], which[30:60])
+    assert torch.equal(targets.argmax(dim=1), loaded.labels[which])
+
+
+def test_labels_are_smoothed_and_mixed():
+    model = toy_vit()
+    loaded = Loaded.of(TRAINING, model)
+    (_, targets), *_ = training_batches(loaded, model, SupervisedConfig(steps=1, batch_size=10))
+    assert targets.sum(dim=1).tolist() == pytest.approx([1] * 10)
+    assert targets.max(dim=1).values.tolist() == pytest.approx([0.9 + 0.1 / 6] * 10)
+    (_, mixed), *_ = training_batches(
+        loaded, model, SupervisedConfig(steps=1, batch_size=10, mixup=5.0)
+    )
+    assert mixed.sum(dim=1).tolist() == pytest.approx([1] * 10)
+    assert (mixed > 0.1).sum() > 10
