@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,9 +63,8 @@ class Accumulator(ABC):
     @property
     def facts(self) -> dict[str, str]:
         """All that decides the sums beside the tokens, as plain JSON values."""
-        compared = [field.name for field in fields(self) if field.compare]
-        own = {name: _digest(getattr(self, name)) for name in compared}
-        return {"sums": type(self).__name__, **own}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+        return {"sums": type(self).__name__} | {name: _digest(v) for name, v in own.items()}
 
 
 def _digest(value: Any) -> str:
@@ -174,11 +173,17 @@ def stored_arrays(
 
 
 def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list[Sums]:
-    """Sums over the tokens of this process, one pass."""
+    """Sums over the tokens of this process, one pass, which goes on where it was last saved."""
     own = [[part.start, part.stop] for part in tokens.chosen]
     key = content_key(own=own, of=[accumulator.facts for accumulator in group])
-    saved = _SavedPass(tokens.root / f"sums-{tokens.key}-{key}" / "sums.safetensors")
-    done, sums = saved.read(group)
+    file = tokens.root / f"sums-{tokens.key}-{key}" / "sums.safetensors"
+    sums: list[Sums] = [
+        {name: torch.zeros(shape, dtype=torch.float64) for name, shape in each.shapes.items()}
+        for each in group
+    ]
+    named = {f"{n}.{name}": values for n, own in enumerate(sums) for name, values in own.items()}
+    begun = saved = time.monotonic()
+    done = _read_saved(file, named)
     sites = {accumulator.site.name: accumulator.site for accumulator in group}
     gradients = any(accumulator.gradients for accumulator in group)
     parts = tokens.parts(list(sites.values()), gradients=gradients, skip=done)
@@ -189,48 +194,24 @@ def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list
         accumulator.update(own, layers[accumulator.site.name])
         if taken % len(group) == 0:
             done += 1
-            saved.save(sums, done, last=done == len(tokens.chosen))
+            last, now = done == len(tokens.chosen), time.monotonic()
+            if now - (begun if last else saved) >= SAVED_AFTER:  # the last ones: if all took long
+                with writing(file):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                write_tensors(file, named, {"parts": done})
+                saved = now
     return sums
 
 
-def _zeros(accumulator: Accumulator) -> Sums:
-    shapes = sorted(accumulator.shapes.items())
-    return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes}
-
-
-@dataclass
-class _SavedPass:
-    """Sums of a pass that is under way; what is saved is whole, whenever the process dies."""
-
-    file: Path
-    begun: float = field(default_factory=time.monotonic)
-    saved: float = field(default_factory=time.monotonic)
-
-    def read(self, group: Sequence[Accumulator]) -> tuple[int, list[Sums]]:
-        """How many parts are done, and their sums; none, and zeros, where none are whole."""
-        sums = [_zeros(accumulator) for accumulator in group]
-        if not self.file.exists():
-            return 0, sums
-        try:
-            tensors, facts = read_signed_tensors(self.file)
-        except MoeeError as error:
-            tell(f"saved sums are damaged, and made again: {error.found} ({self.file})")
-            return 0, sums
-        for number, own in enumerate(sums):
-            for name, values in own.items():
-                values.copy_(tensors[f"{number}.{name}"])
-        return facts["parts"], sums
-
-    def save(self, sums: Sequence[Sums], parts: int, *, last: bool) -> None:
-        """Save the sums of so many parts, unless others were saved not long ago.
-
-        The ``last`` ones are saved if the pass took long.
-        """
-        now = time.monotonic()
-        if now - (self.begun if last else self.saved) < SAVED_AFTER:
-            return
-        tensors = {f"{n}.{name}": v for n, own in enumerate(sums) for name, v in own.items()}
-        with writing(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.file, tensors, {"parts": parts})
-        self.saved = now
+def _read_saved(file: Path, sums: Sums) -> int:
+    """Fill ``sums`` with those saved in ``file``, if they are whole; of how many parts they are."""
+    if not file.exists():
+        return 0
+    try:
+        tensors, facts = read_signed_tensors(file)
+    except MoeeError as error:
+        tell(f"saved sums are damaged, and made again: {error.found} ({file})")
+        return 0
+    for name, values in sums.items():
+        values.copy_(tensors[name])
+    return facts["parts"]

@@ -1,12 +1,9 @@
-"""The metric in which an error of an MLP's output counts as what it does to the prediction.
+"""How far a change of an MLP's output moves the prediction: gradients, and the metric of errors.
 
-For gradients g of ``output_gradients``, Q = E[g g^T] over an
-expert's tokens is the Fisher information of its output: an error e of one token costs about
-e^T Q e / 2 nats of KL divergence. This takes the errors of the tokens of an image as independent,
-as the Kronecker-factored approximation for shared weights does ("expand", Eschenhagen et al.,
-arXiv:2311.00636).
-
-How far a change of an MLP's output moves the prediction: gradients of random probes.
+For gradients g of :func:`output_gradients`, Q = E[g g^T] over an expert's tokens is the Fisher
+information of its output: an error e of one token costs about e^T Q e / 2 nats of KL divergence.
+This takes the errors of the tokens of an image as independent, as the Kronecker-factored
+approximation for shared weights does ("expand", Eschenhagen et al., arXiv:2311.00636).
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,8 +94,8 @@ def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:
     if logits.shape[1] == 1:  # no classes: a small change counts by its square
         return xi
     p = torch.softmax(logits.detach(), dim=-1)
-    root = p.sqrt()
-    return root * xi - p * (root * xi).sum(dim=-1, keepdim=True)
+    scaled = p.sqrt() * xi
+    return scaled - p * scaled.sum(dim=-1, keepdim=True)
 
 
 def output_gradients(
@@ -133,7 +130,13 @@ def output_gradients(
     with evaluating(model), torch.enable_grad(), watch(modules, keep, "outputs"):
         logits = model(x).reshape(len(x), -1)
     for name, seen in calls.items():
-        _check_calls(name, seen, len(x))
+        if len(seen) != 1 or len(seen[0]) % len(x):  # all images, or as many windows of each
+            shapes = ", ".join(str(tuple(output.shape)) for output in seen)
+            raise MoeeError(
+                f"one call of '{name}' with all tokens of {len(x)} images",
+                f"{len(seen)} calls with outputs {shapes or 'of none'}",
+                "record such a model without gradients, or leave this site out",
+            )
     by_probe = []
     for number in range(probes):
         v = probe(logits, [(*seed, number) for seed in seeds])
@@ -143,14 +146,3 @@ def output_gradients(
         )  # fmt: skip
         by_probe.append([g.reshape(len(x), -1, g.shape[-1]).float() for g in gradients])
     return dict(zip(calls, map(torch.stack, zip(*by_probe, strict=True)), strict=True))
-
-
-def _check_calls(name: str, seen: list[torch.Tensor], images: int) -> None:
-    """Refuse a site without exactly one call, of images or as many windows of each."""
-    if len(seen) != 1 or len(seen[0]) % images:
-        shapes = ", ".join(str(tuple(output.shape)) for output in seen)
-        raise MoeeError(
-            f"one call of '{name}' with all tokens of {images} images",
-            f"{len(seen)} calls with outputs {shapes or 'of none'}",
-            "record such a model without gradients, or leave this site out",
-        )
