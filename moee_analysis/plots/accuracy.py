@@ -11,6 +11,7 @@ from moee_analysis.plots import drawing, style, text
 
 _SHARES = ("top1", "low", "high", "reference_top1")
 _RETENTION = ("retention", "retention_low", "retention_high")
+_DOT = {"marker": "o", "ls": "", "color": style.INK, "ms": 6, "mec": style.INK, "mew": 1.3}
 _LINE = {"lw": 1.5, "ms": 4.8, "mec": "white"}
 _OTHERS = {"lw": 0.8, "color": style.PALE, "zorder": 1}
 _FRONTIER = {"lw": 1, "color": "black", "ls": ":", "zorder": 2}
@@ -42,29 +43,24 @@ def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """
     compared = bool(table["retention"].notna().any())
     size = (7.6 if compared else 4.6, 1.15 + 0.32 * len(table))
-    fig, axes = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
+    fig, ((left, *rest),) = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
     shares = drawing.in_percent(table, *_SHARES, *_RETENTION, "agreement")
-    drawing.dots(axes[0, 0], shares, ("top1", "low", "high"))
-    axes[0, 0].set_xlabel("top-1 accuracy (%)")
+    drawing.dots(left, shares, ("top1", "low", "high"))
+    left.set_xlabel("top-1 accuracy (%)")
     facts = f"{table['n_images'].max()} images; bars are 95 % intervals of the image bootstrap"
-    if compared:
-        axes[0, 0].axvline(shares["reference_top1"].max(), **style.REFERENCE)
-        _draw_retention(axes[0, 1], shares)
+    for ax in rest:
+        left.axvline(shares["reference_top1"].max(), **style.REFERENCE)
+        ax.axvline(100, **style.REFERENCE)
+        colours = drawing.dots(ax, shares, _RETENTION)
+        hollow = {"s": 34, "facecolor": "white", "linewidth": 1.3, "zorder": 2}
+        ax.scatter(shares["agreement"], range(len(table)), edgecolor=colours, **hollow)
+        ax.set_xlabel("compared with the reference (%)")
+        for name, face in (("retention", style.INK), ("agreement", "white")):
+            ax.plot([], [], label=name, mfc=face, **_DOT)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.1)
         facts += "; retention is top-1 / the reference's top-1 (grey line), agreement the share "
         facts += "of images with the reference's prediction"
     return style.caption(fig, caption or f"{facts}.")
-
-
-def _draw_retention(ax: Axes, table: pd.DataFrame) -> None:
-    ax.axvline(100, **style.REFERENCE)
-    colours = drawing.dots(ax, table, _RETENTION)
-    hollow = {"s": 34, "facecolor": "white", "linewidth": 1.3, "zorder": 2}
-    ax.scatter(table["agreement"], range(len(table)), edgecolor=colours, **hollow)
-    ax.set_xlabel("compared with the reference (%)")
-    dot = {"marker": "o", "ls": "", "color": style.INK, "ms": 6}
-    for name, face in (("retention", style.INK), ("agreement", "white")):
-        ax.plot([], [], label=name, mfc=face, mec=style.INK, mew=1.3, **dot)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.1)
 
 
 @text.describes(accuracy)
@@ -138,24 +134,21 @@ def _draw_family(ax: Axes, family: pd.DataFrame) -> None:
 
 @text.describes(comparison)
 def _describe_comparison(table: pd.DataFrame) -> str:
-    saving = table[table["reduces_macs"].astype(bool)]
-    orders = [_order(asked, rows) for asked, rows in saving.groupby("macs_asked")]
-    return f"Of the dense top-1, {'; '.join(orders)}." if orders else "No system saves MACs."
-
-
-def _order(asked: float, rows: pd.DataFrame) -> str:
-    """The first system, the first of another family, and the last."""
-    best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
-    budget = f"at −{100 * asked:g} % MACs"
-    if best is None:
-        return f"{budget} nothing is known"
-    rival = text.largest(rows[rows["family"] != best["family"]], "mean")
-    words = f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})"
-    if rival is not None:
-        words += f", of the other families {rival['system']} ({text.percent(rival['mean'])})"
-    if worst["system"] != best["system"]:
-        words += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
-    return words
+    words = []
+    for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
+        best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
+        budget = f"at −{100 * asked:g} % MACs"
+        if best is None:
+            words.append(f"{budget} nothing is known")
+            continue
+        words.append(f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})")
+        rival = text.largest(rows[rows["family"] != best["family"]], "mean")
+        if rival is not None:
+            kept = text.percent(rival["mean"])
+            words[-1] += f", of the other families {rival['system']} ({kept})"
+        if worst["system"] != best["system"]:
+            words[-1] += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
+    return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
 
 
 @style.house
@@ -167,7 +160,12 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     fig, axes = style.figure(*size, 1, len(budgets), squeeze=False, sharey=True, sharex=True)
     for ax, budget in zip(axes[0], budgets, strict=True):
         rows = means[means["macs_asked"] == budget].set_index("system").reindex(systems)
-        _draw_controls(ax, rows)
+        ax.axvline(rows["static_pruning"].max(), label="best static pruning", **style.REFERENCE)
+        places, look = range(len(rows)), style.INTERVAL | {"color": style.PALETTE[0]}
+        ax.hlines(places, rows["low"], rows["high"], **look)
+        for column, (label, marker, colour) in _CONTROLS.items():
+            look = {"color": colour, "ls": "", "marker": marker, "mew": 1.4, "ms": 5.5}
+            ax.plot(rows[column], places, label=label, **look)
         ax.set(title=f"asked for −{100 * budget:g} % MACs", xlim=(-3, 106))
         drawing.row_axis(ax, systems)
     fig.supxlabel("top-1 retained (% of the dense model's)")
@@ -175,32 +173,20 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     return drawing.finish(fig, table, caption)
 
 
-def _draw_controls(ax: Axes, rows: pd.DataFrame) -> None:
-    places = range(len(rows))
-    ax.axvline(rows["static_pruning"].max(), label="best static pruning", **style.REFERENCE)
-    ax.hlines(places, rows["low"], rows["high"], color=style.PALETTE[0], **style.INTERVAL)
-    for column, (label, marker, colour) in _CONTROLS.items():
-        look = {"color": colour, "ls": "", "marker": marker, "mew": 1.4, "ms": 5.5}
-        ax.plot(rows[column], places, label=label, **look)
-
-
 @text.describes(routing_controls)
 def _describe_routing_controls(table: pd.DataFrame) -> str:
-    routed = table.dropna(subset=["mean", "random_routing"])
-    gains = [_gain(asked, rows) for asked, rows in routed.groupby("macs_asked")]
-    return text.sentence("; ".join(gains) or "no system has a router to compare")
-
-
-def _gain(asked: float, rows: pd.DataFrame) -> str:
-    means = rows.groupby("system", sort=False)[["mean", "random_routing", "static_pruning"]].mean()
-    means = means.assign(gain=means["mean"] - means["random_routing"])
-    top = means.loc[means["gain"].idxmax()]
-    return (
-        f"at −{100 * asked:g} % MACs {(means['gain'] > 0).sum()} of {len(means)} systems keep more "
-        f"with their own router than with random routing, {top.name} gains most "
-        f"({text.percent(top['mean'])} against {text.percent(top['random_routing'])}); the best "
-        f"static pruning keeps {text.percent(means['static_pruning'].max())}"
-    )
+    words, columns = [], ["mean", "random_routing", "static_pruning"]
+    for asked, rows in table.dropna(subset=["mean", "random_routing"]).groupby("macs_asked"):
+        means = rows.groupby("system", sort=False)[columns].mean()
+        gain = means["mean"] - means["random_routing"]
+        top = means.loc[gain.idxmax()]
+        words.append(
+            f"at −{100 * asked:g} % MACs {(gain > 0).sum()} of {len(means)} systems keep more "
+            f"with their own router than with random routing, {top.name} gains most "
+            f"({text.percent(top['mean'])} against {text.percent(top['random_routing'])}); the "
+            f"best static pruning keeps {text.percent(means['static_pruning'].max())}"
+        )
+    return text.sentence("; ".join(words) or "no system has a router to compare")
 
 
 @style.house
@@ -277,8 +263,12 @@ def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     total = table[table["component"] == "total"].iloc[0]
     fig, (left, right) = style.figure(max(6.4, 3.4 + 0.34 * len(layers)), 2.7, 1, 2)
     _draw_bars(left, layers, "macs", style.PALETTE[0])
-    _hatch_unread(left, layers)
     _draw_bars(right, layers, "params", style.PALETTE[2])
+    for end, colour, zorder in (("", "white", 3), ("_dense", style.GREY, 0.5)):
+        rows = layers[layers[f"macs_unread{end}"] > 0]
+        unread, top = rows[f"macs_unread{end}"] / 1e6, rows[f"macs{end}"] / 1e6
+        hatch = {"facecolor": "none", "edgecolor": colour, "hatch": "////", "lw": 0}
+        left.bar(rows["layer"], unread, _BAR, bottom=top - unread, zorder=zorder, **hatch)
     left.set(ylabel="MACs per image (M)", title=_totals("MACs", total, "macs"))
     right.set(ylabel="parameters (M)", title=_totals("parameters", total, "params"))
     fig.supxlabel("MLP of " + style.LAYER_AXIS)
@@ -296,15 +286,6 @@ def _draw_bars(ax: Axes, layers: pd.DataFrame, column: str, colour: str) -> None
     ax.bar(x, layers[f"{column}_dense"] / 1e6, _BAR, **outline)
     ax.set_xticks(x if len(x) <= 14 else x[::2])
     ax.grid(visible=False, axis="x")
-
-
-def _hatch_unread(ax: Axes, layers: pd.DataFrame) -> None:
-    """Hatch what goes to tokens that nothing reads: at the top of a bar, and of its outline."""
-    for end, colour, zorder in (("", "white", 3), ("_dense", style.GREY, 0.5)):
-        rows = layers[layers[f"macs_unread{end}"] > 0]
-        unread, top = rows[f"macs_unread{end}"] / 1e6, rows[f"macs{end}"] / 1e6
-        hatch = {"facecolor": "none", "edgecolor": colour, "hatch": "////", "lw": 0}
-        ax.bar(rows["layer"], unread, _BAR, bottom=top - unread, zorder=zorder, **hatch)
 
 
 def _totals(name: str, total: pd.Series, column: str) -> str:

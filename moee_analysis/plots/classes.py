@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from moee_analysis.plots import drawing, style, text
 
+_DASHED = {"lw": 1.2, "ls": "--", "marker": "o"}
 _HOLLOW = {"ls": "", "marker": "o", "mfc": "white", "mew": 1.2}
 _CHANCE = {"permuted classes, 95 %": {"color": style.GREY, **style.CHANCE}}
 _NULLS = {"class_null_high": "--", "null_high": ":"}
@@ -28,7 +29,15 @@ def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     fig, grid = style.figure(*size, len(rows), len(colours), squeeze=False, sharey="row")
     for axes, (label, part) in zip(grid, rows.items(), strict=True):
         for ax, (name, colour) in zip(axes, colours.items(), strict=True):
-            _draw_shares(ax, part[part["class_name"] == name], colour)
+            experts = part[part["class_name"] == name]
+            experts = experts.sort_values("share_all", ascending=False, kind="stable")
+            x, step = range(len(experts)), -(-len(experts) // 24)  # names would touch beyond 24
+            ax.bar(x, experts["share_all"], width=0.92, color=style.PALE, label="all classes")
+            ax.bar(x, experts["share"], width=0.5, color=colour, label="the class")
+            ax.set_xticks(x[::step], experts["expert"][::step].astype(str), size=5.5)
+            ax.tick_params(axis="x", length=0, pad=1)
+            ax.grid(visible=False, axis="x")
+            ax.margins(x=0.01)
         axes[0].set_ylabel(label)
     for ax, name in zip(grid[0], colours, strict=True):
         ax.set_title(name)
@@ -36,17 +45,6 @@ def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     fig.supylabel("share of tokens")
     drawing.legend(fig, grid[0, 0])
     return drawing.finish(fig, table, caption)
-
-
-def _draw_shares(ax: Axes, experts: pd.DataFrame, colour: str) -> None:
-    experts = experts.sort_values("share_all", ascending=False, kind="stable")
-    x, step = range(len(experts)), -(-len(experts) // 24)  # names would touch beyond 24
-    ax.bar(x, experts["share_all"], width=0.92, color=style.PALE, label="all classes")
-    ax.bar(x, experts["share"], width=0.5, color=colour, label="the class")
-    ax.set_xticks(x[::step], experts["expert"][::step].astype(str), size=5.5)
-    ax.tick_params(axis="x", length=0, pad=1)
-    ax.grid(visible=False, axis="x")
-    ax.margins(x=0.01)
 
 
 @text.describes(class_routing)
@@ -78,7 +76,12 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     for ax, (system, colour) in zip(axes, colours.items(), strict=True):
         rows = table[table["system"] == system].sort_values("layer")
         _draw_classes(ax, rows[rows["class_index"] >= 0], colour)
-        _draw_mean(ax, rows[rows["class_index"] < 0], colour)
+        mean = rows[rows["class_index"] < 0]
+        x, chance = mean["layer"], {"color": style.FAINT, "label": "permuted labels, 95 %"}
+        ax.fill_between(x, 0, mean["null_high"], lw=0, **chance)
+        ax.plot(x, mean["js"], color=colour, lw=2.4, label="mean over classes")
+        ax.plot(x, mean["corrected"], color=colour, label="bias removed, 95 %", **_DASHED)
+        ax.fill_between(x, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
         ax.set(title=system, ylabel="")
         ax.set_ylim(bottom=0)
     drawing.layer_axis(fig, axes)
@@ -95,14 +98,6 @@ def _draw_classes(ax: Axes, classes: pd.DataFrame, colour: str) -> None:
     for row in ends.iloc[[0, -1][: len(ends)]].itertuples():
         place = (row.layer, row.js)
         ax.annotate(row.class_name, place, color=style.GREY, annotation_clip=False, **beside)
-
-
-def _draw_mean(ax: Axes, mean: pd.DataFrame, colour: str) -> None:
-    x, dashed = mean["layer"], {"lw": 1.2, "ls": "--", "marker": "o"}
-    ax.fill_between(x, 0, mean["null_high"], color=style.FAINT, lw=0, label="permuted labels, 95 %")
-    ax.plot(x, mean["js"], color=colour, lw=2.4, label="mean over classes")
-    ax.plot(x, mean["corrected"], color=colour, label="bias removed, 95 %", **dashed)
-    ax.fill_between(x, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
 
 
 @text.describes(specificity, "Mean divergence of a class from all classes, in bits, bias removed")

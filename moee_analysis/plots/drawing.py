@@ -200,8 +200,11 @@ def sheet(figures: Sequence[Figure], *, caption: str | None = None) -> Figure:
     """Put finished figures on one, as pictures, side by side; none raises :class:`MoeeError`."""
     if not figures:
         raise MoeeError("figures for a sheet", "none", "pass at least one")
-    dpi = style.HOUSE["figure.dpi"]
-    pictures = [_as_picture(fig, dpi) for fig in figures]
+    dpi, pictures = style.HOUSE["figure.dpi"], []
+    for each in figures:
+        buffer = io.BytesIO()
+        each.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+        pictures.append(Image.open(buffer).convert("RGB"))
     widest = max(picture.width for picture in pictures) + _GAP * dpi
     count = math.ceil(len(pictures) / max(1, int(WIDTH * dpi // widest)))
     columns = math.ceil(len(pictures) / count)  # lines of equal length, as far as they can be
@@ -216,9 +219,3 @@ def sheet(figures: Sequence[Figure], *, caption: str | None = None) -> Figure:
     ax.set_axis_off()
     ax.imshow(page, interpolation="nearest", aspect="auto")
     return style.caption(fig, caption)
-
-
-def _as_picture(fig: Figure, dpi: int) -> Image.Image:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
-    return Image.open(buffer).convert("RGB")

@@ -1,9 +1,10 @@
 """What the experts are made of: their sizes, their neurons, and how alike they are."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -11,6 +12,13 @@ from matplotlib.ticker import PercentFormatter
 from moee_analysis.plots import drawing, style, text
 
 _CENTRED, _RAW, _COMMON = style.PALETTE[:3]
+_COSINES = (("", "raw", _RAW, -0.1), ("centred_", "centred", _CENTRED, 0.1))
+_SHARES = (
+    ("common_mean", _COMMON, "‖mean‖² / mean ‖centre‖²"),
+    ("near_orthogonal", _RAW, "raw pairs, |cos| < 0.2"),
+    ("centred_near_orthogonal", _CENTRED, "centred pairs, |cos| < 0.2"),
+)
+_SIZES = ("kept by any expert", "an expert (area: share of tokens)", "used by a token on average")
 
 
 @style.house
@@ -51,21 +59,20 @@ def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     layers = table.groupby("layer")
     fig, axes = style.panels(len(layers), cols=3, size=(2.6, 2.6))
     for ax, (layer, tokens) in zip(axes, layers, strict=True):
-        _draw_tokens(ax, tokens.sort_values("cluster", kind="stable"))
-        clusters = tokens["cluster"][tokens["cluster"] >= 0].nunique()
+        colours = style.expert_colours(tokens["cluster"].max() + 1)
+        palette = dict(enumerate(colours)) | {-1: style.PALE}
+        look = {"palette": palette, "s": float(np.clip(6000 / len(tokens), 0.6, 8)), "lw": 0}
+        ordered = tokens.sort_values("cluster", kind="stable")  # noise below
+        given = {"x": "x", "y": "y", "hue": "cluster", "rasterized": True, "legend": False}
+        sns.scatterplot(ordered, ax=ax, **given, **look)
+        clusters = tokens[tokens["cluster"] >= 0].groupby("cluster")[["x", "y"]]
+        for cluster, places in clusters:
+            drawing.number(ax, *places.median(), str(cluster))
         noise = (tokens["cluster"] < 0).mean()
-        ax.set_title(f"layer {layer}: {clusters} clusters, {noise:.0%} noise")
+        title = f"layer {layer}: {len(clusters)} clusters, {noise:.0%} noise"
+        ax.set(xlabel="", ylabel="", title=title)
+        drawing.bare(ax)
     return drawing.finish(fig, table, caption)
-
-
-def _draw_tokens(ax: Axes, tokens: pd.DataFrame) -> None:
-    colours = dict(enumerate(style.expert_colours(tokens["cluster"].max() + 1))) | {-1: style.PALE}
-    look = {"hue": "cluster", "palette": colours, "s": float(np.clip(6000 / len(tokens), 0.6, 8))}
-    sns.scatterplot(tokens, x="x", y="y", lw=0, rasterized=True, legend=False, ax=ax, **look)
-    for cluster, places in tokens[tokens["cluster"] >= 0].groupby("cluster")[["x", "y"]]:
-        drawing.number(ax, *places.median(), str(cluster))
-    ax.set(xlabel="", ylabel="")
-    drawing.bare(ax)
 
 
 @text.describes(embedding)
@@ -113,7 +120,16 @@ def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     colours = style.colours(table["system"])
     fig, axes = style.panels(len(colours), cols=1, size=(6.2, 2.7), sharex=True, sharey=True)
     for ax, (system, colour) in zip(axes, colours.items(), strict=True):
-        _draw_sizes(ax, table[table["system"] == system], colour)
+        experts = table[table["system"] == system]
+        layers, by_layer = experts.drop_duplicates("layer"), experts.groupby("layer")
+        count = by_layer["expert"].transform("size")
+        x = experts["layer"] + (by_layer.cumcount() + 0.5) / count * 0.6 - 0.3  # dots keep apart
+        dots = {"s": 4 + 320 * experts["share"], "color": colour, "alpha": 0.65, "lw": 0}
+        ax.bar(layers["layer"], layers["union"], 0.7, color=style.FAINT, label=_SIZES[0])
+        ax.scatter(x, experts["fraction"], label=_SIZES[1], **dots)
+        ends = layers["layer"] - 0.35, layers["layer"] + 0.35
+        ax.hlines(layers["active"], *ends, color=style.INK, lw=1.8, label=_SIZES[2])
+        ax.grid(visible=False, axis="x")
         ax.set(title=system, ylim=(0, 1.03))
         ax.yaxis.set_major_formatter(PercentFormatter(1))
     drawing.layer_axis(fig, axes)
@@ -122,29 +138,13 @@ def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption)
 
 
-def _draw_sizes(ax: Axes, experts: pd.DataFrame, colour: str) -> None:
-    layers, by_layer = experts.drop_duplicates("layer"), experts.groupby("layer")
-    count = by_layer["expert"].transform("size")
-    x = experts["layer"] + (by_layer.cumcount() + 0.5) / count * 0.6 - 0.3  # dots keep apart
-    area = {"color": colour, "alpha": 0.65, "lw": 0, "label": "an expert (area: share of tokens)"}
-    mean = {"color": style.INK, "lw": 1.8, "label": "used by a token on average"}
-    ax.bar(layers["layer"], layers["union"], 0.7, color=style.FAINT, label="kept by any expert")
-    ax.scatter(x, experts["fraction"], s=4 + 320 * experts["share"], **area)
-    ax.hlines(layers["active"], layers["layer"] - 0.35, layers["layer"] + 0.35, **mean)
-    ax.grid(visible=False, axis="x")
-
-
-@text.describes(sizes)
-def _describe_sizes(table: pd.DataFrame) -> str:
-    words = text.of_each(
-        table,
-        lambda rows: (
-            f"experts keep {text.span(rows['fraction'], text.percent)}, a token uses on average "
-            f"{text.course(rows, 'active', text.percent)}, and "
-            f"{text.span(rows['union'], text.percent)} are stored"
-        ),
+@text.describes(sizes, "Of a layer's hidden neurons")
+def _describe_sizes(rows: pd.DataFrame) -> str:
+    return (
+        f"experts keep {text.span(rows['fraction'], text.percent)}, a token uses on average "
+        f"{text.course(rows, 'active', text.percent)}, and "
+        f"{text.span(rows['union'], text.percent)} are stored"
     )
-    return f"Of a layer's hidden neurons: {words}."
 
 
 @style.house
@@ -191,10 +191,16 @@ def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         title: part.pivot(index="expert_a", columns="expert_b", values="shown")
         for title, part in drawing.by_layer(shown).items()
     }
-    look = {"cmap": style.SHARES, "vmin": 0, "vmax": 1, "square": True, "size": 6}
-    bar = "Jaccard: ◥ found, ◣ random"
-    fig, _ = drawing.heat_maps(maps, bar, cols=4, panel=(1.9, 2.0), **look)
+    look = {"cmap": style.SHARES, "vmin": 0, "panel": (1.9, 2.0)}
+    fig = _draw_pairs(maps, "Jaccard: ◥ found, ◣ random", **look)
     return drawing.finish(fig, table, caption)
+
+
+def _draw_pairs(maps: dict[str, pd.DataFrame], bar: str, **look: Any) -> Figure:
+    fig, _ = drawing.heat_maps(maps, bar, cols=4, vmax=1, square=True, size=6, **look)
+    fig.supxlabel("expert")
+    fig.supylabel("expert")
+    return fig
 
 
 @text.describes(overlap)
@@ -218,8 +224,8 @@ def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         for title, part in drawing.by_layer(table).items()
         for column, name in (("cosine", "raw"), ("cosine_centred", "centred"))
     }
-    look = {"cmap": style.DIVERGING, "vmin": -1, "vmax": 1, "square": True, "size": 6}
-    fig, _ = drawing.heat_maps(maps, "cosine of mean inputs", cols=4, panel=(2.0, 2.15), **look)
+    look = {"cmap": style.DIVERGING, "vmin": -1, "panel": (2.0, 2.15)}
+    fig = _draw_pairs(maps, "cosine of mean inputs", **look)
     return drawing.finish(fig, table, caption)
 
 
@@ -243,44 +249,27 @@ def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Fi
     size = (6.6, 2.5 * len(systems))
     fig, axes = style.figure(*size, len(systems), 2, squeeze=False, sharex=True)
     for (left, right), (system, rows) in zip(axes, systems, strict=True):
-        _draw_cosines(left, rows)
-        _draw_shares(right, rows)
-        left.set_title(f"{system}: pairs of experts" if len(systems) > 1 else "pairs of experts")
+        x, of_system = rows["layer"], f"{system}: " if len(systems) > 1 else ""
+        for prefix, name, colour, aside in _COSINES:
+            low, mean, high = (rows[f"{prefix}{end}"] for end in ("min", "mean", "max"))
+            left.vlines(x + aside, low, high, color=colour, lw=1, alpha=0.6)
+            left.plot(x + aside, mean, "o-", color=colour, label=f"{name}: mean, range")
+        expected = {"color": style.INK, "lw": 1, "ls": ":", "label": "−1 / (k − 1)"}
+        left.plot(x, rows["centred_expected"], **expected)
+        left.set(ylabel="cosine", ylim=(-1.02, 1.02), title=f"{of_system}pairs of experts")
+        left.legend(fontsize=7, loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
+        for column, colour, label in _SHARES:
+            right.plot(x, rows[column], "o-", color=colour, label=label)
+        right.set(ylabel="share", ylim=(-0.02, 1.02), title="common mean, near-orthogonal")
+        right.legend(fontsize=7)
     drawing.layer_axis(fig, axes.flat)
     return drawing.finish(fig, table, caption)
 
 
-def _draw_cosines(ax: Axes, rows: pd.DataFrame) -> None:
-    kinds = (("", "raw", _RAW, -0.1), ("centred_", "centred", _CENTRED, 0.1))
-    for prefix, name, colour, aside in kinds:
-        x, low, high = rows["layer"] + aside, rows[f"{prefix}min"], rows[f"{prefix}max"]
-        ax.vlines(x, low, high, color=colour, lw=1, alpha=0.6)
-        ax.plot(x, rows[f"{prefix}mean"], "o-", color=colour, label=f"{name}: mean, range")
-    expected = {"color": style.INK, "lw": 1, "ls": ":", "label": "−1 / (k − 1)"}
-    ax.plot(rows["layer"], rows["centred_expected"], **expected)
-    ax.set(ylabel="cosine", ylim=(-1.02, 1.02))
-    ax.legend(fontsize=7, loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
-
-
-def _draw_shares(ax: Axes, rows: pd.DataFrame) -> None:
-    for column, colour, label in (
-        ("common_mean", _COMMON, "‖mean‖² / mean ‖centre‖²"),
-        ("near_orthogonal", _RAW, "raw pairs, |cos| < 0.2"),
-        ("centred_near_orthogonal", _CENTRED, "centred pairs, |cos| < 0.2"),
-    ):
-        ax.plot(rows["layer"], rows[column], "o-", color=colour, label=label)
-    ax.set(ylabel="share", ylim=(-0.02, 1.02), title="common mean, near-orthogonal")
-    ax.legend(fontsize=7)
-
-
-@text.describes(similarity_summary)
-def _describe_similarity_summary(table: pd.DataFrame) -> str:
-    words = text.of_each(
-        table,
-        lambda rows: (
-            f"{text.course(rows, 'mean')}, centred {text.span(rows['centred_mean'])}; nearly "
-            f"orthogonal are {text.span(rows['near_orthogonal'], text.percent)} of the pairs, the "
-            f"common mean holds {text.span(rows['common_mean'], text.percent)}"
-        ),
+@text.describes(similarity_summary, "Mean cosine of two experts' mean inputs over the layers")
+def _describe_similarity_summary(rows: pd.DataFrame) -> str:
+    return (
+        f"{text.course(rows, 'mean')}, centred {text.span(rows['centred_mean'])}; nearly "
+        f"orthogonal are {text.span(rows['near_orthogonal'], text.percent)} of the pairs, the "
+        f"common mean holds {text.span(rows['common_mean'], text.percent)}"
     )
-    return f"Mean cosine of two experts' mean inputs over the layers: {words}."

@@ -52,7 +52,12 @@ def patches(
         used = {str(expert): colours[expert] for expert in np.unique(choices)}
         _name_colours(axes[-1], used, columns=4, title="expert")
     if masks is not None:
-        _draw_masks(grid[-1], masks, parts)
+        of_parts = _colour_parts(grid[-1], masks)
+        grid[-1, 0].set_ylabel("parts", size=8)
+        if parts:
+            largest = list(of_parts.items())[:_NAMED_PARTS]
+            named = {parts[value]: colour for value, colour in largest}
+            _name_colours(grid[-1, -1], named, columns=2, title="part")
     return style.caption(fig, caption)
 
 
@@ -67,14 +72,6 @@ def _check_counts(count: int, of_images: Mapping[str, Sequence[object] | None]) 
         )
 
 
-def _draw_masks(axes: np.ndarray, masks: Sequence[np.ndarray], parts: Sequence[str]) -> None:
-    colours = _colour_parts(axes, masks)
-    axes[0].set_ylabel("parts", size=8)
-    if parts:
-        largest = {parts[value]: colour for value, colour in list(colours.items())[:_NAMED_PARTS]}
-        _name_colours(axes[-1], largest, columns=2, title="part")
-
-
 def _name_colours(ax: Axes, colours: Mapping[str, str], *, columns: int, title: str) -> None:
     legend = ax.legend(
         [Patch(color=colour) for colour in colours.values()], list(colours), title=title,
@@ -87,22 +84,20 @@ def _name_colours(ax: Axes, colours: Mapping[str, str], *, columns: int, title: 
 
 @text.describes(patches)
 def _describe_patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
-    layers = [f"layer {layer}: {_regions(experts[layer])}" for layer in sorted(experts)]
+    """How often neighbouring patches share an expert, beside two patches drawn at random."""
+    layers = []
+    for layer, choice in sorted(experts.items()):
+        taken = np.unique(choice, return_counts=True)[1] / choice.size
+        across = (choice[:, :, 1:] == choice[:, :, :-1]).ravel()
+        along = (choice[:, 1:] == choice[:, :-1]).ravel()
+        shared = pd.Series(np.concatenate([across, along]), dtype=float).mean()
+        many = "1 expert takes" if len(taken) == 1 else f"{len(taken)} experts take"
+        layers.append(
+            f"layer {layer}: {many} the patches, and {text.percent(shared)} of neighbouring "
+            f"patches share one (by chance {text.percent(np.square(taken).sum())})"
+        )
     words = "; ".join(layers) or "there is no layer of patches to show"
     return f"{text.count(len(pictures), 'picture')}. {text.sentence(words)}"
-
-
-def _regions(choice: np.ndarray) -> str:
-    """How often neighbouring patches share an expert, beside two patches drawn at random."""
-    taken = np.unique(choice, return_counts=True)[1] / choice.size
-    across = (choice[:, :, 1:] == choice[:, :, :-1]).ravel()
-    along = (choice[:, 1:] == choice[:, :-1]).ravel()
-    shared = pd.Series(np.concatenate([across, along]), dtype=float).mean()
-    many = "1 expert takes" if len(taken) == 1 else f"{len(taken)} experts take"
-    return (
-        f"{many} the patches, and {text.percent(shared)} of neighbouring patches share one "
-        f"(by chance {text.percent(np.square(taken).sum())})"
-    )
 
 
 @style.house
@@ -123,21 +118,16 @@ def image_layers(
     axes[0].imshow(pictures[image])
     if masks is not None:
         _colour_parts(axes[1:2], [masks[image]])
+    size = np.array(pictures[image].shape[:2])
     for ax, layer in zip(axes[-len(experts) :], sorted(experts), strict=False):
-        colours = style.expert_colours(int(experts[layer].max()) + 1)
-        _draw_numbered(ax, pictures[image], experts[layer][image], colours)
+        choice, colours = experts[layer][image], style.expert_colours(int(experts[layer].max()) + 1)
+        _colour_patches(ax, pictures[image], choice, colours)
+        for expert in np.unique(choice):  # its number, on its middle patch
+            places = np.argwhere(choice == expert)
+            middle = places[np.square(places - places.mean(axis=0)).sum(axis=1).argmin()]
+            y, x = (middle + 0.5) * (size / choice.shape) - 0.5
+            drawing.number(ax, x, y, str(expert), size=5.5)
     return style.caption(fig, caption)
-
-
-def _draw_numbered(ax: Axes, picture: np.ndarray, experts: np.ndarray, colours: list[str]) -> None:
-    """Colour every patch by its expert, and write each expert's number on its middle patch."""
-    _colour_patches(ax, picture, experts, colours)
-    size = np.array(picture.shape[:2]) / experts.shape
-    for expert in np.unique(experts):
-        places = np.argwhere(experts == expert)
-        middle = places[np.square(places - places.mean(axis=0)).sum(axis=1).argmin()]
-        y, x = (middle + 0.5) * size - 0.5
-        drawing.number(ax, x, y, str(expert), size=5.5)
 
 
 @text.describes(image_layers)

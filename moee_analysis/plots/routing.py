@@ -56,12 +56,10 @@ def _finish(
     return style.caption(fig, caption or facts)
 
 
-@text.describes(routing)
-def _describe_routing(table: pd.DataFrame) -> str:
-    first = table[table["rank"] == 0]
-    first = first.assign(times=first["share"] * first["n_experts"])
-    words = text.of_each(first, lambda rows: text.course(rows, "times"))
-    return f"The most used expert of a layer takes so many times an even share: {words}."
+@text.describes(routing, "The most used expert of a layer takes so many times an even share")
+def _describe_routing(rows: pd.DataFrame) -> str:
+    first = rows[rows["rank"] == 0]
+    return text.course(first.assign(times=first["share"] * first["n_experts"]), "times")
 
 
 @style.house
@@ -74,20 +72,15 @@ def balance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         drawing.curves(ax, table[table["metric"] == metric], "value", looks=looks, band=band)
         title, _, even = _METRICS.get(metric, (metric, metric, ""))
         ax.set_title(f"{title}\n({even})" if even else title)
-        _set_range(ax, metric)
+        low, high = ax.get_ylim()  # every metric from its own zero or one
+        if metric == "entropy":
+            ax.set_ylim(low, 1 + 0.03 * (1 - low))
+        else:
+            ax.set_ylim(0, max(1.0, high) if metric in ("dead", "max_over_mean") else high)
+        ax.yaxis.get_major_locator().set_params(integer=metric == "dead")  # whole experts
     drawing.layer_axis(fig, axes)
     bands = "; bands are basic 95 % intervals of the image bootstrap" if band else ""
     return _finish(fig, axes[0], table, caption, bands)
-
-
-def _set_range(ax: Axes, metric: str) -> None:
-    """Every metric from its own zero or one; experts are whole numbers."""
-    low, high = ax.get_ylim()
-    if metric == "entropy":
-        ax.set_ylim(low, 1 + 0.03 * (1 - low))
-    else:
-        ax.set_ylim(0, max(1.0, high) if metric in ("dead", "max_over_mean") else high)
-    ax.yaxis.get_major_locator().set_params(integer=metric == "dead")
 
 
 @text.describes(balance)
@@ -124,15 +117,13 @@ def draw_regret(ax: Axes, table: pd.DataFrame) -> None:
     drawing.whole_ticks(ax)
 
 
-@text.describes(router_regret)
-def _describe_router_regret(table: pd.DataFrame) -> str:
-    words = text.of_each(
-        table,
-        lambda rows: (
-            f"{text.span(rows['error'], text.percent)} (regret "
-            f"{text.span(rows['regret'], text.percent)}, best expert for "
-            f"{text.span(rows['best'], text.percent)} of the tokens)"
-        ),
-        by="router",
+@text.describes(
+    router_regret,
+    "Squared error of the output over its variance, by router, over the layers", by="router",
+)  # fmt: skip
+def _describe_router_regret(rows: pd.DataFrame) -> str:
+    return (
+        f"{text.span(rows['error'], text.percent)} (regret "
+        f"{text.span(rows['regret'], text.percent)}, best expert for "
+        f"{text.span(rows['best'], text.percent)} of the tokens)"
     )
-    return f"Squared error of the output over its variance, by router, over the layers: {words}."

@@ -33,8 +33,13 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     lines = shares.groupby(["system", "stage"], sort=False)
     places = drawing.spread(len(lines), _APART)
     for place, ((system, stage), rows) in zip(places, lines, strict=True):
+        look = looks[system] | _STAGES[stage]
         x = rows["macs_reduction"].groupby(rows["budget"]).transform("mean") + place
-        _draw_stage(ax, rows.assign(x=x), looks[system] | _STAGES[stage])
+        if rows["seed"].nunique() > 1:
+            ax.plot(x + _BESIDE, rows["retention"], ".", ms=3.5, color=look["color"])
+        means = rows.assign(x=x).drop_duplicates("budget").sort_values("x")
+        ax.vlines(means["x"], means["low"], means["high"], color=look["color"], **style.INTERVAL)
+        ax.plot(means["x"], means["mean"], zorder=4, **_LINE | look)
     ax.axhline(100, **style.REFERENCE)
     ax.set_xlabel("MACs saved (%; lines set a little apart)")
     ax.set_ylabel("top-1 retained (% of the dense model's)")
@@ -43,14 +48,6 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     marks = {name: _LINE | look for name, look in looks.items()} | {"dense model": style.REFERENCE}
     drawing.legend(fig, marks, columns=1, loc="outside right center")
     return drawing.finish(fig, table, caption)
-
-
-def _draw_stage(ax: Axes, rows: pd.DataFrame, look: drawing.Look) -> None:
-    if rows["seed"].nunique() > 1:
-        ax.plot(rows["x"] + _BESIDE, rows["retention"], ".", ms=3.5, color=look["color"])
-    means = rows.drop_duplicates("budget").sort_values("x")
-    ax.vlines(means["x"], means["low"], means["high"], color=look["color"], **style.INTERVAL)
-    ax.plot(means["x"], means["mean"], zorder=4, **_LINE | look)
 
 
 @text.describes(fine_tuning)
@@ -96,10 +93,10 @@ def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 @text.describes(history)
 def _describe_history(table: pd.DataFrame) -> str:
     named = table if "system" in table else table.assign(system="On images held out")
-    return f"{text.of_each(named, _falls)}."
+    return f"{text.of_each(named, _describe_fall)}."
 
 
-def _falls(rows: pd.DataFrame) -> str:
+def _describe_fall(rows: pd.DataFrame) -> str:
     first, lowest = rows.iloc[0], text.smallest(rows, "kl")
     if lowest is None:
         return "the divergence from the dense model is unknown"
@@ -239,8 +236,9 @@ def contributions(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(contributions)
-def _describe_contributions(table: pd.DataFrame) -> str:
-    mean = table.groupby(["group", "layer"], sort=False)["contribution"].mean().reset_index()
-    words = text.of_each(mean, lambda rows: text.course(rows, "contribution"), by="group")
-    return f"Mean length of what is added to a token, over the layers: {words}."
+@text.describes(
+    contributions, "Mean length of what is added to a token, over the layers", by="group"
+)
+def _describe_contributions(rows: pd.DataFrame) -> str:
+    means = rows.groupby(["group", "layer"], sort=False)["contribution"].mean().reset_index()
+    return text.course(means, "contribution")
