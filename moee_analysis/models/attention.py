@@ -87,10 +87,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The shape of a :class:`LowRankAttention`.
+    """Dimensions that every head has for ``scores`` of tokens, and for ``values`` it passes on.
 
-    ``scores`` and ``values`` are dimensions that every head has for comparing tokens, and for what
-    it passes on. Only the first ``queries`` tokens are asked for; None: all.
+    Only the first ``queries`` tokens are asked for; None: all.
     """
 
     scores: int
@@ -102,9 +101,8 @@ class LowRankAttention(nn.Module):
     """Self-attention with few dimensions in its heads, in the place of the dense one at ``site``.
 
     Takes and gives what timm's ``Attention`` does, without a mask. The outputs of tokens beyond
-    the first ``queries`` are zeros. Queries may have a ``bias``. Keys need none (it is the same
-    for all scores of a query, and softmax takes it away); that of values goes through the
-    attention into the output's.
+    the first ``queries`` are zeros. Queries may have a ``bias``; softmax takes away that of keys,
+    and that of values goes through the attention into the output's.
     """
 
     def __init__(self, site: AttentionSite, ranks: Ranks, *, bias: bool) -> None:
@@ -131,7 +129,9 @@ class LowRankAttention(nn.Module):
         """Attention of all tokens, (images, heads, tokens, values)."""
         bias = None if self.bias is None else pad(self.bias, (sum(self.sizes[:2]), 0))
         kvq = linear(x, self.kvq.weight, bias)
-        if _needs_one_width(x) and 0 < self.ranks.scores != self.ranks.values > 0:
+        # the fast kernel of CPUs takes only queries, keys and values of one width
+        fast = x.device.type == "cpu" and (is_traced() or torch.backends.cuda.flash_sdp_enabled())
+        if fast and 0 < self.ranks.scores != self.ranks.values > 0:
             return self._of_one_width(kvq)
         k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
         return scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -171,12 +171,6 @@ def _unfilled(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
         # torch warns that a layer of no inputs has no initial values to draw
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         return skip_init(nn.Linear, inputs, outputs, bias=bias)
-
-
-def _needs_one_width(x: torch.Tensor) -> bool:
-    """Whether the fast kernel is there, and takes only queries, keys and values of one width."""
-    fast = is_traced() or torch.backends.cuda.flash_sdp_enabled()
-    return fast and x.device.type == "cpu"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ NAME_THEM = (
     "name its classes in the order of its outputs: --classes FILE (one name a line, or JSON), or "
     "moee.name_classes(model, names)"
 )
+CLASSIFIER = "a classifier with a score for each of its classes"
+NO_LABELS = "measure what needs no labels (routing, similarity, agreement), or take a classifier"
 FORMS = "write one name a line, or JSON: a list, or an object of indices and names"
 
 
@@ -36,15 +38,11 @@ def class_names(model: nn.Module, *, readable: bool = False) -> tuple[str, ...]:
     """
     names, outputs = _stated_names(model, readable=readable), count_classes(model)
     if names is None:
-        raise MoeeError(
-            "a model that says which classes it knows", f"{outputs} outputs without names",
-            NAME_THEM,
-        )  # fmt: skip
+        found = f"{outputs} outputs without names"
+        raise MoeeError("a model that says which classes it knows", found, NAME_THEM)
     if len(names) != outputs:
-        raise MoeeError(
-            f"an output for each of the {len(names)} classes the model names "
-            f"({_shorten(names)})", f"{outputs} outputs", NAME_THEM,
-        )  # fmt: skip
+        expected = f"an output for each of the {len(names)} classes the model names"
+        raise MoeeError(f"{expected} ({_shorten(names)})", f"{outputs} outputs", NAME_THEM)
     return names
 
 
@@ -76,7 +74,7 @@ def count_classes(model: nn.Module) -> int:
     network = inside(model)
     heads = stated_modules(network, "classifier").values()
     if getattr(network, "num_classes", None) == 0 or any(isinstance(h, nn.Identity) for h in heads):
-        raise _no_classifier("none (num_classes=0): its outputs are features")
+        raise MoeeError(CLASSIFIER, "none (num_classes=0): its outputs are features", NO_LABELS)
     with evaluating(network):
         try:
             outputs = network(blank(network))
@@ -84,9 +82,9 @@ def count_classes(model: nn.Module) -> int:
             raise misfit(network, error) from None
     if not torch.is_tensor(outputs) or outputs.ndim != 2:
         shape = tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__
-        raise _no_classifier(f"outputs of an image that are {shape}")
+        raise MoeeError(CLASSIFIER, f"outputs of an image that are {shape}", NO_LABELS)
     if outputs.shape[1] < 2:
-        raise _no_classifier("a single output, such as a regression has")
+        raise MoeeError(CLASSIFIER, "a single output, such as a regression has", NO_LABELS)
     return outputs.shape[1]
 
 
@@ -95,31 +93,29 @@ def name_classes(model: nn.Module, names: Sequence[str]) -> None:
     network, outputs = inside(model), count_classes(model)
     twice = len(names) - len(set(names))
     if len(names) != outputs or twice or "" in names:
+        found = f"{len(names)}" + (f", {twice} of them more than once" if twice else "")
         raise MoeeError(
-            f"one name for each of the model's {outputs} outputs",
-            f"{len(names)}" + (f", {twice} of them more than once" if twice else ""),
+            f"one name for each of the model's {outputs} outputs", found,
             "list every class once, in the order of the outputs",
-        )
+        )  # fmt: skip
     network.pretrained_cfg = {**network.pretrained_cfg, "label_names": tuple(names)}
 
 
 def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
-    """Let a classifier that names no classes have the names of :func:`names_by_folders`."""
-    names = names_by_folders(model, folders)
+    """Let a classifier that names no classes have the names of :func:`_names_by_folders`."""
+    names = _names_by_folders(model, folders)
     if names:
         name_classes(model, names)
 
 
-def names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
-    """Return class ``folders`` as the names of a classifier that has none, one for each output.
+def _names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
+    """Class ``folders`` as the names of a classifier that has none, one for each output.
 
     They are taken in the order of the alphabet, as training scripts do, and the user is told.
     Empty where the model has names, or another number of outputs.
     """
-    if knows_classes(model):
-        return ()
     names, count = tuple(sorted(folders)), len(folders)
-    if not is_classifier(model) or count_classes(model) != count:
+    if knows_classes(model) or not is_classifier(model) or count_classes(model) != count:
         return ()
     _tell_once(
         f"the model's {count} classes have no names: they are taken to be the {count} class "
@@ -132,12 +128,16 @@ def index_of_classes(model: nn.Module, folders: Sequence[str]) -> dict[str, int]
     """Name -> index of the model's classes, by names and by readable labels.
 
     Names stand there as they are and, where no two are alike, as :func:`plain_name`. They are
-    class ``folders`` in their order where the model names none (:func:`names_by_folders`).
+    class ``folders`` in their order where the model names none.
     """
-    names = names_by_folders(model, folders)
+    names = _names_by_folders(model, folders)
     listed = [names] if names else [class_labels(model), class_names(model)]
     plain = [[plain_name(name) for name in names] for names in listed]
-    return {name: index for names in (*plain, *listed) for name, index in _unambiguous(names)}
+    index_of = {}
+    for names in (*plain, *listed):
+        seen = Counter(names)  # a name that two classes share (ImageNet's two cranes) is left out
+        index_of |= {name: i for i, name in enumerate(names) if seen[name] == 1}
+    return index_of
 
 
 def plain_name(name: str) -> str:
@@ -146,10 +146,7 @@ def plain_name(name: str) -> str:
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Read names of classes from a file: one a line, or JSON.
-
-    The JSON is a list of names, or an object like ``id2label`` or ``class_to_idx``.
-    """
+    """Read names of classes: one a line, or JSON, a list or like ``id2label``, ``class_to_idx``."""
     path = Path(path)
     text = read_text(path, expected="a text file of class names", hint=FORMS)
     text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
@@ -159,13 +156,6 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     if not names:
         raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
     return names
-
-
-def _no_classifier(found: str) -> MoeeError:
-    return MoeeError(
-        "a classifier with a score for each of its classes", found,
-        "measure what needs no labels (routing, similarity, agreement), or take a classifier",
-    )  # fmt: skip
 
 
 def _stated_names(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
@@ -184,12 +174,6 @@ def _imagenet_names(subset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     info = ImageNetInfo(subset)
     labels = tuple(text.split(",")[0] for text in info.label_descriptions())
     return tuple(info.label_names()), labels
-
-
-def _unambiguous(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Names and indices; a name that two classes share (ImageNet's two cranes) is left out."""
-    seen = Counter(names)
-    return [(name, i) for i, name in enumerate(names) if seen[name] == 1]
 
 
 def _from_json(text: str, path: Path) -> tuple[str, ...]:

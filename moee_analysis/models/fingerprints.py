@@ -63,11 +63,7 @@ class Identity:
 
 
 def identity(model: nn.Module) -> Identity:
-    """Look at all that decides the outputs of a model.
-
-    Raises MoeeError: a model without ``pretrained_cfg``, or one that cannot be run on images of
-    its size.
-    """
+    """Look at all that decides the outputs of a model; raises as :func:`answers`."""
     network = unwrapped(model)
     transform = _digest(data_config(network))
     return Identity(hash_weights(network), _structure(network), transform, answers(network))
@@ -89,21 +85,22 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def answers(model: nn.Module) -> tuple[float, ...]:
-    """Outputs for two fixed images, projected to :data:`PROJECTED` numbers each.
+    """Outputs for two fixed images, projected to :data:`PROJECTED` numbers each, and rounded.
 
     The model is run with copies of its tensors in double precision on the CPU, so that every
     processor comes to the same numbers, and routers to the same decisions; as it is where it cannot
-    be run like that. They are rounded to what is sure.
+    be run like that.
 
-    Raises MoeeError: the model cannot be run on images of its size, or not be copied.
+    Raises MoeeError: a model without ``pretrained_cfg``, that cannot be run on images of its size,
+    or not be copied.
     """
     network = unwrapped(model)
     first = next(network.parameters())
+    run = _run_copy if any(map(_holds_tensors, network.modules())) else _run_in_place
     for device, dtype in ("cpu", torch.float64), (first.device, first.dtype):
-        run = _run_copy if any(map(_holds_tensors, network.modules())) else _run_in_place
         try:
             images = _images(input_size(network)).to(device, dtype)
-            return _rounded(run(network, images), exact=dtype == torch.float64)
+            return _round(run(network, images), exact=dtype == torch.float64)
         except DOES_NOT_FIT as error:
             refusal = misfit(network, error)
     raise refusal
@@ -166,7 +163,7 @@ def _holds_tensors(module: nn.Module) -> bool:
     return any(map(torch.is_tensor, chain(vars(module).values(), *lists)))
 
 
-def _rounded(outputs: Any, *, exact: bool) -> tuple[float, ...]:
+def _round(outputs: Any, *, exact: bool) -> tuple[float, ...]:
     images = [t.reshape(len(t), -1).double().cpu() for t in _tensors_in(outputs)]
     flat = torch.cat(images, dim=1).numpy()
     flat = np.nan_to_num(flat, nan=0, posinf=INFINITE, neginf=-INFINITE)  # JSON knows no others
@@ -199,19 +196,19 @@ def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
 
 def _structure(network: nn.Module) -> str:
     """Digest of what the probe may not reach: classes and settings of modules, names, labels."""
-    modules = {
-        name: [type(module).__qualname__, module.extra_repr(), _settings(module)]
-        for name, module in network.named_modules(remove_duplicate=False)
-        if not isinstance(module, nn.Identity) and "Drop" not in type(module).__name__
-    }
+    modules = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Identity) or "Drop" in type(module).__name__:
+            continue
+        settings = {  # of plain values, which may change the outputs; the answers show all others
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str)
+            and not key.startswith("_")
+            and not any(part in key for part in IGNORED)
+        }
+        modules[name] = [type(module).__qualname__, module.extra_repr(), settings]
     return _digest([modules, {name: network.pretrained_cfg.get(name) for name in STATED}])
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """Attributes of plain values that may change the outputs; the answers show all others."""
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-    own = {k: v for k, v in plain.items() if not k.startswith("_")}
-    return {k: v for k, v in own.items() if not any(part in k for part in IGNORED)}
 
 
 def _digest(content: Any) -> str:

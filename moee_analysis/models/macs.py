@@ -24,10 +24,9 @@ from moee_analysis.models.loading import blank, find_mlps, unwrapped
 
 @dataclass(frozen=True)
 class MacCount:
-    """What one image costs.
+    """What one image costs: MACs in ``total``, and inside every module that does any.
 
-    ``total`` is in MACs; ``by_module`` are the MACs inside every module that does any, by module
-    name; ``tokens`` is the number of tokens one image sends through every site, by site name.
+    ``tokens`` is the number of tokens one image sends through every site, by site name.
     """
 
     total: int
@@ -39,10 +38,9 @@ class MacCount:
         unknown = sorted(per_token.keys() - self.tokens)
         if unknown:
             raise MoeeError(
-                f"sites among {', '.join(self.tokens) or 'none'}",
-                f"'{unknown[0]}'",
+                f"sites among {', '.join(self.tokens) or 'none'}", f"'{unknown[0]}'",
                 "name the sites when counting: count(model, sites=[...])",
-            )
+            )  # fmt: skip
         outside = self.total - sum(self.by_module.get(name, 0) for name in per_token)
         return outside + sum(self.tokens[name] * macs for name, macs in per_token.items())
 

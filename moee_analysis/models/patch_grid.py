@@ -20,20 +20,12 @@ def patch_places(
 ) -> np.ndarray:
     """Return the number of the patch at each place of a layer's grid, int64 (rows, columns).
 
-    Patches are counted from 0 as the layer gets them, leading tokens left out. They stand row by
-    row in most networks; in mask units in Hiera, by their place in a 2 x 2 patch in MobileViT, in
-    blocks in NesT, pixels patch after patch in TNT. Where the places are not known, the grid is a
-    single row, (1, n).
-
-    Parameters
-    ----------
-    name
-        Of the layer, as in ``model.named_modules()``.
-    shape
-        Of an image's tokens at the layer, (parts, tokens) or (parts, rows, columns): parts are
-        windows that the layer gets in the place of an image, otherwise 1.
-    leading
-        So many tokens of each image are no patches.
+    Patches are counted from 0 as the layer gets them, without the ``leading`` tokens. They stand
+    row by row in most networks; in mask units in Hiera, by their place in a 2 x 2 patch in
+    MobileViT, in blocks in NesT, pixels patch after patch in TNT. Where the places are not known,
+    the grid is a single row, (1, n). ``name`` is the layer's in ``model``, ``shape`` that of an
+    image's tokens there, (parts, tokens) or (parts, rows, columns): parts are windows that the
+    layer gets in the place of an image, otherwise 1.
     """
     numbers = np.arange(math.prod(shape) - leading)
     parts = name.split(".")

@@ -60,16 +60,6 @@ def survey(model: nn.Module) -> list[SurveyedMlp]:
     return found
 
 
-def is_plain_mlp(module: nn.Module) -> bool:
-    """Whether ``module`` is a Linear-activation-Linear MLP and nothing else."""
-    return (
-        isinstance(module, Mlp)
-        and isinstance(module.fc1, nn.Linear)
-        and isinstance(module.fc2, nn.Linear)
-        and isinstance(module.norm, nn.Identity)
-    )
-
-
 def _reason(model: nn.Module, module: nn.Module, names: list[str]) -> str:
     """Why ``module`` cannot be taken apart; empty if it can."""
     parent, _, own = names[0].rpartition(".")
@@ -77,7 +67,10 @@ def _reason(model: nn.Module, module: nn.Module, names: list[str]) -> str:
         return LEFT_OUT[place]
     if len(names) > 1:
         return f"stands in {len(names)} places with the same weights"
-    if is_plain_mlp(module):
+    linear = isinstance(module, Mlp) and all(
+        isinstance(part, nn.Linear) for part in (module.fc1, module.fc2)
+    )
+    if linear and isinstance(module.norm, nn.Identity):
         return ""
     return next(reason for reason, holds in REASONS.items() if holds(module))
 
