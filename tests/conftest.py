@@ -1,7 +1,5 @@
 """What several test files share: small extractions, a saved one, and real photographs."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The law of the house, as CONTRIBUTING.md has it: who imports whom, how large things are."""
 
-from __future__ import annotations
-
 import ast
 import re
 from graphlib import TopologicalSorter

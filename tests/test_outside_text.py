@@ -1,7 +1,5 @@
 """Names of folders, files and classes that could be taken for something else than text."""
 
-from __future__ import annotations
-
 import json
 from urllib.parse import unquote
 

@@ -1,7 +1,5 @@
 """Three files say what this project installs; they must not drift apart."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Real weights and real photographs, where there are any."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

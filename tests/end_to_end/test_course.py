@@ -1,18 +1,13 @@
 """The lesson: its links lead somewhere, its solutions print what it quotes, it takes 90 minutes."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LESSON, EXERCISES, NOTES = (
     ROOT / "docs" / f"course{which}.md" for which in ("", "_exercises", "_instructor")

@@ -1,7 +1,5 @@
 """Commands on a disk that is full: one line, the old result, and nothing half-written."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

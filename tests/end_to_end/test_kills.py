@@ -1,7 +1,5 @@
 """Commands that are ended at random moments: nothing is lost, and nothing is left behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import tempfile

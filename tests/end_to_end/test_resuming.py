@@ -1,7 +1,5 @@
 """A run that is killed goes on where it was saved, and comes to the same bytes."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """Pictures of one colour beside black, and a ViT in which one expert alone knows each colour."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

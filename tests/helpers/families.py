@@ -4,8 +4,6 @@ Importing this file registers them: ``lively("small_swin")`` is a Swin of four b
 small and weights random; what stands in a block, and in which order its tokens come, is timm's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

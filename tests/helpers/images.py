@@ -1,7 +1,5 @@
 """Small random pictures, as image sets and in folders."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

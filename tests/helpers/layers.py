@@ -1,10 +1,8 @@
 """Layers whose tokens are made up: groups that are known, and a source that holds them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +15,6 @@ from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
 from moee_analysis.extraction.record.recorded_tokens import LayerSample, RecordedLayer
 from moee_analysis.extraction.record.token_source import Limits
 from moee_analysis.models.loading import MlpSite
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DIM, HIDDEN = 4, 6
 SITE = MlpSite("mlp", 0, DIM, HIDDEN)

@@ -1,7 +1,5 @@
 """Small random models: quick, deterministic, nothing fetched."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from timm.models.swin_transformer import SwinTransformer

@@ -1,13 +1,8 @@
 """Tiny notebooks for the tests of the report."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import nbformat
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PARAMETERS = """number: int = 1  # a whole number
 share: float = 0.5  # a fraction

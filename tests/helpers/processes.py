@@ -1,7 +1,5 @@
 """Functions and commands as processes of their own, which start quickly and may be killed."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import multiprocessing

@@ -1,7 +1,5 @@
 """Toys in many processes; with torchrun: ``torchrun ... -m tests.helpers.ranks OUT``."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys
@@ -15,8 +13,8 @@ from safetensors.torch import save_file
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record import recording, token_source
-from moee_analysis.training.finetune import finetune
 from moee_analysis.training.config import FinetuneConfig
+from moee_analysis.training.finetune import finetune
 from moee_analysis.utils.distributed import rank, together
 from tests.helpers.images import toy_images
 from tests.helpers.models import lively, toy_vit

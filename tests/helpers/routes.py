@@ -1,7 +1,5 @@
 """Routes drawn at random, with or without classes and parts that matter; nothing is run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Settings that cluster in a second, and runs with layers given by hand."""
 
-from __future__ import annotations
-
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.extraction.saving.provenance import provenance_of
