@@ -16,8 +16,12 @@ from common import Row
 
 from moee_analysis import plots
 from moee_analysis.baselines.registry import SYSTEMS, systems_named
-from moee_analysis.measure.evaluation.comparison import POINTS, Contest, compare
-from moee_analysis.measure.evaluation.comparison_table import comparison_table
+from moee_analysis.measure.evaluation.comparison import (
+    POINTS,
+    Contest,
+    compare,
+    comparison_table,
+)
 from moee_analysis.utils.storage.files import write_json
 
 HEAD = (

@@ -115,9 +115,8 @@ def compare(arguments: Namespace) -> int:
     from moee_analysis.baselines.registry import systems_named
     from moee_analysis.cli import printing
     from moee_analysis.extraction.config import preset_named
-    from moee_analysis.measure.evaluation.comparison import Contest
+    from moee_analysis.measure.evaluation.comparison import Contest, comparison_table
     from moee_analysis.measure.evaluation.comparison import compare as compare_systems
-    from moee_analysis.measure.evaluation.comparison_table import comparison_table
     from moee_analysis.models.class_names import name_by_folders
 
     systems_named(arguments.systems)

@@ -1,13 +1,14 @@
 """All systems that need no training, side by side, at the same MACs and on the same images."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -19,12 +20,12 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, score_images, summarize
-from moee_analysis.measure.evaluation.comparison_table import CONTROLS, STATIC_FAMILY
 from moee_analysis.measure.evaluation.engine import Made, costs_of, make
 from moee_analysis.measure.evaluation.evaluate import ACCURACY, accuracy_numbers
 from moee_analysis.measure.evaluation.latency import latency
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
+from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import unwrapped
 from moee_analysis.models.macs import MacCount, count, count_parameters
 from moee_analysis.moe.expert_layer import counting_usage, expert_layers
@@ -40,6 +41,7 @@ Usage = Mapping[str, torch.Tensor]
 POINTS = (0.20, 0.28, 0.36)
 """Shares of the dense model's MACs to save."""
 
+CONTROLS = ("random_routing", "constant_routing", "oracle_routing")
 BATCH = 64  # images that are timed at once
 TOGETHER = 3e9  # bytes of models that see the images in one pass
 
@@ -73,15 +75,10 @@ class Entry:
     """One system as it was made, with its model (``own``) and its controls, if there are any."""
 
     name: str
+    asked: Asked
     system: System
     made: Made
-    models: Mapping[str, nn.Module] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """What the models take in memory."""
-        tensors = [t for model in self.models.values() for t in model.state_dict().values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    models: Mapping[str, nn.Module]
 
 
 def compare(
@@ -115,22 +112,12 @@ def compare(
     named = systems_named(systems)
     if all(system.routed for system in named.values()):
         named = systems_named([*named, STATIC])
-    rows = []
-    with _with_store(contest) as stored:
-        for saved in macs_reductions:
-            rows += _compare_at(stored, named, saved, seeds)
-    return rows
-
-
-@contextmanager
-def _with_store(contest: Contest) -> Iterator[Contest]:
-    """A store of its own where there is none: all systems see the same recorded tokens."""
-    if contest.store is not None:
+    with ExitStack() as stack:
+        if contest.store is None:  # all systems see the same recorded tokens
+            contest = replace(contest, store=stack.enter_context(scratch_folder("store")))
         check_writable(Path(contest.store))
-        yield contest
-        return
-    with scratch_folder("store") as folder:
-        yield replace(contest, store=folder)
+        at = (_compare_at(contest, named, saved, seeds) for saved in macs_reductions)
+        return [row for rows in at for row in rows]
 
 
 def _compare_at(
@@ -139,27 +126,23 @@ def _compare_at(
     """Rows of all systems with all seeds at one budget of MACs."""
     counted, rows, right = count(contest.dense), [], {}
     for seed in seeds:
-        asked, of_seed = Asked(saved, contest.preset, seed), []
-        for group in _fit_together(_make_entries(contest, systems, asked)):
+        entries, of_seed = _make_entries(contest, systems, Asked(saved, contest.preset, seed)), []
+        for group in _fit_together(entries):
             new, hits = _measure(contest, group, counted, timed=seed == seeds[0])
-            of_seed += [
-                _first(entry, asked, len(contest.images)) | new[entry.name] for entry in group
-            ]
+            of_seed += new
             for name, images in hits.items():
-                right.setdefault(name, {})[seed] = images
-        static = _best_static(of_seed)
-        for row in of_seed:
-            row["controls"]["static_pruning"] = static
-        rows += of_seed
-    own = next(iter(right.pop(REFERENCE, {}).values()), None)
+                right.setdefault(name, []).append(images)
+        static = [row for row in of_seed if not systems[row["system"]].routed]
+        known = [row for row in static if row["retention"] is not None]
+        best = max(known, key=lambda row: row["retention"], default=None)
+        kept = best and {name: best[name] for name in ("system", *ACCURACY)}
+        rows += [row | {"controls": row["controls"] | {"static_pruning": kept}} for row in of_seed]
+    own = right.pop(REFERENCE, [None])[0]
     spread = {
-        name: over_seeds(np.stack(list(hits.values())), own, resamples=contest.resamples)
+        name: over_seeds(np.stack(hits), own, resamples=contest.resamples)
         for name, hits in right.items()
     }
     return [row | {"over_seeds": spread.get(row["system"])} for row in rows]
-
-
-# Making
 
 
 def _make_entries(contest: Contest, systems: Mapping[str, System], asked: Asked) -> Iterator[Entry]:
@@ -170,44 +153,36 @@ def _make_entries(contest: Contest, systems: Mapping[str, System], asked: Asked)
             made = make(partial(system.make, *sources, store=contest.store))
         if made.model is None:
             tell(f"{name}: {made.reason}")
-            yield Entry(name, system, made)
-        else:
-            yield Entry(name, system, made, _with_controls(made.model, system, contest, asked.seed))
-
-
-def _with_controls(
-    model: nn.Module, system: System, contest: Contest, seed: int
-) -> dict[str, nn.Module]:
-    models = {"own": model}
-    if system.routed:
-        models["random_routing"] = randomly_routed(model, seed=seed)
-        models["constant_routing"] = constantly_routed(model)
-    if system.routed and system.oracle is not None:
-        models["oracle_routing"] = system.oracle(model, contest.dense)
-    return models
+        models = {} if made.model is None else {"own": made.model}
+        if models and system.routed:
+            models["random_routing"] = randomly_routed(made.model, seed=asked.seed)
+            models["constant_routing"] = constantly_routed(made.model)
+        if models and system.routed and system.oracle is not None:
+            models["oracle_routing"] = system.oracle(made.model, contest.dense)
+        yield Entry(name, asked, system, made, models)
 
 
 def _fit_together(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """Entries in groups whose models fit into memory together."""
-    group: list[Entry] = []
+    group, size = [], 0
     for entry in entries:
-        if group and sum(each.bytes for each in group) + entry.bytes > TOGETHER:
+        tensors = [t for model in entry.models.values() for t in model.state_dict().values()]
+        own = sum(tensor.nbytes for tensor in tensors)
+        if group and size + own > TOGETHER:
             yield group
-            group = []
+            group, size = [], 0
         group.append(entry)
+        size += own
     yield group
-
-
-# Measuring
 
 
 def _measure(
     contest: Contest, group: list[Entry], counted: MacCount, *, timed: bool
-) -> tuple[dict[str, Row], dict[str, np.ndarray]]:
-    """Numbers of the systems of a group, and which images each gets right, (images,)."""
-    models = {(e.name, kind): m for e in group for kind, m in e.models.items()}
-    own = {e.name: e.models["own"] for e in group if e.models}
-    accuracies, right, usage = {}, {}, {}
+) -> tuple[list[Row], dict[str, np.ndarray]]:
+    """Rows of the systems of a group, and which images each gets right, (images,)."""
+    models = {(each.name, kind): m for each in group for kind, m in each.models.items()}
+    own = {each.name: each.models["own"] for each in group if each.models}
+    accuracies, right, usage, times = {}, {}, {}, {}
     if models:
         with counting_usage(own) as usage, _masked(models.values()):
             scores = score_images(models, contest.images, reference=contest.dense)
@@ -215,29 +190,48 @@ def _measure(
         accuracies = {row["system"]: accuracy_numbers(row) for row in table.to_dict("records")}
         right = {name: scores[name, "own"]["right"] for name in own}
         right[REFERENCE] = scores[REFERENCE]["right"]
-    times = _time(contest, own) if timed and contest.latency and own else {}
-    rows = {}
-    for entry in group:
-        name, used = entry.name, usage.get(entry.name, {})
-        rows[name] = accuracies.get((name, "own"), dict.fromkeys(ACCURACY)) | {
-            "controls": {kind: _control(accuracies.get((name, kind))) for kind in CONTROLS},
-            **_costs(own.get(name), contest.dense, counted, used),
-            "latency": times.get(name),
-            "balance": _balance(used) if entry.system.routed else None,
-        }
-    return rows, right
+    if timed and contest.latency and own:
+        # those that are pruned are timed without anything to route
+        quickest = {name: without_routing(model) for name, model in own.items()}
+        options = {"batch_size": BATCH, "rounds": 5, "seconds": 0.05}
+        table = latency(quickest, contest.images, reference=contest.dense, **options)
+        times = {row.pop("system"): row for row in table.to_dict("records")}
+    rows = [_row(each, contest, counted, accuracies, usage.get(each.name, {})) for each in group]
+    return [row | {"latency": times.get(row["system"])} for row in rows], right
 
 
-def _first(entry: Entry, asked: Asked, images: int) -> Row:
+def _row(
+    entry: Entry, contest: Contest, counted: MacCount, accuracies: Mapping, usage: Usage
+) -> Row:
+    """What a system keeps and costs, as its experts were used."""
+    name, system, model = entry.name, entry.system, entry.models.get("own")
+    costs = {} if model is None else costs_of(model, contest.dense, counted, usage)
+    controls = {kind: accuracies.get((name, kind)) for kind in CONTROLS}
+    several = [used.numpy() for used in usage.values() if system.routed and len(used) > 1]
+    layers = [balance_metrics(used) for used in several]
+    balance = {name: float(np.mean([each[name] for each in layers])) for name in METRICS if layers}
     return {
-        "system": entry.name,
-        "family": entry.system.family,
-        "seed": asked.seed,
-        "macs_asked": asked.macs_reduction,
-        "n_images": images,
+        "system": name,
+        "family": system.family,
+        "seed": entry.asked.seed,
+        "macs_asked": entry.asked.macs_reduction,
+        "n_images": len(contest.images),
         "seconds": round(entry.made.seconds, 1),
         "reason": entry.made.reason,
         "layers": _describe_layers(entry.made.result),
+        **accuracies.get((name, "own"), dict.fromkeys(ACCURACY)),
+        "controls": {
+            kind: found and {key.removeprefix("moe_"): value for key, value in found.items()}
+            for kind, found in controls.items()
+        },
+        "macs_dense": float(counted.total),
+        "params_dense": count_parameters(contest.dense),
+        "macs_moe": costs.get("macs"),
+        "macs_reduction": costs.get("macs_reduction"),
+        "reduces_macs": costs["macs_reduction"] > 0 if costs else None,
+        "params_moe": costs.get("params"),
+        "params_reduction": costs.get("params_reduction"),
+        "balance": balance or None,
     }
 
 
@@ -253,64 +247,63 @@ def _masked(models: Iterable[nn.Module]) -> Iterator[None]:
             set_dispatch(model, "auto")
 
 
-def _time(contest: Contest, models: Mapping[str, nn.Module]) -> dict[str, Row]:
-    """Latency of each model; those that are pruned are timed without anything to route."""
-    quickest = {name: without_routing(model) for name, model in models.items()}
-    table = latency(
-        quickest, contest.images, reference=contest.dense, batch_size=BATCH, rounds=5, seconds=0.05
-    )
-    return {row.pop("system"): row for row in table.to_dict("records")}
-
-
-def _costs(model: nn.Module | None, dense: nn.Module, counted: MacCount, usage: Usage) -> Row:
-    """MACs as experts were used, and parameters, of ``model`` and of the dense one."""
-    costs: Row = {} if model is None else costs_of(model, dense, counted, usage)
-    return {
-        "macs_dense": float(counted.total),
-        "params_dense": count_parameters(dense),
-        "macs_moe": costs.get("macs"),
-        "macs_reduction": costs.get("macs_reduction"),
-        "reduces_macs": costs["macs_reduction"] > 0 if costs else None,
-        "params_moe": costs.get("params"),
-        "params_reduction": costs.get("params_reduction"),
-    }
-
-
-def _balance(usage: Usage) -> dict[str, float] | None:
-    """Metrics of ``measure.balance``, means over layers; None where there is nothing to route."""
-    layers = [balance_metrics(used.numpy()) for used in usage.values() if len(used) > 1]
-    if not layers:
-        return None
-    return {name: float(np.mean([layer[name] for layer in layers])) for name in METRICS}
-
-
-def _control(numbers: Row | None) -> Row | None:
-    return numbers and {name.removeprefix("moe_"): value for name, value in numbers.items()}
-
-
-def _best_static(rows: Iterable[Row]) -> Row | None:
-    """The static system among ``rows`` that keeps most, as a control of the others."""
-    known = [r for r in rows if r["family"] == STATIC_FAMILY and r["retention"] is not None]
-    if not known:
-        return None
-    best = max(known, key=lambda row: row["retention"])
-    return {"system": best["system"]} | {name: best[name] for name in ACCURACY}
-
-
 def _describe_layers(made: Extraction | nn.Module | None) -> list[Row]:
     """What each layer has become; only an extraction knows of noise, and of layers left dense."""
     if made is None:
         return []
     if isinstance(made, Extraction):
         return [asdict(layer) for layer in made.layers]
-    return [_describe_layer(name, layer) for name, layer in expert_layers(made).items()]
+    rows = []
+    for name, layer in expert_layers(made).items():
+        row = {"name": name, "experts": layer.n_experts, "converted": True, "reason": ""}
+        row |= dict.fromkeys(("noise_share", "active_fraction", "union_fraction"))
+        if isinstance(layer, MoeMlp):
+            active = torch.dot(layer.shares.double(), layer.sizes.double()).item()
+            row["active_fraction"] = active / layer.hidden_dense
+            row["union_fraction"] = len(layer.kept) / layer.hidden_dense
+        rows.append(row)
+    return rows
 
 
-def _describe_layer(name: str, layer: nn.Module) -> Row:
-    row = {"name": name, "experts": layer.n_experts, "converted": True, "reason": ""}
-    row |= {"noise_share": None, "active_fraction": None, "union_fraction": None}
-    if isinstance(layer, MoeMlp):
-        active = torch.dot(layer.shares.double(), layer.sizes.double()).item()
-        row["active_fraction"] = active / layer.hidden_dense
-        row["union_fraction"] = len(layer.kept) / layer.hidden_dense
-    return row
+def comparison_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Return the rows of :func:`compare` as a tidy table.
+
+    A row for each system, budget and seed: ``system``, ``family``, ``macs_asked``, ``seed``,
+    ``top1``, ``dense_top1``, ``retention``, ``retention_low``, ``retention_high``, ``agreement``,
+    ``kl``; ``mean``, ``low``, ``high`` (retention over all seeds); ``macs_reduction``,
+    ``params_reduction``, ``reduces_macs``; ``speed_up`` over the dense model's time; the metrics of
+    ``measure.balance``, means over layers; ``random_routing``, ``constant_routing``,
+    ``oracle_routing``, ``static_pruning`` (retention of the controls); ``seconds``, ``reason``.
+    What is not known is nan.
+    """
+    rows = list(rows)
+    ends = pd.DataFrame([row["retention_interval"] or (None, None) for row in rows])
+    table = pd.json_normalize(rows).rename(columns=_COLUMNS)
+    table = table.assign(retention_low=ends.get(0), retention_high=ends.get(1))
+    table = table.reindex(columns=["system", "family", "macs_asked", "seed", *_NUMBERS])
+    table = table.astype(dict.fromkeys(_NUMBERS, float))
+    table["reduces_macs"] = [bool(row["reduces_macs"]) for row in rows]
+    table["reason"] = [row["reason"] for row in rows]
+    seeds, times = {row["seed"] for row in rows}, [r["latency"] for r in rows if r["latency"]]
+    timed = (
+        f"; times of batches of {times[0]['batch_size']} with {times[0]['threads']} threads"
+        if times else ""
+    )  # fmt: skip
+    return add_caption(
+        table,
+        f"{rows[0]['n_images'] if rows else 0} images evaluated, reference: the dense model; "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, bars are 95 % intervals of a bootstrap of "
+        f"images and seeds; MACs as experts are used on these images, routers included{timed}.",
+    )
+
+
+_RETENTIONS = (*CONTROLS, "static_pruning")
+_COLUMNS = {"moe_top1": "top1", "latency.speed_up": "speed_up"}
+_COLUMNS |= {f"over_seeds.{name}": name for name in ("mean", "low", "high")}
+_COLUMNS |= {f"balance.{name}": name for name in METRICS}
+_COLUMNS |= {f"controls.{name}.retention": name for name in _RETENTIONS}
+_NUMBERS = (
+    "top1", "dense_top1", "retention", "retention_low", "retention_high", "agreement", "kl",
+    "mean", "low", "high", "macs_reduction", "params_reduction", "speed_up", *METRICS,
+    *_RETENTIONS, "seconds",
+)  # fmt: skip

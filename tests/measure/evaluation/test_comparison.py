@@ -11,8 +11,7 @@ from moee_analysis.baselines.controls import constantly_routed, oracle_routed, r
 from moee_analysis.baselines.registry import STATIC, SYSTEMS, Asked, systems_named
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation import comparison
-from moee_analysis.measure.evaluation.comparison import Contest, compare
-from moee_analysis.measure.evaluation.comparison_table import comparison_table
+from moee_analysis.measure.evaluation.comparison import Contest, compare, comparison_table
 from moee_analysis.models.macs import count, count_parameters
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_vit
