@@ -191,13 +191,14 @@ def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         title: part.pivot(index="expert_a", columns="expert_b", values="shown")
         for title, part in drawing.by_layer(shown).items()
     }
-    look = {"cmap": style.SHARES, "vmin": 0, "panel": (1.9, 2.0)}
-    fig = _draw_pairs(maps, "Jaccard: ◥ found, ◣ random", **look)
+    fig = _draw_pairs(maps, "Jaccard: ◥ found, ◣ random", cmap=style.SHARES, vmin=0)
     return drawing.finish(fig, table, caption)
 
 
 def _draw_pairs(maps: dict[str, pd.DataFrame], bar: str, **look: Any) -> Figure:
-    fig, _ = drawing.heat_maps(maps, bar, cols=4, vmax=1, square=True, size=6, **look)
+    panel = (2.0, 2.15 + 0.25 * any("\n" in title for title in maps))
+    look |= {"vmax": 1, "square": True, "size": 6}
+    fig, _ = drawing.heat_maps(maps, bar, cols=4, panel=panel, **look)
     fig.supxlabel("expert")
     fig.supylabel("expert")
     return fig
@@ -224,8 +225,7 @@ def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         for title, part in drawing.by_layer(table).items()
         for column, name in (("cosine", "raw"), ("cosine_centred", "centred"))
     }
-    look = {"cmap": style.DIVERGING, "vmin": -1, "panel": (2.0, 2.15)}
-    fig = _draw_pairs(maps, "cosine of mean inputs", **look)
+    fig = _draw_pairs(maps, "cosine of mean inputs", cmap=style.DIVERGING, vmin=-1)
     return drawing.finish(fig, table, caption)
 
 
