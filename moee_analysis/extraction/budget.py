@@ -52,13 +52,13 @@ class Budget:
         layers = [layer for layer in layers if layer.converted]
         if self.config.budget == "global":
             return self._global(layers, scores)
-        p = self.config.variance_kept
-        if self.config.macs_reduction is not None:
-            p = share_for_macs(
-                lambda share: self._macs(layers, self._of_share(layers, scores, share)),
-                dense=self.dense.total,
-                reduction=self.config.macs_reduction,
-            )
+        p, reduction = self.config.variance_kept, self.config.macs_reduction
+        if reduction is not None:
+
+            def macs(share: float) -> float:
+                return self._macs(layers, self._of_share(layers, scores, share))
+
+            p = share_for_macs(macs, dense=self.dense.total, reduction=reduction)
         return self._of_share(layers, scores, p)
 
     @property
@@ -79,8 +79,12 @@ class Budget:
 
     def _global(self, layers: Sequence[LayerExperts], scores: Scores) -> Sizes:
         """The neurons and modes worth most within the budgets of MACs and stored parameters."""
-        low_rank = self._low_rank
-        candidates = [_candidates(layer, scores[layer.site.name]) for layer in layers]
+        low_rank, candidates = self._low_rank, []
+        for layer in layers:
+            # experts of tokens that nothing reads keep no neuron at any price
+            own = np.where(layer.constant[:, None], 0, scores[layer.site.name])
+            tokens, dim = layer.tokens * layer.statistics.shares, layer.site.dim
+            candidates.append(Candidates(own, tokens, macs=2 * dim, parameters=2 * dim + 1))
         candidates += [each for attention in low_rank for each in attention.candidates()]
         budgets: dict[str, float] = {}
         if self.config.macs_reduction is not None:
@@ -94,10 +98,10 @@ class Budget:
 
     def _macs(self, layers: Sequence[LayerExperts], sizes: Sizes) -> float:
         """MACs of one image with these sizes, routers included."""
-        cost = {
-            layer.site.name: _expected_macs(layer, sizes.neurons[layer.site.name])
-            for layer in layers
-        }
+        cost = {}
+        for layer in layers:
+            neurons = layer.statistics.shares @ sizes.neurons[layer.site.name].sum(axis=1)
+            cost[layer.site.name] = layer.router().macs + 2 * layer.site.dim * float(neurons)
         for each in self.attentions:
             cost[each.site.name] = each.macs(sizes.modes.get(each.site.name)) / each.tokens
         return self.dense.replacing(cost)
@@ -114,28 +118,12 @@ class Budget:
         total = count_parameters(self.model)
         changed = (*layers, *self.attentions)
         inside = sum(count_parameters(each.site.module(self.model)) for each in changed)
-        fixed = sum(self._fixed_parameters(layer) for layer in layers)
-        fixed += sum(each.fixed_parameters for each in self.attentions)
+        fixed = sum(each.fixed_parameters for each in self.attentions)
+        for layer in layers:  # the output bias, router and shifts
+            out = layer.site.module(self.model).fc2.out_features
+            shifts = 0 if self.config.refit == "none" else out * layer.assignment.experts
+            fixed += out + count_parameters(layer.router()) + shifts
         return (1 - self.config.params_reduction) * total - (total - inside) - fixed
-
-    def _fixed_parameters(self, layer: LayerExperts) -> int:
-        """What a converted layer stores in any case: the output bias, router and shifts."""
-        out = layer.site.module(self.model).fc2.out_features
-        shifts = 0 if self.config.refit == "none" else out * layer.assignment.experts
-        return out + count_parameters(layer.router()) + shifts
-
-
-def _expected_macs(layer: LayerExperts, kept: np.ndarray) -> float:
-    """Expected MACs of one token, router included."""
-    neurons = float(layer.statistics.shares @ kept.sum(axis=1))
-    return layer.router().macs + 2 * layer.site.dim * neurons
-
-
-def _candidates(layer: LayerExperts, scores: np.ndarray) -> Candidates:
-    dim = layer.site.dim
-    scores = np.where(layer.constant[:, None], 0, scores)  # these keep none at any price
-    tokens = layer.tokens * layer.statistics.shares
-    return Candidates(scores, tokens, macs=2 * dim, parameters=2 * dim + 1)
 
 
 def keep_share(scores: np.ndarray, share: float) -> np.ndarray:

@@ -61,18 +61,15 @@ def choose(
                 "ask for less, convert more layers, or have fewer experts",
             )
 
-    def cost(of: Callable[[Candidates, np.ndarray], float], kept: list[np.ndarray]) -> float:
-        return sum(of(layer, own) for layer, own in zip(layers, kept, strict=True))
-
     def within_macs(per_parameter: float) -> list[np.ndarray]:
         """The best choice at this price of a parameter that meets the budget of MACs."""
         return _at_lowest_price(
             lambda per_mac: [layer.worth(per_mac, per_parameter) for layer in layers],
-            lambda kept: cost(Candidates.macs_of, kept) <= macs,
+            lambda kept: sum(map(Candidates.macs_of, layers, kept)) <= macs,
         )
 
     return _at_lowest_price(
-        within_macs, lambda kept: cost(Candidates.parameters_of, kept) <= parameters
+        within_macs, lambda kept: sum(map(Candidates.parameters_of, layers, kept)) <= parameters
     )
 
 

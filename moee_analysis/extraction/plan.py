@@ -1,6 +1,6 @@
 """Phase 1: the experts of every layer, which tokens go to each, and statistics of these."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,6 @@ from moee_analysis.extraction.cluster.clusters_to_router import (
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.experts.layer_experts import (
-    ExpertStatistics,
     LayerExperts,
     expert_statistics,
 )
@@ -30,29 +29,36 @@ UNASKED = "not asked for"
 def group_tokens(tokens: TokenSource, config: ExtractConfig) -> list[LayerExperts]:
     """Cluster the tokens of every MLP of the model, and gather statistics of each expert's.
 
-    Experts that get no tokens are left out.
+    Experts that get no tokens are left out; a single one stays in any case.
     """
-    layers = describe_layers(tokens, config)
-    leading = {
-        layer.site.name: len(layer.prefix)
-        for layer in layers
-        if _needs_clusters(layer, tokens, config)
-    }
+    layers, leading = describe_layers(tokens, config), {}
+    for layer in layers:
+        others = tokens.kept_per_image[layer.site.name] - len(layer.prefix)
+        alone = layer.unread or config.experts == "one"
+        if others > 0 and not alone and not layer.partition.reason:
+            leading[layer.site.name] = len(layer.prefix)
     partitions = _cluster(tokens, config, leading)
     layers = [replace(e, partition=partitions.get(e.site.name, e.partition)) for e in layers]
     assignments = {e.site.name: e.assignment for e in layers if not e.partition.reason}
     statistics = expert_statistics(tokens, assignments, gradients=config.needs_gradients)
-    return [
-        _without_empty(layer, statistics[layer.site.name])
-        if layer.site.name in statistics
-        else layer
-        for layer in layers
-    ]
+    for number, layer in enumerate(layers):
+        if own := statistics.get(layer.site.name):
+            partition = layer.assignment.alive(own.routed).partition
+            alive = (own.routed > 0) | (partition.centres is None)
+            own = None if partition.reason else own.of(alive)
+            layers[number] = replace(layer, partition=partition, statistics=own)
+    return layers
 
 
 def describe_layers(tokens: TokenSource, config: ExtractConfig) -> list[LayerExperts]:
     """Describe every layer without a look at its tokens."""
-    wanted = _wanted(tokens.sites, config.layers)
+    known = {site.index for site in tokens.sites}
+    wanted = known if config.layers is None else set(config.layers)
+    if not wanted or wanted - known:
+        raise MoeeError(
+            f"layers between 0 and {len(known) - 1}", str(sorted(wanted - known) or "none"),
+            "count layers from 0, as in timm's blocks.0",
+        )  # fmt: skip
     unread = unread_patches(tokens.model) if config.unread == "constant" else frozenset()
     return [
         LayerExperts(
@@ -80,24 +86,6 @@ def prefix_experts(
     return tuple(names.index(kind) for kind in kinds)
 
 
-def _wanted(sites: Sequence[MlpSite], layers: tuple[int, ...] | None) -> set[int]:
-    known = {site.index for site in sites}
-    wanted = known if layers is None else set(layers)
-    if not wanted or wanted - known:
-        raise MoeeError(
-            f"layers between 0 and {len(sites) - 1}", str(sorted(wanted - known) or "none"),
-            "count layers from 0, as in timm's blocks.0",
-        )  # fmt: skip
-    return wanted
-
-
-def _needs_clusters(layer: LayerExperts, tokens: TokenSource, config: ExtractConfig) -> bool:
-    """Whether there are tokens to be divided among several experts."""
-    others = tokens.kept_per_image[layer.site.name] - len(layer.prefix)
-    alone = layer.unread or config.experts == "one"
-    return not layer.partition.reason and not alone and others > 0
-
-
 def _cluster(
     tokens: TokenSource, config: ExtractConfig, leading: Mapping[str, int]
 ) -> dict[str, Partition]:
@@ -107,7 +95,7 @@ def _cluster(
     """
     samples: list[TokenSample] = []
 
-    def drawn() -> Iterator[TokenSample]:
+    def draw() -> Iterator[TokenSample]:
         found = sample_tokens(tokens, config, leading)
         for sample in progress(found, label="clustering layers", total=len(leading)):
             samples.append(replace(sample, hidden=None))  # too large to be held for all layers
@@ -116,18 +104,8 @@ def _cluster(
     def label(sample: TokenSample) -> torch.Tensor:
         return torch.from_numpy(cluster_tokens(sample, config, root=tokens.root)).long()
 
-    labels = share_out(drawn(), label, lambda s: torch.zeros(len(s.rows), dtype=torch.int64))
+    labels = share_out(draw(), label, lambda s: torch.zeros(len(s.rows), dtype=torch.int64))
     return {
         sample.site.name: partition_tokens(sample, own.numpy(), config)
         for sample, own in zip(samples, labels, strict=True)
     }
-
-
-def _without_empty(layer: LayerExperts, statistics: ExpertStatistics) -> LayerExperts:
-    """Leave out experts that get no tokens; a single one stays in any case."""
-    routed = statistics.routed
-    partition = layer.assignment.alive(routed).partition
-    if partition.reason:
-        return replace(layer, partition=partition)
-    alive = (routed > 0) | (partition.centres is None)
-    return replace(layer, partition=partition, statistics=statistics.of(alive))

@@ -9,8 +9,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -93,7 +92,10 @@ def rebuild(
     outline = _outline(described, parts=len(tensors)) if dense is None else unwrapped(dense)
     _check_size(outline)
     check_tables(described, tensors, outline)
-    model = _skeleton(described) if dense is None else _copy_of(dense, described)
+    model = _skeleton(described) if dense is None else copy.deepcopy(outline)
+    names = described["pretrained_cfg"].get("label_names")
+    if dense is not None and names:  # classes may have been named since
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(names)}
     _put_layers(model, described, tensors)
     check_fit(model.state_dict(), tensors, model)
     model.load_state_dict(tensors)
@@ -113,8 +115,8 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
     They are those it was made with, if timm kept them, and what the model itself shows: outputs,
     channels and size; activations are given by their names.
     """
-    given = {k: _plain(v) for k, v in getattr(model, "_model_args", {}).items()}
-    given = {k: v for k, v in given.items() if v is not None}
+    kept = getattr(model, "_model_args", {}).items()
+    given = {k: plain for k, v in kept if (plain := _plain(v)) is not None}
     try:
         usual = _visible_arguments(build_model(architecture(model), **given))
     except MoeeError:  # a name or an argument that timm does not know
@@ -162,25 +164,18 @@ def _put_layers(model: nn.Module, described: Mapping[str, Any], tensors: Tensors
 
 
 def _outline(described: Mapping[str, Any], *, parts: int) -> nn.Module:
-    """The dense network without values, which takes no memory whatever a file says of it."""
-    with torch.device("meta"), _few_parameters(2 * parts + PARTS):
-        return _skeleton(described)
+    """The dense network without values, which takes no memory whatever a file says of it.
 
-
-@contextmanager
-def _few_parameters(most: int) -> Iterator[None]:
-    """While open, a network that gets more parameters is given up with a ValueError."""
-    counted = itertools.count(1)
+    One with far more parameters than the ``parts`` of its file is given up.
+    """
+    counted, most = itertools.count(1), 2 * parts + PARTS
 
     def count(*_: Any) -> None:
         if next(counted) > most:
             raise ValueError(f"more than {most} parameters")
 
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with torch.device("meta"), register_module_parameter_registration_hook(count):
+        return _skeleton(described)
 
 
 def _check_size(model: nn.Module) -> None:
@@ -199,15 +194,6 @@ def _skeleton(described: Mapping[str, Any]) -> nn.Module:
     return model.to(getattr(torch, described.get("dtype", "float32")))
 
 
-def _copy_of(dense: nn.Module, described: Mapping[str, Any]) -> nn.Module:
-    """A copy of the dense network, with the names of the classes that the run was saved with."""
-    model = copy.deepcopy(unwrapped(dense)).eval()
-    names = described["pretrained_cfg"].get("label_names")
-    if names:
-        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(names)}
-    return model
-
-
 def _plain(value: Any) -> Any:
     """An argument as JSON; activations by name, and None for what has no such form."""
     if isinstance(value, type) and issubclass(value, nn.Module):
@@ -220,25 +206,22 @@ def _plain(value: Any) -> Any:
 
 
 def _visible_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments that a model itself shows."""
+    """Arguments that a model itself shows: outputs are those of the classifier as it is.
+
+    Where it is no plain Linear, they are what the model says.
+    """
+    heads = stated_modules(model, "classifier").values()
+    plain = [head for head in heads if isinstance(head, nn.Linear | nn.Identity)]
     channels, *size = input_size(model)
     pool = getattr(model, "global_pool", None)
     acts = {type(mlp.act) for mlp in all_mlps(model).values()}
     return {
-        "num_classes": _count_outputs(model),
+        "num_classes": getattr(plain[0], "out_features", 0) if plain else model.num_classes,
         "global_pool": pool if isinstance(pool, str) else None,
         "in_chans": channels,
         "img_size": size,
         "act_layer": _plain(acts.pop()) if len(acts) == 1 else None,
     }
-
-
-def _count_outputs(model: nn.Module) -> int:
-    """Outputs of the classifier as it is; what the model says where it is no plain Linear."""
-    for head in stated_modules(model, "classifier").values():
-        if isinstance(head, nn.Linear | nn.Identity):
-            return getattr(head, "out_features", 0)
-    return model.num_classes
 
 
 def _answers(model: nn.Module) -> list[float]:
