@@ -13,19 +13,9 @@ DIGITS = 16  # of each picture's hash: two of a million pictures are alike once 
 
 
 def check_disjoint(made_from: ImageSet, seen: ImageSet, *, use: str) -> None:
-    """Refuse images to evaluate that are among those that something is ``made_from``.
+    """Refuse images to evaluate that are among those ``made_from``, "used for calibration".
 
     Pictures are the same where their pixels are, whatever the name and the kind of their files.
-
-    Parameters
-    ----------
-    use
-        Use of the others: ``"used for calibration"``.
-
-    Raises
-    ------
-    MoeeError
-        Pictures of the same content in both sets.
     """
     check_unused(contents_of(made_from), seen, use=use)
 
@@ -36,11 +26,8 @@ def check_unused(contents: Iterable[str], seen: ImageSet, *, use: str) -> None:
     both = [place for place, content in enumerate(own) if content in contents]
     if both:
         count = len({own[place] for place in both})
-        raise MoeeError(
-            f"images to evaluate that are not {use}",
-            f"{count} that are, such as {seen.name_of(both[0])}",
-            OTHERS,
-        )
+        found = f"{count} that are, such as {seen.name_of(both[0])}"
+        raise MoeeError(f"images to evaluate that are not {use}", found, OTHERS)
 
 
 def contents_of(images: ImageSet) -> list[str]:

@@ -1,21 +1,131 @@
-"""Which files of a folder of class folders are images, and why the others are not."""
+"""Pictures from files: which files of class folders are any, and each as it is to be seen.
+
+That is upright, red green and blue in 8 bits, whatever it was stored as.
+"""
 
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
 
-from moee_analysis.data.pictures import check_picture, suffixes
 from moee_analysis.outside_text import printable
 from moee_analysis.utils.progress import progress
+
+PIXELS = 89_000_000  # Pillow's own limit against decompression bombs
+MANY = 40_000_000  # pixels that a JPEG is not decoded to in full
+LONGEST = 64  # times the shorter side: of a longer strip the middle, which is all a crop sees
+TURNS = {  # by the orientation that a camera stored (EXIF)
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+EIGHT_BITS, SIXTEEN_BITS = (31, 255), (4095, 65535)
+DEEP = ("I", "F")  # modes of grey values of more than 8 bits
+RANGES = {  # of grey values: the second is meant where the largest value is above the first
+    "I;16": ((0, 255), SIXTEEN_BITS),
+    "I": (EIGHT_BITS, SIXTEEN_BITS, (2**24, 2**31)),
+    "F": ((0, 1), EIGHT_BITS, SIXTEEN_BITS),
+}
 
 NAMED = 5  # of skipped files, in a warning
 
 Reasons = dict[Path, str]  # why files and folders are not read
 FolderIds = set[tuple[int, int]]  # device and number
+
+
+class UnreadableError(Exception):
+    """A file that cannot be shown as a picture; the message says why."""
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of the files that Pillow reads here, in lower case."""
+    with suppress(ImportError):  # where it is installed, Pillow learns HEIC from it
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    known = Image.registered_extensions()
+    return frozenset(end for end, kind in known.items() if kind in Image.OPEN) | {".jfif"}
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture as it is to be seen, RGB in 8 bits; the first one of an animation.
+
+    The orientation that a camera stored (EXIF) is applied. Numbers of 16 or 32 bits and floats are
+    scaled from the range that they are written in, that of 8, 16 or 31 bits, or from 0 to 1. Where
+    the numbers leave it open which one that is, the picture is refused: 12 bits in a file of 16
+    cannot be told from a dark picture.
+
+    Raises UnreadableError: too many pixels, numbers in no such range. OSError: a damaged file.
+    """
+    with _opened(path) as image:
+        if image.width * image.height > MANY:
+            image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG alone can
+        image.load()  # which turns a TIFF upright by itself
+        # ImageOps.exif_transpose writes the EXIF again, which odd cameras' does not bear
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        middle = _middle(image)
+        return _as_rgb(middle if turn is None else middle.transpose(turn))
+
+
+def check_picture(path: Path) -> str:
+    """Say why a file cannot be read as a picture; "" if it can. Quick for JPEG."""
+    try:
+        with _opened(path) as image:
+            image.draft("RGB", (32, 32))
+            image.load()
+            if image.mode.startswith(DEEP):
+                _as_rgb(image)
+    except UnreadableError as error:
+        return str(error)
+    except Image.DecompressionBombError:
+        return f"more than {2 * PIXELS // 1_000_000} million pixels"
+    except Exception as error:  # a damaged file can break a decoder in any way
+        return f"damaged or no picture ({type(error).__name__})"
+    return ""
+
+
+def _opened(path: Path) -> Image.Image:
+    suffixes()
+    image = Image.open(path)
+    pixels = image.width * image.height
+    if pixels > PIXELS:
+        image.close()
+        raise UnreadableError(f"{pixels / 1e6:.0f} million pixels, more than {PIXELS // 1_000_000}")
+    return image
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The picture, or the middle of one that is a strip."""
+    wide, high = (min(side, LONGEST * min(image.size)) for side in image.size)
+    if (wide, high) == image.size:
+        return image
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    return image.crop((left, top, left + wide, top + high))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith(DEEP):
+        # a palette may have transparency that Pillow warns of
+        image = image.convert("RGBA") if "transparency" in image.info else image
+        return image.convert("RGB")
+    values = np.array(image, np.float32)
+    largest = float(values.max())
+    if not np.isfinite(largest) or values.min() < 0:
+        raise UnreadableError("values below 0 or not finite, in a range that is not known")
+    if largest:  # else black; by the range of its kind, not of the picture
+        ranges = RANGES["I;16" if image.mode.startswith("I;16") else image.mode]
+        full = next((full for above, full in ranges if above < largest <= full), None)
+        if full is None:
+            raise UnreadableError(f"values up to {largest:.4g}, in a range that is not known")
+        values *= 255 / full
+    return Image.fromarray(np.round(values, out=values).astype(np.uint8)).convert("RGB")
 
 
 def list_images(folder: Path) -> tuple[list[Path], Reasons]:

@@ -15,13 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from moee_analysis.data.image_files import (
-    find_unreadable,
-    list_images,
-    readable_name,
-    skipped_text,
-)
-from moee_analysis.data.pictures import UnreadableError, read_picture
+from moee_analysis.data import image_files
+from moee_analysis.data.image_files import readable_name, skipped_text
 from moee_analysis.data.scenes import scene as scenes
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import loading as models
@@ -41,7 +36,7 @@ class Folder:
 
     def picture(self, row: int) -> Image.Image:
         """RGB picture."""
-        return self._read(row, read_picture)
+        return self._read(row, image_files.read_picture)
 
     def digest(self, row: int) -> bytes:
         """Hash of the file's content."""
@@ -50,7 +45,7 @@ class Folder:
     def _read(self, row: int, read: Callable[[Path], T]) -> T:
         try:
             return read(self.paths[row])
-        except (OSError, UnreadableError) as error:
+        except (OSError, image_files.UnreadableError) as error:
             expected = f"the image '{self.paths[row]}', which could be read before"
             hint = "put it back, or load the images again"
             raise MoeeError(expected, str(error), hint) from None
@@ -84,10 +79,9 @@ _scene = lru_cache(maxsize=4096)(scenes.scene)
 class ImageSet:
     """An ordered set of labelled images.
 
-    ``folders`` names the class of each image as its source does (wnid or class name),
-    ``rows`` says which picture of ``source`` each image is, ``skipped`` lists the files that
-    were not read, ``skipped_text`` says why. ``classes`` are all class folders of the source, in
-    order, also those of which no image is in the set.
+    ``rows`` says which picture of ``source`` each image is, ``folders`` its class as the source
+    names it (wnid or class name); ``classes`` are all of the source, in order. ``skipped`` lists
+    the files that were not read, ``skipped_text`` says why.
     """
 
     name: str
@@ -150,10 +144,7 @@ class ImageSet:
         A classifier that does not name its classes is taken to have been trained on the class
         folders in their order, if there is one for each output; a line says so.
 
-        Raises
-        ------
-        MoeeError
-            A model without classes; a folder that is none of them, or could be two of them.
+        Raises MoeeError: a model without classes; a folder that is none of them, or could be two.
         """
         index_of = index_of_classes(model, self.classes)
         found = {f: index_of.get(f, index_of.get(plain_name(f))) for f in set(self.folders)}
@@ -195,7 +186,7 @@ class ImageSet:
         return shuffled[np.argsort(turns.to_numpy(), kind="stable")]
 
     def of_classes(self, folders: Sequence[str]) -> Self:
-        """Return the images of these classes only (folder names as in ``folders``)."""
+        """Return the images of these classes only (folder names)."""
         as_named = str if set(folders) <= set(self.classes) else plain_name
         wanted = set(map(as_named, folders))
         return self.take([i for i, name in enumerate(self.folders) if as_named(name) in wanted])
@@ -252,17 +243,18 @@ def load_images(
     strict
         Refuse a folder with unreadable files instead of skipping them with a warning.
 
-    Raises
-    ------
-    MoeeError
-        No such folder, no images in it, unreadable files with ``strict``, unknown split; a limit
-        below 1.
+    Raises MoeeError: no such folder, no images in it, unreadable files with ``strict``, unknown
+    split; a limit below 1.
     """
     _check_draw(limit, seed)
     if not str(source).strip():
         raise MoeeError("a folder of class folders", "no name", "name it; '.' is the present one")
     if str(source) == models.BUNDLED:
-        return _bundled(split).limit(limit, seed=seed)
+        one_of("a split", split, scenes.SPLIT_SIZES)
+        rows = tuple(range(scenes.SPLIT_SIZES[split]))
+        folders = tuple(scenes.CLASSES[row % len(scenes.CLASSES)] for row in rows)
+        images = ImageSet(f"bundled scenes, {split}", Scenes(split), rows, folders)
+        return images.limit(limit, seed=seed)
     folder = Path(source)
     images, skipped = _from_folder(folder)
     return _readable(images.limit(limit, seed=seed), folder, skipped, strict=strict)
@@ -274,13 +266,6 @@ def _check_draw(limit: int | None, seed: int) -> None:
     seed_number(seed)
 
 
-def _bundled(split: str) -> ImageSet:
-    one_of("a split", split, scenes.SPLIT_SIZES)
-    rows = tuple(range(scenes.SPLIT_SIZES[split]))
-    folders = tuple(scenes.CLASSES[row % len(scenes.CLASSES)] for row in rows)
-    return ImageSet(f"bundled scenes, {split}", Scenes(split), rows, folders)
-
-
 def _from_folder(folder: Path) -> tuple[ImageSet, Mapping[Path, str]]:
     try:
         there = folder.is_dir()
@@ -288,7 +273,7 @@ def _from_folder(folder: Path) -> tuple[ImageSet, Mapping[Path, str]]:
         there = False
     if not there:
         raise MoeeError(f"a folder of class folders at '{folder}'", "no folder", "check the path")
-    paths, skipped = list_images(folder)
+    paths, skipped = image_files.list_images(folder)
     if not paths:
         found = f"none ({skipped_text(_by_name(skipped, folder))})" if skipped else "none"
         raise MoeeError(
@@ -305,7 +290,7 @@ def _readable(
 ) -> ImageSet:
     """Drop the images whose files cannot be decoded, by name; refuse them if ``strict``."""
     paths = [images.source.paths[row] for row in images.rows]
-    bad = find_unreadable(paths)
+    bad = image_files.find_unreadable(paths)
     if bad and (strict or len(bad) == len(images)):
         raise MoeeError(
             f"readable images in '{folder}'",

@@ -11,8 +11,7 @@ from moee_analysis.data.disjoint import check_disjoint, contents_of, without_rep
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.evaluate import evaluate
-from moee_analysis.report.notebook.image_sets import choose_images
-from moee_analysis.report.notebook.parameters import Parameters
+from moee_analysis.report.notebook.parameters import Parameters, choose_images
 from moee_analysis.utils.storage.files import checksum
 from tests.helpers.images import image_folder, toy_images
 from tests.helpers.models import CLASSES, lively

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from moee_analysis.data.image_files import LONGEST, UnreadableError, check_picture, read_picture
 from moee_analysis.data.images import load_images
-from moee_analysis.data.pictures import LONGEST, UnreadableError, check_picture, read_picture
 from moee_analysis.errors import MoeeError
 from tests.helpers.images import image_folder, picture
 from tests.helpers.models import toy_vit
