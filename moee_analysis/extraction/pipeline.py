@@ -28,8 +28,7 @@ from moee_analysis.extraction.plan import group_tokens
 from moee_analysis.extraction.record.accumulate import saved_sums
 from moee_analysis.extraction.record.recording import check_unchanged
 from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
-from moee_analysis.extraction.run import Extraction, through_store
-from moee_analysis.extraction.saving.provenance import provenance_of
+from moee_analysis.extraction.run import Extraction, provenance_of, through_store
 from moee_analysis.extraction.saving.schema import LayerReport
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.class_names import knows_classes, name_by_folders

@@ -1,4 +1,4 @@
-"""A run: a mixture of experts and how it came about, saved, loaded, and found in a store.
+"""A run: a mixture of experts and where it comes from, saved, loaded, and found in a store.
 
 On disk it is a safetensors and a JSON file, and anything else is refused. The JSON carries a
 checksum of itself and of the tensors, so that a file that was cut short, edited by hand or put
@@ -6,24 +6,34 @@ together from two runs is refused instead of loading as a wrong model.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from moee_analysis.data.disjoint import contents_of
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.saving.provenance import check_dense, load_dense
-from moee_analysis.extraction.saving.rebuild import describe, rebuild, stored_tensors
+from moee_analysis.extraction.saving.rebuild import (
+    arguments_of,
+    describe,
+    dtype_of,
+    input_facts,
+    rebuild,
+    stored_tensors,
+)
 from moee_analysis.extraction.saving.schema import LayerReport, check_facts
 from moee_analysis.extraction.saving.tables import check_reports
 from moee_analysis.models.fingerprints import identity
+from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.models.weights import read_tensors
 from moee_analysis.utils.distributed import agreed
+from moee_analysis.utils.environment import versions
 from moee_analysis.utils.storage.files import checksum, file_hash, read_json, write_json
 from moee_analysis.utils.storage.folders import new_folder
 from moee_analysis.utils.storage.refusals import check_place, writing
@@ -62,10 +72,26 @@ class Extraction:
     original: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def dense(self, *, weights: str | Path | None = None) -> nn.Module:
-        """Return the dense model this run was cut from; ``weights``: where they are now."""
+        """Return the dense model this run was cut from; ``weights``: where they are now.
+
+        Images and classes are those of the run's own model.
+
+        Raises MoeeError: no such file; another model than the one the run was made from.
+        """
         if self.original is not None:
             return self.original
-        return load_dense(self.provenance, weights, like=self.model)
+        facts = self.provenance
+        file = weights or facts["weights_file"]
+        if file is not None and not Path(file).is_file():
+            raise MoeeError(
+                f"the dense weights of this run at '{file}'", "no such file",
+                "pass the weights the run was extracted from (--weights FILE)",
+            )  # fmt: skip
+        model = load_model(facts["model"], weights=file, **facts.get("arguments", {}))
+        model.to(getattr(torch, facts.get("dtype", "float32")))
+        model.pretrained_cfg = {**model.pretrained_cfg, **input_facts(self.model)}
+        _check_dense(model, facts, source=file or "hub")
+        return model
 
     def save(self, folder: str | Path) -> None:
         """Save as ``folder`` (one safetensors, one JSON); complete or not at all."""
@@ -102,6 +128,45 @@ class Extraction:
         images = f"{facts['n_images']} images of {facts['images']}"
         seed = f"seed {self.config.seed}"
         return ", ".join([facts["model"], self.config.recipe, *saved, images, seed])
+
+
+def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
+    """Facts of the model and the images that a run is made from, as plain JSON values.
+
+    ``contents`` are hashes of the pictures, which no evaluation may see again.
+    """
+    found = identity(model)
+    return {
+        "model": architecture(model),
+        "arguments": arguments_of(model),
+        "dtype": dtype_of(model),
+        "weights_file": model.pretrained_cfg.get("file"),
+        "weights_sha256": found.weights,
+        "transform_sha256": found.transform,
+        "answers": list(found.answers),
+        "images": images.name,
+        "n_images": len(images),
+        "images_sha256": images.fingerprint,
+        "contents": contents_of(images),
+        "seed": config.seed,
+        "versions": versions(),
+    }
+
+
+def _check_dense(model: nn.Module, provenance: Mapping[str, Any], *, source: str | Path) -> None:
+    """Refuse a model from ``source`` that is not the one the run was made from."""
+    found = identity(model)
+    expected = replace(
+        found,
+        weights=provenance["weights_sha256"],
+        transform=provenance.get("transform_sha256", found.transform),  # not in format 5
+        answers=tuple(provenance.get("answers", found.answers)),
+    )
+    if difference := expected.difference(found):
+        raise MoeeError(
+            "the dense model this run was extracted from", f"{difference} ({source})",
+            "pass the original weights (--weights FILE), or extract again",
+        )  # fmt: skip
 
 
 def check_target(folder: Path, *, wanted: int = 0) -> None:
@@ -142,7 +207,7 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
     check_reports(layers, model)
     p, provenance = facts["variance_kept"], facts["provenance"]
     if dense is not None:
-        check_dense(dense, provenance, source="the one given")
+        _check_dense(dense, provenance, source="the one given")
     config = ExtractConfig.from_json(facts["config"])
     return Extraction(model, config, p, layers, provenance, original=dense)
 

@@ -1,8 +1,7 @@
 """Settings that cluster in a second, and runs with layers given by hand."""
 
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
-from moee_analysis.extraction.run import Extraction
-from moee_analysis.extraction.saving.provenance import provenance_of
+from moee_analysis.extraction.run import Extraction, provenance_of
 from moee_analysis.extraction.saving.schema import LayerReport
 from moee_analysis.moe.layer import MoeMlp, all_mlps
 from tests.helpers.images import toy_images

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.run import FACTS, TENSORS, load
-from moee_analysis.extraction.saving.provenance import provenance_of
+from moee_analysis.extraction.run import FACTS, TENSORS, load, provenance_of
 from moee_analysis.extraction.saving.rebuild import arguments_of
 from moee_analysis.models.loading import build_model, find_mlps, load_model
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
