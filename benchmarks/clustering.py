@@ -21,7 +21,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.exact_hdbscan import find_neighbours, grow_tree, label_tree
+from moee_analysis.extraction.cluster.clustering import label_tree
+from moee_analysis.extraction.cluster.spanning_tree import find_neighbours, grow_tree
 from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.models.loading import find_mlps, load_model
@@ -115,9 +116,9 @@ def measure(system: str, file: Path, count: int, settings: Settings) -> Row:
 
 def _by_products(points: np.ndarray, settings: Settings) -> Row:
     clock = [time.perf_counter()]
-    neighbours = find_neighbours(points, settings.min_samples)
+    forest = find_neighbours(points, settings.min_samples)
     clock.append(time.perf_counter())
-    tree = grow_tree(neighbours)
+    tree = grow_tree(forest)
     clock.append(time.perf_counter())
     labels = label_tree(tree, min_cluster_size=settings.size(len(points)))
     clock.append(time.perf_counter())

@@ -1,13 +1,11 @@
-"""Which tokens share an expert: clusters of a layer's tokens, and the router that follows them.
-
-Which expert every token of a layer goes to, and which one it counts for.
-"""
+"""Which tokens share an expert: clusters of a layer's tokens, and the router that follows them."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,13 +13,12 @@ from torch import nn
 
 from moee_analysis.extraction.cluster.clustering import (
     NOISE,
-    Clusters,
     assess,
     label,
     reduce_dimensions,
 )
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample
-from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.fisher import damped, input_root
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, nearest_in_metric
@@ -55,8 +52,13 @@ class Partition:
         return 1 if self.centres is None else len(self.centres)
 
     def router(self) -> nn.Module:
-        """Return a new router of the routed tokens."""
-        return ConstantRouter() if self.centres is None else make_router(self.centres, self.root)
+        """Return a new router of the routed tokens: by cosine, or to the nearest after ``root``."""
+        if self.centres is None:
+            return ConstantRouter()
+        centres = torch.from_numpy(self.centres)
+        if self.root is None:
+            return CosineRouter(centres)
+        return nearest_in_metric(centres, torch.from_numpy(self.root))
 
     def route(self, inputs: np.ndarray) -> np.ndarray:
         """Expert of every token of ``inputs`` (n, dim), int64 (n,)."""
@@ -87,23 +89,42 @@ class Partition:
         return replace(self, centres=self.centres[alive], labels=labels)
 
 
-def make_router(centres: np.ndarray, root: np.ndarray | None) -> nn.Module:
-    """Router to ``centres`` (experts, rank): by cosine, or to the nearest after ``root``."""
-    if root is None:
-        return CosineRouter(torch.from_numpy(centres))
-    return nearest_in_metric(torch.from_numpy(centres), torch.from_numpy(root))
-
-
 def cluster_tokens(sample: TokenSample, config: ExtractConfig, *, root: Path) -> np.ndarray:
     """Cluster of every sampled token, -1 for none, made once and found again in the store."""
     clustering = config.clustering.for_width(sample.site.hidden)
-    facts = _facts(sample, config) | asdict(clustering)
+    facts = {  # what decides the tokens and, where it matters, their metric
+        "activations": sample.key, "site": sample.site.name, "tokens": config.tokens,
+        "rows": [len(sample.rows), int(sample.rows.sum()), config.seed],
+        **({"metric": config.metric} if clustering.space == "inputs" else {}),
+    }  # fmt: skip
 
     def build(folder: Path) -> None:
-        points = _points(sample, config, clustering, root=root)
+        points = _points(sample, config, facts, root=root)
         np.save(folder / "labels.npy", label(points, clustering, seed=config.seed))
 
-    return np.load(get_or_build(root, f"clusters-{content_key(**facts)}", build) / "labels.npy")
+    key = content_key(**facts, **asdict(clustering))
+    return np.load(get_or_build(root, f"clusters-{key}", build) / "labels.npy")
+
+
+def _points(
+    sample: TokenSample, config: ExtractConfig, facts: Mapping[str, Any], *, root: Path
+) -> np.ndarray:
+    """Points to cluster; a UMAP, or a PCA of hidden activations, is found again in the store."""
+    clustering = config.clustering.for_width(sample.site.hidden)
+    points = sample.hidden
+    if clustering.space == "inputs":
+        points = sample.inputs @ metric_root(sample, config).T
+        if clustering.reduce == "pca":  # the map ends in these components
+            clustering = replace(clustering, reduce="none")
+    if clustering.reduce == "none":
+        return reduce_dimensions(points, clustering)
+
+    def build(folder: Path) -> None:
+        np.save(folder / "points.npy", reduce_dimensions(points, clustering, seed=config.seed))
+
+    names = ("space", "reduce", "components", "neighbors", "epochs")
+    key = content_key(**facts, **{f"umap_{name}": getattr(clustering, name) for name in names})
+    return np.load(get_or_build(root, f"reduced-{key}", build) / "points.npy")
 
 
 def partition_tokens(sample: TokenSample, labels: np.ndarray, config: ExtractConfig) -> Partition:
@@ -114,22 +135,15 @@ def partition_tokens(sample: TokenSample, labels: np.ndarray, config: ExtractCon
     clusters = assess(labels, config.clustering)
     if clusters.reason:
         return Partition(clusters.noise_share, clusters.reason)
-    root = metric_root(sample, config) if config.router == "nearest" else None
-    return _divide(sample, clusters, noise=config.noise, root=root)
-
-
-def _divide(
-    sample: TokenSample, clusters: Clusters, *, noise: str, root: np.ndarray | None
-) -> Partition:
-    labels = clusters.labels
-    if noise == "rest" and clusters.noise_share > 0:
+    if config.noise == "rest" and clusters.noise_share > 0:
         labels = np.where(labels == NOISE, clusters.count, labels)
+    root = metric_root(sample, config) if config.router == "nearest" else None
     points = sample.inputs if root is None else sample.inputs @ root.T
     centres = np.stack([points[labels == c].mean(axis=0) for c in range(labels.max() + 1)])
     found = Partition(clusters.noise_share, centres=centres, root=root)
     member = labels != NOISE
     agreement = float(np.mean(found.route(sample.inputs[member]) == labels[member]))
-    own = {} if noise == "reroute" else {"rows": sample.rows, "labels": labels}
+    own = {} if config.noise == "reroute" else {"rows": sample.rows, "labels": labels}
     return replace(found, route_agreement=agreement, **own)
 
 
@@ -150,36 +164,6 @@ def metric_root(sample: TokenSample, config: ExtractConfig) -> np.ndarray:
         components = torch.linalg.eigh(root @ sample.covariance @ root.T).eigenvectors
         root = components[:, -clustering.components :].T @ root
     return root.float().numpy()
-
-
-def _facts(sample: TokenSample, config: ExtractConfig) -> dict[str, object]:
-    """What decides the tokens to cluster and, where it matters, their metric."""
-    facts = {"activations": sample.key, "site": sample.site.name, "tokens": config.tokens}
-    facts["rows"] = [len(sample.rows), int(sample.rows.sum()), config.seed]
-    if config.clustering.space == "inputs":
-        facts["metric"] = config.metric
-    return facts
-
-
-def _points(
-    sample: TokenSample, config: ExtractConfig, clustering: ClusterConfig, *, root: Path
-) -> np.ndarray:
-    """Points to cluster; a UMAP, or a PCA of hidden activations, is found again in the store."""
-    points, reduce = sample.hidden, clustering.reduce
-    if clustering.space == "inputs":
-        points = sample.inputs @ metric_root(sample, config).T
-        reduce = "none" if reduce == "pca" else reduce  # the map ends in these components
-    clustering = replace(clustering, reduce=reduce)
-    if reduce == "none":
-        return reduce_dimensions(points, clustering)
-    names = ("space", "reduce", "components", "neighbors", "epochs")
-    facts = {f"umap_{name}": getattr(clustering, name) for name in names}
-    key = content_key(**_facts(sample, config), **facts)
-
-    def build(folder: Path) -> None:
-        np.save(folder / "points.npy", reduce_dimensions(points, clustering, seed=config.seed))
-
-    return np.load(get_or_build(root, f"reduced-{key}", build) / "points.npy")
 
 
 @dataclass(frozen=True)
@@ -207,26 +191,21 @@ class Assignment:
     @cached_property
     def digest(self) -> str:
         """What decides the assignment of every token."""
-        parts = [getattr(self.partition, name) for name in ("centres", "root", "rows", "labels")]
-        digest = hashlib.sha256(repr([self.prefix, self.partition.experts]).encode())
-        for part in parts:
+        own = self.partition
+        digest = hashlib.sha256(repr([self.prefix, own.experts]).encode())
+        for part in (own.centres, own.root, own.rows, own.labels):
             digest.update(b"none" if part is None else np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
     def of(self, layer: RecordedLayer) -> tuple[np.ndarray, np.ndarray]:
         """Expert of every row of the layer, and the one it counts for, -1 for none: int64."""
-        sample = layer.sample
-        leading = sample.position < len(self.prefix)
-        own = np.array(self.prefix, dtype=np.int64)[sample.position[leading]]
+        sample, leading = layer.sample, layer.sample.position < len(self.prefix)
         others = np.flatnonzero(~leading)
         routed = self.partition.route(sample.inputs[others])
-        members = self.partition.members(routed, sample.start + others)
-        found = []
-        for of_others in (routed, members):
-            experts = np.empty(len(sample), dtype=np.int64)
-            experts[leading] = own
-            experts[others] = np.where(of_others == NOISE, NOISE, of_others + self.leading)
-            found.append(experts)
+        both = np.stack([routed, self.partition.members(routed, sample.start + others)])
+        found = np.empty((2, len(sample)), dtype=np.int64)
+        found[:, leading] = np.array(self.prefix, dtype=np.int64)[sample.position[leading]]
+        found[:, others] = np.where(both == NOISE, NOISE, both + self.leading)
         return found[0], found[1]
 
     def alive(self, routed: np.ndarray) -> Self:

@@ -58,36 +58,31 @@ class SampleAccumulator(Accumulator):
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens."""
         own = self.rows - layer.sample.start
-        picked = np.flatnonzero((own >= 0) & (own < len(layer.sample)))
-        inputs = layer.sample.inputs[own[picked]].astype(np.float64)
-        sums["inputs"][torch.from_numpy(picked)] += torch.from_numpy(inputs)
+        picked = (own >= 0) & (own < len(layer.sample))
+        own, picked = own[picked], torch.from_numpy(picked)
+        sums["inputs"][picked] += torch.from_numpy(layer.sample.inputs[own].astype(np.float64))
         if self.hidden:
-            sums["hidden"][torch.from_numpy(picked)] += layer.hidden(own[picked]).cpu()
-        for rows in layer.chunks():
-            self._add_products(sums, layer, rows[layer.sample.position[rows] >= self.leading])
-
-    def _add_products(self, sums: Sums, layer: RecordedLayer, rows: np.ndarray) -> None:
-        x = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
-        sums["total"] += x.sum(dim=0)
-        sums["products"] += x.T @ x
-        sums["tokens"] += len(rows)
-        if self.gradients:
-            sums["fisher"] += products(layer.sample, rows)
-            sums["weight"] += float(layer.sample.weight[rows].sum(dtype=np.float64))
+            sums["hidden"][picked] += layer.hidden(own).cpu()
+        for chunk in layer.chunks():
+            rows = chunk[layer.sample.position[chunk] >= self.leading]
+            x = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
+            sums["total"] += x.sum(dim=0)
+            sums["products"] += x.T @ x
+            sums["tokens"] += len(rows)
+            if self.gradients:
+                sums["fisher"] += products(layer.sample, rows)
+                sums["weight"] += float(layer.sample.weight[rows].sum(dtype=np.float64))
 
     def compute(self, sums: Sums) -> TokenSample:
         """The sampled tokens and their statistics."""
         tokens = int(sums["tokens"])
         mean = sums["total"] / tokens
         return TokenSample(
-            self.site,
-            self.rows,
-            sums["inputs"].float().numpy(),
+            self.site, self.rows, sums["inputs"].float().numpy(),
             sums["hidden"].float().numpy() if self.hidden else None,
-            tokens,
-            sums["products"] / tokens - torch.outer(mean, mean),
+            tokens, sums["products"] / tokens - torch.outer(mean, mean),
             sums["fisher"] / sums["weight"] if self.gradients else None,
-        )
+        )  # fmt: skip
 
 
 def sample_tokens(
@@ -99,12 +94,8 @@ def sample_tokens(
 ) -> Iterator[TokenSample]:
     """Yield the tokens to cluster of some layers, as many as the configuration wants.
 
-    Parameters
-    ----------
-    leading
-        By the name of a layer, how many leading tokens of an image have experts of their own.
-    hidden
-        Whether hidden activations are sampled as well; None: where they are clustered.
+    ``leading`` tokens of an image, by the name of a layer, have experts of their own. ``hidden``:
+    whether hidden activations are sampled as well; None: where they are clustered.
     """
     if hidden is None:
         hidden = config.clustering.space == "hidden"

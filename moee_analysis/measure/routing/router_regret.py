@@ -14,7 +14,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster.clusters_to_router import make_router, metric_root
+from moee_analysis.extraction.cluster.clusters_to_router import Partition, metric_root
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
@@ -225,7 +225,8 @@ def _to_centres(
 ) -> dict[str, nn.Module]:
     """Routers to the ``means`` of the experts' tokens, by cosine and to the nearest."""
     root = metric_root(draw, config)
-    return {"cosine": make_router(means, None), "nearest": make_router(means @ root.T, root)}
+    nearest = Partition(centres=means @ root.T, root=root)
+    return {"cosine": Partition(centres=means).router(), "nearest": nearest.router()}
 
 
 def _others(draw: TokenSample, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:

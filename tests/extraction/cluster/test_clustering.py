@@ -68,12 +68,13 @@ def test_the_order_of_the_tokens_does_not_matter(blobs):
 
 
 def test_min_samples_and_sizes_are_never_left_to_hdbscan(blobs, monkeypatch):
-    given, find = [], clustering.hdbscan_labels
+    given, find, choose = [], clustering.spanning_tree, clustering.label_tree
+    monkeypatch.setattr(clustering, "spanning_tree", lambda *a: given.append(a[1]) or find(*a))
     monkeypatch.setattr(
-        clustering, "hdbscan_labels", lambda rows, **kw: given.append(kw) or find(rows, **kw)
+        clustering, "label_tree", lambda tree, **kw: given.append(kw) or choose(tree, **kw)
     )
     cluster(blobs[0], ClusterConfig(reduce="none"))
-    assert given == [{"min_samples": 10, "min_cluster_size": 2, "max_cluster_size": 41}]
+    assert given == [10, {"min_cluster_size": 2, "max_cluster_size": 41}]
 
 
 @pytest.mark.parametrize("reduce", ["none", "pca", "umap"])

@@ -9,19 +9,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.cluster import distances as bounds
-from moee_analysis.extraction.cluster import exact_hdbscan
-from moee_analysis.extraction.cluster.distances import BATCH, Distances
-from moee_analysis.extraction.cluster.exact_hdbscan import (
+from moee_analysis.extraction.cluster import clustering
+from moee_analysis.extraction.cluster import spanning_tree as bounds
+from moee_analysis.extraction.cluster.clustering import label_tree
+from moee_analysis.extraction.cluster.spanning_tree import (
+    BATCH,
+    Distances,
     find_neighbours,
-    hdbscan_labels,
-    label_tree,
     spanning_tree,
 )
+from moee_analysis.extraction.config import ClusterConfig
 from moee_analysis.models.capture import capture
 from tests.helpers.layers import same_partition
 
-SETTINGS = [(2, None), (5, 40), (12, None)]  # smallest and largest clusters
+SETTINGS = [(2, 0), (5, 40), (12, 0)]  # smallest and largest clusters
 
 
 def normal(count, dim, *, seed=0):
@@ -73,9 +74,9 @@ POINTS = {
 every_kind = pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
 
 
-def plain_hdbscan(points, min_samples, size=5, most=None):
+def plain_hdbscan(points, min_samples, size=5, most=0):
     model = HDBSCAN(
-        min_samples=min_samples, min_cluster_size=size, max_cluster_size=most or 0,
+        min_samples=min_samples, min_cluster_size=size, max_cluster_size=most,
         algorithm="prims_kdtree", gen_min_span_tree=True,
     )  # fmt: skip
     return model.fit(points.astype(np.float64))
@@ -152,13 +153,15 @@ def test_without_ties_labels_are_those_of_plain_hdbscan(dim, monkeypatch):
     for size, most in SETTINGS:
         expected = plain_hdbscan(points, 1, size, most).labels_
         assert same_partition(label(tree, (size, most)), expected)
-        settings = {"min_samples": 1, "min_cluster_size": size, "max_cluster_size": most}
-        np.testing.assert_array_equal(hdbscan_labels(points, **settings), label(tree, (size, most)))
+        config = ClusterConfig(
+            min_samples=1, min_cluster_size=size / 240, max_cluster_size=most / 240 or None
+        )
+        np.testing.assert_array_equal(clustering.label(points, config), label(tree, (size, most)))
         with monkeypatch.context() as patch:  # as of very many points in a plane
-            patch.setattr(exact_hdbscan, "MANY", 100)
-            patch.setattr(exact_hdbscan, "FEW", dim)
-            patch.setattr(exact_hdbscan, "spanning_tree", lambda *_: pytest.fail("slower"))
-            assert same_partition(hdbscan_labels(points, **settings), expected)
+            patch.setattr(clustering, "MANY", 100)
+            patch.setattr(clustering, "FEW", dim)
+            patch.setattr(clustering, "spanning_tree", lambda *_: pytest.fail("slower"))
+            assert same_partition(clustering.label(points, config), expected)
 
 
 def test_clusters_of_real_activations_are_those_of_plain_hdbscan(bundled, bundled_images):
@@ -168,7 +171,7 @@ def test_clusters_of_real_activations_are_those_of_plain_hdbscan(bundled, bundle
     tree, plain = spanning_tree(hidden, 10), plain_hdbscan(hidden, 10, 10)
     weights = np.sort(plain.minimum_spanning_tree_.to_numpy()[:, 2])
     np.testing.assert_allclose(tree.weights, weights, rtol=1e-12, atol=0)
-    labels = label(tree, (10, None))
+    labels = label(tree, (10, 0))
     assert labels.max() >= 2
     np.testing.assert_array_equal(labels == -1, plain.labels_ == -1)
     assert adjusted_rand_score(labels, plain.labels_) >= 0.999
@@ -177,7 +180,7 @@ def test_clusters_of_real_activations_are_those_of_plain_hdbscan(bundled, bundle
 def test_all_equal_points_are_noise_and_so_are_too_few():
     tree = spanning_tree(POINTS["all equal"], 5)
     assert not tree.weights.any()
-    assert {*label(tree, (2, None)), *label(spanning_tree(normal(50, 3), 3), (1000, None))} == {-1}
+    assert {*label(tree, (2, 0)), *label(spanning_tree(normal(50, 3), 3), (1000, 0))} == {-1}
 
 
 # Exactly because bounds are bounds
