@@ -15,7 +15,14 @@ from moee_analysis.measure.evaluation.architectures import (
     architecture_variants as architecture_variants,
 )
 from moee_analysis.measure.evaluation.architectures import architectures as architectures
+from moee_analysis.measure.evaluation.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.measure.evaluation.latency import latency as latency
+from moee_analysis.measure.evaluation.learning_curves import Trainings as Trainings
+from moee_analysis.measure.evaluation.learning_curves import beats_all as beats_all
+from moee_analysis.measure.evaluation.learning_curves import learned as learned
+from moee_analysis.measure.evaluation.learning_curves import learning_curves as learning_curves
+from moee_analysis.measure.evaluation.learning_curves import trainings as trainings
+from moee_analysis.measure.evaluation.learning_curves import which_beats_which as which_beats_which
 from moee_analysis.measure.evaluation.mac_table import macs as macs
 from moee_analysis.measure.evaluation.variants import variants as variants
 from moee_analysis.measure.knockout.knock_out import knock_out as knock_out
@@ -44,13 +51,6 @@ from moee_analysis.measure.routing.router_regret import router_choices as router
 from moee_analysis.measure.routing.router_regret import router_regret as router_regret
 from moee_analysis.measure.routing.routes import Routes as Routes
 from moee_analysis.measure.routing.routes import routes as routes
+from moee_analysis.measure.routing.slot_contributions import contributions as contributions
 from moee_analysis.measure.routing.top_patches import top_patches as top_patches
 from moee_analysis.measure.routing.top_patches import typical as typical
-from moee_analysis.measure.training.fine_tuning import fine_tuning as fine_tuning
-from moee_analysis.measure.training.learning_curves import beats_all as beats_all
-from moee_analysis.measure.training.learning_curves import learned as learned
-from moee_analysis.measure.training.learning_curves import learning_curves as learning_curves
-from moee_analysis.measure.training.learning_curves import which_beats_which as which_beats_which
-from moee_analysis.measure.training.slot_contributions import contributions as contributions
-from moee_analysis.measure.training.trainings import Trainings as Trainings
-from moee_analysis.measure.training.trainings import trainings as trainings

@@ -12,8 +12,7 @@ from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig, recipe_named
-from moee_analysis.measure.evaluation.engine import Variant, extract_all
-from moee_analysis.measure.evaluation.variants import variants
+from moee_analysis.measure.evaluation.variants import Variant, extract_all, variants
 
 METHODS = {"hdbscan": "HDBSCAN", "kmeans": "k-means"}
 

@@ -14,8 +14,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.evaluation.engine import Variant, extract_all
-from moee_analysis.measure.evaluation.variants import variants
+from moee_analysis.measure.evaluation.variants import Variant, extract_all, variants
 from moee_analysis.measure.routing.classes import class_information
 from moee_analysis.measure.routing.experts import similarity, similarity_summary
 from moee_analysis.measure.routing.load_balance import balance

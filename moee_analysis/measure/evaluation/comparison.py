@@ -20,9 +20,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, score_images, summarize
-from moee_analysis.measure.evaluation.engine import Made, costs_of, make
 from moee_analysis.measure.evaluation.evaluate import ACCURACY, accuracy_numbers
 from moee_analysis.measure.evaluation.latency import latency
+from moee_analysis.measure.evaluation.variants import Made, costs_of, make
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
 from moee_analysis.measure.routing.tables import add_caption

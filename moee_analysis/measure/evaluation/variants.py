@@ -1,26 +1,119 @@
-"""Extractions side by side: several configurations, all on the same images."""
+"""Extractions side by side: several configurations, what they cost, all on the same images.
 
+Scores are those of ``accuracy.score_images``: all models see the same decoded images once.
+"""
+
+import json
 import math
-from collections.abc import Hashable, Mapping
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config import ExtractConfig
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
-from moee_analysis.measure.evaluation.engine import Made, Variant, costs_of, extract_all
 from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
+from moee_analysis.measure.routing.resolve import model_of
 from moee_analysis.measure.routing.tables import add_caption
-from moee_analysis.models.macs import MacCount, count
+from moee_analysis.models.loading import fingerprint
+from moee_analysis.models.macs import MacCount, count, count_parameters, moe_macs
+from moee_analysis.moe.expert_layer import macs_as_used
 from moee_analysis.moe.layer import MoeMlp, all_mlps
 from moee_analysis.utils.checks import draw_numbers
+from moee_analysis.utils.progress import progress
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.storage.store import content_key, get_or_build
 
 SCORES = ["top1", "low", "high", "retention", "retention_low", "retention_high", "agreement", "kl"]
 DIVERGENCES = ["kl_low", "kl_high", "kl_change", "kl_change_low", "kl_change_high"]
 COSTS = ["macs_reduction", "params_reduction", "router_macs", "seconds", "reason"]
+
+Variant = ExtractConfig | nn.Module
+"""A configuration to extract, or a model made already."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A system: the run or model it became, or the ``reason`` why there is none."""
+
+    result: Extraction | nn.Module | None = None
+    seconds: float = math.nan
+    reason: str = ""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, if there is one."""
+        return None if self.result is None else model_of(self.result)
+
+
+def make(build: Callable[[], Extraction | nn.Module]) -> Made:
+    """Call ``build`` and time it; a MoeeError becomes the reason."""
+    started = time.perf_counter()
+    try:
+        return Made(build(), time.perf_counter() - started)
+    except MoeeError as error:
+        return Made(None, time.perf_counter() - started, str(error))
+
+
+def extract_all(
+    dense: nn.Module, calibration: ImageSet, tried: Iterable[Variant], store: str | Path
+) -> dict[Variant, Made]:
+    """Extract every distinct configuration among ``tried``; models are made already.
+
+    The seconds of an extraction are those it took when ``store`` was first asked for it.
+    """
+    distinct = dict.fromkeys(tried)
+    configs = [each for each in distinct if isinstance(each, ExtractConfig)]
+    made: dict[Variant, Made] = {each: Made(each) for each in distinct if each not in configs}
+    facts = {"images": calibration.fingerprint, "model": fingerprint(dense)} if configs else {}
+    for config in progress(configs, label="variants"):
+        new = make(partial(extract, dense, calibration, config, store=store))
+        name = f"seconds-{content_key(config=asdict(config), **facts)}"
+        seconds = math.nan if new.reason else _first_seconds(Path(store), name, new.seconds)
+        made[config] = replace(new, seconds=seconds)
+    return made
+
+
+def _first_seconds(store: Path, name: str, own: float) -> float:
+    """The seconds that the store has under this name: its ``own``, if there are none yet."""
+    folder = get_or_build(store, name, lambda new: write_json(new / "seconds.json", own))
+    return json.loads((folder / "seconds.json").read_text())
+
+
+def costs_of(
+    model: nn.Module,
+    dense: nn.Module,
+    counted: MacCount,
+    usage: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """MACs of one image and stored parameters of ``model``, and what it saves of the dense one's.
+
+    ``usage`` is how much each expert is used, by layer; None takes the routing shares of the
+    calibration. ``counted`` is of the dense model.
+    """
+    if usage is not None:
+        macs = macs_as_used(model, usage)
+    else:
+        mlps = all_mlps(model).items()
+        own = {name: m.macs_per_token() for name, m in mlps if isinstance(m, MoeMlp)}
+        macs = moe_macs(model, own)
+    parameters = count_parameters(model)
+    return {
+        "macs": float(macs),
+        "macs_reduction": 1 - macs / counted.total,
+        "params": parameters,
+        "params_reduction": 1 - parameters / count_parameters(dense),
+    }
 
 
 def variants(
@@ -55,7 +148,15 @@ def variants(
     tried.
     """
     draw_numbers(seed, resamples=resamples)
-    names = _check(tried, beside or {})
+    if not tried:
+        raise MoeeError("at least one variant", "none", "name configurations or models to try")
+    beside, place = beside or {}, {name: row for row, name in enumerate(tried)}
+    unknown = [name for name in (*beside, *beside.values()) if name not in place]
+    if unknown:
+        raise MoeeError(
+            f"variants among {', '.join(map(str, place))}", f"'{unknown[0]}'",
+            "compare with one that is tried too",
+        )  # fmt: skip
     made = extract_all(dense, calibration, tried.values(), store)
     rows = [made[each] for each in tried.values()]
     models = {place: row.model for place, row in enumerate(rows) if row.model is not None}
@@ -63,32 +164,17 @@ def variants(
     if models:
         scores = score_images(models, images, reference=dense)
         found = summarize(scores, seed=seed, resamples=resamples).set_index("system")
+        names = {place[name]: place[other] for name, other in beside.items()}
         spread = _compare_divergences(scores, names, seed=seed, resamples=resamples)
         table = table.join(found[SCORES]).join(spread)
     counted = count(dense)
-    costs = pd.DataFrame([_costs(row, dense, counted) for row in rows])
+    costs = pd.DataFrame([_costs(row, dense, counted) for row in rows]).reindex(columns=COSTS)
     table = table.reindex(columns=["variant", *SCORES, *DIVERGENCES]).join(costs)
     return add_caption(
         table,
         f"{len(images)} images evaluated, reference: the dense model; bars are 95 % intervals of "
         "the image bootstrap; MACs with the routing shares of the calibration.",
     )
-
-
-def _check(
-    tried: Mapping[Hashable, Variant], beside: Mapping[Hashable, Hashable]
-) -> dict[int, int]:
-    """The rows of the variants to compare, and of those they are compared with."""
-    if not tried:
-        raise MoeeError("at least one variant", "none", "name configurations or models to try")
-    place = {name: row for row, name in enumerate(tried)}
-    unknown = [name for name in (*beside, *beside.values()) if name not in place]
-    if unknown:
-        raise MoeeError(
-            f"variants among {', '.join(map(str, place))}", f"'{unknown[0]}'",
-            "compare with one that is tried too",
-        )  # fmt: skip
-    return {place[name]: place[other] for name, other in beside.items()}
 
 
 def _compare_divergences(
@@ -114,11 +200,10 @@ def _compare_divergences(
 
 
 def _costs(row: Made, dense: nn.Module, counted: MacCount) -> dict[str, float | str]:
-    costs: dict[str, float | str] = dict.fromkeys(COSTS, math.nan)
-    if row.model is not None:
-        costs |= costs_of(row.model, dense, counted)
-        mlps = all_mlps(row.model).items()
-        routers = [counted.tokens[n] * m.router.macs for n, m in mlps if isinstance(m, MoeMlp)]
-        costs["router_macs"] = sum(routers) / counted.total
-    costs |= {"seconds": row.seconds, "reason": row.reason}
-    return {name: costs[name] for name in COSTS}
+    facts = {"seconds": row.seconds, "reason": row.reason}
+    if row.model is None:
+        return facts
+    mlps = all_mlps(row.model).items()
+    routers = [counted.tokens[n] * m.router.macs for n, m in mlps if isinstance(m, MoeMlp)]
+    costs = costs_of(row.model, dense, counted)
+    return costs | {"router_macs": sum(routers) / counted.total} | facts

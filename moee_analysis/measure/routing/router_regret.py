@@ -33,7 +33,6 @@ from moee_analysis.moe.routers import (
     RandomRouter,
     TokenKindRouter,
     beside_leading,
-    oracle_of,
     prefix_experts,
 )
 from moee_analysis.utils.checks import seed_number
@@ -99,7 +98,7 @@ def router_regret(
     dense, layers = run.dense(), _compared(run, routers)
     sites = {site.index: site for site in find_mlps(dense)}
     sums = {
-        index: _Errors(oracle_of(sites[index].module(dense), layer), layer)
+        index: _Errors(OracleRouter(sites[index].module(dense), layer), layer)
         for index, layer in layers.items()
     }
     with evaluating(dense), capture(dense, [sites[index].name for index in layers]) as seen:
@@ -235,5 +234,5 @@ def _others(draw: TokenSample, layer: MoeMlp, *, seed: int) -> dict[str, nn.Modu
     return {
         "random": RandomRouter(shares, dim=site.dim, seed=1000 * seed + site.index),
         "constant": ConstantRouter(int(shares.argmax())),
-        "oracle": oracle_of(draw.mlp, layer),
+        "oracle": OracleRouter(draw.mlp, layer),
     }

@@ -89,7 +89,7 @@ def test_the_oracle_is_no_part_of_a_model_and_pays_for_every_expert():
     assert all(torch.equal(after[name], before[name]) for name in after)
     assert before.keys() - after.keys() == {"blocks.0.mlp.router.centres"}
     layer = moe_layers(toy_kinds(toy_vit()))[1]
-    oracle = OracleRouter(toy_vit().blocks[1].mlp, layer, leading=1)
+    oracle = OracleRouter(toy_vit().blocks[1].mlp, layer)
     assert (oracle.n_experts, oracle.macs) == (3, 2 * 32 * (64 + 9 + 14 + 0))
 
 

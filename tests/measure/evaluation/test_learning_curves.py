@@ -3,8 +3,7 @@ import pandas as pd
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.measure.training.learning_curves import draw_curves
-from moee_analysis.measure.training.trainings import Trainings
+from moee_analysis.measure.evaluation.learning_curves import Trainings, draw_curves
 
 SEEN = (0, 10, 20)
 

@@ -1,7 +1,6 @@
 """What groups of experts on slots add to the tokens, such as core and universal experts."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -52,11 +51,14 @@ def contributions(
     # layers are counted among all MLPs, also those that have become layers of slots
     mlps = {mlp.name for mlp in survey(model) if mlp.convertible} | set(layers)
     ordered = [name for name, _ in model.named_modules() if name in mlps]
-    rows = [
-        {"layer": ordered.index(name)} | row
-        for name, layer in layers.items()
-        for row in _rows(layer, sums[name], groups)
-    ]
+    rows = []
+    for name, layer in layers.items():
+        *parts, (whole, weights, _) = sums[name]
+        of_groups = zip(groups, layer.groups, parts, strict=False)  # some names may be left over
+        for own, group, (length, mass, tokens) in of_groups:
+            row = {"layer": ordered.index(name), "group": own, "experts": group.n_experts}
+            row |= {"hidden": group.hidden, "contribution": length / tokens}
+            rows.append(row | {"relative": length / whole, "mass": mass / weights})
     return add_caption(pd.DataFrame(rows), f"{len(images)} images; mean over all tokens.")
 
 
@@ -74,16 +76,3 @@ def _add(sums: np.ndarray, layer: SlotMlp, x: torch.Tensor) -> None:
         (float(each.norm(dim=2).double().sum()), float(combine.double().sum()), count)
         for each, combine in added
     ]
-
-
-def _rows(layer: SlotMlp, sums: np.ndarray, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    *own, whole = sums
-    for name, group, (length, mass, tokens) in zip(names, layer.groups, own, strict=False):
-        yield {
-            "group": name,
-            "experts": group.n_experts,
-            "hidden": group.hidden,
-            "contribution": length / tokens,
-            "relative": length / whole[0],
-            "mass": mass / whole[1],
-        }

@@ -5,8 +5,8 @@ from moee_analysis import measure
 from moee_analysis.baselines.controls import statically_pruned
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.training.finetune import finetune
 from moee_analysis.training.config import FinetuneConfig
+from moee_analysis.training.finetune import finetune
 from tests.helpers.images import toy_images
 from tests.helpers.models import divergence, toy_vit
 from tests.helpers.runs import best

@@ -1,6 +1,6 @@
 """What light fine-tuning gives back, with as many seeds as wanted."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
-from moee_analysis.measure.evaluation.engine import costs_of
+from moee_analysis.measure.evaluation.accuracy import REFERENCE, score_images, summarize
+from moee_analysis.measure.evaluation.variants import costs_of
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.macs import count
 from moee_analysis.training.config import FinetuneConfig
-from moee_analysis.training.finetune import Finetuned, finetune
+from moee_analysis.training.finetune import finetune
 from moee_analysis.utils.progress import progress
 
 SCORES = ["top1", "retention", "agreement", "kl"]
@@ -64,28 +64,20 @@ def fine_tuning(
     costs = pd.DataFrame([costs_of(model, dense, counted) for model in models.values()])
     table = pd.DataFrame(list(models), columns=["system", "budget", "stage", "seed"])
     stages = table.groupby(["system", "budget", "stage"], sort=False)["seed"]
-    spread = {
-        stage: over_seeds(_stack(scores, stage, of_stage), own, resamples=resamples)
-        for stage, of_stage in stages
-    }
+    spread = {}
+    for stage, of_stage in stages:
+        right = np.stack([scores[*stage, seed]["right"] for seed in of_stage])
+        spread[stage] = over_seeds(right, own, resamples=resamples)
     table = table.join(summarize(scores, resamples=1)[SCORES])
     table = table.join(pd.DataFrame([spread[key[:3]] for key in models]))
     table = table.join(costs[["macs_reduction", "params_reduction"]])
     table["epoch"] = [tuned[key].best if key in tuned else 0 for key in models]
-    return add_caption(table, _caption(next(iter(tuned.values())), images, seeds))
-
-
-def _stack(scores: Mapping[tuple, Scores], stage: tuple, seeds: Iterable[int]) -> np.ndarray:
-    """What every seed of a stage gets right, bool (seeds, images)."""
-    return np.stack([scores[*stage, seed]["right"] for seed in seeds])
-
-
-def _caption(tuned: Finetuned, images: ImageSet, seeds: Sequence[int]) -> str:
-    facts = tuned.run.provenance["finetunings"][-1]
+    facts = next(iter(tuned.values())).run.provenance["finetunings"][-1]
     settings = facts["config"]
-    return (
+    return add_caption(
+        table,
         f"{len(images)} images evaluated, trained on {facts['n_images']} others of "
         f"{facts['images']} ({facts['n_held_out']} held out) for {settings['epochs']} epochs of "
         f"AdamW at {settings['learning_rate']:g}, batch {settings['batch_size']}; {len(seeds)} "
-        "seeds; bars are 95 % intervals of a bootstrap of images and seeds."
+        "seeds; bars are 95 % intervals of a bootstrap of images and seeds.",
     )

@@ -8,8 +8,8 @@ from torch.utils.benchmark import set_torch_threads
 
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
-from moee_analysis.training.supervised import right_of, train
 from moee_analysis.training.config import SupervisedConfig
+from moee_analysis.training.supervised import right_of, train
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import same_models, toy_vit
 from tests.helpers.processes import processes
