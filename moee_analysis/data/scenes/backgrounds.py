@@ -26,13 +26,11 @@ def _below(canvas: Canvas, rng: Draws, part: str, colour: Colour) -> float:
     return horizon
 
 
-def place_open(canvas: Canvas, rng: Draws) -> float:
-    """Bare soil under a sky."""
+def _place_open(canvas: Canvas, rng: Draws) -> float:
     return _below(canvas, rng, "ground", rng.near_one(SOILS))
 
 
-def place_street(canvas: Canvas, rng: Draws) -> float:
-    """A road with markings under a sky."""
+def _place_street(canvas: Canvas, rng: Draws) -> float:
     horizon = _below(canvas, rng, "ground", rng.near((105, 105, 108)))
     stripe, y = rng.near((215, 210, 180)), rng.uniform(horizon + 0.05, 0.98)
     for step in range(4):
@@ -40,8 +38,7 @@ def place_street(canvas: Canvas, rng: Draws) -> float:
     return horizon
 
 
-def place_meadow(canvas: Canvas, rng: Draws) -> float:
-    """Grass under a sky."""
+def _place_meadow(canvas: Canvas, rng: Draws) -> float:
     green = rng.near_one(GREENS)
     horizon = _below(canvas, rng, "grass", green)
     for _ in range(4):
@@ -51,16 +48,14 @@ def place_meadow(canvas: Canvas, rng: Draws) -> float:
     return horizon
 
 
-def place_sea(canvas: Canvas, rng: Draws) -> float:
-    """Water with waves under a sky."""
+def _place_sea(canvas: Canvas, rng: Draws) -> float:
     blue = rng.near_one(WATERS)
     horizon = _below(canvas, rng, "water", blue)
     _waves(canvas, rng, blue, horizon)
     return horizon
 
 
-def place_under_water(canvas: Canvas, rng: Draws) -> float:
-    """Nothing but water, with weeds at times."""
+def _place_under_water(canvas: Canvas, rng: Draws) -> float:
     blue = rng.near_one(WATERS, 40)
     canvas.box("water", blue, 0, 0, 1, 1)
     _waves(canvas, rng, blue, 0.0)
@@ -71,10 +66,9 @@ def place_under_water(canvas: Canvas, rng: Draws) -> float:
     return 0.6
 
 
-def place_air(canvas: Canvas, rng: Draws) -> float:
-    """Nothing but the sky and a few clouds."""
+def _place_air(canvas: Canvas, rng: Draws) -> float:
     for _ in range(rng.integer(0, 3)):
-        draw_cloud(canvas, rng, 1.0)
+        _draw_cloud(canvas, rng, 1.0)
     return 0.7
 
 
@@ -86,8 +80,7 @@ def _waves(canvas: Canvas, rng: Draws, blue: Colour, top: float) -> None:
         canvas.line("water", shade, (x, y), (x + length, y), width=0.01)
 
 
-def draw_cloud(canvas: Canvas, rng: Draws, horizon: float) -> None:
-    """A cloud of three discs above the horizon."""
+def _draw_cloud(canvas: Canvas, rng: Draws, horizon: float) -> None:
     x, y, size = rng.unit(), rng.uniform(0, horizon * 0.7), rng.uniform(0.05, 0.13)
     white = rng.near((225, 228, 232))
     for step in (-1, 0, 1):
@@ -95,8 +88,7 @@ def draw_cloud(canvas: Canvas, rng: Draws, horizon: float) -> None:
         canvas.ellipse("cloud", white, x + step * size, y, size * 1.2, high)
 
 
-def draw_hill(canvas: Canvas, rng: Draws, horizon: float) -> None:
-    """A far hill, round or pointed."""
+def _draw_hill(canvas: Canvas, rng: Draws, horizon: float) -> None:
     x, wide, high = rng.unit(), rng.uniform(0.2, 0.5), rng.uniform(0.08, 0.3)
     colour = rng.near_one(((110, 125, 140), (90, 120, 90), (140, 125, 110)))
     top = x + rng.uniform(-0.1, 0.1)
@@ -104,8 +96,7 @@ def draw_hill(canvas: Canvas, rng: Draws, horizon: float) -> None:
     canvas.polygon("hill", colour, (x - wide, horizon), *ridge, (x + wide, horizon))
 
 
-def draw_tree(canvas: Canvas, rng: Draws, horizon: float) -> None:
-    """A leafy tree or a fir."""
+def _draw_tree(canvas: Canvas, rng: Draws, horizon: float) -> None:
     x, foot, size = rng.unit(), horizon + rng.uniform(0, 0.1), rng.uniform(0.08, 0.2)
     green = rng.near_one(GREENS, 30)
     canvas.box("trunk", rng.near((95, 70, 50)), x - size / 8, foot - size, x + size / 8, foot)
@@ -117,16 +108,14 @@ def draw_tree(canvas: Canvas, rng: Draws, horizon: float) -> None:
         canvas.disc("foliage", shaded(green, 0.85), x + size * 0.3, foot - size, size * 0.4)
 
 
-def draw_stone(canvas: Canvas, rng: Draws, horizon: float) -> None:
-    """A stone lying on the ground."""
+def _draw_stone(canvas: Canvas, rng: Draws, horizon: float) -> None:
     x, y, size = rng.unit(), rng.uniform(horizon, 1), rng.uniform(0.03, 0.1)
     grey = rng.near((130, 125, 120), 30)
     outline = ((-1, 0.4), (-0.6, -0.5), (0.3, -0.7), (1, 0.1), (0.8, 0.5))
     canvas.polygon("rock", grey, *[(x + size * px, y + size * py) for px, py in outline])
 
 
-def draw_pole(canvas: Canvas, rng: Draws, horizon: float) -> None:
-    """A lamp post or a sign post."""
+def _draw_pole(canvas: Canvas, rng: Draws, horizon: float) -> None:
     x, top, grey = rng.unit(), horizon - rng.uniform(0.2, 0.6), rng.near((90, 90, 95), 30)
     canvas.line("pole", grey, (x, horizon + 0.08), (x, top), width=0.02)
     if rng.chance(0.5):
@@ -135,8 +124,7 @@ def draw_pole(canvas: Canvas, rng: Draws, horizon: float) -> None:
         canvas.box("pole", rng.colour(), x - 0.06, top, x + 0.06, top + 0.08)
 
 
-def draw_shed(canvas: Canvas, rng: Draws, horizon: float) -> None:
-    """A far building with a flat or a pitched roof."""
+def _draw_shed(canvas: Canvas, rng: Draws, horizon: float) -> None:
     x, wide, high = rng.unit(), rng.uniform(0.06, 0.16), rng.uniform(0.08, 0.3)
     colour, top = rng.near((165, 150, 140), 35), horizon - high
     canvas.box("wall", colour, x - wide, top, x + wide, horizon + 0.02)
@@ -149,16 +137,16 @@ def draw_shed(canvas: Canvas, rng: Draws, horizon: float) -> None:
 Place = Callable[[Canvas, Draws], float]
 
 PLACES: dict[str, Place] = {
-    "open": place_open,
-    "street": place_street,
-    "meadow": place_meadow,
-    "sea": place_sea,
-    "under_water": place_under_water,
-    "air": place_air,
+    "open": _place_open,
+    "street": _place_street,
+    "meadow": _place_meadow,
+    "sea": _place_sea,
+    "under_water": _place_under_water,
+    "air": _place_air,
 }
 """Every kind of place; each paints itself and returns the height of its horizon."""
 
-CLUTTER = (draw_cloud, draw_hill, draw_tree, draw_stone, draw_pole, draw_shed)
+CLUTTER = (_draw_cloud, _draw_hill, _draw_tree, _draw_stone, _draw_pole, _draw_shed)
 
 
 def draw_clutter(canvas: Canvas, rng: Draws, horizon: float) -> None:
@@ -167,13 +155,12 @@ def draw_clutter(canvas: Canvas, rng: Draws, horizon: float) -> None:
         rng.choice(CLUTTER)(canvas, rng, horizon)
 
 
-def occlude_pole(canvas: Canvas, rng: Draws) -> None:
-    """A post across the whole picture."""
+def _occlude_pole(canvas: Canvas, rng: Draws) -> None:
     x, lean, width = rng.uniform(0.15, 0.85), rng.uniform(-0.2, 0.2), rng.uniform(0.03, 0.09)
     canvas.line("occluder", rng.near((100, 95, 90), 50), (x, -0.1), (x + lean, 1.1), width=width)
 
 
-def occlude_leaves(canvas: Canvas, rng: Draws) -> None:
+def _occlude_leaves(canvas: Canvas, rng: Draws) -> None:
     """A bush that grows in from below or from a side."""
     x, y, green = rng.unit(), rng.uniform(0.75, 1.0), rng.near_one(GREENS, 40)
     for _ in range(4):
@@ -181,12 +168,11 @@ def occlude_leaves(canvas: Canvas, rng: Draws) -> None:
         canvas.disc("foliage", rng.near(green, 12), x + dx, y + dy, rng.uniform(0.06, 0.14))
 
 
-def occlude_board(canvas: Canvas, rng: Draws) -> None:
-    """A tilted board of any colour."""
+def _occlude_board(canvas: Canvas, rng: Draws) -> None:
     half, high = rng.uniform(0.08, 0.2), rng.uniform(0.08, 0.2)
     pose = Pose(rng.uniform(0.15, 0.85), rng.uniform(0.25, 0.9), 1.0, rng.uniform(-0.6, 0.6))
     with canvas.posed(pose):
         canvas.box("occluder", rng.colour(), -half, -high, half, high)
 
 
-OCCLUDERS = (occlude_pole, occlude_leaves, occlude_board)
+OCCLUDERS = (_occlude_pole, _occlude_leaves, _occlude_board)

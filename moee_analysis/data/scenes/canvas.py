@@ -135,6 +135,11 @@ class Canvas:
         self._paint.polygon(placed, fill=colour)
         self._label.polygon(placed, fill=PART_VALUES[part])
 
+    def pair(self, part: str, colour: Colour, *points: Point) -> None:
+        """A polygon on the right and its mirror image on the left, which is painted first."""
+        self.polygon(part, colour, *((-x, y) for x, y in points))
+        self.polygon(part, colour, *points)
+
     def box(self, part: str, colour: Colour, *sides: float) -> None:
         """A filled box, given its left, top, right and bottom."""
         x0, y0, x1, y1 = sides

@@ -1,6 +1,6 @@
 """Drawers of animals, plants, rocks and buildings, each in a frame of about [-1, 1] x [-1, 1]."""
 
-from moee_analysis.data.scenes.canvas import Canvas, Colour, Draws, shaded
+from moee_analysis.data.scenes.canvas import Canvas, Colour, Draws, Point, shaded
 
 COATS: tuple[Colour, ...] = (
     (205, 170, 125), (60, 55, 55), (150, 145, 140), (215, 140, 70), (225, 220, 210), (120, 90, 65),
@@ -44,13 +44,11 @@ def draw_pug(canvas: Canvas, rng: Draws) -> None:
     """A sitting dog with folded ears, a dark flat muzzle and large eyes."""
     coat = rng.near(COATS[0] if rng.chance(0.5) else rng.choice(COATS))
     dark = shaded(coat, rng.uniform(0.25, 0.5))
-    _tail(canvas, rng, coat, curl=True)
+    canvas.disc("tail", shaded(coat, 0.8), 0.5, 0.35, 0.14)
     _sitting(canvas, rng, coat)
     head = rng.uniform(0.46, 0.54)
     canvas.ellipse("fur", coat, 0, -0.25, head, 0.45)
-    for side in (-1, 1):
-        ear = ((0.22, -0.66), (0.56, -0.52), (0.54, -0.2), (0.38, -0.38))
-        canvas.polygon("ear", dark, *((side * x, y) for x, y in ear))
+    canvas.pair("ear", dark, (0.22, -0.66), (0.56, -0.52), (0.54, -0.2), (0.38, -0.38))
     canvas.line("fur", shaded(coat, 0.7), (-0.15, -0.5), (0, -0.44), (0.15, -0.5), width=0.04)
     canvas.ellipse("muzzle", dark, 0, -0.08, rng.uniform(0.24, 0.32), 0.2)
     canvas.ellipse("muzzle", DARK, 0, -0.17, 0.09, 0.06)
@@ -60,7 +58,8 @@ def draw_pug(canvas: Canvas, rng: Draws) -> None:
 def draw_cat(canvas: Canvas, rng: Draws) -> None:
     """A sitting cat with upright ears, a light muzzle and whiskers."""
     coat = rng.near_one(COATS)
-    _tail(canvas, rng, coat, curl=False)
+    reach, top = rng.uniform(0.65, 0.95), rng.uniform(-0.2, 0.4)
+    canvas.line("tail", shaded(coat, 0.8), (0.3, 0.85), (reach, 0.75), (reach, top), width=0.13)
     _sitting(canvas, rng, coat)
     for side in (-1, 1):
         ear = ((side * 0.12, -0.58), (side * 0.42, -rng.uniform(0.8, 0.95)), (side * 0.46, -0.32))
@@ -72,19 +71,10 @@ def draw_cat(canvas: Canvas, rng: Draws) -> None:
     canvas.ellipse("muzzle", shaded(coat, rng.uniform(0.8, 1.4)), 0, -0.07, 0.2, 0.13)
     canvas.polygon("muzzle", (200, 120, 120), (-0.05, -0.16), (0.05, -0.16), (0, -0.1))
     for side in (-1, 1):
-        canvas.line(
-            "muzzle", (235, 235, 230), (side * 0.15, -0.08), (side * 0.6, -0.12), width=0.02
-        )
+        whisker = ((side * 0.15, -0.08), (side * 0.6, -0.12))
+        canvas.line("muzzle", (235, 235, 230), *whisker, width=0.02)
     iris = rng.choice(((120, 170, 70), (215, 180, 60), (110, 160, 190)))
     _eyes(canvas, iris, -0.3, 0.2, 0.1)
-
-
-def _tail(canvas: Canvas, rng: Draws, coat: Colour, *, curl: bool) -> None:
-    if curl:
-        canvas.disc("tail", shaded(coat, 0.8), 0.5, 0.35, 0.14)
-        return
-    reach, top = rng.uniform(0.65, 0.95), rng.uniform(-0.2, 0.4)
-    canvas.line("tail", shaded(coat, 0.8), (0.3, 0.85), (reach, 0.75), (reach, top), width=0.13)
 
 
 def draw_owl(canvas: Canvas, rng: Draws) -> None:
@@ -94,10 +84,9 @@ def draw_owl(canvas: Canvas, rng: Draws) -> None:
     canvas.ellipse("body", coat, 0, 0.2, rng.uniform(0.45, 0.55), 0.68)
     canvas.ellipse("body", shaded(coat, 1.3), 0, 0.38, 0.28, 0.42)
     for side in (-1, 1):
-        tuft = ((0.12, -0.6), (0.44, -rng.uniform(0.75, 0.92)), (0.46, -0.35))
-        canvas.polygon("ear", shaded(coat, 0.8), *((side * x, y) for x, y in tuft))
-        wing = ((0.4, -0.1), (0.62, 0.25), (0.4, 0.8), (0.28, 0.3))
-        canvas.polygon("wing", shaded(coat, 0.65), *((side * x, y) for x, y in wing))
+        tuft = ((side * 0.12, -0.6), (side * 0.44, -rng.uniform(0.75, 0.92)), (side * 0.46, -0.35))
+        canvas.polygon("ear", shaded(coat, 0.8), *tuft)
+    canvas.pair("wing", shaded(coat, 0.65), (0.4, -0.1), (0.62, 0.25), (0.4, 0.8), (0.28, 0.3))
     canvas.ellipse("body", coat, 0, -0.3, 0.47, 0.38)
     iris = rng.choice(((235, 170, 40), (225, 210, 80), (200, 110, 40)))
     _eyes(canvas, iris, -0.3, 0.2, rng.uniform(0.13, 0.19))
@@ -209,15 +198,12 @@ def draw_lighthouse(canvas: Canvas, rng: Draws) -> None:
         _tower(canvas, band, halves, (1.0 - 1.5 * low, 1.0 - 1.5 * high))
     canvas.box("lamp", rng.near((245, 230, 150)), -0.13, top - 0.24, 0.13, top)
     canvas.box("pole", DARK, -0.26, top - 0.03, 0.26, top + 0.03)
-    canvas.polygon(
-        "roof", shaded(band, 0.8), (-0.2, top - 0.24), (0, top - 0.48), (0.2, top - 0.24)
-    )
+    roof = ((-0.2, top - 0.24), (0, top - 0.48), (0.2, top - 0.24))
+    canvas.polygon("roof", shaded(band, 0.8), *roof)
     canvas.box("door", DARK, -0.08, 0.75, 0.08, 1.0)
 
 
-def _tower(
-    canvas: Canvas, colour: Colour, halves: tuple[float, float], ends: tuple[float, float]
-) -> None:
+def _tower(canvas: Canvas, colour: Colour, halves: Point, ends: Point) -> None:
     """A tapered wall: half widths and heights of its foot and its top."""
     (foot, top), (low, high) = halves, ends
     canvas.polygon("wall", colour, (-foot, low), (-top, high), (top, high), (foot, low))
@@ -243,14 +229,10 @@ def draw_tent(canvas: Canvas, rng: Draws) -> None:
     cloth, top = rng.near(rng.colour()), rng.uniform(-0.4, -0.1)
     ridge = rng.uniform(0.15, 0.45)
     for side in (-1, 1):
-        canvas.line(
-            "pole", (200, 200, 190), (side * ridge, top + 0.1), (side * 1.15, 0.65), width=0.02
-        )
-    canvas.polygon(
-        "cloth", shaded(cloth, 0.8), (-ridge, top), (ridge, top), (0.95, 0.6), (-0.95, 0.6)
-    )
+        guy = ((side * ridge, top + 0.1), (side * 1.15, 0.65))
+        canvas.line("pole", (200, 200, 190), *guy, width=0.02)
+    whole = ((-ridge, top), (ridge, top), (0.95, 0.6), (-0.95, 0.6))
+    canvas.polygon("cloth", shaded(cloth, 0.8), *whole)
     canvas.polygon("cloth", cloth, (-ridge, top), (0.2, 0.6), (-0.95, 0.6))
-    flap = rng.uniform(0.12, 0.25)
-    canvas.polygon(
-        "door", shaded(cloth, 0.3), (-ridge, top + 0.2), (flap - ridge, 0.6), (-flap - ridge, 0.6)
-    )
+    flap, dark = rng.uniform(0.12, 0.25), shaded(cloth, 0.3)
+    canvas.polygon("door", dark, (-ridge, top + 0.2), (flap - ridge, 0.6), (-flap - ridge, 0.6))

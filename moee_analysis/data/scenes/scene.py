@@ -99,8 +99,7 @@ def render(seed: int, index: int, *, label: int | None = None) -> Scene:
     ``label`` of another class is given.
     """
     label = index % len(CLASSES) if label is None else label
-    rng = Draws(np.random.default_rng([seed, index]))
-    canvas = Canvas()
+    rng, canvas = Draws(np.random.default_rng([seed, index])), Canvas()
     _compose(canvas, rng, _KINDS[CLASSES[label]])
     return Scene(_exposed(canvas.picture(), rng), label, canvas.parts())
 
@@ -116,15 +115,12 @@ def _compose(canvas: Canvas, rng: Draws, kind: _Kind) -> None:
     if rng.chance(BYSTANDERS):
         other = rng.choice([one for one in _KINDS.values() if one is not kind])
         share = rng.uniform(*BYSTANDER_SHARES)
-        _stand(canvas, rng, other, _pose(rng, other, pose.scale * share))
-    _stand(canvas, rng, kind, pose)
-    for _ in range(rng.choice(OCCLUDER_COUNTS)):
-        rng.choice(OCCLUDERS)(canvas, rng)
-
-
-def _stand(canvas: Canvas, rng: Draws, kind: _Kind, pose: Pose) -> None:
+        with canvas.posed(_pose(rng, other, pose.scale * share)):
+            other.draw(canvas, rng)
     with canvas.posed(pose):
         kind.draw(canvas, rng)
+    for _ in range(rng.choice(OCCLUDER_COUNTS)):
+        rng.choice(OCCLUDERS)(canvas, rng)
 
 
 def _pose(rng: Draws, kind: _Kind, scale: float) -> Pose:

@@ -25,10 +25,8 @@ def draw_cab(canvas: Canvas, rng: Draws, paint: Colour, back: float, front: floa
     outline = ((back, top), (front - slant, top), (front, waist), (front, FLOOR), (back, FLOOR))
     canvas.polygon("cab", paint, *outline)
     glass = rng.near_one(GLASS)
-    pane = (
-        (back + 0.07, top + 0.06), (front - slant - 0.03, top + 0.06),
-        (front - 0.05, waist), (back + 0.07, waist),
-    )  # fmt: skip
+    left, high = back + 0.07, top + 0.06
+    pane = ((left, high), (front - slant - 0.03, high), (front - 0.05, waist), (left, waist))
     canvas.polygon("window", glass, *pane)
     canvas.disc("lamp", (240, 230, 170), front - 0.04, FLOOR - 0.12, 0.04)
 
@@ -82,9 +80,8 @@ def draw_garbage_truck(canvas: Canvas, rng: Draws) -> None:
     canvas.polygon("hopper", fill, *outline)
     for x in (-0.65, -0.4, -0.15, 0.1):
         canvas.line("hopper", shaded(fill, 0.75), (x, top + 0.04), (x, 0.28), width=0.04)
-    canvas.polygon(
-        "hopper", shaded(fill, 0.55), (-1.02, -0.05), (-0.8, 0.05), (-0.85, 0.33), (-1.05, 0.2)
-    )
+    bulge = ((-1.02, -0.05), (-0.8, 0.05), (-0.85, 0.33), (-1.05, 0.2))
+    canvas.polygon("hopper", shaded(fill, 0.55), *bulge)
     canvas.box("bed", shaded(paint, 0.5), -0.85, 0.3, back, FLOOR)
     draw_cab(canvas, rng, paint, back, 1.0)
     draw_wheels(canvas, rng, (-0.5, -0.15, 0.72), rng.uniform(0.15, 0.19))
@@ -113,9 +110,8 @@ def draw_tow_truck(canvas: Canvas, rng: Draws) -> None:
     steel = rng.near_one(((70, 70, 72), (200, 60, 40), (215, 190, 60)))
     tip: Point = (rng.uniform(-1.1, -0.8), rng.uniform(-0.55, -0.2))
     canvas.line("boom", steel, (back - 0.1, 0.2), tip, width=0.08)
-    canvas.line(
-        "boom", shaded(steel, 0.8), (-0.45, 0.2), ((tip[0] + back) / 2, tip[1] / 2), width=0.05
-    )
+    middle = ((tip[0] + back) / 2, tip[1] / 2)
+    canvas.line("boom", shaded(steel, 0.8), (-0.45, 0.2), middle, width=0.05)
     hook = tip[1] + rng.uniform(0.25, 0.5)
     canvas.line("boom", (40, 40, 42), tip, (tip[0], hook), width=0.025)
     canvas.disc("boom", (60, 60, 62), tip[0], hook, 0.05)
@@ -146,20 +142,17 @@ def draw_plane(canvas: Canvas, rng: Draws) -> None:
     trim = rng.colour()
     canvas.polygon("tail", trim, (-0.95, -0.05), (-1.05, -0.5), (-0.85, -0.5), (-0.55, -0.08))
     far = rng.uniform(-0.55, -0.3)
-    canvas.polygon(
-        "wing", shaded(paint, 0.7), (0.15, -0.05), (-0.2, far), (-0.35, far), (-0.2, -0.05)
-    )
+    wing = ((0.15, -0.05), (-0.2, far), (-0.35, far), (-0.2, -0.05))
+    canvas.polygon("wing", shaded(paint, 0.7), *wing)
     thick = rng.uniform(0.11, 0.17)
     canvas.ellipse("body", paint, 0, 0, 1.0, thick)
     canvas.box("window", rng.near_one(GLASS), -0.55, -0.06, 0.62, -0.01)
     canvas.polygon("window", (50, 60, 75), (0.78, -0.07), (0.9, -0.04), (0.88, 0), (0.78, 0))
     near = rng.uniform(0.3, 0.6)
-    canvas.polygon(
-        "wing", shaded(paint, 0.85), (0.25, 0.04), (-0.3, near), (-0.48, near), (-0.2, 0.04)
-    )
-    canvas.polygon(
-        "tail", shaded(paint, 0.8), (-0.75, -0.02), (-1.08, 0.12), (-1.15, 0.1), (-0.95, -0.05)
-    )
+    wing = ((0.25, 0.04), (-0.3, near), (-0.48, near), (-0.2, 0.04))
+    canvas.polygon("wing", shaded(paint, 0.85), *wing)
+    fin = ((-0.75, -0.02), (-1.08, 0.12), (-1.15, 0.1), (-0.95, -0.05))
+    canvas.polygon("tail", shaded(paint, 0.8), *fin)
     for x, y in ((0.12, 0.2), (-0.1, near * 0.75)):
         canvas.ellipse("engine", shaded(trim, 0.8), x, y, 0.14, 0.07)
 
@@ -175,9 +168,8 @@ def draw_helicopter(canvas: Canvas, rng: Draws) -> None:
     canvas.box("rotor", (60, 60, 62), 0.22, -0.46, 0.28, -0.24)
     reach, tilt = rng.uniform(0.7, 1.05), rng.uniform(-0.06, 0.06)
     blade = rng.near((70, 70, 74), 30)
-    canvas.line(
-        "rotor", blade, (0.25 - reach, -0.44 - tilt), (0.25 + reach, -0.44 + tilt), width=0.05
-    )
+    ends = ((0.25 - reach, -0.44 - tilt), (0.25 + reach, -0.44 + tilt))
+    canvas.line("rotor", blade, *ends, width=0.05)
     for x in (0.1, 0.5):
         canvas.line("pole", (60, 60, 62), (x, 0.25), (x, 0.45), width=0.03)
     canvas.line("pole", (60, 60, 62), (-0.2, 0.45), (0.8, 0.45), width=0.04)
@@ -188,9 +180,8 @@ def draw_sailboat(canvas: Canvas, rng: Draws) -> None:
     cloth = rng.near((230, 228, 220) if rng.chance(0.5) else rng.colour())
     top = rng.uniform(-1.0, -0.75)
     canvas.line("pole", rng.near((110, 80, 55)), (0, 0.5), (0, top), width=0.05)
-    canvas.polygon(
-        "cloth", cloth, (-0.05, top + 0.05), (-0.05, 0.32), (-rng.uniform(0.5, 0.8), 0.32)
-    )
+    sail = ((-0.05, top + 0.05), (-0.05, 0.32), (-rng.uniform(0.5, 0.8), 0.32))
+    canvas.polygon("cloth", cloth, *sail)
     if rng.chance(0.8):
         jib = shaded(cloth, rng.uniform(0.75, 1.05))
         canvas.polygon("cloth", jib, (0.06, top + 0.2), (0.06, 0.35), (rng.uniform(0.4, 0.7), 0.35))
