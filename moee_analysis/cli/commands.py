@@ -161,8 +161,8 @@ def atlas(arguments: Namespace) -> int:
 
 def report(arguments: Namespace) -> int:
     """Run all notebooks and write their pages."""
-    from moee_analysis.report.notebook.image_sets import check_report
-    from moee_analysis.report.pages.index import INDEX
+    from moee_analysis.report.notebook.parameters import check_report
+    from moee_analysis.report.pages.site import INDEX
     from moee_analysis.report.runner import run_notebooks
     from moee_analysis.utils.progress import open_page
 

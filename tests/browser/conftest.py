@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 import moee_analysis as moee
 from moee_analysis.report.atlas import write_atlas
-from moee_analysis.report.pages.index import write_index
+from moee_analysis.report.pages.site import write_index
 from moee_analysis.report.runner.run_notebooks import report
 from moee_analysis.utils import environment
 

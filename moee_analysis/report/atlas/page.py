@@ -19,7 +19,7 @@ from moee_analysis.report.atlas.facts import (
     look_through,
     packed_routes,
 )
-from moee_analysis.report.pages.templates import render
+from moee_analysis.report.pages.site import render
 from moee_analysis.utils.environment import version
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.refusals import check_place

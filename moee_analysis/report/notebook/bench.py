@@ -27,14 +27,26 @@ from moee_analysis.models import loading as models
 from moee_analysis.models.class_names import name_by_folders
 from moee_analysis.models.macs import count
 from moee_analysis.outside_text import as_markdown
-from moee_analysis.report.notebook import display
-from moee_analysis.report.notebook.image_sets import ImageSets, choose_images
-from moee_analysis.report.notebook.parameters import Parameters
-from moee_analysis.report.notebook.results import Results, alternative, picture, readable
+from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choose_images
+from moee_analysis.report.notebook.results import (
+    Results,
+    alternative,
+    picture,
+    prepare_display,
+    readable,
+    two_columns,
+)
 from moee_analysis.utils.environment import describe_device, store_folder, versions
 
 MACS_REDUCTION = 0.28
 """Share of the dense model's MACs that the notebooks' extraction saves at most, as in the paper."""
+
+VERDICTS = {
+    True: ("✓ holds", "good"),
+    False: ("✗ does not hold", "bad"),
+    None: ("◐ holds in part", "half"),
+}
+"""Words for a verdict, and the class that colours them on the report's pages."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,8 @@ class Bench:
     def headline(self, label: str, value: float | str, *, dense: str) -> Markdown:
         """Keep and show the one number that sums the notebook up, beside the ``dense`` model's."""
         self.results.put("headline", {"label": label, "value": value, "dense": dense})
-        return Markdown(display.headline_text(label, value, dense))
+        number, label, dense = map(as_markdown, (readable(value), label, dense))
+        return Markdown(f"**{number}** {label} (dense: {dense})")
 
     def claim(
         self,
@@ -199,10 +212,14 @@ class Bench:
         ours: bool = False,
     ) -> Markdown:
         """Keep and show a claim of the paper, or of ``ours``; None holds in part."""
-        claim = {"statement": statement, "found": found, "holds": holds}
-        claim |= {"verdict": display.VERDICTS[holds][0], "ours": ours}
-        self.results.append("claims", claim)
-        return Markdown(display.claim_text(claim))
+        verdict, colour = VERDICTS[holds]
+        claim = {"statement": statement, "found": found, "holds": holds, "verdict": verdict}
+        self.results.append("claims", claim | {"ours": ours})
+        return Markdown(
+            f"> **{'Tested here' if ours else 'The paper says'}** {as_markdown(statement)}\n>\n"
+            f"> **Found here** {as_markdown(found)}\n>\n"
+            f'> <strong class="{colour}">{verdict}</strong>'
+        )
 
     def answer(self, text: str) -> Markdown:
         """Show what the solution of an exercise found; it is not kept in the results."""
@@ -231,9 +248,10 @@ class Bench:
         }
         self.results.put("environment", facts | {"versions": versions()})
         given = {k: v for k, v in self.parameters.deciding.items() if v not in (None, [])}
-        lines = {"parameters": given, "versions": versions()}
-        facts |= {name: display.on_one_line(line) for name, line in lines.items()}
-        return Markdown(display.two_columns(facts))
+        for name, values in {"parameters": given, "versions": versions()}.items():
+            # the line breaks between the facts only
+            facts[name] = ", ".join(f"{key}\u00a0{value}" for key, value in values.items())
+        return Markdown(two_columns(facts))
 
     @cached_property
     def _image_sets(self) -> ImageSets:
@@ -255,7 +273,7 @@ class Bench:
             "device": describe_device(self.device),
         }
         notes = "".join(f"\n\n*{as_markdown(note)}*" for note in sets.notes)
-        return display.two_columns(rows) + notes
+        return two_columns(rows) + notes
 
 
 def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Bench:
@@ -265,7 +283,7 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
     ``figures/`` go to the folder ``out``, None writes nothing.
     """
     given = Parameters(**parameters, out=out)
-    display.prepare_display()
+    prepare_display()
     results = Results(None if out is None else Path(out))
     results.put("notebook", name)
     results.put("parameters", given.deciding)

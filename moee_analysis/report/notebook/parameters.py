@@ -1,13 +1,22 @@
-"""The parameters every notebook takes, checked before anything is computed."""
+"""What a notebook is given: parameters, checked before anything is computed, and their images."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moee_analysis.data.disjoint import check_disjoint, without_repeats
+from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
+from moee_analysis.models.class_names import is_classifier
+from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, load_model
 from moee_analysis.utils.checks import not_none, seed_number, whole_number
+from moee_analysis.utils.environment import store_folder
+from moee_analysis.utils.storage.store import check_writable
 
 LARGEST_SIZE = 10_000  # pixels or channels
+SET_ASIDE = 0.5  # share of ``images`` used for calibration when no other set is given
 
 
 @dataclass(frozen=True)
@@ -64,3 +73,95 @@ class Parameters:
 def _refusal(name: str, expected: str, found: Any) -> MoeeError:
     hint = f"correct '{name}' in the parameters cell, or where the report was started"
     return MoeeError(f"'{name}' as {expected}", f"{found!r} ({type(found).__name__})", hint)
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Images for making the experts, others for looking at them, for fine-tuning, and remarks."""
+
+    calibration: ImageSet
+    evaluation: ImageSet
+    training: ImageSet
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Names and sizes of both sets, for ``results.json``."""
+        sets = {"calibration": self.calibration, "evaluation": self.evaluation}
+        return {
+            use: {
+                "name": images.name, "count": len(images), "classes": len(set(images.folders)),
+                "skipped": list(images.skipped),
+            }
+            for use, images in sets.items()
+        }  # fmt: skip
+
+
+def choose_images(given: Parameters) -> ImageSets:
+    """Load the two sets that the parameters ask for, in the sizes of their preset.
+
+    Without a ``calibration`` folder the bundled set serves, if the model or the images are
+    bundled; otherwise a part of ``images`` is set aside. No picture may be in both.
+    """
+    source = given.calibration
+    if source is None and (given.model in BUNDLED_MODELS or given.images == BUNDLED):
+        source = BUNDLED
+    if source is None:
+        return _set_aside(given)
+    if source == given.images != BUNDLED:
+        hint = "leave 'calibration' empty: a part of 'images' is then set aside"
+        raise MoeeError("'calibration' and 'images' in two folders", f"'{source}' for both", hint)
+    sizes, seed = preset_named(given.preset), given.seed
+    calibration = load_images(
+        source, split="calibration", limit=sizes.calibration_images, seed=seed
+    )
+    evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=seed)
+    if {source, given.images} != {BUNDLED}:
+        check_disjoint(calibration, evaluation, use="used for calibration")
+    training = calibration
+    if source == BUNDLED:
+        training = load_images(source, split="train", limit=sizes.training_images, seed=seed)
+    notes = (*_skipped(calibration), *_skipped(evaluation))
+    return ImageSets(calibration, evaluation, training, notes)
+
+
+def check_report(parameters: Mapping[str, Any]) -> None:
+    """Refuse what the notebooks of a report could not do, before the first one runs.
+
+    That is a store that cannot be written to, a model or images that cannot be loaded, and images
+    of other classes than those of the model.
+    """
+    given = Parameters(**parameters)
+    check_writable(store_folder())
+    if given.model in BUNDLED_MODELS and not given.weights and given.images == BUNDLED:
+        return
+    images = choose_images(given).evaluation
+    model = load_model(given.model, **given.model_arguments)
+    if is_classifier(model):
+        images.labels(model)
+
+
+def _set_aside(given: Parameters) -> ImageSets:
+    """Both sets from the one folder ``images``."""
+    sizes, seed = preset_named(given.preset), given.seed
+    limits = (sizes.calibration_images, sizes.evaluation_images)
+    total = None if None in limits else math.ceil(max(limits) / min(SET_ASIDE, 1 - SET_ASIDE))
+    found = load_images(given.images, limit=total, seed=seed)
+    images = without_repeats(found)
+    if len(images) < 2:
+        expected = "at least two images, for calibration and for evaluation"
+        hint = "add images, or name a 'calibration' folder"
+        raise MoeeError(expected, str(len(images)), hint)
+    calibration, evaluation = images.split(SET_ASIDE, seed=seed)
+    notes = [
+        f"No calibration set was given: {len(calibration)} of the {len(images)} images of "
+        f"{images.name} were set aside for calibration and are never evaluated."
+    ]
+    if len(images) < len(found):
+        notes.append(f"{len(found) - len(images)} images are there twice and count once.")
+    calibration = calibration.limit(limits[0], seed=seed)
+    evaluation = evaluation.limit(limits[1], seed=seed)
+    return ImageSets(calibration, evaluation, calibration, (*notes, *_skipped(images)))
+
+
+def _skipped(images: ImageSet) -> tuple[str, ...]:
+    return (f"Skipped of {images.name}: {images.skipped_text}.",) if images.skipped else ()

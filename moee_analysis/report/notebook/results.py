@@ -1,23 +1,31 @@
-"""The findings of a notebook, in files that other programs can read."""
+"""The findings of a notebook: in files that other programs can read, and as it shows them."""
 
+import base64
 import io
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from matplotlib.figure import Figure
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.outside_text import as_markdown
 from moee_analysis.utils.storage.files import new_file, write_json, write_text
 from moee_analysis.utils.storage.refusals import writing
 
 FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
 """Files in the folder of a notebook's run."""
+
+CSS_PIXELS_PER_INCH = 96
+TABLE_ROWS = 64  # shown at most
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class Results:
         if self.folder is not None:
             write_text(self._place(file), table.to_csv(index=not is_plain_index(table)))
         entry = {"file": file, "rows": len(table), "columns": list(map(str, table.columns))}
-        self.put_into("tables", name, entry | _given(caption=table.attrs.get("caption")))
+        caption = table.attrs.get("caption")
+        self.put_into("tables", name, entry | ({"caption": caption} if caption else {}))
 
     def figure(self, name: str, png: bytes, **facts: Any) -> None:
         """Keep ``png`` as ``figures/<name>.png``; facts: ``finding``, ``caption``, ``cover``."""
@@ -58,7 +67,8 @@ class Results:
         if self.folder is not None:
             with new_file(self._place(file), wanted=len(png)) as partial:
                 partial.write_bytes(png)
-        self.put_into("figures", name, {"file": file} | _given(**facts))
+        given = {name: fact for name, fact in facts.items() if fact}
+        self.put_into("figures", name, {"file": file} | given)
 
     def _place(self, file: str) -> Path:
         assert self.folder is not None
@@ -115,8 +125,50 @@ def is_plain_index(table: pd.DataFrame) -> bool:
     return isinstance(table.index, pd.RangeIndex) and table.index.name is None
 
 
-def _given(**facts: Any) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if fact}
+def two_columns(rows: dict[str, Any]) -> str:
+    """``rows`` as a Markdown table of names and values, shown literally."""
+    lines = [f"| {as_markdown(key)} | {as_markdown(str(value))} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|:--|:--|", *lines])
+
+
+def prepare_display() -> None:
+    """Let the running notebook, if any, show figures and tables just as the report does."""
+    shell = get_ipython()
+    if shell is None:
+        return
+    plt.close(plt.figure())  # the inline backend sets its own formatter with the first figure
+    formatters = shell.display_formatter.formatters
+    formatters["image/png"].for_type(Figure, _figure_png)
+    formatters["text/html"].for_type(pd.DataFrame, _table_html)
+
+
+def _figure_png(fig: Figure) -> tuple[str, dict[str, Any]]:
+    """Base64 PNG of ``fig``, its width in CSS pixels and the text that describes it.
+
+    That is its label, or else the text below it, or else its panels' titles.
+    """
+    png = picture(fig)
+    (pixels,) = struct.unpack(">I", png[16:20])  # the width in a PNG's header
+    width = round(pixels * CSS_PIXELS_PER_INCH / fig.dpi)
+    below = ". ".join(text.get_text() for text in fig.texts)
+    titles = [ax.get_title("left") or ax.get_title() for ax in fig.axes]
+    text = fig.get_label() or below or ", ".join(filter(None, titles))
+    return base64.b64encode(png).decode(), {
+        "width": width,
+        "alt": " ".join(text.split()) or "figure",
+    }
+
+
+def _table_html(table: pd.DataFrame) -> str:
+    """HTML of ``table``, without an index that only counts the rows."""
+    return table.to_html(
+        index=not is_plain_index(table),
+        border=0,
+        classes="tex2jax_ignore mathjax_ignore",  # a class may be called $x$
+        max_rows=TABLE_ROWS,
+        float_format=readable,
+        show_dimensions=len(table) > TABLE_ROWS,
+    )
 
 
 def _file_name(name: str) -> str:

@@ -11,7 +11,7 @@ from moee_analysis import plots
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import loading as models
 from moee_analysis.report.notebook import bench as bench_module
-from moee_analysis.report.notebook import display
+from moee_analysis.report.notebook import results
 from moee_analysis.report.notebook.bench import MACS_REDUCTION, open_notebook
 from moee_analysis.report.notebook.results import plain, readable
 from tests.helpers.images import image_folder
@@ -253,8 +253,8 @@ def test_the_run_is_the_paper_s_at_the_paper_s_budget_and_goes_through_the_store
 def show(monkeypatch):
     """What a notebook shows of an object: data and metadata by kind."""
     shell = InteractiveShell()
-    monkeypatch.setattr(display, "get_ipython", lambda: shell)
-    display.prepare_display()
+    monkeypatch.setattr(results, "get_ipython", lambda: shell)
+    results.prepare_display()
     return shell.display_formatter.format
 
 

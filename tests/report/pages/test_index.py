@@ -2,7 +2,7 @@ import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
 
-from moee_analysis.report.pages.index import write_index
+from moee_analysis.report.pages.site import write_index
 from moee_analysis.utils.storage.files import write_json
 
 RAN = {"status": "ok", "seconds": 3725.0, "title": "A <notebook>", "summary": "What it shows."}

@@ -1,0 +1,171 @@
+"""A report's pages, from the templates beside: escaped, fetching nothing; index and notebooks."""
+
+import base64
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+from moee_analysis.outside_text import printable
+from moee_analysis.report.notebook.results import FILE, NOTEBOOK, STATUS, alternative, readable
+from moee_analysis.report.pages.body import notebook_body
+from moee_analysis.report.pages.output import shortened
+from moee_analysis.utils.environment import versions
+from moee_analysis.utils.storage.files import write_text
+
+INDEX, PAGE, LOG = "index.html", "page.html", "log.txt"
+LOG_LINES = 40
+COVER_PIXELS = (760, 760)
+TEMPLATES = Environment(
+    loader=PackageLoader("moee_analysis", "report"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+TEMPLATES.filters |= {
+    "readable": readable,
+    "printable": lambda value: printable(str(value)),
+    "address": lambda path: quote(os.fsencode(path)),  # of a file, whatever it is called
+}
+
+
+def render(name: str, **facts: Any) -> str:
+    """Fill the template ``name``, a path below the room ``report``, with ``facts``."""
+    return TEMPLATES.get_template(name).render(facts)
+
+
+def data_uri(picture: bytes, kind: str = "png") -> str:
+    """``picture`` as an address that carries it."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def write_page(folder: Path, status: Mapping[str, Any]) -> None:
+    """Write ``page.html`` of a notebook run into its ``folder``.
+
+    After a timeout or a dead kernel there is no notebook to show: the page tells what
+    happened, and shows the figures that were kept before.
+    """
+    figures = list(_read(folder / FILE).get("figures", {}).values())
+    tables = sorted(path.relative_to(folder).as_posix() for path in folder.glob("tables/*.csv"))
+    files = [*(name for name in (FILE, NOTEBOOK) if (folder / name).is_file()), *tables]
+    facts: dict[str, Any] = {"files": files}
+    if (folder / NOTEBOOK).is_file():
+        findings = {alternative(f): f["finding"] for f in figures if f.get("finding")}
+        facts["notebook"] = notebook_body(folder / NOTEBOOK, findings)
+    else:
+        facts["figures"] = [
+            {
+                "picture": data_uri((folder / figure["file"]).read_bytes()),
+                "alt": alternative(figure),
+                "finding": figure.get("finding"),
+            }
+            for figure in figures
+        ]
+        log = folder / LOG
+        lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
+        facts["log"] = shortened("\n".join(map(printable, lines[-LOG_LINES:])))
+    (folder / PAGE).write_text(render("pages/page.html", **status, **facts), encoding="utf-8")
+
+
+def read_story(notebook: Path) -> dict[str, str]:
+    """``title`` and ``summary`` of a notebook: its first heading and the paragraph after it."""
+    texts = ("".join(c["source"]) for c in _read(notebook)["cells"] if c["cell_type"] == "markdown")
+    blocks = [block.strip() for block in next(texts, "").split("\n\n")]
+    heading = next((b for b in blocks if b.startswith("# ")), "")
+    title, _, rest = heading.removeprefix("# ").partition("\n")
+    prose = [rest, *blocks] if rest else blocks
+    summary = next((b for b in prose if b and not b.startswith(("#", "|", "<", "!"))), "")
+    summary = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", summary)  # links by their words
+    summary = re.sub(r"[*`_]{1,2}(\S(?:.*?\S)?)[*`_]{1,2}", r"\1", summary)  # no emphasis
+    title = title or notebook.stem.replace("_", " ")
+    return {"title": printable(title), "summary": printable(" ".join(summary.split()))}
+
+
+def write_index(out: Path, folders: list[Path]) -> None:
+    """Write ``index.html`` for the notebook runs in ``folders``, atomically.
+
+    Each has a card: cover, title, summary, key number beside the dense model's, claims and ending.
+    """
+    statuses = [_read(folder / STATUS) for folder in folders]
+    results = [_read(folder / FILE) for folder in folders]
+    cards = [
+        status
+        | {"page": f"{folder.name}/{PAGE}", "cover": _cover(folder, found)}
+        | {"headline": found.get("headline"), "claims": found.get("claims", [])}
+        for folder, status, found in zip(folders, statuses, results, strict=True)
+    ]
+    claims = [claim for card in cards for claim in card["claims"]]
+    environment = {"versions": versions()}
+    for found in results:
+        environment |= found.get("environment", {})
+    page = render(
+        "pages/index.html",
+        title="moee_analysis report",
+        verdicts=[claim["holds"] for claim in claims if not claim.get("ours")],
+        smoke=any(found.get("parameters", {}).get("preset") == "smoke" for found in results),
+        facts=_facts(results),
+        cards=cards,
+        versions=environment["versions"],
+        machine=_machine(environment, sum(status["seconds"] for status in statuses)),
+    )
+    write_text(out / INDEX, page)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _cover(folder: Path, found: dict[str, Any]) -> dict[str, str] | None:
+    """The cover figure, else the first one, small enough to carry."""
+    figures = list(found.get("figures", {}).values())
+    chosen = next((figure for figure in figures if figure.get("cover")), (figures or [None])[0])
+    if chosen is None:
+        return None
+    buffer = io.BytesIO()
+    with Image.open(folder / chosen["file"]) as image:
+        small = image.convert("RGB")
+        small.thumbnail(COVER_PIXELS)
+        small.save(buffer, format="WEBP", quality=88)
+    return {"picture": data_uri(buffer.getvalue(), "webp"), "alt": alternative(chosen)}
+
+
+def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Model, images, preset and seed; the first notebook's, where they differ."""
+    facts: dict[str, Any] = {}
+    for results in reversed(found):
+        facts |= results.get("parameters", {})
+        images = results.get("images", {}).get("evaluation")
+        facts |= {"shown": f"{images['name']} ({readable(images['count'])})"} if images else {}
+    return {
+        "Model": facts.get("model"),
+        "Weights": Path(facts["weights"]).name if facts.get("weights") else None,
+        "Images": facts.get("shown") or facts.get("images"),
+        "Preset": facts.get("preset"),
+        "Seed": facts.get("seed"),
+    }
+
+
+def _machine(environment: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Where and when the numbers were made; the time in the two largest of its units."""
+    finished = environment.get("finished")
+    date = datetime.fromisoformat(finished) if finished else datetime.now(UTC)
+    device = environment.get("device", "unknown")
+    minutes, rest = divmod(round(seconds), 60)
+    hours, of_hour = divmod(minutes, 60)
+    time = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return {
+        "Device": device,
+        "CPU cores": None if "cores" in device else environment.get("cores"),
+        "PyTorch": environment["versions"]["torch"],
+        "Time": f"{hours} h {of_hour} min" if hours else time,
+        "Date": date.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
