@@ -23,10 +23,10 @@ from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_layers, moe_names
 from moee_analysis.moe.routers import (
     ConstantRouter,
     CosineRouter,
+    OracleRouter,
     RandomRouter,
     TokenKindRouter,
     beside_leading,
-    oracle_of,
     prefix_experts,
 )
 
@@ -94,7 +94,7 @@ def oracle_routed(run: Extraction | nn.Module, dense: nn.Module) -> nn.Module:
     for index, layer in moe_layers(model).items():
         several = layer.n_experts - prefix_experts(layer) > 1
         if several and round(layer.shares.sum().item()) == 1:
-            layer.router = beside_leading(oracle_of(mlps[index], layer), layer)
+            layer.router = beside_leading(OracleRouter(mlps[index], layer), layer)
     return model
 
 

@@ -72,12 +72,10 @@ class MoeMlp(nn.Module):
         self.register_buffer("neurons", torch.cat([torch.searchsorted(union, i) for i in ids]))
         self.register_buffer("sizes", torch.tensor([len(i) for i in ids]))
         self.register_buffer("shares", torch.as_tensor(shares, dtype=torch.float32))
-        self.register_buffer("mask", self._mask(), persistent=False)
+        self.register_buffer("mask", None, persistent=False)
         self.strategy: Strategy | None = None
-        self.choices: dict[Hashable, Choice] = {}
-        self._batches: Counter[Hashable] = Counter()
-        self._groups: dict[int | None, ExpertGroups] = {}
-        self.register_load_state_dict_post_hook(MoeMlp._forget)
+        self._prepare()
+        self.register_load_state_dict_post_hook(MoeMlp._prepare)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (..., dim) to (..., dim): route them, then compute the experts they go to."""
@@ -137,8 +135,7 @@ class MoeMlp(nn.Module):
 
     def expert_neurons(self, expert: int) -> torch.Tensor:
         """Indices of the expert's neurons among the layer's stored neurons, ascending."""
-        start = int(self.sizes[:expert].sum())
-        return self.neurons[start : start + int(self.sizes[expert])]
+        return self.neurons.split(self.expert_sizes)[expert]
 
     def macs_per_token(self, shares: torch.Tensor | None = None) -> float:
         """Expected MACs of one token: the router, and 2 d |S_e| of each expert by its share.
@@ -154,18 +151,13 @@ class MoeMlp(nn.Module):
         """How many tokens use each expert, float64 (experts,), by what the router returned."""
         return torch.bincount(routed.flatten(), minlength=self.n_experts).double()
 
-    def _mask(self) -> torch.Tensor:
-        """1 for the stored neurons of each expert, else 0, (experts, kept)."""
-        mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
-        mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
-        return mask
-
-    def _forget(self, _keys: object) -> None:
-        """Forget what was made of other lists of neurons."""
-        self.mask = self._mask()
-        self._groups.clear()
-        self.choices.clear()
-        self._batches.clear()
+    def _prepare(self, _keys: object = None) -> None:
+        """Make what follows from the lists of neurons, and forget what was made of others."""
+        self.mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
+        self.mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
+        self.choices: dict[Hashable, Choice] = {}
+        self._batches: Counter[Hashable] = Counter()
+        self._groups: dict[int | None, ExpertGroups] = {}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._groups.clear()  # of another device

@@ -1,7 +1,4 @@
-"""Routers: which expert a token goes to. A new one is a class here, and a line in ``ROUTERS``.
-
-The best expert for every token, found by computing them all: a bound for routers.
-"""
+"""Routers: which expert a token goes to. A new one is a class here, and a line in ``ROUTERS``."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -30,7 +27,12 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, k)."""
-        return best_experts(self.scores(x))
+        scores = self.scores(x)
+        plain = type(scores) is torch.Tensor and scores.device.type == "cpu"
+        if plain and scores.dtype == torch.float32 and not is_traced():
+            # NumPy's search of rows is several times as fast
+            return torch.from_numpy(scores.detach().numpy().argmax(axis=1, keepdims=True))
+        return scores.argmax(dim=1, keepdim=True)
 
     def settings(self) -> dict[str, Any]:
         """What the tensors of the router do not tell of it, as JSON."""
@@ -40,15 +42,6 @@ class Router(nn.Module):
     def rebuild(cls, _settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
         """Router of these settings, with ``tensors`` of the saved shapes."""
         return cls(**{name: tensor.clone() for name, tensor in tensors.items()})
-
-
-def best_experts(scores: torch.Tensor) -> torch.Tensor:
-    """Return the first expert of the highest of the ``scores`` (n, experts), int64 (n, 1)."""
-    plain = type(scores) is torch.Tensor and scores.device.type == "cpu"
-    if plain and scores.dtype == torch.float32 and not is_traced():
-        # NumPy's search of rows is several times as fast
-        return torch.from_numpy(scores.detach().numpy().argmax(axis=1, keepdims=True))
-    return scores.argmax(dim=1, keepdim=True)
 
 
 def _exact(x: torch.Tensor) -> torch.Tensor:
@@ -228,11 +221,12 @@ def rebuild_router(described: Mapping[str, Any], tensors: Mapping[str, torch.Ten
 class OracleRouter(Router):
     """Send a token to the expert whose output for it is nearest to that of the dense MLP.
 
-    It computes all that a router should save. The first ``leading`` experts are never chosen, and
-    not counted.
+    It computes all that a router should save: a bound for routers. Experts that leading tokens
+    have by their position are never chosen, and not counted.
     """
 
-    def __init__(self, dense: nn.Module, layer: MoeMlp, *, leading: int = 0) -> None:
+    def __init__(self, dense: nn.Module, layer: MoeMlp) -> None:
+        leading = prefix_experts(layer)
         neurons = dense.fc1.out_features + sum(layer.expert_sizes[leading:])
         macs = (layer.fc1.in_features + layer.fc2.out_features) * neurons
         super().__init__(layer.n_experts - leading, macs)
@@ -264,11 +258,6 @@ class OracleRouter(Router):
             output = torch.addmm(layer.fc2.bias + shift, hidden.index_select(1, own), w2.T)
             found.append((output - wanted).square().sum(dim=1))
         return torch.stack(found, dim=1)
-
-
-def oracle_of(dense: nn.Module, layer: MoeMlp) -> OracleRouter:
-    """Oracle of the experts of ``layer`` that leading tokens do not have by their position."""
-    return OracleRouter(dense, layer, leading=prefix_experts(layer))
 
 
 def prefix_experts(layer: MoeMlp) -> int:
