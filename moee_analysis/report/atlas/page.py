@@ -1,31 +1,42 @@
-"""The page of the atlas: facts, style and script in one file that fetches nothing."""
+"""The atlas: facts about experts and images in JSON's types, and the one file that shows them."""
 
 import base64
 import hashlib
-from dataclasses import replace
+import io
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from PIL import Image
 from torch import nn
 
 from moee_analysis import measure
-from moee_analysis.data.images import ImageSet
+from moee_analysis.data.images import ImageSet, fitting_batch
+from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.report.atlas.facts import (
-    Seen,
-    image_facts,
-    layer_facts,
-    look_through,
-    packed_routes,
-)
+from moee_analysis.measure.routing.routes import Routes
+from moee_analysis.measure.routing.top_patches import Typical
+from moee_analysis.models.capture import evaluating
+from moee_analysis.models.loading import class_labels
+from moee_analysis.moe.layer import moe_layers
 from moee_analysis.report.pages.site import render
 from moee_analysis.utils.environment import version
+from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.refusals import check_place
 
+STYLE = "atlas.css"
 SCRIPTS = ("atlas_state.js", "atlas_expert.js", "atlas_image.js")
 HERE = Path(__file__).parent
+PATCHES = 12  # typical ones of an expert, at most one of an image
+OTHERS = 5  # classes, parts and other experts that are listed, at most
+DIGITS = 4
+LONGEST = 224  # pixels of the longer side of a picture, at most
+QUALITY = 78
+LOSSLESS_BELOW = 100  # pixels of the longer side
 
 
 def write_atlas(
@@ -43,21 +54,44 @@ def write_atlas(
     return out
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A run and what its experts do on some images."""
+
+    run: Extraction
+    images: ImageSet
+    routed: Routes
+    known: Typical
+
+
 def atlas_facts(
     run: Extraction, images: ImageSet, *, dense: nn.Module | None = None
 ) -> dict[str, Any]:
     """Return all that the page shows, in JSON's types.
 
-    ``layers`` (see ``layer_facts``), each with ``routes``; ``images`` (class, picture,
-    predictions); ``about``, names and values; ``absent``, the layers not shown, and why.
+    ``layers`` with their experts; ``images`` (class, picture, predictions); ``about``, names and
+    values; ``absent``, the layers not shown, and why.
     """
-    seen = look_through(run, images)
-    layers = [each | {"routes": packed_routes(seen, each["layer"])} for each in layer_facts(seen)]
+    if not len(images):
+        raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    routed = measure.routes(run, images, by_folder=True)
+    if not routed.placed:
+        expected = "a layer with one expert per token whose patches have known places"
+        hint = "extract experts of layers that see the patches of an image"
+        raise MoeeError(expected, "none", hint)
+    seen = Seen(run, images, routed, measure.typical(run, images, routed))
+    layers = _layers(seen)
+    absent = "; ".join(
+        f"layer {report.index} "
+        + ("has no patches with places" if report.converted else f"stayed dense: {report.reason}")
+        for report in run.layers
+        if report.index not in routed.placed
+    )
     return {
         "about": _about(seen, dense, layers),
-        "absent": _absent(seen),
+        "absent": f"Not shown: {absent}." if absent else "",
         "layers": layers,
-        "images": image_facts(seen, dense),
+        "images": _images(seen, dense),
     }
 
 
@@ -67,59 +101,159 @@ def page(facts: dict[str, Any]) -> str:
     The browser runs the page's own script and nothing else, even if a name were taken for markup:
     the content security policy lists the hashes of script and style.
     """
-    style = _file("atlas.css")
-    script = '"use strict";\n' + "\n".join(map(_file, SCRIPTS))
+    style, *scripts = ((HERE / name).read_text(encoding="utf-8") for name in (STYLE, *SCRIPTS))
+    texts = {"style": style, "script": '"use strict";\n' + "\n".join(scripts)}
+    digests = {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
     return render(
         "atlas/atlas.html",
         about=facts["about"],
         absent=facts["absent"],
         facts={"layers": facts["layers"], "images": facts["images"]},
-        style=style,
-        script=script,
-        hashes={"style": _hash(style), "script": _hash(script)},
+        hashes={name: f"'sha256-{_base64(digest)}'" for name, digest in digests.items()},
+        **texts,
     )
 
 
-def _file(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _about(
     seen: Seen, dense: nn.Module | None, layers: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
-    run, experts = seen.run, sum(len(layer["experts"]) for layer in layers)
+    run, savings = seen.run, {}
+    if dense is not None:
+        costs = measure.macs(replace(run, original=dense), routes=seen.routed)
+        total = costs.set_index("component").loc["total"]
+        macs, parameters = (total[kind] / total[f"{kind}_dense"] - 1 for kind in ("macs", "params"))
+        savings = {
+            "MACs": f"{macs:+.1%} of the dense model's".replace("-", "−"),
+            "Stored parameters": f"{parameters:+.1%}".replace("-", "−"),
+        }
+    experts = sum(len(layer["experts"]) for layer in layers)
     return [
         ("Model", str(run.provenance["model"])),
         ("Recipe", f"{run.config.recipe}, seed {run.config.seed}"),
         ("Experts", f"{experts} in {len(layers)} of {len(run.layers)} layers"),
         ("Images", f"{len(seen.images)} of {seen.images.name}"),
-        *_savings(seen, dense),
+        *savings.items(),
         ("Made", f"{datetime.now().astimezone():%Y-%m-%d}, moee-analysis {version()}"),
     ]
 
 
-def _absent(seen: Seen) -> str:
-    reasons = [
-        f"layer {report.index} "
-        + ("has no patches with places" if report.converted else f"stayed dense: {report.reason}")
-        for report in seen.run.layers
-        if report.index not in seen.routed.placed
-    ]
-    return f"Not shown: {'; '.join(reasons)}." if reasons else ""
+def _layers(seen: Seen) -> list[dict[str, Any]]:
+    """The layers that can be shown, in order, each with its experts."""
+    run, images, routed, shown = seen.run, seen.images, seen.routed, seen.routed.placed
+    tables = {
+        "top": measure.top_patches(
+            run, images, layers=shown, count=PATCHES, routed=routed, known=seen.known
+        ),
+        "classes": measure.class_routing(routed, layers=shown),
+        "overlap": measure.overlap(run, layers=shown).rename(columns={"expert_a": "expert"}),
+    }
+    if images.parts:
+        tables["parts"] = measure.part_profile(routed, images, layers=shown)
+    return [_layer(seen, layer, _choose(tables, "layer", layer)) for layer in shown]
 
 
-def _savings(seen: Seen, dense: nn.Module | None) -> list[tuple[str, str]]:
-    if dense is None:
-        return []
-    costs = measure.macs(replace(seen.run, original=dense), routes=seen.routed)
-    total = costs.set_index("component").loc["total"]
-    macs, parameters = (total[kind] / total[f"{kind}_dense"] - 1 for kind in ("macs", "params"))
+def _choose(tables: dict[str, pd.DataFrame], column: str, value: int) -> dict[str, pd.DataFrame]:
+    return {name: table[table[column] == value] for name, table in tables.items()}
+
+
+def _layer(seen: Seen, layer: int, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """``routes`` are the experts of the patches, image after image and row by row, as base64."""
+    module, experts = moe_layers(seen.run.model)[layer], seen.routed.patch_experts(layer)
+    counts = np.bincount(experts.ravel(), minlength=module.n_experts)
+    leading = seen.routed.experts[layer][:, : seen.routed.prefix_tokens[layer]]
+    near = _near(seen.known.means[layer], seen.routed.counts[layer].sum(axis=0))
+    return {
+        "layer": layer,
+        "grid": list(experts.shape[1:]),
+        "hidden": module.hidden_dense,
+        "experts": [
+            {
+                "share": _short(counts[expert] / experts.size),
+                "images": int((experts == expert).any(axis=(1, 2)).sum()),
+                "leading": int((leading == expert).sum()),
+                "neurons": module.expert_sizes[expert],
+                "near": near[expert],
+                **_lists_of_expert(_choose(tables, "expert", expert)),
+            }
+            for expert in range(module.n_experts)
+        ],
+        "routes": _base64(experts.astype("<u2").tobytes()),
+    }
+
+
+def _lists_of_expert(rows: dict[str, pd.DataFrame]) -> dict[str, list[list[Any]]]:
+    """Typical patches, overlapping experts, and classes and parts beyond their usual shares."""
+    overlap = rows["overlap"][rows["overlap"]["expert_b"] != rows["overlap"]["expert"]]
+    best = overlap.nlargest(OTHERS, "jaccard")
+    lists = {"top": _lists(rows["top"], "image", "row", "column", "cosine")}
+    for kind, name in (("classes", "class_name"), ("parts", "part")):
+        lists[kind] = []
+        if kind in rows:
+            ahead = rows[kind].assign(ahead=rows[kind]["share"] - rows[kind]["share_all"])
+            ahead = ahead[ahead["ahead"] > 0].nlargest(OTHERS, "ahead").astype({name: str})
+            lists[kind] = _lists(ahead, name, "share", "share_all")
+    return lists | {"overlap": _lists(best, "expert_b", "jaccard", "expected_jaccard")}
+
+
+def _near(means: np.ndarray, tokens: np.ndarray) -> list[list[list[float]]]:
+    """The experts of the most similar mean inputs of each: expert, centred cosine, raw cosine.
+
+    Experts that no token of these images goes to have no mean, and none near them.
+    """
+    met = np.flatnonzero(np.isfinite(means).all(axis=1))
+    near: list[list[list[float]]] = [[] for _ in means]
+    if len(met) < 2:
+        return near
+    pairs = measure.similarity({0: means[met]}, shares={0: tokens[met]})
+    pairs = pairs[pairs["expert_a"] != pairs["expert_b"]]
+    for expert, rows in pairs.assign(other=met[pairs["expert_b"]]).groupby("expert_a"):
+        best = rows.nlargest(OTHERS, "cosine_centred")
+        near[met[expert]] = _lists(best, "other", "cosine_centred", "cosine")
+    return near
+
+
+def _lists(rows: pd.DataFrame, *columns: str) -> list[list[Any]]:
+    """The ``columns`` of each row, numbers as short as the page needs them."""
+    lists = zip(*(rows[column].tolist() for column in columns), strict=True)
+    return [[_short(v) if isinstance(v, float) else v for v in values] for values in lists]
+
+
+def _short(value: float) -> float:
+    return round(float(value), DIGITS)
+
+
+def _images(seen: Seen, dense: nn.Module | None) -> list[dict[str, Any]]:
+    """Class, picture and predictions of every image."""
+    systems = {"moe": seen.run.model} | ({"dense": dense} if dense is not None else {})
+    predictions = {name: _predict(model, seen.images) for name, model in systems.items()}
     return [
-        ("MACs", f"{macs:+.1%} of the dense model's".replace("-", "−")),
-        ("Stored parameters", f"{parameters:+.1%}".replace("-", "−")),
+        {
+            "class": seen.routed.class_names[int(seen.routed.labels[index])],
+            "picture": _pack(seen.images.as_seen(index, seen.run.model)),
+            **{name: labels[index] for name, labels in predictions.items()},
+        }
+        for index in progress(range(len(seen.images)), label="pictures")
     ]
+
+
+def _predict(model: nn.Module, images: ImageSet) -> list[str]:
+    names, found = class_labels(model), []
+    like = next(model.parameters())
+    with evaluating(model):
+        for x in images.batches(model, batch_size=fitting_batch(model)):
+            found += model(x.to(like)).argmax(dim=1).tolist()
+    return [names[index] if index < len(names) else f"class {index}" for index in found]
+
+
+def _pack(pixels: np.ndarray) -> str:
+    """Base64 of a picture as WebP, without loss where it is small."""
+    buffer, image = io.BytesIO(), Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((LONGEST, LONGEST))
+    small = max(image.size) < LOSSLESS_BELOW
+    options = {"lossless": True} if small else {"quality": QUALITY}
+    image.save(buffer, format="WEBP", method=6, **options)
+    return _base64(buffer.getvalue())

@@ -18,8 +18,7 @@ from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.report.atlas import write_atlas
-from moee_analysis.report.atlas.facts import OTHERS, PATCHES
-from moee_analysis.report.atlas.page import atlas_facts, page
+from moee_analysis.report.atlas.page import OTHERS, PATCHES, atlas_facts, page
 from tests.helpers.images import toy_images
 from tests.helpers.models import CLASSES, toy_kinds, toy_moe, toy_swin, toy_vit
 
