@@ -3,23 +3,22 @@
 Put identities between queries and keys, q I k^T, and between what a head has gathered and the
 output projection, I u. A head of fewer dimensions is one with maps M of lower rank in their
 place, and what it costs follows from gradients at the identities: with T the gradient of
-<logits, v> (``probe``), a change D of one identity costs about
-E[<T, D>^2] / 2 nats of KL divergence. T sums over all tokens of an image, so errors that agree
-count as they add up.
+<logits, v> (``probe``), a change D of one identity costs about E[<T, D>^2] / 2 nats of KL
+divergence. T sums over all tokens of an image, so errors that agree count as they add up.
 
 With L = E[T T^T] and R = E[T^T T], the modes of an identity are the singular vectors of L^1/4
 R^1/4, the metric of Shampoo (Gupta et al., arXiv:1802.09568), mapped back: I = sum_m s_m x_m y_m^T,
 and in that metric dropping the last modes is the best approximation of a rank. What a mode
 contributes to the loss of an image, t_m = s_m x_m^T T y_m, then plays the part of a hidden neuron's
-activation in the elimination of ``obs``, whose readout is ones: modes go
-whose loss refitted gains of the others can best make good.
+activation in the elimination of ``obs``, whose readout is ones: modes go whose loss refitted gains
+of the others can best make good.
 """
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import replace_module
+from moee_analysis.utils.distributed import own_share
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.store import content_key
 
@@ -60,6 +60,7 @@ class Modes:
     strength: torch.Tensor
     gram: torch.Tensor
 
+    @cached_property
     def costs(self) -> np.ndarray:
         """What removing each mode costs once all cheaper ones are gone, (heads, modes)."""
         ones = torch.ones(1, self.gram.shape[-1], dtype=torch.float64)
@@ -67,16 +68,16 @@ class Modes:
 
     def factors(self, kept: np.ndarray) -> Factors:
         """Maps of the modes ``kept``, bool (heads, modes), as many in every head; gains refit."""
-        left, right = zip(*map(self._head, range(len(kept)), torch.from_numpy(kept)), strict=True)
-        return Factors(torch.stack(left), torch.stack(right))
-
-    def _head(self, head: int, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if kept.all():
-            whole = torch.eye(len(kept), dtype=torch.float64)
-            return whole, whole
-        strength = self.strength[head, kept] * gains(self.gram[head], kept)
-        half = strength.abs().sqrt()
-        return self.left[head][:, kept] * half * strength.sign(), self.right[head][:, kept] * half
+        maps = []
+        for head, own in enumerate(torch.from_numpy(kept)):
+            if own.all():
+                maps.append(2 * [torch.eye(len(own), dtype=torch.float64)])
+                continue
+            strength = self.strength[head, own] * gains(self.gram[head], own)
+            half = strength.abs().sqrt()
+            left, right = self.left[head][:, own], self.right[head][:, own]
+            maps.append([left * half * strength.sign(), right * half])
+        return Factors(*map(torch.stack, zip(*maps, strict=True)))
 
 
 def gains(gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -97,23 +98,6 @@ class AttentionModes:
     values: Modes
     mean: torch.Tensor
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All values by name, as the store keeps them."""
-        named = {"mean": self.mean}
-        for kind in ("scores", "values"):
-            named |= {f"{kind}_{name}": v for name, v in vars(getattr(self, kind)).items()}
-        return {name: values.numpy() for name, values in named.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Rebuild modes from their :meth:`arrays`."""
-        values = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        names = ("left", "right", "strength", "gram")
-        scores, of_values = (
-            Modes(*(values[f"{kind}_{name}"] for name in names)) for kind in ("scores", "values")
-        )
-        return cls(scores, of_values, values["mean"])
-
 
 def attention_modes(
     model: nn.Module,
@@ -132,16 +116,24 @@ def attention_modes(
     facts |= {"queries": dict(queries)}
     names = [site.name for site in find_attentions(model)]
     folders = {name: f"attention-{content_key(attention=name, **facts)}" for name in names}
+    kinds, fields = ("scores", "values"), tuple(Modes.__annotations__)
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
-        if missing:
-            found = _measure(model, images, {n: queries[n] for n in names}, seed=seed)
-            yield from ((name, found[name].arrays()) for name in missing)
+        found = _measure(model, images, {n: queries[n] for n in names}, seed=seed)
+        for name in missing:
+            arrays = {
+                f"{kind}_{field}": getattr(getattr(found[name], kind), field).numpy()
+                for kind in kinds
+                for field in fields
+            }
+            yield name, arrays | {"mean": found[name].mean.numpy()}
 
-    return {
-        name: AttentionModes.from_arrays({array: np.load(path) for array, path in files.items()})
-        for name, files in stored_arrays(root, folders, compute).items()
-    }
+    found = {}
+    for name, files in stored_arrays(root, folders, compute).items():
+        values = {array: torch.from_numpy(np.load(path)) for array, path in files.items()}
+        modes = [Modes(*(values[f"{kind}_{field}"] for field in fields)) for kind in kinds]
+        found[name] = AttentionModes(*modes, values["mean"])
+    return found
 
 
 class _ProbedAttention(nn.Module):
@@ -164,35 +156,33 @@ class _ProbedAttention(nn.Module):
         moved = self.mean + (gathered - self.mean) @ values.mT
         return self.attention.proj(moved.transpose(1, 2).flatten(2))
 
-    def zeros(self) -> torch.Tensor:
-        """Float64 (heads, head_dim, head_dim)."""
-        heads, dim = self.attention.num_heads, self.attention.head_dim
-        return torch.zeros(heads, dim, dim, dtype=torch.float64)
-
 
 def _measure(
     dense: nn.Module, images: ImageSet, queries: Mapping[str, int | None], *, seed: int
 ) -> dict[str, AttentionModes]:
     """Modes in one pass over the images, their costs in another."""
-    model = copy.deepcopy(dense)
+    model, none = copy.deepcopy(dense), {}
     probed = {name: _ProbedAttention(model.get_submodule(name), q) for name, q in queries.items()}
     for name, module in probed.items():
         replace_module(model, name, module)
-    zeros = {(n, identity): m.zeros() for n, m in probed.items() for identity in (0, 1)}
-    source = _Gradients(model, probed, images, seed)
+        heads, dim = module.attention.num_heads, module.attention.head_dim
+        for identity in (0, 1):
+            none[name, identity] = torch.zeros(0, heads, dim, dim, dtype=torch.float64)
+    gradients = partial(_gradients, model, probed, images, seed)
+
+    def sides(_: Place, T: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(T @ T.mT).sum(dim=0), (T.mT @ T).sum(dim=0)])
+
+    def gram(place: Place, T: torch.Tensor) -> torch.Tensor:
+        left, right, strength = bases[place]
+        t = torch.einsum("nhab,ham,hbm->nhm", T, left, right) * strength
+        return torch.einsum("nhm,nhk->hmk", t, t) / 2
+
     with evaluating(model):
         _centre(model, probed, images.limit(CENTRE_IMAGES, seed=seed))
-        sides = average(
-            source.batches,
-            lambda own: map(_sides, source.of(own, label="attention modes")),
-            {(*place, side): zero.clone() for place, zero in zeros.items() for side in "LR"},
-        )
-        bases = {place: _basis(sides[*place, "L"], sides[*place, "R"]) for place in zeros}
-        grams = average(
-            source.batches,
-            lambda own: (_grams(bases, T) for T in source.of(own, label="attention costs")),
-            zeros,
-        )
+        both = average(gradients("attention modes"), sides, none)
+        bases = {place: _basis(L, R) for place, (L, R) in both.items()}
+        grams = average(gradients("attention costs"), gram, none)
     modes = {place: Modes(*bases[place], grams[place]) for place in bases}
     return {
         name: AttentionModes(modes[name, 0], modes[name, 1], module.mean[:, 0].double().cpu())
@@ -212,54 +202,31 @@ def _centre(model: nn.Module, probed: Mapping[str, _ProbedAttention], images: Im
         module.mean = (sums[name] / len(images)).to(module.mean)[:, None]
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    """Gradients of probed logits at the identities of a ``model``, whose probes have a ``seed``."""
+def _gradients(
+    model: nn.Module,
+    probed: Mapping[str, _ProbedAttention],
+    images: ImageSet,
+    seed: int,
+    label: str,
+) -> Iterator[dict[Place, torch.Tensor]]:
+    """T of every identity, (images, heads, head_dim, head_dim), by batch of this process and probe.
 
-    model: nn.Module
-    probed: Mapping[str, _ProbedAttention]
-    images: ImageSet
-    seed: int
-
-    @property
-    def batches(self) -> int:
-        return -(-len(self.images) // BATCH)
-
-    def of(self, own: range, *, label: str) -> Iterator[dict[Place, torch.Tensor]]:
-        """T of every identity, (images, heads, head_dim, head_dim), by batch and probe."""
-        first = own.start * BATCH
-        images = self.images.take(range(first, min(own.stop * BATCH, len(self.images))))
-        batches = images.batches(self.model, batch_size=BATCH)
-        for batch in progress(batches, label=label, total=len(own)):
-            with torch.enable_grad():
-                logits = self.model(like(batch, self.model)).reshape(len(batch), -1)
-            seen = {(n, i): t for n, m in self.probed.items() for i, t in enumerate(m.identities)}
-            for number in range(PROBES):
-                v = probe(logits, [(self.seed, first + row, number) for row in range(len(batch))])
-                found = torch.autograd.grad(
-                    logits, list(seen.values()), v, retain_graph=number < PROBES - 1
-                )
-                yield {place: T.double().cpu() for place, T in zip(seen, found, strict=True)}
-            first += len(batch)
-
-
-def _sides(gradients: Mapping[Place, torch.Tensor]) -> tuple[int, dict[tuple, torch.Tensor]]:
-    """Number of gradients, and sums of T T^T and of T^T T, (heads, head_dim, head_dim)."""
-    sums = {(*place, "L"): (T @ T.mT).sum(dim=0) for place, T in gradients.items()}
-    sums |= {(*place, "R"): (T.mT @ T).sum(dim=0) for place, T in gradients.items()}
-    return len(next(iter(gradients.values()))), sums
-
-
-def _grams(
-    bases: Mapping[Place, tuple[torch.Tensor, ...]], gradients: Mapping[Place, torch.Tensor]
-) -> tuple[int, dict[Place, torch.Tensor]]:
-    """Number of gradients, and sums of t t^T / 2, (heads, modes, modes)."""
-    sums = {}
-    for place, T in gradients.items():
-        left, right, strength = bases[place]
-        t = torch.einsum("nhab,ham,hbm->nhm", T, left, right) * strength
-        sums[place] = torch.einsum("nhm,nhk->hmk", t, t) / 2
-    return len(next(iter(gradients.values()))), sums
+    That is the gradient of the probed logits.
+    """
+    own = own_share(-(-len(images) // BATCH))
+    first = own.start * BATCH
+    images = images.take(range(first, min(own.stop * BATCH, len(images))))
+    batches = images.batches(model, batch_size=BATCH)
+    for batch in progress(batches, label=label, total=len(own)):
+        with torch.enable_grad():
+            logits = model(like(batch, model)).reshape(len(batch), -1)
+        seen = {(n, i): t for n, m in probed.items() for i, t in enumerate(m.identities)}
+        for number in range(PROBES):
+            v = probe(logits, [(seed, first + row, number) for row in range(len(batch))])
+            more = number < PROBES - 1
+            found = torch.autograd.grad(logits, list(seen.values()), v, retain_graph=more)
+            yield {place: T.double().cpu() for place, T in zip(seen, found, strict=True)}
+        first += len(batch)
 
 
 def _basis(L: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import gcd
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
-from moee_analysis.extraction.attention_modes import AttentionModes, attention_modes
+from moee_analysis.extraction.attention_modes import AttentionModes, Modes, attention_modes
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.lagrangian import Candidates
 from moee_analysis.extraction.record.token_kinds import leading_kinds, unread_patches
@@ -63,25 +62,28 @@ class AttentionPlan:
         return self.site.dim + dimensions * sum(self._parameters)
 
     def candidates(self) -> list[Candidates]:
-        """Blocks of modes that may be kept, of the scores and of the values.
+        """Blocks of modes that may be kept, of the scores and of the values, the best ones first.
 
         A block is the next few best modes of every head, for heads of one rank are computed
         together.
         """
-        modes = self._step * self.site.heads
-        return [
-            Candidates(self._in_blocks(costs), np.ones(1), modes * self._macs, modes * parameters)
-            for costs, parameters in zip(self._costs, self._parameters, strict=True)
-        ]
+        found, size = [], self._step * self.site.heads
+        kinds = (self.modes.scores, self.modes.values)
+        for modes, parameters in zip(kinds, self._parameters, strict=True):
+            best_first = -np.sort(-modes.costs, axis=1)
+            costs = best_first.sum(axis=0).reshape(1, -1, self._step).sum(axis=2)
+            found.append(Candidates(costs, np.ones(1), size * self._macs, size * parameters))
+        return found
 
     def in_heads(self, scores: np.ndarray, values: np.ndarray) -> KeptModes:
         """Modes of so many blocks, bool (1, blocks); no scores where values are gone."""
-        blocks = int(scores.sum()) if values.any() else 0, int(values.sum())
-        of_scores, of_values = (
-            np.argsort(np.argsort(-costs, axis=1, kind="stable"), axis=1) < count * self._step
-            for costs, count in zip(self._costs, blocks, strict=True)
-        )
-        return of_scores, of_values
+
+        def best(modes: Modes, blocks: int) -> np.ndarray:
+            place = np.argsort(np.argsort(-modes.costs, axis=1, kind="stable"), axis=1)
+            return place < blocks * self._step
+
+        asked = int(scores.sum()) if values.any() else 0
+        return best(self.modes.scores, asked), best(self.modes.values, int(values.sum()))
 
     def reduction(self, kept: KeptModes | None) -> Reduction:
         """The attention of the ``kept`` scores and values; None: of all."""
@@ -106,20 +108,10 @@ class AttentionPlan:
         """Parameters that a dimension of the scores stores, and one of the values."""
         return 2 * self.site.dim + self.bias, 2 * self.site.dim
 
-    @cached_property
-    def _costs(self) -> tuple[np.ndarray, np.ndarray]:
-        """What removing modes costs, of the scores and of the values, both (heads, modes)."""
-        return self.modes.scores.costs(), self.modes.values.costs()
-
     @property
     def _step(self) -> int:
         """Modes that a head gets at a time."""
         return gcd(STEP, self.site.head_dim)
-
-    def _in_blocks(self, costs: np.ndarray) -> np.ndarray:
-        """What removing each block costs, (1, blocks); the first one is worth most."""
-        best_first = -np.sort(-costs, axis=1)
-        return best_first.sum(axis=0).reshape(1, -1, self._step).sum(axis=2)
 
 
 def plan_attentions(

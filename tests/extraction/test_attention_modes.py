@@ -92,7 +92,7 @@ def test_the_last_mode_is_the_one_that_can_replace_the_others():
         kept[pair] = True
         rest[pair] -= gains(gram, kept)
         lost[tuple(pair)] = float(rest @ gram @ rest)
-    costs = Modes(*[torch.eye(5).double()[None]] * 2, torch.ones(1, 5), gram[None]).costs()[0]
+    costs = Modes(*[torch.eye(5).double()[None]] * 2, torch.ones(1, 5), gram[None]).costs[0]
     assert set(np.argsort(costs)[-2:]) == set(min(lost, key=lost.get))
 
 
@@ -101,7 +101,7 @@ def test_modes_that_cost_little_move_the_prediction_little(measured, kind, other
     model, found = measured
     site, seen = find_attentions(model)[0], []
     each = found[site.name]
-    rank = getattr(each, kind).costs().argsort(axis=1).argsort(axis=1)
+    rank = getattr(each, kind).costs.argsort(axis=1).argsort(axis=1)
     for kept in (rank >= 8, rank < 8):
         masks = {kind: kept, other: np.ones((2, 16), dtype=bool)}
         maps = {name: getattr(each, name).factors(mask) for name, mask in masks.items()}

@@ -1,15 +1,15 @@
 """Sums over all tokens: part by part, process by process, and on from where they were saved.
 
 Whatever an extraction knows of its tokens is a sum over them, or a few of them picked out. An
-:class:`Accumulator` says what one layer adds up, :func:`accumulate` runs many over all tokens. This
-file alone knows of several processes and of kills; no step does.
+:class:`Accumulator` says what one layer adds up, :func:`accumulate` runs many over all tokens, over
+several processes and kills; no step knows of these.
 """
 
 import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +22,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.models.loading import MlpSite
-from moee_analysis.utils.distributed import agreed, all_sum, own_share, processes, rank
+from moee_analysis.utils.distributed import agreed, all_sum, processes, rank
 from moee_analysis.utils.progress import progress, tell
 from moee_analysis.utils.storage.checksums import read_signed_tensors, write_tensors
 from moee_analysis.utils.storage.locks import remove
@@ -31,7 +31,7 @@ from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
 Sums = dict[str, torch.Tensor]
 Arrays = Mapping[str, np.ndarray]
-Task = TypeVar("Task")
+Task, Key = TypeVar("Task"), TypeVar("Key")
 
 SAVED_AFTER = 60.0  # seconds
 TINY = torch.finfo(torch.float64).tiny  # in the place of a weight of zero that is divided by
@@ -132,21 +132,23 @@ def share_out(
 
 
 def average(
-    count: int,
-    sums_of: Callable[[range], Iterable[tuple[int, Mapping[Hashable, torch.Tensor]]]],
-    zeros: dict[Hashable, torch.Tensor],
-) -> dict[Hashable, torch.Tensor]:
-    """Average over ``count`` batches of images, of all processes.
+    batches: Iterable[Mapping[Key, torch.Tensor]],
+    term: Callable[[Key, torch.Tensor], torch.Tensor],
+    none: Mapping[Key, torch.Tensor],
+) -> dict[Key, torch.Tensor]:
+    """Average a ``term`` of values over the images of all processes, by key.
 
-    ``sums_of`` a range of batches yields numbers of images and sums, shaped as ``zeros``.
+    ``batches`` are the values (images, ...) of this process, ``none`` those of no images; a term
+    is a sum over images.
     """
     images = torch.zeros((), dtype=torch.float64)
-    for number, sums in sums_of(own_share(count)):
-        images += number
-        for name, values in sums.items():
-            zeros[name].add_(values)
+    sums = {key: term(key, values) for key, values in none.items()}
+    for batch in batches:
+        images += len(next(iter(batch.values())))
+        for key, values in batch.items():
+            sums[key] += term(key, values)
     all_sum(images)
-    return {name: all_sum(total) / images for name, total in zeros.items()}
+    return {key: all_sum(total) / images for key, total in sums.items()}
 
 
 def stored_arrays(
@@ -156,10 +158,10 @@ def stored_arrays(
 ) -> dict[str, dict[str, Path]]:
     """Return the files of named arrays, by site name, from ``folders`` of the store ``root``.
 
-    ``compute`` gives names and arrays of those sites that are not in the store yet.
+    ``compute`` gives names and arrays of those sites that are not in the store yet, if any.
     """
     missing = [name for name, folder in folders.items() if not agreed(present(root / folder))]
-    for name, arrays in compute(missing):
+    for name, arrays in compute(missing) if missing else ():
 
         def build(folder: Path, arrays: Arrays = arrays) -> None:
             for array, values in arrays.items():
