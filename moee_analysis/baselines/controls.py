@@ -135,21 +135,16 @@ def statically_pruned(
             "a run with converted layers", "a run that left every layer dense",
             "compare with the dense model, which is the same",
         )  # fmt: skip
-    config = replace(with_one_expert(run.config), layers=converted, **_same_macs(run))
-    return extract(run.dense(), images, config, store=store)
-
-
-def _same_macs(run: Extraction) -> dict[str, float | None]:
-    """The settings of ``ExtractConfig`` that meet the MACs of ``run``."""
     reduction = run.config.macs_reduction
     if reduction is None:
-        names = moe_names(run.model)
-        layers = moe_layers(run.model)
+        names, layers = moe_names(run.model), moe_layers(run.model)
         cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
         reduction = 1 - cost / count(run.dense()).total
+    bounds = {"macs_reduction": reduction, "variance_kept": None}
     if reduction <= 0:  # the routers cost more than the experts save
-        return {"macs_reduction": None, "variance_kept": 1.0}
-    return {"macs_reduction": reduction, "variance_kept": None}
+        bounds = {"macs_reduction": None, "variance_kept": 1.0}
+    config = replace(with_one_expert(run.config), layers=converted, **bounds)
+    return extract(run.dense(), images, config, store=store)
 
 
 def random_centres(
@@ -168,19 +163,13 @@ def random_centres(
         Router by layer index, for ``measure.routes(run.dense(), ..., routers=...)``.
     """
     calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
-    layers = moe_layers(run.model)
-    rows = {}
-    for site in calibration.sites:
-        if site.index in layers:
-            tokens = calibration.kept_per_image[site.name] * len(calibration.images)
-            rng = np.random.default_rng([seed, site.index])
-            count = layers[site.index].n_experts
-            rows[site.name] = np.sort(rng.choice(tokens, size=count, replace=False))
-    found = pick_inputs(calibration, rows)
+    names, layers, rows = moe_names(run.model), moe_layers(run.model), {}
+    for index, layer in layers.items():
+        tokens = calibration.kept_per_image[names[index]] * len(calibration.images)
+        rng = np.random.default_rng([seed, index])
+        rows[names[index]] = np.sort(rng.choice(tokens, size=layer.n_experts, replace=False))
+    centres = pick_inputs(calibration, rows)
     return {
-        site.index: CosineRouter(
-            torch.from_numpy(found[site.name]).to(layers[site.index].shares.device)
-        )
-        for site in calibration.sites
-        if site.name in found
+        index: CosineRouter(torch.from_numpy(centres[names[index]]).to(layer.shares.device))
+        for index, layer in layers.items()
     }

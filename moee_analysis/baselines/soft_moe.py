@@ -13,13 +13,12 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.init import trunc_normal_, zeros_
+from torch.nn.init import trunc_normal_
 
 from moee_analysis.baselines.common.replace_mlps import (
     ExpertMlps,
-    Place,
     fill_budget,
-    find_places,
+    find_tokens,
     per_expert,
     replace_mlps,
     sites_at,
@@ -89,49 +88,37 @@ def convert(
     mlps = find_mlps(dense)
     second_half = range(len(mlps) // 2, len(mlps))
     sites = sites_at(mlps, second_half if config.layers is None else config.layers)
-    slots = _count_slots(dense, find_places(dense, sites), config)
-    own = zip(sites, slots, strict=True)
-    return replace_mlps(dense, {site: partial(_layer, site, config, n) for site, n in own})
+    slots = zip(sites, _count_slots(dense, sites, config), strict=True)
+    return replace_mlps(dense, {site: partial(_layer, site, config, n) for site, n in slots})
 
 
-def _count_slots(dense: nn.Module, places: list[Place], config: SoftMoeConfig) -> list[int]:
+def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) -> list[int]:
     """Slots of each expert in every layer."""
     if config.slots is not None:
-        return [config.slots] * len(places)
+        return [config.slots] * len(sites)
+    seen = find_tokens(dense, sites)
     if config.macs_reduction is None:
-        return [per_expert(p.tokens, config.experts, config.capacity_factor) for p in places]
-    counted = count(dense)
-    costs = [
-        config.experts * _macs_of_slot(dense, place, counted.by_module[place.site.name])
-        for place in places
-    ]
-    fixed = counted.replacing({place.site.name: 0 for place in places})
-    tokens = [place.tokens for place in places]
-    return fill_budget(config.macs_reduction, costs, tokens, dense=counted.total, fixed=fixed)
-
-
-def _macs_of_slot(dense: nn.Module, place: Place, mlp_macs: int) -> float:
-    """MACs of one slot more in an image: its MLP, logits, dispatch and combination."""
-    outputs = place.site.module(dense).fc2.out_features
-    mixing = place.groups * place.tokens * (2 * place.site.dim + outputs)
-    return mlp_macs / place.tokens + mixing
+        return [per_expert(tokens, config.experts, config.capacity_factor) for _, tokens in seen]
+    counted, costs = count(dense), []
+    for site, (groups, tokens) in zip(sites, seen, strict=True):
+        outputs = site.module(dense).fc2.out_features
+        mixing = groups * tokens * (2 * site.dim + outputs)  # logits, dispatch and combination
+        costs.append(config.experts * (counted.by_module[site.name] / tokens + mixing))
+    fixed = counted.replacing({site.name: 0 for site in sites})
+    most = [tokens for _, tokens in seen]
+    return fill_budget(config.macs_reduction, costs, most, dense=counted.total, fixed=fixed)
 
 
 def _layer(site: MlpSite, config: SoftMoeConfig, slots: int, mlp: nn.Module) -> SlotMlp:
     seed = 1000 * config.seed + site.index
     drop = mlp.drop1.p if config.drop is None else config.drop
     experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)
-    if config.initialisation == "fresh":
-        _draw_weights(experts, seed=seed)
+    if config.initialisation == "fresh":  # every expert by itself, as timm draws linear layers
+        generator = torch.Generator().manual_seed(seed)
+        for weight in (experts.fc1_weight, experts.fc2_weight):
+            first = trunc_normal_(torch.empty(weight.shape), std=SPREAD, generator=generator)
+            weight.data.copy_(first)
+        experts.fc1_bias.data.zero_()
+        experts.fc2_bias.data.zero_()
     router = SoftRouter(site.dim, config.experts, slots=slots, noise=config.noise, seed=seed)
     return SlotMlp(router, [experts], slots=slots)
-
-
-def _draw_weights(experts: ExpertMlps, *, seed: int) -> None:
-    """Initialise every expert by itself, as timm initialises linear layers."""
-    generator = torch.Generator().manual_seed(seed)
-    for weight in (experts.fc1_weight, experts.fc2_weight):
-        first = trunc_normal_(torch.empty(weight.shape), std=SPREAD, generator=generator)
-        weight.data.copy_(first)
-    for bias in (experts.fc1_bias, experts.fc2_bias):
-        zeros_(bias)

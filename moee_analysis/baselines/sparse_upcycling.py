@@ -17,7 +17,7 @@ from torch import nn
 from moee_analysis.baselines.common.replace_mlps import (
     ExpertMlps,
     fill_budget,
-    find_places,
+    find_tokens,
     replace_mlps,
     sites_at,
 )
@@ -81,17 +81,13 @@ class SparseUpcyclingConfig:
             checks.real_number(name, value, above=0)
         for name, value in checks.not_none(self, "macs_reduction"):
             checks.share(name, value, whole=False)
-        if self.macs_reduction is not None:
-            self._check_budget()
-
-    def _check_budget(self) -> None:
-        if self.router == "top_k":
+        if self.macs_reduction is not None and self.router == "top_k":
             raise MoeeError(
                 "router='expert_choice' where MACs are to be saved",
                 f"'top_k', whose tokens have {self.k} whole MLPs each",
                 "plain upcycling never reduces MACs: choose Expert Choice, or no budget",
             )
-        if self.capacity is not None:
+        if self.macs_reduction is not None and self.capacity is not None:
             raise MoeeError("a capacity or a MACs reduction", "both", "leave one of them out")
 
 
@@ -113,9 +109,8 @@ def convert(
     mlps = find_mlps(dense)
     every_second = range(1, len(mlps), 2)
     sites = sites_at(mlps, every_second if config.layers is None else config.layers)
-    capacities = _find_capacities(dense, sites, config)
-    own = zip(sites, capacities, strict=True)
-    return replace_mlps(dense, {site: partial(_layer, site, config, c) for site, c in own})
+    capacities = zip(sites, _find_capacities(dense, sites, config), strict=True)
+    return replace_mlps(dense, {site: partial(_layer, site, config, c) for site, c in capacities})
 
 
 def _find_capacities(
@@ -124,7 +119,7 @@ def _find_capacities(
     """Capacity at every site: that of ``config``, or what its budget allows."""
     if config.macs_reduction is None:
         return [config.capacity] * len(sites)
-    counted, tokens = count(dense), [place.tokens for place in find_places(dense, sites)]
+    counted, tokens = count(dense), [tokens for _, tokens in find_tokens(dense, sites)]
     costs = [
         config.experts * counted.by_module[site.name] / number
         for site, number in zip(sites, tokens, strict=True)
@@ -141,9 +136,8 @@ def _layer(
     weight = SPREAD * torch.randn(config.experts, site.dim, generator=generator)
     gate = Gate(weight, noise=config.noise / config.experts)
     if config.router == "top_k":
-        settings = {"k": config.k, "capacity": capacity, "renormalise": config.renormalise}
-        router = TopKRouter(gate, **settings)
+        kind = partial(TopKRouter, k=config.k, capacity=capacity)
     else:
-        capacity = capacity or CAPACITY
-        router = ExpertChoiceRouter(gate, capacity=capacity, renormalise=config.renormalise)
+        kind = partial(ExpertChoiceRouter, capacity=capacity or CAPACITY)
+    router = kind(gate, renormalise=config.renormalise)
     return SparseMlp(router, ExpertMlps([mlp] * config.experts, mlp.act, drop=mlp.drop1.p))

@@ -1,5 +1,7 @@
 """Divisions into parts of equal size: of points by k-means, of a graph where few edges are cut.
 
+The graph may be that of neurons that are active together.
+
 Graphs are divided by METIS (Karypis and Kumar, "A Fast and High Quality Multilevel Scheme for
 Partitioning Irregular Graphs", 1998) with the optional package ``pymetis`` (``pip install
 moee-analysis[graph]``). Without it: eigenvectors of the graph (Ng, Jordan and Weiss, "On Spectral
@@ -7,10 +9,12 @@ Clustering", 2001), balanced k-means of these, and swaps of two nodes for as lon
 cut (after Kernighan and Lin, 1970).
 """
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
+import torch
 from scipy.linalg import eigh
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
@@ -21,6 +25,7 @@ from moee_analysis.utils.checks import one_of
 Method = Literal["metis", "spectral"]
 METHODS: tuple[Method, ...] = ("metis", "spectral")
 HEAVIEST = 2**30  # sum of the edges' weights; METIS counts in 32 bits
+TOGETHER = 8  # tokens in a row that a count of co-activation looks at
 
 
 def balanced_kmeans(
@@ -90,7 +95,14 @@ def divide_graph(
     nodes.
     """
     method = best_method() if method is None else method
-    _check(len(weights), parts, method)
+    one_of("a method", method, METHODS)
+    if method == "metis" and best_method() != "metis":
+        raise MoeeError(
+            "METIS", "no package pymetis", "pip install pymetis, or choose method='spectral'"
+        )
+    if not 1 <= parts <= len(weights):
+        expected = f"1 to {len(weights)} parts of {len(weights)} nodes"
+        raise MoeeError(expected, str(parts), "choose fewer")
     weights = weights - np.diag(np.diag(weights))
     if parts == 1 or not weights.any():
         return level_parts(np.zeros(len(weights), dtype=np.int64), parts, seed=seed)
@@ -117,16 +129,6 @@ def level_parts(part_of: np.ndarray, parts: int, *, seed: int = 0) -> np.ndarray
         places = np.repeat(np.arange(parts), np.maximum(wanted - sizes, 0))
         level[np.concatenate(surplus)] = rng.permutation(places)
     return level
-
-
-def _check(nodes: int, parts: int, method: str) -> None:
-    one_of("a method", method, METHODS)
-    if method == "metis" and best_method() != "metis":
-        raise MoeeError(
-            "METIS", "no package pymetis", "pip install pymetis, or choose method='spectral'"
-        )
-    if not 1 <= parts <= nodes:
-        raise MoeeError(f"1 to {nodes} parts of {nodes} nodes", str(parts), "choose fewer")
 
 
 def _by_metis(weights: np.ndarray, parts: int, seed: int) -> np.ndarray:
@@ -176,3 +178,34 @@ def _gains(weights: np.ndarray, part_of: np.ndarray) -> np.ndarray:
     gains = ahead + ahead.T - 2 * weights
     gains[part_of[:, None] == part_of] = 0
     return gains
+
+
+@torch.no_grad()
+def coactivation(hidden: Iterable[torch.Tensor]) -> torch.Tensor:
+    """How often neurons are active together, (neurons, neurons).
+
+    Every 8 tokens in a row add min(1, sum_t a_t a_t^T), with a = max(activation, 0), which is
+    ReLU's own activation. ``hidden`` are activations (n, neurons) of some tokens after others.
+    """
+    total = None
+    for block in hidden:
+        if total is None:
+            total = block.new_zeros(block.shape[1], block.shape[1])
+        for few in block.clamp(min=0).split(TOGETHER):
+            total += (few.T @ few).clamp_(max=1)
+    return total
+
+
+def graph_edges(together: torch.Tensor) -> np.ndarray:
+    """Whole weights of the graph's edges, int64 (neurons, neurons), 0 where there is none.
+
+    In units of 0.99 times the lowest decile of ``together`` that is not zero; what is below one is
+    no edge.
+    """
+    values = together.double().cpu().numpy()
+    deciles = np.percentile(values, np.arange(10, 101, 10))
+    if not deciles.max() > 0:
+        return np.zeros(values.shape, dtype=np.int64)
+    weights = np.floor(values / (0.99 * deciles[deciles > 0][0])).astype(np.int64)
+    np.fill_diagonal(weights, 0)
+    return weights

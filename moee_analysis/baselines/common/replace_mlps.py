@@ -6,11 +6,11 @@ Experts with weights of their own: many MLPs of one shape, computed as batched p
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.functional import linear
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import capture, evaluating
@@ -65,19 +65,6 @@ def fill_budget(
     return counts
 
 
-@dataclass(frozen=True)
-class Place:
-    """An MLP to exchange, and the tokens that it sees of one image.
-
-    ``tokens`` are routed together: all that an image has, in ``groups`` = 1; in a model that cuts
-    images into windows before, those of a window.
-    """
-
-    site: MlpSite
-    groups: int
-    tokens: int
-
-
 def sites_at(sites: Sequence[MlpSite], layers: Iterable[int]) -> list[MlpSite]:
     """Return the ``sites`` at ``layers``, counted from 0.
 
@@ -92,12 +79,16 @@ def sites_at(sites: Sequence[MlpSite], layers: Iterable[int]) -> list[MlpSite]:
     return [sites[index] for index in wanted]
 
 
-def find_places(model: nn.Module, sites: Sequence[MlpSite]) -> list[Place]:
-    """Run one image, all zeros, through ``model`` to see which tokens the MLPs at ``sites`` get."""
+def find_tokens(model: nn.Module, sites: Sequence[MlpSite]) -> list[tuple[int, int]]:
+    """Run one image, all zeros, to see which tokens the MLPs at ``sites`` get: groups, tokens.
+
+    Tokens of a group are routed together: all that an image has, in one group; in a model that cuts
+    images into windows before, those of a window.
+    """
     with evaluating(model), capture(model, [site.name for site in sites]) as inputs:
         model(blank(model))
     shapes = [inputs[site.name].shape for site in sites]
-    return [Place(s, shape[0], shape[1:-1].numel()) for s, shape in zip(sites, shapes, strict=True)]
+    return [(shape[0], shape[1:-1].numel()) for shape in shapes]
 
 
 def replace_mlps(
@@ -129,9 +120,11 @@ class ExpertMlps(nn.Module):
     def __init__(self, mlps: Sequence[Mlp], act: nn.Module, *, drop: float = 0.0) -> None:
         super().__init__()
         for layer in ("fc1", "fc2"):
-            linear = [getattr(mlp, layer) for mlp in mlps]
-            weight = torch.stack([each.weight.detach() for each in linear])
-            bias = torch.stack([_bias(each) for each in linear])
+            maps = [getattr(mlp, layer) for mlp in mlps]
+            weight = torch.stack([each.weight.detach() for each in maps])
+            bias = weight.new_zeros(weight.shape[:2])
+            if maps[0].bias is not None:
+                bias = torch.stack([each.bias.detach() for each in maps])
             self.register_parameter(f"{layer}_weight", nn.Parameter(weight))
             self.register_parameter(f"{layer}_bias", nn.Parameter(bias))
         self.act = act
@@ -158,23 +151,15 @@ class ExpertMlps(nn.Module):
             return self._batched(x.unflatten(0, (self.n_experts, counts[0]))).flatten(0, 1)
         stacked = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
         # taken apart at once: the gradient of a single expert's slice is as large as them all
-        weights = zip(*(each.unbind() for each in stacked), strict=True)
-        return torch.cat([self._one(*own) for own in zip(x.split(counts), weights, strict=True)])
+        experts = zip(x.split(counts), *(each.unbind() for each in stacked), strict=True)
+        outputs = []
+        for own, fc1_weight, fc1_bias, fc2_weight, fc2_bias in experts:
+            hidden = self.drop(self.act(linear(own, fc1_weight, fc1_bias)))
+            outputs.append(self.drop(linear(hidden, fc2_weight, fc2_bias)))
+        return torch.cat(outputs)
 
     def _batched(self, x: torch.Tensor) -> torch.Tensor:
         """Map inputs (experts, inputs of each, dim)."""
         hidden = torch.baddbmm(self.fc1_bias[:, None], x, self.fc1_weight.mT)
         hidden = self.drop(self.act(hidden))
         return self.drop(torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight.mT))
-
-    def _one(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map the inputs (n, dim) of one expert."""
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-        hidden = self.drop(self.act(nn.functional.linear(x, fc1_weight, fc1_bias)))
-        return self.drop(nn.functional.linear(hidden, fc2_weight, fc2_bias))
-
-
-def _bias(linear: nn.Linear) -> torch.Tensor:
-    if linear.bias is None:
-        return linear.weight.new_zeros(linear.out_features)
-    return linear.bias.detach()

@@ -162,8 +162,8 @@ class ExpertChoiceRouter(nn.Module):
 
     def constant(self) -> Self:
         """Return a router like this one, with tokens for every expert by their places alone."""
-        facts = {"n_experts": self.gate.n_experts, "capacity": self.capacity}
-        return _with_preference(self, partial(deal_tokens, **facts))
+        deal = partial(deal_tokens, n_experts=self.gate.n_experts, capacity=self.capacity)
+        return _with_preference(self, deal)
 
 
 Router = TopKRouter | ExpertChoiceRouter
@@ -206,7 +206,7 @@ def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> tor
 
 
 def choose_randomly(router: Router, seed: int) -> Router:
-    """Copy a router, which then chooses by :class:`RandomScores`."""
+    """Copy a router, which then chooses by :class:`RandomScores`: weights and MACs stay."""
     n_experts, dim = router.gate.weight.shape
     return _with_preference(router, RandomScores(dim, n_experts, seed=seed))
 
@@ -248,11 +248,7 @@ class SparseMlp(nn.Module):
         return torch.bincount(routed.experts, minlength=self.n_experts).double()
 
     def random_router(self, seed: int = 0) -> Router:
-        """Return a router by which only *which* experts and tokens meet is left to chance.
-
-        As many pairs, the same weights and the same MACs; the draw is a pseudo-random function of
-        the tokens' content and the seed.
-        """
+        """Return a router by which only *which* experts and tokens meet is left to chance."""
         return choose_randomly(self.router, seed)
 
     def constant_router(self) -> Router:
@@ -292,11 +288,8 @@ def load_loss(logits: torch.Tensor, noisy: torch.Tensor, *, k: int, noise: float
 def watch_routers(model: nn.Module) -> Iterator[dict[TopKRouter, Routed]]:
     """While open, yield what the top-k routers of sparse layers last returned."""
     last: dict[TopKRouter, Routed] = {}
-
-    def see(router: TopKRouter, routed: Routed) -> None:
-        last[router] = routed
-
-    with watch({m: m for m in model.modules() if isinstance(m, TopKRouter)}, see, "outputs"):
+    routers = {m: m for m in model.modules() if isinstance(m, TopKRouter)}
+    with watch(routers, last.__setitem__, "outputs"):
         yield last
 
 
@@ -305,9 +298,8 @@ def balance_loss(routed: Mapping[TopKRouter, Routed]) -> torch.Tensor | float:
     total = 0.0
     for router, each in routed.items():
         total = total + importance_loss(each.logits)
-        if router.gate.noise > 0:
-            facts = {"k": router.k, "noise": router.gate.noise}
-            total = total + load_loss(each.logits, each.noisy, **facts)
+        if (noise := router.gate.noise) > 0:
+            total = total + load_loss(each.logits, each.noisy, k=router.k, noise=noise)
     return total
 
 

@@ -13,16 +13,19 @@ import numpy as np
 from torch import nn
 
 from moee_analysis.baselines.common.replace_mlps import ExpertMlps, fill_budget, sites_at
-from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
-from moee_analysis.baselines.jetpack.activation_profile import profile
+from moee_analysis.baselines.common.soft_moe_layer import (
+    ExpertDropout,
+    SlotMlp,
+    SoftRouter,
+    SpheroRouter,
+)
 from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.baselines.jetpack.narrow_model import classifier_of, narrow_tensors, successor
-from moee_analysis.baselines.jetpack.recycling import Recycling
-from moee_analysis.baselines.jetpack.sphero import ExpertDropout, SpheroRouter
+from moee_analysis.baselines.jetpack.recycling import Recycling, profile
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
-from moee_analysis.models.macs import MacCount, count
+from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import replace_module
 
 UNIVERSAL_PER_CORE = 2  # as published
@@ -53,44 +56,36 @@ def size_layers(
 ) -> dict[str, LayerSize]:
     """Size of every layer of ``model``, which still has MLPs there, by its name.
 
-    A budget is a share of the MACs of ``dense``.
+    A budget, a share of the MACs of ``dense``, buys slots of every expert or, without numbers of
+    these, core experts and the universal ones that go with them.
 
     Raises ``MoeeError``: a budget that cannot be met, or one of a narrower model.
     """
+
+    def grow(steps: int) -> LayerSize:
+        if config.core is None:
+            return LayerSize(steps, UNIVERSAL_PER_CORE * steps, config.slots)
+        return LayerSize(config.core, config.universal, steps)
+
     if config.macs_reduction is None and config.core is not None:
-        given = LayerSize(config.core, config.universal, config.slots)
-        return {site.name: given for site in sites}
+        return {site.name: grow(config.slots) for site in sites}
     counted = count(model)
+    tokens = [counted.tokens[site.name] for site in sites]
     if config.macs_reduction is None:
         leading = getattr(model, "num_prefix_tokens", 0)
-        cores = {s.name: max(1, (counted.tokens[s.name] - leading) // 2) for s in sites}
-        return {n: LayerSize(c, UNIVERSAL_PER_CORE * c, config.slots) for n, c in cores.items()}
-    if model.num_features != dense.num_features:
+        counts = [max(1, (each - leading) // 2) for each in tokens]
+    elif model.num_features != dense.num_features:
         raise MoeeError(
             "a MACs reduction at the dense model's width",
             f"macs_reduction={config.macs_reduction} at width {model.num_features}",
             "leave the width as it is, or choose core, universal and slots",
         )
-    return _within_budget(counted, sites, config, total=count(dense).total)
-
-
-def _within_budget(
-    counted: MacCount, sites: Sequence[MlpSite], config: JetpackConfig, *, total: int
-) -> dict[str, LayerSize]:
-    """As many slots of every expert, or experts of one slot, as a budget allows."""
-    tokens = [counted.tokens[site.name] for site in sites]
-    own = zip(sites, tokens, strict=True)
-    costs = [_grow(config, 1).macs(site, each, config.universal_ratio) for site, each in own]
-    outside = counted.replacing({site.name: 0 for site in sites})
-    counts = fill_budget(config.macs_reduction, costs, tokens, dense=total, fixed=outside)
-    return {site.name: _grow(config, n) for site, n in zip(sites, counts, strict=True)}
-
-
-def _grow(config: JetpackConfig, steps: int) -> LayerSize:
-    """So many slots of every expert or, without numbers of these, core experts and their others."""
-    if config.core is None:
-        return LayerSize(steps, UNIVERSAL_PER_CORE * steps)
-    return LayerSize(config.core, config.universal, steps)
+    else:
+        each = zip(sites, tokens, strict=True)
+        costs = [grow(1).macs(site, number, config.universal_ratio) for site, number in each]
+        total, fixed = count(dense).total, counted.replacing({site.name: 0 for site in sites})
+        counts = fill_budget(config.macs_reduction, costs, tokens, dense=total, fixed=fixed)
+    return {site.name: grow(steps) for site, steps in zip(sites, counts, strict=True)}
 
 
 def convert(
@@ -113,7 +108,7 @@ def convert(
 
     Raises ``MoeeError``: another kind of model, a width, layers or a budget that it cannot have.
     """
-    recycling = _begin(dense, images, config or JetpackConfig(), store)
+    recycling = _recycle(dense, images, config or JetpackConfig(), store)
     config, model = recycling.config, recycling.narrow
     mlps = find_mlps(model)
     second_half = range(len(mlps) // 2, len(mlps))
@@ -121,7 +116,6 @@ def convert(
     sizes = size_layers(model, sites, config, dense=dense)
     depth = max(1, len(mlps) - 1)
     layers = {s.name: _layer(recycling, s, sizes[s.name], s.index / depth) for s in sites}
-    _fill_dense_part(recycling)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     like = next(dense.parameters())
@@ -142,30 +136,24 @@ def narrowed(
 
     Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
     """
-    recycling = _begin(dense, images, config or JetpackConfig(), store)
-    _fill_dense_part(recycling)
-    return recycling.narrow
+    return _recycle(dense, images, config or JetpackConfig(), store).narrow
 
 
-def _begin(
+def _recycle(
     dense: nn.Module, images: ImageSet, config: JetpackConfig, store: str | Path | None
 ) -> Recycling:
-    """The narrow model, still fresh, and what activations say where they decide anything."""
+    """Give a narrow model its dense part, by activations where they decide anything."""
     model = successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
     found, graph = None, config.method == "graph"
     if graph or config.method == "importance":
         found = profile(dense, images, together=graph, store=store)
-    return Recycling(dense, model, found, config)
-
-
-def _fill_dense_part(recycling: Recycling) -> None:
-    """Give the narrow model its dense part; a fresh classifier stays as it is."""
-    model, head = recycling.narrow, classifier_of(recycling.narrow)
-    tensors = narrow_tensors(recycling.dense, recycling.shared_units)
-    if recycling.config.head == "fresh":
-        own = model.state_dict()
+    recycling = Recycling(dense, model, found, config)
+    tensors = narrow_tensors(dense, recycling.shared_units)
+    if config.head == "fresh":
+        own, head = model.state_dict(), classifier_of(model)
         tensors |= {name: own[name] for name in own if name.rpartition(".")[0] == head}
     model.load_state_dict(tensors)
+    return recycling
 
 
 def _layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> SlotMlp:
@@ -175,21 +163,12 @@ def _layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -
     experts = [ExpertMlps(group, copy.deepcopy(act), drop=config.drop) for group in groups]
     of_images = config.expert_drop_mode == "sample"
     dropout = ExpertDropout(depth * config.expert_drop, of_images=of_images)
-    return SlotMlp(_router(config, site, size), experts, slots=size.slots, drop=dropout)
-
-
-def _router(config: JetpackConfig, site: MlpSite, size: LayerSize) -> nn.Module:
     seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
+    facts = {"slots": size.slots, "seed": seed}
     if config.router == "soft":
-        noise = config.noise or 0.0
-        return SoftRouter(site.dim, size.experts, slots=size.slots, noise=noise, seed=seed)
-    return SpheroRouter(
-        site.dim,
-        size.experts,
-        slots=size.slots,
-        temperature=config.temperature,
-        combine=config.combine,
-        normalize_key=config.normalize_key,
-        noise=config.noise,
-        seed=seed,
-    )
+        router = SoftRouter(site.dim, size.experts, noise=config.noise or 0.0, **facts)
+    else:
+        facts |= {"temperature": config.temperature, "combine": config.combine}
+        facts |= {"normalize_key": config.normalize_key, "noise": config.noise}
+        router = SpheroRouter(site.dim, size.experts, **facts)
+    return SlotMlp(router, experts, slots=size.slots, drop=dropout)

@@ -36,29 +36,18 @@ def successor(
     """
     settings = _settings(dense)
     classes = dense.num_classes if num_classes is None else num_classes
-    changed = _at_width(dense, settings, width or dense.num_features)
+    settings |= _at_width(dense, settings, width or dense.num_features) | {"num_classes": classes}
     like = next(dense.parameters())
-    changed |= _SHAPES_ALONE.get(type(dense), {}) if like.is_meta else {}
-    with torch.device("meta" if like.is_meta else "cpu"):
-        model = _build(type(dense), settings | changed | {"num_classes": classes}, seed)
-    model.pretrained_cfg = _copy_cfg(dense, classes)
-    return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
-
-
-def _build(kind: type[nn.Module], settings: dict[str, Any], seed: int) -> nn.Module:
-    """Build a model; the state of torch's random numbers is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    settings |= _SHAPES_ALONE.get(type(dense), {}) if like.is_meta else {}
+    with torch.device("meta" if like.is_meta else "cpu"), torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return kind(**settings)
-
-
-def _copy_cfg(dense: nn.Module, classes: int) -> dict[str, Any]:
-    """How images come in, and which classes go out; not whose weights these are."""
-    others = {"architecture", "file", "url", "hf_hub_id", "tag"}
+        model = type(dense)(**settings)
+    others = {"architecture", "file", "url", "hf_hub_id", "tag"}  # whose weights the dense ones are
     if classes != dense.num_classes:
         others |= {"label_names"}
-    kept = {k: v for k, v in dense.pretrained_cfg.items() if k not in others}
-    return kept | {"num_classes": classes}
+    own = {k: v for k, v in dense.pretrained_cfg.items() if k not in others}
+    model.pretrained_cfg = own | {"num_classes": classes}
+    return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
 
 
 def _settings(dense: nn.Module) -> dict[str, Any]:
@@ -71,7 +60,8 @@ def _settings(dense: nn.Module) -> dict[str, Any]:
             like = type(dense)(**settings, **_SHAPES_ALONE.get(type(dense), {}))
     except (AttributeError, TypeError, ValueError, AssertionError) as error:
         raise _unsupported(f"a variant ({error})") from None
-    if repr(like) != repr(dense) or _shapes(like) != _shapes(dense):
+    found, wanted = ({n: t.shape for n, t in m.state_dict().items()} for m in (like, dense))
+    if repr(like) != repr(dense) or found != wanted:
         raise _unsupported(f"a variant of {type(dense).__name__} with other modules")
     return settings
 
@@ -81,10 +71,6 @@ def _unsupported(found: str) -> MoeeError:
         "a plain VisionTransformer (ViT, DeiT) or ConvNeXt of timm's", found,
         "choose bundled, bundled_convnext, a DeiT, ViT or ConvNeXt without dropout",
     )  # fmt: skip
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _of_vit(vit: VisionTransformer) -> dict[str, Any]:
@@ -137,20 +123,16 @@ def _scale(scaled: nn.Module) -> float | None:
 
 def _at_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dict[str, Any]:
     """Arguments that differ in a model of another ``width``."""
-    if isinstance(dense, ConvNeXt):
-        sizes, name = settings["dims"], "dims"
-    else:
-        sizes, name = (settings["num_heads"],), "num_heads"
-    scaled = [size * width / dense.num_features for size in sizes]
-    if not 0 < width <= dense.num_features or any(each % 1 for each in scaled):
+    staged, most = isinstance(dense, ConvNeXt), dense.num_features
+    sizes = settings["dims"] if staged else (settings["num_heads"],)
+    if not 0 < width <= most or any(size * width % most for size in sizes):
         raise MoeeError(
-            f"a width of at most {dense.num_features} that leaves whole numbers of "
-            f"{'channels in all stages' if name == 'dims' else 'heads'}",
-            str(width),
-            f"try {dense.num_features // 2}",
-        )
-    whole = tuple(int(each) for each in scaled)
-    return {"dims": whole} if name == "dims" else {"num_heads": whole[0], "embed_dim": width}
+            f"a width of at most {most} that leaves whole numbers of "
+            f"{'channels in all stages' if staged else 'heads'}",
+            str(width), f"try {most // 2}",
+        )  # fmt: skip
+    whole = tuple(size * width // most for size in sizes)
+    return {"dims": whole} if staged else {"num_heads": whole[0], "embed_dim": width}
 
 
 CHANNELS, BEFORE, INNER = "channels", "channels of the stage before", "inner units"
@@ -185,10 +167,7 @@ _CONVNEXT = {
     "head.norm": (CHANNELS,),
     "head.fc": (None, CHANNELS),
 }
-UNITS: dict[type[nn.Module], Mapping[str, tuple[str | None, ...]]] = {
-    VisionTransformer: _VIT,
-    ConvNeXt: _CONVNEXT,
-}
+UNITS = {VisionTransformer: _VIT, ConvNeXt: _CONVNEXT}
 """Kinds of units along the axes of a module's weight, by timm's class and the module's name."""
 
 
@@ -216,35 +195,32 @@ def stage_of(model: nn.Module, name: str) -> str:
     return "stages.0" if first == "stem" else f"stages.{len(model.stages) - 1}"
 
 
-def narrow_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """State dict of ``model`` with the ``kept`` units alone, ids by their place."""
-    tensors = model.state_dict().items()
-    return {name: _narrow(model, name, tensor, kept) for name, tensor in tensors}
-
-
 def classifier_of(model: nn.Module) -> str:
     """Name of the linear map to the classes."""
     return "head" if isinstance(model, VisionTransformer) else "head.fc"
 
 
-def _narrow(
-    model: nn.Module, name: str, tensor: torch.Tensor, kept: Mapping[str, np.ndarray]
-) -> torch.Tensor:
-    module = name.rpartition(".")[0]
-    axes = UNITS[type(model)].get(re.sub(r"(stages|blocks)\.\d+", r"\1.*", module))
-    if axes is None:
-        raise _unsupported(f"a {type(model).__name__} with '{module}'")
-    for axis, units in enumerate(axes[: tensor.ndim]):
-        if units is not None:
-            times = 3 if module.endswith(".qkv") and units == INNER else 1
-            own = torch.as_tensor(kept[_place(model, module, units)])
-            offsets = torch.arange(times) * (tensor.shape[axis] // times)
-            ids = (offsets[:, None] + own).flatten().to(tensor.device)
-            tensor = tensor.index_select(axis, ids)
-    return tensor.clone()
+def narrow_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """State dict of ``model`` with the ``kept`` units alone, ids by their place."""
+    tensors = {}
+    for name, whole in model.state_dict().items():
+        module = name.rpartition(".")[0]
+        axes = UNITS[type(model)].get(re.sub(r"(stages|blocks)\.\d+", r"\1.*", module))
+        if axes is None:
+            raise _unsupported(f"a {type(model).__name__} with '{module}'")
+        tensors[name] = whole
+        for axis, units in enumerate(axes[: whole.ndim]):
+            if units is not None:
+                times = 3 if module.endswith(".qkv") and units == INNER else 1
+                own = torch.as_tensor(kept[_place(model, module, units)])
+                offsets = torch.arange(times) * (whole.shape[axis] // times)
+                ids = (offsets[:, None] + own).flatten().to(whole.device)
+                tensors[name] = tensors[name].index_select(axis, ids)
+    return tensors
 
 
 def _place(model: nn.Module, module: str, units: str) -> str:
+    """Where the ``units`` are that a module reads or writes."""
     if units == INNER:
         return module.rpartition(".")[0]
     stage = stage_of(model, module)

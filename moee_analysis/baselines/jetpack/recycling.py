@@ -1,27 +1,104 @@
 """Checkpoint recycling: which units of a dense model a narrower one, and its experts, take over.
 
-Source: MoE Jetpack, section 3.2. Heads are kept whole, so that a narrower model has fewer of them;
-the released code mixes their dimensions.
+Activations decide: sums over all tokens of images, of channels, heads and hidden neurons. Heads are
+kept whole, so that a narrower model has fewer of them; the released code mixes their dimensions.
+
+Source: MoE Jetpack, section 3.2.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.baselines.common.equal_parts import divide_graph
-from moee_analysis.baselines.jetpack.activation_profile import Profile
 from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.baselines.jetpack.narrow_model import heads_of, stage_of, unit_counts
-from moee_analysis.models.loading import MlpSite, find_mlps
+from moee_analysis.data.images import ImageSet
+from moee_analysis.models.capture import evaluating, watch
+from moee_analysis.models.inputs import like
+from moee_analysis.models.loading import MlpSite, find_mlps, fingerprint
+from moee_analysis.utils.progress import progress
+from moee_analysis.utils.storage.store import content_key, get_or_build
 
+BATCH = 32  # images
 PARTS = 32  # of a graph, as in the released code
 SMALLEST = 8  # units of a part, where there are few
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sums over the tokens of all images, by place, float64.
+
+    ``tensors`` are called ``<place>.<kind>``. Places are ``<mlp>`` (hidden neurons, after the
+    activation), ``<mlp>.fc1`` (channels, as the MLP sees them) and ``<attention>`` (what its
+    projection sees). The kinds are ``L1`` (magnitudes), ``L2`` (squares), ``act_patrn`` (how often
+    it is positive), ``together`` (how often two are positive at once, units x units; of MLPs alone,
+    where it was asked for) and ``tokens``.
+    """
+
+    tensors: dict[str, torch.Tensor]
+
+    def worth(self, place: str, metric: str) -> np.ndarray:
+        """Activation of every unit, per token: mean magnitude, root mean square, or share."""
+        mean = self.tensors[f"{place}.{metric}"] / self.tensors[f"{place}.tokens"]
+        return (mean.sqrt() if metric == "L2" else mean).numpy()
+
+    def together(self, place: str) -> np.ndarray:
+        """How often any two units are positive for the same token, (units, units)."""
+        return self.tensors[f"{place}.together"].numpy()
+
+
+def profile(
+    model: nn.Module, images: ImageSet, *, together: bool = False, store: str | Path | None = None
+) -> Profile:
+    """Run ``model`` over the images once and add up its activations.
+
+    - ``together``: whether pairs are counted as well.
+    - ``store``: folder where the sums are kept and found again; None keeps nothing.
+    """
+    if store is None:
+        return Profile(_sums(model, images, together=together))
+
+    def fill(folder: Path) -> None:
+        save_file(_sums(model, images, together=together), folder / "sums.safetensors")
+
+    key = content_key(
+        profile=1, model=fingerprint(model), images=images.fingerprint, together=together
+    )
+    folder = get_or_build(Path(store), f"profile-{key}", fill)
+    return Profile(load_file(folder / "sums.safetensors"))
+
+
+def _sums(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, torch.Tensor]:
+    mlps = [site.name for site in find_mlps(model)]
+    places = {name: f"{name}.proj" for name in heads_of(model)}
+    places |= {f"{name}.fc1": f"{name}.fc1" for name in mlps} | {n: f"{n}.fc2" for n in mlps}
+    modules = {place: model.get_submodule(name) for place, name in places.items()}
+    paired = {place for name in mlps for place in (name, f"{name}.fc1") if together}
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(place: str, x: torch.Tensor) -> None:
+        x = x.detach().flatten(0, -2).float()
+        active = (x > 0).float()
+        part = {"L1": x.abs().sum(0), "L2": x.square().sum(0), "act_patrn": active.sum(0)}
+        if place in paired:
+            part["together"] = active.T @ active
+        for kind, values in (part | {"tokens": torch.tensor(len(x))}).items():
+            name = f"{place}.{kind}"
+            sums[name] = values.double() + sums.get(name, 0)  # counts of many images stay exact
+
+    batches = images.batches(model, batch_size=BATCH)
+    with watch(modules, add), evaluating(model):
+        total = -(-len(images) // BATCH)
+        for batch in progress(batches, label="profiling activations", total=total):
+            model(like(batch, model))
+    return {name: tensor.cpu() for name, tensor in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -76,7 +153,13 @@ def choose_shared(method: str, units: Units, size: int, rng: np.random.Generator
     return _choose_blindly(method, units.total, size, rng)
 
 
-def spaced_evenly(total: int, size: int) -> np.ndarray:
+def _choose_blindly(method: str, total: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    return (
+        space_evenly(total, size) if method == "uniform" else np.sort(rng.permutation(total)[:size])
+    )
+
+
+def space_evenly(total: int, size: int) -> np.ndarray:
     """``size`` of ``total`` ids, evenly spaced."""
     return np.linspace(0, total - 1, size).round().astype(np.int64)
 
@@ -90,30 +173,6 @@ def draw_order(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     nothing = np.full(len(weights), -np.inf)
     keys = np.log(weights, out=nothing, where=weights > 0) + noise
     return np.argsort(-keys, kind="stable")
-
-
-def _choose_blindly(method: str, total: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    if method == "uniform":
-        return spaced_evenly(total, size)
-    return np.sort(rng.permutation(total)[:size])
-
-
-Draw = Callable[[int], tuple[np.ndarray, np.ndarray]]
-"""Number of hidden neurons -> ids of an expert's channels and neurons."""
-
-
-class CutLinear(NamedTuple):
-    """Some outputs and inputs of a linear map."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
-class CutMlp(NamedTuple):
-    """Some hidden neurons and channels of an MLP."""
-
-    fc1: CutLinear
-    fc2: CutLinear
 
 
 @dataclass(frozen=True)
@@ -132,81 +191,64 @@ class Recycling:
     def shared_units(self) -> dict[str, np.ndarray]:
         """Units that the dense part of the narrow model takes over, ids by their place.
 
-        One set of channels for each stage, by the mean of what they are worth in its layers; heads
-        and hidden neurons layer by layer.
+        One set of channels for each stage, by the mean of what they are worth in its layers; heads,
+        by the mean of their dimensions, and hidden neurons layer by layer.
         """
         rng, sizes = np.random.default_rng([self.config.seed, 0]), unit_counts(self.narrow)
-        chosen = {}
+        mlps = [site.name for site in find_mlps(self.dense)]
+        chosen, worth = {}, None
         for place, total in unit_counts(self.dense).items():
-            units = Units(total, self._mean_worth(place, total))
+            if self.found is not None:
+                inputs = [f"{name}.fc1" for name in mlps if stage_of(self.dense, name) == place]
+                each = [self.found.worth(own, self.config.metric) for own in inputs or [place]]
+                worth = np.mean(each, axis=0).reshape(total, -1).mean(axis=1)
+            units = Units(total, worth)
             chosen[place] = choose_shared(self.config.method, units, sizes[place], rng)
         for place, (_, dims) in heads_of(self.dense).items():
             chosen[place] = (chosen[place][:, None] * dims + np.arange(dims)).flatten()
         return chosen
 
-    def cut_experts(self, site: MlpSite, *, core: int, universal: int) -> list[list[CutMlp]]:
+    def cut_experts(self, site: MlpSite, *, core: int, universal: int) -> list[list[Mlp]]:
         """Core and universal experts for the ``site`` of the narrow model; no group is empty."""
-        mlp = site.module(self.dense)
-        rng = np.random.default_rng([self.config.seed, 1, site.index])
-        start = self._draw_neurons if self.config.consistent_channels else self._draw_both
-        draw = start(site, rng)
-        small = max(1, round(self.config.universal_ratio * site.hidden))
-        alike = self.config.method == "uniform"
-        groups = [
-            [cut(mlp, *draw(hidden))] * count if alike
-            else [cut(mlp, *draw(hidden)) for _ in range(count)]
-            for count, hidden in ((core, site.hidden), (universal, small))
-        ]  # fmt: skip
+        config, mlp = self.config, site.module(self.dense)
+        rng = np.random.default_rng([config.seed, 1, site.index])
+        shared = self.shared_units[stage_of(self.dense, site.name)]
+        neurons = self._units(site.name, mlp.fc1.out_features)
+        channels = self._units(f"{site.name}.fc1", mlp.fc1.in_features)
+
+        def draw(hidden: int) -> Mlp:
+            if config.consistent_channels:
+                return cut(mlp, shared, draw_units(config.method, neurons, hidden, rng))
+            # small experts thin out the neurons of a large one, as in the released code
+            full = draw_units(config.method, neurons, site.hidden, rng)
+            own = draw_units(config.method, channels, site.dim, rng)
+            return cut(mlp, own, full[space_evenly(site.hidden, hidden)])
+
+        small = max(1, round(config.universal_ratio * site.hidden))
+        groups = []
+        for count, hidden in ((core, site.hidden), (universal, small)):
+            alike = config.method == "uniform"
+            groups.append([draw(hidden)] * count if alike else [draw(hidden) for _ in range(count)])
         return [group for group in groups if group]
-
-    def _draw_neurons(self, site: MlpSite, rng: np.random.Generator) -> Draw:
-        """All experts have the channels of the model, and draw neurons."""
-        channels = self.shared_units[stage_of(self.dense, site.name)]
-        neurons = self._units(site.name, site.module(self.dense).fc1.out_features)
-        return lambda size: (channels, draw_units(self.config.method, neurons, size, rng))
-
-    def _draw_both(self, site: MlpSite, rng: np.random.Generator) -> Draw:
-        """Every expert draws channels as well; small ones thin out the neurons of a large one."""
-        method, fc1 = self.config.method, site.module(self.dense).fc1
-        channels = self._units(f"{site.name}.fc1", fc1.in_features)
-        neurons = self._units(site.name, fc1.out_features)
-
-        def draw(size: int) -> tuple[np.ndarray, np.ndarray]:
-            full = draw_units(method, neurons, site.hidden, rng)
-            own = draw_units(method, channels, site.dim, rng)
-            return own, full[spaced_evenly(site.hidden, size)]
-
-        return draw
 
     def _units(self, place: str, total: int) -> Units:
         """Units at one place, for experts to draw from."""
         if self.found is None:
             return Units(total)
-        graph = self.config.method == "graph"
-        together = self.found.together(place) if graph else None
+        together = self.found.together(place) if self.config.method == "graph" else None
         worth = self.found.worth(place, self.config.metric)
         return Units(total, worth, together, self.config.seed)
 
-    def _mean_worth(self, place: str, total: int) -> np.ndarray | None:
-        """Worth of channels of a stage, heads of an attention, or hidden neurons, (total,)."""
-        if self.found is None:
-            return None
-        mlps = [site.name for site in find_mlps(self.dense)]
-        inputs = [f"{name}.fc1" for name in mlps if stage_of(self.dense, name) == place]
-        places = inputs or [place]
-        worth = np.mean([self.found.worth(each, self.config.metric) for each in places], axis=0)
-        return worth.reshape(total, -1).mean(axis=1)  # a head's is the mean of its dimensions
 
-
-def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> CutMlp:
+def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> Mlp:
     """Copy some hidden neurons of an MLP, reading and writing some channels; b2 is kept whole."""
     on = mlp.fc1.weight.device
     rows, columns = (torch.as_tensor(ids).to(on) for ids in (neurons, channels))
-    return CutMlp(_cut_linear(mlp.fc1, rows, columns), _cut_linear(mlp.fc2, columns, rows))
-
-
-def _cut_linear(linear: nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor) -> CutLinear:
-    weight = linear.weight.detach().index_select(0, outputs).index_select(1, inputs)
-    if linear.bias is None:
-        return CutLinear(weight, weight.new_zeros(len(outputs)))
-    return CutLinear(weight, linear.bias.detach().index_select(0, outputs))
+    small = Mlp(len(columns), len(rows), device="meta")  # its weights are replaced at once
+    for name, outputs, inputs in (("fc1", rows, columns), ("fc2", columns, rows)):
+        whole, part = getattr(mlp, name), getattr(small, name)
+        weight = whole.weight.detach().index_select(0, outputs).index_select(1, inputs)
+        part.weight = nn.Parameter(weight)
+        bias = None if whole.bias is None else whole.bias.detach().index_select(0, outputs)
+        part.bias = bias if bias is None else nn.Parameter(bias)
+    return small

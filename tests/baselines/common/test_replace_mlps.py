@@ -6,7 +6,7 @@ from torch import nn
 from moee_analysis.baselines.common.replace_mlps import (
     ExpertMlps,
     fill_budget,
-    find_places,
+    find_tokens,
     replace_mlps,
     sites_at,
 )
@@ -38,8 +38,7 @@ def test_layers_grow_in_turn_by_their_share_of_tokens_up_to_all_of_them():
     (small("small_mobilevit"), [(4, 16), (4, 4), (4, 4)]),  # one for each pixel of a 2 x 2 patch
 ])  # fmt: skip
 def test_places_have_the_tokens_that_are_routed_together(model, expected):
-    found = find_places(model, find_mlps(model))
-    assert [(place.groups, place.tokens) for place in found] == expected
+    assert find_tokens(model, find_mlps(model)) == expected
     assert hooks_of(model) == 0
 
 

@@ -5,9 +5,17 @@ import pytest
 import torch
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.functional import cosine_similarity
 
 from moee_analysis.baselines.common.replace_mlps import ExpertMlps
-from moee_analysis.baselines.common.soft_moe_layer import Mixing, SlotMlp, SoftRouter
+from moee_analysis.baselines.common.soft_moe_layer import (
+    ExpertDropout,
+    Mixing,
+    SlotMlp,
+    SoftRouter,
+    SpheroRouter,
+    entmax15,
+)
 from moee_analysis.moe.expert_layer import ExpertLayer
 
 DIM, TOKENS, IMAGES = 6, 7, 3
@@ -123,3 +131,128 @@ def test_noise_is_added_in_training_only():
     logs = soft.train()(x).dispatch.log()
     spread = (logs[:, 0] - logs[:, 1]).var(dim=0)  # of the difference of two tokens' noise
     assert spread.mean().item() == pytest.approx(2 * 0.5**2, abs=0.03)
+
+
+# SpheroMoE
+
+
+def floats():
+    return torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("combine", ["softmax", "entmax15"])
+@pytest.mark.parametrize("low", [False, True])
+def test_slots_are_mixtures_of_all_tokens_and_tokens_of_all_slots(combine, low):
+    router = SpheroRouter(16, 60, slots=3, combine=combine)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        dispatch, combined = router(floats())
+    assert dispatch.shape == combined.shape == (2, 9, 180)
+    torch.testing.assert_close(dispatch.sum(dim=1), torch.ones(2, 180), atol=1e-4, rtol=0)
+    torch.testing.assert_close(combined.sum(dim=2), torch.ones(2, 9), atol=1e-4, rtol=0)
+    assert (dispatch > 0).all()
+    assert (combined >= 0).all()
+
+
+def test_logits_are_cosines_of_normed_queries_each_for_itself_by_two_temperatures():
+    router = SpheroRouter(16, 3, slots=2, temperature=0.5).requires_grad_(requires_grad=False)
+    router.query_norm.weight.uniform_(0.5, 2)
+    x, queries = floats(), router.query_norm(router.queries).flatten(0, 1)
+    found = router.logits(x)
+    cosines = cosine_similarity(x[:, :, None], queries, dim=-1)
+    torch.testing.assert_close(found, cosines)
+    torch.testing.assert_close(router.logits(2 * x), found)
+    router.dispatch_temperature.fill_(0.1)
+    dispatch, combine = router.eval()(x)
+    torch.testing.assert_close(dispatch, (10 * found).softmax(dim=1))
+    torch.testing.assert_close(combine, (2 * found).softmax(dim=2))
+    loud = SpheroRouter(16, 3, normalize_key=False)  # long tokens are
+    torch.testing.assert_close(loud.logits(2 * x), 2 * loud.logits(x))
+
+
+def centred(logits):
+    """What softmaxes over tokens and over slots both leave of the logits."""
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred - centred.mean(dim=2, keepdim=True)
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(5, 2), (40, 1)])
+def test_queries_start_orthogonal_by_the_seed(experts, slots):
+    first, again, other = (
+        SpheroRouter(16, experts, slots=slots, seed=seed).queries for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    queries = first.flatten(1)
+    few = queries if experts <= queries.shape[1] else queries.T
+    torch.testing.assert_close(few @ few.T, torch.eye(len(few)), atol=1e-5, rtol=0)
+
+
+def test_noise_is_for_training_alone_and_the_same_for_both():
+    router, x = SpheroRouter(16, 4, noise=0.5), floats()
+    assert all(map(torch.equal, router.eval()(x), router(x)))
+    first, second = router.train()(x), router(x)
+    assert not torch.equal(first.dispatch, second.dispatch)
+    torch.testing.assert_close(centred(first.dispatch.log()), centred(first.combine.log()))
+    quiet = SpheroRouter(16, 4, noise=0.0).train()
+    assert all(map(torch.equal, quiet(x), quiet(x)))
+    assert SpheroRouter(16, 8).noise == 1 / 8
+
+
+def drop(rate, **settings):
+    return ExpertDropout(rate, **settings).train()(torch.ones(200, 10, 3, 4)).flatten(2)
+
+
+def test_whole_experts_drop_out_in_training_and_the_others_make_up_for_them():
+    outputs = drop(0.25)
+    dropped = (outputs == 0).all(2)
+    assert (dropped | torch.isclose(outputs, torch.tensor(4 / 3)).all(2)).all()
+    assert dropped.float().mean() == pytest.approx(0.25, abs=0.05)
+    assert not dropped.all(1).any()  # experts by themselves, not all of an image
+    of_images = (drop(0.25, of_images=True) == 0).flatten(1)
+    assert (of_images.any(1) == of_images.all(1)).all()
+    assert of_images.all(1).float().mean() == pytest.approx(0.25, abs=0.1)
+    assert (drop(0.0) == 1).all()
+    assert (ExpertDropout(0.9).eval()(torch.ones(2, 10, 3, 4)) == 1).all()
+
+
+def by_bisection(logits):
+    """Weights max(x / 2 - tau, 0)^2 of the tau, found by halving, with which they sum to 1."""
+    halves = logits.double() / 2
+    low, high = halves.amax(-1, keepdim=True) - 1, halves.amax(-1, keepdim=True)
+    for _ in range(80):
+        tau = (low + high) / 2
+        much = (halves - tau).clamp(min=0).square().sum(-1, keepdim=True) > 1
+        low, high = torch.where(much, tau, low), torch.where(much, high, tau)
+    return (halves - low).clamp(min=0).square()
+
+
+def logits(spread, *, seed=0, shape=(3, 4, 12)):
+    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1, 5, 1000])
+def test_it_is_what_bisection_finds(spread):
+    x = logits(spread)
+    torch.testing.assert_close(entmax15(x), by_bisection(x))
+    torch.testing.assert_close(entmax15(x.float()).sum(-1), torch.ones(3, 4))
+
+
+def test_what_lags_behind_gets_nothing_and_no_gradient_is_nan():
+    assert (entmax15(logits(5)) == 0).float().mean() > 0.5
+    assert (entmax15(logits(0.01)) > 0).all()
+    alone = torch.tensor([0.0, 100.0, 1.0], requires_grad=True)
+    entmax15(alone)[1].backward()
+    assert entmax15(alone).tolist() == [0, 1, 0]
+    assert alone.grad.tolist() == [0, 0, 0]
+
+
+def test_equal_logits_share_equally_whatever_is_added():
+    tied = entmax15(torch.tensor([3.0, 3.0, -9.0]))
+    torch.testing.assert_close(tied, torch.tensor([0.5, 0.5, 0.0]))
+    torch.testing.assert_close(entmax15(logits(2) + 7), entmax15(logits(2)))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1, 4])
+def test_gradients_are_those_of_finite_differences(spread):
+    x = logits(spread, shape=(2, 7)).requires_grad_()
+    assert torch.autograd.gradcheck(entmax15, x)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
+from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter, SpheroRouter
 from moee_analysis.baselines.jetpack import JetpackConfig, convert, narrowed, successor
-from moee_analysis.baselines.jetpack.sphero import SpheroRouter
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import count
 from tests.helpers.images import toy_images

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize, pad
 
-from moee_analysis.baselines.moefication.config import MoeficationConfig, Score
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.loading import MlpSite
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels.dispatch import in_blocks
 from moee_analysis.moe.layer import MoeMlp
+from moee_analysis.moe.routers import Router
 
 
 @dataclass(frozen=True)
@@ -26,29 +25,16 @@ class Origin:
     """
 
     split: str
-    score: Score
+    score: str
     mean: torch.Tensor
 
 
-def router_macs(config: MoeficationConfig, site: MlpSite, experts: int) -> int:
-    """MACs per token of the router that ``config`` asks for."""
-    centres = site.dim * experts
-    outputs = site.hidden * site.dim if config.score == "out" else 0
-    return {
-        "centre": centres,
-        "mlp": centres + experts**2,
-        "oracle": site.dim * site.hidden + outputs,
-    }.get(config.router, 0)
+class _TopScores(Router):
+    """A router to the k experts of the highest ``scores``."""
 
-
-class _TopScores(nn.Module):
-    """Maps the whole input of an MLP, (..., dim), to the ids of the k experts of highest score."""
-
-    k: int
-
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Score of every expert, (n, experts), for the tokens of ``x`` (..., dim)."""
-        raise NotImplementedError
+    def __init__(self, n_experts: int, macs: float, *, k: int) -> None:
+        super().__init__(n_experts, macs)
+        self.k = k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim) in row-major order."""
@@ -62,14 +48,8 @@ class CentreRouter(_TopScores):
     """
 
     def __init__(self, centres: torch.Tensor, *, k: int) -> None:
-        super().__init__()
+        super().__init__(len(centres), centres.numel(), k=k)
         self.register_buffer("centres", centres)
-        self.k, self.n_experts = k, len(centres)
-
-    @property
-    def macs(self) -> int:
-        """MACs per token: one product with every centre."""
-        return self.centres.numel()
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Nearness to every centre, (n, experts), for the tokens of ``x`` (..., dim)."""
@@ -86,15 +66,9 @@ class MlpRouter(_TopScores):
     """
 
     def __init__(self, inward: torch.Tensor, outward: torch.Tensor, *, k: int) -> None:
-        super().__init__()
+        super().__init__(len(outward), inward.numel() + outward.numel(), k=k)
         self.register_buffer("inward", inward)
         self.register_buffer("outward", outward)
-        self.k, self.n_experts = k, len(outward)
-
-    @property
-    def macs(self) -> int:
-        """MACs per token: two products."""
-        return self.inward.numel() + self.outward.numel()
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Logit of every expert, (n, experts), for the tokens of ``x`` (..., dim)."""
@@ -109,24 +83,17 @@ class GroundTruthRouter(_TopScores):
     """
 
     def __init__(self, layer: MoeMlp, origin: Origin, *, k: int) -> None:
-        super().__init__()
-        self.fc1, self.act, self.fc2 = layer.fc1, layer.act, layer.fc2
-        self.score, self.k = origin.score, k
+        outputs = layer.fc2.weight.numel() if origin.score == "out" else 0
+        super().__init__(layer.n_experts, layer.fc1.weight.numel() + outputs, k=k)
+        self.fc1, self.act, self.fc2, self.score = layer.fc1, layer.act, layer.fc2, origin.score
         mean = origin.mean.to(layer.fc1.weight) if origin.score == "var" else None
         own = layer.neurons.split(layer.expert_sizes)
         # neurons by expert (experts, width); `hidden` stands for none
         members = nn.utils.rnn.pad_sequence(
             list(own), batch_first=True, padding_value=layer.fc1.out_features
         )
-        self.n_experts = len(members)
         self.register_buffer("mean", mean)
         self.register_buffer("members", members, persistent=False)
-
-    @property
-    def macs(self) -> int:
-        """MACs per token: the first half of the MLP, or the whole MLP."""
-        outputs = self.fc2.weight.numel() if self.score == "out" else 0
-        return self.fc1.weight.numel() + outputs
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Score of every expert, (n, experts), for the tokens of ``x`` (..., dim)."""
@@ -135,7 +102,9 @@ class GroundTruthRouter(_TopScores):
     def _scores(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.act(self.fc1(tokens))
         if self.score == "out":
-            return self._output_lengths(hidden)
+            weights = self._by_expert(self.fc2.weight).permute(1, 2, 0)  # (experts, width, dim)
+            outputs = self._by_expert(hidden).transpose(0, 1) @ weights
+            return outputs.norm(dim=2).T
         if self.score == "pos":
             worth = hidden.clamp(min=0)
         elif self.score == "abs":
@@ -143,11 +112,6 @@ class GroundTruthRouter(_TopScores):
         else:
             worth = (hidden - self.mean).square() * self.fc2.weight.square().sum(0)
         return self._by_expert(worth).sum(2)
-
-    def _output_lengths(self, hidden: torch.Tensor) -> torch.Tensor:
-        weights = self._by_expert(self.fc2.weight).permute(1, 2, 0)  # (experts, width, dim)
-        outputs = self._by_expert(hidden).transpose(0, 1) @ weights
-        return outputs.norm(dim=2).T
 
     def _by_expert(self, values: torch.Tensor) -> torch.Tensor:
         """Values (n, hidden) by expert, (n, experts, width); zeros where an expert is smaller."""
@@ -197,7 +161,7 @@ def train_router(
     teach, judge = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~judges, judges))
     router = MlpRouter(centres.clone(), torch.eye(len(centres)).to(centres), k=k)
     best, found = copy.deepcopy(router), [captured(scores[judge], router(inputs[judge]))]
-    for _ in _epochs(router, inputs[teach], scores[teach], seed):
+    for _ in _train_epochs(router, inputs[teach], scores[teach], seed):
         with torch.no_grad():
             found.append(captured(scores[judge], router(inputs[judge])))
         if found[-1] > max(found[:-1]):
@@ -220,7 +184,7 @@ def captured(scores: torch.Tensor, chosen: torch.Tensor) -> float:
     return torch.where(all_scores > 0, own / all_scores, 1.0).mean().item()
 
 
-def _epochs(
+def _train_epochs(
     router: MlpRouter, inputs: torch.Tensor, scores: torch.Tensor, seed: int
 ) -> Iterator[None]:
     """Train ``router`` in place, epoch after epoch."""

@@ -6,15 +6,17 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from moee_analysis.baselines.moefication import CentreRouter, GroundTruthRouter, MlpRouter
-from moee_analysis.baselines.moefication.config import Score
-from moee_analysis.baselines.moefication.routers import (
+from moee_analysis.baselines.common.moefication_routers import (
     EPOCHS,
     PATIENCE,
+    CentreRouter,
+    GroundTruthRouter,
+    MlpRouter,
     Origin,
     captured,
     train_router,
 )
+from moee_analysis.baselines.moefication import Score
 from moee_analysis.errors import MoeeError
 from moee_analysis.moe.layer import MoeMlp
 

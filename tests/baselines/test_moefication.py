@@ -10,12 +10,12 @@ from moee_analysis import measure
 from moee_analysis.baselines.common import equal_parts
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.baselines.moefication import (
+    CHOICES,
     MoeficationConfig,
     convert,
     matching_active,
     oracle_routed,
 )
-from moee_analysis.baselines.moefication.config import Router, Score, Split
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import capture
 from moee_analysis.models.macs import count, count_parameters
@@ -25,7 +25,7 @@ from tests.helpers.images import contents, toy_images
 from tests.helpers.models import pixels_of, same_models, toy_swin, toy_vit
 
 IMAGES = toy_images(12)
-ROUTERS, SCORES, SPLITS = map(get_args, (Router, Score, Split))
+ROUTERS, SPLITS = (get_args(CHOICES[name]) for name in ("router", "split"))
 ALL_TOKENS = 10**6
 
 
