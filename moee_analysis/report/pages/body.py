@@ -42,7 +42,13 @@ def notebook_body(path: Path, findings: Mapping[str, str]) -> str:
 def refine(html: str, findings: Mapping[str, str]) -> str:
     """``html`` without anything active, with folded solutions, and for keys and screen readers."""
     soup = BeautifulSoup(html, "html.parser")
-    _remove_active(soup)
+    for tag in soup(ACTIVE):
+        tag.decompose()
+    for tag in soup("style"):
+        if _fetches(tag.get_text()):
+            tag.decompose()
+    for tag in soup.find_all():
+        _quieten(tag, soup)
     for cell in soup.find_all(class_=f"celltag_{SOLUTION}"):
         _fold(cell, soup)
     for table in soup.find_all("table"):
@@ -68,17 +74,6 @@ def _shows_something(output: Any) -> bool:
     if live:
         data.pop("text/plain", None)  # the widget's repr
     return bool(data)
-
-
-def _remove_active(soup: BeautifulSoup) -> None:
-    """Take away what runs, and what a browser would fetch."""
-    for tag in soup(ACTIVE):
-        tag.decompose()
-    for tag in soup("style"):
-        if _fetches(tag.get_text()):
-            tag.decompose()
-    for tag in soup.find_all():
-        _quieten(tag, soup)
 
 
 def _quieten(tag: Tag, soup: BeautifulSoup) -> None:

@@ -38,34 +38,31 @@ def join_streams(cell: NotebookNode) -> None:
 
 def as_typed(text: str) -> str:
     r"""The part of ``text`` that is seen: ``\r`` goes to the line's start, ``\b`` back a letter."""
-    return "\n".join(map(_line_as_typed, text.split("\n")))
-
-
-def _line_as_typed(line: str) -> str:
-    last = line.rstrip("\r").rpartition("\r")[2]
-    if "\b" not in last:
-        return last
-    seen: list[str] = []
-    for letter in last:
-        if letter != "\b":
-            seen.append(letter)
-        elif seen:
-            seen.pop()
-    return "".join(seen)
+    lines = []
+    for line in text.split("\n"):
+        last = line.rstrip("\r").rpartition("\r")[2]
+        seen: list[str] = []
+        for letter in last if "\b" in last else ():
+            if letter != "\b":
+                seen.append(letter)
+            elif seen:
+                seen.pop()
+        lines.append("".join(seen) if "\b" in last else last)
+    return "\n".join(lines)
 
 
 def shorten(output: NotebookNode) -> None:
-    """Leave out the middle of an ``output`` that is too long to be read, or for a browser."""
+    """Leave out the middle of an ``output`` that is too long to be read, or for a browser.
+
+    Half of any markup is none, so that goes as a whole, and plain text says so.
+    """
     if output.output_type == "stream":
         output.text = shortened(output.text)
-    elif output.output_type == "error":
+        return
+    if output.output_type == "error":
         output.traceback = [shortened(part) for part in output.traceback]
-    else:
-        _shorten_data(output.data)
-
-
-def _shorten_data(data: dict[str, Any]) -> None:
-    """Shorten plain text; half of any markup is none, so that goes, and plain text says so."""
+        return
+    data = output.data
     lines = [shortened(data.pop("text/plain"))] if "text/plain" in data else []
     for kind in list(data):
         markup = kind.startswith("text/") or kind == "image/svg+xml"

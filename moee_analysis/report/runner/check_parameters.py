@@ -43,8 +43,16 @@ def declared_parameters(notebook: Path) -> dict[str, dict[str, Any]]:
     A name that papermill cannot see (a union annotation, a second ``=``) is refused.
     """
     source = _parameters_source(notebook)
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        expected = f"Python in the parameters cell of {notebook.name}"
+        raise MoeeError(expected, str(error), "correct the cell") from None
     declared = {each.name: each._asdict() for each in PythonTranslator.inspect({"source": source})}
-    hidden = sorted(_assigned(source, notebook) - declared.keys())
+    assignments = [s for s in statements if isinstance(s, (ast.Assign, ast.AnnAssign))]
+    targets = [t for s in assignments for t in getattr(s, "targets", None) or [s.target]]
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    hidden = sorted(names - declared.keys())
     if hidden:
         raise MoeeError(
             f"lines 'name: type = literal' in the parameters cell of {notebook.name}",
@@ -65,24 +73,10 @@ def _parameters_source(notebook: Path) -> str:
         raise MoeeError(f"a notebook at '{notebook}'", found, "check the file") from None
     tagged = [c.source for c in read.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise MoeeError(
-            f"one cell with the tag 'parameters' in {notebook.name}",
-            str(len(tagged)),
-            "give the tag to the cell with the parameters, and to no other",
-        )
+        hint = "give the tag to the cell with the parameters, and to no other"
+        expected = f"one cell with the tag 'parameters' in {notebook.name}"
+        raise MoeeError(expected, str(len(tagged)), hint)
     return tagged[0]
-
-
-def _assigned(source: str, notebook: Path) -> set[str]:
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise MoeeError(
-            f"Python in the parameters cell of {notebook.name}", str(error), "correct the cell"
-        ) from None
-    assignments = [s for s in statements if isinstance(s, (ast.Assign, ast.AnnAssign))]
-    targets = [t for s in assignments for t in getattr(s, "targets", None) or [s.target]]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _fits(value: Any, kind: str, *, default: str) -> bool:

@@ -1,7 +1,4 @@
-"""The report: notebooks run one by one through papermill, and the pages made of them.
-
-How far a report is: code cells done, of its notebooks and in all, and the time left.
-"""
+"""The report: notebooks run one by one through papermill, and the pages made of them."""
 
 import json
 import subprocess
@@ -41,41 +38,6 @@ from moee_analysis.utils.storage.refusals import check_place
 
 CELLS = ".cells"  # file in a notebook's folder with a byte for every code cell that has ended
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-
-
-@contextmanager
-def cell_bar(notebooks: Sequence[Path]) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar over the code cells of all notebooks, where a person watches a terminal.
-
-    Gives a function of the number of a notebook, from 0, and of its cells that have ended.
-    """
-    if not has_bars():
-        yield lambda number, done: None
-        return
-    counts = list(map(count_cells, notebooks))
-    with tqdm(total=sum(counts), bar_format=FORMAT, leave=False, dynamic_ncols=True) as bar:
-
-        def show(number: int, done: int) -> None:
-            count = counts[number]
-            bar.n = sum(counts[:number]) + min(done, count)
-            place = f"notebook {number + 1} of {len(counts)}"
-            bar.set_description_str(f"{place}, cell {min(done + 1, count)} of {count}")
-
-        yield show
-
-
-def count_cells(notebook: Path) -> int:
-    """How many code cells run of a notebook; papermill adds one with the parameters."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return 1 + sum(c["cell_type"] == "code" and bool("".join(c["source"]).strip()) for c in cells)
-
-
-def cells_noted(folder: Path) -> int:
-    """How many code cells have ended of the notebook that runs in ``folder``."""
-    path = folder / CELLS
-    return path.stat().st_size if path.is_file() else 0
-
-
 CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
 """The longest a single cell may take, per preset."""
 
@@ -145,10 +107,8 @@ def report(
     preset_named(preset)
     if timeout is not None:
         whole_number("timeout", timeout)
-    chosen, given = _choose(notebooks), dict(parameters or {})
-    _check_parameters(given, chosen)
-    folder = Path(out)
-    _check_folder(folder, chosen)
+    chosen, folder, given = _choose(notebooks), Path(out), dict(parameters or {})
+    _check(given, chosen, folder)
     given, seconds = given | {"preset": preset}, timeout or CELL_SECONDS[preset]
     outcomes: list[Outcome] = []
     with ended_in_order(), cell_bar(chosen) as show:
@@ -170,40 +130,65 @@ def _say(say: Callable[[str], None], line: str) -> None:
         say(printable(line))
 
 
+@contextmanager
+def cell_bar(notebooks: Sequence[Path]) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar over the code cells of all notebooks, where a person watches a terminal.
+
+    Gives a function of the number of a notebook, from 0, and of its cells that have ended.
+    """
+    if not has_bars():
+        yield lambda number, done: None
+        return
+    counts = list(map(_count_cells, notebooks))
+    with tqdm(total=sum(counts), bar_format=FORMAT, leave=False, dynamic_ncols=True) as bar:
+
+        def show(number: int, done: int) -> None:
+            count = counts[number]
+            bar.n = sum(counts[:number]) + min(done, count)
+            place = f"notebook {number + 1} of {len(counts)}"
+            bar.set_description_str(f"{place}, cell {min(done + 1, count)} of {count}")
+
+        yield show
+
+
+def _count_cells(notebook: Path) -> int:
+    """How many code cells run of a notebook; papermill adds one with the parameters."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return 1 + sum(c["cell_type"] == "code" and bool("".join(c["source"]).strip()) for c in cells)
+
+
+def cells_noted(folder: Path) -> int:
+    """How many code cells have ended of the notebook that runs in ``folder``."""
+    path = folder / CELLS
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _choose(notebooks: Sequence[str | Path] | None) -> list[Path]:
     """Absolute paths of the notebooks to run, each under a name of its own."""
-    listed = sorted(own_folder("notebooks").glob("*.ipynb")) if notebooks is None else notebooks
-    chosen = [_absolute(path) for path in listed]
+    chosen = []
+    for path in own_folder("notebooks").glob("*.ipynb") if notebooks is None else notebooks:
+        try:
+            chosen.append(Path(path).resolve())
+            str(chosen[-1]).encode()  # papermill and pages take names in UTF-8 alone
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            found, hint = f"{str(path)!r} ({error})", "rename it or its folder"
+            raise MoeeError("the path of a notebook, in UTF-8", found, hint) from None
     if not chosen:
         raise MoeeError("at least one notebook", "none", "name the notebooks to run")
     twice = [stem for stem, count in Counter(path.stem for path in chosen).items() if count > 1]
     if twice:
         raise MoeeError("notebooks with different names", f"'{twice[0]}' twice", "rename one")
-    return chosen
+    return sorted(chosen) if notebooks is None else chosen
 
 
-def _absolute(path: str | Path) -> Path:
-    try:
-        path = Path(path).resolve()
-        str(path).encode()  # papermill and pages take names in UTF-8 alone
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        found = f"{str(path)!r} ({error})"
-        hint = "rename it or its folder"
-        raise MoeeError("the path of a notebook, in UTF-8", found, hint) from None
-    return path
-
-
-def _check_parameters(given: Mapping[str, Any], notebooks: Sequence[Path]) -> None:
+def _check(given: Mapping[str, Any], notebooks: Sequence[Path], out: Path) -> None:
+    """Refuse parameters that do not fit, and a place where anything but a report would be lost."""
     for name in OWN:
         if name in given:
             expected = f"'{name}' as an argument of the report"
             raise MoeeError(expected, "a notebook parameter", "move it there")
     for notebook in notebooks:
         check_parameters(notebook, given)
-
-
-def _check_folder(out: Path, notebooks: Sequence[Path]) -> None:
-    """Refuse a place that cannot be written, or where anything but a report would be lost."""
     check_place(out / INDEX)
     for folder in (out / notebook.stem for notebook in notebooks):
         if folder.exists() and not (folder / STATUS).is_file():

@@ -36,8 +36,8 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
     status: dict[str, Any] = {"status": "ok"}
     try:
         papermill.execute_notebook(
-            _literal(job["notebook"]),
-            _literal(job["written"]),
+            # papermill takes braces for the fields of a format string
+            *(job[name].replace("{", "{{").replace("}", "}}") for name in ("notebook", "written")),
             parameters=job["parameters"],
             kernel_name=NAME,
             language="python",
@@ -57,12 +57,12 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
             "traceback": ESCAPES.sub("", "\n".join(error.traceback)),
         }
     except CellTimeoutError:
-        status = _stopped(written, "timeout", f"a cell took longer than {job['timeout']} s")
+        status = _stop(written, "timeout", f"a cell took longer than {job['timeout']} s")
     except DeadKernelError:
         error = "the kernel died, as it does when memory runs out"
-        status = _stopped(written, "dead_kernel", error)
+        status = _stop(written, "dead_kernel", error)
     except RuntimeError as error:
-        status = _stopped(written, "dead_kernel", f"the kernel did not start ({error})")
+        status = _stop(written, "dead_kernel", f"the kernel did not start ({error})")
     return status | {"seconds": round(time.monotonic() - begun, 1)}
 
 
@@ -72,12 +72,8 @@ def _note_cell(notes: Path) -> None:
         file.write(b".")
 
 
-def _literal(path: str) -> str:
-    """``path`` for papermill, which takes braces for the fields of a format string."""
-    return path.replace("{", "{{").replace("}", "}}")
-
-
-def _stopped(written: Path, status: str, error: str) -> dict[str, Any]:
+def _stop(written: Path, status: str, error: str) -> dict[str, Any]:
+    """The status of a run that was ended in the last cell that has begun."""
     begun = 0
     if written.is_file():
         cells = json.loads(written.read_text(encoding="utf-8"))["cells"]
