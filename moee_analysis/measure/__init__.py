@@ -26,9 +26,9 @@ from moee_analysis.measure.evaluation.learning_curves import which_beats_which a
 from moee_analysis.measure.evaluation.mac_table import macs as macs
 from moee_analysis.measure.evaluation.variants import variants as variants
 from moee_analysis.measure.knockout.knock_out import knock_out as knock_out
+from moee_analysis.measure.knockout.knock_out import use_and_need as use_and_need
+from moee_analysis.measure.knockout.knock_out import uses_and_needs as uses_and_needs
 from moee_analysis.measure.knockout.parts_unseen import parts_unseen as parts_unseen
-from moee_analysis.measure.knockout.use_and_need import use_and_need as use_and_need
-from moee_analysis.measure.knockout.use_and_need import uses_and_needs as uses_and_needs
 from moee_analysis.measure.routing.classes import class_distance as class_distance
 from moee_analysis.measure.routing.classes import class_information as class_information
 from moee_analysis.measure.routing.classes import class_relatedness as class_relatedness

@@ -86,15 +86,15 @@ def agreement(
         wanted = _outputs(reference, x)
         for name, model in systems.items():
             parts[name].append(_compare_outputs(name, _outputs(model, x), wanted))
-    rows, scores = [], is_classifier(reference)
+    rows = []
     for name, batches in parts.items():
         sums = {key: math.fsum(batch[key] for batch in batches) for key in batches[0]}
-        squares, count = sums.pop("wanted"), len(images)
-        error = math.sqrt(sums.pop("squares") / squares) if squares else math.nan
-        means = {key: total / count for key, total in sums.items()}
-        if not scores:
-            means |= {"agreement": math.nan, "kl": math.nan}
-        rows.append({"system": name, **means, "error": error, "n_images": count})
+        squares, wanted_squares = sums.pop("squares"), sums.pop("wanted")
+        row = {"system": name} | {key: total / len(images) for key, total in sums.items()}
+        if not is_classifier(reference):
+            row |= {"agreement": math.nan, "kl": math.nan}
+        row["error"] = math.sqrt(squares / wanted_squares) if wanted_squares else math.nan
+        rows.append(row | {"n_images": len(images)})
     return pd.DataFrame(rows)
 
 
@@ -170,27 +170,25 @@ def _score(logits: torch.Tensor, truth: torch.Tensor, own: torch.Tensor | None) 
     scores = {"right": hits[:, 0], "top5": hits.any(1)}
     if own is not None:
         scores["agreement"] = best[:, 0] == own.argmax(1)
-        scores["kl"] = _divergences(own, logits)
+        p, q = log_softmax(own, 1), log_softmax(logits, 1)
+        scores["kl"] = kl_div(q, p, log_target=True, reduction="none").sum(1)
     return {name: values.numpy() for name, values in scores.items()}
-
-
-def _divergences(own: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(own || other) of the softmaxed logits of each image, in nats."""
-    p, q = log_softmax(own, 1), log_softmax(logits, 1)
-    return kl_div(q, p, log_target=True, reduction="none").sum(1)
 
 
 def _row(scores: Scores, own: np.ndarray | None, *, seed: int, resamples: int) -> dict[str, float]:
     right = scores["right"]
-    draws, own_draws = _bootstrap(right, right if own is None else own, seed, resamples)
+    # only which of the two is right matters, so resampling the images is the same as drawing the
+    # sizes of the four groups from a multinomial
+    groups = np.bincount(2 * right + (right if own is None else own), minlength=4) / len(right)
+    sizes = np.random.default_rng(seed).multinomial(len(right), groups, size=resamples)
+    _, of_own, of_right, of_both = (sizes / len(right)).T
+    draws, own_draws = of_right + of_both, of_own + of_both
     low, high = np.quantile(draws, MIDDLE)
     row = {"top1": right.mean(), "low": low, "high": high, "top5": scores["top5"].mean()}
     columns = ("retention", "retention_low", "retention_high", "agreement", "kl", "reference_top1")
     row |= dict.fromkeys(columns, math.nan) | {"n_images": len(right)}
     if own is not None:
-        known = (
-            own_draws > 0
-        )  # resamples without any image that the reference gets right say nothing
+        known = own_draws > 0  # other resamples say nothing: the reference gets nothing right
         if known.any():
             ratios = draws[known] / own_draws[known]
             row["retention_low"], row["retention_high"] = np.quantile(ratios, MIDDLE)
@@ -198,20 +196,6 @@ def _row(scores: Scores, own: np.ndarray | None, *, seed: int, resamples: int) -
         row["agreement"], row["kl"] = scores["agreement"].mean(), scores["kl"].mean()
         row["reference_top1"] = own.mean()
     return row
-
-
-def _bootstrap(
-    right: np.ndarray, own: np.ndarray, seed: int, resamples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Top-1 of the model and of the reference on resampled images, each (resamples,).
-
-    Only which of the two is right matters, so resampling the images is the same as drawing the
-    sizes of the four groups from a multinomial.
-    """
-    groups = np.bincount(2 * right + own, minlength=4)
-    sizes = np.random.default_rng(seed).multinomial(len(right), groups / len(right), size=resamples)
-    shares = sizes / len(right)
-    return shares[:, 2] + shares[:, 3], shares[:, 1] + shares[:, 3]
 
 
 def _outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

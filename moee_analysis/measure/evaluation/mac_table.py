@@ -24,12 +24,22 @@ from moee_analysis.measure.routing.resolve import model_of
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.routes import routes as route
 from moee_analysis.models.attention import LowRankAttention, reduced_attentions
-from moee_analysis.models.macs import MacCount, count, count_parameters
+from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import MoeMlp, all_mlps
 from moee_analysis.moe.routers import TokenKindRouter
 
 ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
 LAYERS = (Mlp, GluMlp, SwiGLU, MoeMlp, LowRankAttention, *ATTENTIONS)
+
+ELSEWHERE = "everything else"
+NAMES = {
+    "cls": "CLS token", "dist": "distillation token", "register": "registers", "patch": "patches",
+}  # fmt: skip
+_WHOLE = ["layer", "experts", "macs_dense", "params_dense", "params"]
+_SUMS = [
+    "experts", "macs_dense", "macs", "macs_unread_dense", "macs_unread", "params_dense", "params",
+]  # fmt: skip
+_FRACTIONS = ["active_fraction", "union_fraction"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,10 @@ def unread_macs(
     for name, kinds in unread_kinds(model, [_Place(name) for name in leading]).items():
         if kinds:
             patches = counted.tokens[name] - len(leading[name])
-            all_kinds = [*leading[name], *["patch"] * patches]
-            unread = np.array([kind in kinds for kind in all_kinds])
+            unread = np.array([kind in kinds for kind in [*leading[name], *["patch"] * patches]])
             each = counted.by_module.get(name, 0) / len(unread)
             layer, share = model.get_submodule(name), (shares or {}).get(name)
-            found[name] = UnreadMacs(kinds, *_spent(layer, unread, each, share))
+            found[name] = UnreadMacs(kinds, *_spend(layer, unread, each, share))
     return found
 
 
@@ -82,13 +91,19 @@ class _Place:
         return model.get_submodule(self.name)
 
 
-def _spent(
+def _spend(
     layer: nn.Module, unread: np.ndarray, each: float, shares: torch.Tensor | None
 ) -> tuple[float, float]:
     """MACs for the tokens (bool) that nothing reads, dense and now; ``each`` token of others."""
     tokens, wasted = len(unread), int(unread.sum())
     if isinstance(layer, MoeMlp):
-        return _of_experts(layer, unread, shares)
+        ends = layer.fc1.in_features + layer.fc2.out_features
+        dense, total = wasted * ends * layer.hidden_dense, tokens * layer.macs_per_token(shares)
+        if not isinstance(layer.router, TokenKindRouter):
+            return dense, total * wasted / tokens
+        own = [ends * layer.expert_sizes[expert] for expert in layer.router.prefix.tolist()]
+        now = sum(macs for macs, waste in zip(own, unread, strict=False) if waste)
+        return dense, now + (total - sum(own) if unread[len(own) :].any() else 0)
     if isinstance(layer, LowRankAttention):
         site, ranks = layer.site, layer.ranks
         each = site.heads * (site.dim + tokens)  # MACs of a token for a dimension of the heads
@@ -97,31 +112,6 @@ def _spent(
     if isinstance(layer, ATTENTIONS):  # queries and scores, values and projections
         each = 2 * layer.proj.in_features * (layer.proj.out_features + tokens)
     return wasted * each, wasted * each
-
-
-def _of_experts(
-    layer: MoeMlp, unread: np.ndarray, shares: torch.Tensor | None
-) -> tuple[float, float]:
-    ends, wasted = layer.fc1.in_features + layer.fc2.out_features, int(unread.sum())
-    dense, total = wasted * ends * layer.hidden_dense, len(unread) * layer.macs_per_token(shares)
-    if not isinstance(layer.router, TokenKindRouter):
-        return dense, total * wasted / len(unread)
-    own = [ends * layer.expert_sizes[expert] for expert in layer.router.prefix.tolist()]
-    now = sum(macs for macs, waste in zip(own, unread, strict=False) if waste)
-    return dense, now + (total - sum(own) if unread[len(own) :].any() else 0)
-
-
-ELSEWHERE = "everything else"
-TOTAL = "total"
-NAMES = {
-    "cls": "CLS token", "dist": "distillation token", "register": "registers", "patch": "patches",
-}  # fmt: skip
-
-_WHOLE = dict.fromkeys(("layer", "experts", "macs_dense", "params_dense", "params"), "int64")
-_SUMS = [
-    "experts", "macs_dense", "macs", "macs_unread_dense", "macs_unread", "params_dense", "params",
-]  # fmt: skip
-_FRACTIONS = ["active_fraction", "union_fraction"]
 
 
 def macs(
@@ -156,40 +146,34 @@ def macs(
         routes = route(model, images, batch_size=batch_size)
     counted = count(model, sites=mlps | reduced)
     shares = {name: _shares(routes, index, mlps[name]) for name, index in routed.items()}
-    source = "calibration" if routes is None else "evaluated images"
-    rows = [
-        _routed_row(name, mlp, counted, shares[name]) | {"layer": index, "share_source": source}
-        if name in routed
-        else _row(name, counted.by_module[name], count_parameters(mlp))
-        | {"layer": index, "active_fraction": 1.0, "union_fraction": 1.0}
-        for index, (name, mlp) in enumerate(mlps.items())
-    ]
-    rows += [_attention_row(name, each, counted) for name, each in reduced.items()]
+    rows = []
+    for index, (name, mlp) in enumerate(mlps.items()):
+        row = _row(name, counted.by_module.get(name, 0), count_parameters(mlp))
+        row |= {"layer": index} | dict.fromkeys(_FRACTIONS, 1.0)
+        if name in routed:
+            row |= _describe_experts(mlp, counted.tokens[name], shares[name])
+            row["share_source"] = "calibration" if routes is None else "evaluated images"
+        rows.append(row)
+    for name, attention in reduced.items():
+        row = _row(name, counted.by_module[name], count_parameters(attention))
+        row["macs_dense"] = attention.site.macs(counted.tokens[name])
+        rows.append(row | {"params_dense": attention.site.parameters})
     outside = counted.replacing(dict.fromkeys(mlps | reduced, 0.0))
     inside = sum(count_parameters(part) for part in (mlps | reduced).values())
     rows.append(_row(ELSEWHERE, outside, count_parameters(model) - inside))
     unread = unread_macs(model, shares=shares)
     rows = [row | _unread(row["component"], unread, [*mlps, *reduced]) for row in rows]
-    table = pd.DataFrame([*rows, _total(rows, list(mlps.values()))]).astype(_WHOLE)
+    table = pd.DataFrame([*rows, _total(rows, list(mlps.values()))])
+    table = table.astype(dict.fromkeys(_WHOLE, "int64"))
     table.attrs |= {"caption": _caption(table, routes, unread), "unread_sites": list(unread)}
     return table
 
 
 def _row(component: str, macs: float, parameters: int) -> dict[str, Any]:
     """A component that is as in the dense model."""
-    return {
-        "component": component,
-        "layer": -1,
-        "converted": False,
-        "experts": 0,
-        "macs_dense": macs,
-        "macs": macs,
-        "params_dense": parameters,
-        "params": parameters,
-        "active_fraction": math.nan,
-        "union_fraction": math.nan,
-        "share_source": "dense",
-    }
+    row = {"component": component, "layer": -1, "converted": False, "experts": 0}
+    row |= {"macs_dense": macs, "macs": macs, "params_dense": parameters, "params": parameters}
+    return row | dict.fromkeys(_FRACTIONS, math.nan) | {"share_source": "dense"}
 
 
 def _shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Tensor:
@@ -204,27 +188,18 @@ def _shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Tensor:
     return torch.from_numpy(routes.shares(index))
 
 
-def _routed_row(
-    name: str, layer: MoeMlp, counted: MacCount, shares: torch.Tensor
-) -> dict[str, Any]:
-    ends = layer.fc1.in_features + layer.fc2.out_features
-    hidden, tokens = layer.hidden_dense, counted.tokens[name]
+def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[str, Any]:
+    """How a routed layer differs from the dense one."""
+    ends, hidden = layer.fc1.in_features + layer.fc2.out_features, layer.hidden_dense
     biases = layer.fc2.out_features + (0 if layer.fc1.bias is None else hidden)
-    sizes = layer.sizes.to(shares.device)
-    return _row(name, tokens * layer.macs_per_token(shares), count_parameters(layer)) | {
+    return {
         "converted": True,
         "experts": layer.n_experts,
         "macs_dense": tokens * ends * hidden,
+        "macs": tokens * layer.macs_per_token(shares),
         "params_dense": ends * hidden + biases,
-        "active_fraction": float(shares.double() @ sizes.double()) / hidden,
+        "active_fraction": float(shares.double() @ layer.sizes.to(shares.device).double()) / hidden,
         "union_fraction": len(layer.kept) / hidden,
-    }
-
-
-def _attention_row(name: str, attention: LowRankAttention, counted: MacCount) -> dict[str, Any]:
-    return _row(name, counted.by_module[name], count_parameters(attention)) | {
-        "macs_dense": attention.site.macs(counted.tokens[name]),
-        "params_dense": attention.site.parameters,
     }
 
 
@@ -246,15 +221,11 @@ def _total(rows: list[dict[str, Any]], mlps: Sequence[nn.Module]) -> dict[str, A
     widths = [mlp.hidden_dense if isinstance(mlp, MoeMlp) else mlp.fc1.out_features for mlp in mlps]
     hidden = pd.Series(widths)
     means = table[_FRACTIONS].iloc[: len(mlps)].mul(hidden, axis=0).sum() / max(1, hidden.sum())
+    total = _row("total", 0, 0) | table[_SUMS].sum().to_dict() | means.to_dict()
     sources = table.loc[table["converted"], "share_source"]
-    return {
-        "component": TOTAL,
-        "layer": -1,
-        "converted": bool(table["converted"].any()),
-        **table[_SUMS].sum().to_dict(),
-        **means.to_dict(),
-        "share_source": sources.iloc[0] if len(sources) else "dense",
-    }
+    if len(sources):
+        total |= {"converted": True, "share_source": sources.iloc[0]}
+    return total
 
 
 def _caption(table: pd.DataFrame, routes: Routes | None, unread: Mapping[str, UnreadMacs]) -> str:
@@ -276,10 +247,12 @@ def _describe_unread(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
     """``Of these, 87.1 M (6.9 %) go to tokens that nothing reads: ...``, or nothing."""
     if not unread:
         return ""
-    dense, now = (
-        f"{_short(total[part])} ({100 * total[part] / total[whole]:.1f} %)"
-        for part, whole in (("macs_unread_dense", "macs_dense"), ("macs_unread", "macs"))
-    )
+    told = []
+    for part, whole in (("macs_unread_dense", "macs_dense"), ("macs_unread", "macs")):
+        macs, percent = total[part], 100 * total[part] / total[whole]
+        short = f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
+        told.append(f"{short} ({percent:.1f} %)")
+    dense, now = told
     before = "" if dense == now else f", in the dense model {dense},"
     of_kinds: dict[tuple[str, ...], list[str]] = {}
     for name, each in unread.items():
@@ -289,10 +262,6 @@ def _describe_unread(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
         for kinds, names in of_kinds.items()
     )
     return f"Of these, {now}{before} go to tokens that nothing reads: {tokens}. "
-
-
-def _short(macs: float) -> str:
-    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -130,32 +130,27 @@ class Plan:
         controls: int,
         seed: int,
     ) -> Self:
-        """Take mean outputs over ``calibration``; ``seed`` and a rule's key seed its controls."""
+        """Take mean outputs over ``calibration``, and so many ``controls`` of every rule.
+
+        A control draws as many tokens at random; ``seed`` and a rule's key are its seed.
+        """
         constants = mean_outputs(model, calibration, layers=list(rules))
-        followed = {
-            layer: with_controls(own, leading=len(constants[layer]) - 1, draws=controls, seed=seed)
-            for layer, own in rules.items()
-        }
+        followed: dict[int, list[Rule]] = {layer: [] for layer in rules}
+        for layer, own in rules.items():
+            leading = len(constants[layer]) - 1
+            for key, rule in own.items():
+                seeds = [[seed, *key, draw] for draw in range(controls)]
+                drawn = [at_random(rule, leading=leading, seed=each) for each in seeds]
+                followed[layer] += [rule, *drawn]
         return cls(followed, constants)
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What a layer's knock-outs made of some images.
-
-    ``knocked_out``: float32 (rules, images), share of an image's tokens that were knocked out.
-    ``intact``: what was looked at without a knock-out, (images, ...).
-    ``seen``: the same under each rule, (rules, images, ...).
-    """
-
-    layer: int
-    knocked_out: torch.Tensor
-    intact: torch.Tensor
-    seen: torch.Tensor
 
 
 Look = Callable[[torch.Tensor], torch.Tensor]
 """Runs a model on some images and returns what is of interest, (images, ...)."""
+
+Outcomes = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Layer; share of an image's tokens that each rule knocks out, float32 (rules, images); what was
+looked at without a knock-out, (images, ...), and under each rule, (rules, images, ...)."""
 
 
 def interventions(
@@ -187,7 +182,7 @@ def interventions(
             lost = masks[rule, image]
             with knocked_out(model, layer, lambda _, m=lost: m, plan.constants[layer]), start:
                 seen[rule.to(seen.device), image.to(seen.device)] = look(x[image])
-        yield Outcomes(layer, masks.float().mean(dim=2), intact, seen)
+        yield layer, masks.float().mean(dim=2), intact, seen
 
 
 def measure_knock_outs(
@@ -205,39 +200,25 @@ def measure_knock_outs(
     images), and facts (rules, images, facts).
     """
     intact, first = [], 0
-    shares: dict[int, list[np.ndarray]] = {layer: [] for layer in plan.rules}
-    facts: dict[int, list[np.ndarray]] = {layer: [] for layer in plan.rules}
+    parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in plan.rules}
     with evaluating(model):
         for x in batches_of(model, images, size, label="knock-outs"):
             place = slice(first, first + len(x))
-            for one in interventions(model, x, plan, look or model, size=size):
-                shares[one.layer].append(one.knocked_out.cpu().numpy())
-                facts[one.layer].append(judge(one.seen, place))
-            intact.append(judge(one.intact[None], place)[0])
-            first += len(x)
+            outcomes = interventions(model, x, plan, look or model, size=size)
+            for layer, share, unchanged, seen in outcomes:
+                parts[layer].append((share.cpu().numpy(), judge(seen, place)))
+                before = unchanged[None]  # the same whatever the layer
+            intact.append(judge(before, place)[0])
+            first = place.stop
     found = {
-        layer: (np.concatenate(shares[layer], axis=1), np.concatenate(facts[layer], axis=1))
-        for layer in plan.rules
+        layer: tuple(np.concatenate(each, axis=1) for each in zip(*of_layer, strict=True))
+        for layer, of_layer in parts.items()
     }
     return np.concatenate(intact), found
 
 
-def with_controls(
-    rules: Mapping[tuple[int, ...], Rule], *, leading: int, draws: int, seed: int
-) -> list[Rule]:
-    """Every rule followed by its controls: so many draws of as many tokens.
-
-    The numbers that stand for a rule are part of the seed of its controls.
-    """
-    followed = []
-    for key, rule in rules.items():
-        seeds = ([seed, *key, draw] for draw in range(draws))
-        followed += [rule, *(at_random(rule, leading=leading, seed=each) for each in seeds)]
-    return followed
-
-
 def average(values: np.ndarray, draws: int) -> np.ndarray:
-    """Values (rules, ...) of :func:`with_controls` as (rules, 2, ...): own, and mean control."""
+    """Values (rules, ...) of rules and controls as (rules, 2, ...): own, and mean control."""
     each = values.reshape(-1, 1 + draws, *values.shape[1:])
     return np.stack([each[:, 0], each[:, 1:].mean(axis=1)], axis=1)
 

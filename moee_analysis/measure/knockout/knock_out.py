@@ -1,16 +1,17 @@
-"""What an expert does, causally: what a model gets wrong once the expert's tokens are lost."""
+"""What a model gets wrong once an expert's tokens are lost; whether classes need what they use."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import rankdata
 from torch import nn
 
 from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
+from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import score_images
 from moee_analysis.measure.knockout.intervention import (
@@ -20,18 +21,24 @@ from moee_analysis.measure.knockout.intervention import (
     measure_knock_outs,
     removed,
 )
-from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
+from moee_analysis.measure.routing.bootstrap import MIDDLE, against_chance, redraw_counts
 from moee_analysis.measure.routing.resolve import choose_layers, families_of, model_of
-from moee_analysis.measure.routing.tables import add_caption, all_rows
+from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.checks import draw_numbers
+
+Group = tuple[str, str, str, np.ndarray]
+"""Kind (all, class or family), name and family of some images, and their indices, int64."""
 
 WHAT = {"removed": removed, "alone": alone}
 """What is done with an expert: it is knocked out, or all others are."""
 
 SYSTEMS = ("expert", "random tokens")
 """Whose tokens are knocked out: the experts', or as many of every image drawn at random."""
+
+BEYOND = "beyond random tokens"
+"""Name of what an expert's removal does more than that of random tokens."""
 
 
 def knock_out(
@@ -82,55 +89,114 @@ def knock_out(
     }
     plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
     groups = _groups(model, images, families)
-    right = np.full(len(images), math.nan)
+    dense = np.full(len(images), math.nan)
     if reference is not None:
-        right = score_images({"dense": reference}, images)["dense"]["right"].astype(float)
+        dense = score_images({"dense": reference}, images)["dense"]["right"].astype(float)
     truth = torch.from_numpy(images.labels(model)).to(next(model.parameters()).device)
     intact, found = measure_knock_outs(
         model, images, plan, lambda logits, place: _judge(logits, truth[place]), size=size
     )
-    averages = {
-        layer: tuple(np.concatenate(average(each.astype(float), controls)) for each in of_layer)
-        for layer, of_layer in found.items()
-    }
-    weights = [redraw_counts(len(g.images), resamples, seed=seed) / len(g.images) for g in groups]
-    tables = [
-        _table(group, own, facts, (intact, right)).assign(layer=layer)
-        for layer, facts in averages.items()
-        for group, own in zip(groups, weights, strict=True)
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "layer", table.pop("layer"))
+    draws = [redraw_counts(len(own), resamples, seed=seed) / len(own) for *_, own in groups]
+    parts = []
+    for layer, of_layer in found.items():
+        facts = [np.concatenate(average(each.astype(float), controls)) for each in of_layer]
+        for group, weights in zip(groups, draws, strict=True):
+            parts.append((layer, _table(group, weights, facts, (intact, dense))))
     return add_caption(
-        table,
+        stack(parts, by=["layer"]),
         f"Tokens knocked out get the layer's mean output over {len(calibration)} calibration "
         f"images. Control: as many tokens of each of the {len(images)} images, patches at random "
         f"(draws: {controls}). 95 % intervals: {resamples} resamples of images, seed {seed}.",
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Some of the images: all, those of a class, or of a family of classes."""
+def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
+    """How much more than all classes each class uses an expert, and loses without it.
 
-    kind: str
-    name: str
-    family: str
-    images: np.ndarray  # int64, their indices
+    Of a table of ``knock_out``. Columns: ``layer``, ``system`` (expert | random tokens | beyond
+    random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (share of the
+    class's tokens that the expert has, less the mean over classes), ``need`` (how much the
+    log-probability of the class falls without them, in nats, less the mean over classes).
+    Raises MoeeError: fewer than four classes.
+    """
+    rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
+    if rows["group"].nunique() < 4:
+        raise MoeeError(
+            "at least four classes", str(rows["group"].nunique()), "knock out with more images"
+        )
+    rows = rows.rename(columns={"group": "class_name", "knocked_out": "use"})
+    rows = rows.assign(need=-rows["logp_change"])
+    keys, values = ["layer", "class_name", "expert"], ["use", "need"]
+    wide = rows.pivot(index=keys, columns="system", values=values)
+    need = wide["need", "expert"] - wide["need", "random tokens"]
+    beyond = pd.DataFrame({"use": wide["use", "expert"], "need": need}).reset_index()
+    columns = ["layer", "system", "class_name", "expert", *values]
+    found = pd.concat([rows[columns], beyond.assign(system=BEYOND)], ignore_index=True)
+    found[values] -= found.groupby(["layer", "system", "expert"])[values].transform("mean")
+    return found
 
 
-def _groups(model: nn.Module, images: ImageSet, families: Mapping[str, str] | None) -> list[_Group]:
+def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Rank correlation of use and need over pairs of class and expert, layer by layer.
+
+    A class that sends an expert more of its tokens loses more of them when it goes, whatever the
+    expert: the same is asked of random tokens, and of what the expert's removal does beyond them.
+    Chance: what classes need is permuted over whole classes, for the experts of a class depend on
+    each other. ``table`` is of ``knock_out``.
+
+    Columns: ``layer``, ``system``, ``experts``, ``classes``, ``spearman``, ``null_mean``,
+    ``null_high`` (95 %), ``p`` (one-sided), ``excess``; ``top_match`` (share of classes whose most
+    over-used expert is the one whose removal costs them most, beside other classes),
+    ``top_match_null_mean``, ``top_match_null_high``, ``top_match_p``, ``top_match_excess``, and
+    ``top_match_even`` (1 / experts: a blind guess).
+    Raises MoeeError: fewer than four classes, or no permutations.
+    """
+    draw_numbers(seed, permutations=permutations)
+    rows = []
+    for (layer, system), part in uses_and_needs(table).groupby(["layer", "system"], sort=False):
+        wide = part.pivot(index="class_name", columns="expert", values=["use", "need"])
+        use, need = wide["use"].to_numpy(), wide["need"].to_numpy()
+        classes, experts = use.shape
+        rng = np.random.default_rng(seed)
+        orders = [np.arange(classes), *(rng.permutation(classes) for _ in range(permutations))]
+        one, other, top = _unit_ranks(use), _unit_ranks(need), use.argmax(axis=1)
+        row = {"layer": layer, "system": system, "experts": experts, "classes": classes}
+        for name, prefix, values in (
+            ("spearman", "", [(one * other[order]).sum() for order in orders]),
+            ("top_match", "top_match_", [(top == need[o].argmax(axis=1)).mean() for o in orders]),
+        ):
+            # the first order is that of the classes, the others are chance
+            chance = against_chance(values[0], np.array(values[1:]))
+            row[name] = float(values[0])
+            row |= {prefix + each: float(value) for each, value in chance.items()}
+        rows.append(row | {"top_match_even": 1 / experts})
+    return add_caption(
+        pd.DataFrame(rows),
+        f"Pairs of {rows[0]['classes']} classes and the experts of a layer. "
+        f"Null: {permutations} permutations of whole classes, seed {seed}.",
+    )
+
+
+def _unit_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks of ``values`` less their mean, of length 1; all 0 where they are constant."""
+    ranks = rankdata(values).reshape(values.shape)
+    ranks -= ranks.mean()
+    length = np.linalg.norm(ranks)
+    return ranks / length if length else ranks
+
+
+def _groups(model: nn.Module, images: ImageSet, families: Mapping[str, str] | None) -> list[Group]:
     labels, names = images.labels(model), class_labels(model)
     classes = np.unique(labels)
     own = [names[c] for c in classes]
     family = [""] * len(own) if families is None else families_of(own, families)
     of_image = np.array(family)[np.searchsorted(classes, labels)]
-    groups = [_Group("all", "all", "", np.arange(len(labels)))]
+    groups = [("all", "all", "", np.arange(len(labels)))]
     for c, name, kin in zip(classes, own, family, strict=True):
         unlike = f"{name} ({c})" if own.count(name) > 1 else name
-        groups.append(_Group("class", unlike, kin, np.flatnonzero(labels == c)))
+        groups.append(("class", unlike, kin, np.flatnonzero(labels == c)))
     kins = filter(None, dict.fromkeys(family))
-    return groups + [_Group("family", k, k, np.flatnonzero(of_image == k)) for k in kins]
+    return groups + [("family", k, k, np.flatnonzero(of_image == k)) for k in kins]
 
 
 def _judge(logits: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
@@ -142,35 +208,23 @@ def _judge(logits: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
 
 
 def _table(
-    group: _Group,
+    group: Group,
     weights: np.ndarray,
-    found: tuple[np.ndarray, np.ndarray],
+    found: Sequence[np.ndarray],
     unchanged: tuple[np.ndarray, np.ndarray],
 ) -> pd.DataFrame:
     """Rows of one layer and one group; ``unchanged`` are intact facts, and the dense model's."""
-    own, (intact, dense) = group.images, unchanged
-    share, facts = found
+    (kind, name, family, own), (share, facts), (intact, dense) = group, found, unchanged
     right, logp = (np.ascontiguousarray(facts[:, own, fact]) for fact in (0, 1))
     change, drop = right - intact[own, 0], logp - intact[own, 1]
     low, high = _interval(change, weights)
     logp_low, logp_high = _interval(drop, weights)
     rows = all_rows(expert=range(len(right) // 4), what=WHAT, system=SYSTEMS)
-    return rows.assign(
-        kind=group.kind,
-        group=group.name,
-        family=group.family,
-        images=len(own),
-        knocked_out=share[:, own].mean(axis=1),
-        top1_dense=dense[own].mean(),
-        top1_intact=intact[own, 0].mean(),
-        top1=right.mean(axis=1),
-        change=change.mean(axis=1),
-        low=low,
-        high=high,
-        logp_change=drop.mean(axis=1),
-        logp_low=logp_low,
-        logp_high=logp_high,
-    )
+    rows = rows.assign(kind=kind, group=name, family=family, images=len(own))
+    rows = rows.assign(knocked_out=share[:, own].mean(axis=1), top1_dense=dense[own].mean())
+    rows = rows.assign(top1_intact=intact[own, 0].mean(), top1=right.mean(axis=1))
+    rows = rows.assign(change=change.mean(axis=1), low=low, high=high)
+    return rows.assign(logp_change=drop.mean(axis=1), logp_low=logp_low, logp_high=logp_high)
 
 
 def _interval(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

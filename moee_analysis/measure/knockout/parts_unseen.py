@@ -1,8 +1,6 @@
 """Which parts of a scene are no longer seen once an expert is knocked out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -19,7 +17,7 @@ from moee_analysis.measure.knockout.intervention import Plan, average, measure_k
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
 from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
-from moee_analysis.measure.routing.tables import add_caption, all_rows
+from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.inputs import blank
 from moee_analysis.models.patch_grid import patch_places
@@ -64,34 +62,35 @@ def parts_unseen(
     check_masks(images)
     check_masks(calibration)
     check_disjoint(calibration, images, use="used for calibration")
-    place, routed = Place.of(model), moe_layers(model)
+    place, routed = Place(model), moe_layers(model)
     rules = {
         layer: {(layer, expert): removed(expert) for expert in range(routed[layer].n_experts)}
         for layer in choose_layers(place.layers_before(), layers)
     }
     plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
-    probe = PartProbe.trained(place, calibration, size)
+    probe = _train_probe(place, calibration, size)
     truth = all_patch_parts(images, place.order.shape)
     shows = np.eye(len(images.parts))[truth]  # (images, patches, parts)
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        """Part of every patch as the probe names it, int64 (images, patches)."""
+        named = probe.predict(_flatten(place.patches(x)))
+        return torch.from_numpy(named).reshape(len(x), -1)
 
     def judge(named: torch.Tensor, some: slice) -> np.ndarray:
         """Patches of each part that the probe names rightly: (rules, images, parts)."""
         return np.einsum("rin,inp->rip", named.numpy() == truth[some], shows[some])
 
-    intact, found = measure_knock_outs(model, images, plan, judge, look=probe, size=size)
-    parts = _frequent_parts(truth, images.parts, least)
+    intact, found = measure_knock_outs(model, images, plan, judge, look=look, size=size)
+    chosen = _choose_frequent(truth, len(images.parts), least)
     draws = redraw_counts(len(images), resamples, seed=seed).astype(float)
-    chosen = list(parts)
     counts = shows.sum(axis=1)[:, chosen], intact[:, chosen]
-    tables = [
-        _table(
-            average(share, controls), average(named[..., chosen], controls), counts, draws
-        ).assign(layer=layer)
-        for layer, (share, named) in found.items()
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    table["part"] = table["part"].map(dict(enumerate(parts.values())))
-    table.insert(0, "layer", table.pop("layer"))
+    parts = []
+    for layer, (share, named) in found.items():
+        own = average(share, controls), average(named[..., chosen], controls)
+        parts.append((layer, _table(*own, counts, draws)))
+    table = stack(parts, by=["layer"])
+    table["part"] = table["part"].map({place: images.parts[p] for place, p in enumerate(chosen)})
     return add_caption(
         table,
         f"Linear probe of the tokens that enter the last block, trained on {len(calibration)} "
@@ -100,33 +99,20 @@ def parts_unseen(
     )
 
 
-@dataclass(frozen=True, eq=False)
 class Place:
-    """The input of a model's last block, where tokens are read.
+    """The input of a model's last block, where tokens are read, and how they lie in the image.
 
     ``mlp`` names the block's MLP, ``leading`` tokens are no patches, and ``order`` (rows, columns)
     has the number of the patch token at each place of the image.
     """
 
-    model: nn.Module
-    mlp: str
-    leading: int = 0
-    order: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """Find the last block, and how its tokens lie in the image."""
-        bare = cls(model, list(all_mlps(model))[-1])
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.mlp = model, list(all_mlps(model))[-1]
+        self.block = self.mlp.rpartition(".")[0]
         with evaluating(model):
-            grid = bare.entering(blank(model)).shape[1:-1]
-        leading = len(kinds_seen(model, grid))
-        order = patch_places(model, bare.mlp, (1, *grid), leading=leading)
-        return cls(model, bare.mlp, leading, order)
-
-    @property
-    def block(self) -> str:
-        """Name of the block."""
-        return self.mlp.rpartition(".")[0]
+            grid = self.entering(blank(model)).shape[1:-1]
+        self.leading = len(kinds_seen(model, grid))
+        self.order = patch_places(model, self.mlp, (1, *grid), leading=self.leading)
 
     def layers_before(self) -> list[int]:
         """Indices of the routed layers that come before the block."""
@@ -147,29 +133,15 @@ class Place:
         return tokens[:, self.leading + torch.from_numpy(self.order.ravel())]
 
 
-@dataclass(frozen=True, eq=False)
-class PartProbe:
-    """Says of images which part each patch shows, by a probe of their tokens at a place."""
-
-    place: Place
-    probe: RidgeClassifier
-
-    @classmethod
-    def trained(cls, place: Place, images: ImageSet, batch_size: int | None) -> Self:
-        """Train on ``images``; every part weighs the same."""
-        batches = batches_of(place.model, images, batch_size, label="tokens for the probe")
-        with evaluating(place.model):
-            tokens = np.concatenate([_flat(place.patches(x)) for x in batches])
-        truth = all_patch_parts(images, place.order.shape)
-        return cls(place, RidgeClassifier(class_weight="balanced").fit(tokens, truth.ravel()))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Part of every patch, int64 (images, n), on the CPU."""
-        named = self.probe.predict(_flat(self.place.patches(x)))
-        return torch.from_numpy(named).reshape(len(x), -1)
+def _train_probe(place: Place, images: ImageSet, batch_size: int | None) -> RidgeClassifier:
+    batches = batches_of(place.model, images, batch_size, label="tokens for the probe")
+    with evaluating(place.model):
+        tokens = np.concatenate([_flatten(place.patches(x)) for x in batches])
+    truth = all_patch_parts(images, place.order.shape)
+    return RidgeClassifier(class_weight="balanced").fit(tokens, truth.ravel())
 
 
-def _flat(patches: torch.Tensor) -> np.ndarray:
+def _flatten(patches: torch.Tensor) -> np.ndarray:
     return patches.flatten(0, 1).float().cpu().numpy()
 
 
@@ -199,12 +171,12 @@ def _table(
     )
 
 
-def _frequent_parts(truth: np.ndarray, names: tuple[str, ...], least: int) -> dict[int, str]:
-    """Parts that ``least`` patches or more show, by number, the most frequent first."""
-    patches = np.bincount(truth.ravel(), minlength=len(names))
+def _choose_frequent(truth: np.ndarray, parts: int, least: int) -> list[int]:
+    """Numbers of the parts that ``least`` patches or more show, the most frequent first."""
+    patches = np.bincount(truth.ravel(), minlength=parts)
     frequent = [int(part) for part in np.argsort(-patches, kind="stable") if patches[part] >= least]
     if not frequent:
         raise MoeeError(
             f"a part that {least} patches show", f"at most {patches.max()}", "take more images"
         )
-    return {part: names[part] for part in frequent}
+    return frequent

@@ -124,10 +124,11 @@ def test_the_fast_path_is_the_whole_model(model):
     rules = {layer: [removed(1), removed(2), alone(1)] for layer in layers}
     constants = {i: torch.randn(kinds, moe_layers(model)[i].fc2.out_features) for i in layers}
     with evaluating(model):
-        for one in interventions(model, x, Plan(rules, constants), model, size=3):
-            torch.testing.assert_close(one.intact, model(x))
-            for rule, fast in zip(rules[one.layer], one.seen, strict=True):
-                with knocked_out(model, one.layer, rule, constants[one.layer]):
+        plan = Plan(rules, constants)
+        for layer, _, intact, seen in interventions(model, x, plan, model, size=3):
+            torch.testing.assert_close(intact, model(x))
+            for rule, fast in zip(rules[layer], seen, strict=True):
+                with knocked_out(model, layer, rule, constants[layer]):
                     torch.testing.assert_close(fast, model(x), atol=1e-4, rtol=1e-4)
 
 

@@ -61,7 +61,7 @@ def test_intervals_hold_the_change_whatever_the_batches(table):
     ids=["vit", "swin", "convnext"],
 )
 def test_patches_are_read_row_by_row_where_they_enter_the_last_block(model, grid, layers):
-    place = Place.of(model)
+    place = Place(model)
     patches = place.patches(pixels_of(model, count=2))
     assert patches.shape == (2, place.order.size, model.get_submodule(place.mlp).fc1.in_features)
     np.testing.assert_array_equal(place.order.ravel(), np.arange(place.order.size))
