@@ -47,12 +47,9 @@ Values = Sequence[Any] | DependsOn | Pictures
 
 
 def explore(
-    plot: Plot,
-    *,
-    shown: Mapping[str, Sequence[Any]] | None = None,
-    caption: str | None = None,
+    plot: Plot, *, shown: Mapping[str, Sequence[Any]] | None = None, caption: str | None = None,
     **choices: Values,
-) -> widgets.Widget | Figure:
+) -> widgets.Widget | Figure:  # fmt: skip
     """Show ``plot(**choice)`` for a choice that a person makes, or for a few of them.
 
     In JupyterLab this is a panel: ascending whole numbers are a slider, other values a list to
@@ -179,7 +176,10 @@ def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> widgets.W
         changing.append(change)  # several controls change at once, and the figure but once
         for name, values in choices.items():
             if isinstance(values, DependsOn) and controls[values.other] is change.owner:
-                _offer(controls[name], options_of(values))
+                control, before = controls[name], controls[name].value
+                control.options = options_of(values)
+                if before in [value for _, value in control.options]:
+                    control.value = before
         changing.pop()
 
     def draw(**chosen: Any) -> None:
@@ -193,7 +193,7 @@ def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> widgets.W
             screen.value = f"<p role='alert'>{escape(str(error))}</p>"
 
     for name, values in choices.items():
-        controls[name] = _control(name, options_of(values), slides=_is_scale(values))
+        controls[name] = _make_control(name, values, options_of(values))
         controls[name].observe(follow, names="value")
     boxes = [
         _browser(controls[name], values) if isinstance(values, Pictures) else controls[name]
@@ -203,26 +203,15 @@ def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> widgets.W
     return widgets.VBox([widgets.HBox(boxes, layout=WRAPPED), errors, screen])
 
 
-def _is_scale(values: Values) -> bool:
-    """Whether all that can be chosen are whole numbers in ascending order, always more than one."""
+def _make_control(name: str, values: Values, options: list[tuple[str, Any]]) -> widgets.Widget:
+    """A slider where all choices are whole numbers in ascending order, always more than one."""
     every = _all_options(values)
     whole = all(isinstance(value, (int, np.integer)) for one in every for value in one)
-    return whole and all(len(one) > 1 and list(one) == sorted(one) for one in every)
-
-
-def _control(name: str, options: list[tuple[str, Any]], *, slides: bool) -> widgets.Widget:
+    slides = whole and all(len(one) > 1 and list(one) == sorted(one) for one in every)
     kind = widgets.SelectionSlider if slides else widgets.Dropdown
     label, more = name.replace("_", " ").removesuffix(" name"), {"continuous_update": False}
     look = {"style": {"description_width": "5rem"}, "layout": {"width": "26rem"}}
     return kind(options=options, description=label, **look, **(more if slides else {}))
-
-
-def _offer(control: widgets.Widget, options: list[tuple[str, Any]]) -> None:
-    """Give a control other options, and keep its value where that is still one of them."""
-    before = control.value
-    control.options = options
-    if before in [value for _, value in options]:
-        control.value = before
 
 
 def _browser(slider: widgets.Widget, pictures: Pictures) -> widgets.Widget:
@@ -231,9 +220,14 @@ def _browser(slider: widgets.Widget, pictures: Pictures) -> widgets.Widget:
 
     def show(_: Any = None) -> None:
         text = escape(f"{pictures.names[slider.value]}, image {slider.value + 1} of {count}")
-        small = data_uri(_thumbnail(pictures.thumbnails[slider.value]))
-        style = "vertical-align: middle"
-        look.value = f'<img src="{small}" height="{THUMBNAIL}" alt="{text}" style="{style}"> {text}'
+        image = Image.fromarray(np.ascontiguousarray(pictures.thumbnails[slider.value]))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        look.value = (
+            f'<img src="{data_uri(buffer.getvalue())}" height="{THUMBNAIL}" alt="{text}" '
+            f'style="vertical-align: middle"> {text}'
+        )
 
     def step(by: int, icon: str, word: str) -> widgets.Button:
         button = widgets.Button(icon=icon, tooltip=f"{word} image", layout={"width": "3rem"})
@@ -244,13 +238,6 @@ def _browser(slider: widgets.Widget, pictures: Pictures) -> widgets.Widget:
     show()
     back, on = step(-1, "arrow-left", "previous"), step(1, "arrow-right", "next")
     return widgets.HBox([back, slider, on, look], layout=WRAPPED)
-
-
-def _thumbnail(pixels: np.ndarray) -> bytes:
-    buffer, image = io.BytesIO(), Image.fromarray(np.ascontiguousarray(pixels))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _figure_html(fig: Figure, chosen: Mapping[str, Any], caption: str) -> str:

@@ -120,9 +120,8 @@ class Bench:
         layers, n_layers = self.parameters.layers or default, len(models.find_mlps(self.dense))
         beyond = [layer for layer in layers if layer >= n_layers]
         if beyond:
-            raise MoeeError(
-                f"layers from 0 to {n_layers - 1} of this model", str(beyond), "correct 'layers'"
-            )
+            expected = f"layers from 0 to {n_layers - 1} of this model"
+            raise MoeeError(expected, str(beyond), "correct 'layers'")
         return list(layers)
 
     def choose_classes(self, default: Sequence[int | str]) -> list[int]:
@@ -130,7 +129,19 @@ class Bench:
 
         A class may be given by index, by name (wnid) or by readable name.
         """
-        return [_class_index(self.dense, c) for c in (self.parameters.classes or default)]
+        names, labels = models.class_names(self.dense), models.class_labels(self.dense)
+        chosen = []
+        for wanted in self.parameters.classes or default:
+            if isinstance(wanted, (int, np.integer)) and 0 <= wanted < len(names):
+                chosen.append(int(wanted))
+            elif wanted in names or wanted in labels:
+                chosen.append((names if wanted in names else labels).index(wanted))
+            else:
+                close = difflib.get_close_matches(str(wanted), [*labels, *names], n=3)
+                meant = f"did you mean {', '.join(close)}" if close else f"such as '{labels[0]}'"
+                expected = f"one of the model's {len(names)} classes, by name or index"
+                raise MoeeError(expected, repr(wanted), meant)
+        return chosen
 
     def choose_among(self, preferred: Sequence[str], *, count: int) -> list[int]:
         """Return class indices to show: the parameter ``classes``, or ``count`` of the images' own.
@@ -177,15 +188,9 @@ class Bench:
         return fig
 
     def show(
-        self,
-        name: str,
-        plot: Callable[..., Figure],
-        table: pd.DataFrame,
-        *,
-        cover: bool = False,
-        options: Mapping[str, Any] | None = None,
-        **facts: Any,
-    ) -> Figure:
+        self, name: str, plot: Callable[..., Figure], table: pd.DataFrame, *, cover: bool = False,
+        options: Mapping[str, Any] | None = None, **facts: Any,
+    ) -> Figure:  # fmt: skip
         """Keep ``table`` and the figure that ``plot`` makes of it; return the figure, to be shown.
 
         ``facts`` are those of :meth:`caption`, which stands below the figure, before the caption of
@@ -207,9 +212,9 @@ class Bench:
         self,
         statement: str,
         found: str,
-        holds: bool | None,  # noqa: FBT001
+        holds: bool | None,
         *,
-        ours: bool = False,
+        ours: bool = False,  # noqa: FBT001
     ) -> Markdown:
         """Keep and show a claim of the paper, or of ``ours``; None holds in part."""
         verdict, colour = VERDICTS[holds]
@@ -288,18 +293,3 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
     results.put("notebook", name)
     results.put("parameters", given.deciding)
     return Bench(name, given, results)
-
-
-def _class_index(model: nn.Module, wanted: int | str) -> int:
-    names, labels = models.class_names(model), models.class_labels(model)
-    if isinstance(wanted, (int, np.integer)) and 0 <= wanted < len(names):
-        return int(wanted)
-    for listed in (names, labels):
-        if wanted in listed:
-            return listed.index(wanted)
-    close = difflib.get_close_matches(str(wanted), [*labels, *names], n=3)
-    raise MoeeError(
-        f"one of the model's {len(names)} classes, by name or index",
-        repr(wanted),
-        f"did you mean {', '.join(close)}" if close else f"such as '{labels[0]}'",
-    )

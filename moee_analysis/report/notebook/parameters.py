@@ -1,6 +1,5 @@
 """What a notebook is given: parameters, checked before anything is computed, and their images."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from moee_analysis.utils.environment import store_folder
 from moee_analysis.utils.storage.store import check_writable
 
 LARGEST_SIZE = 10_000  # pixels or channels
-SET_ASIDE = 0.5  # share of ``images`` used for calibration when no other set is given
 
 
 @dataclass(frozen=True)
@@ -141,17 +139,17 @@ def check_report(parameters: Mapping[str, Any]) -> None:
 
 
 def _set_aside(given: Parameters) -> ImageSets:
-    """Both sets from the one folder ``images``."""
+    """Both sets from the one folder ``images``, half of it each."""
     sizes, seed = preset_named(given.preset), given.seed
     limits = (sizes.calibration_images, sizes.evaluation_images)
-    total = None if None in limits else math.ceil(max(limits) / min(SET_ASIDE, 1 - SET_ASIDE))
+    total = None if None in limits else 2 * max(limits)
     found = load_images(given.images, limit=total, seed=seed)
     images = without_repeats(found)
     if len(images) < 2:
         expected = "at least two images, for calibration and for evaluation"
         hint = "add images, or name a 'calibration' folder"
         raise MoeeError(expected, str(len(images)), hint)
-    calibration, evaluation = images.split(SET_ASIDE, seed=seed)
+    calibration, evaluation = images.split(0.5, seed=seed)
     notes = [
         f"No calibration set was given: {len(calibration)} of the {len(images)} images of "
         f"{images.name} were set aside for calibration and are never evaluated."

@@ -79,14 +79,10 @@ class Outcome:
 
 
 def report(
-    parameters: Mapping[str, Any] | None = None,
-    *,
-    out: str | Path = "reports",
-    preset: str = "small",
-    notebooks: Sequence[str | Path] | None = None,
-    timeout: int | None = None,
-    say: Callable[[str], None] = print,
-) -> list[Outcome]:
+    parameters: Mapping[str, Any] | None = None, *, out: str | Path = "reports",
+    preset: str = "small", notebooks: Sequence[str | Path] | None = None,
+    timeout: int | None = None, say: Callable[[str], None] = print,
+) -> list[Outcome]:  # fmt: skip
     """Run notebooks and make a report of them that needs no network and no server.
 
     The folder ``out`` gets an ``index.html`` and, per notebook, a folder with ``page.html``,
