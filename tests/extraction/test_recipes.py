@@ -14,11 +14,10 @@ from moee_analysis.extraction.config import (
     recipe_named,
 )
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.run import load
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
-from tests.helpers.models import pixels_of, same_models, toy_vit
-from tests.helpers.runs import CLUSTERING, MEANS
+from tests.helpers.models import pixels_of, toy_vit
+from tests.helpers.runs import CLUSTERING, MEANS, saved_and_loaded
 
 IMAGES = toy_images(8)
 SMALL = {"layers": (0, 2), "cluster_tokens": 100, "macs_reduction": 0.05}
@@ -73,12 +72,7 @@ def test_every_piece_can_be_switched_alone(tmp_path, store, recipe, piece, choic
     logits = run.model(x)
     assert logits.shape == model(x).shape
     assert torch.isfinite(logits).all()
-    run.save(tmp_path / "run")
-    again = load(tmp_path / "run", dense=model)
-    assert again.config == run.config
-    assert again.layers == run.layers
-    assert same_models(again.model, run.model)
-    assert torch.equal(again.model(x), logits)
+    saved_and_loaded(run, tmp_path / "run", dense=model)
 
 
 @pytest.mark.parametrize("method", CLUSTER_CHOICES["method"])

@@ -1,10 +1,17 @@
 """Settings that cluster in a second, and runs with layers given by hand."""
 
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
-from moee_analysis.extraction.run import Extraction, provenance_of
+from moee_analysis.extraction.run import FACTS, TENSORS, Extraction, load, provenance_of
 from moee_analysis.extraction.saving.schema import LayerReport
 from moee_analysis.moe.layer import MoeMlp, all_mlps
+from moee_analysis.utils.storage.files import checksum, file_hash
 from tests.helpers.images import toy_images
+from tests.helpers.models import pixels_of, same_models
 
 CLUSTERING = ClusterConfig(
     reduce="pca", components=4, min_samples=3, min_cluster_size=0.05, max_cluster_size=0.6,
@@ -47,3 +54,30 @@ def _report(index, named) -> LayerReport:
         active_fraction=float(mlp.shares @ mlp.sizes.float()) / hidden,
         union_fraction=len(mlp.kept) / hidden, sizes=tuple(mlp.expert_sizes),
     )  # fmt: skip
+
+
+def saved_and_loaded(run, folder, *, dense=None) -> Extraction:
+    """``run`` after a way through ``folder``, the same bit for bit."""
+    run.save(folder)
+    loaded, x = load(folder, dense=dense), pixels_of(run.model)
+    assert same_models(loaded.model, run.model)
+    assert torch.equal(loaded.model(x), run.model(x))
+    assert (loaded.config, loaded.variance_kept) == (run.config, run.variance_kept)
+    assert (loaded.layers, loaded.provenance) == (run.layers, run.provenance)
+    return loaded
+
+
+def parts_of(folder):
+    """What is in the files of a run: facts, and tensors."""
+    return json.loads((folder / FACTS).read_text()), load_file(folder / TENSORS)
+
+
+def write_parts(folder, facts, tensors):
+    """Make both checksums anew, as a tool does that knows how."""
+    folder.mkdir(exist_ok=True)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / TENSORS)
+    facts = {key: value for key, value in facts.items() if key != "checksum"}
+    if "tensors_sha256" in facts:
+        facts["tensors_sha256"] = file_hash(folder / TENSORS)
+    (folder / FACTS).write_text(json.dumps(facts | {"checksum": checksum(facts)}))
+    return folder

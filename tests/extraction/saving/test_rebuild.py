@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,22 +19,19 @@ from moee_analysis.moe.routers import (
     ConstantRouter,
     CosineRouter,
     NearestRouter,
-    RandomRouter,
     TokenKindRouter,
 )
-from moee_analysis.utils.storage.files import checksum, file_hash
 from tests.helpers.images import toy_images
 from tests.helpers.models import (
     SMALL_CONVNEXT,
     SMALL_VIT,
     lively,
     pixels_of,
-    same_models,
     toy_kinds,
     toy_moe,
     toy_vit,
 )
-from tests.helpers.runs import quick, run_of
+from tests.helpers.runs import parts_of, quick, run_of, saved_and_loaded, write_parts
 
 
 def run_around(dense):
@@ -111,10 +109,9 @@ def test_what_no_argument_says_is_saved_too_and_loaded_with_the_model(tmp_path, 
     loaded, x = load(tmp_path / "run", dense=model), pixels_of(model)
     torch.testing.assert_close(loaded.model(x), run.model(x))
     assert loaded.dense() is model
-    other = copy.deepcopy(model)
-    other.norm.bias.data += 1
+    model.norm.bias.data += 1
     with pytest.raises(MoeeError, match="other weights"):
-        load(tmp_path / "run", dense=other)
+        load(tmp_path / "run", dense=model)
 
 
 def test_arguments_are_kept_and_given_again(tmp_path):
@@ -191,37 +188,25 @@ def test_every_layer_is_loaded_as_it_was_saved(router, readout, experts, tmp_pat
         READOUTS[readout](site.dim, site.hidden),
     )  # fmt: skip
     replace_module(model, site.name, layer)
-    run_of(model.eval()).save(tmp_path / "run")
-    loaded, x = load(tmp_path / "run").model, pixels_of(model)
-    assert same_models(loaded, model)
-    assert torch.equal(loaded(x), model(x))
-    other = moe_layers(loaded)[2]
+    other = moe_layers(saved_and_loaded(run_of(model.eval()), tmp_path / "run").model)[2]
     assert other.router.n_experts == layer.router.n_experts
     assert other.macs_per_token() == layer.macs_per_token()
 
 
-def test_routers_are_described_in_the_json_and_controls_are_refused(tmp_path):
-    model = toy_kinds(lively()).eval()
-    run = run_of(model)
-    run.save(tmp_path / "run")
+def test_routers_are_described_in_the_json(tmp_path):
+    run_of(toy_kinds(lively()).eval()).save(tmp_path / "run")
     told = json.loads((tmp_path / "run" / FACTS).read_text())["model"]["routers"]
     nested = {"kind": "token_kinds", "prefix": [0], "tokens": 101, "inner": {"kind": "nearest"}}
     assert told == {f"blocks.{index}.mlp": nested for index in range(6)}
-    moe_layers(model)[3].router.inner = RandomRouter(torch.ones(3), dim=64)
-    with pytest.raises(MoeeError, match="RandomRouter"):
-        run.save(tmp_path / "control")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # Files of another version
 
 
 def with_facts(folder, change):
-    facts = json.loads((folder / FACTS).read_text())
-    del facts["checksum"]
+    facts, tensors = parts_of(folder)
     change(facts)
-    (folder / FACTS).write_text(json.dumps(facts | {"checksum": checksum(facts)}))
-    return folder
+    return write_parts(folder, facts, tensors)
 
 
 def as_format_5(facts):
@@ -275,8 +260,6 @@ def test_a_network_that_answers_otherwise_is_refused(tmp_path):
 def test_tensors_of_another_run_of_the_same_shape_are_refused_by_their_answers(tmp_path):
     for seed in range(2):
         run_around(lively(seed=seed)).save(tmp_path / str(seed))
-    tensors = tmp_path / "0" / TENSORS
-    tensors.write_bytes((tmp_path / "1" / TENSORS).read_bytes())
-    forged = {"tensors_sha256": file_hash(tensors)}
+    shutil.copy(tmp_path / "1" / TENSORS, tmp_path / "0")
     with pytest.raises(MoeeError, match="gives other outputs"):
-        load(with_facts(tmp_path / "0", lambda facts: facts.update(forged)))
+        load(with_facts(tmp_path / "0", lambda _: None))

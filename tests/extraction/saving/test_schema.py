@@ -1,18 +1,15 @@
 """Runs whose checksums fit and whose content makes no sense, made on purpose."""
 
 import copy
-import json
 import random
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.run import FACTS, TENSORS, load
-from moee_analysis.utils.storage.files import checksum, file_hash
+from moee_analysis.extraction.run import FACTS, load
 from tests.helpers.models import (
     lively,
     pixels_of,
@@ -21,7 +18,7 @@ from tests.helpers.models import (
     toy_kinds,
     toy_moe,
 )
-from tests.helpers.runs import run_of
+from tests.helpers.runs import parts_of, run_of, write_parts
 
 KINDS, COSINE = "blocks.0.mlp", "blocks.2.mlp"  # routed; the one between them is dense
 ATTENTION = "blocks.2.attn"
@@ -55,40 +52,13 @@ def saved(whole, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(saved):
-    """What is in the files: facts, and tensors."""
-    return json.loads((saved / FACTS).read_text()), load_file(saved / TENSORS)
-
-
-def write(folder, facts, tensors):
-    """Make both checksums anew, as a tool does that knows how."""
-    folder.mkdir(exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / TENSORS)
-    facts = {key: value for key, value in facts.items() if key != "checksum"}
-    if "tensors_sha256" in facts:
-        facts["tensors_sha256"] = file_hash(folder / TENSORS)
-    (folder / FACTS).write_text(json.dumps(facts | {"checksum": checksum(facts)}))
-    return folder
+    return parts_of(saved)
 
 
 def forged(folder, parts, change):
     facts, tensors = copy.deepcopy(parts)
     change(facts, tensors)
-    return write(folder, facts, tensors)
-
-
-def at(path, value):
-    """Change the facts at a dotted path; of an entry with dots in its name, by a list."""
-    *way, last = path.split(".") if isinstance(path, str) else path
-
-    def change(facts, _tensors):
-        for key in way:
-            facts = facts[int(key) if isinstance(facts, list) else key]
-        if value is KeyError:
-            del facts[last]
-        else:
-            facts[last] = value
-
-    return change
+    return write_parts(folder, facts, tensors)
 
 
 def tensor(name, made):
@@ -96,41 +66,54 @@ def tensor(name, made):
 
 
 def put(name, place, value):
-    def change(_facts, tensors):
-        tensors[name].view(-1)[place] = value
+    return lambda _facts, tensors: tensors[name].view(-1)[place].fill_(value)
+
+
+def at(place, value):
+    """Change the facts at a place, a text if no name has a dot; ``KeyError``: take it out."""
+    names = place.split(".") if isinstance(place, str) else place
+    way = [int(name) if str(name).isdecimal() else name for name in names]
+
+    def change(facts, _tensors):
+        for key in way[:-1]:
+            facts = facts[key]
+        if value is KeyError:
+            del facts[way[-1]]
+        else:
+            facts[way[-1]] = value
 
     return change
 
 
-def gone(name):
-    return lambda _facts, tensors: tensors.pop(name)
+def numbers(*values):
+    return torch.tensor(values)
 
 
-ROUTER = ("model", "routers", KINDS)
-HEADS = ("model", "attentions", ATTENTION)
-
-FORGED = {
-    "a neuron of -1": put(f"{KINDS}.neurons", 5, -1),
-    "a neuron of a million": put(f"{KINDS}.neurons", 5, 10**6),
-    "a neuron twice": tensor(f"{KINDS}.neurons", lambda t: t.index_fill(0, torch.tensor(5), t[4])),
-    "neurons in no order": tensor(f"{KINDS}.neurons", lambda t: t.flip(0)),
-    "a neuron less": tensor(f"{KINDS}.neurons", lambda t: torch.cat([t[:3], t[4:]])),
-    "sizes of another sum": put(f"{KINDS}.sizes", 1, 10**4),
-    "a size that overflows": put(f"{KINDS}.sizes", 1, 2**62),
-    "a negative size": tensor(f"{KINDS}.sizes", lambda t: t + torch.tensor([-70, 70, 0, 0])),
-    "a size of zero": put(f"{KINDS}.sizes", 0, 0),
+LISTS = ("neurons", "sizes", "kept", "shares")
+NEURONS, SIZES_OF, KEPT, SHARES = (f"{KINDS}.{name}" for name in LISTS)
+WEIGHTS = ("shift", "fc1.weight", "fc2.bias", "router.inner.directions", "router.inner.offsets")
+TENSORS_OF = {
+    "a neuron of -1": put(NEURONS, 5, -1),
+    "a neuron of a million": put(NEURONS, 5, 10**6),
+    "a neuron twice": tensor(NEURONS, lambda t: t.index_fill(0, numbers(5), t[4])),
+    "neurons in no order": tensor(NEURONS, lambda t: t.flip(0)),
+    "a neuron less": tensor(NEURONS, lambda t: torch.cat([t[:3], t[4:]])),
+    "neurons as fractions": tensor(NEURONS, torch.Tensor.float),
+    "sizes of another sum": put(SIZES_OF, 1, 10**4),
+    "a size that overflows": put(SIZES_OF, 1, 2**62),
+    "a negative size": tensor(SIZES_OF, lambda t: t + numbers(-70, 70, 0, 0)),
+    "a size of zero": put(SIZES_OF, 0, 0),
     "sizes exchanged": tensor(f"{COSINE}.sizes", lambda t: t.flip(0)),
     "no experts": tensor(f"{COSINE}.sizes", lambda t: t[:0]),
     "one number as sizes": tensor(f"{COSINE}.sizes", lambda t: t.sum()),
-    "kept out of range": put(f"{KINDS}.kept", -1, 10**6),
-    "kept reversed": tensor(f"{KINDS}.kept", lambda t: t.flip(0)),
-    "kept doubled": put(f"{KINDS}.kept", 1, 0),
-    "shares of NaN": put(f"{KINDS}.shares", 0, torch.nan),
-    "shares below zero": tensor(f"{KINDS}.shares", lambda t: t + torch.tensor([-1, 1, 0, 0])),
-    "shares of another sum": tensor(f"{KINDS}.shares", lambda t: 2 * t),
+    "kept out of range": put(KEPT, -1, 10**6),
+    "kept reversed": tensor(KEPT, lambda t: t.flip(0)),
+    "kept doubled": put(KEPT, 1, 0),
+    "shares of NaN": put(SHARES, 0, torch.nan),
+    "shares below zero": tensor(SHARES, lambda t: t + numbers(-1, 1, 0, 0)),
+    "shares of another sum": tensor(SHARES, lambda t: 2 * t),
+    "shares as whole numbers": tensor(SHARES, torch.Tensor.long),
     "shares of other experts": tensor(f"{COSINE}.shares", lambda t: t.flip(0)),
-    "shares as whole numbers": tensor(f"{KINDS}.shares", torch.Tensor.long),
-    "neurons as fractions": tensor(f"{KINDS}.neurons", torch.Tensor.float),
     "weights in half precision": tensor("norm.weight", torch.Tensor.half),
     "NaN in a weight": put(f"{KINDS}.fc1.weight", 0, torch.nan),
     "infinity in the head": put("head.bias", 0, torch.inf),
@@ -138,101 +121,83 @@ FORGED = {
     "a centre too many": tensor(f"{COSINE}.router.centres", lambda t: torch.cat([t, t[:1]])),
     "tensors of nothing": lambda _facts, tensors: tensors.update(more=torch.zeros(2)),
     "no tensors": lambda _facts, tensors: tensors.clear(),
-    **{
-        f"no {name}": gone(f"{KINDS}.{name}")
-        for name in (
-            "kept", "neurons", "sizes", "shares", "shift", "fc1.weight", "fc2.bias",
-            "router.inner.directions", "router.inner.offsets",
-        )
-    },
-    "no kvq": gone(f"{ATTENTION}.kvq.weight"),
+}
+GONE = [f"{ATTENTION}.kvq.weight", *(f"{KINDS}.{name}" for name in (*LISTS, *WEIGHTS))]
+ROUTERS, HEADS = ("model", "routers"), ("model", "attentions")
+FACTS_OF = {  # values that cannot be at a place
     # the network
-    "an unknown router": at((*ROUTER, "kind"), "zzz"),
-    "another router": at((*ROUTER[:2], COSINE, "kind"), "nearest"),
-    "a router of no layer": at((*ROUTER[:2], "blocks.9.mlp"), {"kind": "cosine"}),
-    "a router of no MLP": at((*ROUTER[:2], "norm"), {"kind": "cosine"}),
-    "a layer without router": at(ROUTER, KeyError),
-    "leading tokens of no expert": at((*ROUTER, "prefix"), [7]),
-    "leading tokens below zero": at((*ROUTER, "prefix"), [-1]),
-    "leading tokens of a billion": at((*ROUTER, "prefix"), [10**9]),
-    "another number of tokens": at((*ROUTER, "tokens"), 18),
-    "no tokens": at((*ROUTER, "tokens"), 0),
-    "more of a router": at((*ROUTER, "more"), 1),
-    "other ranks": at((*HEADS, "scores"), 6),
-    "enormous ranks": at((*HEADS, "values"), 10**9),
-    "negative ranks": at((*HEADS, "values"), -1),
-    "fractions of ranks": at((*HEADS, "values"), 8.0),
-    "an attention of no block": at((*HEADS[:2], "blocks.7.attn"), {}),
-    "an attention less": at(HEADS, KeyError),
-    "another architecture": at("model.architecture", "vit_giant_patch14_224"),
-    "no architecture of timm's": at("model.architecture", "zzz"),
-    "a number as architecture": at("model.architecture", 3),
-    "another configuration": at("model.arguments.pretrained_cfg", None),
-    "a file to be loaded": at("model.arguments.checkpoint_path", "weights.pth"),
-    "weights of the hub": at("provenance.arguments.pretrained", value=True),
-    "a billion blocks": at("model.arguments.depth", 10**9),
-    "many blocks": at("model.arguments.depth", 10**5),
-    "an enormous width": at("model.arguments.embed_dim", 10**5 - 1),
-    "enormous images": at("model.arguments.img_size", 10**9),
-    "very large images": at("model.arguments.img_size", 10**5),
-    "images of three sides": at("model.arguments.img_size", [32, 32, 32]),
-    "negative channels": at("model.arguments.in_chans", -1),
-    "an unknown argument": at("model.arguments.zzz", 1),
-    "arguments deep in each other": at("model.arguments.zzz", [[[{"depth": 10**9}]]]),
-    "a list of arguments": at("model.arguments", []),
-    "a precision that is none": at("model.dtype", "nn"),
-    "another precision": at("model.dtype", "float64"),
-    "a mean that is none": at("model.pretrained_cfg.mean", "grey"),
-    "no deviation": at("model.pretrained_cfg.std", [0, 0, 0]),
-    "two sides of an image": at("model.pretrained_cfg.input_size", [32, 32]),
-    "enormous sides of an image": at("model.pretrained_cfg.input_size", [3, 10**9, 10**9]),
-    "an interpolation that is none": at("model.pretrained_cfg.interpolation", "zzz"),
-    "numbers as names of classes": at("model.pretrained_cfg.label_names", [1, 2]),
-    "a name of another network": at("model.pretrained_cfg.architecture", "vit_tiny_patch16_384"),
-    "no answers": at("model.answers", []),
-    "infinite answers": at("model.answers", [1e999] * 16),
-    "a few answers": at("model.answers", [0.5]),
-    "answers that are text": at("model.answers", ["a"] * 16),
+    (*ROUTERS, KINDS): [KeyError],
+    (*ROUTERS, COSINE, "kind"): ["nearest"],
+    (*ROUTERS, KINDS, "kind"): ["zzz"],
+    (*ROUTERS, "blocks.9.mlp"): [{"kind": "cosine"}],
+    (*ROUTERS, "norm"): [{"kind": "cosine"}],
+    (*ROUTERS, KINDS, "prefix"): [[7], [-1], [10**9]],
+    (*ROUTERS, KINDS, "tokens"): [18, 0],
+    (*ROUTERS, KINDS, "more"): [1],
+    (*HEADS, ATTENTION): [KeyError],
+    (*HEADS, ATTENTION, "scores"): [6],
+    (*HEADS, ATTENTION, "values"): [10**9, -1, 8.0],
+    (*HEADS, "blocks.7.attn"): [{}],
+    "model.architecture": ["vit_giant_patch14_224", "zzz", 3],
+    "model.arguments": [[]],
+    "model.arguments.pretrained_cfg": [None],
+    "model.arguments.checkpoint_path": ["weights.pth"],
+    "model.arguments.depth": [10**9, 10**5],
+    "model.arguments.embed_dim": [10**5 - 1],
+    "model.arguments.img_size": [10**9, 10**5, [32, 32, 32]],
+    "model.arguments.in_chans": [-1],
+    "model.arguments.zzz": [1, [[[{"depth": 10**9}]]]],
+    "model.dtype": ["nn", "float64"],
+    "model.pretrained_cfg.mean": ["grey"],
+    "model.pretrained_cfg.std": [[0, 0, 0]],
+    "model.pretrained_cfg.input_size": [[32, 32], [3, 10**9, 10**9]],
+    "model.pretrained_cfg.interpolation": ["zzz"],
+    "model.pretrained_cfg.label_names": [[1, 2]],
+    "model.pretrained_cfg.architecture": ["vit_tiny_patch16_384"],
+    "model.answers": [[], [1e999] * 16, [0.5], ["a"] * 16],
     # the configuration, and what is told of layers
-    "an unknown setting": at("config.zzz", 1),
-    "a recipe that is none": at("config.recipe", "zzz"),
-    "a list as recipe": at("config.recipe", []),
-    "text as seed": at("config.seed", "0"),
-    "a negative seed": at("config.seed", -1),
-    "a number as clustering": at("config.clustering", 3),
-    "an unknown setting of clusters": at("config.clustering.zzz", 3),
-    "a share above 1": at("variance_kept", 1.5),
-    "text as share": at("variance_kept", "0.8"),
+    "config.zzz": [1],
+    "config.recipe": ["zzz", []],
+    "config.seed": ["0", -1],
+    "config.clustering": [3],
+    "config.clustering.zzz": [3],
+    "variance_kept": [1.5, "0.8"],
+    "layers": [{}],
+    "layers.0.sizes": [[1, 2, 3, 4]],
+    "layers.0.experts": [5],
+    "layers.0.hidden": [129],
+    "layers.0.converted": [False],
+    "layers.0.union_fraction": [0.1],
+    "layers.0.active_fraction": [0.9],
+    "layers.1.name": ["blocks.0.mlp"],
+    "layers.1.experts": [3],
+    "layers.1.noise_share": [2],
+    # where it comes from
+    "provenance": [[]],
+    "provenance.model": ["vit_tiny_patch16_384"],
+    "provenance.arguments.pretrained": [True],
+    "provenance.weights_file": [3],
+    "provenance.contents": [[[1]]],
+    "provenance.finetunings": [[]],
+    "provenance.finetunings.0.best": [2, -1],
+    "provenance.finetunings.0.history": [[], ["a", "b"], TUNING["history"][::-1]],
+    "provenance.finetunings.0.history.1.loss": ["low"],
+    "zzz": [1],
+    "format": ["6"],
+}  # fmt: skip
+
+
+FORGED = TENSORS_OF | {f"no {name}": lambda _, tensors, n=name: tensors.pop(n) for name in GONE}
+FORGED |= {
+    f"{value} at {place}": at(place, value)
+    for place, values in FACTS_OF.items()
+    for value in values
+}
+FORGED |= {
     "a report less": lambda facts, _: facts["layers"].pop(),
     "a report twice": lambda facts, _: facts["layers"].append(facts["layers"][-1]),
     "reports in another order": lambda facts, _: facts["layers"].reverse(),
-    "a dict of reports": at("layers", {}),
-    "a report of other sizes": at("layers.0.sizes", [1, 2, 3, 4]),
-    "a report of other experts": at("layers.0.experts", 5),
-    "a report of another width": at("layers.0.hidden", 129),
-    "a report of a dense layer": lambda facts, _: facts["layers"][0].update(converted=False),
-    "a report of another union": at("layers.0.union_fraction", 0.1),
-    "a report of other use": at("layers.0.active_fraction", 0.9),
-    "a report of another layer": at("layers.1.name", "blocks.0.mlp"),
-    "experts in a dense layer": at("layers.1.experts", 3),
-    "noise above 1": at("layers.1.noise_share", 2),
-    # where it comes from
-    "another origin": at("provenance.model", "vit_tiny_patch16_384"),
-    "a list as origin": at("provenance", []),
-    "weights of a number": at("provenance.weights_file", 3),
-    "contents that are lists": at("provenance.contents", [[1]]),
-    "an epoch too many": at("provenance.finetunings.0.best", 2),
-    "an epoch below zero": at("provenance.finetunings.0.best", -1),
-    "no history": at("provenance.finetunings.0.history", []),
-    "a history of text": at("provenance.finetunings.0.history", ["a", "b"]),
-    "a history in another order": lambda facts, _: (
-        facts["provenance"]["finetunings"][0]["history"].reverse()
-    ),
-    "a loss of text": at("provenance.finetunings.0.history.1.loss", "low"),
-    "no fine-tuning": at("provenance.finetunings", []),
-    "an unknown field": at("zzz", 1),
-    "a format of text": at("format", "6"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORGED)
@@ -342,7 +307,7 @@ def test_whatever_is_changed_is_refused_or_only_describes(whole, parts, tmp_path
         facts, tensors = copy.deepcopy(parts)
         change(facts if number % 2 else tensors, rng)
         try:
-            run = load(write(tmp_path / "run", facts, tensors))
+            run = load(write_parts(tmp_path / "run", facts, tensors))
         except MoeeError:
             continue
         torch.testing.assert_close(run.model(x), outputs)
