@@ -15,8 +15,7 @@ import torch
 from common import as_markdown
 from torch import nn
 
-from moee_analysis.extraction.record.recorded_tokens import capture_mlps
-from moee_analysis.extraction.record.token_kinds import leading_kinds
+from moee_analysis.extraction.record.tokens import capture_mlps, leading_kinds
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.loading import MlpSite, build_model, find_mlps, input_size
 from moee_analysis.models.macs import count, count_parameters

@@ -23,8 +23,8 @@ from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.clustering import label_tree
 from moee_analysis.extraction.cluster.spanning_tree import find_neighbours, grow_tree
-from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.extraction.record.recording import Recording
+from moee_analysis.extraction.record.tokens import TokenPlan
 from moee_analysis.models.loading import find_mlps, load_model
 from moee_analysis.utils.storage.files import write_json
 

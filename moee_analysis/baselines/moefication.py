@@ -37,9 +37,8 @@ from moee_analysis.baselines.common.moefication_routers import (
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import MACS_REDUCTION
-from moee_analysis.extraction.record.recorded_tokens import LayerSample
 from moee_analysis.extraction.record.recording import Recording, load_sample
-from moee_analysis.extraction.record.token_kinds import token_plan
+from moee_analysis.extraction.record.tokens import LayerSample, token_plan
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module

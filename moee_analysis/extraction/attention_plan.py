@@ -13,7 +13,8 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.attention_modes import AttentionModes, Modes, attention_modes
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.lagrangian import Candidates
-from moee_analysis.extraction.record.token_kinds import leading_kinds, unread_patches
+from moee_analysis.extraction.record.fisher import unread_patches
+from moee_analysis.extraction.record.tokens import leading_kinds
 from moee_analysis.models.attention import (
     AttentionSite,
     Factors,

@@ -18,8 +18,8 @@ from moee_analysis.extraction.experts.layer_experts import ExpertStatistics, Lay
 from moee_analysis.extraction.experts.neuron_scores import metrics_of
 from moee_analysis.extraction.experts.refit_w2 import mean_shift
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 
 IMAGES = 400  # enough to show what is a property of the layer

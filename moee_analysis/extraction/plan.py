@@ -18,7 +18,7 @@ from moee_analysis.extraction.experts.layer_experts import (
     expert_statistics,
 )
 from moee_analysis.extraction.record.accumulate import share_out
-from moee_analysis.extraction.record.token_kinds import unread_patches
+from moee_analysis.extraction.record.fisher import unread_patches
 from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.progress import progress

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, pad
 
-from moee_analysis.extraction.record.token_kinds import unread_patches
+from moee_analysis.extraction.record.fisher import unread_patches
 from moee_analysis.models.capture import capture, watch
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.macs import tokens_of

@@ -11,8 +11,8 @@ import torch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record import accumulate, recording, token_source
-from moee_analysis.extraction.record.recorded_tokens import TokenPlan
 from moee_analysis.extraction.record.token_source import Limits
+from moee_analysis.extraction.record.tokens import TokenPlan
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import toy_vit

@@ -7,8 +7,8 @@ import torch
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator
 from moee_analysis.extraction.pipeline import build_moe
 from moee_analysis.extraction.plan import group_tokens
-from moee_analysis.extraction.record.recorded_tokens import capture_mlps
 from moee_analysis.extraction.record.token_source import Limits, calibration_tokens
+from moee_analysis.extraction.record.tokens import capture_mlps
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import MoeMlp, moe_layers

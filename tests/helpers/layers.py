@@ -12,8 +12,8 @@ from torch import nn
 from moee_analysis.extraction.cluster.clustering import NOISE
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Partition
 from moee_analysis.extraction.cluster.sample_tokens import SampleAccumulator
-from moee_analysis.extraction.record.recorded_tokens import LayerSample, RecordedLayer
 from moee_analysis.extraction.record.token_source import Limits
+from moee_analysis.extraction.record.tokens import LayerSample, RecordedLayer
 from moee_analysis.models.loading import MlpSite
 
 DIM, HIDDEN = 4, 6

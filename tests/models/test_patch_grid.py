@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.extraction.record.token_kinds import leading_kinds
+from moee_analysis.extraction.record.tokens import leading_kinds
 from moee_analysis.models.capture import capture
 from moee_analysis.models.loading import build_model, find_mlps
 from moee_analysis.models.patch_grid import patch_places

@@ -20,7 +20,7 @@ from moee_analysis.extraction.cluster.clustering import (
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.fisher import damped, input_root
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, nearest_in_metric
 from moee_analysis.utils.storage.store import content_key, get_or_build
 

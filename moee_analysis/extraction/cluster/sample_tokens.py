@@ -10,8 +10,8 @@ from timm.layers import Mlp
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.fisher import products
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 
 

@@ -12,8 +12,8 @@ from moee_analysis.extraction.cluster.clusters_to_router import Assignment, Part
 from moee_analysis.extraction.record import accumulate as sums_over
 from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Arrays, Sums
 from moee_analysis.extraction.record.fisher import expert_metrics, products
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.routers import TokenKindRouter
 from moee_analysis.utils.storage.store import content_key

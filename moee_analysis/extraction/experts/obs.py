@@ -15,8 +15,8 @@ import torch
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment, by_expert
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Sums, accumulate
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 
 RIDGE = 1e-3

@@ -16,8 +16,8 @@ from moee_analysis.extraction.cluster.clusters_to_router import Assignment
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.experts.neuron_scores import metrics_of
 from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Sums, accumulate
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.layer import Readout
 from moee_analysis.utils.progress import progress

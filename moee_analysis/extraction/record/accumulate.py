@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.distributed import agreed, all_sum, processes, rank
 from moee_analysis.utils.progress import progress, tell

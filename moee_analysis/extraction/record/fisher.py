@@ -7,6 +7,7 @@ approximation for shared weights does ("expand", Eschenhagen et al., arXiv:2311.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.recorded_tokens import LayerSample
+from moee_analysis.extraction.record.tokens import LayerSample, leading_kinds
+from moee_analysis.models.attention import AttentionSite
 from moee_analysis.models.capture import evaluating, watch
-from moee_analysis.models.loading import MlpSite
+from moee_analysis.models.inputs import like
+from moee_analysis.models.loading import MlpSite, find_mlps, input_size
 
 PRIOR = 500  # tokens' worth of the metric of all experts that each expert's own is mixed with
 CHUNK = 16384
@@ -146,3 +149,46 @@ def output_gradients(
         )  # fmt: skip
         by_probe.append([g.reshape(len(x), -1, g.shape[-1]).float() for g in gradients])
     return dict(zip(calls, map(torch.stack, zip(*by_probe, strict=True)), strict=True))
+
+
+def unread_kinds(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of the tokens whose outputs at each of the ``sites`` nothing reads any more.
+
+    There the gradient of the logits is exactly zero at every token of the kind, for a random
+    image: at the patches ("patch") in the last block of a ViT whose head reads the CLS token
+    alone, at the CLS token where it reads the mean of the patches. ``sites`` None: all MLPs.
+    """
+    return {
+        name: tuple(kind for kind, is_read in read.items() if not is_read)
+        for name, read in _read_kinds(model, sites).items()
+    }
+
+
+def unread_patches(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
+) -> frozenset[str]:
+    """Return the names of the ``sites`` whose outputs at the patches nothing reads any more.
+
+    As :func:`unread_kinds`; an MLP that gets no patches is one of them.
+    """
+    read_kinds = _read_kinds(model, sites)
+    return frozenset(name for name, read in read_kinds.items() if not read.get("patch"))
+
+
+def _read_kinds(
+    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None
+) -> dict[str, dict[str, bool]]:
+    """Whether the output of any token of a kind is read, by site and kind."""
+    image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
+    sites = find_mlps(model) if sites is None else sites
+    gradients = output_gradients(model, sites, like(image, model), seeds=[(0, 0)], probes=1)
+    leading = leading_kinds(model, gradients)
+    found: dict[str, dict[str, bool]] = {}
+    for name, gradient in gradients.items():
+        read = gradient.flatten(0, 1).any(dim=2).any(dim=0).tolist()
+        kinds, found[name] = leading[name], {}
+        for kind, is_read in zip_longest(kinds, read, fillvalue="patch"):
+            found[name][kind] = found[name].get(kind, False) or is_read
+    return found

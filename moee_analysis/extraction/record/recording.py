@@ -21,7 +21,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.fisher import output_gradients
-from moee_analysis.extraction.record.recorded_tokens import LayerSample, TokenPlan, capture_mlps
+from moee_analysis.extraction.record.tokens import LayerSample, TokenPlan, capture_mlps
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank

@@ -15,9 +15,13 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer, TokenPlan
 from moee_analysis.extraction.record.recording import Recording, load_sample
-from moee_analysis.extraction.record.token_kinds import leading_kinds, token_plan
+from moee_analysis.extraction.record.tokens import (
+    RecordedLayer,
+    TokenPlan,
+    leading_kinds,
+    token_plan,
+)
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.utils.checks import not_none, real_number

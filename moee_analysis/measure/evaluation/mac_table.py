@@ -18,7 +18,8 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.token_kinds import leading_kinds, unread_kinds
+from moee_analysis.extraction.record.fisher import unread_kinds
+from moee_analysis.extraction.record.tokens import leading_kinds
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import model_of
 from moee_analysis.measure.routing.routes import Routes

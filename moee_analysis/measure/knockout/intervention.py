@@ -14,7 +14,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.token_kinds import leading_kinds
+from moee_analysis.extraction.record.tokens import leading_kinds
 from moee_analysis.measure.routing.resolve import batches_of, check_any, choose_layers
 from moee_analysis.models.capture import block_of, evaluating, seeing_inputs, starting_at, watch
 from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names

@@ -11,7 +11,7 @@ from torch import nn
 from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.token_kinds import kinds_seen
+from moee_analysis.extraction.record.tokens import kinds_seen
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.knockout.intervention import Plan, average, measure_knock_outs, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts

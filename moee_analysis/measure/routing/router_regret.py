@@ -18,8 +18,8 @@ from moee_analysis.extraction.cluster.clusters_to_router import Partition, metri
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer
 from moee_analysis.extraction.record.token_source import TokenSource, calibration_tokens
+from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, check_any
 from moee_analysis.measure.routing.tables import add_caption

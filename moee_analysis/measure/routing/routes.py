@@ -11,7 +11,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record.token_kinds import kinds_seen
+from moee_analysis.extraction.record.tokens import kinds_seen
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, check_any, choose_layers, model_of
 from moee_analysis.models.capture import evaluating, watch

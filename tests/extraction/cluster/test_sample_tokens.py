@@ -9,7 +9,7 @@ from moee_analysis.extraction.cluster.sample_tokens import (
     pick_inputs,
     sample_tokens,
 )
-from moee_analysis.extraction.record import recorded_tokens
+from moee_analysis.extraction.record import tokens as recorded
 from tests.helpers.layers import (
     Made,
     added_up,
@@ -83,7 +83,7 @@ def test_every_layer_and_every_seed_has_its_own_sample(layer, tmp_path):
 def test_a_sample_holds_its_tokens_and_statistics_of_all_that_it_is_from(
     layer, monkeypatch, leading, chunk
 ):
-    monkeypatch.setattr(recorded_tokens, "CHUNK", chunk)
+    monkeypatch.setattr(recorded, "CHUNK", chunk)
     rows, sample = np.array([6, 8, 29, 59]), layer.sample
     found = draw_from(layer, rows, leading=leading)
     np.testing.assert_array_equal(found.inputs, sample.inputs[rows].astype("f4"))

@@ -17,7 +17,8 @@ from moee_analysis.extraction.experts.obs import (
     expert_covariances,
 )
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, shared_readout
-from moee_analysis.extraction.record import fisher, recorded_tokens
+from moee_analysis.extraction.record import fisher
+from moee_analysis.extraction.record import tokens as recorded
 from moee_analysis.extraction.record.fisher import DAMPING, PRIOR
 from moee_analysis.extraction.record.token_source import Limits
 from tests.helpers.layers import (
@@ -109,7 +110,7 @@ def repeated(sample, members, expert):
 def test_statistics_equal_those_of_tokens_repeated_by_their_weight(
     layer, monkeypatch, chunk, prefix
 ):
-    monkeypatch.setattr(recorded_tokens.RecordedLayer.chunks, "__kwdefaults__", {"size": chunk})
+    monkeypatch.setattr(recorded, "CHUNK", chunk)
     accumulator = statistics_sum(layer, prefix=prefix)
     found = computed(accumulator, layer)
     routed, members = accumulator.assignment.of(layer)
@@ -251,7 +252,7 @@ def test_layers_come_one_after_the_other(layer, tmp_path):
 @pytest.mark.parametrize("chunk", [16, 1000])
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_normal_equations_equal_a_slow_loop(layer, monkeypatch, chunk, prefix):
-    monkeypatch.setattr(recorded_tokens.RecordedLayer.chunks, "__kwdefaults__", {"size": chunk})
+    monkeypatch.setattr(recorded, "CHUNK", chunk)
     accumulator = refit_sum(layer, prefix=prefix)
     _, members = accumulator.assignment.of(layer)
     across, within = torch.zeros(2, HIDDEN, HIDDEN, dtype=torch.float64)

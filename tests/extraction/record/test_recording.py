@@ -11,9 +11,8 @@ from timm.models.vision_transformer import LayerScale
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record import recording as recordings
 from moee_analysis.extraction.record.fisher import output_gradients
-from moee_analysis.extraction.record.recorded_tokens import TokenPlan, capture_mlps
 from moee_analysis.extraction.record.recording import CONTENTS, Recording, load_sample
-from moee_analysis.extraction.record.token_kinds import token_plan
+from moee_analysis.extraction.record.tokens import TokenPlan, capture_mlps, token_plan
 from moee_analysis.models.loading import build_model, find_mlps
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_swin, toy_vit

@@ -7,8 +7,8 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.record import token_kinds
-from moee_analysis.extraction.record.token_kinds import prefix_kinds, unread_patches
+from moee_analysis.extraction.record.fisher import unread_patches
+from moee_analysis.extraction.record.tokens import leading_kinds, prefix_kinds, token_plan
 from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, pixels_of, toy_swin, toy_vit
@@ -91,11 +91,11 @@ SEEN = {
 def test_every_layer_sees_the_leading_tokens_that_reach_it(name):
     with torch.device("meta"):  # shapes are all there is to see
         model = timm.create_model(name).eval()
-    assert token_kinds.leading_kinds(model, SEEN[name]) == SEEN[name]
+    assert leading_kinds(model, SEEN[name]) == SEEN[name]
     assert hooks_of(model) == 0
     if name == "cait_xxs24_224":  # patches alone are sampled without a prefix
         names = [site.name for site in find_mlps(model)]
-        plan = token_kinds.token_plan(model, names, 7, seed=3)
+        plan = token_plan(model, names, 7, seed=3)
         assert plan.weights(196).tolist() == [28] * 7
         assert plan.weights(1).tolist() == [1]
 

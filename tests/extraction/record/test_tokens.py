@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.extraction.record.recorded_tokens import RecordedLayer, TokenPlan, capture_mlps
 from moee_analysis.extraction.record.recording import Recording
+from moee_analysis.extraction.record.tokens import RecordedLayer, TokenPlan, capture_mlps
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.images import toy_images
 from tests.helpers.layers import PLANTED
