@@ -8,7 +8,6 @@ writes that file. Nothing is fetched or computed: models are built without value
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,19 +55,6 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What an MLP gets of one image: parts (windows) in its place, tokens of each, their width."""
-
-    parts: int
-    tokens: int
-    width: int
-
-    def __str__(self) -> str:
-        windows = "" if self.parts == 1 else f"{self.parts} x "
-        return f"{windows}{self.tokens} x {self.width}"
-
-
 def row(family: str) -> dict[str, str]:
     """The row of a family, by column."""
     with torch.device("meta"):
@@ -82,58 +68,48 @@ def facts_of(model: nn.Module) -> dict[str, str]:
     sites = find_mlps(model) if any(mlp.convertible for mlp in found) else []
     counted = count(model, sites=[site.name for site in sites])
     inside = sum(counted.by_module[site.name] for site in sites)
+    left_out = [mlp for mlp in found if mlp.reason and "head" not in mlp.reason]  # a classifier's
+    dense = Counter((mlp.kind, mlp.reason) for mlp in left_out)
     facts = {
         "MLPs": str(len(sites)),
         "GMACs": f"{counted.total / 1e9:.3f}",
         "parameters": f"{count_parameters(model) / 1e6:.1f} M",
-        "stay dense": "; ".join(reasons(model)),
+        "stay dense": "; ".join(f"{n} {kind}: {reason}" for (kind, reason), n in dense.items()),
     }
     if not sites:
         return facts | {"taken apart by": "no recipe"}
     return facts | {
-        "tokens x width (MLPs)": listed(shapes_of(model, sites)),
-        "leading tokens (MLPs)": listed(leading(model, sites)),
+        "tokens x width (MLPs)": _listed(_shapes(model, sites)),
+        "leading tokens (MLPs)": _listed(_leading(model, sites)),
         "MLPs' share of MACs": f"{inside / counted.total:.0%}",
         "taken apart by": "paper, best",
         "attentions": f"{len(plain_attentions(model)) or ''}",
     }
 
 
-def shapes_of(model: nn.Module, sites: Sequence[MlpSite]) -> list[Shape]:
-    """What every MLP gets of one image."""
+def _shapes(model: nn.Module, sites: Sequence[MlpSite]) -> list[str]:
+    """What every MLP gets of one image: parts (windows) in its place, tokens of each, width."""
     with capture_mlps(model, sites) as captured, torch.inference_mode():
         model(torch.zeros(1, *input_size(model)))
-        return [Shape(*captured[site.name]["inputs"].shape) for site in sites]
+        shapes = [captured[site.name]["inputs"].shape for site in sites]
+    return [" x ".join(map(str, shape[1:] if shape[0] == 1 else shape)) for shape in shapes]
 
 
-def leading(model: nn.Module, sites: Sequence[MlpSite]) -> list[str]:
+def _leading(model: nn.Module, sites: Sequence[MlpSite]) -> list[str]:
     """The leading tokens of every MLP, in words."""
     found = leading_kinds(model, [site.name for site in sites]).values()
     words = ([f"{n} {kind}" for kind, n in Counter(kinds).items()] for kinds in found)
     return [" + ".join(each) or "none" for each in words]
 
 
-def listed(found: Iterable[object]) -> str:
+def _listed(found: Iterable[object]) -> str:
     """The different ones in their order, each with how many there are."""
     return ", ".join(f"{each} ({n})" for each, n in Counter(map(str, found)).items())
-
-
-def reasons(model: nn.Module) -> list[str]:
-    """Why MLPs cannot be taken apart, leaving out the classifier's head."""
-    left_out = [mlp for mlp in survey(model) if mlp.reason and "head" not in mlp.reason]
-    found = Counter((mlp.kind, mlp.reason) for mlp in left_out)
-    return [f"{n} {kind}: {reason}" for (kind, reason), n in found.items()]
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown of the rows."""
     return as_markdown(COLUMNS, [[row.get(name, "") for name in COLUMNS] for row in rows]) + "\n"
-
-
-def text(rows: Sequence[dict[str, str]]) -> str:
-    """The whole of ``docs/architectures.md``."""
-    found = versions()
-    return HEAD.format(timm=found["timm"], torch=found["torch"]) + table(rows)
 
 
 HEAD = """\
@@ -169,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.out is None:
         print(table(rows), end="")
     else:
-        options.out.write_text(text(rows))
+        found = versions()
+        head = HEAD.format(timm=found["timm"], torch=found["torch"])
+        options.out.write_text(head + table(rows))
 
 
 if __name__ == "__main__":

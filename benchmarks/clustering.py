@@ -7,7 +7,6 @@ own. It writes ``clustering.json``, ``.md`` and ``.png`` after every size.
 
 import tempfile
 import time
-from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from moee_analysis.extraction.cluster.spanning_tree import find_neighbours, grow
 from moee_analysis.extraction.record.recording import Recording
 from moee_analysis.extraction.record.tokens import TokenPlan
 from moee_analysis.models.loading import find_mlps, load_model
-from moee_analysis.utils.storage.files import write_json
 
 SIZES = (1000, 2500, 5000, 10_000, 20_000, 40_000, 100_000)
 WARM = 300  # points that are clustered before the clock starts
@@ -65,17 +63,13 @@ def run(
 ) -> list[Row]:
     """Measure both systems at all ``sizes``, hdbscan up to its limit; write the files of ``out``.
 
-    Raises
-    ------
-    MoeeError
-        Model, weights or images that cannot be loaded; no such layer; too few tokens.
+    What cannot be loaded is refused, and a layer that is not there, and too few tokens.
     """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "points.npy"
         facts = common.in_process(save_points, source, file, max(sizes))
         facts |= {"settings": asdict(settings)} | common.circumstances()
-        out.mkdir(parents=True, exist_ok=True)
         for size in sorted(sizes):
             systems = (OURS, THEIRS) if size <= hdbscan_limit else (OURS,)
             new = compare([common.in_process(measure, s, file, size, settings) for s in systems])
@@ -161,14 +155,13 @@ def compare(rows: list[Row]) -> list[Row]:
 
 def write(out: Path, facts: Row, rows: Sequence[Row]) -> None:
     """Write JSON, Markdown and a figure into ``out``."""
-    found = exponents(rows)
-    write_json(out / "clustering.json", {"facts": facts, "rows": list(rows), "exponents": found})
-    caption = caption_of(facts)
-    (out / "clustering.md").write_text(f"{table_of(rows)}\n\n{caption}\n")
+    found, caption = exponents(rows), _caption(facts)
     table = pd.DataFrame(rows)[["system", "tokens", "seconds", "peak_gb"]]
     table["exponent"] = table["system"].map(found).astype(float)
     table["system"] = table["system"].map(NAMES)
-    clustering_time(table, caption=caption).savefig(out / "clustering.png")
+    content = {"facts": facts, "rows": list(rows), "exponents": found}
+    text, figure = f"{_table(rows)}\n\n{caption}\n", clustering_time(table, caption=caption)
+    common.write_files(out, "clustering", content, text, figure)
 
 
 def exponents(rows: Iterable[Row]) -> dict[str, float]:
@@ -184,11 +177,13 @@ def exponents(rows: Iterable[Row]) -> dict[str, float]:
 
 def as_text(row: Row) -> str:
     """One row in a line, while others are still measured."""
-    told = f"{row['tokens']:>7,} tokens, {NAMES[row['system']]}: {row['seconds']:.2f} s"
-    return f"{told}, {row['peak_gb']:.2f} GB, {row['clusters']} clusters, {row['noise']:.1%} noise"
+    return (
+        f"{row['tokens']:>7,} tokens, {NAMES[row['system']]}: {row['seconds']:.2f} s, "
+        f"{row['peak_gb']:.2f} GB, {row['clusters']} clusters, {row['noise']:.1%} noise"
+    )
 
 
-def table_of(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     """Both systems side by side, one line for each number of tokens."""
     header = [
         "tokens", "products (s)", "neighbours, Borůvka, labels (%)", "searched again (%)",
@@ -215,7 +210,7 @@ def _line(ours: Row, theirs: Row | None) -> list[str]:
     ]  # fmt: skip
 
 
-def caption_of(facts: Row) -> str:
+def _caption(facts: Row) -> str:
     """What the numbers are of, in a few sentences."""
     images, settings = facts["images"], facts["settings"]
     return (
@@ -233,19 +228,7 @@ def caption_of(facts: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with common.command(_parser(), argv) as asked:
-        source = Source(
-            asked.model, asked.weights, asked.images, asked.layer, asked.seed, asked.limit
-        )
-        settings = Settings(asked.min_samples, asked.min_cluster_size)
-        run(
-            source, settings, sizes=asked.sizes, hdbscan_limit=asked.hdbscan_limit, out=asked.out
-        )  # fmt: skip
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("clustering", __doc__, out="docs/speed")
-    common.add_model(parser)
+    parser = common.parser_of("clustering", __doc__, *common.MODEL, "--seed", out="docs/speed")
     add = parser.add_argument
     add("--images", default="bundled", help="folder of class folders")
     add("--limit", type=int, help="images to take the tokens from; else all")
@@ -254,8 +237,13 @@ def _parser() -> ArgumentParser:
     add("--hdbscan-limit", type=int, default=10_000, help="most tokens that hdbscan clusters")
     add("--min-samples", type=int, default=10)
     add("--min-cluster-size", type=float, default=0.01, help="as a share of the tokens")
-    add("--seed", type=int, default=0, help="of the order in which tokens are drawn")
-    return parser
+    with common.command(parser, argv) as asked:
+        source = Source(
+            asked.model, asked.weights, asked.images, asked.layer, asked.seed, asked.limit
+        )
+        settings = Settings(asked.min_samples, asked.min_cluster_size)
+        limits = {"sizes": asked.sizes, "hdbscan_limit": asked.hdbscan_limit}
+        run(source, settings, **limits, out=asked.out)
 
 
 if __name__ == "__main__":

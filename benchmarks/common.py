@@ -1,4 +1,4 @@
-"""What the benchmarks share: their commands, the facts behind their numbers, their tables."""
+"""What the benchmarks share: their commands, the facts behind their numbers, their files."""
 
 import json
 import resource
@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from moee_analysis.data.images import ImageSet, load_images
@@ -21,39 +22,34 @@ from moee_analysis.extraction.config import PRESETS, preset_named
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.utils.environment import describe_device, store_folder, versions
+from moee_analysis.utils.storage.files import write_json
 
 Row = dict[str, Any]
 
-# The command
+MODEL = ("--model", "--weights")
+INPUTS = (*MODEL, "--calibration", "--images", "--preset")
 
 
-def parser_of(name: str, doc: str, *, out: str) -> ArgumentParser:
-    """Parser of a benchmark's command, with the folder that it writes to."""
+def parser_of(name: str, doc: str, *options: str, out: str) -> ArgumentParser:
+    """Parser of a benchmark's command, with the folder that it writes to and shared ``options``."""
+    folder = {"default": "bundled", "help": "folder of class folders"}
+    shared: dict[str, dict[str, Any]] = {
+        "--model": {"default": "bundled", "help": "'bundled' or a timm model name"},
+        "--weights": {"help": "a local .safetensors or .pth state dict"},
+        "--calibration": folder,
+        "--images": folder | {"help": "folder of class folders, others than these"},
+        "--preset": {"default": "small", "choices": PRESETS},
+        "--store": {"type": Path, "default": store_folder(),
+                    "help": "of recordings and runs; else your own"},
+        "--limit": {"type": int, "help": "images to measure on; else as many as the preset says"},
+        "--seeds": {"type": int, "nargs": "+", "default": [0]},
+        "--seed": {"type": int, "default": 0},
+    }  # fmt: skip
     parser = ArgumentParser(prog=name, description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(out))
+    for option in options:
+        parser.add_argument(option, **shared[option])
     return parser
-
-
-def add_model(parser: ArgumentParser) -> None:
-    """Add the options that say which model."""
-    parser.add_argument("--model", default="bundled", help="'bundled' or a timm model name")
-    parser.add_argument("--weights", help="a local .safetensors or .pth state dict")
-
-
-def add_inputs(parser: ArgumentParser) -> None:
-    """Add the options that say which model, and which images."""
-    add_model(parser)
-    add = parser.add_argument
-    add("--calibration", default="bundled", help="folder of class folders")
-    add("--images", default="bundled", help="folder of class folders, others than these")
-    add("--preset", default="small", choices=PRESETS)
-
-
-def add_store(parser: ArgumentParser) -> None:
-    """Add the option that says which store."""
-    parser.add_argument(
-        "--store", type=Path, default=store_folder(), help="of recordings and runs; else your own"
-    )
 
 
 @contextmanager
@@ -95,8 +91,8 @@ def peak_bytes() -> float:
 
 def facts_of(model: nn.Module, **sets: ImageSet) -> Row:
     """Model and images that decide the numbers."""
-    told = {k: {"name": s.name, "count": len(s), "sha256": s.fingerprint} for k, s in sets.items()}
-    return {"model": {"name": architecture(model), "sha256": fingerprint(model)}, **told}
+    named = {k: {"name": s.name, "count": len(s), "sha256": s.fingerprint} for k, s in sets.items()}
+    return {"model": {"name": architecture(model), "sha256": fingerprint(model)}, **named}
 
 
 def circumstances(device: str = "cpu") -> Row:
@@ -105,6 +101,11 @@ def circumstances(device: str = "cpu") -> Row:
         "date": datetime.now(tz=UTC).date().isoformat(), "machine": describe_device(device),
         "threads": torch.get_num_threads(), "versions": versions(),
     }  # fmt: skip
+
+
+def place_and_time(facts: Row) -> str:
+    """How every caption ends."""
+    return f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}."
 
 
 def read_results(file: Path, facts: Row) -> Row | None:
@@ -121,7 +122,16 @@ def read_results(file: Path, facts: Row) -> Row | None:
     return content
 
 
-# Tables
+# Files
+
+
+def write_files(out: Path, name: str, content: Row, text: str, figure: Figure | None) -> None:
+    """Write the JSON, the Markdown and the figure that are called ``name`` into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{name}.json", content)
+    (out / f"{name}.md").write_text(text)
+    if figure is not None:
+        figure.savefig(out / f"{name}.png")
 
 
 def as_markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -134,9 +144,10 @@ def plural(word: str, values: Sequence[object]) -> str:
     return f"{word}{'s' * (len(values) > 1)} {', '.join(map(str, values))}"
 
 
-def percent_change(saved: float) -> str:
-    """``−28.0``: what a share that is saved changes, in percent."""
-    return f"{-100 * saved:+.1f}".replace("-", "−")
+def percent_changes(row: Row) -> list[str]:
+    """``−28.0``: what the shares of MACs and of parameters that are saved change, in percent."""
+    saved = (row["macs_reduction"], row["params_reduction"])
+    return [f"{-100 * share:+.1f}".replace("-", "−") for share in saved]
 
 
 def interval(row: Row, value: str, low: str, high: str) -> str:

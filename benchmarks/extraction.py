@@ -9,7 +9,6 @@ import cProfile
 import pstats
 import tempfile
 import time
-from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +25,11 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config import PRESETS, ExtractConfig
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.recording import BATCH
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import architecture, load_model
-from moee_analysis.utils.storage.files import write_json
 
 STAGES = {
     "recording": ("recording.py", ("_record_into",)),
@@ -66,7 +64,6 @@ def run(tasks: Sequence[Task], out: Path) -> list[Row]:
     """
     rows: list[Row] = []
     facts = common.in_process(facts_of, tasks[-1]) | common.circumstances()
-    out.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         rows.append(common.in_process(measure, task))
         print(as_text(rows[-1]), flush=True)
@@ -114,11 +111,11 @@ def stage_seconds(profile: cProfile.Profile) -> dict[str, float]:
     seconds: Counter[tuple[str, str]] = Counter()
     for (path, _, name), (_, _, _, cumulative, _) in pstats.Stats(profile).stats.items():
         seconds[Path(path).name, name] += cumulative
-    found = {
-        stage: float(sum(seconds[file, name] for name in names))
+    return {
+        stage: float(spent)
         for stage, (file, names) in STAGES.items()
+        if (spent := sum(seconds[file, name] for name in names))
     }
-    return {stage: spent for stage, spent in found.items() if spent}
 
 
 def facts_of(task: Task) -> Row:
@@ -143,10 +140,9 @@ def _loaded(task: Task) -> tuple[nn.Module, ImageSet]:
 
 def write(out: Path, facts: Row, rows: Sequence[Row]) -> None:
     """Write all three files into ``out``."""
-    write_json(out / "extraction.json", {"facts": facts, "rows": list(rows)})
-    caption = caption_of(facts)
-    (out / "extraction.md").write_text(f"{table_of(rows)}\n\n{caption}\n")
-    extraction_time(for_figure(rows), caption=caption).savefig(out / "extraction.png")
+    caption, content = _caption(facts), {"facts": facts, "rows": list(rows)}
+    figure = extraction_time(for_figure(rows), caption=caption)
+    common.write_files(out, "extraction", content, f"{_table(rows)}\n\n{caption}\n", figure)
 
 
 def for_figure(rows: Sequence[Row]) -> pd.DataFrame:
@@ -168,7 +164,7 @@ def as_text(row: Row) -> str:
     )
 
 
-def table_of(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     """One line for each extraction; stages in per cent of its time."""
     stages = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
     stages.sort(key="other".__eq__)
@@ -187,7 +183,7 @@ def _line(row: Row, stages: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def caption_of(facts: Row) -> str:
+def _caption(facts: Row) -> str:
     """What the numbers are of, in a few sentences."""
     return (
         f"Extraction of {facts['model']['name']}, preset {facts['preset']}, "
@@ -202,24 +198,17 @@ def caption_of(facts: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with common.command(_parser(), argv) as asked:
+    options = (*common.MODEL, "--calibration", "--preset", "--seed")
+    parser = common.parser_of("extraction", __doc__, *options, out="docs/speed")
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=(250, 500, 1000), help="numbers of images")
+    add("--recipe", nargs="+", default=("best", "paper"), choices=("best", "paper"))
+    add("--macs-reduction", type=float, default=0.28, help="share of the dense MACs to save")
+    with common.command(parser, argv) as asked:
         given = asked.model, asked.weights, asked.calibration
         settings = {name: getattr(asked, name) for name in ("macs_reduction", "preset", "seed")}
         pairs = product(sorted(asked.sizes), asked.recipe)
         run([Task(*given, size, recipe, settings) for size, recipe in pairs], asked.out)
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("extraction", __doc__, out="docs/speed")
-    common.add_model(parser)
-    add = parser.add_argument
-    add("--calibration", default="bundled", help="folder of class folders")
-    add("--sizes", type=int, nargs="+", default=(250, 500, 1000), help="numbers of images")
-    add("--recipe", nargs="+", default=("best", "paper"), choices=("best", "paper"))
-    add("--preset", default="small", choices=PRESETS)
-    add("--macs-reduction", type=float, default=0.28, help="share of the dense MACs to save")
-    add("--seed", type=int, default=0)
-    return parser
 
 
 if __name__ == "__main__":

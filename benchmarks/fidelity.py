@@ -8,7 +8,6 @@ budget too, on images that were not used for calibration. It writes ``fidelity.j
 
 import math
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -145,7 +144,6 @@ def run(
     found = common.read_results(out / "fidelity.json", bench.facts())
     facts = found["facts"] if found else bench.facts() | common.circumstances()
     rows = [row for row in found["rows"] if row["system"] in SYSTEMS] if found else []
-    out.mkdir(parents=True, exist_ok=True)
     tasks = [(point, seed) for point in points for seed in seeds]
     for number, (point, seed) in enumerate(tasks, start=1):
         known = {row["key"] for row in rows}
@@ -227,32 +225,24 @@ def _as_text(row: Row) -> str:
     if row["reason"]:
         return f"{row['system']}: {row['reason']}"
     retention, kl = (math.nan if row[n] is None else row[n] for n in ("retention", "kl"))
+    macs, params = common.percent_changes(row)
     return (
         f"{row['system']}: retention {retention:.1%}, KL {kl:.3f}, "
-        f"MACs {common.percent_change(row['macs_reduction'])} %, "
-        f"parameters {common.percent_change(row['params_reduction'])} %, {row['seconds']:.0f} s"
+        f"MACs {macs} %, parameters {params} %, {row['seconds']:.0f} s"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with common.command(_parser(), argv) as asked:
-        bench = Bench(*common.inputs(asked, limit=asked.limit), asked.preset, asked.store)
-        run(
-            bench, systems=asked.systems, points=asked.points, seeds=asked.seeds, out=asked.out
-        )  # fmt: skip
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("fidelity", __doc__, out="reports/fidelity")
-    common.add_inputs(parser)
-    common.add_store(parser)
+    options = (*common.INPUTS, "--store", "--limit", "--seeds")
+    parser = common.parser_of("fidelity", __doc__, *options, out="reports/fidelity")
     add = parser.add_argument
-    add("--limit", type=int, help="images to measure on; else as many as the preset says")
-    add("--seeds", type=int, nargs="+", default=[0])
     add("--points", type=Point.parsed, nargs="+", default=POINTS, help="as in 0.28 0.29/0.20")
     add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
-    return parser
+    with common.command(parser, argv) as asked:
+        bench = Bench(*common.inputs(asked, limit=asked.limit), asked.preset, asked.store)
+        what = {name: getattr(asked, name) for name in ("systems", "points", "seeds")}
+        run(bench, **what, out=asked.out)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import pandas as pd
 from common import Row
 from figures import fidelity
 
-from moee_analysis.utils.storage.files import write_json
-
 COLUMNS = (
     "system", "family", "macs_asked", "params_asked", "seed", "top1", "retention", "retention_low",
     "retention_high", "agreement", "kl", "macs_reduction", "params_reduction", "seconds",
@@ -31,12 +29,12 @@ _LEFT_OUT = (  # of a figure with more of them: close to others
 
 def write(out: Path, facts: Row, rows: Sequence[Row], *, order: Sequence[str]) -> pd.DataFrame:
     """Write all four files into ``out``, systems in their ``order``; return the CSV's table."""
-    write_json(out / "fidelity.json", {"facts": facts, "rows": list(rows)})
     table = table_of(rows, order)
+    summary, caption = over_seeds(table), _caption(facts, table)
+    content, text = {"facts": facts, "rows": list(rows)}, f"{_text(summary)}\n{caption}\n"
+    figure = fidelity(for_figure(summary), caption=caption)
+    common.write_files(out, "fidelity", content, text, figure)
     table.to_csv(out / "fidelity.csv", index=False)
-    summary, caption = over_seeds(table), caption_of(facts, table)
-    (out / "fidelity.md").write_text(f"{text_of(summary)}\n{caption}\n")
-    fidelity(for_figure(summary), caption=caption).savefig(out / "fidelity.png")
     return table
 
 
@@ -78,7 +76,7 @@ def _place(row: Row) -> tuple[bool, float, float]:
 # Words
 
 
-def text_of(summary: pd.DataFrame) -> str:
+def _text(summary: pd.DataFrame) -> str:
     """Retention of every system at every point, all numbers, and what could not be reached."""
     rows = summary.to_dict("records")
     missing = [row for row in rows if isinstance(row["reason"], str)]
@@ -86,7 +84,7 @@ def text_of(summary: pd.DataFrame) -> str:
     return "\n\n".join(filter(None, [_overview(rows), _details(rows), reasons])) + "\n"
 
 
-def caption_of(facts: Row, table: pd.DataFrame) -> str:
+def _caption(facts: Row, table: pd.DataFrame) -> str:
     """What the numbers are of, in a few sentences."""
     images, calibration = facts["images"], facts["calibration"]
     seeds = sorted(table["seed"].unique())
@@ -99,7 +97,7 @@ def caption_of(facts: Row, table: pd.DataFrame) -> str:
         f"({calibration['name']}); preset {facts['preset']}, {common.plural('seed', seeds)}. "
         "MACs: routers included (random routing has none), with the routes of the evaluated "
         "images. Seconds: of what the store did not hold yet. "
-        f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}."
+        f"{common.place_and_time(facts)}"
     )
 
 
@@ -122,7 +120,7 @@ def _details(rows: Sequence[Row]) -> str:
         [
             _budget(row), row["system"], f"{100 * row['top1']:.1f}", _retention(row),
             f"{100 * row['agreement']:.1f}", f"{row['kl']:.3f}",
-            *(common.percent_change(row[f"{each}_reduction"]) for each in ("macs", "params")),
+            *common.percent_changes(row),
             f"{row['seconds']:.0f}",
         ]
         for row in sorted(rows, key=_place)

@@ -6,7 +6,6 @@ trained with. It writes ``fine_tuning.json``, ``.csv``, ``.md`` and ``.png``, an
 trainings as ``history.csv`` and ``.png``. What the store holds is not made again.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +19,8 @@ from fidelity_tables import budget_name
 from moee_analysis import measure, plots
 from moee_analysis.cli.parser import FINETUNE_SETTINGS, add_options, settings
 from moee_analysis.data.images import ImageSet, load_images
-from moee_analysis.training.finetune import finetune
 from moee_analysis.training.config import FinetuneConfig
-from moee_analysis.utils.storage.files import write_json
+from moee_analysis.training.finetune import finetune
 
 TUNED = {name: read for name, read in FINETUNE_SETTINGS.items() if name != "seed"}
 HEAD = (
@@ -57,7 +55,6 @@ def run(
         for name, own in runs.items()
         for at, each in zip(named.values(), own, strict=True)
     ]
-    out.mkdir(parents=True, exist_ok=True)
     facts = bench.facts() | {"config": asdict(config), "training": training.name}
     _write(out, table, pd.concat(curves, ignore_index=True), facts)
     return table
@@ -66,11 +63,11 @@ def run(
 def _write(out: Path, table: pd.DataFrame, curves: pd.DataFrame, facts: Row) -> None:
     caption = table.attrs["caption"]
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    write_json(out / "fine_tuning.json", {"facts": facts | common.circumstances(), "rows": rows})
+    content = {"facts": facts | common.circumstances(), "rows": rows}
+    text, figure = f"{text_of(table)}\n\n{caption}\n", plots.fine_tuning(table, caption=caption)
+    common.write_files(out, "fine_tuning", content, text, figure)
     table.to_csv(out / "fine_tuning.csv", index=False)
     curves.to_csv(out / "history.csv", index=False)
-    (out / "fine_tuning.md").write_text(f"{text_of(table)}\n\n{caption}\n")
-    plots.fine_tuning(table, caption=caption).savefig(out / "fine_tuning.png")
     told = f"held-out training images, seed {facts['config']['seed']}; a ring: the epoch kept."
     plots.history(curves, caption=told).savefig(out / "history.png")
 
@@ -81,28 +78,16 @@ def text_of(table: pd.DataFrame) -> str:
     ordered = table.sort_values(["system", "budget"], kind="stable")
     for names, rows in ordered.groupby(by, sort=False):
         mean = rows.drop(columns=by).mean()
-        saved = (common.percent_change(mean[f"{each}_reduction"]) for each in ("macs", "params"))
         kept = common.interval(mean, "mean", "low", "high")
-        lines.append([*names, kept, f"{100 * mean['agreement']:.1f}", f"{mean['kl']:.4f}", *saved])
+        closeness = [f"{100 * mean['agreement']:.1f}", f"{mean['kl']:.4f}"]
+        lines.append([*names, kept, *closeness, *common.percent_changes(mean)])
     return common.as_markdown(HEAD, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with common.command(_parser(), argv) as asked:
-        config = FinetuneConfig(**{name: getattr(asked, name) for name in TUNED})
-        bench = Bench(*common.inputs(asked), asked.preset, asked.store)
-        training = load_images(asked.training, split="train", limit=asked.limit)
-        run(
-            bench, training, config, systems=asked.systems, points=asked.points,
-            seeds=asked.seeds, out=asked.out,
-        )  # fmt: skip
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("fine_tuning", __doc__, out="reports/fine_tuning")
-    common.add_inputs(parser)
-    common.add_store(parser)
+    options = (*common.INPUTS, "--store")
+    parser = common.parser_of("fine_tuning", __doc__, *options, out="reports/fine_tuning")
     add = parser.add_argument
     add("--training", default="bundled", help="folder of class folders to train on")
     add("--limit", type=int, help="images to train on; else all")
@@ -110,7 +95,12 @@ def _parser() -> ArgumentParser:
     add("--points", type=Point.parsed, nargs="+", default=[Point(0.36, 0.32)])
     add("--systems", nargs="+", default=["best", "fisher OBS, CLS apart"], choices=SYSTEMS)
     add_options(parser, "finetune", settings(FinetuneConfig, TUNED))
-    return parser
+    with common.command(parser, argv) as asked:
+        config = FinetuneConfig(**{name: getattr(asked, name) for name in TUNED})
+        bench = Bench(*common.inputs(asked), asked.preset, asked.store)
+        training = load_images(asked.training, split="train", limit=asked.limit)
+        what = {name: getattr(asked, name) for name in ("systems", "points", "seeds")}
+        run(bench, training, config, **what, out=asked.out)
 
 
 if __name__ == "__main__":

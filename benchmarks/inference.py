@@ -8,16 +8,20 @@ slow each other down many times over: set ``OMP_WAIT_POLICY=PASSIVE``.
 """
 
 import copy
-from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import common
+import numpy as np
+import pandas as pd
 import torch
 from common import Row
 from fidelity import Bench, Point, savings
-from inference_tables import DENSE, Plan, as_text, describe, reasons, speed, write
+from figures import inference
 from torch import nn
 from torch.utils.benchmark import set_torch_threads, timer
 
@@ -38,6 +42,27 @@ from moee_analysis.moe.layer import all_mlps, moe_layers, set_dispatch, without_
 EXTRACTED = {"static pruning": "fisher OBS", "best": "best"}  # as they are called in fidelity.py
 ATTENTION = {"read": "best, attention as read", "low_rank": "best, attention too"}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+DENSE = "dense"
+
+COLUMNS = (
+    "system", "batch", "threads", "ms", "dense_ms", "speedup", "speedup_low", "speedup_high",
+    "promised", "reached", "first_call", "ways",
+)  # fmt: skip
+"""Of the table. ``ms`` and ``dense_ms`` are of one call with the whole batch, ``first_call`` is in
+seconds; ``speedup`` and its quartiles are of the ratios dense / system within a round; ``reached``
+is the share of the ``promised`` gain over the dense model, nan where none is promised."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed: every batch with every number of threads, so many rounds of ``seconds``."""
+
+    batches: tuple[int, ...]
+    threads: tuple[int, ...]
+    seconds: float
+    rounds: int
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -138,6 +163,36 @@ def time_first_call(model: nn.Module, x: torch.Tensor) -> float:
     return timer() - start
 
 
+def speed(times: Sequence[float], dense: Sequence[float], *, promised: float) -> Row:
+    """Numbers of a system from its milliseconds, and those of the dense model, in each round."""
+    low, median, high = np.quantile(np.divide(dense, times), [0.25, 0.5, 0.75]).tolist()
+    return {
+        "ms": float(np.median(times)), "dense_ms": float(np.median(dense)),
+        "speedup": median, "speedup_low": low, "speedup_high": high, "promised": promised,
+        "reached": (median - 1) / (promised - 1) if promised > 1 else None,
+        "rounds_ms": list(times),
+    }  # fmt: skip
+
+
+def reasons(choices: Mapping[int, tuple[torch.Tensor, Choice]]) -> list[Row]:
+    """How each layer is computed, why, and the seconds of each strategy that was tried."""
+    return [
+        {
+            "layer": index, "way": str(choice.strategy), "reason": choice.reason,
+            "seconds": {str(each): seconds for each, seconds in choice.seconds.items()},
+        }
+        for index, (_, choice) in choices.items()
+    ]  # fmt: skip
+
+
+def as_text(row: Row) -> str:
+    """One row in a line, while others are still measured."""
+    return (
+        f"  {row['system']}: {row['ms']:.1f} ms, "
+        f"speed-up {row['speedup']:.2f} of {row['promised']:.2f}"
+    )
+
+
 def time_layers(
     model: nn.Module, dense: nn.Module, x: torch.Tensor, *, seconds: float
 ) -> list[Row]:
@@ -164,12 +219,93 @@ def choices(model: nn.Module, x: torch.Tensor) -> dict[int, tuple[torch.Tensor, 
     return made
 
 
+# The files
+
+
+def describe(dense: nn.Module, runs: Mapping[str, Extraction], images: ImageSet, plan: Plan) -> Row:
+    """What decides the numbers, and where they were made."""
+    return {
+        **common.facts_of(dense, images=images), "plan": asdict(plan),
+        "systems": {name: asdict(each.config) for name, each in runs.items()},
+        **common.circumstances(str(next(dense.parameters()).device)),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+    }  # fmt: skip
+
+
+def write(out: Path, facts: Row, rows: Sequence[Row], layers: Sequence[Row]) -> None:
+    """Write all three files into ``out``."""
+    table, caption = table_of(rows), _caption(facts)
+    content = {"facts": facts, "rows": list(rows), "layers": list(layers)}
+    text, figure = f"{_text(table)}\n\n{caption}\n", inference(table, caption=caption)
+    common.write_files(out, "inference", content, text, figure)
+
+
+def table_of(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows as a table of :data:`COLUMNS`, in their order."""
+    found = [row | {"ways": count_ways(row["choices"])} for row in rows]
+    return pd.DataFrame(found, columns=list(COLUMNS)).astype({"reached": "float64"})
+
+
+def count_ways(choices: Iterable[Row]) -> str:
+    """``3 masked; 8 sorted, 16 groups``: how many layers are computed in which way."""
+    counted = Counter(choice["way"] for choice in choices)
+    return "; ".join(f"{count} {way}" for way, count in counted.most_common())
+
+
+def _text(table: pd.DataFrame) -> str:
+    """One line for each row, in units that are read easily."""
+    header = [
+        "threads", "batch", "system", "ms", "dense, ms", "speed-up (quartiles)", "promised",
+        "gain reached (%)", "first call (s)", "routed layers",
+    ]  # fmt: skip
+    lines = [
+        [
+            str(row.threads), str(row.batch), row.system, f"{row.ms:.1f}", f"{row.dense_ms:.1f}",
+            f"{row.speedup:.2f} ({row.speedup_low:.2f} to {row.speedup_high:.2f})",
+            f"{row.promised:.2f}",
+            "–" if pd.isna(row.reached) else f"{100 * row.reached:.0f}".replace("-", "−"),
+            f"{row.first_call:.2f}", row.ways or "–",
+        ]
+        for row in table.itertuples()
+    ]  # fmt: skip
+    return common.as_markdown(header, lines)
+
+
+def _caption(facts: Row) -> str:
+    """What the numbers are of, in a few sentences."""
+    plan, images = facts["plan"], facts["images"]
+    seeds = sorted({config["seed"] for config in facts["systems"].values()})
+    return (
+        f"{facts['model']['name']}, nothing trained, {common.plural('seed', seeds)}: "
+        "how many times as fast as the dense model in the same round; medians and quartiles of "
+        f"n = {plan['rounds']} rounds, in which all take turns, "
+        f"each for {plan['seconds']:g} s or more, with batches of different images. Promised: the "
+        f"dense model's MACs over those with the routes of {images['count']} images "
+        f"({images['name']}), routers included. "
+        f"{plan['precision']}; threads: {', '.join(map(str, plan['threads']))}; "
+        f"{common.place_and_time(facts)}"
+    )
+
+
 # The command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with common.command(_parser(), argv) as asked:
+    options = (*common.INPUTS, "--store", "--seed")
+    parser = common.parser_of("inference", __doc__, *options, out="reports/inference")
+    add = parser.add_argument
+    add("--limit", type=int, help="images whose routes count; else as many as the preset says")
+    add("--macs-reduction", type=float, default=0.28, help="share of the dense MACs to save")
+    add("--attention", nargs="*", default=["read"], choices=ATTENTION, help="in the budget too")
+    add("--run", type=Path, action="append", help="a saved run to time; then none is extracted")
+    add("--batches", type=_numbers, default=(1, 8, 64), help="images at a time, as in 1,8,64")
+    add("--threads", type=_numbers, help="as in 1,2; else powers of two up to torch's own number")
+    add("--seconds", type=float, default=0.5, help="of one measurement, at least")
+    add("--rounds", type=int, default=9, help="measurements of every system")
+    add("--precision", default="fp32", choices=PRECISIONS)
+    add("--device", default="cpu")
+    with common.command(parser, argv) as asked:
         most = torch.get_num_threads()
         threads = asked.threads or (thread_counts(most) if asked.device == "cpu" else (most,))
         plan = Plan(asked.batches, threads, asked.seconds, asked.rounds, precision=asked.precision)
@@ -214,25 +350,6 @@ def extract_runs(
         print(f"making: {name}", flush=True)
         runs[name] = bench.extracted(system, Point(asked.macs_reduction), asked.seed)
     return runs
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("inference", __doc__, out="reports/inference")
-    common.add_inputs(parser)
-    common.add_store(parser)
-    add = parser.add_argument
-    add("--limit", type=int, help="images whose routes count; else as many as the preset says")
-    add("--seed", type=int, default=0)
-    add("--macs-reduction", type=float, default=0.28, help="share of the dense MACs to save")
-    add("--attention", nargs="*", default=["read"], choices=ATTENTION, help="in the budget too")
-    add("--run", type=Path, action="append", help="a saved run to time; then none is extracted")
-    add("--batches", type=_numbers, default=(1, 8, 64), help="images at a time, as in 1,8,64")
-    add("--threads", type=_numbers, help="as in 1,2; else powers of two up to torch's own number")
-    add("--seconds", type=float, default=0.5, help="of one measurement, at least")
-    add("--rounds", type=int, default=9, help="measurements of every system")
-    add("--precision", default="fp32", choices=PRECISIONS)
-    add("--device", default="cpu")
-    return parser
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ and for every part of the study its learning curves, ends and differences as ``.
 What the store holds is not trained again: a study that was stopped goes on.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +24,6 @@ from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.measure import Trainings
 from moee_analysis.models.loading import BUNDLED, architecture, load_model
 from moee_analysis.training.config import SupervisedConfig
-from moee_analysis.utils.storage.files import write_json
 
 Write = Callable[[str, Any, pd.DataFrame], None]
 
@@ -76,13 +74,13 @@ def run(study: JetpackStudy, task: Task, *, parts: Sequence[str], store: Path, o
         _contributions(write, study, task, with_jetpack[0])
     caption = f"{task.told(study)} {trained[parts[0]].caption}"
     texts = [f"## {part.replace('_', ' ')}\n\n{text_of(t)}" for part, t in tables.items()]
-    (out / "jetpack.md").write_text("\n\n".join([*texts, caption]) + "\n")
     rows = {part: _plain(table) for part, table in tables.items()}
     facts = {
         "recipe": asdict(task.recipe), "seeds": list(task.seeds), "caption": caption,
         "successor": asdict(study.jetpack_config()), **common.circumstances(),
     }  # fmt: skip
-    write_json(out / "jetpack.json", {"facts": facts, "rows": rows})
+    text = "\n\n".join([*texts, caption]) + "\n"
+    common.write_files(out, "jetpack", {"facts": facts, "rows": rows}, text, None)
 
 
 def _write_part(write: Write, part: str, trained: Trainings, task: Task) -> pd.DataFrame:
@@ -145,23 +143,7 @@ def text_of(table: pd.DataFrame) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and say where the files are."""
-    with common.command(_parser(), argv) as asked:
-        given = {name: getattr(asked, name) for name in RECIPE}
-        recipe = SupervisedConfig(**{name: v for name, v in given.items() if v is not None})
-        calibration = load_images(split="calibration", limit=asked.calibration)
-        dense = load_model(asked.model)
-        study = JetpackStudy(dense, calibration, width=asked.width, store=asked.store)
-        sets = load_images(split="train"), load_images()
-        if asked.classes:
-            sets = tuple(each.of_classes(asked.classes) for each in sets)
-        training, images = sets[0].limit(asked.limit), sets[1].limit(asked.evaluated)
-        task = Task(training, images, recipe, asked.seeds, workers=asked.workers)
-        run(study, task, parts=asked.parts, store=asked.store, out=asked.out)
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("jetpack", __doc__, out="reports/jetpack")
-    common.add_store(parser)
+    parser = common.parser_of("jetpack", __doc__, "--store", out="reports/jetpack")
     add = parser.add_argument
     add("--model", default=BUNDLED, help="the predecessor: bundled or bundled_convnext")
     add("--width", type=int, help="channels of the successors; else half of its own")
@@ -174,7 +156,19 @@ def _parser() -> ArgumentParser:
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     for name, kind in RECIPE.items():
         add(f"--{name.replace('_', '-')}", type=kind, help="as in SupervisedConfig")
-    return parser
+    with common.command(parser, argv) as asked:
+        given = {name: getattr(asked, name) for name in RECIPE}
+        recipe = SupervisedConfig(**{name: v for name, v in given.items() if v is not None})
+        calibration = load_images(split="calibration", limit=asked.calibration)
+        study = JetpackStudy(
+            load_model(asked.model), calibration, width=asked.width, store=asked.store
+        )
+        sets = load_images(split="train"), load_images()
+        if asked.classes:
+            sets = tuple(each.of_classes(asked.classes) for each in sets)
+        training, images = sets[0].limit(asked.limit), sets[1].limit(asked.evaluated)
+        task = Task(training, images, recipe, asked.seeds, workers=asked.workers)
+        run(study, task, parts=asked.parts, store=asked.store, out=asked.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ writes ``rivals.json``, ``.csv`` and ``.md``, and two figures, after each budget
 ``rivals.json`` are not measured again.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from moee_analysis.measure.evaluation.comparison import (
     compare,
     comparison_table,
 )
-from moee_analysis.utils.storage.files import write_json
 
 HEAD = (
     "system", "top-1 kept (%)", "agreement (%)", "KL (nats)",
@@ -57,13 +55,11 @@ def run(
 
 def write(out: Path, facts: Row, rows: Sequence[Row]) -> None:
     """Write all files into ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: row["macs_asked"])
     table = comparison_table(rows)
-    write_json(out / "rivals.json", {"facts": facts, "rows": rows})
+    caption, content = _caption(facts, table), {"facts": facts, "rows": rows}
+    common.write_files(out, "rivals", content, f"{text_of(table)}\n{caption}\n", None)
     table.to_csv(out / "rivals.csv", index=False)
-    caption = _caption(facts, table)
-    (out / "rivals.md").write_text(f"{text_of(table)}\n{caption}\n")
     for plot in (plots.comparison, plots.routing_controls):
         plot(table, caption=caption).savefig(out / f"{plot.__name__}.png")
 
@@ -89,7 +85,7 @@ def _line(name: str, row: pd.Series) -> list[str]:
     return [
         name, common.interval(row, "mean", "low", "high"), f"{100 * row['agreement']:.1f}",
         f"{row['kl']:.3f}", ", ".join(_known(100 * row[control], ".1f") for control in controls),
-        *(common.percent_change(row[f"{each}_reduction"]) for each in ("macs", "params")),
+        *common.percent_changes(row),
         _known(row["speed_up"], ".2f"), _known(row["entropy"], ".2f"), f"{row['seconds']:.0f}",
     ]  # fmt: skip
 
@@ -105,31 +101,22 @@ def _caption(facts: Row, table: pd.DataFrame) -> str:
         f"dense model's top-1 ({table['dense_top1'].max():.1%}) on {images['count']} images "
         f"({images['name']}), calibrated on {calibration['count']} others ({calibration['name']}); "
         f"preset {facts['preset']}, {common.plural('seed', facts['seeds'])}. "
-        f"{table.attrs['caption']} Seconds: of what the store did not hold yet. {facts['date']}, "
-        f"{facts['machine']}, torch {facts['versions']['torch']}."
+        f"{table.attrs['caption']} Seconds: of what the store did not hold yet. "
+        f"{common.place_and_time(facts)}"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    with common.command(_parser(), argv) as asked:
-        contest = Contest(*common.inputs(asked, limit=asked.limit), asked.preset, asked.store)
-        run(
-            contest, macs_reductions=asked.macs_reductions, seeds=asked.seeds,
-            systems=asked.systems, out=asked.out,
-        )  # fmt: skip
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("rivals", __doc__, out="reports/rivals")
-    common.add_inputs(parser)
-    common.add_store(parser)
+    options = (*common.INPUTS, "--store", "--limit", "--seeds")
+    parser = common.parser_of("rivals", __doc__, *options, out="reports/rivals")
     add = parser.add_argument
-    add("--limit", type=int, help="images to measure on; else as many as the preset says")
     add("--macs-reductions", type=float, nargs="+", default=POINTS, help="shares to save")
-    add("--seeds", type=int, nargs="+", default=[0])
     add("--systems", nargs="+", choices=SYSTEMS, help="else all")
-    return parser
+    with common.command(parser, argv) as asked:
+        contest = Contest(*common.inputs(asked, limit=asked.limit), asked.preset, asked.store)
+        what = {name: getattr(asked, name) for name in ("macs_reductions", "seeds", "systems")}
+        run(contest, **what, out=asked.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import math
 import pstats
 import tempfile
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,6 @@ from moee_analysis.extraction.record.token_source import (
     calibration_tokens,
 )
 from moee_analysis.models.macs import count
-from moee_analysis.utils.storage.files import write_json
 
 IMAGENET = 1_281_167  # images of the train set
 PROCESSES = (1, 8, 64)
@@ -127,7 +125,6 @@ def run(models: Sequence[str], images: ImageSet, out: Path, *, experts: int) -> 
         del model
     facts = {"measured": models[0], "experts": experts, "part": PART, "looked_at": IMAGES}
     facts |= common.circumstances()
-    out.mkdir(parents=True, exist_ok=True)
     write(out, facts, speed, known)
 
 
@@ -138,9 +135,8 @@ def write(out: Path, facts: Row, speed: Row, known: dict[str, Row]) -> None:
     """Write both files into ``out``."""
     plans = {name: worked_out(facts, speed, known, name) for name in known}
     content = {"facts": facts, "measured": speed, "sizes": known, "imagenet": plans}
-    write_json(out / "scale.json", content)
-    parts = [measured_table(speed), size_table(known), time_table(plans), caption_of(facts)]
-    (out / "scale.md").write_text("\n\n".join(parts) + "\n")
+    parts = [_measured_table(speed), _size_table(known), _time_table(plans), _caption(facts)]
+    common.write_files(out, "scale", content, "\n\n".join(parts) + "\n", None)
 
 
 def worked_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list[Row]:
@@ -172,32 +168,33 @@ def worked_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list
     ]
 
 
-def measured_table(speed: Row) -> str:
+def _measured_table(speed: Row) -> str:
     """Seconds of an image, as they were measured."""
     names = ["forward", "gradients", *(name for name in speed if name.startswith("sums"))]
     lines = [[name, f"{speed[name]:.3f}"] for name in names]
     return common.as_markdown(["of one image", "seconds"], lines)
 
 
-def size_table(known: dict[str, Row]) -> str:
+def _size_table(known: dict[str, Row]) -> str:
     """What every model costs, and bytes."""
     header = [
         "model", "GMACs", "M parameters", "tokens of an image (MB)", "weights (GB)",
         "sums (GB)", "memory (GB)", "passes",
     ]  # fmt: skip
-    lines = []
-    for name, own in known.items():
-        sizes = [f"{value / 1e9:.1f}" for value in own["memory"].values()]
-        total = f"{sum(own['memory'].values()) / 1e9:.1f}"
-        passes = " + ".join(str(count) for count in own["passes"].values())
-        lines.append(
-            [name, f"{own['macs'] / 1e9:.1f}", f"{own['parameters'] / 1e6:.0f}",
-             f"{own['tokens'] / 1e6:.1f}", *sizes, total, passes]
-        )  # fmt: skip
+    lines = [
+        [
+            name, f"{own['macs'] / 1e9:.1f}", f"{own['parameters'] / 1e6:.0f}",
+            f"{own['tokens'] / 1e6:.1f}",
+            *(f"{each / 1e9:.1f}" for each in own["memory"].values()),
+            f"{sum(own['memory'].values()) / 1e9:.1f}",
+            " + ".join(map(str, own["passes"].values())),
+        ]
+        for name, own in known.items()
+    ]  # fmt: skip
     return common.as_markdown(header, lines)
 
 
-def time_table(plans: dict[str, list[Row]]) -> str:
+def _time_table(plans: dict[str, list[Row]]) -> str:
     """Hours and traffic on the full train set."""
     header = [
         "model", "processes", "the model (h)", "sums (h)", "clustering (s)",
@@ -213,7 +210,7 @@ def time_table(plans: dict[str, list[Row]]) -> str:
     return common.as_markdown(header, lines)
 
 
-def caption_of(facts: Row) -> str:
+def _caption(facts: Row) -> str:
     """What the numbers are of."""
     return (
         f"{facts['measured']}, random weights, recipe best, {facts['experts']} experts a layer, "
@@ -227,21 +224,16 @@ def caption_of(facts: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
+    parser = common.parser_of("scale", __doc__, "--calibration", out="docs/speed")
+    add = parser.add_argument
+    add("--models", nargs="+", default=("deit_base_patch16_224", "vit_huge_patch14_224"))
+    add("--images", type=int, default=64, help="images that are measured")
+    add("--experts", type=int, default=16, help="of every layer")
     started = time.perf_counter()
-    with common.command(_parser(), argv) as asked:
+    with common.command(parser, argv) as asked:
         images = load_images(asked.calibration, split="calibration", limit=asked.images)
         run(asked.models, images, asked.out, experts=asked.experts)
         print(f"{time.perf_counter() - started:.0f} s")
-
-
-def _parser() -> ArgumentParser:
-    parser = common.parser_of("scale", __doc__, out="docs/speed")
-    add = parser.add_argument
-    add("--models", nargs="+", default=("deit_base_patch16_224", "vit_huge_patch14_224"))
-    add("--calibration", default="bundled", help="folder of class folders")
-    add("--images", type=int, default=64, help="images that are measured")
-    add("--experts", type=int, default=16, help="of every layer")
-    return parser
 
 
 if __name__ == "__main__":

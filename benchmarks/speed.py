@@ -9,14 +9,12 @@ from collections.abc import Sequence
 import clustering
 import extraction
 import inference
-from common import add_inputs, parser_of
+from common import INPUTS, parser_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all of them."""
-    parser = parser_of("speed", __doc__, out="reports/speed")
-    add_inputs(parser)
-    asked = parser.parse_args(argv)
+    asked = parser_of("speed", __doc__, *INPUTS, out="reports/speed").parse_args(argv)
     model = ["--model", asked.model, "--out", str(asked.out)]
     if asked.weights:
         model += ["--weights", asked.weights]

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import common
 import inference
-import inference_tables
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -55,8 +54,8 @@ def test_systems_and_their_layers_are_timed_at_every_batch_and_number_of_threads
         assert 0 < row["speedup_low"] <= row["speedup"] <= row["speedup_high"] < math.inf
         assert min(row["ms"], row["dense_ms"], row["first_call"]) > 0
         assert (row["reached"] is None) == (row["promised"] == 1)
-    table = inference_tables.table_of(rows)
-    assert list(table.columns) == list(inference_tables.COLUMNS)
+    table = inference.table_of(rows)
+    assert list(table.columns) == list(inference.COLUMNS)
     ways = table.set_index("system")["ways"]
     assert set(ways["dense"]) == {""}
     assert set(ways["best"]) == {"3 masked"}
@@ -80,7 +79,7 @@ def test_a_row_says_which_strategy_was_chosen_and_why(systems, monkeypatch):
         assert choice["reason"].startswith("fastest")
         assert choice["way"] == min(choice["seconds"], key=choice["seconds"].get)
     choices = [{"way": way} for way in ("sorted, 4 groups", "masked", "sorted, 4 groups")]
-    assert inference_tables.count_ways(choices) == "2 sorted, 4 groups; 1 masked"
+    assert inference.count_ways(choices) == "2 sorted, 4 groups; 1 masked"
 
 
 def test_numbers_of_threads_are_powers_of_two_and_the_most_and_an_error_sets_them_back(
@@ -103,11 +102,11 @@ def test_numbers_of_threads_are_powers_of_two_and_the_most_and_an_error_sets_the
 
 
 def test_speed_ups_are_ratios_within_a_round():
-    row = inference_tables.speed([1.0, 2.0, 4.0], [2.0, 5.0, 6.0], promised=1.5)
+    row = inference.speed([1.0, 2.0, 4.0], [2.0, 5.0, 6.0], promised=1.5)
     assert (row["ms"], row["dense_ms"], row["speedup"]) == (2, 5, 2)
     assert (row["speedup_low"], row["speedup_high"]) == (1.75, 2.25)
     assert row["reached"] == 2
-    assert inference_tables.speed([1.0], [1.0], promised=1.0)["reached"] is None
+    assert inference.speed([1.0], [1.0], promised=1.0)["reached"] is None
 
 
 def test_macs_promise_what_the_measure_counts(systems, runs):
