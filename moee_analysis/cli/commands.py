@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from moee_analysis.errors import MoeeError
@@ -26,38 +27,38 @@ Command = Callable[["Namespace"], int]
 
 def extract(arguments: Namespace) -> int:
     """Take a model apart and save the run."""
-    from moee_analysis.utils.distributed import together
-
-    with together():
-        return _extract(arguments)
-
-
-def _extract(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli import printing
     from moee_analysis.extraction.config import recipe_named
     from moee_analysis.extraction.run import check_target
     from moee_analysis.models.class_names import name_by_folders
-    from moee_analysis.utils.distributed import local_device, rank
+    from moee_analysis.utils.distributed import local_device, rank, together
     from moee_analysis.utils.progress import tell
 
-    bound = arguments.params_reduction is not None
-    clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
-    if arguments.reduce:
-        clustering = replace(clustering, reduce=arguments.reduce)
-    config = moee.ExtractConfig(**_settings(arguments, moee.ExtractConfig), clustering=clustering)
-    check_target(arguments.out)
-    model = _model(arguments, local_device(arguments.device))
-    check_target(arguments.out, wanted=sum(t.nbytes for t in model.state_dict().values()))
-    images = moee.load_images(arguments.calibration, split="calibration", strict=arguments.strict)
-    name_by_folders(model, images.classes)
-    sizes = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
-    limits = moee.Limits(**{name: 1e9 * size for name, size in sizes.items() if size is not None})
-    run = moee.extract(model, images, config, store=arguments.store, limits=limits)
-    if rank() == 0:
-        run.save(arguments.out)
-        print(printing.layers_text(run))
-        tell(f"saved to {arguments.out}")
+    with together():
+        bound = arguments.params_reduction is not None
+        clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
+        if arguments.reduce:
+            clustering = replace(clustering, reduce=arguments.reduce)
+        config = moee.ExtractConfig(
+            **_settings(arguments, moee.ExtractConfig), clustering=clustering
+        )
+        check_target(arguments.out)
+        model = _model(arguments, local_device(arguments.device))
+        check_target(arguments.out, wanted=sum(t.nbytes for t in model.state_dict().values()))
+        images = moee.load_images(
+            arguments.calibration, split="calibration", strict=arguments.strict
+        )
+        name_by_folders(model, images.classes)
+        sizes = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
+        limits = moee.Limits(
+            **{name: 1e9 * size for name, size in sizes.items() if size is not None}
+        )
+        run = moee.extract(model, images, config, store=arguments.store, limits=limits)
+        if rank() == 0:
+            run.save(arguments.out)
+            print(printing.layers_text(run))
+            tell(f"saved to {arguments.out}")
     return 0
 
 
@@ -78,34 +79,28 @@ def evaluate(arguments: Namespace) -> int:
 
 def finetune(arguments: Namespace) -> int:
     """Train a run towards its dense model."""
-    from moee_analysis.utils.distributed import together
-
-    with together():
-        return _finetune(arguments)
-
-
-def _finetune(arguments: Namespace) -> int:
     import moee_analysis as moee
     from moee_analysis.cli import printing
     from moee_analysis.models.loading import check_device
-    from moee_analysis.utils.distributed import local_device, rank
+    from moee_analysis.utils.distributed import local_device, rank, together
     from moee_analysis.utils.progress import tell
 
-    config = moee.FinetuneConfig(**_settings(arguments, moee.FinetuneConfig))
-    device = local_device(arguments.device)
-    check_device(device)
-    run = moee.load(arguments.run)
-    run.model.to(device)
-    images = moee.load_images(
-        arguments.images, split="train", limit=arguments.limit, strict=arguments.strict
-    )
-    tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
-    if rank() == 0:
-        curve = moee.plots.history(tuned.history, caption=printing.tuned_text(tuned))
-        with new_file(arguments.out / "curve.png") as partial:
-            curve.savefig(partial, format="png")
-        print(printing.tuned_text(tuned))
-        tell(f"saved to {arguments.out}")
+    with together():
+        config = moee.FinetuneConfig(**_settings(arguments, moee.FinetuneConfig))
+        device = local_device(arguments.device)
+        check_device(device)
+        run = moee.load(arguments.run)
+        run.model.to(device)
+        images = moee.load_images(
+            arguments.images, split="train", limit=arguments.limit, strict=arguments.strict
+        )
+        tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
+        if rank() == 0:
+            curve = moee.plots.history(tuned.history, caption=printing.tuned_text(tuned))
+            with new_file(arguments.out / "curve.png") as partial:
+                curve.savefig(partial, format="png")
+            print(printing.tuned_text(tuned))
+            tell(f"saved to {arguments.out}")
     return 0 if tuned.finite else 1
 
 
@@ -152,7 +147,14 @@ def atlas(arguments: Namespace) -> int:
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
     run = _run(arguments, images)
     run.model.to(arguments.device)
-    page = write_atlas(run, images, arguments.out, dense=_dense(run, arguments))
+    try:
+        dense = run.dense(weights=arguments.weights).to(arguments.device)
+    except MoeeError as error:
+        if arguments.weights:
+            raise
+        dense = None
+        print(f"without the dense model: {error}")
+    page = write_atlas(run, images, arguments.out, dense=dense)
     tell(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
         open_page(page)
@@ -200,7 +202,8 @@ def doctor(arguments: Namespace) -> int:
     from moee_analysis.cli import doctor as here
 
     diagnosis = here.examine(arguments.model, **_model_arguments(arguments))
-    print(here.as_json(diagnosis) if arguments.json else here.as_text(diagnosis))
+    plain = diagnosis | {"checks": list(map(asdict, diagnosis["checks"]))}
+    print(json.dumps(plain, indent=2) if arguments.json else here.as_text(diagnosis))
     return 0 if diagnosis["ok"] else 1
 
 
@@ -235,14 +238,3 @@ def _run(arguments: Namespace, images: ImageSet) -> Extraction:
         moee.name_classes(run.model, read_class_names(arguments.classes))
     name_by_folders(run.model, images.classes)
     return run
-
-
-def _dense(run: Extraction, arguments: Namespace) -> nn.Module | None:
-    """The dense model of a run, None if it is not there any more."""
-    try:
-        return run.dense(weights=arguments.weights).to(arguments.device)
-    except MoeeError as error:
-        if arguments.weights:
-            raise
-        print(f"without the dense model: {error}")
-        return None

@@ -1,19 +1,17 @@
 """``moee doctor``: what works on this machine, what is missing, and what to do about it."""
 
-from __future__ import annotations
-
-import importlib.util
-import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import textwrap
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -21,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import moee_analysis as moee
-from moee_analysis.cli.help import WIDTH
+from moee_analysis.cli.parser import WIDTH
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.environment import (
     PACKAGE,
@@ -31,9 +29,6 @@ from moee_analysis.utils.environment import (
     store_folder,
     versions,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 SCENES, RIGHT = 60, 0.75  # bundled scenes, and the share that the bundled model must name
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -62,8 +57,17 @@ def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:
 
     A ``model`` other than the bundled one, with ``arguments`` of ``load_model``, is looked at too.
     """
-    about = _machine()
-    checks = [*_software(), *_hardware(about), *_optional(about), *_places(), _bundled_model()]
+    memory, cuda = psutil.virtual_memory(), range(torch.cuda.device_count())
+    texts = [Path(name).read_text().strip() for name in CGROUPS if Path(name).is_file()]
+    limits = [int(text) for text in texts if text.isdigit()]
+    about = {
+        "python": sys.executable, "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "cores": len(psutil.Process().cpu_affinity() or ()), "threads": torch.get_num_threads(),
+        "memory": min([memory.total, *limits]), "memory_free": min([memory.available, *limits]),
+        "cuda": [torch.cuda.get_device_name(number) for number in cuda],
+    }  # fmt: skip
+    checks = [*_software(), *_parts(about), *_places(), _bundled_model()]
     if model != "bundled" or arguments.get("weights"):
         mlps = moee.find_mlps(moee.load_model(model, **arguments))
         checks.append(Check(model, f"{len(mlps)} of its MLPs can be taken apart"))
@@ -71,33 +75,14 @@ def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:
     return {"ok": ok, "versions": versions(), "machine": about, "checks": checks}
 
 
-def as_json(diagnosis: dict[str, Any]) -> str:
-    """All that was found, for machines."""
-    return json.dumps(diagnosis | {"checks": list(map(asdict, diagnosis["checks"]))}, indent=2)
-
-
 def as_text(diagnosis: dict[str, Any]) -> str:
-    """All that was found, for a person."""
+    """All that was found, for a person to read."""
     found = ", ".join(f"{name} {version}" for name, version in diagnosis["versions"].items())
     about = "{python} on {system} ({processor})".format(**diagnosis["machine"])
     broken = [check.name for check in diagnosis["checks"] if check.required and not check.ok]
     verdict = f"Does not work: {', '.join(broken)}. What to do stands below each."
     lines = [*textwrap.wrap(found, WIDTH), about, "", *diagnosis["checks"], ""]
     return "\n".join(map(str, [*lines, verdict if broken else "All required parts work."]))
-
-
-def _machine() -> dict[str, Any]:
-    """System, usable cores, bytes of memory and accelerators."""
-    memory, cuda = psutil.virtual_memory(), range(torch.cuda.device_count())
-    texts = [Path(name).read_text().strip() for name in CGROUPS if Path(name).is_file()]
-    limits = [int(text) for text in texts if text.isdigit()]
-    return {
-        "python": sys.executable, "system": platform.platform(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "cores": len(psutil.Process().cpu_affinity() or ()), "threads": torch.get_num_threads(),
-        "memory": min([memory.total, *limits]), "memory_free": min([memory.available, *limits]),
-        "cuda": [torch.cuda.get_device_name(number) for number in cuda],
-    }  # fmt: skip
 
 
 def _software() -> Iterator[Check]:
@@ -111,60 +96,52 @@ def _software() -> Iterator[Check]:
     yield Check("Python", here, here in SpecifierSet(wanted), advice)
     asked = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]
     needed = [r for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
-    wrong = "; ".join(filter(None, map(_misfit, needed)))
-    found = wrong or f"all {len(needed)} as asked for"
+    wrong = []
+    for each in needed:
+        try:
+            here = metadata.version(each.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{each.name} is missing")
+        else:
+            if not each.specifier.contains(here, prereleases=True):
+                wrong.append(f"{each.name} {here}, not {each.specifier}")
+    found = "; ".join(wrong) or f"all {len(needed)} as asked for"
     yield Check("libraries", found, not wrong, "make setup, or pip install moee-analysis")
 
 
-def _misfit(asked: Requirement) -> str:
-    try:
-        version = metadata.version(asked.name)
-    except metadata.PackageNotFoundError:
-        return f"{asked.name} is missing"
-    fits = asked.specifier.contains(version, prereleases=True)
-    return "" if fits else f"{asked.name} {version}, not {asked.specifier}"
-
-
-def _hardware(about: dict[str, Any]) -> Iterator[Check]:
+def _parts(about: dict[str, Any]) -> Iterator[Check]:
+    """Cores and memory, and parts that something gains by and nothing else needs."""
     yield Check("cores", f"{about['cores']} usable, {about['threads']} threads in torch")
     free, advice = about["memory_free"], "close other programs, or take --preset smoke"
     found = f"{free / 1e9:.1f} of {about['memory'] / 1e9:.1f} GB free"
     yield Check("memory", found, free > LITTLE_MEMORY, advice, required=False)
-
-
-def _optional(about: dict[str, Any]) -> Iterator[Check]:
-    """Parts that something gains by and nothing else needs."""
+    there = {name: name for name in filter(find_spec, ("pymetis", "jupyterlab"))}
     browser = next(filter(None, map(shutil.which, BROWSERS)), "")
     for name, found, advice in (
         ("CUDA", ", ".join(about["cuda"]), "everything runs on the CPU"),
-        ("METIS", _installed("pymetis"), "pip install pymetis; else eigenvectors divide graphs"),
-        ("JupyterLab", _installed("jupyterlab"), "pip install jupyterlab, for moee lab"),
+        ("METIS", there.get("pymetis"), "pip install pymetis; else eigenvectors divide graphs"),
+        ("JupyterLab", there.get("jupyterlab"), "pip install jupyterlab, for moee lab"),
         ("Chromium", browser, "only tests in a browser need it"),
         ("conda", os.environ.get("CONDA_PREFIX"), "not needed where pip has set everything up"),
     ):
         yield Check(name, found or "none", bool(found), advice, required=False)
 
 
-def _installed(module: str) -> str:
-    return module if importlib.util.find_spec(module) else ""
-
-
 def _places() -> Iterator[Check]:
     """The project's notebooks, and folders that libraries and the store write to."""
     elsewhere = "set {} to a folder that can be written to".format
-    yield _attempt("notebooks", lambda: f"{len(list(own_folder('notebooks').glob('*.ipynb')))}")
-    yield _attempt("temporary files", _temporary, elsewhere("TMPDIR"))
-    yield _attempt("numba's cache", check_numba_cache)
-    yield _attempt("store", _store, elsewhere("MOEE_STORE"))
-    yield _attempt("disk", _disk, "make room, or set MOEE_STORE to another disk", required=False)
-
-
-def _attempt(name: str, look: Callable[[], str], advice: str = "", **more: bool) -> Check:
-    try:
-        return Check(name, look())
-    except (MoeeError, OSError) as error:
-        found, hint = getattr(error, "found", str(error)), getattr(error, "hint", "")
-        return Check(name, found, ok=False, advice=advice or hint, **more)
+    for name, look, advice in (
+        ("notebooks", lambda: str(len(list(own_folder("notebooks").glob("*.ipynb")))), ""),
+        ("temporary files", _temporary, elsewhere("TMPDIR")),
+        ("numba's cache", check_numba_cache, ""),
+        ("store", _store, elsewhere("MOEE_STORE")),
+        ("disk", _disk, "make room, or set MOEE_STORE to another disk"),
+    ):
+        try:
+            yield Check(name, look())
+        except (MoeeError, OSError) as error:
+            found, hint = getattr(error, "found", str(error)), getattr(error, "hint", "")
+            yield Check(name, found, ok=False, advice=advice or hint, required=name != "disk")
 
 
 def _temporary() -> str:

@@ -1,15 +1,22 @@
 """What the command line takes: every command with its options, their defaults and units.
 
-``guides.toml`` explains each of them.
+``guides.toml`` explains each of them. What cannot be read is refused in one line.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import difflib
+import re
+import shutil
+import textwrap
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moee_analysis.cli import commands, values
-from moee_analysis.cli.help import GUIDES, Help, Parser, first_steps, texts_of
+from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import (
     CHOICES,
     CLUSTER_CHOICES,
@@ -22,14 +29,65 @@ from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils.environment import version
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Iterable
 
     Option = tuple[str, dict[str, Any]]
     Options = dict[str, list[Option]]  # by the title that they stand under, "" for the first ones
 
+WIDTH = 88
+GUIDES: dict[str, Any] = tomllib.loads(
+    Path(__file__).with_name("guides.toml").read_text(encoding="utf-8")
+)
+"""The texts of ``--help``: of all commands, and of each by its name."""
+
 LARGEST_SIZE = 10_000  # pixels of a side, or channels
 LARGEST_GB = 1e9  # as ``Limits`` have it
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves paragraphs and examples as they are, and names defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(100, shutil.get_terminal_size().columns) - 2
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, silent = action.help or "", (None, False, argparse.SUPPRESS)
+        if any(action.default is each for each in silent) or "(default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if action.nargs != argparse.PARSER:
+            return super()._format_action(action)
+        return "".join(map(self._format_action, action._get_subactions()))  # without a headline
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong and what to do, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a call; a message that does not say what to do refers to the help."""
+        text = " ".join(message.split())
+        hint = "" if "What to do: " in text else f". What to do: see {self.prog} --help."
+        self.exit(2, f"{self.prog}: {text}{hint}\n")
+
+    def refuse_word(self, word: str) -> NoReturn:
+        """Refuse a word that means nothing here, with the options it may be a slip of."""
+        close = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions)
+        meant = f"did you mean {' or '.join(close)}? If not, " if close else ""
+        hint = f"{meant}see {self.prog} --help"
+        self.error(str(MoeeError("an option of this command", repr(word), hint)))
+
+
+def _list_examples(examples: list[list[str]]) -> str:
+    """Comments and commands, long ones in several lines, as a shell takes them."""
+    lines = ["examples:"]
+    for text, command in examples:
+        joined = re.sub(r"(--\S+) (?!--)", "\\1\0", command)  # options stay with their values
+        parts = textwrap.wrap(joined, WIDTH - 8, break_long_words=False, break_on_hyphens=False)
+        lines += [f"  # {text}", "  " + " \\\n      ".join(parts).replace("\0", " ")]
+    return "\n".join(lines)
 
 
 def option(name: str, reader: Callable[[str], Any], metavar: str = "X", **more: Any) -> Option:
@@ -129,14 +187,17 @@ COMMANDS: dict[str, tuple[Options, commands.Command]] = {
 
 def command_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; ``command`` is None where none is given."""
-    parser = Parser(
-        prog="moee", description=GUIDES["what_it_is"], epilog=first_steps(), formatter_class=Help
-    )
+    advice = f"{_list_examples(GUIDES['first_steps'])}\n\n{GUIDES['afterwards']}"
+    about = {"description": GUIDES["what_it_is"], "epilog": advice}
+    parser = Parser(prog="moee", formatter_class=Help, **about)
     parser.add_argument("--version", action="version", version=f"moee {version()}")
     parser.set_defaults(command=None, passes_on=False, parser=parser)
     listed = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (options, run) in COMMANDS.items():
-        command = listed.add_parser(name, formatter_class=Help, **texts_of(name))
+        guide = GUIDES[name]
+        description = textwrap.fill(guide["description"].strip(), WIDTH)
+        texts = {"help": guide["line"], "epilog": _list_examples(guide["examples"])}
+        command = listed.add_parser(name, formatter_class=Help, description=description, **texts)
         command.set_defaults(command=run, parser=command, passes_on=name == "lab")
         for title, group in options.items():
             add_options(command.add_argument_group(title) if title else command, name, group)

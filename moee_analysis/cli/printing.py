@@ -14,13 +14,12 @@ from moee_analysis.utils.storage.refusals import bytes_text
 from moee_analysis.utils.storage.upkeep import shares
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
 
     from moee_analysis.extraction.run import Extraction
-    from moee_analysis.models.attention import LowRankAttention
     from moee_analysis.training.finetune import Finetuned
     from moee_analysis.utils.storage.upkeep import Entry, Pruned
 
@@ -48,44 +47,36 @@ def layers_text(run: Extraction) -> str:
             f"{layer.index:5d}  {sizes if layer.converted else f'  dense: {layer.reason}'}"
         )
     for name, attention in reduced_attentions(run.model).items():
-        lines.append(f"{name}: {_heads_text(attention)}")
+        ranks, head_dim = attention.ranks, attention.site.head_dim
+        asked = f", asked for {ranks.queries} token(s)" if ranks.queries else ""
+        lines.append(
+            f"{name}: {ranks.scores / head_dim:.0%} of the dimensions of the heads' scores, "
+            f"{ranks.values / head_dim:.0%} of their values{asked}"
+        )
     if run.variance_kept is not None:
         lines.append(f"variance kept by each expert: p = {run.variance_kept:.1%}")
     return "\n".join(lines)
 
 
-def _heads_text(attention: LowRankAttention) -> str:
-    ranks, head_dim = attention.ranks, attention.site.head_dim
-    asked = f", asked for {ranks.queries} token(s)" if ranks.queries else ""
-    return (
-        f"{ranks.scores / head_dim:.0%} of the dimensions of the heads' scores, "
-        f"{ranks.values / head_dim:.0%} of their values{asked}"
-    )
-
-
 def numbers_text(numbers: dict) -> str:
     """The numbers of ``evaluate`` in a few lines."""
     known = numbers["retention"] is not None
-    retention = f"{numbers['retention']:.1%}" if known else "undefined"
+    retention, unread = f"{numbers['retention']:.1%}" if known else "undefined", ""
+    if numbers["unread_sites"]:
+        unread = (
+            f"  of these {numbers['macs_unread_moe'] / 1e9:.3f} G (dense "
+            f"{numbers['macs_unread_dense'] / 1e9:.3f} G) for tokens that nothing reads, in "
+            f"{', '.join(numbers['unread_sites'])}; without these "
+            f"-{numbers['macs_reduction_read']:.1%}\n"
+        )
     return (
         f"top-1 {numbers['moe_top1']:.1%} (dense {numbers['dense_top1']:.1%}, retention "
         f"{retention}, agreement {numbers['agreement']:.1%}; random routing "
         f"{numbers['random_routing_top1']:.1%}) on {numbers['n_images']} images\n"
         f"MACs {numbers['macs_moe'] / 1e9:.3f} G (dense {numbers['macs_dense'] / 1e9:.3f} G, "
-        f"-{numbers['macs_reduction']:.1%})\n{_unread_text(numbers)}"
+        f"-{numbers['macs_reduction']:.1%})\n{unread}"
         f"parameters {numbers['params_moe'] / 1e6:.3f} M (dense "
         f"{numbers['params_dense'] / 1e6:.3f} M, -{numbers['params_reduction']:.1%})"
-    )
-
-
-def _unread_text(numbers: dict) -> str:
-    if not numbers["unread_sites"]:
-        return ""
-    return (
-        f"  of these {numbers['macs_unread_moe'] / 1e9:.3f} G (dense "
-        f"{numbers['macs_unread_dense'] / 1e9:.3f} G) for tokens that nothing reads, in "
-        f"{', '.join(numbers['unread_sites'])}; without these "
-        f"-{numbers['macs_reduction_read']:.1%}\n"
     )
 
 
@@ -141,19 +132,14 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
         sizes = f"{bytes_text(share.alone):>10}  {bytes_text(share.shared):>11}"
         lines.append(f"{sizes}  {used}  {share.run.title}")
     if rest:
-        lines += ["of no run that is listed here", *_kind_lines(rest)]
-    return "\n".join(map(printable, lines))  # a run stays one line
-
-
-def _kind_lines(rest: Iterable[Entry]) -> list[str]:
-    """A line for every kind of folder, the largest first."""
+        lines.append("of no run that is listed here")
     sizes: defaultdict[str, list[int]] = defaultdict(list)
     for entry in rest:
         sizes[entry.kind].append(entry.size)
-    return [
-        f"{bytes_text(sum(sizes[kind])):>10}  {KINDS.get(kind, kind)} (folders: {len(sizes[kind])})"
-        for kind in sorted(sizes, key=lambda kind: -sum(sizes[kind]))
-    ]
+    for kind in sorted(sizes, key=lambda kind: -sum(sizes[kind])):
+        taken = f"{bytes_text(sum(sizes[kind])):>10}"
+        lines.append(f"{taken}  {KINDS.get(kind, kind)} (folders: {len(sizes[kind])})")
+    return "\n".join(map(printable, lines))  # a run stays one line
 
 
 def pruned_text(pruned: Pruned, most: float) -> str:

@@ -9,8 +9,7 @@ import pytest
 
 from moee_analysis import cli
 from moee_analysis.baselines.registry import SYSTEMS
-from moee_analysis.cli.help import GUIDES
-from moee_analysis.cli.parser import COMMANDS, FINETUNE_SETTINGS, command_parser
+from moee_analysis.cli.parser import COMMANDS, FINETUNE_SETTINGS, GUIDES, command_parser
 from moee_analysis.extraction import config as extract_config
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.training import config as training_config
