@@ -63,13 +63,11 @@ def command(parser: ArgumentParser, argv: Sequence[str] | None) -> Iterator[Name
     print(f"written to {options.out}")
 
 
-def inputs(
-    options: Namespace, *, limit: int | None = None, device: str = "cpu"
-) -> tuple[nn.Module, ImageSet, ImageSet]:
+def inputs(options: Namespace, *, limit: int | None = None) -> tuple[nn.Module, ImageSet, ImageSet]:
     """Return the model, the images to calibrate with and those to measure on, as asked for."""
     sizes = preset_named(options.preset)
     return (
-        load_model(options.model, weights=options.weights, device=device),
+        load_model(options.model, weights=options.weights),
         load_images(options.calibration, split="calibration", limit=sizes.calibration_images),
         load_images(options.images, limit=limit or sizes.evaluation_images),
     )

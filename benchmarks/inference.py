@@ -78,9 +78,6 @@ def thread_counts(most: int) -> tuple[int, ...]:
     return tuple(sorted({*(2**n for n in range(most.bit_length())), most}))
 
 
-# Systems
-
-
 def systems_of(
     dense: nn.Module, runs: Mapping[str, Extraction], images: ImageSet
 ) -> dict[str, System]:
@@ -89,12 +86,12 @@ def systems_of(
         name: without_routing(run.model) if run.config.experts == "one" else run.model
         for name, run in runs.items()
     }
-    promised = promises(models, dense, images)
+    promised = _promises(models, dense, images)
     made = {name: System(model.eval(), promised[name]) for name, model in models.items()}
     return {DENSE: System(dense), **made}
 
 
-def promises(
+def _promises(
     models: Mapping[str, nn.Module], dense: nn.Module, images: ImageSet
 ) -> dict[str, float]:
     """MACs of the dense model over those of each other one, with the routes of ``images``."""
@@ -143,24 +140,20 @@ def measure(
     systems: Mapping[str, System], batches: Sequence[torch.Tensor], plan: Plan
 ) -> list[Row]:
     """A row for each of ``systems``, as many threads being used as torch has now."""
-    first = {name: time_first_call(system.model, batches[0]) for name, system in systems.items()}
-    models = {name: system.model for name, system in systems.items()}
+    models, first = {name: system.model for name, system in systems.items()}, {}
+    for name, model in models.items():  # in which layers find out which strategy is the fastest
+        start = timer()
+        with measuring_at_once():
+            model(batches[0])
+        first[name] = timer() - start
     rounds = [in_turn(models, batches, n, seconds=plan.seconds) for n in range(plan.rounds)]
     times = {name: [each[name] for each in rounds] for name in systems}
     return [
         {"system": name, "first_call": first[name]}
         | speed(times[name], times[DENSE], promised=system.promised)
-        | {"choices": reasons(choices(system.model, batches[0]))}
+        | {"choices": _reasons(choices(system.model, batches[0]))}
         for name, system in systems.items()
     ]
-
-
-def time_first_call(model: nn.Module, x: torch.Tensor) -> float:
-    """Seconds of a call in which layers find out which strategy is the fastest."""
-    start = timer()
-    with measuring_at_once():
-        model(x)
-    return timer() - start
 
 
 def speed(times: Sequence[float], dense: Sequence[float], *, promised: float) -> Row:
@@ -174,7 +167,7 @@ def speed(times: Sequence[float], dense: Sequence[float], *, promised: float) ->
     }  # fmt: skip
 
 
-def reasons(choices: Mapping[int, tuple[torch.Tensor, Choice]]) -> list[Row]:
+def _reasons(choices: Mapping[int, tuple[torch.Tensor, Choice]]) -> list[Row]:
     """How each layer is computed, why, and the seconds of each strategy that was tried."""
     return [
         {
@@ -287,9 +280,6 @@ def _caption(facts: Row) -> str:
     )
 
 
-# The command
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
     options = (*common.INPUTS, "--store", "--seed")
@@ -309,16 +299,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         most = torch.get_num_threads()
         threads = asked.threads or (thread_counts(most) if asked.device == "cpu" else (most,))
         plan = Plan(asked.batches, threads, asked.seconds, asked.rounds, precision=asked.precision)
-        if asked.run:
-            dense = load_model(asked.model, weights=asked.weights, device=asked.device)
-            limit = asked.limit or preset_named(asked.preset).evaluation_images
-            images = load_images(asked.images, limit=limit)
-            runs = load_runs(asked.run, dense)
-        else:
-            dense, calibration, images = common.inputs(
-                asked, limit=asked.limit, device=asked.device
-            )
-            runs = extract_runs(asked, dense, calibration, images)
+        dense = load_model(asked.model, weights=asked.weights, device=asked.device)
+        limit = asked.limit or preset_named(asked.preset).evaluation_images
+        images = load_images(asked.images, limit=limit)
+        runs = load_runs(asked.run, dense) if asked.run else extract_runs(asked, dense, images)
         rows, layers = run(systems_of(dense, runs, images), images, plan)
         write(asked.out, describe(dense, runs, images, plan), rows, layers)
 
@@ -338,10 +322,10 @@ def load_runs(folders: Sequence[Path], dense: nn.Module) -> dict[str, Extraction
     return runs
 
 
-def extract_runs(
-    asked: Namespace, dense: nn.Module, calibration: ImageSet, images: ImageSet
-) -> dict[str, Extraction]:
+def extract_runs(asked: Namespace, dense: nn.Module, images: ImageSet) -> dict[str, Extraction]:
     """Static pruning and the best recipe at one budget of MACs, with what the store has."""
+    limit = preset_named(asked.preset).calibration_images
+    calibration = load_images(asked.calibration, split="calibration", limit=limit)
     check_disjoint(calibration, images, use="used for calibration")
     bench = Bench(dense, calibration, images, asked.preset, asked.store)
     names = EXTRACTED | {ATTENTION[mode]: ATTENTION[mode] for mode in asked.attention}

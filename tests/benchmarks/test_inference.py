@@ -2,7 +2,6 @@ import json
 import math
 from dataclasses import replace
 
-import common
 import inference
 import pytest
 import torch
@@ -138,7 +137,7 @@ def test_a_lower_precision_is_that_of_the_products(systems):
 def test_the_command_times_systems_that_it_extracts(tmp_path, capsys, monkeypatch):
     out, few = tmp_path / "out", replace(PRESETS["smoke"], calibration_images=20)
     monkeypatch.setitem(PRESETS, "smoke", few)
-    monkeypatch.setattr(common, "load_model", lambda *_args, **_options: toy_vit())
+    monkeypatch.setattr(inference, "load_model", lambda *_args, **_options: toy_vit())
     inference.main(
         ["--preset", "smoke", "--limit", "4", "--attention", "--batches", "1,2", "--threads", "1",
          "--seconds", "1e-5", "--rounds", "2", "--store", str(tmp_path / "store"),
