@@ -126,17 +126,15 @@ class JetpackStudy:
 
     def _numbers(self, core_share: float) -> tuple[int, int]:
         """Core and universal experts that cost the MACs of the MLP, mixing included."""
-        site, tokens = self._successor_mlp
-        one = {"tokens": tokens, "ratio": self.recipe.universal_ratio}
-        core, universal = (LayerSize(*n).macs(site, **one) for n in ((1, 0), (0, 1)))
+        (site, tokens), ratio = self._successor_mlp, self.recipe.universal_ratio
+        core, universal = (LayerSize(*n).macs(site, tokens, ratio) for n in ((1, 0), (0, 1)))
         each = core_share * core + (1 - core_share) * universal
         total = round(2 * tokens * site.dim * site.hidden / each)
         return round(core_share * total), total - round(core_share * total)
 
     def _soft(self, seed: int) -> nn.Module:
-        experts, _ = self._numbers(1.0)
         config = SoftMoeConfig(
-            experts=experts, slots=1, initialisation="fresh", drop=self.recipe.drop,
+            experts=self._numbers(1.0)[0], slots=1, initialisation="fresh", drop=self.recipe.drop,
             layers=self.layers, seed=seed,
         )  # fmt: skip
         return soft_moe.convert(self.scratch(seed), self.images, config)
@@ -146,8 +144,6 @@ class JetpackStudy:
         return sparse_upcycling.convert(self.pretrained(seed), self.images, config)
 
     def _copies(self, seed: int) -> nn.Module:
-        experts, _ = self._numbers(1.0)
-        config = replace(
-            self.recipe, method="uniform", layers=self.layers, core=experts, universal=0, seed=seed
-        )
+        own = {"layers": self.layers, "core": self._numbers(1.0)[0], "universal": 0}
+        config = replace(self.recipe, method="uniform", seed=seed, **own)
         return jetpack.convert(self.pretrained(seed), self.images, config)

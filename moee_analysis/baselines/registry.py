@@ -1,8 +1,7 @@
 """Every system that needs no training of the network, by name, asked for in the same words."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class System:
     told: str
     convert: Callable[..., Extraction | nn.Module]
     kind: type
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
     everywhere: bool = False
     routed: bool = True
     oracle: Callable[[nn.Module, nn.Module], nn.Module] | None = None
@@ -72,74 +71,67 @@ class System:
         return self.convert(dense, images, self.config(dense, asked), store=store)
 
 
+def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callable[..., System]:
+    """What makes systems of a family, of a line about each and its settings by name."""
+
+    def system(told: str, *, everywhere: bool = False, **settings: Any) -> System:
+        return System(family, told, convert, kind, settings, everywhere=everywhere, **facts)
+
+    return system
+
+
 def _moefication_oracle(model: nn.Module, _dense: nn.Module) -> nn.Module:
     return moefication.oracle_routed(model)
 
 
-_moee = partial(System, "MoEE", convert=extract, kind=ExtractConfig, oracle=oracle_routed)
-_static = partial(
-    System, "static pruning", convert=static_pruning.convert, kind=StaticPruningConfig, routed=False
+_moee = _family("MoEE", extract, ExtractConfig, oracle=oracle_routed)
+_static = _family("static pruning", static_pruning.convert, StaticPruningConfig, routed=False)
+_moefied = _family(
+    "MoEfication", moefication.convert, MoeficationConfig, oracle=_moefication_oracle
 )
-_moefication = partial(
-    System, "MoEfication", convert=moefication.convert, kind=MoeficationConfig,
-    oracle=_moefication_oracle,
-)  # fmt: skip
-_sparse = partial(
-    System, "Sparse Upcycling", convert=sparse_upcycling.convert, kind=SparseUpcyclingConfig
-)
-_KMEANS, _GRAPH = {"split": "kmeans", "router": "mlp"}, {"split": "graph", "router": "mlp"}
-_MEANS = {"mean_compensation": True}
+_sparse = _family("Sparse Upcycling", sparse_upcycling.convert, SparseUpcyclingConfig)
+_soft = _family("Soft MoE", soft_moe.convert, SoftMoeConfig)
+_jetpack = _family("MoE Jetpack", jetpack.convert, JetpackConfig)
 
 SYSTEMS: dict[str, System] = {
-    "MoEE, paper": _moee(
-        "clusters of hidden activations, cosine router", settings={"recipe": "paper"}
-    ),
-    "MoEE, best": _moee("all that this project found to help", settings={"recipe": "best"}),
+    "MoEE, paper": _moee("clusters of hidden activations, cosine router", recipe="paper"),
+    "MoEE, best": _moee("all that this project found to help", recipe="best"),
     "MoEE, best, attention too": _moee(
-        "the same, and smaller heads", settings={"recipe": "best", "attention": "low_rank"}
+        "the same, and smaller heads", recipe="best", attention="low_rank"
     ),
-    "static: magnitude": _static(
-        "shortest weights first, without data", settings={"baseline": "magnitude"}
-    ),
+    "static: magnitude": _static("shortest weights first, without data", baseline="magnitude"),
     "static: variance + mean shift": _static(
-        "VBP: least variance first, means kept", settings={"baseline": "variance + mean shift"}
+        "VBP: least variance first, means kept", baseline="variance + mean shift"
     ),
     "static: least squares": _static(
-        "least effect on the output, refitted",
-        settings={"baseline": "output-weighted least squares"},
+        "least effect on the output, refitted", baseline="output-weighted least squares"
     ),
     "static: fisher OBS, CLS apart": _static(
         "least effect on the logits, refitted; CLS has neurons of its own",
-        settings={"baseline": "fisher OBS, CLS apart"},
+        baseline="fisher OBS, CLS apart",
     ),
-    "MoEfication: k-means, centre": _moefication(
-        "similar neurons, nearest centre", settings=_KMEANS | {"router": "centre"}
+    "MoEfication: k-means, centre": _moefied("similar neurons, nearest centre", router="centre"),
+    "MoEfication: k-means, centre, means kept": _moefied(
+        "the same, and unused experts give their mean", router="centre", mean_compensation=True
     ),
-    "MoEfication: k-means, centre, means kept": _moefication(
-        "the same, and unused experts give their mean",
-        settings=_KMEANS | {"router": "centre"} | _MEANS,
+    "MoEfication: k-means, MLP, means kept": _moefied(
+        "the same, with a router that learned which experts fire", mean_compensation=True
     ),
-    "MoEfication: k-means, MLP, means kept": _moefication(
-        "the same, with a router that learned which experts fire", settings=_KMEANS | _MEANS
+    "MoEfication: graph, MLP, means kept": _moefied(
+        "the same, of neurons that are active together", split="graph", mean_compensation=True
     ),
-    "MoEfication: graph, MLP, means kept": _moefication(
-        "the same, of neurons that are active together", settings=_GRAPH | _MEANS
-    ),
-    "Sparse Upcycling: top-1": _sparse(
-        "copies of every second MLP, one for each token",
-        settings={"router": "top_k", "k": 1, "macs_reduction": None},  # it cannot save any
+    "Sparse Upcycling: top-1": _sparse(  # it cannot save any MACs
+        "copies of every second MLP, one for each token", router="top_k", k=1, macs_reduction=None
     ),
     "Sparse Upcycling: Expert Choice": _sparse(
         "copies of the MLP that choose their tokens, untrained", everywhere=True
     ),
-    "Soft MoE: upcycled": System(
-        "Soft MoE", "copies of the MLP on mixtures of tokens, untrained", soft_moe.convert,
-        SoftMoeConfig, everywhere=True,
+    "Soft MoE: upcycled": _soft(
+        "copies of the MLP on mixtures of tokens, untrained", everywhere=True
     ),
-    "MoE Jetpack: recycled": System(
-        "MoE Jetpack", "experts drawn by importance on mixtures of tokens, untrained",
-        jetpack.convert, JetpackConfig, {"head": "recycled", "core": 4, "universal": 8},
-        everywhere=True,
+    "MoE Jetpack: recycled": _jetpack(
+        "experts drawn by importance on mixtures of tokens, untrained", everywhere=True,
+        head="recycled", core=4, universal=8,
     ),
 }  # fmt: skip
 """All systems. Those that were made to be trained are shown as they begin."""

@@ -23,26 +23,19 @@ from moee_analysis.utils.checks import share
 
 _STATIC = {
     "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",
-    "attention": "dense",
+    "attention": "dense", "budget": "global", "metric": "outputs",
 }  # fmt: skip
-_OBS = {
-    "order": "obs", "metric": "fisher", "budget": "global", "refit": "shared",
-    "coherence": "measured",
-}  # fmt: skip
-_APART = _STATIC | _OBS | {"tokens": "kinds"}
+_LEAST_SQUARES = _STATIC | {"order": "weighted", "refit": "shared"}
+_OBS = _LEAST_SQUARES | {"order": "obs", "metric": "fisher", "coherence": "measured"}
 
 BASELINES: dict[str, dict[str, Any]] = {
-    "magnitude": _STATIC
-    | {"order": "magnitude", "metric": "outputs", "budget": "share", "refit": "none"},
-    "variance + mean shift": _STATIC
-    | {"order": "variance", "metric": "outputs", "budget": "global", "refit": "shift"},
-    "output-weighted least squares": _STATIC
-    | {"order": "weighted", "metric": "outputs", "budget": "global", "refit": "shared"},
-    "fisher least squares": _STATIC
-    | {"order": "weighted", "metric": "fisher", "budget": "global", "refit": "shared"},
-    "fisher OBS": _STATIC | _OBS,
-    "fisher OBS, CLS apart": _APART,
-    "fisher OBS, attention too": _APART | {"attention": "low_rank"},
+    "magnitude": _STATIC | {"order": "magnitude", "budget": "share", "refit": "none"},
+    "variance + mean shift": _STATIC | {"order": "variance", "refit": "shift"},
+    "output-weighted least squares": _LEAST_SQUARES,
+    "fisher least squares": _LEAST_SQUARES | {"metric": "fisher"},
+    "fisher OBS": _OBS,
+    "fisher OBS, CLS apart": _OBS | {"tokens": "kinds"},
+    "fisher OBS, attention too": _OBS | {"tokens": "kinds", "attention": "low_rank"},
 }
 """Settings of ``ExtractConfig`` by name.
 
@@ -68,12 +61,8 @@ class StaticPruningConfig:
 
     def __post_init__(self) -> None:
         share("macs_reduction", self.macs_reduction)
-        self.extraction()
-
-    def extraction(self) -> ExtractConfig:
-        """Return the same settings in the pieces of an extraction."""
-        others = {name: value for name, value in vars(self).items() if name != "baseline"}
-        return config_of(self.baseline, **others)
+        settings = dict(vars(self))
+        config_of(settings.pop("baseline"), **settings)
 
 
 def convert(

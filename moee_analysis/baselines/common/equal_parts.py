@@ -38,8 +38,10 @@ def balanced_kmeans(
     """
     centres = _draw_centres(points, clusters, np.random.default_rng(seed))
     best, least = np.zeros(len(points), dtype=np.int64), np.inf
+    owner = np.sort(np.arange(len(points)) % clusters)  # a column for each point a centre may take
     for _ in range(rounds):
-        labels = _assign(points, centres)
+        _, columns = linear_sum_assignment(cdist(points, centres, "sqeuclidean")[:, owner])
+        labels = owner[columns]
         centres = cluster_means(points, labels, clusters)
         inertia = float(((points - centres[labels]) ** 2).sum())
         if not inertia < least:
@@ -65,15 +67,6 @@ def _draw_centres(points: np.ndarray, clusters: int, rng: np.random.Generator) -
         chosen.append(int(rng.choice(len(points), p=weights)))
         nearest = np.minimum(nearest, cdist(points, points[chosen[-1:]], "sqeuclidean")[:, 0])
     return points[chosen].astype(np.float64)
-
-
-def _assign(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    sizes = [len(part) for part in np.array_split(points, len(centres))]
-    owner = np.repeat(np.arange(len(centres)), sizes)  # a column for each point a centre may take
-    rows, columns = linear_sum_assignment(cdist(points, centres, "sqeuclidean")[:, owner])
-    labels = np.empty(len(points), dtype=np.int64)
-    labels[rows] = owner[columns]
-    return labels
 
 
 def best_method() -> Method:
@@ -157,7 +150,10 @@ def _swap_nodes(weights: np.ndarray, part_of: np.ndarray) -> np.ndarray:
     """Swap two nodes of different parts for as long as that lowers the cut."""
     part_of, least = part_of.copy(), 1e-12 * weights.sum()  # gains above rounding errors
     while True:
-        gains = _gains(weights, part_of)
+        to = weights @ np.eye(part_of.max() + 1)[part_of]  # (nodes, parts)
+        ahead = (to - np.take_along_axis(to, part_of[:, None], axis=1))[:, part_of]
+        gains = ahead + ahead.T - 2 * weights  # by how much a swap lowers the cut
+        gains[part_of[:, None] == part_of] = 0
         partners = gains.argmax(axis=1)
         best = gains[np.arange(len(gains)), partners]
         if best.max() <= least:
@@ -169,15 +165,6 @@ def _swap_nodes(weights: np.ndarray, part_of: np.ndarray) -> np.ndarray:
             if touched.isdisjoint(own):  # gains were counted before these parts changed
                 part_of[pair] = part_of[pair[::-1]]
                 touched |= own
-
-
-def _gains(weights: np.ndarray, part_of: np.ndarray) -> np.ndarray:
-    """By how much swapping two nodes lowers the cut, (nodes, nodes); 0 in the same part."""
-    to = weights @ np.eye(part_of.max() + 1)[part_of]  # (nodes, parts)
-    ahead = (to - np.take_along_axis(to, part_of[:, None], axis=1))[:, part_of]
-    gains = ahead + ahead.T - 2 * weights
-    gains[part_of[:, None] == part_of] = 0
-    return gains
 
 
 @torch.no_grad()

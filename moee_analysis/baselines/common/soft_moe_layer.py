@@ -70,10 +70,7 @@ class SlotMlp(nn.Module):
         return self.drop(torch.cat(outputs, dim=1))
 
     def usage(self, mixing: Mixing) -> torch.Tensor:
-        """Share of the tokens' outputs that comes from each expert, summed over tokens, (experts,).
-
-        It sums to the number of tokens.
-        """
+        """Share of the tokens' outputs that comes from each expert, sum over tokens, (experts,)."""
         by_slot = mixing.combine.detach().double().sum(dim=(0, 1))
         return by_slot.unflatten(0, (self.n_experts, self.slots)).sum(dim=1)
 
@@ -133,14 +130,11 @@ class SpheroRouter(nn.Module):
     ``dispatch_temperature`` and softmaxed over the tokens, or by ``combine_temperature`` and
     softmaxed (or ``entmax15``) over all slots. All of these are learned.
 
-    Noise is added to the logits in training alone; the released code adds it in evaluation too.
-
-    - ``slots``: slots of each expert.
     - ``temperature``: of dispatch and combine at the start.
     - ``combine``: ``softmax``, or ``entmax15``, which leaves most slots out.
     - ``normalize_key``: whether tokens are scaled to length 1 as well, so that logits are cosines.
-    - ``noise``: standard deviation; None is one over the number of experts.
-    - ``seed``: of the queries.
+    - ``noise``: standard deviation of what is added to the logits, in training alone (the released
+      code adds it in evaluation too); None is one over the number of experts.
     """
 
     def __init__(
@@ -231,8 +225,8 @@ class ExpertDropout(nn.Module):
 class ShuffledMixing(nn.Module):
     """The mixing of another token: the control that a router of slots must beat.
 
-    Tokens of an image change places in the mixing of ``router``, always in the same way for as many
-    tokens: experts are used as much as before, but for which tokens is left to chance.
+    Experts are used as much as before, but for which tokens is left to chance, always in the same
+    way for as many tokens of an image.
     """
 
     def __init__(self, router: nn.Module, *, seed: int = 0) -> None:

@@ -49,11 +49,6 @@ class Gate(nn.Module):
         super().__init__()
         self.weight, self.noise = nn.Parameter(weight), noise
 
-    @property
-    def n_experts(self) -> int:
-        """Number of experts."""
-        return len(self.weight)
-
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of ``tokens`` (images, tokens, dim), without and with noise.
 
@@ -74,22 +69,14 @@ class TopKRouter(nn.Module):
     - ``capacity``: how many times its even share of an image's pairs an expert can take, k n /
       experts; others are dropped, of all tokens' second choices before any first one, and the last
       tokens first. None: no limit.
-    - ``preference``: scores by which the experts are chosen in place of the gates; the weights
-      remain those of the largest gates, in their order.
     """
 
     def __init__(
-        self,
-        gate: Gate,
-        *,
-        k: int = 2,
-        renormalise: bool = True,
-        capacity: float | None = None,
-        preference: Scores | None = None,
+        self, gate: Gate, *, k: int = 2, renormalise: bool = True, capacity: float | None = None
     ) -> None:
         super().__init__()
         self.gate, self.k, self.renormalise, self.capacity = gate, k, renormalise, capacity
-        self.preference = preference
+        self.preference: Scores | None = None
 
     def forward(self, x: torch.Tensor) -> Routed:
         """Route the tokens of ``x`` (images, ..., dim)."""
@@ -108,14 +95,14 @@ class TopKRouter(nn.Module):
 
     def constant(self) -> Self:
         """Return a router like this one, with the first k experts for all tokens."""
-        return _with_preference(self, partial(prefer_first, n_experts=self.gate.n_experts))
+        return prefer(self, partial(prefer_first, n_experts=len(self.gate.weight)))
 
     def _within_capacity(self, experts: torch.Tensor) -> torch.Tensor:
         """Which choices (images, tokens, k) do not come too late, bool."""
-        images, tokens, k = experts.shape
-        most = per_expert(k * tokens, self.gate.n_experts, self.capacity)
+        (images, tokens, k), n_experts = experts.shape, len(self.gate.weight)
+        most = per_expert(k * tokens, n_experts, self.capacity)
         in_order = experts.mT.flatten(1)  # all first choices, then all second ones
-        before = one_hot(in_order, self.gate.n_experts).cumsum(dim=1)
+        before = one_hot(in_order, n_experts).cumsum(dim=1)
         place = before.gather(2, in_order[..., None])
         return (place <= most).view(images, k, tokens).mT
 
@@ -126,21 +113,12 @@ class ExpertChoiceRouter(nn.Module):
     - ``capacity``: C: every expert takes C n / experts of an image's n tokens, rounded, at least
       one.
     - ``renormalise``: whether the weights of all experts that take a token are made to sum to 1.
-    - ``preference``: scores by which the tokens are chosen in place of the gates, as in
-      :class:`TopKRouter`.
     """
 
-    def __init__(
-        self,
-        gate: Gate,
-        *,
-        capacity: float = 2.0,
-        renormalise: bool = True,
-        preference: Scores | None = None,
-    ) -> None:
+    def __init__(self, gate: Gate, *, capacity: float = 2.0, renormalise: bool = True) -> None:
         super().__init__()
         self.gate, self.capacity, self.renormalise = gate, capacity, renormalise
-        self.preference = preference
+        self.preference: Scores | None = None
 
     def forward(self, x: torch.Tensor) -> Routed:
         """Route the tokens of ``x`` (images, ..., dim)."""
@@ -162,11 +140,18 @@ class ExpertChoiceRouter(nn.Module):
 
     def constant(self) -> Self:
         """Return a router like this one, with tokens for every expert by their places alone."""
-        deal = partial(deal_tokens, n_experts=self.gate.n_experts, capacity=self.capacity)
-        return _with_preference(self, deal)
+        facts = {"n_experts": len(self.gate.weight), "capacity": self.capacity}
+        return prefer(self, partial(deal_tokens, **facts))
 
 
 Router = TopKRouter | ExpertChoiceRouter
+
+
+def prefer(router: Router, preference: Scores) -> Router:
+    """Copy a router, to choose by other scores; the weights remain those of the largest gates."""
+    copied = copy.deepcopy(router)
+    copied.preference = preference
+    return copied.to(router.gate.weight.device)
 
 
 class RandomScores(nn.Module):
@@ -205,18 +190,6 @@ def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> tor
     return -((places - starts) % count).expand(images, -1, -1)
 
 
-def choose_randomly(router: Router, seed: int) -> Router:
-    """Copy a router, which then chooses by :class:`RandomScores`: weights and MACs stay."""
-    n_experts, dim = router.gate.weight.shape
-    return _with_preference(router, RandomScores(dim, n_experts, seed=seed))
-
-
-def _with_preference(router: Router, preference: Scores) -> Router:
-    copied = copy.deepcopy(router)
-    copied.preference = preference
-    return copied.to(router.gate.weight.device)
-
-
 class SparseMlp(nn.Module):
     """Experts with weights of their own, in the place of an MLP.
 
@@ -249,14 +222,11 @@ class SparseMlp(nn.Module):
 
     def random_router(self, seed: int = 0) -> Router:
         """Return a router by which only *which* experts and tokens meet is left to chance."""
-        return choose_randomly(self.router, seed)
+        n_experts, dim = self.router.gate.weight.shape
+        return prefer(self.router, RandomScores(dim, n_experts, seed=seed))
 
     def constant_router(self) -> Router:
-        """Return a router that does not look at the tokens to choose, at the same MACs.
-
-        All tokens have the same experts; where experts choose, each has the tokens of the same
-        places in all images. The weights are those that the router gives.
-        """
+        """Return a router of the same MACs that does not look at the tokens to choose."""
         return self.router.constant()
 
 

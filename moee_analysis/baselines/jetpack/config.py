@@ -90,8 +90,8 @@ class JetpackConfig:
         checks.seed_number(self.seed)
         checks.layer_numbers(self.layers)
         checks.share("universal_ratio", self.universal_ratio)
-        for name, value in checks.not_none(self, "macs_reduction"):
-            checks.share(name, value)
+        if self.macs_reduction is not None:
+            checks.share("macs_reduction", self.macs_reduction)
         for name in ("drop", "expert_drop"):
             checks.real_number(name, getattr(self, name), least=0, below=1)
         checks.real_number("temperature", self.temperature, above=0)

@@ -11,12 +11,13 @@ from moee_analysis.baselines.common.replace_mlps import ExpertMlps
 from moee_analysis.baselines.common.sparse_moe_layer import (
     ExpertChoiceRouter,
     Gate,
+    RandomScores,
     SparseMlp,
     TopKRouter,
     balance_loss,
-    choose_randomly,
     importance_loss,
     load_loss,
+    prefer,
     watch_routers,
 )
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
@@ -34,6 +35,12 @@ ROUTERS = {
     "expert_choice": lambda gate: ExpertChoiceRouter(gate, capacity=2.0),
     "little": lambda gate: ExpertChoiceRouter(gate, capacity=0.4, renormalise=False),
 }
+
+
+def choose_randomly(router, seed):
+    return prefer(router, RandomScores(DIM, EXPERTS, seed=seed))
+
+
 KINDS = {
     "own": lambda router: router,
     "random": lambda router: choose_randomly(router, 1),
