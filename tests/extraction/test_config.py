@@ -1,11 +1,12 @@
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import (
+    BOUND,
     CHOICES,
     MACS_REDUCTION,
     PRESETS,
@@ -21,8 +22,6 @@ OTHER = {
     "unread": "constant", "order": "obs", "metric": "fisher", "refit": "shift",
     "coherence": "measured",
 }  # fmt: skip
-
-
 WRONG = [
     {"recipe": "worst"}, {"preset": "huge"}, {"macs_reduction": 28}, {"macs_reduction": 0},
     {"macs_reduction": float("nan")}, {"variance_kept": 90}, {"variance_kept": -0.1},
@@ -48,10 +47,10 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong, words):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_preset_decides_what_is_not_given(preset):
-    config = ExtractConfig(preset=preset, cluster_tokens=77).resolved()
+    config, sizes = ExtractConfig(preset=preset, cluster_tokens=77).resolved(), PRESETS[preset]
     assert config.cluster_tokens == 77
-    assert config.tokens_per_image == PRESETS[preset].tokens_per_image
-    assert config.calibration_images == PRESETS[preset].calibration_images
+    assert config.tokens_per_image == sizes.tokens_per_image
+    assert config.calibration_images == sizes.calibration_images
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -61,20 +60,16 @@ def test_a_piece_that_is_given_stands_and_the_others_are_the_recipe_s(recipe, gi
     assert (recipe_named(recipe) | given).items() <= vars(resolved).items()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_where_parameters_are_bound_some_pieces_of_the_recipe_change(recipe):
-    bound = recipe_named(recipe, bound=True)
-    if bound["budget"] == "global":
-        resolved = ExtractConfig(recipe=recipe, params_reduction=0.2).resolved()
-        assert bound.items() <= vars(resolved).items()
-        given = ExtractConfig(recipe=recipe, params_reduction=0.2, order="variance")
-        assert given.resolved().order == "variance"
+def test_where_parameters_are_bound_some_pieces_of_the_recipe_change():
+    bound = ExtractConfig(recipe="best", params_reduction=0.2).resolved()
+    assert recipe_named("best", bound=True).items() <= vars(bound).items()
+    assert recipe_named("best", bound=True) == recipe_named("best") | BOUND["best"]
+    assert replace(bound, order="variance").resolved().order == "variance"
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"recipe": "best"}, {"recipe": "best", "params_reduction": 0.2}, {"macs_reduction": 0.2}],
-)
+@pytest.mark.parametrize("config", [
+    {}, {"recipe": "best"}, {"recipe": "best", "params_reduction": 0.2}, {"macs_reduction": 0.2},
+])  # fmt: skip
 def test_what_is_resolved_stays_as_it_is(config):
     resolved = ExtractConfig(**config).resolved()
     assert resolved.resolved() == resolved
@@ -96,33 +91,29 @@ def test_covariances_take_all_tokens_and_variances_a_sample(pieces, everything):
     assert ExtractConfig(**pieces, tokens_per_image=5).resolved().tokens_per_image == 5
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_only_the_fisher_metric_needs_gradients(recipe):
-    assert ExtractConfig(recipe=recipe, metric="fisher").needs_gradients
-    assert not ExtractConfig(recipe=recipe, metric="outputs").needs_gradients
-    assert ExtractConfig(recipe=recipe).needs_gradients is (recipe == "best")
-
-
-@pytest.mark.parametrize(("pieces", "measured"), [
-    ({}, False), ({"coherence": "measured"}, False), (WHOLE, True), (BEST, True),
-    (WHOLE | {"budget": "share"}, False), (BEST | {"coherence": "ignored"}, False),
-    (BEST | {"metric": "outputs"}, False), (BEST | {"budget": "share"}, False),
+@pytest.mark.parametrize(("pieces", "gradients", "measured"), [
+    ({}, False, False), ({"coherence": "measured"}, False, False), (WHOLE, True, True),
+    (BEST, True, True), (WHOLE | {"budget": "share"}, True, False),
+    (BEST | {"coherence": "ignored"}, True, False), (BEST | {"metric": "outputs"}, False, False),
+    (BEST | {"budget": "share"}, True, False), ({"metric": "fisher"}, True, False),
 ])  # fmt: skip
-def test_coherence_takes_a_fisher_metric_and_one_budget(pieces, measured):
-    assert ExtractConfig(**pieces).measures_coherence is measured
+def test_a_fisher_metric_needs_gradients_and_coherence_that_and_one_budget(
+    pieces, gradients, measured
+):
+    config = ExtractConfig(**pieces)
+    assert (config.needs_gradients, config.measures_coherence) == (gradients, measured)
 
 
-def test_without_a_budget_there_is_one():
-    for pieces in ({"recipe": "best"}, {"budget": "global"}):
-        assert ExtractConfig(**pieces).resolved().macs_reduction == MACS_REDUCTION
-    bound = ExtractConfig(recipe="best", params_reduction=0.2).resolved()
-    assert (bound.macs_reduction, bound.params_reduction) == (None, 0.2)
-    assert bound.variance_kept is None
-    share = ExtractConfig(recipe="best", budget="share").resolved()
-    assert (share.variance_kept, share.macs_reduction) == (VARIANCE_KEPT, None)
-    assert ExtractConfig().resolved().variance_kept == VARIANCE_KEPT
-    assert ExtractConfig(variance_kept=0.5).resolved().variance_kept == 0.5
-    assert ExtractConfig(macs_reduction=0.28).resolved().variance_kept is None
+@pytest.mark.parametrize(("given", "macs", "share"), [
+    ({"recipe": "best"}, MACS_REDUCTION, None), ({"budget": "global"}, MACS_REDUCTION, None),
+    ({"recipe": "best", "params_reduction": 0.2}, None, None),
+    ({"recipe": "best", "budget": "share"}, None, VARIANCE_KEPT), ({}, None, VARIANCE_KEPT),
+    ({"variance_kept": 0.5}, None, 0.5), ({"macs_reduction": 0.28}, 0.28, None),
+])  # fmt: skip
+def test_without_a_budget_there_is_one(given, macs, share):
+    resolved = ExtractConfig(**given).resolved()
+    assert (resolved.macs_reduction, resolved.variance_kept) == (macs, share)
+    assert resolved.params_reduction == given.get("params_reduction")
 
 
 @pytest.mark.parametrize("layers", [None, (0, 3)])
@@ -135,15 +126,12 @@ def test_a_configuration_survives_the_way_through_json(layers, recipe, pieces, r
     assert ExtractConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
 
 
-EARLIER = {"dense_tokens": [], "union": "steps", "thin": "dense"}
-EARLIER_CLUSTERING = {"metric": "cosine", "selection": "eom"}
-
-
-def earlier(config, **changed):
+def earlier(config, *, clustering=(), **changed):
     """A configuration as an earlier version has saved it."""
-    content = json.loads(json.dumps(asdict(config.resolved()))) | EARLIER
-    content["clustering"] |= EARLIER_CLUSTERING | changed.pop("clustering", {})
-    return content | changed
+    content = json.loads(json.dumps(asdict(config.resolved())))
+    content |= {"dense_tokens": [], "union": "steps", "thin": "dense"} | changed
+    content["clustering"] |= {"metric": "cosine", "selection": "eom"} | dict(clustering)
+    return content
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -152,14 +140,11 @@ def test_settings_of_earlier_versions_that_have_no_effect_are_left_out(recipe):
     assert ExtractConfig.from_json(earlier(config)) == config.resolved()
 
 
-@pytest.mark.parametrize(
-    ("changed", "found"),
-    [
-        ({"refit": "each"}, "refit='each'"), ({"dense_tokens": ["cls"]}, r"dense_tokens=\['cls'\]"),
-        ({"clustering": {"metric": "manhattan"}}, "metric='manhattan'"),
-        ({"clustering": {"selection": "leaf"}}, "selection='leaf'"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("changed", "found"), [
+    ({"refit": "each"}, "refit='each'"), ({"dense_tokens": ["cls"]}, r"dense_tokens=\['cls'\]"),
+    ({"clustering": {"metric": "manhattan"}}, "metric='manhattan'"),
+    ({"clustering": {"selection": "leaf"}}, "selection='leaf'"),
+])  # fmt: skip
 def test_settings_that_there_no_longer_are_are_refused_in_one_line(changed, found):
     with pytest.raises(MoeeError, match=f"found {found}.*extract again"):
         ExtractConfig.from_json(earlier(ExtractConfig(), **changed))

@@ -5,7 +5,6 @@ import torch
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import (
-    BOUND,
     CHOICES,
     CLUSTER_CHOICES,
     RECIPES,
@@ -57,9 +56,8 @@ def test_an_unknown_recipe_lists_those_there_are():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_decides_every_piece(recipe):
-    chosen = recipe_named(recipe)
-    assert chosen.keys() - {"clustering"} == CHOICES.keys() - {"noise", "experts"}
-    assert recipe_named(recipe, bound=True) == chosen | BOUND.get(recipe, {})
+    pieces = CHOICES.keys() - {"noise", "experts"} | {"clustering"}
+    assert recipe_named(recipe).keys() == recipe_named(recipe, bound=True).keys() == pieces
 
 
 @pytest.mark.parametrize(("recipe", "piece", "choice"), SWITCHED)

@@ -83,13 +83,6 @@ def test_two_at_a_time_are_nearly_as_good_as_one_at_a_time(seed):
         assert fast <= 1.2 * slow
 
 
-def test_independent_neurons_cost_their_variance_times_their_output_weights():
-    variances, readout = torch.tensor([4.0, 0.5, 2.0, 1.0]), drawn(0)[1][:, :4]
-    costs = elimination_costs(variances.diag(), readout, ridge=1e-9)
-    expected = variances * readout.square().sum(dim=0)
-    torch.testing.assert_close(costs, expected, rtol=1e-6, atol=0)
-
-
 def test_neurons_that_never_vary_go_first_and_one_of_two_equal_ones_costs_nothing():
     activations, readout = drawn(2)
     activations[:, [3, 5]] = 0
