@@ -5,8 +5,6 @@ twenty to forty times too narrow. Everything here permutes or redraws whole imag
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,9 +16,8 @@ MIDDLE = (0.025, 0.975)
 """Quantiles that end the middle 95 %."""
 
 
-@dataclass(frozen=True)
 class Groups:
-    """Images sorted by class.
+    """Images sorted by their ``labels``, (images,).
 
     ``classes``: int64 (classes,): class index of each group, ascending.
     ``order``: int64 (images,): image indices, class after class.
@@ -28,16 +25,10 @@ class Groups:
       images.
     """
 
-    classes: np.ndarray
-    order: np.ndarray
-    starts: np.ndarray
-    sizes: np.ndarray
-
-    @classmethod
-    def of(cls, labels: np.ndarray) -> Self:
-        """Group images by their ``labels``, (images,)."""
-        classes, starts, sizes = np.unique(np.sort(labels), return_index=True, return_counts=True)
-        return cls(classes, np.argsort(labels, kind="stable"), starts, sizes)
+    def __init__(self, labels: np.ndarray) -> None:
+        self.order = np.argsort(labels, kind="stable")
+        facts = np.unique(labels[self.order], return_index=True, return_counts=True)
+        self.classes, self.starts, self.sizes = facts
 
     def means(self, values: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
         """Mean of ``values`` (images, columns) over each class: (classes, columns).

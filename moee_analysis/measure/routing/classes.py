@@ -50,7 +50,7 @@ def class_routing(
     """
     several, parts = all_routes(source, images), []
     for routes in several:
-        shown, groups = choose_classes(routes.class_names, classes), Groups.of(routes.labels)
+        shown, groups = choose_classes(routes.class_names, classes), Groups(routes.labels)
         rows = np.searchsorted(groups.classes, shown)
         for layer in choose_layers(routes.layers, layers):
             means = groups.means(routes.image_shares(layer))  # (classes, experts)
@@ -89,7 +89,7 @@ def specificity(
     draws = permutations, resamples, seed
     several, tables = all_routes(source, images), []
     for routes in several:
-        shown, groups = choose_classes(routes.class_names, classes), Groups.of(routes.labels)
+        shown, groups = choose_classes(routes.class_names, classes), Groups(routes.labels)
         table = _resample(routes, layers, _divergences, draws).rename(columns={"value": "js"})
         group = table.pop("group")  # the classes in order, and last all of them
         names = [*(routes.class_names[int(c)] for c in groups.classes), ALL]
@@ -235,7 +235,7 @@ def _resample(
     shown = choose_layers(routes.layers, layers)
     shares = [routes.image_shares(layer) for layer in shown]
     experts = [share.shape[1] for share in shares]
-    packed, groups = np.concatenate(shares, axis=1), Groups.of(routes.labels)
+    packed, groups = np.concatenate(shares, axis=1), Groups(routes.labels)
 
     def values(order: np.ndarray | None) -> np.ndarray:
         means = np.split(groups.means(packed, order), np.cumsum(experts)[:-1], axis=1)

@@ -204,7 +204,7 @@ def _row(patches: _Patches, permutations: int, resamples: int, seed: int) -> dic
 
     def exchange(labels: np.ndarray) -> dict[str, np.ndarray]:
         """Compare with masks exchanged between images of the same label."""
-        draw = Groups.of(labels).exchanged
+        draw = Groups(labels).exchanged
         null = repeat(lambda o: score(patches.table(o)), draw, times=permutations, seed=seed)
         return against_chance(value, null)
 

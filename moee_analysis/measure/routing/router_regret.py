@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +15,9 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.clusters_to_router import Partition, metric_root
-from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
-from moee_analysis.extraction.config import ExtractConfig
+from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
-from moee_analysis.extraction.record.token_source import TokenSource, calibration_tokens
+from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.resolve import batches_of, check_any
@@ -56,13 +55,26 @@ def router_choices(
     routed = moe_layers(run.model).items()
     layers = {index: each for index, each in routed if each.n_experts - prefix_experts(each) > 1}
     sites = [site for site in calibration.sites if site.index in layers]
-    means = _means_as_routed(calibration, {site: layers[site.index] for site in sites})
+    sums = []
+    for site in sites:
+        layer = layers[site.index]
+        sums.append(_MeanInputs(site, layer, hash_weights(_own_router(layer))))
+    found = accumulate(calibration, sums, label="mean inputs as routed")
+    means = {site.name: of_experts for site, of_experts in found}
     leading = {site.name: _leading_tokens(layers[site.index]) for site in sites}
     choices: dict[str, dict[int, nn.Module]] = {}
     for draw in sample_tokens(calibration, config, leading, hidden=False):
-        site, layer = draw.site, layers[draw.site.index]
-        found = _to_centres(draw, means[site.name], config) | _others(draw, layer, seed=seed)
-        for name, router in (found | {config.router: _own_router(layer)}).items():
+        site, layer, centres = draw.site, layers[draw.site.index], means[draw.site.name]
+        root, shares = metric_root(draw, config), layer.shares[prefix_experts(layer) :].cpu()
+        routers = {
+            "cosine": Partition(centres=centres).router(),
+            "nearest": Partition(centres=centres @ root.T, root=root).router(),
+            "random": RandomRouter(shares, dim=site.dim, seed=1000 * seed + site.index),
+            "constant": ConstantRouter(int(shares.argmax())),
+            "oracle": OracleRouter(draw.mlp, layer),
+        }
+        routers[config.router] = _own_router(layer)
+        for name, router in routers.items():
             choices.setdefault(name, {})[site.index] = beside_leading(router, layer)
     return choices
 
@@ -95,20 +107,35 @@ def router_regret(
     Raises MoeeError: no images, or no layer of the run for which all routers are given.
     """
     check_any(images)
-    dense, layers = run.dense(), _compared(run, routers)
+    dense, routed = run.dense(), moe_layers(run.model)
+    layers = {i: layer for i, layer in routed.items() if all(i in own for own in routers.values())}
+    if not routers or not layers:
+        raise MoeeError(
+            f"routers for some of the routed layers {sorted(routed)}",
+            ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none",
+            "take those of measure.router_choices, from a run with several experts a layer",
+        )
     sites = {site.index: site for site in find_mlps(dense)}
-    sums = {
-        index: _Errors(OracleRouter(sites[index].module(dense), layer), layer)
-        for index, layer in layers.items()
-    }
+    oracles = {i: OracleRouter(sites[i].module(dense), layer) for i, layer in layers.items()}
+    sums = {index: Counter() for index in layers}
     with evaluating(dense), capture(dense, [sites[index].name for index in layers]) as seen:
         for x in batches_of(dense, images, batch_size, label="routers"):
             dense(x)
-            for index, errors in sums.items():
+            for index, layer in layers.items():
                 inputs = seen[sites[index].name]
                 tokens = inputs.reshape(len(x), -1, inputs.shape[-1])
-                errors.add(tokens, {name: own[index] for name, own in routers.items()})
-    rows = [{"layer": index} | row for index, errors in sums.items() for row in errors.rows()]
+                own = {name: by_layer[index] for name, by_layer in routers.items()}
+                _add_errors(sums[index], tokens, oracles[index], layer, own)
+    rows = []
+    for index, own in sums.items():
+        mean = own["outputs"] / own["tokens"]
+        variance = own["squares"] - own["tokens"] * float(mean.square().sum())
+        scale = variance or math.nan  # outputs that never change leave no share to tell
+        for name in routers:
+            error, least = own["error", name], own["least"]
+            row = {"layer": index, "router": name, "error": error / scale}
+            row |= {"regret": (error - least) / scale, "best": own["best", name] / own["tokens"]}
+            rows.append(row | {"experts": oracles[index].n_experts})
     return add_caption(
         pd.DataFrame(rows),
         f"{len(images)} images, routed tokens only, each layer on the inputs of the dense model; "
@@ -116,61 +143,27 @@ def router_regret(
     )
 
 
-def _compared(run: Extraction, routers: Mapping[str, Mapping[int, nn.Module]]) -> dict[int, MoeMlp]:
-    """The routed layers for which every router is given."""
-    layers = moe_layers(run.model)
-    common = {i: layer for i, layer in layers.items() if all(i in of for of in routers.values())}
-    if not routers or not common:
-        raise MoeeError(
-            f"routers for some of the routed layers {sorted(layers)}",
-            ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none",
-            "take those of measure.router_choices, from a run with several experts a layer",
-        )
-    return common
-
-
-@dataclass
-class _Errors:
-    """Squared errors of one layer, summed over the routed tokens of all batches."""
-
-    oracle: OracleRouter
-    layer: MoeMlp
-    tokens: int = 0
-    outputs: torch.Tensor | float = 0.0
-    squares: float = 0.0
-    least: float = 0.0
-    errors: Counter[str] = field(default_factory=Counter)
-    best: Counter[str] = field(default_factory=Counter)
-
-    def add(self, x: torch.Tensor, routers: Mapping[str, nn.Module]) -> None:
-        """Add the tokens ``x`` [images, tokens, dim]."""
-        leading = _leading_tokens(self.layer)
-        y = self.oracle.wanted(x[:, leading:]).double()
-        errors = self.oracle.errors(x[:, leading:]).double()
-        least = errors.min(dim=1).values
-        self.tokens += len(errors)
-        self.outputs = self.outputs + y.sum(dim=(0, 1))
-        self.squares += float(y.square().sum())
-        self.least += float(least.sum())
-        for name, router in routers.items():
-            chosen = router.to(x.device)(x).reshape(*x.shape[:2])[:, leading:].reshape(-1, 1)
-            own = errors.gather(1, chosen - prefix_experts(self.layer))[:, 0]
-            self.errors[name] += float(own.sum())
-            self.best[name] += int((own == least).sum())
-
-    def rows(self) -> Iterator[dict[str, float | str]]:
-        """Means over the tokens, one row for each router."""
-        mean = self.outputs / self.tokens
-        variance = self.squares - self.tokens * float(mean.square().sum())
-        scale = variance or math.nan  # outputs that never change leave no share to tell
-        for name, error in self.errors.items():
-            yield {
-                "router": name,
-                "error": error / scale,
-                "regret": (error - self.least) / scale,
-                "best": self.best[name] / self.tokens,
-                "experts": self.oracle.n_experts,
-            }
+def _add_errors(
+    sums: Counter,
+    x: torch.Tensor,
+    oracle: OracleRouter,
+    layer: MoeMlp,
+    routers: Mapping[str, nn.Module],
+) -> None:
+    """Add the squared errors of the routed ones of the tokens ``x`` [images, tokens, dim]."""
+    leading = _leading_tokens(layer)
+    y = oracle.wanted(x[:, leading:]).double()
+    errors = oracle.errors(x[:, leading:]).double()
+    least = errors.min(dim=1).values
+    sums["tokens"] += len(errors)
+    sums["outputs"] += y.sum(dim=(0, 1))
+    sums["squares"] += float(y.square().sum())
+    sums["least"] += float(least.sum())
+    for name, router in routers.items():
+        chosen = router.to(x.device)(x).reshape(*x.shape[:2])[:, leading:].reshape(-1, 1)
+        own = errors.gather(1, chosen - prefix_experts(layer))[:, 0]
+        sums["error", name] += float(own.sum())
+        sums["best", name] += int((own == least).sum())
 
 
 def _leading_tokens(layer: MoeMlp) -> int:
@@ -208,31 +201,3 @@ class _MeanInputs(Accumulator):
     def compute(self, sums: Sums) -> np.ndarray:
         """Mean inputs, float32 (experts, dim)."""
         return (sums["inputs"] / sums["tokens"].clamp_min(1)[:, None]).float().numpy()
-
-
-def _means_as_routed(
-    calibration: TokenSource, layers: Mapping[MlpSite, MoeMlp]
-) -> dict[str, np.ndarray]:
-    """Mean input of the tokens of each expert, float32 (experts, dim), by site name."""
-    sums = [_MeanInputs(s, e, hash_weights(_own_router(e))) for s, e in layers.items()]
-    found = accumulate(calibration, sums, label="mean inputs as routed")
-    return {site.name: means for site, means in found}
-
-
-def _to_centres(
-    draw: TokenSample, means: np.ndarray, config: ExtractConfig
-) -> dict[str, nn.Module]:
-    """Routers to the ``means`` of the experts' tokens, by cosine and to the nearest."""
-    root = metric_root(draw, config)
-    nearest = Partition(centres=means @ root.T, root=root)
-    return {"cosine": Partition(centres=means).router(), "nearest": nearest.router()}
-
-
-def _others(draw: TokenSample, layer: MoeMlp, *, seed: int) -> dict[str, nn.Module]:
-    """Routers that no centre has a part in."""
-    site, shares = draw.site, layer.shares[prefix_experts(layer) :].cpu()
-    return {
-        "random": RandomRouter(shares, dim=site.dim, seed=1000 * seed + site.index),
-        "constant": ConstantRouter(int(shares.argmax())),
-        "oracle": OracleRouter(draw.mlp, layer),
-    }

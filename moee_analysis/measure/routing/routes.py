@@ -187,16 +187,12 @@ def _classes(
             names = class_labels(model) if knows_classes(model) else sorted(images.classes)
             return labels, {int(label): names[label] for label in np.unique(labels)}
     folders = sorted(set(images.folders))
-    names = {number: _readable(model, images, folder) for number, folder in enumerate(folders)}
+    names = dict(enumerate(folders))
+    for number, folder in enumerate(folders):
+        with suppress(MoeeError):  # a folder that is none of the model's classes keeps its name
+            (label,) = images.take([images.folders.index(folder)]).labels(model)
+            names[number] = class_labels(model)[label]
     return np.array([folders.index(folder) for folder in images.folders]), names
-
-
-def _readable(model: nn.Module, images: ImageSet, folder: str) -> str:
-    try:
-        (label,) = images.take([images.folders.index(folder)]).labels(model)
-    except MoeeError:
-        return folder
-    return class_labels(model)[label]
 
 
 def _choices(

@@ -61,13 +61,15 @@ def typical(
         shape = routed.counts[layer].shape[1], tokens.shape[2]
         total = tokens.new_zeros(shape).index_add_(0, experts.flatten(), tokens.flatten(0, 1))
         sums[layer] = sums.get(layer, 0) + total
-    counts = {layer: routed.counts[layer].sum(axis=0).astype(np.float64) for layer in sums}
-    with np.errstate(invalid="ignore"):
-        means = {layer: total.numpy() / counts[layer][:, None] for layer, total in sums.items()}
-    common = {
-        layer: total.numpy().sum(axis=0) / counts[layer].sum() for layer, total in sums.items()
-    }
-    units = {layer: _unit(means[layer] - common[layer]) for layer in sums}
+    means, common, units = {}, {}, {}
+    for layer, total in sums.items():
+        counts = routed.counts[layer].sum(axis=0).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            means[layer] = total.numpy() / counts[:, None]
+        common[layer] = total.numpy().sum(axis=0) / counts.sum()
+        # experts without tokens, which nobody asks for, have no direction
+        centred = np.nan_to_num(means[layer] - common[layer])
+        units[layer] = normalize(torch.from_numpy(centred), dim=1)
     cosines: dict[int, list[np.ndarray]] = {layer: [] for layer in sums}
     for layer, tokens, experts in _tokens_of_layers(model, images, routed):
         centred = tokens - torch.from_numpy(common[layer])
@@ -122,26 +124,15 @@ def _top_of_layer(
         best, place = own.max(axis=1), own.argmax(axis=1)
         used = int(np.isfinite(best).sum())  # images that the expert has a patch of
         for rank, image in enumerate(np.argsort(-best, kind="stable")[: min(count, used)]):
+            row, column = divmod(int(place[image]), columns)
+            name = routed.class_names[int(routed.labels[image])]
             yield {
-                "layer": layer,
-                "expert": expert,
-                "rank": rank,
-                "image": int(image),
-                "class_name": routed.class_names[int(routed.labels[image])],
-                "row": int(place[image]) // columns,
-                "column": int(place[image]) % columns,
-                "rows": rows,
-                "columns": columns,
-                "cosine": float(best[image]),
-                "tokens": int((experts == expert).sum()),
-                "images": used,
-                "share": float((experts == expert).mean()),
-            }
-
-
-def _unit(vectors: np.ndarray) -> torch.Tensor:
-    """Rows of length 1; those of experts without tokens, which nobody asks for, are 0."""
-    return normalize(torch.from_numpy(np.nan_to_num(vectors)), dim=1)
+                "layer": layer, "expert": expert, "rank": rank,
+                "image": int(image), "class_name": name,
+                "row": row, "column": column, "rows": rows, "columns": columns,
+                "cosine": float(best[image]), "tokens": int((experts == expert).sum()),
+                "images": used, "share": float((experts == expert).mean()),
+            }  # fmt: skip
 
 
 def _tokens_of_layers(model: nn.Module, images: ImageSet, routed: Routes) -> Iterator[Seen]:
