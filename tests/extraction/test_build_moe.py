@@ -16,7 +16,7 @@ from tests.helpers.images import toy_images
 from tests.helpers.models import same_models, toy_vit
 from tests.helpers.runs import best
 
-IMAGES = toy_images(12)
+IMAGES, LITTLE = toy_images(12), Limits(memory=1)
 SITES = {site.index: site for site in find_mlps(toy_vit())}
 
 
@@ -37,12 +37,8 @@ def built(tmp_path_factory):
 
 def at_random(layers):
     """Half of the neurons of every expert."""
-    rng = np.random.default_rng(0)
-    return {
-        layer.site.name: rng.random(layer.statistics.means.shape) < 0.5
-        for layer in layers
-        if layer.converted
-    }
+    rng, layers = np.random.default_rng(0), [layer for layer in layers if layer.converted]
+    return {each.site.name: rng.random(each.statistics.means.shape) < 0.5 for each in layers}
 
 
 def nothing(layers):
@@ -87,11 +83,7 @@ def test_the_mean_output_of_every_expert_is_that_of_the_dense_layer(built, kept,
             torch.testing.assert_close(wrong.mean(dim=0), torch.zeros(32), rtol=0, atol=0.01)
         assert layer.fc2.weight.shape[1] == len(layer.kept)
         assert layer.shift.shape == (layer.n_experts, 32)
-
-
-def test_a_refit_does_not_depend_on_what_it_may_take_of_memory(built):
-    _, _, build = built
-    assert same_models(build(at_random), build(at_random, limits=Limits(memory=1)))
+    assert same_models(build(kept, refit=refit), build(kept, refit=refit, limits=LITTLE))
 
 
 def test_an_expert_counts_by_its_tokens_and_by_how_much_their_errors_do(built):

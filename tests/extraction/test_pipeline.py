@@ -1,4 +1,5 @@
 import copy
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -10,11 +11,12 @@ import moee_analysis as moee
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import pipeline
 from moee_analysis.extraction.pipeline import extract
+from moee_analysis.measure import macs
 from moee_analysis.models.attention import reduced_attentions
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import find_mlps, fingerprint, load_model
-from moee_analysis.models.macs import count, count_parameters, moe_macs
-from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import ConstantRouter
 from tests.helpers.images import toy_images
 from tests.helpers.models import (
@@ -30,12 +32,6 @@ from tests.helpers.models import (
 from tests.helpers.runs import CLUSTERING, best, quick
 
 IMAGES = toy_images(16)
-
-
-def cost(run):
-    names = moe_names(run.model)
-    layers = moe_layers(run.model)
-    return moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
 
 
 # The same as the dense model where nothing is left out
@@ -95,16 +91,12 @@ def test_the_report_tells_what_the_model_is_and_the_dense_one_is_not_changed():
     assert not torch.allclose(run.model(pixels_of(model)), model(pixels_of(model)))
 
 
-def test_where_no_clusters_are_found_the_model_stays_dense_and_says_why():
+def test_where_no_clusters_are_found_a_layer_stays_dense_and_says_why():
     model, x = toy_vit(), pixels_of(toy_vit())
     run = extract(model, IMAGES, quick(clustering=replace(CLUSTERING, max_noise=0.001)))
     assert [layer.converted for layer in run.layers] == [False] * 3
     assert all("noise" in layer.reason for layer in run.layers)
     assert torch.equal(run.model(x), model(x))
-
-
-def test_a_dead_layer_stays_dense_and_the_others_do_not_mind():
-    model = toy_vit()
     model.blocks[1].mlp.fc1.weight.zero_()
     run = extract(model, IMAGES, quick())
     assert [layer.converted for layer in run.layers] == [True, False, True]
@@ -139,7 +131,8 @@ def test_a_budget_is_met_with_the_largest_possible_experts(reduction):
     run = extract(model, IMAGES, quick(macs_reduction=reduction))
     more = extract(model, IMAGES, quick(variance_kept=run.variance_kept + 1e-6))
     saved = (1 - reduction) * count(model).total
-    assert 0.97 * saved < cost(run) <= saved < cost(more)
+    total, of_more = (macs(each).iloc[-1]["macs"] for each in (run, more))
+    assert 0.97 * saved < total <= saved < of_more
 
 
 # The recipe "best"
@@ -150,13 +143,11 @@ def test_patches_that_nothing_reads_get_a_constant_and_no_logit_changes(build):
     model = build()
     last = len(find_mlps(model)) - 1
     run = extract(model, IMAGES, best(macs_reduction=1e-6, layers=(last,)))
-    layer = moe_layers(run.model)[last]
+    layer, x = moe_layers(run.model)[last], pixels_of(model)
     assert layer.expert_sizes[1] == 0
-    x = pixels_of(model)
     torch.testing.assert_close(run.model(x), model(x), rtol=1e-4, atol=1e-4)
-    tokens = torch.randn(3, layer.router.tokens, layer.fc1.in_features)
-    patches = layer(tokens)[:, 1:].flatten(0, 1)
-    assert torch.equal(patches, patches[:1].expand_as(patches))
+    patches = layer(torch.randn(3, layer.router.tokens, layer.fc1.in_features))[:, 1:]
+    assert torch.equal(patches, patches[:1, :1].expand_as(patches))
 
 
 def test_a_refit_comes_closer_to_the_dense_model_than_none_and_than_the_paper():
@@ -218,11 +209,16 @@ def test_the_provenance_names_model_images_versions_and_seed():
     assert run.config.calibration_images == 12
 
 
-def test_a_model_that_cannot_be_named_is_refused_before_the_work(monkeypatch):
-    model = toy_vit()
-    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != "architecture"}
-    monkeypatch.setattr(pipeline, "group_tokens", lambda *_, **__: pytest.fail("too late"))
-    with pytest.raises(MoeeError, match="pretrained_cfg"):
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda model: model.pretrained_cfg.pop("architecture"), "pretrained_cfg"),
+    (lambda model: setattr(model, "lock", threading.Lock()), "a model that can be copied"),
+])  # fmt: skip
+def test_a_model_that_cannot_be_named_or_copied_is_refused_before_the_work(
+    monkeypatch, change, words
+):
+    change(model := toy_vit())
+    monkeypatch.setattr(pipeline, "provenance_of", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(MoeeError, match=words):
         extract(model, IMAGES, quick())
 
 

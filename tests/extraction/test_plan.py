@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +20,13 @@ IMAGES = toy_images(8)
 
 @pytest.fixture
 def grouped(tmp_path, monkeypatch):
-    """Group the tokens of the planted layer by clusters that are known; score its neurons."""
+    """Group the tokens of a made-up layer, by clusters that may be known; score its neurons."""
 
-    def group(*, labels=LABELS, layer=PLANTED, order="variance", **given):
-        monkeypatch.setattr(planning, "cluster_tokens", lambda *_, **__: labels)
-        made, config = Made([layer], tmp_path, (30, 50)), quick(order=order, **given).resolved()
+    def group(labels=None, *, layer=PLANTED, cuts=(30, 50), kinds=(), settings=quick, **given):
+        if labels is not None:
+            monkeypatch.setattr(planning, "cluster_tokens", lambda *_, **__: labels)
+        monkeypatch.setattr(planning, "unread_patches", lambda _: frozenset())
+        made, config = Made([layer], tmp_path, cuts, kinds=kinds), settings(**given).resolved()
         (found,) = group_tokens(made, config)
         scores = score_neurons(made, [found], order=config.order, metric=config.metric)
         return found, scores.get("mlp")
@@ -38,7 +42,7 @@ def best_neurons(scores):
 
 
 def test_noise_rerouted_counts_for_the_expert_it_is_routed_to(grouped):
-    found, scores = grouped(noise="reroute")
+    found, scores = grouped(LABELS, noise="reroute")
     assert found.statistics.weight.tolist() == found.statistics.routed.tolist() == [70, 20]
     np.testing.assert_allclose(found.statistics.shares, [70 / 90, 20 / 90])
     assert set(best_neurons(scores)[0, :2]) == {0, 2}
@@ -47,15 +51,13 @@ def test_noise_rerouted_counts_for_the_expert_it_is_routed_to(grouped):
     np.testing.assert_array_equal(found.router().centres, found.partition.centres)
 
 
-def test_noise_dropped_counts_for_no_scores_but_is_still_routed_and_as_the_rest_has_an_expert(
-    grouped,
-):
-    found, scores = grouped(noise="drop")
+def test_noise_dropped_is_still_routed_and_as_the_rest_has_an_expert(grouped):
+    found, scores = grouped(LABELS, noise="drop")
     assert found.assignment.of(PLANTED)[1].tolist() == LABELS.tolist()
     assert best_neurons(scores)[:, 0].tolist() == [0, 1]
     assert found.statistics.weight.tolist() == [40, 20]
     np.testing.assert_allclose(found.statistics.shares, [70 / 90, 20 / 90])
-    rest, scores = grouped(noise="rest")
+    rest, scores = grouped(LABELS, noise="rest")
     assert best_neurons(scores)[:, 0].tolist() == [0, 1, 2]
     np.testing.assert_allclose(rest.statistics.shares.sum(), 1)
 
@@ -70,7 +72,7 @@ def test_one_expert_scores_neurons_by_their_variance_over_all_tokens(grouped):
 
 
 def test_a_layer_without_clusters_keeps_its_reason(grouped):
-    found, scores = grouped(labels=np.minimum(LABELS, 0))
+    found, scores = grouped(np.minimum(LABELS, 0))
     assert not found.converted
     assert found.partition.reason == "1 clusters found"
     assert found.partition.noise_share == pytest.approx(30 / 90)
@@ -84,7 +86,7 @@ BETWEEN = planted((NORTH, 40, 0), (EAST, 40, 1), (NORTH, 10, 2), (EAST, 10, 2), 
 @pytest.mark.parametrize("noise", ["reroute", "drop", "rest"])
 def test_an_expert_that_no_token_is_routed_to_is_left_out_of_everything(grouped, noise, order):
     labels = np.repeat([0, 2, 1], [40, 40, 20])  # the mean of the last is nobody's nearest
-    found, scores = grouped(labels=labels, layer=BETWEEN, noise=noise, order=order)
+    found, scores = grouped(labels, layer=BETWEEN, noise=noise, order=order)
     assert found.partition.experts == found.assignment.experts == 2
     assert found.statistics.routed.tolist() == [50, 50]
     assert found.statistics.weight.tolist() == ([50, 50] if noise == "reroute" else [40, 40])
@@ -98,7 +100,7 @@ def test_an_expert_that_no_token_is_routed_to_is_left_out_of_everything(grouped,
 
 def test_a_layer_that_routes_everything_to_one_expert_stays_dense(grouped):
     layer = planted((NORTH, 40, 0), (2 * NORTH, 40, 1), spread=0)
-    found, _ = grouped(labels=np.repeat([0, 1], 40), layer=layer)
+    found, _ = grouped(np.repeat([0, 1], 40), layer=layer)
     assert found.partition.reason == "all tokens route to one expert"
     assert not found.converted
 
@@ -109,18 +111,9 @@ PAIRED = planted((NORTH, 20, 0), (EAST, 40, 1), images=10)  # 6 tokens, the firs
 
 
 @pytest.fixture
-def paired(tmp_path, monkeypatch):
-    """Group the tokens of a layer of two leading tokens, of such kinds, and four others."""
-
-    def group(kinds=("cls", "dist"), *, settings=quick, layer=PAIRED, **given):
-        monkeypatch.setattr(planning, "unread_patches", lambda _: frozenset())
-        config = settings(**given).resolved()
-        made = Made([layer], tmp_path, (6, 42), kinds=kinds)
-        (found,) = group_tokens(made, config)
-        scores = score_neurons(made, [found], order=config.order, metric=config.metric)
-        return found, scores["mlp"]
-
-    return group
+def paired(grouped):
+    """Group the tokens of a layer of two leading tokens and four others."""
+    return partial(grouped, layer=PAIRED, cuts=(6, 42), kinds=("cls", "dist"))
 
 
 def test_leading_tokens_have_experts_before_those_of_the_others(paired):
@@ -141,7 +134,7 @@ def test_leading_tokens_have_experts_before_those_of_the_others(paired):
 
 
 def test_leading_tokens_of_one_kind_share_an_expert(paired):
-    found, scores = paired(("register", "register"), tokens="kinds", experts="one")
+    found, scores = paired(kinds=("register", "register"), tokens="kinds", experts="one")
     assert found.statistics.shares == pytest.approx([1 / 3, 2 / 3])
     assert best_neurons(scores)[:, 0].tolist() == [0, 1]
 
@@ -200,10 +193,9 @@ def test_clusters_statistics_and_costs_are_found_again_in_the_store(
 ):
     given = {"settings": settings, "order": order}
     first, scores = groups_of(tmp_path, **given)
+    fail = lambda *_, **__: pytest.fail("again")  # noqa: E731
     for name in AGAIN:
-        monkeypatch.setattr(
-            f"moee_analysis.extraction.{name}", lambda *_, **__: pytest.fail("again")
-        )
+        monkeypatch.setattr(f"moee_analysis.extraction.{name}", fail)
     again, found = groups_of(tmp_path, macs_reduction=0.1, **given)
     for one, other in zip(first, again, strict=True):
         for name in ("centres", "root", "rows", "labels"):
@@ -233,13 +225,10 @@ def test_cls_has_an_expert_and_the_last_layer_a_constant_one(tmp_path):
     assert layers[2].constant.tolist() == [False, True]
     assert all(isinstance(layer.router().inner, NearestRouter) for layer in layers[:2])
     assert layers[2].router().macs == 0
-
-
-@pytest.mark.parametrize("pieces", [{"tokens": "alike"}, {"tokens": "alike", "unread": "routed"}])
-def test_tokens_alike_are_routed_by_their_content(tmp_path, pieces):
-    layers, _ = groups_of(tmp_path, settings=best, **pieces)
-    assert [layer.prefix for layer in layers[:2]] == [(), ()]
-    assert layers[2].prefix == ((0,) if len(pieces) == 1 else ())
+    layers, _ = groups_of(tmp_path, settings=best, tokens="alike")
+    assert [layer.prefix for layer in layers] == [(), (), (0,)]
+    layers, _ = groups_of(tmp_path, settings=best, tokens="alike", unread="routed")
+    assert [layer.prefix for layer in layers] == [(), (), ()]
 
 
 def test_a_model_of_patches_alone_has_nothing_but_routed_tokens(tmp_path):

@@ -75,7 +75,7 @@ def test_controls_keep_the_experts_and_change_what_is_computed(models, name):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_routing_to_several_experts_has_controls_of_as_many(models):
+def test_controls_have_as_many_experts_a_token_and_leave_leading_tokens_their_own(models):
     layer = moe_layers(randomly_routed(models["MoEfication"]))[1]
     chosen = layer.router(torch.randn(4000, 32))
     assert chosen.shape == (4000, 4)
@@ -86,9 +86,6 @@ def test_routing_to_several_experts_has_controls_of_as_many(models):
         chosen = layer.router(torch.randn(50, 32))
         assert (chosen == chosen[0]).all()
         assert set(chosen[0].tolist()) == set(layer.shares.topk(4).indices.tolist())
-
-
-def test_constant_routing_leaves_leading_tokens_their_experts(models):
     for layer in moe_layers(constantly_routed(models["kinds"])).values():
         chosen = layer.router(torch.randn(2, 17, 32)).reshape(2, 17)
         assert (chosen[:, 0] == 0).all()

@@ -35,14 +35,6 @@ def readout():
     return Readout(*(torch.randn(*s, generator=draw).double() for s in ((DIM, HIDDEN), (3, DIM))))
 
 
-@pytest.mark.parametrize("refitted", [True, False])
-def test_parameters_are_counted_as_stored(refitted, readout):
-    _, layer = build(readout=readout if refitted else None)
-    stored = len(KEPT) * (2 * DIM + 1) + DIM + refitted * 3 * DIM
-    assert sum(t.numel() for t in layer.parameters()) == stored
-    assert count_parameters(layer) == stored + 3 * DIM  # the router's centres
-
-
 def test_neurons_are_stored_once_and_those_that_no_expert_uses_are_gone(readout):
     mlp, layer = build()
     assert layer.kept.tolist() == KEPT
@@ -52,20 +44,21 @@ def test_neurons_are_stored_once_and_those_that_no_expert_uses_are_gone(readout)
     assert torch.equal(layer.fc1.weight, mlp.fc1.weight[KEPT])
     assert torch.equal(layer.fc1.bias, mlp.fc1.bias[KEPT])
     assert torch.equal(layer.fc2.weight, mlp.fc2.weight[:, KEPT])
-    assert torch.equal(build(readout=readout)[1].fc2.weight, readout.weight[:, KEPT])
+    refitted = build(readout=readout)[1]
+    assert torch.equal(refitted.fc2.weight, readout.weight[:, KEPT])
+    stored = len(KEPT) * (2 * DIM + 1) + DIM
+    for each, shifts in ((layer, 0), (refitted, 3 * DIM)):
+        assert sum(t.numel() for t in each.parameters()) == stored + shifts
+        assert count_parameters(each) == stored + shifts + 3 * DIM  # the router's centres
 
 
-def test_dense_layer_and_readout_are_copied(readout):
+def test_a_layer_is_a_copy_that_trains_if_the_dense_one_does(readout):
     mlp, layer = build(readout=readout)
     before = mlp.fc1.weight.clone(), readout.shift.clone()
     layer.fc1.weight.data.zero_()
     layer.shift.data.zero_()
     assert torch.equal(mlp.fc1.weight, before[0])
     assert torch.equal(readout.shift, before[1])
-
-
-def test_a_trainable_layer_stays_trainable_and_a_frozen_one_frozen(readout):
-    mlp, layer = build(readout=readout)
     assert all(p.requires_grad for p in layer.parameters())
     mlp.requires_grad_(requires_grad=False)
     frozen = MoeMlp(mlp, ConstantRouter(), EXPERTS, SHARES, readout)
@@ -75,8 +68,7 @@ def test_a_trainable_layer_stays_trainable_and_a_frozen_one_frozen(readout):
 def test_the_cost_is_the_router_and_the_neurons_weighted_by_use(readout):
     for layer in (build()[1], build(readout=readout)[1]):
         assert layer.macs_per_token() == 3 * DIM + 2 * DIM * (0.5 * 3 + 0.25 * 2 + 0.25 * 1)
-        measured = torch.tensor([0.0, 0.0, 1.0])
-        assert layer.macs_per_token(measured) == 3 * DIM + 2 * DIM
+        assert layer.macs_per_token(torch.tensor([0.0, 0.0, 1.0])) == 3 * DIM + 2 * DIM
 
 
 @pytest.mark.parametrize("chosen", [[[0], [2], [0], [0]], [[0, 1], [2, 0]], []])
@@ -86,14 +78,12 @@ def test_usage_is_how_many_tokens_have_an_expert(chosen):
     assert usage.tolist() == [sum(expert in row for row in chosen) for expert in range(3)]
 
 
-@pytest.mark.parametrize(("weight", "shift", "named"), [
-    ((HIDDEN, DIM), None, "weight"),
-    ((3, DIM, HIDDEN), None, "weight"),
-    (None, (2, DIM), "shift"),
-    (None, (DIM,), "shift"),
+@pytest.mark.parametrize(("shapes", "named"), [
+    (((HIDDEN, DIM), None), "weight"), (((3, DIM, HIDDEN), None), "weight"),
+    ((None, (2, DIM)), "shift"), ((None, (DIM,)), "shift"),
 ])  # fmt: skip
-def test_a_readout_of_another_shape_is_refused(weight, shift, named):
-    wrong = Readout(*(None if shape is None else torch.zeros(shape) for shape in (weight, shift)))
+def test_a_readout_of_another_shape_is_refused(shapes, named):
+    wrong = Readout(*(None if shape is None else torch.zeros(shape) for shape in shapes))
     with pytest.raises(MoeeError, match=f"the readout's {named} of shape"):
         build(readout=wrong)
 

@@ -88,10 +88,9 @@ def test_parts_add_up_to_one_pass(layer, make, cuts, prefix):
 def test_all_that_decides_the_sums_is_among_their_facts(layer):
     plain = [make(layer) for make in SUMS]
     others = [replace(each, assignment=assigned(MEMBERS[::-1], dim=DIM)) for each in plain]
-    others += [replace(plain[2], experts=range(1, 3)), replace(plain[2], means=plain[2].means + 1)]
-    for name in ("means", "weights"):
-        others.append(replace(plain[3], **{name: getattr(plain[3], name) + 1}))
-    others += [replace(plain[3], kept=~plain[3].kept)]
+    others += [replace(each, means=each.means + 1) for each in plain[2:]]
+    others += [replace(plain[2], experts=range(1, 3)), replace(plain[3], kept=~plain[3].kept)]
+    others += [replace(plain[3], weights=plain[3].weights + 1)]
     others += [replace(plain[0], site=replace(layer.site, name="other", index=1))]
     assert len({str(each.facts) for each in plain + others}) == len(plain + others)
 
@@ -107,9 +106,7 @@ def repeated(sample, members, expert):
 
 @pytest.mark.parametrize("chunk", [16, 1000])
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_statistics_equal_those_of_tokens_repeated_by_their_weight(
-    layer, monkeypatch, chunk, prefix
-):
+def test_statistics_are_those_of_tokens_repeated_by_weight(layer, monkeypatch, chunk, prefix):
     monkeypatch.setattr(recorded, "CHUNK", chunk)
     accumulator = statistics_sum(layer, prefix=prefix)
     found = computed(accumulator, layer)
@@ -156,10 +153,7 @@ def test_experts_of_one_token_or_none_have_no_variance_and_finite_numbers(layer)
     assert found.variance[1:].max() < 1e-5 * found.variance[0].max()
     assert np.isfinite(found.metrics).all()
     assert np.linalg.eigvalsh(found.metrics[2]).min() > 0
-
-
-def test_a_constant_neuron_never_has_negative_variance(layer):
-    layer.sample.hidden[:, 0] = 1000.1
+    layer.sample.hidden[:, 0] = 1000.1  # nor is a variance of rounded sums negative
     found = computed(statistics_sum(layer), layer)
     assert (found.variance >= 0).all()
     assert (found.variance[:, 0] < 1e-6).all()
@@ -212,9 +206,7 @@ def covariances(made, *experts):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("far", [0, 3000])  # a large common mean costs no precision
-def test_covariances_count_every_token_as_often_as_it_stands_for(
-    layer, tmp_path, monkeypatch, prefix, far
-):
+def test_covariances_are_those_of_tokens_repeated(layer, tmp_path, monkeypatch, prefix, far):
     monkeypatch.setattr(moments, "CHUNK", 7)
     plain = layer.sample
     layer = layer_of(replace(plain, hidden=plain.hidden.astype("f4") + far))
@@ -237,10 +229,7 @@ def test_experts_come_in_as_many_passes_as_memory_asks_for(layer, tmp_path, held
     order, found = covariances(made, experts)
     assert (len(made.reads), order) == (passes, [("mlp", expert) for expert in range(4)])
     np.testing.assert_array_equal(found, covariances(Made([layer], tmp_path, CUTS), experts)[1])
-
-
-def test_layers_come_one_after_the_other(layer, tmp_path):
-    made = two_layers(layer, tmp_path)
+    made = two_layers(layer, tmp_path)  # one layer comes after the other
     order, _ = covariances(made, *(experts_of(e, ASSIGNED[e.site.name]) for e in made.layers))
     assert order == [(name, expert) for name in ("mlp", "other") for expert in range(3)]
     assert len(made.reads) == 1

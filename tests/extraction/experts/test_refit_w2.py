@@ -64,16 +64,12 @@ def test_shifts_make_the_mean_output_of_every_expert_right():
         torch.testing.assert_close(alone[expert], ((a * ~mask) @ W2.T).mean(dim=0))
 
 
-def test_a_large_ridge_leaves_the_dense_weights():
+def test_where_all_neurons_are_kept_or_none_or_the_ridge_is_large_w2_stays():
     tokens, W2, kept, weights = drawn()
-    found = refit(tokens, W2, kept, weights, ridge=1e9)
-    torch.testing.assert_close(found.weight, W2, rtol=0, atol=1e-6)
+    ridged = refit(tokens, W2, kept, weights, ridge=1e9)
+    torch.testing.assert_close(ridged.weight, W2, rtol=0, atol=1e-6)
     shift = mean_shift(W2, kept, tokens.mean(dim=1))
-    torch.testing.assert_close(found.shift, shift, rtol=0, atol=1e-5)
-
-
-def test_where_all_neurons_are_kept_or_none_w2_stays():
-    tokens, W2, kept, weights = drawn()
+    torch.testing.assert_close(ridged.shift, shift, rtol=0, atol=1e-5)
     whole = refit(tokens, W2, torch.ones_like(kept), weights)
     torch.testing.assert_close(whole.weight, W2)
     torch.testing.assert_close(whole.shift, torch.zeros(EXPERTS, DIM, dtype=torch.float64))
@@ -85,7 +81,7 @@ def test_where_all_neurons_are_kept_or_none_w2_stays():
     torch.testing.assert_close(found.shift[1], (tokens[1] @ W2.T).mean(dim=0))
 
 
-def test_an_expert_without_tokens_changes_nothing_for_the_others():
+def test_neither_an_expert_without_tokens_nor_the_precision_changes_the_others():
     tokens, W2, kept, weights = drawn()
     nothing = torch.zeros_like(tokens[:1])
     more = (torch.cat([tokens, nothing]), W2, torch.cat([kept, kept[:1]]), [*weights, 0.0])
@@ -93,11 +89,6 @@ def test_an_expert_without_tokens_changes_nothing_for_the_others():
     torch.testing.assert_close(with_it.weight, without.weight)
     torch.testing.assert_close(with_it.shift[:EXPERTS], without.shift)
     assert not with_it.shift[EXPERTS].any()
-
-
-def test_a_readout_has_the_precision_of_the_layer():
-    tokens, W2, kept, weights = drawn()
-    exact = refit(tokens, W2, kept, weights, ridge=1e-3)
-    single = refit(tokens.float(), W2.float(), kept, weights, ridge=1e-3)
+    single = refit(tokens.float(), W2.float(), kept, weights, ridge=1e-3)  # of the layer's own
     assert single.weight.dtype == single.shift.dtype == torch.float32
-    torch.testing.assert_close(single.weight.double(), exact.weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(single.weight.double(), without.weight, rtol=1e-3, atol=1e-3)

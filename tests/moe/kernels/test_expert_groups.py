@@ -65,7 +65,4 @@ def test_every_expert_is_in_one_group_with_all_its_neurons(count, seed):
         own = groups.neurons[group][groups.kept[place] > 0].tolist()
         assert own == np.flatnonzero(kept[expert]).tolist()
         assert groups.uniform[group] == kept[np.ix_(members, neurons)].all()
-
-
-def test_experts_without_neurons_make_a_group_without_neurons():
     assert group_experts(torch.zeros(3, 4), torch.ones(3) / 3, 3).widths == [0]
