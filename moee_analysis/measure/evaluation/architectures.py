@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 from torch import nn
 
 from moee_analysis.baselines.controls import randomly_routed
@@ -19,13 +18,10 @@ from moee_analysis.measure.routing.classes import class_information
 from moee_analysis.measure.routing.experts import similarity, similarity_summary
 from moee_analysis.measure.routing.load_balance import balance
 from moee_analysis.measure.routing.part_alignment import modularity
-from moee_analysis.measure.routing.routes import Routes, routes
-from moee_analysis.measure.routing.tables import add_caption
+from moee_analysis.measure.routing.routes import routes
+from moee_analysis.measure.routing.tables import add_caption, stack
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.utils.checks import draw_numbers
-
-QUANTITIES = ("experts", "active", "evenness", "class", "similarity", "part")
-"""What is measured of every layer, each explained in :func:`architectures`."""
 
 
 def architectures(
@@ -55,11 +51,8 @@ def architectures(
         raise MoeeError("a run or more", "none", "extract some")
     draw_numbers(seed, permutations=permutations, resamples=resamples)
     drawn = {"permutations": permutations, "resamples": resamples, "seed": seed}
-    tables = [_layers(run, images, drawn).assign(model=name) for name, run in runs.items()]
-    table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "model", table.pop("model"))
     return add_caption(
-        table,
+        stack(((name, _layers(run, images, drawn)) for name, run in runs.items()), by=["model"]),
         f"{len(images)} images, the same for all; dotted: what chance gives, with labels or masks "
         "exchanged between images.",
     )
@@ -84,7 +77,7 @@ def architecture_variants(
     if not models:
         raise MoeeError("a model or more", "none", "load some")
     draw_numbers(seed, resamples=resamples)
-    tables = []
+    parts = []
     for name, dense in models.items():
         made = extract_all(dense, calibration, configs.values(), store)
         tried: dict[str, Variant] = {"dense": dense}
@@ -93,25 +86,34 @@ def architecture_variants(
             run = made[config].result
             if config.experts != "one" and run is not None:
                 tried[f"{variant}, random routing"] = randomly_routed(run, seed=seed)
-        table = variants(
-            dense, calibration, images, tried, store=store, seed=seed, resamples=resamples
-        )
-        table.insert(0, "model", name)
-        tables.append(table)
-    return add_caption(pd.concat(tables, ignore_index=True), tables[0].attrs["caption"])
+        drawn = {"seed": seed, "resamples": resamples}
+        parts.append((name, variants(dense, calibration, images, tried, store=store, **drawn)))
+    return add_caption(stack(parts, by=["model"]), parts[0][1].attrs["caption"])
 
 
 def _layers(run: Extraction, images: ImageSet, drawn: Mapping[str, int]) -> pd.DataFrame:
-    sites = find_mlps(run.dense())
+    sites, tokens = find_mlps(run.dense()), {}
     report = pd.DataFrame([asdict(layer) for layer in run.layers])
-    parts = [_quantity("experts", report["index"], report["experts"])]
+    found = [("experts", report["index"], report["experts"], np.nan)]
     converted = report[report["converted"]]
-    tokens = {}
     if len(converted):
         routed = routes(run, images)
         tokens = routed.tokens_per_image
-        parts.append(_quantity("active", converted["index"], converted["active_fraction"]))
-        parts += _of_routes(run, routed, images, drawn)
+        even = balance(routed, resamples=2, seed=drawn["seed"]).query("metric == 'entropy'")
+        alike = similarity_summary(similarity(run))
+        known = class_information(routed, **drawn)
+        found += [
+            ("active", converted["index"], converted["active_fraction"], np.nan),
+            ("evenness", even["layer"], even["value"], np.nan),
+            ("class", known["layer"], known["corrected"], 0.0),
+            ("similarity", alike["layer"], alike["mean"], np.nan),
+        ]
+        if images.parts and routed.placed:
+            shown = modularity(routed, images, **drawn)
+            found.append(("part", shown["layer"], shown["ami"], shown["null_mean"]))
+    columns = ("quantity", "layer", "value", "chance")
+    parts = [pd.DataFrame(dict(zip(columns, each, strict=True))) for each in found]
+    values = pd.concat(parts).astype({"value": float, "chance": float})
     facts = pd.DataFrame(
         {
             "layer": [site.index for site in sites],
@@ -120,33 +122,5 @@ def _layers(run: Extraction, images: ImageSet, drawn: Mapping[str, int]) -> pd.D
             "dim": [site.dim for site in sites],
         }
     )
-    table = facts.merge(pd.concat(parts, ignore_index=True), on="layer")
-    place = table["quantity"].map(QUANTITIES.index)
-    order = table.assign(place=place).sort_values(["layer", "place"], kind="stable")
-    return order.drop(columns="place")
-
-
-def _of_routes(
-    run: Extraction, routed: Routes, images: ImageSet, drawn: Mapping[str, int]
-) -> list[pd.DataFrame]:
-    even = balance(routed, resamples=2, seed=drawn["seed"])
-    even = even[even["metric"] == "entropy"]
-    alike = similarity_summary(similarity(run))
-    known = class_information(routed, **drawn)
-    found = [
-        _quantity("similarity", alike["layer"], alike["mean"]),
-        _quantity("evenness", even["layer"], even["value"]),
-        _quantity("class", known["layer"], known["corrected"], 0.0),
-    ]
-    if images.parts and routed.placed:
-        shown = modularity(routed, images, **drawn)
-        found.append(_quantity("part", shown["layer"], shown["ami"], shown["null_mean"]))
-    return found
-
-
-def _quantity(
-    name: str, layers: ArrayLike, values: ArrayLike, chance: ArrayLike = np.nan
-) -> pd.DataFrame:
-    """Rows of one quantity, a layer each."""
-    columns = {"layer": layers, "quantity": name, "value": values, "chance": chance}
-    return pd.DataFrame(columns).astype({"value": float, "chance": float})
+    # the quantities are in the order in which they are shown, which the merge keeps in a layer
+    return facts.merge(values, on="layer")

@@ -28,8 +28,13 @@ from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import unwrapped
 from moee_analysis.models.macs import MacCount, count, count_parameters
-from moee_analysis.moe.expert_layer import counting_usage, expert_layers
-from moee_analysis.moe.layer import MoeMlp, set_dispatch, without_routing
+from moee_analysis.moe.layer import (
+    MoeMlp,
+    counting_usage,
+    expert_layers,
+    set_dispatch,
+    without_routing,
+)
 from moee_analysis.utils.checks import seed_number, share, whole_number
 from moee_analysis.utils.progress import progress, tell, unwatched
 from moee_analysis.utils.storage.folders import scratch_folder

@@ -81,16 +81,13 @@ def check_unseen(run: Extraction, images: ImageSet) -> None:
     Pictures are the same by content. Of a run that was saved before contents were kept it is known
     only of the whole set.
     """
-    _check_facts(run.provenance, images, use="used for calibration")
-    for tuning in run.provenance.get("finetunings", []):
-        _check_facts(tuning, images, use="trained on")
-
-
-def _check_facts(facts: Mapping[str, Any], images: ImageSet, *, use: str) -> None:
-    if "contents" in facts:
-        check_unused(facts["contents"], images, use=use)
-    elif facts["images_sha256"] == images.fingerprint:
-        raise MoeeError(f"images to evaluate that are not {use}", "the same set", OTHERS)
+    uses = [(run.provenance, "used for calibration")]
+    uses += [(tuning, "trained on") for tuning in run.provenance.get("finetunings", [])]
+    for facts, use in uses:
+        if "contents" in facts:
+            check_unused(facts["contents"], images, use=use)
+        elif facts["images_sha256"] == images.fingerprint:
+            raise MoeeError(f"images to evaluate that are not {use}", "the same set", OTHERS)
 
 
 def _without_contents(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,10 +53,15 @@ def latency(
             with measuring_at_once():  # which way of computing a layer is the fastest
                 model(batches[0])
         times = [in_turn(every, batches, number, seconds=seconds) for number in range(rounds)]
-    table = pd.DataFrame([_row(name, times) for name in models])
-    table.insert(1, "batch_size", size)
-    table.insert(2, "threads", torch.get_num_threads())
-    return table
+    rows = []
+    for name in models:
+        # what other jobs do to a machine only adds to its times: the shortest are the surest
+        own, whole = (min(each[key] for each in times) for key in (name, None))
+        ratios = [each[None] / each[name] for each in times]
+        row = {"system": name, "batch_size": size, "threads": torch.get_num_threads(), "ms": own}
+        row |= {"speed_up": whole / own, "slowest": min(ratios), "fastest": max(ratios)}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def choose_batches(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
@@ -90,16 +95,3 @@ def milliseconds(module: nn.Module, *inputs: torch.Tensor, seconds: float) -> fl
     names = {"module": module, "inputs": cycle(inputs)}
     clock = Timer("module(next(inputs))", globals=names, num_threads=torch.get_num_threads())
     return 1e3 * clock.blocked_autorange(min_run_time=seconds).median
-
-
-def _row(name: str, times: Sequence[Mapping[str | None, float]]) -> dict[str, float | str]:
-    """What other jobs do to a machine only adds to its times: the shortest are the surest."""
-    own, reference = (min(each[key] for each in times) for key in (name, None))
-    ratios = [each[None] / each[name] for each in times]
-    return {
-        "system": name,
-        "ms": own,
-        "speed_up": reference / own,
-        "slowest": min(ratios),
-        "fastest": max(ratios),
-    }

@@ -27,8 +27,7 @@ from moee_analysis.measure.routing.resolve import model_of
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.models.macs import MacCount, count, count_parameters, moe_macs
-from moee_analysis.moe.expert_layer import macs_as_used
-from moee_analysis.moe.layer import MoeMlp, all_mlps
+from moee_analysis.moe.layer import MoeMlp, all_mlps, macs_as_used
 from moee_analysis.utils.checks import draw_numbers
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
