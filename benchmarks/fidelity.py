@@ -32,7 +32,7 @@ from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, count_parameters
-from moee_analysis.moe.expert_layer import counting_usage, macs_as_used
+from moee_analysis.moe.layer import counting_usage, macs_as_used
 from moee_analysis.utils.storage.store import content_key
 
 

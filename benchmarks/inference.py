@@ -35,9 +35,14 @@ from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.models.macs import tokens_of
-from moee_analysis.moe.expert_layer import counting_usage
 from moee_analysis.moe.kernels.autotune import Choice, measuring_at_once
-from moee_analysis.moe.layer import all_mlps, moe_layers, set_dispatch, without_routing
+from moee_analysis.moe.layer import (
+    all_mlps,
+    counting_usage,
+    moe_layers,
+    set_dispatch,
+    without_routing,
+)
 
 EXTRACTED = {"static pruning": "fisher OBS", "best": "best"}  # as they are called in fidelity.py
 ATTENTION = {"read": "best, attention as read", "low_rank": "best, attention too"}

@@ -18,8 +18,7 @@ from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, moe_macs
-from moee_analysis.moe.expert_layer import expert_layers
-from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_layers, moe_names
+from moee_analysis.moe.layer import MoeMlp, all_mlps, expert_layers, moe_layers, moe_names
 from moee_analysis.moe.routers import (
     ConstantRouter,
     CosineRouter,

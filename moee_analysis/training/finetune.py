@@ -22,8 +22,7 @@ from moee_analysis.extraction.run import Extraction, load
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
-from moee_analysis.moe.expert_layer import counting_usage
-from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.moe.layer import counting_usage, moe_layers, moe_names
 from moee_analysis.training.checkpoints import METRICS, hold_checkpoint, remove_checkpoint
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.loop import NOT_FINITE

@@ -22,7 +22,7 @@ from moee_analysis.baselines.common.sparse_moe_layer import balance_loss, watch_
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import evaluating
-from moee_analysis.moe.expert_layer import expert_layers
+from moee_analysis.moe.layer import expert_layers
 from moee_analysis.training.batches import Batch, Loaded, seeded, training_batches
 from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.training.loop import Loop

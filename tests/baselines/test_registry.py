@@ -8,7 +8,7 @@ from moee_analysis.baselines.registry import SYSTEMS, Asked, systems_named
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import pipeline as extraction
 from moee_analysis.models.macs import count
-from moee_analysis.moe.expert_layer import counting_usage, macs_as_used
+from moee_analysis.moe.layer import counting_usage, macs_as_used
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, same_models, toy_vit
 

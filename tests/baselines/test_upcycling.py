@@ -14,7 +14,7 @@ from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.macs import count
-from moee_analysis.moe.expert_layer import expert_layers
+from moee_analysis.moe.layer import expert_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import lively, pixels_of, same_models, toy_swin, toy_vit
 

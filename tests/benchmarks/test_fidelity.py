@@ -12,7 +12,7 @@ from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import PRESETS, ExtractConfig
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.moe.expert_layer import counting_usage
+from moee_analysis.moe.layer import counting_usage
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_vit
 from tests.helpers.runs import CLUSTERING, best

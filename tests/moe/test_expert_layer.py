@@ -7,8 +7,7 @@ from moee_analysis import measure
 from moee_analysis.baselines import moefication, soft_moe, sparse_upcycling
 from moee_analysis.baselines.controls import constantly_routed, oracle_routed, randomly_routed
 from moee_analysis.models.macs import count
-from moee_analysis.moe.expert_layer import counting_usage, expert_layers, macs_as_used
-from moee_analysis.moe.layer import moe_layers
+from moee_analysis.moe.layer import counting_usage, expert_layers, macs_as_used, moe_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, pixels_of, toy_kinds, toy_moe, toy_vit
 

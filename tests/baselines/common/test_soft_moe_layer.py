@@ -16,7 +16,7 @@ from moee_analysis.baselines.common.soft_moe_layer import (
     SpheroRouter,
     entmax15,
 )
-from moee_analysis.moe.expert_layer import ExpertLayer
+from moee_analysis.moe.layer import ExpertLayer
 
 DIM, TOKENS, IMAGES = 6, 7, 3
 SIZES = (10, 10, 4)  # hidden neurons of three experts, in two groups

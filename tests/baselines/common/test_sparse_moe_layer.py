@@ -22,7 +22,7 @@ from moee_analysis.baselines.common.sparse_moe_layer import (
 )
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
 from moee_analysis.errors import MoeeError
-from moee_analysis.moe.expert_layer import ExpertLayer
+from moee_analysis.moe.layer import ExpertLayer
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_vit
 
