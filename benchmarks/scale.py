@@ -82,7 +82,7 @@ def sizes(model: nn.Module, images: ImageSet, config: ExtractConfig) -> Row:
         sums = {name: sum(map(size_of, own)) for name, own in tallies.items()}
         room = calibration.limits.memory
         passes = {name: len(groups_that_fit(own, room)) for name, own in tallies.items()}
-        tokens = calibration.bytes_per_image
+        tokens = calibration.whole.bytes // len(calibration.images)
     dense = count(model)
     weights = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
     memory = {"weights": weights, "sums": max(min(each, room) for each in sums.values())}

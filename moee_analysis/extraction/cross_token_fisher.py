@@ -81,19 +81,32 @@ class CoherenceAccumulator(Accumulator):
 
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens."""
-        seen = layer.sample.image
+        sample, seen = layer.sample, layer.sample.image
         images = self.images[(self.images >= seen.min()) & (self.images <= seen.max())]
         if len(images) == 0:
             return
         _, members = self.assignment.of(layer)
         metrics = torch.stack(list(metrics_of(layer.mlp, self.statistics))).float()
+        W2 = layer.mlp.fc2.weight.detach().float().cpu()
+        kept, means = torch.from_numpy(self.kept), torch.from_numpy(self.statistics.means).float()
+        shifts = mean_shift(W2, kept, means)
         for few in np.array_split(images, -(-len(images) // CHUNK)):
-            counted = np.isin(seen, few) & (members >= self.assignment.leading)
-            rows = np.flatnonzero(counted)
-            errors = self._errors(layer, rows, members[rows])
-            sums["together"] += _cost_together(layer, rows, errors, few)
-            weight = torch.from_numpy(layer.sample.weight[rows])
-            sums["apart"] += _cost_apart(errors, weight, metrics, members[rows])
+            rows = np.flatnonzero(np.isin(seen, few) & (members >= self.assignment.leading))
+            expert, weight = torch.from_numpy(members[rows]), torch.from_numpy(sample.weight[rows])
+            # What the dropped neurons contribute beyond their mean, (n, dim).
+            errors = shifts[expert] - (layer.hidden(rows).cpu() * ~kept[expert]) @ W2.T
+            # Half the mean square of what the errors of each image move the logits by.
+            moved = torch.from_numpy(sample.gradients(rows)).mul_(errors).sum(dim=2) * weight
+            image = torch.from_numpy(np.searchsorted(few, seen[rows]))
+            together = moved.new_zeros(len(moved), len(few)).index_add_(1, image, moved)
+            sums["together"] += float(together.square().mean(dim=0).sum()) / 2
+            # Sum over tokens of delta^T Q_e delta, with Q_e half the Fisher information.
+            apart = 0.0
+            for number, own in enumerate(by_expert(members[rows], len(metrics))):
+                delta = errors[own]
+                cost = ((delta @ metrics[number]) * delta).sum(dim=1, dtype=torch.float64)
+                apart += float(cost @ weight[own].double())
+            sums["apart"] += apart
 
     def compute(self, sums: Sums) -> float:
         """Cost of the errors of whole images over the sum of the costs of their routed tokens.
@@ -103,34 +116,3 @@ class CoherenceAccumulator(Accumulator):
         """
         together, apart = float(sums["together"]), float(sums["apart"])
         return together / apart if together > 0 and apart > 0 else 1.0
-
-    def _errors(self, layer: RecordedLayer, rows: np.ndarray, members: np.ndarray) -> torch.Tensor:
-        """What the dropped neurons contribute beyond their mean at ``rows``, float32 (n, dim)."""
-        W2 = layer.mlp.fc2.weight.detach().float().cpu()
-        kept, means = torch.from_numpy(self.kept), torch.from_numpy(self.statistics.means).float()
-        expert, hidden = torch.from_numpy(members), layer.hidden(rows).cpu()
-        return mean_shift(W2, kept, means)[expert] - (hidden * ~kept[expert]) @ W2.T
-
-
-def _cost_together(
-    layer: RecordedLayer, rows: np.ndarray, errors: torch.Tensor, images: np.ndarray
-) -> float:
-    """Cost of the ``errors`` at ``rows`` as those of whole ``images``, in nats."""
-    sample = layer.sample
-    weight = torch.from_numpy(sample.weight[rows])
-    moved = torch.from_numpy(sample.gradients(rows)).mul_(errors).sum(dim=2) * weight
-    of_image = torch.from_numpy(np.searchsorted(images, sample.image[rows]))
-    sums = moved.new_zeros(len(moved), len(images)).index_add_(1, of_image, moved)
-    return float(sums.square().mean(dim=0).sum()) / 2
-
-
-def _cost_apart(
-    errors: torch.Tensor, weight: torch.Tensor, metrics: torch.Tensor, expert: np.ndarray
-) -> float:
-    """Sum over tokens of delta^T Q_e delta, with Q_e half the Fisher information."""
-    total = 0.0
-    for number, own in enumerate(by_expert(expert, len(metrics))):
-        delta = errors[own]
-        cost = ((delta @ metrics[number]) * delta).sum(dim=1, dtype=torch.float64)
-        total += float(cost @ weight[own].double())
-    return total

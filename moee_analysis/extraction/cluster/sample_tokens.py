@@ -17,7 +17,7 @@ from moee_analysis.models.loading import MlpSite
 
 @dataclass(frozen=True)
 class TokenSample:
-    """Sampled tokens of a layer, and statistics of all ``tokens`` they are sampled from.
+    """Sampled tokens of a layer, and statistics of all tokens that they are sampled from.
 
     ``rows`` are their numbers among all recorded tokens; ``inputs`` (n, dim) and ``hidden``
     (n, hidden), None where nobody needs it, are float32. ``covariance`` is that of the inputs,
@@ -29,7 +29,6 @@ class TokenSample:
     rows: np.ndarray
     inputs: np.ndarray
     hidden: np.ndarray | None
-    tokens: int
     covariance: torch.Tensor
     fisher: torch.Tensor | None
     mlp: Mlp | None = None
@@ -75,12 +74,11 @@ class SampleAccumulator(Accumulator):
 
     def compute(self, sums: Sums) -> TokenSample:
         """The sampled tokens and their statistics."""
-        tokens = int(sums["tokens"])
-        mean = sums["total"] / tokens
+        mean = sums["total"] / sums["tokens"]
         return TokenSample(
             self.site, self.rows, sums["inputs"].float().numpy(),
             sums["hidden"].float().numpy() if self.hidden else None,
-            tokens, sums["products"] / tokens - torch.outer(mean, mean),
+            sums["products"] / sums["tokens"] - torch.outer(mean, mean),
             sums["fisher"] / sums["weight"] if self.gradients else None,
         )  # fmt: skip
 

@@ -85,20 +85,15 @@ class TokenSource:
         """The kinds of the leading tokens that each site sees, by its name."""
         return leading_kinds(self.model, [site.name for site in self.sites])
 
-    @cached_property
+    @property
     def tokens_per_image(self) -> dict[str, int]:
         """How many tokens of every image each site sees, by its name."""
-        return self._whole.tokens
+        return self.whole.tokens
 
     @property
     def kept_per_image(self) -> dict[str, int]:
         """How many tokens of every image each site has in the sample, by its name."""
-        return self._whole.kept
-
-    @property
-    def bytes_per_image(self) -> int:
-        """What the tokens of an image take, on disk or in memory."""
-        return sum(block.nbytes for block in self._whole.blocks.values())
+        return self.whole.kept
 
     @property
     def own(self) -> list[range]:
@@ -124,13 +119,12 @@ class TokenSource:
         only where these are needed.
         """
         kept, first = self.kept_per_image, self.own[0].start if self.own else 0
-        folder = self._folder
         for part in self.chosen[skip:]:
-            if folder is None:
+            if self._folder is None:
                 samples = self._recording(part, sites, gradients=gradients).in_memory()
             else:
                 samples = {
-                    site.name: load_sample(folder, site).part(
+                    site.name: load_sample(self._folder, site).part(
                         slice(*((n - first) * kept[site.name] for n in (part.start, part.stop)))
                     )
                     for site in sites
@@ -146,16 +140,17 @@ class TokenSource:
         room = self.limits.disk
         if room is None:
             room = shutil.disk_usage(nearest_folder(self.root)).free / 2
-        there = present(self._whole.folder(self.root))
-        return there or self._whole.bytes <= room / processes()
+        there = present(self.whole.folder(self.root))
+        return there or self.whole.bytes <= room / processes()
 
     @cached_property
     def _folder(self) -> Path | None:
         """Where all parts of this process are recorded; None where there is no room for them."""
-        return self._whole.to_disk(self.root) if self.on_disk else None
+        return self.whole.to_disk(self.root) if self.on_disk else None
 
     @cached_property
-    def _whole(self) -> Recording:
+    def whole(self) -> Recording:
+        """All tokens of this process, recorded or not."""
         numbers = range(self.own[0].start, self.own[-1].stop) if self.own else range(0)
         return self._recording(numbers, self.sites)
 

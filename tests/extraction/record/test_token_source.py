@@ -79,7 +79,7 @@ def test_some_parts_can_be_skipped_or_left_out(tmp_path):
 
 
 def test_the_disk_is_used_up_to_its_limit(tmp_path):
-    size = IMAGES * made(tmp_path).bytes_per_image
+    size = made(tmp_path).whole.bytes
     assert made(tmp_path, limits=Limits(disk=size)).on_disk
     assert not made(tmp_path, limits=Limits(disk=size - 1)).on_disk
     for _ in made(tmp_path, limits=NOWHERE).parts(made(tmp_path).sites):
@@ -135,6 +135,6 @@ def peaks():
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     _, few, many = ProcessPoolExecutor(1, processes()).submit(peaks).result()
     config, images = ALL_TOKENS.resolved(), toy_images(8)
-    size = calibration_tokens(lively(), images, config, root=tmp_path).bytes_per_image
+    size = calibration_tokens(lively(), images, config, root=tmp_path).whole.bytes / 8
     for small, large in zip(few, many, strict=True):
         assert large - small < 0.45 * 136 * size
