@@ -1,5 +1,7 @@
 """Small random models: quick, deterministic, nothing fetched."""
 
+import random
+
 import numpy as np
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -142,3 +144,9 @@ def divergence(dense, other, images) -> float:
     with torch.inference_mode():
         p, q = (model(x).double().log_softmax(dim=1) for model in (dense, other))
     return float((p.exp() * (p - q)).sum(dim=1).mean())
+
+
+def random_states() -> tuple:
+    """Random states of Python, NumPy and torch, to compare."""
+    numpy_state = np.random.get_state()[1].tolist()  # noqa: NPY002
+    return random.getstate(), numpy_state, torch.get_rng_state().tolist()

@@ -6,7 +6,7 @@ import torch
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import model_transform
-from moee_analysis.training import batches as training
+from moee_analysis.training import batches
 from moee_analysis.training.batches import (
     AUGMENTATIONS,
     Augmented,
@@ -18,33 +18,29 @@ from moee_analysis.training.batches import (
 )
 from moee_analysis.training.config import SupervisedConfig
 from tests.helpers.images import toy_images
-from tests.helpers.models import toy_vit
+from tests.helpers.models import random_states, toy_vit
 
-TRAINING = toy_images(48).take(range(30))
-CPU = torch.device("cpu")
+LABELLED = toy_images(48).take(range(30))
 
 
 def epoch(number=1, *, name="light", count=10, seed=0):
     return Augmented(toy_images(count), training_transform(toy_vit(), name), seed, number)
 
 
-def draws():
-    return random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
+def batches_of(seen):
+    return list(epoch_batches(seen, 4, device=torch.device("cpu")))
 
 
 def test_seeds_decide_what_is_drawn_and_the_states_before_come_back():
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    with seeded(1, 2):
-        first = draws()
-    with seeded(1, 2):
-        assert draws() == first
-    with seeded(2, 1):
-        assert not set(draws()) & set(first)
+    before, drawn = random_states(), []
+    for numbers in ((1, 2), (1, 2), (2, 1)):
+        with seeded(*numbers):
+            drawn.append((random.random(), np.random.random(), torch.rand(1).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    assert not set(drawn[0]) & set(drawn[2])
     with pytest.raises(RuntimeError, match="broken"), seeded(3):
         raise RuntimeError("broken")
-    assert states == (
-        random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    )  # fmt: skip
+    assert random_states() == before
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -65,36 +61,30 @@ def test_without_augmentation_images_are_as_they_are_evaluated():
         training_transform(toy_vit(), "heavy")
 
 
-def test_every_image_is_seen_once_an_epoch_in_another_order():
-    orders = []
-    for number in (1, 2):
-        batches = list(epoch_batches(epoch(number, name="none"), 4, device=CPU))
-        assert [len(batch) for batch in batches] == [4, 4, 2]
-        orders.append([image.sum().item() for image in torch.cat(batches)])
-    assert sorted(orders[0]) == sorted(orders[1])
-    assert orders[0] != orders[1]
-
-
-def test_processes_share_out_every_batch(monkeypatch):
-    whole, parts = torch.cat(list(epoch_batches(epoch(count=11), 4, device=CPU))), []
-    for number in (0, 1):
-        monkeypatch.setattr(training, "rank", lambda number=number: number)
-        monkeypatch.setattr(training, "processes", lambda: 2)
-        parts.append(list(epoch_batches(epoch(count=11), 4, device=CPU)))
-    assert [[len(batch) for batch in own] for own in parts] == [[2, 2, 2], [2, 2, 1]]
-    images = [image.sum().item() for own in parts for batch in own for image in batch]
-    assert sorted(images) == sorted(image.sum().item() for image in whole)
+def test_every_image_is_seen_once_an_epoch_in_another_order_and_processes_share_batches(
+    monkeypatch,
+):
+    seen = [batches_of(epoch(number, name="none", count=11)) for number in (1, 2)]
+    for rank in (0, 1):
+        monkeypatch.setattr(batches, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(batches, "processes", lambda: 2)
+        seen.append(batches_of(epoch(name="none", count=11)))
+    sizes = [[len(batch) for batch in each] for each in seen]
+    assert sizes == [[4, 4, 3], [4, 4, 3], [2, 2, 2], [2, 2, 1]]
+    one, two, *shares = ([image.sum().item() for image in torch.cat(each)] for each in seen)
+    assert one != two
+    assert sorted(one) == sorted(two) == sorted(shares[0] + shares[1])
 
 
 def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
     model = toy_vit()
-    loaded = Loaded.of(TRAINING, model)
-    whole = torch.cat(list(TRAINING.batches(model)))
+    loaded, whole = Loaded.of(LABELLED, model), torch.cat(list(LABELLED.batches(model)))
     config = SupervisedConfig(steps=9, batch_size=10, label_smoothing=0.0)
-    batches = list(training_batches(loaded, model, config))
-    x, targets = (torch.cat(part) for part in zip(*batches, strict=True))
-    same = ((x[:, None] - whole) ** 2).flatten(2).mean(2)
-    mirrored = ((x[:, None] - whole.flip(3)) ** 2).flatten(2).mean(2)
+    parts = zip(*training_batches(loaded, model, config), strict=True)
+    x, targets = (torch.cat(part) for part in parts)
+    same, mirrored = (
+        ((x[:, None] - each) ** 2).flatten(2).mean(2) for each in (whole, whole.flip(3))
+    )
     best, which = torch.minimum(same, mirrored).min(dim=1)
     assert best.max() < 1e-10
     assert 20 < (mirrored.min(dim=1).values < 1e-10).sum() < 70
@@ -105,13 +95,11 @@ def test_every_pass_shows_every_image_once_and_flips_are_mirror_images():
 
 
 def test_labels_are_smoothed_and_mixed():
-    model = toy_vit()
-    loaded = Loaded.of(TRAINING, model)
-    (_, targets), *_ = training_batches(loaded, model, SupervisedConfig(steps=1, batch_size=10))
-    assert targets.sum(dim=1).tolist() == pytest.approx([1] * 10)
-    assert targets.max(dim=1).values.tolist() == pytest.approx([0.9 + 0.1 / 6] * 10)
-    (_, mixed), *_ = training_batches(
-        loaded, model, SupervisedConfig(steps=1, batch_size=10, mixup=5.0)
-    )
-    assert mixed.sum(dim=1).tolist() == pytest.approx([1] * 10)
-    assert (mixed > 0.1).sum() > 10
+    loaded, targets = Loaded.of(LABELLED, toy_vit()), []
+    for mixup in (0.0, 5.0):
+        config = SupervisedConfig(steps=1, batch_size=10, mixup=mixup)
+        ((_, found),) = training_batches(loaded, toy_vit(), config)
+        assert found.sum(dim=1).tolist() == pytest.approx([1] * 10)
+        targets.append(found)
+    assert targets[0].max(dim=1).values.tolist() == pytest.approx([0.9 + 0.1 / 6] * 10)
+    assert (targets[1] > 0.1).sum() > 10

@@ -1,5 +1,4 @@
 import copy
-import json
 import math
 
 import numpy as np
@@ -15,7 +14,7 @@ from moee_analysis.extraction.run import load
 from moee_analysis.models.capture import capture
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.training import trainer as training
-from moee_analysis.training.checkpoints import METRICS
+from moee_analysis.training.checkpoints import METRICS, read_checkpoint
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.finetune import finetune, history_of
 from moee_analysis.utils.storage.store import unfinished_folder
@@ -78,9 +77,11 @@ def test_experts_stay_the_subnetworks_they_were_and_so_do_frozen_routers(run, tu
 
 
 @pytest.mark.parametrize("router", ["straight_through", "auxiliary"])
-def test_a_router_can_learn_too(run, router):
-    learned = finetune(run, FEW, tuning(router=router, epochs=1)).run
-    after = moe_layers(learned.model)
+def test_a_router_can_learn_too_and_neither_the_run_nor_the_dense_model_is_changed(run, router):
+    models = run.model, run.dense()
+    states = [copy.deepcopy(m.state_dict()) for m in models]
+    learned = finetune(run, FEW, tuning(router=router, epochs=1, block_weight=0.1)).run.model
+    after = moe_layers(learned)
     changed = [
         not torch.equal(other, own)
         for index, layer in moe_layers(run.model).items()
@@ -89,20 +90,14 @@ def test_a_router_can_learn_too(run, router):
     ]
     assert changed
     assert all(changed)
-    assert learned.model.state_dict().keys() == run.model.state_dict().keys()
+    assert learned.state_dict().keys() == run.model.state_dict().keys()
     assert not [p for layer in after.values() for p in layer.router.parameters()]
-
-
-def test_neither_the_run_nor_the_dense_model_is_changed(run):
-    models = run.model, run.dense()
-    states = [copy.deepcopy(m.state_dict()) for m in models]
-    tuned = finetune(run, FEW, tuning(epochs=1, block_weight=0.1, router="auxiliary")).run
     for model, before in zip(models, states, strict=True):
         assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
-    for model in (*models, tuned.model):
+    for model in (*models, learned):
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert hooks_of(tuned.model) == hooks_of(run.model)
-    assert not tuned.model.training
+    assert hooks_of(learned) == hooks_of(run.model)
+    assert not learned.training
 
 
 def test_the_shares_are_those_of_the_held_out_images(run, tuned):
@@ -217,7 +212,7 @@ class Interrupted(BaseException):
 
 
 def interrupted(monkeypatch, last, *arguments, out):
-    """Fine-tune until the epoch ``last`` begins; return what the checkpoint says."""
+    """Fine-tune until the epoch ``last`` begins."""
     epoch = training.Training._train_epoch
 
     def broken(self, number):
@@ -230,7 +225,7 @@ def interrupted(monkeypatch, last, *arguments, out):
         with pytest.raises(Interrupted):
             finetune(*arguments, out=out)
     assert not out.exists()
-    return json.loads((unfinished_folder(out) / "checkpoint.json").read_text())
+    assert read_checkpoint(unfinished_folder(out))[0].epochs == last - 1
 
 
 @pytest.mark.parametrize(
@@ -243,8 +238,7 @@ def test_a_training_that_was_interrupted_comes_to_the_same_bytes(
     config = tuning(epochs=3, **settings)
     finetune(run, FEW, config, out=tmp_path / "whole")
     for last in (1, 2, 3):
-        begun = interrupted(monkeypatch, last, run, FEW, config, out=tmp_path / "parts")
-        assert len(begun["rows"]) == last
+        interrupted(monkeypatch, last, run, FEW, config, out=tmp_path / "parts")
     np.random.default_rng().random()
     torch.rand(3)
     finetune(run, FEW, config, out=tmp_path / "parts")
@@ -281,9 +275,8 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_the_best_epoch_is_kept(
     assert not tuned.finite
     assert tuned.best in (1, 2)
     pd.testing.assert_frame_equal(tuned.history, good.history.iloc[:3])
-    assert all(
-        p.isfinite().all() for p in load(tmp_path / "tuned", dense=run.dense()).model.parameters()
-    )
+    kept = load(tmp_path / "tuned", dense=run.dense()).model
+    assert all(p.isfinite().all() for p in kept.parameters())
 
 
 def test_a_loss_that_was_never_finite_or_too_few_images_leave_nothing(run, tmp_path, monkeypatch):
@@ -295,14 +288,11 @@ def test_a_loss_that_was_never_finite_or_too_few_images_leave_nothing(run, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"epochs": 0}, {"learning_rate": 0.0}, {"learning_rate": math.inf}, {"batch_size": 2.5},
-        {"router": "thawed"}, {"augmentation": "wild"}, {"ema": 1.0}, {"held_out": 0.0},
-        {"precision": "float16"}, {"block_weight": -1.0}, {"accumulate": 0}, {"patience": 0},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("setting", [
+    {"epochs": 0}, {"learning_rate": 0.0}, {"router": "thawed"}, {"augmentation": "wild"},
+    {"ema": 1.0}, {"held_out": 0.0}, {"precision": "float16"}, {"block_weight": -1.0},
+    {"accumulate": 0}, {"patience": 0},
+])  # fmt: skip
 def test_settings_out_of_their_range_are_refused(setting):
     with pytest.raises(MoeeError, match=next(iter(setting))):
         FinetuneConfig(**setting)
