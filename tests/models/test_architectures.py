@@ -116,10 +116,9 @@ def gradients_of(model, x, *, first):
     return output_gradients(model, find_mlps(model), x, seeds=seeds, probes=1)
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [*[(name, "best") for name in FAMILIES], *[(name, "paper") for name in list(FAMILIES)[::8]]],
-)
+@pytest.mark.parametrize(("name", "recipe"), [
+    *[(name, "best") for name in FAMILIES], *[(name, "paper") for name in list(FAMILIES)[::8]],
+])  # fmt: skip
 def test_a_model_is_taken_apart_saved_and_measured(name, recipe, tmp_path):
     """Budgets are a third of what the MLPs cost: in some families that is little of the whole."""
     dense = built(name)

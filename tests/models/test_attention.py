@@ -69,14 +69,10 @@ def _bias(dense):
 RANKS = [(3, 5), (7, 2), (4, 4), (8, 8), (1, 8), (0, 4), (4, 0), (0, 0)]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "biases"),
-    [
-        *[(ranks, {"qkv_bias": True}) for ranks in RANKS],
-        *[(ranks, {}) for ranks in RANKS[:3]],
-        *[(ranks, {"proj_bias": False}) for ranks in RANKS[:3]],
-    ],
-)
+@pytest.mark.parametrize(("ranks", "biases"), [
+    *[(ranks, {"qkv_bias": True}) for ranks in RANKS], *[(ranks, {}) for ranks in RANKS[:3]],
+    *[(ranks, {"proj_bias": False}) for ranks in RANKS[:3]],
+])  # fmt: skip
 def test_low_rank_attention_is_dense_attention_with_maps_in_its_heads(ranks, biases):
     dense, x = attention(**biases)
     reduction, found = reduced(dense, *ranks)

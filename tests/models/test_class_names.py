@@ -35,18 +35,13 @@ def with_head(*modules):
 # A file of names
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("c.txt", "zebra\nant\n\nyak\n"),
-        ("c.txt", "\ufeffzebra\r\n ant \r\nyak"),
-        ("c.json", '["zebra", "ant", "yak"]'),
-        ("c.txt", '["zebra", "ant", "yak"]'),
-        ("c.json", '{"1": "ant", "0": "zebra", "2": "yak"}'),
-        ("c.json", '{"ant": 1, "zebra": 0, "yak": 2}'),
-        ("config.json", '{"hidden": 3, "id2label": {"0": "zebra", "1": "ant", "2": "yak"}}'),
-    ],
-)
+@pytest.mark.parametrize(("name", "text"), [
+    ("c.txt", "zebra\nant\n\nyak\n"), ("c.txt", "\ufeffzebra\r\n ant \r\nyak"),
+    ("c.json", '["zebra", "ant", "yak"]'), ("c.txt", '["zebra", "ant", "yak"]'),
+    ("c.json", '{"1": "ant", "0": "zebra", "2": "yak"}'),
+    ("c.json", '{"ant": 1, "zebra": 0, "yak": 2}'),
+    ("config.json", '{"hidden": 3, "id2label": {"0": "zebra", "1": "ant", "2": "yak"}}'),
+])  # fmt: skip
 def test_names_are_one_a_line_or_json(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_class_names(tmp_path / name) == ANIMALS

@@ -89,13 +89,10 @@ def test_it_changes_where_no_attribute_tells(change):
 # What does not
 
 
-@pytest.mark.parametrize(
-    "rates",
-    [
-        {"drop_rate": 0.3}, {"drop_path_rate": 0.2}, {"attn_drop_rate": 0.1},
-        {"proj_drop_rate": 0.1, "pos_drop_rate": 0.1}, {"patch_drop_rate": 0.25},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("rates", [
+    {"drop_rate": 0.3}, {"drop_path_rate": 0.2}, {"attn_drop_rate": 0.1},
+    {"proj_drop_rate": 0.1, "pos_drop_rate": 0.1}, {"patch_drop_rate": 0.25},
+])  # fmt: skip
 def test_what_drops_at_random_does_not_matter(rates):
     model = lively(**TINY)
     assert fingerprint(twin(model, **rates)) == fingerprint(model)

@@ -12,8 +12,7 @@ from moee_analysis.models.inputs import blank, data_config, input_size, model_tr
 from moee_analysis.models.loading import build_model, load_model
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import moe_layers
-from moee_analysis.training.batches import training_transform
-from moee_analysis.training.batches import Loaded
+from moee_analysis.training.batches import Loaded, training_transform
 from moee_analysis.training.finetune import finetune
 from tests.helpers.images import picture, toy_images
 from tests.helpers.models import (
@@ -39,15 +38,12 @@ def of_size(**arguments):
 # What goes in
 
 
-@pytest.mark.parametrize(
-    ("arguments", "size"),
-    [
-        ({}, (3, 160, 160)), ({"img_size": 96}, (3, 96, 96)), ({"in_chans": 1}, (1, 160, 160)),
-        ({"img_size": (64, 96), "in_chans": 4}, (4, 64, 96)),
-        ({"dynamic_img_size": True}, (3, 160, 160)),
-        ({"dynamic_img_size": True, "img_size": 96}, (3, 96, 96)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "size"), [
+    ({}, (3, 160, 160)), ({"img_size": 96}, (3, 96, 96)), ({"in_chans": 1}, (1, 160, 160)),
+    ({"img_size": (64, 96), "in_chans": 4}, (4, 64, 96)),
+    ({"dynamic_img_size": True}, (3, 160, 160)),
+    ({"dynamic_img_size": True, "img_size": 96}, (3, 96, 96)),
+])  # fmt: skip
 def test_the_size_is_that_the_model_was_built_for(arguments, size):
     for model in (of_size(**arguments), build_model(SMALL_VIT, **arguments)):
         assert input_size(model) == size
@@ -115,10 +111,9 @@ def test_a_model_of_other_channels_is_taken_apart_and_saved(tmp_path, channels, 
 # Precision
 
 
-@pytest.mark.parametrize(
-    ("dtype", "make"),
-    [(torch.float16, toy_vit), (torch.bfloat16, toy_swin), (torch.float64, toy_vit)],
-)
+@pytest.mark.parametrize(("dtype", "make"), [
+    (torch.float16, toy_vit), (torch.bfloat16, toy_swin), (torch.float64, toy_vit),
+])  # fmt: skip
 def test_a_model_of_any_precision_comes_to_the_mixture_of_its_weights(dtype, make):
     images = toy_images(8)
     model = make().to(dtype)
@@ -133,14 +128,10 @@ def test_a_model_of_any_precision_comes_to_the_mixture_of_its_weights(dtype, mak
     assert {t.dtype for t in model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "config"),
-    [
-        (torch.float16, best(macs_reduction=0.2)),
-        (torch.bfloat16, quick()),
-        (torch.float64, best(macs_reduction=0.2)),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "config"), [
+    (torch.float16, best(macs_reduction=0.2)), (torch.bfloat16, quick()),
+    (torch.float64, best(macs_reduction=0.2)),
+])  # fmt: skip
 def test_it_is_saved_evaluated_and_tuned_in_its_precision(tmp_path, dtype, config):
     torch.save(lively(num_classes=6, **TINY).state_dict(), tmp_path / "w.pth")
     model = load_model(SMALL_VIT, weights=tmp_path / "w.pth", classes=CLASSES, **TINY).to(dtype)

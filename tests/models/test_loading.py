@@ -39,15 +39,12 @@ def test_mlps_are_found_in_order_with_their_widths():
     assert [site.index for site in convnext] == list(range(len(convnext)))
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("resnet18", "no MLP at all in ResNet"),
-        ("eva02_tiny_patch14_224", "only 12 x GluMlp (gated: "),
-        ("poolformer_s12", "only 12 x Mlp (Conv2d, Identity) (convolutional: "),
-        ("convnextv2_atto", "only 12 x GlobalResponseNormMlp (GRN inside: "),
-    ],
-)
+@pytest.mark.parametrize(("name", "found"), [
+    ("resnet18", "no MLP at all in ResNet"),
+    ("eva02_tiny_patch14_224", "only 12 x GluMlp (gated: "),
+    ("poolformer_s12", "only 12 x Mlp (Conv2d, Identity) (convolutional: "),
+    ("convnextv2_atto", "only 12 x GlobalResponseNormMlp (GRN inside: "),
+])  # fmt: skip
 def test_a_model_without_plain_mlps_is_told_what_it_has_instead(name, found):
     with pytest.raises(MoeeError) as error:
         find_mlps(timm.create_model(name))
@@ -55,15 +52,11 @@ def test_a_model_without_plain_mlps_is_told_what_it_has_instead(name, found):
     assert "choose a ViT" in error.value.hint
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("deit_tiny_patch16_225", "did you mean.*deit_tiny_patch16_224"),
-        ("???", "list_models"),
-        ("my/file.pth", r"weights='my/file\.pth'"),
-        ("deit_tiny_patch16_224.nonsense", r"deit_tiny_patch16_224\.fb_in1k"),
-    ],
-)
+@pytest.mark.parametrize(("name", "hint"), [
+    ("deit_tiny_patch16_225", "did you mean.*deit_tiny_patch16_224"), ("???", "list_models"),
+    ("my/file.pth", r"weights='my/file\.pth'"),
+    ("deit_tiny_patch16_224.nonsense", r"deit_tiny_patch16_224\.fb_in1k"),
+])  # fmt: skip
 def test_an_odd_name_is_told_what_to_give(name, hint):
     with pytest.raises(MoeeError, match=hint):
         load_model(name)
@@ -81,10 +74,9 @@ def test_offline_without_weights_says_what_to_pass(monkeypatch, tmp_path):
     assert before == hub.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize(
-    ("device", "words"),
-    [("toaster", "a device of this"), ("cuda:99", "a device of this"), ("meta", "meta")],
-)
+@pytest.mark.parametrize(("device", "words"), [
+    ("toaster", "a device of this"), ("cuda:99", "a device of this"), ("meta", "meta"),
+])  # fmt: skip
 def test_a_device_that_is_not_there_or_holds_no_values_is_refused(device, words):
     with pytest.raises(MoeeError, match=words):
         load_model(device=device)

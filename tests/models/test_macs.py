@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating, watch
+from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import count, count_parameters, moe_macs
 from moee_analysis.moe.layer import moe_layers, moe_names
 from tests.helpers.families import small
@@ -144,15 +144,6 @@ def test_parameters_that_are_handed_to_modules_may_ask_for_gradients():
     with pytest.raises(AssertionError):
         count(model.requires_grad_(), size=(3, 20, 20))
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_evaluating_has_no_gradients():
-    model = nn.Linear(2, 2).train()
-    with evaluating(model):
-        assert not model.training
-        assert not torch.is_grad_enabled()
-    assert model.training
-    assert torch.is_grad_enabled()
 
 
 def test_shared_neurons_and_tied_weights_count_once_and_indices_are_free():

@@ -25,21 +25,18 @@ def test_everything_that_can_be_taken_apart_is_found():
     assert all(mlp.convertible and mlp.kind == "Mlp (Linear, Identity)" for mlp in survey(model))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "reason"),
-    [
-        ("eva02_tiny_patch14_224", "GluMlp", "gated"),
-        ("vit_small_plus_patch16_dinov3", "SwiGLU", "gated"),
-        ("convnextv2_atto", "GlobalResponseNormMlp", "GRN"),
-        ("poolformer_s12", "Mlp (Conv2d, Identity)", "convolutional"),
-        ("focalnet_tiny_srf", "Mlp (Conv2d, Identity)", "convolutional"),
-        ("convnext_atto", "Mlp (Conv2d, Identity)", "convolutional"),
-        ("mobilevitv2_050", "ConvMlp", "convolutional"),
-        ("pvt_v2_b0", "MlpWithDepthwiseConv", "convolutional"),
-        ("tiny_vit_5m_224", "NormMlp", "a norm inside"),
-        ("levit_128s", "LevitMlp", "not a timm.layers.Mlp"),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "reason"), [
+    ("eva02_tiny_patch14_224", "GluMlp", "gated"),
+    ("vit_small_plus_patch16_dinov3", "SwiGLU", "gated"),
+    ("convnextv2_atto", "GlobalResponseNormMlp", "GRN"),
+    ("poolformer_s12", "Mlp (Conv2d, Identity)", "convolutional"),
+    ("focalnet_tiny_srf", "Mlp (Conv2d, Identity)", "convolutional"),
+    ("convnext_atto", "Mlp (Conv2d, Identity)", "convolutional"),
+    ("mobilevitv2_050", "ConvMlp", "convolutional"),
+    ("pvt_v2_b0", "MlpWithDepthwiseConv", "convolutional"),
+    ("tiny_vit_5m_224", "NormMlp", "a norm inside"),
+    ("levit_128s", "LevitMlp", "not a timm.layers.Mlp"),
+])  # fmt: skip
 def test_what_cannot_be_taken_apart_has_its_reason(name, kind, reason):
     found = [mlp for mlp in survey(built(name)) if mlp.kind == kind]
     assert found
@@ -47,18 +44,14 @@ def test_what_cannot_be_taken_apart_has_its_reason(name, kind, reason):
     assert not any(mlp.convertible for mlp in survey(built(name)))
 
 
-@pytest.mark.parametrize(
-    ("name", "part", "reason"),
-    [
-        ("mixer_s16_224", "mlp_tokens", "mixes tokens"),
-        ("vit_relpos_small_patch16_224", "rel_pos.mlp", "sees coordinates"),
-        ("maxvit_rmlp_pico_rw_256", "rel_pos.mlp", "sees coordinates"),
-        ("swinv2_cr_tiny_224", "meta_mlp", "sees coordinates"),
-        ("coat_tiny", "mlp2", "stands in 3 places"),
-        ("csatv2", "attn.mlp", "sees one number"),
-        ("davit_tiny", "head", "the classifier's head"),
-    ],
-)
+@pytest.mark.parametrize(("name", "part", "reason"), [
+    ("mixer_s16_224", "mlp_tokens", "mixes tokens"),
+    ("vit_relpos_small_patch16_224", "rel_pos.mlp", "sees coordinates"),
+    ("maxvit_rmlp_pico_rw_256", "rel_pos.mlp", "sees coordinates"),
+    ("swinv2_cr_tiny_224", "meta_mlp", "sees coordinates"),
+    ("coat_tiny", "mlp2", "stands in 3 places"), ("csatv2", "attn.mlp", "sees one number"),
+    ("davit_tiny", "head", "the classifier's head"),
+])  # fmt: skip
 def test_mlps_without_tokens_of_their_own_are_left_out(name, part, reason):
     model = built(name)
     left_out = {name: why for name, why in reasons(model).items() if why}

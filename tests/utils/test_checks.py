@@ -1,7 +1,5 @@
 """No configuration takes a number that makes no sense."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from fractions import Fraction

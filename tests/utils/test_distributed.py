@@ -1,7 +1,5 @@
 """Any number of processes comes to the same experts."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -100,15 +98,9 @@ def test_shares_are_consecutive_even_and_complete(monkeypatch, count, of):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize(
-    ("device", "own", "expected"),
-    [
-        ("cpu", "1", "cpu"),
-        ("cuda", None, "cuda"),
-        ("cuda", "1", "cuda:1"),
-        ("cuda:3", "1", "cuda:3"),
-    ],
-)
+@pytest.mark.parametrize(("device", "own", "expected"), [
+    ("cpu", "1", "cpu"), ("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:3", "1", "cuda:3"),
+])  # fmt: skip
 def test_every_process_has_an_accelerator_of_its_own(monkeypatch, device, own, expected):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if own is not None:

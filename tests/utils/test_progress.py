@@ -90,13 +90,10 @@ def _fails_after_a_step():
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize(
-    ("platform", "variables", "opens"),
-    [
-        *[("linux", {name: "something"}, True) for name in VARIABLES],
-        ("linux", {}, False), ("darwin", {}, True), ("darwin", {"MOEE_HEADLESS": "1"}, False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("platform", "variables", "opens"), [
+    *[("linux", {name: "something"}, True) for name in VARIABLES], ("linux", {}, False),
+    ("darwin", {}, True), ("darwin", {"MOEE_HEADLESS": "1"}, False),
+])  # fmt: skip
 def test_a_page_is_opened_where_there_is_a_screen(monkeypatch, platform, variables, opens):
     pages, page = [], Path("/with space.html")
     monkeypatch.setattr("webbrowser.open", lambda url: pages.append(url) or True)

@@ -1,7 +1,5 @@
 """Signals close what is open, and wait for steps that belong together."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

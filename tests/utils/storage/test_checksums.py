@@ -1,7 +1,5 @@
 """What is kept carries checksums: every damage is seen."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

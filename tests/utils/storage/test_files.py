@@ -1,7 +1,5 @@
 """Files are read whole or refused, and appear complete or not at all."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -33,15 +31,12 @@ def put_socket(path):
         opened.bind(str(path))
 
 
-@pytest.mark.parametrize(
-    ("put", "found"),
-    [
-        (lambda path: None, "no such file"), (lambda path: path.mkdir(), "a folder"),
-        (os.mkfifo, "a named pipe"), (put_socket, "a socket"),
-        (lambda path: path.symlink_to("/dev/zero"), "a device"),
-        (lambda path: path.symlink_to(path), "no such file"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("put", "found"), [
+    (lambda path: None, "no such file"), (lambda path: path.mkdir(), "a folder"),
+    (os.mkfifo, "a named pipe"), (put_socket, "a socket"),
+    (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    (lambda path: path.symlink_to(path), "no such file"),
+])  # fmt: skip
 def test_what_is_no_file_is_told_and_never_waited_for(tmp_path, put, found, monkeypatch):
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     put(tmp_path / "x")
@@ -50,14 +45,11 @@ def test_what_is_no_file_is_told_and_never_waited_for(tmp_path, put, found, monk
             read(tmp_path / "x", expected="a list")
 
 
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (b"", "complete JSON"), (b'{"a": [1, 2', "complete JSON"), (b"\xff\xfe", "no text"),
-        (b'{"a": NaN}', "NaN"), (b"[-Infinity]", "Infinity"), (b"[" * 200_000, "recursion"),
-        (b"1" * 10_000, "complete JSON"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("content", "found"), [
+    (b"", "complete JSON"), (b'{"a": [1, 2', "complete JSON"), (b"\xff\xfe", "no text"),
+    (b'{"a": NaN}', "NaN"), (b"[-Infinity]", "Infinity"), (b"[" * 200_000, "recursion"),
+    (b"1" * 10_000, "complete JSON"),
+])  # fmt: skip
 def test_json_that_is_none_is_refused(tmp_path, content, found):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(MoeeError, match=found):

@@ -1,7 +1,5 @@
 """Temporary folders become what they are named for, or vanish, also after a kill."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import tempfile

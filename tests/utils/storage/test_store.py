@@ -1,7 +1,5 @@
 """The store: folders that are complete or absent, made again where they are damaged."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

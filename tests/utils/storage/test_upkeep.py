@@ -1,7 +1,5 @@
 """A store is listed by run and size, and pruned; folders in use and foreign ones stay."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

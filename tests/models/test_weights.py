@@ -1,4 +1,9 @@
+"""Weights from files: whatever others wrapped them in, fitted to a model or refused by name."""
+
 import argparse
+import json
+import os
+import pickle
 import re
 
 import numpy as np
@@ -10,7 +15,15 @@ from timm.models.vision_transformer import resample_abs_pos_embed
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.fingerprints import hash_weights
-from moee_analysis.models.loading import build_model, load_model
+from moee_analysis.models.loading import (
+    build_model,
+    class_names,
+    fingerprint,
+    load_model,
+    model_transform,
+)
+from moee_analysis.utils.environment import own_folder
+from tests.helpers.images import picture
 from tests.helpers.models import SMALL_CONVNEXT, SMALL_VIT, lively
 
 PREFIXES = (
@@ -51,14 +64,10 @@ def test_prefixes_are_looked_through(tmp_path, model, prefix, capsys):
     assert f"'{prefix}'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("keys", "prefix"),
-    [
-        *[((key,), "") for key in WRAPPERS],
-        *[(("state_dict", key), "module.") for key in WRAPPERS[::2]],
-        (("model", "net"), ""),
-    ],
-)
+@pytest.mark.parametrize(("keys", "prefix"), [
+    *[((key,), "") for key in WRAPPERS],
+    *[(("state_dict", key), "module.") for key in WRAPPERS[::2]], (("model", "net"), ""),
+])  # fmt: skip
 def test_wrappers_are_looked_through_also_nested(tmp_path, model, keys, prefix):
     content = prefixed(model.state_dict(), prefix)
     for key in reversed(keys):
@@ -143,10 +152,9 @@ def test_one_network_among_others_is_chosen_by_the_usual_names(tmp_path, model):
 # Types, sizes and channels
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"),
-    [(torch.float16, "w.pth"), (torch.bfloat16, "w.safetensors"), (torch.float64, "w.pth")],
-)
+@pytest.mark.parametrize(("dtype", "name"), [
+    (torch.float16, "w.pth"), (torch.bfloat16, "w.safetensors"), (torch.float64, "w.pth"),
+])  # fmt: skip
 def test_tensors_of_every_precision_load(tmp_path, model, dtype, name):
     tensors = {key: tensor.to(dtype) for key, tensor in model.state_dict().items()}
     loaded = load_model(SMALL_VIT, weights=written(tmp_path / name, tensors))
@@ -164,10 +172,9 @@ def test_position_embeddings_of_another_size_are_resampled_as_timm_does(tmp_path
     assert "resampled for this model's images: pos_embed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "channels"),
-    [(SMALL_VIT, 1), (SMALL_VIT, 2), (SMALL_VIT, 4), (SMALL_CONVNEXT, 1), (SMALL_CONVNEXT, 6)],
-)
+@pytest.mark.parametrize(("name", "channels"), [
+    (SMALL_VIT, 1), (SMALL_VIT, 2), (SMALL_VIT, 4), (SMALL_CONVNEXT, 1), (SMALL_CONVNEXT, 6),
+])  # fmt: skip
 def test_patch_embeddings_of_other_channels_are_adapted_as_timm_does(tmp_path, name, channels):
     model, first = lively(name), FIRST[name]
     path = written(tmp_path / "w.pth", prefixed(model.state_dict(), "module."))
@@ -184,22 +191,40 @@ def test_weights_of_one_channel_see_grey_pictures_as_before(tmp_path):
     torch.testing.assert_close(rgb(x.expand(-1, 3, -1, -1)), grey(x), atol=1e-4, rtol=1e-4)
 
 
-def test_a_file_that_says_its_size_is_loaded_at_that_size(tmp_path):
-    model = lively(img_size=96)
-    save_file(
-        model.state_dict(), tmp_path / "w.safetensors",
-        metadata={"pretrained_cfg": '{"input_size": [3, 96, 96]}'},
-    )  # fmt: skip
-    loaded = load_model(SMALL_VIT, weights=tmp_path / "w.safetensors")
-    assert hash_weights(loaded) == hash_weights(model)
-
-
-def test_weights_without_a_classifier_make_a_model_of_features(tmp_path, model, capsys):
-    tensors = {k: t for k, t in model.state_dict().items() if not k.startswith("head.")}
-    loaded = load_model(SMALL_VIT, weights=written(tmp_path / "w.pth", tensors))
-    assert loaded.num_classes == 0
-    assert loaded(torch.zeros(1, 3, 160, 160)).shape == (1, 64)
+@pytest.mark.parametrize("name", [SMALL_VIT, "deit_tiny_distilled_patch16_224"])
+def test_the_head_follows_the_weights_also_where_there_is_none(tmp_path, name, capsys):
+    tensors = lively(name, num_classes=7).state_dict()
+    model = load_model(name, weights=written(tmp_path / "w.safetensors", tensors))
+    assert model.num_classes == model.head.out_features == 7
+    tensors = {key: t for key, t in tensors.items() if not key.startswith("head")}
+    features = load_model(name, weights=written(tmp_path / "w.pth", tensors))
+    assert features.num_classes == 0
+    x = torch.zeros(1, *model.pretrained_cfg["input_size"])
+    assert features(x).shape == (1, model.num_features)
     assert "no classifier" in capsys.readouterr().out
+
+
+def test_what_the_file_says_about_its_images_and_classes_wins(tmp_path):
+    names, dense = [f"class {i}" for i in range(7)], lively(num_classes=7, img_size=96)
+    cfg = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "label_names": names}
+    cfg |= {"input_size": [3, 96, 96]}
+    path = tmp_path / "w.safetensors"
+    save_file(dense.state_dict(), path, metadata={"pretrained_cfg": json.dumps(cfg)})
+    model = load_model(SMALL_VIT, weights=path)
+    assert hash_weights(model) == hash_weights(dense)
+    assert class_names(model) == tuple(names)
+    black = model_transform(model)(picture(0).point(lambda _: 0))
+    torch.testing.assert_close(black.amax(dim=(1, 2)), torch.tensor([-0.1, -0.2, -0.3]))
+
+
+def test_the_bundled_architecture_takes_other_weights_too(tmp_path):
+    model = lively("bundled")
+    for name in ("w.safetensors", "w.pth", "w.pt"):
+        loaded = load_model(weights=written(tmp_path / name, model.state_dict()))
+        assert fingerprint(loaded) == fingerprint(model)
+        assert loaded.pretrained_cfg["file"] == str(tmp_path / name)
+    stored = load_model(weights=own_folder("data") / "bundled.safetensors")
+    assert "file" not in stored.pretrained_cfg
 
 
 # What does not fit
@@ -219,7 +244,77 @@ def test_three_missing_and_three_surplus_tensors_are_named(tmp_path, model):
     assert told.count("and ") >= 2
 
 
-@pytest.mark.parametrize("content", [{"student": {"a": 1}}, {"epoch": 3}])
-def test_the_keys_of_a_file_without_weights_are_named(tmp_path, content):
-    with pytest.raises(MoeeError, match=next(iter(content))):
+@pytest.mark.parametrize("content", [
+    [1, 2], {"epoch": 3, "name": "mine"}, torch.zeros(2), {"student": {"a": 1}},
+])  # fmt: skip
+def test_a_checkpoint_without_a_state_dict_is_refused_by_its_keys(tmp_path, content):
+    with pytest.raises(MoeeError, match=r"save model\.state_dict\(\)") as error:
         load_model(SMALL_VIT, weights=written(tmp_path / "w.pth", content))
+    keys = content if isinstance(content, dict) else ()
+    assert all(key in error.value.found for key in keys)
+
+
+@pytest.mark.parametrize("text", ["{'mean': ", "[1, 2]"])
+def test_metadata_that_is_no_configuration_is_refused(tmp_path, text):
+    path = tmp_path / "w.safetensors"
+    save_file(lively().state_dict(), path, metadata={"pretrained_cfg": text})
+    with pytest.raises(MoeeError, match="pretrained_cfg"):
+        load_model(SMALL_VIT, weights=path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_a_file_that_may_not_be_read_is_told(tmp_path, name):
+    written(tmp_path / name, lively().state_dict()).chmod(0)
+    with pytest.raises(MoeeError, match="Permission denied"):
+        load_model(SMALL_VIT, weights=tmp_path / name)
+
+
+def test_weights_of_another_architecture_or_shape_are_refused_by_name(tmp_path):
+    path = written(tmp_path / "w.pth", lively("test_convnext").state_dict())
+    with pytest.raises(MoeeError, match=r"missing: cls_token, pos_embed.*more.*architecture"):
+        load_model(SMALL_VIT, weights=path)
+    tensors = lively().state_dict() | {"blocks.1.mlp.fc1.weight": torch.zeros(3, 3)}
+    with pytest.raises(MoeeError, match=r"blocks\.1\.mlp\.fc1\.weight is \(3, 3\), not"):
+        load_model(SMALL_VIT, weights=written(tmp_path / "w.safetensors", tensors))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_a_truncated_or_foreign_file_is_refused(tmp_path, name):
+    path = written(tmp_path / name, lively().state_dict())
+    whole = path.read_bytes()
+    foreign = [b"no weights at all\n", b"\x80\x04garbage", b"PK\x03\x04zip?"]
+    for content in [*(whole[:kept] for kept in (0, 7, 100, 100_000, -1)), *foreign]:
+        path.write_bytes(content)
+        with pytest.raises(MoeeError, match=rf"{name}.*(again|state dict)"):
+            load_model(SMALL_VIT, weights=path)
+
+
+@pytest.mark.parametrize("name", ["missing.pth", "folder", "pipe.safetensors"])
+def test_what_is_no_file_is_told(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(MoeeError, match=r"no such file|a folder|a named pipe"):
+        load_model(SMALL_VIT, weights=tmp_path / name)
+
+
+class Trap:
+    """A pickle that would create a file when it is read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("wrapped", [False, True, None])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda what, path: path.write_bytes(pickle.dumps(what))]
+)
+def test_code_in_a_checkpoint_is_never_executed(tmp_path, wrapped, save):
+    trap = Trap(tmp_path / "executed") if wrapped is not None else torch.nn.Linear(2, 2)
+    save({"model": lively().state_dict(), "extra": trap} if wrapped else trap, tmp_path / "w.pth")
+    with pytest.raises(MoeeError, match="save the state dict alone"):
+        load_model(SMALL_VIT, weights=tmp_path / "w.pth")
+    assert not (tmp_path / "executed").exists()
