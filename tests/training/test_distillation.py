@@ -81,18 +81,23 @@ def test_errors_of_blocks_are_relative_and_of_each_image():
 # Routers that learn
 
 
-def routed(kind):
-    model = toy_moe(toy_vit()) if kind == "alike" else toy_kinds(toy_vit())
+KINDS = {"alike": toy_moe, "kinds": toy_kinds}
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    model = KINDS[request.param](toy_vit())
     set_dispatch(model, "masked")
     return model
 
 
-KINDS = pytest.mark.parametrize("kind", ["alike", "kinds"])
+@pytest.fixture
+def first(model):
+    """Its first layer that can learn."""
+    return find_learners(model)["blocks.0.mlp"]
 
 
-@KINDS
-def test_probabilities_are_highest_for_the_chosen_expert(kind):
-    model = routed(kind)
+def test_probabilities_are_highest_for_the_chosen_expert(model):
     x = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(1))
     for each in find_learners(model).values():
         p = probabilities(each.router, x[:, each.leading :])
@@ -102,15 +107,13 @@ def test_probabilities_are_highest_for_the_chosen_expert(kind):
 
 
 def test_layers_without_a_choice_learn_none():
-    assert list(find_learners(routed("alike"))) == [f"blocks.{n}.mlp" for n in range(3)]
+    assert list(find_learners(toy_moe(toy_vit()))) == [f"blocks.{n}.mlp" for n in range(3)]
     assert not find_learners(toy_vit())
     assert not find_learners(toy_moe(toy_vit(), n_experts=1))
 
 
-@KINDS
-def test_straight_through_outputs_stay_and_routers_get_gradients(kind):
-    model, before = routed(kind), routed(kind)(X)
-    hooks = hooks_of(model)
+def test_straight_through_outputs_stay_and_routers_get_gradients(model):
+    before, hooks = model(X), hooks_of(model)
     with trainable_routers(model), straight_through(model):
         out = model(X)
         torch.testing.assert_close(out, before, rtol=1e-4, atol=1e-5)
@@ -122,46 +125,37 @@ def test_straight_through_outputs_stay_and_routers_get_gradients(kind):
     assert hooks_of(model) == hooks
 
 
-@KINDS
-def test_the_gradient_is_that_of_a_gate_by_the_probability(kind):
+def test_the_gradient_is_that_of_a_gate_by_the_probability(model, first):
     """Against outputs that are multiplied by the probability itself."""
-    model = routed(kind)
-    layer, each = moe_layers(model)[0], find_learners(model)["blocks.0.mlp"]
+    layer, leading = first.layer, first.leading
     x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2))
     weights = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(3))
     with trainable_routers(model):
-        router_weight = next(each.router.parameters())
+        router_weight = next(first.router.parameters())
         with straight_through(model):
             (layer(x) * weights).sum().backward()
         found, router_weight.grad = router_weight.grad.clone(), None
         outputs = layer(x).detach() - layer.fc2.bias.detach()
-        p = probabilities(each.router, x[:, each.leading :]).amax(dim=1).reshape(2, -1)
-        gated = outputs[:, each.leading :] * p[..., None]
-        (gated * weights[:, each.leading :]).sum().backward()
+        p = probabilities(first.router, x[:, leading:]).amax(dim=1).reshape(2, -1)
+        (outputs[:, leading:] * p[..., None] * weights[:, leading:]).sum().backward()
         torch.testing.assert_close(router_weight.grad, found, rtol=1e-4, atol=1e-5)
 
 
-@KINDS
-def test_routers_are_buffers_again_afterwards_with_what_they_learned(kind):
-    model = routed(kind)
-    names = list(model.state_dict())
+def test_routers_are_buffers_again_afterwards_with_what_they_learned(model, first):
+    names, router = list(model.state_dict()), first.router
     with pytest.raises(RuntimeError, match="broken"), trainable_routers(model):
         raise RuntimeError("broken")
-    assert not list(next(iter(find_learners(model).values())).router.parameters())
+    assert not list(router.parameters())
     with trainable_routers(model):
         assert sorted(model.state_dict()) == sorted(names)
-        router = next(iter(find_learners(model).values())).router
-        with torch.no_grad():
-            next(router.parameters()).add_(1.0)
-        learned = next(router.parameters()).detach().clone()
+        learned = next(router.parameters()).data.add_(1.0).clone()
     assert not list(router.parameters())
     assert torch.equal(next(router.buffers()), learned)
     assert list(model.state_dict()) == names
 
 
-@KINDS
-def test_the_nearest_expert_is_found_as_by_trying_each_alone(kind):
-    model, dense = routed(kind), toy_vit()
+def test_the_nearest_expert_is_found_as_by_trying_each_alone(model):
+    dense = toy_vit()
     with watch_learners(model) as seen:
         model(X)
     for site in find_mlps(dense):
@@ -176,17 +170,15 @@ def test_the_nearest_expert_is_found_as_by_trying_each_alone(kind):
 
 
 def test_only_tokens_that_have_a_choice_are_seen():
-    model = routed("kinds")
+    model = toy_kinds(toy_vit())
     with watch_learners(model) as seen, capture(model, ["blocks.0.mlp"]) as inputs:
         model(X)
     patches = inputs["blocks.0.mlp"][:, 1:].flatten(0, 1)
     assert torch.equal(seen["blocks.0.mlp"].tokens, patches)  # and not CLS
 
 
-@KINDS
-def test_the_auxiliary_task_is_learned_and_teaches_routers_alone(kind):
-    model, dense = routed(kind), toy_vit()
-    before = copy.deepcopy(model.state_dict())
+def test_the_auxiliary_task_is_learned_and_teaches_routers_alone(model):
+    dense, before = toy_vit(), copy.deepcopy(model.state_dict())
     with trainable_routers(model), watch_learners(model) as seen:
         model.requires_grad_(requires_grad=True)
         own = [p for each in seen.values() for p in each.router.parameters()]
