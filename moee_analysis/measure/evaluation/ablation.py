@@ -1,9 +1,9 @@
 """What each piece of a recipe is worth, and what each quantity in it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from torch import nn
@@ -17,8 +17,7 @@ from moee_analysis.measure.evaluation.variants import Variant, extract_all, vari
 METHODS = {"hdbscan": "HDBSCAN", "kmeans": "k-means"}
 
 
-@dataclass(frozen=True)
-class _Change:
+class _Change(NamedTuple):
     """How a variant differs from its recipe; the columns of :func:`ablation`."""
 
     recipe: str
@@ -76,9 +75,8 @@ def ablation(
     tried = {_Change("", value="dense"): dense} | tried
     named = {change.name: each for change, each in tried.items()}
     table = variants(dense, calibration, images, named, store=store, beside=beside, **bootstrap)
-    columns = pd.DataFrame([asdict(change) for change in tried])
-    for place, column in enumerate(columns, start=1):
-        table.insert(place, column, columns[column])
+    for place, column in enumerate(_Change._fields):
+        table.insert(place + 1, column, [change[place] for change in tried])
     return table
 
 
@@ -95,20 +93,16 @@ def _changes(config: ExtractConfig, other: str) -> dict[_Change, ExtractConfig]:
         recipe, clustering = start.recipe, start.resolved().clustering
         found[_Change(recipe)] = start
         for piece, value in pieces.items():
-            changed = replace(start, **{piece: value})
-            found[_Change(recipe, piece, _describe(value), direction)] = changed
+            told = value
+            if isinstance(value, ClusterConfig):
+                told = f"{METHODS.get(value.method, value.method)} of {value.space}"
+            found[_Change(recipe, piece, told, direction)] = replace(start, **{piece: value})
         static = _Change(recipe, "experts", "static pruning", "control")
         found[static] = replace(start, experts="one")
         centres = replace(clustering, method="random", count=own["clustering"].count)
         random = _Change(recipe, "clustering", "random centres", "control")
         found[random] = replace(start, clustering=centres)
     return found
-
-
-def _describe(value: str | ClusterConfig) -> str:
-    if not isinstance(value, ClusterConfig):
-        return value
-    return f"{METHODS.get(value.method, value.method)} of {value.space}"
 
 
 def sweeps(
@@ -142,16 +136,13 @@ def sweeps(
         raise MoeeError("a variant that is tried", f"{beside}", "add it to a sweep")
     compared = dict.fromkeys(whole, found[0]) if found else None
     table = variants(dense, calibration, images, whole, store=store, beside=compared, **bootstrap)
-    first = next(iter(tried))
-    table["variant"] = [_name_of_setting(*name, first=first) for name in whole]
+    first, names = next(iter(tried)), []
+    for system, sweep, setting in whole:
+        words = [] if setting is None else [" ".join(str(setting).split())]
+        words += [system] if system != first else []
+        names.append(f"{sweep}: " + ", ".join(words))
+    table["variant"] = names
     for place, column in enumerate(("system", "sweep", "setting")):
-        values = pd.Series([name[place] for name in whole], dtype=object)
-        table.insert(place + 1, column, values)
+        table.insert(place + 1, column, pd.Series([name[place] for name in whole], dtype=object))
     table.insert(4, "recipe", [getattr(each, "recipe", "") for each in whole.values()])
     return table
-
-
-def _name_of_setting(system: str, sweep: str, setting: Any, *, first: str) -> str:
-    """``sweep: setting``, with the name of the system unless it is the first."""
-    words = [] if setting is None else [" ".join(str(setting).split())]
-    return f"{sweep}: " + ", ".join(words if system == first else [*words, system])

@@ -1,6 +1,6 @@
 """The steps of an extraction as tables: where the tokens lie, which clusters they form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
 from moee_analysis.extraction.plan import prefix_experts
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.tables import stack
 from moee_analysis.utils.checks import layer_numbers, seed_number
 
 
@@ -28,23 +29,18 @@ def embedding(
 ) -> pd.DataFrame:
     """Hidden activations of some clustered tokens, embedded in the plane by UMAP.
 
-    The clusters are the run's own; the plane is only for the eye.
-
-    ``images`` are the run's own calibration images, ``points`` the most tokens per layer.
+    The clusters are the run's own; the plane is only for the eye. ``images`` are the run's own
+    calibration images, ``points`` the most tokens per layer.
 
     A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """
     seed_number(seed)
-    found = _clusters(run, images, layers, Path(store))
-    tables = []
-    for layer, (hidden, labels) in found.items():
-        rng = np.random.default_rng([seed, layer])
-        shown = rng.permutation(len(hidden))[:points]
-        config = replace(run.config.clustering, reduce="umap")
+    config, parts = replace(run.config.clustering, reduce="umap"), []
+    for layer, hidden, labels in _clusters(run, images, layers, Path(store)):
+        shown = np.random.default_rng([seed, layer]).permutation(len(hidden))[:points]
         place = reduce_dimensions(hidden[shown], config, seed=seed, components=2)
-        columns = {"layer": layer, "x": place[:, 0], "y": place[:, 1], "cluster": labels[shown]}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+        parts.append((layer, pd.DataFrame(place, columns=["x", "y"]).assign(cluster=labels[shown])))
+    return stack(parts, by=["layer"])
 
 
 def surrogate(
@@ -61,20 +57,13 @@ def surrogate(
     """
     seed_number(seed)
     rows = []
-    for layer, (hidden, labels) in _clusters(run, images, layers, Path(store)).items():
+    for layer, hidden, labels in _clusters(run, images, layers, Path(store)):
         noise = _shuffle_components(hidden, np.random.default_rng([seed, layer]))
         invented = cluster(noise, run.config.clustering, seed=seed).labels
-        rows += [
-            {
-                "layer": layer,
-                "data": data,
-                "clusters": int(found.max()) + 1,
-                "noise_share": float(np.mean(found < 0)),
-                "tokens": len(found),
-            }
-            for data, found in (("activations", labels), ("surrogate", invented))
-        ]
-    return pd.DataFrame(rows)
+        for data, found in (("activations", labels), ("surrogate", invented)):
+            clusters, noise_share = int(found.max()) + 1, float(np.mean(found < 0))
+            rows.append((layer, data, clusters, noise_share, len(found)))
+    return pd.DataFrame(rows, columns=["layer", "data", "clusters", "noise_share", "tokens"])
 
 
 def _shuffle_components(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -85,14 +74,11 @@ def _shuffle_components(points: np.ndarray, rng: np.random.Generator) -> np.ndar
 
 def _clusters(
     run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Clustered activations, float32 (tokens, hidden), and their labels, by layer."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield layers, their clustered activations, float32 (tokens, hidden), and the labels."""
     layer_numbers(layers)
     calibration = calibration_tokens(run.dense(), images, run.config, root=store)
     sites = [site for site in calibration.sites if site.index in layers]
     wanted = {site.name: len(prefix_experts(calibration, site, run.config)) for site in sites}
-    found = {}
     for draw in sample_tokens(calibration, run.config, wanted, hidden=True):
-        labels = cluster_tokens(draw, run.config, root=store)
-        found[draw.site.index] = draw.hidden, labels
-    return found
+        yield draw.site.index, draw.hidden, cluster_tokens(draw, run.config, root=store)

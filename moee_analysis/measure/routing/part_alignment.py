@@ -121,24 +121,14 @@ def patch_parts(mask: np.ndarray, grid: tuple[int, int], n_parts: int) -> np.nda
 def adjusted_mutual_information(tables: np.ndarray, chance: float) -> np.ndarray:
     """AMI of contingency tables (..., experts, parts), as scikit-learn defines it.
 
-    ``chance`` is the expected mutual information in nats (:func:`expected_information`); it
-    depends on the margins only, so tables of shuffled labels share it.
+    ``chance`` is the expected mutual information in nats; it depends on the margins only, so tables
+    of shuffled labels share it.
     """
     p = tables / tables.sum(axis=(-2, -1), keepdims=True)
     h_experts, h_parts = (entr(p.sum(axis=axis)).sum(axis=-1) for axis in (-1, -2))
     information = h_experts + h_parts + xlogy(p, p).sum(axis=(-2, -1))
     span = (h_experts + h_parts) / 2 - chance
     return (information - chance) / np.maximum(span, np.finfo(np.float64).eps)
-
-
-def expected_information(table: np.ndarray) -> float:
-    """Expected mutual information, in nats, of tables with the margins of ``table``."""
-    from sklearn.metrics.cluster import expected_mutual_information
-
-    full = table[table.any(axis=1)][:, table.any(axis=0)].astype(np.int64)
-    if min(full.shape) < 2:
-        return 0.0
-    return float(expected_mutual_information(full, int(full.sum())))
 
 
 @dataclass(frozen=True)
@@ -196,8 +186,13 @@ def _patches_of_layers(
 
 
 def _row(patches: _Patches, permutations: int, resamples: int, seed: int) -> dict[str, object]:
+    from sklearn.metrics.cluster import expected_mutual_information
+
     table = patches.table()
-    score = partial(adjusted_mutual_information, chance=expected_information(table))
+    full = table[table.any(axis=1)][:, table.any(axis=0)].astype(np.int64)
+    several = min(full.shape) > 1
+    chance = float(expected_mutual_information(full, int(full.sum()))) if several else 0.0
+    score = partial(adjusted_mutual_information, chance=chance)
     value = score(table)
     tables = patches.resampled(resamples, seed=seed + 1)
     low, high = basic_interval(value, score(tables), least=-1.0)
