@@ -1,11 +1,17 @@
 """A small table for every plot, with numbers whose figure and sentence are known."""
 
 import itertools
+import json
 import math
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.collections import LineCollection, PathCollection, PolyCollection, QuadMesh
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle, StepPatch
+from matplotlib.ticker import FixedLocator
 
 from moee_analysis import plots
 
@@ -307,3 +313,64 @@ def legend(shown):
 def lines(ax):
     """Points of every line that has some."""
     return [line.get_xydata().tolist() for line in ax.lines if len(line.get_xdata())]
+
+
+def shown_in(fig):
+    """All that a figure shows, panel by panel, in JSON's types: words, places and colours."""
+    around = [fig.get_supxlabel(), fig.get_supylabel(), *(legend(fig) if fig.legends else [])]
+    panels = [ax for ax in fig.axes if not hasattr(ax, "_colorbar")]
+    bars = [ax.get_ylabel() for ax in fig.axes if hasattr(ax, "_colorbar")]
+    caption = " ".join(fig.texts[-1].get_text().split())
+    return _shorten([[*around, *bars, caption], *map(_shown_on, panels)])
+
+
+def _shown_on(ax):
+    named = [axis for axis in (ax.xaxis, ax.yaxis)
+             if isinstance(axis.get_major_locator(), FixedLocator)]  # fmt: skip
+    facts = {
+        "title": ax.get_title(loc="left"),
+        "labels": [ax.get_xlabel(), ax.get_ylabel()],
+        "limits": [*ax.get_xlim(), *ax.get_ylim()],
+        "names": [words(axis.get_ticklabels()) for axis in named],
+        "texts": [[text.get_text(), str(text.get_weight())] for text in ax.texts],
+        "legend": legend(ax) if ax.get_legend() else [],
+        "lines": [
+            [line.get_color(), line.get_markerfacecolor(), line.get_linestyle(),
+             str(line.get_marker()), line.get_linewidth(), line.get_xydata()]
+            for line in ax.lines if len(line.get_xdata())
+        ],
+        "bars": [
+            [*bar.get_bbox().bounds, to_hex(bar.get_facecolor(), keep_alpha=True), bar.get_hatch()]
+            for bar in ax.patches if isinstance(bar, Rectangle)
+        ],
+        "steps": [patch.get_data()[:2] for patch in ax.patches if isinstance(patch, StepPatch)],
+        "intervals": [c.get_segments() for c in ax.collections if isinstance(c, LineCollection)],
+        "cells": [c.get_array() for c in ax.collections if isinstance(c, QuadMesh)],
+        "dots": [
+            [dots.get_offsets(), dots.get_sizes(), list(map(to_hex, dots.get_facecolor()))]
+            for dots in ax.collections if isinstance(dots, PathCollection)
+        ],
+        "bands": [
+            [path.get_extents().bounds for path in c.get_paths()]
+            for c in ax.collections if isinstance(c, PolyCollection)
+        ],
+    }  # fmt: skip
+    return {name: fact for name, fact in facts.items() if len(fact) and fact != ["", ""]}
+
+
+def _shorten(value):
+    if isinstance(value, dict):
+        return {name: _shorten(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_shorten(each) for each in getattr(value, "tolist", lambda: value)()]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":  # writes anew what the test of every plot compares with
+    parts = {
+        name: map(partial(json.dumps, ensure_ascii=False), shown_in(figure_of(name)))
+        for name in TABLES
+    }
+    texts = [f'"{name}": [\n  ' + ",\n  ".join(each) + "\n]" for name, each in parts.items()]
+    place = Path(__file__).parents[1] / "plots" / "figures.json"
+    place.write_text("{\n" + ",\n".join(texts) + "\n}\n", encoding="utf-8")

@@ -11,9 +11,12 @@ import pytest
 from moee_analysis import plots
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import environment
-from tests.helpers.plot_tables import CAPTION, TABLES, figure_of
+from tests.helpers.plot_tables import CAPTION, TABLES, figure_of, shown_in
 
-SAID = json.loads(Path(__file__).with_name("descriptions.json").read_text(encoding="utf-8"))
+SAID, FIGURES = (
+    json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    for name in ("descriptions.json", "figures.json")
+)
 OWN_FACTS = ("accuracy", "routing", "balance")
 SENTENCE = re.compile(r"[A-Z0-9−].*\.", re.DOTALL)
 
@@ -58,6 +61,27 @@ def test_names_what_it_shows_and_nothing_touches(name):
             assert_apart([label for label in ticks if label.get_visible()])
         assert_apart([text for text in ax.texts if text.get_rotation() == 0])
     assert_apart([ax._left_title for ax in fig.axes])
+
+
+def leaves(value):
+    """The words and numbers in nested lists and mappings, and how long each of these is."""
+    if isinstance(value, dict):
+        value = [each for pair in value.items() for each in pair]
+    if not isinstance(value, list):
+        return [value]
+    return [str(len(value)), *(leaf for each in value for leaf in leaves(each))]
+
+
+@every
+def test_shows_every_number_of_its_table_where_it_belongs(name):
+    """``python -m tests.helpers.plot_tables`` writes anew what is expected."""
+    found, expected = leaves(shown_in(figure_of(name))), leaves(FIGURES[name])
+    words, numbers = (
+        [[leaf for leaf in each if isinstance(leaf, kind)] for each in (found, expected)]
+        for kind in (str, (int, float))
+    )
+    assert words[0] == words[1]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, nan_ok=True)
 
 
 @every

@@ -4,7 +4,7 @@ import pytest
 
 from moee_analysis import plots
 from moee_analysis.errors import MoeeError
-from tests.helpers.plot_tables import TABLES, figure_of, legend, titles, words
+from tests.helpers.plot_tables import legend, words
 
 PICTURES = [np.full((32, 48, 3), 50 * n, np.uint8) for n in range(4)]
 TOP = pd.DataFrame(
@@ -111,19 +111,3 @@ def test_patches_without_masks_give_an_expert_the_same_colour_in_every_picture()
 def test_patches_of_different_images_are_refused(count, changes, message):
     with pytest.raises(MoeeError, match=message):
         overlays(count, **changes)
-
-
-def test_embedding_writes_the_share_of_noise():
-    axes = figure_of("embedding").axes
-    assert titles(axes)[0] == "layer 3: 1 clusters, 50% noise"
-    assert words(axes[1].texts) == ["0", "1"]
-    assert len(axes[1].collections[0].get_offsets()) == 2
-    noise = plots.embedding(TABLES["embedding"].assign(cluster=-1))
-    assert titles(noise.axes)[0] == "layer 3: 0 clusters, 100% noise"
-
-
-def test_surrogate_draws_both_kinds_side_by_side():
-    left, right = figure_of("surrogate").axes
-    assert sorted(bar.get_height() for bar in left.patches if bar.get_height()) == [2, 12]
-    assert sorted(bar.get_height() for bar in right.patches if bar.get_height()) == [0.2, 0.75]
-    assert legend(figure_of("surrogate")) == ["activations", "surrogate"]
