@@ -10,15 +10,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.attention import Factors, Reduction, find_attentions, low_rank, site_of
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import replace_module
+from tests.helpers import models
 from tests.helpers.families import small
-from tests.helpers.models import (
-    CLASSES,
-    SMALL_CONVNEXT,
-    lively,
-    reduced_attention,
-    toy_swin,
-    toy_vit,
-)
+from tests.helpers.models import CLASSES, SMALL_CONVNEXT, lively, toy_swin, toy_vit
 
 
 def attention(**settings):
@@ -138,14 +132,14 @@ def test_what_it_costs_is_counted_as_it_runs():
     _, found = reduced(dense, 3, 5)
     assert count_parameters(found) == 2 * (3 * (2 * 16 + 1) + 5 * 2 * 16) + 16
     for queries, asked in ((1, 1), (None, 17)):
-        macs = count(reduced_attention(toy_vit(), ranks=(3, 5), queries=queries)).by_module
+        macs = count(models.reduced_attention(toy_vit(), ranks=(3, 5), queries=queries)).by_module
         assert macs["blocks.2.attn"] == 2 * (3 + 5) * (32 * (asked + 17) + 17 * asked)
     site = find_attentions(toy_vit())[2]
     assert site.macs(17) == count(toy_vit()).by_module[site.name]
 
 
 def test_a_mask_is_refused():
-    found, x = reduced_attention(toy_vit()).blocks[2].attn, torch.randn(1, 17, 32)
+    found, x = models.reduced_attention(toy_vit()).blocks[2].attn, torch.randn(1, 17, 32)
     for mask in ({"attn_mask": torch.zeros(17, 17)}, {"is_causal": True}):
         with pytest.raises(MoeeError, match="without a mask"):
             found(x, **mask)

@@ -28,15 +28,6 @@ from tests.helpers.models import (
 from tests.helpers.runs import best, quick
 from tests.training.test_finetune import tuning
 
-HALVES = [torch.float16, torch.bfloat16]
-
-
-def of_size(**arguments):
-    return timm.create_model(SMALL_VIT, **arguments).eval()
-
-
-# What goes in
-
 
 @pytest.mark.parametrize(("arguments", "size"), [
     ({}, (3, 160, 160)), ({"img_size": 96}, (3, 96, 96)), ({"in_chans": 1}, (1, 160, 160)),
@@ -45,7 +36,8 @@ def of_size(**arguments):
     ({"dynamic_img_size": True, "img_size": 96}, (3, 96, 96)),
 ])  # fmt: skip
 def test_the_size_is_that_the_model_was_built_for(arguments, size):
-    for model in (of_size(**arguments), build_model(SMALL_VIT, **arguments)):
+    for make in (timm.create_model, build_model):
+        model = make(SMALL_VIT, **arguments).eval()
         assert input_size(model) == size
         assert blank(model, images=2).shape == (2, *size)
         assert next(toy_images(3).batches(model)).shape == (3, *size)
@@ -83,16 +75,10 @@ def test_other_channels_are_those_of_the_picture_in_turn(channels):
 def test_training_prepares_as_many_channels(channels, augmentation):
     model = build_model(SMALL_VIT, in_chans=channels)
     assert training_transform(model, augmentation)(picture(1)).shape == (channels, 160, 160)
-    loaded = Loaded.of(toy_images(2), _named(model))
-    torch.testing.assert_close(
-        loaded.batch(slice(0, 2)), next(toy_images(2).batches(model)), atol=0.02, rtol=0
-    )
-
-
-def _named(model):
     model.reset_classifier(6)
     model.pretrained_cfg["label_names"] = CLASSES
-    return model
+    batch = Loaded.of(toy_images(2), model).batch(slice(0, 2))
+    torch.testing.assert_close(batch, next(toy_images(2).batches(model)), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(("channels", "config"), [(1, best(macs_reduction=0.2)), (4, quick())])
@@ -105,7 +91,9 @@ def test_a_model_of_other_channels_is_taken_apart_and_saved(tmp_path, channels, 
     x = pixels_of(model)
     assert x.shape == (4, channels, 64, 64)
     torch.testing.assert_close(load(tmp_path / "run").model(x), run.model(x))
-    assert toy_images(2).as_seen(0, model).shape == (64, 64, 3)
+    shown = toy_images(2).as_seen(0, model)
+    assert Image.fromarray(shown).size == (64, 64)
+    assert shown.shape == (64, 64, 3)
 
 
 # Precision
@@ -150,34 +138,24 @@ def test_it_is_saved_evaluated_and_tuned_in_its_precision(tmp_path, dtype, confi
     assert {t.dtype for t in tuned.run.model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_routers_of_half_precision_decide_as_exactly_as_their_centres(dtype):
     run = extract(toy_vit().to(dtype), toy_images(8), quick())
     for layer in moe_layers(run.model).values():
         x = torch.randn(3, 17, 32).to(dtype)
         scores = layer.router.scores(x)
         assert scores.dtype == torch.float32
-        exact = (
-            x.flatten(0, 1).double()
-            @ torch.nn.functional.normalize(layer.router.centres.double(), dim=1).T
-        )
+        centres = torch.nn.functional.normalize(layer.router.centres.double(), dim=1)
+        exact = x.flatten(0, 1).double() @ centres.T
         torch.testing.assert_close(layer.router(x)[:, 0], exact.argmax(1))
 
 
-def test_a_model_of_several_precisions_is_refused():
+def test_a_model_of_several_precisions_or_without_values_is_refused():
     model = lively()
     model.norm.half()
-    with pytest.raises(MoeeError, match="one precision; found 2"):
-        extract(model, toy_images(4), quick())
-
-
-def test_a_model_without_values_is_refused():
-    with pytest.raises(MoeeError, match="without values"):
-        extract(lively().to("meta"), toy_images(4), quick())
-
-
-def test_pictures_are_shown_as_they_are_seen():
-    model = build_model(SMALL_VIT, in_chans=1, img_size=32)
-    shown = toy_images(2).as_seen(1, model)
-    assert shown.shape == (32, 32, 3)
-    assert isinstance(Image.fromarray(shown), Image.Image)
+    for wrong, words in (
+        (model, "one precision; found 2"),
+        (lively().to("meta"), "without values"),
+    ):
+        with pytest.raises(MoeeError, match=words):
+            extract(wrong, toy_images(4), quick())

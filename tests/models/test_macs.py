@@ -46,25 +46,16 @@ def convnext_closed_form(*, dims, depths, side, classes):
 DEIT = {"depth": 12, "patches": 196, "pixels": 768, "classes": 1000}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected", "published"),
-    [
-        ("deit_tiny_patch16_224", closed_form(dim=192, hidden=768, **DEIT), 1.254e9),
-        ("deit_small_patch16_224", closed_form(dim=384, hidden=1536, **DEIT), 4.599e9),
-        (
-            "swin_tiny_patch4_window7_224",
-            swin_closed_form(dim=96, depths=(2, 2, 6, 2), window=7, side=56, classes=1000),
-            4.5e9,
-        ),
-        (
-            "convnext_tiny",
-            convnext_closed_form(
-                dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), side=56, classes=1000
-            ),
-            4.5e9,
-        ),
-    ],
-)
+SWIN = {"dim": 96, "depths": (2, 2, 6, 2), "window": 7, "side": 56, "classes": 1000}
+CONVNEXT = {"dims": (96, 192, 384, 768), "depths": (3, 3, 9, 3), "side": 56, "classes": 1000}
+
+
+@pytest.mark.parametrize(("name", "expected", "published"), [
+    ("deit_tiny_patch16_224", closed_form(dim=192, hidden=768, **DEIT), 1.254e9),
+    ("deit_small_patch16_224", closed_form(dim=384, hidden=1536, **DEIT), 4.599e9),
+    ("swin_tiny_patch4_window7_224", swin_closed_form(**SWIN), 4.5e9),
+    ("convnext_tiny", convnext_closed_form(**CONVNEXT), 4.5e9),
+])  # fmt: skip
 def test_networks_cost_what_is_published(name, expected, published):
     model = timm.create_model(name, pretrained=False)
     total = count(model).total
