@@ -26,7 +26,7 @@ from timm.layers import Attention
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
-from moee_analysis.extraction.experts.obs import RIDGE, elimination_costs
+from moee_analysis.extraction.experts.neuron_scores import RIDGE, elimination_costs
 from moee_analysis.extraction.record.accumulate import Arrays, average, stored_arrays
 from moee_analysis.extraction.record.fisher import probe
 from moee_analysis.models.attention import Factors, find_attentions, heads_of

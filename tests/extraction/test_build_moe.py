@@ -9,9 +9,8 @@ from moee_analysis.extraction.pipeline import build_moe
 from moee_analysis.extraction.plan import group_tokens
 from moee_analysis.extraction.record.token_source import Limits, calibration_tokens
 from moee_analysis.extraction.record.tokens import capture_mlps
-from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import find_mlps
-from moee_analysis.moe.layer import MoeMlp, moe_layers
+from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import same_models, toy_vit
 from tests.helpers.runs import best
@@ -56,29 +55,15 @@ def errors_by_expert(model, layer, index):
     return [wrong[chosen == expert] for expert in range(layer.n_experts)]
 
 
-def test_experts_are_the_neurons_that_were_chosen_and_the_dense_model_is_left_alone(built):
-    model, layers, build = built
-    moe = build(at_random, refit="none")
-    assert list(moe_layers(moe)) == [0, 1]
-    for index, layer in moe_layers(moe).items():
-        mask = at_random(layers)[f"blocks.{index}.mlp"]
-        kept = [layer.kept[layer.expert_neurons(e)].tolist() for e in range(layer.n_experts)]
-        assert kept == [np.flatnonzero(row).tolist() for row in mask]
-        np.testing.assert_allclose(layer.shares, layers[index].statistics.shares, rtol=1e-6)
-        dense = model.blocks[index].mlp.fc2
-        assert layer.shift is None
-        torch.testing.assert_close(layer.fc2.weight, dense.weight[:, layer.kept])
-        torch.testing.assert_close(layer.fc2.bias, dense.bias)
-    assert fingerprint(model) == fingerprint(toy_vit())
-    assert not any(isinstance(module, MoeMlp) for module in model.modules())
-    assert not moe.training
-
-
 @pytest.mark.parametrize("refit", ["shift", "shared"])
 @pytest.mark.parametrize("kept", [at_random, nothing])
 def test_the_mean_output_of_every_expert_is_that_of_the_dense_layer(built, kept, refit):
-    model, _, build = built
+    model, layers, build = built
+    masks = kept(layers)
+    assert not build(kept, refit="none").training
     for index, layer in moe_layers(build(kept, refit=refit)).items():
+        own = [layer.kept[layer.expert_neurons(e)].tolist() for e in range(layer.n_experts)]
+        assert own == [np.flatnonzero(row).tolist() for row in masks[f"blocks.{index}.mlp"]]
         for wrong in errors_by_expert(model, layer, index):
             torch.testing.assert_close(wrong.mean(dim=0), torch.zeros(32), rtol=0, atol=0.01)
         assert layer.fc2.weight.shape[1] == len(layer.kept)

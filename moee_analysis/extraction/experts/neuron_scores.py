@@ -1,18 +1,34 @@
 """What a hidden neuron is worth to an expert: one score for every neuron of every expert."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from timm.layers import Mlp
 
+from moee_analysis.extraction.cluster.clusters_to_router import Assignment, by_expert
 from moee_analysis.extraction.experts.layer_experts import ExpertStatistics, LayerExperts
-from moee_analysis.extraction.experts.obs import elimination_costs, expert_covariances
-from moee_analysis.extraction.record.accumulate import Arrays, share_out, stored_arrays
+from moee_analysis.extraction.record.accumulate import (
+    TINY,
+    Accumulator,
+    Arrays,
+    Sums,
+    accumulate,
+    share_out,
+    stored_arrays,
+)
 from moee_analysis.extraction.record.fisher import importance, root
 from moee_analysis.extraction.record.token_source import TokenSource
+from moee_analysis.extraction.record.tokens import RecordedLayer
+from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.store import content_key
+
+RIDGE = 1e-3
+BLOCK = 24  # every step removes one in so many of the neurons that are left
+SQUEEZE = 0.7  # once fewer columns are in use, the others are left out: copying takes longest
+CHUNK = 16384  # tokens whose products are added up at a time
 
 
 def score_neurons(
@@ -92,6 +108,116 @@ def removal_costs(
         folders[layer.site.name] = f"costs-{key}"
     files = stored_arrays(tokens.root, folders, compute)
     return {name: np.load(arrays["costs"]) for name, arrays in files.items()}
+
+
+@dataclass(frozen=True)
+class CovarianceAccumulator(Accumulator):
+    """Products of deviations of the hidden activations of some ``experts`` of a layer.
+
+    ``means`` (all experts, hidden) are subtracted first, so that float32 loses nothing to a large
+    common mean.
+    """
+
+    site: MlpSite
+    assignment: Assignment
+    experts: range
+    means: np.ndarray
+    gradients: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the products (experts, hidden, hidden) and the numbers of tokens (experts,)."""
+        count, hidden = len(self.experts), self.site.hidden
+        return {"products": (count, hidden, hidden), "weight": (count,)}
+
+    def update(self, sums: Sums, layer: RecordedLayer) -> None:
+        """Add a part of the tokens."""
+        _, members = self.assignment.of(layer)
+        of_expert = by_expert(members, self.assignment.experts)
+        for place, expert in enumerate(self.experts):
+            mean = torch.from_numpy(self.means[expert]).float().to(layer.device)
+            for rows in layer.chunks(of_expert[expert], size=CHUNK):
+                deviation = layer.hidden(rows) - mean
+                weight = torch.from_numpy(layer.sample.weight[rows]).to(layer.device)
+                sums["products"][place] += ((deviation * weight[:, None]).T @ deviation).cpu()
+                sums["weight"][place] += weight.sum(dtype=torch.float64)
+
+    def compute(self, sums: Sums) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield every expert and its covariance, float64 (hidden, hidden)."""
+        for place, expert in enumerate(self.experts):  # one at a time: they are large
+            yield expert, sums["products"][place] / sums["weight"][place].clamp_min(TINY)
+
+
+def expert_covariances(
+    tokens: TokenSource, layers: Sequence[LayerExperts], *, label: str
+) -> Iterator[tuple[LayerExperts, int, torch.Tensor]]:
+    """Yield layer, expert and covariance (hidden, hidden), float64, for all experts in order.
+
+    Only as many covariances are held at once as fit in the memory that the tokens' limits allow.
+    """
+    accumulators = []
+    for layer in layers:
+        fitting = max(1, int(tokens.limits.memory // (8 * layer.site.hidden**2)))
+        experts, means = range(layer.assignment.experts), layer.statistics.means
+        accumulators += [
+            CovarianceAccumulator(layer.site, layer.assignment, experts[few : few + fitting], means)
+            for few in experts[::fitting]
+        ]
+    by_site = {layer.site: layer for layer in layers}
+    for site, covariances in accumulate(tokens, accumulators, label=label):
+        for expert, covariance in covariances:
+            yield by_site[site], expert, covariance
+
+
+def elimination_costs(
+    covariance: torch.Tensor, readout: torch.Tensor, *, ridge: float = RIDGE, block: int = BLOCK
+) -> torch.Tensor:
+    """What it costs to remove each neuron, given that all cheaper ones are gone already.
+
+    Optimal Brain Surgeon (Hassibi & Stork, 1993) with whole neurons in the place of weights, the
+    least-squares refit built in: neurons leave one block after the other, always those whose loss
+    can best be made good by refitted output weights of the others.
+
+    With P = (C + r I)^-1 and the current readout V, removing neuron j alone and refitting the rest
+    raises the squared error of V a by |V_j|^2 / P_jj. Of the neurons left, the cheapest
+    1/``block`` (at least one) go at a time; then V_A -= V_B P_BB^-1 P_BA and
+    P_AA -= P_AB P_BB^-1 P_BA for those that stay.
+
+    ``covariance`` is C of the hidden activations, (hidden, hidden); ``readout`` is V, the output
+    weights in a metric in which errors are plain squares, (outputs, hidden); ``ridge`` is r over
+    the mean diagonal of C. In the order of removal the costs, float64 (hidden,), never fall, so
+    that keeping the neurons above a threshold is what elimination up to this threshold keeps.
+    """
+    inverse, readout = _inverse(covariance.double(), ridge), readout.double().clone()
+    neuron = alive = torch.arange(len(covariance))  # neuron of each column; columns still in use
+    costs = torch.zeros(len(covariance), dtype=torch.float64)
+    highest = costs.new_zeros(1)
+    while len(alive):
+        cost = (readout.square().sum(dim=0) / inverse.diagonal())[alive]
+        order = cost.argsort()
+        count = max(1, len(alive) // block)
+        going, staying = alive[order[:count]], alive[order[count:]].sort().values
+        running = torch.cat([highest, cost[order[:count]]]).cummax(dim=0).values
+        costs[neuron[going]], highest = running[1:], running[-1:]
+        # take them out of the inverse, and refit the readout of the others, in place; what is left
+        # in the columns of those that are gone means nothing
+        across = inverse[going]
+        gain = torch.linalg.solve(across[:, going], across)
+        readout.addmm_(readout[:, going], gain, alpha=-1)
+        inverse.addmm_(across.T, gain, alpha=-1)
+        alive = staying
+        if len(alive) < SQUEEZE * len(neuron):
+            inverse, readout, neuron = inverse[alive][:, alive], readout[:, alive], neuron[alive]
+            alive = torch.arange(len(alive))
+    return costs
+
+
+def _inverse(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
+    """(C + r I)^-1; neurons that never vary keep a finite inverse and cost nothing."""
+    # the least float32, so that its inverse is still finite in float64
+    scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    ridged = covariance + ridge * scale * torch.eye(len(covariance), dtype=covariance.dtype)
+    return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
 
 
 def _matrix(linear: torch.nn.Linear) -> torch.Tensor:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.extraction.experts import obs as moments
+from moee_analysis.extraction.experts import neuron_scores
 from moee_analysis.extraction.experts.layer_experts import (
     LayerExperts,
     StatisticsAccumulator,
     expert_statistics,
 )
-from moee_analysis.extraction.experts.obs import (
+from moee_analysis.extraction.experts.neuron_scores import (
     CovarianceAccumulator,
     expert_covariances,
 )
@@ -207,7 +207,7 @@ def covariances(made, *experts):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("far", [0, 3000])  # a large common mean costs no precision
 def test_covariances_are_those_of_tokens_repeated(layer, tmp_path, monkeypatch, prefix, far):
-    monkeypatch.setattr(moments, "CHUNK", 7)
+    monkeypatch.setattr(neuron_scores, "CHUNK", 7)
     plain = layer.sample
     layer = layer_of(replace(plain, hidden=plain.hidden.astype("f4") + far))
     assignment = assigned(MEMBERS, dim=DIM, prefix=prefix)

@@ -4,8 +4,7 @@ import torch
 
 from moee_analysis.extraction.config import CHOICES
 from moee_analysis.extraction.experts.layer_experts import LayerExperts, StatisticsAccumulator
-from moee_analysis.extraction.experts.neuron_scores import score_neurons
-from moee_analysis.extraction.experts.obs import elimination_costs
+from moee_analysis.extraction.experts.neuron_scores import elimination_costs, score_neurons
 from moee_analysis.extraction.record.fisher import DAMPING, PRIOR
 from tests.helpers.layers import Made, assigned, computed, layer_of, sample_of
 

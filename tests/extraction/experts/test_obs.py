@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from moee_analysis.extraction.experts import obs as elimination
-from moee_analysis.extraction.experts.obs import elimination_costs
+from moee_analysis.extraction.experts import neuron_scores
+from moee_analysis.extraction.experts.neuron_scores import elimination_costs
 
 ALONE = 10**9  # blocks so small that one neuron goes at a time
 OUTPUTS, HIDDEN, TOKENS = 5, 9, 40
@@ -106,7 +106,7 @@ def test_when_columns_are_left_out_makes_no_difference(monkeypatch, squeeze):
     activations, readout = drawn(1, hidden=60, tokens=200)
     given = covariance_of(activations), readout.clone()
     costs = elimination_costs(*given)
-    monkeypatch.setattr(elimination, "SQUEEZE", squeeze)
+    monkeypatch.setattr(neuron_scores, "SQUEEZE", squeeze)
     torch.testing.assert_close(elimination_costs(*given), costs, rtol=1e-9, atol=0)
     assert torch.equal(given[1], readout)
 

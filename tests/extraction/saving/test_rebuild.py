@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -45,9 +46,9 @@ def created(name=SMALL_VIT, **arguments):
     return timm.create_model(name, **arguments).eval().requires_grad_(requires_grad=False)
 
 
-def changed(change, **arguments):
-    model = created(**arguments)
-    return change(model) or model
+def changed(change):
+    change(model := created())
+    return model
 
 
 def relu(model):
@@ -71,18 +72,13 @@ REBUILT = {
     "another input size": lambda: changed(lambda m: m.set_input_size(img_size=128)),
     "another pool": lambda: changed(lambda m: m.reset_classifier(5, "avg")).eval(),
 }
+DEEP_HEAD = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3))
 BY_HAND = {
     "a norm": lambda: created(norm_layer=lambda dim, **_: nn.LayerNorm(dim, eps=0.1)),
-    "a deep head": lambda: changed(
-        lambda m: setattr(m, "head", nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3)))
-    ),
+    "a deep head": lambda: changed(lambda m: setattr(m, "head", copy.deepcopy(DEEP_HEAD))),
     "one activation": lambda: changed(lambda m: setattr(m.blocks[3].mlp, "act", nn.SiLU())),
-    "a hook": lambda: changed(
-        lambda m: [m.norm.register_forward_hook(lambda *args: 2 * args[2]), m][1]
-    ),
-    "another name": lambda: changed(
-        lambda m: setattr(m, "pretrained_cfg", {**m.pretrained_cfg, "architecture": "test_vit2"})
-    ),
+    "a hook": lambda: changed(lambda m: m.norm.register_forward_hook(lambda *args: 2 * args[2])),
+    "another name": lambda: changed(lambda m: m.pretrained_cfg.update(architecture="test_vit2")),
     "a class of its own": toy_vit,
 }
 
@@ -126,13 +122,11 @@ def test_arguments_are_kept_and_given_again(tmp_path):
     torch.testing.assert_close(load(tmp_path / "run").dense()(x), model(x))
 
 
-@pytest.mark.parametrize("arguments",
-    [
-        {"nonsense": 3}, {"img_size": "big"}, {"num_heads": 7}, {"img_size": 0}, {"img_size": -16},
-        {"in_chans": 0}, {"in_chans": -1}, {"act_layer": "none such"}, {"pretrained": True},
-        {"checkpoint_path": "w.pth"},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("arguments", [
+    {"nonsense": 3}, {"img_size": "big"}, {"num_heads": 7}, {"img_size": 0}, {"img_size": -16},
+    {"in_chans": 0}, {"in_chans": -1}, {"act_layer": "none such"}, {"pretrained": True},
+    {"checkpoint_path": "w.pth"},
+])  # fmt: skip
 def test_arguments_that_timm_does_not_take_are_refused(arguments):
     with pytest.raises(MoeeError, match=next(iter(arguments))):
         build_model(SMALL_VIT, **arguments)
@@ -144,20 +138,20 @@ def test_arguments_that_timm_does_not_take_are_refused(arguments):
 def routers(dim):
     """A router of every kind that can be saved, each for three experts."""
     centres = torch.randn(3, dim, generator=torch.Generator().manual_seed(5))
-    few, projection = torch.randn(2, 2), torch.randn(2, dim)
+    few, projection, kinds = (
+        torch.randn(2, 2),
+        torch.randn(2, dim),
+        partial(TokenKindRouter, tokens=101),
+    )
     return {
         "cosine": CosineRouter(centres),
         "constant": ConstantRouter(2),
         "nearest": NearestRouter(centres, torch.tensor([0.5, 0.0, -0.5])),
         "projected": NearestRouter(torch.randn(3, 2), torch.zeros(3), projection),
-        "kinds of projected": TokenKindRouter(
-            (0,), NearestRouter(few, torch.zeros(2), projection), tokens=101
-        ),
-        "kinds of cosine": TokenKindRouter((0,), CosineRouter(centres[1:]), tokens=101),
-        "kinds of constant": TokenKindRouter((0, 1), ConstantRouter(0), tokens=101),
-        "kinds of kinds": TokenKindRouter(
-            (0,), TokenKindRouter((0,), ConstantRouter(0), tokens=100), tokens=101
-        ),
+        "kinds of projected": kinds((0,), NearestRouter(few, torch.zeros(2), projection)),
+        "kinds of cosine": kinds((0,), CosineRouter(centres[1:])),
+        "kinds of constant": kinds((0, 1), ConstantRouter(0)),
+        "kinds of kinds": kinds((0,), TokenKindRouter((0,), ConstantRouter(0), tokens=100)),
     }
 
 
