@@ -2,30 +2,52 @@ import numpy as np
 import pytest
 import torch
 from timm.layers import Mlp
+from torch.nn import functional
 
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.record import fisher
 from moee_analysis.extraction.record.fisher import (
     input_root,
     output_gradients,
+    probe,
     products,
     root,
 )
 from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.layers import sample_of
-from tests.helpers.models import pixels_of, toy_vit
+from tests.helpers.models import SMALL_CONVNEXT, hooks_of, lively, pixels_of, toy_swin, toy_vit
 
 DIM, HIDDEN = 5, 8
 MANY = 48  # probes, images and draws that make a mean exact enough
+SEEDS = [(3, image) for image in range(4)]
+HALF = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+METRIC = HALF @ HALF.T
 
 
-def some_metric():
-    half = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return half @ half.T
+def gradients_of(model, x, *, seeds=SEEDS, probes=2):
+    return output_gradients(model, find_mlps(model), x, seeds=seeds, probes=probes)
+
+
+def changed_logits(model, site, x, delta):
+    """Logits of ``x`` with ``delta`` (images, tokens, dim) added to the outputs at ``site``."""
+    add = lambda _, output: output + delta.reshape(output.shape)  # noqa: E731
+    with watch({0: site.module(model)}, add, "outputs"):
+        return model(x)
+
+
+def windowed():
+    model = lively("mobilevit_xxs")
+    model.pretrained_cfg["input_size"] = (3, 64, 64)
+    return model
+
+
+# The metric
 
 
 def test_a_root_squared_is_the_metric_also_of_a_singular_one():
-    found = root(some_metric())
-    torch.testing.assert_close(found @ found, some_metric())
+    found = root(METRIC)
+    torch.testing.assert_close(found @ found, METRIC)
     torch.testing.assert_close(found, found.T)
     flat = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     torch.testing.assert_close(root(flat), flat.sqrt())
@@ -35,52 +57,140 @@ def test_a_root_squared_is_the_metric_also_of_a_singular_one():
 def test_distances_after_the_input_root_are_those_that_hidden_neurons_pass_on():
     torch.manual_seed(0)
     mlp = Mlp(DIM, HIDDEN)
-    A = input_root(mlp, some_metric())
     W1, W2 = mlp.fc1.weight.detach().double(), mlp.fc2.weight.detach().double()
-    for _ in range(5):
-        x, y = torch.randn(2, DIM, dtype=torch.float64)
-        expected = sum(
-            (W2[:, j] @ some_metric() @ W2[:, j]) * (W1[j] @ (x - y)) ** 2 for j in range(HIDDEN)
-        )
-        torch.testing.assert_close((A @ (x - y)).square().sum(), expected)
+    x = torch.randn(5, DIM, dtype=torch.float64)
+    expected = sum((W2[:, j] @ METRIC @ W2[:, j]) * (x @ W1[j]) ** 2 for j in range(HIDDEN))
+    torch.testing.assert_close((x @ input_root(mlp, METRIC).T).square().sum(dim=1), expected)
 
 
-# What an error really costs
-
-
-def divergences(model, site, x, delta):
-    """KL(before || after) of each image, ``delta`` (images, tokens, dim) added to the outputs."""
-    before = model(x).log_softmax(dim=1)
-    with watch({0: site.module(model)}, lambda _, output: output + delta, "outputs"):
-        after = model(x).log_softmax(dim=1)
-    return (before.exp() * (before - after)).sum(dim=1)
-
-
-def recorded_gradients(model, site, x):
-    """A sample of all tokens of ``x`` with their gradients, and each token's position."""
-    g = output_gradients(model, [site], x, seeds=[(0, i) for i in range(len(x))], probes=MANY)
-    images, tokens = g[site.name].shape[1:3]
-    position = np.tile(np.arange(tokens), images)
-    flat = g[site.name].reshape(MANY, images * tokens, -1).numpy()
-    inputs = np.zeros((len(position), flat.shape[-1]), "f2")
-    return sample_of(inputs=inputs, position=position, gradients=flat)
-
-
-@pytest.mark.parametrize(("layer", "who"), [(0, "cls"), (1, "patches"), (1, "some")])
+@pytest.mark.parametrize(("layer", "who"), [(0, [0]), (1, range(1, 17)), (1, [2, 5, 11])])
 def test_errors_of_random_signs_cost_as_much_divergence_as_the_metric_says(layer, who):
     model = toy_vit().double()
     site, x = find_mlps(model)[layer], pixels_of(model, count=8).double()
-    sample = recorded_gradients(model, site, x)
-    chosen = {"cls": [0], "patches": range(1, 17), "some": [2, 5, 11]}[who]
-    rows = np.flatnonzero(np.isin(sample.position, chosen))
+    seeds = [(0, image) for image in range(8)]
+    g = gradients_of(model, x, seeds=seeds, probes=MANY)[site.name].flatten(1, 2).numpy()
+    sample = sample_of(inputs=np.zeros((8 * 17, 32), "f2"), gradients=g)
+    rows = np.flatnonzero(np.isin(np.arange(8 * 17) % 17, who))
     draw = torch.Generator().manual_seed(layer)
     error = 1e-3 * torch.randn(32, generator=draw, dtype=torch.float64)
     metric = products(sample, rows) / len(rows)
-    expected = len(chosen) * float(error @ metric @ error) / 2
-    costs = []
+    before, costs = model(x).log_softmax(dim=1), []
     for _ in range(MANY):
         signs = torch.zeros(8, 17, 1, dtype=torch.float64)
-        drawn = torch.randint(2, (8, len(chosen), 1), generator=draw)
-        signs[:, chosen] = 2 * drawn.double() - 1
-        costs.append(divergences(model, site, x, signs * error).mean())
+        signs[:, who] = 2 * torch.randint(2, (8, len(who), 1), generator=draw).double() - 1
+        after = changed_logits(model, site, x, signs * error).log_softmax(dim=1)
+        costs.append((before.exp() * (before - after)).sum(dim=1).mean())
+    expected = len(who) * float(error @ metric @ error) / 2
     assert float(torch.stack(costs).mean()) == pytest.approx(expected, rel=0.25)
+
+
+# One probe
+
+
+def test_the_covariance_of_probes_is_that_of_the_softmax():
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.5], dtype=torch.float64)
+    v = probe(logits.expand(20000, 4), [(0, draw) for draw in range(20000)])
+    p = torch.softmax(logits, dim=0)
+    torch.testing.assert_close(v.T @ v / len(v), p.diag() - p.outer(p), rtol=0, atol=0.005)
+    torch.testing.assert_close(v.mean(dim=0), torch.zeros_like(p), rtol=0, atol=0.01)
+
+
+def test_a_probe_asks_for_no_common_shift_and_nothing_of_a_prediction_without_doubt():
+    v = probe(torch.randn(5, 7, dtype=torch.float64), range(5))
+    torch.testing.assert_close(v.sum(dim=1), torch.zeros(5, dtype=torch.float64))
+    assert not probe(torch.tensor([[500.0, 0.0, 0.0]]), [0]).any()
+    assert not probe(torch.randn(2, 3, requires_grad=True), [0, 1]).requires_grad
+    with pytest.raises(MoeeError, match="seeds of 3 images; found 1"):
+        probe(torch.zeros(3, 6), [(0, 0)])
+
+
+# Gradients at the outputs
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin])
+def test_the_mean_square_is_the_divergence_of_a_small_change(monkeypatch, build):
+    model = build().double()
+    x = pixels_of(model, count=1).double()
+    p = torch.softmax(model(x)[0], dim=0)
+    assert p.max() < 0.999
+    values, vectors = torch.linalg.eigh(p.diag() - p.outer(p))
+    columns = iter((vectors * values.clamp_min(0).sqrt()).T[:, None])
+    monkeypatch.setattr(fisher, "probe", lambda *_: next(columns))
+    found = gradients_of(model, x, seeds=SEEDS[:1], probes=len(p))
+    for site in find_mlps(model):
+        g = found[site.name].double()
+        delta = 1e-4 * torch.randn(g.shape[1:], dtype=torch.float64)
+        changed = changed_logits(model, site, x, delta).log_softmax(dim=1)
+        kl = functional.kl_div(changed, p[None], reduction="sum")
+        expected = 0.5 * (g * delta).sum(dim=(2, 3)).square().sum()
+        torch.testing.assert_close(expected, kl, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin, lambda: lively(SMALL_CONVNEXT), windowed])
+def test_gradients_are_those_of_a_change_added_at_each_site_in_turn(build):
+    model = build()
+    x = pixels_of(model)
+    found = gradients_of(model, x)
+    for site in find_mlps(model):
+        for number in range(2):
+            delta = torch.zeros(found[site.name].shape[1:], requires_grad=True)
+            logits = changed_logits(model, site, x, delta)
+            v = probe(logits, [(*seed, number) for seed in SEEDS])
+            (expected,) = torch.autograd.grad((logits * v).sum(), delta)
+            torch.testing.assert_close(found[site.name][number], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [toy_vit, windowed])
+def test_every_image_and_probe_has_a_draw_of_its_own_in_any_batch(build):
+    model = build().double()
+    x = pixels_of(model).double()
+    together, wider = gradients_of(model, x), gradients_of(model, x, probes=3)
+    for image in range(4):
+        alone = gradients_of(model, x[image : image + 1], seeds=SEEDS[image : image + 1])
+        for name, g in alone.items():
+            torch.testing.assert_close(g[:, 0], together[name][:, image], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(g[:, 0], wider[name][:2, image], rtol=1e-4, atol=1e-6)
+    alike = gradients_of(model, x[:1].expand(4, -1, -1, -1))
+    draws = next(iter(alike.values())).flatten(0, 1).flatten(1)
+    assert len(torch.unique(draws, dim=0)) == 8
+
+
+def test_an_output_that_nothing_reads_has_gradients_of_zero():
+    model = toy_vit()
+    model.aside = toy_vit(depth=1).blocks[0].mlp
+
+    def detour(*_):
+        model.aside(torch.zeros(4, 3, 32))
+
+    model.register_forward_pre_hook(detour)
+    found = gradients_of(model, pixels_of(model))
+    assert found["aside"].shape == (2, 4, 3, 32)
+    assert not found["aside"].any()
+    assert all(g.any() for name, g in found.items() if name != "aside")
+
+
+def test_it_works_where_gradients_are_off_and_leaves_the_model_as_it_was():
+    model = toy_vit()
+    model.blocks[1].train()
+    model.blocks[2].mlp.fc1.weight.requires_grad_()
+    flags = [(m, m.training) for m in model.modules()]
+    asked = [(p, p.requires_grad) for p in model.parameters()]
+    with torch.no_grad():
+        found = gradients_of(model, pixels_of(model))
+        assert not torch.is_grad_enabled()
+    assert all(g.any() and not g.requires_grad for g in found.values())
+    assert [(m, m.training) for m in model.modules()] == flags
+    assert all(p.requires_grad is before and p.grad is None for p, before in asked)
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize(("calls", "name"), [(0, "spare"), (2, r"blocks\.1\.mlp")])
+def test_an_mlp_that_is_not_called_once_is_refused(calls, name):
+    model = toy_vit()
+    if calls == 2:
+        model.blocks[1].ls2.forward = model.blocks[1].mlp.__call__
+    else:
+        model.spare = toy_vit(depth=1).blocks[0].mlp
+    with pytest.raises(MoeeError, match=f"one call of '{name}'.*found {calls} calls"):
+        gradients_of(model, pixels_of(model))
+    assert hooks_of(model) == 0
