@@ -22,7 +22,7 @@ from moee_analysis.models.macs import moe_macs, tokens_of
 from moee_analysis.models.survey import survey
 from moee_analysis.moe.kernels import autotune, dispatch
 from moee_analysis.moe.kernels.autotune import Choice
-from moee_analysis.moe.kernels.dispatch import ExpertWeights, Strategy
+from moee_analysis.moe.kernels.dispatch import Strategy
 from moee_analysis.moe.kernels.expert_groups import ExpertGroups, group_experts
 
 Usage = dict[str, torch.Tensor]  # how much each expert is used, (experts,), by layer
@@ -96,12 +96,12 @@ class MoeMlp(nn.Module):
     ) -> torch.Tensor:
         """Outputs (n, dim) of ``tokens`` (n, dim) from the experts ``chosen`` for each, (n, k)."""
         if strategy.name == "masked" or not len(tokens) or not len(self.kept):
-            return dispatch.masked(self.weights, tokens, chosen)
+            return dispatch.masked(self, tokens, chosen)
         if strategy.groups not in self._groups:
             found = group_experts(self.mask, self.shares, strategy.groups)
             self._groups[strategy.groups] = found
         groups = self._groups[strategy.groups]
-        return dispatch.IN_GROUPS[strategy.name](self.weights, groups, tokens, chosen)
+        return dispatch.IN_GROUPS[strategy.name](self, groups, tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
         """The strategy that is set, or the fastest, measured once for about as many tokens.
@@ -121,14 +121,6 @@ class MoeMlp(nn.Module):
             compute = partial(self.compute, tokens, chosen)
             self.choices[key] = autotune.choose_fastest(compute, tokens, experts=self.n_experts)
         return self.choices[key]
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """All that the experts compute with."""
-        return ExpertWeights(
-            self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.shift, self.mask,
-            self.act,
-        )  # fmt: skip
 
     @property
     def n_experts(self) -> int:

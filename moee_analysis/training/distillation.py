@@ -201,6 +201,6 @@ def nearest_experts(each: Learner, mlp: nn.Module) -> torch.Tensor:
     tokens, wanted, errors = each.tokens, mlp(each.tokens), []
     for expert in range(each.first, each.layer.n_experts):
         chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
-        output = masked(each.layer.weights, tokens, chosen)
+        output = masked(each.layer, tokens, chosen)
         errors.append((output - wanted).square().sum(dim=1))
     return torch.stack(errors).argmin(dim=0)

@@ -1,7 +1,8 @@
 """Strategies to compute the experts of a layer: they differ in speed and agree in the outputs.
 
-Each takes tokens (n, dim) and the experts chosen for them, int64 (n, k), and gives the outputs
-(n, dim). None of them works token by token.
+Each takes a `MoeMlp`, whose neurons are stored once for all experts that keep them, tokens (n, dim)
+and the experts chosen for them, int64 (n, k), and gives the outputs (n, dim). None of them works
+token by token.
 
 - ``masked``: all stored neurons for all tokens, then zeros where a token's experts lack them.
 - ``sorted``: tokens sorted by expert once, then contiguous products, a group of experts at a time.
@@ -33,57 +34,39 @@ class Strategy:
         return self.name if self.groups is None else f"{self.name}, {self.groups} groups"
 
 
-@dataclass(frozen=True)
-class ExpertWeights:
-    """The weights of a layer's experts: every neuron is stored once for all that keep it.
-
-    ``w1`` (hidden, dim), ``b1`` (hidden,) or None, ``w2`` (dim, hidden), ``b2`` (dim,); ``shift``
-    (experts, dim) joins the outputs of an expert; ``kept`` (experts, hidden) is 1 for neurons of an
-    expert, else 0.
-    """
-
-    w1: torch.Tensor
-    b1: torch.Tensor | None
-    w2: torch.Tensor
-    b2: torch.Tensor
-    shift: torch.Tensor | None
-    kept: torch.Tensor
-    act: nn.Module
-
-
-def masked(weights: ExpertWeights, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def masked(layer: nn.Module, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Compute all stored neurons for all tokens, and drop those that a token's experts lack."""
     blocks = zip(in_blocks(tokens), in_blocks(chosen), strict=True)
-    outputs = [_masked(weights, *block) for block in blocks]
+    outputs = [_masked(layer, *block) for block in blocks]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def sorted_by_group(
-    weights: ExpertWeights, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
+    layer: nn.Module, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
 ) -> torch.Tensor:
     """Compute one group of experts at a time, for the tokens that chose one of them."""
     places, pairs = groups.place[chosen.flatten()].sort()  # pairs of a token and an expert
     stops = torch.searchsorted(places, groups.stops).tolist()
-    constants, w2, outputs = _constants(weights, groups, chosen), weights.w2.T.contiguous(), []
+    constants, w2, outputs = _constants(layer, groups, chosen), layer.fc2.weight.T.contiguous(), []
     for group, (start, stop) in enumerate(pairwise([0, *stops])):
         if start == stop:
             continue
         own = groups.neurons[group, : groups.widths[group]]
-        w1, own_w2 = weights.w1.index_select(0, own), w2.index_select(0, own)
-        b1 = None if weights.b1 is None else weights.b1.index_select(0, own)
+        w1, own_w2 = layer.fc1.weight.index_select(0, own), w2.index_select(0, own)
+        b1 = None if layer.fc1.bias is None else layer.fc1.bias.index_select(0, own)
         for pair, place in zip(
             in_blocks(pairs[start:stop]), in_blocks(places[start:stop]), strict=True
         ):
             x = tokens.index_select(0, pair // chosen.shape[1])  # gather
-            hidden = weights.act(linear(x, w1, b1))
+            hidden = layer.act(linear(x, w1, b1))
             if not groups.uniform[group]:
                 hidden = _drop(hidden, groups.kept[:, : len(own)].index_select(0, place))
             outputs.append(torch.addmm(constants.index_select(0, place), hidden, own_w2))
-    return _scatter(torch.cat(outputs), pairs, chosen, weights.b2)
+    return _scatter(torch.cat(outputs), pairs, chosen, layer.fc2.bias)
 
 
 def by_grouped_mm(
-    weights: ExpertWeights, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
+    layer: nn.Module, groups: ExpertGroups, tokens: torch.Tensor, chosen: torch.Tensor
 ) -> torch.Tensor:
     """Compute all groups of experts at once, each for the tokens that chose one of its experts."""
     places, pairs = groups.place[chosen.flatten()].sort()  # pairs of a token and an expert
@@ -91,14 +74,14 @@ def by_grouped_mm(
     x = tokens.index_select(0, pairs // chosen.shape[1])  # gather
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    hidden = grouped_mm(x, weights.w1[groups.neurons].to(x.dtype).mT, offs=stops)
-    if weights.b1 is not None:
-        b1 = weights.b1[groups.neurons].to(x.dtype)
+    hidden = grouped_mm(x, layer.fc1.weight[groups.neurons].to(x.dtype).mT, offs=stops)
+    if layer.fc1.bias is not None:
+        b1 = layer.fc1.bias[groups.neurons].to(x.dtype)
         hidden = hidden + b1.index_select(0, groups.group.index_select(0, places))
-    hidden = weights.act(hidden) * groups.kept.to(x.dtype).index_select(0, places)
-    outputs = grouped_mm(hidden, weights.w2.T[groups.neurons].to(x.dtype), offs=stops)
-    constants = _constants(weights, groups, chosen).to(x.dtype)
-    return _scatter(outputs + constants.index_select(0, places), pairs, chosen, weights.b2)
+    hidden = layer.act(hidden) * groups.kept.to(x.dtype).index_select(0, places)
+    outputs = grouped_mm(hidden, layer.fc2.weight.T[groups.neurons].to(x.dtype), offs=stops)
+    constants = _constants(layer, groups, chosen).to(x.dtype)
+    return _scatter(outputs + constants.index_select(0, places), pairs, chosen, layer.fc2.bias)
 
 
 IN_GROUPS = {"sorted": sorted_by_group, "grouped_mm": by_grouped_mm}
@@ -116,18 +99,18 @@ def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tokens.split(BLOCK)
 
 
-def _masked(weights: ExpertWeights, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    hidden = weights.act(linear(x, weights.w1, weights.b1))
+def _masked(layer: nn.Module, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    hidden = layer.act(linear(x, layer.fc1.weight, layer.fc1.bias))
     if chosen.shape[1] == 1:
-        hidden = _drop(hidden, weights.kept.index_select(0, chosen[:, 0]))
+        hidden = _drop(hidden, layer.mask.index_select(0, chosen[:, 0]))
     else:
         ones = torch.ones_like(chosen, dtype=hidden.dtype)
-        uses = hidden.new_zeros(len(x), len(weights.kept)).scatter_add(1, chosen, ones)
-        hidden = hidden * (uses @ weights.kept)  # how many of the token's experts keep the neuron
-    constant = weights.b2
-    if weights.shift is not None:
-        constant = constant + weights.shift[chosen].sum(dim=1)
-    return torch.addmm(constant, hidden, weights.w2.T)
+        uses = hidden.new_zeros(len(x), len(layer.mask)).scatter_add(1, chosen, ones)
+        hidden = hidden * (uses @ layer.mask)  # how many of the token's experts keep the neuron
+    constant = layer.fc2.bias
+    if layer.shift is not None:
+        constant = constant + layer.shift[chosen].sum(dim=1)
+    return torch.addmm(constant, hidden, layer.fc2.weight.T)
 
 
 def _drop(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -135,15 +118,15 @@ def _drop(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return hidden * kept if torch.is_grad_enabled() else hidden.mul_(kept)
 
 
-def _constants(weights: ExpertWeights, groups: ExpertGroups, chosen: torch.Tensor) -> torch.Tensor:
+def _constants(layer: nn.Module, groups: ExpertGroups, chosen: torch.Tensor) -> torch.Tensor:
     """Outputs (experts, dim) by place that do not depend on the token.
 
     b2 is among them where a token has a single expert; else it would be added several times.
     """
-    bias = weights.b2 if chosen.shape[1] == 1 else torch.zeros_like(weights.b2)
-    if weights.shift is None:
+    bias = layer.fc2.bias if chosen.shape[1] == 1 else torch.zeros_like(layer.fc2.bias)
+    if layer.shift is None:
         return bias.expand(len(groups.order), -1)
-    return (weights.shift + bias).index_select(0, groups.order)
+    return (layer.shift + bias).index_select(0, groups.order)
 
 
 def _scatter(
