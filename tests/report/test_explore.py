@@ -54,28 +54,25 @@ def draw():
     return noted
 
 
-def test_headless_it_is_a_figure_of_a_few_choices(draw, live, monkeypatch):
-    monkeypatch.setenv("MOEE_HEADLESS", "1")  # an environment that nobody watches
-    fig = explore(draw, layer=range(12), name=["a", "b", "c", "d"])
-    assert isinstance(fig, Figure)
-    assert 1 < len(draw.choices) <= FIGURES
-    assert len({choice["layer"] for choice in draw.choices}) > 1
-    assert len({choice["name"] for choice in draw.choices}) > 1
-
-
 @pytest.mark.parametrize(
     ("choices", "drawn"),
     [({"layer": range(12)}, [(1,), (3,), (5,), (7,), (9,), (11,)]),
+     ({"layer": range(12), "name": ["a", "b", "c", "d"]},
+      [(3, "b"), (3, "d"), (9, "b"), (9, "d")]),
      ({"layer": range(12), "expert": [0, 1, 2], "shown": {"layer": [5, 11]}},
       [(5, 0), (5, 1), (5, 2), (11, 0), (11, 1), (11, 2)]),
      ({"layer": [0, 3], "expert": EXPERTS}, [(0, 0), (0, 2), (3, 0), (3, 1)])],
 )  # fmt: skip
-def test_headless_choices_are_spread_evenly_or_those_that_the_notebook_says(draw, choices, drawn):
-    explore(draw, **choices)
+def test_headless_it_is_a_figure_of_choices_spread_evenly_or_those_that_the_notebook_says(
+    draw, choices, drawn, live, monkeypatch
+):
+    monkeypatch.setenv("MOEE_HEADLESS", "1")  # an environment that nobody watches
+    assert isinstance(explore(draw, **choices), Figure)
+    assert len(draw.choices) <= FIGURES
     assert [tuple(choice.values()) for choice in draw.choices] == drawn
 
 
-def test_of_table_gives_the_chosen_rows_and_tells_no_caption_twice():
+def test_of_table_gives_the_chosen_rows_and_values_of_the_choices_in_order_of_appearance():
     seen = []
     both = explore(of_table(bars, TABLE, seen=seen), layer=[0, 3], caption="below all")
     assert [set(rows["layer"]) for rows in seen] == [{0}, {3}]
@@ -84,9 +81,6 @@ def test_of_table_gives_the_chosen_rows_and_tells_no_caption_twice():
     assert TABLE.attrs["caption"] == "told once"
     assert both.get_size_inches()[0] >= 2 * 1.5  # as sharp as its figures
     assert len(picture(both)) > len(picture(of_table(bars, TABLE)(layer=0)))
-
-
-def test_values_of_a_column_are_in_the_order_of_appearance():
     ranked = TABLE.sort_values(["layer", "share"])
     assert values_of(ranked, "expert") == [2, 1, 0]
     assert values_of(ranked, "expert", by="layer").values == {0: [2, 1, 0], 3: [1, 0]}

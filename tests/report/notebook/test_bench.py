@@ -13,7 +13,7 @@ from moee_analysis.models import loading as models
 from moee_analysis.report.notebook import bench as bench_module
 from moee_analysis.report.notebook import results
 from moee_analysis.report.notebook.bench import MACS_REDUCTION, open_notebook
-from moee_analysis.report.notebook.results import plain, readable
+from moee_analysis.report.notebook.results import readable
 from tests.helpers.images import image_folder
 from tests.helpers.models import CLASSES, toy_vit
 
@@ -85,12 +85,10 @@ def test_without_out_nothing_is_written(tmp_path, figure, monkeypatch):
 def test_numbers_are_written_at_once_and_as_json(tmp_path, figure, bench):
     bench.record("a", np.float32(0.5))
     bench.record("b", {"x": np.arange(2), 3: (np.int64(4), float("inf"))})
+    for wrong, kind in ((figure, "a Figure"), ([object()], "a object")):
+        with pytest.raises(MoeeError, match=kind):
+            bench.record("c", wrong)
     assert written(tmp_path)["values"] == {"a": 0.5, "b": {"x": [0, 1], "3": [4, None]}}
-    with pytest.raises(MoeeError, match="a Figure"):
-        bench.record("c", figure)
-    assert set(written(tmp_path)["values"]) == {"a", "b"}
-    with pytest.raises(MoeeError, match="a object"):
-        plain([object()])
 
 
 def test_tables_are_kept_as_csv_and_returned(tmp_path, bench):
@@ -115,16 +113,13 @@ def test_figures_are_kept_as_shown_and_returned(tmp_path, figure, bench):
     assert written(tmp_path)["figures"]["two"]["finding"] == "It falls."
     figure.set_label("")
     assert bench.figure("the_name", figure).get_label() == "the name"
-
-
-def test_what_is_no_figure_passes_through_unkept_and_a_file_needs_a_name(tmp_path, figure, bench):
     before, panel = written(tmp_path), object()
-    assert bench.figure("one", panel, finding="It rises.", cover=True) is panel
+    assert bench.figure("three", panel, finding="It rises.", cover=True) is panel  # unkept
     for name in ("../x", "a b", "", "a/b", ".x"):
         with pytest.raises(MoeeError, match="a name of letters"):
             bench.figure(name, figure)
     assert written(tmp_path) == before
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
+    assert sorted(path.stem for path in tmp_path.glob("out/*/*")) == ["one", "the_name", "two"]
 
 
 @pytest.mark.parametrize(
@@ -140,16 +135,13 @@ def test_claims_are_shown_and_kept(tmp_path, bench, holds, ours, words):
     assert (kept["holds"], kept["verdict"], kept["ours"]) == (holds, words, ours)
 
 
-def test_headline_is_shown_and_kept_with_the_dense_model_beside(tmp_path, bench):
+def test_headline_end_and_caption_tell_the_numbers_and_how_they_were_found(tmp_path, bench):
     shown = bench.headline("G MACs", 0.90281, dense="1.25 G").data
     assert shown == "**0.903** G MACs (dense: 1.25 G)"
     kept = {"label": "G MACs", "value": 0.90281, "dense": "1.25 G"}
     assert written(tmp_path)["headline"] == kept
     assert bench.answer("there are 7 of them").data == "there are 7 of them"
     assert set(written(tmp_path)) == {"notebook", "parameters", "headline"}  # no answer is kept
-
-
-def test_finish_tells_versions_device_time_and_parameters(tmp_path, bench):
     shown = bench.finish().data
     kept = written(tmp_path)["environment"]
     assert kept["versions"]["torch"] in shown
@@ -157,9 +149,6 @@ def test_finish_tells_versions_device_time_and_parameters(tmp_path, bench):
     assert "preset\u00a0smoke" in shown
     assert kept["seconds"] >= 0
     assert kept["cores"] >= 1
-
-
-def test_caption_says_what_is_shown(bench):
     caption = bench.caption(layer=5, site="MLP input", tokens="patch", n=1500)
     assert caption == (
         "layer 5, MLP input, patch tokens, n = 1\u202f500 images, "
@@ -191,13 +180,10 @@ def test_without_a_calibration_set_a_part_of_the_images_is_set_aside(tmp_path, f
     bench = open_notebook("x", images=folder, calibration=folder, **model)
     with pytest.raises(MoeeError, match="in two folders"):
         _ = bench.images
-
-
-@pytest.mark.parametrize("model", models.BUNDLED_MODELS)
-def test_bundled_models_are_calibrated_with_their_own_images(folder, model):
-    bench = open_notebook("x", model=model, images=folder, preset="smoke")
-    assert bench.calibration.name == "bundled scenes, calibration"
-    assert len(bench.images) == PER_CLASS * len(CLASSES)
+    for bundled in models.BUNDLED_MODELS:  # which are calibrated with their own images
+        bench = open_notebook("x", model=bundled, images=folder, preset="smoke")
+        assert bench.calibration.name == "bundled scenes, calibration"
+        assert len(bench.images) == PER_CLASS * len(CLASSES)
 
 
 def test_unreadable_images_are_noted(tmp_path, folder):
@@ -258,7 +244,7 @@ def show(monkeypatch):
     return shell.display_formatter.format
 
 
-def test_a_notebook_shows_figures_in_inches_with_a_description(show, figure):
+def test_a_notebook_shows_figures_in_inches_described_and_tables_without_a_mere_count(show, figure):
     descriptions = []
     for describe in (
         lambda: None,
@@ -272,9 +258,6 @@ def test_a_notebook_shows_figures_in_inches_with_a_description(show, figure):
         assert metadata["image/png"]["width"] == pytest.approx(2 * 96, rel=0.1)
         descriptions.append(metadata["image/png"]["alt"])
     assert descriptions == ["figure", "a title", "words below", "a label"]
-
-
-def test_a_notebook_shows_tables_without_a_meaningless_index(show):
     table = pd.DataFrame({"layer": [0], "share": [0.123456]})
     shown = show(table)[0]["text/html"]
     assert "0.123" in shown
@@ -282,13 +265,11 @@ def test_a_notebook_shows_tables_without_a_meaningless_index(show):
     assert "<th>0</th>" in show(table.set_index("layer"))[0]["text/html"]
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.5, "0.500"), (12.34, "12.3"), (123.4, "123"), (1234567, "1\u202f234\u202f567"), (7, "7"),
-     (True, "True"), ("38 %", "38 %"), (None, "not defined")],
-)  # fmt: skip
-def test_readable(value, text):
-    assert readable(value) == text
+def test_numbers_are_readable():
+    values = [0.5, 12.34, 123.4, 1234567, 7, True, "38 %", None]
+    assert list(map(readable, values)) == [
+        "0.500", "12.3", "123", "1\u202f234\u202f567", "7", "True", "38 %", "not defined",
+    ]  # fmt: skip
 
 
 def test_show_keeps_table_figure_and_finding_with_one_caption(tmp_path, bench):
