@@ -21,16 +21,23 @@ def inertia(points, labels, clusters):
     return ((points - cluster_means(points, labels, clusters)[labels]) ** 2).sum()
 
 
+def alike(truth, labels):
+    """Whether all of each true group have one label."""
+    return all(len(set(labels[truth == group])) == 1 for group in np.unique(truth))
+
+
+def check_sizes(labels, parts):
+    sizes = np.bincount(labels)
+    assert len(sizes) == parts
+    assert sizes.max() - sizes.min() <= 1
+
+
 def test_separate_groups_are_found_and_sizes_differ_by_one_at_most():
-    rng = np.random.default_rng(0)
-    truth = np.repeat(np.arange(4), 10)
-    labels = balanced_kmeans(20 * np.eye(4)[truth] + rng.normal(size=(40, 4)), 4)
-    assert all(len(set(labels[truth == group])) == 1 for group in range(4))
+    rng, truth = np.random.default_rng(0), np.repeat(np.arange(4), 10)
+    assert alike(truth, balanced_kmeans(20 * np.eye(4)[truth] + rng.normal(size=(40, 4)), 4))
     for count, clusters in ((25, 4), (7, 7), (9, 1)):
-        sizes = np.bincount(balanced_kmeans(rng.normal(size=(count, 3)), clusters))
-        assert len(sizes) == clusters
-        assert sizes.max() - sizes.min() <= 1
-    assert list(np.bincount(balanced_kmeans(np.ones((12, 2)), 3))) == [4, 4, 4]  # equal points
+        check_sizes(balanced_kmeans(rng.normal(size=(count, 3)), clusters), clusters)
+    check_sizes(balanced_kmeans(np.ones((12, 2)), 3), 3)  # equal points
 
 
 def test_more_rounds_are_never_worse_and_the_seed_decides():
@@ -90,9 +97,7 @@ def method(request):
 
 @pytest.mark.parametrize(("nodes", "parts"), [(24, 4), (25, 4), (7, 7), (9, 1), (30, 11)])
 def test_sizes_differ_by_one_at_most(nodes, parts, method):
-    sizes = np.bincount(divide_graph(random_graph(nodes, seed=1), parts, method=method))
-    assert len(sizes) == parts
-    assert sizes.max() - sizes.min() <= 1
+    check_sizes(divide_graph(random_graph(nodes, seed=1), parts, method=method), parts)
 
 
 @pytest.mark.parametrize(("nodes", "parts"), [(8, 2), (9, 3), (10, 2), (8, 4), (10, 5)])
@@ -108,8 +113,7 @@ def test_the_cut_is_close_to_the_least_of_all_divisions(nodes, parts):
 @pytest.mark.parametrize(("parts", "size"), [(4, 8), (12, 4)])
 def test_planted_blocks_are_found(parts, size, heavier, method):
     weights, truth = planted(parts, size)
-    part_of = divide_graph(weights * heavier, parts, method=method)
-    assert all(len(set(truth[part_of == part])) == 1 for part in range(parts))
+    assert alike(truth, divide_graph(weights * heavier, parts, method=method))
 
 
 def test_the_seed_decides_and_the_diagonal_means_nothing(method):
@@ -127,7 +131,7 @@ def test_graphs_without_edges_and_lonely_nodes_are_dealt_out(method):
     weights, _ = planted(3, 4)
     weights[:2] = weights[:, :2] = 0
     for each in (np.zeros((12, 12), np.int64), weights):
-        assert list(np.bincount(divide_graph(each, 3, method=method))) == [4] * 3
+        check_sizes(divide_graph(each, 3, method=method), 3)
 
 
 def test_metis_is_preferred_where_it_is_installed_and_impossible_requests_are_refused(monkeypatch):
@@ -147,34 +151,17 @@ def activations(count=35):
     return torch.randn(count, 12, generator=torch.Generator().manual_seed(0))
 
 
-def slow(hidden):
-    """The definition, neuron by neuron."""
-    fired, total = hidden.relu().numpy(), np.zeros((12, 12))
-    for start in range(0, len(fired), 8):
-        for one, other in np.ndindex(12, 12):
-            together = sum(a[one] * a[other] for a in fired[start : start + 8])
-            total[one, other] += min(1, together)
-    return total
-
-
-def firing_in_groups(groups, size, *, tokens=800):
-    """Activations of neurons that fire in groups, one for every 8 tokens; group of each neuron."""
-    rng = np.random.default_rng(0)
-    truth = rng.permutation(np.repeat(np.arange(groups), size))
-    now = np.repeat(rng.integers(groups, size=tokens // 8), 8)
-    noise = rng.normal(size=(tokens, groups * size))
-    fires = truth == now[:, None]
-    return torch.from_numpy(np.where(fires, np.abs(noise), -0.1 + 0.2 * (noise > 1.5))), truth
-
-
 @pytest.mark.parametrize("count", [35, 32, 3])
-def test_it_is_what_the_definition_says_of_tokens_in_any_blocks(count):
-    hidden = activations(count)
+def test_coactivation_is_what_the_definition_says_of_tokens_in_any_blocks(count):
+    hidden, expected = activations(count), np.zeros((12, 12))
+    fired = hidden.relu().numpy()
+    for start in range(0, count, 8):
+        for one, other in np.ndindex(12, 12):
+            expected[one, other] += min(1, sum(a[one] * a[other] for a in fired[start : start + 8]))
     found = coactivation([hidden])
-    np.testing.assert_allclose(found, slow(hidden), rtol=1e-5)
-    torch.testing.assert_close(found, found.T)
-    torch.testing.assert_close(coactivation([hidden[:24], hidden[24:]]), found)
-    torch.testing.assert_close(coactivation([hidden.relu()]), found)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for blocks in ([hidden[:24], hidden[24:]], [hidden.relu()]):
+        torch.testing.assert_close(coactivation(blocks), found)
 
 
 def test_edges_are_counted_in_units_of_the_lowest_decile_that_is_not_zero():
@@ -190,7 +177,12 @@ def test_edges_are_counted_in_units_of_the_lowest_decile_that_is_not_zero():
     assert not graph_edges(coactivation([-activations().abs()])).any()  # neurons that never fire
 
 
-def test_neurons_that_fire_together_become_one_expert(method):
-    hidden, truth = firing_in_groups(8, 6)
-    expert_of = divide_graph(graph_edges(coactivation([hidden])), 8, method=method)
-    assert all(len(set(truth[expert_of == expert])) == 1 for expert in range(8))
+def test_neurons_that_fire_together_become_one_part(method):
+    """They fire in groups, one for every 8 tokens."""
+    rng = np.random.default_rng(0)
+    truth = rng.permutation(np.repeat(np.arange(8), 6))
+    now = np.repeat(rng.integers(8, size=100), 8)
+    noise = rng.normal(size=(800, 48))
+    hidden = np.where(truth == now[:, None], np.abs(noise), -0.1 + 0.2 * (noise > 1.5))
+    edges = graph_edges(coactivation([torch.from_numpy(hidden)]))
+    assert alike(truth, divide_graph(edges, 8, method=method))

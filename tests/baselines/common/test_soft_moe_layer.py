@@ -3,7 +3,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from moee_analysis.moe.layer import ExpertLayer
 from timm.layers import Mlp
 from torch import nn
 from torch.nn.functional import cosine_similarity
@@ -17,6 +16,7 @@ from moee_analysis.baselines.common.soft_moe_layer import (
     SpheroRouter,
     entmax15,
 )
+from moee_analysis.moe.layer import ExpertLayer
 
 DIM, TOKENS, IMAGES = 6, 7, 3
 SIZES = (10, 10, 4)  # hidden neurons of three experts, in two groups

@@ -68,12 +68,11 @@ def tokens(*shape):
 
 def masked(mlps, layer, x):
     """All tokens through all experts; what the router does not say is multiplied by zero."""
-    flat = x.flatten(0, -2)
-    routed = layer.router(x)
+    flat, routed = x.flatten(0, -2), layer.router(x)
     weights = x.new_zeros(len(flat), EXPERTS)
     weights[routed.tokens, routed.experts] = routed.weights
-    made_by = torch.stack([mlp(flat) for mlp in mlps], dim=1)
-    return (weights[..., None] * made_by).sum(1).reshape(x.shape)
+    outputs = torch.stack([mlp(flat) for mlp in mlps], dim=1)
+    return (weights[..., None] * outputs).sum(1).reshape(x.shape)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -127,46 +126,41 @@ def test_gates_keep_their_precision_under_autocast(name):
 def weights_of(routed, *, images=IMAGES, count=TOKENS):
     """Weight of every expert in every token, (images, tokens, experts); 0 where they do not meet.
 
-    No pair may be there twice.
+    The pairs of an expert stand beside each other, and none is there twice.
     """
+    assert (routed.experts.diff() >= 0).all()
     pairs = routed.tokens * EXPERTS + routed.experts
-    assert len(pairs.unique()) == len(pairs)
+    assert len(pairs.unique()) == len(pairs) == len(routed.weights)
     table = torch.zeros(images * count * EXPERTS, dtype=torch.float64)
     table[pairs] = routed.weights.detach()
     return table.view(images, count, EXPERTS)
 
 
-def top_k_loop(x, router):
+def top_k_loop(gates, router):
     """Weights by the definition, token after token, all first choices before the second ones."""
-    found = torch.zeros(*x.shape[:2], EXPERTS, dtype=torch.float64)
-    gates = (x @ router.gate.weight.detach().T).softmax(2)
-    most = x.shape[1]
+    found, taken = torch.zeros_like(gates), [0] * EXPERTS
+    most = len(gates)
     if router.capacity is not None:
         most = max(1, round(router.capacity * router.k * most / EXPERTS))
-    for image in range(len(x)):
-        taken = [0] * EXPERTS
-        for rank in range(router.k):
-            for token, each in enumerate(gates[image]):
-                best = each.argsort(descending=True)[: router.k]
-                expert = best[rank]
-                taken[expert] += 1
-                if taken[expert] <= most:
-                    total = each[best].sum() if router.renormalise else 1
-                    found[image, token, expert] = each[expert] / total
+    for rank in range(router.k):
+        for token, each in enumerate(gates):
+            best = each.argsort(descending=True)[: router.k]
+            taken[best[rank]] += 1
+            if taken[best[rank]] <= most:
+                total = each[best].sum() if router.renormalise else 1
+                found[token, best[rank]] = each[best[rank]] / total
     return found
 
 
-def expert_choice_loop(x, router):
+def expert_choice_loop(gates, router):
     """Weights by the definition, expert after expert."""
-    found = torch.zeros(*x.shape[:2], EXPERTS, dtype=torch.float64)
-    gates = (x @ router.gate.weight.detach().T).softmax(2)
-    taken = min(x.shape[1], max(1, round(router.capacity * x.shape[1] / EXPERTS)))
-    for image in range(len(x)):
-        for expert in range(EXPERTS):
-            best = gates[image, :, expert].argsort(descending=True)[:taken]
-            found[image, best, expert] = gates[image, best, expert]
+    found = torch.zeros_like(gates)
+    taken = min(len(gates), max(1, round(router.capacity * len(gates) / EXPERTS)))
+    for expert in range(EXPERTS):
+        best = gates[:, expert].argsort(descending=True)[:taken]
+        found[best, expert] = gates[best, expert]
     if router.renormalise:
-        found = (found / found.sum(2, keepdim=True)).nan_to_num(0)
+        found = (found / found.sum(1, keepdim=True)).nan_to_num(0)
     return found
 
 
@@ -179,18 +173,17 @@ def expert_choice_loop(x, router):
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_routers_equal_loops_over_tokens_or_experts(router, loop, renormalise):
     made = router(gate(), renormalise=renormalise)
-    torch.testing.assert_close(weights_of(made(tokens())), loop(tokens(), made))
+    gates = (tokens() @ made.gate.weight.detach().T).softmax(2)
+    expected = torch.stack([loop(of_image, made) for of_image in gates])
+    torch.testing.assert_close(weights_of(made(tokens())), expected)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_are_routed_by_themselves_the_pairs_of_an_expert_beside_each_other(name, kind):
+def test_images_are_routed_by_themselves(name, kind):
     router, x = KINDS[kind](ROUTERS[name](gate())), tokens()
-    routed = router(x)
-    assert (routed.experts.diff() >= 0).all()
-    assert len(routed.experts) == len(routed.tokens) == len(routed.weights)
     alone = weights_of(router(x[1:2]), images=1)
-    torch.testing.assert_close(weights_of(routed)[1:2], alone)
+    torch.testing.assert_close(weights_of(router(x))[1:2], alone)
 
 
 @pytest.mark.parametrize("name", ["top_k", "gates", "little"])
@@ -235,24 +228,20 @@ def test_noise_is_added_in_training_only(name):
     assert (routed.noisy - routed.logits).std().item() == pytest.approx(0.5, abs=0.01)
 
 
-def logits(seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(IMAGES, TOKENS, EXPERTS)))
-
-
 def test_losses_are_the_cv_of_summed_gates_and_of_expected_numbers_of_tokens():
-    clean, noise, k = logits().numpy(), 0.5, 2
-    noisy = clean + noise * logits(1).numpy()
+    clean, drawn = np.random.default_rng(0).normal(size=(2, IMAGES, TOKENS, EXPERTS))
+    noise, k = 0.5, 2
+    noisy = clean + noise * drawn
     gates = np.exp(clean) / np.exp(clean).sum(axis=2, keepdims=True)
-    least = np.sort(noisy, axis=2)[:, :, [-k]]
-    load = load_loss(*map(torch.from_numpy, (clean, noisy)), k=k, noise=noise)
-    for found, each in (
-        (importance_loss(logits()), gates), (load, 1 - norm.cdf((least - clean) / noise)),
-    ):  # fmt: skip
+    chances = 1 - norm.cdf((np.sort(noisy, axis=2)[:, :, [-k]] - clean) / noise)
+    clean, noisy = map(torch.from_numpy, (clean, noisy))
+    load = load_loss(clean, noisy, k=k, noise=noise)
+    for found, each in ((importance_loss(clean), gates), (load, chances)):
         sums = each.sum(axis=1)
         expected = np.mean((sums.std(axis=1) / sums.mean(axis=1)) ** 2)
         assert found.item() == pytest.approx(expected)
     with pytest.raises(MoeeError, match="noise above 0"):
-        load_loss(logits(), logits(), k=1, noise=0.0)
+        load_loss(clean, clean, k=1, noise=0.0)
 
 
 def test_the_routers_of_a_model_are_watched_and_their_losses_summed():
