@@ -45,18 +45,16 @@ def places(sample):
     return tuple(torch.tensor(np.array(v)).long() for v in (sample.image, sample.position))
 
 
-def room_for(monkeypatch, size):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, size))
-
-
-# A sample on disk
+# A sample
 
 
 @pytest.mark.parametrize("build", [toy_vit, toy_swin])
 def test_the_sample_holds_the_direct_values_in_half_precision(tmp_path, build):
-    model = build()
-    found = recorded(tmp_path, model)
+    model, prefix = build(), int(build is toy_vit)
+    found = recorded(tmp_path, model, seed=5, kinds=tuple(CONTENTS), probes=3)
+    x = torch.cat(list(IMAGES.batches(model)))
+    seeds = [(5, image) for image in range(len(IMAGES))]
+    gradients = output_gradients(model, find_mlps(model), x, seeds=seeds, probes=3)
     for site in find_mlps(model):
         sample = load_sample(found, site)
         for kind in ("inputs", "hidden"):
@@ -64,14 +62,23 @@ def test_the_sample_holds_the_direct_values_in_half_precision(tmp_path, build):
             assert values.dtype == np.float16
             wanted = rows_of(model, IMAGES, site, sample, kind)
             np.testing.assert_allclose(values, wanted, rtol=1e-3, atol=1e-4)
-        prefix = int(build is toy_vit)
+        g = gradients[site.name][:, *places(sample)]
+        close = {"rtol": 2e-3, "atol": 1e-3 * float(g.abs().max())}
+        np.testing.assert_allclose(sample.gradients(slice(None)), g, **close)
+        assert (sample.directions.dtype, sample.norms.dtype) == (np.float16, np.float32)
+        assert sample.directions.shape == (*sample.norms.shape, site.dim)
+        lengths = np.linalg.norm(sample.directions.astype(np.float32), axis=-1)
+        np.testing.assert_allclose(lengths, sample.norms > 0, atol=1e-3)
         assert np.bincount(sample.image).tolist() == [5 + prefix] * len(IMAGES)
         tokens = 17 if prefix else 64 // 4**site.index
         np.testing.assert_allclose(np.bincount(sample.image, sample.weight), tokens)
         assert (sample.position == 0).sum() == len(IMAGES) or not prefix
+    if prefix:  # only the CLS token is read after the last block
+        assert sample.norms.any()
+        assert not sample.norms[sample.position > 0].any()
 
 
-def test_windows_handed_to_an_mlp_one_by_one_are_tokens_of_their_image(tmp_path):
+def test_windows_handed_to_an_mlp_one_by_one_are_tokens_of_their_image():
     model = build_model("mobilevit_xxs")
     model.pretrained_cfg["input_size"] = (3, 64, 64)
     images, site = toy_images(3), find_mlps(model)[0]
@@ -79,106 +86,6 @@ def test_windows_handed_to_an_mlp_one_by_one_are_tokens_of_their_image(tmp_path)
     assert sample.image.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     wanted = rows_of(model, images, site, sample, "hidden")
     np.testing.assert_allclose(sample.hidden, wanted, rtol=1e-3, atol=1e-3)
-
-
-def test_a_recording_is_found_again_by_all_that_decides_it(tmp_path, monkeypatch):
-    first = recorded(tmp_path)
-    others = [
-        {"model": toy_vit(seed=1)}, {"images": toy_images(7)}, {"seed": 1}, {"per_image": 4},
-        {"kinds": ("inputs",)}, {"kinds": ("inputs", "gradients")}, {"kinds": CONTENTS},
-        {"kinds": ("inputs", "gradients"), "probes": 1},
-    ]  # fmt: skip
-    part = Recording(toy_vit(), IMAGES, tuple(find_mlps(toy_vit())), TokenPlan(5, 1, 0, 4))
-    folders = {recorded(tmp_path, **given) for given in others} | {first, part.folder(tmp_path)}
-    assert len(folders) == len(others) + 2
-    monkeypatch.setattr(recordings, "_record_into", lambda *_, **__: pytest.fail("again"))
-    assert recorded(tmp_path) == first
-    assert recorded(tmp_path, kinds=("hidden", "inputs"), probes=7) == first
-
-
-@pytest.mark.parametrize(("kinds", "value"), [({}, 1e6), ({}, np.nan), (GRADED, np.nan)])
-def test_activations_beyond_half_precision_are_refused(tmp_path, kinds, value):
-    model = toy_vit()
-    model.blocks[1].mlp.fc1.bias[3] = value
-    with pytest.raises(MoeeError, match=r"larger or NaN values in blocks\.[01]\.mlp"):
-        recorded(tmp_path, model, **kinds)
-    assert not list(tmp_path.iterdir())
-    assert hooks_of(model) == 0
-
-
-@pytest.mark.parametrize("wrong", [
-    {"kinds": ("hidden",)}, {"kinds": ("inputs", "outputs")}, {"kinds": ()}, {"probes": 0},
-])  # fmt: skip
-def test_kinds_that_cannot_be_recorded_are_refused(tmp_path, wrong):
-    with pytest.raises(MoeeError, match="expected inputs and others of inputs, hidden, gradients"):
-        recorded(tmp_path, **wrong)
-
-
-# Before anything is recorded
-
-
-@pytest.mark.parametrize("build", [toy_vit, toy_swin])
-@pytest.mark.parametrize("kinds", [{}, GRADED])
-def test_a_full_disk_is_told_before_recording(tmp_path, monkeypatch, build, kinds):
-    found = recorded(tmp_path / "roomy", build(), **kinds)
-    size = sum(np.load(path).nbytes for path in found.glob("*.*.npy"))
-    room_for(monkeypatch, size)
-    recorded(tmp_path / "just enough", build(), **kinds)
-    room_for(monkeypatch, size - 1)
-    with pytest.raises(MoeeError, match="set MOEE_STORE") as error:
-        recorded(tmp_path / "too little", build(), **kinds)
-    assert "free disk" in error.value.expected
-    assert not list((tmp_path / "too little").iterdir())
-
-
-def test_the_log_says_how_large_a_recording_is_and_how_far(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
-    monkeypatch.setattr("moee_analysis.utils.progress.SHORT", 0)
-    recorded(tmp_path, **GRADED)
-    told = capsys.readouterr()
-    assert told.out.startswith("recording 3 layers on 6 images, 6 tokens of each")
-    assert "recording with gradients: 2/2" in told.err
-
-
-@pytest.mark.parametrize("kinds", [("inputs", "hidden"), ("inputs", "gradients")])
-def test_images_that_are_a_part_of_many_have_the_same_tokens_on_disk_or_not(tmp_path, kinds):
-    images, sites = toy_images(12), tuple(find_mlps(toy_vit()))
-    whole, rest = (
-        Recording(toy_vit(), images.take(range(first, 12)), sites, TokenPlan(5, 1, 3, first), kinds)
-        for first in (0, 8)
-    )
-    folder, parts = whole.to_disk(tmp_path), rest.in_memory()
-    for site in sites:
-        part, expected = parts[site.name], load_sample(folder, site).part(slice(8 * 6, None))
-        assert part.start == expected.start == 48
-        for name in ("inputs", "hidden", "image", "position", "weight", "directions", "norms"):
-            np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
-
-
-# Gradients beside the activations
-
-
-@pytest.mark.parametrize("build", [toy_vit, toy_swin])
-def test_gradients_are_those_of_the_sampled_tokens(tmp_path, build):
-    model = build()
-    found = recorded(tmp_path, model, seed=5, **GRADED)
-    x = torch.cat(list(IMAGES.batches(model)))
-    seeds = [(5, image) for image in range(len(IMAGES))]
-    whole = output_gradients(model, find_mlps(model), x, seeds=seeds, probes=3)
-    for site in find_mlps(model):
-        sample = load_sample(found, site)
-        g = whole[site.name][:, *places(sample)]
-        close = {"rtol": 2e-3, "atol": 1e-3 * float(g.abs().max())}
-        np.testing.assert_allclose(sample.gradients(slice(None)), g, **close)
-        assert (sample.directions.dtype, sample.norms.dtype) == (np.float16, np.float32)
-        assert sample.directions.shape == (*sample.norms.shape, site.dim)
-        lengths = np.linalg.norm(sample.directions.astype(np.float32), axis=-1)
-        np.testing.assert_allclose(lengths, sample.norms > 0, atol=1e-3)
-        inputs = rows_of(model, IMAGES, site, sample, "inputs")
-        np.testing.assert_allclose(sample.inputs, inputs, rtol=1e-3, atol=1e-3)
-    if build is toy_vit:  # only the CLS token is read after the last block
-        assert sample.norms.any()
-        assert not sample.norms[sample.position > 0].any()
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
@@ -203,3 +110,78 @@ def test_any_rows_of_the_gradients_can_be_read_and_what_was_not_recorded_is_none
     assert sample.hidden is plain.directions is plain.norms is None
     with pytest.raises(MoeeError, match='record it with the kind "gradients"'):
         plain.gradients(slice(None))
+
+
+@pytest.mark.parametrize("kinds", [("inputs", "hidden"), ("inputs", "gradients")])
+def test_images_that_are_a_part_of_many_have_the_same_tokens_on_disk_or_not(tmp_path, kinds):
+    images, sites = toy_images(12), tuple(find_mlps(toy_vit()))
+    whole, rest = (
+        Recording(toy_vit(), images.take(range(first, 12)), sites, TokenPlan(5, 1, 3, first), kinds)
+        for first in (0, 8)
+    )
+    folder, parts = whole.to_disk(tmp_path), rest.in_memory()
+    for site in sites:
+        part, expected = parts[site.name], load_sample(folder, site).part(slice(8 * 6, None))
+        assert part.start == expected.start == 48
+        for name in ("inputs", "hidden", "image", "position", "weight", "directions", "norms"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
+
+
+def test_a_recording_is_found_again_by_all_that_decides_it(tmp_path, monkeypatch):
+    first = recorded(tmp_path)
+    others = [
+        {"model": toy_vit(seed=1)}, {"images": toy_images(7)}, {"seed": 1}, {"per_image": 4},
+        {"kinds": ("inputs",)}, {"kinds": ("inputs", "gradients")}, {"kinds": tuple(CONTENTS)},
+        {"kinds": ("inputs", "gradients"), "probes": 1},
+    ]  # fmt: skip
+    part = Recording(toy_vit(), IMAGES, tuple(find_mlps(toy_vit())), TokenPlan(5, 1, 0, 4))
+    folders = {recorded(tmp_path, **given) for given in others} | {first, part.folder(tmp_path)}
+    assert len(folders) == len(others) + 2
+    monkeypatch.setattr(recordings, "_record_into", lambda *_, **__: pytest.fail("again"))
+    assert recorded(tmp_path) == first
+    assert recorded(tmp_path, kinds=("hidden", "inputs"), probes=7) == first
+
+
+# What is told and refused
+
+
+def test_the_log_says_how_large_a_recording_is_and_how_far(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
+    monkeypatch.setattr("moee_analysis.utils.progress.SHORT", 0)
+    recorded(tmp_path, **GRADED)
+    told = capsys.readouterr()
+    assert told.out.startswith("recording 3 layers on 6 images, 6 tokens of each")
+    assert "recording with gradients: 2/2" in told.err
+
+
+@pytest.mark.parametrize(("kinds", "value"), [({}, 1e6), ({}, np.nan), (GRADED, np.nan)])
+def test_activations_beyond_half_precision_are_refused(tmp_path, kinds, value):
+    model = toy_vit()
+    model.blocks[1].mlp.fc1.bias[3] = value
+    with pytest.raises(MoeeError, match=r"larger or NaN values in blocks\.[01]\.mlp"):
+        recorded(tmp_path, model, **kinds)
+    assert not list(tmp_path.iterdir())
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("wrong", [
+    {"kinds": ("hidden",)}, {"kinds": ("inputs", "outputs")}, {"kinds": ()}, {"probes": 0},
+])  # fmt: skip
+def test_kinds_that_cannot_be_recorded_are_refused(tmp_path, wrong):
+    with pytest.raises(MoeeError, match="expected inputs and others of inputs, hidden, gradients"):
+        recorded(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("build", [toy_vit, toy_swin])
+@pytest.mark.parametrize("kinds", [{}, GRADED])
+def test_a_full_disk_is_told_before_recording(tmp_path, monkeypatch, build, kinds):
+    usage = namedtuple("usage", "free")
+    folder = recorded(tmp_path / "roomy", build(), **kinds)
+    size = sum(np.load(path).nbytes for path in folder.glob("*.*.npy"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size))
+    recorded(tmp_path / "just enough", build(), **kinds)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size - 1))
+    with pytest.raises(MoeeError, match="set MOEE_STORE") as error:
+        recorded(tmp_path / "too little", build(), **kinds)
+    assert "free disk" in error.value.expected
+    assert not list((tmp_path / "too little").iterdir())
