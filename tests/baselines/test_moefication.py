@@ -1,4 +1,3 @@
-from dataclasses import replace
 from functools import cache, partial
 from typing import get_args
 
@@ -27,6 +26,7 @@ from tests.helpers.models import pixels_of, same_models, toy_swin, toy_vit
 IMAGES = toy_images(12)
 ROUTERS, SPLITS = (get_args(CHOICES[name]) for name in ("router", "split"))
 ALL_TOKENS = 10**6
+X = next(IMAGES.batches(toy_vit()))
 
 
 def moefied(dense=None, **settings):
@@ -40,11 +40,6 @@ def moefied(dense=None, **settings):
 def layer_of(**settings):
     """The only layer of a model; not to be changed."""
     return moe_layers(moefied(toy_vit(depth=1), **settings))[0]
-
-
-@pytest.fixture(scope="module")
-def x():
-    return next(IMAGES.batches(toy_vit()))
 
 
 def tokens(count=200):
@@ -61,29 +56,26 @@ def seen_by(model, name, side="inputs"):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("compensated", [False, True])
-def test_all_experts_together_are_the_dense_model(split, router, compensated, x):
-    dense = toy_vit(depth=1)
-    settings = {"split": split, "router": router, "mean_compensation": compensated}
-    same = moefied(dense, active=1.0, **settings)
-    torch.testing.assert_close(same(x), dense(x), atol=1e-5, rtol=1e-5)
+def test_all_experts_together_are_the_dense_model(split, router, compensated):
+    dense, settings = toy_vit(depth=1), {"split": split, "router": router}
+    same = moefied(dense, active=1.0, mean_compensation=compensated, **settings)
+    torch.testing.assert_close(same(X), dense(X), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [toy_swin, partial(small, "small_convnext")])
 def test_other_families_are_converted(make):
-    dense = make()
+    dense, seen = make(), pixels_of(make())
     settings = {"n_experts": 4, "mean_compensation": True}
-    same = convert(dense, IMAGES, MoeficationConfig(active=1.0, **settings))
-    seen = pixels_of(dense)
-    torch.testing.assert_close(same(seen), dense(seen), atol=1e-4, rtol=1e-4)
-    half = convert(dense, IMAGES, MoeficationConfig(active=0.5, **settings))
-    assert not torch.allclose(half(seen), dense(seen), atol=1e-2)
+    same, half = (moefied(dense, active=active, **settings)(seen) for active in (1.0, 0.5))
+    torch.testing.assert_close(same, dense(seen), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(half, dense(seen), atol=1e-2)
 
 
-def test_relu_takes_the_place_of_the_activation_in_the_named_layers(x):
+def test_relu_takes_the_place_of_the_activation_in_the_named_layers():
     relu = toy_vit()
     relu.blocks[1].mlp.act = torch.nn.ReLU()
     model = moefied(active=1.0, activation="relu", mean_compensation=True, layers=(1,))
-    torch.testing.assert_close(model(x), relu(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(X), relu(X), atol=1e-5, rtol=1e-5)
     assert list(moe_layers(model)) == [1]
 
 
@@ -101,8 +93,7 @@ def test_a_layer_computes_its_chosen_neurons_and_means_of_the_others(router, com
         for expert in chosen[token].tolist():
             used[layer.kept[layer.expert_neurons(expert)]] = True
         assert used.sum() == 16
-        rest = mean if compensated else torch.zeros(64)
-        expected = mlp.fc2(torch.where(used, hidden[token], rest))
+        expected = mlp.fc2(torch.where(used, hidden[token], compensated * mean))
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer.router(inputs), chosen)
 
@@ -112,8 +103,8 @@ def test_compensation_leaves_the_mean_output_as_it_was_and_constant_experts_scor
     dense, error = toy_vit(depth=1), {}
     expected = seen_by(dense, "blocks.0.mlp", "outputs").mean(0)
     for compensated in (False, True):
-        settings = {"mean_compensation": compensated, "router": "constant", "tokens": ALL_TOKENS}
-        model = moefied(toy_vit(depth=1), **settings)
+        settings = {"router": "constant", "tokens": ALL_TOKENS}
+        model = moefied(toy_vit(depth=1), mean_compensation=compensated, **settings)
         found = seen_by(model, "blocks.0.mlp", "outputs").mean(0)
         error[compensated] = (found - expected).norm().item()
     assert error[True] < 0.02 * error[False]
@@ -197,15 +188,13 @@ def test_a_cheaper_router_and_fewer_layers_leave_and_cost_experts():
 
 
 def test_a_recording_is_found_again(tmp_path, capsys):
-    config = MoeficationConfig(active=0.25, n_experts=8, mean_compensation=True)
-    models, folders = [], []
+    models = []
     for split, said in (("kmeans", True), ("graph", False)):
-        found = convert(toy_vit(), IMAGES, replace(config, split=split), store=tmp_path)
-        models.append(found)
-        folders.append([path for path in tmp_path.iterdir() if path.is_dir()])
+        config = MoeficationConfig(active=0.25, n_experts=8, split=split)
+        models.append(convert(toy_vit(), IMAGES, config, store=tmp_path))
+        (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
         assert ("recording 3 layers" in capsys.readouterr().out) == said
-    assert folders[0] == folders[1]
-    assert contents(folders[0][0])
+    assert contents(folder)
     assert not same_models(*models)
 
 
@@ -221,16 +210,15 @@ def test_the_seed_decides(split, router):
     assert not torch.equal(chosen[0], chosen[2])
 
 
-def test_conversion_works_where_gradients_are_off_and_leaves_models_trainable(x):
-    dense = toy_vit().requires_grad_(requires_grad=True)
-    model = moefied(dense, mean_compensation=True)
+def test_conversion_works_where_gradients_are_off_and_leaves_models_trainable():
+    model = moefied(toy_vit().requires_grad_(requires_grad=True), mean_compensation=True)
     with torch.inference_mode():
         frozen = moefied(mean_compensation=True)
-    assert torch.equal(model(x), frozen(x))
+    assert torch.equal(model(X), frozen(X))
     assert not any(p.requires_grad for p in frozen.parameters())
     assert not any(b.requires_grad for b in moe_layers(model)[0].buffers())
     for each in (model, frozen.requires_grad_(requires_grad=True)):
-        each(x).square().sum().backward()
+        each(X).square().sum().backward()
         layer = moe_layers(each)[1]
         grads = [p.grad for p in (layer.fc1.weight, layer.fc2.weight, layer.shift)]
         assert all(grad.abs().sum() > 0 for grad in grads)

@@ -29,42 +29,30 @@ def tokens(count=30):
     return torch.randn(count, DIM, generator=generator, dtype=torch.float64)
 
 
-def made():
-    torch.manual_seed(0)
-    mlp = Mlp(DIM, HIDDEN).double()
-    return mlp, MoeMlp(mlp, nn.Identity(), EXPERTS, np.ones(3))
-
-
-def slow_score(score, mlp, hidden, mean, ids):
-    """Score of one expert for one token, by its definition."""
-    W2, own = mlp.fc2.weight[:, ids], hidden[ids]
-    return {
-        "pos": own.clamp(min=0).sum(),
-        "abs": own.abs().sum(),
-        "out": (W2 @ own).norm(),
-        "var": ((own - mean[ids]) ** 2 * W2.square().sum(0)).sum(),
-    }[score]
-
-
 @pytest.mark.parametrize("score", get_args(Score))
 @torch.no_grad()
 def test_true_scores_are_what_they_are_called(score):
-    mlp, layer = made()
+    torch.manual_seed(0)
+    mlp = Mlp(DIM, HIDDEN).double()
+    layer = MoeMlp(mlp, nn.Identity(), EXPERTS, np.ones(3))
     mean = torch.linspace(-0.1, 0.3, HIDDEN, dtype=torch.float64)
     router = GroundTruthRouter(layer, Origin("random", score, mean), k=2)
-    inputs = tokens()
-    hidden = mlp.act(mlp.fc1(inputs))
-    expected = torch.tensor([
-        [slow_score(score, mlp, each, mean, ids) for ids in EXPERTS] for each in hidden
-    ])  # fmt: skip
-    torch.testing.assert_close(router.scores(inputs).float(), expected.float())
-    best = router.scores(inputs).argsort(dim=1, descending=True)[:, :2]
-    assert torch.equal(router(inputs.reshape(5, 6, DIM)), best)
+    hidden, lengths = mlp.act(mlp.fc1(tokens())), mlp.fc2.weight.square().sum(0)
+    outputs = [hidden[:, ids] @ mlp.fc2.weight[:, ids].T for ids in EXPERTS]
+    expected = torch.stack([{
+        "pos": hidden[:, ids].clamp(min=0).sum(1),
+        "abs": hidden[:, ids].abs().sum(1),
+        "out": output.norm(dim=1),
+        "var": ((hidden - mean) ** 2 * lengths)[:, ids].sum(1),
+    }[score] for ids, output in zip(EXPERTS, outputs, strict=True)], dim=1)  # fmt: skip
+    torch.testing.assert_close(router.scores(tokens()).float(), expected.float())
+    best = router.scores(tokens()).argsort(dim=1, descending=True)[:, :2]
+    assert torch.equal(router(tokens().reshape(5, 6, DIM)), best)
     assert router.macs == DIM * HIDDEN * (2 if score == "out" else 1)
     assert router.n_experts == 3
     layer.fc2.weight.mul_(2)  # scores are those of the layer that is trained
     factor = {"out": 2, "var": 4}.get(score, 1)
-    torch.testing.assert_close(router.scores(inputs).float(), factor * expected.float())
+    torch.testing.assert_close(router.scores(tokens()).float(), factor * expected.float())
 
 
 def test_the_centre_router_ranks_by_distance_and_the_mlp_router_is_one_without_biases():
@@ -119,8 +107,7 @@ def test_the_best_epoch_is_kept_and_training_ends_soon_after_it(known, trained):
     if not known:  # nothing to learn: epochs differ by chance
         scores = scores[torch.randperm(len(scores), generator=torch.Generator().manual_seed(7))]
     found = trained if known else train(scores=scores)
-    judges = np.random.default_rng(0).permutation(np.unique(image))[:20]
-    rows = torch.from_numpy(np.flatnonzero(np.isin(image, judges)))
+    rows = np.isin(image, np.random.default_rng(0).permutation(np.unique(image))[:20])
     share = captured(scores[rows], found.router(inputs[rows]))
     assert share == pytest.approx(max(found.captured))
     best = int(np.argmax(found.captured))
