@@ -11,38 +11,57 @@ from moee_analysis.extraction.cluster.clustering import NOISE
 from moee_analysis.extraction.cluster.clusters_to_router import (
     Assignment,
     Partition,
+    by_expert,
     cluster_tokens,
     metric_root,
     partition_tokens,
 )
 from moee_analysis.extraction.record.fisher import damped, input_root
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter
-from tests.helpers.layers import DIM, EAST, LABELS, NORTH, PLANTED, ROWS, SITE, draw_from, planted
+from tests.helpers.layers import (
+    DIM,
+    LABELS,
+    PLANTED,
+    ROWS,
+    SITE,
+    draw_from,
+    layer_of,
+    part_of,
+    parts_of,
+    sample_of,
+)
 from tests.helpers.runs import CLUSTERING, MEANS, best, quick
 
 INPUTS = PLANTED.sample.inputs.astype(np.float32)
 
 
-def made(noise, *, layer=PLANTED, labels=LABELS, rows=ROWS, leading=0):
+GRADED = replace(
+    PLANTED,
+    sample=replace(
+        PLANTED.sample,
+        directions=np.random.default_rng(2).normal(size=(90, 2, DIM)).astype(np.float16),
+        norms=np.ones((90, 2), np.float32),
+    ),
+)
+DRAW = draw_from(GRADED)
+PROJECTED = replace(MEANS, reduce="pca", components=3)
+
+
+def made(noise, *, labels=LABELS, rows=ROWS, leading=0):
     config = quick(noise=noise).resolved()
-    return partition_tokens(draw_from(layer, rows, leading=leading), labels, config)
+    return partition_tokens(draw_from(PLANTED, rows, leading=leading), labels, config)
 
 
-def routed(found, layer=PLANTED):
+def routed(found):
     """Tokens that each expert gets."""
-    return np.bincount(found.route(layer.sample.inputs), minlength=found.experts).tolist()
+    return np.bincount(found.route(PLANTED.sample.inputs), minlength=found.experts).tolist()
 
 
-def counted(found, layer=PLANTED, *, leading=0):
+def counted(found, *, leading=0):
     """Tokens that each expert's statistics count, leading ones aside."""
-    _, members = Assignment((0,) * leading, found).of(layer)
-    own = members[(members != NOISE) & (layer.sample.position >= leading)]
+    _, members = Assignment((0,) * leading, found).of(PLANTED)
+    own = members[(members != NOISE) & (PLANTED.sample.position >= leading)]
     return np.bincount(own - bool(leading), minlength=found.experts).tolist()
-
-
-def alive(found, layer):
-    """The same without experts that get no tokens."""
-    return Assignment((), found).alive(np.array(routed(found, layer))).partition
 
 
 # From clusters to experts
@@ -74,29 +93,6 @@ def test_noise_counts_as_the_configuration_says(noise, counts, sent):
         assert made("rest", labels=np.repeat([0, 1], [40, 50])).experts == 2  # without noise
 
 
-@pytest.mark.parametrize("noise", ["reroute", "drop", "rest"])
-def test_an_expert_that_no_token_is_routed_to_is_left_out(noise):
-    # The third cluster lies half to the north and half to the east: its mean is nobody's nearest.
-    layer = planted((NORTH, 40, 0), (EAST, 40, 1), (NORTH, 10, 2), (EAST, 10, 2), spread=0)
-    labels = np.repeat([0, 2, 1], [40, 40, 20])
-    whole = made(noise, layer=layer, labels=labels, rows=np.arange(100))
-    assert routed(whole, layer) == [50, 0, 50]
-    assert whole.route_agreement == pytest.approx(0.8)  # those 20 tokens do not come back
-    found = alive(whole, layer)
-    assert found.experts == len(found.centres) == 2
-    assert routed(found, layer) == [50, 50]
-    assert counted(found, layer) == ([50, 50] if noise == "reroute" else [40, 40])
-    np.testing.assert_allclose(found.centres @ np.stack([NORTH, EAST]).T, np.eye(2), atol=1e-3)
-    assert found.route_agreement == whole.route_agreement
-
-
-def test_a_layer_that_routes_everything_to_one_expert_stays_dense():
-    layer = planted((NORTH, 40, 0), (2 * NORTH, 40, 1), spread=0)
-    labels = np.repeat([0, 1], 40)
-    found = made("reroute", layer=layer, labels=labels, rows=np.arange(80))
-    assert alive(found, layer).reason == "all tokens route to one expert"
-
-
 def test_only_some_rows_need_to_be_clustered_and_leading_ones_are_not():
     rows = np.arange(0, 90, 2)
     assert sum(counted(made("reroute", labels=LABELS[rows], rows=rows))) == 90
@@ -116,14 +112,6 @@ def test_route_agreement_is_the_share_of_members_that_come_back():
     nearest = [np.argmax(found.centres @ x / lengths) for x in INPUTS[:60].astype(float)]
     assert found.route_agreement == pytest.approx(np.mean(nearest == labels[:60]))
     assert found.route_agreement < 1
-
-
-def test_a_single_expert_takes_every_token_and_needs_no_router():
-    found = Partition()
-    assert found.route(INPUTS[:7]).tolist() == 7 * [0]
-    assert found.members(np.zeros(7, dtype=int), np.arange(7)).tolist() == 7 * [0]
-    assert found.experts == 1
-    assert isinstance(found.router(), ConstantRouter)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 90])
@@ -149,17 +137,6 @@ def test_clusters_are_trusted_by_the_rules_of_the_configuration(labels, reason):
 # A metric
 
 
-GRADED = replace(
-    PLANTED,
-    sample=replace(
-        PLANTED.sample,
-        directions=np.random.default_rng(2).normal(size=(90, 2, DIM)).astype(np.float16),
-        norms=np.ones((90, 2), np.float32),
-    ),
-)
-DRAW = draw_from(GRADED)
-
-
 @pytest.mark.parametrize("metric", ["outputs", "fisher"])
 def test_the_metric_of_the_inputs_is_that_of_the_outputs_up_to_its_scale(metric):
     found = metric_root(draw_from(GRADED, leading=10), best(metric=metric).resolved())
@@ -170,9 +147,6 @@ def test_the_metric_of_the_inputs_is_that_of_the_outputs_up_to_its_scale(metric)
     plain = input_root(PLANTED.mlp, of_outputs).numpy()
     np.testing.assert_allclose(found, plain / plain.diagonal().mean(), rtol=1e-4, atol=1e-6)
     assert found.dtype == np.float32
-
-
-PROJECTED = replace(MEANS, reduce="pca", components=3)
 
 
 def test_principal_components_are_those_of_the_inputs_in_the_metric():
@@ -194,11 +168,13 @@ def test_more_components_than_there_are_inputs_are_all_of_them():
 
 
 @pytest.mark.parametrize("router", ["nearest", "cosine"])
-@pytest.mark.parametrize("left_open", [False, True])
-def test_the_nearest_router_looks_where_the_clusters_were_found(tmp_path, router, left_open):
-    clustering = replace(PROJECTED, count=None, components=None) if left_open else PROJECTED
-    config = best(clustering=clustering, router=router).resolved()
-    count, rank = (2, 2) if left_open else (4, 3)
+@pytest.mark.parametrize(("clustering", "count", "rank"), [
+    (MEANS, 4, DIM), (PROJECTED, 4, 3), (replace(PROJECTED, count=None, components=None), 2, 2),
+])  # fmt: skip
+def test_the_nearest_router_looks_where_the_clusters_were_found(
+    tmp_path, router, clustering, count, rank
+):
+    config = best(clustering=clustering, router=router, seed=3).resolved()
     points = INPUTS @ metric_root(DRAW, config).T
     plain = KMeans(count, n_init=1, max_iter=25, random_state=config.seed).fit_predict(points)
     labels = cluster_tokens(DRAW, config, root=tmp_path)
@@ -221,14 +197,6 @@ def test_a_metric_of_nothing_is_no_division_by_zero():
 
 
 # Clusters in the store
-
-
-def test_means_are_those_of_the_inputs_in_the_metric(tmp_path):
-    config = best(seed=3).resolved()
-    draw = draw_from(GRADED, np.arange(7, 90, 2))
-    points = draw.inputs @ metric_root(draw, config).T
-    plain = KMeans(4, n_init=1, max_iter=25, random_state=3).fit_predict(points)
-    np.testing.assert_array_equal(cluster_tokens(draw, config, root=tmp_path), plain)
 
 
 def test_where_activations_are_clustered_inputs_and_metric_do_not_matter(tmp_path):
@@ -263,3 +231,137 @@ def test_all_that_decides_the_clusters_decides_where_they_are_kept(tmp_path, dra
     cluster_tokens(DRAW, best().resolved(), root=tmp_path)
     cluster_tokens(draw, best(**settings).resolved(), root=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# Assignments
+
+
+IMAGES, TOKENS = 6, 5
+COUNT = IMAGES * TOKENS
+CENTRES = np.random.default_rng(1).normal(size=(3, DIM)).astype("f4")
+ROUTED = Partition(centres=CENTRES)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    rng = np.random.default_rng(0)
+    image, position = np.divmod(np.arange(COUNT, dtype=np.int32), TOKENS)
+    inputs = rng.normal(size=(COUNT, DIM)).astype("f2")
+    return layer_of(
+        sample_of(np.zeros((COUNT, 6), "f2"), inputs=inputs, image=image, position=position)
+    )
+
+
+def nearest(layer):
+    """Expert of every token by the cosine to its centre, one after the other."""
+    unit = CENTRES / np.linalg.norm(CENTRES, axis=1, keepdims=True)
+    return np.array([np.argmax(unit @ x) for x in layer.sample.inputs.astype("f4")])
+
+
+# Which expert a token goes to
+
+
+@pytest.mark.parametrize(("prefix", "leading"), [
+    ((), 0), ((0,), 1), ((0, 1), 2), ((0, 1, 1), 2),
+])  # fmt: skip
+def test_leading_tokens_have_the_experts_before_those_of_the_others(layer, prefix, leading):
+    assignment = Assignment(prefix, ROUTED)
+    assert (assignment.leading, assignment.experts) == (leading, leading + 3)
+    assert assignment.kinds.tolist() == [0] * leading + [1, 1, 1]
+    for found in assignment.of(layer):
+        assert found.dtype == np.int64
+        for row, position in enumerate(layer.sample.position):
+            own = position < len(prefix)
+            expected = prefix[position] if own else leading + nearest(layer)[row]
+            assert found[row] == expected
+
+
+def test_a_partition_of_one_expert_takes_all_others_and_needs_no_router(layer):
+    assert Partition().experts == 1
+    assert isinstance(Partition().router(), ConstantRouter)
+    assert Partition().route(layer.sample.inputs[:7]).tolist() == 7 * [0]
+    routed, members = Assignment((0,), Partition()).of(layer)
+    np.testing.assert_array_equal(routed, layer.sample.position > 0)
+    np.testing.assert_array_equal(members, routed)
+    for partition in (ROUTED, Partition()):  # of leading tokens alone there is nothing to route
+        assert [
+            found.tolist() for found in Assignment((0,), partition).of(part_of(layer, 5, 6))
+        ] == [[0], [0]]
+
+
+# Which one a token counts for
+
+
+def labelled():
+    """Every third token counts for an expert of its own choice, or for none."""
+    rows = np.arange(1, COUNT, 3)
+    return Partition(centres=CENTRES, rows=rows, labels=np.arange(len(rows)) % 4 - 1)
+
+
+@pytest.mark.parametrize("prefix", [(), (0,), (0, 1)])
+@pytest.mark.parametrize("cuts", [(), (7,), (1, 2, 11, 29), range(1, COUNT)])
+def test_members_are_known_by_the_number_of_their_row_also_in_parts(layer, prefix, cuts):
+    partition, leading = labelled(), len(set(prefix))
+    own = dict(zip(partition.rows.tolist(), partition.labels.tolist(), strict=True))
+    routed, members = [], []
+    for part in parts_of(layer, cuts):
+        found = Assignment(prefix, partition).of(part)
+        routed.extend(found[0])
+        members.extend(found[1])
+    for row, position in enumerate(layer.sample.position):
+        if position < len(prefix):
+            assert members[row] == routed[row] == prefix[position]
+        else:
+            label = own.get(row, NOISE)
+            assert members[row] == (NOISE if label == NOISE else leading + label)
+            assert routed[row] == leading + nearest(layer)[row]
+
+
+# Experts that get nothing
+
+
+def test_experts_of_the_partition_that_get_no_token_are_left_out():
+    assignment = Assignment((0,), replace(labelled(), route_agreement=0.8))
+    alive = assignment.alive(np.array([0, 5, 0, 2]))
+    assert alive.prefix == (0,)
+    assert (alive.experts, alive.partition.route_agreement) == (3, 0.8)
+    np.testing.assert_array_equal(alive.partition.centres, CENTRES[[0, 2]])
+    np.testing.assert_array_equal(alive.partition.rows, labelled().rows)
+    number = {0: 0, 1: NOISE, 2: 1, NOISE: NOISE}
+    assert alive.partition.labels.tolist() == [number[label] for label in labelled().labels]
+    assert assignment.alive(np.array([0, 1, 2, 3])).partition is assignment.partition
+
+
+@pytest.mark.parametrize("routed", [[3, 4, 0, 0], [3, 0, 0, 0]])
+def test_a_single_expert_that_is_left_is_no_partition(routed):
+    partition = Partition(0.25, centres=CENTRES)
+    left = Assignment((0,), partition).alive(np.array(routed)).partition
+    assert left.reason == "all tokens route to one expert"
+    assert (left.noise_share, left.centres) == (0.25, None)
+    assert Assignment((0,), Partition()).alive(np.array([4, 0])).experts == 2  # stays if alone
+
+
+# What tells assignments apart
+
+
+def test_a_digest_is_that_of_all_that_decides_who_gets_what():
+    plain = labelled()
+    different = [
+        Assignment((), plain),
+        Assignment((0,), plain),
+        Assignment((), Partition()),
+        Assignment((), ROUTED),
+        Assignment((), Partition(centres=CENTRES, root=np.eye(DIM, dtype="f4"))),
+        Assignment((), Partition(centres=CENTRES, rows=plain.rows + 1, labels=plain.labels)),
+        Assignment((), Partition(centres=CENTRES, rows=plain.rows, labels=plain.labels[::-1])),
+    ]
+    assert len({each.digest for each in different}) == len(different)
+    assert Assignment((), plain).digest == Assignment((), labelled()).digest
+    same = Partition(0.5, centres=CENTRES, route_agreement=0.25)
+    assert Assignment((), same).digest == Assignment((), ROUTED).digest
+
+
+def test_rows_by_expert_are_ascending_and_those_of_none_are_left_out():
+    experts = np.array([2, -1, 0, 2, 0, -1, 2])
+    assert [rows.tolist() for rows in by_expert(experts, 4)] == [[2, 4], [], [0, 3, 6], []]
+    assert [len(rows) for rows in by_expert(np.zeros(0, dtype=int), 2)] == [0, 0]
