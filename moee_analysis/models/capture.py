@@ -42,13 +42,20 @@ def watch(
     pair of both (``"both"``), or the arguments, positional and by name (``"calls"``). The value
     that ``see`` returns takes the place of the input or output; None leaves it.
     """
+
+    def before(key: Key, _module: nn.Module, args: tuple, named: dict) -> tuple | None:
+        new = see(key, args[0] if side == "inputs" else (args, named))
+        return None if new is None or side == "calls" else ((new, *args[1:]), named)
+
+    def after(key: Key, _module: nn.Module, args: tuple, output: Any) -> Any:
+        return see(key, (args[0], output) if side == "both" else output)
+
     with ExitStack() as hooks:
         for key, module in modules.items():
             if side in ("inputs", "calls"):
-                before = partial(_see_before, see, key, side)
-                hook = module.register_forward_pre_hook(before, with_kwargs=True)
+                hook = module.register_forward_pre_hook(partial(before, key), with_kwargs=True)
             else:
-                hook = module.register_forward_hook(partial(_see_after, see, key, side))
+                hook = module.register_forward_hook(partial(after, key))
             hooks.callback(hook.remove)
         yield
 
@@ -69,19 +76,6 @@ def is_traced() -> bool:
     A trace has to fit any number of tokens, so nothing may depend on how many there are.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _see_before(
-    see: Callable, key: object, side: Side, _module: nn.Module, args: tuple, named: dict
-) -> tuple | None:
-    new = see(key, args[0] if side == "inputs" else (args, named))
-    return None if new is None or side == "calls" else ((new, *args[1:]), named)
-
-
-def _see_after(
-    see: Callable, key: object, side: Side, _module: nn.Module, args: tuple, output: Any
-) -> Any:  # fmt: skip
-    return see(key, (args[0], output) if side == "both" else output)
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,10 @@ def answers(model: nn.Module) -> tuple[float, ...]:
     """
     network = unwrapped(model)
     first = next(network.parameters())
-    run = _run_copy if any(map(_holds_tensors, network.modules())) else _run_in_place
     for device, dtype in ("cpu", torch.float64), (first.device, first.dtype):
         try:
             images = _images(input_size(network)).to(device, dtype)
-            return _round(run(network, images), exact=dtype == torch.float64)
+            return _round(_run(network, images), exact=dtype == torch.float64)
         except DOES_NOT_FIT as error:
             refusal = misfit(network, error)
     raise refusal
@@ -124,11 +123,11 @@ def copy_model(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _run_copy(network: nn.Module, images: torch.Tensor) -> Any:
-    return copy_model(network).to(images.device, images.dtype).eval()(images)
-
-
-def _run_in_place(network: nn.Module, images: torch.Tensor) -> Any:
+def _run(network: nn.Module, images: torch.Tensor) -> Any:
+    for value in chain.from_iterable(vars(module).values() for module in network.modules()):
+        # tensors beside parameters and buffers decide what it does, as those of an LSTM
+        if any(map(torch.is_tensor, value if isinstance(value, list | tuple) else [value])):
+            return copy_model(network).to(images.device, images.dtype).eval()(images)
     with evaluating(network), _exchanged(network, images.device, images.dtype):
         return network(images)
 
@@ -155,12 +154,6 @@ def _exchanged(network: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         for attributes, own in before:
             attributes.clear()
             attributes.update(own)
-
-
-def _holds_tensors(module: nn.Module) -> bool:
-    """Whether tensors beside parameters and buffers decide what it does, as those of an LSTM."""
-    lists = [v for v in vars(module).values() if isinstance(v, list | tuple)]
-    return any(map(torch.is_tensor, chain(vars(module).values(), *lists)))
 
 
 def _round(outputs: Any, *, exact: bool) -> tuple[float, ...]:

@@ -60,8 +60,7 @@ INSIDE = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mo
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Read a state dict and its metadata from ``.safetensors``, or from a checkpoint of PyTorch's.
 
-    Of a checkpoint the weights are found by the usual names, averaged ones (EMA) preferred. Nothing
-    but tensors and plain data is ever read.
+    Of a checkpoint the averaged weights (EMA) are preferred. Only tensors and plain data are read.
     """
     check_file(path, expected="a weights file")
     try:
