@@ -47,12 +47,6 @@ def test_extract_then_evaluate_writes_every_promised_number(tmp_path, monkeypatc
     assert all(text in out for text in ("top-1", "on 30 images", "MACs", "share of hidden neurons"))
 
 
-def test_smaller_heads_are_told(own, run):
-    lines = (own / "told.txt").read_text().splitlines()
-    assert sum("of the dimensions of the heads' scores" in line for line in lines) == 6
-    assert "asked for 1 token(s)" in next(line for line in lines if "blocks.5.attn" in line)
-
-
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -76,22 +70,12 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(tmp_path, capsys, opti
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_folder_of_other_things_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("moee_analysis.models.loading.load_model", too_late)
-    (tmp_path / "thesis.tex").write_text("all my work")
-    assert "thesis.tex" in refused(capsys, *EXTRACT, "--out", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_evaluate_refuses_places_and_classes_in_one_line(run, tmp_path, capsys):
+def test_evaluate_refuses_places_classes_and_if_strict_what_would_be_skipped(run, tmp_path, capsys):
     for place in (tmp_path / "missing" / "numbers.json", tmp_path):
         refused(capsys, "evaluate", run, "--json", place)
     assert "run.json" in refused(capsys, "evaluate", tmp_path)
-    folder = image_folder(tmp_path / "photos", {"dragon": 2})
+    folder = image_folder(tmp_path / "dragons", {"dragon": 2})
     assert "dragon" in refused(capsys, "evaluate", run, "--images", folder)
-
-
-def test_strict_refuses_what_would_be_skipped(run, tmp_path, capsys):
     folder = image_folder(tmp_path / "photos", {"yak": 2}, first=900)
     (folder / "yak" / "broken.png").write_bytes(b"")
     command = [run, "--images", folder]
@@ -100,20 +84,19 @@ def test_strict_refuses_what_would_be_skipped(run, tmp_path, capsys):
         assert evaluated(tmp_path, *command)["skipped_images"] == ["yak/broken.png"]
 
 
-@pytest.fixture
-def moved(own, tmp_path):
-    """Weights that are not where they were."""
-    yield (own / "tuned.pth").rename(tmp_path / "moved.pth")
-    (tmp_path / "moved.pth").rename(own / "tuned.pth")
-
-
-def test_moved_weights_can_be_named(own, run, moved, capsys):
+def test_moved_weights_can_be_named(own, run, tmp_path, capsys):
     command = ["evaluate", run, "--images", own / "evaluation"]
-    assert "--weights FILE" in refused(capsys, *command)
-    assert run_cli(*command, "--weights", moved) == 0
+    moved = (own / "tuned.pth").rename(tmp_path / "moved.pth")
+    try:
+        assert "--weights FILE" in refused(capsys, *command)
+        assert run_cli(*command, "--weights", moved) == 0
+    finally:
+        moved.rename(own / "tuned.pth")
 
 
-def test_an_interruption_is_a_failure_without_a_traceback(monkeypatch, capsys, tmp_path):
+def test_an_interruption_is_a_failure_and_other_things_in_a_folder_are_safe(
+    monkeypatch, capsys, tmp_path
+):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -121,6 +104,10 @@ def test_an_interruption_is_a_failure_without_a_traceback(monkeypatch, capsys, t
     assert run_cli(*EXTRACT, "--out", tmp_path / "run") == 1
     assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("moee_analysis.models.loading.load_model", too_late)
+    (tmp_path / "thesis.tex").write_text("all my work")
+    assert "thesis.tex" in refused(capsys, *EXTRACT, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_lab_passes_options_on_and_other_commands_refuse_strange_ones(monkeypatch, capsys):
@@ -177,9 +164,6 @@ def test_compare_writes_a_row_for_every_system(own, tmp_path, capsys):
     assert "asked to save 20% of the MACs" in out
     assert all(f"  {name}" in out for name in systems)
     assert f"{systems[0]}: expected" in out  # 90 % is more than the MLPs cost
-
-
-def test_compare_refuses_what_is_wrong_in_one_line(own, capsys):
     assert "systems among" in refused(capsys, "compare", "--systems", "magic")
     same = ["--calibration", own / "train", "--images", own / "train"]
     assert "not used for calibration" in refused(capsys, "compare", *model_of(own), *same)
@@ -190,6 +174,8 @@ def test_a_tuned_model_is_named_by_its_folders_and_evaluated(own, run, numbers, 
     assert "from behind the prefix 'module.'" in told
     assert "the 3 class folders in the order of the alphabet, ant, yak, zebra" in told
     assert "resampled" not in told
+    assert told.count("of the dimensions of the heads' scores") == 6
+    assert "asked for 1 token(s)" in next(x for x in told.splitlines() if "blocks.5.attn" in x)
     assert numbers["n_images"] == 15
     other = lively(num_classes=3, in_chans=1, img_size=64)
     assert numbers["macs_dense"] == count(other).total

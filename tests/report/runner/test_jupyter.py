@@ -54,7 +54,7 @@ def test_a_kernel_of_another_interpreter_is_not_used(tmp_path, monkeypatch):
         assert KernelSpecManager().get_kernel_spec("python3").argv[0] == sys.executable
 
 
-def test_lab_opens_the_checkout_at_its_notebooks_with_the_user_s_options(start_lab):
+def test_lab_opens_the_notebooks_with_the_user_s_options(start_lab, monkeypatch):
     """On the command line these win over settings that lie in files, as ours do."""
     options = ["--notebook-dir=/elsewhere", "--no-browser"]
     started = start_lab(*options)
@@ -65,18 +65,13 @@ def test_lab_opens_the_checkout_at_its_notebooks_with_the_user_s_options(start_l
     assert root / "notebooks" == environment.own_folder("notebooks")
     assert (root / "docs").is_dir()
     assert started["settings"]["LabApp"]["default_url"] == "/lab/tree/notebooks"
-
-
-def test_lab_opens_the_notebooks_of_an_installed_package(start_lab, monkeypatch):
+    # of an installed package
     inside = Path("package") / environment.SHIPPED / "notebooks"
     monkeypatch.setattr(jupyter, "own_folder", lambda _: inside)
     settings = start_lab()["settings"]
     assert settings["ServerApp"]["root_dir"] == str(inside)
     assert settings["LabApp"]["default_url"] == "/lab"
-
-
-def test_lab_finds_that_the_plugin_of_the_news_is_off(monkeypatch):
-    """JupyterLab itself looks for its page's settings where ours are."""
+    # JupyterLab itself looks for its page's settings where ours are
     with jupyter._settings() as folder:
         monkeypatch.setenv("JUPYTER_CONFIG_PATH", folder)
         assert get_page_config([])["disabledExtensions"] == [jupyter.NEWS]

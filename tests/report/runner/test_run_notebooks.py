@@ -89,10 +89,7 @@ def test_every_ending_is_told_apart(made):
         complete = status in ("ok", "cell_error")  # after other endings none may look complete
         assert [path.name for path in (out / name).glob("*.ipynb")] == ["notebook.ipynb"] * complete
         assert ('class="banner"' in text) == (status != "ok")
-
-
-def test_an_error_is_named_and_what_was_kept_before_a_kernel_died_is_shown(made):
-    out, outcomes, _ = made
+    # an error is named, and what was kept before a kernel died is shown
     assert outcomes["error"].error == "ValueError: the <cell> failed"
     assert "raise ValueError" in status_of(out, "error")["traceback"]
     page = outcomes["error"].page.read_text()
@@ -202,12 +199,9 @@ def test_a_wrong_call_is_refused_before_anything_runs(tmp_path, parameters, opti
         report(parameters, **{"out": tmp_path / "out", "notebooks": [notebook], **options})
     assert not (tmp_path / "out").exists()
     check_parameters(notebook, {"folder": None, "share": 1})  # as it says
-
-
-def test_the_place_of_other_things_is_refused(tmp_path):
-    (tmp_path / "a").mkdir()  # no earlier report
+    (tmp_path / "place" / "one").mkdir(parents=True)  # of other things, no earlier report
     with pytest.raises(MoeeError, match="free or an earlier report"):
-        report(out=tmp_path, notebooks=[write_notebook(tmp_path / "a.ipynb")])
+        report(out=tmp_path / "place", notebooks=[notebook])
 
 
 @pytest.mark.parametrize(
