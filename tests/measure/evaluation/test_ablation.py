@@ -5,7 +5,6 @@ import pytest
 
 from moee_analysis import measure
 from moee_analysis.baselines.controls import randomly_routed, with_one_expert, with_random_centres
-from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import RECIPES, recipe_named
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.variants import SCORES
@@ -155,18 +154,3 @@ def test_a_row_for_every_setting_of_every_sweep(table, store, model_of):
 def test_sweeps_may_be_compared_with_nothing(store):
     table = sweeps(store, {"MoEE": {"model": {1: DENSE}}}, resamples=2)
     assert table["kl_change"].isna().all()
-
-
-@pytest.mark.parametrize(("ask", "message"), [
-    (lambda ablate, _: ablate(WHOLE, other="best"), "two recipes; found 'best' twice"),
-    (lambda ablate, _: ablate(replace(WHOLE, params_reduction=0.1)), "bind only the MACs"),
-    (lambda _, sweep: sweep({"MoEE": {"model": {1: DENSE}}}, beside=WHOLE),
-     "a variant that is tried"),
-    (lambda _, sweep: sweep({}), "at least one variant"),
-])  # fmt: skip
-def test_impossible_comparisons_are_refused(store, ask, message):
-    def ablate(config, **options):
-        return measure.ablation(DENSE, CALIBRATION, IMAGES, config, store=store, **options)
-
-    with pytest.raises(MoeeError, match=message):
-        ask(ablate, lambda tried, **options: sweeps(store, tried, **options))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
 from tests.helpers.images import toy_images
 from tests.helpers.models import seen_by, toy_moe, toy_vit
 
@@ -71,16 +70,6 @@ def test_a_reference_outside_the_table_gets_no_row(table):
     outside = measure.accuracy(models, IMAGES, reference=toy_vit())
     expected = table[table["system"] != "dense"].reset_index(drop=True)
     pd.testing.assert_frame_equal(outside, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("models", "images", "message"), [
-    ({"MoEE": toy_vit()}, IMAGES, "among MoEE"),
-    ({"dense": toy_vit()}, IMAGES.take([]), "at least one image"),
-    ({}, IMAGES, "at least one model"),
-])  # fmt: skip
-def test_strange_references_and_nothing_to_measure_are_refused(models, images, message):
-    with pytest.raises(MoeeError, match=message):
-        measure.accuracy(models, images, reference="dense")
 
 
 def test_nothing_is_retained_of_a_reference_that_is_never_right():

@@ -5,7 +5,6 @@ import pytest
 
 from moee_analysis import measure
 from moee_analysis.baselines.controls import with_one_expert
-from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_swin, toy_vit
@@ -52,13 +51,6 @@ def test_a_model_that_stays_dense_has_no_experts():
     table = measure.architectures({"dense": run}, IMAGES, **FEW)
     assert set(table["quantity"]) == {"experts"}
     assert (table["value"] == 0).all()
-
-
-def test_no_runs_and_no_models_are_refused(tmp_path):
-    with pytest.raises(MoeeError, match="a run or more"):
-        measure.architectures({}, IMAGES)
-    with pytest.raises(MoeeError, match="a model or more"):
-        measure.architecture_variants({}, CALIBRATION, IMAGES, {"paper": CONFIG}, store=tmp_path)
 
 
 def test_every_model_has_every_variant_and_random_routing_beside_what_is_routed(tmp_path):

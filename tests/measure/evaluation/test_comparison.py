@@ -2,14 +2,12 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from moee_analysis import measure
 from moee_analysis.baselines.controls import constantly_routed, oracle_routed, randomly_routed
 from moee_analysis.baselines.registry import STATIC, SYSTEMS, Asked, systems_named
-from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation import comparison
 from moee_analysis.measure.evaluation.comparison import Contest, compare, comparison_table
 from moee_analysis.models.macs import count, count_parameters
@@ -121,18 +119,3 @@ def test_latency_is_of_the_first_seed(contest, monkeypatch):
     clocked = replace(contest, latency=True)
     rows = compare(clocked, macs_reductions=[0.2], seeds=(0, 1), systems=[STATIC])
     assert [row["latency"] for row in rows] == [{"ms": 2.0, "speed_up": 1.5}, None]
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"systems": ["MoEE"]}, "systems among MoEE, paper"),
-    ({"seeds": ()}, "a budget and a seed"),
-    ({"macs_reductions": ()}, "a budget and a seed"),
-])  # fmt: skip
-def test_impossible_comparisons_are_refused(contest, options, message):
-    with pytest.raises(MoeeError, match=message):
-        compare(contest, **options)
-
-
-def test_calibration_images_are_not_evaluated(contest):
-    with pytest.raises(MoeeError, match="not used for calibration"):
-        Contest(contest.dense, contest.images.take(np.arange(10)), contest.images)

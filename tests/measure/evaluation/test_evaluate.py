@@ -3,7 +3,6 @@ import json
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.evaluate import evaluate
 from moee_analysis.models.macs import count, count_parameters
@@ -74,8 +73,3 @@ def test_with_everything_kept_the_two_agree_and_retention_of_nothing_is_undefine
     assert numbers["dense_top1"] == 0
     assert numbers["retention"] is None
     json.dumps(numbers, allow_nan=False)
-
-
-def test_a_device_that_is_not_there_is_refused(run):
-    with pytest.raises(MoeeError, match="toaster"):
-        evaluate(run, IMAGES, device="toaster")

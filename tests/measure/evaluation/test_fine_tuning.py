@@ -3,7 +3,6 @@ import pytest
 
 from moee_analysis import measure
 from moee_analysis.baselines.controls import statically_pruned
-from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.finetune import finetune
@@ -60,13 +59,3 @@ def test_the_seeds_of_a_stage_share_their_mean_and_a_system_its_savings(table):
     assert np.allclose(static, static.iloc[0])
     assert static.iloc[0] == pytest.approx(0.3, abs=0.02)
     assert table.groupby("system")["params_reduction"].nunique().tolist() == [1, 1]
-
-
-@pytest.mark.parametrize(("bad", "message"), [
-    ({"seeds": ()}, "a run or more"), ({"runs": {}}, "a run or more"),
-    ({"runs": {"none": []}}, "a run or more"), ({"images": toy_images(10)}, "not trained on"),
-])  # fmt: skip
-def test_nothing_to_do_and_images_that_were_trained_on_are_refused(runs, store, bad, message):
-    given = {"runs": runs, "training": TRAINING, "images": IMAGES, "config": CONFIG} | bad
-    with pytest.raises(MoeeError, match=message):
-        measure.fine_tuning(**given, store=store)

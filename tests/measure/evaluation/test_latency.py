@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.latency import choose_batches, in_turn
 from moee_analysis.models.capture import watch
 from tests.helpers.images import toy_images
@@ -68,10 +67,3 @@ def test_every_other_round_goes_backwards(clock):
     models = {name: nn.Identity() for name in "abc"}
     orders = ["".join(in_turn(models, [], number, seconds=0)) for number in range(3)]
     assert orders == ["abc", "cba", "abc"]
-
-
-def test_a_batch_needs_as_many_images():
-    with pytest.raises(MoeeError, match="37 images for a batch"):
-        choose_batches(IMAGES, 37, toy_vit(depth=1))
-    with pytest.raises(MoeeError, match="at least one image"):
-        measure.latency({}, IMAGES.take([]), reference=toy_vit(depth=1))

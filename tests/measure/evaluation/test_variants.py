@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.variants import DIVERGENCES, SCORES
 from moee_analysis.models.macs import count, count_parameters
@@ -103,14 +102,3 @@ def test_the_seconds_are_those_of_the_first_time(table, store):
     pd.testing.assert_series_equal(measured(store, resamples=2)["seconds"], table["seconds"])
     assert table["seconds"].notna().tolist() == [False, True, False, True, True, False]
     assert row_of(table, "few")["seconds"] == row_of(table, "again")["seconds"] > 0
-
-
-@pytest.mark.parametrize(("tried", "images", "beside", "message"), [
-    ({}, IMAGES, {}, "at least one variant"),
-    ({"dense": DENSE}, IMAGES.take([]), {}, "at least one image"),
-    ({"dense": DENSE}, IMAGES, {"dense": "cake"}, "variants among dense; found 'cake'"),
-    ({"dense": DENSE}, IMAGES, {"cake": "dense"}, "variants among dense; found 'cake'"),
-])  # fmt: skip
-def test_nothing_to_try_to_see_or_to_compare_with_is_refused(store, tried, images, beside, message):
-    with pytest.raises(MoeeError, match=message):
-        measured(store, tried, images, beside=beside)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from moee_analysis.errors import MoeeError
 from moee_analysis.measure.knockout.intervention import (
     alone,
     at_random,
@@ -87,13 +86,3 @@ def test_mean_outputs_are_those_of_leading_tokens_and_of_patches(batch_size):
     torch.testing.assert_close(found[1], expected)
     patches = mean_outputs(swin, IMAGES, layers=[1], batch_size=batch_size)[1]  # have one mean
     torch.testing.assert_close(patches, seen_at(swin, 1)[1].reshape(1, -1, 32).mean(dim=1))
-
-
-def test_a_dense_layer_and_no_images_are_refused():
-    model = toy_moe(toy_vit(), layers=[1])
-    with pytest.raises(MoeeError, match="layer 0"), knocked_out(model, 0, removed(0), None):
-        pass
-    with pytest.raises(MoeeError, match="layer 2"):
-        mean_outputs(model, IMAGES, layers=[2])
-    with pytest.raises(MoeeError, match="at least one image"):
-        mean_outputs(model, IMAGES.take([]))

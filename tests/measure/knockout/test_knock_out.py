@@ -1,24 +1,18 @@
+import itertools
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
-from moee_analysis.measure.knockout.intervention import (
-    Plan,
-    alone,
-    interventions,
-    knocked_out,
-    mean_outputs,
-    removed,
-)
+from moee_analysis.measure.knockout import intervention
+from moee_analysis.measure.knockout.intervention import alone, knocked_out, removed
 from moee_analysis.models.capture import evaluating
 from moee_analysis.moe.layer import moe_layers
-from moee_analysis.moe.routers import ConstantRouter
-from tests.helpers.colours import COLOURS, colour_model, coloured_images
+from tests.helpers.colours import BLACK, COLOURS, colour_model, coloured_images
 from tests.helpers.images import toy_images
 from tests.helpers.models import (
     CLASSES,
@@ -38,10 +32,9 @@ OTHERS = coloured_images(*range(100, 104))
 FAMILIES = dict(zip(CLASSES, ["insect", "insect", "pet", "pet", "fish", "pet"], strict=True))
 
 
-def measured(model=None, **options):
-    model = model or toy_moe(toy_vit())
+def measured(**options):
     options = {"reference": toy_vit(), "families": FAMILIES, "resamples": 50, "seed": 3} | options
-    return measure.knock_out(model, IMAGES, options.pop("calibration", CALIBRATION), **options)
+    return measure.knock_out(toy_moe(toy_vit()), IMAGES, CALIBRATION, **options)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +58,7 @@ def predicted(model, rule, layer, constant):
 @pytest.mark.parametrize("what", [removed, alone])
 def test_each_row_is_a_whole_run_with_hooks(table, what):
     model, layer, expert = toy_moe(toy_vit()), 1, 2
-    constant = mean_outputs(model, CALIBRATION)[layer]
+    constant = intervention.mean_outputs(model, CALIBRATION)[layer]
     intact, intact_logp = predicted(model, removed(99), layer, constant)
     right, logp = predicted(model, what(expert), layer, constant)
     labels = IMAGES.labels(model)
@@ -105,38 +98,30 @@ def test_classes_of_the_same_name_stay_apart(monkeypatch):
 
 
 def test_batches_of_other_sizes_and_other_layers_change_nothing(table):
-    model = toy_moe(toy_vit())
-    other = measured(model, layers=[2], batch_size=5)
     same = rows_of(table, layer=2).reset_index(drop=True)
+    other = measured(layers=[2], batch_size=5)
     pd.testing.assert_frame_equal(other, same, atol=1e-5, check_flags=False)
-    assert hooks_of(model) == 0
-    assert same_models(model, toy_moe(toy_vit()))
 
 
-@pytest.mark.parametrize(
-    "model",
-    [toy_kinds(toy_vit()), toy_moe(toy_swin()), toy_moe(lively(SMALL_CONVNEXT))],
-    ids=["kinds", "swin", "convnext"],
-)
-def test_the_fast_path_is_the_whole_model(model):
+@pytest.mark.parametrize("make", [
+    lambda: toy_kinds(toy_vit()), lambda: toy_moe(toy_swin()),
+    lambda: toy_moe(lively(SMALL_CONVNEXT)),
+], ids=["kinds", "swin", "convnext"])  # fmt: skip
+def test_the_fast_path_is_the_whole_model(make):
+    model = make()
     layers, x = list(moe_layers(model))[-2:], pixels_of(model)
     kinds = 2 if hasattr(model, "cls_token") else 1
     rules = {layer: [removed(1), removed(2), alone(1)] for layer in layers}
     constants = {i: torch.randn(kinds, moe_layers(model)[i].fc2.out_features) for i in layers}
     with evaluating(model):
-        plan = Plan(rules, constants)
-        for layer, _, intact, seen in interventions(model, x, plan, model, size=3):
+        plan = intervention.Plan(rules, constants)
+        for layer, _, intact, seen in intervention.interventions(model, x, plan, model, size=3):
             torch.testing.assert_close(intact, model(x))
             for rule, fast in zip(rules[layer], seen, strict=True):
                 with knocked_out(model, layer, rule, constants[layer]):
                     torch.testing.assert_close(fast, model(x), atol=1e-4, rtol=1e-4)
-
-
-def test_several_experts_per_token_are_refused():
-    model = toy_moe(toy_vit())
-    moe_layers(model)[0].router = ConstantRouter([0, 1])
-    with pytest.raises(MoeeError, match="one expert per token"):
-        measured(model)
+    assert hooks_of(model) == 0
+    assert same_models(model, make())
 
 
 def test_one_expert_carries_a_class_and_random_tokens_do_not():
@@ -153,12 +138,70 @@ def test_one_expert_carries_a_class_and_random_tokens_do_not():
     assert (rows_of(rows, system="expert", expert=4)["change"] == 0).all()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"calibration": IMAGES.take([3])}, "used for calibration"),
-    ({"layers": [7]}, "layer 7"),
-    ({"controls": 0}, "controls as a whole number"),
-    ({"families": {"ant": "insect"}}, "family of every class"),
-])  # fmt: skip
-def test_what_cannot_be_knocked_out_is_refused(options, message):
-    with pytest.raises(MoeeError, match=message):
-        measured(**options)
+SHAPE = 6, 5  # classes, experts
+USE, NEED, *DRAWN = (
+    np.random.default_rng(seed).dirichlet(np.ones(5), size=6) for seed in range(60)
+)
+
+
+def made(need, use=USE, *, random=0.0):
+    """A table of knock-outs of one layer: by class and expert the use, and what is lost."""
+    lost = {("removed", "expert"): need, ("removed", "random tokens"): random + 0 * need}
+    rows = [
+        {
+            "layer": 2, "expert": e, "what": what, "system": system, "kind": "class",
+            "group": f"class {c}", "knocked_out": use[c, e],
+            "logp_change": -lost.get((what, system), 0 * need)[c, e],
+        }
+        for c, e in np.ndindex(need.shape)
+        for what, system in itertools.product(("removed", "alone"), ("expert", "random tokens"))
+    ]  # fmt: skip
+    everything = {**rows[0], "kind": "all", "group": "all", "logp_change": 99.0}
+    return pd.DataFrame([*rows, everything])
+
+
+def found(table, system="expert"):
+    return measure.use_and_need(table, permutations=200).set_index("system").loc[system]
+
+
+def test_classes_that_need_what_they_use_correlate_beyond_chance():
+    row = found(made(3 * USE))
+    assert row["spearman"] == pytest.approx(1)
+    assert row["null_high"] < 0.9
+    assert row["p"] == pytest.approx(1 / 201)
+    assert (row["top_match"], row["top_match_even"]) == (1, 1 / 5)
+    assert (row["classes"], row["experts"]) == SHAPE
+    pairs = measure.uses_and_needs(made(3 * USE))
+    assert len(pairs) == 3 * 6 * 5
+    one = pairs[(pairs["system"] == "expert") & (pairs["expert"] == 1)]
+    np.testing.assert_allclose(one["use"], USE[:, 1] - USE[:, 1].mean())
+    np.testing.assert_allclose(one["need"], 3 * one["use"])
+
+
+def test_it_is_the_rank_correlation_of_the_excess_over_other_classes():
+    expected = spearmanr((USE - USE.mean(axis=0)).ravel(), (NEED - NEED.mean(axis=0)).ravel())
+    for need in (NEED, NEED + np.arange(5)):  # an expert that all need is no class's own
+        assert found(made(need))["spearman"] == pytest.approx(expected.statistic)
+
+
+def test_unrelated_use_and_need_are_chance():
+    p = [found(made(need, use))["p"] for need, use in zip(DRAWN[::2], DRAWN[1::2], strict=True)]
+    assert 0.3 < np.mean(p) < 0.7
+
+
+def test_random_tokens_that_explain_all_leave_nothing_beyond_them():
+    table = made(USE, random=USE)
+    assert found(table, "random tokens")["spearman"] == pytest.approx(1)
+    beyond = found(table, "beyond random tokens")
+    assert (beyond["spearman"], beyond["p"]) == (0, 1)
+    half = found(made(USE, random=USE / 2), "beyond random tokens")
+    assert half["spearman"] == pytest.approx(1)
+
+
+def test_experts_that_carry_classes_are_found_in_a_model():
+    images, others = coloured_images(*range(12)), coloured_images(*range(100, 104))
+    table = measure.knock_out(colour_model(), images, others, resamples=2)
+    row = measure.use_and_need(table).set_index("system").loc["beyond random tokens"]
+    assert row["spearman"] > row["null_high"]
+    assert row["p"] < 0.1  # of four classes there are 24 orders
+    assert (row["top_match"], row["experts"]) == (1, BLACK + 1)

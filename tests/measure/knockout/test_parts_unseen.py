@@ -2,10 +2,8 @@ import numpy as np
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
 from moee_analysis.measure.knockout.parts_unseen import Place
 from tests.helpers.colours import COLOURS, colour_model, coloured_images
-from tests.helpers.images import toy_images
 from tests.helpers.models import (
     SMALL_CONVNEXT,
     lively,
@@ -67,14 +65,3 @@ def test_patches_are_read_row_by_row_where_they_enter_the_last_block(model, grid
     np.testing.assert_array_equal(place.order.ravel(), np.arange(place.order.size))
     assert grid in (None, place.order.shape)
     assert layers in (None, place.layers_before())
-
-
-@pytest.mark.parametrize(("images", "options", "message"), [
-    (toy_images(4), {}, "images with part masks"),
-    (IMAGES, {"least": 999}, "a part that 999 patches show"),
-    (IMAGES, {"layers": [1]}, "layer 1"),
-    (CALIBRATION, {}, "used for calibration"),
-])  # fmt: skip
-def test_what_no_part_can_be_read_of_is_refused(images, options, message):
-    with pytest.raises(MoeeError, match=message):
-        measure.parts_unseen(colour_model(), images, CALIBRATION, **options)

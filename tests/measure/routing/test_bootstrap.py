@@ -1,8 +1,6 @@
 import numpy as np
-import pytest
 
-from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.bootstrap import Groups, against_chance, basic_interval, repeat
+from moee_analysis.measure.routing.bootstrap import Groups, against_chance, basic_interval
 
 
 def test_redrawn_images_stay_in_their_class_and_shuffled_ones_are_used_once():
@@ -27,8 +25,3 @@ def test_p_is_never_zero_and_counts_ties():
     found = against_chance(np.array(3.0), np.array([1.0, 2.0, 3.0]))
     assert (found["p"], found["excess"]) == (2 / 4, 1)
     assert against_chance(np.array(9.0), np.zeros(99))["p"] == 1 / 100
-
-
-def test_nothing_to_repeat_is_refused():
-    with pytest.raises(MoeeError, match="permutations or resamples as a whole number"):
-        repeat(lambda x: x, lambda rng: rng.random(), times=0, seed=0)

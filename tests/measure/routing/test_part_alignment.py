@@ -5,9 +5,7 @@ import pytest
 from sklearn.metrics import adjusted_mutual_info_score
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, patch_parts
-from tests.helpers.images import toy_images
 from tests.helpers.routes import GRID, PARTS, drawn_routes, made_routes, masked_images
 
 IMAGES = masked_images(40)
@@ -79,17 +77,6 @@ def test_profile_of_experts_that_are_parts():
     own = table[table["part"] == table["expert"].map(dict(enumerate(PARTS)))]
     assert own["share"].tolist() == [1] * len(PARTS)
     assert table.loc[table["expert"] == len(PARTS), "tokens"].sum() == 0
-
-
-@pytest.mark.parametrize(("routes", "images", "message"), [
-    (drawn_routes(), toy_images(4), "only the bundled scenes"),
-    (drawn_routes(classes=4, each=20), IMAGES, "routes of 80"),
-    (replace(ROUTES, experts={}), IMAGES, "one expert per token"),
-    (replace(ROUTES, grid={0: (1, 16), 1: (0, 0)}), IMAGES, "known places"),
-])  # fmt: skip
-def test_routes_without_parts_or_places_are_refused(routes, images, message):
-    with pytest.raises(MoeeError, match=message):
-        measure.modularity(routes, images)
 
 
 def test_layers_whose_patches_have_no_known_places_are_left_out():

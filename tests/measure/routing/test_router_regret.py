@@ -6,7 +6,6 @@ import torch
 
 from moee_analysis import measure
 from moee_analysis.baselines.controls import with_one_expert
-from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import moe_layers
@@ -191,15 +190,9 @@ def test_a_row_for_every_layer_and_router_whatever_the_batches(run, choices, tab
 def test_a_layer_with_a_single_expert_has_no_choice(store):
     run = extract(toy_vit(), CALIBRATION, with_one_expert(CONFIGS["best"]), store=store)
     assert measure.router_choices(run, CALIBRATION, store=store) == {}
-    with pytest.raises(MoeeError, match=r"routers for some of the routed layers.*found none"):
-        measure.router_regret(run, IMAGES, {})
 
 
 def test_only_layers_that_all_routers_know_are_compared(run, choices):
     first, *_ = choices["oracle"]
     some = {"oracle": choices["oracle"], "one": {first: choices["random"][first]}}
     assert set(measure.router_regret(run, IMAGES, some)["layer"]) == {first}
-    with pytest.raises(MoeeError, match=r"found strange for \[99\]"):
-        measure.router_regret(run, IMAGES, {"strange": {99: ConstantRouter()}})
-    with pytest.raises(MoeeError, match="at least one image"):
-        measure.router_regret(run, IMAGES.take([]), choices)

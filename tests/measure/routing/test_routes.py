@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from moee_analysis import measure
-from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers
@@ -67,16 +66,6 @@ def test_experts_first_chosen_in_a_later_batch_are_counted():
         for size in (1, 12)
     )
     np.testing.assert_array_equal(one, whole)
-
-
-@pytest.mark.parametrize(("model", "images", "options", "message"), [
-    (toy_vit(), IMAGES, {}, "dense VisionTransformer"),
-    (toy_vit(), IMAGES, {"routers": {7: cosine_router(2)}}, "layer 7"),
-    (toy_moe(toy_vit()), IMAGES.take([]), {}, "at least one image"),
-])  # fmt: skip
-def test_dense_models_missing_layers_and_no_images_are_refused(model, images, options, message):
-    with pytest.raises(MoeeError, match=message):
-        measure.routes(model, images, **options)
 
 
 @pytest.mark.parametrize("name", ["small_hiera", "small_mobilevit", "small_nest", "small_tnt"])

@@ -5,7 +5,6 @@ import torch
 from moee_analysis import measure
 from moee_analysis.baselines.common.replace_mlps import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
-from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import replace_module
 from tests.helpers.images import toy_images
@@ -57,10 +56,3 @@ def test_equals_sums_slot_by_slot(model):
             assert own[column].to_numpy() == pytest.approx(values, rel=1e-4)
         assert own["mass"].sum() == pytest.approx(1)
     assert hooks_of(model) == 0
-
-
-def test_models_without_slots_or_groups_without_names_are_refused(model):
-    with pytest.raises(MoeeError, match="slots"):
-        measure.contributions(toy_vit(), IMAGES)
-    with pytest.raises(MoeeError, match="names of 2 groups"):
-        measure.contributions(model, IMAGES, groups=("one",))
