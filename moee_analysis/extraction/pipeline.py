@@ -30,6 +30,7 @@ from moee_analysis.extraction.record.recording import check_unchanged
 from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
 from moee_analysis.extraction.run import Extraction, provenance_of, through_store
 from moee_analysis.extraction.saving.schema import LayerReport
+from moee_analysis.extraction.saving.tables import report_of
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.class_names import knows_classes, name_by_folders
 from moee_analysis.models.fingerprints import copy_model
@@ -122,10 +123,10 @@ def _extract(
         reduce_attention(moe, attentions, sizes.modes)
         check_unchanged(tokens)
 
+    reports = tuple(_report(layer, moe) for layer in layers)
     moe.to(next(model.parameters()).dtype)
     if not knows_classes(model):
         name_by_folders(moe, images.classes)
-    reports = tuple(_report(layer, sizes.neurons) for layer in layers)
     return Extraction(moe, config, sizes.variance_kept, reports, provenance)
 
 
@@ -185,20 +186,12 @@ def check_model(model: nn.Module) -> None:
     copy_model(model)  # of which the mixture is made at the end
 
 
-def _report(layer: LayerExperts, kept: Mapping[str, np.ndarray]) -> LayerReport:
-    """What became of a layer; ``kept`` are neurons, bool (experts, hidden), by name."""
-    site, partition, facts = layer.site, layer.partition, {}
-    if layer.converted:
-        neurons = kept[site.name]
-        sizes = neurons.sum(axis=1)
-        facts = {
-            "experts": len(sizes),
-            "route_agreement": partition.route_agreement,
-            "active_fraction": float(layer.statistics.shares @ sizes) / site.hidden,
-            "union_fraction": float(neurons.any(axis=0).mean()),
-            "sizes": tuple(sizes.tolist()),
-        }
-    return LayerReport(
-        site.index, site.name, site.hidden, layer.converted, partition.reason,
-        noise_share=partition.noise_share, **facts,
-    )  # fmt: skip
+def _report(layer: LayerExperts, moe: nn.Module) -> LayerReport:
+    """What became of a layer, in the model that was made."""
+    site, partition = layer.site, layer.partition
+    report = report_of(site.index, site.name, site.module(moe))
+    told = {"reason": partition.reason, "noise_share": partition.noise_share}
+    if layer.converted:  # by the exact shares, which the layer has rounded
+        active = float(layer.statistics.shares @ report.sizes) / site.hidden
+        told |= {"route_agreement": partition.route_agreement, "active_fraction": active}
+    return replace(report, **told)

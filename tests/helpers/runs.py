@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.run import FACTS, TENSORS, Extraction, load, provenance_of
-from moee_analysis.extraction.saving.schema import LayerReport
-from moee_analysis.moe.layer import MoeMlp, all_mlps
+from moee_analysis.extraction.saving.tables import report_of
+from moee_analysis.moe.layer import all_mlps
 from moee_analysis.utils.storage.files import checksum, file_hash
 from tests.helpers.images import toy_images
 from tests.helpers.models import pixels_of, same_models
@@ -39,21 +39,10 @@ def best(**settings) -> ExtractConfig:
 
 def run_of(model) -> Extraction:
     """A run whose ``model`` has been given its routed layers by hand."""
-    reports = tuple(_report(*numbered) for numbered in enumerate(all_mlps(model).items()))
+    mlps = enumerate(all_mlps(model).items())
+    reports = tuple(report_of(index, name, mlp) for index, (name, mlp) in mlps)
     config = quick().resolved()
     return Extraction(model, config, 0.8, reports, provenance_of(model, toy_images(6), config))
-
-
-def _report(index, named) -> LayerReport:
-    name, mlp = named
-    if not isinstance(mlp, MoeMlp):
-        return LayerReport(index, name, mlp.fc1.out_features, converted=False, reason="")
-    hidden = mlp.hidden_dense
-    return LayerReport(
-        index, name, hidden, converted=True, reason="", experts=mlp.n_experts,
-        active_fraction=float(mlp.shares @ mlp.sizes.float()) / hidden,
-        union_fraction=len(mlp.kept) / hidden, sizes=tuple(mlp.expert_sizes),
-    )  # fmt: skip
 
 
 def saved_and_loaded(run, folder, *, dense=None) -> Extraction:
