@@ -102,7 +102,5 @@ def test_shares_are_consecutive_even_and_complete(monkeypatch, count, of):
     ("cpu", "1", "cpu"), ("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:3", "1", "cuda:3"),
 ])  # fmt: skip
 def test_every_process_has_an_accelerator_of_its_own(monkeypatch, device, own, expected):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if own is not None:
-        monkeypatch.setenv("LOCAL_RANK", own)
+    monkeypatch.setattr(os, "environ", {} if own is None else {"LOCAL_RANK": own})
     assert local_device(device) == expected

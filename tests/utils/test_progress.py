@@ -4,6 +4,7 @@ import io
 import itertools
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,10 @@ def test_a_bar_that_is_delayed_does_not_show_what_is_soon_over(monkeypatch):
 
 
 def test_nothing_is_said_where_nobody_watches(monkeypatch, capsys):
-    with pytest.raises(ZeroDivisionError), unwatched():
-        _fails_after_a_step()
+    with suppress(ZeroDivisionError), unwatched():
+        tell_progress("a step")
+        assert list(progress([1, 2], label="working")) == [1, 2]
+        print(1 / 0)
     assert capsys.readouterr() == ("", "")
     tell_progress("the next job")
     assert capsys.readouterr().out == "the next job\n"
@@ -82,12 +85,6 @@ def test_nothing_is_said_where_nobody_watches(monkeypatch, capsys):
     assert is_headless()
     assert list(progress([1, 2], label="working")) == [1, 2]
     assert capsys.readouterr() == ("", "")
-
-
-def _fails_after_a_step():
-    tell_progress("a step")
-    assert list(progress([1, 2], label="working")) == [1, 2]
-    raise ZeroDivisionError
 
 
 @pytest.mark.parametrize(("platform", "variables", "opens"), [

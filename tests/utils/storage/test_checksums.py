@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.storage.checksums import (
-    SEAL,
-    damage_of,
-    read_seal,
-    read_signed,
-    read_signed_tensors,
-    seal,
-    write_signed,
-    write_tensors,
-)
+from moee_analysis.utils.storage import checksums
+from moee_analysis.utils.storage.checksums import SEAL, damage_of, read_seal, seal
 
 
 def flip(path, place, bit=0):
@@ -63,15 +55,15 @@ def test_files_that_are_missing_strange_or_cut_short_are_named(sealed):
 
 def test_signed_json_is_read_as_it_was_written_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
-    write_signed(path, {"a": [1, 2.5, None], "b": "c"})
-    assert read_signed(path) == {"a": [1, 2.5, None], "b": "c"}
+    checksums.write_signed(path, {"a": [1, 2.5, None], "b": "c"})
+    assert checksums.read_signed(path) == {"a": [1, 2.5, None], "b": "c"}
     path.write_text(path.read_text().replace("2.5", "2.6"))
     with pytest.raises(MoeeError, match="damaged or edited"):
-        read_signed(path)
+        checksums.read_signed(path)
     for content in ("", "[1]", '{"a": 1}', "null"):
         path.write_text(content)
         with pytest.raises(MoeeError, match=r"x\.json"):
-            read_signed(path)
+            checksums.read_signed(path)
 
 
 def test_signed_tensors_are_read_as_they_were_written_or_not_at_all(tmp_path):
@@ -80,15 +72,15 @@ def test_signed_tensors_are_read_as_they_were_written_or_not_at_all(tmp_path):
         "a": torch.randn(3, 4), "half": torch.ones(5, dtype=torch.bfloat16), "none": torch.ones(0),
         "count": torch.tensor(3),
     }  # fmt: skip
-    write_tensors(path, tensors, {"parts": 2})
-    found, facts = read_signed_tensors(path)
+    checksums.write_tensors(path, tensors, {"parts": 2})
+    found, facts = checksums.read_signed_tensors(path)
     assert facts == {"parts": 2}
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     whole = path.read_bytes()
     for place in rng.integers(len(whole), size=80):
         flip(path, place, rng.integers(8))
         try:
-            again, same = read_signed_tensors(path)
+            again, same = checksums.read_signed_tensors(path)
         except MoeeError:
             pass
         else:  # a blank of the header

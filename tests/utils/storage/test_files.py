@@ -11,15 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.storage.files import (
-    check_file,
-    checksum,
-    new_file,
-    read_json,
-    read_text,
-    write_json,
-    write_text,
-)
+from moee_analysis.utils.storage import files
+from moee_analysis.utils.storage.files import new_file, read_json, read_text, write_json, write_text
 from moee_analysis.utils.storage.locks import OURS
 from moee_analysis.utils.storage.refusals import bytes_text, check_place, writing
 from tests.helpers.images import contents
@@ -40,7 +33,7 @@ def put_socket(path):
 def test_what_is_no_file_is_told_and_never_waited_for(tmp_path, put, found, monkeypatch):
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     put(tmp_path / "x")
-    for read in (read_text, read_json, check_file):
+    for read in (read_text, read_json, files.check_file):
         with pytest.raises(MoeeError, match=found):
             read(tmp_path / "x", expected="a list")
 
@@ -143,4 +136,8 @@ def test_places_are_tried_before_anything_is_computed(tmp_path):
 def test_sizes_and_checksums():
     texts = [bytes_text(size) for size in (12, 3_100, 4_560_000, 2e10)]
     assert texts == ["12 bytes", "3.1 kB", "4.56 MB", "20 GB"]
-    assert checksum({"a": 1, "b": [2]}) == checksum({"b": [2], "a": 1}) != checksum({"a": 1})
+    assert (
+        files.checksum({"a": 1, "b": [2]})
+        == files.checksum({"b": [2], "a": 1})
+        != files.checksum({"a": 1})
+    )

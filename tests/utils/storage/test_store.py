@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def damage(folder):
     (folder / "result").write_text("mode")  # one bit
 
 
+def replaced(put):
+    """A damage: something else in the place of a folder."""
+
+    def harm(folder):
+        shutil.rmtree(folder)
+        put(folder)
+
+    return harm
+
+
 def names(folder):
     return {path.name for path in folder.iterdir()}
 
@@ -56,7 +67,9 @@ def test_a_failing_build_leaves_nothing_and_can_be_repeated(tmp_path, error):
     with pytest.raises(error):
         get_or_build(tmp_path, "thing", raising(error))
     assert not names(tmp_path)
-    assert (get_or_build(tmp_path, "thing", fill) / "result").exists()
+    folder = get_or_build(tmp_path, "thing", lambda folder: write_json(folder / "result", {}))
+    assert folder.stat().st_mode & 0o777 == 0o755  # others may read it
+    assert (folder / "result").stat().st_mode & 0o777 == 0o644
 
 
 def test_two_processes_may_build_the_same_thing(tmp_path):
@@ -82,12 +95,6 @@ def test_what_a_build_refuses_is_removed_but_what_stops_it_is_resumed(tmp_path):
     assert names(tmp_path / "thing") == {"half", SEAL}
 
 
-def test_others_may_read_what_is_stored(tmp_path):
-    folder = get_or_build(tmp_path, "thing", lambda folder: write_json(folder / "a.json", {}))
-    assert folder.stat().st_mode & 0o777 == 0o755
-    assert (folder / "a.json").stat().st_mode & 0o777 == 0o644
-
-
 def test_the_key_depends_on_every_fact_and_on_no_order():
     key = content_key(a=1, b=[2, 3])
     assert key == content_key(b=[2, 3], a=1)
@@ -98,12 +105,14 @@ def test_the_key_depends_on_every_fact_and_on_no_order():
 @pytest.mark.parametrize("harm", [
     damage, lambda folder: (folder / "result").unlink(), lambda folder: (folder / SEAL).unlink(),
     lambda folder: (folder / "strange").touch(), lambda folder: (folder / SEAL).write_text("{}"),
+    *map(replaced, (Path.touch, os.mkfifo, lambda path: path.symlink_to("nowhere"))),
 ])  # fmt: skip
 def test_what_is_damaged_is_named_set_aside_and_made_again(tmp_path, capsys, get, harm):
     folder = get(tmp_path, "thing", fill)
     harm(folder)
     assert get(tmp_path, "thing", fill) == folder
     assert (folder / "result").read_text() == "made"
+    assert not folder.is_symlink()
     assert not damage_of(folder)
     printed = capsys.readouterr().out
     assert f"'{folder}' is damaged" in printed
@@ -144,17 +153,6 @@ def test_whole_folders_in_each_others_places_are_damage(tmp_path):
     (tmp_path / "c").rename(other)
     assert not present(one)
     assert not present(other)
-
-
-@BOTH
-@pytest.mark.parametrize("put", [
-    lambda path: path.touch(), os.mkfifo, lambda path: path.symlink_to("nowhere"),
-])  # fmt: skip
-def test_what_is_no_folder_is_set_aside(tmp_path, get, put):
-    put(tmp_path / "thing")
-    folder = get(tmp_path, "thing", fill)
-    assert folder.is_dir()
-    assert not folder.is_symlink()
 
 
 def test_what_can_neither_be_read_nor_set_aside_is_refused(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ import signal
 
 import pytest
 
+from moee_analysis.cli import main
+from moee_analysis.extraction.pipeline import extract
 from moee_analysis.utils.storage.store import (
     get_or_build,
     get_or_resume,
@@ -14,6 +16,9 @@ from moee_analysis.utils.storage.store import (
     unfinished_folder,
 )
 from moee_analysis.utils.storage.upkeep import entries, prune, shares
+from tests.helpers.images import toy_images
+from tests.helpers.models import toy_vit
+from tests.helpers.runs import best
 
 FORK = multiprocessing.get_context("fork")
 KINDS = ("activations", "clusters", "run", "statistics", "trained")
@@ -95,13 +100,12 @@ def test_damaged_folders_go_first_and_foreign_ones_never(store):
 
 
 def use(root, ready):
-    assert present(root / NAMES["clusters"])
-
     def wait(folder):
         (folder / "x").write_bytes(bytes(10))
         ready.set()
         signal.pause()
 
+    assert present(root / NAMES["clusters"])
     get_or_resume(root, UNFINISHED, wait)
 
 
@@ -119,8 +123,6 @@ def test_what_a_running_process_uses_stays(store):
 
 
 def test_the_command_lists_and_prunes(store, capsys):
-    from moee_analysis.cli import main
-
     assert main(["store", "--store", str(store)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "in 5 folders" in lines[0]
@@ -137,11 +139,6 @@ def test_the_command_lists_and_prunes(store, capsys):
 
 
 def test_runs_are_listed_with_what_they_were_made_of(tmp_path):
-    from moee_analysis.extraction.pipeline import extract
-    from tests.helpers.images import toy_images
-    from tests.helpers.models import toy_vit
-    from tests.helpers.runs import best
-
     for saved in (0.3, 0.2):
         extract(toy_vit(depth=2), toy_images(12), best(macs_reduction=saved), store=tmp_path)
     runs, rest = shares(entries(tmp_path))
