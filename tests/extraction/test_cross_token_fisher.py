@@ -30,25 +30,27 @@ from tests.helpers.runs import best
 
 IMAGES, TOKENS, DIM, HIDDEN = 40, 6, 5, 8
 ROWS = IMAGES * TOKENS
+IMAGE, POSITION = np.divmod(np.arange(ROWS, dtype=np.int32), TOKENS)
 KEPT = np.zeros((3, HIDDEN), dtype=bool)
 KEPT[:, ::2] = True
 CUTS = (TOKENS, 7 * TOKENS, 30 * TOKENS)  # parts are whole images
-
-
-def drawn(seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(ROWS, HIDDEN)), rng.normal(size=(2, ROWS, DIM))
+RNG = np.random.default_rng(0)
+ACTIVE, GRADIENTS = RNG.normal(size=(ROWS, HIDDEN)), RNG.normal(size=(2, ROWS, DIM))
 
 
 def made_of(hidden, gradients):
     """A layer of such hidden activations (rows, hidden) and gradients (probes, rows, dim)."""
-    image, position = np.divmod(np.arange(ROWS, dtype=np.int32), TOKENS)
     return layer_of(
         sample_of(
-            hidden, inputs=np.zeros((ROWS, DIM), np.float16), position=position, image=image,
+            hidden, inputs=np.zeros((ROWS, DIM), np.float16), position=POSITION, image=IMAGE,
             gradients=gradients.astype(np.float32),
         )
     )  # fmt: skip
+
+
+LAYER = made_of(ACTIVE, GRADIENTS)
+SEVERAL = np.random.default_rng(3).integers(1, 4, size=ROWS).astype(np.float32)
+WEIGHTED = replace(LAYER, sample=replace(LAYER.sample, weight=SEVERAL))
 
 
 def coherence_of(layer, kept=KEPT, *, members=None, images=None):
@@ -83,20 +85,14 @@ def one_by_one(layer, accumulator):
     return together, apart
 
 
-def weighted(layer):
-    """The same with tokens that stand for several."""
-    weight = np.random.default_rng(3).integers(1, 4, size=ROWS).astype(np.float32)
-    return replace(layer, sample=replace(layer.sample, weight=weight))
-
-
 @pytest.mark.parametrize("chunk", [7, 50])
-@pytest.mark.parametrize("lone", [False, True])
-def test_coherence_is_the_cost_of_whole_images_over_that_of_their_tokens(monkeypatch, chunk, lone):
+@pytest.mark.parametrize("members", [None, np.arange(ROWS) % 3 - 1])  # some count for no expert
+def test_coherence_is_the_cost_of_whole_images_over_that_of_their_tokens(
+    monkeypatch, chunk, members
+):
     monkeypatch.setattr(cross_token_fisher, "CHUNK", chunk)
-    layer = weighted(made_of(*drawn()))
-    members = np.arange(ROWS) % 3 - 1 if lone else None  # some tokens count for no expert
-    accumulator = coherence_of(layer, members=members)
-    sums, (together, apart) = sums_of(accumulator, layer), one_by_one(layer, accumulator)
+    accumulator = coherence_of(WEIGHTED, members=members)
+    sums, (together, apart) = sums_of(accumulator, WEIGHTED), one_by_one(WEIGHTED, accumulator)
     assert float(sums["together"]) == pytest.approx(together, rel=1e-4)
     assert float(sums["apart"]) == pytest.approx(apart, rel=1e-4)
     assert accumulator.compute(sums) == pytest.approx(together / apart, rel=1e-4)
@@ -104,27 +100,24 @@ def test_coherence_is_the_cost_of_whole_images_over_that_of_their_tokens(monkeyp
 
 @pytest.mark.parametrize("cuts", [CUTS, range(TOKENS, ROWS, TOKENS)])
 def test_parts_add_up_to_one_pass(cuts):
-    layer = weighted(made_of(*drawn()))
-    accumulator = coherence_of(layer, images=np.array([0, 1, 5, 22, 39]))
-    whole = sums_of(accumulator, layer)
-    agree(added_up(accumulator, parts_of(layer, cuts)), whole)
-    assert float(whole["together"]) == pytest.approx(one_by_one(layer, accumulator)[0], rel=1e-4)
-    some = coherence_of(layer, images=np.array([0, 39]))
-    assert not any(sums_of(some, part_of(layer, TOKENS, 9 * TOKENS)).values())
+    accumulator = coherence_of(WEIGHTED, images=np.array([0, 1, 5, 22, 39]))
+    whole = sums_of(accumulator, WEIGHTED)
+    agree(added_up(accumulator, parts_of(WEIGHTED, cuts)), whole)
+    together, _ = one_by_one(WEIGHTED, accumulator)
+    assert float(whole["together"]) == pytest.approx(together, rel=1e-4)
+    some = coherence_of(WEIGHTED, images=np.array([0, 39]))
+    assert not any(sums_of(some, part_of(WEIGHTED, TOKENS, 9 * TOKENS)).values())
 
 
 def test_errors_that_agree_cost_as_many_times_more_as_there_are_tokens():
-    hidden, gradients = drawn()
-    assert measure(made_of(hidden, gradients)) == pytest.approx(1 / (1 + DAMPING), rel=0.2)
-    image = np.arange(ROWS) // TOKENS
-    found = measure(made_of(hidden[image], gradients[:, image]))
+    assert measure(LAYER) == pytest.approx(1 / (1 + DAMPING), rel=0.2)
+    found = measure(made_of(ACTIVE[IMAGE], GRADIENTS[:, IMAGE]))
     assert found == pytest.approx((TOKENS - 1) / (1 + DAMPING), rel=0.25)
 
 
 def test_where_nothing_is_lost_or_read_there_is_nothing_to_cohere():
-    hidden, gradients = drawn()
-    assert measure(made_of(hidden, gradients), np.ones_like(KEPT)) == 1
-    assert measure(made_of(hidden, 0 * gradients)) == 1
+    assert measure(LAYER, np.ones_like(KEPT)) == 1
+    assert measure(made_of(ACTIVE, 0 * GRADIENTS)) == 1
 
 
 @pytest.mark.parametrize("images", [1, 2, 399, 400, 401, 555, 2000, 50_000])
@@ -137,18 +130,18 @@ def test_of_many_images_some_are_looked_at_from_all_over(images):
 
 
 def test_scores_of_routed_experts_are_scaled_and_those_of_other_layers_left_alone(tmp_path):
-    layer = made_of(*drawn())
-    accumulator, scores = coherence_of(layer), np.random.default_rng(0).random((3, HIDDEN))
+    accumulator, scores = coherence_of(LAYER), np.random.default_rng(0).random((3, HIDDEN))
     routed = LayerExperts(
-        layer.site, TOKENS, (0,), partition=accumulator.assignment.partition,
+        LAYER.site, TOKENS, (0,), partition=accumulator.assignment.partition,
         statistics=accumulator.statistics,
     )  # fmt: skip
-    constant = replace(routed, site=replace(layer.site, name="constant"), unread=True)
-    given = {"mlp": scores, "constant": scores}
-    made = Made([layer], tmp_path, CUTS)
-    found = scale_by_coherence(made, [routed, constant], given, {"mlp": KEPT, "constant": KEPT})
+    constant = replace(routed, site=replace(LAYER.site, name="constant"), unread=True)
+    found = scale_by_coherence(
+        Made([LAYER], tmp_path, CUTS), [routed, constant],
+        {"mlp": scores, "constant": scores}, {"mlp": KEPT, "constant": KEPT},
+    )  # fmt: skip
     np.testing.assert_array_equal(found["mlp"][0], scores[0])
-    np.testing.assert_allclose(found["mlp"][1:], measure(layer) * scores[1:], rtol=1e-6)
+    np.testing.assert_allclose(found["mlp"][1:], measure(LAYER) * scores[1:], rtol=1e-6)
     np.testing.assert_array_equal(found["constant"], scores)
 
 
