@@ -53,8 +53,9 @@ def test_a_model_without_plain_mlps_is_told_what_it_has_instead(name, found):
 
 
 @pytest.mark.parametrize(("name", "hint"), [
-    ("deit_tiny_patch16_225", "did you mean.*deit_tiny_patch16_224"), ("???", "list_models"),
-    ("my/file.pth", r"weights='my/file\.pth'"),
+    ("deit_tiny_patch16_225", "did you mean.*deit_tiny_patch16_224"),
+    ("bundled_swim", "bundled_swin, bundled_convnext or the name of a timm.*mean bundled_swin"),
+    ("???", "list_models"), ("my/file.pth", r"weights='my/file\.pth'"),
     ("deit_tiny_patch16_224.nonsense", r"deit_tiny_patch16_224\.fb_in1k"),
 ])  # fmt: skip
 def test_an_odd_name_is_told_what_to_give(name, hint):
