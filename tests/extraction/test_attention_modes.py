@@ -1,5 +1,5 @@
 import copy
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -13,42 +13,29 @@ from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_vit
 
 IMAGES = toy_images(16)
+QUERIES = {"blocks.0.attn": None, "blocks.1.attn": 1}
+KINDS = ("scores", "values")
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A toy, and the modes of its attentions."""
-    model = toy_vit(depth=2)
-    queries = {"blocks.0.attn": None, "blocks.1.attn": 1}
-    root = tmp_path_factory.mktemp("store")
-    return model, attention_modes(model, IMAGES, queries, seed=0, root=root)
+    model, root = toy_vit(depth=2), tmp_path_factory.mktemp("store")
+    return model, attention_modes(model, IMAGES, QUERIES, seed=0, root=root)
 
 
-def divergence(model, other):
-    """Mean KL divergence of the predictions for all images, in nats, of double precision."""
+def divergence(model, reduction):
+    """Mean KL divergence of the predictions with a reduction of the first attention, in nats."""
+    before = copy.deepcopy(model).double()
+    after, site = copy.deepcopy(before), find_attentions(model)[0]
+    replace_module(after, site.name, low_rank(site, site.module(after), reduction))
     x = torch.cat(list(IMAGES.batches(model))).double()
-    before, after = (m(x).log_softmax(dim=-1) for m in (copy.deepcopy(model).double(), other))
-    return float((before.exp() * (before - after)).sum(dim=-1).mean())
+    p, q = (m(x).log_softmax(dim=-1) for m in (before, after))
+    return float((p.exp() * (p - q)).sum(dim=-1).mean())
 
 
-def with_maps(model, site, reduction):
-    other = copy.deepcopy(model).double()
-    dense = site.module(other)
-    replace_module(other, site.name, low_rank(site, dense, reduction))
-    return other
-
-
-def with_gains(each, kind, c):
-    """The reduction that has the gains ``c`` (heads, modes) in one kind of maps."""
-    modes = getattr(each, kind)
-    moved = Factors(modes.left * (modes.strength * c)[:, None], modes.right)
-    heads, size = each.mean.shape
-    whole = torch.eye(size).double().expand(heads, -1, -1)
-    maps = {"scores": Factors(whole, whole), "values": Factors(whole, whole)} | {kind: moved}
-    return Reduction(**maps, mean=each.mean)
-
-
-@pytest.mark.parametrize("kind", ["scores", "values"])
+@kinds
 def test_all_modes_are_the_dense_attention(measured, kind):
     for each in measured[1].values():
         modes, identity = getattr(each, kind), torch.eye(16).double().expand(2, -1, -1)
@@ -58,29 +45,28 @@ def test_all_modes_are_the_dense_attention(measured, kind):
         assert torch.equal(factors.left @ factors.right.mT, identity)
 
 
-@pytest.mark.parametrize("kind", ["scores", "values"])
-def test_costs_are_those_of_finite_differences_of_the_divergence(kind, tmp_path, monkeypatch):
+def test_costs_are_those_of_finite_differences_of_the_divergence(tmp_path, monkeypatch):
     monkeypatch.setattr("moee_analysis.extraction.attention_modes.PROBES", 250)
     model = toy_vit(depth=2)
     site = find_attentions(model)[0]
-    queries = {"blocks.0.attn": None, "blocks.1.attn": 1}
-    found = attention_modes(model, IMAGES, queries, seed=0, root=tmp_path)[site.name]
+    each = attention_modes(model, IMAGES, QUERIES, seed=0, root=tmp_path)[site.name]
     drawn = torch.randn(16, generator=torch.Generator().manual_seed(1)).double()
-    for change in (torch.eye(16)[0].double(), drawn):
-        c = torch.ones(2, 16).double()
+    for kind, change in product(KINDS, (torch.eye(16)[0].double(), drawn)):
+        modes, c = getattr(each, kind), torch.ones(2, 16).double()
         c[0] += 1e-3 * change
-        predicted = float(1e-6 * change @ getattr(found, kind).gram[0] @ change)
-        seen = divergence(model, with_maps(model, site, with_gains(found, kind, c)))
+        predicted = float(1e-6 * change @ modes.gram[0] @ change)
+        moved = Factors(modes.left * (modes.strength * c)[:, None], modes.right)
+        maps = dict.fromkeys(KINDS, Factors.whole(site)) | {kind: moved}
+        seen = divergence(model, Reduction(**maps, mean=each.mean))
         assert predicted == pytest.approx(seen, rel=0.15)
 
 
 def test_gains_are_the_best_there_are():
     drawn = torch.Generator().manual_seed(0)
     t = torch.randn(50, 6, generator=drawn, dtype=torch.float64)
-    gram = t.T @ t / 100
     kept = torch.tensor([True, False, True, True, False, True])
     best = torch.linalg.lstsq(t[:, kept], t.sum(dim=1, keepdim=True)).solution[:, 0]
-    assert torch.allclose(gains(gram, kept), best, rtol=0.02)
+    assert torch.allclose(gains(t.T @ t / 100, kept), best, rtol=0.02)
 
 
 def test_the_last_mode_is_the_one_that_can_replace_the_others():
@@ -96,17 +82,15 @@ def test_the_last_mode_is_the_one_that_can_replace_the_others():
     assert set(np.argsort(costs)[-2:]) == set(min(lost, key=lost.get))
 
 
-@pytest.mark.parametrize(("kind", "other"), [("scores", "values"), ("values", "scores")])
-def test_modes_that_cost_little_move_the_prediction_little(measured, kind, other):
+@kinds
+def test_modes_that_cost_little_move_the_prediction_little(measured, kind):
     model, found = measured
-    site, seen = find_attentions(model)[0], []
-    each = found[site.name]
+    each, seen = found["blocks.0.attn"], []
     rank = getattr(each, kind).costs.argsort(axis=1).argsort(axis=1)
     for kept in (rank >= 8, rank < 8):
-        masks = {kind: kept, other: np.ones((2, 16), dtype=bool)}
+        masks = dict.fromkeys(KINDS, np.ones((2, 16), dtype=bool)) | {kind: kept}
         maps = {name: getattr(each, name).factors(mask) for name, mask in masks.items()}
-        reduction = Reduction(**maps, mean=each.mean)
-        seen.append(divergence(model, with_maps(model, site, reduction)))
+        seen.append(divergence(model, Reduction(**maps, mean=each.mean)))
     assert seen[0] < seen[1] / 3
 
 
