@@ -199,13 +199,13 @@ def test_the_provenance_names_model_images_versions_and_seed():
     model = lively()
     run = extract(model, IMAGES, quick(seed=7, calibration_images=12))
     assert isinstance(run.config, moee.ExtractConfig)
-    told = run.provenance
-    assert told["model"] == "test_vit"
-    assert told["weights_sha256"] == hash_weights(model)
-    assert told["n_images"] == 12
-    assert told["images_sha256"] == IMAGES.limit(12, seed=7).fingerprint
-    assert told["seed"] == 7
-    assert {"moee-analysis", "python", "torch", "timm", "numpy", "hdbscan"} <= set(told["versions"])
+    expected = {
+        "model": "test_vit", "weights_sha256": hash_weights(model), "n_images": 12, "seed": 7,
+        "images_sha256": IMAGES.limit(12, seed=7).fingerprint,
+    }  # fmt: skip
+    assert expected.items() <= run.provenance.items()
+    libraries = {"moee-analysis", "python", "torch", "timm", "numpy", "hdbscan"}
+    assert libraries <= run.provenance["versions"].keys()
     assert run.config.calibration_images == 12
 
 

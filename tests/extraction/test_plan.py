@@ -62,15 +62,6 @@ def test_noise_dropped_is_still_routed_and_as_the_rest_has_an_expert(grouped):
     np.testing.assert_allclose(rest.statistics.shares.sum(), 1)
 
 
-def test_one_expert_scores_neurons_by_their_variance_over_all_tokens(grouped):
-    found, scores = grouped(experts="one")
-    variance = PLANTED.sample.hidden.astype(float).var(axis=0)
-    np.testing.assert_allclose(scores[0], variance, rtol=1e-9)
-    assert isinstance(found.router(), ConstantRouter)
-    assert found.router().macs == 0
-    assert found.statistics.shares.tolist() == [1.0]
-
-
 def test_a_layer_without_clusters_keeps_its_reason(grouped):
     found, scores = grouped(np.minimum(LABELS, 0))
     assert not found.converted

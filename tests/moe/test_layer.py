@@ -96,14 +96,6 @@ def test_routed_layers_are_counted_as_in_the_dense_model():
     assert moe_layers(toy_vit()) == {}
 
 
-def test_a_module_is_replaced_by_its_name():
-    model = toy_vit()
-    replace_module(model, "blocks.1.mlp", torch.nn.Identity())
-    assert isinstance(model.blocks[1].mlp, torch.nn.Identity)
-    replace_module(model, "head", torch.nn.Identity())
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
-
-
 def test_a_layer_of_one_expert_without_routing_is_an_mlp_of_the_same_outputs():
     shift = Readout(shift=torch.ones(1, 32))
     model, x = toy_moe(toy_vit(), layers={2}), torch.randn(2, 3, 32, 32)

@@ -39,16 +39,8 @@ def test_a_token_goes_to_the_centre_of_largest_cosine_similarity():
     assert (router.n_experts, router.macs) == (5, 5 * 12)
 
 
-def test_a_random_router_repeats_itself_for_the_same_tokens():
-    shares = torch.tensor([0.5, 0.3, 0.2])
-    once, again = (RandomRouter(shares, dim=12, seed=4) for _ in range(2))
-    order = torch.from_numpy(RNG.permutation(500))
-    assert torch.equal(once(TOKENS)[order], again(TOKENS[order]))
-    assert not torch.equal(once(TOKENS), RandomRouter(shares, dim=12, seed=5)(TOKENS))
-
-
 @pytest.mark.parametrize("shares", [[0.5, 0.3, 0.2], [0.9, 0.0, 0.1], [1.2, 0.6, 0.2]])
-def test_a_random_router_follows_the_shares_and_not_the_content(shares):
+def test_a_random_router_follows_the_shares_not_the_content_and_repeats_itself(shares):
     router = RandomRouter(torch.tensor(shares), dim=12)
     tokens = torch.from_numpy(RNG.normal(size=(20_000, 12))).float()
     chosen = router(tokens)
@@ -58,6 +50,10 @@ def test_a_random_router_follows_the_shares_and_not_the_content(shares):
     torch.testing.assert_close(found, wanted, atol=0.015, rtol=0)
     assert (found > 0).tolist() == [share > 0 for share in shares]
     assert (router.n_experts, router.macs) == (3, 0)
+    again = RandomRouter(torch.tensor(shares), dim=12)
+    order = torch.from_numpy(RNG.permutation(20_000))
+    assert torch.equal(again(tokens[order]), chosen[order])
+    assert not torch.equal(RandomRouter(torch.tensor(shares), dim=12, seed=5)(tokens), chosen)
     alike = torch.ones(12) + 0.01 * TOKENS
     found = torch.bincount(RandomRouter(torch.ones(2), dim=12)(alike)[:, 0]) / 500
     assert 0.4 < found[0] < 0.6

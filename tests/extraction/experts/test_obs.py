@@ -83,7 +83,7 @@ def test_two_at_a_time_are_nearly_as_good_as_one_at_a_time(seed):
         assert fast <= 1.2 * slow
 
 
-def test_neurons_that_never_vary_go_first_and_one_of_two_equal_ones_costs_nothing():
+def test_what_does_not_vary_or_is_not_read_or_is_there_twice_costs_nothing():
     activations, readout = drawn(2)
     activations[:, [3, 5]] = 0
     activations[:, 4] = activations[:, 7]
@@ -91,9 +91,6 @@ def test_neurons_that_never_vary_go_first_and_one_of_two_equal_ones_costs_nothin
     assert {3, 5} < set(costs.argsort()[:3].tolist())
     assert costs[[3, 5]].max() < 1e-6 * costs.max()
     assert costs[[4, 7]].min() < 1e-6 * costs[[4, 7]].max()
-
-
-def test_what_does_not_vary_or_is_not_read_costs_nothing():
     costs = elimination_costs(torch.zeros(6, 6), torch.randn(3, 6))
     assert torch.isfinite(costs).all()
     assert costs.max() < 1e-30

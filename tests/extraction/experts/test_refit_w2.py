@@ -28,17 +28,8 @@ def refit(tokens, W2, kept, weights, *, ridge=RIDGE):
     return shared_readout(W2, kept, tokens.mean(dim=1), sums, ridge=ridge)
 
 
-def error(tokens, W2, kept, weights, readout):
-    """Weighted squared error of the outputs, token by token."""
-    total, (own, shifts) = 0.0, readout
-    for a, mask, weight, shift in zip(tokens, kept, weights, shifts, strict=True):
-        wrong = a @ W2.T - ((a * mask) @ own.T + shift)
-        total += weight * float(wrong.square().sum(dim=1).mean())
-    return total
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_w2_is_the_least_squares_fit_of_all_tokens_at_once_and_no_other_is_better(seed):
+def test_w2_is_the_least_squares_fit_of_all_tokens_at_once(seed):
     tokens, W2, kept, weights = drawn(seed)
     used, rows, targets = kept.any(dim=0), [], []
     for a, mask, weight in zip(tokens, kept, weights, strict=True):
@@ -48,20 +39,9 @@ def test_w2_is_the_least_squares_fit_of_all_tokens_at_once_and_no_other_is_bette
     expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution.T
     found = refit(tokens, W2, kept, weights)
     torch.testing.assert_close(found.weight[:, used], expected, rtol=1e-6, atol=1e-6)
-    least = error(tokens, W2, kept, weights, (found.weight, found.shift))
-    for _ in range(10):
-        noise = 0.1 * torch.randn(DIM, HIDDEN), 0.1 * torch.randn(DIM)
-        other = found.weight + noise[0], found.shift + noise[1]
-        assert error(tokens, W2, kept, weights, other) > least
-
-
-def test_shifts_make_the_mean_output_of_every_expert_right():
-    tokens, W2, kept, weights = drawn()
-    found, alone = refit(tokens, W2, kept, weights), mean_shift(W2, kept, tokens.mean(dim=1))
-    for expert, (a, mask) in enumerate(zip(tokens, kept, strict=True)):
+    for expert, (a, mask) in enumerate(zip(tokens, kept, strict=True)):  # and no mean is off
         outputs = (a * mask) @ found.weight.T + found.shift[expert]
         torch.testing.assert_close(outputs.mean(dim=0), (a @ W2.T).mean(dim=0))
-        torch.testing.assert_close(alone[expert], ((a * ~mask) @ W2.T).mean(dim=0))
 
 
 def test_where_all_neurons_are_kept_or_none_or_the_ridge_is_large_w2_stays():
