@@ -100,12 +100,7 @@ class AttentionModes:
 
 
 def attention_modes(
-    model: nn.Module,
-    images: ImageSet,
-    queries: Mapping[str, int | None],
-    *,
-    seed: int,
-    root: Path,
+    model: nn.Module, images: ImageSet, queries: Mapping[str, int | None], *, seed: int, root: Path
 ) -> dict[str, AttentionModes]:
     """Measure the modes of all plain attentions of ``model``, or find them in the store.
 

@@ -53,15 +53,13 @@ def cluster(activations: np.ndarray, config: ClusterConfig, *, seed: int = 0) ->
 
 def assess(labels: np.ndarray, config: ClusterConfig) -> Clusters:
     """Decide whether ``labels`` can make experts: two clusters at least, not too much noise."""
-    found = Clusters(labels)
+    found, most = Clusters(labels), config.max_noise
     if config.method == "random":  # what is not a centre is no noise
         return found
     if found.count < 2:
         return Clusters(labels, f"{found.count} clusters found")
-    if found.noise_share > config.max_noise:
-        return Clusters(
-            labels, f"{found.noise_share:.0%} noise, more than max_noise={config.max_noise:.0%}"
-        )
+    if found.noise_share > most:
+        return Clusters(labels, f"{found.noise_share:.0%} noise, more than max_noise={most:.0%}")
     return found
 
 
@@ -155,16 +153,13 @@ def _kmeans(points: np.ndarray, config: ClusterConfig, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
 
     count = min(config.count, len(np.unique(points, axis=0)))
-    means = KMeans(count, n_init=1, max_iter=KMEANS_STEPS, random_state=seed)
-    return means.fit_predict(points)
+    return KMeans(count, n_init=1, max_iter=KMEANS_STEPS, random_state=seed).fit_predict(points)
 
 
 def _random(points: np.ndarray, config: ClusterConfig, seed: int) -> np.ndarray:
     """Random tokens are centres, each alone in its cluster."""
-    count = min(config.count, len(points))
-    centres = np.random.default_rng(seed).choice(len(points), size=count, replace=False)
-    labels = np.full(len(points), NOISE)
-    labels[centres] = np.arange(count)
+    labels, count = np.full(len(points), NOISE), min(config.count, len(points))
+    labels[np.random.default_rng(seed).choice(len(points), count, replace=False)] = range(count)
     return labels
 
 
@@ -184,16 +179,11 @@ def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: i
         umap_.smooth_knn_dist.enable_caching()
         umap_.compute_membership_strengths.enable_caching()
     neighbors = min(config.neighbors, len(points) - 1)
-    reducer = umap_.UMAP(
-        n_components=components,
-        n_neighbors=neighbors,
-        metric="cosine",
-        precomputed_knn=(*nearest(points, neighbors), None),
-        min_dist=0.0,
-        n_epochs=config.epochs,
+    reducer = umap_.UMAP(  # a seeded one is sequential
+        n_components=components, n_neighbors=neighbors, metric="cosine", min_dist=0.0, n_jobs=1,
+        precomputed_knn=(*nearest(points, neighbors), None), n_epochs=config.epochs,
         random_state=seed,
-        n_jobs=1,  # a seeded UMAP is sequential
-    )
+    )  # fmt: skip
     threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():

@@ -116,12 +116,9 @@ def output_gradients(
     ``x`` are (images, channels, height, width); the ``seeds`` of an image and the number of the
     probe alone decide its draws. The model is left as it was.
 
-    Returns
-    -------
-    dict
-        By name of site, (probes, images, tokens, dim) float32; a grid of tokens is flattened
-        row by row, windows in the place of an image one after the other. All zeros where the
-        logits do not depend on an output.
+    Returned by name of site, (probes, images, tokens, dim) float32; a grid of tokens is flattened
+    row by row, windows in the place of an image one after the other. All zeros where the logits
+    do not depend on an output.
     """
     calls: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
 

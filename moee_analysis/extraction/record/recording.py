@@ -266,25 +266,21 @@ def _map_file(folder: Path, file: File) -> np.ndarray:
 
 def _create_files(folder: Path, task: Recording) -> None:
     """Create the files of a recording; all room is taken now, so that none lacks later."""
-
-    def no_room(found: str) -> MoeeError:
-        return MoeeError(
-            f"{bytes_text(task.bytes)} of free disk for the activations",
-            f"{found} in '{folder.parent}'",
-            "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
-        )
-
-    free = shutil.disk_usage(folder).free
-    if task.bytes > free:
-        raise no_room(f"{bytes_text(free)} free")
-    for file, block in task.blocks.items():
-        path, shape = _path_of(folder, file), (len(task.images) * len(block), *block.shape[1:])
-        mapped = np.lib.format.open_memmap(path, "w+", block.dtype, shape)
-        try:
+    try:
+        free = shutil.disk_usage(folder).free
+        if task.bytes > free:
+            raise OSError(f"{bytes_text(free)} free")
+        for file, block in task.blocks.items():
+            path, shape = _path_of(folder, file), (len(task.images) * len(block), *block.shape[1:])
+            mapped = np.lib.format.open_memmap(path, "w+", block.dtype, shape)
             with path.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, mapped.offset + mapped.nbytes)
-        except OSError as error:  # another program was quicker, or a quota is used up
-            raise no_room(str(error)) from None
+    except OSError as error:  # another program may be quicker, or a quota used up
+        raise MoeeError(
+            f"{bytes_text(task.bytes)} of free disk for the activations",
+            f"{error} in '{folder.parent}'",
+            "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
+        ) from None
 
 
 @dataclass
