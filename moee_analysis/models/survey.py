@@ -1,6 +1,5 @@
 """Which MLPs of a model can be taken apart, and why the others cannot."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from timm.layers import Mlp
@@ -67,30 +66,22 @@ def _reason(model: nn.Module, module: nn.Module, names: list[str]) -> str:
         return LEFT_OUT[place]
     if len(names) > 1:
         return f"stands in {len(names)} places with the same weights"
-    linear = isinstance(module, Mlp) and all(
-        isinstance(part, nn.Linear) for part in (module.fc1, module.fc2)
-    )
-    if linear and isinstance(module.norm, nn.Identity):
+    linear = isinstance(module, Mlp) and isinstance(module.norm, nn.Identity)
+    if linear and all(isinstance(part, nn.Linear) for part in (module.fc1, module.fc2)):
         return ""
-    return next(reason for reason, holds in REASONS.items() if holds(module))
+    normed = _is_called(module, "globalresponse")
+    convolutional = any(isinstance(part, CONVOLUTIONS) for part in module.modules())
+    norm = getattr(module, "norm", None)
+    reasons = {
+        "the classifier's head: one vector of an image, no tokens": _is_called(module, "head"),
+        "gated: a hidden neuron is the product of two": _is_called(module, "glu", "gated"),
+        "GRN inside: a hidden neuron depends on those of all tokens": normed,
+        "convolutional: made of convolutions, not of Linear layers alone": convolutional,
+        "a norm inside, beside its Linear layers": not isinstance(norm, nn.Identity | None),
+        "not a timm.layers.Mlp": True,
+    }
+    return next(reason for reason, holds in reasons.items() if holds)
 
 
 def _is_called(module: nn.Module, *parts: str) -> bool:
     return any(part in type(module).__name__.lower() for part in parts)
-
-
-REASONS: dict[str, Callable[[nn.Module], bool]] = {
-    "the classifier's head: one vector of an image, no tokens": lambda m: _is_called(m, "head"),
-    "gated: a hidden neuron is the product of two": lambda m: _is_called(m, "glu", "gated"),
-    "GRN inside: a hidden neuron depends on those of all tokens": lambda m: _is_called(
-        m, "globalresponse"
-    ),
-    "convolutional: made of convolutions, not of Linear layers alone": lambda m: any(
-        isinstance(part, CONVOLUTIONS) for part in m.modules()
-    ),
-    "a norm inside, beside its Linear layers": lambda m: (
-        not isinstance(getattr(m, "norm", None), nn.Identity | None)
-    ),
-    "not a timm.layers.Mlp": lambda _: True,
-}
-"""Why an MLP that sees tokens is not Linear-activation-Linear; the first that holds."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.checksums import SEAL, damage_of, seal
 from moee_analysis.utils.storage.files import flush
 from moee_analysis.utils.storage.folders import flush_all, held_folder, new_folder
-from moee_analysis.utils.storage.locks import OURS, RANDOM, READ, locked, remove, remove_left
+from moee_analysis.utils.storage.locks import OURS, RANDOM, READ, remove, remove_left
 from moee_analysis.utils.storage.refusals import check_place, writing
 
 FORMAT = 6  # part of every key: raise it whenever a step of the extraction changes its results
@@ -163,18 +163,6 @@ def use(folder: Path) -> None:
         fcntl.flock(_HELD[folder], fcntl.LOCK_SH)
     while len(_HELD) > MOST_HELD:
         os.close(_HELD.pop(next(iter(_HELD))))
-
-
-@contextmanager
-def unused(folder: Path) -> Iterator[bool]:
-    """Whether no process uses a folder of a store; none begins to while this is open."""
-    with ExitStack() as held:
-        free = True
-        try:
-            held.enter_context(locked(folder / SEAL, wait=False))
-        except OSError:  # a folder without checksums is of no use
-            free = not (folder / SEAL).exists()
-        yield free
 
 
 @contextmanager

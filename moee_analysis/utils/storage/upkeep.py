@@ -3,15 +3,15 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from moee_analysis.utils.storage.checksums import SEAL, read_seal
 from moee_analysis.utils.storage.folders import make_folder
-from moee_analysis.utils.storage.locks import is_held, temporary, temporary_prefix
+from moee_analysis.utils.storage.locks import is_held, locked, temporary, temporary_prefix
 from moee_analysis.utils.storage.refusals import size_of, writing
-from moee_analysis.utils.storage.store import ASIDE, UNFINISHED, unused
+from moee_analysis.utils.storage.store import ASIDE, UNFINISHED
 
 KEY = "[0-9a-f]{20}"
 KINDS = (
@@ -117,8 +117,12 @@ def _remove(path: Path) -> bool:
     if is_held(path):
         return False
     prefix = path.with_name(temporary_prefix("removed"))
-    with unused(path) as free:
-        if free:
-            with writing(path), temporary(prefix, make_folder) as gone, suppress(FileNotFoundError):
-                path.rename(gone / path.name)
-        return free
+    with ExitStack() as unused:
+        try:
+            unused.enter_context(locked(path / SEAL, wait=False))
+        except OSError:
+            if (path / SEAL).exists():  # else a folder without checksums, which is of no use
+                return False
+        with writing(path), temporary(prefix, make_folder) as gone, suppress(FileNotFoundError):
+            path.rename(gone / path.name)
+    return True
