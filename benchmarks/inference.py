@@ -35,7 +35,7 @@ from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.models.macs import tokens_of
-from moee_analysis.moe.kernels.autotune import Choice, measuring_at_once
+from moee_analysis.moe.autotune import Choice, measuring_at_once
 from moee_analysis.moe.layer import (
     all_mlps,
     counting_usage,

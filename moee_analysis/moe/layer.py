@@ -20,10 +20,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import moe_macs, tokens_of
 from moee_analysis.models.survey import survey
-from moee_analysis.moe.kernels import autotune, dispatch
-from moee_analysis.moe.kernels.autotune import Choice
-from moee_analysis.moe.kernels.dispatch import Strategy
-from moee_analysis.moe.kernels.expert_groups import ExpertGroups, group_experts
+from moee_analysis.moe import autotune, kernels
+from moee_analysis.moe.autotune import Choice
+from moee_analysis.moe.kernels import ExpertGroups, Strategy, group_experts
 
 Usage = dict[str, torch.Tensor]  # how much each expert is used, (experts,), by layer
 
@@ -96,12 +95,12 @@ class MoeMlp(nn.Module):
     ) -> torch.Tensor:
         """Outputs (n, dim) of ``tokens`` (n, dim) from the experts ``chosen`` for each, (n, k)."""
         if strategy.name == "masked" or not len(tokens) or not len(self.kept):
-            return dispatch.masked(self, tokens, chosen)
+            return kernels.masked(self, tokens, chosen)
         if strategy.groups not in self._groups:
             found = group_experts(self.mask, self.shares, strategy.groups)
             self._groups[strategy.groups] = found
         groups = self._groups[strategy.groups]
-        return dispatch.IN_GROUPS[strategy.name](self, groups, tokens, chosen)
+        return kernels.IN_GROUPS[strategy.name](self, groups, tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
         """The strategy that is set, or the fastest, measured once for about as many tokens.
@@ -167,16 +166,16 @@ class MoeMlp(nn.Module):
 
 
 def set_dispatch(model: nn.Module, strategy: str, *, groups: int | None = None) -> None:
-    """Choose how the routed layers of ``model`` are computed: see ``kernels/dispatch.py``.
+    """Choose how the routed layers of ``model`` are computed: see ``kernels.py``.
 
     ``strategy`` is ``masked``, ``sorted`` or ``grouped_mm``; ``auto``: the fastest of them for each
     layer, measured once for about as many tokens. Experts are computed in so many ``groups``; None:
     every expert by itself. Another strategy, or groups where there are none, are refused.
     """
-    known = ", ".join(dispatch.STRATEGIES)
-    if strategy not in ("auto", *dispatch.STRATEGIES):
+    known = ", ".join(kernels.STRATEGIES)
+    if strategy not in ("auto", *kernels.STRATEGIES):
         raise MoeeError(f"a strategy among auto, {known}", f"'{strategy}'", "name one of them")
-    if groups is not None and (groups < 1 or strategy not in dispatch.IN_GROUPS):
+    if groups is not None and (groups < 1 or strategy not in kernels.IN_GROUPS):
         raise MoeeError("one group or more, of a strategy with groups", f"{groups}", "leave it out")
     for layer in moe_layers(model).values():
         layer.strategy = None if strategy == "auto" else Strategy(strategy, groups)

@@ -10,7 +10,7 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import is_traced
 from moee_analysis.models.macs import tokens_of
-from moee_analysis.moe.kernels.dispatch import in_blocks
+from moee_analysis.moe.kernels import in_blocks
 from moee_analysis.moe.layer import MoeMlp
 
 

@@ -19,7 +19,7 @@ from moee_analysis.extraction.record.fisher import unread_patches
 from moee_analysis.models.capture import capture, watch
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.macs import tokens_of
-from moee_analysis.moe.kernels.dispatch import masked
+from moee_analysis.moe.kernels import masked
 from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names
 from moee_analysis.moe.routers import CosineRouter, NearestRouter, TokenKindRouter
 from moee_analysis.training.config import FinetuneConfig

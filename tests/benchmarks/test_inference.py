@@ -12,7 +12,7 @@ from moee_analysis.baselines.static_pruning import prune
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import PRESETS
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.moe.kernels import autotune
+from moee_analysis.moe import autotune
 from moee_analysis.moe.layer import all_mlps, moe_layers
 from tests.helpers.images import contents, image_folder, toy_images
 from tests.helpers.models import SMALL_VIT, hooks_of, lively, pixels_of, toy_vit

@@ -7,7 +7,7 @@ import torch
 
 from moee_analysis.models.capture import capture
 from moee_analysis.models.loading import find_mlps
-from moee_analysis.moe.kernels.dispatch import Strategy
+from moee_analysis.moe.kernels import Strategy
 from moee_analysis.moe.layer import moe_layers, set_dispatch
 from moee_analysis.training.distillation import (
     block_errors,

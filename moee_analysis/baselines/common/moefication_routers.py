@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, normalize, pad
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import tokens_of
-from moee_analysis.moe.kernels.dispatch import in_blocks
+from moee_analysis.moe.kernels import in_blocks
 from moee_analysis.moe.layer import MoeMlp
 from moee_analysis.moe.routers import Router
 
@@ -125,16 +124,6 @@ RATE = 1e-2
 HELD_OUT = 0.1  # of the images
 
 
-class Trained(NamedTuple):
-    """A router, and the share of the score that it ``captured`` on held-out tokens.
-
-    Before the training and after each epoch; the router is that of the best.
-    """
-
-    router: MlpRouter
-    captured: tuple[float, ...]
-
-
 def train_router(
     centres: torch.Tensor,
     inputs: torch.Tensor,
@@ -143,12 +132,13 @@ def train_router(
     image: np.ndarray,
     k: int,
     seed: int = 0,
-) -> Trained:
+) -> tuple[MlpRouter, list[float]]:
     """Train a router to find the experts of the highest scores.
 
     The target of an expert is its score by the largest of the batch, the loss the binary
     cross-entropy of the router's logits, minimised by Adam. Nine tenths of the images teach, the
-    others choose the epoch.
+    others choose the epoch. Returned beside the router of that epoch is the share of the score that
+    is :func:`captured` there, before the training and after each epoch.
 
     - ``centres``: where its first weights begin, (experts, dim).
     - ``inputs``, ``scores``: tokens (n, dim), and the true scores of the experts for each, (n,
@@ -170,7 +160,7 @@ def train_router(
             break
     for weights in best.buffers():
         weights.requires_grad_(requires_grad=False)
-    return Trained(best, tuple(found))
+    return best, found
 
 
 def captured(scores: torch.Tensor, chosen: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.resolve import check_any
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import like
-from moee_analysis.moe.kernels.autotune import measuring_at_once
+from moee_analysis.moe.autotune import measuring_at_once
 from moee_analysis.utils.checks import real_number, whole_number
 
 IN_TURN = 4  # batches of different images: how many tokens an expert gets differs

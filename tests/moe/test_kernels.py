@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.moe.kernels.dispatch import BLOCK, Strategy
+from moee_analysis.moe.kernels import BLOCK, Strategy
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, set_dispatch
 from moee_analysis.moe.routers import CosineRouter, TokenKindRouter
 from tests.helpers.models import toy_moe, toy_vit

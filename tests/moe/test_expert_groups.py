@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.moe.kernels.expert_groups import ALIGNED, group_experts, join_experts
+from moee_analysis.moe.kernels import ALIGNED, group_experts, join_experts
 
 
 def draw(seed, experts=12, hidden=30):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moee_analysis.models.capture import is_traced
-from moee_analysis.moe.kernels.dispatch import Strategy
+from moee_analysis.moe.kernels import Strategy
 
 LITTLE = 20_000_000  # MACs below which no strategy is faster than another by much
 FEW = 8  # batches that are not measured for: to measure takes as long as some of them

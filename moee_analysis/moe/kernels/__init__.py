@@ -1,1 +1,0 @@
-"""How a layer's experts are computed, and which way is fastest."""
