@@ -29,29 +29,19 @@ SEVERAL, NO_HEAD = toy_moe(toy_vit()), toy_vit()
 moe_layers(SEVERAL)[0].router = ConstantRouter([0, 1])
 NO_HEAD.head = nn.Identity()
 CALIBRATION, IMAGES = toy_images(12), toy_images(36).take(range(12, 36))
-NONE = IMAGES.take([])
+NONE, CONTEST = IMAGES.take([]), Contest(DENSE, CALIBRATION, IMAGES, "smoke")
 COLOURED, OTHERS = coloured_images(*range(20)), coloured_images(*range(100, 116))
 ROUTES, MASKED = drawn_routes(classes=4, each=10), masked_images(40)
 LONE = made_routes(experts={0: np.eye(5, 17, dtype=int)}, labels=[0, 0, 1, 1, 2])
+NO_GRID = {0: (1, 16), 1: (0, 0)}
+FEW = pd.DataFrame({"group": range(3), "kind": "class", "what": "removed"})
 FAMILIES = {f"class {number}": "family" for number in range(3)}
 BEST, PAPER = best(macs_reduction=0.1), quick(macs_reduction=0.1)
 STARTS = {"start": lambda seed: toy_vit(seed=seed)}
 
 
-def variants(tried, images=IMAGES, **options):
-    return measure.variants(DENSE, CALIBRATION, images, tried, store="unused", **options)
-
-
-def ablation(config, **options):
-    return measure.ablation(DENSE, CALIBRATION, IMAGES, config, store="unused", **options)
-
-
-def sweeps(tried, **options):
-    return measure.sweeps(DENSE, CALIBRATION, IMAGES, tried, store="unused", **options)
-
-
-def compared(**options):
-    return compare(Contest(DENSE, CALIBRATION, IMAGES, "smoke"), **options)
+def tried(measured, what, images=IMAGES, **options):
+    return measured(DENSE, CALIBRATION, images, what, store="unused", **options)
 
 
 def fine_tuning(runs, images=IMAGES, **options):
@@ -78,57 +68,46 @@ def unseen(images=COLOURED, **options):
     return measure.parts_unseen(colour_model(), images, OTHERS, **options)
 
 
-def use_and_need(classes):
-    table = pd.DataFrame({"group": range(classes)}).assign(kind="class", what="removed")
-    return measure.use_and_need(table)
-
-
-def routes_of(routes, **options):
-    return lambda: measure.modularity(replace(routes, **options), MASKED)
-
-
 REFUSED = {
-    "two recipes; found 'best' twice": lambda: ablation(BEST, other="best"),
-    "bind only the MACs": lambda: ablation(replace(BEST, params_reduction=0.1)),
-    "a variant that is tried": lambda: sweeps({"MoEE": {"model": {1: DENSE}}}, beside=BEST),
-    "at least one variant": [lambda: sweeps({}), lambda: variants({})],
+    "two recipes; found 'best' twice": lambda: tried(measure.ablation, BEST, other="best"),
+    "bind only the MACs": lambda: tried(measure.ablation, replace(BEST, params_reduction=0.1)),
+    "a variant that is tried": lambda: tried(measure.sweeps, {"s": {"m": {1: DENSE}}}, beside=BEST),
+    "at least one variant": [
+        lambda: tried(measure.sweeps, {}), lambda: tried(measure.variants, {}),
+    ],
     "variants among dense; found 'cake'": [
-        lambda: variants({"dense": DENSE}, beside={"dense": "cake"}),
-        lambda: variants({"dense": DENSE}, beside={"cake": "dense"}),
+        lambda: tried(measure.variants, {"dense": DENSE}, beside={"dense": "cake"}),
+        lambda: tried(measure.variants, {"dense": DENSE}, beside={"cake": "dense"}),
     ],
     "among MoEE": lambda: measure.accuracy({"MoEE": DENSE}, IMAGES, reference="dense"),
     "at least one model": lambda: measure.accuracy({}, IMAGES),
     "at least one image": [
-        lambda: measure.accuracy(DENSE, NONE),
-        lambda: measure.latency({}, NONE, reference=DENSE),
-        lambda: measure.router_regret(None, NONE, {}),
-        lambda: measure.routes(MOE, NONE),
+        lambda: measure.accuracy(DENSE, NONE), lambda: measure.latency({}, NONE, reference=DENSE),
+        lambda: measure.router_regret(None, NONE, {}), lambda: measure.routes(MOE, NONE),
         lambda: mean_outputs(MOE, NONE),
-        lambda: variants({"dense": DENSE}, NONE),
+        lambda: tried(measure.variants, {"dense": DENSE}, NONE),
     ],
     "a run or more": [
-        lambda: measure.architectures({}, IMAGES),
-        lambda: fine_tuning({}),
-        lambda: fine_tuning({"none": []}),
-        lambda: fine_tuning({"one": [None]}, seeds=()),
+        lambda: measure.architectures({}, IMAGES), lambda: fine_tuning({}),
+        lambda: fine_tuning({"none": []}), lambda: fine_tuning({"one": [None]}, seeds=()),
     ],
     "a model or more": lambda: measure.architecture_variants(
         {}, CALIBRATION, IMAGES, {"paper": PAPER}, store="unused"
     ),
-    "systems among MoEE, paper": lambda: compared(systems=["MoEE"]),
-    "a budget and a seed": [lambda: compared(seeds=()), lambda: compared(macs_reductions=())],
+    "systems among MoEE, paper": lambda: compare(CONTEST, systems=["MoEE"]),
+    "a budget and a seed": [
+        lambda: compare(CONTEST, seeds=()), lambda: compare(CONTEST, macs_reductions=()),
+    ],
     "used for calibration": [
         lambda: Contest(DENSE, IMAGES.take(range(10)), IMAGES),
-        lambda: knock_out(calibration=IMAGES.take([3])),
-        lambda: unseen(OTHERS),
+        lambda: knock_out(calibration=IMAGES.take([3])), lambda: unseen(OTHERS),
     ],
     "not trained on": [
         lambda: fine_tuning({"one": [None]}, CALIBRATION),
         lambda: trainings(STARTS, (0,), CALIBRATION),
     ],
     "a start or more": [
-        lambda: trainings({}, (0,)),
-        lambda: trainings(STARTS, ()),
+        lambda: trainings({}, (0,)), lambda: trainings(STARTS, ()),
         lambda: trainings(STARTS, (1, 1)),
     ],
     "toaster": lambda: evaluate(None, IMAGES, device="toaster"),
@@ -138,7 +117,7 @@ REFUSED = {
     ),
     "controls as a whole number": lambda: knock_out(controls=0),
     "family of every class": lambda: knock_out(families={"ant": "insect"}),
-    "at least four classes": [lambda: use_and_need(3), lambda: relatedness(3, DENSE)],
+    "at least four classes": [lambda: measure.use_and_need(FEW), lambda: relatedness(3, DENSE)],
     "linear classifier": lambda: relatedness(5, NO_HEAD),
     "images with part masks": lambda: unseen(toy_images(4)),
     "only the bundled scenes": lambda: measure.modularity(ROUTES, toy_images(4)),
@@ -153,39 +132,32 @@ REFUSED = {
     "images to route": [lambda: measure.class_routing(MOE), lambda: measure.routing(MOE)],
     "sequence of routes": lambda: measure.class_routing([]),
     "only dense layers": [
-        lambda: measure.sizes(DENSE),
-        lambda: measure.neurons(DENSE),
+        lambda: measure.sizes(DENSE), lambda: measure.neurons(DENSE),
         lambda: measure.overlap(DENSE),
     ],
     "routers have centres": [
-        lambda: measure.similarity(DENSE),
-        lambda: measure.similarity(toy_kinds(toy_vit())),
+        lambda: measure.similarity(DENSE), lambda: measure.similarity(toy_kinds(toy_vit())),
     ],
     "routes of 80": lambda: measure.modularity(drawn_routes(each=20), MASKED),
     "one expert per token": [
-        routes_of(ROUTES, experts={}),
+        lambda: measure.modularity(replace(ROUTES, experts={}), MASKED),
         lambda: measure.typical(MOE, IMAGES, replace(ROUTES, experts={})),
         lambda: knock_out(SEVERAL),
     ],
-    "known places": routes_of(ROUTES, grid={0: (1, 16), 1: (0, 0)}),
+    "known places": lambda: measure.modularity(replace(ROUTES, grid=NO_GRID), MASKED),
     "dense VisionTransformer": lambda: measure.routes(DENSE, IMAGES),
     "slots": lambda: measure.contributions(DENSE, IMAGES),
     "layer 9": [
         lambda: measure.class_routing(ROUTES, layers=[9]),
         lambda: measure.specificity(ROUTES, layers=[9]),
-        lambda: measure.sizes(MOE, layers=[9]),
-        lambda: measure.neurons(MOE, layers=[9]),
-        lambda: measure.overlap(MOE, layers=[9]),
-        lambda: measure.top_patches(MOE, IMAGES, layers=[9]),
+        lambda: measure.sizes(MOE, layers=[9]), lambda: measure.neurons(MOE, layers=[9]),
+        lambda: measure.overlap(MOE, layers=[9]), lambda: unseen(layers=[9]),
+        lambda: measure.top_patches(MOE, IMAGES, layers=[9]), lambda: knock_out(layers=[9]),
         lambda: measure.routes(DENSE, IMAGES, routers={9: ConstantRouter()}),
         lambda: mean_outputs(MOE, IMAGES, layers=[9]),
         lambda: knocked_out(MOE, 9, removed(0), None).__enter__(),
-        lambda: knock_out(layers=[9]),
-        lambda: unseen(layers=[9]),
     ],
-}
-
-
+}  # fmt: skip
 CALLS = [
     (message, call)
     for message, calls in REFUSED.items()

@@ -1,3 +1,4 @@
+import itertools
 import multiprocessing
 from dataclasses import replace
 
@@ -32,19 +33,16 @@ def trained(store):
 
 
 def test_every_start_is_trained_with_every_seed(trained):
-    history = trained.history
+    history, turned = trained.history, trained.of(["deep", "shallow"])
     assert list(history.columns) == ["start", "seed", "step", "epoch", "images", "loss", "top1"]
-    assert history["start"].tolist() == ["shallow"] * 6 + ["deep"] * 6
-    assert history["seed"].tolist() == [3, 3, 3, 5, 5, 5] * 2
-    assert history["images"].tolist() == [0, 16, 32] * 4
+    rows = itertools.product(["shallow", "deep"], [3, 5], [0, 16, 32])
+    assert [*history[["start", "seed", "images"]].itertuples(index=False, name=None)] == [*rows]
     assert trained.right.shape == (2, 2, 3, 16)
-    assert trained.right.mean(axis=3).ravel().tolist() == history["top1"].tolist()
-    assert trained.starts == ["shallow", "deep"]
     assert trained.sizes["params"].is_monotonic_increasing
-    turned = trained.of(["deep", "shallow"])
-    assert turned.starts == ["deep", "shallow"]
+    assert trained.starts == turned.starts[::-1] == ["shallow", "deep"]
     assert np.array_equal(turned.right, trained.right[::-1])
-    assert turned.history["top1"].tolist() == turned.right.mean(axis=3).ravel().tolist()
+    for each in (trained, turned):
+        assert each.history["top1"].tolist() == each.right.mean(axis=3).ravel().tolist()
 
 
 def test_each_is_made_by_train(trained):
@@ -83,9 +81,8 @@ def test_processes_side_by_side_come_to_the_same_bytes(trained, tmp_path, monkey
     quick = processes()  # have imported everything
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: quick)
     beside = trained_in(tmp_path, workers=2)
-    assert all(
-        contents(beside.folders[key]) == contents(own) for key, own in trained.folders.items()
-    )
+    for key, own in trained.folders.items():
+        assert contents(beside.folders[key]) == contents(own)
     assert beside.history.equals(trained.history)
 
 
@@ -156,12 +153,11 @@ def test_top_1_at_the_end_and_how_soon_a_level_is_reached():
     assert slowest["images"].notna().all()
 
 
-@pytest.mark.parametrize(("level", "images"), [(0.6, 15), (0.0, 0)])
-def test_between_two_looks_top_1_is_a_straight_line(level, images):
-    right = np.arange(10) < np.array([0, 4, 8])[None, None, :, None]
-    assert measure.learned(trainings_of(right), level=level)["images"].item() == pytest.approx(
-        images
-    )
+def test_between_two_looks_top_1_is_a_straight_line():
+    trained = trainings_of(np.arange(10) < np.array([0, 4, 8])[None, None, :, None])
+    for level, images in {0.6: 15, 0.0: 0}.items():
+        found = measure.learned(trained, level=level)["images"].item()
+        assert found == pytest.approx(images)
 
 
 def test_a_start_beats_another_where_the_interval_says_so():

@@ -48,6 +48,10 @@ def test_the_dense_columns_are_the_dense_model_and_totals_are_sums(make):
     by_module = {name: dense.by_module[name] for name in dense.tokens}
     assert parts["macs_dense"].drop("everything else").to_dict() == by_module
     np.testing.assert_allclose(parts[SUMS].sum(), total[SUMS].astype(float))
+    saves_nothing = measure.macs(make(), toy_images(2))
+    assert (saves_nothing["macs"] == saves_nothing["macs_dense"]).all()
+    assert not saves_nothing["converted"].any()
+    assert saves_nothing["active_fraction"].iloc[-1] == 1
 
 
 def test_layers_with_everything_are_counted_as_stored():
@@ -76,13 +80,6 @@ def test_shares_are_those_of_the_images_where_there_are_any():
     assert measure.macs(model, routes=routes).equals(table)
     assert set(calibrated["share_source"]) == {"calibration", "dense"}
     assert "6 images" in table.attrs["caption"]
-
-
-def test_a_dense_model_saves_nothing():
-    table = measure.macs(toy_vit(), toy_images(2))
-    assert (table["macs"] == table["macs_dense"]).all()
-    assert not table["converted"].any()
-    assert table["active_fraction"].iloc[-1] == 1
 
 
 @pytest.mark.parametrize("active", [0.5, 1.0])
@@ -143,39 +140,30 @@ def test_leaving_it_out_saves_exactly_this_and_changes_no_logit(build):
     assert sum(each.now for each in unread_macs(model).values()) == saved
 
 
-def test_the_patches_of_the_last_block_go_unread():
-    macs = {"blocks.2.attn": ATTENTION, "blocks.2.mlp": MLP}
-    expected = {name: UnreadMacs(("patch",), each, each) for name, each in macs.items()}
-    assert unread_macs(toy_vit()) == expected
+def unread(kinds, *, block, count, tokens, hidden):
+    """What ``count`` tokens cost in the attention and the MLP of a block."""
+    costs = {"attn": count * 2 * D * (D + tokens), "mlp": count * 2 * D * hidden}
+    return {f"blocks.{block}.{name}": UnreadMacs(kinds, each, each) for name, each in costs.items()}
 
 
-def one_token(layers, *, kind):
-    return {
-        f"blocks.1.{name}": UnreadMacs((kind,), macs, macs)
-        for name, macs in {"attn": 2 * D * (D + layers), "mlp": 8 * D * D}.items()
-    }
+ONE = {"block": 1, "count": 1, "tokens": 17, "hidden": 4 * D}
+CAIT = {"depth": 1, "depth_token_only": 1, "init_values": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("build", "expected"),
-    [
-        (partial(small, class_token=False, global_pool="avg"), {}),
-        (toy_swin, {}),
-        (partial(lively, SMALL_CONVNEXT), {}),
-        (partial(small, global_pool="avg"), one_token(17, kind="cls")),
-        (partial(small, class_token=False, reg_tokens=1, global_pool="avg"),
-         one_token(17, kind="register")),
-    ],
-)  # fmt: skip
-def test_where_the_head_reads_all_patches_only_leading_tokens_can_be_left(build, expected):
+@pytest.mark.parametrize(("build", "expected"), [
+    (toy_vit, unread(("patch",), block=2, count=16, tokens=17, hidden=64)),
+    (partial(small, reg_tokens=3),
+     unread(("register", "patch"), block=1, count=19, tokens=20, hidden=4 * D)),
+    (partial(small, class_token=False, global_pool="avg"), {}),  # the head reads all patches
+    (partial(small, global_pool="avg"), unread(("cls",), **ONE)),
+    (partial(small, class_token=False, reg_tokens=1, global_pool="avg"),
+     unread(("register",), **ONE)),
+    (toy_swin, {}),
+    (partial(lively, SMALL_CONVNEXT), {}),
+    (partial(small, Cait, **CAIT), {}),  # nothing is computed for what CLS alone asks for
+])  # fmt: skip
+def test_only_tokens_that_nothing_reads_are_counted(build, expected):
     assert unread_macs(build()) == expected
-
-
-def test_registers_go_unread_with_the_patches_and_cls_alone_spends_nothing_on_them():
-    found = unread_macs(small(reg_tokens=3))
-    assert {each.kinds for each in found.values()} == {("register", "patch")}
-    assert found["blocks.1.mlp"].now == 19 * 8 * D * D
-    assert unread_macs(small(Cait, depth=1, depth_token_only=1, init_values=1.0)) == {}
 
 
 def test_attention_that_is_asked_for_cls_alone_wastes_nothing_any_more():
@@ -190,10 +178,8 @@ def test_of_tokens_routed_alike_each_costs_the_average():
     row = measure.macs(model).set_index("component").loc["blocks.2.mlp"]
     assert row["macs_unread"] == pytest.approx(16 * moe_layers(model)[2].macs_per_token())
     assert row["macs_unread_dense"] == MLP
-    config = MoeficationConfig(active=0.5, n_experts=16, router="centre")
-    row = (
-        measure.macs(convert(toy_vit(), IMAGES, config)).set_index("component").loc["blocks.2.mlp"]
-    )
+    model = convert(toy_vit(), IMAGES, MoeficationConfig(active=0.5, n_experts=16, router="centre"))
+    row = measure.macs(model).set_index("component").loc["blocks.2.mlp"]
     assert row["macs_unread"] == pytest.approx(row["macs"] * 16 / 17)
 
 

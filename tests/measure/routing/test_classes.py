@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy, spearmanr
+from torch.nn.functional import normalize
 
 from moee_analysis import measure
 from tests.helpers.images import toy_images
@@ -18,14 +19,13 @@ def class_means(routes, layer):
     return np.stack([shares[routes.labels == c].mean(axis=0) for c in range(4)])
 
 
-def specificity(routes, permutations=99, resamples=2):
-    """The row of all classes."""
-    options = {"permutations": permutations, "resamples": resamples}
-    table = measure.specificity(routes, **options).query("class_name == 'all'")
-    return table.iloc[0] if len(table) == 1 else table
+def specificity(routes, resamples=2):
+    """The rows of all classes."""
+    table = measure.specificity(routes, permutations=99, resamples=resamples)
+    return table[table["class_name"] == "all"]
 
 
-def test_shares_of_a_class_are_means_over_its_images():
+def test_shares_of_a_class_are_means_over_its_images_and_shown_in_the_given_order():
     experts = {2: np.array([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 2]])}
     table = measure.class_routing(made_routes(experts=experts, labels=[3, 3, 5]))
     three = table[table["class_index"] == 3]
@@ -33,9 +33,6 @@ def test_shares_of_a_class_are_means_over_its_images():
     assert three["images"].tolist() == [2, 2, 2]
     # both classes weigh the same, however many images they have
     np.testing.assert_allclose(three["share_all"], [0.375, 0.5, 0.125])
-
-
-def test_classes_and_layers_are_chosen_in_the_given_order():
     table = measure.class_routing(drawn_routes(), classes=["Class_3", 1], layers=[1])
     assert table["class_name"].unique().tolist() == ["class 3", "class 1"]
     assert table["layer"].unique().tolist() == [1]
@@ -55,17 +52,18 @@ def test_specificity_is_the_divergence_from_the_mean_over_classes():
     assert few.equals(both)
 
 
-def test_without_a_class_effect_permuted_labels_reach_the_value():
-    ps = [specificity(drawn_routes(layers=(0,), seed=seed))["p"] for seed in range(12)]
+def test_a_class_effect_is_found_where_there_is_one():
+    ps = [specificity(drawn_routes(layers=(0,), seed=seed))["p"].item() for seed in range(12)]
     assert min(ps) > 0.01
     assert 0.2 < np.mean(ps) < 0.8
-
-
-def test_a_planted_class_effect_is_found():
-    table = specificity(drawn_routes(effect=0.6), resamples=99)
-    assert (table["p"] == 0.01).all()
-    assert (table["excess"] > 3 * table["null_mean"]).all()
-    assert (table["low"] > 0).all()
+    # all tokens of an image share an expert: a null over tokens would reject, ours must not
+    experts = np.random.default_rng(0).integers(0, 4, size=(60, 1)).repeat(17, axis=1)
+    together = specificity(made_routes(experts={0: experts}, labels=np.arange(60) % 3))
+    assert together["p"].item() > 0.05
+    planted = specificity(drawn_routes(effect=0.6), resamples=99)
+    assert (planted["p"] == 0.01).all()
+    assert (planted["excess"] > 3 * planted["null_mean"]).all()
+    assert (planted["low"] > 0).all()
 
 
 def test_correction_brings_the_value_nearer_to_that_of_many_images():
@@ -78,12 +76,6 @@ def test_correction_brings_the_value_nearer_to_that_of_many_images():
     assert found["information"] > truth["information"]
     error = abs(found["corrected"] - truth["information"])
     assert error < found["information"] - truth["information"]
-
-
-def test_tokens_that_go_together_do_not_look_like_a_class_effect():
-    """All tokens of an image share an expert: a null over tokens would reject, ours must not."""
-    experts = np.random.default_rng(0).integers(0, 4, size=(60, 1)).repeat(17, axis=1)
-    assert specificity(made_routes(experts={0: experts}, labels=np.arange(60) % 3))["p"] > 0.05
 
 
 def test_a_single_image_has_no_interval():
@@ -115,18 +107,7 @@ def test_sources_are_systems_side_by_side_or_a_model_with_images():
     assert measure.class_routing(model, images).equals(expected)
 
 
-FAMILIES = {"class_0": "truck", "class 1": "animal", "class 2": "truck", "class 3": "animal"}
-CLASSES = 5
-
-
-def family_routes():
-    """Classes 0 and 2 use experts 0 to 2, classes 1 and 3 experts 3 to 5."""
-    labels = np.repeat(np.arange(4), 10)
-    experts = np.random.default_rng(0).integers(0, 3, size=(40, 17)) + 3 * (labels % 2)[:, None]
-    return made_routes(experts={0: experts}, labels=labels)
-
-
-def test_pairs_are_symmetric_and_a_class_is_nearest_to_itself():
+def test_pairs_are_symmetric_and_classes_as_near_as_themselves_where_they_do_not_matter():
     table = measure.class_distance(drawn_routes(effect=0.8))
     assert len(table) == 2 * 4 * 4
     square = table[table["layer"] == 0].pivot(index="class_a", columns="class_b", values="js")
@@ -134,21 +115,23 @@ def test_pairs_are_symmetric_and_a_class_is_nearest_to_itself():
     own = table["class_a"] == table["class_b"]
     assert table.loc[own, "js"].max() < table.loc[~own, "js"].min()
     np.testing.assert_allclose(table.loc[own, "floor"], table.loc[own, "js"])
-
-
-def test_without_a_class_effect_other_classes_are_at_the_floor():
     table = measure.class_distance(drawn_routes(each=60, layers=(0,)), splits=40)
     other = table[table["class_a"] != table["class_b"]]
     assert other["js"].mean() == pytest.approx(other["floor"].mean(), rel=0.25)
 
 
 def test_families_or_else_like_classes_stand_together():
-    table = measure.class_distance(family_routes(), families=FAMILIES)
+    """Classes 0 and 2 use experts 0 to 2, classes 1 and 3 experts 3 to 5."""
+    labels = np.repeat(np.arange(4), 10)
+    experts = np.random.default_rng(0).integers(0, 3, size=(40, 17)) + 3 * (labels % 2)[:, None]
+    routes = made_routes(experts={0: experts}, labels=labels)
+    families = {"class_0": "truck", "class 1": "animal", "class 2": "truck", "class 3": "animal"}
+    table = measure.class_distance(routes, families=families)
     order = table.drop_duplicates("order_a").sort_values("order_a")
     assert order["class_a"].tolist() == ["class 0", "class 2", "class 1", "class 3"]
     assert order["family_a"].tolist() == ["truck", "truck", "animal", "animal"]
     assert (table["same_family"] == (table["family_a"] == table["family_b"])).all()
-    table = measure.class_distance(family_routes())
+    table = measure.class_distance(routes)
     order = table.drop_duplicates("class_a").sort_values("order_a")["class_a"].tolist()
     assert {*order[:2]} in ({"class 0", "class 2"}, {"class 1", "class 3"})
 
@@ -158,37 +141,17 @@ def test_classes_with_one_image_are_left_out():
     assert set(measure.class_distance(routes)["class_a"]) == {"class 0", "class 1"}
 
 
-def relatedness(js, model, permutations=20):
-    a, b = np.indices(js.shape).reshape(2, -1)
-    columns = {"class_index_a": a, "class_index_b": b, "js": js.ravel()}
-    table = pd.DataFrame({"system": "MoEE", "layer": 0} | columns)
-    return measure.class_relatedness(table, model, permutations=permutations).iloc[0]
-
-
-@pytest.fixture
-def model():
-    made = toy_vit()
+def test_relatedness_is_the_rank_correlation_over_pairs_and_beats_permuted_classes():
+    model, rng = toy_vit(), np.random.default_rng(0)
     with torch.no_grad():
-        made.get_classifier().weight.normal_(generator=torch.Generator().manual_seed(3))
-    return made
-
-
-@pytest.fixture
-def distances(model):
-    rows = model.get_classifier().weight[:CLASSES].double().numpy()
-    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return 1 - rows @ rows.T
-
-
-def test_relatedness_is_the_rank_correlation_over_pairs(model, distances):
-    js, pairs = np.random.default_rng(0).random((CLASSES, CLASSES)), np.triu_indices(CLASSES, 1)
-    js = (js + js.T) / 2
-    expected = spearmanr(js[pairs], distances[pairs]).statistic
-    assert relatedness(js, model)["spearman"] == pytest.approx(expected)
-
-
-def test_equal_distances_are_found_and_beat_permuted_classes(model, distances):
-    row = relatedness(distances, model, permutations=200)
-    assert row["spearman"] == pytest.approx(1)
-    assert row["p"] < 0.1
-    assert row["null_high"] < 1
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    rows = normalize(model.head.weight[:5].double()).numpy()
+    own, js, pairs = 1 - rows @ rows.T, rng.random((5, 5)), np.triu_indices(5, 1)
+    a, b = np.indices((5, 5)).reshape(2, -1)
+    table = pd.DataFrame({"system": "MoEE", "class_index_a": a, "class_index_b": b})
+    tables = [table.assign(layer=n, js=each.ravel()) for n, each in enumerate((js + js.T, own))]
+    found = measure.class_relatedness(pd.concat(tables), model, permutations=200)
+    expected = spearmanr((js + js.T)[pairs], own[pairs]).statistic
+    assert found["spearman"].tolist() == pytest.approx([expected, 1])
+    assert found["p"][1] < 0.1
+    assert found["null_high"][1] < 1

@@ -86,9 +86,8 @@ def test_a_common_mean_makes_raw_cosines_large_and_centred_ones_not():
 def test_summary_counts_pairs_of_different_experts_once():
     centres = np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0]])
     summary = measure.similarity_summary(measure.similarity({0: centres})).iloc[0]
-    assert summary["near_orthogonal"] == pytest.approx(1 / 3)
-    assert (summary["min"], summary["experts"]) == (0, 3)
-    assert summary["max"] == pytest.approx(np.sqrt(0.5))
+    found = summary[["near_orthogonal", "min", "max", "experts"]]
+    assert found.tolist() == pytest.approx([1 / 3, 0, np.sqrt(0.5), 3])
 
 
 def test_like_experts_stand_together():
@@ -111,8 +110,7 @@ def test_a_routed_model_gives_its_centres_and_shares():
     assert measure.similarity(model, layers=[2])["layer"].unique() == [2]
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-def test_few_experts(experts):
-    table = measure.similarity({0: np.eye(experts, 4)})
-    assert measure.similarity_summary(table)["experts"].item() == experts
-    assert table["order_a"].max() == experts - 1
+def test_few_experts():
+    table = measure.similarity({1: np.eye(1, 4), 2: np.eye(2, 4)})
+    assert measure.similarity_summary(table)["experts"].tolist() == [1, 2]
+    assert table.groupby("layer")["order_a"].max().tolist() == [0, 1]
