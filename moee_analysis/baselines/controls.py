@@ -1,9 +1,7 @@
 """Controls: what a claim about routing has to beat."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +22,13 @@ from moee_analysis.moe.routers import (
     CosineRouter,
     OracleRouter,
     RandomRouter,
-    TokenKindRouter,
     beside_leading,
     prefix_experts,
 )
 
 
 def with_one_expert(config: ExtractConfig) -> ExtractConfig:
-    """Return ``config`` with one expert for all tokens of a layer: static pruning by its rule.
-
-    Leading tokens that have experts of their own keep them.
-    """
+    """Return ``config`` with one expert for all but leading tokens: static pruning by its rule."""
     return replace(config, experts="one")
 
 
@@ -52,14 +46,16 @@ def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
     """Copy the model and let chance route its tokens, using experts as often as before.
 
     It costs what the model costs, less the routers; only *which* experts a token meets differs.
-    Leading tokens that have an expert of their own (:class:`TokenKindRouter`) keep it. In layers of
-    slots tokens change places in what the router says of them.
+    Leading tokens that have an expert of their own keep it. In layers of slots tokens change places
+    in what the router says of them.
     """
     model = _copy_model(run)
     for index, layer in moe_layers(model).items():
-        k = round(layer.shares.sum().item())
-        draw = partial(RandomRouter, dim=layer.fc1.in_features, k=k, seed=1000 * seed + index)
-        layer.router = _draw_patches(layer.router, layer.shares, draw).to(layer.shares.device)
+        patches, k = layer.shares[prefix_experts(layer) :], round(layer.shares.sum().item())
+        if isinstance(getattr(layer.router, "inner", None), ConstantRouter) and len(patches) == 1:
+            continue  # only leading tokens have experts of their own
+        drawn = RandomRouter(patches, dim=layer.fc1.in_features, k=k, seed=1000 * seed + index)
+        layer.router = beside_leading(drawn, layer).to(layer.shares.device)
     for layer in _own_expert_layers(model):
         layer.router = layer.random_router(seed=seed)
     return model
@@ -104,18 +100,6 @@ def _copy_model(run: Extraction | nn.Module) -> nn.Module:
 def _own_expert_layers(model: nn.Module) -> list[nn.Module]:
     """Layers whose experts are no parts of a dense MLP."""
     return [layer for layer in expert_layers(model).values() if not isinstance(layer, MoeMlp)]
-
-
-def _draw_patches(
-    router: nn.Module, shares: torch.Tensor, draw: Callable[[torch.Tensor], RandomRouter]
-) -> nn.Module:
-    """A router that draws from the ``shares``; only leading tokens keep their own experts."""
-    if not isinstance(router, TokenKindRouter):
-        return draw(shares)
-    inner, patches = router.inner, shares[router.prefix_experts :]
-    if not (isinstance(inner, ConstantRouter) and len(patches) == 1):
-        inner = _draw_patches(inner, patches, draw)
-    return TokenKindRouter(router.prefix.tolist(), inner, tokens=router.tokens)
 
 
 def statically_pruned(

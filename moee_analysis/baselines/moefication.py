@@ -344,5 +344,6 @@ def _router(
     scores = truth.scores(tokens.inputs)
     if config.router == "constant":
         return ConstantRouter(scores.mean(0).topk(k).indices.sort().values.tolist())
-    given = centres, tokens.inputs, scores
-    return train_router(*given, image=tokens.image, k=k, seed=config.seed).router
+    facts = {"image": tokens.image, "k": k, "seed": config.seed}
+    learned, _ = train_router(centres, tokens.inputs, scores, **facts)
+    return learned
