@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import moee_analysis as moee
-from moee_analysis.cli.parser import WIDTH
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.environment import (
     PACKAGE,
@@ -30,6 +29,7 @@ from moee_analysis.utils.environment import (
     versions,
 )
 
+WIDTH = 88  # letters of a line
 SCENES, RIGHT = 60, 0.75  # bundled scenes, and the share that the bundled model must name
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LITTLE_MEMORY, LITTLE_DISK = 2e9, 5e9

@@ -1,27 +1,21 @@
 """The text that the command line prints."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import pandas as pd
+
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.models.attention import reduced_attentions
 from moee_analysis.outside_text import printable
+from moee_analysis.training.finetune import Finetuned
 from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.refusals import bytes_text
-from moee_analysis.utils.storage.upkeep import shares
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    import pandas as pd
-
-    from moee_analysis.extraction.run import Extraction
-    from moee_analysis.training.finetune import Finetuned
-    from moee_analysis.utils.storage.upkeep import Entry, Pruned
+from moee_analysis.utils.storage.upkeep import Entry, Pruned, shares
 
 KINDS = {
     "activations": "recorded tokens", "clusters": "clusters", "reduced": "reduced tokens",
@@ -35,8 +29,6 @@ KINDS = {
 
 def layers_text(run: Extraction) -> str:
     """Each layer of a run: its experts and their sizes, or why it stayed dense."""
-    from moee_analysis.models.attention import reduced_attentions
-
     lines = ["layer  experts  noise  active  stored  (share of hidden neurons)"]
     for layer in run.layers:
         sizes = (
@@ -99,20 +91,20 @@ def comparison_text(table: pd.DataFrame) -> str:
     ]
     for asked, rows in known.groupby("macs_asked", sort=True):
         ranked = rows.sort_values("mean", ascending=False)
-        lines += [f"asked to save {asked:.0%} of the MACs", *map(_system_text, ranked.itertuples())]
+        lines.append(f"asked to save {asked:.0%} of the MACs")
+        for row in ranked.itertuples():
+            if row.reason:
+                lines.append(f"  {row.system}: {row.reason}")
+                continue
+            less = "" if row.reduces_macs else "  (cannot reduce MACs)"
+            interval = f"({100 * row.low:.1f} to {100 * row.high:.1f})"
+            lines.append(
+                f"  {_percent(row.mean)} {interval:16} {_percent(row.random_routing)}   "
+                f"{_percent(row.constant_routing)} {_percent(-row.macs_reduction)}  "
+                f"{_percent(-row.params_reduction)} {_percent(1 / row.speed_up)}  "
+                f"{row.system}{less}"
+            )
     return "\n".join(lines)
-
-
-def _system_text(row: object) -> str:
-    if row.reason:
-        return f"  {row.system}: {row.reason}"
-    less = "" if row.reduces_macs else "  (cannot reduce MACs)"
-    interval = f"({100 * row.low:.1f} to {100 * row.high:.1f})"
-    return (
-        f"  {_percent(row.mean)} {interval:16} {_percent(row.random_routing)}   "
-        f"{_percent(row.constant_routing)} {_percent(-row.macs_reduction)}  "
-        f"{_percent(-row.params_reduction)} {_percent(1 / row.speed_up)}  {row.system}{less}"
-    )
 
 
 def _percent(share: float) -> str:

@@ -152,10 +152,13 @@ def _plan_rows(
 ) -> list[_Row]:
     """Up to three sweeps of numbers side by side, then up to four of names."""
     routers = {} if regret is None else style.looks(regret["router"])
+    known = table[["kl", "kl_low", "kl_high"]].to_numpy(float)
+    known = known[np.isfinite(known) & (known > 1e-5)]
+    limits = (known.min() / 1.25, known.max() * 1.25) if len(known) else (0.01, 1.0)
     curves, dots, most = [], [], 4
     for name, rows in table.groupby("sweep", sort=False):
         recipe = next((one for one in rows["recipe"] if one in colours), None)
-        look = {"colour": colours.get(recipe, style.PALETTE[0]), "limits": _limits(table)}
+        look = {"colour": colours.get(recipe, style.PALETTE[0]), "limits": limits}
         settings = rows["setting"].dropna()
         if all(isinstance(setting, Real) for setting in settings):
             curves.append(partial(_draw_numbers, rows=rows, title=name, **look))
@@ -193,12 +196,6 @@ def _system_looks(table: pd.DataFrame, colour: str = style.INK) -> dict[str, dra
     return {name: other if place else first for place, name in enumerate(names)}
 
 
-def _limits(table: pd.DataFrame) -> tuple[float, float]:
-    known = table[["kl", "kl_low", "kl_high"]].to_numpy(float)
-    known = known[np.isfinite(known) & (known > 1e-5)]
-    return (known.min() / 1.25, known.max() * 1.25) if len(known) else (0.01, 1.0)
-
-
 def _draw_numbers(
     ax: Axes, *, rows: pd.DataFrame, title: str, colour: str, limits: tuple[float, float]
 ) -> None:
@@ -216,20 +213,17 @@ def _draw_numbers(
         ax.vlines(own["x"], own["kl_low"], own["kl_high"], color=look["color"], **style.INTERVAL)
         ax.plot(own["x"], own["kl"], **look)
     if over_macs:
-        _write_settings(ax, settings[settings["system"] == first], colour)
+        beside = {"xytext": (-4, -2), "textcoords": "offset points", "ha": "right", "va": "top"}
+        named = settings[settings["system"] == first].dropna(subset=["x", "kl"])
+        for row in named.itertuples():
+            ax.annotate(str(row.setting), (row.x, row.kl), size=6.5, color=colour, **beside)
+        ax.margins(x=0.12)
         ax.set_xlabel("MACs (% of the dense model)")
     else:
         names = sorted(settings["setting"].unique())
         ax.set_xscale("log", base=2)
         ax.minorticks_off()
         ax.set_xticks(names, [f"{name:g}" for name in names])
-
-
-def _write_settings(ax: Axes, rows: pd.DataFrame, colour: str) -> None:
-    beside = {"xytext": (-4, -2), "textcoords": "offset points", "ha": "right", "va": "top"}
-    for row in rows.dropna(subset=["x", "kl"]).itertuples():
-        ax.annotate(str(row.setting), (row.x, row.kl), size=6.5, color=colour, **beside)
-    ax.margins(x=0.12)
 
 
 def _draw_levels(

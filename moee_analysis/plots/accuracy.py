@@ -84,13 +84,16 @@ def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     Grey are all other systems, black is the best of each budget; hollow marks cannot reduce MACs.
     """
     means = _over_seeds(table)
+    saving = means[means["reduces_macs"] > 0]
+    best = means.loc[saving.groupby("macs_asked")["mean"].idxmax()].sort_values("macs_reduction")
+    frontier = np.vstack([[0, 100], best[["macs_reduction", "mean"]]]).T  # from the dense model
     families = means["family"].unique()
     fig, axes = style.panels(len(families), cols=3, size=(2.9, 2.6), sharex=True, sharey=True)
     for ax, family in zip(axes, families, strict=True):
         others = means[means["family"] != family].sort_values("macs_reduction")
         for _, rows in others.groupby("system"):
             ax.plot(rows["macs_reduction"], rows["mean"], **_OTHERS)
-        ax.plot(*_frontier(means), **_FRONTIER)
+        ax.plot(*frontier, **_FRONTIER)
         ax.axhline(100, **style.REFERENCE)
         _draw_family(ax, means[means["family"] == family])
         ax.set(title=family, ylim=(-3, 106))
@@ -107,14 +110,6 @@ def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     means = table.dropna(subset="mean").groupby(by, sort=False).mean(numeric_only=True)
     shares = ("low", "high", "macs_reduction", "static_pruning", *_CONTROLS)
     return drawing.in_percent(means.reset_index(), *shares)
-
-
-def _frontier(means: pd.DataFrame) -> np.ndarray:
-    """MACs saved and retention of the dense model, and of the best system of each budget."""
-    saving = means[means["reduces_macs"] > 0]
-    best = means.loc[saving.groupby("macs_asked")["mean"].idxmax()]
-    points = best.sort_values("macs_reduction")[["macs_reduction", "mean"]]
-    return np.vstack([[0, 100], points]).T
 
 
 def _draw_family(ax: Axes, family: pd.DataFrame) -> None:

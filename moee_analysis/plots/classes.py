@@ -1,12 +1,15 @@
 """What experts stand for: classes, as in the paper's Figures 3 and 4, and parts of the scene."""
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from moee_analysis.plots import drawing, style, text
 
+_BESIDE = {
+    "xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 6.5,
+    "color": style.GREY, "annotation_clip": False,
+}  # fmt: skip
 _DASHED = {"lw": 1.2, "ls": "--", "marker": "o"}
 _HOLLOW = {"ls": "", "marker": "o", "mfc": "white", "mew": 1.2}
 _CHANCE = {"permuted classes, 95 %": {"color": style.GREY, **style.CHANCE}}
@@ -75,7 +78,12 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     fig, axes = style.panels(len(colours), cols=3, size=size, sharex=True, sharey=True)
     for ax, (system, colour) in zip(axes, colours.items(), strict=True):
         rows = table[table["system"] == system].sort_values("layer")
-        _draw_classes(ax, rows[rows["class_index"] >= 0], colour)
+        classes = rows[rows["class_index"] >= 0]
+        for _, one in classes.groupby("class_name"):
+            ax.plot(one["layer"], one["js"], color=colour, lw=0.7, alpha=0.35)
+        ends = classes.groupby("class_name", sort=False).tail(1).sort_values("js")
+        for end in ends.iloc[[0, -1][: len(ends)]].itertuples():
+            ax.annotate(end.class_name, (end.layer, end.js), **_BESIDE)
         mean = rows[rows["class_index"] < 0]
         x, chance = mean["layer"], {"color": style.FAINT, "label": "permuted labels, 95 %"}
         ax.fill_between(x, 0, mean["null_high"], lw=0, **chance)
@@ -88,16 +96,6 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     fig.supylabel("divergence from all classes (bits)")
     drawing.legend(fig, axes[0], columns=2 if len(colours) == 1 else 3)
     return drawing.finish(fig, table, caption)
-
-
-def _draw_classes(ax: Axes, classes: pd.DataFrame, colour: str) -> None:
-    for _, rows in classes.groupby("class_name"):
-        ax.plot(rows["layer"], rows["js"], color=colour, lw=0.7, alpha=0.35)
-    beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 6.5}
-    ends = classes.groupby("class_name", sort=False).tail(1).sort_values("js")
-    for row in ends.iloc[[0, -1][: len(ends)]].itertuples():
-        place = (row.layer, row.js)
-        ax.annotate(row.class_name, place, color=style.GREY, annotation_clip=False, **beside)
 
 
 @text.describes(specificity, "Mean divergence of a class from all classes, in bits, bias removed")

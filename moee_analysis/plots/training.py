@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
@@ -92,20 +91,19 @@ def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 @text.describes(history)
 def _describe_history(table: pd.DataFrame) -> str:
-    named = table if "system" in table else table.assign(system="On images held out")
-    return f"{text.of_each(named, _describe_fall)}."
-
-
-def _describe_fall(rows: pd.DataFrame) -> str:
-    first, lowest = rows.iloc[0], text.smallest(rows, "kl")
-    if lowest is None:
-        return "the divergence from the dense model is unknown"
-    return (
-        f"the divergence from the dense model goes from {text.bits(first['kl'])} to "
-        f"{text.bits(lowest['kl'])} nats, its lowest, after epoch {lowest['epoch']:.0f}, and the "
-        f"agreement with its predictions from {text.percent(first['agreement'])} to "
-        f"{text.percent(lowest['agreement'])}"
-    )
+    named, words = table if "system" in table else table.assign(system="On images held out"), []
+    for system, rows in named.groupby("system", sort=False):
+        first, lowest = rows.iloc[0], text.smallest(rows, "kl")
+        if lowest is None:
+            words.append(f"{system} the divergence from the dense model is unknown")
+            continue
+        words.append(
+            f"{system} the divergence from the dense model goes from {text.bits(first['kl'])} to "
+            f"{text.bits(lowest['kl'])} nats, its lowest, after epoch {lowest['epoch']:.0f}, and "
+            f"the agreement with its predictions from {text.percent(first['agreement'])} to "
+            f"{text.percent(lowest['agreement'])}"
+        )
+    return f"{'; '.join(words)}."
 
 
 @style.house
@@ -149,26 +147,22 @@ def learned(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     colours = drawing.dots(left, shares, ("top1", "low", "high"), by="start")
     left.hlines(range(len(table)), shares["worst"], shares["best"], color=colours, lw=0.9)
     left.set_xlabel("top-1 at the end (%)")
-    _draw_reached(right, table, np.array(colours))
-    right.set_xlabel(f"images seen until {shares['level'].iloc[0]:.0f} % top-1")
-    drawing.row_axis(right, table["start"])
-    return drawing.finish(fig, table, caption)
-
-
-def _draw_reached(ax: Axes, table: pd.DataFrame, colours: np.ndarray) -> None:
     images = table[["images_low", "images", "images_high"]].to_numpy(float)
     end = 1.08 * max([1.0, *images[np.isfinite(images)]])
     low, middle, high = np.minimum(images, end).T
-    rows, never = np.arange(len(table)), np.isnan(middle)
-    ax.hlines(rows, low, high, color=colours, **style.INTERVAL)
+    rows, never, at_end = np.arange(len(table)), np.isnan(middle), np.full(len(table), end)
+    right.hlines(rows, low, high, color=colours, **style.INTERVAL)
     for marker, chosen, x in (
         ("o", ~never, middle),
-        (">", ~never & np.isinf(images[:, 2]), np.full(len(table), end)),
-        ("x", never, np.full(len(table), end)),
+        (">", ~never & np.isinf(images[:, 2]), at_end),
+        ("x", never, at_end),
     ):
-        look = {"marker": marker, "color": colours[chosen], "s": 24, "zorder": 4}
-        ax.scatter(x[chosen], rows[chosen], clip_on=False, **look)
-    ax.set_xlim(0, end)
+        look = {"marker": marker, "color": np.array(colours)[chosen], "s": 24, "zorder": 4}
+        right.scatter(x[chosen], rows[chosen], clip_on=False, **look)
+    right.set_xlim(0, end)
+    right.set_xlabel(f"images seen until {shares['level'].iloc[0]:.0f} % top-1")
+    drawing.row_axis(right, table["start"])
+    return drawing.finish(fig, table, caption)
 
 
 @text.describes(learned)

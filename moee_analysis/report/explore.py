@@ -70,7 +70,16 @@ def explore(
     --------
     >>> explore(of_table(plots.class_routing, table), layer=values_of(table, "layer"))
     """
-    _check(choices)
+    if not choices:
+        raise MoeeError("a choice to explore", "none", "pass values by name, such as layer=[0, 1]")
+    for place, (name, values) in enumerate(choices.items()):
+        before = list(choices)[:place]
+        if isinstance(values, DependsOn) and values.other not in before:
+            expected = f"'{name}' after '{values.other}', which it depends on"
+            found = f"{', '.join(before) or 'nothing'} before it"
+            raise MoeeError(expected, found, "give the choices in that order")
+        if not _all_options(values) or not all(map(len, _all_options(values))):
+            raise MoeeError(f"values of '{name}'", "none", "pass at least one")
     if is_in_notebook() and not is_headless():
         return _panel(plot, choices, caption or "")
     few = itertools.islice(_combinations(choices, shown or {}), FIGURES)
@@ -111,19 +120,6 @@ def _options(values: Values, chosen: Mapping[str, Any]) -> Sequence[Any]:
 
 def _all_options(values: Values) -> list[Sequence[Any]]:
     return list(values.values.values()) if isinstance(values, DependsOn) else [_options(values, {})]
-
-
-def _check(choices: Mapping[str, Values]) -> None:
-    if not choices:
-        raise MoeeError("a choice to explore", "none", "pass values by name, such as layer=[0, 1]")
-    for place, (name, values) in enumerate(choices.items()):
-        before = list(choices)[:place]
-        if isinstance(values, DependsOn) and values.other not in before:
-            expected = f"'{name}' after '{values.other}', which it depends on"
-            found = f"{', '.join(before) or 'nothing'} before it"
-            raise MoeeError(expected, found, "give the choices in that order")
-        if not _all_options(values) or not all(map(len, _all_options(values))):
-            raise MoeeError(f"values of '{name}'", "none", "pass at least one")
 
 
 # The static grid

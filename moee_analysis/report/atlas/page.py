@@ -228,8 +228,16 @@ def _short(value: float) -> float:
 
 def _images(seen: Seen, dense: nn.Module | None) -> list[dict[str, Any]]:
     """Class, picture and predictions of every image."""
-    systems = {"moe": seen.run.model} | ({"dense": dense} if dense is not None else {})
-    predictions = {name: _predict(model, seen.images) for name, model in systems.items()}
+    predictions = {}
+    for name, model in (("moe", seen.run.model), ("dense", dense)):
+        if model is None:
+            continue
+        names, like, found = class_labels(model), next(model.parameters()), []
+        with evaluating(model):
+            for x in seen.images.batches(model, batch_size=fitting_batch(model)):
+                found += model(x.to(like)).argmax(dim=1).tolist()
+        labels = [names[index] if index < len(names) else f"class {index}" for index in found]
+        predictions[name] = labels
     return [
         {
             "class": seen.routed.class_names[int(seen.routed.labels[index])],
@@ -238,15 +246,6 @@ def _images(seen: Seen, dense: nn.Module | None) -> list[dict[str, Any]]:
         }
         for index in progress(range(len(seen.images)), label="pictures")
     ]
-
-
-def _predict(model: nn.Module, images: ImageSet) -> list[str]:
-    names, found = class_labels(model), []
-    like = next(model.parameters())
-    with evaluating(model):
-        for x in images.batches(model, batch_size=fitting_batch(model)):
-            found += model(x.to(like)).argmax(dim=1).tolist()
-    return [names[index] if index < len(names) else f"class {index}" for index in found]
 
 
 def _pack(pixels: np.ndarray) -> str:

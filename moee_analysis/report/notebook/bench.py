@@ -212,9 +212,9 @@ class Bench:
         self,
         statement: str,
         found: str,
-        holds: bool | None,
+        holds: bool | None,  # noqa: FBT001
         *,
-        ours: bool = False,  # noqa: FBT001
+        ours: bool = False,
     ) -> Markdown:
         """Keep and show a claim of the paper, or of ``ours``; None holds in part."""
         verdict, colour = VERDICTS[holds]
