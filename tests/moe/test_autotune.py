@@ -4,8 +4,9 @@ import torch
 from timm.layers import Mlp
 from torch.nn.parallel import DistributedDataParallel
 
+from moee_analysis.moe import autotune
 from moee_analysis.moe.autotune import LITTLE, candidates
-from moee_analysis.moe.kernels import Strategy, autotune
+from moee_analysis.moe.kernels import Strategy
 from moee_analysis.moe.layer import MoeMlp
 from moee_analysis.moe.routers import CosineRouter
 from tests.helpers.models import toy_moe, toy_vit
