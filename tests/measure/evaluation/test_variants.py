@@ -57,12 +57,11 @@ def test_a_row_for_every_variant_with_the_scores_of_accuracy(table, models):
     assert same_models(DENSE, toy_vit())
 
 
-def image_by_image(model):
-    return np.array([divergence(DENSE, model, IMAGES.take([i])) for i in range(len(IMAGES))])
-
-
 def test_intervals_are_those_of_images_drawn_again_and_changes_are_paired(table, models):
-    kl = {name: image_by_image(model) for name, model in models.items()}
+    kl = {
+        name: np.array([divergence(DENSE, model, IMAGES.take([i])) for i in range(len(IMAGES))])
+        for name, model in models.items()
+    }
     rng = np.random.default_rng(3)
     drawn = [rng.integers(len(IMAGES), size=len(IMAGES)) for _ in range(40)]
     numbers = [(name, "kl", values) for name, values in kl.items()]
@@ -89,16 +88,13 @@ def test_costs_are_counted_layer_by_layer(table, models):
         assert found["params_reduction"] == pytest.approx(1 - stored)
 
 
-def test_a_variant_that_cannot_be_has_a_reason_and_no_numbers(table, store):
+def test_reasons_and_seconds_of_the_first_time(table, store):
     row = row_of(table, "none")
     assert "layers between 0 and 2" in row["reason"]
     assert row.drop(["variant", "reason"]).isna().all()
     assert set(table["reason"].drop(list(TRIED).index("none"))) == {""}
     only = measured(store, {"none": IMPOSSIBLE})
     assert only[[*SCORES, *DIVERGENCES]].isna().all(axis=None)
-
-
-def test_the_seconds_are_those_of_the_first_time(table, store):
     pd.testing.assert_series_equal(measured(store, resamples=2)["seconds"], table["seconds"])
     assert table["seconds"].notna().tolist() == [False, True, False, True, True, False]
     assert row_of(table, "few")["seconds"] == row_of(table, "again")["seconds"] > 0

@@ -17,12 +17,12 @@ CALIBRATION, IMAGES = coloured_images(*range(100, 116)), coloured_images(*range(
 
 
 def measured(**options):
-    return measure.parts_unseen(colour_model(), IMAGES, CALIBRATION, **options)
+    return measure.parts_unseen(colour_model(), IMAGES, CALIBRATION, resamples=50, **options)
 
 
 @pytest.fixture(scope="module")
 def table():
-    return measured(resamples=50)
+    return measured()
 
 
 def changes(table, system):
@@ -44,20 +44,14 @@ def test_each_colour_is_lost_with_its_expert_and_no_other(table):
 
 
 def test_intervals_hold_the_change_whatever_the_batches(table):
-    assert (table["low"] <= table["change"]).all()
-    assert (table["change"] <= table["high"]).all()
-    assert measured(resamples=50, batch_size=7, layers=[0]).equals(table)
+    assert table["change"].between(table["low"], table["high"]).all()
+    assert measured(batch_size=7, layers=[0]).equals(table)
 
 
-@pytest.mark.parametrize(
-    ("model", "grid", "layers"),
-    [
-        (toy_moe(toy_vit()), (4, 4), [0, 1]),
-        (toy_moe(toy_swin()), (4, 4), [0]),
-        (toy_moe(lively(SMALL_CONVNEXT)), None, None),
-    ],
-    ids=["vit", "swin", "convnext"],
-)
+@pytest.mark.parametrize(("model", "grid", "layers"), [
+    (toy_moe(toy_vit()), (4, 4), [0, 1]), (toy_moe(toy_swin()), (4, 4), [0]),
+    (toy_moe(lively(SMALL_CONVNEXT)), None, None),
+], ids=["vit", "swin", "convnext"])  # fmt: skip
 def test_patches_are_read_row_by_row_where_they_enter_the_last_block(model, grid, layers):
     place = Place(model)
     patches = place.patches(pixels_of(model, count=2))

@@ -106,44 +106,34 @@ def test_there_are_five_routers_for_every_layer_with_a_choice(run, choices):
             assert chosen.max() < layers[index].n_experts
     watched = measure.routes(run.dense(), IMAGES, routers=choices["oracle"])
     for index, oracle in choices["oracle"].items():  # asked while its dense MLP is watched
-        np.testing.assert_array_equal(
-            watched.experts[index], chosen_by(oracle, inputs_of(run, index))
-        )
+        chosen = chosen_by(oracle, inputs_of(run, index))
+        np.testing.assert_array_equal(watched.experts[index], chosen)
 
 
-def test_one_of_the_routers_is_the_run_s_own(run, choices):
-    for index, router in choices[run.config.router].items():
-        assert same_models(router, moe_layers(run.model)[index].router)
-
-
-def test_the_other_one_has_the_means_of_the_tokens_that_the_run_routes(run, choices):
-    other = {"cosine": "nearest", "nearest": "cosine"}[run.config.router]
+def test_one_is_the_run_s_own_and_the_other_has_the_means_of_what_that_routes(run, choices):
+    other, first = {"cosine": "nearest", "nearest": "cosine"}[run.config.router], leading(run)
     for index, router in choices[other].items():
-        layer, first = moe_layers(run.model)[index], leading(run)
-        x = inputs_of(run, index, CALIBRATION)
+        layer, x = moe_layers(run.model)[index], inputs_of(run, index, CALIBRATION)
+        assert same_models(choices[run.config.router][index], layer.router)
         chosen = chosen_by(layer.router, x)[:, first:].flatten() - first
         tokens = x[:, first:].flatten(end_dim=1)
         means = torch.stack([tokens[chosen == e].mean(dim=0) for e in chosen.unique()])
         assert len(means) == layer.n_experts - first
+        assert type(inner(router)) is {"cosine": CosineRouter, "nearest": NearestRouter}[other]
         if other == "cosine":
-            assert isinstance(inner(router), CosineRouter)
             torch.testing.assert_close(inner(router).centres, means, rtol=2e-3, atol=2e-3)
-        else:
-            assert isinstance(inner(router), NearestRouter)
-            nearest = inner(router)(means)[:, 0]
-            assert torch.equal(nearest, torch.arange(len(means)))  # a mean is nearest to itself
+        else:  # a mean is nearest to itself
+            assert inner(router)(means)[:, 0].tolist() == [*range(len(means))]
 
 
 def test_random_and_constant_follow_the_calibration(run, choices, store):
     for index in choices["random"]:
         random, constant = (inner(choices[name][index]) for name in ("random", "constant"))
         shares = moe_layers(run.model)[index].shares[leading(run) :]
-        assert isinstance(random, RandomRouter)
-        assert random.n_experts == len(shares)
+        assert (type(random), random.n_experts) == (RandomRouter, len(shares))
         found = random(torch.randn(20_000, 32))[:, 0].bincount(minlength=len(shares))
         torch.testing.assert_close(found / 20_000, shares / shares.sum(), atol=0.02, rtol=0)
-        assert isinstance(constant, ConstantRouter)
-        assert int(constant.expert) == int(shares.argmax())
+        assert (type(constant), constant.expert) == (ConstantRouter, shares.argmax())
     other = measure.router_choices(run, CALIBRATION, store=store, seed=6)
     one, two = (inner(c["random"][index]).directions for c in (choices, other))
     assert not torch.equal(one, two)
@@ -171,28 +161,24 @@ def test_errors_and_regrets_are_those_of_one_token_after_the_other(run, choices,
             assert row["regret"] == pytest.approx(regret, rel=1e-2, abs=1e-5)
             assert row["best"] == pytest.approx((taken == least).mean(), abs=0.02)
             assert row["experts"] == errors.shape[1]
-    assert (table["regret"] >= 0).all()
-    oracle = table[table["router"] == "oracle"]
-    assert (oracle["regret"] == 0).all()
-    assert (oracle["best"] == 1).all()
-    assert (table.loc[table["router"] == "random", "regret"] > 0).all()
-
-
-def test_a_row_for_every_layer_and_router_whatever_the_batches(run, choices, table):
     rows = list(table[["layer", "router"]].itertuples(index=False, name=None))
     assert rows == [(layer, name) for layer in choices["cosine"] for name in choices]
+    assert (table["regret"] >= 0).all()
+    by_router = table.set_index("router")
+    assert (by_router.loc[["oracle"], ["regret", "best"]] == [0, 1]).all(axis=None)
+    assert (by_router.loc[["random"], "regret"] > 0).all()
+
+
+def test_the_batches_do_not_matter(run, choices, table):
     assert "10 images" in table.attrs["caption"]
     whole = measure.router_regret(run, IMAGES, choices)
     numbers = ["error", "regret", "best"]
     np.testing.assert_allclose(whole[numbers], table[numbers], rtol=1e-4, atol=1e-7)
 
 
-def test_a_layer_with_a_single_expert_has_no_choice(store):
-    run = extract(toy_vit(), CALIBRATION, with_one_expert(CONFIGS["best"]), store=store)
-    assert measure.router_choices(run, CALIBRATION, store=store) == {}
-
-
-def test_only_layers_that_all_routers_know_are_compared(run, choices):
+def test_only_layers_with_a_choice_that_all_routers_know_are_compared(run, choices, store):
+    single = extract(toy_vit(), CALIBRATION, with_one_expert(CONFIGS["best"]), store=store)
+    assert measure.router_choices(single, CALIBRATION, store=store) == {}
     first, *_ = choices["oracle"]
     some = {"oracle": choices["oracle"], "one": {first: choices["random"][first]}}
     assert set(measure.router_regret(run, IMAGES, some)["layer"]) == {first}
