@@ -17,6 +17,7 @@ Look = dict[str, str]  # colour, marker and line of a system
 LINE = {"lw": 1.4, "ms": 4.8, "mec": "white", "mew": 0.5}
 DENSE = {"color": style.GREY, "lw": 1}
 PANEL = (3.3, 2.9)  # inches
+ASKED = ["macs_asked", "params_asked"]
 
 
 @style.house
@@ -129,10 +130,9 @@ def fidelity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     left out.
     """
     known = table[table["retention"].notna()]
+    known = known.assign(x=100 * known["macs_reduction"])
     bound = known["params_asked"].notna()
-    budgets = sorted(
-        known.loc[bound, ["macs_asked", "params_asked"]].drop_duplicates().itertuples(index=False)
-    )
+    budgets = sorted(known.loc[bound, ASKED].drop_duplicates().itertuples(index=False, name=None))
     widths = [] if bound.any() and bound.all() else [3.9]  # inches
     if bound.any():
         widths.append(max(2.2, 0.95 * len(budgets)))
@@ -141,9 +141,18 @@ def fidelity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     )
     looks, panels = _family_looks(known), axes[0]
     if not bound.all():
-        _draw_free(panels[0], known[~bound], looks)
+        _draw_retention(panels[0], known[~bound], looks, apart=0.8)  # points of MACs
+        words = "MACs saved (%; systems set a little apart)"
+        panels[0].set(xlabel=words, title="stored parameters free")
     if bound.any():
-        _draw_bound(panels[-1], known[bound], [*map(tuple, budgets)], looks)
+        asked = known.loc[bound, ASKED].itertuples(index=False, name=None)
+        placed = known[bound].assign(x=[float(budgets.index(pair)) for pair in asked])
+        _draw_retention(panels[-1], placed, looks, apart=0.64)  # of a budget's place
+        names = [f"−{100 * macs:g} %\n−{100 * params:g} %" for macs, params in budgets]
+        panels[-1].set_xticks(range(len(budgets)), names)
+        panels[-1].set_xlim(-0.5, len(budgets) - 0.5)
+        panels[-1].set(xlabel="budget of MACs, of parameters", title="stored parameters bound")
+        panels[-1].grid(visible=False, axis="x")
     for ax in panels:
         ax.axhline(100, **style.REFERENCE)
         ax.set_ylim(bottom=max(-2.5, ax.get_ylim()[0]))
@@ -152,35 +161,15 @@ def fidelity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return style.caption(fig, caption or table.attrs.get("caption"))
 
 
-def _draw_free(ax: Axes, table: pd.DataFrame, looks: dict[str, Look]) -> None:
-    for system, offset in _beside(table["system"].unique(), 0.8).items():  # points of MACs
-        rows = table[table["system"] == system].sort_values("macs_reduction")
-        x = 100 * rows["macs_reduction"].to_numpy(float)
-        _draw_retention(ax, x + offset, rows, looks[system])
-    ax.set(xlabel="MACs saved (%; systems set a little apart)", title="stored parameters free")
-
-
-def _draw_bound(
-    ax: Axes, table: pd.DataFrame, budgets: list[tuple[float, float]], looks: dict[str, Look]
-) -> None:
-    for system, offset in _beside(table["system"].unique(), 0.64).items():  # of a budget's place
-        rows = table[table["system"] == system].sort_values(["macs_asked", "params_asked"])
-        pairs = rows[["macs_asked", "params_asked"]].itertuples(index=False, name=None)
-        places = np.array([budgets.index(pair) for pair in pairs])
-        _draw_retention(ax, places + offset, rows, looks[system])
-    names = [f"−{100 * macs:g} %\n−{100 * params:g} %" for macs, params in budgets]
-    ax.set_xticks(range(len(budgets)), names)
-    ax.set_xlim(-0.5, len(budgets) - 0.5)
-    ax.set(xlabel="budget of MACs, of parameters", title="stored parameters bound")
-    ax.grid(visible=False, axis="x")
-
-
-def _draw_retention(ax: Axes, x: np.ndarray, rows: pd.DataFrame, look: Look) -> None:
-    names = ("retention", "retention_low", "retention_high")
-    value, low, high = (100 * rows[name].to_numpy(float) for name in names)
-    front = 4 if look["ls"] == "-" else 3
-    ax.vlines(x, low, high, color=look["color"], zorder=front, **style.INTERVAL)
-    ax.plot(x, value, zorder=front, **look, **LINE)
+def _draw_retention(ax: Axes, table: pd.DataFrame, looks: dict[str, Look], *, apart: float) -> None:
+    """A line for every system over ``x``, with its intervals."""
+    for system, offset in _beside(table["system"].unique(), apart).items():
+        look, rows = looks[system], table[table["system"] == system].sort_values("x")
+        names = ("retention", "retention_low", "retention_high")
+        value, low, high = (100 * rows[name].to_numpy(float) for name in names)
+        x, front = rows["x"].to_numpy(float) + offset, 4 if look["ls"] == "-" else 3
+        ax.vlines(x, low, high, color=look["color"], zorder=front, **style.INTERVAL)
+        ax.plot(x, value, zorder=front, **look, **LINE)
 
 
 def _beside(systems: list[str], width: float) -> dict[str, float]:
