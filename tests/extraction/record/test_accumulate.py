@@ -1,5 +1,6 @@
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,12 +9,7 @@ import torch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record import accumulate as accumulating
 from moee_analysis.extraction.record import token_source
-from moee_analysis.extraction.record.accumulate import (
-    Accumulator,
-    accumulate,
-    saved_sums,
-    size_of,
-)
+from moee_analysis.extraction.record.accumulate import Accumulator, accumulate, saved_sums, size_of
 from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.storage import checksums
@@ -25,11 +21,12 @@ from tests.helpers.runs import best
 
 @dataclass(frozen=True)
 class Totals(Accumulator):
-    """Sums of inputs, and the number of tokens."""
+    """Sums of inputs, and the number of tokens; ``stops_at`` an image, and notes what it saw."""
 
     site: MlpSite
     stops_at: int | None = None
     gradients: bool = False
+    seen: list[int] = field(default_factory=list)
 
     @property
     def shapes(self):
@@ -42,6 +39,7 @@ class Totals(Accumulator):
     def update(self, sums, layer):
         if self.stops_at is not None and layer.sample.image[0] == self.stops_at:
             raise KeyboardInterrupt
+        self.seen.append(int(layer.sample.image[0]))
         sums["inputs"] += torch.from_numpy(layer.sample.inputs.astype(np.float64).sum(axis=0))
         sums["tokens"] += len(layer.sample)
 
@@ -95,35 +93,25 @@ def test_sums_over_parts_are_those_over_all_tokens(tokens):
 
 @pytest.mark.parametrize(("memory", "passes"), [(1, 3), (8 * 33, 3), (16 * 33, 2), (1e9, 1)])
 def test_as_many_layers_are_summed_at_once_as_fit(tokens, monkeypatch, memory, passes):
-    accumulators, seen, own = [Totals(site) for site in tokens.sites], [], TokenSource.parts
+    accumulators, read = [Totals(site) for site in tokens.sites], Mock(side_effect=tokens.parts)
     assert {size_of(each) for each in accumulators} == {8 * 33}
-
-    def counted(source, sites, **settings):
-        seen.append(len(sites))
-        return own(source, sites, **settings)
-
-    monkeypatch.setattr(TokenSource, "parts", counted)
+    monkeypatch.setattr(TokenSource, "parts", read)
     limited = replace(tokens, limits=Limits(memory=memory))
     assert len(list(accumulate(limited, accumulators, label="adding"))) == 3
-    assert (len(seen), sum(seen)) == (passes, 3)
+    assert read.call_count == passes
+    assert sum(len(call.args[0]) for call in read.call_args_list) == 3
 
 
-def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tokens, monkeypatch, always_saved):
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tokens, always_saved):
     with saved_sums(tokens):
         plain = total(tokens, tokens.sites[0])
     assert not list(tokens.root.glob("sums-*"))
     stop(tokens)
     assert total(tokens, tokens.sites[1])["tokens"] == 20 * 17  # saved sums are of one layer alone
-    seen, own = [], Totals.update
-
-    def noted(accumulator, sums, layer):
-        seen.append(int(layer.sample.image[0]))
-        own(accumulator, sums, layer)
-
-    monkeypatch.setattr(Totals, "update", noted)
-    assert same(plain, total(tokens, tokens.sites[0]))
+    seen = []
+    assert same(plain, total(tokens, tokens.sites[0], seen=seen))
     assert seen == [12, 16]
-    assert same(plain, total(tokens, tokens.sites[0]))  # a whole pass is saved as well
+    assert same(plain, total(tokens, tokens.sites[0], seen=seen))  # a whole pass is saved as well
     assert seen == [12, 16]
 
 
@@ -157,9 +145,8 @@ def test_saved_sums_that_are_damaged_are_told_and_made_again(tokens, always_save
     with saved_sums(tokens):
         right = total(tokens, tokens.sites[0])
     saved = stop(tokens)
-    content = bytearray(saved.read_bytes())
-    if place is not None:
-        content[place] ^= 1
-    saved.write_bytes(content if place is not None else b"edited")
+    content = bytearray(saved.read_bytes() if place else b"edited")
+    content[place or 0] ^= 1
+    saved.write_bytes(content)
     assert same(right, total(tokens, tokens.sites[0]))
     assert "saved sums are damaged" in capsys.readouterr().out
