@@ -88,7 +88,10 @@ class Budget:
         candidates += [each for attention in low_rank for each in attention.candidates()]
         budgets: dict[str, float] = {}
         if self.config.macs_reduction is not None:
-            budgets["macs"] = self._free_macs(layers)
+            fixed = {layer.site.name: float(layer.router().macs) for layer in layers}
+            fixed |= {each.site.name: each.fixed_macs / each.tokens for each in self.attentions}
+            budget = (1 - self.config.macs_reduction) * self.dense.total
+            budgets["macs"] = budget - self.dense.replacing(fixed)
         if self.config.params_reduction is not None:
             budgets["parameters"] = self._free_parameters(layers)
         chosen = iter(choose(candidates, **budgets))
@@ -105,13 +108,6 @@ class Budget:
         for each in self.attentions:
             cost[each.site.name] = each.macs(sizes.modes.get(each.site.name)) / each.tokens
         return self.dense.replacing(cost)
-
-    def _free_macs(self, layers: Sequence[LayerExperts]) -> float:
-        """MACs of one image that are left for neurons and modes."""
-        fixed = {layer.site.name: float(layer.router().macs) for layer in layers}
-        fixed |= {each.site.name: each.fixed_macs / each.tokens for each in self.attentions}
-        budget = (1 - self.config.macs_reduction) * self.dense.total
-        return budget - self.dense.replacing(fixed)
 
     def _free_parameters(self, layers: Sequence[LayerExperts]) -> float:
         """Stored parameters that are left for neurons and modes."""

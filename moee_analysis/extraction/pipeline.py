@@ -168,11 +168,8 @@ def convert(
 def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot be converted, before anything is computed.
 
-    Raises
-    ------
-    MoeeError
-        It holds no values (on the device "meta") or several precisions; it has no MLPs to convert,
-        or no ``pretrained_cfg`` that names its architecture; it cannot be copied.
+    Raises MoeeError: it holds no values (on the device "meta") or several precisions; it has no
+    MLPs to convert, or no ``pretrained_cfg`` that names its architecture; it cannot be copied.
     """
     types = {p.dtype for p in model.parameters()}
     if len(types) != 1 or any(p.is_meta for p in model.parameters()):

@@ -119,16 +119,6 @@ class Extraction:
         check_facts(json.loads(json.dumps(facts)), folder / FACTS)
         write_json(folder / FACTS, facts)
 
-    @property
-    def _title(self) -> str:
-        """What a list of runs calls this one."""
-        asked = {"MACs": self.config.macs_reduction, "parameters": self.config.params_reduction}
-        saved = [f"−{share:.0%} {kind}" for kind, share in asked.items() if share is not None]
-        facts = self.provenance
-        images = f"{facts['n_images']} images of {facts['images']}"
-        seed = f"seed {self.config.seed}"
-        return ", ".join([facts["model"], self.config.recipe, *saved, images, seed])
-
 
 def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
     """Facts of the model and the images that a run is made from, as plain JSON values.
@@ -264,7 +254,12 @@ def through_store(
         check_writable(root)
         with collecting() as used:
             made = extract()
-        about = {"run": made._title, "uses": sorted(set(used))}
+        asked = {"MACs": config.macs_reduction, "parameters": config.params_reduction}
+        saved = [f"−{share:.0%} {kind}" for kind, share in asked.items() if share is not None]
+        seen = f"{len(images)} images of {images.name}"
+        name = made.provenance["model"]
+        title = ", ".join([name, config.recipe, *saved, seen, f"seed {config.seed}"])
+        about = {"run": title, "uses": sorted(set(used))}
         get_or_build(root, folder.name, made.fill, about)
         run = load(folder, dense=model)
     run.model.to(next(model.parameters()).device)

@@ -82,16 +82,13 @@ def choose_fastest(
 def candidates(tokens: torch.Tensor, *, experts: int) -> list[Strategy]:
     """Strategies that may be the fastest; ``grouped_mm`` where torch has a kernel of its own."""
     counts = [*(count for count in GROUPS if count < experts), None]
-    names = ["sorted", "grouped_mm"] if _has_grouped_mm(tokens) else ["sorted"]
+    names = ["sorted"]
+    if tokens.device.type == "cuda" and torch.cuda.get_device_capability(tokens.device) >= (8, 0):
+        in_autocast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if in_autocast else tokens.dtype
+        if dtype == torch.bfloat16 and tokens.shape[1] % 8 == 0:
+            names.append("grouped_mm")
     return [MASKED, *(Strategy(name, count) for name in names for count in counts)]
-
-
-def _has_grouped_mm(tokens: torch.Tensor) -> bool:
-    if tokens.device.type != "cuda" or torch.cuda.get_device_capability(tokens.device) < (8, 0):
-        return False
-    in_autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if in_autocast else tokens.dtype
-    return dtype == torch.bfloat16 and tokens.shape[1] % 8 == 0
 
 
 def _seconds(

@@ -75,10 +75,8 @@ def rebuild(
 ) -> nn.Module:
     """Build the described network with its ``tensors``, ready for evaluation.
 
-    Parameters
-    ----------
-    dense
-        The network that it was made from, which is not changed; None: it is built by its name.
+    It is built around the ``dense`` network that it was made from, which is not changed; None: by
+    its name.
 
     Raises MoeeError: a network changed by hand without ``dense``; tensors that do not fit or
     make no sense; one that gives other answers than the network that was described.

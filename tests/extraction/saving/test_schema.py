@@ -4,6 +4,8 @@ import copy
 import random
 import shutil
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 
 import pytest
 import torch
@@ -231,24 +233,12 @@ SEEN = ("kept", "neurons", "sizes", "shares", "expert")  # tables
 
 def changed_facts(facts, rng):
     way = rng.choice(list(fields(facts)))
-    inner = facts
-    for key in way[:-1]:
-        inner = inner[key]
-    last, old = way[-1], inner[way[-1]]
-    match rng.choice(["delete", "replace", "negate", "double", "exchange"]):
-        case "delete":
-            del inner[last]
-        case "negate" if isinstance(old, int | float):
-            inner[last] = -old
-        case "double" if isinstance(inner, list):
-            inner.append(copy.deepcopy(old))
-        case "exchange":
-            other = (
-                rng.choice(list(inner)) if isinstance(inner, dict) else rng.randrange(len(inner))
-            )
-            inner[last], inner[other] = inner[other], old
-        case _:
-            inner[last] = rng.choice(VALUES)
+    old, values = reduce(getitem, way, facts), [KeyError, *VALUES]
+    if isinstance(old, int | float):
+        values += 5 * [-old]
+    if isinstance(old, list):
+        values += 5 * [old + old[:1]] + 5 * [old[::-1]]
+    at(way, rng.choice(values))(facts, None)
 
 
 def changed_tensors(tensors, rng):
