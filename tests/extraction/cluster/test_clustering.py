@@ -45,19 +45,18 @@ def same_groups(labels, truth):
 # HDBSCAN
 
 
-@pytest.mark.parametrize(
-    "config",
-    [RAW, replace(RAW, max_cluster_size=0.4), replace(RAW, min_samples=1, min_cluster_size=0.02)],
-)
-def test_without_reduction_the_clusters_are_those_of_plain_hdbscan(blobs, config):
-    points, _ = blobs
-    most = config.max_cluster_size
-    plain = hdbscan.HDBSCAN(
-        min_cluster_size=round(config.min_cluster_size * len(points)),
-        min_samples=config.min_samples,
-        max_cluster_size=0 if most is None else round(most * len(points)),
-    ).fit_predict(points.astype(np.float64))
-    assert same_partition(cluster(points, config).labels, plain)
+@pytest.mark.parametrize("changed", [
+    {}, {"max_cluster_size": 0.4}, {"min_samples": 1, "min_cluster_size": 0.02},
+])  # fmt: skip
+def test_without_reduction_the_clusters_are_those_of_plain_hdbscan(blobs, changed):
+    config, points = replace(RAW, **changed), blobs[0]
+    sizes = {
+        "min_cluster_size": round(config.min_cluster_size * len(points)),
+        "max_cluster_size": round((config.max_cluster_size or 0) * len(points)),
+    }
+    plain = hdbscan.HDBSCAN(min_samples=config.min_samples, **sizes)
+    labels = plain.fit_predict(points.astype(np.float64))
+    assert same_partition(cluster(points, config).labels, labels)
 
 
 def test_the_order_of_the_tokens_does_not_matter(blobs):

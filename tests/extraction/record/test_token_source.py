@@ -1,3 +1,4 @@
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,20 +36,16 @@ def made(root, config=None, limits=None):
 
 
 def rows_of(tokens):
-    """All that is known of every row of every site, the parts one after the other."""
-    gradients = "gradients" in tokens.kinds
-    parts, found = list(tokens.parts(tokens.sites, gradients=gradients)), {}
-    for site in tokens.sites:
-        samples = [part[site.name].sample for part in parts]
-        for name in ("inputs", "image", "position", "weight"):
-            values = [np.array(getattr(sample, name)) for sample in samples]
-            found[site.name, name] = np.concatenate(values)
-        hidden = [part[site.name].hidden(slice(None)) for part in parts]
-        found[site.name, "hidden"] = torch.cat(hidden).numpy()
-        found[site.name, "start"] = np.array([sample.start for sample in samples])
-        if gradients:
-            values = [sample.gradients(slice(None)) for sample in samples]
-            found[site.name, "gradients"] = np.concatenate(values, axis=1)
+    """All that is known of every row, by site and name, the parts one after the other."""
+    found = defaultdict(list)
+    for part in tokens.parts(tokens.sites, gradients="gradients" in tokens.kinds):
+        for site, layer in part.items():
+            for name in ("inputs", "image", "position", "weight"):
+                found[site, name].extend(getattr(layer.sample, name))
+            found[site, "hidden"].extend(layer.hidden(slice(None)).numpy())
+            found[site, "start"].append(layer.sample.start)
+            if layer.sample.norms is not None:
+                found[site, "gradients"].extend(layer.sample.gradients(slice(None)).swapaxes(0, 1))
     return found
 
 
@@ -62,11 +59,12 @@ def test_tokens_are_the_same_whether_they_are_kept_or_made_again(tmp_path, monke
     again = rows_of(made(tmp_path / "again", config, NOWHERE))
     kept = rows_of(made(tmp_path, config))
     assert again.keys() == kept.keys()
+    assert (("blocks.0.mlp", "gradients") in kept) is config.resolved().needs_gradients
     for name, values in again.items():
         np.testing.assert_array_equal(values, kept[name], err_msg=str(name))
     np.testing.assert_array_equal(np.unique(kept["blocks.0.mlp", "image"]), np.arange(IMAGES))
     per_image = made(tmp_path, config).kept_per_image["blocks.1.mlp"]
-    assert kept["blocks.1.mlp", "start"].tolist() == [0, 8 * per_image, 16 * per_image]
+    assert kept["blocks.1.mlp", "start"] == [0, 8 * per_image, 16 * per_image]
     monkeypatch.setattr(recording.Recording, "in_memory", lambda _: pytest.fail("again"))
     rows_of(made(tmp_path, config, NOWHERE))  # kept already: used even without room
 
@@ -111,18 +109,18 @@ def test_limits_change_nothing_about_a_run(recipe, pieces):
     assert all(same_models(first, other) for other in others)
 
 
+def memory(name):
+    """A size of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
 def peak(images, limits):
     """The most bytes that an extraction from so many images takes beyond what there was before."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
     before = memory("VmRSS")
     extract(lively(), toy_images(images), ALL_TOKENS, limits=limits)
     return memory("VmHWM") - before
-
-
-def memory(name):
-    """A size of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 def peaks():
