@@ -305,18 +305,18 @@ def _unit_rows(weight: torch.Tensor) -> np.ndarray:
 def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int) -> MoeMlp:
     expert_of = split_neurons(config.split, tokens, experts, seed=config.seed)
     origin = Origin(describe_split(config.split), config.score, tokens.mean())
-    layer = _layer(tokens.mlp, expert_of, origin, compensated=config.mean_compensation)
-    layer.router = _router(layer, expert_of, tokens, config, k=k).to(layer.shares.device)
+    layer = _make_layer(tokens.mlp, expert_of, origin, means=config.mean_compensation)
+    layer.router = _make_router(layer, expert_of, tokens, config, k=k).to(layer.shares.device)
     used = layer.usage(torch.cat([layer.router(x) for x in tokens.inputs.split(BLOCK)]))
     layer.shares.copy_(used / len(tokens.inputs))
     return layer
 
 
-def _layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, compensated: bool) -> MoeMlp:
+def _make_layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, means: bool) -> MoeMlp:
     """The experts of ``mlp``; all of them together are the MLP, compensated or not."""
     neurons = [np.flatnonzero(expert_of == expert) for expert in range(expert_of.max() + 1)]
     readout, shift = Readout(), None
-    if compensated:  # an expert that a token does not use gives its mean output W2_e mu_e
+    if means:  # an expert that a token does not use gives its mean output W2_e mu_e
         weight = mlp.fc2.weight.double()
         shift = torch.stack([weight[:, ids] @ origin.mean[ids] for ids in neurons])
         readout = Readout(shift=-shift)
@@ -327,7 +327,7 @@ def _layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, compensated
     return layer.to(mlp.fc1.weight.device)
 
 
-def _router(
+def _make_router(
     layer: MoeMlp, expert_of: np.ndarray, tokens: LayerTokens, config: MoeficationConfig, *, k: int
 ) -> CentreRouter | GroundTruthRouter | MlpRouter | ConstantRouter | RandomRouter:
     # mean of each expert's L2-normalised rows of W1

@@ -89,7 +89,7 @@ def convert(
     second_half = range(len(mlps) // 2, len(mlps))
     sites = sites_at(mlps, second_half if config.layers is None else config.layers)
     slots = zip(sites, _count_slots(dense, sites, config), strict=True)
-    return replace_mlps(dense, {site: partial(_layer, site, config, n) for site, n in slots})
+    return replace_mlps(dense, {site: partial(_make_layer, site, config, n) for site, n in slots})
 
 
 def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) -> list[int]:
@@ -109,7 +109,7 @@ def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) 
     return fill_budget(config.macs_reduction, costs, most, dense=counted.total, fixed=fixed)
 
 
-def _layer(site: MlpSite, config: SoftMoeConfig, slots: int, mlp: nn.Module) -> SlotMlp:
+def _make_layer(site: MlpSite, config: SoftMoeConfig, slots: int, mlp: nn.Module) -> SlotMlp:
     seed = 1000 * config.seed + site.index
     drop = mlp.drop1.p if config.drop is None else config.drop
     experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)

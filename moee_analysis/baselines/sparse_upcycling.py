@@ -109,8 +109,8 @@ def convert(
     mlps = find_mlps(dense)
     every_second = range(1, len(mlps), 2)
     sites = sites_at(mlps, every_second if config.layers is None else config.layers)
-    capacities = zip(sites, _find_capacities(dense, sites, config), strict=True)
-    return replace_mlps(dense, {site: partial(_layer, site, config, c) for site, c in capacities})
+    own = zip(sites, _find_capacities(dense, sites, config), strict=True)
+    return replace_mlps(dense, {site: partial(_make_layer, site, config, c) for site, c in own})
 
 
 def _find_capacities(
@@ -129,7 +129,7 @@ def _find_capacities(
     return [taken * config.experts / n for taken, n in zip(counts, tokens, strict=True)]
 
 
-def _layer(
+def _make_layer(
     site: MlpSite, config: SparseUpcyclingConfig, capacity: float | None, mlp: nn.Module
 ) -> SparseMlp:
     generator = torch.Generator().manual_seed(1000 * config.seed + site.index)

@@ -33,7 +33,7 @@ TOKENS = 64  # of a batch and layer, whose nearest experts are looked for
 @contextmanager
 def losses_of(student: nn.Module, dense: nn.Module, config: FinetuneConfig) -> Iterator[Losses]:
     """While open, the yielded function runs both models on images and returns their losses."""
-    blocks = compared_blocks(dense) if config.block_weight else ()
+    blocks = blocks_to_compare(dense) if config.block_weight else ()
     with ExitStack() as stack:
         of_dense = stack.enter_context(capture(dense, blocks, "outputs"))
         of_student = stack.enter_context(capture(student, blocks, "outputs"))
@@ -68,7 +68,7 @@ def divergences(
     return temperature**2 * kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)
 
 
-def compared_blocks(dense: nn.Module) -> tuple[str, ...]:
+def blocks_to_compare(dense: nn.Module) -> tuple[str, ...]:
     """Names of the blocks around the MLPs, but for those whose patches nothing reads any more."""
     unread = unread_patches(dense)
     names = [site.name for site in find_mlps(dense) if site.name not in unread]

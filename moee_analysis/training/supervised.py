@@ -51,7 +51,7 @@ def parameter_groups(
                 "leave layer_decay at 1",
             )  # fmt: skip
         layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    top, new = max(layers.values(), default=0), set(_of_experts(model))
+    top, new = max(layers.values(), default=0), set(_expert_parameters(model))
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -65,7 +65,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _of_experts(model: nn.Module) -> Iterator[str]:
+def _expert_parameters(model: nn.Module) -> Iterator[str]:
     """Names of the parameters of layers with experts, and of the norms before them."""
     for name, layer in expert_layers(model).items():
         yield from (f"{name}.{own}" for own, _ in layer.named_parameters())
@@ -132,7 +132,7 @@ def _train(
 ) -> Iterator[tuple[int, float]]:
     """Train ``model`` in place; yield the step and the mean loss whenever it is to be checked."""
     device, losses = _device(model), []
-    loop = _loop(model, config)
+    loop = _make_loop(model, config)
     yield 0, math.nan
     with watch_routers(model) as routed:
 
@@ -151,7 +151,7 @@ def _train(
                 losses.clear()
 
 
-def _loop(model: nn.Module, config: SupervisedConfig) -> Loop:
+def _make_loop(model: nn.Module, config: SupervisedConfig) -> Loop:
     groups = parameter_groups(
         model, weight_decay=config.weight_decay, layer_decay=config.layer_decay
     )

@@ -20,10 +20,9 @@ def study(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(study):
     """Models of the seed 0, by the part of the study and the name of the start."""
-    parts = {part: getattr(study, part)() for part in ("components", "core_shares", "sizes")}
-    if isinstance(study.dense, VisionTransformer):
-        parts["methods"] = study.methods()
-    return {p: {name: start(0) for name, start in starts.items()} for p, starts in parts.items()}
+    parts = ["components", "core_shares", "sizes"]
+    parts += ["methods"] if isinstance(study.dense, VisionTransformer) else []
+    return {part: {n: start(0) for n, start in getattr(study, part)().items()} for part in parts}
 
 
 def slot_layers(model):

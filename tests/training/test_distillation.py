@@ -12,7 +12,7 @@ from moee_analysis.moe.layer import moe_layers, set_dispatch
 from moee_analysis.training.distillation import (
     block_errors,
     choice_loss,
-    compared_blocks,
+    blocks_to_compare,
     divergences,
     find_learners,
     nearest_experts,
@@ -50,13 +50,13 @@ def test_divergences_are_those_of_the_definition(temperature):
 
 
 def test_blocks_whose_patches_nothing_reads_are_not_compared():
-    assert compared_blocks(toy_vit()) == ("blocks.0", "blocks.1")
-    assert compared_blocks(toy_swin()) == ("layers.0.blocks.0", "layers.1.blocks.0")
+    assert blocks_to_compare(toy_vit()) == ("blocks.0", "blocks.1")
+    assert blocks_to_compare(toy_swin()) == ("layers.0.blocks.0", "layers.1.blocks.0")
 
 
 def test_errors_of_blocks_are_relative_and_of_each_image():
     dense, student = toy_vit(), toy_moe(toy_vit())
-    names = compared_blocks(dense)
+    names = blocks_to_compare(dense)
     with capture(dense, names, "outputs") as wanted, capture(student, names, "outputs") as found:
         dense(X)
         student(X)

@@ -115,7 +115,7 @@ def convert(
     sites = sites_at(mlps, second_half if config.layers is None else config.layers)
     sizes = size_layers(model, sites, config, dense=dense)
     depth = max(1, len(mlps) - 1)
-    layers = {s.name: _layer(recycling, s, sizes[s.name], s.index / depth) for s in sites}
+    layers = {s.name: _make_layer(recycling, s, sizes[s.name], s.index / depth) for s in sites}
     for name, layer in layers.items():
         replace_module(model, name, layer)
     like = next(dense.parameters())
@@ -156,7 +156,7 @@ def _recycle(
     return recycling
 
 
-def _layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> SlotMlp:
+def _make_layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> SlotMlp:
     """Experts in the place of the narrow model's MLP at ``site``, at a ``depth`` of 0 to 1."""
     config, act = recycling.config, site.module(recycling.dense).act
     groups = recycling.cut_experts(site, core=size.core, universal=size.universal)

@@ -34,9 +34,10 @@ def successor(
     Raises ``MoeeError``: a model that is neither a plain vision transformer nor a plain ConvNeXt; a
     width without whole heads, or without whole stages.
     """
-    settings = _settings(dense)
+    settings = _find_settings(dense)
     classes = dense.num_classes if num_classes is None else num_classes
-    settings |= _at_width(dense, settings, width or dense.num_features) | {"num_classes": classes}
+    settings |= _change_width(dense, settings, width or dense.num_features)
+    settings["num_classes"] = classes
     like = next(dense.parameters())
     settings |= _SHAPES_ALONE.get(type(dense), {}) if like.is_meta else {}
     with torch.device("meta" if like.is_meta else "cpu"), torch.random.fork_rng(devices=[]):
@@ -50,7 +51,7 @@ def successor(
     return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
 
 
-def _settings(dense: nn.Module) -> dict[str, Any]:
+def _find_settings(dense: nn.Module) -> dict[str, Any]:
     """Arguments with which timm builds a model like ``dense``; checked module by module."""
     if type(dense) not in SETTINGS:
         raise _unsupported(f"a {type(dense).__name__}")
@@ -73,7 +74,7 @@ def _unsupported(found: str) -> MoeeError:
     )  # fmt: skip
 
 
-def _of_vit(vit: VisionTransformer) -> dict[str, Any]:
+def _vit_settings(vit: VisionTransformer) -> dict[str, Any]:
     block, embed = vit.blocks[0], vit.patch_embed
     return {
         "img_size": embed.img_size,
@@ -97,7 +98,7 @@ def _of_vit(vit: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _of_convnext(convnext: ConvNeXt) -> dict[str, Any]:
+def _convnext_settings(convnext: ConvNeXt) -> dict[str, Any]:
     blocks = [stage.blocks for stage in convnext.stages]
     return {
         "in_chans": convnext.stem[0].in_channels,
@@ -111,7 +112,7 @@ def _of_convnext(convnext: ConvNeXt) -> dict[str, Any]:
     }
 
 
-SETTINGS = {VisionTransformer: _of_vit, ConvNeXt: _of_convnext}
+SETTINGS = {VisionTransformer: _vit_settings, ConvNeXt: _convnext_settings}
 _SHAPES_ALONE = {VisionTransformer: {"weight_init": "skip"}}  # drawing takes long on that device
 
 
@@ -121,7 +122,7 @@ def _scale(scaled: nn.Module) -> float | None:
     return None if gamma is None else float(gamma.detach().abs().mean())
 
 
-def _at_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dict[str, Any]:
+def _change_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dict[str, Any]:
     """Arguments that differ in a model of another ``width``."""
     staged, most = isinstance(dense, ConvNeXt), dense.num_features
     sizes = settings["dims"] if staged else (settings["num_heads"],)

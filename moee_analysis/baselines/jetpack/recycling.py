@@ -63,10 +63,10 @@ def profile(
     - ``store``: folder where the sums are kept and found again; None keeps nothing.
     """
     if store is None:
-        return Profile(_sums(model, images, together=together))
+        return Profile(_add_up(model, images, together=together))
 
     def fill(folder: Path) -> None:
-        save_file(_sums(model, images, together=together), folder / "sums.safetensors")
+        save_file(_add_up(model, images, together=together), folder / "sums.safetensors")
 
     key = content_key(
         profile=1, model=fingerprint(model), images=images.fingerprint, together=together
@@ -75,7 +75,7 @@ def profile(
     return Profile(load_file(folder / "sums.safetensors"))
 
 
-def _sums(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, torch.Tensor]:
+def _add_up(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, torch.Tensor]:
     mlps = [site.name for site in find_mlps(model)]
     places = {name: f"{name}.proj" for name in heads_of(model)}
     places |= {f"{name}.fc1": f"{name}.fc1" for name in mlps} | {n: f"{n}.fc2" for n in mlps}
@@ -213,8 +213,8 @@ class Recycling:
         config, mlp = self.config, site.module(self.dense)
         rng = np.random.default_rng([config.seed, 1, site.index])
         shared = self.shared_units[stage_of(self.dense, site.name)]
-        neurons = self._units(site.name, mlp.fc1.out_features)
-        channels = self._units(f"{site.name}.fc1", mlp.fc1.in_features)
+        neurons = self._find_units(site.name, mlp.fc1.out_features)
+        channels = self._find_units(f"{site.name}.fc1", mlp.fc1.in_features)
 
         def draw(hidden: int) -> Mlp:
             if config.consistent_channels:
@@ -231,7 +231,7 @@ class Recycling:
             groups.append([draw(hidden)] * count if alike else [draw(hidden) for _ in range(count)])
         return [group for group in groups if group]
 
-    def _units(self, place: str, total: int) -> Units:
+    def _find_units(self, place: str, total: int) -> Units:
         """Units at one place, for experts to draw from."""
         if self.found is None:
             return Units(total)

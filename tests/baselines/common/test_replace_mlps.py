@@ -10,7 +10,6 @@ from moee_analysis.baselines.common.replace_mlps import (
     replace_mlps,
     sites_at,
 )
-from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 from tests.helpers.families import small
 from tests.helpers.models import hooks_of, pixels_of, toy_swin, toy_vit
@@ -19,8 +18,6 @@ from tests.helpers.models import hooks_of, pixels_of, toy_swin, toy_vit
 def test_layers_are_chosen_in_order():
     sites = find_mlps(toy_vit())
     assert sites_at(sites, (2, 0, 2)) == [sites[0], sites[2]]
-    with pytest.raises(MoeeError, match="layers between 0 and 2"):
-        sites_at(sites, (0, -1))
 
 
 def test_layers_grow_in_turn_by_their_share_of_tokens_up_to_all_of_them():
@@ -55,23 +52,11 @@ def test_what_is_exchanged_has_device_precision_and_trainability_of_the_mlp():
     assert model(pixels_of(dense).double()).shape == (4, 6)
 
 
-def made(*, bias=True, drop=0.0):
-    """Three MLPs of random weights, the same as experts, and tokens of each."""
-    torch.manual_seed(0)
-    mlps = [Mlp(6, 10, bias=bias).double() for _ in range(3)]
-    x = torch.randn(2, 3, 50, 6, dtype=torch.float64)
-    return mlps, ExpertMlps(mlps, mlps[0].act, drop=drop), x
-
-
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_expert_is_its_mlp(bias):
-    mlps, experts, x = made(bias=bias)
+def test_every_expert_is_its_mlp_whose_activations_drop_out_in_training_only(bias):
+    mlps = [Mlp(6, 10, bias=bias).double() for _ in range(3)]
+    experts, x = ExpertMlps(mlps, mlps[0].act, drop=0.5), torch.randn(2, 3, 50, 6).double()
     assert (experts.n_experts, experts.hidden) == (3, 10)
-    each = torch.stack([mlp(x[:, e]) for e, mlp in enumerate(mlps)], dim=1)
-    torch.testing.assert_close(experts(x), each)
-
-
-def test_hidden_activations_drop_out_in_training_only():
-    (_, plain, x), (_, experts, _) = made(), made(drop=0.5)
     assert ((experts(x) == 0).double().mean() - 0.5).abs() < 0.1
-    torch.testing.assert_close(experts.eval()(x), plain(x), rtol=0, atol=0)
+    each = torch.stack([mlp(x[:, e]) for e, mlp in enumerate(mlps)], dim=1)
+    torch.testing.assert_close(experts.eval()(x), each)
