@@ -44,7 +44,7 @@ class Point:
     params: float | None = None
 
     @classmethod
-    def parsed(cls, text: str) -> Self:
+    def parse(cls, text: str) -> Self:
         """``0.28`` is a budget of MACs, ``0.29/0.20`` one of MACs and parameters."""
         macs, _, params = text.partition("/")
         return cls(float(macs), float(params) if params else None)
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = (*common.INPUTS, "--store", "--limit", "--seeds")
     parser = common.parser_of("fidelity", __doc__, *options, out="reports/fidelity")
     add = parser.add_argument
-    add("--points", type=Point.parsed, nargs="+", default=POINTS, help="as in 0.28 0.29/0.20")
+    add("--points", type=Point.parse, nargs="+", default=POINTS, help="as in 0.28 0.29/0.20")
     add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     with common.command(parser, argv) as asked:
         bench = Bench(*common.inputs(asked, limit=asked.limit), asked.preset, asked.store)

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--training", default="bundled", help="folder of class folders to train on")
     add("--limit", type=int, help="images to train on; else all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--points", type=Point.parsed, nargs="+", default=[Point(0.36, 0.32)])
+    add("--points", type=Point.parse, nargs="+", default=[Point(0.36, 0.32)])
     add("--systems", nargs="+", default=["best", "fisher OBS, CLS apart"], choices=SYSTEMS)
     add_options(parser, "finetune", settings(FinetuneConfig, TUNED))
     with common.command(parser, argv) as asked:

@@ -133,13 +133,13 @@ def run(models: Sequence[str], images: ImageSet, out: Path, *, experts: int) -> 
 
 def write(out: Path, facts: Row, speed: Row, known: dict[str, Row]) -> None:
     """Write both files into ``out``."""
-    plans = {name: worked_out(facts, speed, known, name) for name in known}
+    plans = {name: work_out(facts, speed, known, name) for name in known}
     content = {"facts": facts, "measured": speed, "sizes": known, "imagenet": plans}
     parts = [_measured_table(speed), _size_table(known), _time_table(plans), _caption(facts)]
     common.write_files(out, "scale", content, "\n\n".join(parts) + "\n", None)
 
 
-def worked_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list[Row]:
+def work_out(facts: Row, speed: Row, known: dict[str, Row], name: str) -> list[Row]:
     """Hours, gigabytes and traffic for one model, by the number of processes."""
     own, base = known[name], known[facts["measured"]]
     work = own["macs"] / base["macs"]

@@ -64,7 +64,7 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises UnreadableError: too many pixels, numbers in no such range. OSError: a damaged file.
     """
-    with _opened(path) as image:
+    with _open(path) as image:
         if image.width * image.height > MANY:
             image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG alone can
         image.load()  # which turns a TIFF upright by itself
@@ -77,7 +77,7 @@ def read_picture(path: Path) -> Image.Image:
 def check_picture(path: Path) -> str:
     """Say why a file cannot be read as a picture; "" if it can. Quick for JPEG."""
     try:
-        with _opened(path) as image:
+        with _open(path) as image:
             image.draft("RGB", (32, 32))
             image.load()
             if image.mode.startswith(DEEP):
@@ -91,7 +91,7 @@ def check_picture(path: Path) -> str:
     return ""
 
 
-def _opened(path: Path) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     suffixes()
     image = Image.open(path)
     pixels = image.width * image.height

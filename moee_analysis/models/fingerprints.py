@@ -128,20 +128,20 @@ def _run(network: nn.Module, images: torch.Tensor) -> Any:
         # tensors beside parameters and buffers decide what it does, as those of an LSTM
         if any(map(torch.is_tensor, value if isinstance(value, list | tuple) else [value])):
             return copy_model(network).to(images.device, images.dtype).eval()(images)
-    with evaluating(network), _exchanged(network, images.device, images.dtype):
+    with evaluating(network), _exchange_tensors(network, images):
         return network(images)
 
 
 @contextmanager
-def _exchanged(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _exchange_tensors(network: nn.Module, like: torch.Tensor) -> Iterator[None]:
     """Copies in the place of all tensors: to copy the modules too takes far longer.
 
     What modules keep meanwhile, such as caches of this precision, is forgotten.
     """
     copies: dict[int, torch.Tensor | None] = {id(None): None}
     for tensor in chain(network.parameters(), network.buffers()):
-        precise = tensor.is_floating_point() or tensor.is_complex()
-        copies[id(tensor)] = tensor.detach().to(device, dtype if precise else None, copy=True)
+        kind = like.dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        copies[id(tensor)] = tensor.detach().to(like.device, kind, copy=True)
     before = [(vars(module), dict(vars(module))) for module in network.modules()]
     try:
         for attributes, own in before:

@@ -41,7 +41,7 @@ class Pictures:
         return Pictures(self.images[:count], self.labels[:count], self.parts[:count])
 
 
-def rendered(split: str, count: int) -> Pictures:
+def render_split(split: str, count: int) -> Pictures:
     """Render the first ``count`` scenes of a split."""
     scenes = [scene(split, n) for n in progress(range(count), label=f"rendering {split}")]
     return Pictures(
@@ -57,7 +57,7 @@ def part_counts(mask: np.ndarray) -> np.ndarray:
     return counts.reshape(GRID * GRID, len(PARTS))
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalise(images: torch.Tensor) -> torch.Tensor:
     """Pictures as the model takes them: float [n, 3, 64, 64], -1 to 1."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -67,7 +67,7 @@ def predictions(model: nn.Module, pictures: Pictures) -> torch.Tensor:
     """Predicted class of each picture, int64 [n]."""
     model.eval()
     batches = pictures.images.split(250)
-    return torch.cat([model(normalised(batch)).argmax(1) for batch in batches])
+    return torch.cat([model(normalise(batch)).argmax(1) for batch in batches])
 
 
 def top1(model: nn.Module, pictures: Pictures) -> float:

@@ -30,13 +30,13 @@ from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, find_mlps
 from moee_analysis.utils.environment import own_folder
 from moee_analysis.utils.progress import progress
 from scripts.bundled_models.architectures import RECIPES, Recipe, build, logits, patch_width
-from scripts.bundled_models.evaluation import GRID, PATCH, Pictures, normalised, rendered, top1
+from scripts.bundled_models.evaluation import GRID, PATCH, Pictures, normalise, render_split, top1
 from scripts.bundled_models.model_card import accuracy, card, write
 
 OPTIONS = ("epochs", "train_images", "evaluation_images", "calibration_images", "seed")
 
 
-def mirrored(x: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mirror(x: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mirror each picture and its part counts with probability one half."""
     chosen = torch.rand(len(x)) < 0.5
     x = torch.where(chosen[:, None, None, None], x.flip(3), x)
@@ -131,7 +131,7 @@ class Training:
 
     def _step(self, pictures: Pictures, chosen: torch.Tensor, patches: int) -> float:
         """One step on the chosen pictures, ``patches`` of each in sight; returns the loss."""
-        x, parts = mirrored(normalised(pictures.images[chosen]), pictures.parts[chosen])
+        x, parts = mirror(normalise(pictures.images[chosen]), pictures.parts[chosen])
         seen = torch.rand(len(x), GRID**2).argsort(1)[:, :patches]
         loss = self._loss(x, seen, (pictures.labels[chosen], parts))
         for optimiser in self.optimisers:
@@ -158,11 +158,11 @@ class Training:
 def make(name: str, recipe: Recipe, folder: Path, *, command: str) -> dict[str, object]:
     """Render, train, evaluate and write both files; returns the card."""
     start = time.process_time()  # of one core, however busy the machine is with other work
-    pictures = rendered("train", recipe.train_images)
-    calibration = rendered("calibration", recipe.calibration_images)
+    pictures = render_split("train", recipe.train_images)
+    calibration = render_split("calibration", recipe.calibration_images)
     model = train(name, recipe, pictures, calibration.first(1000))
     minutes = (time.process_time() - start) / 60
-    evaluation = rendered("evaluation", recipe.evaluation_images)
+    evaluation = render_split("evaluation", recipe.evaluation_images)
     scores = accuracy(model, pictures, evaluation, calibration)
     model_card = card(name, recipe, scores, minutes=minutes, command=command)
     write(folder, model, model_card)

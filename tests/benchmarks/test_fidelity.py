@@ -34,7 +34,7 @@ def measure_in(bench, tmp_path):
     """Measure some systems at some points into one folder."""
 
     def run(*systems, points=("0.2",), seeds=(0,), of=bench):
-        points = [fidelity.Point.parsed(text) for text in points]
+        points = [fidelity.Point.parse(text) for text in points]
         return fidelity.run(of, systems=systems, points=points, seeds=seeds, out=tmp_path)
 
     return run
@@ -172,8 +172,8 @@ def test_the_command_measures_a_model(tmp_path, capsys, monkeypatch):
 
 
 def test_every_system_has_a_configuration_for_a_free_budget():
-    point = fidelity.Point.parsed("0.28")
+    point = fidelity.Point.parse("0.28")
     for system in fidelity.SYSTEMS.values():
         config = system.config(macs_reduction=point.macs, params_reduction=None, seed=1)
         assert (config.macs_reduction, config.seed) == (0.28, 1)
-    assert fidelity.Point.parsed("0.29/0.20") == fidelity.Point(0.29, 0.2)
+    assert fidelity.Point.parse("0.29/0.20") == fidelity.Point(0.29, 0.2)

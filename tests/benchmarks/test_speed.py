@@ -172,8 +172,8 @@ def test_hours_follow_from_the_seconds_of_one_image():
     known = {"small": sizes_of(1e9, 100, 64), "wide": sizes_of(4e9, 200, 128)}
     known["more"] = sizes_of(1e9, 100, 64, passes=(1, 2, 3))
     facts, n = {"measured": "small", "looked_at": 4, "part": 2}, scale.IMAGENET
-    one, eight, _ = scale.worked_out(facts, seconds, known, "small")
-    more, wide = (scale.worked_out(facts, seconds, known, name)[0] for name in ("more", "wide"))
+    one, eight, _ = scale.work_out(facts, seconds, known, "small")
+    more, wide = (scale.work_out(facts, seconds, known, name)[0] for name in ("more", "wide"))
     assert one["hours_model"] == pytest.approx((3 * (2 * n + 8) + n) / 3600)
     assert one["hours_sums"] == pytest.approx(1.5 * n / 3600)
     assert (one["seconds_clusters"], one["sent"]) == (7200, 0)

@@ -101,7 +101,7 @@ def render(seed: int, index: int, *, label: int | None = None) -> Scene:
     label = index % len(CLASSES) if label is None else label
     rng, canvas = Draws(np.random.default_rng([seed, index])), Canvas()
     _compose(canvas, rng, _KINDS[CLASSES[label]])
-    return Scene(_exposed(canvas.picture(), rng), label, canvas.parts())
+    return Scene(_expose(canvas.picture(), rng), label, canvas.parts())
 
 
 def _compose(canvas: Canvas, rng: Draws, kind: _Kind) -> None:
@@ -111,11 +111,11 @@ def _compose(canvas: Canvas, rng: Draws, kind: _Kind) -> None:
     place = rng.choice(kind.places if usual else tuple(PLACES))
     horizon = PLACES[place](canvas, rng)
     draw_clutter(canvas, rng, horizon)
-    pose = _pose(rng, kind, rng.uniform(*SCALES))
+    pose = _draw_pose(rng, kind, rng.uniform(*SCALES))
     if rng.chance(BYSTANDERS):
         other = rng.choice([one for one in _KINDS.values() if one is not kind])
         share = rng.uniform(*BYSTANDER_SHARES)
-        with canvas.posed(_pose(rng, other, pose.scale * share)):
+        with canvas.posed(_draw_pose(rng, other, pose.scale * share)):
             other.draw(canvas, rng)
     with canvas.posed(pose):
         kind.draw(canvas, rng)
@@ -123,7 +123,7 @@ def _compose(canvas: Canvas, rng: Draws, kind: _Kind) -> None:
         rng.choice(OCCLUDERS)(canvas, rng)
 
 
-def _pose(rng: Draws, kind: _Kind, scale: float) -> Pose:
+def _draw_pose(rng: Draws, kind: _Kind, scale: float) -> Pose:
     return Pose(
         x=rng.uniform(scale * 0.7, 1 - scale * 0.7),
         y=rng.uniform(0.42, 0.68),
@@ -133,7 +133,7 @@ def _pose(rng: Draws, kind: _Kind, scale: float) -> Pose:
     )
 
 
-def _exposed(picture: np.ndarray, rng: Draws) -> np.ndarray:
+def _expose(picture: np.ndarray, rng: Draws) -> np.ndarray:
     """The photograph: a gradient of light, a colour cast, contrast and sensor noise."""
     across, down = rng.uniform(-0.35, 0.35), rng.uniform(-0.35, 0.35)
     light = 1 + across * _RAMP[None, :, None] + down * _RAMP[:, None, None]

@@ -40,13 +40,13 @@ def card_of(folder, name):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return evaluation.rendered("calibration", 200)
+    return evaluation.render_split("calibration", 200)
 
 
 @pytest.fixture(scope="module")
 def held_out():
     """All scenes that the cards speak of."""
-    return evaluation.rendered("evaluation", 2000)
+    return evaluation.render_split("evaluation", 2000)
 
 
 # As they are stored
@@ -133,7 +133,7 @@ def test_hidden_variances_and_part_counts_match_a_plain_computation(name, pictur
     model, hidden, few = load_model(name), [], pictures.first(8)
     act = find_mlps(model)[3].module(model).act
     with act.register_forward_hook(lambda *given: hidden.append(given[2])), torch.inference_mode():
-        model(evaluation.normalised(few.images))
+        model(evaluation.normalise(few.images))
     wanted = hidden[0].flatten(0, -2).double().var(0, correction=0)
     found = evaluation.hidden_variances(model, few)[3]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
@@ -147,8 +147,8 @@ def test_hidden_variances_and_part_counts_match_a_plain_computation(name, pictur
 
 def test_mirroring_keeps_pictures_and_parts_together(pictures):
     torch.manual_seed(0)
-    x, before = evaluation.normalised(pictures.images[:16]), pictures.parts[:16]
-    mirrored, parts = train.mirrored(x, before)
+    x, before = evaluation.normalise(pictures.images[:16]), pictures.parts[:16]
+    mirrored, parts = train.mirror(x, before)
     turned = [(one != other).any().item() for one, other in zip(x, mirrored, strict=True)]
     assert 0 < sum(turned) < 16
     for index, turn in enumerate(turned):
