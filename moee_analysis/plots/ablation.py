@@ -52,8 +52,7 @@ def ablation(
     known = {*pieces["direction"], "changed", "changed, but perhaps by chance"}
     marks = {name: look for name, look in _LOOKS.items() if name in known}
     marks |= {name: look for name, look in _system_looks(swept).items() if name != "MoEE"}
-    drawing.legend(fig, marks, columns=len(marks))
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, marks, columns=len(marks))
 
 
 def _sort(pieces: pd.DataFrame, direction: str) -> pd.DataFrame:
@@ -143,8 +142,7 @@ def sweeps(
     rows = _plan_rows(table, _recipe_colours(table), regret)
     fig, parts = style.stacked(_WIDTH, [height for height, *_ in rows])
     _draw_rows(parts, rows)
-    drawing.legend(fig, _system_looks(table))
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, _system_looks(table))
 
 
 def _plan_rows(

@@ -26,6 +26,7 @@ _WORDS = {
     "active": ("Hidden neurons a token uses", text.percent),
     "class": ("Of the experts' entropy the class explains", text.percent),
 }
+_RETAINED = "top-1 retained (% of the dense model's)"
 _BAR = 0.72  # of the room between two layers
 _CONTROLS = {
     "mean": ("its own router", "o", style.PALETTE[0]),
@@ -97,11 +98,10 @@ def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.axhline(100, **style.REFERENCE)
         _draw_family(ax, means[means["family"] == family])
         ax.set(title=family, ylim=(-3, 106))
-    fig.supxlabel("MACs saved (%; systems set a little apart)")
-    fig.supylabel("top-1 retained (% of the dense model's)")
     looks = {"most that a system keeps": _FRONTIER, "systems of other families": _OTHERS}
-    drawing.legend(fig, looks | {"dense model": style.REFERENCE})
-    return drawing.finish(fig, table, caption)
+    looks |= {"dense model": style.REFERENCE}
+    labels = {"x": "MACs saved (%; systems set a little apart)", "y": _RETAINED}
+    return drawing.finish(fig, table, caption, looks, **labels)
 
 
 def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -163,9 +163,8 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
             ax.plot(rows[column], places, label=label, **look)
         ax.set(title=f"asked for −{100 * budget:g} % MACs", xlim=(-3, 106))
         drawing.row_axis(ax, systems)
-    fig.supxlabel("top-1 retained (% of the dense model's)")
-    drawing.legend(fig, axes[0, 0], columns=5 if len(budgets) > 1 else 3)
-    return drawing.finish(fig, table, caption)
+    columns = 5 if len(budgets) > 1 else 3
+    return drawing.finish(fig, table, caption, axes[0, 0], x=_RETAINED, columns=columns)
 
 
 @text.describes(routing_controls)
@@ -201,9 +200,8 @@ def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         drawing.curves(ax, rows, "value", x="depth", by="model", looks=looks, chance=chance)
         ax.set(title=_TITLES[quantity], xlim=(0, 100))
         ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    fig.supxlabel("depth (% of the layers, the first at the left)")
-    drawing.legend(fig, axes[0])
-    return drawing.finish(fig, table, caption)
+    depth = "depth (% of the layers, the first at the left)"
+    return drawing.finish(fig, table, caption, axes[0], x=depth)
 
 
 @text.describes(architectures)
@@ -235,8 +233,7 @@ def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) ->
     ax.set_xticks(range(len(models)), models)
     ax.set(xlim=(-0.5, len(models) - 0.5), ylabel="dense top-1 retained (%)")
     ax.grid(visible=False, axis="x")
-    drawing.legend(fig, ax, columns=3)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, ax, columns=3)
 
 
 @text.describes(architecture_variants, "Kept of the dense top-1", by="model")
@@ -266,11 +263,11 @@ def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         left.bar(rows["layer"], unread, _BAR, bottom=top - unread, zorder=zorder, **hatch)
     left.set(ylabel="MACs per image (M)", title=_totals("MACs", total, "macs"))
     right.set(ylabel="parameters (M)", title=_totals("parameters", total, "params"))
-    fig.supxlabel("MLP of " + style.LAYER_AXIS)
     facts = "Outlines: the dense model; pale: layers that stayed dense. "
     if (table["macs_unread_dense"] > 0).any():
         facts += "Hatched: for tokens that nothing reads. "
-    return style.caption(fig, caption or facts + table.attrs.get("caption", ""))
+    facts += table.attrs.get("caption", "")
+    return drawing.finish(fig, table, caption or facts, x="MLP of " + style.LAYER_AXIS)
 
 
 def _draw_bars(ax: Axes, layers: pd.DataFrame, column: str, colour: str) -> None:

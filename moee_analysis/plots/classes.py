@@ -44,10 +44,8 @@ def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         axes[0].set_ylabel(label)
     for ax, name in zip(grid[0], colours, strict=True):
         ax.set_title(name)
-    fig.supxlabel("expert, most used by all classes first")
-    fig.supylabel("share of tokens")
-    drawing.legend(fig, grid[0, 0])
-    return drawing.finish(fig, table, caption)
+    labels = {"x": "expert, most used by all classes first", "y": "share of tokens"}
+    return drawing.finish(fig, table, caption, grid[0, 0], **labels)
 
 
 @text.describes(class_routing)
@@ -92,10 +90,8 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.fill_between(x, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
         ax.set(title=system, ylabel="")
         ax.set_ylim(bottom=0)
-    drawing.layer_axis(fig, axes)
-    fig.supylabel("divergence from all classes (bits)")
-    drawing.legend(fig, axes[0], columns=2 if len(colours) == 1 else 3)
-    return drawing.finish(fig, table, caption)
+    shared = {"y": "divergence from all classes (bits)", "columns": 2 if len(colours) == 1 else 3}
+    return drawing.finish(fig, table, caption, axes[0], layers=axes, **shared)
 
 
 @text.describes(specificity, "Mean divergence of a class from all classes, in bits, bias removed")
@@ -118,9 +114,8 @@ def class_information(table: pd.DataFrame, *, caption: str | None = None) -> Fig
         ax.plot(rows["corrected"], **_HOLLOW | hollow)
     ax.set_ylabel("I(class; expert) / H(expert),\nbias removed")
     ax.set_ylim(bottom=0)
-    drawing.layer_axis(fig, [ax])
-    drawing.legend(fig, ax, {"no more than permuted labels": _HOLLOW | {"mec": style.GREY}})
-    return drawing.finish(fig, table, caption)
+    chance = {"no more than permuted labels": _HOLLOW | {"mec": style.GREY}}
+    return drawing.finish(fig, table, caption, ax, chance, layers=[ax])
 
 
 @text.describes(class_information, "Of the experts' entropy the class of the image explains")
@@ -177,9 +172,7 @@ def class_relatedness(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     drawing.curves(ax, table, "spearman", chance={"null_high": "--"})
     ax.axhline(0, **style.REFERENCE)
     ax.set_ylabel("rank correlation of routing\nand classifier distance")
-    drawing.layer_axis(fig, [ax])
-    drawing.legend(fig, ax, _CHANCE, columns=2)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, ax, _CHANCE, layers=[ax], columns=2)
 
 
 @text.describes(class_relatedness, "Rank correlation of routing distance and classifier distance")
@@ -194,9 +187,7 @@ def modularity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     drawing.curves(ax, table, "ami", band=True, chance=_NULLS)
     ax.axhline(0, **style.REFERENCE)
     ax.set_ylabel("adjusted mutual information\nof expert and part")
-    drawing.layer_axis(fig, [ax])
-    drawing.legend(fig, ax, _NULL_NAMES, columns=2)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, ax, _NULL_NAMES, layers=[ax], columns=2)
 
 
 @text.describes(modularity, "Adjusted mutual information of expert and part")
@@ -224,8 +215,7 @@ def part_profile(table: pd.DataFrame, *, parts: int = 16, caption: str | None = 
     fig, axes = drawing.heat_maps(maps, bar, cols=3, panel=size, **look)
     for ax in axes:
         ax.axhline(1, color="white", lw=5)
-    fig.supylabel("expert (share of patches)")
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, y="expert (share of patches)")
 
 
 def _profiles(rows: pd.DataFrame) -> pd.DataFrame:

@@ -142,14 +142,6 @@ def spread(count: int, width: float) -> np.ndarray:
     return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
 
 
-def layer_axis(fig: Figure, axes: Sequence[Axes]) -> None:
-    """Name the layers below all ``axes``, with ticks at whole layers only."""
-    for ax in axes:
-        whole_ticks(ax)
-        ax.set_xlabel("")
-    fig.supxlabel(style.LAYER_AXIS)
-
-
 def whole_ticks(ax: Axes) -> None:
     """Put ticks at whole numbers only."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -162,11 +154,23 @@ def plain_log(axis: Axis, *, subs: tuple[float, ...] = (1,)) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def legend(
-    fig: Figure, *sources: Axes | dict[str, Look], columns: int = 4,
+def finish(
+    fig: Figure, table: pd.DataFrame, caption: str | None, *sources: Axes | dict[str, Look],
+    layers: Sequence[Axes] = (), x: str = "", y: str = "", columns: int = 4,
     loc: str = "outside upper left",
-) -> None:  # fmt: skip
-    """Write one legend outside of the panels: what has a label in axes, and looks by name."""
+) -> Figure:  # fmt: skip
+    """Write what all panels share: labels, one legend, and ``caption``, else the table's own.
+
+    The legend is of what has a label in the ``sources`` that are axes, and of looks by name. Axes
+    of ``layers`` get ticks at whole layers only.
+    """
+    for ax in layers:
+        whole_ticks(ax)
+        ax.set_xlabel("")
+    if x or len(layers):
+        fig.supxlabel(x or style.LAYER_AXIS)
+    if y:
+        fig.supylabel(y)
     marks: dict[str, Artist] = {}
     for source in sources:
         if isinstance(source, dict):
@@ -174,12 +178,9 @@ def legend(
         else:
             handles, names = source.get_legend_handles_labels()
             marks |= dict(zip(names, handles, strict=True))
-    columns = min(columns, max(1, len(marks)))
-    fig.legend(list(marks.values()), list(marks), loc=loc, ncols=columns, borderpad=0)
-
-
-def finish(fig: Figure, table: pd.DataFrame, caption: str | None) -> Figure:
-    """Write ``caption`` below, or else the one that the measure gave its table."""
+    if marks:
+        columns = min(columns, len(marks))
+        fig.legend(list(marks.values()), list(marks), loc=loc, ncols=columns, borderpad=0)
     return style.caption(fig, caption or table.attrs.get("caption"))
 
 

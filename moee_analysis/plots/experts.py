@@ -35,9 +35,7 @@ def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     right.bar(x, table["union_fraction"], color=style.GREY, label="stored")
     right.bar(x, table["active_fraction"], color=style.PALETTE[2], label="active")
     right.set(ylabel="share of hidden neurons", title="neurons left", ylim=(0, 1))
-    drawing.legend(fig, right)
-    drawing.layer_axis(fig, axes)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, right, layers=axes)
 
 
 @text.describes(layers)
@@ -95,9 +93,7 @@ def surrogate(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         sns.barplot(table, y=value, saturation=1, ax=ax, **look)
         ax.get_legend().remove()
         ax.set(xlabel="", ylabel=label)
-    fig.supxlabel(style.LAYER_AXIS)
-    drawing.legend(fig, axes[0])
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, axes[0], x=style.LAYER_AXIS)
 
 
 @text.describes(surrogate)
@@ -132,10 +128,7 @@ def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.grid(visible=False, axis="x")
         ax.set(title=system, ylim=(0, 1.03))
         ax.yaxis.set_major_formatter(PercentFormatter(1))
-    drawing.layer_axis(fig, axes)
-    fig.supylabel("hidden neurons kept")
-    drawing.legend(fig, axes[0])
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, axes[0], layers=axes, y="hidden neurons kept")
 
 
 @text.describes(sizes, "Of a layer's hidden neurons")
@@ -192,16 +185,13 @@ def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         for title, part in drawing.by_layer(shown).items()
     }
     fig = _draw_pairs(maps, "Jaccard: ◥ found, ◣ random", cmap=style.SHARES, vmin=0)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, x="expert", y="expert")
 
 
 def _draw_pairs(maps: dict[str, pd.DataFrame], bar: str, **look: Any) -> Figure:
     panel = (2.0, 2.15 + 0.25 * any("\n" in title for title in maps))
     look |= {"vmax": 1, "square": True, "size": 6}
-    fig, _ = drawing.heat_maps(maps, bar, cols=4, panel=panel, **look)
-    fig.supxlabel("expert")
-    fig.supylabel("expert")
-    return fig
+    return drawing.heat_maps(maps, bar, cols=4, panel=panel, **look)[0]
 
 
 @text.describes(overlap)
@@ -226,7 +216,7 @@ def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         for column, name in (("cosine", "raw"), ("cosine_centred", "centred"))
     }
     fig = _draw_pairs(maps, "cosine of mean inputs", cmap=style.DIVERGING, vmin=-1)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, x="expert", y="expert")
 
 
 @text.describes(similarity)
@@ -262,8 +252,7 @@ def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Fi
             right.plot(x, rows[column], "o-", color=colour, label=label)
         right.set(ylabel="share", ylim=(-0.02, 1.02), title="common mean, near-orthogonal")
         right.legend(fontsize=7)
-    drawing.layer_axis(fig, axes.flat)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, layers=axes.flat)
 
 
 @text.describes(similarity_summary, "Mean cosine of two experts' mean inputs over the layers")

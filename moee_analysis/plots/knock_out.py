@@ -34,10 +34,8 @@ def knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
             ax.axhline(rows[f"top1_{model}"].iloc[0], **look)
         ax.set_title(title)
     axes[0].set_ylabel("top-1 (%)")
-    drawing.layer_axis(fig, axes)
     dots = {_NAMES.get(name, name): _LOOKS[name] | {"ls": ""} for name in ("expert", _CONTROL)}
-    drawing.legend(fig, axes[0], dots)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, axes[0], dots, layers=axes)
 
 
 @text.describes(knock_out)
@@ -87,8 +85,8 @@ def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figur
         drawing.bar_beside(fig, [ax], mesh, "change of log-probability (nats)")
         drawing.part_groups(ax, classes["family"], color=style.INK, lw=0.5)
         ax.set_title(f"layer {layer}")
-    fig.supxlabel("expert removed, the one with the most tokens first")
-    return drawing.finish(fig, table, caption)
+    order = "expert removed, the one with the most tokens first"
+    return drawing.finish(fig, table, caption, x=order)
 
 
 def _of_classes(table: pd.DataFrame) -> pd.DataFrame:
@@ -123,9 +121,8 @@ def use_and_need(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     left.set(title="use and need of an expert", ylabel="rank correlation over\nclasses and experts")
     right.set(title="most over-used is most needed", ylabel="share of classes")
     right.set_ylim(bottom=0)
-    drawing.layer_axis(fig, (left, right))
-    drawing.legend(fig, left, {"permuted classes, 95 %": {"color": style.GREY} | style.CHANCE})
-    return drawing.finish(fig, table, caption)
+    chance = {"permuted classes, 95 %": {"color": style.GREY} | style.CHANCE}
+    return drawing.finish(fig, table, caption, left, chance, layers=(left, right))
 
 
 @text.describes(use_and_need, "Rank correlation of use and need over classes and experts")
@@ -155,10 +152,10 @@ def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         row, column = np.nonzero(((values["low"] > 0) | (values["high"] < 0)).to_numpy())
         ax.plot(column + 0.5, row + 0.5, "o", ms=2.4, color=style.INK, mec="white", mew=0.5)
         ax.set_title("layer {}, {}".format(*panel))
-    fig.supxlabel("expert removed, or replaced by as many random patches")
-    fig.supylabel("part (recall of the intact model)")
     drawing.bar_beside(fig, list(axes.flat), mesh, "change in recall (percentage points)")
-    return drawing.finish(fig, table, caption)
+    removed = "expert removed, or replaced by as many random patches"
+    part = "part (recall of the intact model)"
+    return drawing.finish(fig, table, caption, x=removed, y=part)
 
 
 @text.describes(parts_unseen)

@@ -1,5 +1,7 @@
 """How evenly the experts are used, and what a router costs beside the best one possible."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -37,23 +39,21 @@ def routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.set(title=f"layer {layer}", xlim=(0, 1))
         ax.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     axes[0].set_ylim(bottom=0)
-    fig.supxlabel("experts, most used first (rank / E)")
-    fig.supylabel("share × E (1 is even)")
-    return _finish(fig, axes[0], table, caption)
+    labels = {"x": "experts, most used first (rank / E)", "y": "share × E (1 is even)"}
+    return _finish(fig, axes[0], table, caption, **labels)
 
 
 def _finish(
-    fig: Figure, ax: Axes, table: pd.DataFrame, caption: str | None, bands: str = ""
+    fig: Figure, ax: Axes, table: pd.DataFrame, caption: str | None, bands: str = "", **shared: Any
 ) -> Figure:
     systems = table.groupby("system", sort=False)
-    if len(systems) > 1:  # the caption names a single one
-        drawing.legend(fig, ax)
     counts = [
         f"{name}: {text.span(rows['n_experts'], str)} experts, k = {text.span(rows['k'], str)}"
         for name, rows in systems
     ]
     facts = f"{table['n_images'].max()} images{bands}. {'; '.join(counts)}."
-    return style.caption(fig, caption or facts)
+    named = [ax] if len(systems) > 1 else []  # the caption names a single one
+    return drawing.finish(fig, table, caption or facts, *named, **shared)
 
 
 @text.describes(routing, "The most used expert of a layer takes so many times an even share")
@@ -78,9 +78,8 @@ def balance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         else:
             ax.set_ylim(0, max(1.0, high) if metric in ("dead", "max_over_mean") else high)
         ax.yaxis.get_major_locator().set_params(integer=metric == "dead")  # whole experts
-    drawing.layer_axis(fig, axes)
     bands = "; bands are basic 95 % intervals of the image bootstrap" if band else ""
-    return _finish(fig, axes[0], table, caption, bands)
+    return _finish(fig, axes[0], table, caption, bands, layers=axes)
 
 
 @text.describes(balance)
@@ -102,9 +101,7 @@ def router_regret(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     drawing.plain_log(left.yaxis, subs=(1, 3))
     draw_regret(right, table)
     right.set(title="regret: error beyond the best expert's", ylabel="")
-    drawing.layer_axis(fig, (left, right))
-    drawing.legend(fig, left, columns=5)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, left, layers=(left, right), columns=5)
 
 
 def draw_regret(ax: Axes, table: pd.DataFrame) -> None:

@@ -45,8 +45,7 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     for stage, look in _STAGES.items():
         looks[f"{stage} fine-tuning"] = {"color": style.INK, "marker": "o"} | look
     marks = {name: _LINE | look for name, look in looks.items()} | {"dense model": style.REFERENCE}
-    drawing.legend(fig, marks, columns=1, loc="outside right center")
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, marks, columns=1, loc="outside right center")
 
 
 @text.describes(fine_tuning)
@@ -114,8 +113,7 @@ def learning_curves(table: pd.DataFrame, *, caption: str | None = None) -> Figur
     drawing.curves(ax, means, "mean", x="images", by="start", band=True)
     ax.set(xlabel="training images seen", ylabel="top-1 (%)")
     ax.set_ylim(bottom=0)
-    drawing.legend(fig, ax, columns=1, loc="outside right center")
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, ax, columns=1, loc="outside right center")
 
 
 @text.describes(learning_curves)
@@ -226,8 +224,7 @@ def contributions(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.set(title=_CONTRIBUTIONS[value], ylabel="")
         ax.set_ylim(bottom=0)
     axes[0].legend()
-    drawing.layer_axis(fig, axes)
-    return drawing.finish(fig, table, caption)
+    return drawing.finish(fig, table, caption, layers=axes)
 
 
 @text.describes(
