@@ -191,6 +191,31 @@ def sample_of(hidden=None, *, inputs=None, weight=None, gradients=None, position
     )
 
 
+def random_layer(*, rows=60, dim=5, hidden=7, weights=(1, 2, 3)):
+    """A layer of dependent neurons, two gradients, and 6 tokens of every image, some of them kept.
+
+    A token stands for as many as one of the ``weights``.
+    """
+    rng = np.random.default_rng(0)
+    image, position = np.divmod(np.arange(rows, dtype=np.int32), 6)
+    mixing = rng.normal(size=(hidden, hidden))
+    sample = sample_of(
+        (rng.normal(1, 1, size=(rows, hidden)) @ mixing).astype(np.float16),
+        inputs=rng.normal(size=(rows, dim)).astype(np.float16),
+        gradients=rng.normal(size=(2, rows, dim)).astype(np.float16),
+        weight=rng.choice(weights, size=rows).astype(np.float32),
+        image=image,
+        position=position,
+    )
+    sample.norms[:] = rng.gamma(1.0, size=(rows, 2))
+    return layer_of(sample)
+
+
+def repeated(sample, own):
+    """Hidden activations of the tokens ``own``, each as often as its weight says."""
+    return np.repeat(sample.hidden[own].astype(float), sample.weight[own].astype(int), axis=0)
+
+
 def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether labels differ by their numbers alone, and noise, -1, not at all."""
     pairs = set(zip(one.tolist(), other.tolist(), strict=True))

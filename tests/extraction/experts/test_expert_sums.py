@@ -29,7 +29,8 @@ from tests.helpers.layers import (
     computed,
     layer_of,
     parts_of,
-    sample_of,
+    random_layer,
+    repeated,
     sums_of,
 )
 
@@ -41,19 +42,7 @@ PREFIXES = [(), (0,), (0, 0), (0, 1)]
 
 @pytest.fixture
 def layer():
-    rng = np.random.default_rng(0)
-    image, position = np.divmod(np.arange(ROWS, dtype=np.int32), 6)
-    mixing = rng.normal(size=(HIDDEN, HIDDEN))
-    sample = sample_of(
-        (rng.normal(1, 1, size=(ROWS, HIDDEN)) @ mixing).astype(np.float16),
-        inputs=rng.normal(size=(ROWS, DIM)).astype(np.float16),
-        gradients=rng.normal(size=(2, ROWS, DIM)).astype(np.float16),
-        weight=rng.integers(1, 4, size=ROWS).astype(np.float32),
-        image=image,
-        position=position,
-    )
-    sample.norms[:] = rng.gamma(1.0, size=(ROWS, 2))
-    return layer_of(sample)
+    return random_layer(rows=ROWS, dim=DIM, hidden=HIDDEN)
 
 
 def statistics_sum(layer, members=MEMBERS, *, gradients=False, **given):
@@ -98,12 +87,6 @@ def test_all_that_decides_the_sums_is_among_their_facts(layer):
 # Statistics
 
 
-def repeated(sample, members, expert):
-    """Hidden activations of an expert's tokens, each as often as its weight says."""
-    own = members == expert
-    return np.repeat(sample.hidden[own].astype(float), sample.weight[own].astype(int), axis=0)
-
-
 @pytest.mark.parametrize("chunk", [16, 1000])
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_statistics_are_those_of_tokens_repeated_by_weight(layer, monkeypatch, chunk, prefix):
@@ -112,7 +95,7 @@ def test_statistics_are_those_of_tokens_repeated_by_weight(layer, monkeypatch, c
     found = computed(accumulator, layer)
     routed, members = accumulator.assignment.of(layer)
     for expert in range(len(set(prefix)) + EXPERTS):
-        tokens = repeated(layer.sample, members, expert)
+        tokens = repeated(layer.sample, members == expert)
         assert found.weight[expert] == len(tokens)
         assert found.routed[expert] == layer.sample.weight[routed == expert].sum()
         np.testing.assert_allclose(found.means[expert], tokens.mean(axis=0), rtol=1e-10)
@@ -214,7 +197,7 @@ def test_covariances_are_those_of_tokens_repeated(layer, tmp_path, monkeypatch, 
     _, members = assignment.of(layer)
     _, found = covariances(Made([layer], tmp_path, CUTS), experts_of(layer, assignment))
     for expert, covariance in enumerate(found):
-        wanted = np.cov(repeated(plain, members, expert).T, bias=True)
+        wanted = np.cov(repeated(plain, members == expert).T, bias=True)
         np.testing.assert_allclose(covariance, wanted, atol=2e-3 if far else 1e-4)
         np.testing.assert_allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6)
         assert np.linalg.eigvalsh(covariance).min() > -1e-5

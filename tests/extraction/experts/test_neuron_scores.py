@@ -6,7 +6,7 @@ from moee_analysis.extraction.config import CHOICES
 from moee_analysis.extraction.experts.layer_experts import LayerExperts, StatisticsAccumulator
 from moee_analysis.extraction.experts.neuron_scores import elimination_costs, score_neurons
 from moee_analysis.extraction.record.fisher import DAMPING, PRIOR
-from tests.helpers.layers import Made, assigned, computed, layer_of, sample_of
+from tests.helpers.layers import Made, assigned, computed, layer_of, random_layer, repeated
 
 DIM, HIDDEN, ROWS = 5, 9, 60
 ORDERS, METRICS = CHOICES["order"], CHOICES["metric"]
@@ -16,16 +16,8 @@ CUTS = (7, 31)
 
 def drawn(metric="outputs"):
     """Tokens of two experts and of none; as in a recipe, all of them where gradients count."""
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(HIDDEN, HIDDEN))
-    weight = rng.integers(1, 4, size=ROWS) if metric == "outputs" else np.ones(ROWS)
-    return sample_of(
-        (rng.normal(1, 1, size=(ROWS, HIDDEN)) @ mixing).astype(np.float32),
-        inputs=rng.normal(size=(ROWS, DIM)).astype(np.float16),
-        weight=weight.astype(np.float32),
-        gradients=rng.normal(size=(2, ROWS, DIM)).astype(np.float16),
-        position=np.arange(ROWS, dtype=np.int32) % 6,
-    )
+    weights = (1, 2, 3) if metric == "outputs" else (1,)
+    return random_layer(rows=ROWS, dim=DIM, hidden=HIDDEN, weights=weights).sample
 
 
 MLP = layer_of(drawn()).mlp
@@ -44,12 +36,6 @@ def scored(tmp_path):
         return score_neurons(made, [experts], order=order, metric=metric)["mlp"]
 
     return score_of
-
-
-def tokens_of(sample, expert):
-    """Hidden activations of an expert's tokens, repeated by their weight."""
-    own = expert == MEMBERS
-    return np.repeat(sample.hidden[own].astype(float), sample.weight[own].astype(int), axis=0)
 
 
 def metric_of(sample, expert, metric):
@@ -73,7 +59,7 @@ def test_magnitude_is_the_product_of_a_neuron_s_weights_whatever_the_data(scored
 def test_weighted_is_what_dropping_a_neuron_does_to_the_outputs(scored, metric):
     sample, W2 = drawn(metric), MLP.fc2.weight.double().numpy()
     for expert, row in enumerate(scored(sample, order="weighted", metric=metric)):
-        tokens, Q = tokens_of(sample, expert), metric_of(sample, expert, metric)
+        tokens, Q = repeated(sample, expert == MEMBERS), metric_of(sample, expert, metric)
         for j in range(HIDDEN):
             wrong = np.outer(tokens[:, j] - tokens[:, j].mean(), W2[:, j])
             lost = np.einsum("ti,ik,tk->t", wrong, Q, wrong).mean()
@@ -84,7 +70,7 @@ def test_weighted_is_what_dropping_a_neuron_does_to_the_outputs(scored, metric):
 def test_obs_is_elimination_in_the_metric(scored, metric):
     sample, W2 = drawn(metric), MLP.fc2.weight.double()
     for expert, row in enumerate(scored(sample, order="obs", metric=metric)):
-        covariance = torch.from_numpy(np.cov(tokens_of(sample, expert).T, bias=True))
+        covariance = torch.from_numpy(np.cov(repeated(sample, expert == MEMBERS).T, bias=True))
         half = torch.from_numpy(np.linalg.cholesky(metric_of(sample, expert, metric)).T)
         expected = elimination_costs(covariance, half @ W2)
         torch.testing.assert_close(torch.from_numpy(row), expected, rtol=1e-3, atol=1e-6)
