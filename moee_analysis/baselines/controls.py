@@ -136,14 +136,8 @@ def random_centres(
     """Routers of the same form whose centres are inputs of random calibration tokens.
 
     As many experts per layer as the run has. Whatever these show too, the clusters did not cause.
-
-    - ``images``: the run's own calibration images.
-    - ``store``: the store that holds (or will hold) the sampled tokens.
-
-    Returns
-    -------
-    dict
-        Router by layer index, for ``measure.routes(run.dense(), ..., routers=...)``.
+    By layer index, for ``measure.routes(run.dense(), ..., routers=...)``. ``images`` are the run's
+    own calibration images; the ``store`` holds (or will hold) the sampled tokens.
     """
     calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
     names, layers, rows = moe_names(run.model), moe_layers(run.model), {}

@@ -17,10 +17,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Loop:
-    """Updates of ``parameters`` by an optimizer at the rates of a scheduler.
-
-    ``clip`` is the largest norm of the gradient of the mean loss.
-    """
+    """Updates of ``parameters``; ``clip`` is the largest norm of the gradient of the mean loss."""
 
     parameters: list[torch.Tensor]
     optimizer: torch.optim.Optimizer

@@ -1,12 +1,10 @@
 """Divisions into parts of equal size: of points by k-means, of a graph where few edges are cut.
 
-The graph may be that of neurons that are active together.
-
-Graphs are divided by METIS (Karypis and Kumar, "A Fast and High Quality Multilevel Scheme for
-Partitioning Irregular Graphs", 1998) with the optional package ``pymetis`` (``pip install
-moee-analysis[graph]``). Without it: eigenvectors of the graph (Ng, Jordan and Weiss, "On Spectral
-Clustering", 2001), balanced k-means of these, and swaps of two nodes for as long as they lower the
-cut (after Kernighan and Lin, 1970).
+Graphs, such as that of neurons that are active together, are divided by METIS (Karypis and Kumar,
+"A Fast and High Quality Multilevel Scheme for Partitioning Irregular Graphs", 1998) with the
+optional package ``pymetis`` (``pip install moee-analysis[graph]``). Without it: eigenvectors of the
+graph (Ng, Jordan and Weiss, "On Spectral Clustering", 2001), balanced k-means of these, and swaps
+of two nodes for as long as they lower the cut (after Kernighan and Lin, 1970).
 """
 
 from collections.abc import Iterable

@@ -19,10 +19,7 @@ from moee_analysis.moe.layer import replace_module
 
 
 def per_expert(tokens: int, experts: int, capacity: float) -> int:
-    """Return ``capacity`` x tokens / experts, rounded, at least 1.
-
-    A capacity of 1 is as much work as if every token had one expert.
-    """
+    """``capacity`` x tokens / experts, rounded, at least 1: with 1 as if every token had one."""
     return max(1, round(capacity * tokens / experts))
 
 
@@ -66,10 +63,7 @@ def fill_budget(
 
 
 def sites_at(sites: Sequence[MlpSite], layers: Iterable[int]) -> list[MlpSite]:
-    """Return the ``sites`` at ``layers``, counted from 0.
-
-    Raises ``MoeeError``: no layers, or one that is not there.
-    """
+    """The ``sites`` at ``layers``, counted from 0; refuses no layers, or one that is not there."""
     wanted = sorted(set(layers))
     if not wanted or not set(wanted) <= set(range(len(sites))):
         raise MoeeError(

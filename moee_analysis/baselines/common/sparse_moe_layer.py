@@ -88,23 +88,18 @@ class TopKRouter(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
-        if self.capacity is not None:
-            order = order[self._within_capacity(experts).flatten()[order]]
+        if self.capacity is not None:  # choices that come too late are dropped
+            (images, count, k), n_experts = experts.shape, len(self.gate.weight)
+            in_order = experts.mT.flatten(1)  # all first choices, then all second ones
+            places = one_hot(in_order, n_experts).cumsum(dim=1).gather(2, in_order[..., None])
+            staying = places <= per_expert(k * count, n_experts, self.capacity)
+            order = order[staying.view(images, k, count).mT.flatten()[order]]
         chosen, ids = experts.flatten()[order], order // self.k
         return Routed(chosen, ids, weights.flatten()[order], logits, noisy)
 
     def constant(self) -> Self:
         """Return a router like this one, with the first k experts for all tokens."""
         return prefer(self, partial(prefer_first, n_experts=len(self.gate.weight)))
-
-    def _within_capacity(self, experts: torch.Tensor) -> torch.Tensor:
-        """Which choices (images, tokens, k) do not come too late, bool."""
-        (images, tokens, k), n_experts = experts.shape, len(self.gate.weight)
-        most = per_expert(k * tokens, n_experts, self.capacity)
-        in_order = experts.mT.flatten(1)  # all first choices, then all second ones
-        before = one_hot(in_order, n_experts).cumsum(dim=1)
-        place = before.gather(2, in_order[..., None])
-        return (place <= most).view(images, k, tokens).mT
 
 
 class ExpertChoiceRouter(nn.Module):
