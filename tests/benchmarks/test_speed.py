@@ -7,6 +7,8 @@ from dataclasses import replace
 import clustering
 import common
 import extraction
+import fidelity
+import jetpack
 import numpy as np
 import pytest
 import scale
@@ -42,6 +44,8 @@ def test_one_command_runs_all_benchmarks_of_speed_each_measurement_in_its_proces
     (clustering, ["--limit", "8", "--layer", "40"], "a layer of the model"),
     (clustering, ["--limit", "8", "--sizes", "900"], "520 in 8 images"),
     (extraction, ["--sizes", "100000"], "100000 images"),
+    (fidelity, ["--images", "nowhere"], "class folders"),
+    (jetpack, ["--model", "bundled_swin", "--limit", "12"], "VisionTransformer"),
 ])  # fmt: skip
 def test_bad_input_is_told_in_one_line(tmp_path, capsys, script, wrong, words):
     with pytest.raises(SystemExit) as stopped:
@@ -109,12 +113,9 @@ def test_every_recipe_is_timed_by_its_stages(tmp_path, capsys, monkeypatch):
         extraction, "config_of", lambda task: replace(make(task), clustering=quick[task.recipe])
     )
     extraction.main(["--sizes", "24", "16", "--preset", "smoke", "--out", str(tmp_path / "out")])
-    assert contents(tmp_path / "out").keys() == {
-        "extraction.json",
-        "extraction.md",
-        "extraction.png",
-    }
-    text = (tmp_path / "out" / "extraction.json").read_text()
+    out = tmp_path / "out"
+    assert contents(out).keys() == {f"extraction.{kind}" for kind in ("json", "md", "png")}
+    text = (out / "extraction.json").read_text()
     assert str(tmp_path) not in text
     content = json.loads(text)
     rows = content["rows"]
@@ -129,7 +130,7 @@ def test_every_recipe_is_timed_by_its_stages(tmp_path, capsys, monkeypatch):
     assert set(rows[0]["stages"]) == known | {"coherence", "refit"}
     assert set(rows[1]["stages"]) == known
     assert content["facts"]["preset"] == "smoke"
-    assert (tmp_path / "out" / "extraction.md").read_text().count("\n| ") == 5
+    assert (out / "extraction.md").read_text().count("\n| ") == 5
     assert "times a plain pass" in capsys.readouterr().out
     table = extraction.for_figure(rows[:1])
     assert table["passes"].sum() == pytest.approx(rows[0]["times"], rel=0.05)
