@@ -54,7 +54,7 @@ def accuracy(
     ``batch_size`` or ``seed`` that is none.
     """
     draw_numbers(seed, resamples=resamples)
-    systems = _by_name(models)
+    systems = _name_models(models)
     if isinstance(reference, str):
         if reference not in systems:
             raise MoeeError(
@@ -79,13 +79,13 @@ def agreement(
     differences, as a share of the reference's outputs), ``n_images``.
     Raises MoeeError: no images or models, or one whose outputs are of another shape.
     """
-    systems = _by_name(models)
+    systems = _name_models(models)
     check_any(images)
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     for x in decode_batches(reference, images, batch_size, label="agreement"):
-        wanted = _outputs(reference, x)
+        wanted = _run(reference, x)
         for name, model in systems.items():
-            parts[name].append(_compare_outputs(name, _outputs(model, x), wanted))
+            parts[name].append(_compare_outputs(name, _run(model, x), wanted))
     rows = []
     for name, batches in parts.items():
         sums = {key: math.fsum(batch[key] for batch in batches) for key in batches[0]}
@@ -122,7 +122,7 @@ def score_images(
         for model in contestants.values():
             stack.enter_context(evaluating(model))
         for x, truth in zip(batches, labels.split(size), strict=True):
-            logits = _logits(contestants.values(), x)
+            logits = _run_all(contestants.values(), x)
             for name, model in contestants.items():
                 parts[name].append(_score(logits[model], truth, logits.get(reference)))
     return {
@@ -137,21 +137,21 @@ def summarize(
     """Return the table of :func:`accuracy` of some :func:`score_images`."""
     own = scores[REFERENCE]["right"] if REFERENCE in scores else None
     rows = [
-        {"system": name} | _row(score, own, seed=seed, resamples=resamples)
+        {"system": name} | _sum_up(score, own, seed=seed, resamples=resamples)
         for name, score in scores.items()
         if name != REFERENCE
     ]
     return pd.DataFrame(rows)
 
 
-def _by_name(models: Models) -> dict[str, nn.Module]:
+def _name_models(models: Models) -> dict[str, nn.Module]:
     systems = dict(models) if isinstance(models, Mapping) else {"model": models}
     if not systems:
         raise MoeeError("at least one model", "none", "pass a model or a mapping of models")
     return systems
 
 
-def _logits(models: Iterable[nn.Module], x: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
+def _run_all(models: Iterable[nn.Module], x: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
     """Logits (images, classes) of every distinct model."""
     logits = {model: model(like(x, model)).float().cpu() for model in dict.fromkeys(models)}
     outputs = {of_model.shape[1] for of_model in logits.values()}
@@ -175,7 +175,9 @@ def _score(logits: torch.Tensor, truth: torch.Tensor, own: torch.Tensor | None) 
     return {name: values.numpy() for name, values in scores.items()}
 
 
-def _row(scores: Scores, own: np.ndarray | None, *, seed: int, resamples: int) -> dict[str, float]:
+def _sum_up(
+    scores: Scores, own: np.ndarray | None, *, seed: int, resamples: int
+) -> dict[str, float]:
     right = scores["right"]
     # only which of the two is right matters, so resampling the images is the same as drawing the
     # sizes of the four groups from a multinomial
@@ -198,7 +200,7 @@ def _row(scores: Scores, own: np.ndarray | None, *, seed: int, resamples: int) -
     return row
 
 
-def _outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Outputs of a batch, (images, numbers), float64."""
     with evaluating(model):
         return model(like(x, model)).reshape(len(x), -1).double().cpu()

@@ -189,7 +189,7 @@ def _measure(
     own = {each.name: each.models["own"] for each in group if each.models}
     accuracies, right, usage, times = {}, {}, {}, {}
     if models:
-        with counting_usage(own) as usage, _masked(models.values()):
+        with counting_usage(own) as usage, _fix_dispatch(models.values()):
             scores = score_images(models, contest.images, reference=contest.dense)
         table = summarize(scores, resamples=contest.resamples)
         accuracies = {row["system"]: accuracy_numbers(row) for row in table.to_dict("records")}
@@ -201,11 +201,13 @@ def _measure(
         options = {"batch_size": BATCH, "rounds": 5, "seconds": 0.05}
         table = latency(quickest, contest.images, reference=contest.dense, **options)
         times = {row.pop("system"): row for row in table.to_dict("records")}
-    rows = [_row(each, contest, counted, accuracies, usage.get(each.name, {})) for each in group]
+    rows = [
+        _describe(each, contest, counted, accuracies, usage.get(each.name, {})) for each in group
+    ]
     return [row | {"latency": times.get(row["system"])} for row in rows], right
 
 
-def _row(
+def _describe(
     entry: Entry, contest: Contest, counted: MacCount, accuracies: Mapping, usage: Usage
 ) -> Row:
     """What a system keeps and costs, as its experts were used."""
@@ -241,7 +243,7 @@ def _row(
 
 
 @contextmanager
-def _masked(models: Iterable[nn.Module]) -> Iterator[None]:
+def _fix_dispatch(models: Iterable[nn.Module]) -> Iterator[None]:
     """While open, layers are computed in the one way that needs no measuring first."""
     try:
         for model in models:

@@ -155,10 +155,10 @@ def learned(
     level = final.mean(axis=1).min() if level is None else level
     draws = draw_curves(trained, resamples)
     seen = trained.history["images"].unique()
-    reached = np.apply_along_axis(_reached, 2, draws, seen, level)
+    reached = np.apply_along_axis(_find_level, 2, draws, seen, level)
     reached_low, reached_high = np.quantile(reached, MIDDLE, axis=0, method="nearest")
     low, high = np.quantile(draws[:, :, -1], MIDDLE, axis=0)
-    own = [_reached(curve, seen, level) for curve in trained.right.mean(axis=(1, 3))]
+    own = [_find_level(curve, seen, level) for curve in trained.right.mean(axis=(1, 3))]
     table = trained.sizes.assign(
         top1=final.mean(axis=1), low=low, high=high, worst=final.min(axis=1),
         best=final.max(axis=1), level=level, images=np.where(np.isinf(own), np.nan, own),
@@ -213,7 +213,7 @@ def draw_curves(trained: Trainings, resamples: int) -> np.ndarray:
     return repeat(curves, draw, times=resamples, seed=0)
 
 
-def _reached(curve: np.ndarray, seen: np.ndarray, level: float) -> float:
+def _find_level(curve: np.ndarray, seen: np.ndarray, level: float) -> float:
     """Images seen when a curve first comes to ``level``; infinite where it never does."""
     above = np.flatnonzero(curve >= level - 1e-9)
     if not len(above):

@@ -146,38 +146,38 @@ def macs(
     if routes is None and images is not None and routed:
         routes = route(model, images, batch_size=batch_size)
     counted = count(model, sites=mlps | reduced)
-    shares = {name: _shares(routes, index, mlps[name]) for name, index in routed.items()}
+    shares = {name: _choose_shares(routes, index, mlps[name]) for name, index in routed.items()}
     rows = []
     for index, (name, mlp) in enumerate(mlps.items()):
-        row = _row(name, counted.by_module.get(name, 0), count_parameters(mlp))
+        row = _describe_dense(name, counted.by_module.get(name, 0), count_parameters(mlp))
         row |= {"layer": index} | dict.fromkeys(_FRACTIONS, 1.0)
         if name in routed:
             row |= _describe_experts(mlp, counted.tokens[name], shares[name])
             row["share_source"] = "calibration" if routes is None else "evaluated images"
         rows.append(row)
     for name, attention in reduced.items():
-        row = _row(name, counted.by_module[name], count_parameters(attention))
+        row = _describe_dense(name, counted.by_module[name], count_parameters(attention))
         row["macs_dense"] = attention.site.macs(counted.tokens[name])
         rows.append(row | {"params_dense": attention.site.parameters})
     outside = counted.replacing(dict.fromkeys(mlps | reduced, 0.0))
     inside = sum(count_parameters(part) for part in (mlps | reduced).values())
-    rows.append(_row(ELSEWHERE, outside, count_parameters(model) - inside))
+    rows.append(_describe_dense(ELSEWHERE, outside, count_parameters(model) - inside))
     unread = unread_macs(model, shares=shares)
-    rows = [row | _unread(row["component"], unread, [*mlps, *reduced]) for row in rows]
-    table = pd.DataFrame([*rows, _total(rows, list(mlps.values()))])
+    rows = [row | _pick_unread(row["component"], unread, [*mlps, *reduced]) for row in rows]
+    table = pd.DataFrame([*rows, _sum_rows(rows, list(mlps.values()))])
     table = table.astype(dict.fromkeys(_WHOLE, "int64"))
     table.attrs |= {"caption": _caption(table, routes, unread), "unread_sites": list(unread)}
     return table
 
 
-def _row(component: str, macs: float, parameters: int) -> dict[str, Any]:
+def _describe_dense(component: str, macs: float, parameters: int) -> dict[str, Any]:
     """A component that is as in the dense model."""
     row = {"component": component, "layer": -1, "converted": False, "experts": 0}
     row |= {"macs_dense": macs, "macs": macs, "params_dense": parameters, "params": parameters}
     return row | dict.fromkeys(_FRACTIONS, math.nan) | {"share_source": "dense"}
 
 
-def _shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Tensor:
+def _choose_shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Tensor:
     if routes is None:
         return layer.shares
     if index not in routes.counts or routes.counts[index].shape[1] != layer.n_experts:
@@ -204,7 +204,7 @@ def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[
     }
 
 
-def _unread(
+def _pick_unread(
     component: str, unread: Mapping[str, UnreadMacs], named: Sequence[str]
 ) -> dict[str, float]:
     """MACs of a component for tokens that nothing reads; elsewhere is all that is not named."""
@@ -216,13 +216,13 @@ def _unread(
     }
 
 
-def _total(rows: list[dict[str, Any]], mlps: Sequence[nn.Module]) -> dict[str, Any]:
+def _sum_rows(rows: list[dict[str, Any]], mlps: Sequence[nn.Module]) -> dict[str, Any]:
     """Sums; the fractions are means over all MLPs, weighted by their hidden neurons."""
     table = pd.DataFrame(rows)
     widths = [mlp.hidden_dense if isinstance(mlp, MoeMlp) else mlp.fc1.out_features for mlp in mlps]
     hidden = pd.Series(widths)
     means = table[_FRACTIONS].iloc[: len(mlps)].mul(hidden, axis=0).sum() / max(1, hidden.sum())
-    total = _row("total", 0, 0) | table[_SUMS].sum().to_dict() | means.to_dict()
+    total = _describe_dense("total", 0, 0) | table[_SUMS].sum().to_dict() | means.to_dict()
     sources = table.loc[table["converted"], "share_source"]
     if len(sources):
         total |= {"converted": True, "share_source": sources.iloc[0]}
@@ -259,12 +259,12 @@ def _describe_unread(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
     for name, each in unread.items():
         of_kinds.setdefault(each.kinds, []).append(name)
     tokens = "; ".join(
-        f"the {_listed([NAMES[kind] for kind in kinds])} of {_listed(names)}"
+        f"the {_join([NAMES[kind] for kind in kinds])} of {_join(names)}"
         for kinds, names in of_kinds.items()
     )
     return f"Of these, {now}{before} go to tokens that nothing reads: {tokens}. "
 
 
-def _listed(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     """``a, b and c``."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

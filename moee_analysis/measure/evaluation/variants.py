@@ -78,12 +78,12 @@ def extract_all(
     for config in progress(configs, label="variants"):
         new = make(partial(extract, dense, calibration, config, store=store))
         name = f"seconds-{content_key(config=asdict(config), **facts)}"
-        seconds = math.nan if new.reason else _first_seconds(Path(store), name, new.seconds)
+        seconds = math.nan if new.reason else _keep_seconds(Path(store), name, new.seconds)
         made[config] = replace(new, seconds=seconds)
     return made
 
 
-def _first_seconds(store: Path, name: str, own: float) -> float:
+def _keep_seconds(store: Path, name: str, own: float) -> float:
     """The seconds that the store has under this name: its ``own``, if there are none yet."""
     folder = get_or_build(store, name, lambda new: write_json(new / "seconds.json", own))
     return json.loads((folder / "seconds.json").read_text())
@@ -167,7 +167,7 @@ def variants(
         spread = _compare_divergences(scores, names, seed=seed, resamples=resamples)
         table = table.join(found[SCORES]).join(spread)
     counted = count(dense)
-    costs = pd.DataFrame([_costs(row, dense, counted) for row in rows]).reindex(columns=COSTS)
+    costs = pd.DataFrame([_count_costs(row, dense, counted) for row in rows]).reindex(columns=COSTS)
     table = table.reindex(columns=["variant", *SCORES, *DIVERGENCES]).join(costs)
     return add_caption(
         table,
@@ -198,7 +198,7 @@ def _compare_divergences(
     return table
 
 
-def _costs(row: Made, dense: nn.Module, counted: MacCount) -> dict[str, float | str]:
+def _count_costs(row: Made, dense: nn.Module, counted: MacCount) -> dict[str, float | str]:
     facts = {"seconds": row.seconds, "reason": row.reason}
     if row.model is None:
         return facts

@@ -64,7 +64,7 @@ def knocked_out(
     for all patches. The router runs as before.
     Raises MoeeError: no such routed layer; on running the model, more than one expert per token.
     """
-    site = _routed(model, layer)
+    site = _find_layer(model, layer)
     seen: dict[str, torch.Tensor] = {}
 
     def replace(_: int, output: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def mean_outputs(
     Raises MoeeError: no images, or a layer that is not routed.
     """
     check_any(images)
-    sites = {layer: _routed(model, layer) for layer in (layers or moe_layers(model))}
+    sites = {layer: _find_layer(model, layer) for layer in (layers or moe_layers(model))}
     names = moe_names(model)
     kinds = leading_kinds(model, [names[layer] for layer in sites])
     outputs: dict[int, torch.Tensor] = {}
@@ -236,7 +236,7 @@ def per_image(chosen: torch.Tensor, images: int) -> torch.Tensor:
     return chosen.reshape(images, -1)
 
 
-def _routed(model: nn.Module, layer: int) -> MoeMlp:
+def _find_layer(model: nn.Module, layer: int) -> MoeMlp:
     known = moe_layers(model)
     choose_layers(known, [layer])
     return known[layer]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -88,20 +89,18 @@ def knock_out(
         for layer in choose_layers(routed, layers)
     }
     plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
-    groups = _groups(model, images, families)
+    groups = _group_images(model, images, families)
     dense = np.full(len(images), math.nan)
     if reference is not None:
         dense = score_images({"dense": reference}, images)["dense"]["right"].astype(float)
     truth = torch.from_numpy(images.labels(model)).to(next(model.parameters()).device)
-    intact, found = measure_knock_outs(
-        model, images, plan, lambda logits, place: _judge(logits, truth[place]), size=size
-    )
+    intact, found = measure_knock_outs(model, images, plan, partial(_judge, truth), size=size)
     draws = [redraw_counts(len(own), resamples, seed=seed) / len(own) for *_, own in groups]
     parts = []
     for layer, of_layer in found.items():
         facts = [np.concatenate(average(each.astype(float), controls)) for each in of_layer]
         for group, weights in zip(groups, draws, strict=True):
-            parts.append((layer, _table(group, weights, facts, (intact, dense))))
+            parts.append((layer, _describe_group(group, weights, facts, (intact, dense))))
     return add_caption(
         stack(parts, by=["layer"]),
         f"Tokens knocked out get the layer's mean output over {len(calibration)} calibration "
@@ -159,7 +158,7 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
         classes, experts = use.shape
         rng = np.random.default_rng(seed)
         orders = [np.arange(classes), *(rng.permutation(classes) for _ in range(permutations))]
-        one, other, top = _unit_ranks(use), _unit_ranks(need), use.argmax(axis=1)
+        one, other, top = _rank(use), _rank(need), use.argmax(axis=1)
         row = {"layer": layer, "system": system, "experts": experts, "classes": classes}
         for name, prefix, values in (
             ("spearman", "", [(one * other[order]).sum() for order in orders]),
@@ -177,7 +176,7 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
     )
 
 
-def _unit_ranks(values: np.ndarray) -> np.ndarray:
+def _rank(values: np.ndarray) -> np.ndarray:
     """Ranks of ``values`` less their mean, of length 1; all 0 where they are constant."""
     ranks = rankdata(values).reshape(values.shape)
     ranks -= ranks.mean()
@@ -185,7 +184,9 @@ def _unit_ranks(values: np.ndarray) -> np.ndarray:
     return ranks / length if length else ranks
 
 
-def _groups(model: nn.Module, images: ImageSet, families: Mapping[str, str] | None) -> list[Group]:
+def _group_images(
+    model: nn.Module, images: ImageSet, families: Mapping[str, str] | None
+) -> list[Group]:
     labels, names = images.labels(model), class_labels(model)
     classes = np.unique(labels)
     own = [names[c] for c in classes]
@@ -199,15 +200,15 @@ def _groups(model: nn.Module, images: ImageSet, families: Mapping[str, str] | No
     return groups + [("family", k, k, np.flatnonzero(of_image == k)) for k in kins]
 
 
-def _judge(logits: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
+def _judge(truth: torch.Tensor, logits: torch.Tensor, place: slice) -> np.ndarray:
     """Whether the model is right, and the log-probability of the true class: (rules, images, 2)."""
-    right = logits.argmax(dim=2) == truth
-    where = truth.expand(len(logits), -1)[..., None]
+    right = logits.argmax(dim=2) == truth[place]
+    where = truth[place].expand(len(logits), -1)[..., None]
     logp = logits.float().log_softmax(dim=2).gather(2, where)[..., 0]
     return torch.stack([right.to(logp), logp], dim=2).double().cpu().numpy()
 
 
-def _table(
+def _describe_group(
     group: Group,
     weights: np.ndarray,
     found: Sequence[np.ndarray],
@@ -217,8 +218,8 @@ def _table(
     (kind, name, family, own), (share, facts), (intact, dense) = group, found, unchanged
     right, logp = (np.ascontiguousarray(facts[:, own, fact]) for fact in (0, 1))
     change, drop = right - intact[own, 0], logp - intact[own, 1]
-    low, high = _interval(change, weights)
-    logp_low, logp_high = _interval(drop, weights)
+    low, high = _bound_means(change, weights)
+    logp_low, logp_high = _bound_means(drop, weights)
     rows = all_rows(expert=range(len(right) // 4), what=WHAT, system=SYSTEMS)
     rows = rows.assign(kind=kind, group=name, family=family, images=len(own))
     rows = rows.assign(knocked_out=share[:, own].mean(axis=1), top1_dense=dense[own].mean())
@@ -227,7 +228,7 @@ def _table(
     return rows.assign(logp_change=drop.mean(axis=1), logp_low=logp_low, logp_high=logp_high)
 
 
-def _interval(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _bound_means(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95 % bootstrap intervals of the means of ``values`` (rows, images)."""
     if values.shape[1] < 2:  # a single image cannot be resampled
         return (np.full(len(values), math.nan),) * 2

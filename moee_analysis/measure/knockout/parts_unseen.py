@@ -13,7 +13,13 @@ from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.knockout.intervention import Plan, average, measure_knock_outs, removed
+from moee_analysis.measure.knockout.intervention import (
+    Look,
+    Plan,
+    average,
+    measure_knock_outs,
+    removed,
+)
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
 from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
@@ -68,14 +74,9 @@ def parts_unseen(
         for layer in choose_layers(place.layers_before(), layers)
     }
     plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
-    probe = _train_probe(place, calibration, size)
+    look = _train_probe(place, calibration, size)
     truth = all_patch_parts(images, place.order.shape)
     shows = np.eye(len(images.parts))[truth]  # (images, patches, parts)
-
-    def look(x: torch.Tensor) -> torch.Tensor:
-        """Part of every patch as the probe names it, int64 (images, patches)."""
-        named = probe.predict(_flatten(place.patches(x)))
-        return torch.from_numpy(named).reshape(len(x), -1)
 
     def judge(named: torch.Tensor, some: slice) -> np.ndarray:
         """Patches of each part that the probe names rightly: (rules, images, parts)."""
@@ -88,7 +89,7 @@ def parts_unseen(
     parts = []
     for layer, (share, named) in found.items():
         own = average(share, controls), average(named[..., chosen], controls)
-        parts.append((layer, _table(*own, counts, draws)))
+        parts.append((layer, _describe_layer(*own, counts, draws)))
     table = stack(parts, by=["layer"])
     table["part"] = table["part"].map({place: images.parts[p] for place, p in enumerate(chosen)})
     return add_caption(
@@ -133,19 +134,25 @@ class Place:
         return tokens[:, self.leading + torch.from_numpy(self.order.ravel())]
 
 
-def _train_probe(place: Place, images: ImageSet, batch_size: int | None) -> RidgeClassifier:
+def _train_probe(place: Place, images: ImageSet, batch_size: int | None) -> Look:
+    """Train what names the part of every patch of images, int64 (images, patches)."""
     batches = batches_of(place.model, images, batch_size, label="tokens for the probe")
     with evaluating(place.model):
         tokens = np.concatenate([_flatten(place.patches(x)) for x in batches])
     truth = all_patch_parts(images, place.order.shape)
-    return RidgeClassifier(class_weight="balanced").fit(tokens, truth.ravel())
+    probe = RidgeClassifier(class_weight="balanced").fit(tokens, truth.ravel())
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(probe.predict(_flatten(place.patches(x)))).reshape(len(x), -1)
+
+    return look
 
 
 def _flatten(patches: torch.Tensor) -> np.ndarray:
     return patches.flatten(0, 1).float().cpu().numpy()
 
 
-def _table(
+def _describe_layer(
     share: np.ndarray, named: np.ndarray, counts: tuple[np.ndarray, np.ndarray], draws: np.ndarray
 ) -> pd.DataFrame:
     """Rows of one layer, parts by number.

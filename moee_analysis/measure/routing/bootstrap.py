@@ -35,20 +35,23 @@ class Groups:
 
         ``order`` puts other images in the places of ``self.order``: a permutation or a resample.
         """
+        # images of a class stand together, so one pass sums all classes
         rows = values[self.order if order is None else order]
         return np.add.reduceat(rows, self.starts, axis=0) / self.sizes[:, None]
 
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+    def shuffle(self, rng: np.random.Generator) -> np.ndarray:
         """Return an order in which images have lost their class: the null hypothesis."""
         return rng.permutation(self.order)
 
-    def resampled(self, rng: np.random.Generator) -> np.ndarray:
+    def resample(self, rng: np.random.Generator) -> np.ndarray:
         """Return an order that redraws the images of each class with replacement."""
+        # for every place one of its class, drawn for all classes at once
         picks = np.floor(rng.random(len(self.order)) * np.repeat(self.sizes, self.sizes))
         return self.order[np.repeat(self.starts, self.sizes) + picks.astype(np.int64)]
 
-    def exchanged(self, rng: np.random.Generator) -> np.ndarray:
+    def exchange(self, rng: np.random.Generator) -> np.ndarray:
         """Return, for every image, another image of its class; every image is used once."""
+        # sorted by class, then by chance: each class is permuted within itself
         keys = np.repeat(np.arange(len(self.sizes)), self.sizes) + rng.random(len(self.order))
         partners = np.empty_like(self.order)
         partners[self.order] = self.order[np.argsort(keys)]

@@ -161,7 +161,7 @@ def class_distance(
         shown = _choose_divisible(routes, classes)
         wanted = choose_layers(routes.layers, layers)
         js = _compare_halves(routes, shown, wanted, (splits, seed))
-        pairs = _pairs(routes, shown, js.mean(axis=0), families)
+        pairs = _pair_classes(routes, shown, js.mean(axis=0), families)
         for layer, distances in zip(wanted, js, strict=True):
             own = np.diag(distances)
             floor = np.add.outer(own, own) / 2
@@ -195,7 +195,7 @@ def class_relatedness(
         square = part.pivot(index="class_index_a", columns="class_index_b", values="js")
         if len(square) < 4:
             raise MoeeError("at least four classes", str(len(square)), "show more classes")
-        routed, other = square.to_numpy(), _classifier_distance(model, square.index.to_numpy())
+        routed, other = square.to_numpy(), _compare_weights(model, square.index.to_numpy())
         pairs, rng = np.triu_indices(len(square), k=1), np.random.default_rng(seed)
         ranks = rankdata(((routed + routed.T) / 2)[pairs])
         orders = [rng.permutation(len(square)) for _ in range(permutations)]
@@ -243,8 +243,8 @@ def _resample(
 
     permutations, resamples, seed = draws
     value = values(None)
-    null = repeat(values, groups.shuffled, times=permutations, seed=seed)
-    resampled = repeat(values, groups.resampled, times=resamples, seed=seed + 1)
+    null = repeat(values, groups.shuffle, times=permutations, seed=seed)
+    resampled = repeat(values, groups.resample, times=resamples, seed=seed + 1)
     low, high = basic_interval(value, resampled)
     corrected = np.maximum(2 * value - resampled.mean(axis=0), 0)
     columns = {"value": value, "corrected": corrected, "low": low, "high": high}
@@ -299,7 +299,7 @@ def _compare_halves(
     return (total + total.transpose(0, 2, 1)) / (2 * splits)
 
 
-def _pairs(
+def _pair_classes(
     routes: Routes, classes: list[int], distances: np.ndarray, families: Mapping[str, str] | None
 ) -> pd.DataFrame:
     """All pairs of classes, those of a family or of small ``distances`` side by side."""
@@ -319,7 +319,7 @@ def _pairs(
     return pairs[columns]
 
 
-def _classifier_distance(model: nn.Module, classes: np.ndarray) -> np.ndarray:
+def _compare_weights(model: nn.Module, classes: np.ndarray) -> np.ndarray:
     weight = getattr(model.get_classifier(), "weight", None)
     if weight is None:
         raise MoeeError(

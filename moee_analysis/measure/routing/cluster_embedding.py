@@ -35,10 +35,10 @@ def embedding(
     A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """
     seed_number(seed)
-    config, parts = replace(run.config.clustering, reduce="umap"), []
-    for layer, hidden, labels in _clusters(run, images, layers, Path(store)):
+    config, parts = replace(run.config.clustering, reduce="umap", components=2), []
+    for layer, hidden, labels in _cluster_layers(run, images, layers, Path(store)):
         shown = np.random.default_rng([seed, layer]).permutation(len(hidden))[:points]
-        place = reduce_dimensions(hidden[shown], config, seed=seed, components=2)
+        place = reduce_dimensions(hidden[shown], config, seed=seed)
         parts.append((layer, pd.DataFrame(place, columns=["x", "y"]).assign(cluster=labels[shown])))
     return stack(parts, by=["layer"])
 
@@ -57,7 +57,7 @@ def surrogate(
     """
     seed_number(seed)
     rows = []
-    for layer, hidden, labels in _clusters(run, images, layers, Path(store)):
+    for layer, hidden, labels in _cluster_layers(run, images, layers, Path(store)):
         noise = _shuffle_components(hidden, np.random.default_rng([seed, layer]))
         invented = cluster(noise, run.config.clustering, seed=seed).labels
         for data, found in (("activations", labels), ("surrogate", invented)):
@@ -72,7 +72,7 @@ def _shuffle_components(points: np.ndarray, rng: np.random.Generator) -> np.ndar
     return (rng.permuted(scores, axis=0) * scale) @ axes + mean
 
 
-def _clusters(
+def _cluster_layers(
     run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield layers, their clustered activations, float32 (tokens, hidden), and the labels."""

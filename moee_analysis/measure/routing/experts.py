@@ -47,7 +47,7 @@ def sizes(
     Raises MoeeError: no layer with experts, or a chosen layer without them.
     """
     parts = []
-    for number, layer in _choose(run, layers).items():
+    for number, layer in _choose_routed(run, layers).items():
         counts, hidden = np.array(layer.expert_sizes), layer.hidden_dense
         shares = layer.shares.double().cpu().numpy()
         table = pd.DataFrame({"expert": range(len(counts)), "neurons": counts, "hidden": hidden})
@@ -67,8 +67,8 @@ def neurons(
     come first, and among those kept equally often the ones of the first experts).
     """
     parts = []
-    for number, layer in _choose(run, layers).items():
-        kept = _keeps(layer)
+    for number, layer in _choose_routed(run, layers).items():
+        kept = _mark_neurons(layer)
         # the last key counts first
         rank = np.argsort(np.lexsort([*(~kept)[::-1], -kept.sum(axis=0)]))
         table = all_rows(expert=range(len(kept)), neuron=range(kept.shape[1]))
@@ -88,8 +88,8 @@ def overlap(
     the expectation is the rule.
     """
     parts, expected = [], cache(expected_jaccard)
-    for number, layer in _choose(run, layers).items():
-        kept = _keeps(layer).astype(np.int64)
+    for number, layer in _choose_routed(run, layers).items():
+        kept = _mark_neurons(layer).astype(np.int64)
         hidden, counts, shared = layer.hidden_dense, kept.sum(axis=1), (kept @ kept.T).ravel()
         pairs = all_rows(expert_a=range(len(kept)), expert_b=range(len(kept)))
         a, b = (counts[pairs[expert]] for expert in ("expert_a", "expert_b"))
@@ -135,7 +135,7 @@ def similarity(
     mean / mean squared length of the centres, 0 to 1).
     Raises MoeeError: no layer whose router has centres, or a layer without experts.
     """
-    centres, weights = _centres(source)
+    centres, weights = _read_centres(source)
     weights, parts = weights | dict(shares or {}), []
     for layer in choose_layers(centres, layers):
         points, weight = centres[layer], np.asarray(weights[layer]) / np.sum(weights[layer])
@@ -182,7 +182,7 @@ def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
     return add_caption(sum_up(table, describe), table.attrs["caption"])
 
 
-def _choose(run: Extraction | nn.Module, layers: Sequence[int]) -> dict[int, MoeMlp]:
+def _choose_routed(run: Extraction | nn.Module, layers: Sequence[int]) -> dict[int, MoeMlp]:
     found = moe_layers(model_of(run))
     if not found:
         raise MoeeError(
@@ -192,7 +192,7 @@ def _choose(run: Extraction | nn.Module, layers: Sequence[int]) -> dict[int, Moe
     return {layer: found[layer] for layer in choose_layers(found, layers)}
 
 
-def _keeps(layer: MoeMlp) -> np.ndarray:
+def _mark_neurons(layer: MoeMlp) -> np.ndarray:
     """Whether each expert keeps each neuron of the dense MLP: bool (experts, hidden)."""
     keeps = np.zeros((layer.n_experts, layer.hidden_dense), dtype=bool)
     for expert, row in enumerate(keeps):
@@ -200,7 +200,7 @@ def _keeps(layer: MoeMlp) -> np.ndarray:
     return keeps
 
 
-def _centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+def _read_centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Centres (experts, dim) and shares (experts,) by layer."""
     if isinstance(source, Mapping):
         centres = {n: np.asarray(c, dtype=np.float64) for n, c in source.items()}

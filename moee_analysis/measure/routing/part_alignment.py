@@ -19,12 +19,7 @@ from moee_analysis.measure.routing.bootstrap import (
     repeat,
 )
 from moee_analysis.measure.routing.routes import Source, all_routes
-from moee_analysis.measure.routing.tables import (
-    add_caption,
-    all_rows,
-    similarity_rank,
-    stack,
-)
+from moee_analysis.measure.routing.tables import add_caption, all_rows, similarity_rank, stack
 from moee_analysis.utils.checks import draw_numbers
 
 
@@ -55,7 +50,7 @@ def modularity(
     """
     draw_numbers(seed, permutations=permutations, resamples=resamples)
     rows = [
-        {"system": system, "layer": layer} | _row(patches, permutations, resamples, seed)
+        {"system": system, "layer": layer} | _measure(patches, permutations, resamples, seed)
         for system, layer, patches in _patches_of_layers(source, images, layers)
     ]
     return add_caption(
@@ -146,7 +141,7 @@ class _Patches:
         cells = self.experts * self.shape[1] + parts
         return np.bincount(cells.ravel(), minlength=np.prod(self.shape)).reshape(self.shape)
 
-    def resampled(self, times: int, *, seed: int) -> np.ndarray:
+    def resample(self, times: int, *, seed: int) -> np.ndarray:
         """Tables of redrawn images: (times, experts, parts).
 
         Their margins, and so the information expected by chance, hardly differ from those of all.
@@ -154,6 +149,7 @@ class _Patches:
         images, size = len(self.experts), np.prod(self.shape)
         cells = self.experts * self.shape[1] + self.parts + size * np.arange(images)[:, None]
         per_image = np.bincount(cells.ravel(), minlength=images * size).reshape(images, size)
+        # float32 is the faster product, and exact: whole numbers that stay below 2**24
         weights = redraw_counts(images, times, seed=seed).astype(np.float32)
         counts = weights @ per_image.astype(np.float32)
         return counts.astype(np.float64).reshape(times, *self.shape)
@@ -185,7 +181,7 @@ def _patches_of_layers(
     return found
 
 
-def _row(patches: _Patches, permutations: int, resamples: int, seed: int) -> dict[str, object]:
+def _measure(patches: _Patches, permutations: int, resamples: int, seed: int) -> dict[str, object]:
     from sklearn.metrics.cluster import expected_mutual_information
 
     table = patches.table()
@@ -194,12 +190,12 @@ def _row(patches: _Patches, permutations: int, resamples: int, seed: int) -> dic
     chance = float(expected_mutual_information(full, int(full.sum()))) if several else 0.0
     score = partial(adjusted_mutual_information, chance=chance)
     value = score(table)
-    tables = patches.resampled(resamples, seed=seed + 1)
+    tables = patches.resample(resamples, seed=seed + 1)
     low, high = basic_interval(value, score(tables), least=-1.0)
 
     def exchange(labels: np.ndarray) -> dict[str, np.ndarray]:
         """Compare with masks exchanged between images of the same label."""
-        draw = Groups(labels).exchanged
+        draw = Groups(labels).exchange
         null = repeat(lambda o: score(patches.table(o)), draw, times=permutations, seed=seed)
         return against_chance(value, null)
 

@@ -58,10 +58,10 @@ def router_choices(
     sums = []
     for site in sites:
         layer = layers[site.index]
-        sums.append(_MeanInputs(site, layer, hash_weights(_own_router(layer))))
+        sums.append(_MeanInputs(site, layer, hash_weights(_copy_router(layer))))
     found = accumulate(calibration, sums, label="mean inputs as routed")
     means = {site.name: of_experts for site, of_experts in found}
-    leading = {site.name: _leading_tokens(layers[site.index]) for site in sites}
+    leading = {site.name: _count_leading(layers[site.index]) for site in sites}
     choices: dict[str, dict[int, nn.Module]] = {}
     for draw in sample_tokens(calibration, config, leading, hidden=False):
         site, layer, centres = draw.site, layers[draw.site.index], means[draw.site.name]
@@ -73,7 +73,7 @@ def router_choices(
             "constant": ConstantRouter(int(shares.argmax())),
             "oracle": OracleRouter(draw.mlp, layer),
         }
-        routers[config.router] = _own_router(layer)
+        routers[config.router] = _copy_router(layer)
         for name, router in routers.items():
             choices.setdefault(name, {})[site.index] = beside_leading(router, layer)
     return choices
@@ -151,7 +151,7 @@ def _add_errors(
     routers: Mapping[str, nn.Module],
 ) -> None:
     """Add the squared errors of the routed ones of the tokens ``x`` [images, tokens, dim]."""
-    leading = _leading_tokens(layer)
+    leading = _count_leading(layer)
     y = oracle.wanted(x[:, leading:]).double()
     errors = oracle.errors(x[:, leading:]).double()
     least = errors.min(dim=1).values
@@ -166,11 +166,11 @@ def _add_errors(
         sums["best", name] += int((own == least).sum())
 
 
-def _leading_tokens(layer: MoeMlp) -> int:
+def _count_leading(layer: MoeMlp) -> int:
     return len(layer.router.prefix) if isinstance(layer.router, TokenKindRouter) else 0
 
 
-def _own_router(layer: MoeMlp) -> nn.Module:
+def _copy_router(layer: MoeMlp) -> nn.Module:
     """A copy of the router of the tokens that have no expert by position."""
     router = layer.router.inner if isinstance(layer.router, TokenKindRouter) else layer.router
     return copy.deepcopy(router).cpu()
@@ -192,9 +192,9 @@ class _MeanInputs(Accumulator):
 
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens."""
-        rows = np.flatnonzero(layer.sample.position >= _leading_tokens(self.layer))
+        rows = np.flatnonzero(layer.sample.position >= _count_leading(self.layer))
         inputs = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
-        expert = _own_router(self.layer)(inputs)[:, 0]
+        expert = _copy_router(self.layer)(inputs)[:, 0]
         sums["inputs"].index_add_(0, expert, inputs.double())
         sums["tokens"] += expert.bincount(minlength=len(sums["tokens"]))
 

@@ -137,10 +137,10 @@ def routes(
     """
     model = model_of(model)
     size = fitting_batch(model, batch_size)
-    sites = _sites(model, routers)
+    sites = _find_sites(model, routers)
     check_any(images)
-    labels, names = _classes(model, images, by_folder=by_folder)
-    chosen, shapes = _choices(model, images, sites, routers, size)
+    labels, names = _name_classes(model, images, by_folder=by_folder)
+    chosen, shapes = _record_choices(model, images, sites, routers, size)
     owners = moe_layers(model) if routers is None else routers
     routed = Routes({}, {}, labels, names, {}, {}, {}, {}, system)
     for layer, name in sites.items():
@@ -148,7 +148,7 @@ def routes(
         leading = len(kinds_seen(model, shape[1:])) if shape[0] == 1 else 0  # windows have none
         places = patch_places(model, name, shape, leading=leading)
         # a router that does not say how many experts it has is known by those it has chosen
-        routed.counts[layer] = _count(experts, getattr(owners[layer], "n_experts", 1))
+        routed.counts[layer] = _count_choices(experts, getattr(owners[layer], "n_experts", 1))
         if experts.shape[2] == 1:
             order = np.concatenate([np.arange(leading), leading + places.ravel()])
             routed.experts[layer] = experts[:, order, 0]
@@ -158,7 +158,7 @@ def routes(
     return routed
 
 
-def _sites(model: nn.Module, routers: Mapping[int, nn.Module] | None) -> dict[int, str]:
+def _find_sites(model: nn.Module, routers: Mapping[int, nn.Module] | None) -> dict[int, str]:
     """Names of the MLPs to watch, by layer."""
     if routers is None:
         if not (routed := moe_names(model)):
@@ -177,7 +177,7 @@ def _sites(model: nn.Module, routers: Mapping[int, nn.Module] | None) -> dict[in
     return {layer: sites[layer] for layer in sorted(routers)}
 
 
-def _classes(
+def _name_classes(
     model: nn.Module, images: ImageSet, *, by_folder: bool
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Label of every image, and the readable names of all: the model's classes, or the folders."""
@@ -195,7 +195,7 @@ def _classes(
     return np.array([folders.index(folder) for folder in images.folders]), names
 
 
-def _choices(
+def _record_choices(
     model: nn.Module,
     images: ImageSet,
     sites: Mapping[int, str],
@@ -229,7 +229,7 @@ def _choices(
     return {layer: np.concatenate(rows) for layer, rows in parts.items()}, shapes
 
 
-def _count(chosen: np.ndarray, n_experts: int) -> np.ndarray:
+def _count_choices(chosen: np.ndarray, n_experts: int) -> np.ndarray:
     """How often each expert is chosen (images, tokens, k) in an image: int32 (images, experts)."""
     n_experts = max(n_experts, int(chosen.max()) + 1)
     cells = chosen.reshape(len(chosen), -1) + n_experts * np.arange(len(chosen))[:, None]

@@ -4,14 +4,7 @@ import pytest
 from moee_analysis import measure
 from moee_analysis.measure.knockout.parts_unseen import Place
 from tests.helpers.colours import COLOURS, colour_model, coloured_images
-from tests.helpers.models import (
-    SMALL_CONVNEXT,
-    lively,
-    pixels_of,
-    toy_moe,
-    toy_swin,
-    toy_vit,
-)
+from tests.helpers.models import SMALL_CONVNEXT, lively, pixels_of, toy_moe, toy_swin, toy_vit
 
 CALIBRATION, IMAGES = coloured_images(*range(100, 116)), coloured_images(*range(20))
 

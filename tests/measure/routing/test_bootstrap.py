@@ -7,11 +7,11 @@ def test_redrawn_images_stay_in_their_class_and_shuffled_ones_are_used_once():
     labels, rng = np.array([7, 2, 7, 2, 2, 9]), np.random.default_rng(1)
     groups = Groups(labels)
     for _ in range(20):
-        assert (labels[groups.resampled(rng)] == labels[groups.order]).all()
-        partners = groups.exchanged(rng)
+        assert (labels[groups.resample(rng)] == labels[groups.order]).all()
+        partners = groups.exchange(rng)
         assert (labels[partners] == labels).all()
-        assert sorted(partners) == sorted(groups.shuffled(rng)) == list(range(6))
-    drawn = np.concatenate([Groups(np.zeros(5, int)).resampled(rng) for _ in range(2000)])
+        assert sorted(partners) == sorted(groups.shuffle(rng)) == list(range(6))
+    drawn = np.concatenate([Groups(np.zeros(5, int)).resample(rng) for _ in range(2000)])
     np.testing.assert_allclose(np.bincount(drawn) / len(drawn), 0.2, atol=0.01)
 
 
