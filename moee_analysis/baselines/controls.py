@@ -142,7 +142,7 @@ def random_centres(
     calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
     names, layers, rows = moe_names(run.model), moe_layers(run.model), {}
     for index, layer in layers.items():
-        tokens = calibration.kept_per_image[names[index]] * len(calibration.images)
+        tokens = calibration.whole.kept[names[index]] * len(calibration.images)
         rng = np.random.default_rng([seed, index])
         rows[names[index]] = np.sort(rng.choice(tokens, size=layer.n_experts, replace=False))
     centres = pick_inputs(calibration, rows)

@@ -124,15 +124,15 @@ def plan_attentions(
     """
     if config.attention == "dense":
         return []
-    find = find_attentions if config.attention == "low_rank" else plain_attentions
-    sites = find(model)
+    cut = config.attention == "low_rank"
+    sites = (find_attentions if cut else plain_attentions)(model)
     if not sites:
         return []
     unread = unread_patches(model, sites)
     leading = leading_kinds(model, [site.name for site in sites])
     queries = {n: len(kinds) or None if n in unread else None for n, kinds in leading.items()}
-    modes: dict[str, AttentionModes] = {}
-    if config.attention == "low_rank":
+    modes = {}
+    if cut:
         modes = attention_modes(model, images, queries, seed=config.seed, root=root)
     return [
         AttentionPlan(

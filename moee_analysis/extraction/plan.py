@@ -15,7 +15,7 @@ from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_t
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.experts.layer_experts import (
     LayerExperts,
-    expert_statistics,
+    gather_statistics,
 )
 from moee_analysis.extraction.record.accumulate import share_out
 from moee_analysis.extraction.record.fisher import unread_patches
@@ -33,14 +33,14 @@ def group_tokens(tokens: TokenSource, config: ExtractConfig) -> list[LayerExpert
     """
     layers, leading = describe_layers(tokens, config), {}
     for layer in layers:
-        others = tokens.kept_per_image[layer.site.name] - len(layer.prefix)
+        others = tokens.whole.kept[layer.site.name] - len(layer.prefix)
         alone = layer.unread or config.experts == "one"
         if others > 0 and not alone and not layer.partition.reason:
             leading[layer.site.name] = len(layer.prefix)
     partitions = _cluster(tokens, config, leading)
     layers = [replace(e, partition=partitions.get(e.site.name, e.partition)) for e in layers]
     assignments = {e.site.name: e.assignment for e in layers if not e.partition.reason}
-    statistics = expert_statistics(tokens, assignments, gradients=config.needs_gradients)
+    statistics = gather_statistics(tokens, assignments, gradients=config.needs_gradients)
     for number, layer in enumerate(layers):
         if own := statistics.get(layer.site.name):
             partition = layer.assignment.alive(own.routed).partition
@@ -63,7 +63,7 @@ def describe_layers(tokens: TokenSource, config: ExtractConfig) -> list[LayerExp
     return [
         LayerExperts(
             site,
-            tokens.tokens_per_image[site.name],
+            tokens.whole.tokens[site.name],
             prefix_experts(tokens, site, config, unread=site.name in unread),
             unread=site.name in unread,
             partition=Partition(reason="" if site.index in wanted else UNASKED),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -147,13 +148,13 @@ class Made:
         return range(int(self.layers[0].sample.image.max()) + 1)
 
     @property
-    def tokens_per_image(self):
-        count = len(self.images)
-        return {each.site.name: round(each.sample.weight.sum() / count) for each in self.layers}
-
-    @property
-    def kept_per_image(self):
-        return {each.site.name: len(each.sample) // len(self.images) for each in self.layers}
+    def whole(self):
+        """How many tokens of an image each layer has, in all and in the sample."""
+        count, samples = len(self.images), {each.site.name: each.sample for each in self.layers}
+        return SimpleNamespace(
+            tokens={name: round(each.weight.sum() / count) for name, each in samples.items()},
+            kept={name: len(each) // count for name, each in samples.items()},
+        )
 
     @property
     def leading(self):

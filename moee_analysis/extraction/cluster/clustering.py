@@ -63,9 +63,7 @@ def assess(labels: np.ndarray, config: ClusterConfig) -> Clusters:
     return found
 
 
-def reduce_dimensions(
-    points: np.ndarray, config: ClusterConfig, *, seed: int = 0, components: int | None = None
-) -> np.ndarray:
+def reduce_dimensions(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.ndarray:
     """Reduce ``points`` (tokens, hidden) as ``config`` says, to float32 (tokens, components).
 
     Raises MoeeError: as :func:`cluster`.
@@ -79,17 +77,16 @@ def reduce_dimensions(
         raise MoeeError(
             f"at least {needed} tokens to cluster", str(len(points)), "take more images or tokens"
         )
-    components = components or config.components
     if config.reduce == "none":
         return points
     if _constant(points):  # a dead layer: neither PCA nor UMAP can divide by zero
-        return np.zeros((len(points), components), dtype=np.float32)
+        return np.zeros((len(points), config.components), dtype=np.float32)
     if config.reduce == "pca":
         from sklearn.decomposition import PCA
 
-        components = min(components, *points.shape)
+        components = min(config.components, *points.shape)
         return PCA(components, svd_solver="covariance_eigh").fit_transform(points)
-    return _umap(points, config, components=components, seed=seed)
+    return _umap(points, config, seed)
 
 
 def label(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.ndarray:
@@ -171,7 +168,7 @@ CLUSTERERS: dict[str, Callable[[np.ndarray, ClusterConfig, int], np.ndarray]] = 
 """By ``ClusterConfig.method``: points (tokens, any), settings and seed to labels, -1 for none."""
 
 
-def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: int) -> np.ndarray:
+def _umap(points: np.ndarray, config: ClusterConfig, seed: int) -> np.ndarray:
     from umap import umap_
 
     with suppress(RuntimeError, AttributeError):  # no folder to write to; another UMAP
@@ -180,9 +177,9 @@ def _umap(points: np.ndarray, config: ClusterConfig, *, components: int, seed: i
         umap_.compute_membership_strengths.enable_caching()
     neighbors = min(config.neighbors, len(points) - 1)
     reducer = umap_.UMAP(  # a seeded one is sequential
-        n_components=components, n_neighbors=neighbors, metric="cosine", min_dist=0.0, n_jobs=1,
+        n_components=config.components, n_neighbors=neighbors, metric="cosine", min_dist=0.0,
         precomputed_knn=(*nearest(points, neighbors), None), n_epochs=config.epochs,
-        random_state=seed,
+        random_state=seed, n_jobs=1,
     )  # fmt: skip
     threads = torch.get_num_threads()
     try:

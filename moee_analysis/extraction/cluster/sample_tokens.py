@@ -113,7 +113,7 @@ def choose_rows(
     tokens: TokenSource, site: MlpSite, config: ExtractConfig, *, leading: int
 ) -> np.ndarray:
     """Numbers of the sampled tokens of a layer among all that were recorded, ascending."""
-    recorded = tokens.kept_per_image[site.name]
+    recorded = tokens.whole.kept[site.name]
     routed = recorded - min(leading, recorded)
     count = routed * len(tokens.images)
     rng = np.random.default_rng([config.seed, site.index])

@@ -86,16 +86,6 @@ class TokenSource:
         return leading_kinds(self.model, [site.name for site in self.sites])
 
     @property
-    def tokens_per_image(self) -> dict[str, int]:
-        """How many tokens of every image each site sees, by its name."""
-        return self.whole.tokens
-
-    @property
-    def kept_per_image(self) -> dict[str, int]:
-        """How many tokens of every image each site has in the sample, by its name."""
-        return self.whole.kept
-
-    @property
     def own(self) -> list[range]:
         """Numbers of the images of each part of this process."""
         starts = range(0, len(self.images), PART)
@@ -118,7 +108,7 @@ class TokenSource:
         So many parts at the beginning are skipped. Parts that are not on the disk have gradients
         only where these are needed.
         """
-        kept, first = self.kept_per_image, self.own[0].start if self.own else 0
+        kept, first = self.whole.kept, self.own[0].start if self.own else 0
         for part in self.chosen[skip:]:
             if self._folder is None:
                 samples = self._recording(part, sites, gradients=gradients).in_memory()

@@ -63,7 +63,7 @@ def test_tokens_are_the_same_whether_they_are_kept_or_made_again(tmp_path, monke
     for name, values in again.items():
         np.testing.assert_array_equal(values, kept[name], err_msg=str(name))
     np.testing.assert_array_equal(np.unique(kept["blocks.0.mlp", "image"]), np.arange(IMAGES))
-    per_image = made(tmp_path, config).kept_per_image["blocks.1.mlp"]
+    per_image = made(tmp_path, config).whole.kept["blocks.1.mlp"]
     assert kept["blocks.1.mlp", "start"] == [0, 8 * per_image, 16 * per_image]
     monkeypatch.setattr(recording.Recording, "in_memory", lambda _: pytest.fail("again"))
     rows_of(made(tmp_path, config, NOWHERE))  # kept already: used even without room
