@@ -15,12 +15,7 @@ from common import Row
 
 from moee_analysis import plots
 from moee_analysis.baselines.registry import SYSTEMS, systems_named
-from moee_analysis.measure.evaluation.comparison import (
-    POINTS,
-    Contest,
-    compare,
-    comparison_table,
-)
+from moee_analysis.measure.evaluation.comparison import POINTS, Contest, compare, comparison_table
 
 HEAD = (
     "system", "top-1 kept (%)", "agreement (%)", "KL (nats)",

@@ -29,12 +29,7 @@ from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import MAKE_IT, blank, input_size, model_transform
 from moee_analysis.models.survey import survey
 from moee_analysis.models.unwrapping import inside, unwrapped
-from moee_analysis.models.weights import (
-    count_classes_in,
-    fit_weights,
-    hub_access,
-    read_tensors,
-)
+from moee_analysis.models.weights import count_classes_in, fit_weights, hub_access, read_tensors
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.environment import own_folder
 
