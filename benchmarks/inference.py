@@ -47,9 +47,7 @@ from moee_analysis.moe.layer import (
 EXTRACTED = {"static pruning": "fisher OBS", "best": "best"}  # as they are called in fidelity.py
 ATTENTION = {"read": "best, attention as read", "low_rank": "best, attention too"}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-
 DENSE = "dense"
-
 COLUMNS = (
     "system", "batch", "threads", "ms", "dense_ms", "speedup", "speedup_low", "speedup_high",
     "promised", "reached", "first_call", "ways",
@@ -110,9 +108,6 @@ def _promises(
                 model(x.to(like))
     saved = {name: savings(model, dense, usage[name]) for name, model in models.items()}
     return {name: 1 / (1 - shares["macs_reduction"]) for name, shares in saved.items()}
-
-
-# Times
 
 
 def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[list[Row], list[Row]]:
@@ -185,10 +180,8 @@ def _reasons(choices: Mapping[int, tuple[torch.Tensor, Choice]]) -> list[Row]:
 
 def as_text(row: Row) -> str:
     """One row in a line, while others are still measured."""
-    return (
-        f"  {row['system']}: {row['ms']:.1f} ms, "
-        f"speed-up {row['speedup']:.2f} of {row['promised']:.2f}"
-    )
+    gain = f"speed-up {row['speedup']:.2f} of {row['promised']:.2f}"
+    return f"  {row['system']}: {row['ms']:.1f} ms, {gain}"
 
 
 def time_layers(
@@ -215,9 +208,6 @@ def choices(model: nn.Module, x: torch.Tensor) -> dict[int, tuple[torch.Tensor, 
     with watch(layers, look):
         model(x)
     return made
-
-
-# The files
 
 
 def describe(dense: nn.Module, runs: Mapping[str, Extraction], images: ImageSet, plan: Plan) -> Row:

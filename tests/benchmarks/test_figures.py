@@ -13,30 +13,25 @@ FAMILIES = {"magnitude": "static", "variance": "static", "best": "experts", "ran
 ROUTED = {"static pruning": 1.39, "best": 1.41}
 
 
-def fidelity_table(families=FAMILIES, budgets=BUDGETS):
+def fidelity_table(budgets=BUDGETS):
+    columns = ["system", "family", "macs_asked", "params_asked", "retention"]
     rows = [
-        {
-            "system": system, "family": family, "macs_asked": macs, "params_asked": params,
-            "macs_reduction": macs + 0.001, "retention": 0.9 - macs / 10 - 0.1 * place,
-            "retention_low": 0.85 - macs / 10 - 0.1 * place,
-            "retention_high": 0.92 - macs / 10 - 0.1 * place,
-        }
-        for place, (system, family) in enumerate(families.items())
+        (system, family, macs, params, 0.9 - macs / 10 - 0.1 * place)
+        for place, (system, family) in enumerate(FAMILIES.items())
         for macs, params in budgets
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+    ]
+    table = pd.DataFrame(rows, columns=columns).assign(macs_reduction=lambda t: t.macs_asked + 1e-3)
+    return table.assign(retention_low=table.retention - 0.05, retention_high=table.retention + 0.02)
 
 
 def inference_table(threads=(1, 2)):
+    columns = ["system", "batch", "threads", "promised", "speedup", "speedup_low", "speedup_high"]
     rows = [
-        {
-            "system": system, "batch": batch, "threads": count, "promised": ROUTED.get(system, 1.0),
-            "speedup": 1.4 - 0.1 / batch, "speedup_low": 1.4 - 0.2 / batch,
-            "speedup_high": 1.4 + 0.1 / count,
-        }
-        for count in threads for batch in (1, 8, 64) for system in ("dense", *ROUTED)
+        (name, batch, count, ROUTED.get(name, 1.0), 1.4 - 0.1 / batch, 1.4 - 0.2 / batch,
+         1.4 + 0.1 / count)
+        for count in threads for batch in (1, 8, 64) for name in ("dense", *ROUTED)
     ]  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def clustering_table():
