@@ -1,6 +1,5 @@
 """One call that is a panel of widgets in JupyterLab, and a grid of figures where nobody clicks."""
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,7 +16,7 @@ from PIL import Image
 from moee_analysis.errors import MoeeError
 from moee_analysis.plots.drawing import sheet
 from moee_analysis.report.notebook.results import picture
-from moee_analysis.report.pages.site import data_uri
+from moee_analysis.report.pages.site import data_uri, shrink
 from moee_analysis.utils.progress import is_headless, is_in_notebook
 
 Plot = Callable[..., Figure]
@@ -54,20 +53,10 @@ def explore(
 
     In JupyterLab this is a panel: ascending whole numbers are a slider, other values a list to
     pick from, :class:`Pictures` a browser of images; the figure follows. Headless, and outside
-    notebooks, it is one figure with the plots of a few choices side by side, and no widget.
+    notebooks, it is one figure with the plots of a few choices side by side, and no widget: those
+    with the values in ``shown``, by the name of a choice, else evenly spaced ones, in all not more
+    than :data:`FIGURES`. ``plot`` takes the choices by name, as one of :func:`of_table` does:
 
-    Parameters
-    ----------
-    plot
-        A function of the choices, by name, to a figure, such as :func:`of_table` makes.
-    shown
-        Values for the static grid, by the name of a choice; without them evenly spaced ones, in
-        all not more than :data:`FIGURES` figures.
-    choices
-        Values of each choice by its name: a sequence, :class:`DependsOn` or :class:`Pictures`.
-
-    Examples
-    --------
     >>> explore(of_table(plots.class_routing, table), layer=values_of(table, "layer"))
     """
     if not choices:
@@ -217,13 +206,9 @@ def _browser(slider: widgets.Widget, pictures: Pictures) -> widgets.Widget:
     def show(_: Any = None) -> None:
         text = escape(f"{pictures.names[slider.value]}, image {slider.value + 1} of {count}")
         image = Image.fromarray(np.ascontiguousarray(pictures.thumbnails[slider.value]))
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        look.value = (
-            f'<img src="{data_uri(buffer.getvalue())}" height="{THUMBNAIL}" alt="{text}" '
-            f'style="vertical-align: middle"> {text}'
-        )
+        source, style = data_uri(shrink(image, THUMBNAIL, format="PNG")), "vertical-align: middle"
+        height = f'height="{THUMBNAIL}"'
+        look.value = f'<img src="{source}" {height} alt="{text}" style="{style}"> {text}'
 
     def step(by: int, icon: str, word: str) -> widgets.Button:
         button = widgets.Button(icon=icon, tooltip=f"{word} image", layout={"width": "3rem"})

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from moee_analysis.measure.routing.top_patches import Typical
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
-from moee_analysis.report.pages.site import render
+from moee_analysis.report.pages.site import render, shrink
 from moee_analysis.utils.environment import version
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_text
@@ -238,21 +237,13 @@ def _images(seen: Seen, dense: nn.Module | None) -> list[dict[str, Any]]:
                 found += model(x.to(like)).argmax(dim=1).tolist()
         labels = [names[index] if index < len(names) else f"class {index}" for index in found]
         predictions[name] = labels
-    return [
-        {
-            "class": seen.routed.class_names[int(seen.routed.labels[index])],
-            "picture": _pack(seen.images.as_seen(index, seen.run.model)),
-            **{name: labels[index] for name, labels in predictions.items()},
-        }
-        for index in progress(range(len(seen.images)), label="pictures")
-    ]
-
-
-def _pack(pixels: np.ndarray) -> str:
-    """Base64 of a picture as WebP, without loss where it is small."""
-    buffer, image = io.BytesIO(), Image.fromarray(np.ascontiguousarray(pixels))
-    image.thumbnail((LONGEST, LONGEST))
-    small = max(image.size) < LOSSLESS_BELOW
-    options = {"lossless": True} if small else {"quality": QUALITY}
-    image.save(buffer, format="WEBP", method=6, **options)
-    return _base64(buffer.getvalue())
+    facts = []
+    for index in progress(range(len(seen.images)), label="pictures"):
+        pixels = np.ascontiguousarray(seen.images.as_seen(index, seen.run.model))
+        small = max(pixels.shape[:2]) < LOSSLESS_BELOW
+        options = {"lossless": True} if small else {"quality": QUALITY}
+        picture = shrink(Image.fromarray(pixels), LONGEST, format="WEBP", method=6, **options)
+        name = seen.routed.class_names[int(seen.routed.labels[index])]
+        labels = {system: each[index] for system, each in predictions.items()}
+        facts.append({"class": name, "picture": _base64(picture), **labels})
+    return facts

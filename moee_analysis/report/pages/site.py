@@ -23,7 +23,7 @@ from moee_analysis.utils.storage.files import write_text
 
 INDEX, PAGE, LOG = "index.html", "page.html", "log.txt"
 LOG_LINES = 40
-COVER_PIXELS = (760, 760)
+COVER_PIXELS = 760  # of the longer side
 TEMPLATES = Environment(
     loader=PackageLoader("moee_analysis", "report"),
     autoescape=True,
@@ -41,6 +41,14 @@ TEMPLATES.filters |= {
 def render(name: str, **facts: Any) -> str:
     """Fill the template ``name``, a path below the room ``report``, with ``facts``."""
     return TEMPLATES.get_template(name).render(facts)
+
+
+def shrink(image: Image.Image, side: int, **options: Any) -> bytes:
+    """``image`` in a file, with no side above ``side`` pixels; ``options`` are Pillow's."""
+    buffer = io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(buffer, **options)
+    return buffer.getvalue()
 
 
 def data_uri(picture: bytes, kind: str = "png") -> str:
@@ -130,12 +138,9 @@ def _cover(folder: Path, found: dict[str, Any]) -> dict[str, str] | None:
     chosen = next((figure for figure in figures if figure.get("cover")), (figures or [None])[0])
     if chosen is None:
         return None
-    buffer = io.BytesIO()
     with Image.open(folder / chosen["file"]) as image:
-        small = image.convert("RGB")
-        small.thumbnail(COVER_PIXELS)
-        small.save(buffer, format="WEBP", quality=88)
-    return {"picture": data_uri(buffer.getvalue(), "webp"), "alt": alternative(chosen)}
+        small = shrink(image.convert("RGB"), COVER_PIXELS, format="WEBP", quality=88)
+    return {"picture": data_uri(small, "webp"), "alt": alternative(chosen)}
 
 
 def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:

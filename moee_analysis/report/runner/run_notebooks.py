@@ -83,22 +83,14 @@ def report(
     preset: str = "small", notebooks: Sequence[str | Path] | None = None,
     timeout: int | None = None, say: Callable[[str], None] = print,
 ) -> list[Outcome]:  # fmt: skip
-    """Run notebooks and make a report of them that needs no network and no server.
+    """Run notebooks, by their paths or all of the project's, and make a report of them.
 
-    The folder ``out`` gets an ``index.html`` and, per notebook, a folder with ``page.html``,
-    ``notebook.ipynb``, ``results.json``, ``status.json``, ``tables/`` and ``figures/``, which
-    appears when its notebook is done. A failing notebook does not stop the others.
-
-    Parameters
-    ----------
-    parameters
-        Values for the notebooks' parameters cells; those that one cannot take are refused first.
-    notebooks
-        Paths of notebooks; None runs all of the project's.
-    timeout
-        Seconds a single cell may take; None takes the preset's :data:`CELL_SECONDS`.
-    say
-        Called with a line when a notebook starts and ends, and with the place of the index.
+    It needs no network and no server: the folder ``out`` gets an ``index.html`` and, per notebook,
+    a folder with ``page.html``, ``notebook.ipynb``, ``results.json``, ``status.json``, ``tables/``
+    and ``figures/``, which appears when its notebook is done. A failing notebook does not stop the
+    others. ``parameters`` are values for the notebooks' parameters cells; those that one cannot
+    take are refused first. A single cell may take ``timeout`` seconds, None the preset's
+    :data:`CELL_SECONDS`. ``say`` is told when a notebook starts and ends, and where the index is.
     """
     preset_named(preset)
     if timeout is not None:
