@@ -58,7 +58,7 @@ class Budget:
             def macs(share: float) -> float:
                 return self._macs(layers, self._of_share(layers, scores, share))
 
-            p = share_for_macs(macs, dense=self.dense.total, reduction=reduction)
+            p = find_share(macs, dense=self.dense.total, reduction=reduction)
         return self._of_share(layers, scores, p)
 
     @property
@@ -137,7 +137,7 @@ def keep_share(scores: np.ndarray, share: float) -> np.ndarray:
     return kept
 
 
-def share_for_macs(macs: Callable[[float], float], *, dense: float, reduction: float) -> float:
+def find_share(macs: Callable[[float], float], *, dense: float, reduction: float) -> float:
     """Largest share of the scores at which ``macs``, which never fall, are within the budget.
 
     The budget is to save a ``reduction`` in (0, 1) of the ``dense`` model's.

@@ -15,7 +15,7 @@ import torch
 
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment, by_expert
 from moee_analysis.extraction.experts.layer_experts import ExpertStatistics, LayerExperts
-from moee_analysis.extraction.experts.neuron_scores import metrics_of
+from moee_analysis.extraction.experts.neuron_scores import find_metrics
 from moee_analysis.extraction.experts.refit_w2 import mean_shift
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.token_source import TokenSource
@@ -86,7 +86,7 @@ class CoherenceAccumulator(Accumulator):
         if len(images) == 0:
             return
         _, members = self.assignment.of(layer)
-        metrics = torch.stack(list(metrics_of(layer.mlp, self.statistics))).float()
+        metrics = torch.stack(list(find_metrics(layer.mlp, self.statistics))).float()
         W2 = layer.mlp.fc2.weight.detach().float().cpu()
         kept, means = torch.from_numpy(self.kept), torch.from_numpy(self.statistics.means).float()
         shifts = mean_shift(W2, kept, means)

@@ -28,9 +28,9 @@ from moee_analysis.extraction.plan import group_tokens
 from moee_analysis.extraction.record.accumulate import saved_sums
 from moee_analysis.extraction.record.recording import check_unchanged
 from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
-from moee_analysis.extraction.run import Extraction, provenance_of, through_store
+from moee_analysis.extraction.run import Extraction, describe_origin, through_store
 from moee_analysis.extraction.saving.schema import LayerReport
-from moee_analysis.extraction.saving.tables import report_of
+from moee_analysis.extraction.saving.tables import report_mlp
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.class_names import knows_classes, name_by_folders
 from moee_analysis.models.fingerprints import copy_model
@@ -92,7 +92,7 @@ def _extract(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path, limits: Limits | None
 ) -> Extraction:
     """The method, step by step, with the store ``root``."""
-    provenance = provenance_of(model, images, config)
+    provenance = describe_origin(model, images, config)
     precise = model
     if next(model.parameters()).dtype != torch.float32:
         precise = copy.deepcopy(model).float()  # sums over tokens in half precision would be wrong
@@ -186,7 +186,7 @@ def check_model(model: nn.Module) -> None:
 def _report(layer: LayerExperts, moe: nn.Module) -> LayerReport:
     """What became of a layer, in the model that was made."""
     site, partition = layer.site, layer.partition
-    report = report_of(site.index, site.name, site.module(moe))
+    report = report_mlp(site.index, site.name, site.module(moe))
     told = {"reason": partition.reason, "noise_share": partition.noise_share}
     if layer.converted:  # by the exact shares, which the layer has rounded
         active = float(layer.statistics.shares @ report.sizes) / site.hidden

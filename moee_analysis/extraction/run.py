@@ -20,12 +20,12 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.saving.rebuild import (
-    arguments_of,
+    collect_tensors,
     describe,
-    dtype_of,
-    input_facts,
+    describe_inputs,
+    find_arguments,
+    name_dtype,
     rebuild,
-    stored_tensors,
 )
 from moee_analysis.extraction.saving.schema import LayerReport, check_facts
 from moee_analysis.extraction.saving.tables import check_reports
@@ -89,7 +89,7 @@ class Extraction:
             )  # fmt: skip
         model = load_model(facts["model"], weights=file, **facts.get("arguments", {}))
         model.to(getattr(torch, facts.get("dtype", "float32")))
-        model.pretrained_cfg = {**model.pretrained_cfg, **input_facts(self.model)}
+        model.pretrained_cfg = {**model.pretrained_cfg, **describe_inputs(self.model)}
         _check_dense(model, facts, source=file or "hub")
         return model
 
@@ -101,7 +101,7 @@ class Extraction:
 
     def fill(self, folder: Path) -> None:
         """Write the two files into an existing ``folder``."""
-        tensors = stored_tensors(self.model)
+        tensors = collect_tensors(self.model)
         with writing(folder / TENSORS, wanted=sum(t.nbytes for t in tensors.values())):
             save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         facts = {
@@ -120,7 +120,7 @@ class Extraction:
         write_json(folder / FACTS, facts)
 
 
-def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
+def describe_origin(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
     """Facts of the model and the images that a run is made from, as plain JSON values.
 
     ``contents`` are hashes of the pictures, which no evaluation may see again.
@@ -128,8 +128,8 @@ def provenance_of(model: nn.Module, images: ImageSet, config: ExtractConfig) -> 
     found = identity(model)
     return {
         "model": architecture(model),
-        "arguments": arguments_of(model),
-        "dtype": dtype_of(model),
+        "arguments": find_arguments(model),
+        "dtype": name_dtype(model),
         "weights_file": model.pretrained_cfg.get("file"),
         "weights_sha256": found.weights,
         "transform_sha256": found.transform,

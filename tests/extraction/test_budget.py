@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.budget import Budget, keep_share, share_for_macs
+from moee_analysis.extraction.budget import Budget, find_share, keep_share
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.plan import group_tokens
@@ -57,11 +57,11 @@ def cost(p):
 @pytest.mark.parametrize("reduction", [0.1, 0.28, 0.6, 0.8])
 def test_bisection_finds_the_largest_share_within_the_budget(reduction):
     budget = (1 - reduction) * cost(1.0)
-    p = share_for_macs(cost, dense=cost(1.0), reduction=reduction)
+    p = find_share(cost, dense=cost(1.0), reduction=reduction)
     affordable = [q for q in np.linspace(0, 1, 1001) if cost(q) <= budget]
     assert cost(p) <= budget < cost(p + 1e-9)
     assert p >= max(affordable) - 1e-12
-    assert share_for_macs(cost, dense=2 * cost(1.0), reduction=0.4) == 1.0
+    assert find_share(cost, dense=2 * cost(1.0), reduction=0.4) == 1.0
 
 
 # Budgets of whole runs

@@ -217,7 +217,7 @@ def test_a_model_that_cannot_be_named_or_copied_is_refused_before_the_work(
     monkeypatch, change, words
 ):
     change(model := toy_vit())
-    monkeypatch.setattr(pipeline, "provenance_of", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(pipeline, "describe_origin", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(MoeeError, match=words):
         extract(model, IMAGES, quick())
 

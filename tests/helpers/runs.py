@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
-from moee_analysis.extraction.run import FACTS, TENSORS, Extraction, load, provenance_of
-from moee_analysis.extraction.saving.tables import report_of
+from moee_analysis.extraction.run import FACTS, TENSORS, Extraction, describe_origin, load
+from moee_analysis.extraction.saving.tables import report_mlp
 from moee_analysis.moe.layer import all_mlps
 from moee_analysis.utils.storage.files import checksum, file_hash
 from tests.helpers.images import toy_images
@@ -40,9 +40,9 @@ def best(**settings) -> ExtractConfig:
 def run_of(model) -> Extraction:
     """A run whose ``model`` has been given its routed layers by hand."""
     mlps = enumerate(all_mlps(model).items())
-    reports = tuple(report_of(index, name, mlp) for index, (name, mlp) in mlps)
+    reports = tuple(report_mlp(index, name, mlp) for index, (name, mlp) in mlps)
     config = quick().resolved()
-    return Extraction(model, config, 0.8, reports, provenance_of(model, toy_images(6), config))
+    return Extraction(model, config, 0.8, reports, describe_origin(model, toy_images(6), config))
 
 
 def saved_and_loaded(run, folder, *, dense=None) -> Extraction:

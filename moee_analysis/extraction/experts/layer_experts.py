@@ -140,7 +140,7 @@ def _counts(experts: np.ndarray, weight: np.ndarray, count: int) -> torch.Tensor
     return torch.from_numpy(np.bincount(experts + 1, weights=weight, minlength=count + 1)[1:])
 
 
-def expert_statistics(
+def gather_statistics(
     tokens: TokenSource, assignments: Mapping[str, Assignment], *, gradients: bool
 ) -> dict[str, ExpertStatistics]:
     """Statistics of the experts of some layers, by site name, or found in the store.

@@ -61,20 +61,20 @@ def score_alone(mlp: Mlp, statistics: ExpertStatistics, order: str) -> np.ndarra
         return np.tile((W1.norm(dim=1) * W2.norm(dim=0)).numpy(), (len(statistics.routed), 1))
     if order == "variance":
         return statistics.variance
-    weights = torch.stack([importance(W2, Q) for Q in metrics_of(mlp, statistics)])
+    weights = torch.stack([importance(W2, Q) for Q in find_metrics(mlp, statistics)])
     return statistics.variance * weights.numpy()
 
 
-def metric_of(mlp: Mlp, statistics: ExpertStatistics, expert: int) -> torch.Tensor:
+def find_metric(mlp: Mlp, statistics: ExpertStatistics, expert: int) -> torch.Tensor:
     """The metric Q of an expert's outputs, float64 (dim, dim)."""
     if statistics.metrics is None:
         return torch.eye(mlp.fc2.out_features, dtype=torch.float64)
     return torch.from_numpy(np.array(statistics.metrics[expert], dtype=np.float64))
 
 
-def metrics_of(mlp: Mlp, statistics: ExpertStatistics) -> Iterator[torch.Tensor]:
+def find_metrics(mlp: Mlp, statistics: ExpertStatistics) -> Iterator[torch.Tensor]:
     """Yield the metric of every expert's outputs, float64 (dim, dim)."""
-    return (metric_of(mlp, statistics, expert) for expert in range(len(statistics.routed)))
+    return (find_metric(mlp, statistics, expert) for expert in range(len(statistics.routed)))
 
 
 def removal_costs(
@@ -88,13 +88,13 @@ def removal_costs(
     def costs_of(task: tuple[LayerExperts, int, torch.Tensor]) -> torch.Tensor:
         layer, expert, covariance = task
         mlp = layer.site.module(tokens.model)
-        readout = root(metric_of(mlp, layer.statistics, expert)) @ _matrix(mlp.fc2)
+        readout = root(find_metric(mlp, layer.statistics, expert)) @ _matrix(mlp.fc2)
         return elimination_costs(covariance, readout)
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
         chosen = [layer for layer in layers if layer.site.name in missing]
         counts = [layer.assignment.experts for layer in chosen]
-        found = expert_covariances(tokens, chosen, label="covariances of neurons")
+        found = gather_covariances(tokens, chosen, label="covariances of neurons")
         tasks = progress(found, label="eliminating neurons", total=sum(counts))
         costs = iter(share_out(tasks, costs_of, lambda task: task[2].new_zeros(len(task[2]))))
         for layer, count in zip(chosen, counts, strict=True):
@@ -148,7 +148,7 @@ class CovarianceAccumulator(Accumulator):
             yield expert, sums["products"][place] / sums["weight"][place].clamp_min(TINY)
 
 
-def expert_covariances(
+def gather_covariances(
     tokens: TokenSource, layers: Sequence[LayerExperts], *, label: str
 ) -> Iterator[tuple[LayerExperts, int, torch.Tensor]]:
     """Yield layer, expert and covariance (hidden, hidden), float64, for all experts in order.

@@ -14,7 +14,7 @@ from timm.layers import Mlp
 
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
-from moee_analysis.extraction.experts.neuron_scores import metrics_of
+from moee_analysis.extraction.experts.neuron_scores import find_metrics
 from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.extraction.record.tokens import RecordedLayer
@@ -79,7 +79,7 @@ class RefitAccumulator(Accumulator):
         An expert's token counts by the mean of its metric's diagonal, the weight of an error.
         """
         statistics = layer.statistics
-        metric = np.array([float(Q.diagonal().mean()) for Q in metrics_of(mlp, statistics)])
+        metric = np.array([float(Q.diagonal().mean()) for Q in find_metrics(mlp, statistics)])
         of_image = layer.tokens * statistics.shares * metric
         weights = of_image / np.maximum(statistics.weight, TINY)
         return cls(layer.site, layer.assignment, kept, statistics.means, weights)

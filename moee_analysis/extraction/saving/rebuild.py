@@ -20,7 +20,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.saving.schema import INPUT_FACTS
-from moee_analysis.extraction.saving.tables import below, check_finite, check_fit, check_tables
+from moee_analysis.extraction.saving.tables import (
+    check_finite,
+    check_fit,
+    check_tables,
+    select_below,
+)
 from moee_analysis.models.attention import LowRankAttention, Ranks, reduced_attentions, site_of
 from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import alike, answers
@@ -44,14 +49,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises MoeeError: a router that cannot be saved, or for other tokens than come to it;
     weights that are not finite.
     """
-    tensors = stored_tensors(model)
+    tensors = collect_tensors(model)
     check_finite(tensors)
     _check_size(model)
     facts = {
         "architecture": architecture(model),
-        "arguments": arguments_of(model),
-        "dtype": dtype_of(model),
-        "pretrained_cfg": input_facts(model),
+        "arguments": find_arguments(model),
+        "dtype": name_dtype(model),
+        "pretrained_cfg": describe_inputs(model),
         "routers": {
             name: describe_router(model.get_submodule(name).router)
             for name in moe_names(model).values()
@@ -107,7 +112,7 @@ def rebuild(
     return model
 
 
-def arguments_of(model: nn.Module) -> dict[str, Any]:
+def find_arguments(model: nn.Module) -> dict[str, Any]:
     """Arguments with which ``timm.create_model`` builds a model like this one, as far as known.
 
     They are those it was made with, if timm kept them, and what the model itself shows: outputs,
@@ -123,7 +128,7 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
     return given | {k: v for k, v in visible if v != usual[k] and v is not None}
 
 
-def stored_tensors(model: nn.Module) -> Tensors:
+def collect_tensors(model: nn.Module) -> Tensors:
     """All tensors of ``model``, those with several names once for each, as files want them."""
     tensors, seen = {}, set()
     for name, stored in model.state_dict().items():
@@ -133,12 +138,12 @@ def stored_tensors(model: nn.Module) -> Tensors:
     return tensors
 
 
-def dtype_of(model: nn.Module) -> str:
+def name_dtype(model: nn.Module) -> str:
     """Precision of a model's weights: "float32", "bfloat16", ..."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def input_facts(model: nn.Module) -> dict[str, Any]:
+def describe_inputs(model: nn.Module) -> dict[str, Any]:
     """How images come in and which classes go out, as ``pretrained_cfg`` says it, in plain JSON."""
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k in INPUT_FACTS}
     return json.loads(json.dumps(cfg))
@@ -147,9 +152,9 @@ def input_facts(model: nn.Module) -> dict[str, Any]:
 def _put_layers(model: nn.Module, described: Mapping[str, Any], tensors: Tensors) -> None:
     """Put routed layers and smaller attentions of the saved shapes into a dense network."""
     for name, router in described["routers"].items():
-        mlp, saved = model.get_submodule(name), below(name, tensors)
+        mlp, saved = model.get_submodule(name), select_below(name, tensors)
         experts = [saved["kept"][ids] for ids in saved["neurons"].split(saved["sizes"].tolist())]
-        built = rebuild_router(router, below("router", saved))
+        built = rebuild_router(router, select_below("router", saved))
         readout = Readout(shift=saved.get("shift"))
         layer = MoeMlp(mlp, built, experts, saved["shares"].numpy(), readout)
         replace_module(model, name, layer.to(mlp.fc1.weight))

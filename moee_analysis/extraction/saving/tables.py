@@ -46,7 +46,7 @@ def check_tables(described: Mapping[str, Any], tensors: Tensors, dense: nn.Modul
     check_fit(expected, found, dense)
     check_finite(tensors)
     for name, router in routers.items():
-        for table, holds in _check_layer(below(name, tensors), router, mlps[name].fc1):
+        for table, holds in _check_layer(select_below(name, tensors), router, mlps[name].fc1):
             if not holds:
                 raise MoeeError(f"tables of experts in '{name}'", f"{table} of none", HINT)
     for name, ranks in attentions.items():
@@ -80,7 +80,7 @@ def check_reports(reports: Sequence[LayerReport], model: nn.Module) -> None:
     if len(reports) != len(mlps):
         raise MoeeError(f"reports of {len(mlps)} layers", f"{len(reports)} of them", HINT)
     for index, (report, (name, mlp)) in enumerate(zip(reports, mlps.items(), strict=True)):
-        shown = report_of(index, name, mlp)
+        shown = report_mlp(index, name, mlp)
         fractions = ("active_fraction", "union_fraction")
         rounding = [abs(getattr(report, each) - getattr(shown, each)) for each in fractions]
         told = {each: getattr(report, each) for each in (*TOLD, *fractions)}
@@ -89,7 +89,7 @@ def check_reports(reports: Sequence[LayerReport], model: nn.Module) -> None:
             raise MoeeError(f"a report of layer {index}, '{name}'", found, HINT)
 
 
-def report_of(index: int, name: str, mlp: nn.Module) -> LayerReport:
+def report_mlp(index: int, name: str, mlp: nn.Module) -> LayerReport:
     """Report what an MLP, routed or dense, shows of what became of it: all but :data:`TOLD`."""
     if not isinstance(mlp, MoeMlp):
         return LayerReport(index, name, mlp.fc1.out_features, converted=False, reason="")
@@ -101,7 +101,7 @@ def report_of(index: int, name: str, mlp: nn.Module) -> LayerReport:
     )  # fmt: skip
 
 
-def below(name: str, tensors: Tensors) -> Tensors:
+def select_below(name: str, tensors: Tensors) -> Tensors:
     """The tensors of the submodule called ``name``, under the names they have there."""
     start = f"{name}."
     return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
@@ -127,7 +127,7 @@ def _check_layer(
         experts -= 1 + max(router["prefix"], default=-1)
         router, start = router["inner"], f"{start}.inner"
     yield "router", experts > 0
-    yield from _check_router(below(start, saved), router["kind"], experts, fc1.in_features)
+    yield from _check_router(select_below(start, saved), router["kind"], experts, fc1.in_features)
 
 
 def _check_router(

@@ -10,11 +10,11 @@ from moee_analysis.extraction.experts import neuron_scores
 from moee_analysis.extraction.experts.layer_experts import (
     LayerExperts,
     StatisticsAccumulator,
-    expert_statistics,
+    gather_statistics,
 )
 from moee_analysis.extraction.experts.neuron_scores import (
     CovarianceAccumulator,
-    expert_covariances,
+    gather_covariances,
 )
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, shared_readout
 from moee_analysis.extraction.record import fisher
@@ -156,8 +156,8 @@ ASSIGNED = {
 @pytest.mark.parametrize("gradients", [False, True])
 def test_all_layers_are_gathered_in_one_pass_and_found_again(layer, tmp_path, gradients):
     made = two_layers(layer, tmp_path)
-    found = expert_statistics(made, ASSIGNED, gradients=gradients)
-    again = expert_statistics(made, ASSIGNED, gradients=gradients)
+    found = gather_statistics(made, ASSIGNED, gradients=gradients)
+    again = gather_statistics(made, ASSIGNED, gradients=gradients)
     assert len(made.reads) == 1
     for name, statistics in found.items():
         alone = computed(StatisticsAccumulator(layer.site, ASSIGNED[name], gradients), layer)
@@ -168,7 +168,7 @@ def test_all_layers_are_gathered_in_one_pass_and_found_again(layer, tmp_path, gr
                 np.testing.assert_allclose(own, values, rtol=1e-5, atol=1e-6, err_msg=array)
                 np.testing.assert_array_equal(own, getattr(again[name], array))
     assert found["other"].weight[2] == 0  # experts without tokens keep their place
-    assert expert_statistics(made, {}, gradients=gradients) == {}
+    assert gather_statistics(made, {}, gradients=gradients) == {}
     assert len(made.reads) == 1
 
 
@@ -182,7 +182,7 @@ def experts_of(layer, assignment):
 
 
 def covariances(made, *experts):
-    found = list(expert_covariances(made, experts, label="covariances"))
+    found = list(gather_covariances(made, experts, label="covariances"))
     order = [(each.site.name, number) for each, number, _ in found]
     return order, [covariance.numpy() for *_, covariance in found]
 

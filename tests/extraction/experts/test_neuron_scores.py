@@ -38,7 +38,7 @@ def scored(tmp_path):
     return score_of
 
 
-def metric_of(sample, expert, metric):
+def find_metric(sample, expert, metric):
     """Half of an expert's Fisher information, mixed with that of everyone, and damped."""
     if metric == "outputs":
         return np.eye(DIM)
@@ -59,7 +59,7 @@ def test_magnitude_is_the_product_of_a_neuron_s_weights_whatever_the_data(scored
 def test_weighted_is_what_dropping_a_neuron_does_to_the_outputs(scored, metric):
     sample, W2 = drawn(metric), MLP.fc2.weight.double().numpy()
     for expert, row in enumerate(scored(sample, order="weighted", metric=metric)):
-        tokens, Q = repeated(sample, expert == MEMBERS), metric_of(sample, expert, metric)
+        tokens, Q = repeated(sample, expert == MEMBERS), find_metric(sample, expert, metric)
         for j in range(HIDDEN):
             wrong = np.outer(tokens[:, j] - tokens[:, j].mean(), W2[:, j])
             lost = np.einsum("ti,ik,tk->t", wrong, Q, wrong).mean()
@@ -71,7 +71,7 @@ def test_obs_is_elimination_in_the_metric(scored, metric):
     sample, W2 = drawn(metric), MLP.fc2.weight.double()
     for expert, row in enumerate(scored(sample, order="obs", metric=metric)):
         covariance = torch.from_numpy(np.cov(repeated(sample, expert == MEMBERS).T, bias=True))
-        half = torch.from_numpy(np.linalg.cholesky(metric_of(sample, expert, metric)).T)
+        half = torch.from_numpy(np.linalg.cholesky(find_metric(sample, expert, metric)).T)
         expected = elimination_costs(covariance, half @ W2)
         torch.testing.assert_close(torch.from_numpy(row), expected, rtol=1e-3, atol=1e-6)
 

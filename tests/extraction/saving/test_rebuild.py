@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.run import FACTS, TENSORS, load, provenance_of
-from moee_analysis.extraction.saving.rebuild import arguments_of
+from moee_analysis.extraction.run import FACTS, TENSORS, describe_origin, load
+from moee_analysis.extraction.saving.rebuild import find_arguments
 from moee_analysis.models.loading import build_model, find_mlps, load_model
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
 from moee_analysis.moe.routers import (
@@ -38,7 +38,7 @@ from tests.helpers.runs import parts_of, quick, run_of, saved_and_loaded, write_
 def run_around(dense):
     """A run of the dense model, with random experts."""
     run = run_of(toy_moe(copy.deepcopy(dense)))
-    return replace(run, provenance=provenance_of(dense, toy_images(6), quick().resolved()))
+    return replace(run, provenance=describe_origin(dense, toy_images(6), quick().resolved()))
 
 
 def created(name=SMALL_VIT, **arguments):
@@ -114,7 +114,7 @@ def test_arguments_are_kept_and_given_again(tmp_path):
     torch.save(created(act_layer="relu", img_size=96).state_dict(), tmp_path / "w.pth")
     given = {"act_layer": "relu", "img_size": 96, "global_pool": "avg", "fc_norm": False}
     model = load_model(SMALL_VIT, weights=tmp_path / "w.pth", **given)
-    assert arguments_of(model) == given
+    assert find_arguments(model) == given
     run_around(model).save(tmp_path / "run")
     told = json.loads((tmp_path / "run" / FACTS).read_text())
     assert told["model"]["arguments"] == told["provenance"]["arguments"] == given
