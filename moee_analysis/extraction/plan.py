@@ -13,10 +13,7 @@ from moee_analysis.extraction.cluster.clusters_to_router import (
 )
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample, sample_tokens
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.experts.layer_experts import (
-    LayerExperts,
-    gather_statistics,
-)
+from moee_analysis.extraction.experts.layer_experts import LayerExperts, gather_statistics
 from moee_analysis.extraction.record.accumulate import share_out
 from moee_analysis.extraction.record.fisher import unread_patches
 from moee_analysis.extraction.record.token_source import TokenSource

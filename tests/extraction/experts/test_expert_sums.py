@@ -12,10 +12,7 @@ from moee_analysis.extraction.experts.layer_experts import (
     StatisticsAccumulator,
     gather_statistics,
 )
-from moee_analysis.extraction.experts.neuron_scores import (
-    CovarianceAccumulator,
-    gather_covariances,
-)
+from moee_analysis.extraction.experts.neuron_scores import CovarianceAccumulator, gather_covariances
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator, shared_readout
 from moee_analysis.extraction.record import fisher
 from moee_analysis.extraction.record import tokens as recorded

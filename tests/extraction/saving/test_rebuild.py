@@ -16,12 +16,7 @@ from moee_analysis.extraction.run import FACTS, TENSORS, describe_origin, load
 from moee_analysis.extraction.saving.rebuild import find_arguments
 from moee_analysis.models.loading import build_model, find_mlps, load_model
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
-from moee_analysis.moe.routers import (
-    ConstantRouter,
-    CosineRouter,
-    NearestRouter,
-    TokenKindRouter,
-)
+from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
 from tests.helpers.images import toy_images
 from tests.helpers.models import (
     SMALL_CONVNEXT,
