@@ -11,8 +11,8 @@ from moee_analysis.moe.kernels import Strategy
 from moee_analysis.moe.layer import moe_layers, set_dispatch
 from moee_analysis.training.distillation import (
     block_errors,
-    choice_loss,
     blocks_to_compare,
+    choice_loss,
     divergences,
     find_learners,
     nearest_experts,

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -207,22 +208,18 @@ def test_what_has_ended_is_not_repeated_and_nothing_else_takes_its_place(
     assert contents(folder) == before
 
 
-class Interrupted(BaseException):
-    pass
-
-
 def interrupted(monkeypatch, last, *arguments, out):
     """Fine-tune until the epoch ``last`` begins."""
     epoch = training.Training._train_epoch
 
     def broken(self, number):
         if number == last:
-            raise Interrupted
+            raise KeyboardInterrupt
         return epoch(self, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "_train_epoch", broken)
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             finetune(*arguments, out=out)
     assert not out.exists()
     assert read_checkpoint(unfinished_folder(out))[0].epochs == last - 1
@@ -232,26 +229,21 @@ def interrupted(monkeypatch, last, *arguments, out):
     "settings",
     [{"ema": 0.8, "router": "straight_through"}, {"augmentation": "strong", "accumulate": 2}],
 )
-def test_a_training_that_was_interrupted_comes_to_the_same_bytes(
+def test_a_training_that_was_interrupted_comes_to_the_same_bytes_and_no_other_goes_on_with_it(
     run, tmp_path, monkeypatch, settings
 ):
-    config = tuning(epochs=3, **settings)
-    finetune(run, FEW, config, out=tmp_path / "whole")
+    config, whole, parts = tuning(epochs=3, **settings), tmp_path / "whole", tmp_path / "parts"
+    finetune(run, FEW, config, out=whole)
     for last in (1, 2, 3):
-        interrupted(monkeypatch, last, run, FEW, config, out=tmp_path / "parts")
+        interrupted(monkeypatch, last, run, FEW, config, out=parts)
+        begun = contents(unfinished_folder(parts))
+        with pytest.raises(MoeeError, match="was begun"):
+            finetune(run, FEW, replace(config, seed=5), out=parts)
+        assert contents(unfinished_folder(parts)) == begun
     np.random.default_rng().random()
     torch.rand(3)
-    finetune(run, FEW, config, out=tmp_path / "parts")
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-
-
-def test_other_settings_do_not_go_on_with_what_was_begun(run, tmp_path, monkeypatch):
-    out = tmp_path / "tuned"
-    interrupted(monkeypatch, 2, run, FEW, tuning(), out=out)
-    begun = contents(unfinished_folder(out))
-    with pytest.raises(MoeeError, match="was begun"):
-        finetune(run, FEW, tuning(seed=5), out=out)
-    assert contents(unfinished_folder(out)) == begun
+    finetune(run, FEW, config, out=parts)
+    assert contents(parts) == contents(whole)
 
 
 def breaking(monkeypatch, epoch):
