@@ -138,8 +138,6 @@ class _ProbedAttention(nn.Module):
         super().__init__()
         self.attention, self.queries = attention, queries
         self.mean = attention.qkv.weight.new_zeros(attention.num_heads, 1, attention.head_dim)
-        self.identities: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.gathered: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
         q, k, v = heads_of(self.attention, x)

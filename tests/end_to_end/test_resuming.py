@@ -71,7 +71,7 @@ def test_only_what_is_not_saved_is_recorded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(recording, "BATCH", 4)
     monkeypatch.setattr(recording, "SAVED_EVERY", 8)
     whole = record(tmp_path / "whole", images=30)
-    seen, own = [], recording._seen
+    seen, own = [], recording._run_model
 
     def stop_at(number):
         def see_until(task, x, numbers):
@@ -82,12 +82,12 @@ def test_only_what_is_not_saved_is_recorded_again(tmp_path, monkeypatch):
 
         return see_until
 
-    monkeypatch.setattr(recording, "_seen", stop_at(20))
+    monkeypatch.setattr(recording, "_run_model", stop_at(20))
     with pytest.raises(KeyboardInterrupt):
         record(tmp_path / "stopped", images=30)
     assert seen == [0, 4, 8, 12, 16]
     seen.clear()
-    monkeypatch.setattr(recording, "_seen", stop_at(None))
+    monkeypatch.setattr(recording, "_run_model", stop_at(None))
     again = record(tmp_path / "stopped", images=30)
     assert seen == [16, 20, 24, 28]
     assert contents(again) == contents(whole)

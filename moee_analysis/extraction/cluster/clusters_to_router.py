@@ -19,7 +19,7 @@ from moee_analysis.extraction.cluster.clustering import (
 )
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.record.fisher import damped, input_root
+from moee_analysis.extraction.record.fisher import damp, input_root
 from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, nearest_in_metric
 from moee_analysis.utils.storage.store import content_key, get_or_build
@@ -155,7 +155,7 @@ def metric_root(sample: TokenSample, config: ExtractConfig) -> np.ndarray:
     """
     metric = torch.eye(sample.mlp.fc2.out_features, dtype=torch.float64)
     if config.metric == "fisher":
-        metric = damped(sample.fisher)
+        metric = damp(sample.fisher)
     root = input_root(sample.mlp, metric)
     # The Fisher metric of deep layers is tiny: scale to a mean diagonal of 1.
     root = root / root.diagonal().mean().clamp_min(torch.finfo(root.dtype).tiny)

@@ -49,10 +49,10 @@ def expert_metrics(sums: Mapping[str, torch.Tensor], kinds: np.ndarray) -> torch
     least = torch.finfo(sums["kinds"].dtype).tiny
     priors = sums["kinds"] / sums["of_kinds"].clamp_min(least)[:, None, None]
     mixed = (sums["fisher"] + PRIOR * priors[kinds]) / (sums["weight"] + PRIOR)[:, None, None]
-    return damped(mixed) / 2
+    return damp(mixed) / 2
 
 
-def damped(metric: torch.Tensor) -> torch.Tensor:
+def damp(metric: torch.Tensor) -> torch.Tensor:
     """``metric`` (..., dim, dim) plus a share of its mean eigenvalue in every direction."""
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
     return metric + DAMPING * mean * torch.eye(metric.shape[-1], dtype=metric.dtype)

@@ -208,7 +208,7 @@ def _record_batches(
         batches = progress(batches, label=label, total=-(-len(rest) // BATCH))
     for batch in batches:
         numbers = range(task.plan.first + first, task.plan.first + first + len(batch))
-        for name, tokens in _seen(task, like(batch, task.model), numbers).items():
+        for name, tokens in _run_model(task, like(batch, task.model), numbers).items():
             chosen = np.stack([task.plan.positions(n, tokens["inputs"].shape[1]) for n in numbers])
             index = torch.arange(len(batch))[:, None], torch.from_numpy(chosen).long()
             rows = {kind: tokens[kind][index].flatten(0, 1).cpu() for kind in task.kinds}
@@ -225,7 +225,9 @@ def _record_batches(
         yield first
 
 
-def _seen(task: Recording, x: torch.Tensor, numbers: range) -> dict[str, dict[str, torch.Tensor]]:
+def _run_model(
+    task: Recording, x: torch.Tensor, numbers: range
+) -> dict[str, dict[str, torch.Tensor]]:
     """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
     gradients: dict[str, torch.Tensor] = {}
     with capture_mlps(task.model, task.sites) as seen:

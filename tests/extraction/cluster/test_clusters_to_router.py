@@ -16,7 +16,7 @@ from moee_analysis.extraction.cluster.clusters_to_router import (
     metric_root,
     partition_tokens,
 )
-from moee_analysis.extraction.record.fisher import damped, input_root
+from moee_analysis.extraction.record.fisher import damp, input_root
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter
 from tests.helpers.layers import (
     DIM,
@@ -143,7 +143,7 @@ def test_the_metric_of_the_inputs_is_that_of_the_outputs_up_to_its_scale(metric)
     of_outputs = torch.eye(DIM).double()
     if metric == "fisher":
         products = [np.outer(g, g) for g in GRADED.sample.gradients(ROWS[10:]).reshape(-1, DIM)]
-        of_outputs = damped(torch.from_numpy(np.mean(products, axis=0)).double())
+        of_outputs = damp(torch.from_numpy(np.mean(products, axis=0)).double())
     plain = input_root(PLANTED.mlp, of_outputs).numpy()
     np.testing.assert_allclose(found, plain / plain.diagonal().mean(), rtol=1e-4, atol=1e-6)
     assert found.dtype == np.float32

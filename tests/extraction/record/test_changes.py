@@ -42,17 +42,17 @@ def last_of(folder):
     (lambda folder, _: last_of(folder).unlink(), r"3\.png"),
 ])  # fmt: skip
 def test_what_changes_during_a_run_is_told(folder, monkeypatch, limits, change, words):
-    store, model, own = folder.parent / "store", toy_vit(depth=2), recording._seen
+    store, model, own = folder.parent / "store", toy_vit(depth=2), recording._run_model
     run(folder, store, toy_vit(seed=1, depth=2))
     before = files(store)
 
     def change_once(*given):
-        monkeypatch.setattr(recording, "_seen", own)
+        monkeypatch.setattr(recording, "_run_model", own)
         change(folder, model)
         return own(*given)
 
     monkeypatch.setattr(recording, "BATCH", 2)
-    monkeypatch.setattr(recording, "_seen", change_once)
+    monkeypatch.setattr(recording, "_run_model", change_once)
     with pytest.raises(MoeeError, match=words):
         run(folder, store, model, limits)
     assert before.items() <= files(store).items()
