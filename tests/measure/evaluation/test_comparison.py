@@ -89,8 +89,7 @@ def test_intervals_over_seeds_hold_the_mean_of_all(rows):
     for name, own in comparison_table(rows).groupby("system"):
         assert own["mean"].nunique() == 1
         assert own["mean"].iloc[0] == pytest.approx(own["retention"].mean())
-        assert (own["low"] <= own["mean"]).all()
-        assert (own["mean"] <= own["high"]).all()
+        assert own["mean"].between(own["low"], own["high"]).all()
         assert row_of(rows, name)["over_seeds"]["low"] == own["low"].iloc[0]
 
 

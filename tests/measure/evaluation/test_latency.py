@@ -52,15 +52,12 @@ def test_every_model_is_really_called():
     assert table["ms"].item() > 0
 
 
-def test_batches_are_of_different_images_and_each_is_even_over_the_classes():
+def test_batches_are_even_over_the_classes_and_every_other_round_goes_backwards(clock):
     dense = toy_vit(depth=1)
     batches, every = choose_batches(IMAGES, 9, dense), next(IMAGES.batches(dense))
     assert [len(batch) for batch in batches] == [9] * 4
     assert torch.equal(torch.cat(batches), torch.cat([every[start::4] for start in range(4)]))
     assert len(choose_batches(IMAGES, 36, dense)) == 1
-
-
-def test_every_other_round_goes_backwards(clock):
     clock(lambda _: 1.0)
     models = {name: nn.Identity() for name in "abc"}
     orders = ["".join(in_turn(models, [], number, seconds=0)) for number in range(3)]

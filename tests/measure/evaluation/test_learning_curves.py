@@ -11,6 +11,7 @@ from torch.utils.benchmark import set_torch_threads
 from moee_analysis import measure
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.learning_curves import Trainings, draw_curves
+from moee_analysis.measure.routing.tables import all_rows
 from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.training.supervised import right_of, train
 from tests.helpers.images import contents, toy_images
@@ -97,27 +98,19 @@ def test_a_start_that_diverges_is_named_and_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-SEEN = (0, 10, 20)
-
-
 def trainings_of(right):
-    """Trainings that came to ``right`` (starts, seeds, looks, images)."""
+    """Trainings that came to ``right`` (starts, seeds, looks, images), ten images apart."""
     starts, seeds, looks, _ = right.shape
-    names = "abcdef"[:starts]
-    history = pd.DataFrame(
-        {"start": start, "seed": seed, "step": look, "images": SEEN[look], "loss": 1.0,
-         "top1": right[place, seed, look].mean()}
-        for place, start in enumerate(names) for seed in range(seeds) for look in range(looks)
-    )  # fmt: skip
-    sizes = pd.DataFrame({"start": list(names), "macs": 5, "params": 7})
+    history = all_rows(start="abcdef"[:starts], seed=range(seeds), step=range(looks))
+    history = history.assign(images=10 * history["step"], loss=1.0, top1=right.mean(axis=3).ravel())
+    sizes = pd.DataFrame({"start": list("abcdef"[:starts]), "macs": 5, "params": 7})
     return Trainings(history, right, sizes, {}, "as made")
 
 
-def drawn(tops, *, seeds=3, images=400, seed=0):
+def drawn(tops, *, seeds=3):
     """Right or wrong by chance, with these top-1 (starts, looks) on average."""
-    rng = np.random.default_rng(seed)
     tops = np.asarray(tops)[:, None, :, None]
-    return rng.random((len(tops), seeds, tops.shape[2], images)) < tops
+    return np.random.default_rng(0).random((len(tops), seeds, tops.shape[2], 400)) < tops
 
 
 RISING = drawn([[0.1, 0.5, 0.9], [0.1, 0.2, 0.5], [0.1, 0.2, 0.5]])
@@ -127,11 +120,10 @@ def test_curves_have_the_mean_and_an_interval_of_all_seeds():
     table = measure.learning_curves(trainings_of(RISING))
     assert len(table) == 3 * 3 * 3
     for (start, images), rows in table.groupby(["start", "images"]):
-        tops = RISING["abc".index(start), :, SEEN.index(images)].mean(axis=1)
+        tops = RISING["abc".index(start), :, images // 10].mean(axis=1)
         assert rows["top1"].to_numpy() == pytest.approx(tops)
         assert rows["mean"].to_numpy() == pytest.approx(tops.mean())
-        assert (rows["low"] <= rows["mean"]).all()
-        assert (rows["mean"] <= rows["high"]).all()
+        assert rows["mean"].between(rows["low"], rows["high"]).all()
         assert rows["low"].nunique() == 1
     assert table.attrs["caption"] == "as made"
 
@@ -141,8 +133,9 @@ def test_top_1_at_the_end_and_how_soon_a_level_is_reached():
     final = RISING[:, :, -1].mean(axis=2)
     for column, of_seeds in (("top1", np.mean), ("worst", np.min), ("best", np.max)):
         assert table[column].to_numpy() == pytest.approx(of_seeds(final, axis=1))
-    assert table.loc["a", "images"] == pytest.approx(10, abs=1.5)
-    assert table.loc["a", "images_low"] <= table.loc["a", "images"] <= table.loc["a", "images_high"]
+    low, images, high = table.loc["a", ["images_low", "images", "images_high"]]
+    assert low <= images == pytest.approx(10, abs=1.5)
+    assert images <= high
     assert not table.loc["b", "images"] <= 18
     assert (table["macs"] == 5).all()
     never = measure.learned(trainings_of(RISING), level=0.99)
@@ -151,9 +144,6 @@ def test_top_1_at_the_end_and_how_soon_a_level_is_reached():
     slowest = measure.learned(trainings_of(RISING)).set_index("start")
     assert slowest["level"].iloc[0] == pytest.approx(final.mean(axis=1).min())
     assert slowest["images"].notna().all()
-
-
-def test_between_two_looks_top_1_is_a_straight_line():
     trained = trainings_of(np.arange(10) < np.array([0, 4, 8])[None, None, :, None])
     for level, images in {0.6: 15, 0.0: 0}.items():
         found = measure.learned(trained, level=level)["images"].item()
@@ -183,8 +173,8 @@ def test_a_difference_on_the_same_images_is_surer_than_each_value():
     trained = trainings_of(np.concatenate([better, right]))
     ends = measure.learned(trained).set_index("start")
     assert ends.loc["a", "low"] < ends.loc["b", "high"]
-    row = measure.which_beats_which(trained).set_index(["start_a", "start_b"]).loc[("a", "b")]
-    assert row["beats"]
+    pairs = measure.which_beats_which(trained)
+    assert pairs.query("start_a == 'a' and start_b == 'b'")["beats"].item()
 
 
 @pytest.mark.parametrize("seeds", [2, 5])

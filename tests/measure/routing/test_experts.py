@@ -61,7 +61,7 @@ def test_neurons_are_all_of_the_dense_mlp_those_of_most_experts_first(model):
     assert experts[-1] == 0
 
 
-def test_cosines_agree_with_scipy():
+def test_cosines_agree_with_scipy_and_pairs_of_different_experts_are_counted_once():
     centres = np.random.default_rng(0).normal(size=(5, 16)) + 1
     shares = np.array([0.4, 0.3, 0.1, 0.1, 0.1])
     table = measure.similarity({3: centres}, shares={3: shares})
@@ -69,6 +69,10 @@ def test_cosines_agree_with_scipy():
         pairs = zip(points[table["expert_a"]], points[table["expert_b"]], strict=True)
         np.testing.assert_allclose(table[column], [1 - cosine(a, b) for a, b in pairs])
     assert len(table) == 25
+    centres = np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0]])
+    summary = measure.similarity_summary(measure.similarity({0: centres})).iloc[0]
+    found = summary[["near_orthogonal", "min", "max", "experts"]]
+    assert found.tolist() == pytest.approx([1 / 3, 0, np.sqrt(0.5), 3])
 
 
 def test_a_common_mean_makes_raw_cosines_large_and_centred_ones_not():
@@ -83,18 +87,14 @@ def test_a_common_mean_makes_raw_cosines_large_and_centred_ones_not():
     assert summary.loc[0, "centred_expected"] == -1 / 11
 
 
-def test_summary_counts_pairs_of_different_experts_once():
-    centres = np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0]])
-    summary = measure.similarity_summary(measure.similarity({0: centres})).iloc[0]
-    found = summary[["near_orthogonal", "min", "max", "experts"]]
-    assert found.tolist() == pytest.approx([1 / 3, 0, np.sqrt(0.5), 3])
-
-
 def test_like_experts_stand_together():
     two = np.random.default_rng(2).normal(size=(2, 32))
     centres = np.tile(two, (3, 1)) + 0.1 * np.random.default_rng(3).normal(size=(6, 32))
     table = measure.similarity({0: centres}).drop_duplicates("expert_a").sort_values("order_a")
     assert (table["expert_a"].to_numpy()[:3] % 2).std() == 0
+    few = measure.similarity({1: np.eye(1, 4), 2: np.eye(2, 4)})
+    assert measure.similarity_summary(few)["experts"].tolist() == [1, 2]
+    assert few.groupby("layer")["order_a"].max().tolist() == [0, 1]
 
 
 def test_a_routed_model_gives_its_centres_and_shares():
@@ -108,9 +108,3 @@ def test_a_routed_model_gives_its_centres_and_shares():
     assert found["layer"].unique().tolist() == [0, 2]
     np.testing.assert_allclose(found["cosine_centred"], given["cosine_centred"], atol=1e-6)
     assert measure.similarity(model, layers=[2])["layer"].unique() == [2]
-
-
-def test_few_experts():
-    table = measure.similarity({1: np.eye(1, 4), 2: np.eye(2, 4)})
-    assert measure.similarity_summary(table)["experts"].tolist() == [1, 2]
-    assert table.groupby("layer")["order_a"].max().tolist() == [0, 1]

@@ -23,14 +23,11 @@ def modularity(routes, images=IMAGES):
     return measure.modularity(routes, images, permutations=20, resamples=20).set_index("layer")
 
 
-def test_the_measure_agrees_with_scikit_learn():
+def test_the_measure_agrees_with_scikit_learn_and_is_one_for_experts_that_are_parts():
     found = modularity(ROUTES)["ami"]
     for layer, experts in ROUTES.experts.items():
         expected = adjusted_mutual_info_score(SHOWN.ravel(), experts[:, 1:].ravel())
         assert found[layer] == pytest.approx(expected, abs=1e-9)
-
-
-def test_experts_that_are_parts_score_one():
     row = modularity(routed_by(SHOWN)).loc[0]
     assert row["ami"] == pytest.approx(1)
     assert row["p"] == row["class_p"] == pytest.approx(1 / 21)
@@ -63,22 +60,16 @@ def test_a_patch_shows_the_part_that_covers_most_of_it():
     assert patch_parts(rows, (3, 1), 10).tolist() == [0, 4, 7]  # the patches divide no mask
 
 
-def test_profile_shares_sum_to_one():
-    table = measure.part_profile(ROUTES, IMAGES, layers=[1])
+def test_profiles_sum_to_one_and_experts_that_are_parts_see_nothing_else():
+    placed = replace(ROUTES, grid={0: (1, 16), 1: (4, 4)})  # layer 0 has no known places
+    table = measure.part_profile(placed, IMAGES)
+    assert set(table["layer"]) == {1}
     assert table.groupby("expert")["share"].sum().to_numpy() == pytest.approx(1)
     assert table.drop_duplicates("part")["share_all"].sum() == pytest.approx(1)
     assert table.drop_duplicates("expert")["size"].sum() == pytest.approx(1)
     assert table["tokens"].sum() == 40 * 16
     assert set(table["part"]) == set(PARTS)
-
-
-def test_profile_of_experts_that_are_parts():
     table = measure.part_profile(routed_by(SHOWN), IMAGES)
     own = table[table["part"] == table["expert"].map(dict(enumerate(PARTS)))]
     assert own["share"].tolist() == [1] * len(PARTS)
     assert table.loc[table["expert"] == len(PARTS), "tokens"].sum() == 0
-
-
-def test_layers_whose_patches_have_no_known_places_are_left_out():
-    some = replace(ROUTES, grid={0: (1, 16), 1: (4, 4)})
-    assert measure.part_profile(some, IMAGES)["layer"].unique().tolist() == [1]
