@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -51,12 +51,6 @@ EXPERTS = 96
 SMALLEST = 8  # neurons of an expert, where the number of experts is not given
 BLOCK = 8192  # tokens whose hidden activations are in memory at once
 
-Split = Literal["kmeans", "graph", "random"]
-Router = Literal["centre", "mlp", "oracle", "random", "constant"]
-Score = Literal["pos", "abs", "out", "var"]
-Activation = Literal["own", "relu"]
-CHOICES = {"split": Split, "router": Router, "score": Score, "activation": Activation}
-
 
 @dataclass(frozen=True)
 class MoeficationConfig:
@@ -89,18 +83,18 @@ class MoeficationConfig:
     active: float | None = None
     n_experts: int | None = None
     expert_size: int | None = None
-    split: Split = "kmeans"
-    router: Router = "mlp"
-    score: Score = "pos"
+    split: Literal["kmeans", "graph", "random"] = "kmeans"
+    router: Literal["centre", "mlp", "oracle", "random", "constant"] = "mlp"
+    score: Literal["pos", "abs", "out", "var"] = "pos"
     mean_compensation: bool = False
-    activation: Activation = "own"
+    activation: Literal["own", "relu"] = "own"
     tokens: int = 40_000
     seed: int = 0
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            checks.one_of(name, getattr(self, name), get_args(choices))
+        for name, choices in checks.choices_of(MoeficationConfig).items():
+            checks.one_of(name, getattr(self, name), choices)
         for one, other in (("macs_reduction", "active"), ("n_experts", "expert_size")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise MoeeError(f"{one} or {other}", "both", "give one of them")

@@ -30,7 +30,6 @@ from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.utils import checks
 
-INITIALISATIONS = ("upcycled", "fresh")
 SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers
 
 
@@ -65,7 +64,8 @@ class SoftMoeConfig:
         checks.whole_number("experts", self.experts)
         checks.seed_number(self.seed)
         checks.layer_numbers(self.layers)
-        checks.one_of("initialisation", self.initialisation, INITIALISATIONS)
+        for name, choices in checks.choices_of(SoftMoeConfig).items():
+            checks.one_of(name, getattr(self, name), choices)
         checks.real_number("capacity_factor", self.capacity_factor, above=0)
         checks.real_number("noise", self.noise, least=0)
         for name, value in checks.not_none(self, "drop"):

@@ -33,7 +33,6 @@ from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.utils import checks
 
-ROUTERS = ("expert_choice", "top_k")
 CAPACITY = 2.0  # of Expert Choice, where nothing else decides it
 SPREAD = 0.02  # standard deviation of the router's first weights
 
@@ -73,7 +72,8 @@ class SparseUpcyclingConfig:
         checks.whole_number("k", self.k)
         checks.seed_number(self.seed)
         checks.layer_numbers(self.layers)
-        checks.one_of("router", self.router, ROUTERS)
+        for name, choices in checks.choices_of(SparseUpcyclingConfig).items():
+            checks.one_of(name, getattr(self, name), choices)
         if self.router == "top_k" and self.k > self.experts:
             raise MoeeError(f"k of at most {self.experts} experts", str(self.k), "choose fewer")
         checks.real_number("noise", self.noise, least=0)

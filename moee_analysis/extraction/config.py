@@ -3,10 +3,11 @@
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.checks import (
+    choices_of,
     layer_numbers,
     not_none,
     one_of,
@@ -48,13 +49,6 @@ def preset_named(name: str) -> Preset:
     """Return the preset called ``name``; a MoeeError lists the names there are."""
     one_of("a preset", name, PRESETS)
     return PRESETS[name]
-
-
-def _choices(settings: type) -> dict[str, tuple[str, ...]]:
-    """The settings of a dataclass that are chosen by name, and their names."""
-    hints = get_type_hints(settings).items()
-    pairs = ((name, each) for name, hint in hints for each in (hint, *get_args(hint)))
-    return {name: get_args(each) for name, each in pairs if get_origin(each) is Literal}
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ class ClusterConfig:
         return replace(self, **usual | dict(not_none(self, *usual)))
 
 
-CLUSTER_CHOICES = _choices(ClusterConfig)
+CLUSTER_CHOICES = choices_of(ClusterConfig)
 _MEANS = ClusterConfig(
     method="kmeans", space="inputs", reduce="pca", components=None, count=None
 )  # as many as suit the width of a layer
@@ -271,7 +265,7 @@ class ExtractConfig:
         return cls(**kept)
 
 
-CHOICES = _choices(ExtractConfig)
+CHOICES = choices_of(ExtractConfig)
 """The settings that are chosen by name, and their names."""
 
 

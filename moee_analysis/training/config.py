@@ -1,19 +1,11 @@
 """What decides a fine-tuning, and what a training on labelled images; read without torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
 
-Router = Literal["frozen", "straight_through", "auxiliary"]
-Augmentation = Literal["none", "light", "strong"]
-Precision = Literal["auto", "float32", "bfloat16"]
-CHOICES: dict[str, tuple[str, ...]] = {
-    "router": get_args(Router),
-    "augmentation": get_args(Augmentation),
-    "precision": get_args(Precision),
-}
 FLIP = "flip"
 """Augmentation by mirroring alone: images are prepared once."""
 
@@ -51,14 +43,14 @@ class FinetuneConfig:
     warmup_epochs: float = 0.5
     temperature: float = 1.0
     block_weight: float = 0.0
-    router: Router = "frozen"
+    router: Literal["frozen", "straight_through", "auxiliary"] = "frozen"
     router_weight: float = 0.1
-    augmentation: Augmentation = "light"
+    augmentation: Literal["none", "light", "strong"] = "light"
     ema: float | None = None
     held_out: float = 0.1
     patience: int = 3
     clip: float = 1.0
-    precision: Precision = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +74,10 @@ class FinetuneConfig:
         import torch  # the command line reads these settings, and starts without it
 
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+CHOICES = checks.choices_of(FinetuneConfig)
+"""The settings of a fine-tuning that are chosen by name, and their names."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class SupervisedConfig:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
-    augmentation: str = FLIP
+    augmentation: Literal["none", "flip", "light", "strong"] = FLIP
     balance_weight: float = 0.01
     clip: float = 5.0
     check_every: int | None = None
@@ -129,7 +125,8 @@ class SupervisedConfig:
         if self.check_every is not None:
             checks.whole_number("check_every", self.check_every)
         checks.seed_number(self.seed)
-        checks.one_of("augmentation", self.augmentation, (FLIP, *CHOICES["augmentation"]))
+        for name, choices in checks.choices_of(SupervisedConfig).items():
+            checks.one_of(name, getattr(self, name), choices)
         for name in ("learning_rate", "clip"):
             checks.real_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "mixup", "cutmix", "balance_weight"):

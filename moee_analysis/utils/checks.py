@@ -7,7 +7,7 @@ import operator
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moee_analysis.errors import MoeeError
 
@@ -71,6 +71,13 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise MoeeError(f"{name} among {', '.join(choices)}", reprlib.repr(value), "name one")
+
+
+def choices_of(settings: type) -> dict[str, tuple[str, ...]]:
+    """The settings of a dataclass that are chosen by name, and their names."""
+    hints = get_type_hints(settings).items()
+    pairs = ((name, each) for name, hint in hints for each in (hint, *get_args(hint)))
+    return {name: get_args(each) for name, each in pairs if get_origin(each) is Literal}
 
 
 def layer_numbers(value: Any) -> None:

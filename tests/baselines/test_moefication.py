@@ -1,5 +1,4 @@
 from functools import cache, partial
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from moee_analysis import measure
 from moee_analysis.baselines.common import equal_parts
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.baselines.moefication import (
-    CHOICES,
     MoeficationConfig,
     convert,
     matching_active,
@@ -19,12 +17,13 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import capture
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import moe_layers, set_dispatch
+from moee_analysis.utils.checks import choices_of
 from tests.helpers.families import small
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import pixels_of, same_models, toy_swin, toy_vit
 
 IMAGES = toy_images(12)
-ROUTERS, SPLITS = (get_args(CHOICES[name]) for name in ("router", "split"))
+ROUTERS, SPLITS = map(choices_of(MoeficationConfig).get, ("router", "split"))
 ALL_TOKENS = 10**6
 X = next(IMAGES.batches(toy_vit()))
 

@@ -1,21 +1,10 @@
 """What decides a conversion by MoE Jetpack."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
-
-Method = Literal["importance", "graph", "uniform", "random"]
-Metric = Literal["L2", "L1", "act_patrn"]
-Router = Literal["sphero", "soft"]
-Combine = Literal["softmax", "entmax15"]
-Head = Literal["fresh", "recycled"]
-DropMode = Literal["expert", "sample"]
-CHOICES = {
-    "method": Method, "metric": Metric, "router": Router, "combine": Combine, "head": Head,
-    "expert_drop_mode": DropMode,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,29 +50,29 @@ class JetpackConfig:
 
     width: int | None = None
     layers: tuple[int, ...] | None = None
-    method: Method = "importance"
-    metric: Metric = "L2"
+    method: Literal["importance", "graph", "uniform", "random"] = "importance"
+    metric: Literal["L2", "L1", "act_patrn"] = "L2"
     consistent_channels: bool = True
-    head: Head = "fresh"
+    head: Literal["fresh", "recycled"] = "fresh"
     num_classes: int | None = None
     core: int | None = None
     universal: int | None = None
     universal_ratio: float = 0.25
     slots: int = 1
-    router: Router = "sphero"
-    combine: Combine = "softmax"
+    router: Literal["sphero", "soft"] = "sphero"
+    combine: Literal["softmax", "entmax15"] = "softmax"
     temperature: float = 0.5
     normalize_key: bool = True
     noise: float | None = None
     expert_drop: float = 0.1
-    expert_drop_mode: DropMode = "expert"
+    expert_drop_mode: Literal["expert", "sample"] = "expert"
     drop: float = 0.4
     seed: int = 0
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            checks.one_of(name, getattr(self, name), get_args(choices))
+        for name, choices in checks.choices_of(JetpackConfig).items():
+            checks.one_of(name, getattr(self, name), choices)
         for name, value in checks.not_none(self, "width", "num_classes", "core", "universal"):
             checks.whole_number(name, value, least=1 if name == "width" else 0)
         checks.whole_number("slots", self.slots)

@@ -1,5 +1,3 @@
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
@@ -16,9 +14,10 @@ from moee_analysis.baselines.common.moefication_routers import (
     captured,
     train_router,
 )
-from moee_analysis.baselines.moefication import Score
+from moee_analysis.baselines.moefication import MoeficationConfig
 from moee_analysis.errors import MoeeError
 from moee_analysis.moe.layer import MoeMlp
+from moee_analysis.utils.checks import choices_of
 
 DIM, HIDDEN = 6, 10
 EXPERTS = [np.array([0, 2, 3, 9]), np.array([4, 5, 7]), np.array([1, 6, 8])]
@@ -29,7 +28,7 @@ def tokens(count=30):
     return torch.randn(count, DIM, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("score", get_args(Score))
+@pytest.mark.parametrize("score", choices_of(MoeficationConfig)["score"])
 @torch.no_grad()
 def test_true_scores_are_what_they_are_called(score):
     torch.manual_seed(0)
