@@ -4,22 +4,17 @@ Exit codes: 0 done, 1 failed or interrupted, 2 bad input or no room (told in one
 SIGTERM.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moee_analysis.cli.parser import command_parser
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.signals import Terminated, ended_in_order
 from moee_analysis.utils.storage.refusals import FULL, refusal
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 NOTHING_LEFT = "nothing half-written was left behind"
 
@@ -36,31 +31,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    arguments.others = others
+    arguments.others, text = others, ""
     try:
         with ended_in_order():
             code = arguments.command(arguments)
-            if sys.stdout is not None:  # closed from the beginning
-                sys.stdout.flush()
+            print(end="", flush=True)  # where there is an output
     except BrokenPipeError:  # as of "| head": the rest has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (MoeeError, KeyboardInterrupt, Terminated, OSError) as end:
-        code, text = _ending(end)
+    except MoeeError as error:
+        code, text = 2, str(error)
+    except KeyboardInterrupt:
+        code, text = 1, f"interrupted, {NOTHING_LEFT}"
+    except Terminated as end:
+        code, text = end.code, f"terminated, {NOTHING_LEFT}"
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EROFS):
+            raise
+        full = MoeeError("room for what is printed", str(error), "make room there")
+        place = error.filename
+        code, text = 2, str(full if place is None else refusal(error, Path(place)))
+    if text:
         print(f"moee: {text}", file=sys.stderr)
     return code
-
-
-def _ending(end: BaseException) -> tuple[int, str]:
-    """Exit code and line of a command that did not come to its end; other errors are raised."""
-    if isinstance(end, MoeeError):
-        return 2, str(end)
-    if isinstance(end, KeyboardInterrupt):
-        return 1, f"interrupted, {NOTHING_LEFT}"
-    if isinstance(end, Terminated):
-        return end.code, f"terminated, {NOTHING_LEFT}"
-    if end.errno not in (*FULL, errno.EROFS):
-        raise end
-    if end.filename is None:
-        return 2, str(MoeeError("room for what is printed", str(end), "make room there"))
-    return 2, str(refusal(end, Path(end.filename)))

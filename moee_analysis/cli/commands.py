@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,6 @@ from moee_analysis.utils.environment import store_folder
 from moee_analysis.utils.storage.files import new_file, write_json
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from torch import nn
 
     from moee_analysis.data.images import ImageSet
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 MODEL_ARGUMENTS = ("img_size", "in_chans")
 """Options that are arguments of ``timm.create_model``."""
 
-Command = Callable[["Namespace"], int]
+Command = Callable[[Namespace], int]
 
 
 def extract(arguments: Namespace) -> int:

@@ -3,8 +3,6 @@
 ``guides.toml`` explains each of them. What cannot be read is refused in one line.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib
@@ -12,8 +10,9 @@ import re
 import shutil
 import textwrap
 import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from moee_analysis.cli import commands, values
 from moee_analysis.errors import MoeeError
@@ -28,12 +27,8 @@ from moee_analysis.training import config as training_config
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils.environment import version
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    Option = tuple[str, dict[str, Any]]
-    Options = dict[str, list[Option]]  # by the title that they stand under, "" for the first ones
-
+Option = tuple[str, dict[str, Any]]
+Options = dict[str, list[Option]]  # by the title that they stand under, "" for the first ones
 WIDTH = 88
 GUIDES: dict[str, Any] = tomllib.loads(
     Path(__file__).with_name("guides.toml").read_text(encoding="utf-8")

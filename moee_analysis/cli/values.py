@@ -3,22 +3,18 @@
 None of the heavy libraries is needed for that: a wrong call is refused at once.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
 from moee_analysis.utils.storage.files import check_file
 from moee_analysis.utils.storage.refusals import check_place
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 BUNDLED = "bundled"
 DEVICE = r"(cpu|cuda|hpu|mps|mtia|xpu)(:\d{1,3})?"
@@ -44,10 +40,10 @@ def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return reader
 
 
-def number(
-    kind: Callable[[str], Any], check: Callable[..., None], **bounds: Any
+def passing(
+    kind: Callable[[str], Any], check: Callable[..., None], name: str = "", **bounds: Any
 ) -> Callable[[str], Any]:
-    """Reader of a number of this ``kind`` that passes one of ``checks``."""
+    """Reader of a value of this ``kind`` that passes one of ``checks``."""
 
     @_reader
     def read(text: str) -> Any:
@@ -55,7 +51,7 @@ def number(
             value = kind(text)
         except ValueError:
             value = text
-        check("", value, **bounds)
+        check(name, value, **bounds)
         return value
 
     return read
@@ -63,28 +59,22 @@ def number(
 
 def whole(*, least: int = 1, most: int = checks.MOST) -> Callable[[str], int]:
     """Reader of a whole number from ``least`` to ``most``."""
-    return number(int, checks.whole_number, least=least, most=most)
+    return passing(int, checks.whole_number, least=least, most=most)
 
 
 def real(**bounds: float) -> Callable[[str], float]:
     """Reader of a number within the bounds of ``real_number``."""
-    return number(float, checks.real_number, **bounds)
+    return passing(float, checks.real_number, **bounds)
 
 
-share = number(float, checks.share)  # above 0 and up to 1
-part = number(float, checks.share, whole=False)  # between 0 and 1
+share = passing(float, checks.share)  # above 0 and up to 1
+part = passing(float, checks.share, whole=False)  # between 0 and 1
 seed = whole(least=0, most=checks.LAST_SEED)
 
 
 def among(choices: Iterable[str]) -> Callable[[str], str]:
     """Reader of one of the ``choices``."""
-
-    @_reader
-    def read(text: str) -> str:
-        checks.one_of("one", text, choices)
-        return text
-
-    return read
+    return passing(str, checks.one_of, "one", choices=list(choices))
 
 
 @_reader
@@ -144,7 +134,7 @@ def run_folder(text: str) -> Path:
 @_reader
 def new_folder(text: str) -> Path:
     """A place for a folder; one that is there already will do."""
-    path = _new_path(text)
+    path = _path(text, new=True)
     if path.exists():
         _check_folder(path, "a place for a folder")
     check_place(path)
@@ -154,7 +144,7 @@ def new_folder(text: str) -> Path:
 @_reader
 def store(text: str) -> Path:
     """The folder of a store; one that is there may be one that can only be read."""
-    path = _new_path(text)
+    path = _path(text, new=True)
     if path.exists():
         _check_folder(path, "the folder of a store")
     else:
@@ -165,7 +155,7 @@ def store(text: str) -> Path:
 @_reader
 def new_file(text: str) -> Path:
     """A place for a file in a folder that is there; an older file will be replaced."""
-    path, expected = _new_path(text), "a place for a file"
+    path, expected = _path(text, new=True), "a place for a file"
     _check_folder(path.parent, f"{expected} '{path}'")
     if path.exists():
         check_file(path, expected=expected, hint="choose another place")
@@ -173,18 +163,13 @@ def new_file(text: str) -> Path:
     return path
 
 
-def _path(text: str) -> Path:
+def _path(text: str, *, new: bool = False) -> Path:
     if not text.strip() or "\0" in text:
         raise MoeeError("a path", repr(text), UNSET)
-    return Path(text)
-
-
-def _new_path(text: str) -> Path:
-    path = _path(text)
-    longest = max(len(os.fsencode(part)) for part in path.parts or (text,))
-    if longest > LONGEST_FILE:
+    longest = max(len(os.fsencode(part)) for part in Path(text).parts or (text,))
+    if new and longest > LONGEST_FILE:
         raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
-    return path
+    return Path(text)
 
 
 def _check_folder(path: Path, expected: str) -> None:
