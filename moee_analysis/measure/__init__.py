@@ -15,15 +15,15 @@ from moee_analysis.measure.evaluation.architectures import (
     architecture_variants as architecture_variants,
 )
 from moee_analysis.measure.evaluation.architectures import architectures as architectures
-from moee_analysis.measure.evaluation.fine_tuning import fine_tuning as fine_tuning
 from moee_analysis.measure.evaluation.latency import latency as latency
-from moee_analysis.measure.evaluation.learning_curves import Trainings as Trainings
-from moee_analysis.measure.evaluation.learning_curves import beats_all as beats_all
-from moee_analysis.measure.evaluation.learning_curves import learned as learned
-from moee_analysis.measure.evaluation.learning_curves import learning_curves as learning_curves
-from moee_analysis.measure.evaluation.learning_curves import trainings as trainings
-from moee_analysis.measure.evaluation.learning_curves import which_beats_which as which_beats_which
 from moee_analysis.measure.evaluation.mac_table import macs as macs
+from moee_analysis.measure.evaluation.trainings import Trainings as Trainings
+from moee_analysis.measure.evaluation.trainings import beats_all as beats_all
+from moee_analysis.measure.evaluation.trainings import fine_tuning as fine_tuning
+from moee_analysis.measure.evaluation.trainings import learned as learned
+from moee_analysis.measure.evaluation.trainings import learning_curves as learning_curves
+from moee_analysis.measure.evaluation.trainings import trainings as trainings
+from moee_analysis.measure.evaluation.trainings import which_beats_which as which_beats_which
 from moee_analysis.measure.evaluation.variants import variants as variants
 from moee_analysis.measure.knockout.knock_out import knock_out as knock_out
 from moee_analysis.measure.knockout.knock_out import use_and_need as use_and_need

@@ -32,7 +32,6 @@ from moee_analysis.moe.routers import TokenKindRouter
 ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
 LAYERS = (Mlp, GluMlp, SwiGLU, MoeMlp, LowRankAttention, *ATTENTIONS)
 
-ELSEWHERE = "everything else"
 NAMES = {
     "cls": "CLS token", "dist": "distillation token", "register": "registers", "patch": "patches",
 }  # fmt: skip
@@ -147,34 +146,38 @@ def macs(
         routes = route(model, images, batch_size=batch_size)
     counted = count(model, sites=mlps | reduced)
     shares = {name: _choose_shares(routes, index, mlps[name]) for name, index in routed.items()}
+    unread = unread_macs(model, shares=shares)
     rows = []
-    for index, (name, mlp) in enumerate(mlps.items()):
-        row = _describe_dense(name, counted.by_module.get(name, 0), count_parameters(mlp))
-        row |= {"layer": index} | dict.fromkeys(_FRACTIONS, 1.0)
+    for name, part in (mlps | reduced).items():
+        spent, tokens = counted.by_module.get(name, 0), counted.tokens[name]
+        row = _describe_dense(name, spent, count_parameters(part), [unread.get(name)])
+        if name in mlps:
+            row |= {"layer": list(mlps).index(name)} | dict.fromkeys(_FRACTIONS, 1.0)
+        else:
+            row |= {"macs_dense": part.site.macs(tokens), "params_dense": part.site.parameters}
         if name in routed:
-            row |= _describe_experts(mlp, counted.tokens[name], shares[name])
+            row |= _describe_experts(part, tokens, shares[name])
             row["share_source"] = "calibration" if routes is None else "evaluated images"
         rows.append(row)
-    for name, attention in reduced.items():
-        row = _describe_dense(name, counted.by_module[name], count_parameters(attention))
-        row["macs_dense"] = attention.site.macs(counted.tokens[name])
-        rows.append(row | {"params_dense": attention.site.parameters})
     outside = counted.replacing(dict.fromkeys(mlps | reduced, 0.0))
     inside = sum(count_parameters(part) for part in (mlps | reduced).values())
-    rows.append(_describe_dense(ELSEWHERE, outside, count_parameters(model) - inside))
-    unread = unread_macs(model, shares=shares)
-    rows = [row | _pick_unread(row["component"], unread, [*mlps, *reduced]) for row in rows]
+    rest = [each for name, each in unread.items() if name not in mlps | reduced]
+    rows.append(_describe_dense("everything else", outside, count_parameters(model) - inside, rest))
     table = pd.DataFrame([*rows, _sum_rows(rows, list(mlps.values()))])
     table = table.astype(dict.fromkeys(_WHOLE, "int64"))
     table.attrs |= {"caption": _caption(table, routes, unread), "unread_sites": list(unread)}
     return table
 
 
-def _describe_dense(component: str, macs: float, parameters: int) -> dict[str, Any]:
-    """A component that is as in the dense model."""
+def _describe_dense(
+    component: str, macs: float, parameters: int, unread: Sequence[UnreadMacs | None] = ()
+) -> dict[str, Any]:
+    """A component that is as in the dense model, and what of it nothing reads."""
     row = {"component": component, "layer": -1, "converted": False, "experts": 0}
     row |= {"macs_dense": macs, "macs": macs, "params_dense": parameters, "params": parameters}
-    return row | dict.fromkeys(_FRACTIONS, math.nan) | {"share_source": "dense"}
+    row |= dict.fromkeys(_FRACTIONS, math.nan) | {"share_source": "dense"}
+    row["macs_unread_dense"] = sum(each.dense for each in unread if each)
+    return row | {"macs_unread": sum(each.now for each in unread if each)}
 
 
 def _choose_shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Tensor:
@@ -201,18 +204,6 @@ def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[
         "params_dense": ends * hidden + biases,
         "active_fraction": float(shares.double() @ layer.sizes.to(shares.device).double()) / hidden,
         "union_fraction": len(layer.kept) / hidden,
-    }
-
-
-def _pick_unread(
-    component: str, unread: Mapping[str, UnreadMacs], named: Sequence[str]
-) -> dict[str, float]:
-    """MACs of a component for tokens that nothing reads; elsewhere is all that is not named."""
-    own = [component] if component != ELSEWHERE else [name for name in unread if name not in named]
-    found = [unread[name] for name in own if name in unread]
-    return {
-        "macs_unread_dense": sum(each.dense for each in found),
-        "macs_unread": sum(each.now for each in found),
     }
 
 

@@ -9,18 +9,65 @@ from torch import nn
 from torch.utils.benchmark import set_torch_threads
 
 from moee_analysis import measure
+from moee_analysis.baselines.controls import statically_pruned
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.evaluation.learning_curves import Trainings, draw_curves
+from moee_analysis.extraction.pipeline import extract
+from moee_analysis.measure.evaluation.trainings import Trainings, draw_curves
 from moee_analysis.measure.routing.tables import all_rows
-from moee_analysis.training.config import SupervisedConfig
+from moee_analysis.training.config import FinetuneConfig, SupervisedConfig
+from moee_analysis.training.finetune import finetune
 from moee_analysis.training.supervised import right_of, train
 from tests.helpers.images import contents, toy_images
-from tests.helpers.models import same_models, toy_vit
+from tests.helpers.models import divergence, same_models, toy_vit
 from tests.helpers.processes import processes
+from tests.helpers.runs import best
 
 TRAINING, IMAGES = toy_images(40).take(range(24)), toy_images(40).take(range(24, 40))
 CONFIG = SupervisedConfig(steps=4, batch_size=8, check_every=2)
 STARTS = {"shallow": lambda seed: toy_vit(depth=1, seed=seed), "deep": lambda s: toy_vit(seed=s)}
+TUNING = FinetuneConfig(epochs=1, batch_size=8, learning_rate=1e-5, augmentation="none")
+COLUMNS = [
+    "system", "budget", "stage", "seed", "top1", "retention", "agreement", "kl", "mean", "low",
+    "high", "macs_reduction", "params_reduction", "epoch",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs():
+    run = extract(toy_vit(), TRAINING, best(macs_reduction=0.3))
+    return {"MoEE": [run], "static": [statically_pruned(run, TRAINING)]}
+
+
+@pytest.fixture(scope="module")
+def tuned_table(runs, store):
+    drawn = {"seeds": (0, 4), "resamples": 50}
+    return measure.fine_tuning(runs, TRAINING, IMAGES, TUNING, store=store, **drawn)
+
+
+def test_scores_before_and_for_every_seed_after_are_those_of_each_model(tuned_table, runs, store):
+    assert list(tuned_table.columns) == COLUMNS
+    expected = [("MoEE", "before", 0), ("static", "before", 0)]
+    expected += [(s, "after", seed) for s in ("MoEE", "static") for seed in (0, 4)]
+    places = tuned_table[["system", "stage", "seed"]]
+    assert list(places.itertuples(index=False, name=None)) == expected
+    run = runs["MoEE"][0]
+    tuned = finetune(run, TRAINING, TUNING, store=store)
+    rows = tuned_table.query("system == 'MoEE' and seed == 0").set_index("stage")
+    for stage, model in (("before", run.model), ("after", tuned.run.model)):
+        expected = divergence(run.dense(), model, IMAGES)
+        assert rows.loc[stage, "kl"] == pytest.approx(expected, rel=1e-3)
+    assert rows.loc["after", "epoch"] == tuned.best
+
+
+def test_the_seeds_of_a_stage_share_their_mean_and_a_system_its_savings(tuned_table):
+    for _, rows in tuned_table.groupby(["system", "budget", "stage"]):
+        assert (rows[["mean", "low", "high"]].nunique() == 1).all()
+        assert rows["mean"].iloc[0] == pytest.approx(rows["retention"].mean())
+        assert rows["mean"].between(rows["low"] - 1e-9, rows["high"] + 1e-9).all()
+    static = tuned_table.loc[tuned_table["system"] == "static", "macs_reduction"]
+    assert np.ptp(static) == pytest.approx(0)
+    assert static.iloc[0] == pytest.approx(0.3, abs=0.02)
+    assert tuned_table.groupby("system")["params_reduction"].nunique().tolist() == [1, 1]
 
 
 def trained_in(store, starts=STARTS, *, config=CONFIG, seeds=(3, 5), workers=1):
