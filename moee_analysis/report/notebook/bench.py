@@ -31,6 +31,7 @@ from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choo
 from moee_analysis.report.notebook.results import (
     Results,
     alternative,
+    is_plain_index,
     picture,
     prepare_display,
     readable,
@@ -161,7 +162,10 @@ class Bench:
 
     def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Keep ``table`` as ``tables/<name>.csv`` and return it, to be shown."""
-        self.results.table(name, table)
+        facts = {"rows": len(table), "columns": list(map(str, table.columns))}
+        content = table.to_csv(index=not is_plain_index(table)).encode()
+        caption = table.attrs.get("caption") or None
+        self.results.keep("tables", name, "csv", content, **facts, caption=caption)
         return table
 
     def figure(
@@ -175,8 +179,8 @@ class Bench:
         """
         if not isinstance(fig, Figure):
             return fig
-        facts = {"finding": finding or fig.get_label(), "caption": caption}
-        self.results.figure(name, picture(fig), **facts, cover=cover)
+        facts = {"finding": finding or fig.get_label() or None, "caption": caption or None}
+        self.results.keep("figures", name, "png", picture(fig), **facts, cover=cover or None)
         fig.set_label(alternative(facts) or name.replace("_", " "))
         return fig
 

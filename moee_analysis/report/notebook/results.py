@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.outside_text import as_markdown
-from moee_analysis.utils.storage.files import new_file, write_json, write_text
+from moee_analysis.utils.storage.files import new_file, write_json
 from moee_analysis.utils.storage.refusals import writing
 
 FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
@@ -52,23 +52,17 @@ class Results:
         """Add ``value`` to the list ``section``."""
         self.put(section, [*self.content.get(section, []), value])
 
-    def table(self, name: str, table: pd.DataFrame) -> None:
-        """Keep ``table`` as ``tables/<name>.csv``."""
-        file = f"tables/{_file_name(name)}.csv"
+    def keep(self, section: str, name: str, kind: str, content: bytes, **facts: Any) -> None:
+        """Keep ``content`` as ``<section>/<name>.<kind>``, with its ``facts`` that are known."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            hint = "choose a short name: a file is called by it"
+            raise MoeeError("a name of letters, digits, '_' and '-'", repr(name), hint)
+        file = f"{section}/{name}.{kind}"
         if self.folder is not None:
-            write_text(self._place(file), table.to_csv(index=not is_plain_index(table)))
-        entry = {"file": file, "rows": len(table), "columns": list(map(str, table.columns))}
-        caption = table.attrs.get("caption")
-        self.put_into("tables", name, entry | ({"caption": caption} if caption else {}))
-
-    def figure(self, name: str, png: bytes, **facts: Any) -> None:
-        """Keep ``png`` as ``figures/<name>.png``; facts: ``finding``, ``caption``, ``cover``."""
-        file = f"figures/{_file_name(name)}.png"
-        if self.folder is not None:
-            with new_file(self._place(file), wanted=len(png)) as partial:
-                partial.write_bytes(png)
-        given = {name: fact for name, fact in facts.items() if fact}
-        self.put_into("figures", name, {"file": file} | given)
+            with new_file(self._place(file), wanted=len(content)) as partial:
+                partial.write_bytes(content)
+        known = {fact: value for fact, value in facts.items() if value is not None}
+        self.put_into(section, name, {"file": file} | known)
 
     def _place(self, file: str) -> Path:
         assert self.folder is not None
@@ -169,10 +163,3 @@ def _table_html(table: pd.DataFrame) -> str:
         float_format=readable,
         show_dimensions=len(table) > TABLE_ROWS,
     )
-
-
-def _file_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        hint = "choose a short name: a file is called by it"
-        raise MoeeError("a name of letters, digits, '_' and '-'", repr(name), hint)
-    return name
