@@ -86,8 +86,7 @@ def specificity(
     one), ``seed``. The rows of class ``"all"`` (index -1) hold the mean over all classes.
     """
     draw_numbers(seed, permutations=permutations, resamples=resamples)
-    draws = permutations, resamples, seed
-    several, tables = all_routes(source, images), []
+    several, tables, draws = all_routes(source, images), [], (permutations, resamples, seed)
     for routes in several:
         shown, groups = choose_classes(routes.class_names, classes), Groups(routes.labels)
         table = _resample(routes, layers, _divergences, draws).rename(columns={"value": "js"})
@@ -120,8 +119,7 @@ def class_information(
     ``high``, ``null_mean``, ``null_high``, ``p``, ``excess``, ``seed``.
     """
     draw_numbers(seed, permutations=permutations, resamples=resamples)
-    draws = permutations, resamples, seed
-    several, tables = all_routes(source, images), []
+    several, tables, draws = all_routes(source, images), [], (permutations, resamples, seed)
     for routes in several:
         table = _resample(routes, layers, _information, draws).drop(columns="group")
         table.insert(3, "classes", len(routes.class_names))
@@ -158,9 +156,16 @@ def class_distance(
     draw_numbers(seed, splits=splits)
     several, parts = all_routes(source, images), []
     for routes in several:
-        shown = _choose_divisible(routes, classes)
+        chosen = choose_classes(routes.class_names, classes)
+        lone = [c for c in chosen if (routes.labels == c).sum() < 2]
+        if len(lone) == len(chosen) or (classes and lone):
+            raise MoeeError(
+                "at least two images of every class", f"one of {routes.class_names[lone[0]]}",
+                "add images or choose other classes",
+            )  # fmt: skip
+        shown = [c for c in chosen if c not in lone]
         wanted = choose_layers(routes.layers, layers)
-        js = _compare_halves(routes, shown, wanted, (splits, seed))
+        js = _compare_halves(routes, shown, wanted, splits=splits, seed=seed)
         pairs = _pair_classes(routes, shown, js.mean(axis=0), families)
         for layer, distances in zip(wanted, js, strict=True):
             own = np.diag(distances)
@@ -190,12 +195,21 @@ def class_relatedness(
     Raises MoeeError: fewer than four classes, a model without a linear classifier, no permutations.
     """
     draw_numbers(seed, permutations=permutations)
+    weight = getattr(model.get_classifier(), "weight", None)
+    if weight is None:
+        raise MoeeError(
+            "a model with one linear classifier", type(model.get_classifier()).__name__,
+            "leave this measure out for this model",
+        )  # fmt: skip
+    rows = weight.detach().cpu().double().numpy()
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     def relate(part: pd.DataFrame) -> dict[str, float]:
         square = part.pivot(index="class_index_a", columns="class_index_b", values="js")
         if len(square) < 4:
             raise MoeeError("at least four classes", str(len(square)), "show more classes")
-        routed, other = square.to_numpy(), _compare_weights(model, square.index.to_numpy())
+        routed, own = square.to_numpy(), rows[square.index]
+        other = 1 - own @ own.T
         pairs, rng = np.triu_indices(len(square), k=1), np.random.default_rng(seed)
         ranks = rankdata(((routed + routed.T) / 2)[pairs])
         orders = [rng.permutation(len(square)) for _ in range(permutations)]
@@ -269,23 +283,10 @@ def _describe(several: list[Routes]) -> str:
     return f"All tokens of {images} images of {classes} classes, every class with the same weight."
 
 
-def _choose_divisible(routes: Routes, wanted: Sequence[int | str]) -> list[int]:
-    """The classes that can be halved."""
-    classes = choose_classes(routes.class_names, wanted)
-    lone = [c for c in classes if (routes.labels == c).sum() < 2]
-    if len(lone) == len(classes) or (wanted and lone):
-        raise MoeeError(
-            "at least two images of every class", f"one of {routes.class_names[lone[0]]}",
-            "add images or choose other classes",
-        )  # fmt: skip
-    return [c for c in classes if c not in lone]
-
-
 def _compare_halves(
-    routes: Routes, classes: list[int], layers: list[int], plan: tuple[int, int]
+    routes: Routes, classes: list[int], layers: list[int], *, splits: int, seed: int
 ) -> np.ndarray:
     """Mean divergence between opposite halves: (layers, classes, classes), symmetric."""
-    splits, seed = plan
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(routes.labels == c) for c in classes]
     shares = [routes.image_shares(layer) for layer in layers]
@@ -317,15 +318,3 @@ def _pair_classes(
     if families is not None:
         pairs["same_family"] = pairs["family_a"] == pairs["family_b"]
     return pairs[columns]
-
-
-def _compare_weights(model: nn.Module, classes: np.ndarray) -> np.ndarray:
-    weight = getattr(model.get_classifier(), "weight", None)
-    if weight is None:
-        raise MoeeError(
-            "a model with one linear classifier", type(model.get_classifier()).__name__,
-            "leave this measure out for this model",
-        )  # fmt: skip
-    rows = weight.detach().cpu().double().numpy()[classes]
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return 1 - rows @ rows.T

@@ -148,7 +148,10 @@ def routes(
         leading = len(kinds_seen(model, shape[1:])) if shape[0] == 1 else 0  # windows have none
         places = patch_places(model, name, shape, leading=leading)
         # a router that does not say how many experts it has is known by those it has chosen
-        routed.counts[layer] = _count_choices(experts, getattr(owners[layer], "n_experts", 1))
+        n_experts = max(getattr(owners[layer], "n_experts", 1), int(experts.max()) + 1)
+        cells = experts.reshape(len(images), -1) + n_experts * np.arange(len(images))[:, None]
+        counts = np.bincount(cells.ravel(), minlength=len(images) * n_experts)
+        routed.counts[layer] = counts.reshape(-1, n_experts).astype(np.int32)
         if experts.shape[2] == 1:
             order = np.concatenate([np.arange(leading), leading + places.ravel()])
             routed.experts[layer] = experts[:, order, 0]
@@ -227,11 +230,3 @@ def _record_choices(
                 parts[layer].append(per_image.cpu().numpy().astype(np.int16))
                 shapes[layer] = (inputs[layer][0] // len(x), *inputs[layer][1:])
     return {layer: np.concatenate(rows) for layer, rows in parts.items()}, shapes
-
-
-def _count_choices(chosen: np.ndarray, n_experts: int) -> np.ndarray:
-    """How often each expert is chosen (images, tokens, k) in an image: int32 (images, experts)."""
-    n_experts = max(n_experts, int(chosen.max()) + 1)
-    cells = chosen.reshape(len(chosen), -1) + n_experts * np.arange(len(chosen))[:, None]
-    counts = np.bincount(cells.ravel(), minlength=len(chosen) * n_experts)
-    return counts.reshape(-1, n_experts).astype(np.int32)
