@@ -37,7 +37,7 @@ STAGES = {
     "clustering": ("clusters_to_router.py", ("cluster_tokens",)),
     "statistics": ("layer_experts.py", ("update",)),
     "elimination": ("neuron_scores.py", ("removal_costs",)),
-    "attention": ("attention_modes.py", ("attention_modes",)),
+    "attention": ("attention.py", ("attention_modes",)),
     "sizing": ("budget.py", ("allocate",)),
     "coherence": ("cross_token_fisher.py", ("update",)),
     "refit": ("refit_w2.py", ("update", "shared_readout")),

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.attention_plan import AttentionPlan, KeptModes
+from moee_analysis.extraction.attention import AttentionPlan, KeptModes
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.lagrangian import Candidates, choose

@@ -17,7 +17,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.attention_plan import plan_attentions, reduce_attention
+from moee_analysis.extraction.attention import plan_attentions, reduce_attention
 from moee_analysis.extraction.budget import Budget
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import scale_by_coherence

@@ -76,14 +76,10 @@ def test_experts_start_at_the_mean_inputs_of_their_clusters():
     assert (found.experts, found.reason) == (2, "")
 
 
-@pytest.mark.parametrize(
-    ("noise", "counts", "sent"),
-    [
-        ("reroute", [70, 20], [70, 20]),
-        ("drop", [40, 20], [70, 20]),
-        ("rest", [40, 20, 30], None),  # an expert of its own
-    ],
-)
+@pytest.mark.parametrize(("noise", "counts", "sent"), [
+    ("reroute", [70, 20], [70, 20]), ("drop", [40, 20], [70, 20]),
+    ("rest", [40, 20, 30], None),  # an expert of its own
+])  # fmt: skip
 def test_noise_counts_as_the_configuration_says(noise, counts, sent):
     found = made(noise)
     assert counted(found) == counts
@@ -123,10 +119,9 @@ def test_tokens_are_routed_in_chunks_and_none_are_routed_at_all(monkeypatch, chu
     assert found.route(INPUTS[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("labels", "reason"),
-    [(LABELS, ""), (0 * LABELS, "1 clusters found"), (np.maximum(LABELS - 1, NOISE), "1 clusters")],
-)
+@pytest.mark.parametrize(("labels", "reason"), [
+    (LABELS, ""), (0 * LABELS, "1 clusters found"), (np.maximum(LABELS - 1, NOISE), "1 clusters"),
+])  # fmt: skip
 def test_clusters_are_trusted_by_the_rules_of_the_configuration(labels, reason):
     found = made("reroute", labels=labels)
     assert found.reason.startswith(reason)
@@ -216,17 +211,11 @@ def test_clusters_are_found_again_in_the_store(tmp_path, monkeypatch, config):
     np.testing.assert_array_equal(cluster_tokens(DRAW, config, root=tmp_path), first)
 
 
-@pytest.mark.parametrize(
-    ("draw", "settings"),
-    [
-        (DRAW, {"seed": 1}),
-        (DRAW, {"tokens": "alike"}),
-        (DRAW, {"metric": "outputs"}),
-        (draw_from(GRADED, ROWS[:50]), {}),
-        (replace(DRAW, key="another sample"), {}),
-        (replace(DRAW, site=replace(SITE, name="another layer")), {}),
-    ],
-)
+@pytest.mark.parametrize(("draw", "settings"), [
+    (DRAW, {"seed": 1}), (DRAW, {"tokens": "alike"}), (DRAW, {"metric": "outputs"}),
+    (draw_from(GRADED, ROWS[:50]), {}), (replace(DRAW, key="another sample"), {}),
+    (replace(DRAW, site=replace(SITE, name="another layer")), {}),
+])  # fmt: skip
 def test_all_that_decides_the_clusters_decides_where_they_are_kept(tmp_path, draw, settings):
     cluster_tokens(DRAW, best().resolved(), root=tmp_path)
     cluster_tokens(draw, best(**settings).resolved(), root=tmp_path)
@@ -242,20 +231,12 @@ CENTRES = np.random.default_rng(1).normal(size=(3, DIM)).astype("f4")
 ROUTED = Partition(centres=CENTRES)
 
 
-@pytest.fixture(scope="module")
-def layer():
-    rng = np.random.default_rng(0)
-    image, position = np.divmod(np.arange(COUNT, dtype=np.int32), TOKENS)
-    inputs = rng.normal(size=(COUNT, DIM)).astype("f2")
-    return layer_of(
-        sample_of(np.zeros((COUNT, 6), "f2"), inputs=inputs, image=image, position=position)
-    )
-
-
-def nearest(layer):
-    """Expert of every token by the cosine to its centre, one after the other."""
-    unit = CENTRES / np.linalg.norm(CENTRES, axis=1, keepdims=True)
-    return np.array([np.argmax(unit @ x) for x in layer.sample.inputs.astype("f4")])
+POSITION = np.arange(COUNT, dtype=np.int32) % TOKENS
+X = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype("f2")
+LAYER = layer_of(sample_of(np.zeros((COUNT, 6), "f2"), inputs=X, position=POSITION))
+# Expert of every token by the cosine to its centre, one after the other.
+UNIT = CENTRES / np.linalg.norm(CENTRES, axis=1, keepdims=True)
+NEAREST = np.array([np.argmax(UNIT @ x) for x in X.astype("f4")])
 
 
 # Which expert a token goes to
@@ -264,29 +245,28 @@ def nearest(layer):
 @pytest.mark.parametrize(("prefix", "leading"), [
     ((), 0), ((0,), 1), ((0, 1), 2), ((0, 1, 1), 2),
 ])  # fmt: skip
-def test_leading_tokens_have_the_experts_before_those_of_the_others(layer, prefix, leading):
+def test_leading_tokens_have_the_experts_before_those_of_the_others(prefix, leading):
     assignment = Assignment(prefix, ROUTED)
     assert (assignment.leading, assignment.experts) == (leading, leading + 3)
     assert assignment.kinds.tolist() == [0] * leading + [1, 1, 1]
-    for found in assignment.of(layer):
+    for found in assignment.of(LAYER):
         assert found.dtype == np.int64
-        for row, position in enumerate(layer.sample.position):
+        for row, position in enumerate(POSITION):
             own = position < len(prefix)
-            expected = prefix[position] if own else leading + nearest(layer)[row]
+            expected = prefix[position] if own else leading + NEAREST[row]
             assert found[row] == expected
 
 
-def test_a_partition_of_one_expert_takes_all_others_and_needs_no_router(layer):
+def test_a_partition_of_one_expert_takes_all_others_and_needs_no_router():
     assert Partition().experts == 1
     assert isinstance(Partition().router(), ConstantRouter)
-    assert Partition().route(layer.sample.inputs[:7]).tolist() == 7 * [0]
-    routed, members = Assignment((0,), Partition()).of(layer)
-    np.testing.assert_array_equal(routed, layer.sample.position > 0)
+    assert Partition().route(X[:7]).tolist() == 7 * [0]
+    routed, members = Assignment((0,), Partition()).of(LAYER)
+    np.testing.assert_array_equal(routed, POSITION > 0)
     np.testing.assert_array_equal(members, routed)
     for partition in (ROUTED, Partition()):  # of leading tokens alone there is nothing to route
-        assert [
-            found.tolist() for found in Assignment((0,), partition).of(part_of(layer, 5, 6))
-        ] == [[0], [0]]
+        found = Assignment((0,), partition).of(part_of(LAYER, 5, 6))
+        assert [experts.tolist() for experts in found] == [[0], [0]]
 
 
 # Which one a token counts for
@@ -300,21 +280,21 @@ def labelled():
 
 @pytest.mark.parametrize("prefix", [(), (0,), (0, 1)])
 @pytest.mark.parametrize("cuts", [(), (7,), (1, 2, 11, 29), range(1, COUNT)])
-def test_members_are_known_by_the_number_of_their_row_also_in_parts(layer, prefix, cuts):
+def test_members_are_known_by_the_number_of_their_row_also_in_parts(prefix, cuts):
     partition, leading = labelled(), len(set(prefix))
     own = dict(zip(partition.rows.tolist(), partition.labels.tolist(), strict=True))
     routed, members = [], []
-    for part in parts_of(layer, cuts):
+    for part in parts_of(LAYER, cuts):
         found = Assignment(prefix, partition).of(part)
         routed.extend(found[0])
         members.extend(found[1])
-    for row, position in enumerate(layer.sample.position):
+    for row, position in enumerate(POSITION):
         if position < len(prefix):
             assert members[row] == routed[row] == prefix[position]
         else:
             label = own.get(row, NOISE)
             assert members[row] == (NOISE if label == NOISE else leading + label)
-            assert routed[row] == leading + nearest(layer)[row]
+            assert routed[row] == leading + NEAREST[row]
 
 
 # Experts that get nothing
@@ -346,19 +326,16 @@ def test_a_single_expert_that_is_left_is_no_partition(routed):
 
 def test_a_digest_is_that_of_all_that_decides_who_gets_what():
     plain = labelled()
-    different = [
-        Assignment((), plain),
-        Assignment((0,), plain),
-        Assignment((), Partition()),
-        Assignment((), ROUTED),
-        Assignment((), Partition(centres=CENTRES, root=np.eye(DIM, dtype="f4"))),
-        Assignment((), Partition(centres=CENTRES, rows=plain.rows + 1, labels=plain.labels)),
-        Assignment((), Partition(centres=CENTRES, rows=plain.rows, labels=plain.labels[::-1])),
-    ]
-    assert len({each.digest for each in different}) == len(different)
-    assert Assignment((), plain).digest == Assignment((), labelled()).digest
+    others = [
+        {"rows": None, "labels": None}, {"rows": plain.rows + 1}, {"labels": plain.labels[::-1]},
+        {"rows": None, "labels": None, "root": np.eye(DIM, dtype="f4")},
+    ]  # fmt: skip
+    partitions = [plain, Partition(), *(replace(plain, **other) for other in others)]
+    digests = [Assignment((), each).digest for each in partitions]
+    assert len({*digests, Assignment((0,), plain).digest}) == 7
     same = Partition(0.5, centres=CENTRES, route_agreement=0.25)
-    assert Assignment((), same).digest == Assignment((), ROUTED).digest
+    assert Assignment((), labelled()).digest == digests[0]
+    assert Assignment((), same).digest == digests[2]
 
 
 def test_rows_by_expert_are_ascending_and_those_of_none_are_left_out():

@@ -1,4 +1,4 @@
-"""Which directions inside an attention head the prediction depends on.
+"""Attention as an optional stage: which directions inside a head the prediction depends on.
 
 Put identities between queries and keys, q I k^T, and between what a head has gathered and the
 output projection, I u. A head of fewer dimensions is one with maps M of lower rank in their
@@ -10,14 +10,16 @@ With L = E[T T^T] and R = E[T^T T], the modes of an identity are the singular ve
 R^1/4, the metric of Shampoo (Gupta et al., arXiv:1802.09568), mapped back: I = sum_m s_m x_m y_m^T,
 and in that metric dropping the last modes is the best approximation of a rank. What a mode
 contributes to the loss of an image, t_m = s_m x_m^T T y_m, then plays the part of a hidden neuron's
-activation in the elimination of ``obs``, whose readout is ones: modes go whose loss refitted gains
-of the others can best make good.
+activation in ``elimination_costs``, whose readout is ones: modes go whose loss refitted gains of
+the others can best make good. They are candidates for the one budget, as neurons are.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +28,36 @@ from timm.layers import Attention
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
+from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.experts.neuron_scores import RIDGE, elimination_costs
+from moee_analysis.extraction.lagrangian import Candidates
 from moee_analysis.extraction.record.accumulate import Arrays, average, stored_arrays
-from moee_analysis.extraction.record.fisher import probe
-from moee_analysis.models.attention import Factors, find_attentions, heads_of
+from moee_analysis.extraction.record.fisher import probe, unread_patches
+from moee_analysis.extraction.record.tokens import leading_kinds
+from moee_analysis.models.attention import (
+    AttentionSite,
+    Factors,
+    Reduction,
+    find_attentions,
+    heads_of,
+    low_rank,
+    plain_attentions,
+)
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
+from moee_analysis.models.macs import MacCount
 from moee_analysis.moe.layer import replace_module
 from moee_analysis.utils.distributed import own_share
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.store import content_key
 
+Probed = Mapping[str, "_ProbedAttention"]
 Place = tuple[str, int]  # name of an attention; 0: its scores, 1: its values
+KeptModes = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)
 
-BATCH = 16
-CENTRE_IMAGES = 200
-PROBES = 1
-DAMPING = 1e-2
+BATCH, CENTRE_IMAGES, PROBES, DAMPING = 16, 200, 1, 1e-2
+STEP = 8  # modes of a head: kernels are no faster for ranks between its multiples
 
 
 @dataclass(frozen=True)
@@ -116,12 +130,10 @@ def attention_modes(
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
         found = _measure(model, images, {n: queries[n] for n in names}, seed=seed)
         for name in missing:
-            arrays = {
-                f"{kind}_{field}": getattr(getattr(found[name], kind), field).numpy()
-                for kind in kinds
-                for field in fields
-            }
-            yield name, arrays | {"mean": found[name].mean.numpy()}
+            arrays = {"mean": found[name].mean.numpy()}
+            for kind, field in product(kinds, fields):
+                arrays[f"{kind}_{field}"] = getattr(getattr(found[name], kind), field).numpy()
+            yield name, arrays
 
     found = {}
     for name, files in stored_arrays(root, folders, compute).items():
@@ -142,8 +154,7 @@ class _ProbedAttention(nn.Module):
     def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
         q, k, v = heads_of(self.attention, x)
         one = torch.eye(self.attention.head_dim).to(x).expand(*q.shape[:2], -1, -1)
-        self.identities = one.clone().requires_grad_(), one.clone().requires_grad_()
-        scores, values = self.identities
+        scores, values = self.identities = [one.clone().requires_grad_() for _ in range(2)]
         gathered = (q @ scores @ k.mT).softmax(dim=-1) @ v
         self.gathered = gathered.detach()[:, :, : self.queries]
         moved = self.mean + (gathered - self.mean) @ values.mT
@@ -177,13 +188,11 @@ def _measure(
         bases = {place: _basis(L, R) for place, (L, R) in both.items()}
         grams = average(gradients("attention costs"), gram, none)
     modes = {place: Modes(*bases[place], grams[place]) for place in bases}
-    return {
-        name: AttentionModes(modes[name, 0], modes[name, 1], module.mean[:, 0].double().cpu())
-        for name, module in probed.items()
-    }
+    means = {name: module.mean[:, 0].double().cpu() for name, module in probed.items()}
+    return {n: AttentionModes(modes[n, 0], modes[n, 1], mean) for n, mean in means.items()}
 
 
-def _centre(model: nn.Module, probed: Mapping[str, _ProbedAttention], images: ImageSet) -> None:
+def _centre(model: nn.Module, probed: Probed, images: ImageSet) -> None:
     """Give every attention the mean of what its heads gather for the tokens that are read."""
     sums = dict.fromkeys(probed, 0.0)
     batches = images.batches(model, batch_size=BATCH)
@@ -196,16 +205,9 @@ def _centre(model: nn.Module, probed: Mapping[str, _ProbedAttention], images: Im
 
 
 def _gradients(
-    model: nn.Module,
-    probed: Mapping[str, _ProbedAttention],
-    images: ImageSet,
-    seed: int,
-    label: str,
+    model: nn.Module, probed: Probed, images: ImageSet, seed: int, label: str
 ) -> Iterator[dict[Place, torch.Tensor]]:
-    """T of every identity, (images, heads, head_dim, head_dim), by batch of this process and probe.
-
-    That is the gradient of the probed logits.
-    """
+    """Gradients T at every identity (images, heads, head_dim, head_dim), by own batch and probe."""
     own = own_share(-(-len(images) // BATCH))
     first = own.start * BATCH
     images = images.take(range(first, min(own.stop * BATCH, len(images))))
@@ -235,3 +237,113 @@ def _fourth_roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = torch.linalg.eigh(metric)
     values = (values.clamp_min(0) + DAMPING * scale[:, None])[:, None] ** 0.25
     return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """An attention before the ranks of its heads are chosen.
+
+    Of its ``tokens`` only the outputs of the first ``queries`` are read; None: of all. ``modes`` is
+    None where the heads keep all dimensions; ``bias`` says whether its queries have one.
+    """
+
+    site: AttentionSite
+    tokens: int
+    queries: int | None
+    bias: bool
+    modes: AttentionModes | None = None
+
+    def macs(self, kept: KeptModes | None) -> int:
+        """MACs of one image with the ``kept`` scores and values; None: with all."""
+        whole = 2 * self.site.heads * self.site.head_dim
+        return self._macs * (whole if kept is None else sum(int(each.sum()) for each in kept))
+
+    @property
+    def fixed_macs(self) -> int:
+        """MACs of one image that no choice of modes changes."""
+        return 0 if self.modes else self.macs(None)
+
+    @property
+    def fixed_parameters(self) -> int:
+        """Parameters that no choice of modes changes: the output's bias, or all."""
+        dimensions = 0 if self.modes else self.site.heads * self.site.head_dim
+        return self.site.dim + dimensions * (4 * self.site.dim + self.bias)
+
+    def candidates(self) -> list[Candidates]:
+        """Blocks of modes that may be kept, of the scores and of the values, the best ones first.
+
+        A block is the next few best modes of every head: heads of one rank are computed together.
+        """
+        found, size, dim = [], self._step * self.site.heads, self.site.dim
+        for modes, bias in ((self.modes.scores, self.bias), (self.modes.values, 0)):
+            best_first = -np.sort(-modes.costs, axis=1)
+            costs = best_first.sum(axis=0).reshape(1, -1, self._step).sum(axis=2)
+            macs, parameters = size * self._macs, size * (2 * dim + bias)
+            found.append(Candidates(costs, np.ones(1), macs, parameters))
+        return found
+
+    def in_heads(self, scores: np.ndarray, values: np.ndarray) -> KeptModes:
+        """Modes of so many blocks, bool (1, blocks); no scores where values are gone."""
+
+        def best(modes: Modes, blocks: int) -> np.ndarray:
+            place = np.argsort(np.argsort(-modes.costs, axis=1, kind="stable"), axis=1)
+            return place < blocks * self._step
+
+        asked = int(scores.sum()) if values.any() else 0
+        return best(self.modes.scores, asked), best(self.modes.values, int(values.sum()))
+
+    @property
+    def _macs(self) -> int:
+        """MACs of one image for a dimension of a head's scores; one of its values costs the same.
+
+        Queries and keys (or values and outputs) are made of every token, then compared in pairs.
+        """
+        asked = self.queries or self.tokens
+        return self.site.dim * (asked + self.tokens) + asked * self.tokens
+
+    @property
+    def _step(self) -> int:
+        """Modes that a head gets at a time."""
+        return gcd(STEP, self.site.head_dim)
+
+
+def plan_attentions(
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, dense: MacCount, root: Path
+) -> list[AttentionPlan]:
+    """Plan the attentions of ``config``: none, those with unread outputs, or all.
+
+    ``dense`` has counted the tokens of all plain attentions.
+    """
+    find = {"low_rank": find_attentions, "read": plain_attentions}.get(config.attention)
+    sites = find(model) if find else []
+    if not sites:
+        return []
+    unread = unread_patches(model, sites)
+    leading = leading_kinds(model, [site.name for site in sites])
+    queries = {n: len(kinds) or None if n in unread else None for n, kinds in leading.items()}
+    modes = {}
+    if config.attention == "low_rank":
+        modes = attention_modes(model, images, queries, seed=config.seed, root=root)
+    return [
+        AttentionPlan(
+            site, dense.tokens[site.name], queries[site.name],
+            bias=site.module(model).qkv.bias is not None, modes=modes.get(site.name),
+        )
+        for site in sites
+        if site.name in unread or site.name in modes
+    ]  # fmt: skip
+
+
+def reduce_attention(
+    model: nn.Module, plans: Sequence[AttentionPlan], kept: Mapping[str, KeptModes]
+) -> None:
+    """Put the planned attentions of the ``kept`` modes in the place of the model's own."""
+    for plan in plans:
+        site, modes, heads = plan.site, plan.modes, kept.get(plan.site.name)
+        scores = values = Factors.whole(site)
+        mean = torch.zeros(site.heads, site.head_dim)
+        if heads is not None:
+            scores, values = modes.scores.factors(heads[0]), modes.values.factors(heads[1])
+            mean = modes.mean
+        reduction = Reduction(scores, values, mean, plan.queries)
+        replace_module(model, site.name, low_rank(site, site.module(model), reduction))
