@@ -3,6 +3,7 @@
 import ast
 import re
 from graphlib import TopologicalSorter
+from urllib.parse import unquote
 
 import pytest
 
@@ -84,6 +85,20 @@ def test_rooms_are_two_levels_deep_and_none_is_crowded():
     assert max(len(folder.parts) for folder in folders) <= 3
     crowded = {str(f): len(names) for f, names in folders.items() if len(set(names) - FREE) > 15}
     assert not crowded
+
+
+def test_files_that_pages_name_or_link_are_there():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    places = [
+        f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.py") if ".venv" not in path.parts
+    ]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"`([\w/.]+\.py)`", text) if page.name != "CHANGELOG.md" else []
+        lost = [name for name in named if not any(place.endswith(f"/{name}") for place in places)]
+        links = re.findall(r"\]\(((?!\w+:)[^)#\s]+)", text)
+        lost += [link for link in links if not (page.parent / unquote(link)).exists()]
+        assert not lost, page.name
 
 
 def test_files_and_functions_are_short():
