@@ -122,7 +122,7 @@ REFUSED = {
     "images with part masks": lambda: unseen(toy_images(4)),
     "only the bundled scenes": lambda: measure.modularity(ROUTES, toy_images(4)),
     "a part that 999 patches show": lambda: unseen(least=999),
-    "permutations or resamples as a whole number": lambda: repeat(len, len, times=0, seed=0),
+    "permutations or resamples as a whole number": lambda: repeat(len, times=0, seed=0),
     "none of class 3": lambda: measure.class_distance(ROUTES, families=FAMILIES),
     "one of class 2": lambda: measure.class_distance(LONE, classes=["class 2", "class 1"]),
     "no image of pug": [

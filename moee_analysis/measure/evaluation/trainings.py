@@ -269,16 +269,14 @@ def draw_curves(trained: Trainings, resamples: int) -> np.ndarray:
     right = trained.right.astype(np.float32)
     _, seeds, _, images = right.shape
 
-    def curves(drawn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        of_seeds, of_images = drawn  # how often each of them is drawn
-        return np.einsum("sklm,k,m->sl", right, of_seeds, of_images, optimize=True)
-
-    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def resample(rng: np.random.Generator) -> np.ndarray:
         times = rng.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds))
+        of_seeds = (times / times.sum()).astype(np.float32)  # how much each of them weighs
         of_images = rng.multinomial(images, np.full(images, 1 / images)) / images
-        return (times / times.sum()).astype(np.float32), of_images.astype(np.float32)
+        weights = of_seeds, of_images.astype(np.float32)
+        return np.einsum("sklm,k,m->sl", right, *weights, optimize=True)
 
-    return repeat(curves, draw, times=resamples, seed=0)
+    return repeat(resample, times=resamples, seed=0)
 
 
 def _find_level(curve: np.ndarray, seen: np.ndarray, level: float) -> float:

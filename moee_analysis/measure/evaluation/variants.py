@@ -182,11 +182,9 @@ def _compare_divergences(
     """Intervals of the KL divergence and of its changes, all on the same resampled images."""
     rows = [row for row in scores if row != REFERENCE]
     kl = np.stack([scores[row]["kl"] for row in rows], axis=1).astype(float)
+    images = len(kl)
     draws = repeat(
-        lambda chosen: kl[chosen].mean(axis=0),
-        lambda rng: rng.integers(len(kl), size=len(kl)),
-        times=resamples,
-        seed=seed,
+        lambda rng: kl[rng.integers(images, size=images)].mean(axis=0), times=resamples, seed=seed
     )
     table = pd.DataFrame(index=rows, columns=DIVERGENCES, dtype=float)
     table["kl_low"], table["kl_high"] = np.quantile(draws, MIDDLE, axis=0)

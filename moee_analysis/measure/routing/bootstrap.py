@@ -59,16 +59,12 @@ class Groups:
 
 
 def repeat(
-    statistic: Callable[[np.ndarray], np.ndarray],
-    draw: Callable[[np.random.Generator], np.ndarray],
-    *,
-    times: int,
-    seed: int,
+    draw: Callable[[np.random.Generator], np.ndarray], *, times: int, seed: int
 ) -> np.ndarray:
-    """Values of ``statistic(draw(generator))``, (times, ...); ``times`` is at least 1."""
+    """Values of ``draw(generator)``, (times, ...); ``times`` is at least 1."""
     whole_number("the number of permutations or resamples", times)
     rng = np.random.default_rng(seed)
-    return np.stack([statistic(draw(rng)) for _ in range(times)])
+    return np.stack([draw(rng) for _ in range(times)])
 
 
 def redraw_counts(count: int, times: int, *, seed: int) -> np.ndarray:
@@ -84,14 +80,11 @@ def over_seeds(right: np.ndarray, own: np.ndarray, *, resamples: int) -> dict[st
     """
     every, dense = right.astype(float), own.astype(float)
 
-    def retention(chosen: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        seeds, images = chosen
+    def resample(rng: np.random.Generator) -> np.ndarray:
+        seeds, images = (rng.integers(size, size=size) for size in every.shape)
         return every[seeds][:, images].mean() / max(dense[images].mean(), 1e-12)
 
-    def draw(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        return tuple(rng.integers(size, size=size) for size in every.shape)
-
-    low, high = np.quantile(repeat(retention, draw, times=resamples, seed=0), MIDDLE)
+    low, high = np.quantile(repeat(resample, times=resamples, seed=0), MIDDLE)
     mean = every.mean() / max(dense.mean(), 1e-12)
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 
@@ -130,4 +123,5 @@ def entropy(p: np.ndarray) -> np.ndarray:
 
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Jensen-Shannon divergence of ``p`` and ``q`` (..., experts), in bits: 0 equal, 1 disjoint."""
+    # rounding may leave less than nothing
     return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)

@@ -257,8 +257,8 @@ def _resample(
 
     permutations, resamples, seed = draws
     value = values(None)
-    null = repeat(values, groups.shuffle, times=permutations, seed=seed)
-    resampled = repeat(values, groups.resample, times=resamples, seed=seed + 1)
+    null = repeat(lambda rng: values(groups.shuffle(rng)), times=permutations, seed=seed)
+    resampled = repeat(lambda rng: values(groups.resample(rng)), times=resamples, seed=seed + 1)
     low, high = basic_interval(value, resampled)
     corrected = np.maximum(2 * value - resampled.mean(axis=0), 0)
     columns = {"value": value, "corrected": corrected, "low": low, "high": high}

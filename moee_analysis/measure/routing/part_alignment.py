@@ -195,9 +195,11 @@ def _measure(patches: _Patches, permutations: int, resamples: int, seed: int) ->
 
     def exchange(labels: np.ndarray) -> dict[str, np.ndarray]:
         """Compare with masks exchanged between images of the same label."""
-        draw = Groups(labels).exchange
-        null = repeat(lambda o: score(patches.table(o)), draw, times=permutations, seed=seed)
-        return against_chance(value, null)
+        groups = Groups(labels)
+        null = repeat(
+            lambda rng: patches.table(groups.exchange(rng)), times=permutations, seed=seed
+        )
+        return against_chance(value, score(null))
 
     everywhere, within = exchange(np.zeros_like(patches.labels)), exchange(patches.labels)
     shuffled = random_table(table.sum(axis=1), table.sum(axis=0), seed=seed)
