@@ -46,15 +46,12 @@ def printed(capsys, *words):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
-def test_an_example_is_taken_as_typed(command):
-    arguments, others = parsed(command)
-    assert arguments.command is COMMANDS[shlex.split(command)[1]][1]
-    assert not others or arguments.passes_on
-    assert set(getattr(arguments, "systems", None) or ()) <= set(SYSTEMS)
-
-
-def test_first_steps_follow_from_each_other_and_need_nothing_that_a_newcomer_lacks():
+def test_examples_are_taken_as_typed_and_first_steps_need_nothing_that_a_newcomer_lacks():
+    for command in EXAMPLES:
+        arguments, others = parsed(command)
+        assert arguments.command is COMMANDS[shlex.split(command)[1]][1]
+        assert not others or arguments.passes_on
+        assert set(getattr(arguments, "systems", None) or ()) <= set(SYSTEMS)
     steps = [parsed(command)[0] for _, command in FIRST_STEPS]
     assert steps[1].run == steps[0].out
     assert {command for _, command in FIRST_STEPS} <= set(EXAMPLES)
@@ -71,6 +68,7 @@ def test_the_list_of_commands_has_a_line_for_each(capsys):
         assert re.search(rf"^  {name} +{re.escape(GUIDES[name]['line'])}$", out, re.M)
     places = [out.index(command) for _, command in FIRST_STEPS]
     assert places == sorted(places)
+    assert printed(capsys, "--version") == f"moee {version('moee-analysis')}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -112,7 +110,3 @@ def test_defaults_and_choices_are_those_of_the_configuration(command, config):
         for choice in choices:
             arguments, _ = parsed(f"moee {command} --{name.replace('_', '-')} {choice}")
             assert getattr(arguments, name) == choice
-
-
-def test_the_version_is_that_of_the_package(capsys):
-    assert printed(capsys, "--version") == f"moee {version('moee-analysis')}\n"

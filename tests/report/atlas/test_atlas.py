@@ -65,6 +65,12 @@ def test_every_layer_and_expert_is_there_with_its_use(facts, run, images):
     # leading tokens are counted apart
     for first in (layer["experts"][0] for layer in facts["layers"]):
         assert (first["leading"], first["share"], first["top"]) == (len(images), 0, [])
+    # windows are put where they are
+    run, images = run_of(toy_moe(toy_swin())), toy_images(6)
+    facts, routed = atlas_facts(run, images), measure.routes(run, images)
+    assert facts["layers"]
+    for layer in facts["layers"]:
+        assert (unpacked(facts, layer) == routed.patch_experts(layer["layer"])).all()
 
 
 def test_patches_classes_and_overlap_are_those_of_the_measures(facts, run, images):
@@ -127,26 +133,20 @@ def test_layers_that_are_not_shown_are_named_with_the_reason(small_run, images):
     assert "MACs" not in dict(facts["about"])
 
 
-def test_windows_are_put_where_they_are():
-    run, images = run_of(toy_moe(toy_swin())), toy_images(6)
-    facts, routed = atlas_facts(run, images), measure.routes(run, images)
-    assert facts["layers"]
-    for layer in facts["layers"]:
-        assert (unpacked(facts, layer) == routed.patch_experts(layer["layer"])).all()
-
-
 def test_parts_are_those_that_an_expert_shows_more_than_others_do():
     images, run = load_images("bundled", limit=8), run_of(toy_moe(toy_vit()))
     profile = measure.part_profile(measure.routes(run, images, by_folder=True), images)
-    shares, told = profile.set_index(["layer", "expert", "part"])["share"], 0
-    for layer in atlas_facts(run, images)["layers"]:
-        for number, expert in enumerate(layer["experts"]):
-            for part, share, usual in expert["parts"]:
-                expected = shares[layer["layer"], number, part]
-                assert share == pytest.approx(expected, abs=1e-4)
-                assert usual < share
-                told += 1
+    shares = profile.set_index(["layer", "expert", "part"])["share"]
+    told = [
+        (share, usual, shares[layer["layer"], number, part])
+        for layer in atlas_facts(run, images)["layers"]
+        for number, expert in enumerate(layer["experts"])
+        for part, share, usual in expert["parts"]
+    ]
     assert told
+    for share, usual, expected in told:
+        assert share == pytest.approx(expected, abs=1e-4)
+        assert usual < share
 
 
 def test_the_page_holds_the_facts_fetches_nothing_and_runs_its_own_script_alone(facts):

@@ -138,7 +138,7 @@ def test_pages_stand_alone(made, page):
     assert "default-src 'none'" in text
 
 
-def test_a_page_keeps_what_is_harmless_and_folds_the_cells_of_a_solution(made):
+def test_a_page_keeps_what_is_harmless_and_folds_solutions_and_the_index_has_a_card_for_each(made):
     page = BeautifulSoup((made[0] / "fine" / "page.html").read_text(), "html.parser")
     assert page.find("p", string="kept")
     assert page.find("a", href="https://example.org/far.png").get_text() == "far"
@@ -148,9 +148,6 @@ def test_a_page_keeps_what_is_harmless_and_folds_the_cells_of_a_solution(made):
     assert "twice = 2 * number" in fold.get_text()
     assert "14 are twice as many" in fold.get_text()
     assert "Exercise" in fold.find_previous_sibling().get_text()
-
-
-def test_the_index_has_a_card_for_each_notebook(made):
     index = BeautifulSoup((made[0] / "index.html").read_text(), "html.parser")
     links = {card.a["href"]: card.a.get_text() for card in index("article", class_="card")}
     assert links == {f"{name}/page.html": f"The {name} notebook" for name in NOTEBOOKS}
