@@ -90,10 +90,7 @@ def reduce_dimensions(points: np.ndarray, config: ClusterConfig, *, seed: int = 
 
 
 def label(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.ndarray:
-    """Cluster of every row of ``points`` (tokens, any), -1 for none, by ``config.method``.
-
-    The configuration has a ``count``.
-    """
+    """Cluster of every row of ``points`` (tokens, any), -1 for none; ``config`` has a ``count``."""
     return CLUSTERERS[config.method](points, config, seed)
 
 
@@ -120,13 +117,11 @@ def _hdbscan(points: np.ndarray, config: ClusterConfig, _seed: int) -> np.ndarra
     return model.fit_predict(points.astype(np.float64))
 
 
-def label_tree(
-    tree: SpanningTree, *, min_cluster_size: int, max_cluster_size: int = 0
-) -> np.ndarray:
+def label_tree(tree: SpanningTree, **sizes: int) -> np.ndarray:
     """Cluster of every point of ``tree``, -1 for noise: one tree serves for many settings.
 
-    Sizes are numbers of points (0: no largest); clusters are chosen by the library of McInnes,
-    Healy and Astels (2017).
+    ``min_cluster_size`` and ``max_cluster_size`` are numbers of points (0: no largest) for the
+    library of McInnes, Healy and Astels (2017), which chooses the clusters.
     """
     from hdbscan import HDBSCAN
 
@@ -139,7 +134,6 @@ def label_tree(
     weights = (np.maximum.accumulate(units - steps) + steps).view(np.float64)
     data = np.append(weights, np.full(len(places), np.nextafter(0, 1)))
     row, column = (np.append(ends, places) for ends in tree.edges.T)
-    sizes = {"min_cluster_size": min_cluster_size, "max_cluster_size": max_cluster_size}
     model = HDBSCAN(metric="precomputed", min_samples=1, **sizes)
     labels = np.empty(len(places), dtype=np.int64)
     labels[tree.order] = model.fit_predict(coo_matrix((data, (row, column))).tocsr())

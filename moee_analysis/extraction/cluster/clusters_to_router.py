@@ -11,12 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.extraction.cluster.clustering import (
-    NOISE,
-    assess,
-    label,
-    reduce_dimensions,
-)
+from moee_analysis.extraction.cluster.clustering import NOISE, assess, label, reduce_dimensions
 from moee_analysis.extraction.cluster.sample_tokens import TokenSample
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.record.fisher import damp, input_root

@@ -95,8 +95,7 @@ def sample_tokens(
     ``leading`` tokens of an image, by the name of a layer, have experts of their own. ``hidden``:
     whether hidden activations are sampled as well; None: where they are clustered.
     """
-    if hidden is None:
-        hidden = config.clustering.space == "hidden"
+    hidden = config.clustering.space == "hidden" if hidden is None else hidden
     accumulators = [
         SampleAccumulator(
             site, choose_rows(tokens, site, config, leading=leading[site.name]),

@@ -268,18 +268,9 @@ def grow_tree(forest: Forest) -> SpanningTree:
         edges.append(edge)
         costs.append(cost)
         forest.join(edge)
-    edges, squared = _hang_copies(np.concatenate(edges), np.concatenate(costs), forest)
-    return SpanningTree(edges, np.sqrt(squared), forest.order, forest.searches)
-
-
-def _hang_copies(
-    edges: np.ndarray, squared: np.ndarray, forest: Forest
-) -> tuple[np.ndarray, np.ndarray]:
-    """Edges among all points, as places in ``order``, by weight and then by place.
-
-    A copy costs its core distance, and hangs on the first point that costs no more: one that its
-    original hangs on too, or the original. So all copies come into a cluster together.
-    """
+    edges, squared = np.concatenate(edges), np.concatenate(costs)
+    # A copy costs its core distance, and hangs on the first point that costs no more: one that its
+    # original hangs on too, or the original. So all copies come into a cluster together.
     starts, core, late = forest.starts, forest.core, edges[:, 1]
     hook = starts.copy()
     at_core = squared == core[late]
@@ -289,7 +280,7 @@ def _hang_copies(
     edges = np.concatenate([starts[edges], np.stack([hook[original], copy], axis=1)])
     squared = np.concatenate([squared, core[original]])
     order = np.lexsort((edges[:, 1], edges[:, 0], squared))
-    return edges[order], squared[order]
+    return SpanningTree(edges[order], np.sqrt(squared[order]), forest.order, forest.searches)
 
 
 def _list(

@@ -136,10 +136,9 @@ def average(
     term: Callable[[Key, torch.Tensor], torch.Tensor],
     none: Mapping[Key, torch.Tensor],
 ) -> dict[Key, torch.Tensor]:
-    """Average a ``term`` of values over the images of all processes, by key.
+    """Average a ``term`` of values, its sum over images, over those of all processes, by key.
 
-    ``batches`` are the values (images, ...) of this process, ``none`` those of no images; a term
-    is a sum over images.
+    ``batches`` are the values (images, ...) of this process, ``none`` those of no images.
     """
     images = torch.zeros((), dtype=torch.float64)
     sums = {key: term(key, values) for key, values in none.items()}
@@ -190,8 +189,7 @@ def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list
     gradients = any(accumulator.gradients for accumulator in group)
     parts = tokens.parts(list(sites.values()), gradients=gradients, skip=done)
     steps = ((layers, *each) for layers in parts for each in zip(group, sums, strict=True))
-    total = (len(tokens.chosen) - done) * len(group)
-    steps = progress(steps, label=label, total=total)
+    steps = progress(steps, label=label, total=(len(tokens.chosen) - done) * len(group))
     for taken, (layers, accumulator, own) in enumerate(steps, start=1):
         accumulator.update(own, layers[accumulator.site.name])
         if taken % len(group) == 0:

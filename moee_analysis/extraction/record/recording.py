@@ -94,11 +94,11 @@ class Recording:
         }
         for _ in _record_batches(self, arrays.__getitem__):
             pass
-        return {
-            name: _sample({content: arrays[name, content] for content in self.contents},
-                          _origin(self.plan, len(self.images), count))
-            for name, count in self.tokens.items()
-        }  # fmt: skip
+        samples = {}
+        for name, count in self.tokens.items():
+            values = {content: arrays[name, content] for content in self.contents}
+            samples[name] = _sample(values, _origin(self.plan, len(self.images), count))
+        return samples
 
     @property
     def contents(self) -> list[str]:

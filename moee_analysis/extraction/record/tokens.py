@@ -76,10 +76,7 @@ def leading_kinds(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str
 
 
 def _inputs(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[tuple[str, ...], int]]:
-    """Kinds of the leading tokens in what each layer gets of an image, and how many tokens it is.
-
-    Of those that are called once.
-    """
+    """Leading kinds and number of tokens that each layer called once gets of an image."""
     calls: dict[str, list[torch.Size]] = {name: [] for name in names}
     modules = {name: model.get_submodule(name) for name in calls}
     with evaluating(model), watch(modules, lambda name, x: calls[name].append(x.shape)):
@@ -221,10 +218,8 @@ class RecordedLayer:
         x = torch.from_numpy(self.sample.inputs[rows].astype(np.float32))
         return self.mlp.act(self.mlp.fc1(x.to(self.mlp.fc1.weight))).float()
 
-    def chunks(
-        self, rows: np.ndarray | None = None, *, size: int | None = None
-    ) -> Iterator[np.ndarray]:
-        """Numbers of all rows, or of some ``rows``, so many at a time (None: :data:`CHUNK`)."""
+    def chunks(self, rows: np.ndarray | None = None, *, size: int = 0) -> Iterator[np.ndarray]:
+        """Numbers of all rows, or of some ``rows``, so many at a time (0: :data:`CHUNK`)."""
         rows, size = (np.arange(len(self.sample)) if rows is None else rows), size or CHUNK
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
