@@ -43,7 +43,6 @@ def accuracy(
     ``models``: a model, or models by the name of their system.
     ``reference``: the dense model, or its name among ``models``; None leaves the columns that
       compare with it empty.
-    ``seed``, ``resamples``: of the image bootstrap.
 
     Columns: ``system``, ``top1``, ``low``, ``high`` (95 % bootstrap interval of ``top1``),
     ``top5``, ``retention`` (``top1`` / that of the reference), ``retention_low``,

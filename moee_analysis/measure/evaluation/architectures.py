@@ -35,7 +35,7 @@ def architectures(
     """Measure the same of every layer of several models.
 
     ``runs`` are extractions by the name of their model, ``images`` evaluation images that all of
-    them know the classes of; ``permutations``, ``resamples`` and ``seed`` say what chance gives.
+    them know the classes of.
 
     A row for every model, layer and quantity: ``model``, ``layer``, ``depth`` (share of the layers
     up to the middle of this one), ``tokens`` (of an image, in this layer), ``dim``, ``quantity``,

@@ -22,9 +22,10 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, score_images, summarize
 from moee_analysis.measure.evaluation.evaluate import ACCURACY, accuracy_numbers
 from moee_analysis.measure.evaluation.latency import latency
-from moee_analysis.measure.evaluation.variants import Made, costs_of, make
+from moee_analysis.measure.evaluation.variants import Made, Usage, costs_of, make
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
+from moee_analysis.measure.routing.resolve import Run
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import unwrapped
 from moee_analysis.models.macs import MacCount, count, count_parameters
@@ -41,7 +42,6 @@ from moee_analysis.utils.storage.folders import scratch_folder
 from moee_analysis.utils.storage.store import check_writable
 
 Row = dict[str, Any]
-Usage = Mapping[str, torch.Tensor]
 
 POINTS = (0.20, 0.28, 0.36)
 """Shares of the dense model's MACs to save."""
@@ -95,8 +95,8 @@ def compare(
 ) -> list[Row]:
     """Make every system at every budget with every seed, and measure all of them.
 
-    ``macs_reductions``: shares of the dense model's MACs to save.
-    ``systems``: names in ``SYSTEMS``; None: all. A static one is always among them.
+    ``macs_reductions`` are shares of the dense model's MACs to save, ``systems`` names in
+    ``SYSTEMS``; None: all. A static one is always among them.
 
     For each budget, seed and system what ``evaluate`` tells of a run, and ``system``, ``family``,
     ``seed``, ``macs_asked``, ``reduces_macs``; ``over_seeds`` (``mean`` retention of all seeds, and
@@ -254,7 +254,7 @@ def _fix_dispatch(models: Iterable[nn.Module]) -> Iterator[None]:
             set_dispatch(model, "auto")
 
 
-def _describe_layers(made: Extraction | nn.Module | None) -> list[Row]:
+def _describe_layers(made: Run | None) -> list[Row]:
     """What each layer has become; only an extraction knows of noise, and of layers left dense."""
     if made is None:
         return []

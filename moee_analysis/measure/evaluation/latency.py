@@ -30,9 +30,7 @@ def latency(
 ) -> pd.DataFrame:
     """Time of a batch by every model, and how much quicker it is than the reference.
 
-    All take turns, round after round, so that whatever else the machine does slows all of them
-    down.
-
+    All take turns, round after round, so that whatever else the machine does slows all of them.
     ``batch_size`` None: as many images as suit the model, or as there are. ``rounds`` measurements
     of every model last ``seconds`` each at least.
 

@@ -20,8 +20,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.fisher import unread_kinds
 from moee_analysis.extraction.record.tokens import leading_kinds
-from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import model_of
+from moee_analysis.measure.routing.resolve import Run, model_of
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.routes import routes as route
 from moee_analysis.models.attention import LowRankAttention, reduced_attentions
@@ -46,8 +45,8 @@ _FRACTIONS = ["active_fraction", "union_fraction"]
 class UnreadMacs:
     """MACs of one image that a layer spends on tokens whose outputs nothing reads.
 
-    ``kinds`` are those of the tokens, such as ("register", "patch"); ``now`` is what the layer
-    spends as it is, ``dense`` what it did before it was taken apart or cut down.
+    ``kinds`` of the tokens are such as ("register", "patch"); ``now`` is what the layer spends,
+    ``dense`` what it did before it was taken apart or cut down.
     """
 
     kinds: tuple[str, ...]
@@ -115,7 +114,7 @@ def _spend(
 
 
 def macs(
-    run: Extraction | nn.Module,
+    run: Run,
     images: ImageSet | None = None,
     *,
     routes: Routes | None = None,

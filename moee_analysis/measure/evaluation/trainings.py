@@ -155,7 +155,6 @@ def trainings(
     every ``config.check_every`` steps, and at the end. A notebook that runs again finds the
     trainings in the ``store``. ``workers`` train side by side, for models on a CPU; a script that
     has more than one must be guarded by ``if __name__ == "__main__":``.
-
     Raises MoeeError: no starts or no seeds; images that are in both sets; a loss that is not
     finite.
     """

@@ -20,10 +20,9 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
 from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
-from moee_analysis.measure.routing.resolve import model_of
+from moee_analysis.measure.routing.resolve import Run, model_of
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.models.macs import MacCount, count, count_parameters, moe_macs
@@ -37,6 +36,9 @@ SCORES = ["top1", "low", "high", "retention", "retention_low", "retention_high",
 DIVERGENCES = ["kl_low", "kl_high", "kl_change", "kl_change_low", "kl_change_high"]
 COSTS = ["macs_reduction", "params_reduction", "router_macs", "seconds", "reason"]
 
+Usage = Mapping[str, torch.Tensor]
+"""How much each expert is used, by layer."""
+
 Variant = ExtractConfig | nn.Module
 """A configuration to extract, or a model made already."""
 
@@ -45,7 +47,7 @@ Variant = ExtractConfig | nn.Module
 class Made:
     """A system: the run or model it became, or the ``reason`` why there is none."""
 
-    result: Extraction | nn.Module | None = None
+    result: Run | None = None
     seconds: float = math.nan
     reason: str = ""
 
@@ -55,7 +57,7 @@ class Made:
         return None if self.result is None else model_of(self.result)
 
 
-def make(build: Callable[[], Extraction | nn.Module]) -> Made:
+def make(build: Callable[[], Run]) -> Made:
     """Call ``build`` and time it; a MoeeError becomes the reason."""
     started = time.perf_counter()
     try:
@@ -90,10 +92,7 @@ def _keep_seconds(store: Path, name: str, own: float) -> float:
 
 
 def costs_of(
-    model: nn.Module,
-    dense: nn.Module,
-    counted: MacCount,
-    usage: Mapping[str, torch.Tensor] | None = None,
+    model: nn.Module, dense: nn.Module, counted: MacCount, usage: Usage | None = None
 ) -> dict[str, float]:
     """MACs of one image and stored parameters of ``model``, and what it saves of the dense one's.
 
@@ -132,7 +131,6 @@ def variants(
       by the name of the variant.
     ``beside``: by the name of a variant, the name of the one that its KL divergence is compared
       with.
-    ``seed``, ``resamples``: of the image bootstrap.
 
     A row per variant: ``variant``; ``top1``, ``low``, ``high``, ``retention``, ``retention_low``,
     ``retention_high``, ``agreement``, ``kl`` as in ``measure.accuracy``, with the dense model as

@@ -15,7 +15,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import leading_kinds
-from moee_analysis.measure.routing.resolve import batches_of, check_any, choose_layers
+from moee_analysis.measure.routing.resolve import Layers, batches_of, check_any, choose_layers
 from moee_analysis.models.capture import block_of, evaluating, seeing_inputs, starting_at, watch
 from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names
 
@@ -83,14 +83,14 @@ def knocked_out(
 
 
 def mean_outputs(
-    model: nn.Module, images: ImageSet, *, layers: Sequence[int] = (), batch_size: int | None = None
+    model: nn.Module, images: ImageSet, *, layers: Layers = (), batch_size: int | None = None
 ) -> dict[int, torch.Tensor]:
     """Mean output of the routed ``layers`` (empty: all) over the tokens of calibration images.
 
-    A token that gets it keeps what all tokens of its kind have in common, and loses what depends
-    on the token. A class token has little in common with patches, so each leading token has a mean
-    of its own. By layer float32 (kinds, dim): a row for each leading token, the last for all
-    patches. A few hundred images are enough.
+    A token that gets it keeps what all of its kind have in common, and loses what depends on the
+    token. A class token has little in common with patches, so each leading token has a mean of its
+    own. By layer float32 (kinds, dim): a row for each leading token, the last for all patches. A
+    few hundred images are enough.
     Raises MoeeError: no images, or a layer that is not routed.
     """
     check_any(images)

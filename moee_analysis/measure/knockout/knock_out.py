@@ -13,7 +13,6 @@ from torch import nn
 from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import score_images
 from moee_analysis.measure.knockout.intervention import (
     Plan,
@@ -23,7 +22,7 @@ from moee_analysis.measure.knockout.intervention import (
     removed,
 )
 from moee_analysis.measure.routing.bootstrap import MIDDLE, against_chance, redraw_counts
-from moee_analysis.measure.routing.resolve import choose_layers, families_of, model_of
+from moee_analysis.measure.routing.resolve import Layers, Run, choose_layers, families_of, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
@@ -43,11 +42,11 @@ BEYOND = "beyond random tokens"
 
 
 def knock_out(
-    run: Extraction | nn.Module,
+    run: Run,
     images: ImageSet,
     calibration: ImageSet,
     *,
-    layers: Sequence[int] = (),
+    layers: Layers = (),
     reference: nn.Module | None = None,
     families: Mapping[str, str] | None = None,
     controls: int = 1,

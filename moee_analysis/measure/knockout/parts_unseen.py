@@ -1,7 +1,5 @@
 """Which parts of a scene are no longer seen once an expert is knocked out."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import torch
@@ -12,7 +10,6 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
-from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.knockout.intervention import (
     Look,
     Plan,
@@ -22,7 +19,7 @@ from moee_analysis.measure.knockout.intervention import (
 )
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
-from moee_analysis.measure.routing.resolve import batches_of, choose_layers, model_of
+from moee_analysis.measure.routing.resolve import Layers, Run, batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.inputs import blank
@@ -35,11 +32,11 @@ SYSTEMS = ("expert", "random patches")
 
 
 def parts_unseen(
-    run: Extraction | nn.Module,
+    run: Run,
     images: ImageSet,
     calibration: ImageSet,
     *,
-    layers: Sequence[int] = (),
+    layers: Layers = (),
     controls: int = 1,
     least: int = 20,
     resamples: int = 200,

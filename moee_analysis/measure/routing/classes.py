@@ -110,9 +110,7 @@ def class_information(
     resamples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How much the expert of a token says about the class of its image, per layer.
-
-    All classes weigh the same.
+    """How much the expert of a token says about the class of its image, of equal weights, by layer.
 
     Columns: ``system``, ``layer``, ``experts``, ``classes``, ``images``, ``information`` (mutual
     information of class and expert / entropy of the expert, 0 to 1), ``corrected``, ``low``,

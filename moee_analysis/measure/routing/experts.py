@@ -1,17 +1,16 @@
 """What the experts are made of: which neurons they share, and how alike their inputs are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 
 import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom
-from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import choose_layers, model_of
+from moee_analysis.measure.routing.resolve import Layers, Run, choose_layers, model_of
 from moee_analysis.measure.routing.tables import (
     add_caption,
     all_rows,
@@ -24,20 +23,15 @@ from moee_analysis.moe.layer import MoeMlp, moe_layers
 NEAR_ORTHOGONAL = 0.2
 """Two mean inputs with a cosine between plus and minus this are called near-orthogonal."""
 
-Source = Extraction | nn.Module | Mapping[int, np.ndarray]
+Source = Run | Mapping[int, np.ndarray]
 
 
 def layers(run: Extraction) -> pd.DataFrame:
-    """What became of every MLP layer of a run: the fields of ``LayerReport``, a row per layer.
-
-    The sizes of the experts are left out.
-    """
+    """What became of every MLP layer of a run: a row of its ``LayerReport`` but for sizes."""
     return pd.DataFrame([asdict(layer) for layer in run.layers]).drop(columns="sizes")
 
 
-def sizes(
-    run: Extraction | nn.Module, *, layers: Sequence[int] = (), system: str = "MoEE"
-) -> pd.DataFrame:
+def sizes(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFrame:
     """How many hidden neurons each expert keeps, and how many tokens it serves.
 
     Columns: ``system``, ``layer``, ``expert``, ``neurons``, ``hidden`` (neurons of the dense MLP),
@@ -57,9 +51,7 @@ def sizes(
     return stack(parts)
 
 
-def neurons(
-    run: Extraction | nn.Module, *, layers: Sequence[int] = (), system: str = "MoEE"
-) -> pd.DataFrame:
+def neurons(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFrame:
     """Which hidden neurons of the dense MLP each expert keeps (the paper's Figure 1, phase 2).
 
     Columns: ``system``, ``layer``, ``expert``, ``neuron`` (in the dense MLP; every one of them),
@@ -76,9 +68,7 @@ def neurons(
     return stack(parts)
 
 
-def overlap(
-    run: Extraction | nn.Module, *, layers: Sequence[int] = (), system: str = "MoEE"
-) -> pd.DataFrame:
+def overlap(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFrame:
     """How many hidden neurons every two experts share.
 
     Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
@@ -102,12 +92,10 @@ def overlap(
 
 
 def expected_jaccard(a: int, b: int, hidden: int) -> float:
-    """Expected Jaccard index of random subsets of ``a`` and ``b`` of ``hidden`` neurons.
-
-    The number of shared neurons is hypergeometric.
-    """
+    """Expected Jaccard index of random subsets of ``a`` and ``b`` of ``hidden`` neurons."""
     if a == 0 and b == 0:
         return 0.0
+    # the number of shared neurons is hypergeometric
     shared = np.arange(max(0, a + b - hidden), min(a, b) + 1)
     return float(hypergeom.pmf(shared, hidden, a, b) @ (shared / (a + b - shared)))
 
@@ -115,7 +103,7 @@ def expected_jaccard(a: int, b: int, hidden: int) -> float:
 def similarity(
     source: Source,
     *,
-    layers: Sequence[int] = (),
+    layers: Layers = (),
     shares: Mapping[int, np.ndarray] | None = None,
     system: str = "MoEE",
 ) -> pd.DataFrame:
@@ -182,7 +170,7 @@ def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
     return add_caption(sum_up(table, describe), table.attrs["caption"])
 
 
-def _choose_routed(run: Extraction | nn.Module, layers: Sequence[int]) -> dict[int, MoeMlp]:
+def _choose_routed(run: Run, layers: Layers) -> dict[int, MoeMlp]:
     found = moe_layers(model_of(run))
     if not found:
         raise MoeeError(

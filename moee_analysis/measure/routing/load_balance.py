@@ -36,9 +36,7 @@ def balance(
     resamples: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Sum up how even the routing of every layer is.
-
-    A table of :func:`routing` for a ``source`` knows no single images and so gives no intervals.
+    """Sum up how even the routing of every layer is; a table of :func:`routing` has no intervals.
 
     Columns: a row for every system, layer and metric: ``system``, ``layer``, ``metric``, ``value``,
     ``low``, ``high``, ``n_experts``, ``k``, ``n_images``. Metrics of the shares f of E experts:

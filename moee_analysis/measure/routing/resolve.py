@@ -14,8 +14,14 @@ from moee_analysis.models.inputs import like
 from moee_analysis.utils.checks import layer_numbers
 from moee_analysis.utils.progress import progress
 
+Run = Extraction | nn.Module
+"""A run, or a model, routed or not."""
 
-def model_of(run: Extraction | nn.Module) -> nn.Module:
+Layers = Sequence[int]
+"""Indices of MLPs, counted from 0; empty: all."""
+
+
+def model_of(run: Run) -> nn.Module:
     """The routed model of an extraction; a model stands for itself."""
     return run if isinstance(run, nn.Module) else run.model
 
@@ -42,7 +48,7 @@ def check_any(images: ImageSet) -> None:
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
 
 
-def choose_layers(known: Iterable[int], wanted: Sequence[int]) -> list[int]:
+def choose_layers(known: Iterable[int], wanted: Layers) -> list[int]:
     """Return the ``wanted`` layers in order, or all that are ``known`` if none are wanted.
 
     A MoeeError names a layer that is not known, or layers that are no tuple of numbers.

@@ -36,6 +36,9 @@ from moee_analysis.moe.routers import (
 )
 from moee_analysis.utils.checks import seed_number
 
+Routers = Mapping[int, nn.Module]
+"""A router for every layer, by index."""
+
 
 def router_choices(
     run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
@@ -45,9 +48,8 @@ def router_choices(
     ``cosine`` and ``nearest``, one of them the run's own, the other to the means of the tokens
     that the run's own routes; ``random``, as often as the calibration; ``constant``, always the
     expert of the most tokens; ``oracle``. Leading tokens keep experts of their own, and a layer
-    with a single other expert is left out.
-
-    ``images`` are the run's own calibration images; ``store`` holds (or will hold) the tokens.
+    with a single other expert is left out. ``images`` are the run's own calibration images;
+    ``store`` holds (or will hold) the tokens.
     """
     seed_number(seed)
     dense, config = run.dense(), run.config
@@ -79,7 +81,7 @@ def router_choices(
     return choices
 
 
-def rerouted(run: Extraction, routers: Mapping[int, nn.Module]) -> nn.Module:
+def rerouted(run: Extraction, routers: Routers) -> nn.Module:
     """Copy the run's model and give its layers other routers, by layer index."""
     model = copy.deepcopy(run.model)
     for index, layer in moe_layers(model).items():
@@ -91,7 +93,7 @@ def rerouted(run: Extraction, routers: Mapping[int, nn.Module]) -> nn.Module:
 def router_regret(
     run: Extraction,
     images: ImageSet,
-    routers: Mapping[str, Mapping[int, nn.Module]],
+    routers: Mapping[str, Routers],
     *,
     batch_size: int | None = None,
 ) -> pd.DataFrame:

@@ -12,8 +12,13 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
-from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import batches_of, check_any, choose_layers, model_of
+from moee_analysis.measure.routing.resolve import (
+    Run,
+    batches_of,
+    check_any,
+    choose_layers,
+    model_of,
+)
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.class_names import class_labels, knows_classes
 from moee_analysis.models.loading import find_mlps
@@ -90,7 +95,7 @@ class Routes:
         return patches.reshape(len(patches), *self.grid[layer])
 
 
-Source = Extraction | nn.Module | Routes | Sequence[Routes]
+Source = Run | Routes | Sequence[Routes]
 """A run or a routed model (with images to route), its routes, or the routes of several systems."""
 
 
@@ -117,7 +122,7 @@ def all_routes(source: Source, images: ImageSet | None = None) -> list[Routes]:
 
 
 def routes(
-    model: Extraction | nn.Module,
+    model: Run,
     images: ImageSet,
     *,
     routers: Mapping[int, nn.Module] | None = None,
@@ -131,9 +136,7 @@ def routes(
     of that MLP and change nothing in the pass. With ``by_folder``, and where a folder is none of
     the model's classes, the classes are the folders of the images, in the order of their names;
     those that are classes of the model have its readable names: routing needs no labels.
-
-    Raises MoeeError: no routed layer in the model, or a router for a layer that the model does not
-    have.
+    Raises MoeeError: no routed layer, or a router for a layer that the model does not have.
     """
     model = model_of(model)
     size = fitting_batch(model, batch_size)

@@ -25,10 +25,8 @@ def contributions(
     what the slot's expert made. The part of that sum over the slots of one group is what the group
     adds; its ``contribution`` is the length (L2) of this part, mean over all tokens of all images.
     The paper of MoE Jetpack shows contributions without saying how they are computed: only their
-    course over the layers compares with these.
-
-    ``groups``: names of the groups, in the order of the layers'; of a layer with fewer, the first
-      ones.
+    course over the layers compares with these. ``groups`` are names, in the order of the layers';
+    of a layer with fewer groups, the first ones.
 
     One row for each layer of slots and ``group``: ``layer`` (place among the MLPs, from 0),
     ``experts``, ``hidden`` neurons of each; ``contribution``; ``relative``, the contribution over
@@ -38,9 +36,8 @@ def contributions(
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}
     if not layers:
-        raise MoeeError(
-            "a model with experts on slots", "none", "convert it by jetpack or soft_moe"
-        )
+        hint = "convert it by jetpack or soft_moe"
+        raise MoeeError("a model with experts on slots", "none", hint)
     most = max(len(layer.groups) for layer in layers.values())
     if most > len(groups):
         raise MoeeError(f"names of {most} groups of experts", str(list(groups)), "name them all")

@@ -1,6 +1,6 @@
 """What the experts of a routed model stand for on some images: mean inputs, typical patches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,7 @@ from torch.nn.functional import normalize
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import batches_of, model_of
+from moee_analysis.measure.routing.resolve import Layers, Run, batches_of, model_of
 from moee_analysis.measure.routing.routes import Routes, routes
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture, evaluating
@@ -39,15 +38,12 @@ class Typical:
     cosines: dict[int, np.ndarray]
 
 
-def typical(
-    model: Extraction | nn.Module, images: ImageSet, routed: Routes | None = None
-) -> Typical:
+def typical(model: Run, images: ImageSet, routed: Routes | None = None) -> Typical:
     """Measure mean inputs and typical tokens in two passes over ``images``.
 
-    The means are those of the tokens of ``images``, whatever the router compares them with, so
-    that all kinds of routers can be looked at alike. ``routed`` are the routes of ``model`` on the
-    same images, if they are known. A MoeeError refuses a model without a layer of one expert per
-    token.
+    The means are those of the tokens of ``images``, whatever the router compares them with, so that
+    all kinds of routers can be looked at alike. ``routed`` are the routes of ``model`` on the same
+    images, if known. A MoeeError refuses a model without a layer of one expert per token.
     """
     model = model_of(model)
     routed = routed or routes(model, images)
@@ -81,10 +77,10 @@ def typical(
 
 
 def top_patches(
-    model: Extraction | nn.Module,
+    model: Run,
     images: ImageSet,
     *,
-    layers: Sequence[int] = (),
+    layers: Layers = (),
     count: int = 12,
     routed: Routes | None = None,
     known: Typical | None = None,
