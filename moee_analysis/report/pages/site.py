@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,15 +146,12 @@ def _cover(folder: Path, found: dict[str, Any]) -> dict[str, str] | None:
 
 def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Model, images, preset and seed; the first notebook's, where they differ."""
-    facts: dict[str, Any] = {}
-    for results in reversed(found):
-        facts |= results.get("parameters", {})
-        images = results.get("images", {}).get("evaluation")
-        facts |= {"shown": f"{images['name']} ({readable(images['count'])})"} if images else {}
+    facts = ChainMap(*(results.get("parameters", {}) for results in found))
+    seen = next((results["images"]["evaluation"] for results in found if "images" in results), None)
     return {
         "Model": facts.get("model"),
         "Weights": Path(facts["weights"]).name if facts.get("weights") else None,
-        "Images": facts.get("shown") or facts.get("images"),
+        "Images": f"{seen['name']} ({readable(seen['count'])})" if seen else facts.get("images"),
         "Preset": facts.get("preset"),
         "Seed": facts.get("seed"),
     }
