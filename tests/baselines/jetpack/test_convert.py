@@ -24,6 +24,10 @@ PLANTED = {
 MAKERS = {"vit": toy_vit, "convnext": lambda: lively_ones(convnext(32))}
 
 
+def jet(dense=None, images=IMAGES, **settings):
+    return convert(dense or toy_vit(), images, JetpackConfig(**settings))
+
+
 def slot_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}
 
@@ -63,9 +67,7 @@ def test_the_seed_decides_which_units_experts_have_and_all_or_each_have_their_ch
 ):
     images, dense = IMAGES.take([]) if method in BLIND else IMAGES, lively_ones(toy_vit())
     settings = {"method": method, "consistent_channels": consistent, "core": 4, "universal": 4}
-    first, again, other = (
-        convert(dense, images, JetpackConfig(width=16, seed=seed, **settings)) for seed in (1, 1, 2)
-    )
+    first, again, other = (jet(dense, images, width=16, seed=s, **settings) for s in (1, 1, 2))
     assert same_models(first, again)
     assert not same_models(first, other)
     for layer in slot_layers(first).values():
@@ -78,30 +80,29 @@ def test_the_seed_decides_which_units_experts_have_and_all_or_each_have_their_ch
 
 
 def test_small_experts_of_the_released_code_thin_out_a_large_one():
-    dense, settings = toy_vit(), {"consistent_channels": False, "universal_ratio": 0.5, **FEW}
-    model = convert(dense, IMAGES, JetpackConfig(width=16, method="uniform", **settings))
+    settings = {"consistent_channels": False, "universal_ratio": 0.5, **FEW}
+    model = jet(width=16, method="uniform", **settings)
     channels = np.linspace(0, 31, 16).round()
     small = np.linspace(0, 63, 32).round()[channels.astype(int)]
-    expected = dense.blocks[2].mlp.fc1.weight[small][:, channels]
+    expected = toy_vit().blocks[2].mlp.fc1.weight[small][:, channels]
     assert torch.equal(model.blocks[2].mlp.groups[1].fc1_weight[0], expected)
 
 
 def test_sizes_are_as_told_of_both_kinds_of_experts_or_one():
-    config = JetpackConfig(width=16, universal_ratio=0.25, slots=2, layers=(0, 2), **FEW)
-    layers = slot_layers(convert(toy_vit(), IMAGES, config))
+    layers = slot_layers(jet(width=16, universal_ratio=0.25, slots=2, layers=(0, 2), **FEW))
     assert set(layers) == {"blocks.0.mlp", "blocks.2.mlp"}
     for layer in layers.values():
         assert [(group.n_experts, group.hidden) for group in layer.groups] == [(3, 32), (5, 8)]
         assert layer.router.queries.shape == (8, 2, 16)
-    model = convert(toy_vit(), IMAGES, JetpackConfig(core=0, universal=4))
+    model = jet(core=0, universal=4)
     assert [len(layer.groups) for layer in slot_layers(model).values()] == [1, 1]
     assert model(X).shape == (12, 6)
 
 
 def test_by_default_there_are_half_as_many_core_experts_as_patches():
-    layers = slot_layers(convert(toy_vit(), IMAGES, JetpackConfig(method="uniform")))
+    layers = slot_layers(jet(method="uniform"))
     assert set(layers) == {"blocks.1.mlp", "blocks.2.mlp"}  # the second half, at least
-    layers |= slot_layers(convert(MAKERS["convnext"](), IMAGES, JetpackConfig(method="uniform")))
+    layers |= slot_layers(jet(MAKERS["convnext"](), method="uniform"))
     experts = {n: [g.n_experts for g in layer.groups] for n, layer in layers.items()}
     assert experts["blocks.1.mlp"] == experts["blocks.2.mlp"] == [8, 16]
     assert experts["stages.1.blocks.1.mlp"] == [8, 16]  # 4 x 4 patches
@@ -134,8 +135,7 @@ def test_outside_its_experts_it_is_the_narrowed_model_and_the_dense_one_is_not_t
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("settings", [{"router": "soft"}, {}, {"combine": "entmax15"}])
 def test_it_is_noisy_in_training_alone_and_all_its_experts_learn(name, settings):
-    config = JetpackConfig(width=16, num_classes=4, **settings, **FEW)
-    model = convert(MAKERS[name](), IMAGES, config)
+    model = jet(MAKERS[name](), width=16, num_classes=4, **settings, **FEW)
     assert not model.training
     assert model(X).shape == (12, 4)
     assert torch.equal(model(X), model(X))
@@ -152,11 +152,10 @@ def test_it_is_noisy_in_training_alone_and_all_its_experts_learn(name, settings)
 
 
 def test_the_configuration_reaches_the_layers():
-    config = JetpackConfig(
+    layers = slot_layers(jet(
         router="sphero", temperature=0.7, noise=0.3, normalize_key=False, drop=0.2,
         expert_drop=0.4, expert_drop_mode="sample", **FEW,
-    )  # fmt: skip
-    layers = slot_layers(convert(toy_vit(), IMAGES, config))
+    ))  # fmt: skip
     for index, layer in enumerate(layers.values(), 1):
         router = layer.router
         assert isinstance(router, SpheroRouter)
@@ -167,17 +166,16 @@ def test_the_configuration_reaches_the_layers():
         assert layer.drop.of_images
     first, second = (layer.router.queries for layer in layers.values())
     assert not torch.equal(first, second)
-    soft = slot_layers(convert(toy_vit(), IMAGES, JetpackConfig(router="soft", **FEW)))
-    assert all(isinstance(layer.router, SoftRouter) for layer in soft.values())
+    soft = slot_layers(jet(router="soft", **FEW)).values()
+    assert all(isinstance(layer.router, SoftRouter) for layer in soft)
 
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("saved", [0.05, 0.1])
 @pytest.mark.parametrize("experts", [{}, {"core": 1, "universal": 1}])
 def test_a_budget_is_met_to_within_a_step(name, saved, experts):
-    dense = MAKERS[name]()
-    model = convert(dense, IMAGES, JetpackConfig(method="uniform", macs_reduction=saved, **experts))
-    counted, steps = count(dense), []
+    model = jet(MAKERS[name](), method="uniform", macs_reduction=saved, **experts)
+    counted, steps = count(MAKERS[name]()), []
     for place, layer in slot_layers(model).items():
         mixing = 3 * counted.tokens[place] * layer.n_experts
         hidden = sum(2 * group.n_experts * group.hidden for group in layer.groups)
@@ -189,9 +187,9 @@ def test_a_budget_is_met_to_within_a_step(name, saved, experts):
 
 def test_a_budget_that_cannot_be_met_is_refused_with_the_largest_that_can():
     with pytest.raises(MoeeError, match="MACs reduction of at most") as error:
-        convert(toy_vit(), IMAGES, JetpackConfig(method="uniform", macs_reduction=0.9))
+        jet(method="uniform", macs_reduction=0.9)
     most = float(error.value.expected.split()[-1].rstrip("%")) / 100
-    convert(toy_vit(), IMAGES, JetpackConfig(method="uniform", macs_reduction=most - 0.001))
+    jet(method="uniform", macs_reduction=most - 0.001)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -210,7 +208,7 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_largest_that_can():
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(settings, expected):
     with pytest.raises(MoeeError, match=expected):
-        convert(toy_vit(), IMAGES, JetpackConfig(**settings))
+        jet(**settings)
 
 
 @pytest.mark.parametrize("metric", ["L1", "L2"])  # neurons below 0 matter as well
