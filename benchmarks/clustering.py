@@ -228,7 +228,7 @@ def _caption(facts: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and say where the files are."""
-    parser = common.parser_of("clustering", __doc__, *common.MODEL, "--seed", out="docs/speed")
+    parser = common.parser_of("clustering", __doc__, *common.MODEL, out="docs/speed")
     add = parser.add_argument
     add("--images", default="bundled", help="folder of class folders")
     add("--limit", type=int, help="images to take the tokens from; else all")
@@ -237,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--hdbscan-limit", type=int, default=10_000, help="most tokens that hdbscan clusters")
     add("--min-samples", type=int, default=10)
     add("--min-cluster-size", type=float, default=0.01, help="as a share of the tokens")
+    add("--seed", type=int, default=0, help="of the order in which tokens are drawn")
     with common.command(parser, argv) as asked:
         source = Source(
             asked.model, asked.weights, asked.images, asked.layer, asked.seed, asked.limit

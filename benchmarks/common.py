@@ -39,7 +39,7 @@ def parser_of(name: str, doc: str, *options: str, out: str) -> ArgumentParser:
         "--calibration": folder,
         "--images": folder | {"help": "folder of class folders, others than these"},
         "--preset": {"default": "small", "choices": PRESETS},
-        "--store": {"type": Path, "default": store_folder(),
+        "--store": {"type": Path, "default": store_folder() if "--store" in options else None,
                     "help": "of recordings and runs; else your own"},
         "--limit": {"type": int, "help": "images to measure on; else as many as the preset says"},
         "--seeds": {"type": int, "nargs": "+", "default": [0]},
