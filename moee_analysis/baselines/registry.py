@@ -35,7 +35,7 @@ class Asked:
 class System:
     """A way from a dense model and calibration images to another model.
 
-    - ``family``: whose idea it is; ``about``: what it does, in a line.
+    - ``family``: whose idea it is; ``told``: what it does, in a line.
     - ``convert``: dense model, images, configuration and ``store=`` -> model, or
       :class:`Extraction`.
     - ``kind``: of configuration; ``settings``: of it, beside what is asked.
@@ -46,7 +46,7 @@ class System:
     """
 
     family: str
-    about: str
+    told: str
     convert: Callable[..., Extraction | nn.Module]
     kind: type
     settings: Mapping[str, Any]
@@ -74,8 +74,8 @@ class System:
 def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callable[..., System]:
     """What makes systems of a family, of a line about each and its settings by name."""
 
-    def system(about: str, *, everywhere: bool = False, **settings: Any) -> System:
-        return System(family, about, convert, kind, settings, everywhere=everywhere, **facts)
+    def system(told: str, *, everywhere: bool = False, **settings: Any) -> System:
+        return System(family, told, convert, kind, settings, everywhere=everywhere, **facts)
 
     return system
 

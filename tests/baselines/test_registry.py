@@ -45,7 +45,7 @@ def test_every_system_makes_the_same_model_again_within_its_budget(name, tmp_pat
 
 
 def test_systems_are_told_and_named():
-    assert all(system.about and system.family for system in SYSTEMS.values())
+    assert all(system.told and system.family for system in SYSTEMS.values())
     assert list(systems_named(["Soft MoE: upcycled", "MoEE, paper"])) == [
         "MoEE, paper", "Soft MoE: upcycled",
     ]  # fmt: skip
