@@ -43,7 +43,7 @@ def ablation(
     colours = _recipe_colours(table)
     below = _plan_rows(swept, colours, regret) if len(swept) else []
     heights = [0.98 + _ROW * max(map(len, groups)), *(height for height, *_ in below)]
-    fig, (top, *parts) = style.stacked(_WIDTH, heights)
+    fig, (top, *parts) = style.stack_parts(_WIDTH, heights)
     for ax, rows in zip(top.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         recipe = rows["recipe"].iloc[0]
         own = pieces[pieces["recipe"] == recipe]
@@ -140,7 +140,7 @@ def sweeps(
     Settings that are numbers stand on the axis (or at their dots, over MACs), others name rows.
     """
     rows = _plan_rows(table, _recipe_colours(table), regret)
-    fig, parts = style.stacked(_WIDTH, [height for height, *_ in rows])
+    fig, parts = style.stack_parts(_WIDTH, [height for height, *_ in rows])
     _draw_rows(parts, rows)
     return drawing.finish(fig, table, caption, _system_looks(table))
 

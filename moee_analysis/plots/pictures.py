@@ -164,7 +164,7 @@ def top_patches(
         )  # fmt: skip
     experts = [rows for _, rows in table.groupby(["layer", "expert"], sort=False)]
     counts = [math.ceil(len(rows) / _COLUMNS) for rows in experts]
-    fig, parts = style.stacked(1.05 * _COLUMNS, [1.25 * count + 0.3 for count in counts])
+    fig, parts = style.stack_parts(1.05 * _COLUMNS, [1.25 * count + 0.3 for count in counts])
     for part, count, rows in zip(parts, counts, experts, strict=True):
         first = rows.iloc[0]
         title = f"layer {first['layer']}, expert {first['expert']}: "

@@ -86,7 +86,7 @@ def panels(
 
 
 @house
-def stacked(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFigure]]:
+def stack_parts(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFigure]]:
     """A closed figure of ``width`` inches, and its parts of these ``heights``, from above."""
     fig = plt.figure(figsize=(width, sum(heights)))
     parts = fig.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)

@@ -24,7 +24,7 @@ def test_figures_are_closed_and_settings_of_others_stay_also_after_an_error():
             fails()
     fig, _ = style.figure(3, 2)
     style.panels(5)
-    style.stacked(5, [3, 1])
+    style.stack_parts(5, [3, 1])
     style.caption(fig, "words")
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
@@ -61,7 +61,7 @@ def test_panels_fill_rows(count, shape):
 
 
 def test_parts_of_a_figure_stand_above_each_other_at_their_heights():
-    fig, parts = style.stacked(5, [3, 1])
+    fig, parts = style.stack_parts(5, [3, 1])
     assert list(fig.get_size_inches()) == [5, 4]
     axes = [part.subplots() for part in parts]
     fig.draw_without_rendering()

@@ -57,13 +57,13 @@ def shorten(output: NotebookNode) -> None:
     Half of any markup is none, so that goes as a whole, and plain text says so.
     """
     if output.output_type == "stream":
-        output.text = shortened(output.text)
+        output.text = abridge(output.text)
         return
     if output.output_type == "error":
-        output.traceback = [shortened(part) for part in output.traceback]
+        output.traceback = [abridge(part) for part in output.traceback]
         return
     data = output.data
-    lines = [shortened(data.pop("text/plain"))] if "text/plain" in data else []
+    lines = [abridge(data.pop("text/plain"))] if "text/plain" in data else []
     for kind in list(data):
         markup = kind.startswith("text/") or kind == "image/svg+xml"
         if markup and len(data[kind]) > LONGEST_MARKUP:
@@ -72,7 +72,7 @@ def shorten(output: NotebookNode) -> None:
         data["text/plain"] = "\n".join(lines)
 
 
-def shortened(text: str) -> str:
+def abridge(text: str) -> str:
     """``text``, or its beginning and end without colours if it is longer than :data:`LONGEST`."""
     if len(text) <= LONGEST:
         return text

@@ -18,7 +18,7 @@ from PIL import Image
 from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import FILE, NOTEBOOK, STATUS, alternative, readable
 from moee_analysis.report.pages.body import notebook_body
-from moee_analysis.report.pages.output import shortened
+from moee_analysis.report.pages.output import abridge
 from moee_analysis.utils.environment import versions
 from moee_analysis.utils.storage.files import write_text
 
@@ -81,7 +81,7 @@ def write_page(folder: Path, status: Mapping[str, Any]) -> None:
         ]
         log = folder / LOG
         lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
-        facts["log"] = shortened("\n".join(map(printable, lines[-LOG_LINES:])))
+        facts["log"] = abridge("\n".join(map(printable, lines[-LOG_LINES:])))
     (folder / PAGE).write_text(render("pages/page.html", **status, **facts), encoding="utf-8")
 
 

@@ -145,7 +145,7 @@ def _count_cells(notebook: Path) -> int:
     return 1 + sum(c["cell_type"] == "code" and bool("".join(c["source"]).strip()) for c in cells)
 
 
-def cells_noted(folder: Path) -> int:
+def count_ended_cells(folder: Path) -> int:
     """How many code cells have ended of the notebook that runs in ``folder``."""
     path = folder / CELLS
     return path.stat().st_size if path.is_file() else 0
@@ -217,7 +217,7 @@ def _work(job: dict[str, Any], folder: Path, seen: Seen) -> dict[str, Any]:
         _process(command, env=environment | WORKER_ENVIRONMENT, stdout=log, stderr=log) as worker,
     ):
         while worker.poll() is None:
-            seen(cells_noted(folder))
+            seen(count_ended_cells(folder))
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(LOOK_SECONDS)
     if (folder / STATUS).is_file():

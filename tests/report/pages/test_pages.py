@@ -9,10 +9,10 @@ from moee_analysis.report.pages.body import refine
 from moee_analysis.report.pages.output import (
     LONGEST,
     LONGEST_MARKUP,
+    abridge,
     as_typed,
     join_streams,
     shorten,
-    shortened,
 )
 from moee_analysis.report.pages.site import write_index
 from moee_analysis.utils.storage.files import write_json
@@ -182,14 +182,14 @@ def test_each_stream_becomes_one_output_where_it_began_standard_output_first():
 
 
 def test_what_is_too_long_keeps_its_beginning_and_its_end():
-    told = shortened(f"first{'x' * MANY}last")
+    told = abridge(f"first{'x' * MANY}last")
     assert told.startswith("first")
     assert told.endswith("last")
     assert f"[{MANY + 9 - LONGEST} characters are left out here; the notebook has them]" in told
     assert len(told) < LONGEST + 100
-    assert shortened("x" * LONGEST) == "x" * LONGEST
-    assert shortened("\x1b[31mx\x1b[0m" * (LONGEST // 2)) == "x" * (LONGEST // 2)
-    assert "\x1b" not in shortened("\x1b[31mx\x1b[0m" * MANY)
+    assert abridge("x" * LONGEST) == "x" * LONGEST
+    assert abridge("\x1b[31mx\x1b[0m" * (LONGEST // 2)) == "x" * (LONGEST // 2)
+    assert "\x1b" not in abridge("\x1b[31mx\x1b[0m" * MANY)
     for output in (
         printed("x" * MANY),
         new_output("execute_result", data={"text/plain": "x" * MANY}),

@@ -239,7 +239,7 @@ def test_ctrl_c_leaves_the_earlier_page_and_nothing_half_written(tmp_path, monke
     (earlier / "status.json").write_text("{}")
     notebook = write_notebook(tmp_path / "endless.ipynb", "while True: pass")
     press = partial(signal.raise_signal, signal.SIGINT)
-    monkeypatch.setattr(run_notebooks, "cells_noted", lambda _: press())
+    monkeypatch.setattr(run_notebooks, "count_ended_cells", lambda _: press())
     # a shell tells what it starts in the background to ignore Ctrl-C
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
