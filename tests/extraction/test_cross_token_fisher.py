@@ -12,19 +12,8 @@ from moee_analysis.extraction.cross_token_fisher import (
 from moee_analysis.extraction.experts.layer_experts import LayerExperts, StatisticsAccumulator
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.fisher import DAMPING
+from tests.helpers import layers
 from tests.helpers.images import toy_images
-from tests.helpers.layers import (
-    Made,
-    added_up,
-    agree,
-    assigned,
-    computed,
-    layer_of,
-    part_of,
-    parts_of,
-    sample_of,
-    sums_of,
-)
 from tests.helpers.models import toy_vit
 from tests.helpers.runs import best
 
@@ -40,8 +29,8 @@ ACTIVE, GRADIENTS = RNG.normal(size=(ROWS, HIDDEN)), RNG.normal(size=(2, ROWS, D
 
 def made_of(hidden, gradients):
     """A layer of such hidden activations (rows, hidden) and gradients (probes, rows, dim)."""
-    return layer_of(
-        sample_of(
+    return layers.layer_of(
+        layers.sample_of(
             hidden, inputs=np.zeros((ROWS, DIM), np.float16), position=POSITION, image=IMAGE,
             gradients=gradients.astype(np.float32),
         )
@@ -56,14 +45,15 @@ WEIGHTED = replace(LAYER, sample=replace(LAYER.sample, weight=SEVERAL))
 def coherence_of(layer, kept=KEPT, *, members=None, images=None):
     """CLS has an expert, the others are dealt to two."""
     members = np.arange(ROWS) % 2 if members is None else members
-    assignment = assigned(members, dim=DIM, prefix=(0,))
-    statistics = computed(StatisticsAccumulator(layer.site, assignment, gradients=True), layer)
+    assignment = layers.assigned(members, dim=DIM, prefix=(0,))
+    counting = StatisticsAccumulator(layer.site, assignment, gradients=True)
+    statistics = layers.computed(counting, layer)
     images = spread_images(IMAGES) if images is None else images
     return CoherenceAccumulator(layer.site, assignment, kept, images, statistics)
 
 
 def measure(layer, *args):
-    return computed(coherence_of(layer, *args), layer)
+    return layers.computed(coherence_of(layer, *args), layer)
 
 
 def one_by_one(layer, accumulator):
@@ -92,7 +82,8 @@ def test_coherence_is_the_cost_of_whole_images_over_that_of_their_tokens(
 ):
     monkeypatch.setattr(cross_token_fisher, "CHUNK", chunk)
     accumulator = coherence_of(WEIGHTED, members=members)
-    sums, (together, apart) = sums_of(accumulator, WEIGHTED), one_by_one(WEIGHTED, accumulator)
+    sums = layers.sums_of(accumulator, WEIGHTED)
+    together, apart = one_by_one(WEIGHTED, accumulator)
     assert float(sums["together"]) == pytest.approx(together, rel=1e-4)
     assert float(sums["apart"]) == pytest.approx(apart, rel=1e-4)
     assert accumulator.compute(sums) == pytest.approx(together / apart, rel=1e-4)
@@ -101,12 +92,12 @@ def test_coherence_is_the_cost_of_whole_images_over_that_of_their_tokens(
 @pytest.mark.parametrize("cuts", [CUTS, range(TOKENS, ROWS, TOKENS)])
 def test_parts_add_up_to_one_pass(cuts):
     accumulator = coherence_of(WEIGHTED, images=np.array([0, 1, 5, 22, 39]))
-    whole = sums_of(accumulator, WEIGHTED)
-    agree(added_up(accumulator, parts_of(WEIGHTED, cuts)), whole)
+    whole = layers.sums_of(accumulator, WEIGHTED)
+    layers.agree(layers.added_up(accumulator, layers.parts_of(WEIGHTED, cuts)), whole)
     together, _ = one_by_one(WEIGHTED, accumulator)
     assert float(whole["together"]) == pytest.approx(together, rel=1e-4)
     some = coherence_of(WEIGHTED, images=np.array([0, 39]))
-    assert not any(sums_of(some, part_of(WEIGHTED, TOKENS, 9 * TOKENS)).values())
+    assert not any(layers.sums_of(some, layers.part_of(WEIGHTED, TOKENS, 9 * TOKENS)).values())
 
 
 def test_errors_that_agree_cost_as_many_times_more_as_there_are_tokens():
@@ -137,7 +128,7 @@ def test_scores_of_routed_experts_are_scaled_and_those_of_other_layers_left_alon
     )  # fmt: skip
     constant = replace(routed, site=replace(LAYER.site, name="constant"), unread=True)
     found = scale_by_coherence(
-        Made([LAYER], tmp_path, CUTS), [routed, constant],
+        layers.Made([LAYER], tmp_path, CUTS), [routed, constant],
         {"mlp": scores, "constant": scores}, {"mlp": KEPT, "constant": KEPT},
     )  # fmt: skip
     np.testing.assert_array_equal(found["mlp"][0], scores[0])

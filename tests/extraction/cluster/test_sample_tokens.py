@@ -10,17 +10,7 @@ from moee_analysis.extraction.cluster.sample_tokens import (
     sample_tokens,
 )
 from moee_analysis.extraction.record import tokens as recorded
-from tests.helpers.layers import (
-    Made,
-    added_up,
-    agree,
-    draw_from,
-    layer_of,
-    part_of,
-    parts_of,
-    sample_of,
-    sums_of,
-)
+from tests.helpers import layers
 from tests.helpers.runs import best, quick
 
 IMAGES, TOKENS, DIM, HIDDEN = 12, 5, 4, 6
@@ -28,20 +18,20 @@ COUNT = IMAGES * TOKENS
 CUTS = (1, 17, 40)
 RNG = np.random.default_rng(0)
 IMAGE, POSITION = np.divmod(np.arange(COUNT, dtype=np.int32), TOKENS)
-SAMPLE = sample_of(  # half of the patches
+SAMPLE = layers.sample_of(  # half of the patches
     RNG.normal(size=(COUNT, HIDDEN)).astype("f2"),
     inputs=RNG.normal(1, 1, size=(COUNT, DIM)).astype("f2"),
     gradients=RNG.normal(size=(2, COUNT, DIM)).astype("f2"),
     image=IMAGE, position=2 * POSITION, weight=np.where(POSITION, 2, 1).astype("f4"),
 )  # fmt: skip
-LAYER = layer_of(SAMPLE)
+LAYER = layers.layer_of(SAMPLE)
 
 
 @pytest.fixture
 def two_layers(tmp_path):
     other = replace(LAYER.site, name="other", index=1)
-    return Made(
-        [LAYER, layer_of(replace(SAMPLE, inputs=-SAMPLE.inputs), site=other)], tmp_path, CUTS
+    return layers.Made(
+        [LAYER, layers.layer_of(replace(SAMPLE, inputs=-SAMPLE.inputs), site=other)], tmp_path, CUTS
     )
 
 
@@ -53,7 +43,7 @@ def test_sampled_are_so_many_different_tokens_that_are_not_leading(
 ):
     config = quick(cluster_tokens=wanted, seed=seed).resolved()
     site = replace(LAYER.site, index=index)
-    rows = choose_rows(Made([LAYER], tmp_path), site, config, leading=leading)
+    rows = choose_rows(layers.Made([LAYER], tmp_path), site, config, leading=leading)
     others = np.flatnonzero(leading <= POSITION)
     rng, count = np.random.default_rng([seed, index]), min(wanted, len(others))
     expected = others[np.sort(rng.choice(len(others), size=count, replace=False))]
@@ -67,7 +57,7 @@ def test_a_sample_holds_its_tokens_and_statistics_of_all_that_it_is_from(
 ):
     monkeypatch.setattr(recorded, "CHUNK", chunk)
     rows = np.array([6, 8, 29, 59])
-    found = draw_from(LAYER, rows, leading=leading)
+    found = layers.draw_from(LAYER, rows, leading=leading)
     np.testing.assert_array_equal(found.inputs, SAMPLE.inputs[rows].astype("f4"))
     np.testing.assert_array_equal(found.hidden, SAMPLE.hidden[rows].astype("f4"))
     assert found.inputs.dtype == found.hidden.dtype == np.float32
@@ -79,17 +69,18 @@ def test_a_sample_holds_its_tokens_and_statistics_of_all_that_it_is_from(
         for g in SAMPLE.gradients([row])[:, 0].astype("f8"):
             total += SAMPLE.weight[row] * np.outer(g, g) / 2
     np.testing.assert_allclose(found.fisher, total / SAMPLE.weight[others].sum(), rtol=1e-5)
-    part = draw_from(part_of(LAYER, 30, 60), np.array([31, 58]))  # rows are numbered from the start
-    np.testing.assert_array_equal(part.inputs, SAMPLE.inputs[[31, 58]])
+    rows = np.array([31, 58])  # are numbered from the start
+    part = layers.draw_from(layers.part_of(LAYER, 30, 60), rows)
+    np.testing.assert_array_equal(part.inputs, SAMPLE.inputs[rows])
 
 
 @pytest.mark.parametrize("cuts", [CUTS, range(1, COUNT)])
 def test_parts_add_up_to_the_whole_and_what_nobody_needs_is_none(cuts):
     rows = np.array([0, 1, 16, 17, 39, 40, 59])
     accumulator = SampleAccumulator(LAYER.site, rows, 1, hidden=True, gradients=True)
-    agree(added_up(accumulator, parts_of(LAYER, cuts)), sums_of(accumulator, LAYER))
-    bare = SampleAccumulator(LAYER.site, rows, 0)
-    found = bare.compute(sums_of(bare, LAYER))
+    whole = layers.sums_of(accumulator, LAYER)
+    layers.agree(layers.added_up(accumulator, layers.parts_of(LAYER, cuts)), whole)
+    found = layers.computed(SampleAccumulator(LAYER.site, rows, 0), LAYER)
     assert found.hidden is found.fisher is None
     np.testing.assert_array_equal(found.rows, rows)
 
