@@ -56,9 +56,19 @@ def test_every_axis_has_its_names_and_nothing_touches(whole):
         box = ax.get_tightbbox()
         assert (box.y0 > top, box.x0 >= 0, box.x1 <= whole.bbox.width) == (True, True, True)
     assert whole.legends[0].get_window_extent().x1 <= whole.bbox.width
-    texts = [t for ax in whole.axes for t in (ax._left_title, *ax.texts) if t.get_text()]
-    boxes = [text.get_window_extent() for text in texts]
+    labels = [label for ax in whole.axes for label in (ax._left_title, *ax.texts)]
+    labels += [axis.label for ax in whole.axes for axis in (ax.xaxis, ax.yaxis)]
+    boxes = [text.get_window_extent() for text in labels if text.get_text()]
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+
+
+def test_shares_of_the_dense_top_1_stand_beside_the_bars_however_long_they_are():
+    fig = plots.ablation(PIECES.assign(retention=1.044, kl_high=10.0))
+    fig.draw_without_rendering()
+    for ax in fig.axes:
+        *numbers, _ = ax.texts
+        assert {number.get_text() for number in numbers} == {"104.4"}
+        assert all(number.get_window_extent().x0 > ax.bbox.x1 for number in numbers)
 
 
 def test_a_variant_that_cannot_be_has_an_empty_row():

@@ -61,6 +61,11 @@ def test_several_systems_are_named():
     assert legend(plots.history(both).axes[0]) == ["MoEE", "static"]
     assert describe("history", both).count("its lowest, after epoch 1") == 2
     assert legend(plots.routing(TABLES["routing"].query("system == 'MoEE'"))) == []
+    for name in ("overlap", "similarity"):  # in titles of two lines
+        table = TABLES[name]
+        fig = getattr(plots, name)(pd.concat([table, table.assign(system="other")]))
+        fig.draw_without_rendering()
+        assert max(ax.get_tightbbox().y1 for ax in fig.axes) <= fig.bbox.height
 
 
 def test_seeds_are_averaged_and_intervals_are_there_where_they_are_known():
