@@ -120,8 +120,8 @@ def statically_pruned(
         )  # fmt: skip
     reduction = run.config.macs_reduction
     if reduction is None:
-        names, layers = moe_names(run.model), moe_layers(run.model)
-        cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
+        layers = expert_layers(run.model).items()
+        cost = moe_macs(run.model, {name: layer.macs_per_token() for name, layer in layers})
         reduction = 1 - cost / count(run.dense()).total
     bounds = {"macs_reduction": reduction, "variance_kept": None}
     if reduction <= 0:  # the routers cost more than the experts save

@@ -13,12 +13,12 @@ from moee_analysis.baselines.controls import (
 )
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
-from moee_analysis.models.macs import count, count_parameters, moe_macs
-from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, RandomRouter
 from tests.helpers.images import toy_images
 from tests.helpers.models import pixels_of, toy_kinds, toy_vit
-from tests.helpers.runs import CLUSTERING, best, quick
+from tests.helpers.runs import CLUSTERING, best, cost, quick
 
 IMAGES = toy_images()
 
@@ -31,11 +31,6 @@ def taken_apart(config):
 @pytest.fixture(scope="module")
 def run():
     return taken_apart(quick(macs_reduction=0.2, layers=(0, 2)))
-
-
-def cost(run):
-    names, layers = moe_names(run.model), moe_layers(run.model)
-    return moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
 
 
 def test_random_routing_changes_only_who_gets_which_expert_and_has_a_seed(run):

@@ -10,20 +10,19 @@ from moee_analysis.extraction.config import CHOICES, ExtractConfig
 from moee_analysis.extraction.run import load
 from moee_analysis.models.capture import capture
 from moee_analysis.models.loading import find_mlps
-from moee_analysis.models.macs import count, count_parameters, moe_macs
-from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.moe.layer import moe_layers
 from moee_analysis.moe.routers import ConstantRouter, TokenKindRouter
 from tests.helpers.images import toy_images
 from tests.helpers.models import divergence, lively, pixels_of, same_models, toy_swin, toy_vit
+from tests.helpers.runs import cost
 
 IMAGES = toy_images()
 FEW = toy_images(8)
 
 
 def macs_saved(run):
-    names, layers = moe_names(run.model), moe_layers(run.model)
-    cost = moe_macs(run.model, {names[i]: layers[i].macs_per_token() for i in names})
-    return 1 - cost / count(run.dense()).total
+    return 1 - cost(run) / count(run.dense()).total
 
 
 @pytest.mark.parametrize("bound", [None, 0.15])

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.run import FACTS, TENSORS, Extraction, describe_origin, load
 from moee_analysis.extraction.saving.tables import report_mlp
-from moee_analysis.moe.layer import all_mlps
+from moee_analysis.models.macs import moe_macs
+from moee_analysis.moe.layer import all_mlps, expert_layers
 from moee_analysis.utils.storage.files import checksum, file_hash
 from tests.helpers.images import toy_images
 from tests.helpers.models import pixels_of, same_models
@@ -43,6 +44,12 @@ def run_of(model) -> Extraction:
     reports = tuple(report_mlp(index, name, mlp) for index, (name, mlp) in mlps)
     config = quick().resolved()
     return Extraction(model, config, 0.8, reports, describe_origin(model, toy_images(6), config))
+
+
+def cost(run) -> float:
+    """MACs of one image, with experts used as on the calibration images."""
+    layers = expert_layers(run.model).items()
+    return moe_macs(run.model, {name: layer.macs_per_token() for name, layer in layers})
 
 
 def saved_and_loaded(run, folder, *, dense=None) -> Extraction:
