@@ -27,6 +27,10 @@ _WORDS = {
     "class": ("Of the experts' entropy the class explains", text.percent),
 }
 _RETAINED = "top-1 retained (% of the dense model's)"
+_COSTS = {
+    "macs": ("MACs", "MACs per image (M)", style.PALETTE[0]),
+    "params": ("parameters", "parameters (M)", style.PALETTE[2]),
+}
 _BAR = 0.72  # of the room between two layers
 _CONTROLS = {
     "mean": ("its own router", "o", style.PALETTE[0]),
@@ -253,39 +257,29 @@ def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """
     layers = table[table["layer"] >= 0]
     total = table[table["component"] == "total"].iloc[0]
-    fig, (left, right) = style.figure(max(6.4, 3.4 + 0.34 * len(layers)), 2.7, 1, 2)
-    _draw_bars(left, layers, "macs", style.PALETTE[0])
-    _draw_bars(right, layers, "params", style.PALETTE[2])
+    fig, axes = style.figure(max(6.4, 3.4 + 0.34 * len(layers)), 2.7, 1, 2)
+    x, ticks = layers["layer"], layers["layer"][:: 1 if len(layers) <= 14 else 2]
+    outline = {"facecolor": "none", "edgecolor": style.GREY, "lw": 1}
+    for ax, (column, (name, label, colour)) in zip(axes, _COSTS.items(), strict=True):
+        shades = [(colour, 1.0 if converted else 0.35) for converted in layers["converted"]]
+        ax.bar(x, layers[column] / 1e6, _BAR, color=shades, lw=0)
+        ax.bar(x, layers[f"{column}_dense"] / 1e6, _BAR, **outline)
+        dense, now = total[f"{column}_dense"], total[column]
+        unit, symbol = (1e9, "G") if dense >= 1e9 else (1e6, "M")
+        numbers = f"{dense / unit:.3f} → {now / unit:.3f} {symbol} ({text.change(now, dense)})"
+        ax.set(title=f"{name}: {numbers}", ylabel=label)
+        ax.set_xticks(ticks)
+        ax.grid(visible=False, axis="x")
     for end, colour, zorder in (("", "white", 3), ("_dense", style.GREY, 0.5)):
         rows = layers[layers[f"macs_unread{end}"] > 0]
         unread, top = rows[f"macs_unread{end}"] / 1e6, rows[f"macs{end}"] / 1e6
         hatch = {"facecolor": "none", "edgecolor": colour, "hatch": "////", "lw": 0}
-        left.bar(rows["layer"], unread, _BAR, bottom=top - unread, zorder=zorder, **hatch)
-    left.set(ylabel="MACs per image (M)", title=_totals("MACs", total, "macs"))
-    right.set(ylabel="parameters (M)", title=_totals("parameters", total, "params"))
+        axes[0].bar(rows["layer"], unread, _BAR, bottom=top - unread, zorder=zorder, **hatch)
     facts = "Outlines: the dense model; pale: layers that stayed dense. "
     if (table["macs_unread_dense"] > 0).any():
         facts += "Hatched: for tokens that nothing reads. "
     facts += table.attrs.get("caption", "")
     return drawing.finish(fig, table, caption or facts, x="MLP of " + style.LAYER_AXIS)
-
-
-def _draw_bars(ax: Axes, layers: pd.DataFrame, column: str, colour: str) -> None:
-    x = layers["layer"]
-    shades = [(colour, 1.0 if converted else 0.35) for converted in layers["converted"]]
-    outline = {"facecolor": "none", "edgecolor": style.GREY, "lw": 1}
-    ax.bar(x, layers[column] / 1e6, _BAR, color=shades, lw=0)
-    ax.bar(x, layers[f"{column}_dense"] / 1e6, _BAR, **outline)
-    ax.set_xticks(x if len(x) <= 14 else x[::2])
-    ax.grid(visible=False, axis="x")
-
-
-def _totals(name: str, total: pd.Series, column: str) -> str:
-    """``MACs: 1.254 → 0.903 G (−28.0 %)``, of the whole network."""
-    dense, now = total[f"{column}_dense"], total[column]
-    unit, symbol = (1e9, "G") if dense >= 1e9 else (1e6, "M")
-    change = text.change(now, dense)
-    return f"{name}: {dense / unit:.3f} → {now / unit:.3f} {symbol} ({change})"
 
 
 @text.describes(macs)
