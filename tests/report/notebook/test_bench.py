@@ -16,14 +16,11 @@ from moee_analysis.report.notebook.bench import MACS_REDUCTION, open_notebook
 from moee_analysis.report.notebook.results import readable
 from tests.helpers.images import image_folder
 from tests.helpers.models import CLASSES, toy_vit
+from tests.helpers.plot_tables import TABLES
 
 PER_CLASS = 8
-SCORES = pd.DataFrame(
-    {"system": ["dense", "MoEE"], "top1": [0.9, 0.45], "low": 0.4, "high": 0.95,
-     "retention": [1.0, 0.5], "retention_low": 0.4, "retention_high": 1.0, "kl": [0.0, 0.3],
-     "agreement": [1.0, 0.5], "reference_top1": 0.9, "n_images": 7}
-)  # fmt: skip
-KEPT = "MoEE keeps 50.0 % of the dense top-1 (90.0 %)."
+SCORES = TABLES["accuracy"]
+KEPT = "MoEE keeps 50.0 % of the dense top-1 (90.0 %), random 10.0 %."
 
 
 @pytest.fixture
