@@ -133,8 +133,9 @@ REFUSED = {
     "sequence of routes": lambda: measure.class_routing([]),
     "only dense layers": [
         lambda: measure.sizes(DENSE), lambda: measure.neurons(DENSE),
-        lambda: measure.overlap(DENSE),
+        lambda: measure.overlap(DENSE), lambda: knock_out(DENSE),
     ],
+    "before the last block": lambda: measure.parts_unseen(DENSE, COLOURED, OTHERS),
     "routers have centres": [
         lambda: measure.similarity(DENSE), lambda: measure.similarity(toy_kinds(toy_vit())),
     ],

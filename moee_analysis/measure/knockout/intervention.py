@@ -15,9 +15,9 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import leading_kinds
-from moee_analysis.measure.routing.resolve import Layers, batches_of, check_any, choose_layers
+from moee_analysis.measure.routing.resolve import Layers, batches_of, check_any, choose_routed
 from moee_analysis.models.capture import block_of, evaluating, seeing_inputs, starting_at, watch
-from moee_analysis.moe.layer import MoeMlp, moe_layers, moe_names
+from moee_analysis.moe.layer import moe_layers, moe_names
 
 Rule = Callable[[torch.Tensor], torch.Tensor]
 """From the expert of every token, int64 (images, tokens), to those knocked out, bool, alike."""
@@ -64,7 +64,7 @@ def knocked_out(
     for all patches. The router runs as before.
     Raises MoeeError: no such routed layer; on running the model, more than one expert per token.
     """
-    site = _find_layer(model, layer)
+    site = choose_routed(model, [layer])[layer]
     seen: dict[str, torch.Tensor] = {}
 
     def replace(_: int, output: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def mean_outputs(
     Raises MoeeError: no images, or a layer that is not routed.
     """
     check_any(images)
-    sites = {layer: _find_layer(model, layer) for layer in (layers or moe_layers(model))}
+    sites = choose_routed(model, layers)
     names = moe_names(model)
     kinds = leading_kinds(model, [names[layer] for layer in sites])
     outputs: dict[int, torch.Tensor] = {}
@@ -234,9 +234,3 @@ def per_image(chosen: torch.Tensor, images: int) -> torch.Tensor:
             "choose other layers, or a top-1 router",
         )  # fmt: skip
     return chosen.reshape(images, -1)
-
-
-def _find_layer(model: nn.Module, layer: int) -> MoeMlp:
-    known = moe_layers(model)
-    choose_layers(known, [layer])
-    return known[layer]

@@ -22,10 +22,9 @@ from moee_analysis.measure.knockout.intervention import (
     removed,
 )
 from moee_analysis.measure.routing.bootstrap import MIDDLE, against_chance, redraw_counts
-from moee_analysis.measure.routing.resolve import Layers, Run, choose_layers, families_of, model_of
+from moee_analysis.measure.routing.resolve import Layers, Run, choose_routed, families_of, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.loading import class_labels
-from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.checks import draw_numbers
 
 Group = tuple[str, str, str, np.ndarray]
@@ -78,14 +77,13 @@ def knock_out(
     model = model_of(run)
     size = fitting_batch(model, batch_size)
     check_disjoint(calibration, images, use="used for calibration")
-    routed = moe_layers(model)
     rules = {
         layer: {
             (layer, expert, place): what(expert)
-            for expert in range(routed[layer].n_experts)
+            for expert in range(module.n_experts)
             for place, what in enumerate(WHAT.values())
         }
-        for layer in choose_layers(routed, layers)
+        for layer, module in choose_routed(model, layers).items()
     }
     plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
     groups = _group_images(model, images, families)

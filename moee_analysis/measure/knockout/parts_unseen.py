@@ -113,9 +113,13 @@ class Place:
         self.order = patch_places(model, self.mlp, (1, *grid), leading=self.leading)
 
     def layers_before(self) -> list[int]:
-        """Indices of the routed layers that come before the block."""
-        names = moe_names(self.model)
-        return [layer for layer, name in names.items() if not name.startswith(f"{self.block}.")]
+        """Indices of the routed layers that come before the block; a MoeeError: there are none."""
+        names, block = moe_names(self.model), f"{self.block}."
+        before = [layer for layer, name in names.items() if not name.startswith(block)]
+        if not before:
+            hint = "extract experts of earlier layers"
+            raise MoeeError("experts in a layer before the last block", "none", hint)
+        return before
 
     def entering(self, x: torch.Tensor) -> torch.Tensor:
         """Run the model on ``x`` and return what enters the block, channels last."""

@@ -10,7 +10,13 @@ from scipy.stats import hypergeom
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import Layers, Run, choose_layers, model_of
+from moee_analysis.measure.routing.resolve import (
+    Layers,
+    Run,
+    choose_layers,
+    choose_routed,
+    model_of,
+)
 from moee_analysis.measure.routing.tables import (
     add_caption,
     all_rows,
@@ -41,7 +47,7 @@ def sizes(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFram
     Raises MoeeError: no layer with experts, or a chosen layer without them.
     """
     parts = []
-    for number, layer in _choose_routed(run, layers).items():
+    for number, layer in choose_routed(run, layers).items():
         counts, hidden = np.array(layer.expert_sizes), layer.hidden_dense
         shares = layer.shares.double().cpu().numpy()
         table = pd.DataFrame({"expert": range(len(counts)), "neurons": counts, "hidden": hidden})
@@ -59,7 +65,7 @@ def neurons(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFr
     come first, and among those kept equally often the ones of the first experts).
     """
     parts = []
-    for number, layer in _choose_routed(run, layers).items():
+    for number, layer in choose_routed(run, layers).items():
         kept = _mark_neurons(layer)
         # the last key counts first
         rank = np.argsort(np.lexsort([*(~kept)[::-1], -kept.sum(axis=0)]))
@@ -78,7 +84,7 @@ def overlap(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFr
     the expectation is the rule.
     """
     parts, expected = [], cache(expected_jaccard)
-    for number, layer in _choose_routed(run, layers).items():
+    for number, layer in choose_routed(run, layers).items():
         kept = _mark_neurons(layer).astype(np.int64)
         hidden, counts, shared = layer.hidden_dense, kept.sum(axis=1), (kept @ kept.T).ravel()
         pairs = all_rows(expert_a=range(len(kept)), expert_b=range(len(kept)))
@@ -168,16 +174,6 @@ def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
         return row | {"centred_expected": expected, "common_mean": part["common_mean"].iloc[0]}
 
     return add_caption(sum_up(table, describe), table.attrs["caption"])
-
-
-def _choose_routed(run: Run, layers: Layers) -> dict[int, MoeMlp]:
-    found = moe_layers(model_of(run))
-    if not found:
-        raise MoeeError(
-            "a model with experts", "only dense layers",
-            "extract with another clustering, or see why layers stayed dense in run.layers",
-        )  # fmt: skip
-    return {layer: found[layer] for layer in choose_layers(found, layers)}
 
 
 def _mark_neurons(layer: MoeMlp) -> np.ndarray:

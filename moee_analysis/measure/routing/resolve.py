@@ -11,6 +11,7 @@ from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.inputs import like
+from moee_analysis.moe.layer import MoeMlp, moe_layers
 from moee_analysis.utils.checks import layer_numbers
 from moee_analysis.utils.progress import progress
 
@@ -63,6 +64,17 @@ def choose_layers(known: Iterable[int], wanted: Layers) -> list[int]:
             "layers are counted from 0; a layer left dense has no experts",
         )
     return wanted or known
+
+
+def choose_routed(run: Run, layers: Layers) -> dict[int, MoeMlp]:
+    """Return the routed ones of the ``layers`` by index; a MoeeError says that there are none."""
+    found = moe_layers(model_of(run))
+    if not found:
+        raise MoeeError(
+            "a model with experts", "only dense layers",
+            "extract with another clustering, or see why layers stayed dense in run.layers",
+        )  # fmt: skip
+    return {layer: found[layer] for layer in choose_layers(found, layers)}
 
 
 def choose_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> list[int]:
