@@ -6,7 +6,7 @@ open, and what is chosen here, stands in docs/paper.md.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from moee_analysis.extraction.attention import plan_attentions, reduce_attention
 from moee_analysis.extraction.budget import Budget
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import scale_by_coherence
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.layer_experts import Kept, LayerExperts
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.experts.refit_w2 import refit_layers
 from moee_analysis.extraction.plan import group_tokens
@@ -131,16 +131,9 @@ def _extract(
 
 
 def build_moe(
-    tokens: TokenSource,
-    layers: Sequence[LayerExperts],
-    kept: Mapping[str, np.ndarray],
-    *,
-    refit: str,
+    tokens: TokenSource, layers: Sequence[LayerExperts], kept: Kept, *, refit: str
 ) -> nn.Module:
-    """Copy the calibrated model with its converted layers replaced by mixtures of experts.
-
-    ``kept`` are the neurons of every expert, bool (experts, hidden), by site name.
-    """
+    """Copy the calibrated model with its converted layers replaced by mixtures of experts."""
     moe = copy.deepcopy(tokens.model)
     device = next(moe.parameters()).device
     layers = [layer for layer in layers if layer.converted]

@@ -18,6 +18,8 @@ from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.routers import TokenKindRouter
 from moee_analysis.utils.storage.store import content_key
 
+Kept = Mapping[str, np.ndarray]  # neurons that experts keep, bool (experts, hidden), by site name
+
 
 @dataclass(frozen=True)
 class ExpertStatistics:

@@ -4,7 +4,7 @@ Of the N_e tokens that an expert e gets, hidden activations have mean mu_e and c
 kept neurons are the diagonal D_e of zeros and ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,7 +13,7 @@ import torch
 from timm.layers import Mlp
 
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment
-from moee_analysis.extraction.experts.layer_experts import LayerExperts
+from moee_analysis.extraction.experts.layer_experts import Kept, LayerExperts
 from moee_analysis.extraction.experts.neuron_scores import find_metrics
 from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.token_source import TokenSource
@@ -26,16 +26,9 @@ RIDGE = 1e-3  # as a share of the mean diagonal of the normal equations
 
 
 def refit_layers(
-    tokens: TokenSource,
-    layers: Sequence[LayerExperts],
-    kept: Mapping[str, np.ndarray],
-    *,
-    refit: str,
+    tokens: TokenSource, layers: Sequence[LayerExperts], kept: Kept, *, refit: str
 ) -> dict[str, Readout]:
-    """Return the readouts of converted ``layers`` by site name; none without a ``refit``.
-
-    ``kept`` are the neurons of every expert, bool (experts, hidden), by site name.
-    """
+    """Return the readouts of converted ``layers`` by site name; none without a ``refit``."""
     if refit == "none":
         return {}
     given = {}
