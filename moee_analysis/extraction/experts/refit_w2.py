@@ -99,10 +99,6 @@ class RefitAccumulator(Accumulator):
             sums["across"] += (deviation.T @ weighted).cpu()
             sums["within"] += (own.T @ weighted).cpu()
 
-    def compute(self, sums: Sums) -> Sums:
-        """The sums themselves."""
-        return sums
-
 
 def mean_shift(weight: torch.Tensor, kept: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """What the dropped neurons contribute on average, W2 (I - D_e) mu_e: (experts, dim).
