@@ -5,7 +5,6 @@ import torch
 from huggingface_hub import constants as hub
 from PIL import Image
 
-from moee_analysis.data.scenes.scene import CLASSES
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import loading as models
 from moee_analysis.models.loading import (
@@ -17,15 +16,6 @@ from moee_analysis.models.loading import (
     model_transform,
 )
 from tests.helpers.models import SMALL_CONVNEXT, SMALL_VIT, toy_swin, toy_vit
-
-
-def test_the_bundled_model_is_ready_for_evaluation():
-    model = load_model()
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert class_names(model) == tuple(CLASSES)
-    assert class_labels(model)[CLASSES.index("fire_engine")] == "fire engine"
-    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, len(CLASSES))
 
 
 def test_mlps_are_found_in_order_with_their_widths():

@@ -77,8 +77,11 @@ def test_a_model_is_loaded_by_name_with_the_stored_weights_and_its_mlps_can_be_t
     assert set(ARCHITECTURES) == set(RECIPES) == set(BUNDLED_MODELS)
     assert type(model) is BUNDLED_MODELS[name] is KINDS[name]
     assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, len(CLASSES))
     assert loading.architecture(model) == name
     assert class_names(model) == CLASSES
+    assert loading.class_labels(model)[CLASSES.index("fire_engine")] == "fire engine"
     assert "file" not in model.pretrained_cfg
     stored = load_file(own_folder("data") / f"{name}.safetensors")
     assert all(torch.equal(tensor, stored[key]) for key, tensor in model.state_dict().items())
