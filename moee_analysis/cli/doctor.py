@@ -28,6 +28,7 @@ from moee_analysis.utils.environment import (
     store_folder,
     versions,
 )
+from moee_analysis.utils.storage.refusals import check_place, size_of
 
 WIDTH = 88  # letters of a line
 SCENES, RIGHT = 60, 0.75  # bundled scenes, and the share that the bundled model must name
@@ -151,11 +152,8 @@ def _temporary() -> str:
 
 def _store() -> str:
     folder = store_folder()
-    there = nearest_folder(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"'{there}' cannot be written to")
-    taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{folder}: {taken / 1e9:.2f} GB"
+    check_place(folder / "trial")
+    return f"{folder}: {size_of(folder) / 1e9:.2f} GB"
 
 
 def _disk() -> str:

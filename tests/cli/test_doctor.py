@@ -1,7 +1,9 @@
 """``moee doctor``: what it finds is so, and what is broken is named with what to do."""
 
+import errno
 import json
 import os
+import tempfile
 
 import psutil
 import pytest
@@ -61,9 +63,14 @@ def test_the_store_is_weighed_and_one_that_cannot_be_written_to_is_named(monkeyp
     store, disk = list(doctor._places())[-2:]
     assert (store.found, disk.found[-13:]) == (f"{tmp_path}: 0.03 GB", "GB free there")
     monkeypatch.setenv("MOEE_STORE", str(tmp_path / "not" / "there"))
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+
+    def trial(*_, dir=None, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", trial)
     store = list(doctor._places())[-2]
     assert not store.ok
+    assert str(tmp_path) in store.found
     assert "MOEE_STORE" in store.advice
     assert not (tmp_path / "not").exists()
 
