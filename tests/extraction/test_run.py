@@ -29,6 +29,12 @@ FILES = ["model.safetensors", "run.json"]
 def test_a_loaded_run_is_the_saved_one_bit_for_bit(small_run, saved_run, tmp_path):
     loaded = saved_and_loaded(small_run, tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(saved_run)
+    assert sorted(contents(saved_run)) == FILES
+    told = json.loads((saved_run / "run.json").read_text())
+    assert told["provenance"] == small_run.provenance
+    assert (told["config"]["seed"], len(told["layers"])) == (0, 6)
+    modes = [path.stat().st_mode & 0o044 for path in (tmp_path / "copy").iterdir()]
+    assert modes == [0o044] * 2  # others may read it
     for index, layer in moe_layers(small_run.model).items():
         other = moe_layers(loaded.model)[index]
         for expert in range(layer.n_experts):
@@ -55,14 +61,6 @@ def test_loading_needs_neither_images_nor_dense_weights(small_run, saved_run, mo
 def test_layers_that_stay_dense_and_single_experts_are_saved_too(tmp_path, settings):
     run = extract(lively(num_classes=7, **TINY), toy_images(8), quick(**settings))
     saved_and_loaded(run, tmp_path / "run")
-
-
-def test_the_json_tells_where_the_run_comes_from_and_others_may_read_it(small_run, saved_run):
-    told = json.loads((saved_run / "run.json").read_text())
-    assert told["provenance"] == small_run.provenance
-    assert (told["config"]["seed"], len(told["layers"])) == (0, 6)
-    assert sorted(contents(saved_run)) == FILES
-    assert [path.stat().st_mode & 0o044 for path in sorted(saved_run.iterdir())] == [0o044] * 2
 
 
 # The dense model of a loaded run
@@ -165,7 +163,11 @@ def test_a_run_that_the_store_holds_in_another_format_is_made_again(tmp_path, mo
 # Where a run may be saved
 
 
-def test_saving_over_an_earlier_run_replaces_it(small_run, saved_run):
+def test_a_place_is_made_and_an_earlier_run_replaced(small_run, saved_run, tmp_path):
+    (tmp_path / "a" / "empty").mkdir(parents=True)
+    for folder in (tmp_path / "a" / "empty", tmp_path / "b" / "c" / "run"):
+        small_run.save(folder)
+        assert sorted(contents(folder)) == FILES
     told = small_run.provenance | {"note": [1, None, "é"]}  # more of the origin
     for run in (run_of(toy_moe(lively())), replace(small_run, provenance=told)):
         run.save(saved_run)
@@ -189,13 +191,6 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(small_run, tmp_path,
     with pytest.raises(MoeeError, match="a file"):
         small_run.save(folder / "thesis.tex")
     assert contents(folder) == before
-
-
-def test_missing_parents_are_made_and_an_empty_folder_is_fine(small_run, tmp_path):
-    (tmp_path / "a" / "empty").mkdir(parents=True)
-    for folder in (tmp_path / "a" / "empty", tmp_path / "b" / "c" / "run"):
-        small_run.save(folder)
-        assert sorted(contents(folder)) == FILES
 
 
 @pytest.mark.parametrize("broken", ["save_file", "write_json"])

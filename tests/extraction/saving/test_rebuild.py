@@ -239,14 +239,11 @@ def test_fields_of_earlier_versions_are_left_out(tmp_path):
             load(with_facts(tmp_path / "run", lambda facts, r=removed: facts["config"].update(r)))
 
 
-def test_a_network_that_answers_otherwise_is_refused(tmp_path):
+def test_a_network_or_tensors_that_answer_otherwise_are_refused(tmp_path):
     run_around(created(act_layer="relu")).save(tmp_path / "run")
     with pytest.raises(MoeeError, match="gives other outputs for the same images") as error:
         load(with_facts(tmp_path / "run", lambda f: f["model"]["arguments"].pop("act_layer")))
     assert "versions" in error.value.hint
-
-
-def test_tensors_of_another_run_of_the_same_shape_are_refused_by_their_answers(tmp_path):
     for seed in range(2):
         run_around(lively(seed=seed)).save(tmp_path / str(seed))
     shutil.copy(tmp_path / "1" / TENSORS, tmp_path / "0")
