@@ -86,8 +86,7 @@ def convert(
     Raises ``MoeeError``: no MLPs, layers that are not there, a budget that cannot be met.
     """
     mlps = find_mlps(dense)
-    second_half = range(len(mlps) // 2, len(mlps))
-    sites = sites_at(mlps, second_half if config.layers is None else config.layers)
+    sites = sites_at(mlps, config.layers, first=len(mlps) // 2)
     slots = zip(sites, _count_slots(dense, sites, config), strict=True)
     return replace_mlps(dense, {site: partial(_make_layer, site, config, n) for site, n in slots})
 

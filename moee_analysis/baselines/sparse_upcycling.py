@@ -106,9 +106,7 @@ def convert(
 
     Raises ``MoeeError``: no MLPs, layers that are not there, a budget that cannot be met.
     """
-    mlps = find_mlps(dense)
-    every_second = range(1, len(mlps), 2)
-    sites = sites_at(mlps, every_second if config.layers is None else config.layers)
+    sites = sites_at(find_mlps(dense), config.layers, first=1, step=2)
     own = zip(sites, _find_capacities(dense, sites, config), strict=True)
     return replace_mlps(dense, {site: partial(_make_layer, site, config, c) for site, c in own})
 

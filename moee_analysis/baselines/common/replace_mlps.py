@@ -62,9 +62,14 @@ def fill_budget(
     return counts
 
 
-def sites_at(sites: Sequence[MlpSite], layers: Iterable[int]) -> list[MlpSite]:
-    """The ``sites`` at ``layers``, counted from 0; refuses no layers, or one that is not there."""
-    wanted = sorted(set(layers))
+def sites_at(
+    sites: Sequence[MlpSite], layers: Iterable[int] | None, *, first: int = 0, step: int = 1
+) -> list[MlpSite]:
+    """The ``sites`` at ``layers``, counted from 0; None: every ``step``-th, from the ``first`` on.
+
+    Raises ``MoeeError``: no layers, or one that is not there.
+    """
+    wanted = sorted(set(range(first, len(sites), step) if layers is None else layers))
     if not wanted or not set(wanted) <= set(range(len(sites))):
         raise MoeeError(
             f"layers between 0 and {len(sites) - 1}", str(wanted or "none"),

@@ -111,8 +111,7 @@ def convert(
     recycling = _recycle(dense, images, config or JetpackConfig(), store)
     config, model = recycling.config, recycling.narrow
     mlps = find_mlps(model)
-    second_half = range(len(mlps) // 2, len(mlps))
-    sites = sites_at(mlps, second_half if config.layers is None else config.layers)
+    sites = sites_at(mlps, config.layers, first=len(mlps) // 2)
     sizes = size_layers(model, sites, config, dense=dense)
     depth = max(1, len(mlps) - 1)
     layers = {s.name: _make_layer(recycling, s, sizes[s.name], s.index / depth) for s in sites}
