@@ -209,17 +209,6 @@ class Reduction:
 
 def low_rank(site: AttentionSite, attention: Attention, reduction: Reduction) -> LowRankAttention:
     """Cut the low-rank attention of a ``reduction`` out of a dense one."""
-    like = attention.qkv.weight
-    ranks = Ranks(reduction.scores.rank, reduction.values.rank, reduction.queries)
-    built = LowRankAttention(site, ranks, bias=attention.qkv.bias is not None)
-    built.load_state_dict(_weights(site, attention, reduction))
-    return built.to(like).requires_grad_(like.requires_grad)
-
-
-def _weights(
-    site: AttentionSite, attention: Attention, reduction: Reduction
-) -> dict[str, torch.Tensor]:
-    """Everything that a low-rank attention stores."""
     shape = (3, site.heads, site.head_dim)
     q, k, v = _exact(attention.qkv.weight).unflatten(0, shape)
     scores, values, mean = reduction.scores, reduction.values, _exact(reduction.mean)
@@ -237,10 +226,14 @@ def _weights(
         tensors["bias"] = (asked @ of_queries[..., None]).flatten()
     # The output's bias takes up what is constant, the bias of values with it.
     constant = left @ (right.mT @ (bias - mean)[..., None])
-    shift = (out @ (mean[..., None] + constant)).sum(dim=0)[:, 0]
+    tensors["proj.bias"] = (out @ (mean[..., None] + constant)).sum(dim=0)[:, 0]
     if attention.proj.bias is not None:
-        shift = shift + _exact(attention.proj.bias)
-    return tensors | {"proj.bias": shift}
+        tensors["proj.bias"] += _exact(attention.proj.bias)
+    ranks = Ranks(scores.rank, values.rank, reduction.queries)
+    built = LowRankAttention(site, ranks, bias=attention.qkv.bias is not None)
+    built.load_state_dict(tensors)
+    like = attention.qkv.weight
+    return built.to(like).requires_grad_(like.requires_grad)
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
