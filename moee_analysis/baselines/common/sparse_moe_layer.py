@@ -76,7 +76,7 @@ class TopKRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.gate, self.k, self.renormalise, self.capacity = gate, k, renormalise, capacity
-        self.preference: Scores | None = None
+        self.preference: Scores | None = None  # see `prefer`
 
     def forward(self, x: torch.Tensor) -> Routed:
         """Route the tokens of ``x`` (images, ..., dim)."""
@@ -89,11 +89,11 @@ class TopKRouter(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
         if self.capacity is not None:  # choices that come too late are dropped
-            (images, count, k), n_experts = experts.shape, len(self.gate.weight)
+            images, count, n_experts = logits.shape
             in_order = experts.mT.flatten(1)  # all first choices, then all second ones
             places = one_hot(in_order, n_experts).cumsum(dim=1).gather(2, in_order[..., None])
-            staying = places <= per_expert(k * count, n_experts, self.capacity)
-            order = order[staying.view(images, k, count).mT.flatten()[order]]
+            staying = places <= per_expert(self.k * count, n_experts, self.capacity)
+            order = order[staying.view(images, self.k, count).mT.flatten()[order]]
         chosen, ids = experts.flatten()[order], order // self.k
         return Routed(chosen, ids, weights.flatten()[order], logits, noisy)
 
@@ -113,7 +113,7 @@ class ExpertChoiceRouter(nn.Module):
     def __init__(self, gate: Gate, *, capacity: float = 2.0, renormalise: bool = True) -> None:
         super().__init__()
         self.gate, self.capacity, self.renormalise = gate, capacity, renormalise
-        self.preference: Scores | None = None
+        self.preference: Scores | None = None  # see `prefer`
 
     def forward(self, x: torch.Tensor) -> Routed:
         """Route the tokens of ``x`` (images, ..., dim)."""
