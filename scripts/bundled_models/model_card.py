@@ -41,28 +41,24 @@ def card(
         "name": name,
         "architecture": ARCHITECTURES[name].family,
         "kwargs": ARCHITECTURES[name].kwargs,
-        "pretrained_cfg": _pretrained_cfg(name),
+        "pretrained_cfg": {
+            "architecture": name,
+            "input_size": [3, SIDE, SIDE],
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "num_classes": len(CLASSES),
+            "label_names": list(CLASSES),
+            "classifier": ARCHITECTURES[name].classifier,
+            "first_conv": ARCHITECTURES[name].first_conv,
+        },
         "data": {"seeds": SPLIT_SEEDS}
         | {f"{split}_images": getattr(recipe, f"{split}_images") for split in SPLITS},
         "training": {"command": command, "minutes": round(minutes, 1), **asdict(recipe)},
         "accuracy": scores,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
-    }
-
-
-def _pretrained_cfg(name: str) -> dict[str, object]:
-    return {
-        "architecture": name,
-        "input_size": [3, SIDE, SIDE],
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "num_classes": len(CLASSES),
-        "label_names": list(CLASSES),
-        "classifier": ARCHITECTURES[name].classifier,
-        "first_conv": ARCHITECTURES[name].first_conv,
     }
 
 

@@ -119,15 +119,13 @@ class Training:
         batches = torch.randperm(len(pictures)).split(self.recipe.batch_size)
         total = 0.0
         for step, chosen in enumerate(batches):
-            self._set_rates(rate(epoch + step / len(batches), self.recipe))
+            share = rate(epoch + step / len(batches), self.recipe)
+            for optimiser, full in zip(self.optimisers, self._rates, strict=True):
+                optimiser.param_groups[0]["lr"] = full * share
             total += self._step(pictures, chosen, GRID**2 if whole else self.recipe.patches_seen)
             if epoch >= self.recipe.free_epochs:
                 even_out(self.model)
         return total / len(batches)
-
-    def _set_rates(self, share: float) -> None:
-        for optimiser, full in zip(self.optimisers, self._rates, strict=True):
-            optimiser.param_groups[0]["lr"] = full * share
 
     def _step(self, pictures: Pictures, chosen: torch.Tensor, patches: int) -> float:
         """One step on the chosen pictures, ``patches`` of each in sight; returns the loss."""
