@@ -93,10 +93,10 @@ def _changes(config: ExtractConfig, other: str) -> dict[_Change, ExtractConfig]:
         recipe, clustering = start.recipe, start.resolved().clustering
         found[_Change(recipe)] = start
         for piece, value in pieces.items():
-            told = value
+            words = value
             if isinstance(value, ClusterConfig):
-                told = f"{METHODS.get(value.method, value.method)} of {value.space}"
-            found[_Change(recipe, piece, told, direction)] = replace(start, **{piece: value})
+                words = f"{METHODS.get(value.method, value.method)} of {value.space}"
+            found[_Change(recipe, piece, words, direction)] = replace(start, **{piece: value})
         static = _Change(recipe, "experts", "static pruning", "control")
         found[static] = replace(start, experts="one")
         centres = replace(clustering, method="random", count=own["clustering"].count)

@@ -140,8 +140,10 @@ def _compare_at(
         static = [row for row in of_seed if not systems[row["system"]].routed]
         known = [row for row in static if row["retention"] is not None]
         best = max(known, key=lambda row: row["retention"], default=None)
-        kept = best and {name: best[name] for name in ("system", *ACCURACY)}
-        rows += [row | {"controls": row["controls"] | {"static_pruning": kept}} for row in of_seed]
+        control = best and {name: best[name] for name in ("system", *ACCURACY)}
+        for row in of_seed:
+            row["controls"]["static_pruning"] = control
+        rows += of_seed
     own = right.pop(REFERENCE, [None])[0]
     spread = {
         name: over_seeds(np.stack(hits), own, resamples=contest.resamples)

@@ -238,12 +238,12 @@ def _describe_unread(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
     """``Of these, 87.1 M (6.9 %) go to tokens that nothing reads: ...``, or nothing."""
     if not unread:
         return ""
-    told = []
+    costs = []
     for part, whole in (("macs_unread_dense", "macs_dense"), ("macs_unread", "macs")):
         macs, percent = total[part], 100 * total[part] / total[whole]
         short = f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
-        told.append(f"{short} ({percent:.1f} %)")
-    dense, now = told
+        costs.append(f"{short} ({percent:.1f} %)")
+    dense, now = costs
     before = "" if dense == now else f", in the dense model {dense},"
     of_kinds: dict[tuple[str, ...], list[str]] = {}
     for name, each in unread.items():
