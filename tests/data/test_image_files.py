@@ -1,11 +1,128 @@
+"""Files are pictures, upright, RGB in 8 bits, whatever they were stored as, or named with why."""
+
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image, ImageOps
 
+from moee_analysis.data.image_files import LONGEST, UnreadableError, check_picture, read_picture
 from moee_analysis.data.images import load_images
+from moee_analysis.errors import MoeeError
 from tests.helpers.images import image_folder, picture
+from tests.helpers.models import toy_vit
+
+RAMP = np.linspace(0, 1, 64 * 48, dtype=np.float64).reshape(48, 64)
+BYTES = np.round(255 * RAMP)
+
+
+def saved(path, values):
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_every_picture_becomes_rgb(tmp_path, mode):
+    grey = picture(0, mode="L")
+    grey = grey.convert("I").convert(mode) if mode == "I;16" else grey.convert(mode)
+    transparent = {"transparency": bytes(range(256))} if mode == "P" else {}
+    grey.save(tmp_path / "a.png" if mode == "P" else tmp_path / "a.tif", **transparent)
+    (path,) = tmp_path.iterdir()
+    assert read_picture(path).mode == "RGB"
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 77])  # the last is broken
+@pytest.mark.parametrize("height", [40, 3])  # of a strip the middle of what is upright
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path, orientation, height):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture(1, size=200).crop((0, 0, 200, height))
+    for name in ("a.png", "a.tif", "a.webp"):
+        stored.save(tmp_path / name, exif=exif, **({"lossless": True} if "webp" in name else {}))
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png")).convert("RGB")
+    width, tall = (min(side, LONGEST * min(upright.size)) for side in upright.size)
+    left, top = (upright.width - width) // 2, (upright.height - tall) // 2
+    upright = upright.crop((left, top, left + width, top + tall))
+    for path in tmp_path.iterdir():
+        assert read_picture(path).tobytes() == upright.tobytes(), path
+
+
+@pytest.mark.parametrize(("name", "full", "kind"), [
+    ("a.png", 65535, np.uint16), ("a.tif", 65535, np.uint16), ("a.tif", 65535, np.int32),
+    ("a.tif", 2**31 - 1, np.int32), ("a.tif", 1, np.float32), ("a.tif", 255, np.float32),
+    ("a.tif", 65535, np.float32), ("a.tif", 255, np.int32), ("a.png", 255, np.uint16),
+    ("a.png", 0, np.uint16), ("a.tif", 0, np.int32), ("a.tif", 0, np.float32),
+    ("a.tif", 65535, ">u2"),
+])  # fmt: skip
+def test_deep_pictures_show_what_they_show_in_8_bits(tmp_path, name, full, kind):
+    values = (full * RAMP).astype(kind)
+    if kind == ">u2":
+        Image.frombytes("I;16B", (64, 48), values.tobytes()).save(tmp_path / name)
+    else:
+        saved(tmp_path / name, values)
+    seen = np.asarray(read_picture(tmp_path / name))
+    assert seen.shape == (48, 64, 3)
+    assert np.abs(seen.astype(int) - BYTES[:, :, None] * (full > 0)).max() <= 1
+
+
+@pytest.mark.parametrize(("values", "kind", "why"), [
+    (-RAMP, "f4", "below 0"), (np.where(RAMP == 1, np.nan, RAMP), "f4", "not finite"),
+    (np.where(RAMP == 1, np.inf, RAMP), "f4", "not finite"), (1e6 * RAMP, "f4", r"1e\+06"),
+    (70000 * RAMP, "i4", r"7e\+04"), (4095 * RAMP, "u2", "4095"), (300 * RAMP, "u2", "300"),
+    (1.02 * RAMP, "f4", "1.02"), (1000 * RAMP, "f4", "1000"),
+])  # fmt: skip
+def test_numbers_of_an_unknown_range_are_refused_by_name(tmp_path, values, kind, why):
+    path = saved(tmp_path / "a.tif", values.astype(kind))
+    with pytest.raises(UnreadableError, match=why):
+        read_picture(path)
+    assert "in a range that is not known" in check_picture(path)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "gif", "avif", "webp", "tga", "JPEG", "jp2"])
+def test_whatever_pillow_reads_is_read(tmp_path, suffix):
+    folder = image_folder(tmp_path / "photos", {"ant": 1})
+    kind = {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix)
+    picture(2).save(folder / "ant" / f"b.{suffix}", format=kind)
+    (folder / "ant" / "c.pdf").write_bytes(b"%PDF-1.4")
+    with pytest.warns(UserWarning, match=r"skipped 1 file.*no image \(\.pdf\): ant/c\.pdf"):
+        assert len(load_images(folder)) == 2
+
+
+@pytest.mark.parametrize("size", [(12000, 1), (1, 12000), (3, 9000)])
+def test_of_a_strip_the_middle_is_seen(tmp_path, size):
+    folder = image_folder(tmp_path / "photos", {"ant": 1})
+    Image.new("RGB", size, (200, 10, 90)).save(folder / "ant" / "strip.png")
+    images = load_images(folder)
+    strip = images.picture(1)
+    assert max(strip.size) == LONGEST * min(size)
+    assert min(strip.size) == min(size)
+    (batch,) = images.batches(toy_vit())
+    assert batch.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(batch[1].amax((1, 2)), batch[1].amin((1, 2)))
+
+
+@pytest.mark.parametrize(("megapixels", "words"), [(95, "95 million"), (190, "178 million")])
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, megapixels, words):
+    folder = image_folder(tmp_path / "photos", {"ant": 1})
+    Image.new("1", (10000, 100 * megapixels)).save(folder / "ant" / "bomb.png")
+    with pytest.warns(UserWarning, match=words):
+        images = load_images(folder)
+    assert images.skipped == ("ant/bomb.png",)
+    with pytest.raises(MoeeError, match=words):
+        load_images(folder, strict=True)
+
+
+def test_a_huge_photograph_is_decoded_smaller(tmp_path):
+    Image.new("L", (8000, 6000), 90).save(tmp_path / "a.jpg")
+    seen = read_picture(tmp_path / "a.jpg")
+    assert seen.size == (4000, 3000)
+    assert seen.getpixel((9, 9)) == (90, 90, 90)
+
+
+# Folders
 
 
 @pytest.fixture
