@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from moee_analysis.models.loading import load_model as load_model
     from moee_analysis.models.survey import survey as survey
     from moee_analysis.moe.layer import set_dispatch as set_dispatch
+    from moee_analysis.training.config import FinetuneConfig as FinetuneConfig
     from moee_analysis.training.finetune import Finetuned as Finetuned
     from moee_analysis.training.finetune import finetune as finetune
     from moee_analysis.training.finetune import history_of as history_of
-    from moee_analysis.training.config import FinetuneConfig as FinetuneConfig
 
 _PUBLIC = {
     "data.images": ("load_images",),
