@@ -129,7 +129,7 @@ def test_the_tree_is_exact(points, min_samples):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_small_set_of_points(seed, monkeypatch):
+def test_the_tree_of_any_small_set_of_points_is_exact(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     set_rows(monkeypatch, int(rng.integers(1, 40)))
     count, dim, min_samples = rng.integers([2, 1, 1], [70, 6, 15])

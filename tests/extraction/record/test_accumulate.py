@@ -64,8 +64,8 @@ def total(tokens, site, **settings):
 
 
 def stop(tokens):
-    """Begin a pass that is stopped in its fourth part; return the file that it leaves."""
-    with pytest.raises(KeyboardInterrupt):
+    """Begin an extraction that is stopped in its fourth part; return the file that it leaves."""
+    with pytest.raises(KeyboardInterrupt), saved_sums(tokens):
         total(tokens, tokens.sites[0], stops_at=12)
     (saved,) = tokens.root.glob("sums-*/sums.safetensors")
     return saved
@@ -109,16 +109,9 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(tokens, always_saved):
     stop(tokens)
     assert total(tokens, tokens.sites[1])["tokens"] == 20 * 17  # saved sums are of one layer alone
     seen = []
-    assert same(plain, total(tokens, tokens.sites[0], seen=seen))
-    assert seen == [12, 16]
-    assert same(plain, total(tokens, tokens.sites[0], seen=seen))  # a whole pass is saved as well
-    assert seen == [12, 16]
-
-
-def test_saved_sums_outlive_an_extraction_that_fails(tokens, always_saved):
-    with pytest.raises(ZeroDivisionError), saved_sums(tokens):
-        1 / total(tokens, tokens.sites[0], stops_at=-1)["tokens"].zero_().int().item()
-    assert list(tokens.root.glob("sums-*"))
+    for _ in range(2):  # a whole pass is saved as well
+        assert same(plain, total(tokens, tokens.sites[0], seen=seen))
+        assert seen == [12, 16]
 
 
 def test_little_is_saved_of_a_pass_that_takes_no_time(tokens, monkeypatch):
