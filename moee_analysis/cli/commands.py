@@ -34,25 +34,20 @@ def extract(arguments: Namespace) -> int:
     from moee_analysis.utils.distributed import local_device, rank, together
     from moee_analysis.utils.progress import tell
 
+    bound = arguments.params_reduction is not None
+    clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
+    if arguments.reduce:
+        clustering = replace(clustering, reduce=arguments.reduce)
+    config = moee.ExtractConfig(**_settings(arguments, moee.ExtractConfig), clustering=clustering)
+    sizes = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
+    limits = moee.Limits(**{name: 1e9 * size for name, size in sizes.items() if size is not None})
+    given = {"split": "calibration", "strict": arguments.strict}
     with together():
-        bound = arguments.params_reduction is not None
-        clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
-        if arguments.reduce:
-            clustering = replace(clustering, reduce=arguments.reduce)
-        config = moee.ExtractConfig(
-            **_settings(arguments, moee.ExtractConfig), clustering=clustering
-        )
         check_target(arguments.out)
         model = _model(arguments, local_device(arguments.device))
         check_target(arguments.out, wanted=sum(t.nbytes for t in model.state_dict().values()))
-        images = moee.load_images(
-            arguments.calibration, split="calibration", strict=arguments.strict
-        )
+        images = moee.load_images(arguments.calibration, **given)
         name_by_folders(model, images.classes)
-        sizes = {"memory": arguments.memory_gb, "disk": arguments.disk_gb}
-        limits = moee.Limits(
-            **{name: 1e9 * size for name, size in sizes.items() if size is not None}
-        )
         run = moee.extract(model, images, config, store=arguments.store, limits=limits)
         if rank() == 0:
             run.save(arguments.out)
@@ -84,15 +79,14 @@ def finetune(arguments: Namespace) -> int:
     from moee_analysis.utils.distributed import local_device, rank, together
     from moee_analysis.utils.progress import tell
 
+    config = moee.FinetuneConfig(**_settings(arguments, moee.FinetuneConfig))
+    given = {"split": "train", "limit": arguments.limit, "strict": arguments.strict}
     with together():
-        config = moee.FinetuneConfig(**_settings(arguments, moee.FinetuneConfig))
         device = local_device(arguments.device)
         check_device(device)
         run = moee.load(arguments.run)
         run.model.to(device)
-        images = moee.load_images(
-            arguments.images, split="train", limit=arguments.limit, strict=arguments.strict
-        )
+        images = moee.load_images(arguments.images, **given)
         tuned = moee.finetune(run, images, config, out=arguments.out, weights=arguments.weights)
         if rank() == 0:
             curve = moee.plots.history(tuned.history, caption=printing.tuned_text(tuned))
@@ -116,9 +110,8 @@ def compare(arguments: Namespace) -> int:
     systems_named(arguments.systems)
     model = _model(arguments, arguments.device)
     sizes, strict = preset_named(arguments.preset), arguments.strict
-    calibration = moee.load_images(
-        arguments.calibration, split="calibration", limit=sizes.calibration_images, strict=strict
-    )
+    given = {"split": "calibration", "limit": sizes.calibration_images, "strict": strict}
+    calibration = moee.load_images(arguments.calibration, **given)
     images = moee.load_images(arguments.images, limit=sizes.evaluation_images, strict=strict)
     name_by_folders(model, images.classes)
     contest = Contest(
