@@ -110,7 +110,8 @@ def test_a_store_without_a_home_names_its_variable(bare):
 
 
 def test_a_store_that_cannot_be_written_is_found_by_the_doctor(bare, monkeypatch, tmp_path):
-    monkeypatch.setenv("MOEE_STORE", str(tmp_path / "read_only"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOEE_STORE", str(tmp_path / "file" / "store"))
     assert not found("store").ok
     monkeypatch.setenv("MOEE_STORE", str(bare / "store"))
     assert found("store").ok
