@@ -1,6 +1,7 @@
 """What measures refuse, each before anything is computed."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,8 @@ NO_GRID = {0: (1, 16), 1: (0, 0)}
 FEW = pd.DataFrame({"group": range(3), "kind": "class", "what": "removed"})
 FAMILIES = {f"class {number}": "family" for number in range(3)}
 BEST, PAPER = best(macs_reduction=0.1), quick(macs_reduction=0.1)
+OF_EXPERTS = measure.sizes, measure.neurons, measure.overlap
+OF_CLASSES = measure.class_routing, measure.specificity
 STARTS = {"start": lambda seed: toy_vit(seed=seed)}
 
 
@@ -125,15 +128,11 @@ REFUSED = {
     "permutations or resamples as a whole number": lambda: repeat(len, times=0, seed=0),
     "none of class 3": lambda: measure.class_distance(ROUTES, families=FAMILIES),
     "one of class 2": lambda: measure.class_distance(LONE, classes=["class 2", "class 1"]),
-    "no image of pug": [
-        lambda: measure.class_routing(ROUTES, classes=["pug"]),
-        lambda: measure.specificity(ROUTES, classes=["pug"]),
-    ],
+    "no image of pug": [partial(each, ROUTES, classes=["pug"]) for each in OF_CLASSES],
     "images to route": [lambda: measure.class_routing(MOE), lambda: measure.routing(MOE)],
     "sequence of routes": lambda: measure.class_routing([]),
     "only dense layers": [
-        lambda: measure.sizes(DENSE), lambda: measure.neurons(DENSE),
-        lambda: measure.overlap(DENSE), lambda: knock_out(DENSE),
+        *(partial(each, DENSE) for each in OF_EXPERTS), lambda: knock_out(DENSE),
     ],
     "before the last block": lambda: measure.parts_unseen(DENSE, COLOURED, OTHERS),
     "routers have centres": [
@@ -149,10 +148,8 @@ REFUSED = {
     "dense VisionTransformer": lambda: measure.routes(DENSE, IMAGES),
     "slots": lambda: measure.contributions(DENSE, IMAGES),
     "layer 9": [
-        lambda: measure.class_routing(ROUTES, layers=[9]),
-        lambda: measure.specificity(ROUTES, layers=[9]),
-        lambda: measure.sizes(MOE, layers=[9]), lambda: measure.neurons(MOE, layers=[9]),
-        lambda: measure.overlap(MOE, layers=[9]), lambda: unseen(layers=[9]),
+        *(partial(each, ROUTES, layers=[9]) for each in OF_CLASSES),
+        *(partial(each, MOE, layers=[9]) for each in OF_EXPERTS), lambda: unseen(layers=[9]),
         lambda: measure.top_patches(MOE, IMAGES, layers=[9]), lambda: knock_out(layers=[9]),
         lambda: measure.routes(DENSE, IMAGES, routers={9: ConstantRouter()}),
         lambda: mean_outputs(MOE, IMAGES, layers=[9]),

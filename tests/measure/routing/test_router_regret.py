@@ -53,9 +53,8 @@ def inner(router):
 
 def inputs_of(run, layer, images=IMAGES):
     """What the layer's MLP sees in the dense model, (images, tokens, dim)."""
-    ((inputs, _),) = seen_by(
-        find_mlps(run.original)[layer].module(run.original), run.original, images
-    )
+    dense = run.original
+    ((inputs, _),) = seen_by(find_mlps(dense)[layer].module(dense), dense, images)
     return inputs
 
 
