@@ -18,14 +18,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
 from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import NOTEBOOK, STATUS
-from moee_analysis.report.pages.site import (
-    INDEX,
-    LOG,
-    PAGE,
-    read_story,
-    write_index,
-    write_page,
-)
+from moee_analysis.report.pages.site import INDEX, LOG, PAGE, read_story, write_index, write_page
 from moee_analysis.report.runner.check_parameters import OWN, check_parameters
 from moee_analysis.report.runner.jupyter import own_kernel
 from moee_analysis.utils.checks import whole_number
