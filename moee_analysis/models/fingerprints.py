@@ -146,7 +146,7 @@ def _exchange_tensors(network: nn.Module, like: torch.Tensor) -> Iterator[None]:
     try:
         for attributes, own in before:
             dicts = {name: value for name, value in own.items() if isinstance(value, dict)}
-            attributes.update({k: dict(v) for k, v in dicts.items() if k not in OWN})
+            attributes.update({k: copy.copy(v) for k, v in dicts.items() if k not in OWN})
             for name in ("_parameters", "_buffers"):
                 attributes[name] = {k: copies[id(v)] for k, v in own[name].items()}
         yield

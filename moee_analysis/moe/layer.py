@@ -4,7 +4,6 @@ Layers with experts of other kinds, hard or soft, have a little in common with i
 """
 
 import copy
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ class MoeMlp(nn.Module):
         if reason:
             return Choice(autotune.MASKED, reason)
         key = autotune.situation(tokens)
-        self._batches[key] += 1
+        self._batches[key] = self._batches.get(key, 0) + 1
         if key not in self.choices:
             if autotune.is_early(self._batches[key]):
                 return Choice(autotune.MASKED, f"measured from batch {autotune.FEW + 1} on")
@@ -154,7 +153,7 @@ class MoeMlp(nn.Module):
         self.mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
         self.mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
         self.choices: dict[Hashable, Choice] = {}
-        self._batches: Counter[Hashable] = Counter()
+        self._batches: dict[Hashable, int] = {}
         self._groups: dict[int | None, ExpertGroups] = {}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:

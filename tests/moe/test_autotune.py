@@ -4,10 +4,11 @@ import torch
 from timm.layers import Mlp
 from torch.nn.parallel import DistributedDataParallel
 
+from moee_analysis.models.fingerprints import identity
 from moee_analysis.moe import autotune
 from moee_analysis.moe.autotune import LITTLE, candidates
 from moee_analysis.moe.kernels import Strategy
-from moee_analysis.moe.layer import MoeMlp
+from moee_analysis.moe.layer import MoeMlp, moe_layers
 from moee_analysis.moe.routers import CosineRouter
 from tests.helpers.models import toy_moe, toy_vit
 
@@ -65,6 +66,14 @@ def test_few_batches_are_not_worth_measuring_but_by_those_who_time_a_model(layer
         layer(torch.randn(4 * WORTH, DIM))
     assert len(layer.choices) == 2
     assert autotune.is_early(1)
+
+
+def test_a_model_whose_layers_are_measured_is_looked_at_without_a_trace(monkeypatch):
+    monkeypatch.setattr(autotune, "LITTLE", 0)
+    model = toy_moe(toy_vit())
+    looked = [identity(model), identity(model)]
+    assert looked[0] == looked[1]
+    assert not any(layer.choices or layer._batches for layer in moe_layers(model).values())
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
