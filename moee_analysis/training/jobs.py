@@ -4,14 +4,15 @@ import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.benchmark import set_torch_threads
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
@@ -93,7 +94,7 @@ class TrainingBench:
             both = (Loaded.of(images, job.model) for images in (self.training, self.images))
             self.loaded = tuple(both)
         training, images = self.loaded
-        with set_torch_threads(1):
+        with _one_thread():
             trained = train(job.model, training, job.config, check=images)
         trained.history.to_csv(folder / HISTORY, index=False)
         np.save(folder / RIGHT, trained.right)
@@ -115,6 +116,17 @@ class TrainingBench:
 
 
 _OWN: list[TrainingBench] = []  # of a process that was begun for jobs
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # as torch.utils.benchmark has it, which looks for compilers and may warn about them
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _begin(bench: TrainingBench) -> None:
