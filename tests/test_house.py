@@ -31,6 +31,7 @@ def _imported(place):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{place}: imports are absolute"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if _place(name) else node.module for name in names]
         else:

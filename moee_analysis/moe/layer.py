@@ -149,7 +149,7 @@ class MoeMlp(nn.Module):
         return torch.bincount(routed.flatten(), minlength=self.n_experts).double()
 
     def _prepare(self, _keys: object = None) -> None:
-        """Make what follows from the lists of neurons, and forget what was made of others."""
+        """Make the experts' masks anew, and forget strategies and groups that were chosen for others."""
         self.mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
         self.mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
         self.choices: dict[Hashable, Choice] = {}
@@ -158,9 +158,10 @@ class MoeMlp(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._groups.clear()  # of another device
+        # model.half() would round the shares, which MACs are counted with: they stay float32
         shares = self.shares
         moved = super()._apply(*args, **kwargs)
-        self.shares = shares.to(self.shares.device)  # a record, exact in half precision too
+        self.shares = shares.to(self.shares.device)
         return moved
 
 
