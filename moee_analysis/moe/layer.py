@@ -149,7 +149,7 @@ class MoeMlp(nn.Module):
         return torch.bincount(routed.flatten(), minlength=self.n_experts).double()
 
     def _prepare(self, _keys: object = None) -> None:
-        """Make the experts' masks anew, and forget strategies and groups that were chosen before."""
+        """Make the experts' masks anew; forget strategies and groups that were chosen before."""
         self.mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
         self.mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
         self.choices: dict[Hashable, Choice] = {}
