@@ -193,6 +193,8 @@ def test_gates_that_are_not_renormalised_scale_the_output():
     (soft, {"macs_reduction": 0.5}, r"at most \d+\.\d%; found 50.0%"),
     (soft, {"capacity_factor": 0.0}, "capacity_factor as a number above 0"),
     (soft, {"initialisation": "copied"}, "upcycled, fresh"),
+    (soft, {"noise": -0.1}, "noise as a number at least 0"),
+    (sparse, {"noise": -1.0}, "noise as a number at least 0"),
     (soft, {"drop": 1.0}, "drop as a number at least 0 and below 1"),
     (soft, {"layers": (9,)}, "layers between 0 and 2"),
     (top_k, {"macs_reduction": 0.2}, "plain upcycling never reduces MACs"),

@@ -283,7 +283,7 @@ def test_a_loss_that_was_never_finite_or_too_few_images_leave_nothing(run, tmp_p
 @pytest.mark.parametrize("setting", [
     {"epochs": 0}, {"learning_rate": 0.0}, {"router": "thawed"}, {"augmentation": "wild"},
     {"ema": 1.0}, {"held_out": 0.0}, {"precision": "float16"}, {"block_weight": -1.0},
-    {"accumulate": 0}, {"patience": 0},
+    {"accumulate": 0}, {"patience": 0}, {"learning_rate": math.inf}, {"batch_size": 2.5},
 ])  # fmt: skip
 def test_settings_out_of_their_range_are_refused(setting):
     with pytest.raises(MoeeError, match=next(iter(setting))):

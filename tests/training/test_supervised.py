@@ -158,7 +158,7 @@ def test_the_learning_rate_warms_up_and_falls_to_one_percent(monkeypatch):
 @pytest.mark.parametrize("wrong", [
     {"steps": 0}, {"learning_rate": 0.0}, {"layer_decay": 0.0}, {"warmup": 1.0},
     {"label_smoothing": -0.1}, {"augmentation": "wild"}, {"check_every": 0}, {"mixup": -1.0},
-    {"mixup": 0.8, "batch_size": 7},
+    {"mixup": 0.8, "batch_size": 7}, {"batch_size": 1.5}, {"clip": math.nan}, {"seed": -1},
 ], ids=str)  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(MoeeError):

@@ -198,6 +198,7 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_largest_that_can():
     ({"width": 0}, "width as a whole number"), ({"slots": 0}, "slots as a whole number"),
     ({"universal_ratio": 0}, "universal_ratio as a share"),
     ({"temperature": 0}, "temperature as a number above 0"),
+    ({"noise": -1.0}, "noise as a number at least 0"),
     ({"drop": 1.0}, "drop as a number at least 0 and below 1"),
     ({"macs_reduction": 0.2, "slots": 2}, "macs_reduction or slots"),
     ({"width": 16, "macs_reduction": 0.1}, "at the dense model's width"),
