@@ -15,6 +15,8 @@ OUT := reports
 PARALLEL := --numprocesses auto --durations 10
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+# Python compiles what it imports: most files of torch's never are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # Threads that spin while they wait take the cores of those that work.
 export OMP_WAIT_POLICY := PASSIVE
@@ -37,10 +39,9 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ ! -x $(BIN)/python ]; then \
 	    echo "Setting up $(VENV) with $$($$python --version); this takes a few minutes once."; \
 	    $$python -m venv $(VENV); fi
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    --only-binary pymetis -e '.[graph]' \
-	    || echo "Without METIS here: graphs of neurons are divided by their eigenvectors."
+	@$(INSTALL) --only-binary pymetis -e '.[dev,graph]' || { \
+	    echo "Without METIS here: graphs of neurons are divided by their eigenvectors."; \
+	    $(INSTALL) -e '.[dev]'; }
 	@touch $@
 
 report: $(STAMP)

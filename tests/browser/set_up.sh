@@ -25,10 +25,16 @@ if ! browser >/dev/null && ! install_browser; then
     echo "Chromium is not installed, and cannot be installed here; install it, then repeat." >&2
     exit 3
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright >&2
-if command -v npm >/dev/null; then
-    npm install --silent --no-save --no-audit --no-fund --prefix "$venv/browser" axe-core@4.14.1 >&2
-else
-    echo "Without npm here: pages are not checked by axe-core." >&2
+stamp=$venv/browser/.installed
+if [ ! "$stamp" -nt constraints.txt ] || [ ! "$stamp" -nt "$0" ]; then
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+        -c constraints.txt playwright >&2
+    if command -v npm >/dev/null; then
+        npm install --silent --no-save --no-audit --no-fund --prefix "$venv/browser" axe-core@4.14.1 >&2
+    else
+        echo "Without npm here: pages are not checked by axe-core." >&2
+    fi
+    mkdir -p "$venv/browser"
+    touch "$stamp"
 fi
 browser
