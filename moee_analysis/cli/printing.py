@@ -59,16 +59,16 @@ def numbers_text(numbers: dict) -> str:
             f"  of these {numbers['macs_unread_moe'] / 1e9:.3f} G (dense "
             f"{numbers['macs_unread_dense'] / 1e9:.3f} G) for tokens that nothing reads, in "
             f"{', '.join(numbers['unread_sites'])}; without these "
-            f"-{numbers['macs_reduction_read']:.1%}\n"
+            f"{-numbers['macs_reduction_read']:+.1%}\n"
         )
     return (
         f"top-1 {numbers['moe_top1']:.1%} (dense {numbers['dense_top1']:.1%}, retention "
         f"{retention}, agreement {numbers['agreement']:.1%}; random routing "
         f"{numbers['random_routing_top1']:.1%}) on {numbers['n_images']} images\n"
         f"MACs {numbers['macs_moe'] / 1e9:.3f} G (dense {numbers['macs_dense'] / 1e9:.3f} G, "
-        f"-{numbers['macs_reduction']:.1%})\n{unread}"
+        f"{-numbers['macs_reduction']:+.1%})\n{unread}"
         f"parameters {numbers['params_moe'] / 1e6:.3f} M (dense "
-        f"{numbers['params_dense'] / 1e6:.3f} M, -{numbers['params_reduction']:.1%})"
+        f"{numbers['params_dense'] / 1e6:.3f} M, {-numbers['params_reduction']:+.1%})"
     )
 
 

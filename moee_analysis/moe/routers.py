@@ -1,4 +1,4 @@
-"""Routers: which expert a token goes to. A new one is a class here, and a line in ``ROUTERS``."""
+"""Routers: which expert a token goes to. ``ROUTERS`` lists them."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -45,6 +45,8 @@ def test_extract_then_evaluate_writes_every_promised_number(tmp_path, monkeypatc
     assert numbers["moe_top1"] > 2 / 20
     out = capsys.readouterr().out
     assert all(text in out for text in ("top-1", "on 30 images", "MACs", "share of hidden neurons"))
+    for kind in ("macs", "params"):
+        assert f"{numbers[f'{kind}_moe'] / numbers[f'{kind}_dense'] - 1:+.1%})" in out
 
 
 @pytest.mark.parametrize(
