@@ -117,7 +117,7 @@ def check_device(device: str) -> None:
             return
         found = "'meta', which has shapes and no values"
     # a torch that was built without CUDA raises an AssertionError
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         found = f"'{device}' ({str(error).splitlines()[0][:80]})"
     raise MoeeError("a device of this machine", found, "use cpu, or cuda where there is one")
 

@@ -31,10 +31,9 @@ if [ ! "$stamp" -nt constraints.txt ] || [ ! "$stamp" -nt "$0" ]; then
         -c constraints.txt playwright >&2
     if command -v npm >/dev/null; then
         npm install --silent --no-save --no-audit --no-fund --prefix "$venv/browser" axe-core@4.14.1 >&2
+        touch "$stamp"
     else
         echo "Without npm here: pages are not checked by axe-core." >&2
     fi
-    mkdir -p "$venv/browser"
-    touch "$stamp"
 fi
 browser
