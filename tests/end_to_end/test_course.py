@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers.printed import assert_alike
 
 LESSON, EXERCISES, NOTES = (
     ROOT / "docs" / f"course{which}.md" for which in ("", "_exercises", "_instructor")
 )
 CODE = re.compile(r"^```python\n([^`]*)```$", re.M)
 SOLUTION = re.compile(r"^```python\n([^`]*)```\n\nIt prints\n\n```text\n([^`]*)```$", re.M)
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def _links(page: Path) -> list[str]:
@@ -80,13 +80,4 @@ def test_the_solutions_run_and_print_what_the_lesson_quotes(tmp_path, monkeypatc
     for code in solutions:
         capsys.readouterr()
         exec(code, names)
-        _assert_alike(capsys.readouterr().out, quoted[code])
-
-
-def _assert_alike(printed: str, quoted: str) -> None:
-    """The same words at the end, after what ``extract`` says of itself, and numbers near those."""
-    printed = "".join(printed.splitlines(keepends=True)[-len(quoted.splitlines()) :])
-    assert NUMBER.sub("#", printed) == NUMBER.sub("#", quoted), printed
-    for found, told in zip(NUMBER.findall(printed), NUMBER.findall(quoted), strict=True):
-        last_digit = 10.0 ** -len(told.partition(".")[2])
-        assert float(found) == pytest.approx(float(told), rel=0.2, abs=3 * last_digit), printed
+        assert_alike(capsys.readouterr().out, quoted[code])

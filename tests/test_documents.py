@@ -1,0 +1,112 @@
+"""What people read: short sentences, numbers that are the same everywhere, examples that run."""
+
+import json
+import re
+
+import pytest
+import results
+
+from tests.conftest import ROOT
+from tests.helpers.printed import assert_alike
+
+PAGES = results.documents()
+README = ROOT / "README.md"
+FACTS = json.loads(results.MEASURED.read_text(encoding="utf-8"))["facts"]
+CODE = re.compile(r"^```.*?^```$", re.M | re.S)
+NUMBER = r"\d(?:[\d.,]*\d)?"
+SENTENCE_END = re.compile(r"(?<=[.!?])[*_\")]*\s+(?=\S)")
+
+
+def sentences(text: str) -> list[str]:
+    """Those of the paragraphs and list items; code, tables, headings and addresses apart."""
+    text = re.sub(r"<[^>]+>", "", CODE.sub("", text))
+    text = re.sub(r"`[^`]*`", "code", re.sub(r"!?\[([^\]]*)\]\([^)\s]*\)", r"\1", text))
+    text = re.sub(r"^ *(?:[|#].*| {4}.*)$", "\n", text, flags=re.M)
+    paragraphs = re.split(r"\n\s*\n|\n *(?:[-*]|\d\.) ", text)
+    return [each for p in paragraphs for each in SENTENCE_END.split(" ".join(p.split())) if each]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\S*\w\S*", text)
+
+
+def pattern(said: str, number: str | None = None) -> str:
+    """Of what a fact says, each ``{number}`` in it as it is or, where given, any ``number``."""
+    parts = re.split(r"\{(.*?)\}", " ".join(said.split()))
+    return "".join(
+        number or re.escape(part) if index % 2 else re.escape(part)
+        for index, part in enumerate(parts)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_sentences_are_short_and_brackets_hold_no_brackets(page):
+    said = sentences(page.read_text(encoding="utf-8"))
+    assert not [each for each in said if len(words(each)) > 30]
+    assert not [each for each in said if re.search(r"\([^()]*\(", each)]
+
+
+def test_the_readme_is_read_to_its_end():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert sum(len(words(each)) for each in sentences(text)) <= 600
+
+
+def test_the_five_lines_of_the_readme_print_what_it_says(capsys):
+    code, quoted = re.search(
+        r"```python\n(.*?)```.*?```text\n(.*?)```", README.read_text(), re.S
+    ).groups()
+    exec(code, {})
+    assert_alike(capsys.readouterr().out, quoted)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_are_those_of_the_measured_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert results.filled(text) == text, "python benchmarks/results.py writes them"
+
+
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact["about"])
+def test_every_document_states_a_number_as_it_was_measured(fact):
+    assert fact.keys() == {"about", "date", "machine", "command", "seed", "says"}
+    texts = {
+        page.name: " ".join(page.read_text(encoding="utf-8").replace("**", "").split())
+        for page in PAGES
+    }
+    for said in fact["says"]:
+        told = {
+            (name, found)
+            for name, text in texts.items()
+            for found in re.findall(pattern(said, NUMBER), text)
+        }
+        assert told, f"no document says: {said}"
+        assert not {(n, f) for n, f in told if not re.fullmatch(pattern(said), f)}, said
+
+
+def test_a_report_brings_its_key_numbers_to_the_documents(tmp_path, monkeypatch):
+    folder = tmp_path / "reports" / "01_extraction"
+    folder.mkdir(parents=True)
+    found = {
+        "parameters": {"preset": "small", "seed": 3},
+        "headline": {"label": "kept", "value": "77.7%", "dense": "90%"},
+        "claims": [
+            {"statement": "It works.", "holds": False, "ours": False, "found": "", "verdict": ""},
+            {"statement": "It is ours.", "holds": True, "ours": True, "found": "", "verdict": ""},
+        ],
+        "environment": {"finished": "2030-01-02T03:04:05+00:00", "seconds": 12.3},
+    }
+    (folder / "results.json").write_text(json.dumps(found))
+    copy = tmp_path / "results.json"
+    copy.write_text(results.MEASURED.read_text(encoding="utf-8"))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results:headlines -->\n<!-- /results -->\nafter\n")
+    monkeypatch.setattr(results, "MEASURED", copy)
+    monkeypatch.setattr(results, "documents", lambda: [page])
+    results.main(["--report", str(tmp_path / "reports"), "--machine", "two slow cores"])
+    assert "**77.7%** kept | 90% |" in page.read_text()
+    assert "2030-01-02, two slow cores, preset `small`, seed 3" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    taken = json.loads(copy.read_text())["notebooks"]
+    assert taken["01_extraction"]["claims"] == [{"statement": "It works.", "holds": False}]
+    assert taken["02_routing_distributions"]["headline"]["value"] == "1"
