@@ -1,7 +1,9 @@
-"""What people read: short sentences, numbers that are the same everywhere, examples that run."""
+"""What people read: short sentences, numbers that agree everywhere, links that lead somewhere."""
 
 import json
 import re
+from functools import cache
+from pathlib import Path
 
 import pytest
 import results
@@ -30,6 +32,21 @@ def words(text: str) -> list[str]:
     return re.findall(r"\S*\w\S*", text)
 
 
+def links(page: Path) -> list[str]:
+    """Those inside the house."""
+    return re.findall(r"\]\(((?!\w+:)[^)\s]+)\)", CODE.sub("", page.read_text(encoding="utf-8")))
+
+
+@cache
+def anchors(target: Path) -> set[str]:
+    """Headings of a page, cells of a notebook."""
+    text = target.read_text(encoding="utf-8")
+    if target.suffix == ".ipynb":
+        return {f"cell-id={cell['id']}" for cell in json.loads(text)["cells"]}
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def pattern(said: str, number: str | None = None) -> str:
     """Of what a fact says, each ``{number}`` in it as it is or, where given, any ``number``."""
     parts = re.split(r"\{(.*?)\}", " ".join(said.split()))
@@ -44,6 +61,15 @@ def test_sentences_are_short_and_brackets_hold_no_brackets(page):
     said = sentences(page.read_text(encoding="utf-8"))
     assert not [each for each in said if len(words(each)) > 30]
     assert not [each for each in said if re.search(r"\([^()]*\(", each)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_to_a_file_and_a_place_in_it(page):
+    for link in links(page):
+        place, _, fragment = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.is_file(), link
+        assert not fragment or fragment in anchors(target), link
 
 
 def test_the_readme_is_read_to_its_end():
