@@ -17,6 +17,7 @@ from typing import Any
 import common
 from common import Row
 
+from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,10 +56,18 @@ def filled(text: str) -> str:
 
 
 def take(report: Path, machine: str) -> None:
-    """Put what a finished report found in the place of what is known of its notebooks."""
+    """Put what a finished report found in the place of what is known of its notebooks.
+
+    Raises MoeeError: a notebook that did not end, or of another preset.
+    """
     known = json.loads(MEASURED.read_text(encoding="utf-8"))
     for file in sorted(report.glob("*/results.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
+        if "environment" not in found or found["parameters"]["preset"] != "small":
+            raise MoeeError(
+                "a finished notebook of preset small", f"another in '{file.parent}'",
+                "take the folder of a whole report",
+            )  # fmt: skip
         environment, claims = found["environment"], found["claims"]
         known["notebooks"][file.parent.name] = {
             "date": environment["finished"][:10], "machine": machine,
@@ -236,7 +245,7 @@ def times(names: Sequence[str]) -> str:
         seconds = measured("notebooks")[name]["seconds"]
         told = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds} s"
         lines.append([f"[{name}](../notebooks/{name}.ipynb)", told])
-    return table("notebook | preset `small`", lines)
+    return table("notebook | takes", lines)
 
 
 CONTROLS = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import results
 
+from moee_analysis.errors import MoeeError
 from tests.conftest import ROOT
 from tests.helpers.printed import assert_alike
 
@@ -109,11 +110,20 @@ def test_every_document_states_a_number_as_it_was_measured(fact):
         assert not {(n, f) for n, f in told if not re.fullmatch(pattern(said), f)}, said
 
 
-def test_a_report_brings_its_key_numbers_to_the_documents(tmp_path, monkeypatch):
-    folder = tmp_path / "reports" / "01_extraction"
-    folder.mkdir(parents=True)
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A document with the key numbers of the notebooks, and measured results, to be changed."""
+    copy, page = tmp_path / "results.json", tmp_path / "page.md"
+    copy.write_text(results.MEASURED.read_text(encoding="utf-8"), encoding="utf-8")
+    page.write_text("before\n<!-- results:headlines -->\n<!-- /results -->\nafter\n")
+    monkeypatch.setattr(results, "MEASURED", copy)
+    monkeypatch.setattr(results, "documents", lambda: [page])
+    return page
+
+
+def _report(folder: Path, preset: str) -> None:
     found = {
-        "parameters": {"preset": "small", "seed": 3},
+        "parameters": {"preset": preset, "seed": 3},
         "headline": {"label": "kept", "value": "77.7%", "dense": "90%"},
         "claims": [
             {"statement": "It works.", "holds": False, "ours": False, "found": "", "verdict": ""},
@@ -121,18 +131,29 @@ def test_a_report_brings_its_key_numbers_to_the_documents(tmp_path, monkeypatch)
         ],
         "environment": {"finished": "2030-01-02T03:04:05+00:00", "seconds": 12.3},
     }
-    (folder / "results.json").write_text(json.dumps(found))
-    copy = tmp_path / "results.json"
-    copy.write_text(results.MEASURED.read_text(encoding="utf-8"))
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- results:headlines -->\n<!-- /results -->\nafter\n")
-    monkeypatch.setattr(results, "MEASURED", copy)
-    monkeypatch.setattr(results, "documents", lambda: [page])
+    (folder / "01_extraction").mkdir(parents=True)
+    (folder / "01_extraction" / "results.json").write_text(json.dumps(found))
+
+
+def test_a_report_brings_its_key_numbers_to_the_documents(tmp_path, page):
+    before = results.measured("notebooks")
+    _report(tmp_path / "reports", "small")
     results.main(["--report", str(tmp_path / "reports"), "--machine", "two slow cores"])
-    assert "**77.7%** kept | 90% |" in page.read_text()
-    assert "2030-01-02, two slow cores, preset `small`, seed 3" in page.read_text()
-    assert page.read_text().startswith("before\n")
-    assert page.read_text().endswith("after\n")
-    taken = json.loads(copy.read_text())["notebooks"]
-    assert taken["01_extraction"]["claims"] == [{"statement": "It works.", "holds": False}]
-    assert taken["02_routing_distributions"]["headline"]["value"] == "1"
+    text = page.read_text()
+    assert "**77.7%** kept | 90% |" in text
+    assert "2030-01-02, two slow cores, preset `small`, seed 3" in text
+    assert text.startswith("before\n<!--")
+    assert text.endswith("-->\nafter\n")
+    after = results.measured("notebooks")
+    taken = after.pop("01_extraction")
+    assert taken["claims"] == [{"statement": "It works.", "holds": False}]
+    assert after == {name: found for name, found in before.items() if name != "01_extraction"}
+
+
+def test_a_report_of_few_images_brings_nothing(tmp_path, page):
+    _report(tmp_path / "reports", "smoke")
+    before = results.MEASURED.read_text()
+    with pytest.raises(MoeeError, match="preset small"):
+        results.main(["--report", str(tmp_path / "reports"), "--machine", "two slow cores"])
+    assert results.MEASURED.read_text() == before
+    assert "77.7" not in page.read_text()
