@@ -1,47 +1,13 @@
-"""The lesson: its links lead somewhere, its solutions print what it quotes, it takes 90 minutes."""
+"""The lesson: its terms lead somewhere, its solutions print what it quotes, it takes 90 minutes."""
 
-import json
 import re
-from functools import cache
-from pathlib import Path
-
-import pytest
 
 from tests.conftest import ROOT
+from tests.helpers.printed import assert_alike
 
-LESSON, EXERCISES, NOTES = (
-    ROOT / "docs" / f"course{which}.md" for which in ("", "_exercises", "_instructor")
-)
+LESSON, EXERCISES = (ROOT / "docs" / f"course{which}.md" for which in ("", "_exercises"))
 CODE = re.compile(r"^```python\n([^`]*)```$", re.M)
 SOLUTION = re.compile(r"^```python\n([^`]*)```\n\nIt prints\n\n```text\n([^`]*)```$", re.M)
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
-
-
-def _links(page: Path) -> list[str]:
-    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
-    return re.findall(r"\]\(([^)\s]+)\)", prose)
-
-
-@cache
-def _cells(notebook: Path) -> set[str]:
-    return {cell["id"] for cell in json.loads(notebook.read_text())["cells"]}
-
-
-def _anchors(page: Path) -> set[str]:
-    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", [LESSON, EXERCISES, NOTES], ids=lambda page: page.stem)
-def test_every_link_leads_to_a_file_and_a_cell_that_are_there(page):
-    for link in _links(page):
-        place, _, fragment = link.partition("#")
-        target = (page.parent / place).resolve() if place else page
-        assert target.is_file(), link
-        if target.suffix == ".ipynb" and fragment:
-            assert fragment.removeprefix("cell-id=") in _cells(target), link
-        elif fragment:
-            assert fragment in _anchors(target), link
 
 
 def test_every_term_of_the_glossary_links_to_a_cell():
@@ -80,13 +46,4 @@ def test_the_solutions_run_and_print_what_the_lesson_quotes(tmp_path, monkeypatc
     for code in solutions:
         capsys.readouterr()
         exec(code, names)
-        _assert_alike(capsys.readouterr().out, quoted[code])
-
-
-def _assert_alike(printed: str, quoted: str) -> None:
-    """The same words at the end, after what ``extract`` says of itself, and numbers near those."""
-    printed = "".join(printed.splitlines(keepends=True)[-len(quoted.splitlines()) :])
-    assert NUMBER.sub("#", printed) == NUMBER.sub("#", quoted), printed
-    for found, told in zip(NUMBER.findall(printed), NUMBER.findall(quoted), strict=True):
-        last_digit = 10.0 ** -len(told.partition(".")[2])
-        assert float(found) == pytest.approx(float(told), rel=0.2, abs=3 * last_digit), printed
+        assert_alike(capsys.readouterr().out, quoted[code])
