@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moee_analysis.utils.environment import prepare_caches
+from moee_analysis.utils.environment import prepare_caches, spare_cores
 
 if TYPE_CHECKING:
     from moee_analysis import measure as measure
@@ -46,6 +46,7 @@ _PUBLIC = {
     "training.config": ("FinetuneConfig",),
 }
 prepare_caches()
+spare_cores()
 _PLACES = {name: place for place, names in _PUBLIC.items() for name in names}
 _MODULES = ("measure", "plots")
 

@@ -8,6 +8,7 @@ user name. They are found one before they are imported, if they have none.
 import getpass
 import os
 import platform
+import sys
 import tempfile
 from contextlib import suppress
 from importlib import metadata
@@ -97,6 +98,15 @@ def prepare_caches() -> None:
         getpass.getuser()
     except (KeyError, OSError):  # as of `docker run --user 1234`
         os.environ["USER"] = f"user{os.getuid()}"
+
+
+def spare_cores() -> None:
+    """In a notebook, let threads that wait sleep: those that spin slow down whatever else runs.
+
+    OpenMP reads the variable when torch is imported; one that is set already stays as it is.
+    """
+    if "ipykernel" in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def check_numba_cache() -> str:

@@ -17,6 +17,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from torch import nn
 
+from moee_analysis import measure as measures
 from moee_analysis import plots
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
@@ -28,6 +29,7 @@ from moee_analysis.models.class_names import name_by_folders
 from moee_analysis.models.macs import count
 from moee_analysis.outside_text import as_markdown
 from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choose_images
+from moee_analysis.report.notebook.remember import Remembering, remember
 from moee_analysis.report.notebook.results import (
     Results,
     alternative,
@@ -115,6 +117,15 @@ class Bench:
         given = {"preset": self.parameters.preset, "seed": self.seed}
         config = ExtractConfig(recipe="paper", macs_reduction=self.saving, **given)
         return extract(self.dense, self.calibration, config, store=self.store)
+
+    @property
+    def measure(self) -> Remembering:
+        """All measures; what one has measured before, with the same code, is in the store."""
+        return Remembering(measures, self.store)
+
+    def remember(self, measure: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Return what ``measure`` returns, such as a comparison; see :attr:`measure`."""
+        return remember(self.store, measure, *given, **options)
 
     def choose_layers(self, default: Sequence[int]) -> list[int]:
         """Return the layers to show: the parameter ``layers``, or ``default`` if it is empty."""

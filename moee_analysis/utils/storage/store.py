@@ -26,7 +26,7 @@ from moee_analysis.utils.storage.refusals import check_place, writing
 FORMAT = 6  # part of every key: raise it whenever a step of the extraction changes its results
 ELSEWHERE = "make room, or name another folder: --store DIR, or MOEE_STORE; TMPDIR without a store"
 ASIDE = "damaged-"
-UNFINISHED = "-unfinished"
+UNFINISHED, WAITING = "-unfinished", "-waiting"
 MOST_HELD = 300  # open files
 
 _COLLECTIONS: ContextVar[tuple[list[str], ...]] = ContextVar("collections", default=())
@@ -47,17 +47,27 @@ def get_or_build(
 ) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill it first if it is absent.
 
-    A failure leaves nothing behind. ``about`` are facts for a list of the store.
+    A failure leaves nothing behind. ``about`` are facts for a list of the store. One process builds
+    at a time, others wait.
     """
-    final = root / name
+    final, turn = root / name, root / f".{name}{WAITING}"
     with writing(final, hint=ELSEWHERE):
         root.mkdir(parents=True, exist_ok=True)
     if not present(final):
-        with new_folder(final, replace=False, hint=ELSEWHERE) as new:
-            build(new)
-            seal(new, name, about)
-        _check_written(final)
+        with held_folder(turn):
+            try:
+                if not present(final):  # not made by a process that was waited for
+                    _build(final, build, about)
+            finally:
+                remove(turn)
     return final
+
+
+def _build(final: Path, build: Build, about: Mapping[str, Any] | None) -> None:
+    with new_folder(final, replace=False, hint=ELSEWHERE) as new:
+        build(new)
+        seal(new, final.name, about)
+    _check_written(final)
 
 
 def get_or_resume(root: Path, name: str, build: Build) -> Path:
@@ -155,7 +165,7 @@ def use(folder: Path) -> None:
         names.append(folder.name)
     if folder.parent not in _TIDIED:
         _TIDIED.add(folder.parent)
-        remove_left(folder.parent, rf"\..+{OURS}{RANDOM}")
+        remove_left(folder.parent, rf"\..+({OURS}{RANDOM}|{WAITING})")
     if folder in _HELD:
         os.close(_HELD.pop(folder))
     with suppress(OSError, ValueError):

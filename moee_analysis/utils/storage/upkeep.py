@@ -15,8 +15,8 @@ from moee_analysis.utils.storage.store import ASIDE, UNFINISHED
 
 KEY = "[0-9a-f]{20}"
 KINDS = (
-    "activations", "attention", "clusters", "costs", "finetuned", "profile", "reduced", "run",
-    "seconds", "statistics", "trained",
+    "activations", "attention", "clusters", "costs", "finetuned", "measured", "profile", "reduced",
+    "run", "seconds", "statistics", "trained",
 )  # fmt: skip
 # Names of the folders of a store: those with checksums, and the others
 SEALED = rf"({'|'.join(KINDS)})-{KEY}"

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,17 @@ def test_a_failing_build_leaves_nothing_and_can_be_repeated(tmp_path, error):
     assert (folder / "result").stat().st_mode & 0o777 == 0o644
 
 
-def test_two_processes_may_build_the_same_thing(tmp_path):
+def test_of_several_that_want_the_same_thing_one_builds_it(tmp_path):
+    built = []
+
     def build(folder):
-        get_or_build(tmp_path, "thing", lambda other: (other / "result").write_text("first"))
+        built.append(folder)
         fill(folder)
 
-    assert (get_or_build(tmp_path, "thing", build) / "result").read_text() == "first"
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: get_or_build(tmp_path, "thing", build), range(4)))
+    assert found == {tmp_path / "thing"}
+    assert len(built) == 1
     assert names(tmp_path) == {"thing"}
 
 

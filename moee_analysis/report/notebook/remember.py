@@ -1,0 +1,141 @@
+"""What a notebook has measured before is found in the store: it runs again in seconds.
+
+A measure is the same where its code, its versions and all that it is given are the same.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache, partial, singledispatch
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from moee_analysis.data.images import ImageSet
+from moee_analysis.extraction.run import Extraction
+from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.report.notebook.encoding import decode, encode
+from moee_analysis.utils.environment import versions
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.storage.store import content_key, get_or_build, present
+
+QUICK = 0.3  # seconds below which a result is not kept
+PLACES = ("store",)  # arguments that say where, and decide nothing
+KEPT = "result.json"
+ROOM = Path(__file__).resolve().parents[2]
+
+Measure = Callable[..., Any]
+
+
+class Remembering:
+    """A module of measures, each of which finds in the ``store`` what it has measured before."""
+
+    def __init__(self, module: ModuleType, store: Path) -> None:
+        self._module, self._store = module, store
+        self.__doc__ = module.__doc__
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        return found if isinstance(found, type) else partial(remember, self._store, found)
+
+    def __dir__(self) -> list[str]:
+        return dir(self._module)
+
+
+def remember(store: Path, measure: Measure, /, *given: Any, **options: Any) -> Any:
+    """Return what ``measure`` returns for these arguments, from the ``store`` if it is there.
+
+    Tables, routes and rows of plain values are kept, and only those that took a while. An argument
+    that cannot be told from others (a router, a function) is measured anew each time.
+    """
+    deciding = {name: value for name, value in options.items() if name not in PLACES}
+    try:
+        facts = [identify(each) for each in (given, deciding)]
+    except TypeError:
+        return measure(*given, **options)
+    name = f"{measure.__module__}.{measure.__qualname__}"
+    key = f"measured-{content_key(measure=name, given=facts, code=_code(), versions=versions())}"
+    if present(store / key):
+        return decode(json.loads((store / key / KEPT).read_text(encoding="utf-8")))
+    begun = time.monotonic()
+    result = measure(*given, **options)
+    if time.monotonic() - begun > QUICK:
+        try:
+            content = encode(result)
+        except TypeError:
+            return result
+        get_or_build(store, key, lambda folder: write_json(folder / KEPT, content))
+    return result
+
+
+@singledispatch
+def identify(value: Any) -> Any:
+    """Plain values that tell ``value`` from all others; a TypeError: it cannot be told."""
+    if is_dataclass(value):
+        named = {each.name: getattr(value, each.name) for each in fields(value)}
+        own = {name: identify(part) for name, part in named.items() if name not in PLACES}
+        return [type(value).__qualname__, own]
+    if isinstance(value, str | int | float | None):
+        return value
+    raise TypeError(f"{type(value).__name__} is not told from others")
+
+
+@identify.register
+def _(value: Mapping) -> Any:
+    return [[identify(key), identify(each)] for key, each in value.items()]
+
+
+@identify.register(list)
+@identify.register(tuple)
+@identify.register(range)
+def _(value: Sequence) -> Any:
+    return [identify(each) for each in value]
+
+
+@identify.register
+def _(value: ImageSet) -> Any:
+    return value.fingerprint
+
+
+@identify.register
+def _(value: nn.Module) -> Any:
+    if any(each._forward_hooks or each._forward_pre_hooks for each in value.modules()):
+        raise TypeError("hooks, as of a knock-out, are not told from others")
+    return fingerprint(value)
+
+
+@identify.register
+def _(value: Extraction) -> Any:
+    return [fingerprint(value.model), identify(value.config), identify(value.layers)]
+
+
+@identify.register
+def _(value: np.ndarray) -> Any:
+    return _hash(encode(value))
+
+
+@identify.register
+def _(value: np.generic) -> Any:
+    return value.item()
+
+
+@identify.register
+def _(value: pd.DataFrame) -> Any:
+    return _hash(encode(value.reset_index()))
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Hash of the package's code, whatever its version is called."""
+    files = sorted(ROOM.rglob("*.py"))
+    return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
