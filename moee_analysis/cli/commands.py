@@ -163,7 +163,8 @@ def report(arguments: Namespace) -> int:
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
     given = _given(arguments, *names) | {"class_file": arguments.classes}
     check_report(given | {"preset": arguments.preset})
-    outcomes = run_notebooks.report(given, out=arguments.out, preset=arguments.preset)
+    options = _given(arguments, "out", "preset", "jobs")
+    outcomes = run_notebooks.report(given, **options)
     if arguments.open:
         open_page(arguments.out / INDEX)
     return 0 if all(outcome.ok for outcome in outcomes) else 1

@@ -172,6 +172,7 @@ COMMANDS: dict[str, tuple[Options, commands.Command]] = {
     "report": ({"": [
         *MODEL, IMAGES, option("--calibration", values.images, "DIR"),
         option("--out", values.new_folder, "DIR", default="reports"), switch("--open"), *PRESET,
+        option("--jobs", values.whole(most=1000), "N"),
     ]}, commands.report),
     "store": ({"": [STORE, option("--prune", values.size, "SIZE")]}, commands.store),
     "lab": ({}, commands.lab),

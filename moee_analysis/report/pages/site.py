@@ -99,10 +99,11 @@ def read_story(notebook: Path) -> dict[str, str]:
     return {"title": printable(title), "summary": printable(" ".join(summary.split()))}
 
 
-def write_index(out: Path, folders: list[Path]) -> None:
+def write_index(out: Path, folders: list[Path], waiting: Mapping[str, str] | None = None) -> None:
     """Write ``index.html`` for the notebook runs in ``folders``, atomically.
 
     Each has a card: cover, title, summary, key number beside the dense model's, claims and ending.
+    Of notebooks that are still ``waiting``, or running, it says so.
     """
     statuses = [_read(folder / STATUS) for folder in folders]
     results = [_read(folder / FILE) for folder in folders]
@@ -123,6 +124,7 @@ def write_index(out: Path, folders: list[Path]) -> None:
         smoke=any(found.get("parameters", {}).get("preset") == "smoke" for found in results),
         facts=_facts(results),
         cards=cards,
+        waiting=waiting or {},
         versions=environment["versions"],
         machine=_machine(environment, sum(status["seconds"] for status in statuses)),
     )
