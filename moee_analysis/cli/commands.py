@@ -154,16 +154,20 @@ def atlas(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """Run all notebooks and write their pages."""
+    """Run notebooks and write their pages."""
     from moee_analysis.report.notebook.parameters import check_report
     from moee_analysis.report.pages.site import INDEX
     from moee_analysis.report.runner import run_notebooks
+    from moee_analysis.report.runner.check_parameters import check_parameters
+    from moee_analysis.report.runner.choose import own_notebooks
     from moee_analysis.utils.progress import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
-    given = _given(arguments, *names) | {"class_file": arguments.classes}
+    given = _given(arguments, *names) | {"class_file": arguments.classes} | dict(arguments.set)
+    options = {"notebooks": arguments.only} | _given(arguments, "out", "preset", "jobs")
+    for notebook in arguments.only or own_notebooks():
+        check_parameters(notebook, given)
     check_report(given | {"preset": arguments.preset})
-    options = _given(arguments, "out", "preset", "jobs")
     outcomes = run_notebooks.report(given, **options)
     if arguments.open:
         open_page(arguments.out / INDEX)

@@ -172,6 +172,9 @@ COMMANDS: dict[str, tuple[Options, commands.Command]] = {
     "report": ({"": [
         *MODEL, IMAGES, option("--calibration", values.images, "DIR"),
         option("--out", values.new_folder, "DIR", default="reports"), switch("--open"), *PRESET,
+    ], "which notebooks, and how": [
+        option("--only", values.notebooks, "NAMES"),
+        option("--set", values.setting, "NAME=VALUE", action="append", default=[]),
         option("--jobs", values.whole(most=1000), "N"),
     ]}, commands.report),
     "store": ({"": [STORE, option("--prune", values.size, "SIZE")]}, commands.store),

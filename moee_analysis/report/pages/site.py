@@ -103,14 +103,18 @@ def write_index(out: Path, folders: list[Path], waiting: Mapping[str, str] | Non
     """Write ``index.html`` for the notebook runs in ``folders``, atomically.
 
     Each has a card: cover, title, summary, key number beside the dense model's, claims and ending.
-    Of notebooks that are still ``waiting``, or running, it says so.
+    Those that an earlier report left in ``out`` have theirs too. Of notebooks that are still
+    ``waiting``, or running, it says so.
     """
+    earlier = runs_of(out) - set(folders)
+    folders = sorted({*folders, *earlier})
     statuses = [_read(folder / STATUS) for folder in folders]
     results = [_read(folder / FILE) for folder in folders]
     cards = [
         status
         | {"page": f"{folder.name}/{PAGE}", "cover": _cover(folder, found)}
         | {"headline": found.get("headline"), "claims": found.get("claims", [])}
+        | {"earlier": folder in earlier}
         for folder, status, found in zip(folders, statuses, results, strict=True)
     ]
     claims = [claim for card in cards for claim in card["claims"]]
@@ -129,6 +133,12 @@ def write_index(out: Path, folders: list[Path], waiting: Mapping[str, str] | Non
         machine=_machine(environment, sum(status["seconds"] for status in statuses)),
     )
     write_text(out / INDEX, page)
+
+
+def runs_of(out: Path) -> set[Path]:
+    """Folders of all notebook runs in a report's folder, of this report or an earlier one."""
+    runs = (path.parent for path in out.glob(f"*/{STATUS}"))
+    return {run for run in runs if (run / PAGE).is_file() and run.name[0] != "."}
 
 
 def _read(path: Path) -> dict[str, Any]:

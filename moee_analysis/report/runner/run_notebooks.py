@@ -1,6 +1,5 @@
 """The report: notebooks run side by side through papermill, and the pages made of them."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -14,11 +13,11 @@ from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import STATUS
 from moee_analysis.report.pages.site import INDEX, write_index
 from moee_analysis.report.runner.check_parameters import OWN, check_parameters
+from moee_analysis.report.runner.choose import check_paths
 from moee_analysis.report.runner.one_notebook import Outcome, Settings
 from moee_analysis.report.runner.side_by_side import run_side_by_side, thread_limits, usual_jobs
 from moee_analysis.report.runner.time_left import course_of, seconds_left, time_text, watched
 from moee_analysis.utils.checks import whole_number
-from moee_analysis.utils.environment import own_folder
 from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.locks import locked
 from moee_analysis.utils.storage.refusals import check_place, writing
@@ -47,7 +46,7 @@ def report(
     for name, value in {"timeout": timeout, "jobs": jobs}.items():
         if value is not None:
             whole_number(name, value)
-    chosen, folder, given = _choose(notebooks), Path(out), dict(parameters or {})
+    chosen, folder, given = check_paths(notebooks), Path(out), dict(parameters or {})
     _check(given, chosen, folder)
     jobs = jobs or usual_jobs(len(chosen))
     timeout = timeout or CELL_SECONDS[preset]
@@ -108,24 +107,6 @@ def _say(say: Callable[[str], None], line: str) -> None:
     """Let ``say`` tell a line; a bar makes room for it."""
     with tqdm.external_write_mode():
         say(printable(line))
-
-
-def _choose(notebooks: Sequence[str | Path] | None) -> list[Path]:
-    """Absolute paths of the notebooks to run, each under a name of its own."""
-    chosen = []
-    for path in own_folder("notebooks").glob("*.ipynb") if notebooks is None else notebooks:
-        try:
-            chosen.append(Path(path).resolve())
-            str(chosen[-1]).encode()  # papermill and pages take names in UTF-8 alone
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
-            found, hint = f"{str(path)!r} ({error})", "rename it or its folder"
-            raise MoeeError("the path of a notebook, in UTF-8", found, hint) from None
-    if not chosen:
-        raise MoeeError("at least one notebook", "none", "name the notebooks to run")
-    twice = [stem for stem, count in Counter(path.stem for path in chosen).items() if count > 1]
-    if twice:
-        raise MoeeError("notebooks with different names", f"'{twice[0]}' twice", "rename one")
-    return sorted(chosen) if notebooks is None else chosen
 
 
 def _check(given: Mapping[str, Any], notebooks: Sequence[Path], out: Path) -> None:
