@@ -11,12 +11,15 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
 from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import STATUS
-from moee_analysis.report.pages.site import INDEX, write_index
+from moee_analysis.report.pages.site import INDEX
 from moee_analysis.report.runner.check_parameters import OWN, check_parameters
 from moee_analysis.report.runner.choose import check_paths
 from moee_analysis.report.runner.one_notebook import Outcome, Settings
+from moee_analysis.report.runner.publish import Publisher, summary_lines
 from moee_analysis.report.runner.side_by_side import run_side_by_side, thread_limits, usual_jobs
 from moee_analysis.report.runner.time_left import course_of, seconds_left, time_text, watched
+from moee_analysis.report.summary.gates import Gate, check_gates
+from moee_analysis.report.summary.summary import read_summary
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.locks import locked
@@ -29,18 +32,25 @@ CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
 def report(
     parameters: Mapping[str, Any] | None = None, *, out: str | Path = "reports",
     preset: str = "small", notebooks: Sequence[str | Path] | None = None,
-    timeout: int | None = None, jobs: int | None = None, say: Callable[[str], None] = print,
+    timeout: int | None = None, jobs: int | None = None, gates: Sequence[Gate] = (),
+    against: str | Path | None = None, say: Callable[[str], None] = print,
 ) -> list[Outcome]:  # fmt: skip
     """Run notebooks, by their paths or all of the project's, and make a report of them.
 
     It needs no network and no server: the folder ``out`` gets an ``index.html`` and, per notebook,
     a folder with ``page.html``, ``notebook.ipynb``, ``results.json``, ``status.json``, ``tables/``
-    and ``figures/``, which appears when its notebook is done. A failing notebook does not stop the
-    others. ``parameters`` are values for the notebooks' parameters cells; those that one cannot
-    take are refused first. A single cell may take ``timeout`` seconds, None the preset's
-    :data:`CELL_SECONDS`. ``jobs`` notebooks run at a time, the longest ones first, each with its
-    share of the cores; None takes what cores and memory allow. The numbers are the same. ``say``
-    is told when a notebook starts and ends, and where the index is.
+    and ``figures/``, which appears when its notebook is done; for programs ``summary.json`` and
+    ``junit.xml``. A failing notebook does not stop the others.
+
+    - ``parameters``: values for the notebooks' parameters cells; those that one cannot take are
+      refused first.
+    - ``timeout``: seconds that a single cell may take; None takes :data:`CELL_SECONDS`.
+    - ``jobs``: notebooks that run at a time, the longest ones first, each with its share of the
+      cores; None takes what cores and memory allow. The numbers are the same.
+    - ``gates``: numbers that the report must reach; the summary says whether it has.
+    - ``against``: an earlier report's folder or summary, to compare with.
+    - ``say``: told when a notebook starts and ends, what came of the gates and the comparison,
+      and where the index is.
     """
     preset_named(preset)
     for name, value in {"timeout": timeout, "jobs": jobs}.items():
@@ -48,31 +58,32 @@ def report(
             whole_number(name, value)
     chosen, folder, given = check_paths(notebooks), Path(out), dict(parameters or {})
     _check(given, chosen, folder)
-    jobs = jobs or usual_jobs(len(chosen))
-    timeout = timeout or CELL_SECONDS[preset]
-    settings = Settings(given | {"preset": preset}, timeout, thread_limits(jobs))
+    check_gates(gates, chosen)
+    old = None if against is None else read_summary(Path(against))
+    jobs, given = jobs or usual_jobs(len(chosen)), given | {"preset": preset}
+    settings = Settings(given, timeout or CELL_SECONDS[preset], thread_limits(jobs))
     with ended_in_order(), _held(folder):
-        outcomes = _run_all(chosen, settings, folder, jobs=jobs, say=say)
+        publisher = Publisher(folder, given, gates, old)
+        outcomes = _run_all(chosen, settings, publisher, jobs=jobs, say=say)
     _say(say, f"report: {folder / INDEX}")
     return outcomes
 
 
 def _run_all(
-    notebooks: Sequence[Path], settings: Settings, out: Path, *, jobs: int,
+    notebooks: Sequence[Path], settings: Settings, publisher: Publisher, *, jobs: int,
     say: Callable[[str], None],
 ) -> list[Outcome]:  # fmt: skip
-    """Run the notebooks and write the index anew whenever one ends; outcomes in their order."""
-    courses = {each.stem: course_of(each, out / each.stem) for each in notebooks}
-    work = {each.stem: settings.run(each, out / each.stem) for each in notebooks}
-    longest_first = sorted(work, key=lambda name: (courses[name].expected, name), reverse=True)
+    """Run the notebooks and publish anew whenever one ends; outcomes in their order."""
+    folders = {each: publisher.out / each.stem for each in notebooks}
+    courses = {each.stem: course_of(each, folder) for each, folder in folders.items()}
+    longest_first = sorted(folders, key=lambda p: (courses[p.stem].expected, p.stem), reverse=True)
+    work = {each.stem: settings.run(each, folders[each]) for each in longest_first}
     state: dict[str, Outcome | None] = {}
     with (
         watched(courses, jobs) as see,
-        closing(
-            run_side_by_side({name: work[name] for name in longest_first}, jobs, see)
-        ) as all_of,
+        closing(run_side_by_side(work, jobs, see)) as all_of_them,
     ):
-        for name, outcome in all_of:
+        for name, outcome in all_of_them:
             state[name] = outcome
             if outcome is None:
                 _say(say, f"{name}: started")
@@ -80,10 +91,12 @@ def _run_all(
             courses[name].end()
             done = [end.folder for end in state.values() if end]
             waiting = {n: "running" if n in state else "waiting" for n in work if not state.get(n)}
-            write_index(out, sorted(done), waiting)
+            summary = publisher.write(done, waiting)
             left = time_text(seconds_left(courses, jobs)) if waiting else ""
             place = f"[{len(done)}/{len(work)}] {name}"
             _say(say, ", ".join(filter(None, [f"{place}: {outcome}", left])))
+    for line in summary_lines(summary):
+        _say(say, line)
     return [state[each.stem] for each in notebooks]
 
 

@@ -45,6 +45,9 @@ NOTEBOOKS = {
 }
 
 
+FRONT = ("index.html", "junit.xml", "summary.json")
+
+
 class Screen(io.StringIO):
     """A terminal that remembers what it showed."""
 
@@ -115,7 +118,7 @@ def test_parameters_reach_the_notebook_and_the_kernel_is_this_interpreter(made):
 
 def test_the_terminal_hears_of_every_start_and_end_and_nothing_but_the_report_is_left(made):
     out, _, (*lines, screen) = made
-    assert sorted(p.name for p in out.iterdir()) == sorted([*NOTEBOOKS, "index.html"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*NOTEBOOKS, *FRONT])
     assert not [path for path in out.glob("*/*") if path.name.startswith(".")]
     assert lines[:2] == ["slow: started", "killed: started"]  # none has run before: the last ones
     text = "\n".join(lines)
