@@ -74,10 +74,10 @@ def _run_all(
     say: Callable[[str], None],
 ) -> list[Outcome]:  # fmt: skip
     """Run the notebooks and publish anew whenever one ends; outcomes in their order."""
-    folders = {each: publisher.out / each.stem for each in notebooks}
-    courses = {each.stem: course_of(each, folder) for each, folder in folders.items()}
-    longest_first = sorted(folders, key=lambda p: (courses[p.stem].expected, p.stem), reverse=True)
-    work = {each.stem: settings.run(each, folders[each]) for each in longest_first}
+    found = {each: course_of(each, publisher.out / each.stem) for each in notebooks}
+    longest_first = sorted(found, key=lambda path: (found[path].expected, path.stem), reverse=True)
+    courses = {each.stem: found[each] for each in longest_first}
+    work = {each.stem: settings.run(each, publisher.out / each.stem) for each in longest_first}
     state: dict[str, Outcome | None] = {}
     with (
         watched(courses, jobs) as see,

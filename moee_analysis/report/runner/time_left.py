@@ -19,6 +19,7 @@ from moee_analysis.utils.progress import has_bars
 
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
 SEEN = 0.01  # share of the expected seconds that has passed before a word about the rest
+AROUND = 6.0  # seconds that a kernel takes to start and to end, and a page to be written
 UNKNOWN = float("inf")
 
 
@@ -39,7 +40,7 @@ class Course:
     @property
     def expected(self) -> float:
         """Seconds expected of the whole notebook."""
-        return sum(self.seconds) if self.seconds or not self.cells else UNKNOWN
+        return sum(self.seconds) if self.seconds or self.ended == self.cells else UNKNOWN
 
     @property
     def next(self) -> float:
@@ -58,31 +59,38 @@ class Course:
 
 
 def seconds_left(courses: Mapping[str, Course], jobs: int) -> float | None:
-    """Seconds that the notebooks, ``jobs`` at a time, take still; None while nobody can tell."""
+    """Seconds that the notebooks take still, ``jobs`` at a time; None while nobody can tell.
+
+    ``courses`` stand in the order in which they begin.
+    """
     now, every = time.monotonic(), courses.values()
     whole = sum(course.expected for course in every)
     known = sum(sum(course.seconds[1 : course.ended]) for course in every)
     if whole == UNKNOWN or known <= SEEN * whole:
         return None
-    passed = sum(course.at - course.begun for course in every)
+    passed = sum(course.at - course.begun for course in every if course.seconds)
     pace = passed / known
     for course in every:  # a cell that takes longer than its like tells something already
         if course.next and now - course.at > course.next * pace:
             passed, known = passed + now - course.at, known + course.next
     pace = max(passed / known, 1e-9)
-    rests = [
-        sum(course.seconds[course.ended :]) - min((now - course.at) / pace, course.next)
-        for course in every
-    ]
-    return pace * max(sum(rests) / jobs, *rests)
+    begun, later = [], []
+    for course in every:
+        rest = sum(course.seconds[course.ended :]) - min((now - course.at) / pace, course.next)
+        (begun if course.begun else later).append(pace * rest)
+    free = sorted([*begun, *[0.0] * jobs], reverse=True)[:jobs]  # when each place is free
+    for rest in later:
+        free.sort()
+        free[0] += AROUND + rest
+    return max(free)
 
 
 def course_of(notebook: Path, earlier: Path) -> Course:
     """The course of a notebook of which there may be an ``earlier`` run in that folder."""
-    cells = _code_cells(notebook)
+    cells = code_cells(notebook)
     count = 1 + len(cells)  # papermill adds one with the parameters
     if (earlier / NOTEBOOK).is_file():
-        ran = [c["metadata"].get("papermill", {}) for c in _code_cells(earlier / NOTEBOOK)]
+        ran = [c["metadata"].get("papermill", {}) for c in code_cells(earlier / NOTEBOOK)]
         seconds = [facts["duration"] for facts in ran if facts.get("duration") is not None]
         if len(seconds) == count:
             return Course(count, seconds)
@@ -90,10 +98,14 @@ def course_of(notebook: Path, earlier: Path) -> Course:
     return Course(count, [0.0, *noted] if any(noted) else [])
 
 
-def _code_cells(notebook: Path) -> list[dict[str, Any]]:
+def code_cells(notebook: Path) -> list[dict[str, Any]]:
     """The code cells of a notebook that run."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    return list(filter(runs, json.loads(notebook.read_text(encoding="utf-8"))["cells"]))
+
+
+def runs(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell is code that runs."""
+    return cell["cell_type"] == "code" and bool("".join(cell["source"]).strip())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ def clock(monkeypatch):
     """A clock that a test sets."""
     times = [100.0]
     monkeypatch.setattr(time_left.time, "monotonic", lambda: times[0])
+    monkeypatch.setattr(time_left, "AROUND", 0.0)
     return times
 
 
@@ -55,8 +56,9 @@ def test_nothing_is_told_where_nobody_knows(clock):
     courses["known"].see(1)
     clock[0] += 1
     assert seconds_left(courses, 2) is None
-    courses["new"].end()  # it failed at once
-    assert seconds_left(courses, 2) is None
+    courses["new"].see(2)
+    courses["new"].end()  # it failed: what is left is known now
+    assert seconds_left(courses, 2) is None  # but not yet how fast it goes
     courses["known"].see(2)
     assert seconds_left(courses, 2) == 0
 
