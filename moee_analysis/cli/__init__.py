@@ -1,7 +1,7 @@
 """The command line ``moee``: parse, call, print.
 
-Exit codes: 0 done, 1 failed or interrupted, 2 bad input or no room (told in one line), 143 ended by
-SIGTERM.
+Exit codes: 0 done, 1 failed or interrupted, 2 bad input or no room (told in one line), 3 a report
+below what was asked of it, 143 ended by SIGTERM.
 """
 
 import errno

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MODEL_ARGUMENTS = ("img_size", "in_chans")
 """Options that are arguments of ``timm.create_model``."""
 
+BELOW = 3
+"""Exit code of a report in which a number is below its ``--fail-under``."""
+
 Command = Callable[[Namespace], int]
 
 
@@ -154,19 +157,28 @@ def atlas(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """Run all notebooks and write their pages."""
+    """Run notebooks and write their pages."""
     from moee_analysis.report.notebook.parameters import check_report
     from moee_analysis.report.pages.site import INDEX
     from moee_analysis.report.runner import run_notebooks
+    from moee_analysis.report.runner.check_parameters import check_parameters
+    from moee_analysis.report.runner.choose import own_notebooks
+    from moee_analysis.report.summary.summary import gates_met
     from moee_analysis.utils.progress import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
-    given = _given(arguments, *names) | {"class_file": arguments.classes}
+    given = _given(arguments, *names) | {"class_file": arguments.classes} | dict(arguments.set)
+    options = {"notebooks": arguments.only, "gates": arguments.fail_under}
+    options |= _given(arguments, "out", "preset", "jobs", "against")
+    for notebook in arguments.only or own_notebooks():
+        check_parameters(notebook, given)
     check_report(given | {"preset": arguments.preset})
-    outcomes = run_notebooks.report(given, out=arguments.out, preset=arguments.preset)
+    outcomes = run_notebooks.report(given, **options)
     if arguments.open:
         open_page(arguments.out / INDEX)
-    return 0 if all(outcome.ok for outcome in outcomes) else 1
+    if not all(outcome.ok for outcome in outcomes):
+        return 1
+    return BELOW if arguments.fail_under and not gates_met(arguments.out) else 0
 
 
 def store(arguments: Namespace) -> int:

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -23,6 +21,8 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.utils.environment import (
     PACKAGE,
     check_numba_cache,
+    cores,
+    memory,
     nearest_folder,
     own_folder,
     store_folder,
@@ -34,7 +34,6 @@ WIDTH = 88  # letters of a line
 SCENES, RIGHT = 60, 0.75  # bundled scenes, and the share that the bundled model must name
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LITTLE_MEMORY, LITTLE_DISK = 2e9, 5e9
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,11 @@ def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:
 
     A ``model`` other than the bundled one, with ``arguments`` of ``load_model``, is looked at too.
     """
-    memory, cuda = psutil.virtual_memory(), range(torch.cuda.device_count())
-    texts = [Path(name).read_text().strip() for name in CGROUPS if Path(name).is_file()]
-    limits = [int(text) for text in texts if text.isdigit()]
+    (total, free), cuda = memory(), range(torch.cuda.device_count())
     about = {
         "python": sys.executable, "system": platform.platform(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "cores": len(psutil.Process().cpu_affinity() or ()), "threads": torch.get_num_threads(),
-        "memory": min([memory.total, *limits]), "memory_free": min([memory.available, *limits]),
+        "cores": cores(), "threads": torch.get_num_threads(), "memory": total, "memory_free": free,
         "cuda": [torch.cuda.get_device_name(number) for number in cuda],
     }  # fmt: skip
     checks = [*_software(), *_parts(about), *_places(), _bundled_model()]

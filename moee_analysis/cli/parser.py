@@ -172,6 +172,13 @@ COMMANDS: dict[str, tuple[Options, commands.Command]] = {
     "report": ({"": [
         *MODEL, IMAGES, option("--calibration", values.images, "DIR"),
         option("--out", values.new_folder, "DIR", default="reports"), switch("--open"), *PRESET,
+    ], "which notebooks, and how": [
+        option("--only", values.notebooks, "NAMES"),
+        option("--set", values.setting, "NAME=VALUE", action="append", default=[]),
+        option("--jobs", values.whole(most=1000), "N"),
+    ], "what it must come to": [
+        option("--fail-under", values.gate, "NAME=NUMBER", action="append", default=[]),
+        option("--against", values.earlier_report, "OLD"),
     ]}, commands.report),
     "store": ({"": [STORE, option("--prune", values.size, "SIZE")]}, commands.store),
     "lab": ({}, commands.lab),

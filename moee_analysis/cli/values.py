@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.report.runner import choose
+from moee_analysis.report.summary import gates
+from moee_analysis.report.summary.names import SUMMARY
 from moee_analysis.utils import checks
 from moee_analysis.utils.storage.files import check_file
 from moee_analysis.utils.storage.refusals import check_place
@@ -120,6 +123,32 @@ def images(text: str) -> str:
     if text != BUNDLED:
         _check_folder(_path(text), f"'{BUNDLED}' or a folder of class folders")
     return text
+
+
+@_reader
+def notebooks(text: str) -> list[Path]:
+    """Notebooks of the project."""
+    return choose.notebooks_named(text)
+
+
+@_reader
+def setting(text: str) -> tuple[str, Any]:
+    """A parameter of notebooks, and its value."""
+    return choose.setting(text)
+
+
+@_reader
+def gate(text: str) -> gates.Gate:
+    """A number that a report must reach."""
+    return gates.read_gate(text)
+
+
+@_reader
+def earlier_report(text: str) -> Path:
+    """The folder of a report, or its summary."""
+    path = _path(text)
+    check_file(path / SUMMARY if path.is_dir() else path, expected=f"an earlier report's {SUMMARY}")
+    return path
 
 
 @_reader

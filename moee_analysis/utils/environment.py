@@ -15,6 +15,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
 from moee_analysis.errors import MoeeError
 
 PACKAGE = "moee-analysis"
@@ -23,6 +25,7 @@ LIBRARIES = (
     "matplotlib", "seaborn", "papermill",
 )  # fmt: skip
 SHIPPED = "shipped"  # in a wheel, beside the rooms
+CGROUPS = Path("/sys/fs/cgroup")  # what a container may take
 NUMBA, MATPLOTLIB = "NUMBA_CACHE_DIR", "MPLCONFIGDIR"
 _ROOMS = Path(__file__).resolve().parents[1]
 
@@ -48,6 +51,24 @@ def describe_device(device: str) -> str:
 
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def cores() -> int:
+    """How many cores this process may use at a time, also in a container."""
+    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    file = CGROUPS / "cpu.max"
+    quota, _, period = (file.read_text() if file.is_file() else "max").partition(" ")
+    limits = [int(quota) // int(period)] if quota.isdigit() else []
+    return max(1, min([affine or 1, *limits]))
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory that this process may use, and those of them that are free."""
+    whole = psutil.virtual_memory()
+    files = (CGROUPS / "memory.max", CGROUPS / "memory" / "memory.limit_in_bytes")
+    texts = [file.read_text().strip() for file in files if file.is_file()]
+    limits = [int(text) for text in texts if text.isdigit()]
+    return min([whole.total, *limits]), min([whole.available, *limits])
 
 
 def own_folder(name: str) -> Path:

@@ -67,3 +67,18 @@ def test_a_report_is_opened_when_it_is_finished(monkeypatch, tmp_path, opened, o
     assert opened == []
     assert cli.main(["report", "--out", str(tmp_path), "--open"]) == (0 if ok else 1)
     assert opened == [tmp_path / "index.html"]
+
+
+def test_a_report_of_some_notebooks_tells_them_what_is_set(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(run_notebooks, "report", lambda *a, **b: asked.append((a, b)) or [])
+    command = ["report", "--out", tmp_path / "out", "--only", "3,01"]
+    assert "'classes' to be list" in refused(capsys, *command, "--set", "classes=['a']")
+    assert run_cli(*command, "--set", "layers=[2,6]", "--jobs", 2) == 0
+    [((given,), options)] = asked
+    assert (given["layers"], given["seed"], options["jobs"]) == ([2, 6], 0, 2)
+    names = [path.stem for path in options["notebooks"]]
+    assert names == ["01_extraction", "03_class_specific_experts"]
+    assert "found 'layer'" in refused(capsys, *command, "--set", "layer=2")
+    assert "from 0 to" in refused(capsys, *command, "--set", "layers=[-1]")
+    assert len(asked) == 1

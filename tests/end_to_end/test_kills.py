@@ -144,7 +144,9 @@ def test_a_report_takes_its_processes_with_it(tmp_path):
             assert not list((place / "out").iterdir())
     go.touch()
     complete(place, report, notebook, place)
-    assert {path.name for path in (place / "out").iterdir()} == {"index.html", "tiny"}
+    assert {path.name for path in (place / "out").iterdir()} == {
+        "index.html", "junit.xml", "summary.json", "tiny",
+    }  # fmt: skip
     assert {path.name for path in (place / "out" / "tiny").iterdir()} == {
         "notebook.ipynb", "page.html", "status.json",
     }  # fmt: skip

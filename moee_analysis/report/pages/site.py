@@ -19,6 +19,8 @@ from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import FILE, NOTEBOOK, STATUS, alternative, readable
 from moee_analysis.report.pages.body import notebook_body
 from moee_analysis.report.pages.output import abridge
+from moee_analysis.report.summary.comparison import verdict_text, verdicts_line
+from moee_analysis.report.summary.gates import gate_text
 from moee_analysis.utils.environment import versions
 from moee_analysis.utils.storage.files import write_text
 
@@ -34,6 +36,8 @@ TEMPLATES = Environment(
 TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
 TEMPLATES.filters |= {
     "readable": readable,
+    "verdict_text": verdict_text,
+    "verdicts_line": verdicts_line,
     "printable": lambda value: printable(str(value)),
     "address": lambda path: quote(os.fsencode(path)),  # of a file, whatever it is called
 }
@@ -99,17 +103,26 @@ def read_story(notebook: Path) -> dict[str, str]:
     return {"title": printable(title), "summary": printable(" ".join(summary.split()))}
 
 
-def write_index(out: Path, folders: list[Path]) -> None:
+def write_index(
+    out: Path, folders: list[Path], waiting: Mapping[str, str] | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write ``index.html`` for the notebook runs in ``folders``, atomically.
 
     Each has a card: cover, title, summary, key number beside the dense model's, claims and ending.
+    Those that an earlier report left in ``out`` have theirs too. Of notebooks that are still
+    ``waiting``, or running, it says so; and what came of the gates and the comparison of the
+    ``summary``.
     """
+    earlier = runs_of(out) - set(folders)
+    folders = sorted({*folders, *earlier})
     statuses = [_read(folder / STATUS) for folder in folders]
     results = [_read(folder / FILE) for folder in folders]
     cards = [
         status
         | {"page": f"{folder.name}/{PAGE}", "cover": _cover(folder, found)}
         | {"headline": found.get("headline"), "claims": found.get("claims", [])}
+        | {"earlier": folder in earlier}
         for folder, status, found in zip(folders, statuses, results, strict=True)
     ]
     claims = [claim for card in cards for claim in card["claims"]]
@@ -123,10 +136,20 @@ def write_index(out: Path, folders: list[Path]) -> None:
         smoke=any(found.get("parameters", {}).get("preset") == "smoke" for found in results),
         facts=_facts(results),
         cards=cards,
+        waiting=waiting or {},
+        gates=[gate | {"text": gate_text(gate)} for gate in (summary or {}).get("gates", [])],
+        against=(summary or {}).get("against"),
         versions=environment["versions"],
         machine=_machine(environment, sum(status["seconds"] for status in statuses)),
     )
     write_text(out / INDEX, page)
+
+
+def runs_of(out: Path) -> set[Path]:
+    """Folders of all notebook runs in a report's folder, of this report or an earlier one."""
+    told = {"status", "seconds", "title", "summary"}
+    runs = {path.parent for path in out.glob(f"[!.]*/{STATUS}") if told <= _read(path).keys()}
+    return {run for run in runs if (run / PAGE).is_file()}
 
 
 def _read(path: Path) -> dict[str, Any]:

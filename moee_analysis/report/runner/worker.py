@@ -15,6 +15,7 @@ from typing import Any
 
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
 
 from moee_analysis.outside_text import printable
 from moee_analysis.report.pages.output import ESCAPES, join_streams
@@ -46,8 +47,7 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
             start_timeout=KERNEL_START_SECONDS,
             execution_timeout=job["timeout"],
             shutdown_kernel="immediate",
-            on_cell_executed=lambda cell, **_: join_streams(cell),  # nbclient takes hours
-            on_cell_complete=lambda **_: _note_cell(Path(job["cells"])),
+            on_cell_executed=lambda cell, **_: _end_cell(cell, Path(job["cells"])),
         )
     except papermill.PapermillExecutionError as error:
         status = {
@@ -66,8 +66,9 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
     return status | {"seconds": round(time.monotonic() - begun, 1)}
 
 
-def _note_cell(notes: Path) -> None:
-    """Note that a code cell has ended, for the report's bar."""
+def _end_cell(cell: NotebookNode, notes: Path) -> None:
+    """Join the outputs of a code cell that has ended, and note that it has, for the report."""
+    join_streams(cell)  # nbclient would take hours
     with notes.open("ab") as file:
         file.write(b".")
 

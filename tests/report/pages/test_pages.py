@@ -80,6 +80,21 @@ def test_a_run_that_found_nothing_has_a_card_too(index):
     assert not page.article.find_all(class_=["headline", "dense", "claims"])
 
 
+def test_runs_of_an_earlier_report_keep_their_cards_and_those_to_come_are_named(index, tmp_path):
+    index(FOUND)
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert len(index(FOUND)("article")) == 1  # what has no page is no run
+    (tmp_path / "two" / "page.html").touch()
+    mine, earlier = [card.find(class_="ending").get_text() for card in index(FOUND)("article")]
+    assert "of an earlier report" in earlier
+    assert "earlier" not in mine
+    write_index(tmp_path, [tmp_path / "one"], {"<a>": "running", "b": "waiting"})
+    page = BeautifulSoup((tmp_path / "index.html").read_text(), "html.parser")
+    summary = " ".join(page.find(class_="summary").get_text().split())
+    assert summary.startswith("2 of 4 notebooks ran to their end.")
+    assert summary.endswith("Others come: <a> (running), b (waiting).")
+
+
 def test_the_footer_tells_where_and_when_the_numbers_were_made(index):
     page = index(FOUND)
     footer = page.body.find("footer")

@@ -11,9 +11,9 @@ import pytest
 from bs4 import BeautifulSoup
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.runner import run_notebooks
+from moee_analysis.report.runner import one_notebook
 from moee_analysis.report.runner.check_parameters import check_parameters
-from moee_analysis.report.runner.run_notebooks import cell_bar, report
+from moee_analysis.report.runner.run_notebooks import report
 from tests.helpers.notebooks import write_notebook
 
 KEEPS_A_PICTURE = """import io, json, os, pathlib
@@ -45,6 +45,9 @@ NOTEBOOKS = {
 }
 
 
+FRONT = ("index.html", "junit.xml", "summary.json")
+
+
 class Screen(io.StringIO):
     """A terminal that remembers what it showed."""
 
@@ -65,8 +68,9 @@ def made(tmp_path_factory):
         patch.delenv("MOEE_HEADLESS", raising=False)
         patch.setattr(sys, "stderr", Screen())
         outcomes = report(
-            given, out=folder / "out", preset="smoke", notebooks=paths, timeout=2, say=lines.append
-        )
+            given, out=folder / "out", preset="smoke", notebooks=paths, timeout=2, jobs=2,
+            say=lines.append,
+        )  # fmt: skip
         lines.append(sys.stderr.getvalue())
     return folder / "out", {outcome.notebook: outcome for outcome in outcomes}, lines
 
@@ -114,14 +118,16 @@ def test_parameters_reach_the_notebook_and_the_kernel_is_this_interpreter(made):
 
 def test_the_terminal_hears_of_every_start_and_end_and_nothing_but_the_report_is_left(made):
     out, _, (*lines, screen) = made
-    assert sorted(p.name for p in out.iterdir()) == sorted([*NOTEBOOKS, "index.html"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*NOTEBOOKS, *FRONT])
     assert not [path for path in out.glob("*/*") if path.name.startswith(".")]
-    assert lines[0] == "[1/4] fine: started"
-    assert re.fullmatch(r"\[1/4\] fine: ok after \d+ s", lines[1])
-    assert re.match(r"\[2/4\] error: cell error after \d+ s in cell 4: ValueError", lines[3])
+    assert lines[:2] == ["slow: started", "killed: started"]  # none has run before: the last ones
+    text = "\n".join(lines)
+    assert re.search(r"^\[[1-4]/4\] fine: ok after \d+ s$", text, re.M)
+    assert re.search(
+        r"^\[[1-4]/4\] error: cell error after \d+ s in cell 4: ValueError", text, re.M
+    )
     assert lines[-1] == f"report: {out / 'index.html'}"
-    assert "notebook 1 of 4, cell 1 of 7   0%" in screen
-    assert "notebook 4 of 4, cell" in screen
+    assert re.search(r"(fine|error|slow|killed) \d/\d +\d+%", screen)
     assert screen.endswith("\r")  # the bar is gone
 
 
@@ -158,24 +164,6 @@ def test_a_page_keeps_what_is_harmless_and_folds_solutions_and_the_index_has_a_c
     assert index.img["alt"] == "All 1200 pixels are teal. a <teal> one"
 
 
-def test_the_bar_shows_the_share_of_all_cells_and_a_log_sees_none(tmp_path, monkeypatch, capsys):
-    one = write_notebook(tmp_path / "one.ipynb", "md:# Words", "print(1)")
-    two = write_notebook(tmp_path / "two.ipynb", "print(1)", "", "print(2)")
-    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
-    with cell_bar([one, two]) as show:
-        show(1, 2)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys, "stderr", Screen())
-    with cell_bar([one, two]) as show:
-        for number, done, shown in (
-            (0, 0, "notebook 1 of 2, cell 1 of 3   0%"),
-            (1, 2, "notebook 2 of 2, cell 3 of 4  71%"),
-            (1, 4, "notebook 2 of 2, cell 4 of 4 100%"),
-        ):
-            show(number, done)
-            assert shown in sys.stderr.getvalue()
-
-
 @pytest.mark.parametrize(
     ("parameters", "options", "match"),
     [({"numbr": 2}, {}, "'numbr'"), ({"out": "somewhere"}, {}, "'out' as an argument"),
@@ -185,6 +173,7 @@ def test_the_bar_shows_the_share_of_all_cells_and_a_log_sees_none(tmp_path, monk
      *(({"layers": n}, {}, "'layers' to be list") for n in ((3, 4), [Path("a")], [(3, 4)])),
      ({}, {"preset": "smok"}, "smoke, small, full"),
      ({}, {"notebooks": []}, "at least one notebook"),
+     *(({}, {"jobs": wrong}, "jobs as a whole number") for wrong in (0, 1.5, "2")),
      ({}, {"notebooks": ["a.ipynb", "b/a.ipynb"]}, "'a' twice"),
      ({}, {"notebooks": ["missing.ipynb"]}, "a notebook"),
      *(({}, {"notebooks": [name]}, "the path of a notebook, in UTF-8")
@@ -239,7 +228,7 @@ def test_ctrl_c_leaves_the_earlier_page_and_nothing_half_written(tmp_path, monke
     (earlier / "status.json").write_text("{}")
     notebook = write_notebook(tmp_path / "endless.ipynb", "while True: pass")
     press = partial(signal.raise_signal, signal.SIGINT)
-    monkeypatch.setattr(run_notebooks, "count_ended_cells", lambda _: press())
+    monkeypatch.setattr(one_notebook, "count_ended_cells", lambda _: press())
     # a shell tells what it starts in the background to ignore Ctrl-C
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):

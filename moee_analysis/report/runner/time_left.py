@@ -1,0 +1,139 @@
+"""How far a report is: the cells that have ended, and how long the others take still.
+
+The seconds that cells are expected to take, of an earlier report or noted in the notebook, are
+scaled by those that the cells before them took.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.std import tqdm
+
+from moee_analysis.report.notebook.results import NOTEBOOK
+from moee_analysis.utils.progress import has_bars
+
+FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
+SEEN = 0.01  # share of the expected seconds that has passed before a word about the rest
+AROUND = 6.0  # seconds that a kernel takes to start and to end, and a page to be written
+UNKNOWN = float("inf")
+
+
+@dataclass
+class Course:
+    """How far one notebook is: cells that have ``ended`` of all, the last one ``at`` that moment.
+
+    ``seconds`` are expected of each cell; empty where nobody knows. The first cell has ended when
+    it has ``begun``: kernels take their time to start.
+    """
+
+    cells: int
+    seconds: list[float]
+    begun: float = 0.0
+    ended: int = 0
+    at: float = 0.0
+
+    @property
+    def expected(self) -> float:
+        """Seconds expected of the whole notebook."""
+        return sum(self.seconds) if self.seconds or self.ended == self.cells else UNKNOWN
+
+    @property
+    def next(self) -> float:
+        """Seconds expected of the cell that runs, if one does."""
+        return self.seconds[self.ended] if self.begun and self.ended < self.cells else 0.0
+
+    def see(self, ended: int) -> None:
+        """Note how many cells have ended."""
+        if ended > self.ended:
+            self.ended, self.at = min(ended, self.cells), time.monotonic()
+            self.begun = self.begun or self.at
+
+    def end(self) -> None:
+        """Note that the notebook has ended, at its last cell or before."""
+        self.seconds, self.cells = self.seconds[: self.ended], self.ended
+
+
+def seconds_left(courses: Mapping[str, Course], jobs: int) -> float | None:
+    """Seconds that the notebooks take still, ``jobs`` at a time; None while nobody can tell.
+
+    ``courses`` stand in the order in which they begin.
+    """
+    now, every = time.monotonic(), courses.values()
+    whole = sum(course.expected for course in every)
+    known = sum(sum(course.seconds[1 : course.ended]) for course in every)
+    if whole == UNKNOWN or known <= SEEN * whole:
+        return None
+    passed = sum(course.at - course.begun for course in every if course.seconds)
+    pace = passed / known
+    for course in every:  # a cell that takes longer than its like tells something already
+        if course.next and now - course.at > course.next * pace:
+            passed, known = passed + now - course.at, known + course.next
+    pace = max(passed / known, 1e-9)
+    begun, later = [], []
+    for course in every:
+        rest = sum(course.seconds[course.ended :]) - min((now - course.at) / pace, course.next)
+        (begun if course.begun else later).append(pace * rest)
+    free = sorted([*begun, *[0.0] * jobs], reverse=True)[:jobs]  # when each place is free
+    for rest in later:
+        free.sort()
+        free[0] += AROUND + rest
+    return max(free)
+
+
+def course_of(notebook: Path, earlier: Path) -> Course:
+    """The course of a notebook of which there may be an ``earlier`` run in that folder."""
+    cells = code_cells(notebook)
+    count = 1 + len(cells)  # papermill adds one with the parameters
+    if (earlier / NOTEBOOK).is_file():
+        ran = [c["metadata"].get("papermill", {}) for c in code_cells(earlier / NOTEBOOK)]
+        seconds = [facts["duration"] for facts in ran if facts.get("duration") is not None]
+        if len(seconds) == count:
+            return Course(count, seconds)
+    noted = [cell["metadata"].get("moee", {}).get("seconds", 0.0) for cell in cells]
+    return Course(count, [0.0, *noted] if any(noted) else [])
+
+
+def code_cells(notebook: Path) -> list[dict[str, Any]]:
+    """The code cells of a notebook that run."""
+    return list(filter(runs, json.loads(notebook.read_text(encoding="utf-8"))["cells"]))
+
+
+def runs(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell is code that runs."""
+    return cell["cell_type"] == "code" and bool("".join(cell["source"]).strip())
+
+
+@contextmanager
+def watched(courses: Mapping[str, Course], jobs: int) -> Iterator[Callable[[str, int], None]]:
+    """Give a function that notes how many cells of a notebook, by name, have ended.
+
+    A bar over the cells of all notebooks shows it where a person watches a terminal.
+    """
+    if not has_bars():
+        yield lambda name, ended: courses[name].see(ended)
+        return
+    total = sum(course.cells for course in courses.values())
+    with tqdm(total=total, bar_format=FORMAT, leave=False, dynamic_ncols=True) as bar:
+
+        def see(name: str, ended: int) -> None:
+            courses[name].see(ended)
+            bar.total = sum(course.cells for course in courses.values())
+            bar.n = sum(course.ended for course in courses.values())
+            left = seconds_left(courses, jobs)
+            bar.set_postfix_str(time_text(left), refresh=False)
+            at = [
+                f"{n} {c.ended + 1}/{c.cells}" for n, c in courses.items() if 0 < c.ended < c.cells
+            ]
+            bar.set_description_str(", ".join(at) or f"{name} starts")
+
+        yield see
+
+
+def time_text(left: float | None) -> str:
+    """How long it takes still, in words; nothing where nobody knows."""
+    return "" if left is None else f"about {tqdm.format_interval(left)} left"

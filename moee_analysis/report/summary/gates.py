@@ -1,0 +1,95 @@
+"""Gates: numbers that a report must reach, as ``retention=0.95`` or ``08.retention=0.95``."""
+
+import ast
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moee_analysis.errors import MoeeError
+from moee_analysis.report.summary.names import HEADLINE, KEPT, RETENTION
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A number by its ``name``, perhaps after a notebook's and a dot, and the ``least`` it may be.
+
+    Where several notebooks have the number, it is that of the last one by name.
+    """
+
+    name: str
+    least: float
+
+    def key(self, notebook: str) -> str | None:
+        """The number's name in a notebook; None where another notebook is meant."""
+        before, _, rest = self.name.partition(".")
+        if rest and (before == notebook or before.isdigit()):
+            number = notebook.partition("_")[0].lstrip("0")
+            return rest if before == notebook or before.lstrip("0") == number else None
+        return self.name
+
+    def judge(self, notebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Whether a summary's ``notebooks`` meet the gate, what was ``found``, and in which."""
+        found, by = None, None
+        for name in sorted(notebooks):
+            value = notebooks[name]["values"].get(self.key(name))
+            if value is not None and not notebooks[name]["earlier"]:
+                found, by = value, name
+        met = found is not None and found >= self.least
+        about = {"name": self.name, "least": self.least, "notebook": by}
+        return about | {"found": found, "met": met}
+
+
+def gate_text(gate: Mapping[str, Any]) -> str:
+    """A gate that was judged, in words."""
+    found = "no such number" if gate["found"] is None else f"{gate['found']:.6g}"
+    by = f" of {gate['notebook']}" if gate["notebook"] else ""
+    words = f"{gate['name']}{by}: {found}, at least {gate['least']:g} is wanted"
+    return f"{'✓' if gate['met'] else '✗'} gate {words}"
+
+
+def read_gate(text: str) -> Gate:
+    """The gate that is written ``NAME=NUMBER``."""
+    name, _, least = text.rpartition("=")
+    with suppress(ValueError):
+        if name.strip() and name.isprintable() and math.isfinite(float(least)):
+            return Gate(name.strip(), float(least))
+    raise MoeeError("NAME=NUMBER, such as retention=0.95", repr(text), "correct it")
+
+
+def check_gates(gates: Iterable[Gate], notebooks: Sequence[Path]) -> None:
+    """Refuse gates for numbers that none of the notebooks records, by the words in their cells."""
+    known = {path.stem: set(recorded(path)) for path in notebooks}
+    for gate in gates:
+        keys = {name: gate.key(name) for name in known}
+        if not any(key and key.partition(".")[0] in known[name] for name, key in keys.items()):
+            listed = "; ".join(
+                f"{name}: {', '.join(sorted(of))}" for name, of in known.items() if of
+            )
+            expected = f"a number of these notebooks ({listed or 'they record none'})"
+            raise MoeeError(expected, repr(gate.name), "name one, as 08.retention=0.95")
+
+
+def recorded(notebook: Path) -> Iterator[str]:
+    """Names under which a notebook records numbers, before any dot."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            with suppress(SyntaxError):  # magics
+                for node in ast.walk(ast.parse("".join(cell["source"]))):
+                    yield from _named_by(node)
+
+
+def _named_by(node: ast.AST) -> Iterator[str]:
+    method = getattr(getattr(node, "func", None), "attr", None)
+    if method not in ("record", "headline") or not node.args:
+        return
+    first = node.args[0]
+    text = first.values[0] if isinstance(first, ast.JoinedStr) else first
+    words = str(getattr(text, "value", ""))
+    yield words if method == "record" else HEADLINE
+    if method == "headline" and words.startswith(KEPT):
+        yield RETENTION
