@@ -31,7 +31,7 @@ def test_this_machine_is_well_and_the_one_it_runs_on(healthy):
     assert "All required parts work" in text
     assert healthy["versions"]["torch"] in text
     assert all(check.ok or check.advice for check in healthy["checks"])
-    assert machine["cores"] == len(os.sched_getaffinity(0))
+    assert 1 <= machine["cores"] <= len(os.sched_getaffinity(0))
     assert machine["memory_free"] < machine["memory"] <= psutil.virtual_memory().total
     assert str(machine["cores"]) in found(healthy, "cores")
     assert "scenes it has never seen" in found(healthy, "bundled model")

@@ -192,6 +192,6 @@ def _machine(environment: dict[str, Any], seconds: float) -> dict[str, Any]:
         "Device": device,
         "CPU cores": None if "cores" in device else environment.get("cores"),
         "PyTorch": environment["versions"]["torch"],
-        "Time": f"{hours} h {of_hour} min" if hours else time,
+        "Notebooks' time": f"{hours} h {of_hour} min" if hours else time,
         "Date": date.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -6,6 +6,7 @@ from typing import Any
 from moee_analysis.report.notebook.bench import VERDICTS
 from moee_analysis.report.notebook.results import readable
 from moee_analysis.report.summary.names import HEADLINE, RETENTION
+from moee_analysis.report.summary.summary import is_plain
 
 Summary = Mapping[str, Any]
 WHERE = ("preset", "seed")
@@ -45,8 +46,8 @@ def compare(old: Summary, new: Summary, *, waiting: Collection[str] = ()) -> dic
 def _numbers(name: str, old: Summary, new: Summary) -> Iterator[dict[str, Any]]:
     before, after = old["values"], new["values"]
     for number in after:
-        again = number == HEADLINE and RETENTION in after
-        if number in before and "." not in number and not again:
+        first = number == HEADLINE and RETENTION not in after
+        if number in before and (first or is_plain(number)):
             change = after[number] - before[number]
             values = {"old": before[number], "new": after[number], "change": change}
             yield {"notebook": name, "number": number, **values}

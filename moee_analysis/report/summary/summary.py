@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,20 @@ def summarize(
     notebooks = {
         folder.name: _notebook(folder) | {"earlier": folder in earlier} for folder in folders
     }
-    numbers: dict[str, float] = {}
-    for found in notebooks.values():
-        plain = {name: value for name, value in found["values"].items() if "." not in name}
-        numbers |= {} if found["earlier"] else plain
-    numbers.pop(HEADLINE, None)
+    own = [found for found in notebooks.values() if not found["earlier"]]
+    named = ChainMap(*(found["values"] for found in reversed(own)))
+    seeds = (found["seed"] for found in own if found["seed"] is not None)
     return {
         "schema": SCHEMA, "version": version(),
-        "preset": parameters.get("preset"), "seed": parameters.get("seed"),
-        "numbers": numbers, "notebooks": notebooks,
+        "preset": parameters.get("preset"), "seed": parameters.get("seed", next(seeds, None)),
+        "numbers": {name: named[name] for name in sorted(named) if is_plain(name)},
+        "notebooks": notebooks,
     }  # fmt: skip
+
+
+def is_plain(name: str) -> bool:
+    """Whether a number says something beside other reports, or of a whole one."""
+    return "." not in name and name != HEADLINE
 
 
 def _notebook(folder: Path) -> dict[str, Any]:

@@ -100,8 +100,8 @@ def test_the_footer_tells_where_and_when_the_numbers_were_made(index):
     footer = page.body.find("footer")
     told = dict(zip(*([d.get_text() for d in footer(kind)] for kind in ("dt", "dd")), strict=True))
     assert told == {
-        "Device": "cuda (fast)", "CPU cores": "16", "PyTorch": "7.8", "Time": "1 h 2 min",
-        "Date": "2026-01-02 03:04 UTC",
+        "Device": "cuda (fast)", "CPU cores": "16", "PyTorch": "7.8",
+        "Notebooks' time": "1 h 2 min", "Date": "2026-01-02 03:04 UTC",
     }  # fmt: skip
     assert [item.get_text() for item in footer.details("li")] == ["torch 7.8", "numpy 9.10"]
     # every part is in a landmark, and headings go down by one

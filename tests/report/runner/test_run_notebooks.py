@@ -3,10 +3,10 @@ import json
 import re
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from bs4 import BeautifulSoup
 
@@ -221,18 +221,27 @@ def test_a_notebook_that_breaks_the_format_is_refused_before_anything_runs(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_leaves_the_earlier_page_and_nothing_half_written(tmp_path, monkeypatch):
-    """It is pressed while a worker is at a notebook that never ends."""
+def test_ctrl_c_leaves_the_earlier_page_no_process_and_nothing_half_written(tmp_path, monkeypatch):
+    """It is pressed while two workers are at notebooks that never end."""
     earlier = tmp_path / "out" / "endless"
     earlier.mkdir(parents=True)
     (earlier / "status.json").write_text("{}")
-    notebook = write_notebook(tmp_path / "endless.ipynb", "while True: pass")
-    press = partial(signal.raise_signal, signal.SIGINT)
-    monkeypatch.setattr(one_notebook, "count_ended_cells", lambda _: press())
+    names = ("endless", "other")
+    notebooks = [write_notebook(tmp_path / f"{n}.ipynb", "while True: pass") for n in names]
+    looked = []
+
+    def press(folder):
+        if looked.append(folder) or len({*looked}) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return 0
+
+    monkeypatch.setattr(one_notebook, "count_ended_cells", press)
     # a shell tells what it starts in the background to ignore Ctrl-C
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
-        report(out=tmp_path / "out", notebooks=[notebook])
+        report(out=tmp_path / "out", notebooks=notebooks, jobs=2)
     signal.signal(signal.SIGINT, before)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["endless"]
     assert [p.name for p in earlier.iterdir()] == ["status.json"]
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert not [command for command in commands if "runner.worker" in command]
