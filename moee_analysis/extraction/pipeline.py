@@ -33,7 +33,7 @@ from moee_analysis.extraction.saving.schema import LayerReport
 from moee_analysis.extraction.saving.tables import report_mlp
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.class_names import knows_classes, name_by_folders
-from moee_analysis.models.fingerprints import copy_model
+from moee_analysis.models.fingerprints import copy_model, unchanged
 from moee_analysis.models.loading import architecture, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.models.unwrapping import unwrapped
@@ -79,12 +79,13 @@ def extract(
         check_numba_cache()
     images = images.limit(config.calibration_images, seed=config.seed)
     extract_in = partial(_extract, model, images, config, limits=limits)
-    if store is None:
-        with scratch_folder("store") as root:
-            run = extract_in(root=root)
-    else:
-        root = Path(store)
-        run = through_store(partial(extract_in, root=root), model, images, config, root=root)
+    with unchanged(model):
+        if store is None:
+            with scratch_folder("store") as root:
+                run = extract_in(root=root)
+        else:
+            root = Path(store)
+            run = through_store(partial(extract_in, root=root), model, images, config, root=root)
     return replace(run, original=model)
 
 

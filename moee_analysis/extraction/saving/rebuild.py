@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -121,11 +122,17 @@ def find_arguments(model: nn.Module) -> dict[str, Any]:
     kept = getattr(model, "_model_args", {}).items()
     given = {k: plain for k, v in kept if (plain := _plain(v)) is not None}
     try:
-        usual = _visible_arguments(build_model(architecture(model), **given))
+        usual = _usual_arguments(architecture(model), json.dumps(given))
     except MoeeError:  # a name or an argument that timm does not know
         return given
     visible = _visible_arguments(model).items()
     return given | {k: v for k, v in visible if v != usual[k] and v is not None}
+
+
+@lru_cache(maxsize=16)
+def _usual_arguments(name: str, given: str) -> dict[str, Any]:
+    """Arguments that a network of timm's shows that is made with those ``given``, in JSON."""
+    return _visible_arguments(build_model(name, **json.loads(given)))
 
 
 def collect_tensors(model: nn.Module) -> Tensors:

@@ -19,7 +19,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.models.fingerprints import fingerprint, hash_weights
 from moee_analysis.report.notebook.encoding import decode, encode
 from moee_analysis.utils.environment import versions
 from moee_analysis.utils.storage.files import write_json
@@ -107,7 +107,20 @@ def _(value: ImageSet) -> Any:
 def _(value: nn.Module) -> Any:
     if any(each._forward_hooks or each._forward_pre_hooks for each in value.modules()):
         raise TypeError("hooks, as of a knock-out, are not told from others")
-    return fingerprint(value)
+    return fingerprint(value) if hasattr(value, "pretrained_cfg") else _identify_part(value)
+
+
+def _identify_part(module: nn.Module) -> Any:
+    """What tells a part of a network, such as a router: its tensors, and plain settings."""
+    plain = (bool, int, float, str, tuple)
+    settings = {
+        name: [
+            type(each).__qualname__,
+            str({k: v for k, v in vars(each).items() if isinstance(v, plain)}),
+        ]
+        for name, each in module.named_modules()
+    }
+    return [hash_weights(module), settings]
 
 
 @identify.register

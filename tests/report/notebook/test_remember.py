@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from moee_analysis import measure
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.models.capture import watch
+from moee_analysis.moe.routers import ConstantRouter, CosineRouter
 from moee_analysis.report.notebook import remember as remembering
 from moee_analysis.report.notebook.encoding import decode, encode
 from moee_analysis.report.notebook.remember import Remembering, remember
@@ -74,6 +76,14 @@ def test_a_network_whose_tokens_are_exchanged_is_another_one(tmp_path, ask, bund
         remember(tmp_path, ask, [1], layers=[bundled])
     remember(tmp_path, ask, [1], layers=[bundled])
     assert ask.times == 2
+
+
+def test_routers_are_told_by_their_tensors_and_settings(tmp_path, ask):
+    routers = [ConstantRouter(0), ConstantRouter(1), ConstantRouter(1)]
+    routers += [CosineRouter(torch.eye(2)), CosineRouter(2 * torch.eye(2))]
+    for each in routers:
+        remember(tmp_path, ask, [1], layers=[each])
+    assert ask.times == 4
 
 
 def test_measures_of_a_run_are_the_same_from_the_store(tmp_path, monkeypatch, small_run):
