@@ -17,7 +17,13 @@ from moee_analysis.report.runner.choose import check_paths
 from moee_analysis.report.runner.one_notebook import Outcome, Settings
 from moee_analysis.report.runner.publish import Publisher, summary_lines
 from moee_analysis.report.runner.side_by_side import run_side_by_side, thread_limits, usual_jobs
-from moee_analysis.report.runner.time_left import course_of, seconds_left, time_text, watched
+from moee_analysis.report.runner.time_left import (
+    course_of,
+    in_order,
+    seconds_left,
+    time_text,
+    watched,
+)
 from moee_analysis.report.summary.gates import Gate, check_gates
 from moee_analysis.report.summary.summary import read_summary
 from moee_analysis.utils.checks import whole_number
@@ -45,8 +51,8 @@ def report(
     - ``parameters``: values for the notebooks' parameters cells; those that one cannot take are
       refused first.
     - ``timeout``: seconds that a single cell may take; None takes :data:`CELL_SECONDS`.
-    - ``jobs``: notebooks that run at a time, the longest ones first, each with its share of the
-      cores; None takes what cores and memory allow. The numbers are the same.
+    - ``jobs``: notebooks that run at a time, each with its share of the cores; None takes what
+      cores and memory allow. The numbers are the same.
     - ``gates``: numbers that the report must reach; the summary says whether it has.
     - ``against``: an earlier report's folder or summary, to compare with.
     - ``say``: told when a notebook starts and ends, what came of the gates and the comparison,
@@ -75,9 +81,9 @@ def _run_all(
 ) -> list[Outcome]:  # fmt: skip
     """Run the notebooks and publish anew whenever one ends; outcomes in their order."""
     found = {each: course_of(each, publisher.out / each.stem) for each in notebooks}
-    longest_first = sorted(found, key=lambda path: (found[path].expected, path.stem), reverse=True)
-    courses = {each.stem: found[each] for each in longest_first}
-    work = {each.stem: settings.run(each, publisher.out / each.stem) for each in longest_first}
+    order = in_order(found) if jobs > 1 else list(found)
+    courses = {each.stem: found[each] for each in order}
+    work = {each.stem: settings.run(each, publisher.out / each.stem) for each in order}
     state: dict[str, Outcome | None] = {}
     with (
         watched(courses, jobs) as see,

@@ -3,11 +3,12 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from moee_analysis.report.runner import time_left
-from moee_analysis.report.runner.time_left import Course, course_of, seconds_left, watched
+from moee_analysis.report.runner.time_left import Course, course_of, in_order, seconds_left, watched
 from tests.helpers.notebooks import write_notebook
 
 
@@ -103,3 +104,9 @@ def test_the_bar_shows_the_share_of_all_cells_and_a_log_sees_none(monkeypatch, c
         ):
             see(name, done)
             assert shown in screen.getvalue()
+
+
+def test_the_shortest_notebook_begins_and_then_the_longest():
+    seconds = {"a": [3.0], "b": [1.0], "c": [2.0]}
+    courses = {Path(name): Course(1, own) for name, own in seconds.items()}
+    assert [path.name for path in in_order(courses)] == ["b", "a", "c"]
