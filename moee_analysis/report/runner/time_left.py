@@ -108,6 +108,15 @@ def runs(cell: Mapping[str, Any]) -> bool:
     return cell["cell_type"] == "code" and bool("".join(cell["source"]).strip())
 
 
+def in_order(courses: Mapping[Path, Course]) -> list[Path]:
+    """Notebooks in the order in which several at a time are done soonest: the longest first.
+
+    Before them comes the shortest, which makes what all others then find in the store.
+    """
+    first, *rest = sorted(courses, key=lambda path: (courses[path].expected, path.stem))
+    return [first, *reversed(rest)]
+
+
 @contextmanager
 def watched(courses: Mapping[str, Course], jobs: int) -> Iterator[Callable[[str, int], None]]:
     """Give a function that notes how many cells of a notebook, by name, have ended.
