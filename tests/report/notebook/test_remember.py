@@ -9,6 +9,7 @@ import pytest
 from moee_analysis import measure
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.models.capture import watch
+from moee_analysis.moe.routers import ConstantRouter
 from moee_analysis.report.notebook import remember as remembering
 from moee_analysis.report.notebook.encoding import decode, encode
 from moee_analysis.report.notebook.remember import Remembering, remember
@@ -60,7 +61,7 @@ def test_the_same_question_is_answered_once_and_another_one_anew(tmp_path, ask):
     assert ask.times == 3
 
 
-@pytest.mark.parametrize("given", [lambda: None, {1, 2}])
+@pytest.mark.parametrize("given", [lambda: None, {1, 2}, ConstantRouter(0)])
 def test_what_cannot_be_told_from_others_is_measured_each_time(tmp_path, ask, given):
     for _ in range(2):
         assert remember(tmp_path, ask, given) is given
