@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -24,6 +25,10 @@ Plot = Callable[..., Figure]
 FIGURES = 6  # of a static grid, at most
 THUMBNAIL, SMALL = 96, 560  # pixels: of an image to browse; of narrow figures, enlarged
 WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}
+CELL = ":is(.jp-OutputArea, .cell_container, #output-area)"  # JupyterLab, VS Code, Colab
+STILL = f"""<style>{CELL}:has(.jupyter-widgets *) .moee-still {{ display: none }}
+{CELL}:has(.moee-still) .lm-Panel:not(:has(*)) {{ display: none }}</style>"""
+"""The still figure hides beside a living panel; a dead one, no more than a text, beside it."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,11 @@ def explore(
     """Show ``plot(**choice)`` for a choice that a person makes, or for a few of them.
 
     In JupyterLab this is a panel: ascending whole numbers are a slider, other values a list to
-    pick from, :class:`Pictures` a browser of images; the figure follows. Headless, and outside
-    notebooks, it is one figure with the plots of a few choices side by side, and no widget: those
-    with the values in ``shown``, by the name of a choice, else evenly spaced ones, in all not more
-    than :data:`FIGURES`. ``plot`` takes the choices by name, as one of :func:`of_table` does:
+    pick from, :class:`Pictures` a browser of images; the figure follows. Without a kernel the
+    first figure stands there. Headless, and outside notebooks, it is one figure with the plots of a
+    few choices side by side, and no widget: those with the values in ``shown``, by the name of a
+    choice, else evenly spaced ones, in all not more than :data:`FIGURES`. ``plot`` takes the
+    choices by name, as one of :func:`of_table` does:
 
     >>> explore(of_table(plots.class_routing, table), layer=values_of(table, "layer"))
     """
@@ -148,7 +154,17 @@ def _few(name: str, options: Sequence[Any], wanted: Sequence[Any] | None, each: 
 # The panel
 
 
-def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> widgets.Widget:
+class Panel(widgets.VBox):
+    """Controls, and the figure that follows them; the first one also for who has no kernel."""
+
+    def _ipython_display_(self) -> None:
+        shown = self._repr_mimebundle_()
+        del shown["text/plain"]  # of no use to anybody: what shows no widgets shows the still
+        display(shown, raw=True)
+        display(HTML(f'{STILL}<div class="moee-still">{self.children[-1].value}</div>'))
+
+
+def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> Panel:
     """A control for each choice, and the figure that follows them."""
     controls: dict[str, widgets.Widget] = {}
     screen, drawn, changing = widgets.HTML(), {}, []
@@ -185,7 +201,7 @@ def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> widgets.W
         for name, values in choices.items()
     ]
     errors = widgets.interactive_output(draw, controls)  # calls it now, and at every change
-    return widgets.VBox([widgets.HBox(boxes, layout=WRAPPED), errors, screen])
+    return Panel([widgets.HBox(boxes, layout=WRAPPED), errors, screen])
 
 
 def _make_control(name: str, values: Values, options: list[tuple[str, Any]]) -> widgets.Widget:

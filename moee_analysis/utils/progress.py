@@ -1,5 +1,6 @@
 """What a person sees: bars that move, or a few lines in a log; lines; a page in the browser."""
 
+import io
 import os
 import sys
 import time
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm.std import tqdm
 
@@ -55,8 +56,8 @@ def progress(
 ) -> Iterator[T]:
     """Yield ``items`` and say how far along we are, and how much time is left.
 
-    A terminal gets a text bar, JupyterLab a widget, a headless notebook nothing, a plain log one
-    line per tenth of what takes longer than :data:`SHORT`. Bars appear after a ``delay`` in
+    A terminal and a notebook get a text bar, a headless notebook nothing, a plain log one line per
+    tenth of what takes longer than :data:`SHORT`. Bars appear after a ``delay`` in
     seconds, if they have not ended by then. Of several processes the first one speaks.
     """
     if total is None and isinstance(items, Sized):
@@ -64,12 +65,28 @@ def progress(
     if is_headless() or rank() > 0:
         return iter(items)
     if is_in_notebook():
-        from tqdm.notebook import tqdm as notebook_tqdm
-
-        return iter(notebook_tqdm(items, desc=label, total=total, delay=delay))
+        look = {"file": Below(), "ascii": False, "ncols": 80, "leave": False}
+        return iter(tqdm(items, desc=label, total=total, delay=delay, **look))
     if has_bars():
         return iter(tqdm(items, desc=label, total=total, leave=None, delay=delay))
     return _logged(items, label, total)
+
+
+class Below(io.StringIO):
+    """A line below a cell, written over and over: no widget, which would need its kernel later."""
+
+    handle: Any = None
+
+    def write(self, text: str) -> int:
+        """Show ``text`` in the place of what was shown before."""
+        from IPython.display import display
+
+        shown = {"text/plain": text.strip("\r ")}
+        if self.handle is None:
+            self.handle = display(shown, raw=True, display_id=True)
+        else:
+            self.handle.update(shown, raw=True)
+        return len(text)
 
 
 def has_bars() -> bool:

@@ -38,16 +38,20 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-    """Open an address in a window of its own; at the end, nothing may have gone wrong in any."""
+    """Open an address in a window of its own; nothing but ``known`` errors may be heard of any."""
     wrong, windows = [], []
 
-    def opened(address, *, width=1280, height=900, scheme="light", **options):
+    def opened(address, *, width=1280, height=900, scheme="light", known=(), **options):
+        def hear(said):
+            if said.type == "error" and not any(words in said.text for words in known):
+                wrong.append(said.text)
+
         window = chromium.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, **options
         )
         windows.append(window)
         page = window.new_page()
-        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        page.on("console", hear)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status > 399 else 0)
         page.goto(address)

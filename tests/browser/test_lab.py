@@ -90,8 +90,20 @@ def saved(page, path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_notebook_03_runs_and_its_slider_changes_the_figure(lab, notebooks, open_page, shots):
-    page = open_page(f"{lab}/lab/tree/{NAME}?token={TOKEN}", width=1400, height=1000)
+def open_again(page, where):
+    """Shut the kernel down, and open the notebook as it was saved, in a new workspace."""
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name="Shut Down Kernel", exact=True).click()
+    page.get_by_text("No Kernel").first.wait_for()
+    page.goto(f"{where}&reset")
+    page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=60_000)
+
+
+def test_notebook_03_runs_its_slider_changes_the_figure_which_stays_without_a_kernel(
+    lab, notebooks, open_page, shots
+):
+    where = f"{lab}/lab/tree/{NAME}?token={TOKEN}"
+    page = open_page(where, width=1280, height=1000, known=["widget model not found"])
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=60_000)
     run_all(page)
     go_to(page, "Any class, any layer")
@@ -99,6 +111,7 @@ def test_notebook_03_runs_and_its_slider_changes_the_figure(lab, notebooks, open
     figure.wait_for(timeout=20_000)
     page.screenshot(path=shots / "lab.png")
     before = figure.get_attribute("src"), figure.get_attribute("alt")
+    assert not page.locator(".moee-still").is_visible()
     slider = page.locator(".jp-OutputArea .noUi-handle").first
     slider.focus()
     page.keyboard.press("ArrowRight")
@@ -114,3 +127,11 @@ def test_notebook_03_runs_and_its_slider_changes_the_figure(lab, notebooks, open
     ran = [cell for cell in cells if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in ran)
     assert not [o for cell in ran for o in cell["outputs"] if o["output_type"] == "error"]
+    open_again(page, where)
+    go_to(page, "Any class, any layer")
+    dead = page.get_by_text("Error displaying widget")
+    dead.wait_for(state="attached")
+    assert not dead.is_visible()
+    assert page.locator(".moee-still img[alt*='layer ']").get_attribute("src") == before[0]
+    assert page.locator(".moee-still img").is_visible()
+    page.screenshot(path=shots / "lab_without_kernel.png")

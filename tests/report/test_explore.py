@@ -159,6 +159,16 @@ def test_live_images_are_browsed_around(live, draw):
     assert [choice["image"] for choice in draw.choices] == [0, 2, 1]
 
 
+def test_a_live_panel_leaves_its_first_figure_for_who_has_no_kernel(live, monkeypatch):
+    shown = []
+    monkeypatch.setattr(explore_module, "display", lambda output, **_: shown.append(output))
+    panel = explore(of_table(bars, TABLE), layer=[0, 3], caption="below")
+    panel._ipython_display_()
+    widget, still = shown
+    assert set(widget) == {"application/vnd.jupyter.widget-view+json"}
+    assert screen(panel) in still.data
+
+
 @pytest.mark.parametrize(
     ("choices", "told"),
     [({}, "a choice"), ({"layer": []}, "values of 'layer'"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from moee_analysis.utils.progress import is_headless, open_page, progress, tell_progress, unwatched
 
@@ -111,3 +112,19 @@ def test_the_path_of_a_page_that_cannot_be_opened_is_told(monkeypatch, tmp_path,
     monkeypatch.setattr("webbrowser.open", lambda _: False)
     assert not open_page(tmp_path / "index.html")
     assert str(tmp_path / "index.html") in capsys.readouterr().out
+
+
+@pytest.fixture
+def shell():
+    """What displays in a notebook."""
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def test_a_notebook_gets_one_line_that_is_gone_in_the_end(shell, monkeypatch):
+    lines = []
+    monkeypatch.setattr(shell.display_pub, "publish", lambda data, **_: lines.append(data))
+    monkeypatch.setattr("moee_analysis.utils.progress.is_in_notebook", lambda: True)
+    assert list(progress(range(3), label="working")) == [0, 1, 2]
+    assert "working" in lines[0]["text/plain"]
+    assert lines[-1] == {"text/plain": ""}

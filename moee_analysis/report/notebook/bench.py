@@ -33,6 +33,7 @@ from moee_analysis.report.notebook.remember import Remembering, remember
 from moee_analysis.report.notebook.results import (
     Results,
     alternative,
+    in_words,
     is_plain_index,
     picture,
     prepare_display,
@@ -220,8 +221,7 @@ class Bench:
     def headline(self, label: str, value: float | str, *, dense: str) -> Markdown:
         """Keep and show the one number that sums the notebook up, beside the ``dense`` model's."""
         self.results.put("headline", {"label": label, "value": value, "dense": dense})
-        number, label, dense = map(as_markdown, (readable(value), label, dense))
-        return Markdown(f"**{number}** {label} (dense: {dense})")
+        return Markdown(in_words(self.results.content["headline"]))
 
     def claim(
         self,
@@ -259,7 +259,10 @@ class Bench:
         return ", ".join(filter(None, facts)) + " (layers counted from 0)"
 
     def finish(self) -> Markdown:
-        """Keep and show versions, device, time and parameters; a notebook's last cell."""
+        """Show what was found in three lines; keep and show versions, device, time and parameters.
+
+        A notebook's last cell.
+        """
         facts = {
             "device": describe_device(self.device),
             "cores": os.cpu_count(),
@@ -271,7 +274,8 @@ class Bench:
         for name, values in {"parameters": given, "versions": versions()}.items():
             # the line breaks between the facts only
             facts[name] = ", ".join(f"{key}\u00a0{value}" for key, value in values.items())
-        return Markdown(two_columns(facts))
+        found = "\n".join(f"- {line}" for line in self.results.summary())
+        return Markdown("\n\n".join(["## What was found", found, two_columns(facts)]))
 
     @cached_property
     def _image_sets(self) -> ImageSets:

@@ -18,6 +18,7 @@ import pandas as pd
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
+from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.fingerprints import fingerprint, hash_weights
 from moee_analysis.report.notebook.encoding import decode, encode
@@ -57,7 +58,7 @@ def remember(store: Path, measure: Measure, /, *given: Any, **options: Any) -> A
     deciding = {name: value for name, value in options.items() if name not in PLACES}
     try:
         facts = [identify(each) for each in (given, deciding)]
-    except TypeError:
+    except (TypeError, MoeeError):  # nor is a model known that cannot be run
         return measure(*given, **options)
     name = f"{measure.__module__}.{measure.__qualname__}"
     key = f"measured-{content_key(measure=name, given=facts, code=_code(), versions=versions())}"

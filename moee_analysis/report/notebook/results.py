@@ -26,6 +26,7 @@ FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
 
 CSS_PIXELS_PER_INCH = 96
 TABLE_ROWS = 64  # shown at most
+SUMMARY_LINES, SUMMARY_WORDS = 3, 30  # of what a notebook found; of one of its lines, about
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ class Results:
         known = {fact: value for fact, value in facts.items() if value is not None}
         self.put_into(section, name, {"file": file} | known)
 
+    def summary(self) -> list[str]:
+        """Return Markdown lines: the headline, then claims, then what figures show."""
+        headline, claims = self.content.get("headline"), self.content.get("claims", [])
+        figures = self.content.get("figures", {}).values()
+        lines = [in_words(headline)] if headline else []
+        lines += [f"{claim['verdict']}: {as_markdown(brief(claim['found']))}" for claim in claims]
+        lines += [as_markdown(brief(each["finding"])) for each in figures if each.get("finding")]
+        return lines[:SUMMARY_LINES]
+
     def _place(self, file: str) -> Path:
         assert self.folder is not None
         path = self.folder / file
@@ -88,6 +98,22 @@ def plain(value: Any) -> Any:
         "numbers, text, lists and mappings to record", f"a {type(value).__name__}",
         "record the numbers inside it, or keep it as a table or a figure",
     )  # fmt: skip
+
+
+def in_words(headline: Mapping[str, Any]) -> str:
+    """The key number of a notebook as Markdown, beside the dense model's."""
+    number, label, dense = map(
+        as_markdown, (readable(headline["value"]), headline["label"], headline["dense"])
+    )
+    return f"**{number}** {label} (dense: {dense})"
+
+
+def brief(text: str) -> str:
+    """The first sentences and clauses of ``text``, with about :data:`SUMMARY_WORDS` words."""
+    clauses = re.split(r"(?<=[.;]) ", text)
+    words = np.cumsum([len(clause.split()) for clause in clauses])
+    kept = max(1, int((words <= SUMMARY_WORDS).sum()))
+    return " ".join(clauses[:kept]).rstrip(";")
 
 
 def picture(fig: Figure) -> bytes:

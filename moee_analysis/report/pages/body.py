@@ -1,5 +1,6 @@
 """A notebook as HTML that stands alone: nothing runs or is fetched, and everybody can read it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from moee_analysis.report.pages.output import shorten
 SOLUTION = "solution"
 """Tag of the cells that solve an exercise, and class of their fold."""
 
+EXPECTED = re.compile(r"!\[[^\]]*\]\(attachment:[^)]*\)\\?\n?")
 LIVE_ONLY = {"application/vnd.jupyter.widget-view+json", "application/javascript"}
 ACTIVE = ("script", "iframe", "object", "embed", "link", "base", "meta", "audio", "video")
 LOADING = ("src", "srcset", "poster", "background", "data", "xlink:href")
@@ -32,6 +34,8 @@ def notebook_body(path: Path, findings: Mapping[str, str]) -> str:
             cell.outputs = [output for output in cell.outputs if _shows_something(output)]
             for output in cell.outputs:
                 shorten(output)
+        elif cell.pop("attachments", None):  # the picture to expect: the page has what came
+            cell.source = EXPECTED.sub("", cell.source)
     config = Config()
     config.TagRemovePreprocessor.enabled = True
     config.TagRemovePreprocessor.remove_cell_tags = ("papermill-error-cell-tag",)
