@@ -40,7 +40,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "smoke": Preset(96, 60, 6, 500, 50, 20, 40),
-    "small": Preset(1000, 1000, 16, 4000, 500, 200, 600),
+    "small": Preset(1000, 1000, 16, 4000, 500, 200, 500),
     "full": Preset(None, None, 32, 20000, 2000, 1000, 8000),
 }
 
