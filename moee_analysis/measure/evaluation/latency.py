@@ -15,6 +15,7 @@ from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.autotune import measuring_at_once
 from moee_analysis.utils.checks import real_number, whole_number
+from moee_analysis.utils.progress import progress
 
 IN_TURN = 4  # batches of different images: how many tokens an expert gets differs
 
@@ -46,11 +47,12 @@ def latency(
     batches = choose_batches(images, size, reference)
     every = {**models, None: reference}
     with ExitStack() as stack:
-        for model in every.values():
+        for model in progress(every.values(), label="ways of computing"):
             stack.enter_context(evaluating(model))
             with measuring_at_once():  # which way of computing a layer is the fastest
                 model(batches[0])
-        times = [in_turn(every, batches, number, seconds=seconds) for number in range(rounds)]
+        turns = progress(range(rounds), label="latency")
+        times = [in_turn(every, batches, number, seconds=seconds) for number in turns]
     rows = []
     for name in models:
         # what other jobs do to a machine only adds to its times: the shortest are the surest

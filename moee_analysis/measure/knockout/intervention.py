@@ -17,7 +17,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import leading_kinds
 from moee_analysis.measure.routing.resolve import Layers, batches_of, check_any, choose_routed
 from moee_analysis.models.capture import block_of, evaluating, seeing_inputs, starting_at, watch
+from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import moe_layers, moe_names
+from moee_analysis.utils.progress import progress
 
 Rule = Callable[[torch.Tensor], torch.Tensor]
 """From the expert of every token, int64 (images, tokens), to those knocked out, bool, alike."""
@@ -199,22 +201,31 @@ def measure_knock_outs(
     Intact facts (images, facts); by layer the shares of tokens knocked out, float32 (rules,
     images), and facts (rules, images, facts).
     """
-    intact, first = [], 0
+    intact: dict[int, np.ndarray] = {}
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in plan.rules}
+    size = fitting_batch(model, size)
+
+    def run() -> Iterator[tuple[slice, Outcomes]]:
+        first = 0
+        for batch in images.batches(model, batch_size=size):
+            place = slice(first, first := first + len(batch))
+            x = like(batch, model)
+            yield from (
+                (place, each) for each in interventions(model, x, plan, look or model, size=size)
+            )
+
+    total = -(-len(images) // size) * len(plan.rules)
     with evaluating(model):
-        for x in batches_of(model, images, size, label="knock-outs"):
-            place = slice(first, first + len(x))
-            outcomes = interventions(model, x, plan, look or model, size=size)
-            for layer, share, unchanged, seen in outcomes:
-                parts[layer].append((share.cpu().numpy(), judge(seen, place)))
-                before = unchanged[None]  # the same whatever the layer
-            intact.append(judge(before, place)[0])
-            first = place.stop
+        for place, outcome in progress(run(), label="knock-outs", total=total):
+            layer, share, unchanged, seen = outcome
+            parts[layer].append((share.cpu().numpy(), judge(seen, place)))
+            # the same whatever the layer
+            intact[place.start] = judge(unchanged[None], place)[0]
     found = {
         layer: tuple(np.concatenate(each, axis=1) for each in zip(*of_layer, strict=True))
         for layer, of_layer in parts.items()
     }
-    return np.concatenate(intact), found
+    return np.concatenate(list(intact.values())), found
 
 
 def average(values: np.ndarray, draws: int) -> np.ndarray:
