@@ -116,11 +116,11 @@ def brief(text: str) -> str:
     return " ".join(clauses[:kept]).rstrip(";")
 
 
-def picture(fig: Figure) -> bytes:
-    """``fig`` as PNG at the resolution of the house style, without date or version."""
+def picture(fig: Figure, *, dpi: float | None = None) -> bytes:
+    """``fig`` as PNG, at the resolution of the house style or ``dpi``, without date or version."""
     buffer = io.BytesIO()
     options = {"bbox_inches": "tight", "facecolor": "white", "metadata": {"Software": None}}
-    fig.savefig(buffer, format="png", dpi=fig.dpi, **options)
+    fig.savefig(buffer, format="png", dpi=dpi or fig.dpi, **options)
     return buffer.getvalue()
 
 
