@@ -245,5 +245,6 @@ def _figure_html(fig: Figure, chosen: Mapping[str, Any], caption: str) -> str:
     alt = escape(". ".join(filter(None, (fig.get_label(), choice))))
     style = f"max-width: 100%; width: {width}px; background: #fff"
     below = f'<p style="color: var(--jp-ui-font-color2); margin: 0">{escape(caption)}</p>'
-    image = f'<img src="{data_uri(picture(fig))}" alt="{alt}" style="{style}">'
+    png = picture(fig, dpi=min(fig.dpi, 1.2 * width / inches))  # few more pixels than are seen
+    image = f'<img src="{data_uri(png)}" alt="{alt}" style="{style}">'
     return image + (below if caption else "")

@@ -103,7 +103,9 @@ def test_notebook_03_runs_its_slider_changes_the_figure_which_stays_without_a_ke
     lab, notebooks, open_page, shots
 ):
     where = f"{lab}/lab/tree/{NAME}?token={TOKEN}"
-    page = open_page(where, width=1280, height=1000, known=["widget model not found"])
+    # the panel without its kernel; an attached picture, which Chromium asks for before JupyterLab
+    known = ["widget model not found", "ERR_UNKNOWN_URL_SCHEME"]
+    page = open_page(where, width=1280, height=1000, known=known)
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=60_000)
     run_all(page)
     go_to(page, "Any class, any layer")

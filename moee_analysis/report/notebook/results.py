@@ -70,7 +70,10 @@ class Results:
         headline, claims = self.content.get("headline"), self.content.get("claims", [])
         figures = self.content.get("figures", {}).values()
         lines = [in_words(headline)] if headline else []
-        lines += [f"{claim['verdict']}: {as_markdown(brief(claim['found']))}" for claim in claims]
+        for claim in claims:
+            left = SUMMARY_WORDS - len(claim["statement"].split())
+            told = as_markdown(f"{claim['statement']} {brief(claim['found'], left)}")
+            lines.append(f"{claim['verdict']}: {told}")
         lines += [as_markdown(brief(each["finding"])) for each in figures if each.get("finding")]
         return lines[:SUMMARY_LINES]
 
@@ -108,19 +111,18 @@ def in_words(headline: Mapping[str, Any]) -> str:
     return f"**{number}** {label} (dense: {dense})"
 
 
-def brief(text: str) -> str:
-    """The first sentences and clauses of ``text``, with about :data:`SUMMARY_WORDS` words."""
+def brief(text: str, words: int = SUMMARY_WORDS) -> str:
+    """The first sentences and clauses of ``text``, with about so many ``words``."""
     clauses = re.split(r"(?<=[.;]) ", text)
-    words = np.cumsum([len(clause.split()) for clause in clauses])
-    kept = max(1, int((words <= SUMMARY_WORDS).sum()))
-    return " ".join(clauses[:kept]).rstrip(";")
+    lengths = np.cumsum([len(clause.split()) for clause in clauses])
+    return " ".join(clauses[: max(1, int((lengths <= words).sum()))]).rstrip(".;") + "."
 
 
-def picture(fig: Figure) -> bytes:
-    """``fig`` as PNG at the resolution of the house style, without date or version."""
+def picture(fig: Figure, *, dpi: float | None = None) -> bytes:
+    """``fig`` as PNG, at the resolution of the house style or ``dpi``, without date or version."""
     buffer = io.BytesIO()
     options = {"bbox_inches": "tight", "facecolor": "white", "metadata": {"Software": None}}
-    fig.savefig(buffer, format="png", dpi=fig.dpi, **options)
+    fig.savefig(buffer, format="png", dpi=dpi or fig.dpi, **options)
     return buffer.getvalue()
 
 

@@ -16,7 +16,9 @@ from moee_analysis.report.pages.output import shorten
 SOLUTION = "solution"
 """Tag of the cells that solve an exercise, and class of their fold."""
 
-EXPECTED = re.compile(r"!\[[^\]]*\]\(attachment:[^)]*\)\\?\n?")
+EXPECTED = re.compile(r"!\[[^\]]*\]\(attachment:.*?(\n\n|\Z)", re.DOTALL)
+"""The picture that a notebook makes one expect, and what is said of it."""
+
 LIVE_ONLY = {"application/vnd.jupyter.widget-view+json", "application/javascript"}
 ACTIVE = ("script", "iframe", "object", "embed", "link", "base", "meta", "audio", "video")
 LOADING = ("src", "srcset", "poster", "background", "data", "xlink:href")
@@ -34,7 +36,7 @@ def notebook_body(path: Path, findings: Mapping[str, str]) -> str:
             cell.outputs = [output for output in cell.outputs if _shows_something(output)]
             for output in cell.outputs:
                 shorten(output)
-        elif cell.pop("attachments", None):  # the picture to expect: the page has what came
+        elif cell.pop("attachments", None):  # the page has the one that came
             cell.source = EXPECTED.sub("", cell.source)
     config = Config()
     config.TagRemovePreprocessor.enabled = True

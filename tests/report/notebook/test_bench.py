@@ -162,7 +162,7 @@ def test_it_ends_in_three_lines_of_what_was_found(bench, figure):
     found = [line for line in bench.finish().data.splitlines() if line.startswith("- ")]
     assert found == [
         "- **85 %** kept (dense: 91 %)",
-        "- ◐ holds in part: in 3 of 4 layers",
+        "- ◐ holds in part: all layers have clusters. in 3 of 4 layers.",
         "- Figure one has 2 lines.",
     ]
 
