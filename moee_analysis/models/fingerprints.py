@@ -67,9 +67,12 @@ _KNOWN: ContextVar[dict[int, Identity]] = ContextVar("known", default={})  # noq
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """While open, a model does not change: who asks for its identity gets that of now."""
-    before = _KNOWN.set(_KNOWN.get() | {id(unwrapped(model)): identity(model)})
+def unchanged(*models: nn.Module) -> Iterator[None]:
+    """While open, these models do not change: who asks for their identities gets those of now.
+
+    All others are looked at whenever they are asked for.
+    """
+    before = _KNOWN.set({id(unwrapped(model)): identity(model) for model in models})
     try:
         yield
     finally:

@@ -150,7 +150,7 @@ def test_one_model_is_measured_and_all_are_worked_out(tmp_path):
     assert words.count(f"| {SMALL_VIT} |") == 4
     assert "no GPU was measured" in words
     # sizes by hand: 6 layers of width 64, 4 experts and that of CLS
-    found, dim, sampled = content["sizes"][SMALL_VIT], 64, 8000
+    found, dim, sampled = content["sizes"][SMALL_VIT], 64, 4000
     hidden = found["hidden"]
     assert found["sums"]["statistics"] == 6 * 8 * (5 * (2 + 2 * hidden + dim**2) + 2 * dim**2 + 2)
     assert found["sums"]["refit"] == 6 * 8 * 2 * hidden**2

@@ -22,7 +22,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.fisher import output_gradients
 from moee_analysis.extraction.record.tokens import LayerSample, TokenPlan, capture_mlps
-from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.models.fingerprints import fingerprint, unchanged
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.utils.progress import progress, tell, tell_progress
@@ -167,7 +167,9 @@ def _origin(plan: TokenPlan, images: int, tokens: int) -> np.ndarray:
 
 def check_unchanged(task: Any) -> None:
     """Refuse what was made of a ``task``, with ``images`` and a ``key``, that has changed."""
-    if replace(task, images=replace(task.images)).key != task.key:  # read again
+    with unchanged():  # the model is looked at again, and the images are read again
+        changed = replace(task, images=replace(task.images)).key != task.key
+    if changed:
         raise MoeeError(
             "images and weights that stay as they are", "some that were changed meanwhile",
             "run it again; what was there before is as it was",
