@@ -200,7 +200,7 @@ def _measure(
     if timed and contest.latency and own:
         # those that are pruned are timed without anything to route
         quickest = {name: without_routing(model) for name, model in own.items()}
-        options = {"batch_size": BATCH, "rounds": 5, "seconds": 0.05}
+        options = {"batch_size": BATCH, "rounds": 3, "seconds": 0.05}
         table = latency(quickest, contest.images, reference=contest.dense, **options)
         times = {row.pop("system"): row for row in table.to_dict("records")}
     rows = [

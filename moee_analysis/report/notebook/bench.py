@@ -192,8 +192,8 @@ class Bench:
         if not isinstance(fig, Figure):
             return fig
         facts = {"finding": finding or fig.get_label() or None, "caption": caption or None}
-        self.results.keep("figures", name, "png", picture(fig), **facts, cover=cover or None)
         fig.set_label(alternative(facts) or name.replace("_", " "))
+        self.results.keep("figures", name, "png", picture(fig), **facts, cover=cover or None)
         return fig
 
     def draw(self, plot: Callable[..., Figure], *given: Any, **options: Any) -> Figure:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -118,11 +119,18 @@ def brief(text: str, words: int = SUMMARY_WORDS) -> str:
     return " ".join(clauses[: max(1, int((lengths <= words).sum()))]).rstrip(".;") + "."
 
 
+_DRAWN: WeakKeyDictionary[Figure, bytes] = WeakKeyDictionary()
+
+
 def picture(fig: Figure, *, dpi: float | None = None) -> bytes:
     """``fig`` as PNG, at the resolution of the house style or ``dpi``, without date or version."""
+    if dpi is None and fig in _DRAWN and not fig.stale:  # kept first, and shown then
+        return _DRAWN[fig]
     buffer = io.BytesIO()
     options = {"bbox_inches": "tight", "facecolor": "white", "metadata": {"Software": None}}
     fig.savefig(buffer, format="png", dpi=dpi or fig.dpi, **options)
+    if dpi is None:
+        _DRAWN[fig], fig.stale = buffer.getvalue(), False
     return buffer.getvalue()
 
 
