@@ -20,6 +20,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 
 # Threads that spin while they wait take the cores of those that work.
 export OMP_WAIT_POLICY := PASSIVE
+# What was imported once is compiled for all processes to come.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup report test test-browser bench lab format clean
