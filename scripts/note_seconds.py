@@ -1,7 +1,8 @@
 """Note in the notebooks how many seconds their cells took in a report.
 
-``python -m scripts.note_seconds REPORT``, of a report at the preset small from an empty store. By
-these a first report runs the longest notebooks first, and tells how long it takes still.
+``python -m scripts.note_seconds REPORT``, of a report at the preset small from an empty store, one
+notebook at a time (``--jobs 1``), so that none waits for another. By these notes a first report
+chooses an order, and tells how long it takes still.
 """
 
 import json
