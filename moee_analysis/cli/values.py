@@ -125,22 +125,9 @@ def images(text: str) -> str:
     return text
 
 
-@_reader
-def notebooks(text: str) -> list[Path]:
-    """Notebooks of the project."""
-    return choose.notebooks_named(text)
-
-
-@_reader
-def setting(text: str) -> tuple[str, Any]:
-    """A parameter of notebooks, and its value."""
-    return choose.setting(text)
-
-
-@_reader
-def gate(text: str) -> gates.Gate:
-    """A number that a report must reach."""
-    return gates.read_gate(text)
+notebooks = _reader(choose.notebooks_named)
+setting = _reader(choose.read_setting)
+gate = _reader(gates.read_gate)
 
 
 @_reader

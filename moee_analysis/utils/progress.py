@@ -57,8 +57,8 @@ def progress(
     """Yield ``items`` and say how far along we are, and how much time is left.
 
     A terminal and a notebook get a text bar, a headless notebook nothing, a plain log one line per
-    tenth of what takes longer than :data:`SHORT`. Bars appear after a ``delay`` in
-    seconds, if they have not ended by then. Of several processes the first one speaks.
+    tenth of what takes longer than :data:`SHORT`. Bars appear after a ``delay`` in seconds, if they
+    have not ended by then. Of several processes the first one speaks.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache, partial, singledispatch
+from functools import cache, partial, singledispatch, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.fingerprints import fingerprint, hash_weights
 from moee_analysis.report.notebook.encoding import decode, encode
-from moee_analysis.utils.environment import versions
+from moee_analysis.utils.environment import describe_device, versions
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
@@ -39,11 +39,12 @@ class Remembering:
 
     def __init__(self, module: ModuleType, store: Path) -> None:
         self._module, self._store = module, store
-        self.__doc__ = module.__doc__
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
-        return found if isinstance(found, type) else partial(remember, self._store, found)
+        if isinstance(found, type):
+            return found
+        return wraps(found)(partial(remember, self._store, found))  # with its help and arguments
 
     def __dir__(self) -> list[str]:
         return dir(self._module)
@@ -52,8 +53,8 @@ class Remembering:
 def remember(store: Path, measure: Measure, /, *given: Any, **options: Any) -> Any:
     """Return what ``measure`` returns for these arguments, from the ``store`` if it is there.
 
-    Tables, routes and rows of plain values are kept, and only those that took a while. An argument
-    that cannot be told from others (a router, a function) is measured anew each time.
+    Tables, routes and rows of plain values are kept, and only those that took a while. A measure
+    that is given what cannot be told from others, such as a function, is asked anew each time.
     """
     deciding = {name: value for name, value in options.items() if name not in PLACES}
     try:
@@ -108,7 +109,10 @@ def _(value: ImageSet) -> Any:
 def _(value: nn.Module) -> Any:
     if any(each._forward_hooks or each._forward_pre_hooks for each in value.modules()):
         raise TypeError("hooks, as of a knock-out, are not told from others")
-    return fingerprint(value) if hasattr(value, "pretrained_cfg") else _identify_part(value)
+    if not hasattr(value, "pretrained_cfg"):
+        return _identify_part(value)
+    device = describe_device(str(next(value.parameters()).device))  # times are those of a machine
+    return [fingerprint(value), device]
 
 
 def _identify_part(module: nn.Module) -> Any:
@@ -126,7 +130,7 @@ def _identify_part(module: nn.Module) -> Any:
 
 @identify.register
 def _(value: Extraction) -> Any:
-    return [fingerprint(value.model), identify(value.config), identify(value.layers)]
+    return [identify(value.model), identify(value.config), identify(value.layers)]
 
 
 @identify.register

@@ -40,7 +40,7 @@ def notebook_named(name: str) -> Path:
     raise MoeeError(f"notebooks among {listed}", found, "name each by its number")
 
 
-def setting(text: str) -> tuple[str, Any]:
+def read_setting(text: str) -> tuple[str, Any]:
     """A parameter and its value, as ``layers=[2,6]``; what is no JSON is a text."""
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier():

@@ -1,6 +1,7 @@
 """What a notebook has measured before: found again as it was, and only for the same question."""
 
 import math
+from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -97,3 +98,5 @@ def test_measures_of_a_run_are_the_same_from_the_store(tmp_path, monkeypatch, sm
     assert tables[1].attrs == tables[0].attrs
     assert len(list(tmp_path.iterdir())) == 2
     assert kept.Routes is Routes
+    assert kept.routes.__doc__ == measure.routes.__doc__
+    assert signature(kept.routes) == signature(measure.routes)

@@ -4,7 +4,7 @@ import pytest
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.report.runner import choose
-from moee_analysis.report.runner.choose import notebooks_named, setting
+from moee_analysis.report.runner.choose import notebooks_named, read_setting
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,8 @@ def test_a_setting_is_json_or_a_text():
         "a=": "",
         'a={"b": null}': {"b": None},
     }
-    assert {text: setting(text) for text in values} == {t: ("a", v) for t, v in values.items()}
-    assert setting("a=" + "[" * 100_000)[1][0] == "["
+    assert {text: read_setting(text) for text in values} == {t: ("a", v) for t, v in values.items()}
+    assert read_setting("a=" + "[" * 100_000)[1][0] == "["
     for wrong in ("a", "=1", "a b=1", ""):
         with pytest.raises(MoeeError, match="NAME=VALUE"):
-            setting(wrong)
+            read_setting(wrong)
