@@ -6,17 +6,24 @@ only the usual place and the usual paint lean towards the class, as they do in p
 a scene shows objects of two classes, the larger one, in front, gives the label.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
+import PIL
 
 from moee_analysis.data.scenes import nature, vehicles
 from moee_analysis.data.scenes.backgrounds import OCCLUDERS, PLACES, draw_clutter, draw_sky
 from moee_analysis.data.scenes.canvas import PARTS, SIDE, Canvas, Draws, Pose
 from moee_analysis.errors import MoeeError
 
-__all__ = ["CLASSES", "FAMILIES", "PARTS", "SPLIT_SEEDS", "SPLIT_SIZES", "Scene", "render", "scene"]
+__all__ = [
+    "CLASSES", "FAMILIES", "PARTS", "SPLIT_SEEDS", "SPLIT_SIZES", "Scene", "edition", "render",
+    "scene",
+]  # fmt: skip
 
 _LAND = ("open", "street", "meadow")
 _COAST = ("open", "meadow", "sea")
@@ -80,6 +87,14 @@ class Scene:
     image: np.ndarray
     label: int
     parts: np.ndarray
+
+
+@cache
+def edition() -> str:
+    """Hash of all that a scene is a function of beside its split and index: code and libraries."""
+    code = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    versions = f"numpy {np.__version__}, pillow {PIL.__version__}"
+    return hashlib.sha256(b"".join([*code, versions.encode()])).hexdigest()
 
 
 def scene(split: str, index: int) -> Scene:
