@@ -31,9 +31,9 @@ def latency(
 ) -> pd.DataFrame:
     """Time of a batch by every model, and how much quicker it is than the reference.
 
-    All take turns, round after round, so that whatever else the machine does slows all of them.
-    ``batch_size`` None: as many images as suit the model, or as there are. ``rounds`` measurements
-    of every model last ``seconds`` each at least.
+    All take turns, so that whatever else the machine does slows all of them. ``batch_size`` None:
+    as many images as suit the model, or as there are. ``rounds`` measurements of every model last
+    ``seconds`` each at least.
 
     A row per model: ``system``, ``batch_size``, ``threads``, ``ms`` (time of a batch, in the
     quickest round), ``speed_up`` (that of the reference over its own), ``slowest`` and ``fastest``
@@ -65,10 +65,7 @@ def latency(
 
 
 def choose_batches(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
-    """A few batches of ``images`` as ``model`` takes them, each even over the classes.
-
-    A MoeeError refuses too few images for one batch.
-    """
+    """A few batches as ``model`` takes them, each even over the classes; too few are refused."""
     if len(images) < size:
         raise MoeeError(f"{size} images for a batch", f"{len(images)}", "give more images")
     count = min(IN_TURN, len(images) // size)

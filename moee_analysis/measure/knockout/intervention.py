@@ -38,11 +38,10 @@ def alone(expert: int) -> Rule:
 def at_random(rule: Rule, *, leading: int = 0, seed: int | Sequence[int] = 0) -> Rule:
     """Knock out as many tokens of every image as ``rule`` does, drawn at random.
 
-    As many *of every image*: an image of a class that uses an expert much loses more tokens than
-    others, and that alone can hurt it more. What is left beside this control is *which* tokens
-    were lost. The ``leading`` tokens of an image stay those of the rule and only patches are
-    drawn, since no patch can stand for a class token. Images are drawn for in the order in which
-    they come, so batches of any size give the same.
+    As many *of every image*: one of a class that uses an expert much loses more tokens than others,
+    and that alone can hurt it more. What is left beside this control is *which* tokens were lost.
+    The ``leading`` tokens stay those of the rule, since no patch can stand for a class token.
+    Images are drawn for in the order in which they come, so batches of any size give the same.
     """
     rng = np.random.default_rng(seed)
 
@@ -62,8 +61,7 @@ def knocked_out(
 ) -> Iterator[nn.Module]:
     """While open, tokens of a routed layer chosen by ``which`` get ``constant`` for an output.
 
-    ``constant`` is (kinds, dim) as of :func:`mean_outputs`: a row for each leading token, the last
-    for all patches. The router runs as before.
+    ``constant`` is (kinds, dim) as of :func:`mean_outputs`. The router runs as before.
     Raises MoeeError: no such routed layer; on running the model, more than one expert per token.
     """
     site = choose_routed(model, [layer])[layer]
@@ -90,9 +88,8 @@ def mean_outputs(
     """Mean output of the routed ``layers`` (empty: all) over the tokens of calibration images.
 
     A token that gets it keeps what all of its kind have in common, and loses what depends on the
-    token. A class token has little in common with patches, so each leading token has a mean of its
-    own. By layer float32 (kinds, dim): a row for each leading token, the last for all patches. A
-    few hundred images are enough.
+    token. By layer float32 (kinds, dim): a row for each leading token, which has little in common
+    with patches, the last for all of these. A few hundred images are enough.
     Raises MoeeError: no images, or a layer that is not routed.
     """
     check_any(images)
@@ -110,14 +107,13 @@ def mean_outputs(
                 each, patches = y[:, :leading], y[:, leading:]
                 total = torch.cat([each.sum(0), patches.sum((0, 1))[None]])
                 sums[layer] = sums.get(layer, 0) + total
-                tokens[layer] = [1] * leading + [max(1, patches.shape[1])]
-    counts = {layer: len(images) * total.new_tensor(tokens[layer]) for layer, total in sums.items()}
-    return {layer: (sums[layer] / counts[layer][:, None]).float() for layer in sites}
+                tokens[layer] = total.new_tensor([[1]] * leading + [[max(1, patches.shape[1])]])
+    return {layer: (sums[layer] / (len(images) * tokens[layer])).float() for layer in sites}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Knock-outs by layer: rules, each followed by its controls, and what tokens get instead."""
+    """Knock-outs by layer: rules, each followed by its control, and what tokens get instead."""
 
     rules: Mapping[int, Sequence[Rule]]
     constants: Mapping[int, torch.Tensor]
@@ -163,13 +159,12 @@ def interventions(
     A knock-out changes nothing before its layer, and nothing of an image without such tokens. So
     the images run once as they are, and each knock-out runs the rest of the network with what
     entered the layer's block, on the images that it touches, ``size`` at once (None: what fits).
-    Rules see every batch once, in the order of the batches.
     """
     size, names, routed = fitting_batch(model, size), moe_names(model), moe_layers(model)
     blocks = {layer: block_of(model, names[layer]) for layer in plan.rules}
     routers = {layer: routed[layer].router for layer in plan.rules}
     chosen: dict[int, torch.Tensor] = {}
-    known = [block for block in blocks.values() if block is not None]
+    known = filter(None, blocks.values())
     with watch(routers, chosen.__setitem__, "outputs"), seeing_inputs(known) as entering:
         intact = look(x)
     for layer, rules in plan.rules.items():
@@ -206,13 +201,10 @@ def measure_knock_outs(
     size = fitting_batch(model, size)
 
     def run() -> Iterator[tuple[slice, Outcomes]]:
-        first = 0
-        for batch in images.batches(model, batch_size=size):
-            place = slice(first, first := first + len(batch))
-            x = like(batch, model)
-            yield from (
-                (place, each) for each in interventions(model, x, plan, look or model, size=size)
-            )
+        for number, batch in enumerate(images.batches(model, batch_size=size)):
+            x, place = like(batch, model), slice(number * size, (number + 1) * size)
+            for outcome in interventions(model, x, plan, look or model, size=size):
+                yield place, outcome
 
     total = -(-len(images) // size) * len(plan.rules)
     with evaluating(model):
@@ -235,13 +227,9 @@ def average(values: np.ndarray, draws: int) -> np.ndarray:
 
 
 def per_image(chosen: torch.Tensor, images: int) -> torch.Tensor:
-    """Return the experts that a router chose, int64 (n, 1), as (images, tokens).
-
-    A MoeeError refuses more than one expert per token.
-    """
+    """The experts that a router chose, int64 (n, 1), as (images, tokens); several are refused."""
     if chosen.ndim != 2 or chosen.shape[1] != 1:
-        raise MoeeError(
-            "a layer with one expert per token", f"choices of shape {tuple(chosen.shape)}",
-            "choose other layers, or a top-1 router",
-        )  # fmt: skip
+        found = f"choices of shape {tuple(chosen.shape)}"
+        hint = "choose other layers, or a top-1 router"
+        raise MoeeError("a layer with one expert per token", found, hint)
     return chosen.reshape(images, -1)

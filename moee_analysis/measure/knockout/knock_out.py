@@ -56,11 +56,11 @@ def knock_out(
     """What each expert is worth to all images, to every class and to every family of classes.
 
     In one layer at a time the tokens of one expert (``removed``), or of all others (``alone``), get
-    the layer's mean output over the ``calibration`` images, a few hundred of them
-    (``intervention``). Beside each stands its control: as many tokens of every image, the same
-    leading ones and patches drawn at random, averaged over ``controls`` draws. Where only the class
-    token is read (the last layer of most ViTs) the two are therefore the same. ``reference`` is the
-    dense model; ``families`` of the classes, by readable name, add rows and a column.
+    the layer's mean output over a few hundred ``calibration`` images. Beside each stands its
+    control: as many tokens of every image, the same leading ones and patches drawn at random,
+    averaged over ``controls`` draws. Where only the class token is read (the last layer of most
+    ViTs) the two are therefore the same. ``reference`` is the dense model; ``families`` of the
+    classes, by readable name, add rows and a column.
 
     Columns: ``layer``, ``expert``, ``what`` (removed | alone), ``system`` (expert | random tokens),
     ``kind`` (all | class | family), ``group`` (its name, with the index where classes share
@@ -116,10 +116,8 @@ def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
     Raises MoeeError: fewer than four classes.
     """
     rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
-    if rows["group"].nunique() < 4:
-        raise MoeeError(
-            "at least four classes", str(rows["group"].nunique()), "knock out with more images"
-        )
+    if (classes := rows["group"].nunique()) < 4:
+        raise MoeeError("at least four classes", f"{classes}", "knock out with more images")
     rows = rows.rename(columns={"group": "class_name", "knocked_out": "use"})
     rows = rows.assign(need=-rows["logp_change"])
     keys, values = ["layer", "class_name", "expert"], ["use", "need"]
@@ -155,11 +153,11 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
         classes, experts = use.shape
         rng = np.random.default_rng(seed)
         orders = [np.arange(classes), *(rng.permutation(classes) for _ in range(permutations))]
-        one, other, top = _rank(use), _rank(need), use.argmax(axis=1)
+        one, other, top, most = _rank(use), _rank(need), use.argmax(axis=1), need.argmax(axis=1)
         row = {"layer": layer, "system": system, "experts": experts, "classes": classes}
         for name, prefix, values in (
             ("spearman", "", [(one * other[order]).sum() for order in orders]),
-            ("top_match", "top_match_", [(top == need[o].argmax(axis=1)).mean() for o in orders]),
+            ("top_match", "top_match_", [(top == most[order]).mean() for order in orders]),
         ):
             # the first order is that of the classes, the others are chance
             chance = against_chance(values[0], np.array(values[1:]))
@@ -225,9 +223,8 @@ def _describe_group(
     return rows.assign(logp_change=drop.mean(axis=1), logp_low=logp_low, logp_high=logp_high)
 
 
-def _bound_means(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap intervals of the means of ``values`` (rows, images)."""
+def _bound_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """95 % bootstrap intervals of the means of ``values`` (rows, images): (2, rows)."""
     if values.shape[1] < 2:  # a single image cannot be resampled
-        return (np.full(len(values), math.nan),) * 2
-    low, high = np.quantile(weights @ values.T, MIDDLE, axis=0)
-    return low, high
+        return np.full((2, len(values)), math.nan)
+    return np.quantile(weights @ values.T, MIDDLE, axis=0)

@@ -46,11 +46,11 @@ def parts_unseen(
     """How well the part of a patch can still be read from its token, per expert knocked out.
 
     A linear probe learns on the calibration scenes, with the model intact, to tell the part that
-    covers most of a patch from the token that enters the last block: in a ViT this is the last
-    place where the class token reads the patches, and it is the same place for all layers. There
-    the probe is asked again, with an expert of an earlier layer knocked out as in ``knock_out``.
-    What later layers mend is not missed. Images have part masks, and the model's transform must not
-    crop them; parts that fewer than ``least`` patches show are left out.
+    covers most of a patch from the token that enters the last block: in a ViT the last place where
+    the class token reads the patches. There the probe is asked again, with an expert of an earlier
+    layer knocked out as in ``knock_out``; what later layers mend is not missed. Images have part
+    masks, and the model's transform must not crop them; parts that fewer than ``least`` patches
+    show are left out.
 
     Columns: ``layer``, ``expert``, ``system`` (expert | random patches), ``part``, ``patches``
     (that show it), ``knocked_out`` (mean share of an image's tokens), ``recall_intact`` (share of
@@ -168,15 +168,10 @@ def _describe_layer(
         resampled = (draws @ (named - intact)) / (draws @ shown)  # (..., resamples, parts)
     low, high = np.nanquantile(resampled, MIDDLE, axis=-2)
     rows = all_rows(expert=range(len(named)), system=SYSTEMS, part=range(len(total)))
-    return rows.assign(
-        patches=np.broadcast_to(total.astype(np.int64), recall.shape).ravel(),
-        knocked_out=share.mean(axis=2).repeat(len(total)),
-        recall_intact=np.broadcast_to(before, recall.shape).ravel(),
-        recall=recall.ravel(),
-        change=(recall - before).ravel(),
-        low=low.ravel(),
-        high=high.ravel(),
-    )
+    rows["patches"] = total.astype(np.int64)[rows["part"]]
+    rows["knocked_out"] = share.mean(axis=2).repeat(len(total))
+    rows["recall_intact"], rows["recall"] = before[rows["part"]], recall.ravel()
+    return rows.assign(change=(recall - before).ravel(), low=low.ravel(), high=high.ravel())
 
 
 def _choose_frequent(truth: np.ndarray, parts: int, least: int) -> list[int]:
@@ -184,7 +179,6 @@ def _choose_frequent(truth: np.ndarray, parts: int, least: int) -> list[int]:
     patches = np.bincount(truth.ravel(), minlength=parts)
     frequent = [int(part) for part in np.argsort(-patches, kind="stable") if patches[part] >= least]
     if not frequent:
-        raise MoeeError(
-            f"a part that {least} patches show", f"at most {patches.max()}", "take more images"
-        )
+        found = f"at most {patches.max()}"
+        raise MoeeError(f"a part that {least} patches show", found, "take more images")
     return frequent

@@ -19,10 +19,8 @@ MIDDLE = (0.025, 0.975)
 class Groups:
     """Images sorted by their ``labels``, (images,).
 
-    ``classes``: int64 (classes,): class index of each group, ascending.
-    ``order``: int64 (images,): image indices, class after class.
-    ``starts``, ``sizes``: int64 (classes,): where each class starts in ``order``, and its number of
-      images.
+    ``order``, int64 (images,), are their indices, class after class; ``classes``, ``starts`` and
+    ``sizes``, int64 (classes,), class indices, where each starts in ``order``, and its images.
     """
 
     def __init__(self, labels: np.ndarray) -> None:
@@ -40,17 +38,16 @@ class Groups:
         return np.add.reduceat(rows, self.starts, axis=0) / self.sizes[:, None]
 
     def shuffle(self, rng: np.random.Generator) -> np.ndarray:
-        """Return an order in which images have lost their class: the null hypothesis."""
+        """An order in which images have lost their class: the null hypothesis."""
         return rng.permutation(self.order)
 
     def resample(self, rng: np.random.Generator) -> np.ndarray:
-        """Return an order that redraws the images of each class with replacement."""
-        # for every place one of its class, drawn for all classes at once
+        """An order that redraws the images of each class with replacement, all classes at once."""
         picks = np.floor(rng.random(len(self.order)) * np.repeat(self.sizes, self.sizes))
         return self.order[np.repeat(self.starts, self.sizes) + picks.astype(np.int64)]
 
     def exchange(self, rng: np.random.Generator) -> np.ndarray:
-        """Return, for every image, another image of its class; every image is used once."""
+        """For every image, another image of its class; every image is used once."""
         # sorted by class, then by chance: each class is permuted within itself
         keys = np.repeat(np.arange(len(self.sizes)), self.sizes) + rng.random(len(self.order))
         partners = np.empty_like(self.order)
@@ -106,14 +103,9 @@ def against_chance(value: np.ndarray, null: np.ndarray) -> dict[str, np.ndarray]
 
     ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided, never 0), ``excess`` (value less mean).
     """
-    mean = null.mean(axis=0)
-    above = (null >= value - 1e-12).sum(axis=0)
-    return {
-        "null_mean": mean,
-        "null_high": np.quantile(null, 0.95, axis=0),
-        "p": (1 + above) / (1 + len(null)),
-        "excess": value - mean,
-    }
+    mean, above = null.mean(axis=0), (null >= value - 1e-12).sum(axis=0)
+    found = {"null_mean": mean, "null_high": np.quantile(null, 0.95, axis=0)}
+    return found | {"p": (1 + above) / (1 + len(null)), "excess": value - mean}
 
 
 def entropy(p: np.ndarray) -> np.ndarray:

@@ -17,7 +17,12 @@ from moee_analysis.measure.routing.bootstrap import (
     jensen_shannon,
     repeat,
 )
-from moee_analysis.measure.routing.resolve import choose_classes, choose_layers, families_of
+from moee_analysis.measure.routing.resolve import (
+    Layers,
+    choose_classes,
+    choose_layers,
+    families_of,
+)
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
 from moee_analysis.measure.routing.tables import (
     add_caption,
@@ -39,7 +44,7 @@ def class_routing(
     images: ImageSet | None = None,
     *,
     classes: Sequence[int | str] = (),
-    layers: Sequence[int] = (),
+    layers: Layers = (),
 ) -> pd.DataFrame:
     """How the tokens of each class fall on the experts, next to those of all classes.
 
@@ -105,7 +110,7 @@ def class_information(
     source: Source,
     images: ImageSet | None = None,
     *,
-    layers: Sequence[int] = (),
+    layers: Layers = (),
     permutations: int = 200,
     resamples: int = 200,
     seed: int = 0,
@@ -148,8 +153,8 @@ def class_distance(
     (every ordered pair, also of a class with itself), ``js`` (bits), ``floor`` (mean of the two
     classes' own ``js``), ``order_a``, ``order_b`` (position for a heat map: by family, else by
     similarity), and with ``families`` also ``family_a``, ``family_b``, ``same_family``.
-    Raises MoeeError: a chosen class with fewer than two images or without a family, an unknown
-    layer.
+    Raises MoeeError: a chosen class with fewer than two images or without a family, a layer
+    without experts.
     """
     draw_numbers(seed, splits=splits)
     several, parts = all_routes(source, images), []
@@ -157,10 +162,9 @@ def class_distance(
         chosen = choose_classes(routes.class_names, classes)
         lone = [c for c in chosen if (routes.labels == c).sum() < 2]
         if len(lone) == len(chosen) or (classes and lone):
-            raise MoeeError(
-                "at least two images of every class", f"one of {routes.class_names[lone[0]]}",
-                "add images or choose other classes",
-            )  # fmt: skip
+            found = f"one of {routes.class_names[lone[0]]}"
+            hint = "add images or choose other classes"
+            raise MoeeError("at least two images of every class", found, hint)
         shown = [c for c in chosen if c not in lone]
         wanted = choose_layers(routes.layers, layers)
         js = _compare_halves(routes, shown, wanted, splits=splits, seed=seed)
@@ -193,13 +197,11 @@ def class_relatedness(
     Raises MoeeError: fewer than four classes, a model without a linear classifier, no permutations.
     """
     draw_numbers(seed, permutations=permutations)
-    weight = getattr(model.get_classifier(), "weight", None)
-    if weight is None:
-        raise MoeeError(
-            "a model with one linear classifier", type(model.get_classifier()).__name__,
-            "leave this measure out for this model",
-        )  # fmt: skip
-    rows = weight.detach().cpu().double().numpy()
+    classifier = model.get_classifier()
+    if getattr(classifier, "weight", None) is None:
+        found, hint = type(classifier).__name__, "leave this measure out for this model"
+        raise MoeeError("a model with one linear classifier", found, hint)
+    rows = classifier.weight.detach().cpu().double().numpy()
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     def relate(part: pd.DataFrame) -> dict[str, float]:
@@ -215,9 +217,8 @@ def class_relatedness(
             np.corrcoef(ranks, rankdata(other[np.ix_(order, order)][pairs]))[0, 1]
             for order in (np.arange(len(square)), *orders)
         )
-        chance = against_chance(value, np.array(null))
-        found = {name: float(number) for name, number in chance.items()}
-        return {"spearman": float(value), **found, "classes": len(square)}
+        row = {"spearman": value} | against_chance(value, np.array(null))
+        return {name: float(number) for name, number in row.items()} | {"classes": len(square)}
 
     return sum_up(table, relate)
 
@@ -236,7 +237,7 @@ def _information(means: np.ndarray) -> np.ndarray:
 
 def _resample(
     routes: Routes,
-    layers: Sequence[int],
+    layers: Layers,
     statistic: Callable[[np.ndarray], np.ndarray],
     draws: Draws,
 ) -> pd.DataFrame:

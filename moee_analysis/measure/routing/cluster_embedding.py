@@ -1,6 +1,6 @@
 """The steps of an extraction as tables: where the tokens lie, which clusters they form."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
 from moee_analysis.extraction.plan import prefix_experts
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.resolve import Layers
 from moee_analysis.measure.routing.tables import stack
 from moee_analysis.utils.checks import layer_numbers, seed_number
 
@@ -22,7 +23,7 @@ def embedding(
     run: Extraction,
     images: ImageSet,
     *,
-    layers: Sequence[int],
+    layers: Layers,
     store: str | Path,
     points: int = 4000,
     seed: int = 0,
@@ -44,13 +45,12 @@ def embedding(
 
 
 def surrogate(
-    run: Extraction, images: ImageSet, *, layers: Sequence[int], store: str | Path, seed: int = 0
+    run: Extraction, images: ImageSet, *, layers: Layers, store: str | Path, seed: int = 0
 ) -> pd.DataFrame:
     """Clusters found in the activations, and in noise made to look like them.
 
     The surrogate has the same principal components with the same values, each shuffled over the
-    tokens on its own: the covariance stays, any clusters go. What is found there, the reduction
-    and HDBSCAN invent.
+    tokens: the covariance stays, any clusters go. What is found there, UMAP and HDBSCAN invent.
 
     Columns: ``layer``, ``data`` (``activations`` or ``surrogate``), ``clusters``, ``noise_share``,
     ``tokens``.
@@ -73,7 +73,7 @@ def _shuffle_components(points: np.ndarray, rng: np.random.Generator) -> np.ndar
 
 
 def _cluster_layers(
-    run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
+    run: Extraction, images: ImageSet, layers: Layers, store: Path
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield layers, their clustered activations, float32 (tokens, hidden), and the labels."""
     layer_numbers(layers)

@@ -99,11 +99,9 @@ def overlap(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFr
 
 def expected_jaccard(a: int, b: int, hidden: int) -> float:
     """Expected Jaccard index of random subsets of ``a`` and ``b`` of ``hidden`` neurons."""
-    if a == 0 and b == 0:
-        return 0.0
     # the number of shared neurons is hypergeometric
     shared = np.arange(max(0, a + b - hidden), min(a, b) + 1)
-    return float(hypergeom.pmf(shared, hidden, a, b) @ (shared / (a + b - shared)))
+    return float(hypergeom.pmf(shared, hidden, a, b) @ (shared / np.maximum(a + b - shared, 1)))
 
 
 def similarity(
@@ -120,8 +118,8 @@ def similarity(
     experts average about -1 / (k - 1) whatever the experts are: look at their spread.
 
     ``source`` is a run or a routed model, whose routers know their centres; or centres (experts,
-    dim) by layer. ``shares`` weigh each expert in the common mean, by layer; None takes the routing
-    shares of the calibration tokens, or equal ones where only centres are given.
+    dim) by layer. ``shares`` weigh each expert in the common mean, by layer; None: the routing
+    shares of the calibration, or equal ones where only centres are given.
 
     Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
     expert with itself), ``cosine``, ``cosine_centred``, ``order_a``, ``order_b`` (position for a
@@ -195,10 +193,8 @@ def _read_centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.n
         centres = {n: m.router.centres.double().cpu().numpy() for n, m in known.items()}
         shares = {n: m.shares.double().cpu().numpy() for n, m in known.items()}
     if not centres:
-        raise MoeeError(
-            "layers whose routers have centres", "none",
-            "pass an extraction with cosine routers, or {layer: centres}",
-        )  # fmt: skip
+        hint = "pass an extraction with cosine routers, or {layer: centres}"
+        raise MoeeError("layers whose routers have centres", "none", hint)
     return centres, shares
 
 

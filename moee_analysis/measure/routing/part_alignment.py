@@ -1,6 +1,5 @@
 """Whether experts stand for parts of the scene: expert of a patch against the part it shows."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -18,6 +17,7 @@ from moee_analysis.measure.routing.bootstrap import (
     redraw_counts,
     repeat,
 )
+from moee_analysis.measure.routing.resolve import Layers
 from moee_analysis.measure.routing.routes import Source, all_routes
 from moee_analysis.measure.routing.tables import add_caption, all_rows, similarity_rank, stack
 from moee_analysis.utils.checks import draw_numbers
@@ -27,7 +27,7 @@ def modularity(
     source: Source,
     images: ImageSet,
     *,
-    layers: Sequence[int] = (),
+    layers: Layers = (),
     permutations: int = 100,
     resamples: int = 200,
     seed: int = 0,
@@ -60,7 +60,7 @@ def modularity(
     )
 
 
-def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()) -> pd.DataFrame:
+def part_profile(source: Source, images: ImageSet, *, layers: Layers = ()) -> pd.DataFrame:
     """What each expert responds to: the parts that its patches show.
 
     Columns: ``system``, ``layer``, ``expert``, ``part``, ``tokens`` (patches of this expert with
@@ -87,10 +87,8 @@ def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()
 def check_masks(images: ImageSet) -> None:
     """Raise a MoeeError if the images have no part masks."""
     if not images.parts:
-        raise MoeeError(
-            "images with part masks", f"'{images.name}', which has none",
-            "only the bundled scenes know their parts: use load_images('bundled')",
-        )  # fmt: skip
+        hint = "only the bundled scenes know their parts: use load_images('bundled')"
+        raise MoeeError("images with part masks", f"'{images.name}', which has none", hint)
 
 
 def all_patch_parts(images: ImageSet, grid: tuple[int, int]) -> np.ndarray:
@@ -142,10 +140,7 @@ class _Patches:
         return np.bincount(cells.ravel(), minlength=np.prod(self.shape)).reshape(self.shape)
 
     def resample(self, times: int, *, seed: int) -> np.ndarray:
-        """Tables of redrawn images: (times, experts, parts).
-
-        Their margins, and so the information expected by chance, hardly differ from those of all.
-        """
+        """Tables of redrawn images, whose margins hardly differ: (times, experts, parts)."""
         images, size = len(self.experts), np.prod(self.shape)
         cells = self.experts * self.shape[1] + self.parts + size * np.arange(images)[:, None]
         per_image = np.bincount(cells.ravel(), minlength=images * size).reshape(images, size)
@@ -156,7 +151,7 @@ class _Patches:
 
 
 def _patches_of_layers(
-    source: Source, images: ImageSet, layers: Sequence[int]
+    source: Source, images: ImageSet, layers: Layers
 ) -> list[tuple[str, int, _Patches]]:
     """System, layer and its patches."""
     several = all_routes(source, images)
@@ -164,15 +159,12 @@ def _patches_of_layers(
     found, parts = [], cache(partial(all_patch_parts, images))
     for routes in several:
         if routes.n_images != len(images):
-            raise MoeeError(
-                f"routes of the same {len(images)} images", f"routes of {routes.n_images}",
-                "route the images that are passed here",
-            )  # fmt: skip
+            expected, hint = f"routes of the same {len(images)} images", "route those passed here"
+            raise MoeeError(expected, f"routes of {routes.n_images}", hint)
         if not routes.experts:
-            raise MoeeError(
-                "a system with one expert per token", f"several per token in '{routes.system}'",
-                "modularity compares partitions: use top-1 routers",
-            )  # fmt: skip
+            found = f"several per token in '{routes.system}'"
+            hint = "modularity compares partitions: use top-1 routers"
+            raise MoeeError("a system with one expert per token", found, hint)
         for layer in routes.choose_placed(layers):
             experts = routes.experts[layer][:, routes.prefix_tokens[layer] :].astype(np.int64)
             own = parts(routes.grid[layer])
@@ -189,16 +181,13 @@ def _measure(patches: _Patches, permutations: int, resamples: int, seed: int) ->
     several = min(full.shape) > 1
     chance = float(expected_mutual_information(full, int(full.sum()))) if several else 0.0
     score = partial(adjusted_mutual_information, chance=chance)
-    value = score(table)
-    tables = patches.resample(resamples, seed=seed + 1)
-    low, high = basic_interval(value, score(tables), least=-1.0)
+    value, redrawn = score(table), score(patches.resample(resamples, seed=seed + 1))
+    low, high = basic_interval(value, redrawn, least=-1.0)
 
     def exchange(labels: np.ndarray) -> dict[str, np.ndarray]:
         """Compare with masks exchanged between images of the same label."""
-        groups = Groups(labels)
-        null = repeat(
-            lambda rng: patches.table(groups.exchange(rng)), times=permutations, seed=seed
-        )
+        swap = Groups(labels).exchange
+        null = repeat(lambda rng: patches.table(swap(rng)), times=permutations, seed=seed)
         return against_chance(value, score(null))
 
     everywhere, within = exchange(np.zeros_like(patches.labels)), exchange(patches.labels)

@@ -1,7 +1,6 @@
 """Which model, batches, layers and classes a measure is asked about."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.models.class_names import plain_name
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 from moee_analysis.utils.checks import layer_numbers
@@ -56,13 +56,11 @@ def choose_layers(known: Iterable[int], wanted: Layers) -> list[int]:
     """
     layer_numbers(wanted)
     wanted, known = sorted(set(wanted or ())), sorted(known)
-    missing = [layer for layer in wanted if layer not in known]
-    if missing:
+    if missing := [layer for layer in wanted if layer not in known]:
         raise MoeeError(
             f"layers among {', '.join(map(str, known)) or 'none'} (those with experts)",
-            f"layer {missing[0]}",
-            "layers are counted from 0; a layer left dense has no experts",
-        )
+            f"layer {missing[0]}", "layers are counted from 0; a layer left dense has no experts",
+        )  # fmt: skip
     return wanted or known
 
 
@@ -82,30 +80,25 @@ def choose_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> lis
 
     Case, spaces and underscores of names do not matter. A MoeeError names classes without images.
     """
-    index = {plain(name): number for number, name in names.items()} | {n: n for n in names}
-    found = {item: index.get(plain(item) if isinstance(item, str) else item) for item in wanted}
-    missing = [str(item) for item, number in found.items() if number is None]
+    index = {plain_name(name): number for number, name in names.items()} | {n: n for n in names}
+    asked = [plain_name(item) if isinstance(item, str) else item for item in wanted]
+    missing = [str(item) for item, key in zip(wanted, asked, strict=True) if key not in index]
     if missing:
         raise MoeeError(
             f"classes of the images (such as {', '.join(list(names.values())[:6])})",
             f"no image of {', '.join(missing[:3])}",
             "choose classes that the images have, or add images of them",
         )
-    return [found[item] for item in wanted] or sorted(names)
+    return [index[key] for key in asked] or sorted(names)
 
 
 def families_of(names: Sequence[str], families: Mapping[str, str]) -> list[str]:
     """Return the family of every class of ``names``; a MoeeError names classes without one."""
-    known = {plain(name): family for name, family in families.items()}
-    missing = [name for name in names if plain(name) not in known]
+    known = {plain_name(name): family for name, family in families.items()}
+    missing = [name for name in names if plain_name(name) not in known]
     if missing:
         raise MoeeError(
             "a family of every class", f"none of {', '.join(missing[:3])}",
             "add it to families, or choose the classes that have one",
         )  # fmt: skip
-    return [known[plain(name)] for name in names]
-
-
-def plain(name: str) -> str:
-    """Return ``name`` as it is compared: ``Fire engine`` is ``fire_engine``."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+    return [known[plain_name(name)] for name in names]

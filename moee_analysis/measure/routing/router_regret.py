@@ -56,17 +56,13 @@ def router_choices(
     calibration = calibration_tokens(dense, images, config, root=Path(store))
     routed = moe_layers(run.model).items()
     layers = {index: each for index, each in routed if each.n_experts - prefix_experts(each) > 1}
-    sites = [site for site in calibration.sites if site.index in layers]
-    sums = []
-    for site in sites:
-        layer = layers[site.index]
-        sums.append(_MeanInputs(site, layer, hash_weights(_copy_router(layer))))
-    found = accumulate(calibration, sums, label="mean inputs as routed")
-    means = {site.name: of_experts for site, of_experts in found}
-    leading = {site.name: _count_leading(layers[site.index]) for site in sites}
+    sites = {site: layers[site.index] for site in calibration.sites if site.index in layers}
+    sums = [_MeanInputs(s, layer, hash_weights(_copy_router(layer))) for s, layer in sites.items()]
+    means = dict(accumulate(calibration, sums, label="mean inputs as routed"))
+    leading = {site.name: _count_leading(layer) for site, layer in sites.items()}
     choices: dict[str, dict[int, nn.Module]] = {}
     for draw in sample_tokens(calibration, config, leading, hidden=False):
-        site, layer, centres = draw.site, layers[draw.site.index], means[draw.site.name]
+        site, layer, centres = draw.site, layers[draw.site.index], means[draw.site]
         root, shares = metric_root(draw, config), layer.shares[prefix_experts(layer) :].cpu()
         routers = {
             "cosine": Partition(centres=centres).router(),
@@ -112,11 +108,9 @@ def router_regret(
     dense, routed = run.dense(), moe_layers(run.model)
     layers = {i: layer for i, layer in routed.items() if all(i in own for own in routers.values())}
     if not routers or not layers:
-        raise MoeeError(
-            f"routers for some of the routed layers {sorted(routed)}",
-            ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none",
-            "take those of measure.router_choices, from a run with several experts a layer",
-        )
+        found = ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none"
+        hint = "take those of measure.router_choices, from a run with several experts a layer"
+        raise MoeeError(f"routers for some of the routed layers {sorted(routed)}", found, hint)
     sites = {site.index: site for site in find_mlps(dense)}
     oracles = {i: OracleRouter(sites[i].module(dense), layer) for i, layer in layers.items()}
     sums = {index: Counter() for index in layers}
@@ -134,9 +128,9 @@ def router_regret(
         variance = own["squares"] - own["tokens"] * float(mean.square().sum())
         scale = variance or math.nan  # outputs that never change leave no share to tell
         for name in routers:
-            error, least = own["error", name], own["least"]
+            error, best = own["error", name], own["best", name] / own["tokens"]
             row = {"layer": index, "router": name, "error": error / scale}
-            row |= {"regret": (error - least) / scale, "best": own["best", name] / own["tokens"]}
+            row |= {"regret": (error - own["least"]) / scale, "best": best}
             rows.append(row | {"experts": oracles[index].n_experts})
     return add_caption(
         pd.DataFrame(rows),

@@ -51,8 +51,8 @@ def contributions(
     rows = []
     for name, layer in layers.items():
         *parts, (whole, weights, _) = sums[name]
-        of_groups = zip(groups, layer.groups, parts, strict=False)  # some names may be left over
-        for own, group, (length, mass, tokens) in of_groups:
+        # some names may be left over
+        for own, group, (length, mass, tokens) in zip(groups, layer.groups, parts, strict=False):
             row = {"layer": ordered.index(name), "group": own, "experts": group.n_experts}
             row |= {"hidden": group.hidden, "contribution": length / tokens}
             rows.append(row | {"relative": length / whole, "mass": mass / weights})
@@ -68,8 +68,6 @@ def _add(sums: np.ndarray, layer: SlotMlp, x: torch.Tensor) -> None:
     parts = zip(mixing.combine.split(slots, dim=2), made.split(slots, dim=1), strict=True)
     added = [(combine @ own, combine) for combine, own in parts]
     added.append((sum(each for each, _ in added), mixing.combine))
-    count = tokens[..., 0].numel()
-    sums += [
-        (float(each.norm(dim=2).double().sum()), float(combine.double().sum()), count)
-        for each, combine in added
-    ]
+    for row, (each, combine) in enumerate(added):
+        length, mass = each.norm(dim=2).double().sum(), combine.double().sum()
+        sums[row] += float(length), float(mass), tokens[..., 0].numel()
