@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.bootstrap import MIDDLE
-from moee_analysis.measure.routing.resolve import check_any, decode_batches
+from moee_analysis.measure.routing.inputs import check_any, decode_batches
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.class_names import is_classifier, knows_classes
 from moee_analysis.models.inputs import like

@@ -10,7 +10,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.resolve import check_any
+from moee_analysis.measure.routing.inputs import check_any
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.autotune import measuring_at_once

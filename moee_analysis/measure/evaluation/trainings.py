@@ -1,8 +1,8 @@
 """What trainings give: light fine-tuning, and models that start in different ways.
 
-All models are trained by one recipe with several seeds. Intervals are of one bootstrap, of images
-and of seeds at once: of the learning curves n - 1 of n seeds are drawn, which gives the mean of few
-seeds its whole variance, and models are compared on the same draws.
+Intervals are of one bootstrap, of images and of seeds at once: of the learning curves n - 1 of n
+seeds are drawn, which gives the mean of few seeds its whole variance, and models are compared on
+the same draws.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +48,7 @@ def fine_tuning(
 
     ``runs`` are of one dense model by system, such as one for each budget. The seed of ``config``
     is replaced by the ``seeds``: of the order of the images, their augmentation, and which are held
-    out. ``store`` keeps the fine-tuned runs; ``resamples`` are of the bootstrap.
+    out. ``store`` keeps the fine-tuned runs.
 
     A row for every run before, and for every run and seed after: ``system``, ``budget`` (number of
     the run of its system, from 0), ``stage`` (``before`` or ``after``), ``seed``; ``top1``,
@@ -73,9 +73,8 @@ def fine_tuning(
     own, counted = scores[REFERENCE]["right"], count(dense)
     costs = pd.DataFrame([costs_of(model, dense, counted) for model in models.values()])
     table = pd.DataFrame(list(models), columns=["system", "budget", "stage", "seed"])
-    stages = table.groupby(["system", "budget", "stage"], sort=False)["seed"]
     spread = {}
-    for stage, of_stage in stages:
+    for stage, of_stage in table.groupby(["system", "budget", "stage"], sort=False)["seed"]:
         right = np.stack([scores[*stage, seed]["right"] for seed in of_stage])
         spread[stage] = over_seeds(right, own, resamples=resamples)
     table = table.join(summarize(scores, resamples=1)[SCORES])
@@ -145,18 +144,14 @@ def trainings(
     store: str | Path,
     workers: int = 1,
 ) -> Trainings:
-    """Train what every start makes with every seed, by one recipe.
-
-    Every training computes with one thread on a CPU, so that its bytes are the same whatever else
-    is trained beside it.
+    """Train what every start makes with every seed, by one recipe, unless the ``store`` has it.
 
     ``starts`` are by name: seed -> model, alike in how they see images; ``config`` is the recipe,
     whose seed is replaced, and is that of the start too. ``images`` are evaluated at the start,
-    every ``config.check_every`` steps, and at the end. A notebook that runs again finds the
-    trainings in the ``store``. ``workers`` train side by side, for models on a CPU; a script that
-    has more than one must be guarded by ``if __name__ == "__main__":``.
-    Raises MoeeError: no starts or no seeds; images that are in both sets; a loss that is not
-    finite.
+    every ``config.check_every`` steps, and at the end. ``workers`` train side by side on a CPU, each
+    with one thread: bytes are the same; a script that has more than one must be guarded by
+    ``if __name__ == "__main__":``.
+    Raises MoeeError: no starts or seeds, images that are in both sets, a loss that is not finite.
     """
     for seed in seeds:
         seed_number(seed, "seeds")
@@ -197,9 +192,7 @@ def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame
     """
     draws = draw_curves(trained, resamples)
     columns = np.stack([trained.right.mean(axis=(1, 3)), *np.quantile(draws, MIDDLE, axis=0)])
-    of_seeds = np.repeat(
-        columns[:, :, None], trained.right.shape[1], axis=2
-    )  # starts, seeds, looks
+    of_seeds = columns[:, :, None].repeat(trained.right.shape[1], axis=2)  # starts, seeds, looks
     table = trained.history.copy()
     table[["mean", "low", "high"]] = of_seeds.reshape(3, -1).T
     return add_caption(table, trained.caption)

@@ -15,7 +15,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import leading_kinds
-from moee_analysis.measure.routing.resolve import Layers, batches_of, check_any, choose_routed
+from moee_analysis.measure.routing.inputs import Layers, batches_of, check_any, choose_routed
 from moee_analysis.models.capture import block_of, evaluating, seeing_inputs, starting_at, watch
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import moe_layers, moe_names
@@ -182,7 +182,7 @@ def interventions(
         yield layer, masks.float().mean(dim=2), intact, seen
 
 
-def measure_knock_outs(
+def knock_out_all(
     model: nn.Module,
     images: ImageSet,
     plan: Plan,

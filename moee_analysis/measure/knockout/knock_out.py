@@ -14,15 +14,9 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.accuracy import score_images
-from moee_analysis.measure.knockout.intervention import (
-    Plan,
-    alone,
-    average,
-    measure_knock_outs,
-    removed,
-)
+from moee_analysis.measure.knockout.intervention import Plan, alone, average, knock_out_all, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, against_chance, redraw_counts
-from moee_analysis.measure.routing.resolve import Layers, Run, choose_routed, families_of, model_of
+from moee_analysis.measure.routing.inputs import Layers, Run, choose_routed, families_of, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.loading import class_labels
 from moee_analysis.utils.checks import draw_numbers
@@ -91,7 +85,7 @@ def knock_out(
     if reference is not None:
         dense = score_images({"dense": reference}, images)["dense"]["right"].astype(float)
     truth = torch.from_numpy(images.labels(model)).to(next(model.parameters()).device)
-    intact, found = measure_knock_outs(model, images, plan, partial(_judge, truth), size=size)
+    intact, found = knock_out_all(model, images, plan, partial(_judge, truth), size=size)
     draws = [redraw_counts(len(own), resamples, seed=seed) / len(own) for *_, own in groups]
     parts = []
     for layer, of_layer in found.items():

@@ -10,16 +10,10 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
-from moee_analysis.measure.knockout.intervention import (
-    Look,
-    Plan,
-    average,
-    measure_knock_outs,
-    removed,
-)
+from moee_analysis.measure.knockout.intervention import Look, Plan, average, knock_out_all, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
+from moee_analysis.measure.routing.inputs import Layers, Run, batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
-from moee_analysis.measure.routing.resolve import Layers, Run, batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.inputs import blank
@@ -79,7 +73,7 @@ def parts_unseen(
         """Patches of each part that the probe names rightly: (rules, images, parts)."""
         return np.einsum("rin,inp->rip", named.numpy() == truth[some], shows[some])
 
-    intact, found = measure_knock_outs(model, images, plan, judge, look=look, size=size)
+    intact, found = knock_out_all(model, images, plan, judge, look=look, size=size)
     chosen = _choose_frequent(truth, len(images.parts), least)
     draws = redraw_counts(len(images), resamples, seed=seed).astype(float)
     counts = shows.sum(axis=1)[:, chosen], intact[:, chosen]

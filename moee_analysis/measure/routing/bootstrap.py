@@ -28,14 +28,13 @@ class Groups:
         facts = np.unique(labels[self.order], return_index=True, return_counts=True)
         self.classes, self.starts, self.sizes = facts
 
-    def means(self, values: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+    def means(self, values: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Mean of ``values`` (images, columns) over each class: (classes, columns).
 
-        ``order`` puts other images in the places of ``self.order``: a permutation or a resample.
+        ``order`` is that of the images, or puts others in their places: shuffled, or resampled.
         """
         # images of a class stand together, so one pass sums all classes
-        rows = values[self.order if order is None else order]
-        return np.add.reduceat(rows, self.starts, axis=0) / self.sizes[:, None]
+        return np.add.reduceat(values[order], self.starts, axis=0) / self.sizes[:, None]
 
     def shuffle(self, rng: np.random.Generator) -> np.ndarray:
         """An order in which images have lost their class: the null hypothesis."""

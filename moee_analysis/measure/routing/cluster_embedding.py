@@ -14,7 +14,7 @@ from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
 from moee_analysis.extraction.plan import prefix_experts
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import Layers
+from moee_analysis.measure.routing.inputs import Layers
 from moee_analysis.measure.routing.tables import stack
 from moee_analysis.utils.checks import layer_numbers, seed_number
 

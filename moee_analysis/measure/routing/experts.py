@@ -10,20 +10,8 @@ from scipy.stats import hypergeom
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import (
-    Layers,
-    Run,
-    choose_layers,
-    choose_routed,
-    model_of,
-)
-from moee_analysis.measure.routing.tables import (
-    add_caption,
-    all_rows,
-    similarity_rank,
-    stack,
-    sum_up,
-)
+from moee_analysis.measure.routing.inputs import Layers, Run, choose_layers, choose_routed, model_of
+from moee_analysis.measure.routing.tables import add_caption, all_rows, order_alike, stack, sum_up
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 
 NEAR_ORTHOGONAL = 0.2
@@ -133,7 +121,7 @@ def similarity(
         points, weight = centres[layer], np.asarray(weights[layer]) / np.sum(weights[layer])
         common = weight @ points
         centred = _cosines(points - common)
-        rank = similarity_rank(1 - centred, distances=True)
+        rank = order_alike(1 - centred, distances=True)
         pairs = all_rows(expert_a=range(len(points)), expert_b=range(len(points)))
         pairs = pairs.assign(cosine=_cosines(points).ravel(), cosine_centred=centred.ravel())
         pairs = pairs.assign(order_a=rank[pairs["expert_a"]], order_b=rank[pairs["expert_b"]])

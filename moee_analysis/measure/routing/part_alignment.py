@@ -10,16 +10,10 @@ from scipy.stats import random_table
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.bootstrap import (
-    Groups,
-    against_chance,
-    basic_interval,
-    redraw_counts,
-    repeat,
-)
-from moee_analysis.measure.routing.resolve import Layers
+from moee_analysis.measure.routing import bootstrap
+from moee_analysis.measure.routing.inputs import Layers
 from moee_analysis.measure.routing.routes import Source, all_routes
-from moee_analysis.measure.routing.tables import add_caption, all_rows, similarity_rank, stack
+from moee_analysis.measure.routing.tables import add_caption, all_rows, order_alike, stack
 from moee_analysis.utils.checks import draw_numbers
 
 
@@ -79,7 +73,7 @@ def part_profile(source: Source, images: ImageSet, *, layers: Layers = ()) -> pd
         profile = profile.assign(tokens=table.ravel(), share=shares.ravel())
         profile["share_all"] = np.tile(table.sum(axis=0) / table.sum(), len(table))
         profile["size"] = (total / total.sum())[expert]
-        profile["order"] = similarity_rank(np.sqrt(shares))[expert]
+        profile["order"] = order_alike(np.sqrt(shares))[expert]
         tables.append((system, layer, profile))
     return add_caption(stack(tables), _describe(images))
 
@@ -145,7 +139,7 @@ class _Patches:
         cells = self.experts * self.shape[1] + self.parts + size * np.arange(images)[:, None]
         per_image = np.bincount(cells.ravel(), minlength=images * size).reshape(images, size)
         # float32 is the faster product, and exact: whole numbers that stay below 2**24
-        weights = redraw_counts(images, times, seed=seed).astype(np.float32)
+        weights = bootstrap.redraw_counts(images, times, seed=seed).astype(np.float32)
         counts = weights @ per_image.astype(np.float32)
         return counts.astype(np.float64).reshape(times, *self.shape)
 
@@ -182,17 +176,17 @@ def _measure(patches: _Patches, permutations: int, resamples: int, seed: int) ->
     chance = float(expected_mutual_information(full, int(full.sum()))) if several else 0.0
     score = partial(adjusted_mutual_information, chance=chance)
     value, redrawn = score(table), score(patches.resample(resamples, seed=seed + 1))
-    low, high = basic_interval(value, redrawn, least=-1.0)
+    low, high = bootstrap.basic_interval(value, redrawn, least=-1.0)
 
     def exchange(labels: np.ndarray) -> dict[str, np.ndarray]:
         """Compare with masks exchanged between images of the same label."""
-        swap = Groups(labels).exchange
-        null = repeat(lambda rng: patches.table(swap(rng)), times=permutations, seed=seed)
-        return against_chance(value, score(null))
+        swap = bootstrap.Groups(labels).exchange
+        null = bootstrap.repeat(lambda rng: patches.table(swap(rng)), times=permutations, seed=seed)
+        return bootstrap.against_chance(value, score(null))
 
     everywhere, within = exchange(np.zeros_like(patches.labels)), exchange(patches.labels)
     shuffled = random_table(table.sum(axis=1), table.sum(axis=0), seed=seed)
-    tokens = against_chance(value, score(shuffled.rvs(permutations)))
+    tokens = bootstrap.against_chance(value, score(shuffled.rvs(permutations)))
     numbers = {"ami": value, "low": low, "high": high, **everywhere}
     numbers |= {f"class_{name}": within[name] for name in ("null_mean", "null_high", "p")}
     numbers |= {f"token_{name}": tokens[name] for name in ("null_mean", "null_high")}

@@ -20,7 +20,7 @@ from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumu
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import batches_of, check_any
+from moee_analysis.measure.routing.inputs import batches_of, check_any
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.fingerprints import hash_weights

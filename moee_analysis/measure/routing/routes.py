@@ -13,13 +13,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
-from moee_analysis.measure.routing.resolve import (
-    Run,
-    batches_of,
-    check_any,
-    choose_layers,
-    model_of,
-)
+from moee_analysis.measure.routing.inputs import Run, batches_of, check_any, choose_layers, model_of
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.class_names import class_labels, knows_classes
 from moee_analysis.models.loading import find_mlps

@@ -10,7 +10,7 @@ from torch import nn
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.resolve import batches_of
+from moee_analysis.measure.routing.inputs import batches_of
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.survey import survey

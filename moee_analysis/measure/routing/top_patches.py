@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.resolve import Layers, Run, batches_of, model_of
+from moee_analysis.measure.routing.inputs import Layers, Run, batches_of, model_of
 from moee_analysis.measure.routing.routes import Routes, order_tokens, routes
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture, evaluating
