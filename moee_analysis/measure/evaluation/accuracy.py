@@ -46,8 +46,7 @@ def accuracy(
     ``retention_high`` (paired bootstrap: both models on the same resampled images), ``agreement``
     (share of images with the reference's prediction), ``kl`` (mean KL(reference || model) in nats),
     ``reference_top1``, ``n_images``. All are shares, 0 to 1.
-    Raises MoeeError: no images, no models, no resamples, a reference that is not among them, or a
-    ``batch_size`` or ``seed`` that is none.
+    Raises MoeeError: no images, no models, no resamples, a reference that is not among them.
     """
     draw_numbers(seed, resamples=resamples)
     systems = _name_models(models)
@@ -61,12 +60,9 @@ def accuracy(
 def agreement(models: Models, images: ImageSet, *, reference: nn.Module) -> pd.DataFrame:
     """Compare the outputs of models, of any head or none, with those of the dense ``reference``.
 
-    Labels are not used; the images are prepared by the transform of the reference.
-
-    Columns: ``system``, ``agreement`` (share of images with the reference's prediction) and ``kl``
-    (mean KL(reference || model) in nats), both empty where the outputs are no scores of classes;
-    ``cosine`` (mean over images, of the outputs), ``error`` (root of the summed squares of the
-    differences, as a share of the reference's outputs), ``n_images``.
+    Columns: ``system``, ``agreement`` and ``kl`` as in :func:`accuracy`, both empty where the
+    outputs are no scores of classes; ``cosine`` (mean over images, of the outputs), ``error`` (root
+    of the summed squares of the differences, as a share of the reference's outputs), ``n_images``.
     Raises MoeeError: no images or models, or one whose outputs are of another shape.
     """
     systems = _name_models(models)

@@ -34,8 +34,7 @@ def architectures(
 ) -> pd.DataFrame:
     """Measure the same of every layer of several models.
 
-    ``runs`` are extractions by the name of their model, ``images`` evaluation images that all of
-    them know the classes of.
+    ``runs`` are extractions by the name of their model; all models know the classes of ``images``.
 
     A row for every model, layer and quantity: ``model``, ``layer``, ``depth`` (share of the layers
     up to the middle of this one), ``tokens`` (of an image, in this layer), ``dim``, ``quantity``,
@@ -70,7 +69,7 @@ def architecture_variants(
 ) -> pd.DataFrame:
     """Extract every configuration from every model, and evaluate them with random routing beside.
 
-    Columns: ``model`` and the columns of ``measure.variants``; a variant is the name of a
+    Columns: ``model`` and those of ``measure.variants``, where a variant is the name of a
     configuration, or that with ``, random routing``.
     Raises MoeeError: no models, or what ``measure.variants`` refuses.
     """

@@ -102,11 +102,11 @@ def compare(
 
     For each budget, seed and system what ``evaluate`` tells of a run, and ``system``, ``family``,
     ``seed``, ``macs_asked``, ``reduces_macs``; ``over_seeds`` (``mean`` retention of all seeds, and
-    ``low``, ``high``, its 95 % interval by a bootstrap of images and seeds); ``latency`` (of the
-    first seed), ``balance`` (means over layers); ``controls``: ``random_routing``,
-    ``constant_routing``, ``oracle_routing`` (None where there is nothing to route, or no best
-    expert) and ``static_pruning``, the best static system at the same budget; ``seconds`` to make
-    it with this store, and ``reason`` why there is no such model: then its numbers are None.
+    its 95 % interval ``low``, ``high`` by a bootstrap of images and seeds); ``latency`` (of the
+    first seed), ``balance`` (means over layers); ``controls``: those of :data:`CONTROLS` (None
+    where there is nothing to route, or no best expert) and ``static_pruning``, the best static
+    system at the same budget; ``seconds`` to make it with this store, and ``reason`` why there is
+    no such model: then its numbers are None.
     Raises MoeeError: no such system, no budget or seed, or one out of its range.
     """
     if not seeds or not macs_reductions:
@@ -278,9 +278,8 @@ def comparison_table(rows: Iterable[Row]) -> pd.DataFrame:
     ``top1``, ``dense_top1``, ``retention``, ``retention_low``, ``retention_high``, ``agreement``,
     ``kl``; ``mean``, ``low``, ``high`` (retention over all seeds); ``macs_reduction``,
     ``params_reduction``, ``reduces_macs``; ``speed_up`` over the dense model's time; the metrics of
-    ``measure.balance``, means over layers; ``random_routing``, ``constant_routing``,
-    ``oracle_routing``, ``static_pruning`` (retention of the controls); ``seconds``, ``reason``.
-    What is not known is nan.
+    ``measure.balance``, means over layers; retention of the controls, by their names; ``seconds``,
+    ``reason``. What is not known is nan.
     """
     rows = list(rows)
     ends = pd.DataFrame([row["retention_interval"] or (None, None) for row in rows])

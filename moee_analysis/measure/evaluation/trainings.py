@@ -53,8 +53,8 @@ def fine_tuning(
     A row for every run before, and for every run and seed after: ``system``, ``budget`` (number of
     the run of its system, from 0), ``stage`` (``before`` or ``after``), ``seed``; ``top1``,
     ``retention``, ``agreement``, ``kl`` as in ``measure.accuracy``; ``mean``, ``low``, ``high``:
-    retention over all seeds of the stage, and its 95 % interval by a bootstrap of images and of
-    seeds; ``macs_reduction``, ``params_reduction``; ``epoch`` whose weights are kept.
+    retention over all seeds of the stage, and its 95 % interval; ``macs_reduction``,
+    ``params_reduction``; ``epoch`` whose weights are kept.
     Raises MoeeError: no runs, no seeds, or images that are in both sets.
     """
     if not seeds or not runs or not all(runs.values()):
@@ -148,8 +148,8 @@ def trainings(
 
     ``starts`` are by name: seed -> model, alike in how they see images; ``config`` is the recipe,
     whose seed is replaced, and is that of the start too. ``images`` are evaluated at the start,
-    every ``config.check_every`` steps, and at the end. ``workers`` train side by side on a CPU, each
-    with one thread: bytes are the same; a script that has more than one must be guarded by
+    every ``config.check_every`` steps, and at the end. ``workers`` train side by side on a CPU,
+    each with one thread, which changes no byte; a script that has more than one must be guarded by
     ``if __name__ == "__main__":``.
     Raises MoeeError: no starts or seeds, images that are in both sets, a loss that is not finite.
     """
@@ -186,9 +186,7 @@ def trainings(
 def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
     """Top-1 against the images seen, start by start.
 
-    One row for each ``start``, ``seed`` and look at the images: ``step``, ``epoch``, ``images``
-    seen so far, ``loss``, ``top1``; and of all seeds ``mean``, ``low``, ``high`` (95 % interval),
-    the same in each of them.
+    The rows of ``trained.history``, and of all seeds ``mean``, ``low``, ``high`` (95 % interval).
     """
     draws = draw_curves(trained, resamples)
     columns = np.stack([trained.right.mean(axis=(1, 3)), *np.quantile(draws, MIDDLE, axis=0)])
@@ -208,8 +206,7 @@ def learned(
     One row for each ``start``: final ``top1``, mean of the seeds, its 95 % interval ``low``,
     ``high``, and that of the ``worst`` and ``best`` seed; ``macs`` of an image, ``params``;
     ``level``, and the ``images`` seen until the mean of the seeds reaches it (between two looks by
-    a straight line; nan: never), with ``images_low``, ``images_high`` (infinite where more than 2.5
-    % of the resampled curves never do).
+    a straight line; nan: never), with ``images_low``, ``images_high`` (95 %; infinite: never).
     """
     final = trained.right[:, :, -1].mean(axis=2)  # (starts, seeds)
     level = final.mean(axis=1).min() if level is None else level
@@ -230,9 +227,8 @@ def learned(
 def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
     """Differences of the final top-1 of every two starts, on the same images and seeds.
 
-    One row for each ordered pair: ``start_a``, ``start_b``, ``order_a``, ``order_b`` (their
-    places); ``difference`` (top-1 of a less that of b), ``low``, ``high`` (95 % interval);
-    ``beats``: whether the interval lies above 0.
+    One row for each ordered pair: ``start_a``, ``start_b``, ``order_a``, ``order_b`` (places);
+    ``difference`` (top-1 of a less that of b), ``low``, ``high`` (95 %); ``beats``: ``low`` > 0.
     """
     final = trained.right[:, :, -1].mean(axis=(1, 2))
     draws = draw_curves(trained, resamples)[:, :, -1]

@@ -1,7 +1,4 @@
-"""Extractions side by side: several configurations, what they cost, all on the same images.
-
-Scores are those of ``accuracy.score_images``: all models see the same decoded images once.
-"""
+"""Extractions side by side: several configurations, what they cost, all on the same images."""
 
 import json
 import math
@@ -126,14 +123,13 @@ def variants(
     its KL divergence is compared with.
 
     A row per variant: ``variant``; ``top1``, ``low``, ``high``, ``retention``, ``retention_low``,
-    ``retention_high``, ``agreement``, ``kl`` as in ``measure.accuracy``, with the dense model as
-    reference; ``kl_low``, ``kl_high``, its 95 % bootstrap interval; ``kl_change``, how much larger
-    it is than that of the variant ``beside`` it, with ``kl_change_low`` and ``kl_change_high``
-    (paired: both on the same resampled images); ``macs_reduction`` and ``params_reduction``, shares
-    of the dense model's, with the routing shares of the calibration; ``router_macs``, what the
-    routers cost, as such a share; ``seconds`` the extraction took when this store was first asked
-    for it, without what that held already; ``reason`` why there is no such model: then all numbers
-    are NaN.
+    ``retention_high``, ``agreement``, ``kl`` as in ``measure.accuracy``, beside the dense model;
+    ``kl_low``, ``kl_high``, its 95 % bootstrap interval; ``kl_change``, how much larger it is than
+    that of the variant ``beside`` it, with ``kl_change_low`` and ``kl_change_high`` (paired);
+    ``macs_reduction``, ``params_reduction`` and ``router_macs``, shares of the dense model's, as
+    the calibration is routed; ``seconds`` the extraction took when this store was first asked for
+    it, without what that held already; ``reason`` why there is no such model: then all numbers are
+    NaN.
     Raises MoeeError: no variants, no images, a variant to compare with that is not tried.
     """
     draw_numbers(seed, resamples=resamples)
@@ -155,8 +151,8 @@ def variants(
         spread = _compare_divergences(scores, names, seed=seed, resamples=resamples)
         table = table.join(found[SCORES]).join(spread)
     counted = count(dense)
-    costs = pd.DataFrame([_count_costs(row, dense, counted) for row in rows]).reindex(columns=COSTS)
-    table = table.reindex(columns=["variant", *SCORES, *DIVERGENCES]).join(costs)
+    costs = pd.DataFrame([_count_costs(row, dense, counted) for row in rows])
+    table = table.join(costs).reindex(columns=["variant", *SCORES, *DIVERGENCES, *COSTS])
     return add_caption(
         table,
         f"{len(images)} images evaluated, reference: the dense model; bars are 95 % intervals of "

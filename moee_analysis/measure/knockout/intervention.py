@@ -1,7 +1,4 @@
-"""Knock experts out: chosen tokens of one layer get an output that no longer depends on them.
-
-Many knock-outs of the same images run only what each of them can change.
-"""
+"""Knock experts out: chosen tokens of one layer get an output that no longer depends on them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.data.images import ImageSet, fitting_batch
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import leading_kinds
 from moee_analysis.measure.routing.inputs import Layers, batches_of, check_any, choose_routed
@@ -113,7 +110,7 @@ def mean_outputs(
 
 @dataclass(frozen=True)
 class Plan:
-    """Knock-outs by layer: rules, each followed by its control, and what tokens get instead."""
+    """Knock-outs by layer: rules, each followed by its controls, and what tokens get instead."""
 
     rules: Mapping[int, Sequence[Rule]]
     constants: Mapping[int, torch.Tensor]
@@ -152,15 +149,15 @@ looked at without a knock-out, (images, ...), and under each rule, (rules, image
 
 
 def interventions(
-    model: nn.Module, x: torch.Tensor, plan: Plan, look: Look, *, size: int | None = None
+    model: nn.Module, x: torch.Tensor, plan: Plan, look: Look, *, size: int
 ) -> Iterator[Outcomes]:
     """Yield the outcomes of every layer's knock-outs on the images ``x``, layer by layer.
 
     A knock-out changes nothing before its layer, and nothing of an image without such tokens. So
     the images run once as they are, and each knock-out runs the rest of the network with what
-    entered the layer's block, on the images that it touches, ``size`` at once (None: what fits).
+    entered the layer's block, on the images that it touches, ``size`` at once.
     """
-    size, names, routed = fitting_batch(model, size), moe_names(model), moe_layers(model)
+    names, routed = moe_names(model), moe_layers(model)
     blocks = {layer: block_of(model, names[layer]) for layer in plan.rules}
     routers = {layer: routed[layer].router for layer in plan.rules}
     chosen: dict[int, torch.Tensor] = {}
@@ -182,28 +179,25 @@ def interventions(
         yield layer, masks.float().mean(dim=2), intact, seen
 
 
+Judge = Callable[[torch.Tensor, slice], np.ndarray]
+"""From what was looked at under each rule, and which images these are, (rules, images, facts)."""
+
+
 def knock_out_all(
-    model: nn.Module,
-    images: ImageSet,
-    plan: Plan,
-    judge: Callable[[torch.Tensor, slice], np.ndarray],
-    *,
-    look: Look | None = None,
-    size: int | None = None,
+    model: nn.Module, images: ImageSet, plan: Plan, look: Look, judge: Judge, *, size: int
 ) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """Run all knock-outs on all images, and ``judge`` what was seen: (rules, images, facts).
+    """Run all knock-outs on all images, ``size`` at once, and ``judge`` what was seen.
 
     Intact facts (images, facts); by layer the shares of tokens knocked out, float32 (rules,
     images), and facts (rules, images, facts).
     """
     intact: dict[int, np.ndarray] = {}
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in plan.rules}
-    size = fitting_batch(model, size)
 
     def run() -> Iterator[tuple[slice, Outcomes]]:
         for number, batch in enumerate(images.batches(model, batch_size=size)):
             x, place = like(batch, model), slice(number * size, (number + 1) * size)
-            for outcome in interventions(model, x, plan, look or model, size=size):
+            for outcome in interventions(model, x, plan, look, size=size):
                 yield place, outcome
 
     total = -(-len(images) // size) * len(plan.rules)

@@ -62,8 +62,7 @@ def knock_out(
     ``knocked_out`` (mean share of an image's tokens), ``top1_dense`` (nan without ``reference``),
     ``top1_intact``, ``top1``, ``change`` (of top-1, from intact), ``low``, ``high``,
     ``logp_change`` (of the mean log-probability of the true class, in nats), ``logp_low``,
-    ``logp_high``. Intervals are 95 %, paired: both on the same resampled images; empty for a single
-    image. Shares are 0 to 1.
+    ``logp_high``. Intervals are 95 %, of the same resampled images; empty for a single one.
     Raises MoeeError: images of the calibration, no images, a layer without experts or with several
     per token, a class without a family, fewer than one control or resample.
     """
@@ -85,7 +84,7 @@ def knock_out(
     if reference is not None:
         dense = score_images({"dense": reference}, images)["dense"]["right"].astype(float)
     truth = torch.from_numpy(images.labels(model)).to(next(model.parameters()).device)
-    intact, found = knock_out_all(model, images, plan, partial(_judge, truth), size=size)
+    intact, found = knock_out_all(model, images, plan, model, partial(_judge, truth), size=size)
     draws = [redraw_counts(len(own), resamples, seed=seed) / len(own) for *_, own in groups]
     parts = []
     for layer, of_layer in found.items():
@@ -104,9 +103,9 @@ def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
     """How much more than all classes each class uses an expert, and loses without it.
 
     Of a table of ``knock_out``. Columns: ``layer``, ``system`` (expert | random tokens | beyond
-    random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (share of the
-    class's tokens that the expert has, less the mean over classes), ``need`` (how much the
-    log-probability of the class falls without them, in nats, less the mean over classes).
+    random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (the expert's share
+    of the class's tokens) and ``need`` (how much the log-probability of the class falls without
+    them, in nats), both less the mean over classes.
     Raises MoeeError: fewer than four classes.
     """
     rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
@@ -129,14 +128,12 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
 
     A class that sends an expert more of its tokens loses more of them when it goes, whatever the
     expert: the same is asked of random tokens, and of what the expert's removal does beyond them.
-    Chance: what classes need is permuted over whole classes, for the experts of a class depend on
-    each other. ``table`` is of ``knock_out``.
+    Chance: what classes need is permuted over whole classes. ``table`` is of ``knock_out``.
 
     Columns: ``layer``, ``system``, ``experts``, ``classes``, ``spearman``, ``null_mean``,
     ``null_high`` (95 %), ``p`` (one-sided), ``excess``; ``top_match`` (share of classes whose most
-    over-used expert is the one whose removal costs them most, beside other classes),
-    ``top_match_null_mean``, ``top_match_null_high``, ``top_match_p``, ``top_match_excess``, and
-    ``top_match_even`` (1 / experts: a blind guess).
+    over-used expert is the one whose removal costs them most, beside other classes), the same of
+    its chance with the prefix ``top_match_``, and ``top_match_even`` (1 / experts).
     Raises MoeeError: fewer than four classes, or no permutations.
     """
     draw_numbers(seed, permutations=permutations)

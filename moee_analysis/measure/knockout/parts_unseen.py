@@ -48,8 +48,8 @@ def parts_unseen(
 
     Columns: ``layer``, ``expert``, ``system`` (expert | random patches), ``part``, ``patches``
     (that show it), ``knocked_out`` (mean share of an image's tokens), ``recall_intact`` (share of
-    these patches that the probe names rightly, 0 to 1), ``recall``, ``change``, ``low``, ``high``
-    (95 % bootstrap interval over images, paired).
+    these patches that the probe names rightly), ``recall``, ``change``, ``low``, ``high`` (95 %
+    bootstrap interval over images, paired).
     Raises MoeeError: images without part masks or of the calibration, a layer without experts or in
     the last block, no part that is shown often enough, fewer than one control or resample.
     """
@@ -73,7 +73,7 @@ def parts_unseen(
         """Patches of each part that the probe names rightly: (rules, images, parts)."""
         return np.einsum("rin,inp->rip", named.numpy() == truth[some], shows[some])
 
-    intact, found = knock_out_all(model, images, plan, judge, look=look, size=size)
+    intact, found = knock_out_all(model, images, plan, look, judge, size=size)
     chosen = _choose_frequent(truth, len(images.parts), least)
     draws = redraw_counts(len(images), resamples, seed=seed).astype(float)
     counts = shows.sum(axis=1)[:, chosen], intact[:, chosen]
@@ -94,8 +94,8 @@ def parts_unseen(
 class Place:
     """The input of a model's last block, where tokens are read, and how they lie in the image.
 
-    ``mlp`` names the block's MLP, ``leading`` tokens are no patches, and ``order`` (rows, columns)
-    has the number of the patch token at each place of the image.
+    ``mlp`` names its MLP, ``leading`` tokens are no patches, and ``order`` (rows, columns) has the
+    number of the patch token at each place of the image.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -62,13 +62,12 @@ def specificity(
     """How specific to a class its routing is: its divergence from the routing of all classes.
 
     The divergence is biased upwards, more so with many experts and few images, so each value
-    stands next to what it comes to when the images' labels are permuted; ``resamples`` are of the
-    images within each class. The comparison is with all classes, also if few are shown.
+    stands next to what it comes to when the images' labels are permuted.
 
     Columns: ``system``, ``layer``, ``class_index``, ``class_name``, ``images``, ``experts``, ``js``
     (Jensen-Shannon divergence in bits between the class and the mean over classes), ``corrected``
-    (less the bias that the bootstrap over images shows), ``low``, ``high`` (95 % basic bootstrap
-    interval, of ``corrected``), ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided), ``excess``
+    (less the bias that the bootstrap over images of a class shows), ``low``, ``high`` (its 95 %
+    basic bootstrap interval), ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided), ``excess``
     (``js`` less ``null_mean``: cautious, for images of different classes differ more than those of
     one), ``seed``. The rows of class ``"all"`` (index -1) hold the mean over all classes.
     """
@@ -134,8 +133,7 @@ def class_distance(
     (every ordered pair, also of a class with itself), ``js`` (bits), ``floor`` (mean of the two
     classes' own ``js``), ``order_a``, ``order_b`` (position for a heat map: by family, else by
     similarity), and with ``families`` also ``family_a``, ``family_b``, ``same_family``.
-    Raises MoeeError: a chosen class with fewer than two images or without a family, a layer
-    without experts.
+    Raises MoeeError: a chosen class with fewer than two images, a class without a family.
     """
     draw_numbers(seed, splits=splits)
     several, parts = all_routes(source, images), []

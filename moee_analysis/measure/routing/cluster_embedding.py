@@ -28,10 +28,9 @@ def embedding(
     points: int = 4000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Hidden activations of some clustered tokens, embedded in the plane by UMAP.
+    """Hidden activations of some clustered tokens, embedded in the plane by UMAP for the eye.
 
-    The clusters are the run's own; the plane is only for the eye. ``images`` are the run's own
-    calibration images, ``points`` the most tokens per layer.
+    ``images`` are the run's own calibration images, ``points`` the most tokens per layer.
 
     A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """

@@ -50,17 +50,13 @@ def check_any(images: ImageSet) -> None:
 
 
 def choose_layers(known: Iterable[int], wanted: Layers) -> list[int]:
-    """Return the ``wanted`` layers in order, or all that are ``known`` if none are wanted.
-
-    A MoeeError names a layer that is not known, or layers that are no tuple of numbers.
-    """
+    """The ``wanted`` layers in order, or all ``known``; a MoeeError names one that is not known."""
     layer_numbers(wanted)
     wanted, known = sorted(set(wanted or ())), sorted(known)
     if missing := [layer for layer in wanted if layer not in known]:
-        raise MoeeError(
-            f"layers among {', '.join(map(str, known)) or 'none'} (those with experts)",
-            f"layer {missing[0]}", "layers are counted from 0; a layer left dense has no experts",
-        )  # fmt: skip
+        expected = f"layers among {', '.join(map(str, known)) or 'none'} (those with experts)"
+        hint = "layers are counted from 0; a layer left dense has no experts"
+        raise MoeeError(expected, f"layer {missing[0]}", hint)
     return wanted or known
 
 
@@ -68,37 +64,30 @@ def choose_routed(run: Run, layers: Layers) -> dict[int, MoeMlp]:
     """Return the routed ones of the ``layers`` by index; a MoeeError says that there are none."""
     found = moe_layers(model_of(run))
     if not found:
-        raise MoeeError(
-            "a model with experts", "only dense layers",
-            "extract with another clustering, or see why layers stayed dense in run.layers",
-        )  # fmt: skip
+        hint = "extract with another clustering, or see why layers stayed dense in run.layers"
+        raise MoeeError("a model with experts", "only dense layers", hint)
     return {layer: found[layer] for layer in choose_layers(found, layers)}
 
 
 def choose_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> list[int]:
-    """Return class indices of ``wanted`` (names or indices, in that order), or all in order.
+    """Return class indices of ``wanted`` (names, written in any way, or indices), or all in order.
 
-    Case, spaces and underscores of names do not matter. A MoeeError names classes without images.
+    A MoeeError names classes without images.
     """
     index = {plain_name(name): number for number, name in names.items()} | {n: n for n in names}
     asked = [plain_name(item) if isinstance(item, str) else item for item in wanted]
     missing = [str(item) for item, key in zip(wanted, asked, strict=True) if key not in index]
     if missing:
-        raise MoeeError(
-            f"classes of the images (such as {', '.join(list(names.values())[:6])})",
-            f"no image of {', '.join(missing[:3])}",
-            "choose classes that the images have, or add images of them",
-        )
+        expected = f"classes of the images (such as {', '.join(list(names.values())[:6])})"
+        hint = "choose classes that the images have, or add images of them"
+        raise MoeeError(expected, f"no image of {', '.join(missing[:3])}", hint)
     return [index[key] for key in asked] or sorted(names)
 
 
 def families_of(names: Sequence[str], families: Mapping[str, str]) -> list[str]:
     """Return the family of every class of ``names``; a MoeeError names classes without one."""
     known = {plain_name(name): family for name, family in families.items()}
-    missing = [name for name in names if plain_name(name) not in known]
-    if missing:
-        raise MoeeError(
-            "a family of every class", f"none of {', '.join(missing[:3])}",
-            "add it to families, or choose the classes that have one",
-        )  # fmt: skip
+    if missing := [name for name in names if plain_name(name) not in known]:
+        hint = "add it to families, or choose the classes that have one"
+        raise MoeeError("a family of every class", f"none of {', '.join(missing[:3])}", hint)
     return [known[plain_name(name)] for name in names]

@@ -35,11 +35,10 @@ def balance(
     """Sum up how even the routing of every layer is.
 
     Columns: a row for every system, layer and metric: ``system``, ``layer``, ``metric``, ``value``,
-    ``low``, ``high``, ``n_experts``, ``k``, ``n_images``. Metrics of the shares f of E experts:
-    ``entropy`` H(f) / ln E (1 is even), ``gini`` (0 is even), ``max_over_mean`` E max f (at most
-    E / k), ``cv2`` squared coefficient of variation, ``dead`` experts that no token uses. ``low``
-    and ``high`` are the basic 95 % interval 2v - q of the bootstrap over images, kept within the
-    metric's range.
+    ``low``, ``high`` (basic 95 % interval of the bootstrap over images), ``n_experts``, ``k``,
+    ``n_images``. Metrics of the shares f of E experts: ``entropy`` H(f) / ln E (1 is even),
+    ``gini`` (0 is even), ``max_over_mean`` E max f (at most E / k), ``cv2`` squared coefficient of
+    variation, ``dead`` experts that no token uses.
     Raises MoeeError: no resamples, or what :func:`routing` refuses.
     """
     draw_numbers(seed, resamples=resamples)

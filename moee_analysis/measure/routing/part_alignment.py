@@ -28,17 +28,16 @@ def modularity(
 ) -> pd.DataFrame:
     """Adjusted mutual information between the expert of a patch token and the part it shows.
 
-    A patch shows the part that covers most of it; the mask is laid over the patches as a whole,
-    so the model's transform must not crop. Three null hypotheses, from strong to weak:
-    the masks exchanged between images of the same class (the expert knows the class and the
-    place, no more), between any images (it knows the place), tokens shuffled (it knows nothing).
+    A patch shows the part that covers most of it; masks are laid over the patches as a whole, so
+    the model's transform must not crop. Three null hypotheses, from strong to weak: masks exchanged
+    between images of the same class (the expert knows class and place, no more), between any images
+    (it knows the place), tokens shuffled (it knows nothing).
 
     Columns: ``system``, ``layer``, ``experts``, ``parts``, ``images``, ``tokens`` (patches),
-    ``ami`` (adjusted mutual information, 0 chance, 1 the same partition), ``low``, ``high`` (95 %
-    basic bootstrap interval over images), ``null_mean``, ``null_high`` (95 %), ``p``, ``excess``
-    (masks exchanged between any images), ``class_null_mean``, ``class_null_high``, ``class_p``
-    (between images of one class), ``token_null_mean``, ``token_null_high`` (tokens shuffled),
-    ``seed``.
+    ``ami`` (0 chance, 1 the same partition), ``low``, ``high`` (95 % basic bootstrap interval over
+    images), ``null_mean``, ``null_high`` (95 %), ``p``, ``excess`` (masks exchanged between any
+    images), ``class_null_mean``, ``class_null_high``, ``class_p`` (between images of one class),
+    ``token_null_mean``, ``token_null_high`` (tokens shuffled), ``seed``.
     Raises MoeeError: images without part masks, routes of other images, no layer with one expert
     per token and a grid of patches, no permutations or resamples.
     """
@@ -57,10 +56,9 @@ def modularity(
 def part_profile(source: Source, images: ImageSet, *, layers: Layers = ()) -> pd.DataFrame:
     """What each expert responds to: the parts that its patches show.
 
-    Columns: ``system``, ``layer``, ``expert``, ``part``, ``tokens`` (patches of this expert with
-    this part), ``share`` (of the expert's patches), ``share_all`` (of all patches), ``size`` (the
-    expert's share of all patches), ``order`` (position of the expert in a heat map: linkage of the
-    profiles). Parts that no patch shows are left out.
+    Columns: ``system``, ``layer``, ``expert``, ``part`` (that any patch shows), ``tokens`` (patches
+    of this expert with this part), ``share`` (of the expert's patches), ``share_all`` (of all),
+    ``size`` (the expert's share of all patches), ``order`` (position of the expert in a heat map).
     """
     tables = []
     for system, layer, patches in _patches_of_layers(source, images, layers):
@@ -108,8 +106,7 @@ def patch_parts(mask: np.ndarray, grid: tuple[int, int], n_parts: int) -> np.nda
 def adjusted_mutual_information(tables: np.ndarray, chance: float) -> np.ndarray:
     """AMI of contingency tables (..., experts, parts), as scikit-learn defines it.
 
-    ``chance`` is the expected mutual information in nats; it depends on the margins only, so tables
-    of shuffled labels share it.
+    ``chance`` is the expected mutual information in nats, which tables of the same margins share.
     """
     p = tables / tables.sum(axis=(-2, -1), keepdims=True)
     h_experts, h_parts = (entr(p.sum(axis=axis)).sum(axis=-1) for axis in (-1, -2))

@@ -71,10 +71,7 @@ class Routes:
         return counts / counts.sum(axis=1, keepdims=True)
 
     def choose_placed(self, wanted: Sequence[int]) -> list[int]:
-        """Those of the ``wanted`` layers, or of all, whose patches have known places.
-
-        A MoeeError says that there are none, or names another layer.
-        """
+        """The ``wanted`` layers, or all, whose patches have known places; others are refused."""
         if not self.placed:
             expected, found = "a layer whose patches have known places", f"none in '{self.system}'"
             hint = "extract experts of layers that see the patches of an image"
@@ -104,11 +101,9 @@ def all_routes(source: Source, images: ImageSet | None = None) -> list[Routes]:
             raise MoeeError("images to route through the run", "none", hint)
         return [routes(source, images)]
     if not source or not all(isinstance(one, Routes) for one in source):
-        raise MoeeError(
-            "a run, its routes, or a sequence of routes",
-            f"{type(source).__name__} of {len(source)} items that are not all routes",
-            "make routes with measure.routes(model, images)",
-        )
+        found = f"{type(source).__name__} of {len(source)} items that are not all routes"
+        hint = "make routes with measure.routes(model, images)"
+        raise MoeeError("a run, its routes, or a sequence of routes", found, hint)
     return list(source)
 
 
@@ -125,8 +120,7 @@ def routes(
 
     ``routers`` (input of an MLP [..., d] -> experts [n, k]) by layer index are applied to the input
     of that MLP and change nothing in the pass. With ``by_folder``, and where a folder is none of
-    the model's classes, the classes are the folders of the images, in the order of their names;
-    those that are classes of the model have its readable names: routing needs no labels.
+    the model's classes, the classes are the images' folders by name, since routing needs no labels.
     Raises MoeeError: no routed layer, or a router for a layer that the model does not have.
     """
     model = model_of(model)

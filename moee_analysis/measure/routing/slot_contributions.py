@@ -22,16 +22,14 @@ def contributions(
     """What every group of experts adds to the tokens, layer by layer.
 
     The output of a layer for a token is the sum over all slots of the token's combine weight times
-    what the slot's expert made. The part of that sum over the slots of one group is what the group
-    adds; its ``contribution`` is the length (L2) of this part, mean over all tokens of all images.
-    The paper of MoE Jetpack shows contributions without saying how they are computed: only their
-    course over the layers compares with these. ``groups`` are names, in the order of the layers';
-    of a layer with fewer groups, the first ones.
+    what the slot's expert made; a group adds the part of its slots. The paper of MoE Jetpack shows
+    contributions without saying how they are computed: only their course over the layers compares
+    with these. ``groups`` are names, in the order of the layers'; of fewer groups, the first ones.
 
     One row for each layer of slots and ``group``: ``layer`` (place among the MLPs, from 0),
-    ``experts``, ``hidden`` neurons of each; ``contribution``; ``relative``, the contribution over
-    the mean length of the tokens' whole outputs of the layer; ``mass``, the share of the combine
-    weights that the group's slots have.
+    ``experts``, ``hidden`` neurons of each; ``contribution``, the length (L2) of what the group
+    adds, mean over all tokens; ``relative``, over the mean length of the layer's whole outputs;
+    ``mass``, the share of the combine weights that the group's slots have.
     Raises MoeeError: a model without such layers, or a layer with more groups than names.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}

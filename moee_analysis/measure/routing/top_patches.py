@@ -37,9 +37,9 @@ class Typical:
 def typical(model: Run, images: ImageSet, routed: Routes | None = None) -> Typical:
     """Measure mean inputs and typical tokens in two passes over ``images``.
 
-    The means are those of the tokens of ``images``, whatever the router compares them with, so that
-    all kinds of routers can be looked at alike. ``routed`` are the routes of ``model`` on the same
-    images, if known. A MoeeError refuses a model without a layer of one expert per token.
+    The means are those of the tokens of ``images``, whatever kind of router there is. ``routed``
+    are the routes of ``model`` on the same images, if known. A MoeeError refuses a model without a
+    layer of one expert per token.
     """
     model = model_of(model)
     routed = routed or routes(model, images)
