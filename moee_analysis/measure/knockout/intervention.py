@@ -110,7 +110,7 @@ def mean_outputs(
 
 @dataclass(frozen=True)
 class Plan:
-    """Knock-outs by layer: rules, each followed by its controls, and what tokens get instead."""
+    """Knock-outs by layer: rules, each followed by its control, and what tokens get instead."""
 
     rules: Mapping[int, Sequence[Rule]]
     constants: Mapping[int, torch.Tensor]
@@ -122,10 +122,9 @@ class Plan:
         calibration: ImageSet,
         rules: Mapping[int, Mapping[tuple[int, ...], Rule]],
         *,
-        controls: int,
         seed: int,
     ) -> Self:
-        """Take mean outputs over ``calibration``, and so many ``controls`` of every rule.
+        """Take mean outputs over ``calibration``, and a control of every rule.
 
         A control draws as many tokens at random; ``seed`` and a rule's key are its seed.
         """
@@ -134,9 +133,7 @@ class Plan:
         for layer, own in rules.items():
             leading = len(constants[layer]) - 1
             for key, rule in own.items():
-                seeds = [[seed, *key, draw] for draw in range(controls)]
-                drawn = [at_random(rule, leading=leading, seed=each) for each in seeds]
-                followed[layer] += [rule, *drawn]
+                followed[layer] += [rule, at_random(rule, leading=leading, seed=[seed, *key, 0])]
         return cls(followed, constants)
 
 
@@ -212,12 +209,6 @@ def knock_out_all(
         for layer, of_layer in parts.items()
     }
     return np.concatenate(list(intact.values())), found
-
-
-def average(values: np.ndarray, draws: int) -> np.ndarray:
-    """Values (rules, ...) of rules and controls as (rules, 2, ...): own, and mean control."""
-    each = values.reshape(-1, 1 + draws, *values.shape[1:])
-    return np.stack([each[:, 0], each[:, 1:].mean(axis=1)], axis=1)
 
 
 def per_image(chosen: torch.Tensor, images: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.accuracy import score_images
-from moee_analysis.measure.knockout.intervention import Plan, alone, average, knock_out_all, removed
+from moee_analysis.measure.knockout.intervention import Plan, alone, knock_out_all, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, against_chance, redraw_counts
 from moee_analysis.measure.routing.inputs import Layers, Run, choose_routed, families_of, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
@@ -42,7 +42,6 @@ def knock_out(
     layers: Layers = (),
     reference: nn.Module | None = None,
     families: Mapping[str, str] | None = None,
-    controls: int = 1,
     resamples: int = 200,
     batch_size: int | None = None,
     seed: int = 0,
@@ -51,10 +50,10 @@ def knock_out(
 
     In one layer at a time the tokens of one expert (``removed``), or of all others (``alone``), get
     the layer's mean output over a few hundred ``calibration`` images. Beside each stands its
-    control: as many tokens of every image, the same leading ones and patches drawn at random,
-    averaged over ``controls`` draws. Where only the class token is read (the last layer of most
-    ViTs) the two are therefore the same. ``reference`` is the dense model; ``families`` of the
-    classes, by readable name, add rows and a column.
+    control: as many tokens of every image, the same leading ones and patches drawn at random.
+    Where only the class token is read (the last layer of most ViTs) the two are therefore the same.
+    ``reference`` is the dense model; ``families`` of the classes, by readable name, add rows and a
+    column.
 
     Columns: ``layer``, ``expert``, ``what`` (removed | alone), ``system`` (expert | random tokens),
     ``kind`` (all | class | family), ``group`` (its name, with the index where classes share
@@ -64,9 +63,9 @@ def knock_out(
     ``logp_change`` (of the mean log-probability of the true class, in nats), ``logp_low``,
     ``logp_high``. Intervals are 95 %, of the same resampled images; empty for a single one.
     Raises MoeeError: images of the calibration, no images, a layer without experts or with several
-    per token, a class without a family, fewer than one control or resample.
+    per token, a class without a family, no resamples.
     """
-    draw_numbers(seed, controls=controls, resamples=resamples)
+    draw_numbers(seed, resamples=resamples)
     model = model_of(run)
     size = fitting_batch(model, batch_size)
     check_disjoint(calibration, images, use="used for calibration")
@@ -78,7 +77,7 @@ def knock_out(
         }
         for layer, module in choose_routed(model, layers).items()
     }
-    plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
+    plan = Plan.of(model, calibration, rules, seed=seed)
     groups = _group_images(model, images, families)
     dense = np.full(len(images), math.nan)
     if reference is not None:
@@ -88,14 +87,14 @@ def knock_out(
     draws = [redraw_counts(len(own), resamples, seed=seed) / len(own) for *_, own in groups]
     parts = []
     for layer, of_layer in found.items():
-        facts = [np.concatenate(average(each.astype(float), controls)) for each in of_layer]
+        facts = [each.astype(float) for each in of_layer]
         for group, weights in zip(groups, draws, strict=True):
             parts.append((layer, _describe_group(group, weights, facts, (intact, dense))))
     return add_caption(
         stack(parts, by=["layer"]),
         f"Tokens knocked out get the layer's mean output over {len(calibration)} calibration "
         f"images. Control: as many tokens of each of the {len(images)} images, patches at random "
-        f"(draws: {controls}). 95 % intervals: {resamples} resamples of images, seed {seed}.",
+        f"(drawn once). 95 % intervals: {resamples} resamples of images, seed {seed}.",
     )
 
 

@@ -10,7 +10,7 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
-from moee_analysis.measure.knockout.intervention import Look, Plan, average, knock_out_all, removed
+from moee_analysis.measure.knockout.intervention import Look, Plan, knock_out_all, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
 from moee_analysis.measure.routing.inputs import Layers, Run, batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
@@ -31,7 +31,6 @@ def parts_unseen(
     calibration: ImageSet,
     *,
     layers: Layers = (),
-    controls: int = 1,
     least: int = 20,
     resamples: int = 200,
     batch_size: int | None = None,
@@ -51,9 +50,9 @@ def parts_unseen(
     these patches that the probe names rightly), ``recall``, ``change``, ``low``, ``high`` (95 %
     bootstrap interval over images, paired).
     Raises MoeeError: images without part masks or of the calibration, a layer without experts or in
-    the last block, no part that is shown often enough, fewer than one control or resample.
+    the last block, no part that is shown often enough, no resamples.
     """
-    draw_numbers(seed, controls=controls, resamples=resamples)
+    draw_numbers(seed, resamples=resamples)
     model = model_of(run)
     size = fitting_batch(model, batch_size)
     check_masks(images)
@@ -64,7 +63,7 @@ def parts_unseen(
         layer: {(layer, expert): removed(expert) for expert in range(routed[layer].n_experts)}
         for layer in choose_layers(place.layers_before(), layers)
     }
-    plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
+    plan = Plan.of(model, calibration, rules, seed=seed)
     look = _train_probe(place, calibration, size)
     truth = all_patch_parts(images, place.order.shape)
     shows = np.eye(len(images.parts))[truth]  # (images, patches, parts)
@@ -77,10 +76,8 @@ def parts_unseen(
     chosen = _choose_frequent(truth, len(images.parts), least)
     draws = redraw_counts(len(images), resamples, seed=seed).astype(float)
     counts = shows.sum(axis=1)[:, chosen], intact[:, chosen]
-    parts = []
-    for layer, (share, named) in found.items():
-        own = average(share, controls), average(named[..., chosen], controls)
-        parts.append((layer, _describe_layer(*own, counts, draws)))
+    facts = {layer: (share, named[..., chosen]) for layer, (share, named) in found.items()}
+    parts = [(layer, _describe_layer(*each, counts, draws)) for layer, each in facts.items()]
     table = stack(parts, by=["layer"])
     table["part"] = table["part"].map({place: images.parts[p] for place, p in enumerate(chosen)})
     return add_caption(
@@ -152,18 +149,19 @@ def _describe_layer(
 ) -> pd.DataFrame:
     """Rows of one layer, parts by number.
 
-    ``named`` (experts, systems, images, parts) patches are named rightly; ``counts`` are the
-    patches that show a part, and those named rightly by the intact model, (images, parts).
+    ``share`` (rules, images) of the tokens are knocked out and ``named`` (rules, images, parts)
+    patches named rightly, by experts and their controls in turn; ``counts`` are the patches that
+    show a part, and those named rightly by the intact model, (images, parts).
     """
     shown, intact = counts
     total, before = shown.sum(axis=0), intact.sum(axis=0) / shown.sum(axis=0)
-    recall = named.sum(axis=2) / total
+    recall = named.sum(axis=1) / total
     with np.errstate(invalid="ignore"):  # a resample without any patch of a part says nothing of it
-        resampled = (draws @ (named - intact)) / (draws @ shown)  # (..., resamples, parts)
+        resampled = (draws @ (named - intact)) / (draws @ shown)  # (rules, resamples, parts)
     low, high = np.nanquantile(resampled, MIDDLE, axis=-2)
-    rows = all_rows(expert=range(len(named)), system=SYSTEMS, part=range(len(total)))
+    rows = all_rows(expert=range(len(named) // 2), system=SYSTEMS, part=range(len(total)))
     rows["patches"] = total.astype(np.int64)[rows["part"]]
-    rows["knocked_out"] = share.mean(axis=2).repeat(len(total))
+    rows["knocked_out"] = share.mean(axis=1).repeat(len(total))
     rows["recall_intact"], rows["recall"] = before[rows["part"]], recall.ravel()
     return rows.assign(change=(recall - before).ravel(), low=low.ravel(), high=high.ravel())
 
