@@ -119,8 +119,7 @@ def sweeps(
     its setting; None is for what does not depend on any. All are compared with ``beside``, one of
     them. ``bootstrap``: as for :func:`ablation`.
 
-    The columns of :func:`variants`, and: ``system``, ``sweep``, ``setting``; ``recipe``, empty for
-    a model made already.
+    The columns of :func:`variants`, and ``system``, ``sweep``, ``setting``, ``recipe`` (if any).
     Raises MoeeError: as for :func:`variants`; a variant ``beside`` that is not tried.
     """
     whole = {

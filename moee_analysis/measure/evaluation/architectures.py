@@ -42,8 +42,7 @@ def architectures(
     their number, 0 in layers that stay dense, which have no others; ``active``, share of the hidden
     neurons that a token uses; ``evenness``, entropy of the experts' use, 1 is even; ``class``, how
     much of it the class of the image explains, bias removed; ``similarity``, mean cosine of the
-    experts' mean inputs; ``part``, adjusted mutual information with the part that a patch shows,
-    where images have masks.
+    experts' mean inputs; ``part``, as of ``modularity``, where images have masks.
     Raises MoeeError: no runs.
     """
     if not runs:

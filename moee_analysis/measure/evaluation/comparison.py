@@ -57,8 +57,7 @@ TOGETHER = 3e9  # bytes of models that see the images in one pass
 class Contest:
     """What all systems are made from and measured on.
 
-    Raises MoeeError: an image that is in both sets, classes that are not those of the model, an
-    unknown preset, no resamples.
+    Raises MoeeError: an image in both sets, classes not of the model, no such preset, no resamples.
     """
 
     dense: nn.Module

@@ -32,8 +32,7 @@ def latency(
     """Time of a batch by every model, and how much quicker it is than the reference.
 
     All take turns, so that whatever else the machine does slows all of them. ``batch_size`` None:
-    as many images as suit the model, or as there are. ``rounds`` measurements of every model last
-    ``seconds`` each at least.
+    what suits the model. ``rounds`` measurements of every model last ``seconds`` each at least.
 
     A row per model: ``system``, ``batch_size``, ``threads``, ``ms`` (time of a batch, in the
     quickest round), ``speed_up`` (that of the reference over its own), ``slowest`` and ``fastest``

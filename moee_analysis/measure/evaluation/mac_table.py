@@ -40,10 +40,9 @@ _FRACTIONS = ["active_fraction", "union_fraction"]
 
 @dataclass(frozen=True)
 class UnreadMacs:
-    """MACs of one image that a layer spends on tokens whose outputs nothing reads.
+    """MACs of one image for tokens whose outputs nothing reads, of ``kinds`` such as "patch".
 
-    ``kinds`` of tokens are such as ("register", "patch"); ``dense`` is what the layer spent before
-    it was taken apart or cut down.
+    ``dense`` is what the layer spent before it was taken apart or cut down.
     """
 
     kinds: tuple[str, ...]

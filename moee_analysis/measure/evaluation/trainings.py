@@ -1,8 +1,7 @@
 """What trainings give: light fine-tuning, and models that start in different ways.
 
-Intervals are of one bootstrap, of images and of seeds at once: of the learning curves n - 1 of n
-seeds are drawn, which gives the mean of few seeds its whole variance, and models are compared on
-the same draws.
+Intervals are of one bootstrap of images and of seeds: of the learning curves n - 1 of n seeds are
+drawn, which gives the mean of few its whole variance, the same draws for all models.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -149,8 +148,7 @@ def trainings(
     ``starts`` are by name: seed -> model, alike in how they see images; ``config`` is the recipe,
     whose seed is replaced, and is that of the start too. ``images`` are evaluated at the start,
     every ``config.check_every`` steps, and at the end. ``workers`` train side by side on a CPU,
-    each with one thread, which changes no byte; a script that has more than one must be guarded by
-    ``if __name__ == "__main__":``.
+    with one thread each; scripts with several need ``if __name__ == "__main__":``.
     Raises MoeeError: no starts or seeds, images that are in both sets, a loss that is not finite.
     """
     for seed in seeds:

@@ -128,8 +128,7 @@ def variants(
     that of the variant ``beside`` it, with ``kl_change_low`` and ``kl_change_high`` (paired);
     ``macs_reduction``, ``params_reduction`` and ``router_macs``, shares of the dense model's, as
     the calibration is routed; ``seconds`` the extraction took when this store was first asked for
-    it, without what that held already; ``reason`` why there is no such model: then all numbers are
-    NaN.
+    it, without what that held already; ``reason`` why there is no model, and so no numbers.
     Raises MoeeError: no variants, no images, a variant to compare with that is not tried.
     """
     draw_numbers(seed, resamples=resamples)

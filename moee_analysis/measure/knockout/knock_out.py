@@ -52,8 +52,7 @@ def knock_out(
     the layer's mean output over a few hundred ``calibration`` images. Beside each stands its
     control: as many tokens of every image, the same leading ones and patches drawn at random.
     Where only the class token is read (the last layer of most ViTs) the two are therefore the same.
-    ``reference`` is the dense model; ``families`` of the classes, by readable name, add rows and a
-    column.
+    ``reference`` is the dense model; ``families`` of classes, by readable name, add rows.
 
     Columns: ``layer``, ``expert``, ``what`` (removed | alone), ``system`` (expert | random tokens),
     ``kind`` (all | class | family), ``group`` (its name, with the index where classes share

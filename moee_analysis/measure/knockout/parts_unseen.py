@@ -41,9 +41,8 @@ def parts_unseen(
     A linear probe learns on the calibration scenes, with the model intact, to tell the part that
     covers most of a patch from the token that enters the last block: in a ViT the last place where
     the class token reads the patches. There the probe is asked again, with an expert of an earlier
-    layer knocked out as in ``knock_out``; what later layers mend is not missed. Images have part
-    masks, and the model's transform must not crop them; parts that fewer than ``least`` patches
-    show are left out.
+    layer knocked out as in ``knock_out``; what later layers mend is not missed. Parts that fewer
+    than ``least`` patches show are left out. The model's transform must not crop the images.
 
     Columns: ``layer``, ``expert``, ``system`` (expert | random patches), ``part``, ``patches``
     (that show it), ``knocked_out`` (mean share of an image's tokens), ``recall_intact`` (share of

@@ -20,13 +20,7 @@ from moee_analysis.utils.checks import layer_numbers, seed_number
 
 
 def embedding(
-    run: Extraction,
-    images: ImageSet,
-    *,
-    layers: Layers,
-    store: str | Path,
-    points: int = 4000,
-    seed: int = 0,
+    run: Extraction, images: ImageSet, *, layers: Layers, store: str | Path, points: int = 4000
 ) -> pd.DataFrame:
     """Hidden activations of some clustered tokens, embedded in the plane by UMAP for the eye.
 
@@ -34,11 +28,10 @@ def embedding(
 
     A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """
-    seed_number(seed)
     config, parts = replace(run.config.clustering, reduce="umap", components=2), []
     for layer, hidden, labels in _cluster_layers(run, images, layers, Path(store)):
-        shown = np.random.default_rng([seed, layer]).permutation(len(hidden))[:points]
-        place = reduce_dimensions(hidden[shown], config, seed=seed)
+        shown = np.random.default_rng([0, layer]).permutation(len(hidden))[:points]
+        place = reduce_dimensions(hidden[shown], config, seed=0)
         parts.append((layer, pd.DataFrame(place, columns=["x", "y"]).assign(cluster=labels[shown])))
     return stack(parts, by=["layer"])
 
@@ -51,7 +44,7 @@ def surrogate(
     The surrogate has the same principal components with the same values, each shuffled over the
     tokens: the covariance stays, any clusters go. What is found there, UMAP and HDBSCAN invent.
 
-    Columns: ``layer``, ``data`` (``activations`` or ``surrogate``), ``clusters``, ``noise_share``,
+    A row per ``layer`` and ``data`` (activations, surrogate): ``clusters``, ``noise_share``,
     ``tokens``.
     """
     seed_number(seed)

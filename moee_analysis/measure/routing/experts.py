@@ -30,9 +30,8 @@ def sizes(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFram
     """How many hidden neurons each expert keeps, and how many tokens it serves.
 
     Columns: ``system``, ``layer``, ``expert``, ``neurons``, ``hidden`` (neurons of the dense MLP),
-    ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens), and of the layer
-    ``active`` (mean of ``fraction`` over tokens), ``union`` (share of the dense neurons that any
-    expert keeps).
+    ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens); of the layer
+    ``active`` (mean of ``fraction`` over tokens), ``union`` (share of neurons that any keeps).
     Raises MoeeError: no layer with experts, or a chosen layer without them.
     """
     parts = []
@@ -133,9 +132,8 @@ def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Sum up a table of :func:`similarity`: one row per layer, over pairs of different experts.
 
     Columns: ``system``, ``layer``, ``experts``, ``mean``, ``min``, ``max``, ``spread`` (standard
-    deviation), ``near_orthogonal`` (share of pairs with a cosine within ±0.2), the same of the
-    centred cosines with the prefix ``centred_``, ``centred_expected`` (-1 / (experts - 1)),
-    ``common_mean``.
+    deviation), ``near_orthogonal`` (share of cosines within ±0.2), the same of centred cosines with
+    the prefix ``centred_``, ``centred_expected`` (-1 / (experts - 1)), ``common_mean``.
     """
 
     def describe(part: pd.DataFrame) -> dict[str, float]:

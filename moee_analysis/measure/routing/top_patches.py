@@ -38,8 +38,7 @@ def typical(model: Run, images: ImageSet, routed: Routes | None = None) -> Typic
     """Measure mean inputs and typical tokens in two passes over ``images``.
 
     The means are those of the tokens of ``images``, whatever kind of router there is. ``routed``
-    are the routes of ``model`` on the same images, if known. A MoeeError refuses a model without a
-    layer of one expert per token.
+    are their routes, if known. A MoeeError refuses a model with several experts per token.
     """
     model = model_of(model)
     routed = routed or routes(model, images)
@@ -87,8 +86,7 @@ def top_patches(
     Columns: ``layer``, ``expert``, ``rank`` (0 is the most typical), ``image`` (its place in
     ``images``), ``class_name``, ``row``, ``column`` (of the patch), ``rows``, ``columns`` (of the
     grid), ``cosine``; ``tokens`` and ``images`` of the expert, ``share`` (of all patches).
-    Raises MoeeError: no layer with one expert per token whose patches have places, or another layer
-    asked for; a count below 1.
+    Raises MoeeError: no layer with one expert per token whose patches have places, a count below 1.
     """
     whole_number("count", count)
     routed = routed or routes(model_of(model), images)
