@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
-from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -104,13 +103,10 @@ def score_images(
     size = fitting_batch(first, batch_size)
     batches = decode_batches(first, images, size, label="accuracy")
     parts: dict[Hashable, list[Scores]] = {name: [] for name in contestants}
-    with ExitStack() as stack:
-        for model in contestants.values():
-            stack.enter_context(evaluating(model))
-        for x, truth in zip(batches, labels.split(size), strict=True):
-            logits = _run_all(contestants.values(), x)
-            for name, model in contestants.items():
-                parts[name].append(_score(logits[model], truth, logits.get(reference)))
+    for x, truth in zip(batches, labels.split(size), strict=True):
+        logits = _run_all(contestants.values(), x)
+        for name, model in contestants.items():
+            parts[name].append(_score(logits[model], truth, logits.get(reference)))
     return {
         name: {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
         for name, batches in parts.items()
@@ -136,7 +132,7 @@ def _name_models(models: Models) -> dict[str, nn.Module]:
 
 def _run_all(models: Iterable[nn.Module], x: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
     """Logits (images, classes) of every distinct model."""
-    logits = {model: model(like(x, model)).float().cpu() for model in dict.fromkeys(models)}
+    logits = {model: _run(model, x).float() for model in dict.fromkeys(models)}
     outputs = {of_model.shape[1] for of_model in logits.values()}
     if len(outputs) > 1:
         found = f"{' and '.join(map(str, sorted(outputs)))} outputs"

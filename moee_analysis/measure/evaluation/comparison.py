@@ -161,8 +161,8 @@ def _make_entries(contest: Contest, systems: Mapping[str, System], asked: Asked)
         if models and system.routed:
             models["random_routing"] = randomly_routed(made.model, seed=asked.seed)
             models["constant_routing"] = constantly_routed(made.model)
-        if models and system.routed and system.oracle is not None:
-            models["oracle_routing"] = system.oracle(made.model, contest.dense)
+            if system.oracle is not None:
+                models["oracle_routing"] = system.oracle(made.model, contest.dense)
         yield Entry(name, asked, system, made, models)
 
 
@@ -211,10 +211,10 @@ def _describe(
     """What a system keeps and costs, as its experts were used."""
     name, system, model = entry.name, entry.system, entry.models.get("own")
     costs = {} if model is None else costs_of(model, contest.dense, counted, usage)
-    controls = {kind: accuracies.get((name, kind)) for kind in CONTROLS}
     several = [used.numpy() for used in usage.values() if system.routed and len(used) > 1]
     layers = [balance_metrics(used) for used in several]
     balance = {name: float(np.mean([each[name] for each in layers])) for name in METRICS if layers}
+    controls = {kind: accuracies.get((name, kind)) for kind in CONTROLS}
     return {
         "system": name,
         "family": system.family,
@@ -284,10 +284,9 @@ def comparison_table(rows: Iterable[Row]) -> pd.DataFrame:
     ends = pd.DataFrame([row["retention_interval"] or (None, None) for row in rows])
     table = pd.json_normalize(rows).rename(columns=_COLUMNS)
     table = table.assign(retention_low=ends.get(0), retention_high=ends.get(1))
-    table = table.reindex(columns=["system", "family", "macs_asked", "seed", *_NUMBERS])
-    table = table.astype(dict.fromkeys(_NUMBERS, float))
-    table["reduces_macs"] = [bool(row["reduces_macs"]) for row in rows]
-    table["reason"] = [row["reason"] for row in rows]
+    columns = ["system", "family", "macs_asked", "seed", *_NUMBERS, "reduces_macs", "reason"]
+    kinds = dict.fromkeys(_NUMBERS, float) | {"reduces_macs": bool}
+    table = table.reindex(columns=columns).astype(kinds)
     seeds, timed = {row["seed"] for row in rows}, ""
     if times := next((row["latency"] for row in rows if row["latency"]), None):
         timed = f"; times of batches of {times['batch_size']} with {times['threads']} threads"

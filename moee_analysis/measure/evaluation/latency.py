@@ -1,6 +1,6 @@
 """How long models take: always in turn with each other, as ratios in one run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import cycle
 
@@ -73,11 +73,7 @@ def choose_batches(images: ImageSet, size: int, model: nn.Module) -> list[torch.
 
 
 def in_turn(
-    models: Mapping[str | None, nn.Module],
-    batches: Sequence[torch.Tensor],
-    number: int,
-    *,
-    seconds: float,
+    models: dict[str | None, nn.Module], batches: list[torch.Tensor], number: int, *, seconds: float
 ) -> dict[str | None, float]:
     """Milliseconds of a call of each model, in one round; every other one goes backwards."""
     order = list(models)[:: -1 if number % 2 else 1]

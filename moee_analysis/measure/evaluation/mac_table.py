@@ -32,9 +32,7 @@ NAMES = {
     "cls": "CLS token", "dist": "distillation token", "register": "registers", "patch": "patches",
 }  # fmt: skip
 _WHOLE = ["layer", "experts", "macs_dense", "params_dense", "params"]
-_SUMS = [
-    "experts", "macs_dense", "macs", "macs_unread_dense", "macs_unread", "params_dense", "params",
-]  # fmt: skip
+_SUMS = [*_WHOLE[1:], "macs", "macs_unread_dense", "macs_unread"]
 _FRACTIONS = ["active_fraction", "union_fraction"]
 
 
@@ -78,8 +76,6 @@ def unread_macs(
 
 @dataclass(frozen=True)
 class _Place:
-    """A module by its name."""
-
     name: str
 
     def module(self, model: nn.Module) -> nn.Module:
@@ -113,16 +109,14 @@ def macs(run: Run, images: ImageSet | None = None, *, routes: Routes | None = No
     """MACs of one image and stored parameters of a run, or of any model, by component.
 
     A routed layer costs its router plus ``2 d sum_e f_e |S_e|`` for each token; ``f_e`` are the
-    routing shares of ``images``, or of ``routes`` where they have been routed already, or else of
-    the calibration. What is spent on tokens that nothing reads is counted, and told apart.
+    routing shares of ``images``, of the ``routes`` they took, or else of the calibration.
 
     A row for every MLP, one for every attention of lower rank, one for ``everything else``, one for
     the ``total``: ``component``, ``layer`` (-1 where it is no MLP), ``converted``, ``experts``,
     ``macs_dense``, ``macs`` (per image; 1 MAC = 2 FLOPs), ``macs_unread_dense``, ``macs_unread``
-    (those of them for tokens that nothing reads), ``params_dense``, ``params``, ``active_fraction``
-    (hidden neurons a token uses), ``union_fraction`` (hidden neurons stored), ``share_source``
-    (``calibration``, ``evaluated images`` or ``dense``). ``attrs["unread_sites"]`` names the
-    modules with tokens that nothing reads.
+    (those of them for tokens that nothing reads, in the modules of ``attrs["unread_sites"]``),
+    ``params_dense``, ``params``, ``active_fraction`` (hidden neurons a token uses),
+    ``union_fraction`` (those stored), ``share_source`` (calibration | evaluated images | dense).
     Raises MoeeError: ``routes`` do not fit the model's layers.
     """
     model = model_of(run)
@@ -177,7 +171,6 @@ def _choose_shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Te
 
 
 def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[str, Any]:
-    """How a routed layer differs from the dense one."""
     ends, hidden = layer.fc1.in_features + layer.fc2.out_features, layer.hidden_dense
     biases = layer.fc2.out_features + (0 if layer.fc1.bias is None else hidden)
     return {
@@ -194,8 +187,7 @@ def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[
 def _sum_rows(rows: list[dict[str, Any]], mlps: Sequence[nn.Module]) -> dict[str, Any]:
     """Sums; the fractions are means over all MLPs, weighted by their hidden neurons."""
     table = pd.DataFrame(rows)
-    widths = [mlp.hidden_dense if isinstance(mlp, MoeMlp) else mlp.fc1.out_features for mlp in mlps]
-    hidden = pd.Series(widths)
+    hidden = pd.Series([getattr(mlp, "hidden_dense", mlp.fc1.out_features) for mlp in mlps])
     means = table[_FRACTIONS].iloc[: len(mlps)].mul(hidden, axis=0).sum() / max(1, hidden.sum())
     total = _describe_dense("total", 0, 0) | table[_SUMS].sum().to_dict() | means.to_dict()
     sources = table.loc[table["converted"], "share_source"]
@@ -230,14 +222,11 @@ def _describe_unread(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
         costs.append(f"{short} ({percent:.1f} %)")
     dense, now = costs
     before = "" if dense == now else f", in the dense model {dense},"
-    of_kinds: dict[tuple[str, ...], list[str]] = {}
-    for name, each in unread.items():
-        of_kinds.setdefault(each.kinds, []).append(name)
-    tokens = "; ".join(
-        f"the {_join([NAMES[kind] for kind in kinds])} of {_join(names)}"
-        for kinds, names in of_kinds.items()
-    )
-    return f"Of these, {now}{before} go to tokens that nothing reads: {tokens}. "
+    tokens = []
+    for kinds in dict.fromkeys(each.kinds for each in unread.values()):
+        names = [name for name, each in unread.items() if each.kinds == kinds]
+        tokens.append(f"the {_join([NAMES[kind] for kind in kinds])} of {_join(names)}")
+    return f"Of these, {now}{before} go to tokens that nothing reads: {'; '.join(tokens)}. "
 
 
 def _join(words: Sequence[str]) -> str:

@@ -30,7 +30,6 @@ from moee_analysis.utils.checks import seed_number
 from moee_analysis.utils.progress import progress
 
 SCORES = ["top1", "retention", "agreement", "kl"]
-BEFORE, AFTER = "before", "after"
 
 
 def fine_tuning(
@@ -46,8 +45,7 @@ def fine_tuning(
     """Fine-tune every run by the same recipe with every seed, and evaluate all on ``images``.
 
     ``runs`` are of one dense model by system, such as one for each budget. The seed of ``config``
-    is replaced by the ``seeds``: of the order of the images, their augmentation, and which are held
-    out. ``store`` keeps the fine-tuned runs.
+    is replaced by the ``seeds``: of the images' order and augmentation, and which are held out.
 
     A row for every run before, and for every run and seed after: ``system``, ``budget`` (number of
     the run of its system, from 0), ``stage`` (``before`` or ``after``), ``seed``; ``top1``,
@@ -60,13 +58,13 @@ def fine_tuning(
         raise MoeeError("a run or more of every system, and a seed", "none", "name some")
     check_disjoint(training, images, use="trained on")
     dense = next(iter(runs.values()))[0].dense()
-    whole = [(system, n, run) for system, own in runs.items() for n, run in enumerate(own)]
-    jobs = [(system, n, seed, run) for system, n, run in whole for seed in seeds]
-    tuned = {
-        (system, n, AFTER, seed): finetune(run, training, replace(config, seed=seed), store=store)
-        for system, n, seed, run in progress(jobs, label="fine-tuning runs")
-    }
-    models = {(system, n, BEFORE, seeds[0]): run.model for system, n, run in whole}
+    whole = {(system, n): run for system, own in runs.items() for n, run in enumerate(own)}
+    jobs = [(key, seed) for key in whole for seed in seeds]
+    tuned = {}
+    for key, seed in progress(jobs, label="fine-tuning runs"):
+        seeded = replace(config, seed=seed)
+        tuned[*key, "after", seed] = finetune(whole[key], training, seeded, store=store)
+    models = {(*key, "before", seeds[0]): run.model for key, run in whole.items()}
     models |= {key: each.run.model for key, each in tuned.items()}
     scores = score_images(models, images, reference=dense)
     own, counted = scores[REFERENCE]["right"], count(dense)
@@ -199,12 +197,11 @@ def learned(
 ) -> pd.DataFrame:
     """What each start comes to, what it costs, and how soon it comes near.
 
-    ``level``: top-1 to reach; None: what the start that ends lowest comes to.
-
     One row for each ``start``: final ``top1``, mean of the seeds, its 95 % interval ``low``,
     ``high``, and that of the ``worst`` and ``best`` seed; ``macs`` of an image, ``params``;
-    ``level``, and the ``images`` seen until the mean of the seeds reaches it (between two looks by
-    a straight line; nan: never), with ``images_low``, ``images_high`` (95 %; infinite: never).
+    ``level`` (None: what the start that ends lowest comes to), and the ``images`` seen until the
+    mean of the seeds reaches it (between two looks by a straight line; nan: never), with
+    ``images_low``, ``images_high`` (95 %; infinite: never).
     """
     final = trained.right[:, :, -1].mean(axis=2)  # (starts, seeds)
     level = final.mean(axis=1).min() if level is None else level

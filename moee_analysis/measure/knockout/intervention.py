@@ -21,6 +21,9 @@ from moee_analysis.utils.progress import progress
 Rule = Callable[[torch.Tensor], torch.Tensor]
 """From the expert of every token, int64 (images, tokens), to those knocked out, bool, alike."""
 
+Keyed = Mapping[tuple[int, ...], Rule]
+"""Rules by numbers that, with a seed, are the seed of each one's control."""
+
 
 def removed(expert: int) -> Rule:
     """Knock out the tokens of ``expert``."""
@@ -117,17 +120,9 @@ class Plan:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        calibration: ImageSet,
-        rules: Mapping[int, Mapping[tuple[int, ...], Rule]],
-        *,
-        seed: int,
+        cls, model: nn.Module, calibration: ImageSet, rules: Mapping[int, Keyed], *, seed: int
     ) -> Self:
-        """Take mean outputs over ``calibration``, and a control of every rule.
-
-        A control draws as many tokens at random; ``seed`` and a rule's key are its seed.
-        """
+        """Take mean outputs over ``calibration``, and a control of every rule by its own seed."""
         constants = mean_outputs(model, calibration, layers=list(rules))
         followed: dict[int, list[Rule]] = {layer: [] for layer in rules}
         for layer, own in rules.items():
@@ -185,8 +180,8 @@ def knock_out_all(
 ) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
     """Run all knock-outs on all images, ``size`` at once, and ``judge`` what was seen.
 
-    Intact facts (images, facts); by layer the shares of tokens knocked out, float32 (rules,
-    images), and facts (rules, images, facts).
+    Intact facts (images, facts); by layer shares of tokens knocked out, float32 (rules, images),
+    and facts (rules, images, facts).
     """
     intact: dict[int, np.ndarray] = {}
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in plan.rules}

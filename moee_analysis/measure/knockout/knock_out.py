@@ -193,10 +193,7 @@ def _judge(truth: torch.Tensor, logits: torch.Tensor, place: slice) -> np.ndarra
 
 
 def _describe_group(
-    group: Group,
-    weights: np.ndarray,
-    found: Sequence[np.ndarray],
-    unchanged: tuple[np.ndarray, np.ndarray],
+    group: Group, weights: np.ndarray, found: list[np.ndarray], unchanged: Sequence[np.ndarray]
 ) -> pd.DataFrame:
     """Rows of one layer and one group; ``unchanged`` are intact facts, and the dense model's."""
     (kind, name, family, own), (share, facts), (intact, dense) = group, found, unchanged

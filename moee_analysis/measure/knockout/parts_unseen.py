@@ -78,7 +78,7 @@ def parts_unseen(
     facts = {layer: (share, named[..., chosen]) for layer, (share, named) in found.items()}
     parts = [(layer, _describe_layer(*each, counts, draws)) for layer, each in facts.items()]
     table = stack(parts, by=["layer"])
-    table["part"] = table["part"].map({place: images.parts[p] for place, p in enumerate(chosen)})
+    table["part"] = table["part"].map(dict(enumerate(images.parts[part] for part in chosen)))
     return add_caption(
         table,
         f"Linear probe of the tokens that enter the last block, trained on {len(calibration)} "

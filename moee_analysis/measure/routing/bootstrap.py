@@ -1,7 +1,7 @@
-"""Chance and uncertainty by resampling images, never tokens.
+"""Chance and uncertainty by permuting or redrawing whole images.
 
-The tokens of one image depend on each other: shuffling tokens makes a null distribution that is
-twenty to forty times too narrow. Everything here permutes or redraws whole images.
+The tokens of one image depend on each other: to shuffle tokens makes a null distribution that is
+twenty to forty times too narrow.
 """
 
 from collections.abc import Callable
@@ -90,8 +90,8 @@ def basic_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % basic bootstrap interval ``2 v - q``, within ``least`` and ``most``.
 
-    Divergences of resampled images lie above the estimate as the estimate lies above the truth.
-    The basic interval takes that bias off, so it may end below the value itself.
+    Divergences of resampled images lie above the estimate as that lies above the truth: this takes
+    the bias off, and may end below the value itself.
     """
     lower, upper = np.quantile(resampled, MIDDLE, axis=0)
     return np.clip(2 * value - upper, least, most), np.clip(2 * value - lower, least, most)

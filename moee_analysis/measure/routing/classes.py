@@ -15,9 +15,7 @@ from moee_analysis.measure.routing.routes import Routes, Source, all_routes
 from moee_analysis.measure.routing.tables import add_caption, all_rows, order_alike, stack, sum_up
 from moee_analysis.utils.checks import draw_numbers
 
-ALL = "all"
-"""Name of the row that stands for all classes together."""
-
+ALL = "all"  # name of the row that stands for all classes together
 Draws = tuple[int, int, int]  # permutations, resamples, seed
 
 
@@ -77,9 +75,8 @@ def specificity(
         shown, groups = choose_classes(routes.class_names, classes), bootstrap.Groups(routes.labels)
         table = _resample(routes, layers, _divergences, draws).rename(columns={"value": "js"})
         group = table.pop("group")  # the classes in order, and last all of them
-        names = [*(routes.class_names[int(c)] for c in groups.classes), ALL]
         table.insert(2, "class_index", np.append(groups.classes, -1)[group])
-        table.insert(3, "class_name", np.array(names)[group])
+        table.insert(3, "class_name", table["class_index"].map(routes.class_names | {-1: ALL}))
         table.insert(4, "images", np.append(groups.sizes, routes.n_images)[group])
         # a single image cannot be resampled
         table.loc[table["images"] < 2, ["corrected", "low", "high"]] = np.nan
@@ -214,12 +211,9 @@ def _information(means: np.ndarray) -> np.ndarray:
 
 
 def _resample(
-    routes: Routes,
-    layers: Sequence[int],
-    statistic: Callable[[np.ndarray], np.ndarray],
-    draws: Draws,
+    routes: Routes, layers: Sequence[int], score: Callable[[np.ndarray], np.ndarray], draws: Draws
 ) -> pd.DataFrame:
-    """Value, interval and null of ``statistic`` (class means -> groups): a row per layer, group.
+    """Value, interval and null of a ``score`` (class means -> groups): a row per layer, group.
 
     All layers are drawn together, so that differences between layers are not those of draws.
     """
@@ -230,7 +224,7 @@ def _resample(
 
     def values(order: np.ndarray) -> np.ndarray:
         means = np.split(groups.means(packed, order), np.cumsum(experts)[:-1], axis=1)
-        return np.stack([statistic(one) for one in means])  # (layers, groups)
+        return np.stack([score(one) for one in means])  # (layers, groups)
 
     def redraw(order: Callable, times: int, seed: int) -> np.ndarray:
         return bootstrap.repeat(lambda rng: values(order(rng)), times=times, seed=seed)

@@ -144,7 +144,6 @@ class _Patches:
 def _patches_of_layers(
     source: Source, images: ImageSet, layers: Layers
 ) -> list[tuple[str, int, _Patches]]:
-    """System, layer and its patches."""
     several = all_routes(source, images)
     check_masks(images)
     found, parts = [], cache(partial(all_patch_parts, images))

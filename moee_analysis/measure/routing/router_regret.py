@@ -21,6 +21,7 @@ from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.inputs import batches_of, check_any
+from moee_analysis.measure.routing.routes import Routers
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.fingerprints import hash_weights
@@ -36,10 +37,8 @@ from moee_analysis.moe.routers import (
 )
 from moee_analysis.utils.checks import seed_number
 
-Routers = dict[int, nn.Module]
-"""A router for every layer, by index."""
-
 Choices = Mapping[str, Routers]
+"""Routers by name."""
 
 
 def router_choices(
@@ -61,7 +60,7 @@ def router_choices(
     sums = [_MeanInputs(s, layer, hash_weights(_copy_router(layer))) for s, layer in sites.items()]
     means = dict(accumulate(calibration, sums, label="mean inputs as routed"))
     leading = {site.name: _count_leading(layer) for site, layer in sites.items()}
-    choices: dict[str, Routers] = {}
+    choices: dict[str, dict[int, nn.Module]] = {}
     for draw in sample_tokens(calibration, config, leading, hidden=False):
         site, layer, centres = draw.site, layers[draw.site.index], means[draw.site]
         root, shares = metric_root(draw, config), layer.shares[prefix_experts(layer) :].cpu()
@@ -179,7 +178,6 @@ class _MeanInputs(Accumulator):
         return {"inputs": (experts, self.site.dim), "tokens": (experts,)}
 
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
-        """Add a part of the tokens."""
         rows = np.flatnonzero(layer.sample.position >= _count_leading(self.layer))
         inputs = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
         expert = _copy_router(self.layer)(inputs)[:, 0]

@@ -20,6 +20,9 @@ from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers, moe_names
 
+Routers = Mapping[int, nn.Module]
+"""A router for every layer, by index."""
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -29,10 +32,9 @@ class Routes:
     ``experts``: int16 (images, tokens): the expert of each token, leading ones and then patches row
       by row; only layers with one expert per token.
     ``labels``: int64 (images,): class index of each image; ``class_names``: their readable names.
-    ``k``: experts per token.
     ``prefix_tokens``, ``grid``: tokens before the patches (CLS), and rows and columns of the
       patches: (1, n) where their places are not known, (0, 0) where there are none.
-    ``tokens_per_image``: tokens of one image.
+    ``k``, ``tokens_per_image``: experts of a token, tokens of an image.
     ``system``: name of the routed system, for tables and captions.
     """
 
@@ -111,7 +113,7 @@ def routes(
     model: Run,
     images: ImageSet,
     *,
-    routers: Mapping[int, nn.Module] | None = None,
+    routers: Routers | None = None,
     system: str = "MoEE",
     batch_size: int | None = None,
     by_folder: bool = False,
@@ -156,8 +158,7 @@ def order_tokens(
     return np.append(np.arange(leading), leading + places), places.shape
 
 
-def _find_sites(model: nn.Module, routers: Mapping[int, nn.Module] | None) -> dict[int, str]:
-    """Names of the MLPs to watch, by layer."""
+def _find_sites(model: nn.Module, routers: Routers | None) -> dict[int, str]:
     if routers is None:
         if not (routed := moe_names(model)):
             hint = "extract its experts first, or pass routers={layer: router}"
@@ -189,11 +190,7 @@ def _name_classes(
 
 
 def _record_choices(
-    model: nn.Module,
-    images: ImageSet,
-    sites: Mapping[int, str],
-    routers: Mapping[int, nn.Module] | None,
-    batch_size: int,
+    model: nn.Module, images: ImageSet, sites: dict[int, str], routers: Routers | None, size: int
 ) -> tuple[dict[int, np.ndarray], dict[int, tuple[int, ...]]]:
     """Experts of all tokens, int16 (images, tokens, k), and the shape of an image's tokens.
 
@@ -211,7 +208,7 @@ def _record_choices(
     parts: dict[int, list[np.ndarray]] = {layer: [] for layer in sites}
     shapes = {}
     with evaluating(model), watch(modules, see, side):
-        for x in batches_of(model, images, batch_size, label="routing"):
+        for x in batches_of(model, images, size, label="routing"):
             model(x)
             for layer, (shape, chosen) in latest.items():
                 per_image = chosen.reshape(len(x), -1, chosen.shape[1])

@@ -101,7 +101,6 @@ def top_patches(
 
 
 def _top_of_layer(routed: Routes, known: Typical, layer: int, count: int) -> Iterator[dict]:
-    """Rows of :func:`top_patches` for one layer, expert by expert."""
     experts = routed.patch_experts(layer)
     patches = known.cosines[layer][:, routed.prefix_tokens[layer] :].reshape(experts.shape)
     _, rows, columns = experts.shape
@@ -129,18 +128,15 @@ def _tokens_of_layers(
     float64 (images, tokens, dim) and int64 (images, tokens), in the order of ``Routes.experts``.
     """
     names = {layer: name for layer, name in moe_names(model).items() if layer in routed.experts}
-    orders: dict[int, np.ndarray] = {}
     first = 0
     with evaluating(model), capture(model, list(names.values())) as inputs:
         for x in batches_of(model, images, label="typical patches"):
             model(x)
             for layer, name in names.items():
-                tokens = inputs[name]
-                if layer not in orders:
-                    shape = (tokens.shape[0] // len(x), *tokens.shape[1:-1])
-                    leading = routed.prefix_tokens[layer]
-                    orders[layer], _ = order_tokens(model, name, shape, leading=leading)
-                tokens = tokens.reshape(len(x), -1, tokens.shape[-1])[:, orders[layer]]
+                tokens, leading = inputs[name], routed.prefix_tokens[layer]
+                shape = (tokens.shape[0] // len(x), *tokens.shape[1:-1])
+                order, _ = order_tokens(model, name, shape, leading=leading)
+                tokens = tokens.reshape(len(x), -1, tokens.shape[-1])[:, order]
                 experts = routed.experts[layer][first : first + len(x)].astype(np.int64)
                 yield layer, tokens.double().cpu(), torch.from_numpy(experts)
             first += len(x)
