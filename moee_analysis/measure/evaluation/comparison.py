@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from moee_analysis.baselines.controls import constantly_routed, randomly_routed
@@ -23,6 +22,7 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, score_images, summarize
 from moee_analysis.measure.evaluation.evaluate import ACCURACY, accuracy_numbers
 from moee_analysis.measure.evaluation.latency import latency
+from moee_analysis.measure.evaluation.mac_table import fractions
 from moee_analysis.measure.evaluation.variants import Made, costs_of, make
 from moee_analysis.measure.routing.bootstrap import over_seeds
 from moee_analysis.measure.routing.inputs import Run
@@ -30,14 +30,7 @@ from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import unwrapped
 from moee_analysis.models.macs import MacCount, count, count_parameters
-from moee_analysis.moe.layer import (
-    MoeMlp,
-    Usage,
-    counting_usage,
-    expert_layers,
-    set_dispatch,
-    without_routing,
-)
+from moee_analysis.moe.layer import counting_usage, expert_layers, set_dispatch, without_routing
 from moee_analysis.utils.checks import seed_number, share, whole_number
 from moee_analysis.utils.progress import progress, tell, unwatched
 from moee_analysis.utils.storage.folders import scratch_folder
@@ -206,7 +199,7 @@ def _measure(
 
 
 def _describe(
-    entry: Entry, contest: Contest, counted: MacCount, accuracies: Mapping, usage: Usage
+    entry: Entry, contest: Contest, counted: MacCount, accuracies: Mapping, usage: Mapping
 ) -> Row:
     """What a system keeps and costs, as its experts were used."""
     name, system, model = entry.name, entry.system, entry.models.get("own")
@@ -261,12 +254,7 @@ def _describe_layers(made: Run | None) -> list[Row]:
     rows = []
     for name, layer in expert_layers(made).items():
         row = {"name": name, "experts": layer.n_experts, "converted": True, "reason": ""}
-        row |= dict.fromkeys(("noise_share", "active_fraction", "union_fraction"))
-        if isinstance(layer, MoeMlp):
-            active = torch.dot(layer.shares.double(), layer.sizes.double()).item()
-            row["active_fraction"] = active / layer.hidden_dense
-            row["union_fraction"] = len(layer.kept) / layer.hidden_dense
-        rows.append(row)
+        rows.append(row | {"noise_share": None} | fractions(layer))
     return rows
 
 

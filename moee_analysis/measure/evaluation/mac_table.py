@@ -179,9 +179,18 @@ def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[
         "macs_dense": tokens * ends * hidden,
         "macs": tokens * layer.macs_per_token(shares),
         "params_dense": ends * hidden + biases,
-        "active_fraction": float(shares.double() @ layer.sizes.to(shares.device).double()) / hidden,
-        "union_fraction": len(layer.kept) / hidden,
+        **fractions(layer, shares),
     }
+
+
+def fractions(layer: nn.Module, shares: torch.Tensor | None = None) -> dict[str, float | None]:
+    """Shares of the dense hidden neurons that a token uses, and that are stored; None: of none."""
+    if not isinstance(layer, MoeMlp):
+        return dict.fromkeys(_FRACTIONS)
+    shares = layer.shares if shares is None else shares
+    active = float(shares.double() @ layer.sizes.to(shares.device).double())
+    found = active / layer.hidden_dense, len(layer.kept) / layer.hidden_dense
+    return dict(zip(_FRACTIONS, found, strict=True))
 
 
 def _sum_rows(rows: list[dict[str, Any]], mlps: Sequence[nn.Module]) -> dict[str, Any]:
