@@ -118,7 +118,7 @@ REFUSED = {
     "4 experts": lambda: measure.macs(
         MOE, routes=measure.routes(toy_moe(toy_vit(), n_experts=3), IMAGES)
     ),
-    "controls as a whole number": lambda: knock_out(controls=0),
+    "resamples as a whole number": lambda: knock_out(resamples=0),
     "family of every class": lambda: knock_out(families={"ant": "insect"}),
     "at least four classes": [lambda: measure.use_and_need(FEW), lambda: relatedness(3, DENSE)],
     "linear classifier": lambda: relatedness(5, NO_HEAD),

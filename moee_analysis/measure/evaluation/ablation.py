@@ -48,24 +48,22 @@ def ablation(
     ``config`` is the recipe to take apart, with its budget in MACs, sizes and seed; where it sets
     pieces itself, these are the recipe's. The ``other`` recipe says what a piece is when it is off,
     and each is added to it; pieces that both have in common are left out. ``repeats`` extractions
-    of the whole recipe have other seeds, and so other calibration images, tokens and clusters: what
-    differs by chance. ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
+    of the whole recipe have other seeds, so other tokens and clusters: what differs by chance.
+    ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
 
     The columns of :func:`variants`, changes being those to the recipe as it is, and: ``recipe``,
     that the variant starts from; ``piece``, the one that differs, and its ``value``; ``direction``:
-    ``as it is``, ``another seed``, ``off in turn``, ``on alone`` or ``control``. The controls of
-    both recipes are static pruning, random routing and random centres. The first row is the dense
-    model.
+    ``as it is``, ``another seed``, ``off in turn``, ``on alone`` or ``control``: static pruning,
+    random routing and random centres, of both recipes. The first row is the dense model.
     Raises MoeeError: the same recipe twice, or a configuration that the other recipe cannot have.
     """
     if config.recipe == other:
         raise MoeeError("two recipes", f"'{other}' twice", "compare with another one")
     tried: dict[_Change, Variant] = _changes(config, other)
-    recipes = [config.recipe, other]
-    made = extract_all(dense, calibration, [tried[_Change(recipe)] for recipe in recipes], store)
-    for recipe in recipes:
-        run = made[tried[_Change(recipe)]].result
-        if run is not None:
+    recipes = {recipe: tried[_Change(recipe)] for recipe in (config.recipe, other)}
+    made = extract_all(dense, calibration, recipes.values(), store)
+    for recipe, whole in recipes.items():
+        if (run := made[whole].result) is not None:
             random = randomly_routed(run, seed=bootstrap.get("seed", 0))
             tried[_Change(recipe, "router", "random routing", "control")] = random
     for seed in range(config.seed + 1, config.seed + 1 + repeats):
@@ -97,11 +95,11 @@ def _changes(config: ExtractConfig, other: str) -> dict[_Change, ExtractConfig]:
             if isinstance(value, ClusterConfig):
                 words = f"{METHODS.get(value.method, value.method)} of {value.space}"
             found[_Change(recipe, piece, words, direction)] = replace(start, **{piece: value})
-        static = _Change(recipe, "experts", "static pruning", "control")
-        found[static] = replace(start, experts="one")
         centres = replace(clustering, method="random", count=own["clustering"].count)
-        random = _Change(recipe, "clustering", "random centres", "control")
-        found[random] = replace(start, clustering=centres)
+        for piece, words, value in (
+            ("experts", "static pruning", "one"), ("clustering", "random centres", centres),
+        ):  # fmt: skip
+            found[_Change(recipe, piece, words, "control")] = replace(start, **{piece: value})
     return found
 
 
@@ -119,10 +117,9 @@ def sweeps(
 
     ``tried`` are, by system and by name of the sweep, a configuration, or a model made already, by
     its setting; None is for what does not depend on any. All are compared with ``beside``, one of
-    them. ``bootstrap``: ``seed`` and ``resamples``, as for :func:`variants`.
+    them. ``bootstrap``: as for :func:`ablation`.
 
-    The columns of :func:`variants`, and: ``system``, ``sweep``, ``setting``; ``recipe``, empty for
-    a model made already.
+    The columns of :func:`variants`, and ``system``, ``sweep``, ``setting``, ``recipe`` (if any).
     Raises MoeeError: as for :func:`variants`; a variant ``beside`` that is not tried.
     """
     whole = {
@@ -131,10 +128,10 @@ def sweeps(
         for sweep, by_setting in by_sweep.items()
         for setting, each in by_setting.items()
     }
-    found = [name for name, each in whole.items() if each == beside]
-    if beside is not None and not found:
+    found = next((name for name, each in whole.items() if each == beside), None)
+    if beside is not None and found is None:
         raise MoeeError("a variant that is tried", f"{beside}", "add it to a sweep")
-    compared = dict.fromkeys(whole, found[0]) if found else None
+    compared = dict.fromkeys(whole, found) if found else None
     table = variants(dense, calibration, images, whole, store=store, beside=compared, **bootstrap)
     first, names = next(iter(tried)), []
     for system, sweep, setting in whole:

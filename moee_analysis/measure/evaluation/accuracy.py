@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
-from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -13,11 +12,11 @@ from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.routing.bootstrap import MIDDLE
-from moee_analysis.measure.routing.resolve import check_any, decode_batches
+from moee_analysis.measure.routing.inputs import check_any, decode_batches
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.class_names import is_classifier, knows_classes
 from moee_analysis.models.inputs import like
-from moee_analysis.utils.checks import draw_numbers
+from moee_analysis.utils.checks import draw_numbers, one_of
 
 REFERENCE = ""
 """Key of the reference's own scores; no system is called so."""
@@ -37,51 +36,38 @@ def accuracy(
 ) -> pd.DataFrame:
     """Accuracy of one or several models on the same images, one row per model.
 
-    The images are decoded once for all, and prepared by the transform of the reference, or else of
-    the first model.
-
-    ``models``: a model, or models by the name of their system.
-    ``reference``: the dense model, or its name among ``models``; None leaves the columns that
-      compare with it empty.
+    The images are prepared once for all, by the transform of the reference, or else of the first
+    model. ``models`` are by the name of their system; ``reference`` is the dense model, or its name
+    among them: None leaves the columns that compare with it empty.
 
     Columns: ``system``, ``top1``, ``low``, ``high`` (95 % bootstrap interval of ``top1``),
     ``top5``, ``retention`` (``top1`` / that of the reference), ``retention_low``,
     ``retention_high`` (paired bootstrap: both models on the same resampled images), ``agreement``
     (share of images with the reference's prediction), ``kl`` (mean KL(reference || model) in nats),
     ``reference_top1``, ``n_images``. All are shares, 0 to 1.
-    Raises MoeeError: no images, no models, no resamples, a reference that is not among them, or a
-    ``batch_size`` or ``seed`` that is none.
+    Raises MoeeError: no images, no models, no resamples, a reference that is not among them.
     """
     draw_numbers(seed, resamples=resamples)
     systems = _name_models(models)
     if isinstance(reference, str):
-        if reference not in systems:
-            raise MoeeError(
-                f"a reference among {', '.join(systems)}", f"'{reference}'",
-                "name one of the models",
-            )  # fmt: skip
+        one_of("reference", reference, systems)
         reference = systems[reference]
     scores = score_images(systems, images, reference=reference, batch_size=batch_size)
     return summarize(scores, seed=seed, resamples=resamples)
 
 
-def agreement(
-    models: Models, images: ImageSet, *, reference: nn.Module, batch_size: int | None = None
-) -> pd.DataFrame:
+def agreement(models: Models, images: ImageSet, *, reference: nn.Module) -> pd.DataFrame:
     """Compare the outputs of models, of any head or none, with those of the dense ``reference``.
 
-    Labels are not used; the images are prepared by the transform of the reference.
-
-    Columns: ``system``, ``agreement`` (share of images with the reference's prediction) and ``kl``
-    (mean KL(reference || model) in nats), both empty where the outputs are no scores of classes;
-    ``cosine`` (mean over images, of the outputs), ``error`` (root of the summed squares of the
-    differences, as a share of the reference's outputs), ``n_images``.
+    Columns: ``system``, ``agreement`` and ``kl`` as in :func:`accuracy`, both empty where the
+    outputs are no scores of classes; ``cosine`` (mean over images, of the outputs), ``error`` (root
+    of the summed squares of the differences, as a share of the reference's outputs), ``n_images``.
     Raises MoeeError: no images or models, or one whose outputs are of another shape.
     """
     systems = _name_models(models)
     check_any(images)
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
-    for x in decode_batches(reference, images, batch_size, label="agreement"):
+    for x in decode_batches(reference, images, label="agreement"):
         wanted = _run(reference, x)
         for name, model in systems.items():
             parts[name].append(_compare_outputs(name, _run(model, x), wanted))
@@ -106,8 +92,8 @@ def score_images(
 ) -> dict[Hashable, Scores]:
     """Score every image by every model, in the order of the images; no images are refused.
 
-    By system ``right`` and ``top5``, bool (images,), and with a reference ``agreement``, bool,
-    and ``kl``, float. The reference's own scores stand under :data:`REFERENCE`.
+    By system ``right`` and ``top5``, bool (images,), and with a reference, whose own scores stand
+    under :data:`REFERENCE`, ``agreement``, bool, and ``kl``, float.
     """
     check_any(images)
     contestants = dict(systems) if reference is None else {**systems, REFERENCE: reference}
@@ -117,13 +103,10 @@ def score_images(
     size = fitting_batch(first, batch_size)
     batches = decode_batches(first, images, size, label="accuracy")
     parts: dict[Hashable, list[Scores]] = {name: [] for name in contestants}
-    with ExitStack() as stack:
-        for model in contestants.values():
-            stack.enter_context(evaluating(model))
-        for x, truth in zip(batches, labels.split(size), strict=True):
-            logits = _run_all(contestants.values(), x)
-            for name, model in contestants.items():
-                parts[name].append(_score(logits[model], truth, logits.get(reference)))
+    for x, truth in zip(batches, labels.split(size), strict=True):
+        logits = _run_all(contestants.values(), x)
+        for name, model in contestants.items():
+            parts[name].append(_score(logits[model], truth, logits.get(reference)))
     return {
         name: {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
         for name, batches in parts.items()
@@ -134,13 +117,10 @@ def summarize(
     scores: Mapping[Hashable, Scores], *, seed: int = 0, resamples: int = 1000
 ) -> pd.DataFrame:
     """Return the table of :func:`accuracy` of some :func:`score_images`."""
-    own = scores[REFERENCE]["right"] if REFERENCE in scores else None
-    rows = [
-        {"system": name} | _sum_up(score, own, seed=seed, resamples=resamples)
-        for name, score in scores.items()
-        if name != REFERENCE
-    ]
-    return pd.DataFrame(rows)
+    scores = dict(scores)
+    own = scores.pop(REFERENCE, {}).get("right")
+    drawn = {"seed": seed, "resamples": resamples}
+    return pd.DataFrame([{"system": name} | _sum_up(s, own, **drawn) for name, s in scores.items()])
 
 
 def _name_models(models: Models) -> dict[str, nn.Module]:
@@ -152,13 +132,12 @@ def _name_models(models: Models) -> dict[str, nn.Module]:
 
 def _run_all(models: Iterable[nn.Module], x: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
     """Logits (images, classes) of every distinct model."""
-    logits = {model: model(like(x, model)).float().cpu() for model in dict.fromkeys(models)}
+    logits = {model: _run(model, x).float() for model in dict.fromkeys(models)}
     outputs = {of_model.shape[1] for of_model in logits.values()}
     if len(outputs) > 1:
-        raise MoeeError(
-            "models of the same classes", f"{' and '.join(map(str, sorted(outputs)))} outputs",
-            "compare those that were made from one model",
-        )  # fmt: skip
+        found = f"{' and '.join(map(str, sorted(outputs)))} outputs"
+        hint = "compare those that were made from one model"
+        raise MoeeError("models of the same classes", found, hint)
     return logits
 
 
@@ -208,10 +187,9 @@ def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _compare_outputs(name: str, found: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
     """Sums over the images of a batch."""
     if found.shape != wanted.shape:
-        raise MoeeError(
-            f"outputs of shape {tuple(wanted.shape)}, as of the reference",
-            f"{tuple(found.shape)} of '{name}'", "compare models that were made from one",
-        )  # fmt: skip
+        expected = f"outputs of shape {tuple(wanted.shape)}, as of the reference"
+        hint = "compare models that were made from one"
+        raise MoeeError(expected, f"{tuple(found.shape)} of '{name}'", hint)
     own, other = log_softmax(wanted, 1), log_softmax(found, 1)
     return {
         "agreement": float((found.argmax(1) == wanted.argmax(1)).sum()),

@@ -34,17 +34,15 @@ def architectures(
 ) -> pd.DataFrame:
     """Measure the same of every layer of several models.
 
-    ``runs`` are extractions by the name of their model, ``images`` evaluation images that all of
-    them know the classes of.
+    ``runs`` are extractions by the name of their model; all models know the classes of ``images``.
 
     A row for every model, layer and quantity: ``model``, ``layer``, ``depth`` (share of the layers
     up to the middle of this one), ``tokens`` (of an image, in this layer), ``dim``, ``quantity``,
-    ``value``, ``chance`` (nan where nothing is to be expected by chance). Layers that stay dense
-    have 0 experts, and no other quantities. The quantities: ``experts``, their number; ``active``,
-    share of the hidden neurons that a token uses; ``evenness``, entropy of the experts' use, 1 is
-    even; ``class``, how much of the experts' entropy the class of the image explains, bias removed;
-    ``similarity``, mean cosine of the experts' mean inputs; ``part``, adjusted mutual information
-    with the part that a patch shows, where images have masks.
+    ``value``, ``chance`` (nan where nothing is to be expected by chance). Quantities: ``experts``,
+    their number, 0 in layers that stay dense, which have no others; ``active``, share of the hidden
+    neurons that a token uses; ``evenness``, entropy of the experts' use, 1 is even; ``class``, how
+    much of it the class of the image explains, bias removed; ``similarity``, mean cosine of the
+    experts' mean inputs; ``part``, as of ``modularity``, where images have masks.
     Raises MoeeError: no runs.
     """
     if not runs:
@@ -70,7 +68,7 @@ def architecture_variants(
 ) -> pd.DataFrame:
     """Extract every configuration from every model, and evaluate them with random routing beside.
 
-    Columns: ``model`` and the columns of ``measure.variants``; a variant is the name of a
+    Columns: ``model`` and those of ``measure.variants``, where a variant is the name of a
     configuration, or that with ``, random routing``.
     Raises MoeeError: no models, or what ``measure.variants`` refuses.
     """
@@ -114,13 +112,9 @@ def _layers(run: Extraction, images: ImageSet, drawn: Mapping[str, int]) -> pd.D
     columns = ("quantity", "layer", "value", "chance")
     parts = [pd.DataFrame(dict(zip(columns, each, strict=True))) for each in found]
     values = pd.concat(parts).astype({"value": float, "chance": float})
-    facts = pd.DataFrame(
-        {
-            "layer": [site.index for site in sites],
-            "depth": (np.arange(len(sites)) + 0.5) / len(sites),
-            "tokens": [tokens.get(site.index, np.nan) for site in sites],
-            "dim": [site.dim for site in sites],
-        }
-    )
+    facts = pd.DataFrame({"layer": [site.index for site in sites]})
+    facts["depth"] = (np.arange(len(sites)) + 0.5) / len(sites)
+    facts["tokens"] = facts["layer"].map(tokens)
+    facts["dim"] = [site.dim for site in sites]
     # the quantities are in the order in which they are shown, which the merge keeps in a layer
     return facts.merge(values, on="layer")

@@ -1,5 +1,6 @@
 """All systems that need no training, side by side, at the same MACs and on the same images."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from moee_analysis.baselines.controls import constantly_routed, randomly_routed
@@ -22,20 +22,15 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, score_images, summarize
 from moee_analysis.measure.evaluation.evaluate import ACCURACY, accuracy_numbers
 from moee_analysis.measure.evaluation.latency import latency
-from moee_analysis.measure.evaluation.variants import Made, Usage, costs_of, make
+from moee_analysis.measure.evaluation.mac_table import fractions
+from moee_analysis.measure.evaluation.variants import Made, costs_of, make
 from moee_analysis.measure.routing.bootstrap import over_seeds
+from moee_analysis.measure.routing.inputs import Run
 from moee_analysis.measure.routing.load_balance import METRICS, balance_metrics
-from moee_analysis.measure.routing.resolve import Run
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import unwrapped
 from moee_analysis.models.macs import MacCount, count, count_parameters
-from moee_analysis.moe.layer import (
-    MoeMlp,
-    counting_usage,
-    expert_layers,
-    set_dispatch,
-    without_routing,
-)
+from moee_analysis.moe.layer import counting_usage, expert_layers, set_dispatch, without_routing
 from moee_analysis.utils.checks import seed_number, share, whole_number
 from moee_analysis.utils.progress import progress, tell, unwatched
 from moee_analysis.utils.storage.folders import scratch_folder
@@ -55,8 +50,7 @@ TOGETHER = 3e9  # bytes of models that see the images in one pass
 class Contest:
     """What all systems are made from and measured on.
 
-    Raises MoeeError: an image that is in both sets; classes that are not those of the model; a
-    store that cannot be written to; an unknown preset, or no resamples.
+    Raises MoeeError: an image in both sets, classes not of the model, no such preset, no resamples.
     """
 
     dense: nn.Module
@@ -100,13 +94,12 @@ def compare(
 
     For each budget, seed and system what ``evaluate`` tells of a run, and ``system``, ``family``,
     ``seed``, ``macs_asked``, ``reduces_macs``; ``over_seeds`` (``mean`` retention of all seeds, and
-    ``low``, ``high``, its 95 % interval by a bootstrap of images and seeds); ``latency`` (of the
-    first seed), ``balance`` (means over layers); ``controls``: ``random_routing``,
-    ``constant_routing``, ``oracle_routing`` (None where there is nothing to route, or no best
-    expert) and ``static_pruning``, the best static system at the same budget; ``seconds`` to make
-    it with this store, and ``reason`` why there is no such model: then its numbers are None.
-    Raises MoeeError: no such system, no budget or seed or one out of its range, or calibration
-    images among those to measure on.
+    its 95 % interval ``low``, ``high`` by a bootstrap of images and seeds); ``latency`` (of the
+    first seed), ``balance`` (means over layers); ``controls``: those of :data:`CONTROLS` (None
+    where there is nothing to route, or no best expert) and ``static_pruning``, the best static
+    system at the same budget; ``seconds`` to make it with this store, and ``reason`` why there is
+    no such model: then its numbers are None.
+    Raises MoeeError: no such system, no budget or seed, or one out of its range.
     """
     if not seeds or not macs_reductions:
         raise MoeeError("a budget and a seed", "none", "name one of each")
@@ -129,14 +122,14 @@ def _compare_at(
     contest: Contest, systems: Mapping[str, System], saved: float, seeds: Sequence[int]
 ) -> list[Row]:
     """Rows of all systems with all seeds at one budget of MACs."""
-    counted, rows, right = count(contest.dense), [], {}
+    counted, rows, right = count(contest.dense), [], defaultdict(list)
     for seed in seeds:
         entries, of_seed = _make_entries(contest, systems, Asked(saved, contest.preset, seed)), []
         for group in _fit_together(entries):
             new, hits = _measure(contest, group, counted, timed=seed == seeds[0])
             of_seed += new
             for name, images in hits.items():
-                right.setdefault(name, []).append(images)
+                right[name].append(images)
         static = [row for row in of_seed if not systems[row["system"]].routed]
         known = [row for row in static if row["retention"] is not None]
         best = max(known, key=lambda row: row["retention"], default=None)
@@ -144,11 +137,8 @@ def _compare_at(
         for row in of_seed:
             row["controls"]["static_pruning"] = control
         rows += of_seed
-    own = right.pop(REFERENCE, [None])[0]
-    spread = {
-        name: over_seeds(np.stack(hits), own, resamples=contest.resamples)
-        for name, hits in right.items()
-    }
+    own, drawn = right.pop(REFERENCE, [None])[0], {"resamples": contest.resamples}
+    spread = {name: over_seeds(np.stack(hits), own, **drawn) for name, hits in right.items()}
     return [row | {"over_seeds": spread.get(row["system"])} for row in rows]
 
 
@@ -164,8 +154,8 @@ def _make_entries(contest: Contest, systems: Mapping[str, System], asked: Asked)
         if models and system.routed:
             models["random_routing"] = randomly_routed(made.model, seed=asked.seed)
             models["constant_routing"] = constantly_routed(made.model)
-        if models and system.routed and system.oracle is not None:
-            models["oracle_routing"] = system.oracle(made.model, contest.dense)
+            if system.oracle is not None:
+                models["oracle_routing"] = system.oracle(made.model, contest.dense)
         yield Entry(name, asked, system, made, models)
 
 
@@ -173,8 +163,8 @@ def _fit_together(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """Entries in groups whose models fit into memory together."""
     group, size = [], 0
     for entry in entries:
-        tensors = [t for model in entry.models.values() for t in model.state_dict().values()]
-        own = sum(tensor.nbytes for tensor in tensors)
+        models = entry.models.values()
+        own = sum(tensor.nbytes for model in models for tensor in model.state_dict().values())
         if group and size + own > TOGETHER:
             yield group
             group, size = [], 0
@@ -203,22 +193,21 @@ def _measure(
         options = {"batch_size": BATCH, "rounds": 3, "seconds": 0.05}
         table = latency(quickest, contest.images, reference=contest.dense, **options)
         times = {row.pop("system"): row for row in table.to_dict("records")}
-    rows = [
-        _describe(each, contest, counted, accuracies, usage.get(each.name, {})) for each in group
-    ]
+    facts = contest, counted, accuracies
+    rows = [_describe(each, *facts, usage.get(each.name, {})) for each in group]
     return [row | {"latency": times.get(row["system"])} for row in rows], right
 
 
 def _describe(
-    entry: Entry, contest: Contest, counted: MacCount, accuracies: Mapping, usage: Usage
+    entry: Entry, contest: Contest, counted: MacCount, accuracies: Mapping, usage: Mapping
 ) -> Row:
     """What a system keeps and costs, as its experts were used."""
     name, system, model = entry.name, entry.system, entry.models.get("own")
     costs = {} if model is None else costs_of(model, contest.dense, counted, usage)
-    controls = {kind: accuracies.get((name, kind)) for kind in CONTROLS}
     several = [used.numpy() for used in usage.values() if system.routed and len(used) > 1]
     layers = [balance_metrics(used) for used in several]
     balance = {name: float(np.mean([each[name] for each in layers])) for name in METRICS if layers}
+    controls = {kind: accuracies.get((name, kind)) for kind in CONTROLS}
     return {
         "system": name,
         "family": system.family,
@@ -247,9 +236,9 @@ def _describe(
 @contextmanager
 def _fix_dispatch(models: Iterable[nn.Module]) -> Iterator[None]:
     """While open, layers are computed in the one way that needs no measuring first."""
+    for model in models:
+        set_dispatch(model, "masked")
     try:
-        for model in models:
-            set_dispatch(model, "masked")
         yield
     finally:
         for model in models:
@@ -265,12 +254,7 @@ def _describe_layers(made: Run | None) -> list[Row]:
     rows = []
     for name, layer in expert_layers(made).items():
         row = {"name": name, "experts": layer.n_experts, "converted": True, "reason": ""}
-        row |= dict.fromkeys(("noise_share", "active_fraction", "union_fraction"))
-        if isinstance(layer, MoeMlp):
-            active = torch.dot(layer.shares.double(), layer.sizes.double()).item()
-            row["active_fraction"] = active / layer.hidden_dense
-            row["union_fraction"] = len(layer.kept) / layer.hidden_dense
-        rows.append(row)
+        rows.append(row | {"noise_share": None} | fractions(layer))
     return rows
 
 
@@ -281,23 +265,19 @@ def comparison_table(rows: Iterable[Row]) -> pd.DataFrame:
     ``top1``, ``dense_top1``, ``retention``, ``retention_low``, ``retention_high``, ``agreement``,
     ``kl``; ``mean``, ``low``, ``high`` (retention over all seeds); ``macs_reduction``,
     ``params_reduction``, ``reduces_macs``; ``speed_up`` over the dense model's time; the metrics of
-    ``measure.balance``, means over layers; ``random_routing``, ``constant_routing``,
-    ``oracle_routing``, ``static_pruning`` (retention of the controls); ``seconds``, ``reason``.
-    What is not known is nan.
+    ``measure.balance``, means over layers; retention of the controls, by their names; ``seconds``,
+    ``reason``. What is not known is nan.
     """
     rows = list(rows)
     ends = pd.DataFrame([row["retention_interval"] or (None, None) for row in rows])
     table = pd.json_normalize(rows).rename(columns=_COLUMNS)
     table = table.assign(retention_low=ends.get(0), retention_high=ends.get(1))
-    table = table.reindex(columns=["system", "family", "macs_asked", "seed", *_NUMBERS])
-    table = table.astype(dict.fromkeys(_NUMBERS, float))
-    table["reduces_macs"] = [bool(row["reduces_macs"]) for row in rows]
-    table["reason"] = [row["reason"] for row in rows]
-    seeds, times = {row["seed"] for row in rows}, [r["latency"] for r in rows if r["latency"]]
-    timed = (
-        f"; times of batches of {times[0]['batch_size']} with {times[0]['threads']} threads"
-        if times else ""
-    )  # fmt: skip
+    columns = ["system", "family", "macs_asked", "seed", *_NUMBERS, "reduces_macs", "reason"]
+    kinds = dict.fromkeys(_NUMBERS, float) | {"reduces_macs": bool}
+    table = table.reindex(columns=columns).astype(kinds)
+    seeds, timed = {row["seed"] for row in rows}, ""
+    if times := next((row["latency"] for row in rows if row["latency"]), None):
+        timed = f"; times of batches of {times['batch_size']} with {times['threads']} threads"
     return add_caption(
         table,
         f"{rows[0]['n_images'] if rows else 0} images evaluated, reference: the dense model; "

@@ -15,11 +15,13 @@ from moee_analysis.measure.evaluation.accuracy import accuracy
 from moee_analysis.measure.evaluation.mac_table import macs
 from moee_analysis.models.loading import check_device
 
-ACCURACY = (
-    "dense_top1", "moe_top1", "moe_top1_interval", "moe_top5", "retention", "retention_interval",
-    "agreement", "kl",
-)  # fmt: skip
-"""What :func:`accuracy_numbers` gives."""
+ACCURACY = {
+    "dense_top1": ["reference_top1"], "moe_top1": ["top1"], "moe_top1_interval": ["low", "high"],
+    "moe_top5": ["top5"], "retention": ["retention"],
+    "retention_interval": ["retention_low", "retention_high"], "agreement": ["agreement"],
+    "kl": ["kl"],
+}  # fmt: skip
+"""The columns of ``measure.accuracy`` behind each of :func:`accuracy_numbers`."""
 
 
 def evaluate(
@@ -27,10 +29,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy, MACs and parameters of a run and its dense model on the same images.
 
-    MACs are those of one image, with the routing shares measured on ``images``; those
-    ``macs_unread`` are spent on tokens that nothing reads, in the modules ``unread_sites``, and
-    ``macs_reduction_read`` is what is saved of all others. What is not
-    defined (retention where the dense model gets nothing right) is None.
+    MACs are those of one image, with the routing shares measured on ``images``; ``macs_unread`` are
+    spent on tokens that nothing reads, in the modules ``unread_sites``, ``macs_reduction_read`` is
+    saved of all others. What is not defined (retention of nothing) is None.
     """
     check_device(device)
     check_unseen(run, images)
@@ -63,23 +64,17 @@ def evaluate(
 
 def accuracy_numbers(row: Mapping[str, float]) -> dict[str, Any]:
     """A row of ``measure.accuracy`` in the words of ``moee evaluate``; None is not defined."""
-    found = {name: float(row[name]) if math.isfinite(row[name]) else None for name in _COLUMNS}
-    dense, top1, low, high, top5, retention, *kept, agreement, kl = found.values()
-    values = dense, top1, [low, high], top5, retention, kept, agreement, kl
-    return dict(zip(ACCURACY, values, strict=True))
-
-
-_COLUMNS = (
-    "reference_top1", "top1", "low", "high", "top5", "retention", "retention_low",
-    "retention_high", "agreement", "kl",
-)  # fmt: skip
+    found = {}
+    for name, columns in ACCURACY.items():
+        values = [float(row[each]) if math.isfinite(row[each]) else None for each in columns]
+        found[name] = values if len(values) > 1 else values[0]
+    return found
 
 
 def check_unseen(run: Extraction, images: ImageSet) -> None:
-    """Refuse to evaluate a run on pictures that it was calibrated or fine-tuned on.
+    """Refuse to evaluate a run on pictures, by content, that it was calibrated or fine-tuned on.
 
-    Pictures are the same by content. Of a run that was saved before contents were kept it is known
-    only of the whole set.
+    Of a run that was saved before contents were kept it is known only of the whole set.
     """
     uses = [(run.provenance, "used for calibration")]
     uses += [(tuning, "trained on") for tuning in run.provenance.get("finetunings", [])]

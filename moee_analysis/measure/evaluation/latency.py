@@ -1,6 +1,6 @@
 """How long models take: always in turn with each other, as ratios in one run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import cycle
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.resolve import check_any
+from moee_analysis.measure.routing.inputs import check_any
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.autotune import measuring_at_once
@@ -31,9 +31,8 @@ def latency(
 ) -> pd.DataFrame:
     """Time of a batch by every model, and how much quicker it is than the reference.
 
-    All take turns, round after round, so that whatever else the machine does slows all of them.
-    ``batch_size`` None: as many images as suit the model, or as there are. ``rounds`` measurements
-    of every model last ``seconds`` each at least.
+    All take turns, so that whatever else the machine does slows all of them. ``batch_size`` None:
+    what suits the model. ``rounds`` measurements of every model last ``seconds`` each at least.
 
     A row per model: ``system``, ``batch_size``, ``threads``, ``ms`` (time of a batch, in the
     quickest round), ``speed_up`` (that of the reference over its own), ``slowest`` and ``fastest``
@@ -65,10 +64,7 @@ def latency(
 
 
 def choose_batches(images: ImageSet, size: int, model: nn.Module) -> list[torch.Tensor]:
-    """A few batches of ``images`` as ``model`` takes them, each even over the classes.
-
-    A MoeeError refuses too few images for one batch.
-    """
+    """A few batches as ``model`` takes them, each even over the classes; too few are refused."""
     if len(images) < size:
         raise MoeeError(f"{size} images for a batch", f"{len(images)}", "give more images")
     count = min(IN_TURN, len(images) // size)
@@ -77,11 +73,7 @@ def choose_batches(images: ImageSet, size: int, model: nn.Module) -> list[torch.
 
 
 def in_turn(
-    models: Mapping[str | None, nn.Module],
-    batches: Sequence[torch.Tensor],
-    number: int,
-    *,
-    seconds: float,
+    models: dict[str | None, nn.Module], batches: list[torch.Tensor], number: int, *, seconds: float
 ) -> dict[str | None, float]:
     """Milliseconds of a call of each model, in one round; every other one goes backwards."""
     order = list(models)[:: -1 if number % 2 else 1]

@@ -1,7 +1,4 @@
-"""Where the multiply-accumulates and the parameters go, next to the dense model.
-
-MACs that are spent on outputs that nothing reads, of any model: dense, routed or pruned.
-"""
+"""Where MACs and parameters go, next to the dense model; MACs for outputs that nothing reads."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,12 +17,12 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.fisher import unread_kinds
 from moee_analysis.extraction.record.tokens import leading_kinds
-from moee_analysis.measure.routing.resolve import Run, model_of
+from moee_analysis.measure.routing.inputs import Run, model_of
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.routes import routes as route
 from moee_analysis.models.attention import LowRankAttention, reduced_attentions
 from moee_analysis.models.macs import count, count_parameters
-from moee_analysis.moe.layer import MoeMlp, all_mlps
+from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_names
 from moee_analysis.moe.routers import TokenKindRouter
 
 ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
@@ -35,18 +32,15 @@ NAMES = {
     "cls": "CLS token", "dist": "distillation token", "register": "registers", "patch": "patches",
 }  # fmt: skip
 _WHOLE = ["layer", "experts", "macs_dense", "params_dense", "params"]
-_SUMS = [
-    "experts", "macs_dense", "macs", "macs_unread_dense", "macs_unread", "params_dense", "params",
-]  # fmt: skip
+_SUMS = [*_WHOLE[1:], "macs", "macs_unread_dense", "macs_unread"]
 _FRACTIONS = ["active_fraction", "union_fraction"]
 
 
 @dataclass(frozen=True)
 class UnreadMacs:
-    """MACs of one image that a layer spends on tokens whose outputs nothing reads.
+    """MACs of one image for tokens whose outputs nothing reads, of ``kinds`` such as "patch".
 
-    ``kinds`` of the tokens are such as ("register", "patch"); ``now`` is what the layer spends,
-    ``dense`` what it did before it was taken apart or cut down.
+    ``dense`` is what the layer spent before it was taken apart or cut down.
     """
 
     kinds: tuple[str, ...]
@@ -59,10 +53,10 @@ def unread_macs(
 ) -> dict[str, UnreadMacs]:
     """Return what the layers of ``model`` spend on tokens that nothing reads, by module name.
 
-    Only MLPs and attentions (of :data:`LAYERS`) with such tokens are there: none in a network of
-    patches alone. Of routed layers, tokens with experts of their own are told from others; where
-    all are routed alike, each costs what a token does on average. ``shares`` are measured routing
-    shares (experts,) of routed layers, by module name; others have those of the calibration.
+    Only MLPs and attentions (of :data:`LAYERS`) with such tokens are there. Of routed layers,
+    tokens with experts of their own are told from others; where all are routed alike, each costs
+    what a token does on average. ``shares`` are measured routing shares (experts,) of routed
+    layers, by module name; others have those of the calibration.
     Raises MoeeError: what ``prefix_kinds`` refuses.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
@@ -82,8 +76,6 @@ def unread_macs(
 
 @dataclass(frozen=True)
 class _Place:
-    """A module by its name."""
-
     name: str
 
     def module(self, model: nn.Module) -> nn.Module:
@@ -113,41 +105,30 @@ def _spend(
     return wasted * each, wasted * each
 
 
-def macs(
-    run: Run,
-    images: ImageSet | None = None,
-    *,
-    routes: Routes | None = None,
-    batch_size: int | None = None,
-) -> pd.DataFrame:
+def macs(run: Run, images: ImageSet | None = None, *, routes: Routes | None = None) -> pd.DataFrame:
     """MACs of one image and stored parameters of a run, or of any model, by component.
 
     A routed layer costs its router plus ``2 d sum_e f_e |S_e|`` for each token; ``f_e`` are the
-    routing shares of ``images``, or of ``routes`` where they have been routed already, or else
-    of the calibration. What is spent on tokens that nothing reads is counted, and told apart
-    (``unread_macs``).
+    routing shares of ``images``, of the ``routes`` they took, or else of the calibration.
 
     A row for every MLP, one for every attention of lower rank, one for ``everything else``, one for
     the ``total``: ``component``, ``layer`` (-1 where it is no MLP), ``converted``, ``experts``,
     ``macs_dense``, ``macs`` (per image; 1 MAC = 2 FLOPs), ``macs_unread_dense``, ``macs_unread``
-    (those of them for tokens that nothing reads), ``params_dense``, ``params``, ``active_fraction``
-    (hidden neurons a token uses), ``union_fraction`` (hidden neurons stored), ``share_source``
-    (``calibration``, ``evaluated images`` or ``dense``). ``attrs["unread_sites"]`` are the names of
-    the modules with tokens that nothing reads.
+    (those of them for tokens that nothing reads, in the modules of ``attrs["unread_sites"]``),
+    ``params_dense``, ``params``, ``active_fraction`` (hidden neurons a token uses),
+    ``union_fraction`` (those stored), ``share_source`` (calibration | evaluated images | dense).
     Raises MoeeError: ``routes`` do not fit the model's layers.
     """
     model = model_of(run)
-    mlps, reduced = all_mlps(model), reduced_attentions(model)
-    routed = {
-        name: index for index, (name, mlp) in enumerate(mlps.items()) if isinstance(mlp, MoeMlp)
-    }
+    mlps, routed = all_mlps(model), {name: index for index, name in moe_names(model).items()}
+    parts = mlps | reduced_attentions(model)
     if routes is None and images is not None and routed:
-        routes = route(model, images, batch_size=batch_size)
-    counted = count(model, sites=mlps | reduced)
+        routes = route(model, images)
+    counted = count(model, sites=parts)
     shares = {name: _choose_shares(routes, index, mlps[name]) for name, index in routed.items()}
     unread = unread_macs(model, shares=shares)
     rows = []
-    for name, part in (mlps | reduced).items():
+    for name, part in parts.items():
         spent, tokens = counted.by_module.get(name, 0), counted.tokens[name]
         row = _describe_dense(name, spent, count_parameters(part), [unread.get(name)])
         if name in mlps:
@@ -158,10 +139,10 @@ def macs(
             row |= _describe_experts(part, tokens, shares[name])
             row["share_source"] = "calibration" if routes is None else "evaluated images"
         rows.append(row)
-    outside = counted.replacing(dict.fromkeys(mlps | reduced, 0.0))
-    inside = sum(count_parameters(part) for part in (mlps | reduced).values())
-    rest = [each for name, each in unread.items() if name not in mlps | reduced]
-    rows.append(_describe_dense("everything else", outside, count_parameters(model) - inside, rest))
+    outside = counted.replacing(dict.fromkeys(parts, 0.0))
+    stored = count_parameters(model) - sum(count_parameters(part) for part in parts.values())
+    rest = [each for name, each in unread.items() if name not in parts]
+    rows.append(_describe_dense("everything else", outside, stored, rest))
     table = pd.DataFrame([*rows, _sum_rows(rows, list(mlps.values()))])
     table = table.astype(dict.fromkeys(_WHOLE, "int64"))
     table.attrs |= {"caption": _caption(table, routes, unread), "unread_sites": list(unread)}
@@ -183,16 +164,13 @@ def _choose_shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Te
     if routes is None:
         return layer.shares
     if index not in routes.counts or routes.counts[index].shape[1] != layer.n_experts:
-        raise MoeeError(
-            f"routes of layer {index} among {layer.n_experts} experts",
-            f"routes of '{routes.system}' through layers {routes.layers}",
-            "route the images through this model",
-        )
+        expected = f"routes of layer {index} among {layer.n_experts} experts"
+        found = f"routes of '{routes.system}' through layers {routes.layers}"
+        raise MoeeError(expected, found, "route the images through this model")
     return torch.from_numpy(routes.shares(index))
 
 
 def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[str, Any]:
-    """How a routed layer differs from the dense one."""
     ends, hidden = layer.fc1.in_features + layer.fc2.out_features, layer.hidden_dense
     biases = layer.fc2.out_features + (0 if layer.fc1.bias is None else hidden)
     return {
@@ -201,16 +179,24 @@ def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[
         "macs_dense": tokens * ends * hidden,
         "macs": tokens * layer.macs_per_token(shares),
         "params_dense": ends * hidden + biases,
-        "active_fraction": float(shares.double() @ layer.sizes.to(shares.device).double()) / hidden,
-        "union_fraction": len(layer.kept) / hidden,
+        **fractions(layer, shares),
     }
+
+
+def fractions(layer: nn.Module, shares: torch.Tensor | None = None) -> dict[str, float | None]:
+    """Shares of the dense hidden neurons that a token uses, and that are stored; None: of none."""
+    if not isinstance(layer, MoeMlp):
+        return dict.fromkeys(_FRACTIONS)
+    shares = layer.shares if shares is None else shares
+    active = float(shares.double() @ layer.sizes.to(shares.device).double())
+    found = active / layer.hidden_dense, len(layer.kept) / layer.hidden_dense
+    return dict(zip(_FRACTIONS, found, strict=True))
 
 
 def _sum_rows(rows: list[dict[str, Any]], mlps: Sequence[nn.Module]) -> dict[str, Any]:
     """Sums; the fractions are means over all MLPs, weighted by their hidden neurons."""
     table = pd.DataFrame(rows)
-    widths = [mlp.hidden_dense if isinstance(mlp, MoeMlp) else mlp.fc1.out_features for mlp in mlps]
-    hidden = pd.Series(widths)
+    hidden = pd.Series([getattr(mlp, "hidden_dense", mlp.fc1.out_features) for mlp in mlps])
     means = table[_FRACTIONS].iloc[: len(mlps)].mul(hidden, axis=0).sum() / max(1, hidden.sum())
     total = _describe_dense("total", 0, 0) | table[_SUMS].sum().to_dict() | means.to_dict()
     sources = table.loc[table["converted"], "share_source"]
@@ -245,14 +231,11 @@ def _describe_unread(total: pd.Series, unread: Mapping[str, UnreadMacs]) -> str:
         costs.append(f"{short} ({percent:.1f} %)")
     dense, now = costs
     before = "" if dense == now else f", in the dense model {dense},"
-    of_kinds: dict[tuple[str, ...], list[str]] = {}
-    for name, each in unread.items():
-        of_kinds.setdefault(each.kinds, []).append(name)
-    tokens = "; ".join(
-        f"the {_join([NAMES[kind] for kind in kinds])} of {_join(names)}"
-        for kinds, names in of_kinds.items()
-    )
-    return f"Of these, {now}{before} go to tokens that nothing reads: {tokens}. "
+    tokens = []
+    for kinds in dict.fromkeys(each.kinds for each in unread.values()):
+        names = [name for name, each in unread.items() if each.kinds == kinds]
+        tokens.append(f"the {_join([NAMES[kind] for kind in kinds])} of {_join(names)}")
+    return f"Of these, {now}{before} go to tokens that nothing reads: {'; '.join(tokens)}. "
 
 
 def _join(words: Sequence[str]) -> str:

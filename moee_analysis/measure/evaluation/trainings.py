@@ -1,8 +1,7 @@
 """What trainings give: light fine-tuning, and models that start in different ways.
 
-All models are trained by one recipe with several seeds. Intervals are of one bootstrap, of images
-and of seeds at once: of the learning curves n - 1 of n seeds are drawn, which gives the mean of few
-seeds its whole variance, and models are compared on the same draws.
+Intervals are of one bootstrap of images and of seeds: of the learning curves n - 1 of n seeds are
+drawn, which gives the mean of few its whole variance, the same draws for all models.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +30,6 @@ from moee_analysis.utils.checks import seed_number
 from moee_analysis.utils.progress import progress
 
 SCORES = ["top1", "retention", "agreement", "kl"]
-BEFORE, AFTER = "before", "after"
 
 
 def fine_tuning(
@@ -47,35 +45,33 @@ def fine_tuning(
     """Fine-tune every run by the same recipe with every seed, and evaluate all on ``images``.
 
     ``runs`` are of one dense model by system, such as one for each budget. The seed of ``config``
-    is replaced by the ``seeds``: of the order of the images, their augmentation, and which are held
-    out. ``store`` keeps the fine-tuned runs; ``resamples`` are of the bootstrap.
+    is replaced by the ``seeds``: of the images' order and augmentation, and which are held out.
 
     A row for every run before, and for every run and seed after: ``system``, ``budget`` (number of
     the run of its system, from 0), ``stage`` (``before`` or ``after``), ``seed``; ``top1``,
     ``retention``, ``agreement``, ``kl`` as in ``measure.accuracy``; ``mean``, ``low``, ``high``:
-    retention over all seeds of the stage, and its 95 % interval by a bootstrap of images and of
-    seeds; ``macs_reduction``, ``params_reduction``; ``epoch`` whose weights are kept.
+    retention over all seeds of the stage, and its 95 % interval; ``macs_reduction``,
+    ``params_reduction``; ``epoch`` whose weights are kept.
     Raises MoeeError: no runs, no seeds, or images that are in both sets.
     """
     if not seeds or not runs or not all(runs.values()):
         raise MoeeError("a run or more of every system, and a seed", "none", "name some")
     check_disjoint(training, images, use="trained on")
     dense = next(iter(runs.values()))[0].dense()
-    whole = [(system, n, run) for system, own in runs.items() for n, run in enumerate(own)]
-    jobs = [(system, n, seed, run) for system, n, run in whole for seed in seeds]
-    tuned = {
-        (system, n, AFTER, seed): finetune(run, training, replace(config, seed=seed), store=store)
-        for system, n, seed, run in progress(jobs, label="fine-tuning runs")
-    }
-    models = {(system, n, BEFORE, seeds[0]): run.model for system, n, run in whole}
+    whole = {(system, n): run for system, own in runs.items() for n, run in enumerate(own)}
+    jobs = [(key, seed) for key in whole for seed in seeds]
+    tuned = {}
+    for key, seed in progress(jobs, label="fine-tuning runs"):
+        seeded = replace(config, seed=seed)
+        tuned[*key, "after", seed] = finetune(whole[key], training, seeded, store=store)
+    models = {(*key, "before", seeds[0]): run.model for key, run in whole.items()}
     models |= {key: each.run.model for key, each in tuned.items()}
     scores = score_images(models, images, reference=dense)
     own, counted = scores[REFERENCE]["right"], count(dense)
     costs = pd.DataFrame([costs_of(model, dense, counted) for model in models.values()])
     table = pd.DataFrame(list(models), columns=["system", "budget", "stage", "seed"])
-    stages = table.groupby(["system", "budget", "stage"], sort=False)["seed"]
     spread = {}
-    for stage, of_stage in stages:
+    for stage, of_stage in table.groupby(["system", "budget", "stage"], sort=False)["seed"]:
         right = np.stack([scores[*stage, seed]["right"] for seed in of_stage])
         spread[stage] = over_seeds(right, own, resamples=resamples)
     table = table.join(summarize(scores, resamples=1)[SCORES])
@@ -145,18 +141,13 @@ def trainings(
     store: str | Path,
     workers: int = 1,
 ) -> Trainings:
-    """Train what every start makes with every seed, by one recipe.
-
-    Every training computes with one thread on a CPU, so that its bytes are the same whatever else
-    is trained beside it.
+    """Train what every start makes with every seed, by one recipe, unless the ``store`` has it.
 
     ``starts`` are by name: seed -> model, alike in how they see images; ``config`` is the recipe,
     whose seed is replaced, and is that of the start too. ``images`` are evaluated at the start,
-    every ``config.check_every`` steps, and at the end. A notebook that runs again finds the
-    trainings in the ``store``. ``workers`` train side by side, for models on a CPU; a script that
-    has more than one must be guarded by ``if __name__ == "__main__":``.
-    Raises MoeeError: no starts or no seeds; images that are in both sets; a loss that is not
-    finite.
+    every ``config.check_every`` steps, and at the end. ``workers`` train side by side on a CPU,
+    with one thread each; scripts with several need ``if __name__ == "__main__":``.
+    Raises MoeeError: no starts or seeds, images that are in both sets, a loss that is not finite.
     """
     for seed in seeds:
         seed_number(seed, "seeds")
@@ -191,15 +182,11 @@ def trainings(
 def learning_curves(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
     """Top-1 against the images seen, start by start.
 
-    One row for each ``start``, ``seed`` and look at the images: ``step``, ``epoch``, ``images``
-    seen so far, ``loss``, ``top1``; and of all seeds ``mean``, ``low``, ``high`` (95 % interval),
-    the same in each of them.
+    The rows of ``trained.history``, and of all seeds ``mean``, ``low``, ``high`` (95 % interval).
     """
     draws = draw_curves(trained, resamples)
     columns = np.stack([trained.right.mean(axis=(1, 3)), *np.quantile(draws, MIDDLE, axis=0)])
-    of_seeds = np.repeat(
-        columns[:, :, None], trained.right.shape[1], axis=2
-    )  # starts, seeds, looks
+    of_seeds = columns[:, :, None].repeat(trained.right.shape[1], axis=2)  # starts, seeds, looks
     table = trained.history.copy()
     table[["mean", "low", "high"]] = of_seeds.reshape(3, -1).T
     return add_caption(table, trained.caption)
@@ -210,13 +197,11 @@ def learned(
 ) -> pd.DataFrame:
     """What each start comes to, what it costs, and how soon it comes near.
 
-    ``level``: top-1 to reach; None: what the start that ends lowest comes to.
-
     One row for each ``start``: final ``top1``, mean of the seeds, its 95 % interval ``low``,
     ``high``, and that of the ``worst`` and ``best`` seed; ``macs`` of an image, ``params``;
-    ``level``, and the ``images`` seen until the mean of the seeds reaches it (between two looks by
-    a straight line; nan: never), with ``images_low``, ``images_high`` (infinite where more than 2.5
-    % of the resampled curves never do).
+    ``level`` (None: what the start that ends lowest comes to), and the ``images`` seen until the
+    mean of the seeds reaches it (between two looks by a straight line; nan: never), with
+    ``images_low``, ``images_high`` (95 %; infinite: never).
     """
     final = trained.right[:, :, -1].mean(axis=2)  # (starts, seeds)
     level = final.mean(axis=1).min() if level is None else level
@@ -237,9 +222,8 @@ def learned(
 def which_beats_which(trained: Trainings, *, resamples: int = 500) -> pd.DataFrame:
     """Differences of the final top-1 of every two starts, on the same images and seeds.
 
-    One row for each ordered pair: ``start_a``, ``start_b``, ``order_a``, ``order_b`` (their
-    places); ``difference`` (top-1 of a less that of b), ``low``, ``high`` (95 % interval);
-    ``beats``: whether the interval lies above 0.
+    One row for each ordered pair: ``start_a``, ``start_b``, ``order_a``, ``order_b`` (places);
+    ``difference`` (top-1 of a less that of b), ``low``, ``high`` (95 %); ``beats``: ``low`` > 0.
     """
     final = trained.right[:, :, -1].mean(axis=(1, 2))
     draws = draw_curves(trained, resamples)[:, :, -1]

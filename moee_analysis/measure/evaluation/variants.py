@@ -1,7 +1,4 @@
-"""Extractions side by side: several configurations, what they cost, all on the same images.
-
-Scores are those of ``accuracy.score_images``: all models see the same decoded images once.
-"""
+"""Extractions side by side: several configurations, what they cost, all on the same images."""
 
 import json
 import math
@@ -13,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
@@ -22,11 +18,11 @@ from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.accuracy import REFERENCE, Scores, score_images, summarize
 from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
-from moee_analysis.measure.routing.resolve import Run, model_of
+from moee_analysis.measure.routing.inputs import Run, model_of
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.models.macs import MacCount, count, count_parameters, moe_macs
-from moee_analysis.moe.layer import MoeMlp, all_mlps, macs_as_used
+from moee_analysis.moe.layer import MoeMlp, Usage, all_mlps, macs_as_used
 from moee_analysis.utils.checks import draw_numbers
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
@@ -35,9 +31,6 @@ from moee_analysis.utils.storage.store import content_key, get_or_build
 SCORES = ["top1", "low", "high", "retention", "retention_low", "retention_high", "agreement", "kl"]
 DIVERGENCES = ["kl_low", "kl_high", "kl_change", "kl_change_low", "kl_change_high"]
 COSTS = ["macs_reduction", "params_reduction", "router_macs", "seconds", "reason"]
-
-Usage = Mapping[str, torch.Tensor]
-"""How much each expert is used, by layer."""
 
 Variant = ExtractConfig | nn.Module
 """A configuration to extract, or a model made already."""
@@ -73,9 +66,8 @@ def extract_all(
 
     The seconds of an extraction are those it took when ``store`` was first asked for it.
     """
-    distinct = dict.fromkeys(tried)
-    configs = [each for each in distinct if isinstance(each, ExtractConfig)]
-    made: dict[Variant, Made] = {each: Made(each) for each in distinct if each not in configs}
+    made: dict[Variant, Made] = {each: Made(each) for each in tried}
+    configs = [each for each in made if isinstance(each, ExtractConfig)]
     facts = {"images": calibration.fingerprint, "model": fingerprint(dense)} if configs else {}
     for config in progress(configs, label="variants"):
         new = make(partial(extract, dense, calibration, config, store=store))
@@ -96,8 +88,7 @@ def costs_of(
 ) -> dict[str, float]:
     """MACs of one image and stored parameters of ``model``, and what it saves of the dense one's.
 
-    ``usage`` is how much each expert is used, by layer; None takes the routing shares of the
-    calibration. ``counted`` is of the dense model.
+    ``usage`` None takes the routing shares of the calibration; ``counted`` is of the dense model.
     """
     if usage is not None:
         macs = macs_as_used(model, usage)
@@ -127,22 +118,18 @@ def variants(
 ) -> pd.DataFrame:
     """Extract every configuration, and evaluate all of them in one pass over the images.
 
-    ``tried``: configurations, or models made already that differ from the dense one in their MLPs,
-      by the name of the variant.
-    ``beside``: by the name of a variant, the name of the one that its KL divergence is compared
-      with.
+    ``tried`` are configurations, or models made already that differ from the dense one in their
+    MLPs, by the name of the variant; ``beside``, by the name of a variant, the name of the one that
+    its KL divergence is compared with.
 
     A row per variant: ``variant``; ``top1``, ``low``, ``high``, ``retention``, ``retention_low``,
-    ``retention_high``, ``agreement``, ``kl`` as in ``measure.accuracy``, with the dense model as
-    reference; ``kl_low``, ``kl_high``, its 95 % bootstrap interval; ``kl_change``, how much larger
-    it is than that of the variant ``beside`` it, with ``kl_change_low`` and ``kl_change_high``
-    (paired: both on the same resampled images); ``macs_reduction`` and ``params_reduction``, shares
-    of the dense model's, with the routing shares of the calibration; ``router_macs``, what the
-    routers cost, as such a share; ``seconds`` the extraction took with this store when it was first
-    asked for here, what the store held already not counted; ``reason`` why there is no such model:
-    then all numbers are NaN.
-    Raises MoeeError: no variants, no images, or a variant to compare with that is not among those
-    tried.
+    ``retention_high``, ``agreement``, ``kl`` as in ``measure.accuracy``, beside the dense model;
+    ``kl_low``, ``kl_high``, its 95 % bootstrap interval; ``kl_change``, how much larger it is than
+    that of the variant ``beside`` it, with ``kl_change_low`` and ``kl_change_high`` (paired);
+    ``macs_reduction``, ``params_reduction`` and ``router_macs``, shares of the dense model's, as
+    the calibration is routed; ``seconds`` the extraction took when this store was first asked for
+    it, without what that held already; ``reason`` why there is no model, and so no numbers.
+    Raises MoeeError: no variants, no images, a variant to compare with that is not tried.
     """
     draw_numbers(seed, resamples=resamples)
     if not tried:
@@ -150,10 +137,8 @@ def variants(
     beside, place = beside or {}, {name: row for row, name in enumerate(tried)}
     unknown = [name for name in (*beside, *beside.values()) if name not in place]
     if unknown:
-        raise MoeeError(
-            f"variants among {', '.join(map(str, place))}", f"'{unknown[0]}'",
-            "compare with one that is tried too",
-        )  # fmt: skip
+        expected, hint = f"variants among {', '.join(map(str, place))}", "compare with one of these"
+        raise MoeeError(expected, f"'{unknown[0]}'", hint)
     made = extract_all(dense, calibration, tried.values(), store)
     rows = [made[each] for each in tried.values()]
     models = {place: row.model for place, row in enumerate(rows) if row.model is not None}
@@ -165,8 +150,8 @@ def variants(
         spread = _compare_divergences(scores, names, seed=seed, resamples=resamples)
         table = table.join(found[SCORES]).join(spread)
     counted = count(dense)
-    costs = pd.DataFrame([_count_costs(row, dense, counted) for row in rows]).reindex(columns=COSTS)
-    table = table.reindex(columns=["variant", *SCORES, *DIVERGENCES]).join(costs)
+    costs = pd.DataFrame([_count_costs(row, dense, counted) for row in rows])
+    table = table.join(costs).reindex(columns=["variant", *SCORES, *DIVERGENCES, *COSTS])
     return add_caption(
         table,
         f"{len(images)} images evaluated, reference: the dense model; bars are 95 % intervals of "

@@ -1,7 +1,4 @@
-"""Knock experts out: chosen tokens of one layer get an output that no longer depends on them.
-
-Many knock-outs of the same images run only what each of them can change.
-"""
+"""Knock experts out: chosen tokens of one layer get an output that no longer depends on them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from moee_analysis.data.images import ImageSet, fitting_batch
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import leading_kinds
-from moee_analysis.measure.routing.resolve import Layers, batches_of, check_any, choose_routed
+from moee_analysis.measure.routing.inputs import Layers, batches_of, check_any, choose_routed
 from moee_analysis.models.capture import block_of, evaluating, seeing_inputs, starting_at, watch
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import moe_layers, moe_names
@@ -23,6 +20,9 @@ from moee_analysis.utils.progress import progress
 
 Rule = Callable[[torch.Tensor], torch.Tensor]
 """From the expert of every token, int64 (images, tokens), to those knocked out, bool, alike."""
+
+Keyed = Mapping[tuple[int, ...], Rule]
+"""Rules by numbers that, with a seed, are the seed of each one's control."""
 
 
 def removed(expert: int) -> Rule:
@@ -38,11 +38,10 @@ def alone(expert: int) -> Rule:
 def at_random(rule: Rule, *, leading: int = 0, seed: int | Sequence[int] = 0) -> Rule:
     """Knock out as many tokens of every image as ``rule`` does, drawn at random.
 
-    As many *of every image*: an image of a class that uses an expert much loses more tokens than
-    others, and that alone can hurt it more. What is left beside this control is *which* tokens
-    were lost. The ``leading`` tokens of an image stay those of the rule and only patches are
-    drawn, since no patch can stand for a class token. Images are drawn for in the order in which
-    they come, so batches of any size give the same.
+    As many *of every image*: one of a class that uses an expert much loses more tokens than others,
+    and that alone can hurt it more. What is left beside this control is *which* tokens were lost.
+    The ``leading`` tokens stay those of the rule, since no patch can stand for a class token.
+    Images are drawn for in the order in which they come, so batches of any size give the same.
     """
     rng = np.random.default_rng(seed)
 
@@ -62,8 +61,7 @@ def knocked_out(
 ) -> Iterator[nn.Module]:
     """While open, tokens of a routed layer chosen by ``which`` get ``constant`` for an output.
 
-    ``constant`` is (kinds, dim) as of :func:`mean_outputs`: a row for each leading token, the last
-    for all patches. The router runs as before.
+    ``constant`` is (kinds, dim) as of :func:`mean_outputs`. The router runs as before.
     Raises MoeeError: no such routed layer; on running the model, more than one expert per token.
     """
     site = choose_routed(model, [layer])[layer]
@@ -90,9 +88,8 @@ def mean_outputs(
     """Mean output of the routed ``layers`` (empty: all) over the tokens of calibration images.
 
     A token that gets it keeps what all of its kind have in common, and loses what depends on the
-    token. A class token has little in common with patches, so each leading token has a mean of its
-    own. By layer float32 (kinds, dim): a row for each leading token, the last for all patches. A
-    few hundred images are enough.
+    token. By layer float32 (kinds, dim): a row for each leading token, which has little in common
+    with patches, the last for all of these. A few hundred images are enough.
     Raises MoeeError: no images, or a layer that is not routed.
     """
     check_any(images)
@@ -110,40 +107,28 @@ def mean_outputs(
                 each, patches = y[:, :leading], y[:, leading:]
                 total = torch.cat([each.sum(0), patches.sum((0, 1))[None]])
                 sums[layer] = sums.get(layer, 0) + total
-                tokens[layer] = [1] * leading + [max(1, patches.shape[1])]
-    counts = {layer: len(images) * total.new_tensor(tokens[layer]) for layer, total in sums.items()}
-    return {layer: (sums[layer] / counts[layer][:, None]).float() for layer in sites}
+                tokens[layer] = total.new_tensor([[1]] * leading + [[max(1, patches.shape[1])]])
+    return {layer: (sums[layer] / (len(images) * tokens[layer])).float() for layer in sites}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Knock-outs by layer: rules, each followed by its controls, and what tokens get instead."""
+    """Knock-outs by layer: rules, each followed by its control, and what tokens get instead."""
 
     rules: Mapping[int, Sequence[Rule]]
     constants: Mapping[int, torch.Tensor]
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        calibration: ImageSet,
-        rules: Mapping[int, Mapping[tuple[int, ...], Rule]],
-        *,
-        controls: int,
-        seed: int,
+        cls, model: nn.Module, calibration: ImageSet, rules: Mapping[int, Keyed], *, seed: int
     ) -> Self:
-        """Take mean outputs over ``calibration``, and so many ``controls`` of every rule.
-
-        A control draws as many tokens at random; ``seed`` and a rule's key are its seed.
-        """
+        """Take mean outputs over ``calibration``, and a control of every rule by its own seed."""
         constants = mean_outputs(model, calibration, layers=list(rules))
         followed: dict[int, list[Rule]] = {layer: [] for layer in rules}
         for layer, own in rules.items():
             leading = len(constants[layer]) - 1
             for key, rule in own.items():
-                seeds = [[seed, *key, draw] for draw in range(controls)]
-                drawn = [at_random(rule, leading=leading, seed=each) for each in seeds]
-                followed[layer] += [rule, *drawn]
+                followed[layer] += [rule, at_random(rule, leading=leading, seed=[seed, *key, 0])]
         return cls(followed, constants)
 
 
@@ -156,20 +141,19 @@ looked at without a knock-out, (images, ...), and under each rule, (rules, image
 
 
 def interventions(
-    model: nn.Module, x: torch.Tensor, plan: Plan, look: Look, *, size: int | None = None
+    model: nn.Module, x: torch.Tensor, plan: Plan, look: Look, *, size: int
 ) -> Iterator[Outcomes]:
     """Yield the outcomes of every layer's knock-outs on the images ``x``, layer by layer.
 
     A knock-out changes nothing before its layer, and nothing of an image without such tokens. So
     the images run once as they are, and each knock-out runs the rest of the network with what
-    entered the layer's block, on the images that it touches, ``size`` at once (None: what fits).
-    Rules see every batch once, in the order of the batches.
+    entered the layer's block, on the images that it touches, ``size`` at once.
     """
-    size, names, routed = fitting_batch(model, size), moe_names(model), moe_layers(model)
+    names, routed = moe_names(model), moe_layers(model)
     blocks = {layer: block_of(model, names[layer]) for layer in plan.rules}
     routers = {layer: routed[layer].router for layer in plan.rules}
     chosen: dict[int, torch.Tensor] = {}
-    known = [block for block in blocks.values() if block is not None]
+    known = filter(None, blocks.values())
     with watch(routers, chosen.__setitem__, "outputs"), seeing_inputs(known) as entering:
         intact = look(x)
     for layer, rules in plan.rules.items():
@@ -187,32 +171,26 @@ def interventions(
         yield layer, masks.float().mean(dim=2), intact, seen
 
 
-def measure_knock_outs(
-    model: nn.Module,
-    images: ImageSet,
-    plan: Plan,
-    judge: Callable[[torch.Tensor, slice], np.ndarray],
-    *,
-    look: Look | None = None,
-    size: int | None = None,
-) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """Run all knock-outs on all images, and ``judge`` what was seen: (rules, images, facts).
+Judge = Callable[[torch.Tensor, slice], np.ndarray]
+"""From what was looked at under each rule, and which images these are, (rules, images, facts)."""
 
-    Intact facts (images, facts); by layer the shares of tokens knocked out, float32 (rules,
-    images), and facts (rules, images, facts).
+
+def knock_out_all(
+    model: nn.Module, images: ImageSet, plan: Plan, look: Look, judge: Judge, *, size: int
+) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Run all knock-outs on all images, ``size`` at once, and ``judge`` what was seen.
+
+    Intact facts (images, facts); by layer shares of tokens knocked out, float32 (rules, images),
+    and facts (rules, images, facts).
     """
     intact: dict[int, np.ndarray] = {}
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in plan.rules}
-    size = fitting_batch(model, size)
 
     def run() -> Iterator[tuple[slice, Outcomes]]:
-        first = 0
-        for batch in images.batches(model, batch_size=size):
-            place = slice(first, first := first + len(batch))
-            x = like(batch, model)
-            yield from (
-                (place, each) for each in interventions(model, x, plan, look or model, size=size)
-            )
+        for number, batch in enumerate(images.batches(model, batch_size=size)):
+            x, place = like(batch, model), slice(number * size, (number + 1) * size)
+            for outcome in interventions(model, x, plan, look, size=size):
+                yield place, outcome
 
     total = -(-len(images) // size) * len(plan.rules)
     with evaluating(model):
@@ -228,20 +206,10 @@ def measure_knock_outs(
     return np.concatenate(list(intact.values())), found
 
 
-def average(values: np.ndarray, draws: int) -> np.ndarray:
-    """Values (rules, ...) of rules and controls as (rules, 2, ...): own, and mean control."""
-    each = values.reshape(-1, 1 + draws, *values.shape[1:])
-    return np.stack([each[:, 0], each[:, 1:].mean(axis=1)], axis=1)
-
-
 def per_image(chosen: torch.Tensor, images: int) -> torch.Tensor:
-    """Return the experts that a router chose, int64 (n, 1), as (images, tokens).
-
-    A MoeeError refuses more than one expert per token.
-    """
+    """The experts that a router chose, int64 (n, 1), as (images, tokens); several are refused."""
     if chosen.ndim != 2 or chosen.shape[1] != 1:
-        raise MoeeError(
-            "a layer with one expert per token", f"choices of shape {tuple(chosen.shape)}",
-            "choose other layers, or a top-1 router",
-        )  # fmt: skip
+        found = f"choices of shape {tuple(chosen.shape)}"
+        hint = "choose other layers, or a top-1 router"
+        raise MoeeError("a layer with one expert per token", found, hint)
     return chosen.reshape(images, -1)

@@ -14,15 +14,9 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.accuracy import score_images
-from moee_analysis.measure.knockout.intervention import (
-    Plan,
-    alone,
-    average,
-    measure_knock_outs,
-    removed,
-)
+from moee_analysis.measure.knockout.intervention import Plan, alone, knock_out_all, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, against_chance, redraw_counts
-from moee_analysis.measure.routing.resolve import Layers, Run, choose_routed, families_of, model_of
+from moee_analysis.measure.routing.inputs import Layers, Run, choose_routed, families_of, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.loading import class_labels
 from moee_analysis.utils.checks import draw_numbers
@@ -48,7 +42,6 @@ def knock_out(
     layers: Layers = (),
     reference: nn.Module | None = None,
     families: Mapping[str, str] | None = None,
-    controls: int = 1,
     resamples: int = 200,
     batch_size: int | None = None,
     seed: int = 0,
@@ -56,11 +49,10 @@ def knock_out(
     """What each expert is worth to all images, to every class and to every family of classes.
 
     In one layer at a time the tokens of one expert (``removed``), or of all others (``alone``), get
-    the layer's mean output over the ``calibration`` images, a few hundred of them
-    (``intervention``). Beside each stands its control: as many tokens of every image, the same
-    leading ones and patches drawn at random, averaged over ``controls`` draws. Where only the class
-    token is read (the last layer of most ViTs) the two are therefore the same. ``reference`` is the
-    dense model; ``families`` of the classes, by readable name, add rows and a column.
+    the layer's mean output over a few hundred ``calibration`` images. Beside each stands its
+    control: as many tokens of every image, the same leading ones and patches drawn at random.
+    Where only the class token is read (the last layer of most ViTs) the two are therefore the same.
+    ``reference`` is the dense model; ``families`` of classes, by readable name, add rows.
 
     Columns: ``layer``, ``expert``, ``what`` (removed | alone), ``system`` (expert | random tokens),
     ``kind`` (all | class | family), ``group`` (its name, with the index where classes share
@@ -68,12 +60,11 @@ def knock_out(
     ``knocked_out`` (mean share of an image's tokens), ``top1_dense`` (nan without ``reference``),
     ``top1_intact``, ``top1``, ``change`` (of top-1, from intact), ``low``, ``high``,
     ``logp_change`` (of the mean log-probability of the true class, in nats), ``logp_low``,
-    ``logp_high``. Intervals are 95 %, paired: both on the same resampled images; empty for a single
-    image. Shares are 0 to 1.
+    ``logp_high``. Intervals are 95 %, of the same resampled images; empty for a single one.
     Raises MoeeError: images of the calibration, no images, a layer without experts or with several
-    per token, a class without a family, fewer than one control or resample.
+    per token, a class without a family, no resamples.
     """
-    draw_numbers(seed, controls=controls, resamples=resamples)
+    draw_numbers(seed, resamples=resamples)
     model = model_of(run)
     size = fitting_batch(model, batch_size)
     check_disjoint(calibration, images, use="used for calibration")
@@ -85,24 +76,24 @@ def knock_out(
         }
         for layer, module in choose_routed(model, layers).items()
     }
-    plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
+    plan = Plan.of(model, calibration, rules, seed=seed)
     groups = _group_images(model, images, families)
     dense = np.full(len(images), math.nan)
     if reference is not None:
         dense = score_images({"dense": reference}, images)["dense"]["right"].astype(float)
     truth = torch.from_numpy(images.labels(model)).to(next(model.parameters()).device)
-    intact, found = measure_knock_outs(model, images, plan, partial(_judge, truth), size=size)
+    intact, found = knock_out_all(model, images, plan, model, partial(_judge, truth), size=size)
     draws = [redraw_counts(len(own), resamples, seed=seed) / len(own) for *_, own in groups]
     parts = []
     for layer, of_layer in found.items():
-        facts = [np.concatenate(average(each.astype(float), controls)) for each in of_layer]
+        facts = [each.astype(float) for each in of_layer]
         for group, weights in zip(groups, draws, strict=True):
             parts.append((layer, _describe_group(group, weights, facts, (intact, dense))))
     return add_caption(
         stack(parts, by=["layer"]),
         f"Tokens knocked out get the layer's mean output over {len(calibration)} calibration "
         f"images. Control: as many tokens of each of the {len(images)} images, patches at random "
-        f"(draws: {controls}). 95 % intervals: {resamples} resamples of images, seed {seed}.",
+        f"(drawn once). 95 % intervals: {resamples} resamples of images, seed {seed}.",
     )
 
 
@@ -110,16 +101,14 @@ def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
     """How much more than all classes each class uses an expert, and loses without it.
 
     Of a table of ``knock_out``. Columns: ``layer``, ``system`` (expert | random tokens | beyond
-    random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (share of the
-    class's tokens that the expert has, less the mean over classes), ``need`` (how much the
-    log-probability of the class falls without them, in nats, less the mean over classes).
+    random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (the expert's share
+    of the class's tokens) and ``need`` (how much the log-probability of the class falls without
+    them, in nats), both less the mean over classes.
     Raises MoeeError: fewer than four classes.
     """
     rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
-    if rows["group"].nunique() < 4:
-        raise MoeeError(
-            "at least four classes", str(rows["group"].nunique()), "knock out with more images"
-        )
+    if (classes := rows["group"].nunique()) < 4:
+        raise MoeeError("at least four classes", f"{classes}", "knock out with more images")
     rows = rows.rename(columns={"group": "class_name", "knocked_out": "use"})
     rows = rows.assign(need=-rows["logp_change"])
     keys, values = ["layer", "class_name", "expert"], ["use", "need"]
@@ -137,14 +126,12 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
 
     A class that sends an expert more of its tokens loses more of them when it goes, whatever the
     expert: the same is asked of random tokens, and of what the expert's removal does beyond them.
-    Chance: what classes need is permuted over whole classes, for the experts of a class depend on
-    each other. ``table`` is of ``knock_out``.
+    Chance: what classes need is permuted over whole classes. ``table`` is of ``knock_out``.
 
     Columns: ``layer``, ``system``, ``experts``, ``classes``, ``spearman``, ``null_mean``,
     ``null_high`` (95 %), ``p`` (one-sided), ``excess``; ``top_match`` (share of classes whose most
-    over-used expert is the one whose removal costs them most, beside other classes),
-    ``top_match_null_mean``, ``top_match_null_high``, ``top_match_p``, ``top_match_excess``, and
-    ``top_match_even`` (1 / experts: a blind guess).
+    over-used expert is the one whose removal costs them most, beside other classes), the same of
+    its chance with the prefix ``top_match_``, and ``top_match_even`` (1 / experts).
     Raises MoeeError: fewer than four classes, or no permutations.
     """
     draw_numbers(seed, permutations=permutations)
@@ -155,11 +142,11 @@ def use_and_need(table: pd.DataFrame, *, permutations: int = 1000, seed: int = 0
         classes, experts = use.shape
         rng = np.random.default_rng(seed)
         orders = [np.arange(classes), *(rng.permutation(classes) for _ in range(permutations))]
-        one, other, top = _rank(use), _rank(need), use.argmax(axis=1)
+        one, other, top, most = _rank(use), _rank(need), use.argmax(axis=1), need.argmax(axis=1)
         row = {"layer": layer, "system": system, "experts": experts, "classes": classes}
         for name, prefix, values in (
             ("spearman", "", [(one * other[order]).sum() for order in orders]),
-            ("top_match", "top_match_", [(top == need[o].argmax(axis=1)).mean() for o in orders]),
+            ("top_match", "top_match_", [(top == most[order]).mean() for order in orders]),
         ):
             # the first order is that of the classes, the others are chance
             chance = against_chance(values[0], np.array(values[1:]))
@@ -206,10 +193,7 @@ def _judge(truth: torch.Tensor, logits: torch.Tensor, place: slice) -> np.ndarra
 
 
 def _describe_group(
-    group: Group,
-    weights: np.ndarray,
-    found: Sequence[np.ndarray],
-    unchanged: tuple[np.ndarray, np.ndarray],
+    group: Group, weights: np.ndarray, found: list[np.ndarray], unchanged: Sequence[np.ndarray]
 ) -> pd.DataFrame:
     """Rows of one layer and one group; ``unchanged`` are intact facts, and the dense model's."""
     (kind, name, family, own), (share, facts), (intact, dense) = group, found, unchanged
@@ -225,9 +209,8 @@ def _describe_group(
     return rows.assign(logp_change=drop.mean(axis=1), logp_low=logp_low, logp_high=logp_high)
 
 
-def _bound_means(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap intervals of the means of ``values`` (rows, images)."""
+def _bound_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """95 % bootstrap intervals of the means of ``values`` (rows, images): (2, rows)."""
     if values.shape[1] < 2:  # a single image cannot be resampled
-        return (np.full(len(values), math.nan),) * 2
-    low, high = np.quantile(weights @ values.T, MIDDLE, axis=0)
-    return low, high
+        return np.full((2, len(values)), math.nan)
+    return np.quantile(weights @ values.T, MIDDLE, axis=0)

@@ -10,16 +10,10 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
-from moee_analysis.measure.knockout.intervention import (
-    Look,
-    Plan,
-    average,
-    measure_knock_outs,
-    removed,
-)
+from moee_analysis.measure.knockout.intervention import Look, Plan, knock_out_all, removed
 from moee_analysis.measure.routing.bootstrap import MIDDLE, redraw_counts
+from moee_analysis.measure.routing.inputs import Layers, Run, batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_masks
-from moee_analysis.measure.routing.resolve import Layers, Run, batches_of, choose_layers, model_of
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.inputs import blank
@@ -37,7 +31,6 @@ def parts_unseen(
     calibration: ImageSet,
     *,
     layers: Layers = (),
-    controls: int = 1,
     least: int = 20,
     resamples: int = 200,
     batch_size: int | None = None,
@@ -46,20 +39,19 @@ def parts_unseen(
     """How well the part of a patch can still be read from its token, per expert knocked out.
 
     A linear probe learns on the calibration scenes, with the model intact, to tell the part that
-    covers most of a patch from the token that enters the last block: in a ViT this is the last
-    place where the class token reads the patches, and it is the same place for all layers. There
-    the probe is asked again, with an expert of an earlier layer knocked out as in ``knock_out``.
-    What later layers mend is not missed. Images have part masks, and the model's transform must not
-    crop them; parts that fewer than ``least`` patches show are left out.
+    covers most of a patch from the token that enters the last block: in a ViT the last place where
+    the class token reads the patches. There the probe is asked again, with an expert of an earlier
+    layer knocked out as in ``knock_out``; what later layers mend is not missed. Parts that fewer
+    than ``least`` patches show are left out. The model's transform must not crop the images.
 
     Columns: ``layer``, ``expert``, ``system`` (expert | random patches), ``part``, ``patches``
     (that show it), ``knocked_out`` (mean share of an image's tokens), ``recall_intact`` (share of
-    these patches that the probe names rightly, 0 to 1), ``recall``, ``change``, ``low``, ``high``
-    (95 % bootstrap interval over images, paired).
+    these patches that the probe names rightly), ``recall``, ``change``, ``low``, ``high`` (95 %
+    bootstrap interval over images, paired).
     Raises MoeeError: images without part masks or of the calibration, a layer without experts or in
-    the last block, no part that is shown often enough, fewer than one control or resample.
+    the last block, no part that is shown often enough, no resamples.
     """
-    draw_numbers(seed, controls=controls, resamples=resamples)
+    draw_numbers(seed, resamples=resamples)
     model = model_of(run)
     size = fitting_batch(model, batch_size)
     check_masks(images)
@@ -70,7 +62,7 @@ def parts_unseen(
         layer: {(layer, expert): removed(expert) for expert in range(routed[layer].n_experts)}
         for layer in choose_layers(place.layers_before(), layers)
     }
-    plan = Plan.of(model, calibration, rules, controls=controls, seed=seed)
+    plan = Plan.of(model, calibration, rules, seed=seed)
     look = _train_probe(place, calibration, size)
     truth = all_patch_parts(images, place.order.shape)
     shows = np.eye(len(images.parts))[truth]  # (images, patches, parts)
@@ -79,16 +71,14 @@ def parts_unseen(
         """Patches of each part that the probe names rightly: (rules, images, parts)."""
         return np.einsum("rin,inp->rip", named.numpy() == truth[some], shows[some])
 
-    intact, found = measure_knock_outs(model, images, plan, judge, look=look, size=size)
+    intact, found = knock_out_all(model, images, plan, look, judge, size=size)
     chosen = _choose_frequent(truth, len(images.parts), least)
     draws = redraw_counts(len(images), resamples, seed=seed).astype(float)
     counts = shows.sum(axis=1)[:, chosen], intact[:, chosen]
-    parts = []
-    for layer, (share, named) in found.items():
-        own = average(share, controls), average(named[..., chosen], controls)
-        parts.append((layer, _describe_layer(*own, counts, draws)))
+    facts = {layer: (share, named[..., chosen]) for layer, (share, named) in found.items()}
+    parts = [(layer, _describe_layer(*each, counts, draws)) for layer, each in facts.items()]
     table = stack(parts, by=["layer"])
-    table["part"] = table["part"].map({place: images.parts[p] for place, p in enumerate(chosen)})
+    table["part"] = table["part"].map(dict(enumerate(images.parts[part] for part in chosen)))
     return add_caption(
         table,
         f"Linear probe of the tokens that enter the last block, trained on {len(calibration)} "
@@ -100,8 +90,8 @@ def parts_unseen(
 class Place:
     """The input of a model's last block, where tokens are read, and how they lie in the image.
 
-    ``mlp`` names the block's MLP, ``leading`` tokens are no patches, and ``order`` (rows, columns)
-    has the number of the patch token at each place of the image.
+    ``mlp`` names its MLP, ``leading`` tokens are no patches, and ``order`` (rows, columns) has the
+    number of the patch token at each place of the image.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,25 +148,21 @@ def _describe_layer(
 ) -> pd.DataFrame:
     """Rows of one layer, parts by number.
 
-    ``named`` (experts, systems, images, parts) patches are named rightly; ``counts`` are the
-    patches that show a part, and those named rightly by the intact model, (images, parts).
+    ``share`` (rules, images) of the tokens are knocked out and ``named`` (rules, images, parts)
+    patches named rightly, by experts and their controls in turn; ``counts`` are the patches that
+    show a part, and those named rightly by the intact model, (images, parts).
     """
     shown, intact = counts
     total, before = shown.sum(axis=0), intact.sum(axis=0) / shown.sum(axis=0)
-    recall = named.sum(axis=2) / total
+    recall = named.sum(axis=1) / total
     with np.errstate(invalid="ignore"):  # a resample without any patch of a part says nothing of it
-        resampled = (draws @ (named - intact)) / (draws @ shown)  # (..., resamples, parts)
+        resampled = (draws @ (named - intact)) / (draws @ shown)  # (rules, resamples, parts)
     low, high = np.nanquantile(resampled, MIDDLE, axis=-2)
-    rows = all_rows(expert=range(len(named)), system=SYSTEMS, part=range(len(total)))
-    return rows.assign(
-        patches=np.broadcast_to(total.astype(np.int64), recall.shape).ravel(),
-        knocked_out=share.mean(axis=2).repeat(len(total)),
-        recall_intact=np.broadcast_to(before, recall.shape).ravel(),
-        recall=recall.ravel(),
-        change=(recall - before).ravel(),
-        low=low.ravel(),
-        high=high.ravel(),
-    )
+    rows = all_rows(expert=range(len(named) // 2), system=SYSTEMS, part=range(len(total)))
+    rows["patches"] = total.astype(np.int64)[rows["part"]]
+    rows["knocked_out"] = share.mean(axis=1).repeat(len(total))
+    rows["recall_intact"], rows["recall"] = before[rows["part"]], recall.ravel()
+    return rows.assign(change=(recall - before).ravel(), low=low.ravel(), high=high.ravel())
 
 
 def _choose_frequent(truth: np.ndarray, parts: int, least: int) -> list[int]:
@@ -184,7 +170,6 @@ def _choose_frequent(truth: np.ndarray, parts: int, least: int) -> list[int]:
     patches = np.bincount(truth.ravel(), minlength=parts)
     frequent = [int(part) for part in np.argsort(-patches, kind="stable") if patches[part] >= least]
     if not frequent:
-        raise MoeeError(
-            f"a part that {least} patches show", f"at most {patches.max()}", "take more images"
-        )
+        found = f"at most {patches.max()}"
+        raise MoeeError(f"a part that {least} patches show", found, "take more images")
     return frequent

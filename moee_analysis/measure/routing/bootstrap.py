@@ -1,7 +1,7 @@
-"""Chance and uncertainty by resampling images, never tokens.
+"""Chance and uncertainty by permuting or redrawing whole images.
 
-The tokens of one image depend on each other: shuffling tokens makes a null distribution that is
-twenty to forty times too narrow. Everything here permutes or redraws whole images.
+The tokens of one image depend on each other: to shuffle tokens makes a null distribution that is
+twenty to forty times too narrow.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,8 @@ MIDDLE = (0.025, 0.975)
 class Groups:
     """Images sorted by their ``labels``, (images,).
 
-    ``classes``: int64 (classes,): class index of each group, ascending.
-    ``order``: int64 (images,): image indices, class after class.
-    ``starts``, ``sizes``: int64 (classes,): where each class starts in ``order``, and its number of
-      images.
+    ``order``, int64 (images,), are their indices, class after class; ``classes``, ``starts`` and
+    ``sizes``, int64 (classes,), class indices, where each starts in ``order``, and its images.
     """
 
     def __init__(self, labels: np.ndarray) -> None:
@@ -30,27 +28,25 @@ class Groups:
         facts = np.unique(labels[self.order], return_index=True, return_counts=True)
         self.classes, self.starts, self.sizes = facts
 
-    def means(self, values: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+    def means(self, values: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Mean of ``values`` (images, columns) over each class: (classes, columns).
 
-        ``order`` puts other images in the places of ``self.order``: a permutation or a resample.
+        ``order`` is that of the images, or puts others in their places: shuffled, or resampled.
         """
         # images of a class stand together, so one pass sums all classes
-        rows = values[self.order if order is None else order]
-        return np.add.reduceat(rows, self.starts, axis=0) / self.sizes[:, None]
+        return np.add.reduceat(values[order], self.starts, axis=0) / self.sizes[:, None]
 
     def shuffle(self, rng: np.random.Generator) -> np.ndarray:
-        """Return an order in which images have lost their class: the null hypothesis."""
+        """An order in which images have lost their class: the null hypothesis."""
         return rng.permutation(self.order)
 
     def resample(self, rng: np.random.Generator) -> np.ndarray:
-        """Return an order that redraws the images of each class with replacement."""
-        # for every place one of its class, drawn for all classes at once
+        """An order that redraws the images of each class with replacement, all classes at once."""
         picks = np.floor(rng.random(len(self.order)) * np.repeat(self.sizes, self.sizes))
         return self.order[np.repeat(self.starts, self.sizes) + picks.astype(np.int64)]
 
     def exchange(self, rng: np.random.Generator) -> np.ndarray:
-        """Return, for every image, another image of its class; every image is used once."""
+        """For every image, another image of its class; every image is used once."""
         # sorted by class, then by chance: each class is permuted within itself
         keys = np.repeat(np.arange(len(self.sizes)), self.sizes) + rng.random(len(self.order))
         partners = np.empty_like(self.order)
@@ -94,8 +90,8 @@ def basic_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % basic bootstrap interval ``2 v - q``, within ``least`` and ``most``.
 
-    Divergences of resampled images lie above the estimate as the estimate lies above the truth.
-    The basic interval takes that bias off, so it may end below the value itself.
+    Divergences of resampled images lie above the estimate as that lies above the truth: this takes
+    the bias off, and may end below the value itself.
     """
     lower, upper = np.quantile(resampled, MIDDLE, axis=0)
     return np.clip(2 * value - upper, least, most), np.clip(2 * value - lower, least, most)
@@ -106,14 +102,9 @@ def against_chance(value: np.ndarray, null: np.ndarray) -> dict[str, np.ndarray]
 
     ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided, never 0), ``excess`` (value less mean).
     """
-    mean = null.mean(axis=0)
-    above = (null >= value - 1e-12).sum(axis=0)
-    return {
-        "null_mean": mean,
-        "null_high": np.quantile(null, 0.95, axis=0),
-        "p": (1 + above) / (1 + len(null)),
-        "excess": value - mean,
-    }
+    mean, above = null.mean(axis=0), (null >= value - 1e-12).sum(axis=0)
+    found = {"null_mean": mean, "null_high": np.quantile(null, 0.95, axis=0)}
+    return found | {"p": (1 + above) / (1 + len(null)), "excess": value - mean}
 
 
 def entropy(p: np.ndarray) -> np.ndarray:

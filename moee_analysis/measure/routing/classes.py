@@ -9,28 +9,13 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.bootstrap import (
-    Groups,
-    against_chance,
-    basic_interval,
-    entropy,
-    jensen_shannon,
-    repeat,
-)
-from moee_analysis.measure.routing.resolve import choose_classes, choose_layers, families_of
+from moee_analysis.measure.routing import bootstrap
+from moee_analysis.measure.routing.inputs import choose_classes, choose_layers, families_of
 from moee_analysis.measure.routing.routes import Routes, Source, all_routes
-from moee_analysis.measure.routing.tables import (
-    add_caption,
-    all_rows,
-    similarity_rank,
-    stack,
-    sum_up,
-)
+from moee_analysis.measure.routing.tables import add_caption, all_rows, order_alike, stack, sum_up
 from moee_analysis.utils.checks import draw_numbers
 
-ALL = "all"
-"""Name of the row that stands for all classes together."""
-
+ALL = "all"  # name of the row that stands for all classes together
 Draws = tuple[int, int, int]  # permutations, resamples, seed
 
 
@@ -50,10 +35,10 @@ def class_routing(
     """
     several, parts = all_routes(source, images), []
     for routes in several:
-        shown, groups = choose_classes(routes.class_names, classes), Groups(routes.labels)
+        shown, groups = choose_classes(routes.class_names, classes), bootstrap.Groups(routes.labels)
         rows = np.searchsorted(groups.classes, shown)
         for layer in choose_layers(routes.layers, layers):
-            means = groups.means(routes.image_shares(layer))  # (classes, experts)
+            means = groups.means(routes.image_shares(layer), groups.order)  # (classes, experts)
             table = all_rows(class_index=shown, expert=range(means.shape[1]))
             table.insert(1, "class_name", table["class_index"].map(routes.class_names))
             table["share"], table["share_all"] = means[rows].ravel(), means.mean(0)[table["expert"]]
@@ -75,25 +60,23 @@ def specificity(
     """How specific to a class its routing is: its divergence from the routing of all classes.
 
     The divergence is biased upwards, more so with many experts and few images, so each value
-    stands next to what it comes to when the images' labels are permuted; ``resamples`` are of the
-    images within each class. The comparison is with all classes, also if few are shown.
+    stands next to what it comes to when the images' labels are permuted.
 
     Columns: ``system``, ``layer``, ``class_index``, ``class_name``, ``images``, ``experts``, ``js``
     (Jensen-Shannon divergence in bits between the class and the mean over classes), ``corrected``
-    (less the bias that the bootstrap over images shows), ``low``, ``high`` (95 % basic bootstrap
-    interval, of ``corrected``), ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided), ``excess``
+    (less the bias that the bootstrap over images of a class shows), ``low``, ``high`` (its 95 %
+    basic bootstrap interval), ``null_mean``, ``null_high`` (95 %), ``p`` (one-sided), ``excess``
     (``js`` less ``null_mean``: cautious, for images of different classes differ more than those of
     one), ``seed``. The rows of class ``"all"`` (index -1) hold the mean over all classes.
     """
     draw_numbers(seed, permutations=permutations, resamples=resamples)
     several, tables, draws = all_routes(source, images), [], (permutations, resamples, seed)
     for routes in several:
-        shown, groups = choose_classes(routes.class_names, classes), Groups(routes.labels)
+        shown, groups = choose_classes(routes.class_names, classes), bootstrap.Groups(routes.labels)
         table = _resample(routes, layers, _divergences, draws).rename(columns={"value": "js"})
         group = table.pop("group")  # the classes in order, and last all of them
-        names = [*(routes.class_names[int(c)] for c in groups.classes), ALL]
         table.insert(2, "class_index", np.append(groups.classes, -1)[group])
-        table.insert(3, "class_name", np.array(names)[group])
+        table.insert(3, "class_name", table["class_index"].map(routes.class_names | {-1: ALL}))
         table.insert(4, "images", np.append(groups.sizes, routes.n_images)[group])
         # a single image cannot be resampled
         table.loc[table["images"] < 2, ["corrected", "low", "high"]] = np.nan
@@ -139,17 +122,15 @@ def class_distance(
     """Divergence of routing between every two classes, and within each class.
 
     The images of every class are split into random halves, and one half of a class is compared
-    with the other half of its partner, mean of ``splits``. A class compared with itself therefore
-    shows what the choice of images alone makes of the same number of images: the floor. Without
-    ``classes`` those with fewer than two images are left out; ``families`` of the classes by their
-    name add columns.
+    with the other half of its partner, mean of ``splits``. A class compared with itself shows what
+    the choice of images alone makes of as many of them: the floor. Without ``classes`` those with
+    fewer than two images are left out; ``families`` of the classes by their name add columns.
 
     Columns: ``system``, ``layer``, ``class_index_a``, ``class_index_b``, ``class_a``, ``class_b``
     (every ordered pair, also of a class with itself), ``js`` (bits), ``floor`` (mean of the two
     classes' own ``js``), ``order_a``, ``order_b`` (position for a heat map: by family, else by
     similarity), and with ``families`` also ``family_a``, ``family_b``, ``same_family``.
-    Raises MoeeError: a chosen class with fewer than two images or without a family, an unknown
-    layer.
+    Raises MoeeError: a chosen class with fewer than two images, a class without a family.
     """
     draw_numbers(seed, splits=splits)
     several, parts = all_routes(source, images), []
@@ -157,10 +138,9 @@ def class_distance(
         chosen = choose_classes(routes.class_names, classes)
         lone = [c for c in chosen if (routes.labels == c).sum() < 2]
         if len(lone) == len(chosen) or (classes and lone):
-            raise MoeeError(
-                "at least two images of every class", f"one of {routes.class_names[lone[0]]}",
-                "add images or choose other classes",
-            )  # fmt: skip
+            found = f"one of {routes.class_names[lone[0]]}"
+            hint = "add images or choose other classes"
+            raise MoeeError("at least two images of every class", found, hint)
         shown = [c for c in chosen if c not in lone]
         wanted = choose_layers(routes.layers, layers)
         js = _compare_halves(routes, shown, wanted, splits=splits, seed=seed)
@@ -184,22 +164,19 @@ def class_relatedness(
     """Rank correlation between routing distance and classifier distance, over pairs of classes.
 
     ``table`` is of :func:`class_distance`. Classifier distance is one minus the cosine of the two
-    classes' rows of the last linear layer of the dense ``model``: it needs no list of families.
-    Chance is a Mantel test: classes are permuted as a whole, since pairs that share a class are not
-    independent.
+    classes' rows of the last linear layer of the dense ``model``. Chance is a Mantel test: classes
+    are permuted as a whole, since pairs that share a class are not independent.
 
     Columns: ``system``, ``layer``, ``spearman``, ``null_mean``, ``null_high`` (95 %), ``p``
     (one-sided), ``excess``, ``classes``.
     Raises MoeeError: fewer than four classes, a model without a linear classifier, no permutations.
     """
     draw_numbers(seed, permutations=permutations)
-    weight = getattr(model.get_classifier(), "weight", None)
-    if weight is None:
-        raise MoeeError(
-            "a model with one linear classifier", type(model.get_classifier()).__name__,
-            "leave this measure out for this model",
-        )  # fmt: skip
-    rows = weight.detach().cpu().double().numpy()
+    classifier = model.get_classifier()
+    if getattr(classifier, "weight", None) is None:
+        found, hint = type(classifier).__name__, "leave this measure out for this model"
+        raise MoeeError("a model with one linear classifier", found, hint)
+    rows = classifier.weight.detach().cpu().double().numpy()
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     def relate(part: pd.DataFrame) -> dict[str, float]:
@@ -215,52 +192,50 @@ def class_relatedness(
             np.corrcoef(ranks, rankdata(other[np.ix_(order, order)][pairs]))[0, 1]
             for order in (np.arange(len(square)), *orders)
         )
-        chance = against_chance(value, np.array(null))
-        found = {name: float(number) for name, number in chance.items()}
-        return {"spearman": float(value), **found, "classes": len(square)}
+        row = {"spearman": value} | bootstrap.against_chance(value, np.array(null))
+        return {name: float(number) for name, number in row.items()} | {"classes": len(square)}
 
     return sum_up(table, relate)
 
 
 def _divergences(means: np.ndarray) -> np.ndarray:
     """Divergence of each class from the mean over classes, and last their mean: (classes + 1,)."""
-    each = jensen_shannon(means, means.mean(axis=0))
+    each = bootstrap.jensen_shannon(means, means.mean(axis=0))
     return np.append(each, each.mean())
 
 
 def _information(means: np.ndarray) -> np.ndarray:
     """I(class; expert) / H(expert) of classes of equal weight, (1,); 0 if there is one expert."""
-    total = entropy(means.mean(axis=0))
-    return np.array([1 - entropy(means).mean() / total if total > 0 else 0.0])
+    total = bootstrap.entropy(means.mean(axis=0))
+    return np.array([1 - bootstrap.entropy(means).mean() / total if total > 0 else 0.0])
 
 
 def _resample(
-    routes: Routes,
-    layers: Sequence[int],
-    statistic: Callable[[np.ndarray], np.ndarray],
-    draws: Draws,
+    routes: Routes, layers: Sequence[int], score: Callable[[np.ndarray], np.ndarray], draws: Draws
 ) -> pd.DataFrame:
-    """Value, interval and null of ``statistic`` (class means -> groups): a row per layer, group.
+    """Value, interval and null of a ``score`` (class means -> groups): a row per layer, group.
 
     All layers are drawn together, so that differences between layers are not those of draws.
     """
     shown = choose_layers(routes.layers, layers)
     shares = [routes.image_shares(layer) for layer in shown]
     experts = [share.shape[1] for share in shares]
-    packed, groups = np.concatenate(shares, axis=1), Groups(routes.labels)
+    packed, groups = np.concatenate(shares, axis=1), bootstrap.Groups(routes.labels)
 
-    def values(order: np.ndarray | None) -> np.ndarray:
+    def values(order: np.ndarray) -> np.ndarray:
         means = np.split(groups.means(packed, order), np.cumsum(experts)[:-1], axis=1)
-        return np.stack([statistic(one) for one in means])  # (layers, groups)
+        return np.stack([score(one) for one in means])  # (layers, groups)
+
+    def redraw(order: Callable, times: int, seed: int) -> np.ndarray:
+        return bootstrap.repeat(lambda rng: values(order(rng)), times=times, seed=seed)
 
     permutations, resamples, seed = draws
-    value = values(None)
-    null = repeat(lambda rng: values(groups.shuffle(rng)), times=permutations, seed=seed)
-    resampled = repeat(lambda rng: values(groups.resample(rng)), times=resamples, seed=seed + 1)
-    low, high = basic_interval(value, resampled)
+    value, null = values(groups.order), redraw(groups.shuffle, permutations, seed)
+    resampled = redraw(groups.resample, resamples, seed + 1)
+    low, high = bootstrap.basic_interval(value, resampled)
     corrected = np.maximum(2 * value - resampled.mean(axis=0), 0)
     columns = {"value": value, "corrected": corrected, "low": low, "high": high}
-    columns |= against_chance(value, null)
+    columns |= bootstrap.against_chance(value, null)
     table = all_rows(layer=shown, group=range(value.shape[1]))
     table.insert(0, "system", routes.system)
     table.insert(2, "experts", np.repeat(experts, value.shape[1]))
@@ -294,7 +269,7 @@ def _compare_halves(
         for place, share in enumerate(shares):
             one = np.stack([share[m[: len(m) // 2]].mean(axis=0) for m in mixed])
             two = np.stack([share[m[len(m) // 2 :]].mean(axis=0) for m in mixed])
-            total[place] += jensen_shannon(one[:, None], two[None])
+            total[place] += bootstrap.jensen_shannon(one[:, None], two[None])
     return (total + total.transpose(0, 2, 1)) / (2 * splits)
 
 
@@ -304,15 +279,15 @@ def _pair_classes(
     """All pairs of classes, those of a family or of small ``distances`` side by side."""
     names = [routes.class_names[c] for c in classes]
     own = pd.DataFrame({"class_index": classes, "class": names})
-    columns = ["class_index_a", "class_index_b", "class_a", "class_b", "js", "floor"]
-    columns += ["order_a", "order_b"]
     if families is None:
-        own["order"] = similarity_rank(distances, distances=True)
+        own["order"] = order_alike(distances, distances=True)
     else:
-        own["family"] = families_of(names, families)
-        own["order"] = own["family"].factorize()[0].argsort(kind="stable").argsort()
-        columns += ["family_a", "family_b", "same_family"]
-    pairs = own.merge(own, how="cross", suffixes=("_a", "_b")).assign(js=0.0, floor=0.0)
+        family = pd.Series(families_of(names, families))
+        own["order"] = family.factorize()[0].argsort(kind="stable").argsort()
+        own["family"] = family
+    columns = [f"{name}_{side}" for name in own for side in "ab"]
+    columns[4:4] = ["js", "floor"]  # which differ from layer to layer
+    pairs = own.merge(own, how="cross", suffixes=("_a", "_b")).reindex(columns=columns)
     if families is not None:
         pairs["same_family"] = pairs["family_a"] == pairs["family_b"]
-    return pairs[columns]
+    return pairs

@@ -1,6 +1,6 @@
 """The steps of an extraction as tables: where the tokens lie, which clusters they form."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,45 +14,37 @@ from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
 from moee_analysis.extraction.plan import prefix_experts
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.inputs import Layers
 from moee_analysis.measure.routing.tables import stack
 from moee_analysis.utils.checks import layer_numbers, seed_number
 
 
 def embedding(
-    run: Extraction,
-    images: ImageSet,
-    *,
-    layers: Sequence[int],
-    store: str | Path,
-    points: int = 4000,
-    seed: int = 0,
+    run: Extraction, images: ImageSet, *, layers: Layers, store: str | Path, points: int = 4000
 ) -> pd.DataFrame:
-    """Hidden activations of some clustered tokens, embedded in the plane by UMAP.
+    """Hidden activations of some clustered tokens, embedded in the plane by UMAP for the eye.
 
-    The clusters are the run's own; the plane is only for the eye. ``images`` are the run's own
-    calibration images, ``points`` the most tokens per layer.
+    ``images`` are the run's own calibration images, ``points`` the most tokens per layer.
 
     A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """
-    seed_number(seed)
     config, parts = replace(run.config.clustering, reduce="umap", components=2), []
     for layer, hidden, labels in _cluster_layers(run, images, layers, Path(store)):
-        shown = np.random.default_rng([seed, layer]).permutation(len(hidden))[:points]
-        place = reduce_dimensions(hidden[shown], config, seed=seed)
+        shown = np.random.default_rng([0, layer]).permutation(len(hidden))[:points]
+        place = reduce_dimensions(hidden[shown], config, seed=0)
         parts.append((layer, pd.DataFrame(place, columns=["x", "y"]).assign(cluster=labels[shown])))
     return stack(parts, by=["layer"])
 
 
 def surrogate(
-    run: Extraction, images: ImageSet, *, layers: Sequence[int], store: str | Path, seed: int = 0
+    run: Extraction, images: ImageSet, *, layers: Layers, store: str | Path, seed: int = 0
 ) -> pd.DataFrame:
     """Clusters found in the activations, and in noise made to look like them.
 
     The surrogate has the same principal components with the same values, each shuffled over the
-    tokens on its own: the covariance stays, any clusters go. What is found there, the reduction
-    and HDBSCAN invent.
+    tokens: the covariance stays, any clusters go. What is found there, UMAP and HDBSCAN invent.
 
-    Columns: ``layer``, ``data`` (``activations`` or ``surrogate``), ``clusters``, ``noise_share``,
+    A row per ``layer`` and ``data`` (activations, surrogate): ``clusters``, ``noise_share``,
     ``tokens``.
     """
     seed_number(seed)
@@ -73,7 +65,7 @@ def _shuffle_components(points: np.ndarray, rng: np.random.Generator) -> np.ndar
 
 
 def _cluster_layers(
-    run: Extraction, images: ImageSet, layers: Sequence[int], store: Path
+    run: Extraction, images: ImageSet, layers: Layers, store: Path
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield layers, their clustered activations, float32 (tokens, hidden), and the labels."""
     layer_numbers(layers)

@@ -10,26 +10,15 @@ from scipy.stats import hypergeom
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import (
-    Layers,
-    Run,
-    choose_layers,
-    choose_routed,
-    model_of,
-)
-from moee_analysis.measure.routing.tables import (
-    add_caption,
-    all_rows,
-    similarity_rank,
-    stack,
-    sum_up,
-)
+from moee_analysis.measure.routing.inputs import Layers, Run, choose_layers, choose_routed, model_of
+from moee_analysis.measure.routing.tables import add_caption, all_rows, order_alike, stack, sum_up
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 
 NEAR_ORTHOGONAL = 0.2
 """Two mean inputs with a cosine between plus and minus this are called near-orthogonal."""
 
-Source = Run | Mapping[int, np.ndarray]
+OfLayers = Mapping[int, np.ndarray]
+Source = Run | OfLayers
 
 
 def layers(run: Extraction) -> pd.DataFrame:
@@ -41,9 +30,8 @@ def sizes(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFram
     """How many hidden neurons each expert keeps, and how many tokens it serves.
 
     Columns: ``system``, ``layer``, ``expert``, ``neurons``, ``hidden`` (neurons of the dense MLP),
-    ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens), ``active`` (mean of
-    ``fraction`` over tokens, the same in a layer), ``union`` (share of the dense neurons that any
-    expert keeps, the same in a layer).
+    ``fraction`` (``neurons / hidden``), ``share`` (of the calibration tokens); of the layer
+    ``active`` (mean of ``fraction`` over tokens), ``union`` (share of neurons that any keeps).
     Raises MoeeError: no layer with experts, or a chosen layer without them.
     """
     parts = []
@@ -60,9 +48,9 @@ def sizes(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFram
 def neurons(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFrame:
     """Which hidden neurons of the dense MLP each expert keeps (the paper's Figure 1, phase 2).
 
-    Columns: ``system``, ``layer``, ``expert``, ``neuron`` (in the dense MLP; every one of them),
-    ``kept`` (bool), ``order`` (position of the neuron in a picture: those that many experts keep
-    come first, and among those kept equally often the ones of the first experts).
+    Columns: ``system``, ``layer``, ``expert``, ``neuron`` (every one of the dense MLP), ``kept``
+    (bool), ``order`` (position of the neuron in a picture: those that most experts keep come first,
+    and of those kept equally often the ones of the first experts).
     """
     parts = []
     for number, layer in choose_routed(run, layers).items():
@@ -79,9 +67,8 @@ def overlap(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFr
 
     Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
     expert with itself), ``neurons_a``, ``neurons_b``, ``shared``, ``jaccard`` (shared / kept by
-    either), ``expected_jaccard`` (its expectation for random subsets of the same sizes; 1 on the
-    diagonal), ``hidden``. Neurons of high variance are kept by most experts, so ``jaccard`` above
-    the expectation is the rule.
+    either; neurons of high variance are kept by most experts), ``expected_jaccard`` (its
+    expectation for random subsets of the same sizes; 1 on the diagonal), ``hidden``.
     """
     parts, expected = [], cache(expected_jaccard)
     for number, layer in choose_routed(run, layers).items():
@@ -99,43 +86,36 @@ def overlap(run: Run, *, layers: Layers = (), system: str = "MoEE") -> pd.DataFr
 
 def expected_jaccard(a: int, b: int, hidden: int) -> float:
     """Expected Jaccard index of random subsets of ``a`` and ``b`` of ``hidden`` neurons."""
-    if a == 0 and b == 0:
-        return 0.0
     # the number of shared neurons is hypergeometric
     shared = np.arange(max(0, a + b - hidden), min(a, b) + 1)
-    return float(hypergeom.pmf(shared, hidden, a, b) @ (shared / (a + b - shared)))
+    return float(hypergeom.pmf(shared, hidden, a, b) @ (shared / np.maximum(a + b - shared, 1)))
 
 
 def similarity(
-    source: Source,
-    *,
-    layers: Layers = (),
-    shares: Mapping[int, np.ndarray] | None = None,
-    system: str = "MoEE",
+    source: Source, *, layers: Layers = (), shares: OfLayers | None = None, system: str = "MoEE"
 ) -> pd.DataFrame:
     """Cosine between the mean inputs of every two experts, raw and centred (the paper's Figure 5).
 
-    Inputs of deep layers have a large mean in common, which alone makes raw cosines large. The
-    centred ones leave out the share-weighted mean of the experts' means. Centred cosines of k
-    experts average about -1 / (k - 1) whatever the experts are: look at their spread.
+    Inputs of deep layers have a large mean in common, which alone makes raw cosines large. Centred
+    ones leave out the share-weighted mean of the experts' means; of k experts they average about
+    -1 / (k - 1) whatever these are: look at their spread.
 
     ``source`` is a run or a routed model, whose routers know their centres; or centres (experts,
-    dim) by layer. ``shares`` weigh each expert in the common mean, by layer; None takes the routing
-    shares of the calibration tokens, or equal ones where only centres are given.
+    dim) by layer. ``shares`` weigh each expert in the common mean, by layer; None: the routing
+    shares of the calibration, or equal ones where only centres are given.
 
     Columns: ``system``, ``layer``, ``expert_a``, ``expert_b`` (every ordered pair, also of an
     expert with itself), ``cosine``, ``cosine_centred``, ``order_a``, ``order_b`` (position for a
-    heat map: average linkage of the centred cosines), ``common_mean`` (squared length of the common
-    mean / mean squared length of the centres, 0 to 1).
+    heat map), ``common_mean`` (its squared length / mean squared length of the centres, 0 to 1).
     Raises MoeeError: no layer whose router has centres, or a layer without experts.
     """
     centres, weights = _read_centres(source)
-    weights, parts = weights | dict(shares or {}), []
+    weights, parts = {**weights, **(shares or {})}, []
     for layer in choose_layers(centres, layers):
         points, weight = centres[layer], np.asarray(weights[layer]) / np.sum(weights[layer])
         common = weight @ points
         centred = _cosines(points - common)
-        rank = similarity_rank(1 - centred, distances=True)
+        rank = order_alike(1 - centred, distances=True)
         pairs = all_rows(expert_a=range(len(points)), expert_b=range(len(points)))
         pairs = pairs.assign(cosine=_cosines(points).ravel(), cosine_centred=centred.ravel())
         pairs = pairs.assign(order_a=rank[pairs["expert_a"]], order_b=rank[pairs["expert_b"]])
@@ -152,9 +132,8 @@ def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Sum up a table of :func:`similarity`: one row per layer, over pairs of different experts.
 
     Columns: ``system``, ``layer``, ``experts``, ``mean``, ``min``, ``max``, ``spread`` (standard
-    deviation), ``near_orthogonal`` (share of pairs with a cosine within ±0.2), the same of the
-    centred cosines with the prefix ``centred_``, ``centred_expected`` (-1 / (experts - 1)),
-    ``common_mean``.
+    deviation), ``near_orthogonal`` (share of cosines within ±0.2), the same of centred cosines with
+    the prefix ``centred_``, ``centred_expected`` (-1 / (experts - 1)), ``common_mean``.
     """
 
     def describe(part: pd.DataFrame) -> dict[str, float]:
@@ -163,13 +142,10 @@ def similarity_summary(table: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, float] = {"experts": experts}
         for prefix, column in (("", "cosine"), ("centred_", "cosine_centred")):
             cosines = pairs[column]
-            row |= {
-                f"{prefix}mean": float(cosines.mean()),
-                f"{prefix}min": float(cosines.min()),
-                f"{prefix}max": float(cosines.max()),
-                f"{prefix}spread": float(cosines.std(ddof=0)),
-                f"{prefix}near_orthogonal": float((cosines.abs() < NEAR_ORTHOGONAL).mean()),
-            }
+            near = (cosines.abs() < NEAR_ORTHOGONAL).mean()
+            found = {name: getattr(cosines, name)() for name in ("mean", "min", "max")}
+            found |= {"spread": cosines.std(ddof=0), "near_orthogonal": near}
+            row |= {f"{prefix}{name}": float(value) for name, value in found.items()}
         expected = -1 / (experts - 1) if experts > 1 else np.nan
         return row | {"centred_expected": expected, "common_mean": part["common_mean"].iloc[0]}
 
@@ -184,7 +160,7 @@ def _mark_neurons(layer: MoeMlp) -> np.ndarray:
     return keeps
 
 
-def _read_centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+def _read_centres(source: Source) -> tuple[OfLayers, OfLayers]:
     """Centres (experts, dim) and shares (experts,) by layer."""
     if isinstance(source, Mapping):
         centres = {n: np.asarray(c, dtype=np.float64) for n, c in source.items()}
@@ -195,10 +171,8 @@ def _read_centres(source: Source) -> tuple[dict[int, np.ndarray], dict[int, np.n
         centres = {n: m.router.centres.double().cpu().numpy() for n, m in known.items()}
         shares = {n: m.shares.double().cpu().numpy() for n, m in known.items()}
     if not centres:
-        raise MoeeError(
-            "layers whose routers have centres", "none",
-            "pass an extraction with cosine routers, or {layer: centres}",
-        )  # fmt: skip
+        hint = "pass an extraction with cosine routers, or {layer: centres}"
+        raise MoeeError("layers whose routers have centres", "none", hint)
     return centres, shares
 
 

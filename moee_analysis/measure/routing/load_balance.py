@@ -30,32 +30,22 @@ def routing(source: Source, images: ImageSet | None = None) -> pd.DataFrame:
 
 
 def balance(
-    source: Source | pd.DataFrame,
-    images: ImageSet | None = None,
-    *,
-    resamples: int = 500,
-    seed: int = 0,
+    source: Source, images: ImageSet | None = None, *, resamples: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """Sum up how even the routing of every layer is; a table of :func:`routing` has no intervals.
+    """Sum up how even the routing of every layer is.
 
     Columns: a row for every system, layer and metric: ``system``, ``layer``, ``metric``, ``value``,
-    ``low``, ``high``, ``n_experts``, ``k``, ``n_images``. Metrics of the shares f of E experts:
-    ``entropy`` H(f) / ln E (1 is even), ``gini`` (0 is even), ``max_over_mean`` E max f (at most
-    E / k), ``cv2`` squared coefficient of variation, ``dead`` experts that no token uses. ``low``
-    and ``high`` are the basic 95 % interval 2v - q of the bootstrap over images, kept within the
-    metric's range.
+    ``low``, ``high`` (basic 95 % interval of the bootstrap over images), ``n_experts``, ``k``,
+    ``n_images``. Metrics of the shares f of E experts: ``entropy`` H(f) / ln E (1 is even),
+    ``gini`` (0 is even), ``max_over_mean`` E max f (at most E / k), ``cv2`` squared coefficient of
+    variation, ``dead`` experts that no token uses.
     Raises MoeeError: no resamples, or what :func:`routing` refuses.
     """
     draw_numbers(seed, resamples=resamples)
-    if isinstance(source, pd.DataFrame):
-        groups = source.groupby(["system", "layer"], sort=False)
-        return stack((*key, _balance(part)) for key, part in groups)
     parts = []
     for routed in all_routes(source, images):
         drawn = redraw_counts(routed.n_images, resamples, seed=seed)
-        for layer in routed.layers:
-            resampled = drawn @ routed.counts[layer].astype(np.float64)
-            parts.append((routed.system, layer, _balance(_layer_shares(routed, layer), resampled)))
+        parts += [(routed.system, layer, _balance(routed, layer, drawn)) for layer in routed.layers]
     return stack(parts)
 
 
@@ -81,16 +71,12 @@ def _layer_shares(routed: Routes, layer: int) -> pd.DataFrame:
     return table.assign(k=routed.k[layer], n_images=routed.n_images)
 
 
-def _balance(shares: pd.DataFrame, resampled: np.ndarray | None = None) -> pd.DataFrame:
-    """Metrics of one layer; intervals by tokens of redrawn images (resamples, experts)."""
-    facts = shares.iloc[0][["n_experts", "k", "n_images"]].astype(int)
-    experts, k = facts["n_experts"], facts["k"]
-    values = balance_metrics(shares["tokens"].to_numpy(dtype=float))
+def _balance(routed: Routes, layer: int, drawn: np.ndarray) -> pd.DataFrame:
+    """Metrics of one layer; intervals by images redrawn so often, (resamples, images)."""
+    tokens, k = routed.counts[layer].astype(np.float64), routed.k[layer]
+    experts, values = tokens.shape[1], balance_metrics(tokens.sum(axis=0))
     table = pd.DataFrame({"metric": METRICS, "value": [values[name] for name in METRICS]})
-    table["low"] = table["high"] = np.nan
-    if resampled is not None:
-        draws = np.stack([*balance_metrics(resampled).values()], axis=1)
-        most = [1, 1, experts / k, experts / k - 1, experts - k]
-        least = [0, 0, 1, 0, 0]
-        table["low"], table["high"] = basic_interval(table["value"], draws, least=least, most=most)
-    return table.assign(**facts)
+    draws = np.stack([*balance_metrics(drawn @ tokens).values()], axis=1)
+    least, most = [0, 0, 1, 0, 0], [1, 1, experts / k, experts / k - 1, experts - k]
+    table["low"], table["high"] = basic_interval(table["value"], draws, least=least, most=most)
+    return table.assign(n_experts=experts, k=k, n_images=routed.n_images)

@@ -1,6 +1,5 @@
 """Whether experts stand for parts of the scene: expert of a patch against the part it shows."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -11,15 +10,10 @@ from scipy.stats import random_table
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.bootstrap import (
-    Groups,
-    against_chance,
-    basic_interval,
-    redraw_counts,
-    repeat,
-)
+from moee_analysis.measure.routing import bootstrap
+from moee_analysis.measure.routing.inputs import Layers
 from moee_analysis.measure.routing.routes import Source, all_routes
-from moee_analysis.measure.routing.tables import add_caption, all_rows, similarity_rank, stack
+from moee_analysis.measure.routing.tables import add_caption, all_rows, order_alike, stack
 from moee_analysis.utils.checks import draw_numbers
 
 
@@ -27,24 +21,23 @@ def modularity(
     source: Source,
     images: ImageSet,
     *,
-    layers: Sequence[int] = (),
+    layers: Layers = (),
     permutations: int = 100,
     resamples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Adjusted mutual information between the expert of a patch token and the part it shows.
 
-    A patch shows the part that covers most of it; the mask is laid over the patches as a whole,
-    so the model's transform must not crop. Three null hypotheses, from strong to weak:
-    the masks exchanged between images of the same class (the expert knows the class and the
-    place, no more), between any images (it knows the place), tokens shuffled (it knows nothing).
+    A patch shows the part that covers most of it; masks are laid over the patches as a whole, so
+    the model's transform must not crop. Three null hypotheses, from strong to weak: masks exchanged
+    between images of the same class (the expert knows class and place, no more), between any images
+    (it knows the place), tokens shuffled (it knows nothing).
 
     Columns: ``system``, ``layer``, ``experts``, ``parts``, ``images``, ``tokens`` (patches),
-    ``ami`` (adjusted mutual information, 0 chance, 1 the same partition), ``low``, ``high`` (95 %
-    basic bootstrap interval over images), ``null_mean``, ``null_high`` (95 %), ``p``, ``excess``
-    (masks exchanged between any images), ``class_null_mean``, ``class_null_high``, ``class_p``
-    (between images of one class), ``token_null_mean``, ``token_null_high`` (tokens shuffled),
-    ``seed``.
+    ``ami`` (0 chance, 1 the same partition), ``low``, ``high`` (95 % basic bootstrap interval over
+    images), ``null_mean``, ``null_high`` (95 %), ``p``, ``excess`` (masks exchanged between any
+    images), ``class_null_mean``, ``class_null_high``, ``class_p`` (between images of one class),
+    ``token_null_mean``, ``token_null_high`` (tokens shuffled), ``seed``.
     Raises MoeeError: images without part masks, routes of other images, no layer with one expert
     per token and a grid of patches, no permutations or resamples.
     """
@@ -60,13 +53,12 @@ def modularity(
     )
 
 
-def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()) -> pd.DataFrame:
+def part_profile(source: Source, images: ImageSet, *, layers: Layers = ()) -> pd.DataFrame:
     """What each expert responds to: the parts that its patches show.
 
-    Columns: ``system``, ``layer``, ``expert``, ``part``, ``tokens`` (patches of this expert with
-    this part), ``share`` (of the expert's patches), ``share_all`` (of all patches), ``size`` (the
-    expert's share of all patches), ``order`` (position of the expert in a heat map: linkage of the
-    profiles). Parts that no patch shows are left out.
+    Columns: ``system``, ``layer``, ``expert``, ``part`` (that any patch shows), ``tokens`` (patches
+    of this expert with this part), ``share`` (of the expert's patches), ``share_all`` (of all),
+    ``size`` (the expert's share of all patches), ``order`` (position of the expert in a heat map).
     """
     tables = []
     for system, layer, patches in _patches_of_layers(source, images, layers):
@@ -79,7 +71,7 @@ def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()
         profile = profile.assign(tokens=table.ravel(), share=shares.ravel())
         profile["share_all"] = np.tile(table.sum(axis=0) / table.sum(), len(table))
         profile["size"] = (total / total.sum())[expert]
-        profile["order"] = similarity_rank(np.sqrt(shares))[expert]
+        profile["order"] = order_alike(np.sqrt(shares))[expert]
         tables.append((system, layer, profile))
     return add_caption(stack(tables), _describe(images))
 
@@ -87,10 +79,8 @@ def part_profile(source: Source, images: ImageSet, *, layers: Sequence[int] = ()
 def check_masks(images: ImageSet) -> None:
     """Raise a MoeeError if the images have no part masks."""
     if not images.parts:
-        raise MoeeError(
-            "images with part masks", f"'{images.name}', which has none",
-            "only the bundled scenes know their parts: use load_images('bundled')",
-        )  # fmt: skip
+        hint = "only the bundled scenes know their parts: use load_images('bundled')"
+        raise MoeeError("images with part masks", f"'{images.name}', which has none", hint)
 
 
 def all_patch_parts(images: ImageSet, grid: tuple[int, int]) -> np.ndarray:
@@ -116,8 +106,7 @@ def patch_parts(mask: np.ndarray, grid: tuple[int, int], n_parts: int) -> np.nda
 def adjusted_mutual_information(tables: np.ndarray, chance: float) -> np.ndarray:
     """AMI of contingency tables (..., experts, parts), as scikit-learn defines it.
 
-    ``chance`` is the expected mutual information in nats; it depends on the margins only, so tables
-    of shuffled labels share it.
+    ``chance`` is the expected mutual information in nats, which tables of the same margins share.
     """
     p = tables / tables.sum(axis=(-2, -1), keepdims=True)
     h_experts, h_parts = (entr(p.sum(axis=axis)).sum(axis=-1) for axis in (-1, -2))
@@ -142,37 +131,30 @@ class _Patches:
         return np.bincount(cells.ravel(), minlength=np.prod(self.shape)).reshape(self.shape)
 
     def resample(self, times: int, *, seed: int) -> np.ndarray:
-        """Tables of redrawn images: (times, experts, parts).
-
-        Their margins, and so the information expected by chance, hardly differ from those of all.
-        """
+        """Tables of redrawn images, whose margins hardly differ: (times, experts, parts)."""
         images, size = len(self.experts), np.prod(self.shape)
         cells = self.experts * self.shape[1] + self.parts + size * np.arange(images)[:, None]
         per_image = np.bincount(cells.ravel(), minlength=images * size).reshape(images, size)
         # float32 is the faster product, and exact: whole numbers that stay below 2**24
-        weights = redraw_counts(images, times, seed=seed).astype(np.float32)
+        weights = bootstrap.redraw_counts(images, times, seed=seed).astype(np.float32)
         counts = weights @ per_image.astype(np.float32)
         return counts.astype(np.float64).reshape(times, *self.shape)
 
 
 def _patches_of_layers(
-    source: Source, images: ImageSet, layers: Sequence[int]
+    source: Source, images: ImageSet, layers: Layers
 ) -> list[tuple[str, int, _Patches]]:
-    """System, layer and its patches."""
     several = all_routes(source, images)
     check_masks(images)
     found, parts = [], cache(partial(all_patch_parts, images))
     for routes in several:
         if routes.n_images != len(images):
-            raise MoeeError(
-                f"routes of the same {len(images)} images", f"routes of {routes.n_images}",
-                "route the images that are passed here",
-            )  # fmt: skip
+            expected, hint = f"routes of the same {len(images)} images", "route those passed here"
+            raise MoeeError(expected, f"routes of {routes.n_images}", hint)
         if not routes.experts:
-            raise MoeeError(
-                "a system with one expert per token", f"several per token in '{routes.system}'",
-                "modularity compares partitions: use top-1 routers",
-            )  # fmt: skip
+            found = f"several per token in '{routes.system}'"
+            hint = "modularity compares partitions: use top-1 routers"
+            raise MoeeError("a system with one expert per token", found, hint)
         for layer in routes.choose_placed(layers):
             experts = routes.experts[layer][:, routes.prefix_tokens[layer] :].astype(np.int64)
             own = parts(routes.grid[layer])
@@ -189,21 +171,18 @@ def _measure(patches: _Patches, permutations: int, resamples: int, seed: int) ->
     several = min(full.shape) > 1
     chance = float(expected_mutual_information(full, int(full.sum()))) if several else 0.0
     score = partial(adjusted_mutual_information, chance=chance)
-    value = score(table)
-    tables = patches.resample(resamples, seed=seed + 1)
-    low, high = basic_interval(value, score(tables), least=-1.0)
+    value, redrawn = score(table), score(patches.resample(resamples, seed=seed + 1))
+    low, high = bootstrap.basic_interval(value, redrawn, least=-1.0)
 
     def exchange(labels: np.ndarray) -> dict[str, np.ndarray]:
         """Compare with masks exchanged between images of the same label."""
-        groups = Groups(labels)
-        null = repeat(
-            lambda rng: patches.table(groups.exchange(rng)), times=permutations, seed=seed
-        )
-        return against_chance(value, score(null))
+        swap = bootstrap.Groups(labels).exchange
+        null = bootstrap.repeat(lambda rng: patches.table(swap(rng)), times=permutations, seed=seed)
+        return bootstrap.against_chance(value, score(null))
 
     everywhere, within = exchange(np.zeros_like(patches.labels)), exchange(patches.labels)
     shuffled = random_table(table.sum(axis=1), table.sum(axis=0), seed=seed)
-    tokens = against_chance(value, score(shuffled.rvs(permutations)))
+    tokens = bootstrap.against_chance(value, score(shuffled.rvs(permutations)))
     numbers = {"ami": value, "low": low, "high": high, **everywhere}
     numbers |= {f"class_{name}": within[name] for name in ("null_mean", "null_high", "p")}
     numbers |= {f"token_{name}": tokens[name] for name in ("null_mean", "null_high")}

@@ -20,9 +20,10 @@ from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumu
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.measure.routing.resolve import batches_of, check_any
+from moee_analysis.measure.routing.inputs import batches_of, check_any
+from moee_analysis.measure.routing.routes import Routers
 from moee_analysis.measure.routing.tables import add_caption
-from moee_analysis.models.capture import capture, evaluating
+from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.moe.layer import MoeMlp, moe_layers
@@ -36,37 +37,32 @@ from moee_analysis.moe.routers import (
 )
 from moee_analysis.utils.checks import seed_number
 
-Routers = Mapping[int, nn.Module]
-"""A router for every layer, by index."""
+Choices = Mapping[str, Routers]
+"""Routers by name."""
 
 
 def router_choices(
     run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
-) -> dict[str, dict[int, nn.Module]]:
+) -> dict[str, Routers]:
     """Return other routers to the experts of a run, by name and by layer.
 
-    ``cosine`` and ``nearest``, one of them the run's own, the other to the means of the tokens
-    that the run's own routes; ``random``, as often as the calibration; ``constant``, always the
-    expert of the most tokens; ``oracle``. Leading tokens keep experts of their own, and a layer
-    with a single other expert is left out. ``images`` are the run's own calibration images;
-    ``store`` holds (or will hold) the tokens.
+    ``cosine`` and ``nearest``, one of them the run's own, the other to the means of the tokens that
+    this routes; ``random``, as often as the calibration; ``constant``, to the expert of the most
+    tokens; ``oracle``. Leading tokens keep experts of their own, and a layer with a single other
+    expert is left out. ``images`` are those of the calibration; ``store`` holds their tokens.
     """
     seed_number(seed)
     dense, config = run.dense(), run.config
     calibration = calibration_tokens(dense, images, config, root=Path(store))
     routed = moe_layers(run.model).items()
     layers = {index: each for index, each in routed if each.n_experts - prefix_experts(each) > 1}
-    sites = [site for site in calibration.sites if site.index in layers]
-    sums = []
-    for site in sites:
-        layer = layers[site.index]
-        sums.append(_MeanInputs(site, layer, hash_weights(_copy_router(layer))))
-    found = accumulate(calibration, sums, label="mean inputs as routed")
-    means = {site.name: of_experts for site, of_experts in found}
-    leading = {site.name: _count_leading(layers[site.index]) for site in sites}
+    sites = {site: layers[site.index] for site in calibration.sites if site.index in layers}
+    sums = [_MeanInputs(s, layer, hash_weights(_copy_router(layer))) for s, layer in sites.items()]
+    means = dict(accumulate(calibration, sums, label="mean inputs as routed"))
+    leading = {site.name: _count_leading(layer) for site, layer in sites.items()}
     choices: dict[str, dict[int, nn.Module]] = {}
     for draw in sample_tokens(calibration, config, leading, hidden=False):
-        site, layer, centres = draw.site, layers[draw.site.index], means[draw.site.name]
+        site, layer, centres = draw.site, layers[draw.site.index], means[draw.site]
         root, shares = metric_root(draw, config), layer.shares[prefix_experts(layer) :].cpu()
         routers = {
             "cosine": Partition(centres=centres).router(),
@@ -91,17 +87,12 @@ def rerouted(run: Extraction, routers: Routers) -> nn.Module:
 
 
 def router_regret(
-    run: Extraction,
-    images: ImageSet,
-    routers: Mapping[str, Routers],
-    *,
-    batch_size: int | None = None,
+    run: Extraction, images: ImageSet, routers: Choices, *, batch_size: int | None = None
 ) -> pd.DataFrame:
     """Error of the layers' outputs under each router, beyond that of the best expert for a token.
 
-    Every layer gets the inputs of the dense model, so that the errors of other layers are no part
-    of it. Counted are the tokens that are routed, not those with experts by position. ``routers``
-    are by name and layer, such as :func:`router_choices` gives.
+    Every layer gets the inputs of the dense model. Counted are the tokens that are routed, not
+    those with experts by position. ``routers`` are such as :func:`router_choices` gives.
 
     A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the output
     over the variance of the dense one), ``regret`` (``error`` less that of the best expert for
@@ -112,20 +103,18 @@ def router_regret(
     dense, routed = run.dense(), moe_layers(run.model)
     layers = {i: layer for i, layer in routed.items() if all(i in own for own in routers.values())}
     if not routers or not layers:
-        raise MoeeError(
-            f"routers for some of the routed layers {sorted(routed)}",
-            ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none",
-            "take those of measure.router_choices, from a run with several experts a layer",
-        )
+        found = ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none"
+        hint = "take those of measure.router_choices, from a run with several experts a layer"
+        raise MoeeError(f"routers for some of the routed layers {sorted(routed)}", found, hint)
     sites = {site.index: site for site in find_mlps(dense)}
-    oracles = {i: OracleRouter(sites[i].module(dense), layer) for i, layer in layers.items()}
-    sums = {index: Counter() for index in layers}
-    with evaluating(dense), capture(dense, [sites[index].name for index in layers]) as seen:
+    mlps = {index: sites[index].module(dense) for index in layers}
+    oracles = {index: OracleRouter(mlps[index], layer) for index, layer in layers.items()}
+    sums, inputs = {index: Counter() for index in layers}, {}
+    with evaluating(dense), watch(mlps, inputs.__setitem__):
         for x in batches_of(dense, images, batch_size, label="routers"):
             dense(x)
             for index, layer in layers.items():
-                inputs = seen[sites[index].name]
-                tokens = inputs.reshape(len(x), -1, inputs.shape[-1])
+                tokens = inputs[index].reshape(len(x), -1, inputs[index].shape[-1])
                 own = {name: by_layer[index] for name, by_layer in routers.items()}
                 _add_errors(sums[index], tokens, oracles[index], layer, own)
     rows = []
@@ -134,9 +123,9 @@ def router_regret(
         variance = own["squares"] - own["tokens"] * float(mean.square().sum())
         scale = variance or math.nan  # outputs that never change leave no share to tell
         for name in routers:
-            error, least = own["error", name], own["least"]
+            error, best = own["error", name], own["best", name] / own["tokens"]
             row = {"layer": index, "router": name, "error": error / scale}
-            row |= {"regret": (error - least) / scale, "best": own["best", name] / own["tokens"]}
+            row |= {"regret": (error - own["least"]) / scale, "best": best}
             rows.append(row | {"experts": oracles[index].n_experts})
     return add_caption(
         pd.DataFrame(rows),
@@ -146,11 +135,7 @@ def router_regret(
 
 
 def _add_errors(
-    sums: Counter,
-    x: torch.Tensor,
-    oracle: OracleRouter,
-    layer: MoeMlp,
-    routers: Mapping[str, nn.Module],
+    sums: Counter, x: torch.Tensor, oracle: OracleRouter, layer: MoeMlp, routers: dict
 ) -> None:
     """Add the squared errors of the routed ones of the tokens ``x`` [images, tokens, dim]."""
     leading = _count_leading(layer)
@@ -193,7 +178,6 @@ class _MeanInputs(Accumulator):
         return {"inputs": (experts, self.site.dim), "tokens": (experts,)}
 
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
-        """Add a part of the tokens."""
         rows = np.flatnonzero(layer.sample.position >= _count_leading(self.layer))
         inputs = torch.from_numpy(layer.sample.inputs[rows].astype(np.float32))
         expert = _copy_router(self.layer)(inputs)[:, 0]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +13,15 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.record.tokens import kinds_seen
-from moee_analysis.measure.routing.resolve import (
-    Run,
-    batches_of,
-    check_any,
-    choose_layers,
-    model_of,
-)
+from moee_analysis.measure.routing.inputs import Run, batches_of, check_any, choose_layers, model_of
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.class_names import class_labels, knows_classes
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers, moe_names
+
+Routers = Mapping[int, nn.Module]
+"""A router for every layer, by index."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,10 @@ class Routes:
     ``counts``: int32 (images, experts): how many tokens of an image use an expert.
     ``experts``: int16 (images, tokens): the expert of each token, leading ones and then patches row
       by row; only layers with one expert per token.
-    ``labels``: int64 (images,): class index of each image.
-    ``class_names``: readable name of every class index in ``labels``.
-    ``k``: experts per token.
+    ``labels``: int64 (images,): class index of each image; ``class_names``: their readable names.
     ``prefix_tokens``, ``grid``: tokens before the patches (CLS), and rows and columns of the
-      patches after them: (1, n) where the places of patches are not known, (0, 0) where there are
-      none.
-    ``tokens_per_image``: tokens of one image.
+      patches: (1, n) where their places are not known, (0, 0) where there are none.
+    ``k``, ``tokens_per_image``: experts of a token, tokens of an image.
     ``system``: name of the routed system, for tables and captions.
     """
 
@@ -78,15 +73,11 @@ class Routes:
         return counts / counts.sum(axis=1, keepdims=True)
 
     def choose_placed(self, wanted: Sequence[int]) -> list[int]:
-        """Those of the ``wanted`` layers, or of all, whose patches have known places.
-
-        A MoeeError says that there are none, or names another layer.
-        """
+        """The ``wanted`` layers, or all, whose patches have known places; others are refused."""
         if not self.placed:
-            raise MoeeError(
-                "a layer whose patches have known places", f"none in '{self.system}'",
-                "extract experts of layers that see the patches of an image",
-            )  # fmt: skip
+            expected, found = "a layer whose patches have known places", f"none in '{self.system}'"
+            hint = "extract experts of layers that see the patches of an image"
+            raise MoeeError(expected, found, hint)
         return choose_layers(self.placed, wanted)
 
     def patch_experts(self, layer: int) -> np.ndarray:
@@ -108,16 +99,13 @@ def all_routes(source: Source, images: ImageSet | None = None) -> list[Routes]:
         return [source]
     if not isinstance(source, Sequence):
         if images is None:
-            raise MoeeError(
-                "images to route through the run", "none", "pass images as the second argument"
-            )
+            hint = "pass images as the second argument"
+            raise MoeeError("images to route through the run", "none", hint)
         return [routes(source, images)]
     if not source or not all(isinstance(one, Routes) for one in source):
-        raise MoeeError(
-            "a run, its routes, or a sequence of routes",
-            f"{type(source).__name__} of {len(source)} items that are not all routes",
-            "make routes with measure.routes(model, images)",
-        )
+        found = f"{type(source).__name__} of {len(source)} items that are not all routes"
+        hint = "make routes with measure.routes(model, images)"
+        raise MoeeError("a run, its routes, or a sequence of routes", found, hint)
     return list(source)
 
 
@@ -125,7 +113,7 @@ def routes(
     model: Run,
     images: ImageSet,
     *,
-    routers: Mapping[int, nn.Module] | None = None,
+    routers: Routers | None = None,
     system: str = "MoEE",
     batch_size: int | None = None,
     by_folder: bool = False,
@@ -134,8 +122,7 @@ def routes(
 
     ``routers`` (input of an MLP [..., d] -> experts [n, k]) by layer index are applied to the input
     of that MLP and change nothing in the pass. With ``by_folder``, and where a folder is none of
-    the model's classes, the classes are the folders of the images, in the order of their names;
-    those that are classes of the model have its readable names: routing needs no labels.
+    the model's classes, the classes are the images' folders by name, since routing needs no labels.
     Raises MoeeError: no routed layer, or a router for a layer that the model does not have.
     """
     model = model_of(model)
@@ -149,37 +136,38 @@ def routes(
     for layer, name in sites.items():
         experts, shape = chosen[layer], shapes[layer]
         leading = len(kinds_seen(model, shape[1:])) if shape[0] == 1 else 0  # windows have none
-        places = patch_places(model, name, shape, leading=leading)
+        order, grid = order_tokens(model, name, shape, leading=leading)
         # a router that does not say how many experts it has is known by those it has chosen
         n_experts = max(getattr(owners[layer], "n_experts", 1), int(experts.max()) + 1)
         cells = experts.reshape(len(images), -1) + n_experts * np.arange(len(images))[:, None]
         counts = np.bincount(cells.ravel(), minlength=len(images) * n_experts)
         routed.counts[layer] = counts.reshape(-1, n_experts).astype(np.int32)
         if experts.shape[2] == 1:
-            order = np.concatenate([np.arange(leading), leading + places.ravel()])
             routed.experts[layer] = experts[:, order, 0]
         routed.k[layer] = experts.shape[2]
-        routed.prefix_tokens[layer], routed.grid[layer] = leading, places.shape
+        routed.prefix_tokens[layer], routed.grid[layer] = leading, grid
         routed.tokens_per_image[layer] = math.prod(shape)
     return routed
 
 
-def _find_sites(model: nn.Module, routers: Mapping[int, nn.Module] | None) -> dict[int, str]:
-    """Names of the MLPs to watch, by layer."""
+def order_tokens(
+    model: nn.Module, name: str, shape: Sequence[int], *, leading: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Places of an image's tokens, leading ones and then patches row by row, and their grid."""
+    places = patch_places(model, name, shape, leading=leading)
+    return np.append(np.arange(leading), leading + places), places.shape
+
+
+def _find_sites(model: nn.Module, routers: Routers | None) -> dict[int, str]:
     if routers is None:
         if not (routed := moe_names(model)):
-            raise MoeeError(
-                "a model with routed layers", f"a dense {type(model).__name__}",
-                "extract its experts first, or pass routers={layer: router}",
-            )  # fmt: skip
+            hint = "extract its experts first, or pass routers={layer: router}"
+            raise MoeeError("a model with routed layers", f"a dense {type(model).__name__}", hint)
         return routed
     sites = {site.index: site.name for site in find_mlps(model)}
-    unknown = sorted(set(routers) - set(sites))
-    if unknown:
-        raise MoeeError(
-            f"routers for layers 0 to {max(sites)}", f"one for layer {unknown[0]}",
-            "count layers from 0",
-        )  # fmt: skip
+    if unknown := sorted(routers.keys() - sites):
+        expected, found = f"routers for layers 0 to {max(sites)}", f"one for layer {unknown[0]}"
+        raise MoeeError(expected, found, "count layers from 0")
     return {layer: sites[layer] for layer in sorted(routers)}
 
 
@@ -202,34 +190,28 @@ def _name_classes(
 
 
 def _record_choices(
-    model: nn.Module,
-    images: ImageSet,
-    sites: Mapping[int, str],
-    routers: Mapping[int, nn.Module] | None,
-    batch_size: int,
+    model: nn.Module, images: ImageSet, sites: dict[int, str], routers: Routers | None, size: int
 ) -> tuple[dict[int, np.ndarray], dict[int, tuple[int, ...]]]:
     """Experts of all tokens, int16 (images, tokens, k), and the shape of an image's tokens.
 
     The shape is (windows, tokens) or (1, rows, columns).
     """
-    inputs: dict[int, torch.Size] = {}
-    latest: dict[int, torch.Tensor] = {}
+    modules, side = {layer: model.get_submodule(name) for layer, name in sites.items()}, "inputs"
+    if routers is None:  # what the model's own routers get and give
+        modules, side = {layer: module.router for layer, module in modules.items()}, "both"
+    latest: dict[int, tuple[torch.Size, torch.Tensor]] = {}
 
-    def see_input(layer: int, x: torch.Tensor) -> None:
-        inputs[layer] = x.shape[:-1]
-        if routers is not None:
-            latest[layer] = routers[layer](x)
+    def see(layer: int, seen: Any) -> None:
+        x, chosen = seen if routers is None else (seen, routers[layer](seen))
+        latest[layer] = x.shape[:-1], chosen
 
-    modules = {layer: model.get_submodule(name) for layer, name in sites.items()}
-    own = {layer: module.router for layer, module in modules.items()} if routers is None else {}
     parts: dict[int, list[np.ndarray]] = {layer: [] for layer in sites}
     shapes = {}
-    seen = watch(modules, see_input), watch(own, latest.__setitem__, "outputs")
-    with evaluating(model), seen[0], seen[1]:
-        for x in batches_of(model, images, batch_size, label="routing"):
+    with evaluating(model), watch(modules, see, side):
+        for x in batches_of(model, images, size, label="routing"):
             model(x)
-            for layer, chosen in latest.items():
+            for layer, (shape, chosen) in latest.items():
                 per_image = chosen.reshape(len(x), -1, chosen.shape[1])
                 parts[layer].append(per_image.cpu().numpy().astype(np.int16))
-                shapes[layer] = (inputs[layer][0] // len(x), *inputs[layer][1:])
+                shapes[layer] = (shape[0] // len(x), *shape[1:])
     return {layer: np.concatenate(rows) for layer, rows in parts.items()}, shapes

@@ -10,7 +10,7 @@ from torch import nn
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.resolve import batches_of
+from moee_analysis.measure.routing.inputs import batches_of
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.survey import survey
@@ -22,16 +22,14 @@ def contributions(
     """What every group of experts adds to the tokens, layer by layer.
 
     The output of a layer for a token is the sum over all slots of the token's combine weight times
-    what the slot's expert made. The part of that sum over the slots of one group is what the group
-    adds; its ``contribution`` is the length (L2) of this part, mean over all tokens of all images.
-    The paper of MoE Jetpack shows contributions without saying how they are computed: only their
-    course over the layers compares with these. ``groups`` are names, in the order of the layers';
-    of a layer with fewer groups, the first ones.
+    what the slot's expert made; a group adds the part of its slots. The paper of MoE Jetpack shows
+    contributions without saying how they are computed: only their course over the layers compares
+    with these. ``groups`` are names, in the order of the layers'; of fewer groups, the first ones.
 
     One row for each layer of slots and ``group``: ``layer`` (place among the MLPs, from 0),
-    ``experts``, ``hidden`` neurons of each; ``contribution``; ``relative``, the contribution over
-    the mean length of the tokens' whole outputs of the layer; ``mass``, the share of the combine
-    weights that the group's slots have.
+    ``experts``, ``hidden`` neurons of each; ``contribution``, the length (L2) of what the group
+    adds, mean over all tokens; ``relative``, over the mean length of the layer's whole outputs;
+    ``mass``, the share of the combine weights that the group's slots have.
     Raises MoeeError: a model without such layers, or a layer with more groups than names.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}
@@ -51,8 +49,8 @@ def contributions(
     rows = []
     for name, layer in layers.items():
         *parts, (whole, weights, _) = sums[name]
-        of_groups = zip(groups, layer.groups, parts, strict=False)  # some names may be left over
-        for own, group, (length, mass, tokens) in of_groups:
+        # some names may be left over
+        for own, group, (length, mass, tokens) in zip(groups, layer.groups, parts, strict=False):
             row = {"layer": ordered.index(name), "group": own, "experts": group.n_experts}
             row |= {"hidden": group.hidden, "contribution": length / tokens}
             rows.append(row | {"relative": length / whole, "mass": mass / weights})
@@ -68,8 +66,6 @@ def _add(sums: np.ndarray, layer: SlotMlp, x: torch.Tensor) -> None:
     parts = zip(mixing.combine.split(slots, dim=2), made.split(slots, dim=1), strict=True)
     added = [(combine @ own, combine) for combine, own in parts]
     added.append((sum(each for each, _ in added), mixing.combine))
-    count = tokens[..., 0].numel()
-    sums += [
-        (float(each.norm(dim=2).double().sum()), float(combine.double().sum()), count)
-        for each, combine in added
-    ]
+    for row, (each, combine) in enumerate(added):
+        length, mass = each.norm(dim=2).double().sum(), combine.double().sum()
+        sums[row] += float(length), float(mass), tokens[..., 0].numel()

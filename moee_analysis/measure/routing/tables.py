@@ -36,7 +36,7 @@ def sum_up(table: pd.DataFrame, describe: Callable[[pd.DataFrame], dict]) -> pd.
     return pd.DataFrame([{"system": s, "layer": n} | describe(part) for (s, n), part in groups])
 
 
-def similarity_rank(points: np.ndarray, *, distances: bool = False) -> np.ndarray:
+def order_alike(points: np.ndarray, *, distances: bool = False) -> np.ndarray:
     """Place of each row when like rows stand side by side, by average linkage.
 
     ``points`` are (n, features), or ``distances`` (n, n).

@@ -11,23 +11,19 @@ from torch.nn.functional import normalize
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.measure.routing.resolve import Layers, Run, batches_of, model_of
-from moee_analysis.measure.routing.routes import Routes, routes
+from moee_analysis.measure.routing.inputs import Layers, Run, batches_of, model_of
+from moee_analysis.measure.routing.routes import Routes, order_tokens, routes
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture, evaluating
-from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_names
 from moee_analysis.utils.checks import whole_number
-
-Seen = tuple[int, torch.Tensor, torch.Tensor]  # layer, tokens, their experts
 
 
 @dataclass(frozen=True)
 class Typical:
     """How near the tokens of some images are to what their experts usually get, by layer.
 
-    ``means``: float64 (experts, dim): mean input of the tokens of each expert, NaN for one without
-      tokens.
+    ``means``: float64 (experts, dim): mean input of each expert's tokens, NaN where it has none.
     ``common``: float64 (dim,): mean input of all tokens.
     ``cosines``: float32 (images, tokens): cosine between a token and the mean of its expert, both
       less the common mean; tokens in the order of ``Routes.experts``.
@@ -41,17 +37,14 @@ class Typical:
 def typical(model: Run, images: ImageSet, routed: Routes | None = None) -> Typical:
     """Measure mean inputs and typical tokens in two passes over ``images``.
 
-    The means are those of the tokens of ``images``, whatever the router compares them with, so that
-    all kinds of routers can be looked at alike. ``routed`` are the routes of ``model`` on the same
-    images, if known. A MoeeError refuses a model without a layer of one expert per token.
+    The means are those of the tokens of ``images``, whatever kind of router there is. ``routed``
+    are their routes, if known. A MoeeError refuses a model with several experts per token.
     """
     model = model_of(model)
     routed = routed or routes(model, images)
     if not routed.experts:
-        raise MoeeError(
-            "a layer with one expert per token", f"none in '{routed.system}'",
-            "typical tokens need to belong to one expert: use top-1 routers",
-        )  # fmt: skip
+        hint = "typical tokens need to belong to one expert: use top-1 routers"
+        raise MoeeError("a layer with one expert per token", f"none in '{routed.system}'", hint)
     sums: dict[int, torch.Tensor] = {}
     for layer, tokens, experts in _tokens_of_layers(model, images, routed):
         shape = routed.counts[layer].shape[1], tokens.shape[2]
@@ -88,13 +81,12 @@ def top_patches(
     """Find the patches that are most typical of each expert, at most one of an image.
 
     ``layers`` empty: all whose patches have known places. ``routed`` and ``known`` are routes and
-    typical tokens of ``model`` on the same images, if they are there.
+    typical tokens of ``model`` on the same images, if known.
 
     Columns: ``layer``, ``expert``, ``rank`` (0 is the most typical), ``image`` (its place in
     ``images``), ``class_name``, ``row``, ``column`` (of the patch), ``rows``, ``columns`` (of the
     grid), ``cosine``; ``tokens`` and ``images`` of the expert, ``share`` (of all patches).
-    Raises MoeeError: no layer with one expert per token whose patches have places, or another layer
-    asked for; a count below 1.
+    Raises MoeeError: no layer with one expert per token whose patches have places, a count below 1.
     """
     whole_number("count", count)
     routed = routed or routes(model_of(model), images)
@@ -108,10 +100,7 @@ def top_patches(
     )
 
 
-def _top_of_layer(
-    routed: Routes, known: Typical, layer: int, count: int
-) -> Iterator[dict[str, object]]:
-    """Rows of :func:`top_patches` for one layer, expert by expert."""
+def _top_of_layer(routed: Routes, known: Typical, layer: int, count: int) -> Iterator[dict]:
     experts = routed.patch_experts(layer)
     patches = known.cosines[layer][:, routed.prefix_tokens[layer] :].reshape(experts.shape)
     _, rows, columns = experts.shape
@@ -131,26 +120,23 @@ def _top_of_layer(
             }  # fmt: skip
 
 
-def _tokens_of_layers(model: nn.Module, images: ImageSet, routed: Routes) -> Iterator[Seen]:
-    """Yield the inputs of every layer with one expert per token, batch by batch, and the experts.
+def _tokens_of_layers(
+    model: nn.Module, images: ImageSet, routed: Routes
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield layers with one expert per token, batch by batch, their inputs, and the experts.
 
-    float64 (images, tokens, dim) and int64 (images, tokens), in the order of ``Routes.experts``:
-    leading tokens, then patches row by row.
+    float64 (images, tokens, dim) and int64 (images, tokens), in the order of ``Routes.experts``.
     """
     names = {layer: name for layer, name in moe_names(model).items() if layer in routed.experts}
-    orders: dict[int, np.ndarray] = {}
     first = 0
     with evaluating(model), capture(model, list(names.values())) as inputs:
         for x in batches_of(model, images, label="typical patches"):
             model(x)
             for layer, name in names.items():
-                tokens = inputs[name]
-                if layer not in orders:
-                    leading = routed.prefix_tokens[layer]
-                    shape = (tokens.shape[0] // len(x), *tokens.shape[1:-1])
-                    places = patch_places(model, name, shape, leading=leading).ravel()
-                    orders[layer] = np.concatenate([np.arange(leading), leading + places])
-                tokens = tokens.reshape(len(x), -1, tokens.shape[-1])[:, orders[layer]]
+                tokens, leading = inputs[name], routed.prefix_tokens[layer]
+                shape = (tokens.shape[0] // len(x), *tokens.shape[1:-1])
+                order, _ = order_tokens(model, name, shape, leading=leading)
+                tokens = tokens.reshape(len(x), -1, tokens.shape[-1])[:, order]
                 experts = routed.experts[layer][first : first + len(x)].astype(np.int64)
                 yield layer, tokens.double().cpu(), torch.from_numpy(experts)
             first += len(x)

@@ -62,7 +62,7 @@ def test_numbers_are_those_of_the_measures(contest, rows):
     assert row["macs_moe"] == pytest.approx(costs["macs"])
     assert row["params_moe"] == costs["params"] == count_parameters(made.model)
     assert row["macs_dense"] == count(contest.dense).total
-    balance = measure.balance(measure.routing(made, contest.images)).query("n_experts > 1")
+    balance = measure.balance(made, contest.images).query("n_experts > 1")
     means = balance.groupby("metric")["value"].mean()
     assert row["balance"] == pytest.approx(means.to_dict())
 

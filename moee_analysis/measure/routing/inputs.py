@@ -1,7 +1,6 @@
 """Which model, batches, layers and classes a measure is asked about."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.models.class_names import plain_name
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 from moee_analysis.utils.checks import layer_numbers
@@ -50,19 +50,13 @@ def check_any(images: ImageSet) -> None:
 
 
 def choose_layers(known: Iterable[int], wanted: Layers) -> list[int]:
-    """Return the ``wanted`` layers in order, or all that are ``known`` if none are wanted.
-
-    A MoeeError names a layer that is not known, or layers that are no tuple of numbers.
-    """
+    """The ``wanted`` layers in order, or all ``known``; a MoeeError names one that is not known."""
     layer_numbers(wanted)
     wanted, known = sorted(set(wanted or ())), sorted(known)
-    missing = [layer for layer in wanted if layer not in known]
-    if missing:
-        raise MoeeError(
-            f"layers among {', '.join(map(str, known)) or 'none'} (those with experts)",
-            f"layer {missing[0]}",
-            "layers are counted from 0; a layer left dense has no experts",
-        )
+    if missing := [layer for layer in wanted if layer not in known]:
+        expected = f"layers among {', '.join(map(str, known)) or 'none'} (those with experts)"
+        hint = "layers are counted from 0; a layer left dense has no experts"
+        raise MoeeError(expected, f"layer {missing[0]}", hint)
     return wanted or known
 
 
@@ -70,42 +64,30 @@ def choose_routed(run: Run, layers: Layers) -> dict[int, MoeMlp]:
     """Return the routed ones of the ``layers`` by index; a MoeeError says that there are none."""
     found = moe_layers(model_of(run))
     if not found:
-        raise MoeeError(
-            "a model with experts", "only dense layers",
-            "extract with another clustering, or see why layers stayed dense in run.layers",
-        )  # fmt: skip
+        hint = "extract with another clustering, or see why layers stayed dense in run.layers"
+        raise MoeeError("a model with experts", "only dense layers", hint)
     return {layer: found[layer] for layer in choose_layers(found, layers)}
 
 
 def choose_classes(names: Mapping[int, str], wanted: Sequence[int | str]) -> list[int]:
-    """Return class indices of ``wanted`` (names or indices, in that order), or all in order.
+    """Return class indices of ``wanted`` (names, written in any way, or indices), or all in order.
 
-    Case, spaces and underscores of names do not matter. A MoeeError names classes without images.
+    A MoeeError names classes without images.
     """
-    index = {plain(name): number for number, name in names.items()} | {n: n for n in names}
-    found = {item: index.get(plain(item) if isinstance(item, str) else item) for item in wanted}
-    missing = [str(item) for item, number in found.items() if number is None]
+    index = {plain_name(name): number for number, name in names.items()} | {n: n for n in names}
+    asked = [plain_name(item) if isinstance(item, str) else item for item in wanted]
+    missing = [str(item) for item, key in zip(wanted, asked, strict=True) if key not in index]
     if missing:
-        raise MoeeError(
-            f"classes of the images (such as {', '.join(list(names.values())[:6])})",
-            f"no image of {', '.join(missing[:3])}",
-            "choose classes that the images have, or add images of them",
-        )
-    return [found[item] for item in wanted] or sorted(names)
+        expected = f"classes of the images (such as {', '.join(list(names.values())[:6])})"
+        hint = "choose classes that the images have, or add images of them"
+        raise MoeeError(expected, f"no image of {', '.join(missing[:3])}", hint)
+    return [index[key] for key in asked] or sorted(names)
 
 
 def families_of(names: Sequence[str], families: Mapping[str, str]) -> list[str]:
     """Return the family of every class of ``names``; a MoeeError names classes without one."""
-    known = {plain(name): family for name, family in families.items()}
-    missing = [name for name in names if plain(name) not in known]
-    if missing:
-        raise MoeeError(
-            "a family of every class", f"none of {', '.join(missing[:3])}",
-            "add it to families, or choose the classes that have one",
-        )  # fmt: skip
-    return [known[plain(name)] for name in names]
-
-
-def plain(name: str) -> str:
-    """Return ``name`` as it is compared: ``Fire engine`` is ``fire_engine``."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+    known = {plain_name(name): family for name, family in families.items()}
+    if missing := [name for name in names if plain_name(name) not in known]:
+        hint = "add it to families, or choose the classes that have one"
+        raise MoeeError("a family of every class", f"none of {', '.join(missing[:3])}", hint)
+    return [known[plain_name(name)] for name in names]
