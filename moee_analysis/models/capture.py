@@ -1,7 +1,7 @@
 """A network while it runs: evaluated, watched, started at one of its blocks, or traced."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -14,15 +14,21 @@ Side = Literal["inputs", "outputs", "both", "calls"]
 
 
 @contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with or without gradients as it was; every module gets its own flag back."""
-    flags = {module: module.training for module in model.modules()}
+def switched(things: Iterable[Any], **values: Any) -> Iterator[None]:
+    """While open, all ``things`` have attributes of these ``values``; each gets its own back."""
+    own = [(thing, name, getattr(thing, name)) for thing in things for name in values]
     try:
-        model.eval()
+        for thing, name, _ in own:
+            setattr(thing, name, values[name])
         yield
     finally:
-        for module, training in flags.items():
-            module.training = training
+        for thing, name, before in own:
+            setattr(thing, name, before)
+
+
+def in_evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Evaluation mode, with or without gradients as it was."""
+    return switched(model.modules(), training=False)
 
 
 @contextmanager
@@ -122,24 +128,16 @@ def seeing_inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]
 def starting_at(block: Block | None, entering: torch.Tensor | None) -> Iterator[None]:
     """While open, runs of the model start at ``block`` with the tensor ``entering`` it.
 
-    The blocks before it are taken out of their sequence and put back on leaving, also after an
-    error. None runs everything.
+    Constants stand in the places of the blocks before it. None runs everything.
     """
-    if block is None or entering is None:
+    places = () if block is None or entering is None else range(block.index)
+    constants = {str(place): _Constant(entering) for place in places}
+    with switched([block.sequence] if constants else [], **constants):
         yield
-        return
-    before = list(block.sequence[: block.index])
-    try:
-        for place in range(block.index):
-            block.sequence[place] = _Constant(entering)
-        yield
-    finally:
-        for place, module in enumerate(before):
-            block.sequence[place] = module
 
 
 class _Constant(nn.Module):
-    """In the place of a block: gives the same tensor whatever comes in."""
+    """Gives the same tensor whatever comes in."""
 
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()

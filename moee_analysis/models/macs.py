@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating, watch
+from moee_analysis.models.capture import evaluating, switched, watch
 from moee_analysis.models.loading import blank, find_mlps, unwrapped
 
 
@@ -37,10 +37,9 @@ class MacCount:
         """MACs of one image if the named sites cost so many MACs per token instead."""
         unknown = sorted(per_token.keys() - self.tokens)
         if unknown:
-            raise MoeeError(
-                f"sites among {', '.join(self.tokens) or 'none'}", f"'{unknown[0]}'",
-                "name the sites when counting: count(model, sites=[...])",
-            )  # fmt: skip
+            expected = f"sites among {', '.join(self.tokens) or 'none'}"
+            hint = "name the sites when counting: count(model, sites=[...])"
+            raise MoeeError(expected, f"'{unknown[0]}'", hint)
         outside = self.total - sum(self.by_module.get(name, 0) for name in per_token)
         return outside + sum(self.tokens[name] * macs for name, macs in per_token.items())
 
@@ -53,12 +52,12 @@ def count(
 ) -> MacCount:
     """Count the MACs of one image, all zeros, and of the model's own ``size`` unless that is given.
 
-    ``sites`` are the modules whose tokens are counted; None: the MLPs of ``find_mlps``. The model
-    is left as it was: same training flags, no hooks, no gradients.
+    ``sites`` are the modules whose tokens are counted; None: the MLPs of ``find_mlps``.
     """
     names = [site.name for site in find_mlps(model)] if sites is None else list(sites)
     model = unwrapped(model)
     image, tokens = blank(model, size=size), dict.fromkeys(names, 0)
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
 
     def count_tokens(name: str, x: torch.Tensor) -> None:
         tokens[name] += tokens_of(x).shape[0]
@@ -66,7 +65,12 @@ def count(
     with (
         evaluating(model),
         watch({name: model.get_submodule(name) for name in names}, count_tokens),
-        _countable_products(model),
+        # fused kernels, and those of cuDNN's LSTMs, count as nothing on some devices
+        switched(fused, fused_attn=False),
+        sdpa_kernel(SDPBackend.MATH),
+        cudnn.flags(enabled=False),
+        # the counter trips over parameters that are given to modules and ask for gradients
+        switched(model.parameters(), requires_grad=False),
         FlopCounterMode(display=False, custom_mapping=RECURRENT) as counter,
     ):
         model(image)
@@ -82,9 +86,8 @@ def count(
 def moe_macs(model: nn.Module, per_token: Mapping[str, float]) -> float:
     """MACs of one image of a model with routed layers.
 
-    ``per_token`` gives the MACs per token of every routed layer, by module name: its router plus
-    ``2 d sum_e f_e |S_e|``, with ``f_e`` the measured share of tokens (they sum to the number of
-    experts per token). Everything outside those layers is counted as it runs; they do not run.
+    ``per_token`` gives the MACs per token of every routed layer, which does not run, by module
+    name: its router plus ``2 d sum_e f_e |S_e|``, with ``f_e`` the measured share of tokens.
     """
     with _skipping(model, per_token):
         return count(model, sites=per_token).replacing(per_token)
@@ -137,26 +140,3 @@ def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
     return x.new_zeros(*x.shape[:-1], dim)
-
-
-@contextmanager
-def _countable_products(model: nn.Module) -> Iterator[None]:
-    """Compute attention by plain matrix products, and LSTMs without cuDNN.
-
-    Fused kernels count as nothing on some devices, and the counter trips over parameters that are
-    given to modules and ask for gradients.
-    """
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module in fused:
-            module.fused_attn = False
-        for parameter in asking:
-            parameter.requires_grad = False
-        with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
-            yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
-        for parameter in asking:
-            parameter.requires_grad = True
