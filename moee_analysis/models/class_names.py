@@ -33,8 +33,7 @@ FORMS = "write one name a line, or JSON: a list, or an object of indices and nam
 def class_names(model: nn.Module, *, readable: bool = False) -> tuple[str, ...]:
     """Names of the model's classes in the order of its outputs; wnids, or ``readable`` names.
 
-    Raises MoeeError: the model does not say which classes it knows, or has not one output for
-    each.
+    Raises MoeeError: it does not say which classes it knows, or has not one output for each.
     """
     names, outputs = _stated_names(model, readable=readable), count_classes(model)
     if names is None:
@@ -68,8 +67,7 @@ def is_classifier(model: nn.Module) -> bool:
 def count_classes(model: nn.Module) -> int:
     """Outputs of a classifier, counted by running it on a black image.
 
-    Raises MoeeError: the model is no classifier: it has no head, a single output, or other
-    outputs than scores.
+    Raises MoeeError: the model has no head, a single output, or other outputs than scores.
     """
     network = inside(model)
     heads = stated_modules(network, "classifier").values()
@@ -94,10 +92,8 @@ def name_classes(model: nn.Module, names: Sequence[str]) -> None:
     twice = len(names) - len(set(names))
     if len(names) != outputs or twice or "" in names:
         found = f"{len(names)}" + (f", {twice} of them more than once" if twice else "")
-        raise MoeeError(
-            f"one name for each of the model's {outputs} outputs", found,
-            "list every class once, in the order of the outputs",
-        )  # fmt: skip
+        expected = f"one name for each of the model's {outputs} outputs"
+        raise MoeeError(expected, found, "list every class once, in the order of the outputs")
     network.pretrained_cfg = {**network.pretrained_cfg, "label_names": tuple(names)}
 
 
@@ -111,8 +107,8 @@ def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
 def _names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
     """Class ``folders`` as the names of a classifier that has none, one for each output.
 
-    They are taken in the order of the alphabet, as training scripts do, and the user is told.
-    Empty where the model has names, or another number of outputs.
+    In the order of the alphabet, as training scripts take them. Empty where the model has names,
+    or another number of outputs.
     """
     names, count = tuple(sorted(folders)), len(folders)
     if knows_classes(model) or not is_classifier(model) or count_classes(model) != count:

@@ -25,8 +25,8 @@ DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of one input image, as ``model`` was built.
 
-    ``pretrained_cfg``, which it must have, says what the pretrained weights took; a model that was
-    built for another size or other channels says so in its patch embedding and first convolution.
+    These are those of the pretrained weights (``pretrained_cfg``), unless its patch embedding and
+    first convolution say otherwise.
     """
     network = inside(model)
     channels, height, width = _config(network)["input_size"]
@@ -34,9 +34,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     if isinstance(first, nn.Conv2d):
         channels = first.in_channels
     embedding = getattr(network, "patch_embed", None)
-    built = getattr(embedding, "img_size", None)
-    strict = getattr(embedding, "strict_img_size", False)
-    if built is not None and (strict or network.pretrained_cfg.get("fixed_input_size")):
+    built, cfg = getattr(embedding, "img_size", None), network.pretrained_cfg
+    if built and (getattr(embedding, "strict_img_size", False) or cfg.get("fixed_input_size")):
         height, width = built
     return channels, height, width
 
@@ -49,16 +48,16 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def model_transform(model: nn.Module) -> Compose:
-    """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``.
-
-    One channel is the luminance; other than three are red, green and blue in turn, as timm repeats
-    the weights of a first convolution.
-    """
+    """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``."""
     return transform_of(data_config(model))
 
 
 def transform_of(config: dict[str, Any], **training: Any) -> Compose:
-    """Transform of a :func:`data_config`; with the settings of ``training`` one for training."""
+    """Transform of a :func:`data_config`; with the settings of ``training`` one for training.
+
+    One channel is the luminance; other than three are red, green and blue in turn, as timm repeats
+    the weights of a first convolution.
+    """
     channels = config["input_size"][0]
     of_picture = {name: _repeat(config[name], RGB) for name in ("mean", "std")}
     transform = timm.data.create_transform(
@@ -86,11 +85,10 @@ def blank(
 def misfit(model: nn.Module, error: Exception) -> MoeeError:
     """Say that ``model`` cannot be run on images of the size that it states."""
     reason = str(error).splitlines()[0][:120].rstrip(".") if str(error) else type(error).__name__
-    return MoeeError(
-        f"a model that takes images of {' x '.join(map(str, input_size(model)))}", reason,
-        "build it for a size that it takes (--img-size, --in-chans, or the arguments of "
-        "timm.create_model), or state that in pretrained_cfg['input_size']",
-    )  # fmt: skip
+    expected = f"a model that takes images of {' x '.join(map(str, input_size(model)))}"
+    hint = "build it for a size that it takes (--img-size, --in-chans, or the arguments of "
+    hint += "timm.create_model), or state that in pretrained_cfg['input_size']"
+    return MoeeError(expected, reason, hint)
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,8 @@ class _ToChannels:
 
 def _config(network: nn.Module) -> dict[str, Any]:
     if not getattr(network, "pretrained_cfg", None):
-        raise MoeeError(
-            "a timm model whose pretrained_cfg says which images it takes",
-            f"a {type(network).__name__} without one", MAKE_IT,
-        )  # fmt: skip
+        expected = "a timm model whose pretrained_cfg says which images it takes"
+        raise MoeeError(expected, f"a {type(network).__name__} without one", MAKE_IT)
     return timm.data.resolve_model_data_config(network)
 
 
