@@ -1,7 +1,4 @@
-"""Pictures from files: which files of class folders are any, and each as it is to be seen.
-
-That is upright, red green and blue in 8 bits, whatever it was stored as.
-"""
+"""Pictures from files: which files of class folders are any, and each as it is to be seen."""
 
 import os
 import warnings
@@ -56,10 +53,9 @@ def suffixes() -> frozenset[str]:
 def read_picture(path: Path) -> Image.Image:
     """Read a picture as it is to be seen, RGB in 8 bits; the first one of an animation.
 
-    The orientation that a camera stored (EXIF) is applied. Numbers of 16 or 32 bits and floats are
-    scaled from the range that they are written in, that of 8, 16 or 31 bits, or from 0 to 1. Where
-    the numbers leave it open which one that is, the picture is refused: 12 bits in a file of 16
-    cannot be told from a dark picture.
+    Numbers of 16 or 32 bits and floats are scaled from the range that they are written in, that of
+    8, 16 or 31 bits, or from 0 to 1. Where they leave it open which one that is, the picture is
+    refused: 12 bits in a file of 16 cannot be told from a dark picture.
 
     Raises UnreadableError: too many pixels, numbers in no such range. OSError: a damaged file.
     """
@@ -157,7 +153,7 @@ def list_images(folder: Path) -> tuple[list[Path], Reasons]:
 
 
 def _id_of(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
+    status = Path(folder).stat()
     return status.st_dev, status.st_ino
 
 
