@@ -134,9 +134,7 @@ def _draw_shed(canvas: Canvas, rng: Draws, horizon: float) -> None:
     canvas.box("window", (70, 80, 95), x - wide * 0.5, top + 0.03, x - wide * 0.1, top + 0.07)
 
 
-Place = Callable[[Canvas, Draws], float]
-
-PLACES: dict[str, Place] = {
+PLACES: dict[str, Callable[[Canvas, Draws], float]] = {
     "open": _place_open,
     "street": _place_street,
     "meadow": _place_meadow,
