@@ -50,11 +50,9 @@ def find_attentions(model: nn.Module) -> list[AttentionSite]:
     """Find the plain self-attentions, as :func:`plain_attentions`; refuse a model without any."""
     sites = plain_attentions(model)
     if not sites:
-        raise MoeeError(
-            "a model with plain self-attention (timm.layers.Attention)",
-            f"none in {type(model).__name__}",
-            'leave its attention dense: attention="dense"',
-        )
+        expected = "a model with plain self-attention (timm.layers.Attention)"
+        hint = 'leave its attention dense: attention="dense"'
+        raise MoeeError(expected, f"none in {type(model).__name__}", hint)
     return sites
 
 
@@ -100,9 +98,8 @@ class Ranks:
 class LowRankAttention(nn.Module):
     """Self-attention with few dimensions in its heads, in the place of the dense one at ``site``.
 
-    Takes and gives what timm's ``Attention`` does, without a mask. The outputs of tokens beyond
-    the first ``queries`` are zeros. Queries may have a ``bias``; softmax takes away that of keys,
-    and that of values goes through the attention into the output's.
+    The outputs of tokens beyond the first ``queries`` are zeros. Queries may have a ``bias``;
+    softmax takes away that of keys, and that of values goes into the output's.
     """
 
     def __init__(self, site: AttentionSite, ranks: Ranks, *, bias: bool) -> None:
@@ -194,11 +191,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What a low-rank attention does otherwise than the dense one.
+    """What a low-rank attention does otherwise than the dense one; ``queries`` as in ``Ranks``.
 
     With ``scores`` M, those of a query q and a key k are q M k^T. With ``values`` M and ``mean`` m
-    (heads, head_dim), a head that has gathered u passes on m + M (u - m). Only the outputs of the
-    first ``queries`` tokens are read; None: of all.
+    (heads, head_dim), a head that has gathered u passes on m + M (u - m).
     """
 
     scores: Factors

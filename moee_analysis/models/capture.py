@@ -44,9 +44,9 @@ def watch(
 ) -> Iterator[None]:
     """While open, every call of a module calls ``see(key, value)``.
 
-    ``value`` is the module's first input (``side="inputs"``), its output (``"outputs"``), the
-    pair of both (``"both"``), or the arguments, positional and by name (``"calls"``). The value
-    that ``see`` returns takes the place of the input or output; None leaves it.
+    ``value`` is the module's first input, its output, the pair of both, or the arguments,
+    positional and by name. What ``see`` returns takes the place of the input or output; None
+    leaves it.
     """
 
     def before(key: Key, _module: nn.Module, args: tuple, named: dict) -> tuple | None:
@@ -77,10 +77,7 @@ def capture(
 
 
 def is_traced() -> bool:
-    """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records what is computed.
-
-    A trace has to fit any number of tokens, so nothing may depend on how many there are.
-    """
+    """Whether torch records what is computed: for any number of tokens, so nothing asks for it."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -95,8 +92,8 @@ class Block:
 def block_of(model: nn.Module, name: str) -> Block | None:
     """Return the outermost block that holds the module called ``name``.
 
-    timm's transformers keep their blocks, or their stages, in an ``nn.Sequential``. None where
-    there is no such sequence, or the module is in its first block: nothing can be left out.
+    timm keeps blocks, or stages, in an ``nn.Sequential``. None where there is none, or the module
+    is in its first block: nothing can be left out.
     """
     parts = name.split(".")
     for depth, number in enumerate(parts[1:], start=1):
@@ -108,10 +105,7 @@ def block_of(model: nn.Module, name: str) -> Block | None:
 
 @contextmanager
 def seeing_inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]]:
-    """While open, every run of the model leaves the tensor that enters each block, by block.
-
-    A block that gets anything else than one tensor is left out.
-    """
+    """While open, a run of the model leaves what enters each block, if that is a single tensor."""
     seen: dict[Block, torch.Tensor] = {}
 
     def see(block: Block, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:

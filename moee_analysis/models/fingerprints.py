@@ -40,8 +40,7 @@ STATED = ("architecture", "label_names", "classifier", "first_conv")
 class Identity:
     """What makes a model this one: digests of three parts, and its answers to the probe.
 
-    ``structure`` may differ between versions of timm and torch for the same model; the others do
-    not.
+    Of these ``structure`` alone may differ between versions of timm and torch.
     """
 
     weights: str
@@ -68,10 +67,7 @@ _KNOWN: ContextVar[dict[int, Identity]] = ContextVar("known", default={})  # noq
 
 @contextmanager
 def unchanged(*models: nn.Module) -> Iterator[None]:
-    """While open, these models do not change: who asks for their identities gets those of now.
-
-    All others are looked at whenever they are asked for.
-    """
+    """While open, these models do not change: who asks for their identities gets those of now."""
     before = _KNOWN.set({id(unwrapped(model)): identity(model) for model in models})
     try:
         yield
@@ -106,12 +102,10 @@ def hash_weights(module: nn.Module) -> str:
 def answers(model: nn.Module) -> tuple[float, ...]:
     """Outputs for two fixed images, projected to :data:`PROJECTED` numbers each, and rounded.
 
-    The model is run with copies of its tensors in double precision on the CPU, so that every
-    processor comes to the same numbers, and routers to the same decisions; as it is where it cannot
-    be run like that.
+    Copies of the tensors run in double precision on the CPU, so that every processor comes to the
+    same numbers, and routers to the same decisions; the model as it is where that cannot be.
 
-    Raises MoeeError: a model without ``pretrained_cfg``, that cannot be run on images of its size,
-    or not be copied.
+    Raises MoeeError: no ``pretrained_cfg``; it cannot be run on images of its size, or be copied.
     """
     network = unwrapped(model)
     first = next(network.parameters())
@@ -135,10 +129,9 @@ def copy_model(network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network)
     except (RuntimeError, TypeError) as error:
-        raise MoeeError(
-            "a model that can be copied", str(error).splitlines()[0][:120],
-            "make what was put into it by hand permanent, as by torch.nn.utils.prune.remove",
-        ) from None  # fmt: skip
+        found = str(error).splitlines()[0][:120]
+        hint = "make what was put into it by hand permanent, as by torch.nn.utils.prune.remove"
+        raise MoeeError("a model that can be copied", found, hint) from None
 
 
 @torch.no_grad()
@@ -153,7 +146,7 @@ def _run(network: nn.Module, images: torch.Tensor) -> Any:
 
 @contextmanager
 def _exchange_tensors(network: nn.Module, like: torch.Tensor) -> Iterator[None]:
-    """Copies in the place of all tensors: to copy the modules too takes far longer.
+    """Copies in the place of all tensors, as copying modules takes far longer.
 
     What modules keep meanwhile, such as caches of this precision, is forgotten.
     """

@@ -94,15 +94,13 @@ def moe_macs(model: nn.Module, per_token: Mapping[str, float]) -> float:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of stored floating-point values that are part of the function.
+    """Number of stored floating-point values that are part of the function, shared ones once.
 
-    Weights, biases, routers and other saved buffers count, what is shared counts once. Lists of
-    integers (which neurons an expert uses) and the record of routing ``shares`` do not.
+    Lists of integers (which neurons an expert uses) and the record of routing ``shares`` are not.
     """
-    stored = module.state_dict(keep_vars=True).items()
     function = {
         id(tensor): tensor.numel()
-        for name, tensor in stored
+        for name, tensor in module.state_dict(keep_vars=True).items()
         if tensor.is_floating_point() and name.rpartition(".")[2] != "shares"
     }
     return sum(function.values())

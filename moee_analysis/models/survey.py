@@ -24,8 +24,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class SurveyedMlp:
     """An MLP, or what is like one: its name in the model, its kind, why it stays as it is.
 
-    ``kind`` is its class, for timm's ``Mlp`` with those of ``fc1`` and of the norm inside. The
-    ``reason`` of one that can be taken apart is empty.
+    ``kind`` is its class, for timm's ``Mlp`` with those of ``fc1`` and of the norm inside.
     """
 
     name: str
@@ -34,15 +33,14 @@ class SurveyedMlp:
 
     @property
     def convertible(self) -> bool:
-        """Whether it can be taken apart."""
+        """Whether it can be taken apart, for want of a reason."""
         return not self.reason
 
 
 def survey(model: nn.Module) -> list[SurveyedMlp]:
     """Say of everything like an MLP in ``model``, in order, whether it can be taken apart.
 
-    Those that can are Linear-activation-Linear (``timm.layers.Mlp``), see the tokens of an image
-    and stand in one place; :func:`find_mlps` finds exactly these.
+    Those that can are Linear-activation-Linear, see the tokens of an image and stand in one place.
     """
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,7 +1,4 @@
-"""Checks of settings, of all configurations and of the command line.
-
-All raise a ``MoeeError`` that names the setting, where it has a ``name``.
-"""
+"""Checks of settings, of all configurations and of the command line."""
 
 import operator
 import reprlib
@@ -42,10 +39,7 @@ def real_number(
     below: float | None = None,
     most: float | None = None,
 ) -> None:
-    """Refuse anything but a number within the bounds; infinity and NaN are within none.
-
-    ``above`` or ``least`` is given; without ``below`` and ``most``, a billion is the most.
-    """
+    """Refuse anything but a number within the bounds, by default up to a billion; NaN never is."""
     if below is None and most is None:
         most = MOST
     bounds = [

@@ -24,9 +24,8 @@ make_folder = partial(Path.mkdir, mode=0o700)
 def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator[Path]:
     """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
 
-    An older ``final`` stays untouched until the new one is complete and flushed to the disk, and
-    for good without ``replace``. ``hint`` says in a ``MoeeError`` what to do where no folder can
-    be made, or the disk is full.
+    An older ``final`` stays until the new one is flushed to the disk, and for good without
+    ``replace``. A place that is full or closed raises a ``MoeeError`` with the ``hint``.
     """
     final = Path(final).resolve()
     with ExitStack() as stack:
@@ -54,10 +53,7 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
 
 @contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
-    """Give a folder for intermediate results, gone when this is closed, as by SIGTERM.
-
-    Folders of this ``kind`` that killed processes have left go too.
-    """
+    """Give a folder for intermediate results, gone when this is closed, as by SIGTERM."""
     try:
         prefix = Path(tempfile.gettempdir()) / f"moee-{kind}-"
     except FileNotFoundError as error:

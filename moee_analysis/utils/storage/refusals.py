@@ -28,8 +28,7 @@ def writing(
 ) -> Iterator[None]:
     """While open, a disk's refusal to write ``place`` becomes a ``MoeeError`` in one line.
 
-    It names the size, which is ``wanted`` bytes (0: nobody knows), or so far that of ``new``, the
-    temporary folder that will be there.
+    It names the size: ``wanted`` bytes (0: nobody knows), or that of the temporary folder ``new``.
     """
     try:
         yield
