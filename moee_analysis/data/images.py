@@ -251,8 +251,7 @@ def load_images(
         folders = tuple(scenes.CLASSES[row % len(scenes.CLASSES)] for row in rows)
         images = ImageSet(f"bundled scenes, {split}", Scenes(split), rows, folders)
         return images.limit(limit, seed=seed)
-    images, skipped = _from_folder(Path(source))
-    return _readable(images.limit(limit, seed=seed), Path(source), skipped, strict=strict)
+    return _from_folder(Path(source), limit, seed=seed, strict=strict)
 
 
 def _check_draw(limit: int | None, seed: int) -> None:
@@ -261,7 +260,7 @@ def _check_draw(limit: int | None, seed: int) -> None:
     seed_number(seed)
 
 
-def _from_folder(folder: Path) -> tuple[ImageSet, Mapping[Path, str]]:
+def _from_folder(folder: Path, limit: int | None, *, seed: int, strict: bool) -> ImageSet:
     if not os.path.isdir(folder):  # noqa: PTH112 (no error for a name that is too odd)
         raise MoeeError(f"a folder of class folders at '{folder}'", "no folder", "check the path")
     paths, skipped = image_files.list_images(folder)
@@ -271,15 +270,8 @@ def _from_folder(folder: Path) -> tuple[ImageSet, Mapping[Path, str]]:
         raise MoeeError(f"class folders with images in '{folder}'", found, hint)
     folders = tuple(readable_name(path.relative_to(folder).parts[0]) for path in paths)
     source, rows = Folder(tuple(paths)), tuple(range(len(paths)))
-    return ImageSet(readable_name(folder.name), source, rows, folders), skipped
-
-
-def _readable(
-    images: ImageSet, folder: Path, skipped: Mapping[Path, str], *, strict: bool
-) -> ImageSet:
-    """Drop the images whose files cannot be decoded, by name; refuse them if ``strict``."""
-    paths = [images.source.paths[row] for row in images.rows]
-    bad = image_files.find_unreadable(paths)
+    images = ImageSet(readable_name(folder.name), source, rows, folders).limit(limit, seed=seed)
+    bad = image_files.find_unreadable([paths[row] for row in images.rows])
     if bad and (strict or len(bad) == len(images)):
         found = f"{len(bad)} unreadable: {skipped_text(_by_name(bad, folder))}"
         hint = "mend or remove these files, or load without strict=True"
@@ -289,7 +281,7 @@ def _readable(
         return images
     text, place = skipped_text(reasons), readable_name(folder)
     warnings.warn(f"skipped {len(reasons)} files in '{place}': {text}", stacklevel=3)
-    good = images.take([i for i, path in enumerate(paths) if path not in bad])
+    good = images.take([i for i, row in enumerate(images.rows) if paths[row] not in bad])
     return replace(good, skipped=tuple(reasons), skipped_text=text)
 
 

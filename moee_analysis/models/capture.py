@@ -131,8 +131,6 @@ def starting_at(block: Block | None, entering: torch.Tensor | None) -> Iterator[
 
 
 class _Constant(nn.Module):
-    """Gives the same tensor whatever comes in."""
-
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
         self.value = value

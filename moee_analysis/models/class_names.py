@@ -35,10 +35,16 @@ def class_names(model: nn.Module, *, readable: bool = False) -> tuple[str, ...]:
 
     Raises MoeeError: it does not say which classes it knows, or has not one output for each.
     """
-    names, outputs = _stated_names(model, readable=readable), count_classes(model)
-    if names is None:
-        found = f"{outputs} outputs without names"
-        raise MoeeError("a model that says which classes it knows", found, NAME_THEM)
+    network, outputs = inside(model), count_classes(model)
+    names = tuple(map(printable, network.pretrained_cfg.get("label_names") or ()))
+    if names and readable:
+        names = tuple(name.replace("_", " ") for name in names)
+    elif not names:
+        subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
+        if subset is None:
+            found = f"{outputs} outputs without names"
+            raise MoeeError("a model that says which classes it knows", found, NAME_THEM)
+        names = _imagenet_names(subset)[readable]
     if len(names) != outputs:
         expected = f"an output for each of the {len(names)} classes the model names"
         raise MoeeError(f"{expected} ({_shorten(names)})", f"{outputs} outputs", NAME_THEM)
@@ -154,16 +160,6 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     return names
 
 
-def _stated_names(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
-    """Names that the model's configuration states; None where it states none."""
-    network = inside(model)
-    own = tuple(map(printable, network.pretrained_cfg.get("label_names") or ()))
-    if own:
-        return tuple(name.replace("_", " ") for name in own) if readable else own
-    subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
-    return None if subset is None else _imagenet_names(subset)[readable]
-
-
 @cache
 def _imagenet_names(subset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Wnids and readable names of one of ImageNet's subsets; timm reads them from files."""
@@ -178,14 +174,13 @@ def _from_json(text: str, path: Path) -> tuple[str, ...]:
     except (ValueError, RecursionError) as error:
         raise MoeeError(f"class names as JSON in '{path}'", str(error), FORMS) from None
     names = _list_names(content)
-    if not names or not all(isinstance(name, str) for name in names):
-        found = f"{type(content).__name__} of other things"
-        raise MoeeError(f"class names in '{path}'", found, FORMS)
-    return tuple(name.strip() for name in names)
+    if names and all(isinstance(name, str) for name in names):
+        return tuple(map(str.strip, names))
+    found = f"{type(content).__name__} of other things"
+    raise MoeeError(f"class names in '{path}'", found, FORMS)
 
 
 def _list_names(content: object) -> list[object]:
-    """Names in the order of their indices."""
     if isinstance(content, list):
         return content
     if not isinstance(content, dict):

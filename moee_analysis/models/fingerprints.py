@@ -24,9 +24,7 @@ from moee_analysis.models.capture import evaluating
 from moee_analysis.models.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.models.unwrapping import unwrapped
 
-PROJECTED = 8
-"""Numbers that are kept of the outputs for each image of the probe."""
-
+PROJECTED = 8  # numbers that are kept of the outputs for each image of the probe
 CLOSE = 1e-4  # of the largest answer: what other processors and versions may make of the same model
 INFINITE = 1e9  # stands for what is not finite
 EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision

@@ -17,9 +17,7 @@ from moee_analysis.models.unwrapping import inside, stated_modules
 
 RGB = 3
 MAKE_IT = "load it with load_model, or make it with timm.create_model"
-
-DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
-"""What a network raises on images that it was not built for."""
+DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)  # images of another size
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -75,11 +73,9 @@ def like(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
     return x.to(next(model.parameters()))
 
 
-def blank(
-    model: nn.Module, *, images: int = 1, size: tuple[int, int, int] | None = None
-) -> torch.Tensor:
-    """Zeros [images, C, H, W] of the precision and on the device of ``model``, and of its size."""
-    return like(torch.zeros(images, *(size or input_size(model))), model)
+def blank(model: nn.Module) -> torch.Tensor:
+    """Zeros [1, C, H, W] of the precision and on the device of ``model``, and of its size."""
+    return like(torch.zeros(1, *input_size(model)), model)
 
 
 def misfit(model: nn.Module, error: Exception) -> MoeeError:

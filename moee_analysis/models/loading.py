@@ -40,18 +40,15 @@ __all__ = [
 ]  # fmt: skip
 
 BUNDLED = "bundled"
-BUNDLED_MODELS: dict[str, type[nn.Module]] = {
+BUNDLED_MODELS: dict[str, type[nn.Module]] = {  # their names in the data folder, timm's classes
     BUNDLED: VisionTransformer,
     "bundled_swin": SwinTransformer,
     "bundled_convnext": ConvNeXt,
 }
-"""Names of the models in the data folder, and timm's class of each."""
-
-FACTORY = {
+FACTORY = {  # arguments of timm.create_model that say where weights are, or are not of images
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
     "features_only",
 }  # fmt: skip
-"""Arguments of ``timm.create_model`` of where weights are, or of what is no model of images."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,19 +43,11 @@ class MacCount:
         return outside + sum(self.tokens[name] * macs for name, macs in per_token.items())
 
 
-def count(
-    model: nn.Module,
-    *,
-    sites: Iterable[str] | None = None,
-    size: tuple[int, int, int] | None = None,
-) -> MacCount:
-    """Count the MACs of one image, all zeros, and of the model's own ``size`` unless that is given.
-
-    ``sites`` are the modules whose tokens are counted; None: the MLPs of ``find_mlps``.
-    """
+def count(model: nn.Module, *, sites: Iterable[str] | None = None) -> MacCount:
+    """Count the MACs of one image, and the tokens of ``sites``; None: the MLPs of ``find_mlps``."""
     names = [site.name for site in find_mlps(model)] if sites is None else list(sites)
     model = unwrapped(model)
-    image, tokens = blank(model, size=size), dict.fromkeys(names, 0)
+    image, tokens = blank(model), dict.fromkeys(names, 0)
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
 
     def count_tokens(name: str, x: torch.Tensor) -> None:
@@ -116,8 +107,7 @@ def _lstm_flops(x: Any, inward: Any, across: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:2]) * (math.prod(inward) + math.prod(across))
 
 
-RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}
-"""Products that the counter does not know."""
+RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}  # which the counter does not know
 
 
 @contextmanager
@@ -127,14 +117,10 @@ def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     own = [vars(mlp).get("forward") for mlp in mlps]  # tools that wrap a module leave one here
     try:
         for mlp in mlps:
-            mlp.forward = partial(_zeros, mlp.fc2.out_features)
+            mlp.forward = lambda x, dim=mlp.fc2.out_features: x.new_zeros(*x.shape[:-1], dim)
         yield
     finally:
         for mlp, before in zip(mlps, own, strict=True):
             vars(mlp).pop("forward", None)
             if before is not None:
                 mlp.forward = before
-
-
-def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
-    return x.new_zeros(*x.shape[:-1], dim)

@@ -8,7 +8,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-WRAPPERS = {
+WRAPPERS = {  # modules that only pass images on, and the name of the network in each
     OptimizedModule: "_orig_mod",
     DataParallel: "module",
     DistributedDataParallel: "module",
@@ -17,7 +17,6 @@ WRAPPERS = {
     ModelEmaV2: "module",
     ModelEmaV3: "module",
 }
-"""Modules that only pass images on, and the name of the network in each."""
 
 
 def inside(model: nn.Module) -> nn.Module:

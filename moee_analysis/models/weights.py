@@ -34,18 +34,15 @@ from moee_analysis.utils.storage.files import check_file
 
 Tensors = dict[str, torch.Tensor]
 
+# Keys that training scripts put a state dict under, the best first: averaged weights
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 WRAPPERS = (*AVERAGED, "state_dict", "model", "model_state_dict", "model_state", "net", "network",
             "module", "weights")  # fmt: skip
-"""Keys that training scripts put a state dict under, the best first: averaged weights."""
-
 DEEP = 3  # wrappers within each other
-HARMLESS = [
+HARMLESS = [  # plain data beside the weights: the options of a training, NumPy's numbers
     argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar,
     np._core.multiarray._reconstruct, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
 ]  # fmt: skip
-"""Plain data beside the weights: the options of a training, NumPy's numbers."""
-
 SAVE_ALONE = (
     "save the state dict alone, where the file was made: save model.state_dict(), best by "
     "safetensors.torch.save_file"
@@ -54,11 +51,10 @@ NAME_IT = (
     "name the architecture that the file belongs to (--model), and its --img-size and --in-chans "
     "where they are not the usual ones; or save it with the names of timm's model"
 )
+# What training scripts put before the names, preferred where a file holds several networks
 USUAL = r"(?:module|_orig_mod|model|backbone|encoder)\."
-"""What training scripts put before the names, preferred where a file holds several networks."""
-
+# What compiling, sharding and recomputing put before the names of a network's parts
 INSIDE = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-"""What compiling, sharding and recomputing put before the names of a network's parts."""
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -189,10 +185,9 @@ def _without_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> tup
     prefix = _find_prefix(tensors, names)
     found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     parts = prefix.split(".")[:-1]
-    for depth in range(len(parts) - 1, -1, -1):
+    for depth in reversed(range(len(parts))):
         shorter = "".join(f"{part}." for part in parts[:depth])
-        missing = names - found.keys()
-        found |= {name: tensors[shorter + name] for name in missing if shorter + name in tensors}
+        found = {n: tensors[shorter + n] for n in names if shorter + n in tensors} | found
     return found, prefix
 
 
@@ -226,7 +221,6 @@ def _find_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> str:
 
 
 def _resample(model: nn.Module, tensors: Tensors, source: str) -> Tensors:
-    """``tensors`` as timm's own filter for this architecture makes them fit, channels too."""
     fitted = _filter(model, tensors)
     for name, first in stated_modules(model, "first_conv").items():
         if isinstance(first, nn.Conv2d) and f"{name}.weight" in fitted:

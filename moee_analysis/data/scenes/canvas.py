@@ -13,14 +13,12 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 T = TypeVar("T")
 
-PARTS: tuple[str, ...] = (
+PARTS: tuple[str, ...] = (  # a pixel of value 10 in a part mask belongs to a PARTS[10], a wheel
     "sky", "cloud", "ground", "grass", "water", "hill", "foliage", "trunk", "rock", "pole",
     "wheel", "cab", "window", "body", "ladder", "hopper", "bed", "boom", "lamp",
     "fur", "ear", "eye", "muzzle", "tail", "fin", "beak", "wing", "engine", "rotor",
     "wall", "roof", "door", "cloth", "hull", "cap", "stem", "lava", "occluder",
 )  # fmt: skip
-"""Names of the values of a part mask: a pixel of value 10 belongs to a ``PARTS[10]``, a wheel."""
-
 PART_VALUES: dict[str, int] = {name: value for value, name in enumerate(PARTS)}
 SIDE = 64  # height and width of a finished picture in pixels
 SUPERSAMPLING = 2  # pictures are painted so many times larger and averaged down: smooth edges

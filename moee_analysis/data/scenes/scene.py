@@ -55,11 +55,8 @@ _KINDS: dict[str, _Kind] = {
     "mushroom": _Kind(nature.draw_mushroom, "plant", ("meadow", "open")),
 }
 
-CLASSES: tuple[str, ...] = tuple(_KINDS)
-"""Class names; a scene's label is an index into them."""
-
+CLASSES: tuple[str, ...] = tuple(_KINDS)  # a scene's label is an index into them
 FAMILIES: dict[str, str] = {name: kind.family for name, kind in _KINDS.items()}
-"""Family of each class. The trucks share cab and wheels and differ in body and fittings."""
 
 # A scene belongs to exactly one split
 SPLIT_SEEDS: dict[str, int] = {"train": 11, "calibration": 22, "evaluation": 44}

@@ -43,7 +43,9 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
 
     ``wanted`` is a size, in words.
     """
-    code, place = _code(error), _final_name(place)
+    # something in a temporary file or folder is called by the path that it will have
+    place = Path(re.sub(rf"(?<=/)\.([^/]+){OURS}{RANDOM}(?=/|$)", r"\1", str(place)))
+    code = _code(error)
     if code in FULL:
         room, above = f"{wanted} of room" if wanted else "room", nearest_folder(place)
         free = f"{bytes_text(shutil.disk_usage(above).free)} free in '{above}'"
@@ -52,11 +54,6 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
     if code in REFUSED and _concerns(error, place):
         return MoeeError(f"a place to write '{place}'", str(error), hint or ANOTHER_PLACE)
     return None
-
-
-def _final_name(place: Path) -> Path:
-    """The path that something in a temporary file or folder will have."""
-    return Path(re.sub(rf"(?<=/)\.([^/]+){OURS}{RANDOM}(?=/|$)", r"\1", str(place)))
 
 
 def _concerns(error: Exception, place: Path) -> bool:

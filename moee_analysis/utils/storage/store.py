@@ -55,17 +55,13 @@ def get_or_build(
         with held_folder(turn):
             try:
                 if not present(final):  # not made by a process that was waited for
-                    _build(final, build, about)
+                    with new_folder(final, replace=False, hint=ELSEWHERE) as new:
+                        build(new)
+                        seal(new, name, about)
+                    _check_written(final)
             finally:
                 remove(turn)
     return final
-
-
-def _build(final: Path, build: Build, about: Mapping[str, Any] | None) -> None:
-    with new_folder(final, replace=False, hint=ELSEWHERE) as new:
-        build(new)
-        seal(new, final.name, about)
-    _check_written(final)
 
 
 def get_or_resume(root: Path, name: str, build: Build) -> Path:
