@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import evaluating
@@ -30,7 +31,6 @@ INFINITE = 1e9  # stands for what is not finite
 EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision
 
 IGNORED = ("training", "fused_attn", "checkpointing", "drop", "cache", "init")
-OWN = frozenset(vars(nn.Module()))  # attributes of every module
 STATED = ("architecture", "label_names", "classifier", "first_conv")
 
 
@@ -138,27 +138,21 @@ def _run(network: nn.Module, images: torch.Tensor) -> Any:
         # tensors beside parameters and buffers decide what it does, as those of an LSTM
         if any(map(torch.is_tensor, value if isinstance(value, list | tuple) else [value])):
             return copy_model(network).to(images.device, images.dtype).eval()(images)
-    with evaluating(network), _exchange_tensors(network, images):
-        return network(images)
+    copies = {}  # to copy the modules too takes far longer
+    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+        kind = images.dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        copies[name] = tensor.detach().to(images.device, kind, copy=True)
+    with evaluating(network), _forgetting(network):
+        return functional_call(network, copies, images)
 
 
 @contextmanager
-def _exchange_tensors(network: nn.Module, like: torch.Tensor) -> Iterator[None]:
-    """Copies in the place of all tensors, as copying modules takes far longer.
-
-    What modules keep meanwhile, such as caches of this precision, is forgotten.
-    """
-    copies: dict[int, torch.Tensor | None] = {id(None): None}
-    for tensor in chain(network.parameters(), network.buffers()):
-        kind = like.dtype if tensor.is_floating_point() or tensor.is_complex() else None
-        copies[id(tensor)] = tensor.detach().to(like.device, kind, copy=True)
+def _forgetting(network: nn.Module) -> Iterator[None]:
+    """What modules keep while this is open, such as caches of its precision, is forgotten."""
     before = [(vars(module), dict(vars(module))) for module in network.modules()]
     try:
         for attributes, own in before:
-            dicts = {name: value for name, value in own.items() if isinstance(value, dict)}
-            attributes.update({k: copy.copy(v) for k, v in dicts.items() if k not in OWN})
-            for name in ("_parameters", "_buffers"):
-                attributes[name] = {k: copies[id(v)] for k, v in own[name].items()}
+            attributes.update({k: copy.copy(v) for k, v in own.items() if isinstance(v, dict)})
         yield
     finally:
         for attributes, own in before:
