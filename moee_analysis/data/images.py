@@ -149,8 +149,7 @@ class ImageSet:
         """
         index_of = index_of_classes(model, self.classes)
         found = {f: index_of.get(f, index_of.get(plain_name(f))) for f in set(self.folders)}
-        unknown = sorted(folder for folder, index in found.items() if index is None)
-        if unknown:
+        if unknown := sorted(folder for folder, index in found.items() if index is None):
             examples = ", ".join(models.class_names(model)[:3])
             expected = f"folders named after the model's classes (such as {examples})"
             found = f"{len(unknown)} unknown or ambiguous: {', '.join(unknown[:5])}"

@@ -48,12 +48,11 @@ def plain_attentions(model: nn.Module) -> list[AttentionSite]:
 
 def find_attentions(model: nn.Module) -> list[AttentionSite]:
     """Find the plain self-attentions, as :func:`plain_attentions`; refuse a model without any."""
-    sites = plain_attentions(model)
-    if not sites:
-        expected = "a model with plain self-attention (timm.layers.Attention)"
-        hint = 'leave its attention dense: attention="dense"'
-        raise MoeeError(expected, f"none in {type(model).__name__}", hint)
-    return sites
+    if sites := plain_attentions(model):
+        return sites
+    expected = "a model with plain self-attention (timm.layers.Attention)"
+    hint = 'leave its attention dense: attention="dense"'
+    raise MoeeError(expected, f"none in {type(model).__name__}", hint)
 
 
 def site_of(name: str, attention: Attention) -> AttentionSite:

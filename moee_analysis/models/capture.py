@@ -26,6 +26,18 @@ def switched(things: Iterable[Any], **values: Any) -> Iterator[None]:
             setattr(thing, name, before)
 
 
+@contextmanager
+def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, attributes of ``modules`` may come, change and go; all get their own back."""
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for attributes, own in before:
+            attributes.clear()
+            attributes.update(own)
+
+
 def in_evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Evaluation mode, with or without gradients as it was."""
     return switched(model.modules(), training=False)

@@ -105,8 +105,7 @@ def name_classes(model: nn.Module, names: Sequence[str]) -> None:
 
 def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
     """Let a classifier that names no classes have the names of :func:`_names_by_folders`."""
-    names = _names_by_folders(model, folders)
-    if names:
+    if names := _names_by_folders(model, folders):
         name_classes(model, names)
 
 
@@ -154,10 +153,9 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
     if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
         return _from_json(text, path)
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not names:
-        raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
-    return names
+    if names := tuple(line.strip() for line in text.splitlines() if line.strip()):
+        return names
+    raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
 
 
 @cache

@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating
+from moee_analysis.models.capture import evaluating, restored
 from moee_analysis.models.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.models.unwrapping import unwrapped
 
@@ -142,22 +142,10 @@ def _run(network: nn.Module, images: torch.Tensor) -> Any:
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):
         kind = images.dtype if tensor.is_floating_point() or tensor.is_complex() else None
         copies[name] = tensor.detach().to(images.device, kind, copy=True)
-    with evaluating(network), _forgetting(network):
+    with evaluating(network), restored(network.modules()):
+        for own in map(vars, network.modules()):  # caches of this precision will be forgotten
+            own.update({name: copy.copy(v) for name, v in own.items() if isinstance(v, dict)})
         return functional_call(network, copies, images)
-
-
-@contextmanager
-def _forgetting(network: nn.Module) -> Iterator[None]:
-    """What modules keep while this is open, such as caches of its precision, is forgotten."""
-    before = [(vars(module), dict(vars(module))) for module in network.modules()]
-    try:
-        for attributes, own in before:
-            attributes.update({k: copy.copy(v) for k, v in own.items() if isinstance(v, dict)})
-        yield
-    finally:
-        for attributes, own in before:
-            attributes.clear()
-            attributes.update(own)
 
 
 def _round(outputs: Any, *, exact: bool) -> tuple[float, ...]:

@@ -173,11 +173,10 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
 def architecture(model: nn.Module) -> str:
     """Name under which :func:`build_model` builds this architecture; its ``pretrained_cfg``'s."""
     model = inside(model)
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if not name:
-        expected = "a timm model whose pretrained_cfg names its architecture"
-        raise MoeeError(expected, f"a {type(model).__name__} without one", MAKE_IT)
-    return name
+    if name := (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
+        return name
+    expected = "a timm model whose pretrained_cfg names its architecture"
+    raise MoeeError(expected, f"a {type(model).__name__} without one", MAKE_IT)
 
 
 def _check_name(name: str) -> None:

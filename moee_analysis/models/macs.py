@@ -5,8 +5,7 @@ head and routers (1 MAC = 2 FLOPs). Norms, softmax, GELU and biases are not.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating, switched, watch
+from moee_analysis.models.capture import evaluating, restored, switched, watch
 from moee_analysis.models.loading import blank, find_mlps, unwrapped
 
 
@@ -80,7 +79,10 @@ def moe_macs(model: nn.Module, per_token: Mapping[str, float]) -> float:
     ``per_token`` gives the MACs per token of every routed layer, which does not run, by module
     name: its router plus ``2 d sum_e f_e |S_e|``, with ``f_e`` the measured share of tokens.
     """
-    with _skipping(model, per_token):
+    mlps = [model.get_submodule(name) for name in per_token]
+    with restored(mlps):  # also a forward that tools which wrap a module have left there
+        for mlp in mlps:
+            mlp.forward = lambda x, dim=mlp.fc2.out_features: x.new_zeros(*x.shape[:-1], dim)
         return count(model, sites=per_token).replacing(per_token)
 
 
@@ -108,19 +110,3 @@ def _lstm_flops(x: Any, inward: Any, across: Any, *_: Any, **__: Any) -> int:
 
 
 RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}  # which the counter does not know
-
-
-@contextmanager
-def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Let these MLPs, dense or routed, return zeros at no cost."""
-    mlps = [model.get_submodule(name) for name in names]
-    own = [vars(mlp).get("forward") for mlp in mlps]  # tools that wrap a module leave one here
-    try:
-        for mlp in mlps:
-            mlp.forward = lambda x, dim=mlp.fc2.out_features: x.new_zeros(*x.shape[:-1], dim)
-        yield
-    finally:
-        for mlp, before in zip(mlps, own, strict=True):
-            vars(mlp).pop("forward", None)
-            if before is not None:
-                mlp.forward = before

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,11 @@ def _state_dict(content: Any, path: Path) -> Tensors:
     """The weights of a checkpoint, inside the wrappers that training scripts put around them."""
     tensors, passed = _unwrap(content)
     if not tensors:
-        keys = map(str, content) if isinstance(content, Mapping) and content else None
         expected = f"a state dict (name -> tensor) in '{path}', or under one of "
-        expected += ", ".join(WRAPPERS)
-        found = f"a {type(content).__name__}" + (
-            f" with the keys {_three([*keys])}" if keys else ""
-        )
-        raise MoeeError(expected, found, SAVE_ALONE)
+        found = f"a {type(content).__name__}"
+        if isinstance(content, Mapping) and content:
+            found += f" with the keys {_three([*map(str, content)])}"
+        raise MoeeError(expected + ", ".join(WRAPPERS), found, SAVE_ALONE)
     for key in set(passed) & set(AVERAGED):
         tell(f"weights: those of '{key}' in {path.name}, the averaged ones (EMA)")
     return tensors
@@ -133,11 +131,10 @@ def fit_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, source
         tell(f"weights: taken from behind the prefix '{prefix}' in {source}{others}")
     if differences(expected, fitted):
         fitted = _resample(model, fitted, source)
-    wrong = differences(expected, fitted)
-    if wrong:
+    if wrong := differences(expected, fitted):
         through = f", looked for behind the prefix '{prefix}'" if prefix else ""
-        expected = f"the tensors of {type(model).__name__} in '{source}'{through}"
-        raise MoeeError(expected, wrong, NAME_IT)
+        asked = f"the tensors of {type(model).__name__} in '{source}'{through}"
+        raise MoeeError(asked, wrong, NAME_IT)
     model.load_state_dict(fitted)
 
 
@@ -225,8 +222,7 @@ def _resample(model: nn.Module, tensors: Tensors, source: str) -> Tensors:
     for name, first in stated_modules(model, "first_conv").items():
         if isinstance(first, nn.Conv2d) and f"{name}.weight" in fitted:
             fitted[f"{name}.weight"] = _adapt(fitted[f"{name}.weight"], first.weight.shape[1])
-    changed = [n for n, t in fitted.items() if n in tensors and t.shape != tensors[n].shape]
-    if changed:
+    if changed := [n for n, t in fitted.items() if n in tensors and t.shape != tensors[n].shape]:
         shapes = (f"{n} {tuple(tensors[n].shape)} -> {tuple(fitted[n].shape)}" for n in changed[:3])
         tell(f"weights: resampled for this model's images: {', '.join(shapes)} ({source})")
     return fitted
@@ -264,8 +260,7 @@ def _hub_answers() -> bool:
     """Whether the hub can be reached; saves its client a minute of retries when it cannot."""
     if getproxies():
         return True
-    try:
+    with suppress(OSError):
         socket.create_connection((urlsplit(hub.ENDPOINT).hostname, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False

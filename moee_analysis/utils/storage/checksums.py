@@ -55,8 +55,7 @@ def damage_of(folder: Path) -> str:
         return f"what belongs to '{content['name']}'"
     written = content["files"]
     try:
-        strange = sorted(_names(folder) ^ written.keys())
-        if strange:
+        if strange := sorted(_names(folder) ^ written.keys()):
             return f"files that are missing or do not belong there: {', '.join(strange[:3])}"
         hashes = _hashes(folder)
     except (MoeeError, OSError) as error:

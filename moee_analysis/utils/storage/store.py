@@ -109,8 +109,7 @@ def present(folder: Path) -> bool:
         seen = folder.lstat()
     except (OSError, ValueError):  # also a name that is too odd
         return False
-    damage = damage_of(folder)
-    if damage:
+    if damage := damage_of(folder):
         set_aside(folder, damage, seen=seen)
         return False
     with suppress(OSError):
