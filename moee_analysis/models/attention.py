@@ -182,11 +182,6 @@ class Factors:
         each = torch.eye(site.head_dim, dtype=torch.float64).expand(site.heads, -1, -1)
         return cls(each, each)
 
-    @property
-    def rank(self) -> int:
-        """Of every head."""
-        return self.left.shape[-1]
-
 
 @dataclass(frozen=True)
 class Reduction:
@@ -224,7 +219,7 @@ def low_rank(site: AttentionSite, attention: Attention, reduction: Reduction) ->
     tensors["proj.bias"] = (out @ (mean[..., None] + constant)).sum(dim=0)[:, 0]
     if attention.proj.bias is not None:
         tensors["proj.bias"] += _exact(attention.proj.bias)
-    ranks = Ranks(scores.rank, values.rank, reduction.queries)
+    ranks = Ranks(scores.left.shape[-1], left.shape[-1], reduction.queries)
     built = LowRankAttention(site, ranks, bias=attention.qkv.bias is not None)
     built.load_state_dict(tensors)
     like = attention.qkv.weight

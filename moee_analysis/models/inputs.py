@@ -1,6 +1,6 @@
 """The images a model takes: how many channels, which size, and how a picture is prepared for it."""
 
-from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
@@ -64,7 +64,8 @@ def transform_of(config: dict[str, Any], **training: Any) -> Compose:
     if channels != RGB:
         steps = transform.transforms
         (place,) = (i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        steps[place : place + 2] = [_ToChannels(channels), Normalize(config["mean"], config["std"])]
+        to_tensor = partial(_to_channels, channels=channels)
+        steps[place : place + 2] = [to_tensor, Normalize(config["mean"], config["std"])]
     return transform
 
 
@@ -87,18 +88,11 @@ def misfit(model: nn.Module, error: Exception) -> MoeeError:
     return MoeeError(expected, reason, hint)
 
 
-@dataclass(frozen=True)
-class _ToChannels:
-    """Makes a picture a float tensor of so many channels, values from 0 to 1."""
-
-    channels: int
-
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        to_tensor = MaybeToTensor()
-        if self.channels == 1:
-            return to_tensor(picture.convert("L"))
-        rgb = to_tensor(picture.convert("RGB"))
-        return rgb[list(islice(cycle(range(RGB)), self.channels))]
+def _to_channels(picture: Image.Image, channels: int) -> torch.Tensor:
+    """Float tensor of so many channels, values from 0 to 1."""
+    if channels == 1:
+        return MaybeToTensor()(picture.convert("L"))
+    return MaybeToTensor()(picture.convert("RGB"))[list(islice(cycle(range(RGB)), channels))]
 
 
 def _config(network: nn.Module) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
 def open_page(page: Path) -> bool:
     """Open a ``page`` in the user's browser, and say whether that was possible."""
     page = page.resolve()
-    displays = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")  # else one would take over the terminal
+    displays = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")  # else one may open in the terminal
     has_screen = sys.platform in ("win32", "darwin") or any(map(os.environ.get, displays))
     if has_screen and not is_headless() and webbrowser.open(page.as_uri()):
         return True
