@@ -1,63 +1,29 @@
 """Take a trained vision network apart into a mixture of experts, and see what each part does.
 
-Public names are imported when they are first used: what needs no network starts at once.
+Public names stand in ``__init__.pyi``, and are imported when they are first used: what needs no
+network starts at once.
 """
 
-from __future__ import annotations
-
+import re
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from moee_analysis.utils.environment import prepare_caches, spare_cores
 
-if TYPE_CHECKING:
-    from moee_analysis import measure as measure
-    from moee_analysis import plots as plots
-    from moee_analysis.data.images import load_images as load_images
-    from moee_analysis.errors import MoeeError as MoeeError
-    from moee_analysis.extraction.config import ClusterConfig as ClusterConfig
-    from moee_analysis.extraction.config import ExtractConfig as ExtractConfig
-    from moee_analysis.extraction.pipeline import extract as extract
-    from moee_analysis.extraction.record.token_source import Limits as Limits
-    from moee_analysis.extraction.run import Extraction as Extraction
-    from moee_analysis.extraction.run import load as load
-    from moee_analysis.models.class_names import name_classes as name_classes
-    from moee_analysis.models.loading import find_mlps as find_mlps
-    from moee_analysis.models.loading import load_model as load_model
-    from moee_analysis.models.survey import survey as survey
-    from moee_analysis.moe.layer import set_dispatch as set_dispatch
-    from moee_analysis.training.config import FinetuneConfig as FinetuneConfig
-    from moee_analysis.training.finetune import Finetuned as Finetuned
-    from moee_analysis.training.finetune import finetune as finetune
-    from moee_analysis.training.finetune import history_of as history_of
-
-_PUBLIC = {
-    "data.images": ("load_images",),
-    "errors": ("MoeeError",),
-    "extraction.config": ("ClusterConfig", "ExtractConfig"),
-    "extraction.pipeline": ("extract",),
-    "extraction.record.token_source": ("Limits",),
-    "extraction.run": ("Extraction", "load"),
-    "models.class_names": ("name_classes",),
-    "models.loading": ("find_mlps", "load_model"),
-    "models.survey": ("survey",),
-    "moe.layer": ("set_dispatch",),
-    "training.finetune": ("Finetuned", "finetune", "history_of"),
-    "training.config": ("FinetuneConfig",),
-}
 prepare_caches()
 spare_cores()
-_PLACES = {name: place for place, names in _PUBLIC.items() for name in names}
-_MODULES = ("measure", "plots")
+_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_PLACES = {name: place for place, name in re.findall(r"^from (\S+) import (\w+)", _STUB, re.M)}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name not in _PLACES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if _PLACES[name] == __name__:
         return import_module(f"{__name__}.{name}")
-    if name in _PLACES:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(_PLACES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES, *_MODULES])
+    return sorted([*globals(), *_PLACES])

@@ -10,10 +10,8 @@ import moee_analysis as moee
 
 def _declared():
     """Name and home of each public name, as a type checker reads them."""
-    tree = ast.parse(Path(moee.__file__).read_text(encoding="utf-8"))
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    own = [node for node in imports if node.module.startswith("moee_analysis")]
-    return {alias.name: node.module for node in own for alias in node.names}
+    tree = ast.parse(Path(moee.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    return {alias.name: node.module for node in tree.body for alias in node.names}
 
 
 DECLARED = _declared()

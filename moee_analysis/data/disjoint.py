@@ -23,8 +23,7 @@ def check_disjoint(made_from: ImageSet, seen: ImageSet, *, use: str) -> None:
 def check_unused(contents: Iterable[str], seen: ImageSet, *, use: str) -> None:
     """Refuse images to evaluate whose content is among ``contents``; else as above."""
     own, contents = contents_of(seen), set(contents)
-    both = [place for place, content in enumerate(own) if content in contents]
-    if both:
+    if both := [place for place, content in enumerate(own) if content in contents]:
         count = len({own[place] for place in both})
         found = f"{count} that are, such as {seen.name_of(both[0])}"
         raise MoeeError(f"images to evaluate that are not {use}", found, OTHERS)

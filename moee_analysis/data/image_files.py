@@ -1,11 +1,8 @@
-"""Pictures from files: which files of class folders are any, and each as it is to be seen.
-
-That is upright, red green and blue in 8 bits, whatever it was stored as.
-"""
+"""Pictures from files: which files of class folders are any, and each as it is to be seen."""
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -36,7 +33,6 @@ RANGES = {  # of grey values: the second is meant where the largest value is abo
 NAMED = 5  # of skipped files, in a warning
 
 Reasons = dict[Path, str]  # why files and folders are not read
-FolderIds = set[tuple[int, int]]  # device and number
 
 
 class UnreadableError(Exception):
@@ -57,10 +53,9 @@ def suffixes() -> frozenset[str]:
 def read_picture(path: Path) -> Image.Image:
     """Read a picture as it is to be seen, RGB in 8 bits; the first one of an animation.
 
-    The orientation that a camera stored (EXIF) is applied. Numbers of 16 or 32 bits and floats are
-    scaled from the range that they are written in, that of 8, 16 or 31 bits, or from 0 to 1. Where
-    the numbers leave it open which one that is, the picture is refused: 12 bits in a file of 16
-    cannot be told from a dark picture.
+    Numbers of 16 or 32 bits and floats are scaled from the range that they are written in, that of
+    8, 16 or 31 bits, or from 0 to 1. Where they leave it open which one that is, the picture is
+    refused: 12 bits in a file of 16 cannot be told from a dark picture.
 
     Raises UnreadableError: too many pixels, numbers in no such range. OSError: a damaged file.
     """
@@ -134,68 +129,52 @@ def list_images(folder: Path) -> tuple[list[Path], Reasons]:
     Hidden files and folders are never read (JupyterLab's checkpoints, the second files of macOS).
     Folders that are links are followed, each folder once.
     """
-    own = {_id_of(path) for place, _, _ in os.walk(folder) if (path := Path(place)).exists()}
-    reasons = dict(_below(folder, folder, own))
+    reasons: Reasons = {}
+    linked: set[Path] = set()
+    seen = {_id_of(place) for place, _, _ in os.walk(folder)}
+
+    def skip(error: OSError) -> None:
+        reasons[Path(error.filename)] = f"a folder that cannot be opened ({error.strerror})"
+
+    for place, folders, names in os.walk(folder, onerror=skip, followlinks=True):
+        here = Path(place)
+        if here != folder and (here.is_symlink() or here.parent in linked):
+            linked.add(here)
+            if _id_of(here) in seen:
+                reasons[here] = "a link to a folder that is read in another place"
+                folders.clear()
+                continue
+            seen.add(_id_of(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found = {here / name: _reason(here / name, alone=here == folder) for name in names}
+        reasons |= {path: reason for path, reason in found.items() if reason is not None}
     images = sorted(path for path, reason in reasons.items() if not reason)
-    return images, {path: reason for path, reason in reasons.items() if reason}
+    return images, {path: reasons[path] for path in sorted(reasons) if reasons[path]}
 
 
-def _below(
-    folder: Path, top: Path, seen: FolderIds, *, linked: bool = False
-) -> Iterator[tuple[Path, str]]:
-    """Every file below ``folder``, and why it is not read; "" if it is.
-
-    A link need not lead to a folder that was ``seen``; ``linked``: one has led here.
-    """
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        yield folder, f"a folder that cannot be opened ({error.strerror})"
-        return
-    for path in paths:
-        try:
-            yield from _at(path, top, seen, linked=linked)
-        except OSError as error:
-            yield path, f"nothing that can be looked at ({error.strerror})"
-
-
-def _at(path: Path, top: Path, seen: FolderIds, *, linked: bool) -> Iterator[tuple[Path, str]]:
-    if path.name.startswith("."):
-        if path.suffix.lower() in suffixes():
-            yield path, "hidden"
-    elif not path.is_dir():
-        reason = _reason(path, alone=path.parent == top)
-        if reason or path.parent != top:
-            yield path, reason
-    elif (linked := linked or path.is_symlink()) and _id_of(path) in seen:
-        yield path, "a link to a folder that is read in another place"
-    else:
-        seen.add(_id_of(path))
-        yield from _below(path, top, seen, linked=linked)
-
-
-def _id_of(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
+def _id_of(folder: str | Path) -> tuple[int, int]:
+    status = Path(folder).stat()
     return status.st_dev, status.st_ino
 
 
-def _reason(path: Path, *, alone: bool) -> str:
-    """Why a file is no image, by its name alone; "" if it may be one.
+def _reason(path: Path, *, alone: bool) -> str | None:
+    """Why a file is no image, by its name; "" if it may be one; None if nobody takes it for one.
 
     Files ``alone`` beside the class folders may be lists and notes: only images are named.
     """
-    suffix = path.suffix.lower()
-    if alone:
-        return "in no class folder" if suffix in suffixes() else ""
-    if path.is_symlink() and not path.exists():
-        return "a link to nothing"
-    if not path.is_file():
-        return "no regular file"
-    if suffix in suffixes():
-        return ""
-    if suffix in (".heic", ".heif"):
+    suffix, is_hidden = path.suffix.lower(), path.name.startswith(".")
+    if suffix in suffixes() and (is_hidden or alone):
+        return "hidden" if is_hidden else "in no class folder"
+    if is_hidden or alone:
+        return None
+    try:
+        if not path.is_file():
+            return "no regular file" if path.exists() else "a link to nothing"
+    except OSError as error:
+        return f"nothing that can be looked at ({error.strerror})"
+    if suffix in (".heic", ".heif") and suffix not in suffixes():
         return "HEIC, which pip install pillow-heif lets Pillow read"
-    return f"no image ({readable_name(suffix) or 'no suffix'})"
+    return "" if suffix in suffixes() else f"no image ({readable_name(suffix) or 'no suffix'})"
 
 
 def find_unreadable(paths: Sequence[Path]) -> Reasons:

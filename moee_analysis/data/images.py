@@ -1,6 +1,7 @@
 """Labelled images: class folders on disk, or the bundled scenes; the same interface for both."""
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,10 @@ from moee_analysis.models.class_names import index_of_classes, plain_name
 from moee_analysis.utils.checks import one_of, real_number, seed_number, whole_number
 from moee_analysis.utils.progress import progress
 
+RENAME = (
+    "rename the folders, or name the model's own classes: --classes FILE, or "
+    "moee.name_classes(model, names)"
+)
 T = TypeVar("T")
 
 
@@ -47,8 +52,7 @@ class Folder:
             return read(self.paths[row])
         except (OSError, image_files.UnreadableError) as error:
             expected = f"the image '{self.paths[row]}', which could be read before"
-            hint = "put it back, or load the images again"
-            raise MoeeError(expected, str(error), hint) from None
+            raise MoeeError(expected, str(error), "put it back, or load the images again") from None
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,8 @@ _scene = lru_cache(maxsize=4096)(scenes.scene)
 class ImageSet:
     """An ordered set of labelled images.
 
-    ``rows`` says which picture of ``source`` each image is, ``folders`` its class as the source
-    names it (wnid or class name); ``classes`` are all of the source, in order. ``skipped`` lists
-    the files that were not read, ``skipped_text`` says why.
+    ``rows`` says which picture of ``source`` each image is, ``folders`` its class (wnid or class
+    name); ``classes`` are all of the source, in order. ``skipped`` are files that were not read.
     """
 
     name: str
@@ -120,10 +123,9 @@ class ImageSet:
     def mask(self, index: int) -> np.ndarray:
         """Part mask of image ``index``: uint8 (height, width), values index ``parts``."""
         if not self.parts:
-            raise MoeeError(
-                "images with part masks", f"'{self.name_of(index)}', a photograph",
-                "only the bundled scenes know their parts: use load_images('bundled')",
-            )  # fmt: skip
+            found = f"'{self.name_of(index)}', a photograph"
+            hint = "only the bundled scenes know their parts: use load_images('bundled')"
+            raise MoeeError("images with part masks", found, hint)
         return self.source.mask(self.rows[index])
 
     def name_of(self, index: int) -> str:
@@ -141,22 +143,17 @@ class ImageSet:
     def labels(self, model: nn.Module) -> np.ndarray:
         """Class index of every image among the outputs of ``model``, int64 (images,).
 
-        A classifier that does not name its classes is taken to have been trained on the class
-        folders in their order, if there is one for each output; a line says so.
+        The class folders in their order, one for each output, stand for classes without names.
 
         Raises MoeeError: a model without classes; a folder that is none of them, or could be two.
         """
         index_of = index_of_classes(model, self.classes)
         found = {f: index_of.get(f, index_of.get(plain_name(f))) for f in set(self.folders)}
-        unknown = sorted(folder for folder, index in found.items() if index is None)
-        if unknown:
+        if unknown := sorted(folder for folder, index in found.items() if index is None):
             examples = ", ".join(models.class_names(model)[:3])
-            raise MoeeError(
-                f"folders named after the model's classes (such as {examples})",
-                f"{len(unknown)} unknown or ambiguous: {', '.join(unknown[:5])}",
-                "rename the folders, or name the model's own classes: --classes FILE, or "
-                "moee.name_classes(model, names)",
-            )
+            expected = f"folders named after the model's classes (such as {examples})"
+            found = f"{len(unknown)} unknown or ambiguous: {', '.join(unknown[:5])}"
+            raise MoeeError(expected, found, RENAME)
         return np.array([found[f] for f in self.folders], dtype=np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
@@ -192,10 +189,9 @@ class ImageSet:
         return self.take([i for i, name in enumerate(self.folders) if as_named(name) in wanted])
 
     def batches(self, model: nn.Module, *, batch_size: int | None = None) -> Iterator[torch.Tensor]:
-        """Yield the images in order, prepared by the model's own transform.
+        """Yield the images in order, prepared by the model's own transform, float32 (B, C, H, W).
 
-        Each batch is float32 (batch, channels, height, width); the next one is decoded while
-        the present one is used. ``batch_size`` None is :func:`fitting_batch`.
+        The next batch is decoded while one is used. ``batch_size`` None is :func:`fitting_batch`.
         """
         batch_size, transform = fitting_batch(model, batch_size), models.model_transform(model)
         with ThreadPoolExecutor(max_workers=2) as pool:
@@ -203,10 +199,9 @@ class ImageSet:
             for start in range(0, len(self), batch_size):
                 indices = range(start, min(start + batch_size, len(self)))
                 ahead.append(pool.map(lambda i: transform(self.picture(i)), indices))
-                if len(ahead) == 2:
+                if start:
                     yield torch.stack(list(ahead.pop(0)))
-            if ahead:
-                yield torch.stack(list(ahead.pop()))
+            yield from (torch.stack(list(batch)) for batch in ahead)
 
 
 def fitting_batch(model: nn.Module, wanted: int | None = None) -> int:
@@ -214,7 +209,7 @@ def fitting_batch(model: nn.Module, wanted: int | None = None) -> int:
 
     Small images come in large batches, so that each expert gets tokens worth a matrix product.
     """
-    if wanted is not None and wanted != 0:
+    if wanted:
         whole_number("batch_size", wanted)
         return wanted
     _, height, width = models.input_size(model)
@@ -255,9 +250,7 @@ def load_images(
         folders = tuple(scenes.CLASSES[row % len(scenes.CLASSES)] for row in rows)
         images = ImageSet(f"bundled scenes, {split}", Scenes(split), rows, folders)
         return images.limit(limit, seed=seed)
-    folder = Path(source)
-    images, skipped = _from_folder(folder)
-    return _readable(images.limit(limit, seed=seed), folder, skipped, strict=strict)
+    return _from_folder(Path(source), limit, seed=seed, strict=strict)
 
 
 def _check_draw(limit: int | None, seed: int) -> None:
@@ -266,43 +259,28 @@ def _check_draw(limit: int | None, seed: int) -> None:
     seed_number(seed)
 
 
-def _from_folder(folder: Path) -> tuple[ImageSet, Mapping[Path, str]]:
-    try:
-        there = folder.is_dir()
-    except (OSError, ValueError):  # a name that is too odd
-        there = False
-    if not there:
+def _from_folder(folder: Path, limit: int | None, *, seed: int, strict: bool) -> ImageSet:
+    if not os.path.isdir(folder):  # noqa: PTH112 (no error for a name that is too odd)
         raise MoeeError(f"a folder of class folders at '{folder}'", "no folder", "check the path")
     paths, skipped = image_files.list_images(folder)
     if not paths:
         found = f"none ({skipped_text(_by_name(skipped, folder))})" if skipped else "none"
-        raise MoeeError(
-            f"class folders with images in '{folder}'", found,
-            f"arrange the images as {folder.name}/<wnid or class name>/<image>",
-        )  # fmt: skip
+        hint = f"arrange the images as {folder.name}/<wnid or class name>/<image>"
+        raise MoeeError(f"class folders with images in '{folder}'", found, hint)
     folders = tuple(readable_name(path.relative_to(folder).parts[0]) for path in paths)
     source, rows = Folder(tuple(paths)), tuple(range(len(paths)))
-    return ImageSet(readable_name(folder.name), source, rows, folders), skipped
-
-
-def _readable(
-    images: ImageSet, folder: Path, skipped: Mapping[Path, str], *, strict: bool
-) -> ImageSet:
-    """Drop the images whose files cannot be decoded, by name; refuse them if ``strict``."""
-    paths = [images.source.paths[row] for row in images.rows]
-    bad = image_files.find_unreadable(paths)
+    images = ImageSet(readable_name(folder.name), source, rows, folders).limit(limit, seed=seed)
+    bad = image_files.find_unreadable([paths[row] for row in images.rows])
     if bad and (strict or len(bad) == len(images)):
-        raise MoeeError(
-            f"readable images in '{folder}'",
-            f"{len(bad)} unreadable: {skipped_text(_by_name(bad, folder))}",
-            "mend or remove these files, or load without strict=True",
-        )
+        found = f"{len(bad)} unreadable: {skipped_text(_by_name(bad, folder))}"
+        hint = "mend or remove these files, or load without strict=True"
+        raise MoeeError(f"readable images in '{folder}'", found, hint)
     reasons = _by_name({**bad, **skipped}, folder)
     if not reasons:
         return images
     text, place = skipped_text(reasons), readable_name(folder)
     warnings.warn(f"skipped {len(reasons)} files in '{place}': {text}", stacklevel=3)
-    good = images.take([i for i, path in enumerate(paths) if path not in bad])
+    good = images.take([i for i, row in enumerate(images.rows) if paths[row] not in bad])
     return replace(good, skipped=tuple(reasons), skipped_text=text)
 
 

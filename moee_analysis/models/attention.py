@@ -48,14 +48,11 @@ def plain_attentions(model: nn.Module) -> list[AttentionSite]:
 
 def find_attentions(model: nn.Module) -> list[AttentionSite]:
     """Find the plain self-attentions, as :func:`plain_attentions`; refuse a model without any."""
-    sites = plain_attentions(model)
-    if not sites:
-        raise MoeeError(
-            "a model with plain self-attention (timm.layers.Attention)",
-            f"none in {type(model).__name__}",
-            'leave its attention dense: attention="dense"',
-        )
-    return sites
+    if sites := plain_attentions(model):
+        return sites
+    expected = "a model with plain self-attention (timm.layers.Attention)"
+    hint = 'leave its attention dense: attention="dense"'
+    raise MoeeError(expected, f"none in {type(model).__name__}", hint)
 
 
 def site_of(name: str, attention: Attention) -> AttentionSite:
@@ -100,9 +97,8 @@ class Ranks:
 class LowRankAttention(nn.Module):
     """Self-attention with few dimensions in its heads, in the place of the dense one at ``site``.
 
-    Takes and gives what timm's ``Attention`` does, without a mask. The outputs of tokens beyond
-    the first ``queries`` are zeros. Queries may have a ``bias``; softmax takes away that of keys,
-    and that of values goes through the attention into the output's.
+    The outputs of tokens beyond the first ``queries`` are zeros. Queries may have a ``bias``;
+    softmax takes away that of keys, and that of values goes into the output's.
     """
 
     def __init__(self, site: AttentionSite, ranks: Ranks, *, bias: bool) -> None:
@@ -186,19 +182,13 @@ class Factors:
         each = torch.eye(site.head_dim, dtype=torch.float64).expand(site.heads, -1, -1)
         return cls(each, each)
 
-    @property
-    def rank(self) -> int:
-        """Of every head."""
-        return self.left.shape[-1]
-
 
 @dataclass(frozen=True)
 class Reduction:
-    """What a low-rank attention does otherwise than the dense one.
+    """What a low-rank attention does otherwise than the dense one; ``queries`` as in ``Ranks``.
 
     With ``scores`` M, those of a query q and a key k are q M k^T. With ``values`` M and ``mean`` m
-    (heads, head_dim), a head that has gathered u passes on m + M (u - m). Only the outputs of the
-    first ``queries`` tokens are read; None: of all.
+    (heads, head_dim), a head that has gathered u passes on m + M (u - m).
     """
 
     scores: Factors
@@ -229,7 +219,7 @@ def low_rank(site: AttentionSite, attention: Attention, reduction: Reduction) ->
     tensors["proj.bias"] = (out @ (mean[..., None] + constant)).sum(dim=0)[:, 0]
     if attention.proj.bias is not None:
         tensors["proj.bias"] += _exact(attention.proj.bias)
-    ranks = Ranks(scores.rank, values.rank, reduction.queries)
+    ranks = Ranks(scores.left.shape[-1], left.shape[-1], reduction.queries)
     built = LowRankAttention(site, ranks, bias=attention.qkv.bias is not None)
     built.load_state_dict(tensors)
     like = attention.qkv.weight

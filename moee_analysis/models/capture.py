@@ -1,7 +1,7 @@
 """A network while it runs: evaluated, watched, started at one of its blocks, or traced."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -14,15 +14,33 @@ Side = Literal["inputs", "outputs", "both", "calls"]
 
 
 @contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with or without gradients as it was; every module gets its own flag back."""
-    flags = {module: module.training for module in model.modules()}
+def switched(things: Iterable[Any], **values: Any) -> Iterator[None]:
+    """While open, all ``things`` have attributes of these ``values``; each gets its own back."""
+    own = [(thing, name, getattr(thing, name)) for thing in things for name in values]
     try:
-        model.eval()
+        for thing, name, _ in own:
+            setattr(thing, name, values[name])
         yield
     finally:
-        for module, training in flags.items():
-            module.training = training
+        for thing, name, before in own:
+            setattr(thing, name, before)
+
+
+@contextmanager
+def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, attributes of ``modules`` may come, change and go; all get their own back."""
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for attributes, own in before:
+            attributes.clear()
+            attributes.update(own)
+
+
+def in_evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Evaluation mode, with or without gradients as it was."""
+    return switched(model.modules(), training=False)
 
 
 @contextmanager
@@ -38,9 +56,9 @@ def watch(
 ) -> Iterator[None]:
     """While open, every call of a module calls ``see(key, value)``.
 
-    ``value`` is the module's first input (``side="inputs"``), its output (``"outputs"``), the
-    pair of both (``"both"``), or the arguments, positional and by name (``"calls"``). The value
-    that ``see`` returns takes the place of the input or output; None leaves it.
+    ``value`` is the module's first input, its output, the pair of both, or the arguments,
+    positional and by name. What ``see`` returns takes the place of the input or output; None
+    leaves it.
     """
 
     def before(key: Key, _module: nn.Module, args: tuple, named: dict) -> tuple | None:
@@ -71,10 +89,7 @@ def capture(
 
 
 def is_traced() -> bool:
-    """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records what is computed.
-
-    A trace has to fit any number of tokens, so nothing may depend on how many there are.
-    """
+    """Whether torch records what is computed: for any number of tokens, so nothing asks for it."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -89,8 +104,8 @@ class Block:
 def block_of(model: nn.Module, name: str) -> Block | None:
     """Return the outermost block that holds the module called ``name``.
 
-    timm's transformers keep their blocks, or their stages, in an ``nn.Sequential``. None where
-    there is no such sequence, or the module is in its first block: nothing can be left out.
+    timm keeps blocks, or stages, in an ``nn.Sequential``. None where there is none, or the module
+    is in its first block: nothing can be left out.
     """
     parts = name.split(".")
     for depth, number in enumerate(parts[1:], start=1):
@@ -102,10 +117,7 @@ def block_of(model: nn.Module, name: str) -> Block | None:
 
 @contextmanager
 def seeing_inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]]:
-    """While open, every run of the model leaves the tensor that enters each block, by block.
-
-    A block that gets anything else than one tensor is left out.
-    """
+    """While open, a run of the model leaves what enters each block, if that is a single tensor."""
     seen: dict[Block, torch.Tensor] = {}
 
     def see(block: Block, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -122,25 +134,15 @@ def seeing_inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]
 def starting_at(block: Block | None, entering: torch.Tensor | None) -> Iterator[None]:
     """While open, runs of the model start at ``block`` with the tensor ``entering`` it.
 
-    The blocks before it are taken out of their sequence and put back on leaving, also after an
-    error. None runs everything.
+    Constants stand in the places of the blocks before it. None runs everything.
     """
-    if block is None or entering is None:
+    places = () if block is None or entering is None else range(block.index)
+    constants = {str(place): _Constant(entering) for place in places}
+    with switched([block.sequence] if constants else [], **constants):
         yield
-        return
-    before = list(block.sequence[: block.index])
-    try:
-        for place in range(block.index):
-            block.sequence[place] = _Constant(entering)
-        yield
-    finally:
-        for place, module in enumerate(before):
-            block.sequence[place] = module
 
 
 class _Constant(nn.Module):
-    """In the place of a block: gives the same tensor whatever comes in."""
-
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
         self.value = value

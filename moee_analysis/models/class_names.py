@@ -33,13 +33,18 @@ FORMS = "write one name a line, or JSON: a list, or an object of indices and nam
 def class_names(model: nn.Module, *, readable: bool = False) -> tuple[str, ...]:
     """Names of the model's classes in the order of its outputs; wnids, or ``readable`` names.
 
-    Raises MoeeError: the model does not say which classes it knows, or has not one output for
-    each.
+    Raises MoeeError: it does not say which classes it knows, or has not one output for each.
     """
-    names, outputs = _stated_names(model, readable=readable), count_classes(model)
-    if names is None:
-        found = f"{outputs} outputs without names"
-        raise MoeeError("a model that says which classes it knows", found, NAME_THEM)
+    network, outputs = inside(model), count_classes(model)
+    names = tuple(map(printable, network.pretrained_cfg.get("label_names") or ()))
+    if names and readable:
+        names = tuple(name.replace("_", " ") for name in names)
+    elif not names:
+        subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
+        if subset is None:
+            found = f"{outputs} outputs without names"
+            raise MoeeError("a model that says which classes it knows", found, NAME_THEM)
+        names = _imagenet_names(subset)[readable]
     if len(names) != outputs:
         expected = f"an output for each of the {len(names)} classes the model names"
         raise MoeeError(f"{expected} ({_shorten(names)})", f"{outputs} outputs", NAME_THEM)
@@ -68,8 +73,7 @@ def is_classifier(model: nn.Module) -> bool:
 def count_classes(model: nn.Module) -> int:
     """Outputs of a classifier, counted by running it on a black image.
 
-    Raises MoeeError: the model is no classifier: it has no head, a single output, or other
-    outputs than scores.
+    Raises MoeeError: the model has no head, a single output, or other outputs than scores.
     """
     network = inside(model)
     heads = stated_modules(network, "classifier").values()
@@ -94,25 +98,22 @@ def name_classes(model: nn.Module, names: Sequence[str]) -> None:
     twice = len(names) - len(set(names))
     if len(names) != outputs or twice or "" in names:
         found = f"{len(names)}" + (f", {twice} of them more than once" if twice else "")
-        raise MoeeError(
-            f"one name for each of the model's {outputs} outputs", found,
-            "list every class once, in the order of the outputs",
-        )  # fmt: skip
+        expected = f"one name for each of the model's {outputs} outputs"
+        raise MoeeError(expected, found, "list every class once, in the order of the outputs")
     network.pretrained_cfg = {**network.pretrained_cfg, "label_names": tuple(names)}
 
 
 def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
     """Let a classifier that names no classes have the names of :func:`_names_by_folders`."""
-    names = _names_by_folders(model, folders)
-    if names:
+    if names := _names_by_folders(model, folders):
         name_classes(model, names)
 
 
 def _names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
     """Class ``folders`` as the names of a classifier that has none, one for each output.
 
-    They are taken in the order of the alphabet, as training scripts do, and the user is told.
-    Empty where the model has names, or another number of outputs.
+    In the order of the alphabet, as training scripts take them. Empty where the model has names,
+    or another number of outputs.
     """
     names, count = tuple(sorted(folders)), len(folders)
     if knows_classes(model) or not is_classifier(model) or count_classes(model) != count:
@@ -152,20 +153,9 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
     if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
         return _from_json(text, path)
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not names:
-        raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
-    return names
-
-
-def _stated_names(model: nn.Module, *, readable: bool) -> tuple[str, ...] | None:
-    """Names that the model's configuration states; None where it states none."""
-    network = inside(model)
-    own = tuple(map(printable, network.pretrained_cfg.get("label_names") or ()))
-    if own:
-        return tuple(name.replace("_", " ") for name in own) if readable else own
-    subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
-    return None if subset is None else _imagenet_names(subset)[readable]
+    if names := tuple(line.strip() for line in text.splitlines() if line.strip()):
+        return names
+    raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
 
 
 @cache
@@ -182,14 +172,13 @@ def _from_json(text: str, path: Path) -> tuple[str, ...]:
     except (ValueError, RecursionError) as error:
         raise MoeeError(f"class names as JSON in '{path}'", str(error), FORMS) from None
     names = _list_names(content)
-    if not names or not all(isinstance(name, str) for name in names):
-        found = f"{type(content).__name__} of other things"
-        raise MoeeError(f"class names in '{path}'", found, FORMS)
-    return tuple(name.strip() for name in names)
+    if names and all(isinstance(name, str) for name in names):
+        return tuple(map(str.strip, names))
+    found = f"{type(content).__name__} of other things"
+    raise MoeeError(f"class names in '{path}'", found, FORMS)
 
 
 def _list_names(content: object) -> list[object]:
-    """Names in the order of their indices."""
     if isinstance(content, list):
         return content
     if not isinstance(content, dict):

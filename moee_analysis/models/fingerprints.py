@@ -18,21 +18,19 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating
+from moee_analysis.models.capture import evaluating, restored
 from moee_analysis.models.inputs import DOES_NOT_FIT, data_config, input_size, misfit
 from moee_analysis.models.unwrapping import unwrapped
 
-PROJECTED = 8
-"""Numbers that are kept of the outputs for each image of the probe."""
-
+PROJECTED = 8  # numbers that are kept of the outputs for each image of the probe
 CLOSE = 1e-4  # of the largest answer: what other processors and versions may make of the same model
 INFINITE = 1e9  # stands for what is not finite
 EXACT, ROUGH = 2.0**30, 2.0**14  # steps of the largest answer, in double and in other precision
 
 IGNORED = ("training", "fused_attn", "checkpointing", "drop", "cache", "init")
-OWN = frozenset(vars(nn.Module()))  # attributes of every module
 STATED = ("architecture", "label_names", "classifier", "first_conv")
 
 
@@ -40,8 +38,7 @@ STATED = ("architecture", "label_names", "classifier", "first_conv")
 class Identity:
     """What makes a model this one: digests of three parts, and its answers to the probe.
 
-    ``structure`` may differ between versions of timm and torch for the same model; the others do
-    not.
+    Of these ``structure`` alone may differ between versions of timm and torch.
     """
 
     weights: str
@@ -68,10 +65,7 @@ _KNOWN: ContextVar[dict[int, Identity]] = ContextVar("known", default={})  # noq
 
 @contextmanager
 def unchanged(*models: nn.Module) -> Iterator[None]:
-    """While open, these models do not change: who asks for their identities gets those of now.
-
-    All others are looked at whenever they are asked for.
-    """
+    """While open, these models do not change: who asks for their identities gets those of now."""
     before = _KNOWN.set({id(unwrapped(model)): identity(model) for model in models})
     try:
         yield
@@ -106,12 +100,10 @@ def hash_weights(module: nn.Module) -> str:
 def answers(model: nn.Module) -> tuple[float, ...]:
     """Outputs for two fixed images, projected to :data:`PROJECTED` numbers each, and rounded.
 
-    The model is run with copies of its tensors in double precision on the CPU, so that every
-    processor comes to the same numbers, and routers to the same decisions; as it is where it cannot
-    be run like that.
+    Copies of the tensors run in double precision on the CPU, so that every processor comes to the
+    same numbers, and routers to the same decisions; the model as it is where that cannot be.
 
-    Raises MoeeError: a model without ``pretrained_cfg``, that cannot be run on images of its size,
-    or not be copied.
+    Raises MoeeError: no ``pretrained_cfg``; it cannot be run on images of its size, or be copied.
     """
     network = unwrapped(model)
     first = next(network.parameters())
@@ -135,10 +127,9 @@ def copy_model(network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network)
     except (RuntimeError, TypeError) as error:
-        raise MoeeError(
-            "a model that can be copied", str(error).splitlines()[0][:120],
-            "make what was put into it by hand permanent, as by torch.nn.utils.prune.remove",
-        ) from None  # fmt: skip
+        found = str(error).splitlines()[0][:120]
+        hint = "make what was put into it by hand permanent, as by torch.nn.utils.prune.remove"
+        raise MoeeError("a model that can be copied", found, hint) from None
 
 
 @torch.no_grad()
@@ -147,32 +138,14 @@ def _run(network: nn.Module, images: torch.Tensor) -> Any:
         # tensors beside parameters and buffers decide what it does, as those of an LSTM
         if any(map(torch.is_tensor, value if isinstance(value, list | tuple) else [value])):
             return copy_model(network).to(images.device, images.dtype).eval()(images)
-    with evaluating(network), _exchange_tensors(network, images):
-        return network(images)
-
-
-@contextmanager
-def _exchange_tensors(network: nn.Module, like: torch.Tensor) -> Iterator[None]:
-    """Copies in the place of all tensors: to copy the modules too takes far longer.
-
-    What modules keep meanwhile, such as caches of this precision, is forgotten.
-    """
-    copies: dict[int, torch.Tensor | None] = {id(None): None}
-    for tensor in chain(network.parameters(), network.buffers()):
-        kind = like.dtype if tensor.is_floating_point() or tensor.is_complex() else None
-        copies[id(tensor)] = tensor.detach().to(like.device, kind, copy=True)
-    before = [(vars(module), dict(vars(module))) for module in network.modules()]
-    try:
-        for attributes, own in before:
-            dicts = {name: value for name, value in own.items() if isinstance(value, dict)}
-            attributes.update({k: copy.copy(v) for k, v in dicts.items() if k not in OWN})
-            for name in ("_parameters", "_buffers"):
-                attributes[name] = {k: copies[id(v)] for k, v in own[name].items()}
-        yield
-    finally:
-        for attributes, own in before:
-            attributes.clear()
-            attributes.update(own)
+    copies = {}  # to copy the modules too takes far longer
+    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+        kind = images.dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        copies[name] = tensor.detach().to(images.device, kind, copy=True)
+    with evaluating(network), restored(network.modules()):
+        for own in map(vars, network.modules()):  # caches of this precision will be forgotten
+            own.update({name: copy.copy(v) for name, v in own.items() if isinstance(v, dict)})
+        return functional_call(network, copies, images)
 
 
 def _round(outputs: Any, *, exact: bool) -> tuple[float, ...]:

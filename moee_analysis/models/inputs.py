@@ -1,6 +1,6 @@
 """The images a model takes: how many channels, which size, and how a picture is prepared for it."""
 
-from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
@@ -17,16 +17,14 @@ from moee_analysis.models.unwrapping import inside, stated_modules
 
 RGB = 3
 MAKE_IT = "load it with load_model, or make it with timm.create_model"
-
-DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)
-"""What a network raises on images that it was not built for."""
+DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)  # images of another size
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of one input image, as ``model`` was built.
 
-    ``pretrained_cfg``, which it must have, says what the pretrained weights took; a model that was
-    built for another size or other channels says so in its patch embedding and first convolution.
+    These are those of the pretrained weights (``pretrained_cfg``), unless its patch embedding and
+    first convolution say otherwise.
     """
     network = inside(model)
     channels, height, width = _config(network)["input_size"]
@@ -34,9 +32,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     if isinstance(first, nn.Conv2d):
         channels = first.in_channels
     embedding = getattr(network, "patch_embed", None)
-    built = getattr(embedding, "img_size", None)
-    strict = getattr(embedding, "strict_img_size", False)
-    if built is not None and (strict or network.pretrained_cfg.get("fixed_input_size")):
+    built, cfg = getattr(embedding, "img_size", None), network.pretrained_cfg
+    if built and (getattr(embedding, "strict_img_size", False) or cfg.get("fixed_input_size")):
         height, width = built
     return channels, height, width
 
@@ -49,16 +46,16 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def model_transform(model: nn.Module) -> Compose:
-    """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``.
-
-    One channel is the luminance; other than three are red, green and blue in turn, as timm repeats
-    the weights of a first convolution.
-    """
+    """Evaluation transform (PIL image -> float tensor) of the model's own ``pretrained_cfg``."""
     return transform_of(data_config(model))
 
 
 def transform_of(config: dict[str, Any], **training: Any) -> Compose:
-    """Transform of a :func:`data_config`; with the settings of ``training`` one for training."""
+    """Transform of a :func:`data_config`; with the settings of ``training`` one for training.
+
+    One channel is the luminance; other than three are red, green and blue in turn, as timm repeats
+    the weights of a first convolution.
+    """
     channels = config["input_size"][0]
     of_picture = {name: _repeat(config[name], RGB) for name in ("mean", "std")}
     transform = timm.data.create_transform(
@@ -67,7 +64,8 @@ def transform_of(config: dict[str, Any], **training: Any) -> Compose:
     if channels != RGB:
         steps = transform.transforms
         (place,) = (i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        steps[place : place + 2] = [_ToChannels(channels), Normalize(config["mean"], config["std"])]
+        to_tensor = partial(_to_channels, channels=channels)
+        steps[place : place + 2] = [to_tensor, Normalize(config["mean"], config["std"])]
     return transform
 
 
@@ -76,43 +74,31 @@ def like(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
     return x.to(next(model.parameters()))
 
 
-def blank(
-    model: nn.Module, *, images: int = 1, size: tuple[int, int, int] | None = None
-) -> torch.Tensor:
-    """Zeros [images, C, H, W] of the precision and on the device of ``model``, and of its size."""
-    return like(torch.zeros(images, *(size or input_size(model))), model)
+def blank(model: nn.Module) -> torch.Tensor:
+    """Zeros [1, C, H, W] of the precision and on the device of ``model``, and of its size."""
+    return like(torch.zeros(1, *input_size(model)), model)
 
 
 def misfit(model: nn.Module, error: Exception) -> MoeeError:
     """Say that ``model`` cannot be run on images of the size that it states."""
     reason = str(error).splitlines()[0][:120].rstrip(".") if str(error) else type(error).__name__
-    return MoeeError(
-        f"a model that takes images of {' x '.join(map(str, input_size(model)))}", reason,
-        "build it for a size that it takes (--img-size, --in-chans, or the arguments of "
-        "timm.create_model), or state that in pretrained_cfg['input_size']",
-    )  # fmt: skip
+    expected = f"a model that takes images of {' x '.join(map(str, input_size(model)))}"
+    hint = "build it for a size that it takes (--img-size, --in-chans, or the arguments of "
+    hint += "timm.create_model), or state that in pretrained_cfg['input_size']"
+    return MoeeError(expected, reason, hint)
 
 
-@dataclass(frozen=True)
-class _ToChannels:
-    """Makes a picture a float tensor of so many channels, values from 0 to 1."""
-
-    channels: int
-
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        to_tensor = MaybeToTensor()
-        if self.channels == 1:
-            return to_tensor(picture.convert("L"))
-        rgb = to_tensor(picture.convert("RGB"))
-        return rgb[list(islice(cycle(range(RGB)), self.channels))]
+def _to_channels(picture: Image.Image, channels: int) -> torch.Tensor:
+    """Float tensor of so many channels, values from 0 to 1."""
+    if channels == 1:
+        return MaybeToTensor()(picture.convert("L"))
+    return MaybeToTensor()(picture.convert("RGB"))[list(islice(cycle(range(RGB)), channels))]
 
 
 def _config(network: nn.Module) -> dict[str, Any]:
     if not getattr(network, "pretrained_cfg", None):
-        raise MoeeError(
-            "a timm model whose pretrained_cfg says which images it takes",
-            f"a {type(network).__name__} without one", MAKE_IT,
-        )  # fmt: skip
+        expected = "a timm model whose pretrained_cfg says which images it takes"
+        raise MoeeError(expected, f"a {type(network).__name__} without one", MAKE_IT)
     return timm.data.resolve_model_data_config(network)
 
 

@@ -40,18 +40,15 @@ __all__ = [
 ]  # fmt: skip
 
 BUNDLED = "bundled"
-BUNDLED_MODELS: dict[str, type[nn.Module]] = {
+BUNDLED_MODELS: dict[str, type[nn.Module]] = {  # their names in the data folder, timm's classes
     BUNDLED: VisionTransformer,
     "bundled_swin": SwinTransformer,
     "bundled_convnext": ConvNeXt,
 }
-"""Names of the models in the data folder, and timm's class of each."""
-
-FACTORY = {
+FACTORY = {  # arguments of timm.create_model that say where weights are, or are not of images
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
     "features_only",
 }  # fmt: skip
-"""Arguments of ``timm.create_model`` of where weights are, or of what is no model of images."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +79,17 @@ def load_model(
     ----------
     weights
         A local ``.safetensors`` or a checkpoint of PyTorch's; None takes the bundled weights, or
-        timm's pretrained weights from the hub. Only tensors are ever read from a file. The head
-        follows the weights; sizes and channels are resampled as timm does.
+        timm's pretrained weights from the hub. The head follows the weights; sizes and channels
+        are resampled as timm does.
     classes
         Names of its classes in the order of its outputs, or a file of them (one name a line, or
         JSON); None: those it states itself.
     arguments
-        Of ``timm.create_model``, such as ``img_size``, ``in_chans``, ``global_pool`` or
-        ``act_layer``. They are saved with all that is made from the model. None leaves one out.
+        Of ``timm.create_model``, such as ``img_size`` or ``global_pool``, which are saved with all
+        that is made from the model. None leaves one out.
 
-    Raises MoeeError: unknown name or argument; no weights to be had (offline); a file that is
-    not a state dict of this model; a device that is not there; names that are not as many as
-    the outputs.
+    Raises MoeeError: unknown name or argument; no weights to be had (offline); a file that is not
+    a state dict of this model; a device that is not there; a number of names other than of outputs.
     """
     check_device(device)
     names = read_class_names(classes) if isinstance(classes, str | Path) else classes
@@ -127,8 +123,8 @@ def build_model(
 ) -> nn.Module:
     """Build the architecture ``name`` with random weights, and ``arguments`` of timm's.
 
-    Entries of ``pretrained_cfg`` replace the architecture's own. The image size of a model that
-    takes any is stated there alone. A name or an argument that timm does not know is refused.
+    Entries of ``pretrained_cfg`` replace the architecture's own; there alone stands the image size
+    of a model that takes any. A name or an argument that timm does not know is refused.
     """
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if name not in BUNDLED_MODELS:
@@ -139,10 +135,9 @@ def build_model(
     except Exception as error:  # timm's models raise whatever nonsense leads to
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
-        raise MoeeError(
-            f"arguments that timm.create_model('{name}') takes", f"{given} ({reason})",
-            "correct them, or leave them out",
-        ) from None  # fmt: skip
+        expected = f"arguments that timm.create_model('{name}') takes"
+        hint = "correct them, or leave them out"
+        raise MoeeError(expected, f"{given} ({reason})", hint) from None
     cfg = {**model.pretrained_cfg, **(pretrained_cfg or {})}
     channels, *size = tuple(cfg.get("input_size") or (3, 224, 224))
     if "img_size" in arguments:
@@ -156,8 +151,7 @@ def build_model(
 def find_mlps(model: nn.Module) -> list[MlpSite]:
     """Find every Linear-activation-Linear MLP that :func:`survey` has no reason against, from 0.
 
-    Raises MoeeError: the model has none; the message lists the MLP-like modules that were
-    found, and why they are left out.
+    Raises MoeeError: none; the message lists what is like an MLP, and why that is left out.
     """
     model = unwrapped(model)
     surveyed = survey(model)
@@ -171,23 +165,18 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             "choose a ViT, DeiT, Swin, ConvNeXt or another of docs/architectures.md; gated and "
             "convolutional MLPs cannot be taken apart",
         )
-    mlps = map(model.get_submodule, names)
-    return [
-        MlpSite(name, index, mlp.fc1.in_features, mlp.fc1.out_features)
-        for index, (name, mlp) in enumerate(zip(names, mlps, strict=True))
-    ]
+    first = {name: model.get_submodule(name).fc1 for name in names}
+    numbered = enumerate(first.items())
+    return [MlpSite(name, i, fc1.in_features, fc1.out_features) for i, (name, fc1) in numbered]
 
 
 def architecture(model: nn.Module) -> str:
     """Name under which :func:`build_model` builds this architecture; its ``pretrained_cfg``'s."""
     model = inside(model)
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if not name:
-        raise MoeeError(
-            "a timm model whose pretrained_cfg names its architecture",
-            f"a {type(model).__name__} without one", MAKE_IT,
-        )  # fmt: skip
-    return name
+    if name := (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
+        return name
+    expected = "a timm model whose pretrained_cfg names its architecture"
+    raise MoeeError(expected, f"a {type(model).__name__} without one", MAKE_IT)
 
 
 def _check_name(name: str) -> None:
@@ -210,11 +199,8 @@ def _check_name(name: str) -> None:
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that are not of the architecture; they may come from the file of a run."""
     if own := FACTORY & arguments.keys():
-        raise MoeeError(
-            "arguments of the architecture", ", ".join(sorted(own)),
-            "leave them out; weights are given as a file, weights=FILE (--weights FILE), or are "
-            "the hub's",
-        )  # fmt: skip
+        hint = "leave them out; weights are a file's, weights=FILE (--weights FILE), or the hub's"
+        raise MoeeError("arguments of the architecture", ", ".join(sorted(own)), hint)
     channels = arguments.get("in_chans", 1)
     if type(channels) is not int or channels < 1:
         raise MoeeError("in_chans as a number >= 1", repr(channels), "3 are red, green and blue")
@@ -265,10 +251,9 @@ def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         cfg = json.loads(text)
         if isinstance(cfg, dict):
             return cfg
-    raise MoeeError(
-        f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'", f"'{text[:40]}'",
-        "save the file again, with or without this entry",
-    )  # fmt: skip
+    expected = f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'"
+    hint = "save the file again, with or without this entry"
+    raise MoeeError(expected, f"'{text[:40]}'", hint)
 
 
 def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -277,11 +262,9 @@ def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         with hub_access():
             loaded = _create(name, arguments, pretrained=True)
     except Exception as error:  # the hub's client raises many unrelated types when offline
-        raise MoeeError(
-            f"pretrained weights of '{name}' from the hub",
-            f"{type(error).__name__} (offline, or a model without pretrained weights)",
-            "pass weights='path/to/file.safetensors' (--weights FILE), or use a bundled model",
-        ) from None
+        found = f"{type(error).__name__} (offline, or a model without pretrained weights)"
+        hint = "pass weights='path/to/file.safetensors' (--weights FILE), or use a bundled model"
+        raise MoeeError(f"pretrained weights of '{name}' from the hub", found, hint) from None
     loaded.pretrained_cfg = model.pretrained_cfg
     loaded._model_args = model._model_args
     return loaded

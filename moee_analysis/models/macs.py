@@ -5,10 +5,8 @@ head and routers (1 MAC = 2 FLOPs). Norms, softmax, GELU and biases are not.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating, watch
+from moee_analysis.models.capture import evaluating, restored, switched, watch
 from moee_analysis.models.loading import blank, find_mlps, unwrapped
 
 
@@ -37,28 +35,19 @@ class MacCount:
         """MACs of one image if the named sites cost so many MACs per token instead."""
         unknown = sorted(per_token.keys() - self.tokens)
         if unknown:
-            raise MoeeError(
-                f"sites among {', '.join(self.tokens) or 'none'}", f"'{unknown[0]}'",
-                "name the sites when counting: count(model, sites=[...])",
-            )  # fmt: skip
+            expected = f"sites among {', '.join(self.tokens) or 'none'}"
+            hint = "name the sites when counting: count(model, sites=[...])"
+            raise MoeeError(expected, f"'{unknown[0]}'", hint)
         outside = self.total - sum(self.by_module.get(name, 0) for name in per_token)
         return outside + sum(self.tokens[name] * macs for name, macs in per_token.items())
 
 
-def count(
-    model: nn.Module,
-    *,
-    sites: Iterable[str] | None = None,
-    size: tuple[int, int, int] | None = None,
-) -> MacCount:
-    """Count the MACs of one image, all zeros, and of the model's own ``size`` unless that is given.
-
-    ``sites`` are the modules whose tokens are counted; None: the MLPs of ``find_mlps``. The model
-    is left as it was: same training flags, no hooks, no gradients.
-    """
+def count(model: nn.Module, *, sites: Iterable[str] | None = None) -> MacCount:
+    """Count the MACs of one image, and the tokens of ``sites``; None: the MLPs of ``find_mlps``."""
     names = [site.name for site in find_mlps(model)] if sites is None else list(sites)
     model = unwrapped(model)
-    image, tokens = blank(model, size=size), dict.fromkeys(names, 0)
+    image, tokens = blank(model), dict.fromkeys(names, 0)
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
 
     def count_tokens(name: str, x: torch.Tensor) -> None:
         tokens[name] += tokens_of(x).shape[0]
@@ -66,7 +55,12 @@ def count(
     with (
         evaluating(model),
         watch({name: model.get_submodule(name) for name in names}, count_tokens),
-        _countable_products(model),
+        # fused kernels, and those of cuDNN's LSTMs, count as nothing on some devices
+        switched(fused, fused_attn=False),
+        sdpa_kernel(SDPBackend.MATH),
+        cudnn.flags(enabled=False),
+        # the counter trips over parameters that are given to modules and ask for gradients
+        switched(model.parameters(), requires_grad=False),
         FlopCounterMode(display=False, custom_mapping=RECURRENT) as counter,
     ):
         model(image)
@@ -82,24 +76,24 @@ def count(
 def moe_macs(model: nn.Module, per_token: Mapping[str, float]) -> float:
     """MACs of one image of a model with routed layers.
 
-    ``per_token`` gives the MACs per token of every routed layer, by module name: its router plus
-    ``2 d sum_e f_e |S_e|``, with ``f_e`` the measured share of tokens (they sum to the number of
-    experts per token). Everything outside those layers is counted as it runs; they do not run.
+    ``per_token`` gives the MACs per token of every routed layer, which does not run, by module
+    name: its router plus ``2 d sum_e f_e |S_e|``, with ``f_e`` the measured share of tokens.
     """
-    with _skipping(model, per_token):
+    mlps = [model.get_submodule(name) for name in per_token]
+    with restored(mlps):  # also a forward that tools which wrap a module have left there
+        for mlp in mlps:
+            mlp.forward = lambda x, dim=mlp.fc2.out_features: x.new_zeros(*x.shape[:-1], dim)
         return count(model, sites=per_token).replacing(per_token)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of stored floating-point values that are part of the function.
+    """Number of stored floating-point values that are part of the function, shared ones once.
 
-    Weights, biases, routers and other saved buffers count, what is shared counts once. Lists of
-    integers (which neurons an expert uses) and the record of routing ``shares`` do not.
+    Lists of integers (which neurons an expert uses) and the record of routing ``shares`` are not.
     """
-    stored = module.state_dict(keep_vars=True).items()
     function = {
         id(tensor): tensor.numel()
-        for name, tensor in stored
+        for name, tensor in module.state_dict(keep_vars=True).items()
         if tensor.is_floating_point() and name.rpartition(".")[2] != "shares"
     }
     return sum(function.values())
@@ -115,48 +109,4 @@ def _lstm_flops(x: Any, inward: Any, across: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:2]) * (math.prod(inward) + math.prod(across))
 
 
-RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}
-"""Products that the counter does not know."""
-
-
-@contextmanager
-def _skipping(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Let these MLPs, dense or routed, return zeros at no cost."""
-    mlps = [model.get_submodule(name) for name in names]
-    own = [vars(mlp).get("forward") for mlp in mlps]  # tools that wrap a module leave one here
-    try:
-        for mlp in mlps:
-            mlp.forward = partial(_zeros, mlp.fc2.out_features)
-        yield
-    finally:
-        for mlp, before in zip(mlps, own, strict=True):
-            vars(mlp).pop("forward", None)
-            if before is not None:
-                mlp.forward = before
-
-
-def _zeros(dim: int, x: torch.Tensor) -> torch.Tensor:
-    return x.new_zeros(*x.shape[:-1], dim)
-
-
-@contextmanager
-def _countable_products(model: nn.Module) -> Iterator[None]:
-    """Compute attention by plain matrix products, and LSTMs without cuDNN.
-
-    Fused kernels count as nothing on some devices, and the counter trips over parameters that are
-    given to modules and ask for gradients.
-    """
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module in fused:
-            module.fused_attn = False
-        for parameter in asking:
-            parameter.requires_grad = False
-        with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
-            yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
-        for parameter in asking:
-            parameter.requires_grad = True
+RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}  # which the counter does not know

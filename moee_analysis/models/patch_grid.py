@@ -20,18 +20,16 @@ def patch_places(
 ) -> np.ndarray:
     """Return the number of the patch at each place of a layer's grid, int64 (rows, columns).
 
-    Patches are counted from 0 as the layer gets them, without the ``leading`` tokens. They stand
-    row by row in most networks; in mask units in Hiera, by their place in a 2 x 2 patch in
-    MobileViT, in blocks in NesT, pixels patch after patch in TNT. Where the places are not known,
-    the grid is a single row, (1, n). ``name`` is the layer's in ``model``, ``shape`` that of an
-    image's tokens there, (parts, tokens) or (parts, rows, columns): parts are windows that the
-    layer gets in the place of an image, otherwise 1.
+    Patches are counted from 0 as the layer gets them, without the ``leading`` tokens, in most
+    networks row by row. Where the places are not known, the grid is a single row, (1, n). ``name``
+    is the layer's in ``model``, ``shape`` that of an image's tokens there, (parts, tokens) or
+    (parts, rows, columns): parts are windows that it gets in the place of an image, otherwise 1.
     """
     numbers = np.arange(math.prod(shape) - leading)
     parts = name.split(".")
     within = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
     holders = {type(holder): holder for holder in within}
-    if Hiera in holders:  # by its own way back to rows and columns
+    if Hiera in holders:  # in mask units: by its own way back to rows and columns
         (block,) = re.findall(r"(?:^|\.)blocks\.(\d+)\.", name)
         tokens = torch.from_numpy(numbers)[None, :, None]
         return holders[Hiera].reroll(tokens, int(block))[0, ..., 0].numpy()
@@ -39,7 +37,7 @@ def patch_places(
         numbers = numbers.reshape(tuple(shape))
         side, patches = math.isqrt(len(numbers)), _in_proportion(model, numbers.shape[1])
         return _weave(numbers.reshape(side, side, *patches).transpose(2, 3, 0, 1))
-    if NestLevel in holders or (TNT in holders and shape[0] > 1):  # block after block
+    if NestLevel in holders or (TNT in holders and shape[0] > 1):  # blocks, or pixels of patches
         blocks, inside = (_in_proportion(model, count) for count in shape[-2:])
         return _weave(numbers.reshape(*blocks, *inside))
     return numbers.reshape(_sides(model, shape, len(numbers)))

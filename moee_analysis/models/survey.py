@@ -6,17 +6,13 @@ from timm.layers import Mlp
 from torch import nn
 
 COORDINATES = "sees coordinates, not the tokens of an image"
-LEFT_OUT = {
+LEFT_OUT = {  # MLPs that see no tokens, by the class that holds them and their name in it
     ("MixerBlock", "mlp_tokens"): "mixes tokens: what it would route are channels",
     ("RelPosMlp", "mlp"): COORDINATES,
     ("WindowMultiHeadAttention", "meta_mlp"): COORDINATES,
     ("SpatialTransformerBlock", "mlp"): "sees one number of every place, not its token",
 }
-"""MLPs that see no tokens, by the class that holds them and their name in it."""
-
-NAMES = ("mlp", "glu", "ffn", "feedforward")
-"""What is in the name of a class that is like an MLP, in lower case."""
-
+NAMES = ("mlp", "glu", "ffn", "feedforward")  # in that of a class that is like an MLP
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -24,8 +20,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class SurveyedMlp:
     """An MLP, or what is like one: its name in the model, its kind, why it stays as it is.
 
-    ``kind`` is its class, for timm's ``Mlp`` with those of ``fc1`` and of the norm inside. The
-    ``reason`` of one that can be taken apart is empty.
+    ``kind`` is its class, for timm's ``Mlp`` with those of ``fc1`` and of the norm inside.
     """
 
     name: str
@@ -34,20 +29,19 @@ class SurveyedMlp:
 
     @property
     def convertible(self) -> bool:
-        """Whether it can be taken apart."""
+        """Whether it can be taken apart, for want of a reason."""
         return not self.reason
 
 
 def survey(model: nn.Module) -> list[SurveyedMlp]:
     """Say of everything like an MLP in ``model``, in order, whether it can be taken apart.
 
-    Those that can are Linear-activation-Linear (``timm.layers.Mlp``), see the tokens of an image
-    and stand in one place; :func:`find_mlps` finds exactly these.
+    Those that can are Linear-activation-Linear, see the tokens of an image and stand in one place.
     """
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            places.setdefault(module, []).append(name)
+        places.setdefault(module, []).append(name)
+    del places[model]
     found = []
     for module, names in places.items():
         kind = type(module).__name__
@@ -60,7 +54,6 @@ def survey(model: nn.Module) -> list[SurveyedMlp]:
 
 
 def _reason(model: nn.Module, module: nn.Module, names: list[str]) -> str:
-    """Why ``module`` cannot be taken apart; empty if it can."""
     parent, _, own = names[0].rpartition(".")
     if (place := (type(model.get_submodule(parent)).__name__, own)) in LEFT_OUT:
         return LEFT_OUT[place]

@@ -8,7 +8,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-WRAPPERS = {
+WRAPPERS = {  # modules that only pass images on, and the name of the network in each
     OptimizedModule: "_orig_mod",
     DataParallel: "module",
     DistributedDataParallel: "module",
@@ -17,7 +17,6 @@ WRAPPERS = {
     ModelEmaV2: "module",
     ModelEmaV3: "module",
 }
-"""Modules that only pass images on, and the name of the network in each."""
 
 
 def inside(model: nn.Module) -> nn.Module:
@@ -30,8 +29,7 @@ def inside(model: nn.Module) -> nn.Module:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network that ``torch.compile``, ``DataParallel`` and the like are wrapped around.
 
-    A network without wrappers is returned itself. One with wrapped parts is returned as a copy
-    without them, because modules are found, counted and replaced by their names.
+    One with wrapped parts is copied without them: modules are found and replaced by their names.
     """
     network = inside(model)
     wrapped = [part for part in network.modules() if type(part) in WRAPPERS]
@@ -46,7 +44,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def stated_modules(model: nn.Module, entry: str) -> dict[str, nn.Module]:
     """Return the modules that ``pretrained_cfg[entry]`` names, such as "classifier", if any."""
     network = inside(model)
-    names = network.pretrained_cfg.get(entry) or ()
-    modules = dict(network.named_modules())
+    modules, names = dict(network.named_modules()), network.pretrained_cfg.get(entry) or ()
     names = [names] if isinstance(names, str) else names
     return {name: modules[name] for name in names if name in modules}

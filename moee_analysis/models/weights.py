@@ -1,7 +1,6 @@
 """Weights from files, as others saved them, and the hub that some are fetched from.
 
-Files are safetensors, or the checkpoints of training scripts. Wrappers and prefixes are looked
-through; sizes and channels are resampled as timm does.
+Files are safetensors, or the checkpoints of training scripts.
 """
 
 import argparse
@@ -12,8 +11,8 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,39 +27,40 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.capture import switched
 from moee_analysis.models.unwrapping import stated_modules
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.files import check_file
 
 Tensors = dict[str, torch.Tensor]
 
+# Keys that training scripts put a state dict under, the best first: averaged weights
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 WRAPPERS = (*AVERAGED, "state_dict", "model", "model_state_dict", "model_state", "net", "network",
             "module", "weights")  # fmt: skip
-"""Keys that training scripts put a state dict under, the best first: averaged weights."""
-
 DEEP = 3  # wrappers within each other
-HARMLESS = [
+HARMLESS = [  # plain data beside the weights: the options of a training, NumPy's numbers
     argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar,
     np._core.multiarray._reconstruct, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
 ]  # fmt: skip
-"""Plain data beside the weights: the options of a training, NumPy's numbers."""
-
 SAVE_ALONE = (
     "save the state dict alone, where the file was made: save model.state_dict(), best by "
     "safetensors.torch.save_file"
 )
+NAME_IT = (
+    "name the architecture that the file belongs to (--model), and its --img-size and --in-chans "
+    "where they are not the usual ones; or save it with the names of timm's model"
+)
+# What training scripts put before the names, preferred where a file holds several networks
 USUAL = r"(?:module|_orig_mod|model|backbone|encoder)\."
-"""What training scripts put before the names, preferred where a file holds several networks."""
-
+# What compiling, sharding and recomputing put before the names of a network's parts
 INSIDE = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-"""What compiling, sharding and recomputing put before the names of a network's parts."""
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Read a state dict and its metadata from ``.safetensors``, or from a checkpoint of PyTorch's.
 
-    Of a checkpoint the averaged weights (EMA) are preferred. Only tensors and plain data are read.
+    Of a checkpoint the averaged weights (EMA) are preferred.
     """
     check_file(path, expected="a weights file")
     try:
@@ -73,9 +73,8 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise MoeeError(
-            f"a complete safetensors file at '{path}'", str(error), "fetch or save it again"
-        ) from None
+        expected = f"a complete safetensors file at '{path}'"
+        raise MoeeError(expected, str(error), "fetch or save it again") from None
 
 
 def _read_checkpoint(path: Path) -> Any:
@@ -85,27 +84,22 @@ def _read_checkpoint(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f"an object of {named[1]}" if named else "something else"
-        raise MoeeError(
-            f"a checkpoint of tensors and plain data at '{path}'",
-            f"{found}, which could run code when it is read (UnpicklingError)", SAVE_ALONE,
-        ) from None  # fmt: skip
+        found, hint = f"{found}, which could run code when it is read (UnpicklingError)", SAVE_ALONE
     except Exception as error:  # a damaged file can break the reader in any way
-        raise MoeeError(
-            f"a checkpoint of tensors at '{path}'", f"something else ({type(error).__name__})",
-            f"fetch or save it again; else {SAVE_ALONE}",
-        ) from None  # fmt: skip
+        found = f"something else ({type(error).__name__})"
+        hint = f"fetch or save it again; else {SAVE_ALONE}"
+    raise MoeeError(f"a checkpoint of tensors and plain data at '{path}'", found, hint)
 
 
 def _state_dict(content: Any, path: Path) -> Tensors:
     """The weights of a checkpoint, inside the wrappers that training scripts put around them."""
     tensors, passed = _unwrap(content)
     if not tensors:
-        keys = map(str, content) if isinstance(content, Mapping) and content else None
-        raise MoeeError(
-            f"a state dict (name -> tensor) in '{path}', or under one of {', '.join(WRAPPERS)}",
-            f"a {type(content).__name__}" + (f" with the keys {_three([*keys])}" if keys else ""),
-            SAVE_ALONE,
-        )
+        expected = f"a state dict (name -> tensor) in '{path}', or under one of "
+        found = f"a {type(content).__name__}"
+        if isinstance(content, Mapping) and content:
+            found += f" with the keys {_three([*map(str, content)])}"
+        raise MoeeError(expected + ", ".join(WRAPPERS), found, SAVE_ALONE)
     for key in set(passed) & set(AVERAGED):
         tell(f"weights: those of '{key}' in {path.name}, the averaged ones (EMA)")
     return tensors
@@ -126,27 +120,21 @@ def _unwrap(content: Any, depth: int = DEEP) -> tuple[Tensors, tuple[str, ...]]:
 def fit_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
     """Load weights into ``model``, resampled as timm does where sizes or channels are others.
 
-    Raises MoeeError: two networks in the file; tensors that are missing, surplus or of another
-    shape.
+    Raises MoeeError: several networks in the file; tensors missing, surplus or of another shape.
     """
     expected = model.state_dict()
     fitted, prefix = _without_prefix(tensors, set(expected))
     if prefix:
-        left = [n for n, t in tensors.items() if not any(t is own for own in fitted.values())]
-        left = [n for n in left if not n.startswith(prefix)]
+        taken = set(map(id, fitted.values()))
+        left = [n for n, t in tensors.items() if id(t) not in taken and not n.startswith(prefix)]
         others = f"; left {len(left)} tensors outside it, such as {left[0]}" if left else ""
         tell(f"weights: taken from behind the prefix '{prefix}' in {source}{others}")
     if differences(expected, fitted):
         fitted = _resample(model, fitted, source)
-    wrong = differences(expected, fitted)
-    if wrong:
+    if wrong := differences(expected, fitted):
         through = f", looked for behind the prefix '{prefix}'" if prefix else ""
-        raise MoeeError(
-            f"the tensors of {type(model).__name__} in '{source}'{through}", wrong,
-            "name the architecture that the file belongs to (--model), and its --img-size and "
-            "--in-chans where they are not the usual ones; or save it with the names of timm's "
-            "model",
-        )  # fmt: skip
+        asked = f"the tensors of {type(model).__name__} in '{source}'{through}"
+        raise MoeeError(asked, wrong, NAME_IT)
     model.load_state_dict(fitted)
 
 
@@ -175,9 +163,7 @@ def differences(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torc
         "missing": [name for name in own if name not in given],
         "not in the model": [name for name in given if name not in own],
         "of another shape": [
-            f"{name} is {given[name]}, not {shape}"
-            for name, shape in own.items()
-            if given.get(name, shape) != shape
+            f"{n} is {given[n]}, not {s}" for n, s in own.items() if given.get(n, s) != s
         ],
     }
     return "; ".join(f"{kind}: {_three(names)}" for kind, names in kinds.items() if names)
@@ -190,17 +176,15 @@ def _three(names: Sequence[str]) -> str:
 def _without_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> tuple[Tensors, str]:
     """The tensors of a network by its own ``names``, and the prefix they had in the file.
 
-    Tensors outside the prefix belong to something else; only those that have one of the network's
-    names, with a part of the prefix or none, are taken along.
+    Of tensors outside it, those with one of the ``names`` behind a part of it are taken along.
     """
     tensors = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
     prefix = _find_prefix(tensors, names)
     found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     parts = prefix.split(".")[:-1]
-    for depth in range(len(parts) - 1, -1, -1):
+    for depth in reversed(range(len(parts))):
         shorter = "".join(f"{part}." for part in parts[:depth])
-        missing = names - found.keys()
-        found |= {name: tensors[shorter + name] for name in missing if shorter + name in tensors}
+        found = {n: tensors[shorter + n] for n in names if shorter + n in tensors} | found
     return found, prefix
 
 
@@ -228,22 +212,17 @@ def _find_prefix(tensors: Mapping[str, torch.Tensor], names: set[str]) -> str:
     usual = [prefix for prefix in best if re.fullmatch(f"(?:{USUAL})*", prefix)]
     chosen = averaged or usual or best
     if len(chosen) > 1:
-        networks = ", ".join(f"'{prefix}'" for prefix in chosen)
-        raise MoeeError(
-            "weights of one network", f"several that fit, behind {networks}",
-            "save the one that is meant alone",
-        )  # fmt: skip
+        found = f"several that fit, behind {', '.join(map(repr, chosen))}"
+        raise MoeeError("weights of one network", found, "save the one that is meant alone")
     return chosen[0]
 
 
 def _resample(model: nn.Module, tensors: Tensors, source: str) -> Tensors:
-    """``tensors`` as timm's own filter for this architecture makes them fit, channels too."""
     fitted = _filter(model, tensors)
     for name, first in stated_modules(model, "first_conv").items():
         if isinstance(first, nn.Conv2d) and f"{name}.weight" in fitted:
             fitted[f"{name}.weight"] = _adapt(fitted[f"{name}.weight"], first.weight.shape[1])
-    changed = [n for n, t in fitted.items() if n in tensors and t.shape != tensors[n].shape]
-    if changed:
+    if changed := [n for n, t in fitted.items() if n in tensors and t.shape != tensors[n].shape]:
         shapes = (f"{n} {tuple(tensors[n].shape)} -> {tuple(fitted[n].shape)}" for n in changed[:3])
         tell(f"weights: resampled for this model's images: {', '.join(shapes)} ({source})")
     return fitted
@@ -272,23 +251,16 @@ def _adapt(weight: torch.Tensor, channels: int) -> torch.Tensor:
     return adapt_input_conv(channels, weight) if weight.shape[1] == 3 else weight
 
 
-@contextmanager
-def hub_access() -> Iterator[None]:
+def hub_access() -> AbstractContextManager[None]:
     """While open, the hub's client looks in its cache alone if the hub cannot be reached."""
-    before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or not _hub_answers()
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
+    return switched([hub], HF_HUB_OFFLINE=hub.HF_HUB_OFFLINE or not _hub_answers())
 
 
 def _hub_answers() -> bool:
     """Whether the hub can be reached; saves its client a minute of retries when it cannot."""
     if getproxies():
         return True
-    try:
+    with suppress(OSError):
         socket.create_connection((urlsplit(hub.ENDPOINT).hostname, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False

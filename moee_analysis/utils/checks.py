@@ -1,17 +1,15 @@
-"""Checks of settings, of all configurations and of the command line.
+"""Checks of settings, of all configurations and of the command line."""
 
-All raise a ``MoeeError`` that names the setting, where it has a ``name``.
-"""
-
-import operator
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
+from operator import ge, gt, le, lt
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moee_analysis.errors import MoeeError
 
 MOST = 10**9  # no count and no factor is larger, unless something was mistyped
+HOLDS = {"above": gt, "at least": ge, "below": lt, "at most": le}
 LAST_SEED = 2**32 - 1  # the largest that NumPy takes
 
 
@@ -42,21 +40,13 @@ def real_number(
     below: float | None = None,
     most: float | None = None,
 ) -> None:
-    """Refuse anything but a number within the bounds; infinity and NaN are within none.
-
-    ``above`` or ``least`` is given; without ``below`` and ``most``, a billion is the most.
-    """
+    """Refuse anything but a number within the bounds, by default up to a billion; NaN never is."""
     if below is None and most is None:
         most = MOST
-    bounds = [
-        ("above", operator.gt, above),
-        ("at least", operator.ge, least),
-        ("below", operator.lt, below),
-        ("at most", operator.le, most),
-    ]
-    bounds = [bound for bound in bounds if bound[2] is not None]
-    if not _is(Real, value) or not all(holds(value, bound) for _, holds, bound in bounds):
-        words = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
+    bounds = {"above": above, "at least": least, "below": below, "at most": most}
+    bounds = {word: bound for word, bound in bounds.items() if bound is not None}
+    if not _is(Real, value) or not all(HOLDS[word](value, bound) for word, bound in bounds.items()):
+        words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
         _refuse(name, f"a number {words}", value)
 
 

@@ -1,8 +1,7 @@
 """One extraction in many processes: whose images are whose, and sums over all of them.
 
-``torchrun --nproc-per-node N -m moee_analysis.cli extract ...`` starts them. Every process sees
-consecutive images, and all come to the same sums, hence to the same experts. Only sums travel, in
-float64 on the CPU. A process that fails ends, and torchrun ends the others.
+``torchrun --nproc-per-node N -m moee_analysis.cli extract ...`` starts them. All come to the same
+sums, in float64 on the CPU, hence to the same experts.
 """
 
 import os

@@ -1,8 +1,7 @@
 """Where this runs: the project's own folders, the store, versions, caches of the libraries.
 
-Some machines give libraries no home: they are read-only, or the user has no name. numba (behind
-UMAP) refuses to start without a cache, Jupyter without a home, and PyTorch's compiler without a
-user name. They are found one before they are imported, if they have none.
+On some machines the home is read-only, or the user has no name. numba (behind UMAP) refuses to
+start without a cache, Jupyter without a home, and PyTorch's compiler without a user name.
 """
 
 import getpass
@@ -76,10 +75,8 @@ def own_folder(name: str) -> Path:
     for folder in (_ROOMS.parent / name, _ROOMS / SHIPPED / name):
         if folder.is_dir():
             return folder
-    raise MoeeError(
-        f"the project's own folder '{name}' beside or inside the package", "neither",
-        "install the project again from a complete checkout",
-    )  # fmt: skip
+    expected = f"the project's own folder '{name}' beside or inside the package"
+    raise MoeeError(expected, "neither", "install the project again from a complete checkout")
 
 
 def store_folder() -> Path:
@@ -88,10 +85,8 @@ def store_folder() -> Path:
     try:
         return Path(named).expanduser() if named else Path(cache).expanduser() / PACKAGE
     except RuntimeError as error:
-        raise MoeeError(
-            "a place for the store", f"no home folder ({error})",
-            "set MOEE_STORE to a folder that can be written to",
-        ) from None  # fmt: skip
+        hint = "set MOEE_STORE to a folder that can be written to"
+        raise MoeeError("a place for the store", f"no home folder ({error})", hint) from None
 
 
 def nearest_folder(path: Path) -> Path:
@@ -104,10 +99,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def prepare_caches() -> None:
-    """Give libraries that cannot write their usual caches a private folder of the temporary one.
-
-    Variables that are set already stay as they are.
-    """
+    """Give libraries that cannot write their usual caches a private one, unless they are told."""
     with suppress(OSError):  # no temporary folder either: `moee doctor` and the caches say so
         if _in_home(".") is None:  # Jupyter asks where it is
             os.environ["HOME"] = str(_private_folder())
@@ -124,7 +116,7 @@ def prepare_caches() -> None:
 def spare_cores() -> None:
     """In a notebook, let threads that wait sleep: those that spin slow down whatever else runs.
 
-    OpenMP reads the variable when torch is imported; one that is set already stays as it is.
+    OpenMP reads the variable when torch is imported.
     """
     if "ipykernel" in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -137,10 +129,9 @@ def check_numba_cache() -> str:
         return named
     if not named and _numba_has_place():
         return "beside the libraries, or in the home folder"
-    raise MoeeError(
-        "a cache for numba, which UMAP needs", f"none to write to ({named or 'no home'})",
-        f"set {NUMBA} to a folder that can be written to, or cluster with --reduce pca",
-    )  # fmt: skip
+    found = f"none to write to ({named or 'no home'})"
+    hint = f"set {NUMBA} to a folder that can be written to, or cluster with --reduce pca"
+    raise MoeeError("a cache for numba, which UMAP needs", found, hint)
 
 
 def has_home() -> bool:

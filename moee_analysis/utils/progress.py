@@ -56,9 +56,8 @@ def progress(
 ) -> Iterator[T]:
     """Yield ``items`` and say how far along we are, and how much time is left.
 
-    A terminal and a notebook get a text bar, a headless notebook nothing, a plain log one line per
-    tenth of what takes longer than :data:`SHORT`. Bars appear after a ``delay`` in seconds, if they
-    have not ended by then. Of several processes the first one speaks.
+    A terminal and a notebook get a text bar, after a ``delay`` in seconds, a headless notebook
+    nothing, a plain log one line per tenth of what takes longer than :data:`SHORT`.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -112,12 +111,9 @@ def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
 
 
 def open_page(page: Path) -> bool:
-    """Open a ``page`` in the user's browser, and say whether that was possible.
-
-    Where there is no screen it is not tried: a browser in the terminal would take that over.
-    """
+    """Open a ``page`` in the user's browser, and say whether that was possible."""
     page = page.resolve()
-    displays = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    displays = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")  # else one may open in the terminal
     has_screen = sys.platform in ("win32", "darwin") or any(map(os.environ.get, displays))
     if has_screen and not is_headless() and webbrowser.open(page.as_uri()):
         return True

@@ -31,8 +31,7 @@ class Terminated(SystemExit):
 def ended_in_order() -> Iterator[None]:
     """While open, SIGTERM and SIGHUP end this process by :class:`Terminated`, which closes all.
 
-    These and Ctrl-C end it also where a library makes another error of them. Without effect
-    outside the main thread, where a program has handlers of its own, and under ``nohup``.
+    Without effect outside the main thread, where a program has own handlers, and under ``nohup``.
     """
     received: list[int] = []
 

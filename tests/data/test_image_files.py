@@ -187,18 +187,18 @@ def test_what_is_no_image_is_named_with_its_reason_and_count(photos):
 
 
 @pytest.mark.parametrize(("method", "name", "found"), [
-    ("iterdir", "bee", r"cannot be opened \(Permission denied\): bee"),
-    ("is_dir", "cwd", r"looked at \(Permission denied\): bee/cwd"),
+    ((os, "scandir"), "bee", r"cannot be opened \(Permission denied\): bee"),
+    ((Path, "is_file"), "cwd", r"looked at \(Permission denied\): bee/cwd"),
 ])  # fmt: skip
 def test_what_may_not_be_looked_at_is_named(photos, monkeypatch, method, name, found):
-    allowed = getattr(Path, method)
+    allowed = getattr(*method)
 
     def forbidden(path):
-        if path.name == name:
-            raise PermissionError(13, "Permission denied")
+        if Path(path).name == name:
+            raise PermissionError(13, "Permission denied", path)
         return allowed(path)
 
     (photos / "bee" / "cwd").touch()
-    monkeypatch.setattr(Path, method, forbidden)
+    monkeypatch.setattr(*method, forbidden)
     with pytest.warns(UserWarning, match=found):
         assert len(load_images(photos)) == (2 if name == "bee" else 3)

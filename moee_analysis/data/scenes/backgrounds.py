@@ -134,9 +134,7 @@ def _draw_shed(canvas: Canvas, rng: Draws, horizon: float) -> None:
     canvas.box("window", (70, 80, 95), x - wide * 0.5, top + 0.03, x - wide * 0.1, top + 0.07)
 
 
-Place = Callable[[Canvas, Draws], float]
-
-PLACES: dict[str, Place] = {
+PLACES: dict[str, Callable[[Canvas, Draws], float]] = {  # each returns the height of its horizon
     "open": _place_open,
     "street": _place_street,
     "meadow": _place_meadow,
@@ -144,8 +142,6 @@ PLACES: dict[str, Place] = {
     "under_water": _place_under_water,
     "air": _place_air,
 }
-"""Every kind of place; each paints itself and returns the height of its horizon."""
-
 CLUTTER = (_draw_cloud, _draw_hill, _draw_tree, _draw_stone, _draw_pole, _draw_shed)
 
 

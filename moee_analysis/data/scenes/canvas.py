@@ -13,17 +13,16 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 T = TypeVar("T")
 
-PARTS: tuple[str, ...] = (
+PARTS: tuple[str, ...] = (  # a pixel of value 10 in a part mask belongs to a PARTS[10], a wheel
     "sky", "cloud", "ground", "grass", "water", "hill", "foliage", "trunk", "rock", "pole",
     "wheel", "cab", "window", "body", "ladder", "hopper", "bed", "boom", "lamp",
     "fur", "ear", "eye", "muzzle", "tail", "fin", "beak", "wing", "engine", "rotor",
     "wall", "roof", "door", "cloth", "hull", "cap", "stem", "lava", "occluder",
 )  # fmt: skip
-"""Names of the values of a part mask: a pixel of value 10 belongs to a ``PARTS[10]``, a wheel."""
-
 PART_VALUES: dict[str, int] = {name: value for value, name in enumerate(PARTS)}
 SIDE = 64  # height and width of a finished picture in pixels
 SUPERSAMPLING = 2  # pictures are painted so many times larger and averaged down: smooth edges
+PIXELS = SIDE * SUPERSAMPLING
 
 _ANGLES = [2 * math.pi * step / 18 for step in range(18)]
 _UNIT_CIRCLE = [(math.cos(angle), math.sin(angle)) for angle in _ANGLES]
@@ -86,54 +85,46 @@ def shaded(colour: Colour, factor: float) -> Colour:
 class Pose:
     """Where an object stands: its own frame, about [-1, 1] x [-1, 1] with y down, to the picture.
 
-    Its centre (``x``, ``y``) and half its width (``scale``) are in pictures (0 is left or top, 1
-    right or bottom), its ``angle`` in radians; ``stretch`` is its width relative to its height,
-    negative to mirror it.
+    Its centre and half its width (``scale``) are in pictures (0 is left or top, 1 right or bottom),
+    its ``angle`` in radians; ``stretch`` is its width by its height, negative to mirror it.
     """
 
-    x: float = 0.5
-    y: float = 0.5
-    scale: float = 0.5
+    x: float
+    y: float
+    scale: float
     angle: float = 0.0
     stretch: float = 1.0
+
+    def place(self, points: Sequence[Point]) -> list[Point]:
+        """Points of the object's frame on the canvas, in pixels."""
+        cos, sin = (PIXELS * self.scale * turn(self.angle) for turn in (math.cos, math.sin))
+        a, b, left, top = cos * self.stretch, sin * self.stretch, self.x * PIXELS, self.y * PIXELS
+        return [(a * x - sin * y + left, b * x + cos * y + top) for x, y in points]
+
+
+WHOLE = Pose(0.0, 0.0, 1.0)
 
 
 class Canvas:
     """A picture and its part mask, painted together: every shape fills the same pixels in both."""
 
     def __init__(self) -> None:
-        self.pixels = SIDE * SUPERSAMPLING
-        self._image = Image.new("RGB", (self.pixels, self.pixels))
-        self._mask = Image.new("L", (self.pixels, self.pixels))
+        self._image = Image.new("RGBA", (PIXELS, PIXELS))  # the mask is the fourth channel
         self._paint = ImageDraw.Draw(self._image)
-        self._label = ImageDraw.Draw(self._mask)
-        self._set(Pose(0.0, 0.0, 1.0))
+        self._pose = WHOLE
 
     @contextmanager
     def posed(self, pose: Pose) -> Iterator[None]:
         """Paint in an object's own frame; outside, coordinates are in pictures, 0 to 1."""
-        self._set(pose)
+        self._pose = pose
         try:
             yield
         finally:
-            self._set(Pose(0.0, 0.0, 1.0))
-
-    def _set(self, pose: Pose) -> None:
-        scale = self.pixels * pose.scale
-        cos, sin = math.cos(pose.angle) * scale, math.sin(pose.angle) * scale
-        self._scale = scale
-        self._affine = (cos * pose.stretch, -sin, pose.x * self.pixels)
-        self._affine += (sin * pose.stretch, cos, pose.y * self.pixels)
-
-    def _place(self, points: Sequence[Point]) -> list[Point]:
-        a, b, c, d, e, f = self._affine
-        return [(a * x + b * y + c, d * x + e * y + f) for x, y in points]
+            self._pose = WHOLE
 
     def polygon(self, part: str, colour: Colour, *points: Point) -> None:
         """A filled polygon."""
-        placed = self._place(points)
-        self._paint.polygon(placed, fill=colour)
-        self._label.polygon(placed, fill=PART_VALUES[part])
+        self._paint.polygon(self._pose.place(points), fill=(*colour, PART_VALUES[part]))
 
     def pair(self, part: str, colour: Colour, *points: Point) -> None:
         """A polygon on the right and its mirror image on the left, which is painted first."""
@@ -156,15 +147,14 @@ class Canvas:
 
     def line(self, part: str, colour: Colour, *points: Point, width: float) -> None:
         """A line of the given width, at least one pixel of the finished picture."""
-        placed = self._place(points)
-        pixels = max(SUPERSAMPLING, round(width * self._scale))
-        self._paint.line(placed, fill=colour, width=pixels)
-        self._label.line(placed, fill=PART_VALUES[part], width=pixels)
+        pixels = max(SUPERSAMPLING, round(width * (PIXELS * self._pose.scale)))
+        fill = (*colour, PART_VALUES[part])
+        self._paint.line(self._pose.place(points), fill=fill, width=pixels)
 
     def picture(self) -> np.ndarray:
         """The picture at its final size, float32 [64, 64, 3], 0 to 255."""
-        return np.asarray(self._image.reduce(SUPERSAMPLING), dtype=np.float32)
+        return np.asarray(self._image.convert("RGB").reduce(SUPERSAMPLING), dtype=np.float32)
 
     def parts(self) -> np.ndarray:
         """The part mask at its final size, uint8 [64, 64], values index `PARTS`."""
-        return np.asarray(self._mask)[::SUPERSAMPLING, ::SUPERSAMPLING].copy()
+        return np.asarray(self._image)[::SUPERSAMPLING, ::SUPERSAMPLING, 3].copy()

@@ -28,8 +28,7 @@ def draw_goldfish(canvas: Canvas, rng: Draws) -> None:
 
 def _sitting(canvas: Canvas, rng: Draws, coat: Colour) -> None:
     """A sitting animal's trunk and paws."""
-    wide = rng.uniform(0.4, 0.55)
-    canvas.ellipse("fur", shaded(coat, 0.9), 0, 0.5, wide, 0.5)
+    canvas.ellipse("fur", shaded(coat, 0.9), 0, 0.5, rng.uniform(0.4, 0.55), 0.5)
     for x in (-0.2, 0.2):
         canvas.ellipse("fur", shaded(coat, 1.06), x, 0.85, 0.15, 0.17)
 
@@ -46,8 +45,7 @@ def draw_pug(canvas: Canvas, rng: Draws) -> None:
     dark = shaded(coat, rng.uniform(0.25, 0.5))
     canvas.disc("tail", shaded(coat, 0.8), 0.5, 0.35, 0.14)
     _sitting(canvas, rng, coat)
-    head = rng.uniform(0.46, 0.54)
-    canvas.ellipse("fur", coat, 0, -0.25, head, 0.45)
+    canvas.ellipse("fur", coat, 0, -0.25, rng.uniform(0.46, 0.54), 0.45)
     canvas.pair("ear", dark, (0.22, -0.66), (0.56, -0.52), (0.54, -0.2), (0.38, -0.38))
     canvas.line("fur", shaded(coat, 0.7), (-0.15, -0.5), (0, -0.44), (0.15, -0.5), width=0.04)
     canvas.ellipse("muzzle", dark, 0, -0.08, rng.uniform(0.24, 0.32), 0.2)
@@ -73,8 +71,7 @@ def draw_cat(canvas: Canvas, rng: Draws) -> None:
     for side in (-1, 1):
         whisker = ((side * 0.15, -0.08), (side * 0.6, -0.12))
         canvas.line("muzzle", (235, 235, 230), *whisker, width=0.02)
-    iris = rng.choice(((120, 170, 70), (215, 180, 60), (110, 160, 190)))
-    _eyes(canvas, iris, -0.3, 0.2, 0.1)
+    _eyes(canvas, rng.choice(((120, 170, 70), (215, 180, 60), (110, 160, 190))), -0.3, 0.2, 0.1)
 
 
 def draw_owl(canvas: Canvas, rng: Draws) -> None:
@@ -211,8 +208,7 @@ def _tower(canvas: Canvas, colour: Colour, halves: Point, ends: Point) -> None:
 
 def draw_windmill(canvas: Canvas, rng: Draws) -> None:
     """A tapered mill with a cap and four vanes at any angle."""
-    wall = rng.near_one(WALLS)
-    _tower(canvas, wall, (rng.uniform(0.34, 0.46), 0.22), (1.0, -0.3))
+    _tower(canvas, rng.near_one(WALLS), (rng.uniform(0.34, 0.46), 0.22), (1.0, -0.3))
     roof = rng.near_one(((90, 65, 55), (140, 65, 50), (70, 75, 85)))
     canvas.polygon("roof", roof, (-0.28, -0.28), (0, rng.uniform(-0.68, -0.55)), (0.28, -0.28))
     canvas.box("door", DARK, -0.1, 0.68, 0.1, 1.0)
@@ -220,8 +216,7 @@ def draw_windmill(canvas: Canvas, rng: Draws) -> None:
     reach, turn, vane = rng.uniform(0.65, 0.85), rng.unit(), rng.near((225, 215, 195), 40)
     for dx, dy in ((1, turn), (-turn, 1), (-1, -turn), (turn, -1)):
         size = reach / (1 + turn**2) ** 0.5
-        tip = (dx * size, -0.32 + dy * size)
-        canvas.line("rotor", vane, (0, -0.32), tip, width=0.1)
+        canvas.line("rotor", vane, (0, -0.32), (dx * size, -0.32 + dy * size), width=0.1)
 
 
 def draw_tent(canvas: Canvas, rng: Draws) -> None:

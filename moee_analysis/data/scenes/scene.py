@@ -18,7 +18,7 @@ import PIL
 from moee_analysis.data.scenes import nature, vehicles
 from moee_analysis.data.scenes.backgrounds import OCCLUDERS, PLACES, draw_clutter, draw_sky
 from moee_analysis.data.scenes.canvas import PARTS, SIDE, Canvas, Draws, Pose
-from moee_analysis.errors import MoeeError
+from moee_analysis.utils.checks import one_of, whole_number
 
 __all__ = [
     "CLASSES", "FAMILIES", "PARTS", "SPLIT_SEEDS", "SPLIT_SIZES", "Scene", "edition", "render",
@@ -62,11 +62,8 @@ _KINDS: dict[str, _Kind] = {
     "mushroom": _Kind(nature.draw_mushroom, "plant", ("meadow", "open")),
 }
 
-CLASSES: tuple[str, ...] = tuple(_KINDS)
-"""Class names; a scene's label is an index into them."""
-
+CLASSES: tuple[str, ...] = tuple(_KINDS)  # a scene's label is an index into them
 FAMILIES: dict[str, str] = {name: kind.family for name, kind in _KINDS.items()}
-"""Family of each class. The trucks share cab and wheels and differ in body and fittings."""
 
 # A scene belongs to exactly one split
 SPLIT_SEEDS: dict[str, int] = {"train": 11, "calibration": 22, "evaluation": 44}
@@ -99,11 +96,8 @@ def edition() -> str:
 
 def scene(split: str, index: int) -> Scene:
     """Scene ``index`` of a split, if there is one."""
-    if split not in SPLIT_SEEDS:
-        raise MoeeError(f"a split among {', '.join(SPLIT_SEEDS)}", repr(split), "name one of them")
-    size = SPLIT_SIZES[split]
-    if not 0 <= index < size:
-        raise MoeeError(f"an index from 0 to {size - 1}", str(index), f"'{split}' ends there")
+    one_of("a split", split, SPLIT_SEEDS)
+    whole_number(f"index in '{split}'", index, least=0, most=SPLIT_SIZES[split] - 1)
     return render(SPLIT_SEEDS[split], index)
 
 
@@ -122,15 +116,12 @@ def render(seed: int, index: int, *, label: int | None = None) -> Scene:
 def _compose(canvas: Canvas, rng: Draws, kind: _Kind) -> None:
     """Paint from back to front: sky, place, clutter, bystander, object, occluders."""
     draw_sky(canvas, rng)
-    usual = rng.chance(USUAL_PLACE)
-    place = rng.choice(kind.places if usual else tuple(PLACES))
-    horizon = PLACES[place](canvas, rng)
-    draw_clutter(canvas, rng, horizon)
+    place = rng.choice(kind.places if rng.chance(USUAL_PLACE) else tuple(PLACES))
+    draw_clutter(canvas, rng, PLACES[place](canvas, rng))
     pose = _draw_pose(rng, kind, rng.uniform(*SCALES))
     if rng.chance(BYSTANDERS):
         other = rng.choice([one for one in _KINDS.values() if one is not kind])
-        share = rng.uniform(*BYSTANDER_SHARES)
-        with canvas.posed(_draw_pose(rng, other, pose.scale * share)):
+        with canvas.posed(_draw_pose(rng, other, pose.scale * rng.uniform(*BYSTANDER_SHARES))):
             other.draw(canvas, rng)
     with canvas.posed(pose):
         kind.draw(canvas, rng)

@@ -51,13 +51,6 @@ def draw_fire_engine(canvas: Canvas, rng: Draws) -> None:
         x = -0.92 + step * 0.42
         canvas.box("body", shaded(paint, 0.72), x, top + 0.08, x + 0.32, 0.08)
     draw_cab(canvas, rng, paint, back, 1.0)
-    _ladder(canvas, rng, top)
-    if rng.chance(0.7):
-        _beacon(canvas, rng, back + 0.2)
-    draw_wheels(canvas, rng, (-0.6, 0.7), rng.uniform(0.15, 0.2))
-
-
-def _ladder(canvas: Canvas, rng: Draws, top: float) -> None:
     steel, lift = rng.near((195, 195, 190), 40), rng.uniform(0, 0.3)
     low, high = (-1.0, top - 0.05), (0.75, top - 0.05 - lift)
     for rail in (0.0, -0.12):
@@ -67,6 +60,9 @@ def _ladder(canvas: Canvas, rng: Draws, top: float) -> None:
         x = low[0] + (high[0] - low[0]) * step / 7
         y = low[1] + (high[1] - low[1]) * step / 7
         canvas.line("ladder", steel, (x, y), (x, y - 0.12), width=0.025)
+    if rng.chance(0.7):
+        _beacon(canvas, rng, back + 0.2)
+    draw_wheels(canvas, rng, (-0.6, 0.7), rng.uniform(0.15, 0.2))
 
 
 def draw_garbage_truck(canvas: Canvas, rng: Draws) -> None:
@@ -144,8 +140,7 @@ def draw_plane(canvas: Canvas, rng: Draws) -> None:
     far = rng.uniform(-0.55, -0.3)
     wing = ((0.15, -0.05), (-0.2, far), (-0.35, far), (-0.2, -0.05))
     canvas.polygon("wing", shaded(paint, 0.7), *wing)
-    thick = rng.uniform(0.11, 0.17)
-    canvas.ellipse("body", paint, 0, 0, 1.0, thick)
+    canvas.ellipse("body", paint, 0, 0, 1.0, rng.uniform(0.11, 0.17))
     canvas.box("window", rng.near_one(GLASS), -0.55, -0.06, 0.62, -0.01)
     canvas.polygon("window", (50, 60, 75), (0.78, -0.07), (0.9, -0.04), (0.88, 0), (0.78, 0))
     near = rng.uniform(0.3, 0.6)

@@ -1,7 +1,6 @@
 """Checksums of stored files, so that damage is seen before it is used.
 
-A folder is sealed by a file that lists its files with their hashes; a file of tensors carries the
-checksum of its own content.
+A folder is sealed by a list of its files with their hashes; a file of tensors carries its own.
 """
 
 import hashlib
@@ -56,14 +55,11 @@ def damage_of(folder: Path) -> str:
         return f"what belongs to '{content['name']}'"
     written = content["files"]
     try:
-        strange = sorted(_names(folder) ^ written.keys())
-        if strange:
+        if strange := sorted(_names(folder) ^ written.keys()):
             return f"files that are missing or do not belong there: {', '.join(strange[:3])}"
         hashes = _hashes(folder)
-    except MoeeError as error:
-        return error.found
-    except OSError as error:
-        return str(error)
+    except (MoeeError, OSError) as error:
+        return getattr(error, "found", str(error))
     return ", ".join(f"{name} has changed" for name in written if hashes[name] != written[name])
 
 

@@ -21,12 +21,12 @@ LARGEST_TEXT = 1 << 28  # bytes; nothing here writes more
 def check_file(path: Path, *, expected: str, hint: str = "check the path") -> None:
     """Refuse a path at which there is no regular file; nothing is read, so nothing waits."""
     try:
-        there = path.is_file()
+        if path.is_file():
+            return
         odd = next((words for kind, words in ODD.items() if getattr(path, kind)()), "no such file")
     except (OSError, ValueError) as error:
-        there, odd = False, str(error)
-    if not there:
-        raise MoeeError(expected, f"{odd} at '{path}'", hint)
+        odd = str(error)
+    raise MoeeError(expected, f"{odd} at '{path}'", hint)
 
 
 def read_text(path: Path, *, expected: str, hint: str = "check the path") -> str:
@@ -72,8 +72,8 @@ def write_text(path: Path, text: str) -> None:
 def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
     """Give a temporary file that becomes ``path`` on success and vanishes on failure.
 
-    An older file stays untouched until the new one is complete, of about ``wanted`` bytes, and
-    flushed to the disk. A folder that is missing, full or closed raises a ``MoeeError``.
+    An older file stays until the new one, of about ``wanted`` bytes, is flushed to the disk. A
+    folder that is missing, full or closed raises a ``MoeeError``.
     """
     touch = partial(Path.touch, mode=0o600, exist_ok=False)
     prefix = path.with_name(temporary_prefix(path.name))

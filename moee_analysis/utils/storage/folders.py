@@ -24,40 +24,35 @@ make_folder = partial(Path.mkdir, mode=0o700)
 def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator[Path]:
     """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
 
-    An older ``final`` stays untouched until the new one is complete and flushed to the disk, and
-    for good without ``replace``. ``hint`` says in a ``MoeeError`` what to do where no folder can
-    be made, or the disk is full.
+    An older ``final`` stays until the new one is flushed to the disk, and for good without
+    ``replace``. A place that is full or closed raises a ``MoeeError`` with the ``hint``.
     """
     final = Path(final).resolve()
-    with ExitStack() as stack:
-        with writing(final, hint=hint):
-            final.parent.mkdir(parents=True, exist_ok=True)
-            _restore(final)
-            prefix = final.with_name(temporary_prefix(final.name))
-            new = stack.enter_context(temporary(prefix, make_folder))
-        with writing(final, hint=hint, new=new):
-            yield new
-            flush_all(new)
-            new.chmod(0o755)  # others may read it, also where a library lets its owner alone
-            for path in filter(Path.is_file, new.iterdir()):
-                path.chmod(0o644)
-            if replace:
-                _replace(new, final)
-            else:
-                try:
-                    new.rename(final)
-                except OSError:  # unless another process was first with the same content
-                    if not final.is_dir():
-                        raise
-            flush(final.parent)
+    refusing = partial(writing, final, hint=hint)
+    with refusing():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _restore(final)
+    prefix = final.with_name(temporary_prefix(final.name))
+    with refusing(), temporary(prefix, make_folder) as new, refusing(new=new):
+        yield new
+        flush_all(new)
+        new.chmod(0o755)  # others may read it, also where a library lets its owner alone
+        for path in filter(Path.is_file, new.iterdir()):
+            path.chmod(0o644)
+        if replace:
+            _replace(new, final)
+        else:
+            try:
+                new.rename(final)
+            except OSError:  # unless another process was first with the same content
+                if not final.is_dir():
+                    raise
+        flush(final.parent)
 
 
 @contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
-    """Give a folder for intermediate results, gone when this is closed, as by SIGTERM.
-
-    Folders of this ``kind`` that killed processes have left go too.
-    """
+    """Give a folder for intermediate results, gone when this is closed, as by SIGTERM."""
     try:
         prefix = Path(tempfile.gettempdir()) / f"moee-{kind}-"
     except FileNotFoundError as error:

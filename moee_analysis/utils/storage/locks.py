@@ -63,8 +63,7 @@ def _remove_and_let_go(path: Path, lock: int) -> None:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a file or folder as its only process, as long as this is open.
 
-    An OSError: nothing is there, also after waiting; without ``wait`` also where another process
-    holds it, or the file system has no locks.
+    An OSError: it is not there, or no longer; without ``wait`` also: held, or no locks are known.
     """
     handle = os.open(path, READ)
     try:

@@ -28,8 +28,7 @@ def writing(
 ) -> Iterator[None]:
     """While open, a disk's refusal to write ``place`` becomes a ``MoeeError`` in one line.
 
-    It names the size, which is ``wanted`` bytes (0: nobody knows), or so far that of ``new``, the
-    temporary folder that will be there.
+    It names the size: ``wanted`` bytes (0: nobody knows), or that of the temporary folder ``new``.
     """
     try:
         yield
@@ -44,7 +43,9 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
 
     ``wanted`` is a size, in words.
     """
-    code, place = _code(error), _final_name(place)
+    # something in a temporary file or folder is called by the path that it will have
+    place = Path(re.sub(rf"(?<=/)\.([^/]+){OURS}{RANDOM}(?=/|$)", r"\1", str(place)))
+    code = _code(error)
     if code in FULL:
         room, above = f"{wanted} of room" if wanted else "room", nearest_folder(place)
         free = f"{bytes_text(shutil.disk_usage(above).free)} free in '{above}'"
@@ -53,11 +54,6 @@ def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") 
     if code in REFUSED and _concerns(error, place):
         return MoeeError(f"a place to write '{place}'", str(error), hint or ANOTHER_PLACE)
     return None
-
-
-def _final_name(place: Path) -> Path:
-    """The path that something in a temporary file or folder will have."""
-    return Path(re.sub(rf"(?<=/)\.([^/]+){OURS}{RANDOM}(?=/|$)", r"\1", str(place)))
 
 
 def _concerns(error: Exception, place: Path) -> bool:

@@ -1,8 +1,7 @@
 """The content-keyed store: folders that are complete or absent, found again by their key.
 
-Every folder carries checksums of its files. A damaged one is named, set aside, and made again.
-A process holds a lock, which others may share, on the checksums of the folders that it used last,
-so that none is removed under its hands.
+A folder that differs from its checksums is named, set aside, and made again. A process holds a
+lock, which others may share, on the checksums of those that it used last: none is removed then.
 """
 
 import fcntl
@@ -47,8 +46,7 @@ def get_or_build(
 ) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill it first if it is absent.
 
-    A failure leaves nothing behind. ``about`` are facts for a list of the store. One process builds
-    at a time, others wait.
+    A failure leaves nothing behind, and one process builds at a time. ``about`` are facts to list.
     """
     final, turn = root / name, root / f".{name}{WAITING}"
     with writing(final, hint=ELSEWHERE):
@@ -57,24 +55,20 @@ def get_or_build(
         with held_folder(turn):
             try:
                 if not present(final):  # not made by a process that was waited for
-                    _build(final, build, about)
+                    with new_folder(final, replace=False, hint=ELSEWHERE) as new:
+                        build(new)
+                        seal(new, name, about)
+                    _check_written(final)
             finally:
                 remove(turn)
     return final
-
-
-def _build(final: Path, build: Build, about: Mapping[str, Any] | None) -> None:
-    with new_folder(final, replace=False, hint=ELSEWHERE) as new:
-        build(new)
-        seal(new, final.name, about)
-    _check_written(final)
 
 
 def get_or_resume(root: Path, name: str, build: Build) -> Path:
     """Return the folder ``root/name``, letting ``build(folder)`` fill or finish it if it is absent.
 
     ``build`` must see for itself which files of a killed process are whole; after a ``MoeeError``
-    none is left. One process builds at a time, others wait.
+    none is left.
     """
     final, unfinished = root / name, unfinished_folder(root / name)
     if not present(final):
@@ -115,8 +109,7 @@ def present(folder: Path) -> bool:
         seen = folder.lstat()
     except (OSError, ValueError):  # also a name that is too odd
         return False
-    damage = damage_of(folder)
-    if damage:
+    if damage := damage_of(folder):
         set_aside(folder, damage, seen=seen)
         return False
     with suppress(OSError):
@@ -125,10 +118,7 @@ def present(folder: Path) -> bool:
 
 
 def set_aside(folder: Path, damage: str, *, seen: os.stat_result) -> None:
-    """Rename a folder that is damaged, so that it is made again, and say so.
-
-    One that is no longer the one that was ``seen`` stays: another process has made it again.
-    """
+    """Rename a damaged folder, so that it is made again, unless it is not what was ``seen``."""
     aside = folder.with_name(ASIDE + folder.name.lstrip("."))
     tell(f"'{folder}' is damaged ({damage}): set aside as '{aside.name}', and made again")
     with writing(folder, hint=ELSEWHERE), suppress(FileNotFoundError):
@@ -139,10 +129,8 @@ def set_aside(folder: Path, damage: str, *, seen: os.stat_result) -> None:
 
 def _check_written(final: Path) -> None:
     if not present(final):
-        raise MoeeError(
-            f"'{final}' as it was just written", "another content",
-            "look after that disk, or name another folder for the store: --store DIR",
-        )  # fmt: skip
+        hint = "look after that disk, or name another folder for the store: --store DIR"
+        raise MoeeError(f"'{final}' as it was just written", "another content", hint)
 
 
 def check_writable(root: Path) -> None:
@@ -159,7 +147,7 @@ def check_writable(root: Path) -> None:
 def use(folder: Path) -> None:
     """Keep a folder of a store from being removed until this process ends, or has used many others.
 
-    Temporary files of killed processes go from a store when a process first uses it.
+    At the first use of a store, what killed processes have left there goes.
     """
     for names in _COLLECTIONS.get():
         names.append(folder.name)

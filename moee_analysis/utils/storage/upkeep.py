@@ -27,8 +27,7 @@ OTHERS = rf"sums-{KEY}-{KEY}|\.{SEALED}{UNFINISHED}|{ASIDE}{SEALED}({UNFINISHED}
 class Entry:
     """A folder of a store: its ``size`` in bytes, and when it was ``used`` last, in seconds.
 
-    ``kind`` is the first word of its name, "damaged" or "unfinished". A run has a ``title`` and the
-    names of the folders it was made of.
+    ``kind`` is the first word of its name, "damaged" or "unfinished". A run has a ``title``.
     """
 
     path: Path
@@ -36,7 +35,7 @@ class Entry:
     size: int
     used: float
     title: str = ""
-    uses: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()  # names of the folders that a run was made of
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,7 @@ class Pruned:
 
 
 def entries(root: Path) -> list[Entry]:
-    """All folders of the store ``root``, those that were not used for longest first.
-
-    Whatever else lies there, in a folder that was not made for a store alone, is left out.
-    """
+    """All folders of the store ``root``, and nothing else there, the one used last at the end."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         with suppress(OSError):  # removed meanwhile
@@ -95,9 +91,9 @@ def shares(found: Iterable[Entry]) -> tuple[list[Share], list[Entry]]:
 
 
 def prune(root: Path, most: float) -> Pruned:
-    """Remove folders of a store until it holds ``most`` bytes at most; damaged ones go first.
+    """Remove folders that are not in use until a store holds at most ``most`` bytes.
 
-    Then go those that were not used for longest. Folders that a running process uses stay.
+    Damaged ones go first, then those that were not used for longest.
     """
     found = entries(root)
     left, in_use, removed = sum(entry.size for entry in found), 0, []
