@@ -1,7 +1,6 @@
 """Tables and routes as JSON, and back again to the last bit."""
 
 import base64
-from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -10,58 +9,16 @@ import pandas as pd
 from moee_analysis.measure.routing.routes import Routes
 
 
-@singledispatch
 def encode(value: Any) -> Any:
     """Return ``value`` in plain JSON values; a TypeError: it is none of those that can be kept."""
+    if isinstance(value, list):
+        return [encode(each) for each in value]
+    for name, (kind, parts_of, _) in KINDS.items():
+        if isinstance(value, kind):
+            return {name: encode(parts_of(value))}
     if isinstance(value, str | int | None):
         return value
     raise TypeError(f"{type(value).__name__} is not kept")
-
-
-@encode.register
-def _(value: float) -> Any:
-    return {"float": float(value).hex()}  # JSON knows neither nan nor what is infinite
-
-
-@encode.register
-def _(value: np.generic) -> Any:
-    return {"scalar": encode(np.asarray(value))}
-
-
-@encode.register
-def _(value: np.ndarray) -> Any:
-    if value.dtype == object:
-        return {"objects": [encode(each) for each in value]}
-    text = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-    return {"bytes": text, "dtype": value.dtype.str, "shape": list(value.shape)}
-
-
-@encode.register
-def _(value: list) -> Any:
-    return [encode(each) for each in value]
-
-
-@encode.register
-def _(value: tuple) -> Any:
-    return {"tuple": [encode(each) for each in value]}
-
-
-@encode.register
-def _(value: dict) -> Any:
-    return {"items": [[encode(key), encode(each)] for key, each in value.items()]}
-
-
-@encode.register
-def _(value: Routes) -> Any:
-    return {"routes": encode(vars(value))}
-
-
-@encode.register
-def _(value: pd.DataFrame) -> Any:
-    if not value.index.equals(pd.RangeIndex(len(value))) or value.columns.nlevels > 1:
-        raise TypeError("a table whose rows have names is not kept")
-    columns = [[name, str(each.dtype), encode(each.to_numpy())] for name, each in value.items()]
-    return {"table": columns, "attrs": encode(value.attrs)}
 
 
 def decode(content: Any) -> Any:
@@ -70,36 +27,47 @@ def decode(content: Any) -> Any:
         return [decode(each) for each in content]
     if not isinstance(content, dict):
         return content
-    kind, inside = next(iter(content.items()))
-    return DECODE[kind](inside, content)
+    ((name, parts),) = content.items()
+    return KINDS[name][2](decode(parts))
 
 
-def _decode_table(columns: list, content: dict[str, Any]) -> pd.DataFrame:
-    table = pd.DataFrame({name: decode(values) for name, _, values in columns})
+def _array_parts(array: np.ndarray) -> list:
+    flat = array.ravel()
+    content = list(flat) if array.dtype == object else base64.b64encode(flat.tobytes()).decode()
+    return [array.dtype.str, list(array.shape), content]
+
+
+def _make_array(parts: list) -> np.ndarray:
+    dtype, shape, content = parts
+    if isinstance(content, str):
+        return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
+    array = np.empty(len(content), dtype)
+    array[:] = content
+    return array.reshape(shape)
+
+
+def _table_parts(table: pd.DataFrame) -> list:
+    if not table.index.equals(pd.RangeIndex(len(table))) or table.columns.nlevels > 1:
+        raise TypeError("a table whose rows have names is not kept")
+    columns = [[name, str(each.dtype), each.to_numpy()] for name, each in table.items()]
+    return [columns, table.attrs]
+
+
+def _make_table(parts: list) -> pd.DataFrame:
+    columns, attrs = parts
+    table = pd.DataFrame({name: values for name, _, values in columns})
     table = table.astype({name: dtype for name, dtype, _ in columns})
-    table.attrs = decode(content["attrs"])
+    table.attrs = attrs
     return table
 
 
-def _decode_objects(values: list, _: dict[str, Any]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = [decode(each) for each in values]
-    return array
-
-
-def _decode_array(text: str, content: dict[str, Any]) -> np.ndarray:
-    flat = np.frombuffer(base64.b64decode(text), content["dtype"])
-    return flat.reshape(content["shape"]).copy()
-
-
-DECODE = {
-    "table": _decode_table,
-    "routes": lambda inside, _: Routes(**decode(inside)),
-    "objects": _decode_objects,
-    "bytes": _decode_array,
-    "scalar": lambda inside, _: decode(inside)[()],
-    "items": lambda inside, _: {decode(key): decode(each) for key, each in inside},
-    "tuple": lambda inside, _: tuple(map(decode, inside)),
-    "float": lambda inside, _: float.fromhex(inside),
+KINDS = {
+    "table": (pd.DataFrame, _table_parts, _make_table),
+    "routes": (Routes, vars, lambda fields: Routes(**fields)),
+    "array": (np.ndarray, _array_parts, _make_array),
+    "scalar": (np.generic, np.asarray, lambda array: array[()]),
+    "items": (dict, lambda value: [list(pair) for pair in value.items()], dict),
+    "tuple": (tuple, list, tuple),
+    "float": (float, float.hex, float.fromhex),  # JSON knows neither nan nor what is infinite
 }
-"""By its first key, what makes a value of JSON."""
+"""What is no value of JSON, by name: its type, what it is made of, and how it is made of that."""

@@ -6,7 +6,7 @@ A measure is the same where its code, its versions and all that it is given are 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, partial, singledispatch, wraps
 from pathlib import Path
@@ -23,7 +23,7 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.fingerprints import fingerprint, hash_weights
 from moee_analysis.report.notebook.encoding import decode, encode
 from moee_analysis.utils.environment import describe_device, versions
-from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.storage.files import checksum, write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
 QUICK = 0.3  # seconds below which a result is not kept
@@ -83,9 +83,7 @@ def identify(value: Any) -> Any:
         named = {each.name: getattr(value, each.name) for each in fields(value)}
         own = {name: identify(part) for name, part in named.items() if name not in PLACES}
         return [type(value).__qualname__, own]
-    if isinstance(value, str | int | float | None):
-        return value
-    raise TypeError(f"{type(value).__name__} is not told from others")
+    return encode(value)
 
 
 @identify.register
@@ -93,10 +91,8 @@ def _(value: Mapping) -> Any:
     return [[identify(key), identify(each)] for key, each in value.items()]
 
 
-@identify.register(list)
-@identify.register(tuple)
-@identify.register(range)
-def _(value: Sequence) -> Any:
+@identify.register
+def _(value: list | tuple | range) -> Any:
     return [identify(each) for each in value]
 
 
@@ -106,50 +102,30 @@ def _(value: ImageSet) -> Any:
 
 
 @identify.register
-def _(value: nn.Module) -> Any:
-    if any(each._forward_hooks or each._forward_pre_hooks for each in value.modules()):
-        raise TypeError("hooks, as of a knock-out, are not told from others")
-    if not hasattr(value, "pretrained_cfg"):
-        return _identify_part(value)
-    device = describe_device(str(next(value.parameters()).device))  # times are those of a machine
-    return [fingerprint(value), device]
-
-
-def _identify_part(module: nn.Module) -> Any:
-    """What tells a part of a network, such as a router: its tensors, and plain settings."""
-    plain = (bool, int, float, str, tuple)
-    settings = {
-        name: [
-            type(each).__qualname__,
-            str({k: v for k, v in vars(each).items() if isinstance(v, plain)}),
-        ]
-        for name, each in module.named_modules()
-    }
-    return [hash_weights(module), settings]
-
-
-@identify.register
 def _(value: Extraction) -> Any:
     return [identify(value.model), identify(value.config), identify(value.layers)]
 
 
 @identify.register
-def _(value: np.ndarray) -> Any:
-    return _hash(encode(value))
+def _(value: np.ndarray | pd.DataFrame) -> Any:
+    return checksum(encode(value.reset_index() if isinstance(value, pd.DataFrame) else value))
 
 
 @identify.register
-def _(value: np.generic) -> Any:
-    return value.item()
+def _(value: nn.Module) -> Any:
+    if any(each._forward_hooks or each._forward_pre_hooks for each in value.modules()):
+        raise TypeError("hooks, as of a knock-out, are not told from others")
+    if hasattr(value, "pretrained_cfg"):
+        device = str(next(value.parameters()).device)  # times are those of a machine
+        return [fingerprint(value), describe_device(device)]
+    # a part of a network, such as a router: its tensors, and plain settings
+    settings = {name: _settings_of(each) for name, each in value.named_modules()}
+    return [hash_weights(value), settings]
 
 
-@identify.register
-def _(value: pd.DataFrame) -> Any:
-    return _hash(encode(value.reset_index()))
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _settings_of(module: nn.Module) -> list[str]:
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | tuple)}
+    return [type(module).__qualname__, str(plain)]
 
 
 @cache
