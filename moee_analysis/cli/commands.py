@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import moee_analysis as moee
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config import preset_named, recipe_named
 from moee_analysis.utils.environment import store_folder
 from moee_analysis.utils.storage.files import new_file, write_json
 
@@ -29,9 +31,7 @@ Command = Callable[[Namespace], int]
 
 def extract(arguments: Namespace) -> int:
     """Take a model apart and save the run."""
-    import moee_analysis as moee
     from moee_analysis.cli import printing
-    from moee_analysis.extraction.config import recipe_named
     from moee_analysis.extraction.run import check_target
     from moee_analysis.models.class_names import name_by_folders
     from moee_analysis.utils.distributed import local_device, rank, together
@@ -61,7 +61,6 @@ def extract(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """Compare a run with its dense model."""
-    import moee_analysis as moee
     from moee_analysis.cli import printing
     from moee_analysis.measure.evaluation.evaluate import evaluate as evaluate_run
 
@@ -76,7 +75,6 @@ def evaluate(arguments: Namespace) -> int:
 
 def finetune(arguments: Namespace) -> int:
     """Train a run towards its dense model."""
-    import moee_analysis as moee
     from moee_analysis.cli import printing
     from moee_analysis.models.loading import check_device
     from moee_analysis.utils.distributed import local_device, rank, together
@@ -102,10 +100,8 @@ def finetune(arguments: Namespace) -> int:
 
 def compare(arguments: Namespace) -> int:
     """Set all systems side by side."""
-    import moee_analysis as moee
     from moee_analysis.baselines.registry import systems_named
     from moee_analysis.cli import printing
-    from moee_analysis.extraction.config import preset_named
     from moee_analysis.measure.evaluation.comparison import Contest, comparison_table
     from moee_analysis.measure.evaluation.comparison import compare as compare_systems
     from moee_analysis.models.class_names import name_by_folders
@@ -133,7 +129,6 @@ def compare(arguments: Namespace) -> int:
 
 def atlas(arguments: Namespace) -> int:
     """Write the atlas of a run's experts."""
-    import moee_analysis as moee
     from moee_analysis.models.loading import check_device
     from moee_analysis.report.atlas import write_atlas
     from moee_analysis.utils.progress import open_page, tell
@@ -161,9 +156,8 @@ def report(arguments: Namespace) -> int:
     from moee_analysis.report.notebook.parameters import check_report
     from moee_analysis.report.pages.site import INDEX
     from moee_analysis.report.runner import run_notebooks
-    from moee_analysis.report.runner.check_parameters import check_parameters
-    from moee_analysis.report.runner.choose import own_notebooks
-    from moee_analysis.report.summary.summary import gates_met
+    from moee_analysis.report.runner.choose import check_parameters, own_notebooks
+    from moee_analysis.report.summary.summary import read_summary
     from moee_analysis.utils.progress import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
@@ -178,7 +172,8 @@ def report(arguments: Namespace) -> int:
         open_page(arguments.out / INDEX)
     if not all(outcome.ok for outcome in outcomes):
         return 1
-    return BELOW if arguments.fail_under and not gates_met(arguments.out) else 0
+    gates = read_summary(arguments.out)["gates"] if arguments.fail_under else []
+    return 0 if all(gate["met"] for gate in gates) else BELOW
 
 
 def store(arguments: Namespace) -> int:
@@ -234,7 +229,6 @@ def _model(arguments: Namespace, device: str) -> nn.Module:
 
 def _run(arguments: Namespace, images: ImageSet) -> Extraction:
     """The run, with the names of its classes that are given, or those of the class folders."""
-    import moee_analysis as moee
     from moee_analysis.models.class_names import name_by_folders, read_class_names
 
     run = moee.load(arguments.run)

@@ -57,7 +57,6 @@ VERDICTS = {
 class Bench:
     """One notebook's model, images, extraction and results, each made when first asked for."""
 
-    name: str
     parameters: Parameters
     results: Results
     started: float = field(default_factory=time.monotonic)
@@ -130,12 +129,12 @@ class Bench:
 
     def choose_layers(self, default: Sequence[int]) -> list[int]:
         """Return the layers to show: the parameter ``layers``, or ``default`` if it is empty."""
-        layers, n_layers = self.parameters.layers or default, len(models.find_mlps(self.dense))
-        beyond = [layer for layer in layers if layer >= n_layers]
+        layers, count = list(self.parameters.layers or default), len(models.find_mlps(self.dense))
+        beyond = [layer for layer in layers if layer >= count]
         if beyond:
-            expected = f"layers from 0 to {n_layers - 1} of this model"
+            expected = f"layers from 0 to {count - 1} of this model"
             raise MoeeError(expected, str(beyond), "correct 'layers'")
-        return list(layers)
+        return layers
 
     def choose_classes(self, default: Sequence[int | str]) -> list[int]:
         """Return the model's class indices to show: the parameter ``classes``, or ``default``.
@@ -159,14 +158,14 @@ class Bench:
     def choose_among(self, preferred: Sequence[str], *, count: int) -> list[int]:
         """Return class indices to show: the parameter ``classes``, or ``count`` of the images' own.
 
-        Those of ``preferred`` that the images show come first, then others of the images.
+        Those of ``preferred`` that the images show come first.
         """
         if self.parameters.classes:
             return self.choose_classes(())
         labels = models.class_labels(self.dense)
         shown = list(dict.fromkeys(self.images.labels(self.dense).tolist()))
         liked = [index for name in preferred for index in shown if labels[index] == name]
-        return [*liked, *(index for index in shown if index not in liked)][:count]
+        return list(dict.fromkeys([*liked, *shown]))[:count]
 
     def record(self, key: str, value: Any) -> None:
         """Keep a number (or text, list, mapping) as ``values.<key>``; NaN is kept as null."""
@@ -175,9 +174,9 @@ class Bench:
     def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Keep ``table`` as ``tables/<name>.csv`` and return it, to be shown."""
         facts = {"rows": len(table), "columns": list(map(str, table.columns))}
+        facts["caption"] = table.attrs.get("caption") or None
         content = table.to_csv(index=not is_plain_index(table)).encode()
-        caption = table.attrs.get("caption") or None
-        self.results.keep("tables", name, "csv", content, **facts, caption=caption)
+        self.results.keep("tables", name, "csv", content, **facts)
         return table
 
     def figure(
@@ -209,11 +208,10 @@ class Bench:
     ) -> Figure:  # fmt: skip
         """Keep ``table`` and the figure that ``plot`` makes of it; return the figure, to be shown.
 
-        ``facts`` are those of :meth:`caption`, which stands below the figure, before the caption of
-        the table; ``options`` go to ``plot``. The finding is the plot's own sentence.
+        ``facts`` are those of :meth:`caption`, which stands below the figure, before the table's
+        own; ``options`` go to ``plot``.
         """
-        finding = plots.describe(plot, table)
-        caption = self.caption(**facts)
+        finding, caption = plots.describe(plot, table), self.caption(**facts)
         below = ". ".join(filter(None, (caption, table.attrs.get("caption"))))
         fig = plot(self.table(name, table), caption=below, **(options or {}))
         return self.figure(name, fig, finding=finding, caption=caption, cover=cover)
@@ -224,13 +222,8 @@ class Bench:
         return Markdown(in_words(self.results.content["headline"]))
 
     def claim(
-        self,
-        statement: str,
-        found: str,
-        holds: bool | None,  # noqa: FBT001
-        *,
-        ours: bool = False,
-    ) -> Markdown:
+        self, statement: str, found: str, holds: bool | None, *, ours: bool = False,  # noqa: FBT001
+    ) -> Markdown:  # fmt: skip
         """Keep and show a claim of the paper, or of ``ours``; None holds in part."""
         verdict, colour = VERDICTS[holds]
         claim = {"statement": statement, "found": found, "holds": holds, "verdict": verdict}
@@ -259,10 +252,7 @@ class Bench:
         return ", ".join(filter(None, facts)) + " (layers counted from 0)"
 
     def finish(self) -> Markdown:
-        """Show what was found in three lines; keep and show versions, device, time and parameters.
-
-        A notebook's last cell.
-        """
+        """Show what was found, in three lines; keep and show versions, device and time: the end."""
         facts = {
             "device": describe_device(self.device),
             "cores": os.cpu_count(),
@@ -311,4 +301,4 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
     results = Results(None if out is None else Path(out))
     results.put("notebook", name)
     results.put("parameters", given.deciding)
-    return Bench(name, given, results)
+    return Bench(given, results)

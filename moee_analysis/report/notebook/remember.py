@@ -3,6 +3,7 @@
 A measure is the same where its code, its versions and all that it is given are the same.
 """
 
+import base64
 import hashlib
 import json
 import time
@@ -20,8 +21,8 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.models.fingerprints import fingerprint, hash_weights
-from moee_analysis.report.notebook.encoding import decode, encode
 from moee_analysis.utils.environment import describe_device, versions
 from moee_analysis.utils.storage.files import checksum, write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build, present
@@ -30,8 +31,6 @@ QUICK = 0.3  # seconds below which a result is not kept
 PLACES = ("store",)  # arguments that say where, and decide nothing
 KEPT = "result.json"
 ROOM = Path(__file__).resolve().parents[2]
-
-Measure = Callable[..., Any]
 
 
 class Remembering:
@@ -50,7 +49,7 @@ class Remembering:
         return dir(self._module)
 
 
-def remember(store: Path, measure: Measure, /, *given: Any, **options: Any) -> Any:
+def remember(store: Path, measure: Callable[..., Any], /, *given: Any, **options: Any) -> Any:
     """Return what ``measure`` returns for these arguments, from the ``store`` if it is there.
 
     Tables, routes and rows of plain values are kept, and only those that took a while. A measure
@@ -133,3 +132,70 @@ def _code() -> str:
     """Hash of the package's code, whatever its version is called."""
     files = sorted(ROOM.rglob("*.py"))
     return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
+
+
+# Tables and routes as JSON, and back again to the last bit
+
+
+def encode(value: Any) -> Any:
+    """Return ``value`` in plain JSON values; a TypeError: it is none of those that can be kept."""
+    if isinstance(value, list):
+        return [encode(each) for each in value]
+    for name, (kind, parts_of, _) in KINDS.items():
+        if isinstance(value, kind):
+            return {name: encode(parts_of(value))}
+    if isinstance(value, str | int | None):
+        return value
+    raise TypeError(f"{type(value).__name__} is not kept")
+
+
+def decode(content: Any) -> Any:
+    """Return what :func:`encode` was given."""
+    if isinstance(content, list):
+        return [decode(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    ((name, parts),) = content.items()
+    return KINDS[name][2](decode(parts))
+
+
+def _array_parts(array: np.ndarray) -> list:
+    flat = array.ravel()
+    content = list(flat) if array.dtype == object else base64.b64encode(flat.tobytes()).decode()
+    return [array.dtype.str, list(array.shape), content]
+
+
+def _make_array(parts: list) -> np.ndarray:
+    dtype, shape, content = parts
+    if isinstance(content, str):
+        return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
+    array = np.empty(len(content), dtype)
+    array[:] = content
+    return array.reshape(shape)
+
+
+def _table_parts(table: pd.DataFrame) -> list:
+    if not table.index.equals(pd.RangeIndex(len(table))) or table.columns.nlevels > 1:
+        raise TypeError("a table whose rows have names is not kept")
+    columns = [[name, str(each.dtype), each.to_numpy()] for name, each in table.items()]
+    return [columns, table.attrs]
+
+
+def _make_table(parts: list) -> pd.DataFrame:
+    columns, attrs = parts
+    table = pd.DataFrame({name: values for name, _, values in columns})
+    table = table.astype({name: dtype for name, dtype, _ in columns})
+    table.attrs = attrs
+    return table
+
+
+KINDS = {
+    "table": (pd.DataFrame, _table_parts, _make_table),
+    "routes": (Routes, vars, lambda fields: Routes(**fields)),
+    "array": (np.ndarray, _array_parts, _make_array),
+    "scalar": (np.generic, np.asarray, lambda array: array[()]),
+    "items": (dict, lambda value: [list(pair) for pair in value.items()], dict),
+    "tuple": (tuple, list, tuple),
+    "float": (float, float.hex, float.fromhex),  # JSON knows neither nan nor what is infinite
+}
+"""What is no value of JSON, by name: its type, what it is made of, and how it is made of that."""

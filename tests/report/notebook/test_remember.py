@@ -13,8 +13,7 @@ from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.models.capture import watch
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter
 from moee_analysis.report.notebook import remember as remembering
-from moee_analysis.report.notebook.encoding import decode, encode
-from moee_analysis.report.notebook.remember import Remembering, remember
+from moee_analysis.report.notebook.remember import Remembering, decode, encode, remember
 from tests.helpers.images import toy_images
 
 
