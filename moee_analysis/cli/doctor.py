@@ -1,13 +1,15 @@
 """``moee doctor``: what works on this machine, what is missing, and what to do about it."""
 
+import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import textwrap
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
@@ -41,6 +43,15 @@ class Check:
         mark = "✓" if self.ok else "✗" if self.required else "·"
         line = f"{mark} {self.name:20} {self.found}"
         return line if self.ok else f"{line}\n  {'':20} {self.advice}"
+
+
+def doctor(arguments: Namespace) -> int:
+    """Say what works here; the exit code says whether all that is required does."""
+    names = ("weights", "classes", "img_size", "in_chans")
+    diagnosis = examine(arguments.model, **{name: getattr(arguments, name) for name in names})
+    plain = diagnosis | {"checks": list(map(asdict, diagnosis["checks"]))}
+    print(json.dumps(plain, indent=2) if arguments.json else as_text(diagnosis))
+    return 0 if diagnosis["ok"] else 1
 
 
 def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moee_analysis.cli import commands, values
+from moee_analysis.cli import values
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction import config as extract_config
 from moee_analysis.extraction.config import PRESETS, RECIPES, ExtractConfig
@@ -136,8 +136,8 @@ FINETUNE_SETTINGS = {
     "patience": values.whole(), "seed": values.seed, **training_config.CHOICES,
 }  # fmt: skip
 
-COMMANDS: dict[str, tuple[Options, commands.Command]] = {
-    "extract": ({
+COMMANDS: dict[str, Options] = {
+    "extract": {
         "": [OUT, *MODEL, CALIBRATION, *PRESET, *DEVICE],
         "how much to save": settings(ExtractConfig, SHARES, "SHARE"),
         "how": [
@@ -150,25 +150,25 @@ COMMANDS: dict[str, tuple[Options, commands.Command]] = {
             option("--memory-gb", values.real(above=0, most=LARGEST_GB), "GB"),
             option("--disk-gb", values.real(least=0, most=LARGEST_GB), "GB"),
         ],
-    }, commands.extract),
-    "evaluate": ({"": [RUN, IMAGES, JSON, CLASSES, WEIGHTS, *DEVICE]}, commands.evaluate),
-    "finetune": ({
+    },
+    "evaluate": {"": [RUN, IMAGES, JSON, CLASSES, WEIGHTS, *DEVICE]},
+    "finetune": {
         "": [RUN, IMAGES, OUT, option("--limit", values.whole(), "N"), WEIGHTS, *DEVICE],
         "training": settings(FinetuneConfig, FINETUNE_SETTINGS),
-    }, commands.finetune),
-    "compare": ({"": [
+    },
+    "compare": {"": [
         *MODEL, CALIBRATION, IMAGES,
         option("--macs-reduction", values.part, "SHARE", nargs="+", default=[0.28]),
         option("--systems", values.name, "NAME", nargs="+"),
         option("--seeds", values.whole(most=1000), "N", default=1),
         switch("--no-latency"), JSON, STORE, *PRESET, *DEVICE,
-    ]}, commands.compare),
-    "atlas": ({"": [
+    ]},
+    "atlas": {"": [
         RUN, IMAGES, option("--out", values.new_file, "FILE", required=True),
         option("--limit", values.whole(), "N", default=200),
         CLASSES, switch("--open"), WEIGHTS, *DEVICE,
-    ]}, commands.atlas),
-    "report": ({"": [
+    ]},
+    "report": {"": [
         *MODEL, IMAGES, option("--calibration", values.images, "DIR"),
         option("--out", values.new_folder, "DIR", default="reports"), switch("--open"), *PRESET,
     ], "which notebooks, and how": [
@@ -178,12 +178,12 @@ COMMANDS: dict[str, tuple[Options, commands.Command]] = {
     ], "what it must come to": [
         option("--fail-under", read_gate, "NAME=NUMBER", action="append", default=[]),
         option("--against", values.earlier_report, "OLD"),
-    ]}, commands.report),
-    "store": ({"": [STORE, option("--prune", values.size, "SIZE")]}, commands.store),
-    "lab": ({}, commands.lab),
-    "doctor": ({"": [*MODEL, switch("--json")]}, commands.doctor),
+    ]},
+    "store": {"": [STORE, option("--prune", values.size, "SIZE")]},
+    "lab": {},
+    "doctor": {"": [*MODEL, switch("--json")]},
 }  # fmt: skip
-"""Every command: its options, and what runs it."""
+"""Every command, and its options."""
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -192,14 +192,14 @@ def command_parser() -> argparse.ArgumentParser:
     about = {"description": GUIDES["what_it_is"], "epilog": advice}
     parser = Parser(prog="moee", formatter_class=Help, **about)
     parser.add_argument("--version", action="version", version=f"moee {version()}")
-    parser.set_defaults(command=None, passes_on=False, parser=parser)
+    parser.set_defaults(command=None, parser=parser)
     listed = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (options, run) in COMMANDS.items():
+    for name, options in COMMANDS.items():
         guide = GUIDES[name]
         description = textwrap.fill(guide["description"].strip(), WIDTH)
         texts = {"help": guide["line"], "epilog": _list_examples(guide["examples"])}
         command = listed.add_parser(name, formatter_class=Help, description=description, **texts)
-        command.set_defaults(command=run, parser=command, passes_on=name == "lab")
+        command.set_defaults(command=name, parser=command)
         for title, group in options.items():
             add_options(command.add_argument_group(title) if title else command, name, group)
         if name == "lab":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ from moee_analysis.models.class_names import name_by_folders
 from moee_analysis.models.macs import count
 from moee_analysis.outside_text import as_markdown
 from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choose_images
-from moee_analysis.report.notebook.remember import Remembering, remember
+from moee_analysis.report.notebook.remember import remember, remembering
 from moee_analysis.report.notebook.results import (
     Results,
-    alternative,
+    alt_text,
     in_words,
     is_plain_index,
     picture,
@@ -119,9 +120,9 @@ class Bench:
         return extract(self.dense, self.calibration, config, store=self.store)
 
     @property
-    def measure(self) -> Remembering:
+    def measure(self) -> SimpleNamespace:
         """All measures; what one has measured before, with the same code, is in the store."""
-        return Remembering(measures, self.store)
+        return remembering(measures, self.store)
 
     def remember(self, measure: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """Return what ``measure`` returns, such as a comparison; see :attr:`measure`."""
@@ -191,7 +192,7 @@ class Bench:
         if not isinstance(fig, Figure):
             return fig
         facts = {"finding": finding or fig.get_label() or None, "caption": caption or None}
-        fig.set_label(alternative(facts) or name.replace("_", " "))
+        fig.set_label(alt_text(facts) or name.replace("_", " "))
         self.results.keep("figures", name, "png", picture(fig), **facts, cover=cover or None)
         return fig
 
@@ -199,7 +200,7 @@ class Bench:
         """Return a ``plot`` of what is ``given``, with its finding as label; it is not kept."""
         facts = {"finding": plots.describe(plot, *given), "caption": options.get("caption")}
         fig = plot(*given, **options)
-        fig.set_label(alternative(facts))
+        fig.set_label(alt_text(facts))
         return fig
 
     def show(

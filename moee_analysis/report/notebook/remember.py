@@ -9,9 +9,10 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache, partial, singledispatch, wraps
+from functools import cache, partial, wraps
+from inspect import isfunction
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,20 +34,13 @@ KEPT = "result.json"
 ROOM = Path(__file__).resolve().parents[2]
 
 
-class Remembering:
+def remembering(measures: ModuleType, store: Path) -> SimpleNamespace:
     """A module of measures, each of which finds in the ``store`` what it has measured before."""
-
-    def __init__(self, module: ModuleType, store: Path) -> None:
-        self._module, self._store = module, store
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._module, name)
-        if isinstance(found, type):
-            return found
-        return wraps(found)(partial(remember, self._store, found))  # with its help and arguments
-
-    def __dir__(self) -> list[str]:
-        return dir(self._module)
+    names = {name: each for name, each in vars(measures).items() if not name.startswith("_")}
+    for name, measure in names.items():
+        if isfunction(measure):  # it keeps its help and its arguments
+            names[name] = wraps(measure)(partial(remember, store, measure))
+    return SimpleNamespace(**names)
 
 
 def remember(store: Path, measure: Callable[..., Any], /, *given: Any, **options: Any) -> Any:
@@ -75,9 +69,11 @@ def remember(store: Path, measure: Callable[..., Any], /, *given: Any, **options
     return result
 
 
-@singledispatch
 def identify(value: Any) -> Any:
     """Plain values that tell ``value`` from all others; a TypeError: it cannot be told."""
+    for kind, facts_of in TOLD_BY:
+        if isinstance(value, kind):
+            return facts_of(value)
     if is_dataclass(value):
         named = {each.name: getattr(value, each.name) for each in fields(value)}
         own = {name: identify(part) for name, part in named.items() if name not in PLACES}
@@ -85,46 +81,32 @@ def identify(value: Any) -> Any:
     return encode(value)
 
 
-@identify.register
-def _(value: Mapping) -> Any:
-    return [[identify(key), identify(each)] for key, each in value.items()]
-
-
-@identify.register
-def _(value: list | tuple | range) -> Any:
-    return [identify(each) for each in value]
-
-
-@identify.register
-def _(value: ImageSet) -> Any:
-    return value.fingerprint
-
-
-@identify.register
-def _(value: Extraction) -> Any:
-    return [identify(value.model), identify(value.config), identify(value.layers)]
-
-
-@identify.register
-def _(value: np.ndarray | pd.DataFrame) -> Any:
-    return checksum(encode(value.reset_index() if isinstance(value, pd.DataFrame) else value))
-
-
-@identify.register
-def _(value: nn.Module) -> Any:
-    if any(each._forward_hooks or each._forward_pre_hooks for each in value.modules()):
+def _identify_network(module: nn.Module) -> Any:
+    if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
         raise TypeError("hooks, as of a knock-out, are not told from others")
-    if hasattr(value, "pretrained_cfg"):
-        device = str(next(value.parameters()).device)  # times are those of a machine
-        return [fingerprint(value), describe_device(device)]
+    if hasattr(module, "pretrained_cfg"):
+        device = str(next(module.parameters()).device)  # times are those of a machine
+        return [fingerprint(module), describe_device(device)]
     # a part of a network, such as a router: its tensors, and plain settings
-    settings = {name: _settings_of(each) for name, each in value.named_modules()}
-    return [hash_weights(value), settings]
+    settings = {name: _settings_of(each) for name, each in module.named_modules()}
+    return [hash_weights(module), settings]
 
 
 def _settings_of(module: nn.Module) -> list[str]:
     plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | tuple)}
     return [type(module).__qualname__, str(plain)]
+
+
+TOLD_BY = (
+    (ImageSet, lambda images: images.fingerprint),
+    (Extraction, lambda run: identify([run.model, run.config, run.layers])),
+    (nn.Module, _identify_network),
+    (Mapping, lambda value: [[identify(key), identify(each)] for key, each in value.items()]),
+    (list | tuple | range, lambda value: [identify(each) for each in value]),
+    (np.ndarray, lambda array: checksum(encode(array))),
+    (pd.DataFrame, lambda table: checksum(encode(table.reset_index()))),
+)
+"""What tells a value from others, by its type; a dataclass by its fields."""
 
 
 @cache

@@ -137,7 +137,7 @@ def picture(fig: Figure, *, dpi: float | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def alternative(figure: Mapping[str, Any]) -> str:
+def alt_text(figure: Mapping[str, Any]) -> str:
     """The alternative text of a kept figure: its ``finding``, then its ``caption``."""
     return " ".join(text for kind in ("finding", "caption") if (text := figure.get(kind)))
 

@@ -15,14 +15,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from moee_analysis.outside_text import printable
-from moee_analysis.report.notebook.results import (
-    FILE,
-    NOTEBOOK,
-    STATUS,
-    alternative,
-    read,
-    readable,
-)
+from moee_analysis.report.notebook.results import FILE, NOTEBOOK, STATUS, alt_text, read, readable
 from moee_analysis.report.pages.body import notebook_body
 from moee_analysis.report.pages.output import abridge
 from moee_analysis.report.summary.gates import gate_text
@@ -79,12 +72,12 @@ def write_page(folder: Path, status: Mapping[str, Any]) -> None:
     files = [*(name for name in (FILE, NOTEBOOK) if (folder / name).is_file()), *tables]
     facts: dict[str, Any] = {"files": files}
     if (folder / NOTEBOOK).is_file():
-        findings = {alternative(f): f["finding"] for f in figures if f.get("finding")}
+        findings = {alt_text(f): f["finding"] for f in figures if f.get("finding")}
         facts["notebook"] = notebook_body(folder / NOTEBOOK, findings)
     else:
         pictures = [data_uri((folder / figure["file"]).read_bytes()) for figure in figures]
         facts["figures"] = [
-            {"picture": picture, "alt": alternative(figure), "finding": figure.get("finding")}
+            {"picture": picture, "alt": alt_text(figure), "finding": figure.get("finding")}
             for picture, figure in zip(pictures, figures, strict=True)
         ]
         log = folder / LOG
@@ -158,7 +151,7 @@ def _cover(folder: Path, found: dict[str, Any]) -> dict[str, str] | None:
     chosen = figures[0]
     with Image.open(folder / chosen["file"]) as image:
         small = shrink(image.convert("RGB"), COVER_PIXELS, format="WEBP", quality=88)
-    return {"picture": data_uri(small, "webp"), "alt": alternative(chosen)}
+    return {"picture": data_uri(small, "webp"), "alt": alt_text(chosen)}
 
 
 def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:
