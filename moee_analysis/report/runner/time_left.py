@@ -4,7 +4,6 @@ The seconds that cells are expected to take, of an earlier report or noted in th
 scaled by those that the cells before them took.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 from tqdm.std import tqdm
 
-from moee_analysis.report.notebook.results import NOTEBOOK
+from moee_analysis.report.notebook.results import NOTEBOOK, read
 from moee_analysis.utils.progress import has_bars
 
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
@@ -89,7 +88,7 @@ def course_of(notebook: Path, earlier: Path) -> Course:
     """The course of a notebook of which there may be an ``earlier`` run in that folder."""
     cells = code_cells(notebook)
     count = 1 + len(cells)  # papermill adds one with the parameters
-    ran = code_cells(earlier / NOTEBOOK) if (earlier / NOTEBOOK).is_file() else []
+    ran = code_cells(earlier / NOTEBOOK)
     took = [cell["metadata"].get("papermill", {}).get("duration") for cell in ran]
     if len(took) == count and None not in took:
         return Course(count, took)
@@ -98,8 +97,8 @@ def course_of(notebook: Path, earlier: Path) -> Course:
 
 
 def code_cells(notebook: Path) -> list[dict[str, Any]]:
-    """The code cells of a notebook that run."""
-    return list(filter(runs, json.loads(notebook.read_text(encoding="utf-8"))["cells"]))
+    """The code cells of a notebook that run, if it is there."""
+    return list(filter(runs, read(notebook).get("cells", [])))
 
 
 def runs(cell: Mapping[str, Any]) -> bool:
