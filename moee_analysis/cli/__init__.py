@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    arguments.others, text = others, ""
+    text = ""
     try:
         with ended_in_order():
-            code = run(arguments)
+            code = run(arguments, others)
             print(end="", flush=True)  # where there is an output
     except BrokenPipeError:  # as of "| head": the rest has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def run(arguments: Namespace) -> int:
-    """Run a command, with no more libraries than it needs."""
+def run(arguments: Namespace, others: Sequence[str]) -> int:
+    """Run a command, with no more libraries than it needs; ``others`` are JupyterLab's options."""
     if arguments.command == "lab":
         from moee_analysis.report.runner.jupyter import open_lab
 
-        return open_lab(arguments.others)
+        return open_lab(others)
     if arguments.command == "doctor":
         from moee_analysis.cli.doctor import doctor
 

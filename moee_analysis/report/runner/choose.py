@@ -90,9 +90,8 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
             raise MoeeError(expected, f"'{name}'", "correct its spelling")
         kind = declared[name]["inferred_type_name"]
         if not _fits(value, kind, default=declared[name]["default"]):
-            expected = (
-                f"'{name}' to be {kind if kind in TYPES else 'a JSON value'} in {notebook.name}"
-            )
+            shown = kind if kind in TYPES else "a JSON value"
+            expected = f"'{name}' to be {shown} in {notebook.name}"
             found = f"{value!r} ({type(value).__name__})"
             raise MoeeError(expected, found, "pass a value of that type")
 
