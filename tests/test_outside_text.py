@@ -126,7 +126,7 @@ def test_a_report_shows_names_as_text(folder, tmp_path):
     out = tmp_path / "out"
     (done,) = report({"images": str(folder)}, out=out, preset="smoke", notebooks=[notebook])
     assert done.ok, done.error
-    soup = BeautifulSoup(done.page.read_text(encoding="utf-8"), "html.parser")
+    soup = BeautifulSoup((done.folder / "page.html").read_text(encoding="utf-8"), "html.parser")
     outputs = [each.get_text() for each in soup.find_all(class_="output_area")]
     for shown in SHOWN.values():
         assert sum(shown in output for output in outputs) >= 4
@@ -138,6 +138,6 @@ def test_a_report_shows_names_as_text(folder, tmp_path):
     index = BeautifulSoup((out / "index.html").read_text(encoding="utf-8"), "html.parser")
     link = index.find("h2").a
     assert link.get_text() == "The a#1?%20 <b>{{x}}\\u202e notebook"
-    assert out / unquote(link["href"]) == done.page
+    assert out / unquote(link["href"]) == done.folder / "page.html"
     for page in (soup, index):
         assert refuses_forms(page)

@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,15 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = command_parser()
     arguments, others = parser.parse_known_args(argv)
-    if others and not arguments.passes_on:
+    if others and arguments.command != "lab":
         arguments.parser.refuse_word(others[0])
     if arguments.command is None:
         parser.print_help()
         return 0
-    arguments.others, text = others, ""
+    text = ""
     try:
         with ended_in_order():
-            code = arguments.command(arguments)
+            code = run(arguments, others)
             print(end="", flush=True)  # where there is an output
     except BrokenPipeError:  # as of "| head": the rest has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,3 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if text:
         print(f"moee: {text}", file=sys.stderr)
     return code
+
+
+def run(arguments: Namespace, others: Sequence[str]) -> int:
+    """Run a command, with no more libraries than it needs; ``others`` are JupyterLab's options."""
+    if arguments.command == "lab":
+        from moee_analysis.report.runner.jupyter import open_lab
+
+        return open_lab(others)
+    if arguments.command == "doctor":
+        from moee_analysis.cli.doctor import doctor
+
+        return doctor(arguments)
+    from moee_analysis.cli import commands
+
+    return getattr(commands, arguments.command)(arguments)

@@ -1,22 +1,28 @@
-"""What every command does with its arguments; each returns the exit code."""
+"""What every command does with its arguments; each returns the exit code.
 
-from __future__ import annotations
+The parser does without this file: its libraries are heavy. Those that a single command needs are
+imported there.
+"""
 
-import json
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import Any
 
+from torch import nn
+
+import moee_analysis as moee
+from moee_analysis.cli import printing
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config import preset_named, recipe_named
+from moee_analysis.extraction.run import Extraction, check_target
+from moee_analysis.models.class_names import name_by_folders, read_class_names
+from moee_analysis.models.loading import check_device
+from moee_analysis.utils.distributed import local_device, rank, together
 from moee_analysis.utils.environment import store_folder
+from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.files import new_file, write_json
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moee_analysis.data.images import ImageSet
-    from moee_analysis.extraction.run import Extraction
+from moee_analysis.utils.storage.upkeep import entries, prune
 
 MODEL_ARGUMENTS = ("img_size", "in_chans")
 """Options that are arguments of ``timm.create_model``."""
@@ -24,19 +30,9 @@ MODEL_ARGUMENTS = ("img_size", "in_chans")
 BELOW = 3
 """Exit code of a report in which a number is below its ``--fail-under``."""
 
-Command = Callable[[Namespace], int]
-
 
 def extract(arguments: Namespace) -> int:
     """Take a model apart and save the run."""
-    import moee_analysis as moee
-    from moee_analysis.cli import printing
-    from moee_analysis.extraction.config import recipe_named
-    from moee_analysis.extraction.run import check_target
-    from moee_analysis.models.class_names import name_by_folders
-    from moee_analysis.utils.distributed import local_device, rank, together
-    from moee_analysis.utils.progress import tell
-
     bound = arguments.params_reduction is not None
     clustering = recipe_named(arguments.recipe, bound=bound)["clustering"]
     if arguments.reduce:
@@ -61,8 +57,6 @@ def extract(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """Compare a run with its dense model."""
-    import moee_analysis as moee
-    from moee_analysis.cli import printing
     from moee_analysis.measure.evaluation.evaluate import evaluate as evaluate_run
 
     images = moee.load_images(arguments.images, strict=arguments.strict)
@@ -76,12 +70,6 @@ def evaluate(arguments: Namespace) -> int:
 
 def finetune(arguments: Namespace) -> int:
     """Train a run towards its dense model."""
-    import moee_analysis as moee
-    from moee_analysis.cli import printing
-    from moee_analysis.models.loading import check_device
-    from moee_analysis.utils.distributed import local_device, rank, together
-    from moee_analysis.utils.progress import tell
-
     config = moee.FinetuneConfig(**_settings(arguments, moee.FinetuneConfig))
     given = {"split": "train", "limit": arguments.limit, "strict": arguments.strict}
     with together():
@@ -102,13 +90,8 @@ def finetune(arguments: Namespace) -> int:
 
 def compare(arguments: Namespace) -> int:
     """Set all systems side by side."""
-    import moee_analysis as moee
     from moee_analysis.baselines.registry import systems_named
-    from moee_analysis.cli import printing
-    from moee_analysis.extraction.config import preset_named
-    from moee_analysis.measure.evaluation.comparison import Contest, comparison_table
-    from moee_analysis.measure.evaluation.comparison import compare as compare_systems
-    from moee_analysis.models.class_names import name_by_folders
+    from moee_analysis.measure.evaluation import comparison
 
     systems_named(arguments.systems)
     model = _model(arguments, arguments.device)
@@ -117,26 +100,24 @@ def compare(arguments: Namespace) -> int:
     calibration = moee.load_images(arguments.calibration, **given)
     images = moee.load_images(arguments.images, limit=sizes.evaluation_images, strict=strict)
     name_by_folders(model, images.classes)
-    contest = Contest(
+    contest = comparison.Contest(
         model, calibration, images, arguments.preset, arguments.store, sizes.resamples,
         latency=not arguments.no_latency,
     )  # fmt: skip
-    rows = compare_systems(
+    rows = comparison.compare(
         contest, macs_reductions=arguments.macs_reduction, systems=arguments.systems,
         seeds=range(arguments.seed, arguments.seed + arguments.seeds),
     )  # fmt: skip
     if arguments.json:
         write_json(arguments.json, rows)
-    print(printing.comparison_text(comparison_table(rows)))
+    print(printing.comparison_text(comparison.comparison_table(rows)))
     return 0
 
 
 def atlas(arguments: Namespace) -> int:
     """Write the atlas of a run's experts."""
-    import moee_analysis as moee
-    from moee_analysis.models.loading import check_device
     from moee_analysis.report.atlas import write_atlas
-    from moee_analysis.utils.progress import open_page, tell
+    from moee_analysis.utils.progress import open_page
 
     check_device(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
@@ -161,9 +142,8 @@ def report(arguments: Namespace) -> int:
     from moee_analysis.report.notebook.parameters import check_report
     from moee_analysis.report.pages.site import INDEX
     from moee_analysis.report.runner import run_notebooks
-    from moee_analysis.report.runner.check_parameters import check_parameters
-    from moee_analysis.report.runner.choose import own_notebooks
-    from moee_analysis.report.summary.summary import gates_met
+    from moee_analysis.report.runner.choose import check_parameters, own_notebooks
+    from moee_analysis.report.summary.summary import read_summary
     from moee_analysis.utils.progress import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
@@ -178,37 +158,18 @@ def report(arguments: Namespace) -> int:
         open_page(arguments.out / INDEX)
     if not all(outcome.ok for outcome in outcomes):
         return 1
-    return BELOW if arguments.fail_under and not gates_met(arguments.out) else 0
+    gates = read_summary(arguments.out)["gates"] if arguments.fail_under else []
+    return 0 if all(gate["met"] for gate in gates) else BELOW
 
 
 def store(arguments: Namespace) -> int:
     """List what a store holds, or remove what was not used for longest."""
-    from moee_analysis.cli import printing
-    from moee_analysis.utils.storage.upkeep import entries, prune
-
     root = arguments.store or store_folder()
     if arguments.prune is None:
         print(printing.store_text(root, entries(root)))
     else:
         print(printing.pruned_text(prune(root, arguments.prune), arguments.prune))
     return 0
-
-
-def lab(arguments: Namespace) -> int:
-    """Open JupyterLab until it is closed."""
-    from moee_analysis.report.runner.jupyter import open_lab
-
-    return open_lab(arguments.others)
-
-
-def doctor(arguments: Namespace) -> int:
-    """Say what works here."""
-    from moee_analysis.cli import doctor as here
-
-    diagnosis = here.examine(arguments.model, **_model_arguments(arguments))
-    plain = diagnosis | {"checks": list(map(asdict, diagnosis["checks"]))}
-    print(json.dumps(plain, indent=2) if arguments.json else here.as_text(diagnosis))
-    return 0 if diagnosis["ok"] else 1
 
 
 def _settings(arguments: Namespace, config: type) -> dict[str, Any]:
@@ -221,22 +182,14 @@ def _given(arguments: Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _model_arguments(arguments: Namespace) -> dict[str, Any]:
-    return _given(arguments, "weights", "classes", *MODEL_ARGUMENTS)
-
-
 def _model(arguments: Namespace, device: str) -> nn.Module:
     """The dense model that the options name."""
-    from moee_analysis.models.loading import load_model
-
-    return load_model(arguments.model, device=device, **_model_arguments(arguments))
+    given = _given(arguments, "weights", "classes", *MODEL_ARGUMENTS)
+    return moee.load_model(arguments.model, device=device, **given)
 
 
 def _run(arguments: Namespace, images: ImageSet) -> Extraction:
     """The run, with the names of its classes that are given, or those of the class folders."""
-    import moee_analysis as moee
-    from moee_analysis.models.class_names import name_by_folders, read_class_names
-
     run = moee.load(arguments.run)
     if arguments.classes:
         moee.name_classes(run.model, read_class_names(arguments.classes))

@@ -1,13 +1,15 @@
 """``moee doctor``: what works on this machine, what is missing, and what to do about it."""
 
+import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import textwrap
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
@@ -18,16 +20,7 @@ from packaging.specifiers import SpecifierSet
 
 import moee_analysis as moee
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.environment import (
-    PACKAGE,
-    check_numba_cache,
-    cores,
-    memory,
-    nearest_folder,
-    own_folder,
-    store_folder,
-    versions,
-)
+from moee_analysis.utils import environment
 from moee_analysis.utils.storage.refusals import check_place, size_of
 
 WIDTH = 88  # letters of a line
@@ -52,29 +45,39 @@ class Check:
         return line if self.ok else f"{line}\n  {'':20} {self.advice}"
 
 
+def doctor(arguments: Namespace) -> int:
+    """Say what works here; the exit code says whether all that is required does."""
+    names = ("weights", "classes", "img_size", "in_chans")
+    diagnosis = examine(arguments.model, **{name: getattr(arguments, name) for name in names})
+    plain = diagnosis | {"checks": list(map(asdict, diagnosis["checks"]))}
+    print(json.dumps(plain, indent=2) if arguments.json else as_text(diagnosis))
+    return 0 if diagnosis["ok"] else 1
+
+
 def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:
     """Return ``ok``, ``versions``, ``machine`` and ``checks`` of this machine.
 
     A ``model`` other than the bundled one, with ``arguments`` of ``load_model``, is looked at too.
     """
-    (total, free), cuda = memory(), range(torch.cuda.device_count())
+    total, free = environment.memory()
     about = {
         "python": sys.executable, "system": platform.platform(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "cores": cores(), "threads": torch.get_num_threads(), "memory": total, "memory_free": free,
-        "cuda": [torch.cuda.get_device_name(number) for number in cuda],
+        "cores": environment.cores(), "threads": torch.get_num_threads(),
+        "memory": total, "memory_free": free,
+        "cuda": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }  # fmt: skip
     checks = [*_software(), *_parts(about), *_places(), _bundled_model()]
     if model != "bundled" or arguments.get("weights"):
         mlps = moee.find_mlps(moee.load_model(model, **arguments))
         checks.append(Check(model, f"{len(mlps)} of its MLPs can be taken apart"))
     ok = all(check.ok for check in checks if check.required)
-    return {"ok": ok, "versions": versions(), "machine": about, "checks": checks}
+    return {"ok": ok, "versions": environment.versions(), "machine": about, "checks": checks}
 
 
 def as_text(diagnosis: dict[str, Any]) -> str:
     """All that was found, for a person to read."""
-    found = ", ".join(f"{name} {version}" for name, version in diagnosis["versions"].items())
+    found = ", ".join(map(" ".join, diagnosis["versions"].items()))
     about = "{python} on {system} ({processor})".format(**diagnosis["machine"])
     broken = [check.name for check in diagnosis["checks"] if check.required and not check.ok]
     verdict = f"Does not work: {', '.join(broken)}. What to do stands below each."
@@ -85,13 +88,16 @@ def as_text(diagnosis: dict[str, Any]) -> str:
 def _software() -> Iterator[Check]:
     """Python and every library, against what the package asks for."""
     try:
-        wanted, here = metadata.metadata(PACKAGE)["Requires-Python"], platform.python_version()
+        wanted, here = (
+            metadata.metadata(environment.PACKAGE)["Requires-Python"],
+            platform.python_version(),
+        )
     except metadata.PackageNotFoundError:
         yield Check("package", "not installed", ok=False, advice="pip install -e . in the checkout")
         return
     advice = f"set the environment up with Python {wanted}"
     yield Check("Python", here, here in SpecifierSet(wanted), advice)
-    asked = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]
+    asked = [Requirement(text) for text in metadata.requires(environment.PACKAGE) or ()]
     needed = [r for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
     wrong = []
     for each in needed:
@@ -128,9 +134,13 @@ def _places() -> Iterator[Check]:
     """The project's notebooks, and folders that libraries and the store write to."""
     elsewhere = "set {} to a folder that can be written to".format
     for name, look, advice in (
-        ("notebooks", lambda: str(len(list(own_folder("notebooks").glob("*.ipynb")))), ""),
+        (
+            "notebooks",
+            lambda: str(len(list(environment.own_folder("notebooks").glob("*.ipynb")))),
+            "",
+        ),
         ("temporary files", _temporary, elsewhere("TMPDIR")),
-        ("numba's cache", check_numba_cache, ""),
+        ("numba's cache", environment.check_numba_cache, ""),
         ("store", _store, elsewhere("MOEE_STORE")),
         ("disk", _disk, "make room, or set MOEE_STORE to another disk"),
     ):
@@ -147,13 +157,13 @@ def _temporary() -> str:
 
 
 def _store() -> str:
-    folder = store_folder()
+    folder = environment.store_folder()
     check_place(folder / "trial")
     return f"{folder}: {size_of(folder) / 1e9:.2f} GB"
 
 
 def _disk() -> str:
-    free = shutil.disk_usage(nearest_folder(store_folder())).free
+    free = shutil.disk_usage(environment.nearest_folder(environment.store_folder())).free
     if free < LITTLE_DISK:
         raise OSError(f"{free / 1e9:.1f} GB free there")
     return f"{free / 1e9:.1f} GB free there"

@@ -10,21 +10,19 @@ import re
 import shutil
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moee_analysis.cli import commands, values
+from moee_analysis.cli import values
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config import (
-    CHOICES,
-    CLUSTER_CHOICES,
-    PRESETS,
-    RECIPES,
-    ExtractConfig,
-)
+from moee_analysis.extraction import config as extract_config
+from moee_analysis.extraction.config import PRESETS, RECIPES, ExtractConfig
+from moee_analysis.report.runner.choose import notebooks_named, read_setting
+from moee_analysis.report.summary.gates import read_gate
 from moee_analysis.training import config as training_config
 from moee_analysis.training.config import FinetuneConfig
+from moee_analysis.utils import checks
 from moee_analysis.utils.environment import version
 
 Option = tuple[str, dict[str, Any]]
@@ -48,14 +46,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, silent = action.help or "", (None, False, argparse.SUPPRESS)
-        if any(action.default is each for each in silent) or "(default" in text:
-            return text
-        return f"{text} (default: %(default)s)"
+        told = "(default" in text or any(action.default is each for each in silent)
+        return text if told else f"{text} (default: %(default)s)"
 
     def _format_action(self, action: argparse.Action) -> str:
-        if action.nargs != argparse.PARSER:
-            return super()._format_action(action)
-        return "".join(map(self._format_action, action._get_subactions()))  # without a headline
+        if action.nargs == argparse.PARSER:  # without a headline
+            return "".join(map(self._format_action, action._get_subactions()))
+        return super()._format_action(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,14 +82,15 @@ def _list_examples(examples: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def option(name: str, reader: Callable[[str], Any], metavar: str = "X", **more: Any) -> Option:
+def option(name: str, reader: values.Reader, metavar: str = "X", **more: Any) -> Option:
     """An option, or an argument, whose value is made by a ``reader``."""
-    return name, {"type": reader, "metavar": metavar, **more}
+    return name, {"type": values.told(reader), "metavar": metavar, **more}
 
 
 def choice(name: str, choices: Iterable[str], **more: Any) -> Option:
     """An option that is one of the ``choices``."""
-    return option(name, values.among(choices), f"{{{','.join(choices)}}}", **more)
+    reader = values.passing(str, checks.one_of, "one", choices=list(choices))
+    return option(name, reader, f"{{{','.join(choices)}}}", **more)
 
 
 def switch(name: str) -> Option:
@@ -130,6 +128,7 @@ MODEL = [
 PRESET = settings(ExtractConfig, {"preset": PRESETS, "seed": values.seed}, "N")
 DEVICE = [option("--device", values.device, "DEVICE", default="cpu"), switch("--strict")]
 SHARES = dict.fromkeys(("macs_reduction", "params_reduction", "variance_kept"), values.share)
+PIECES = {name: extract_config.CHOICES[name] for name in ("noise", "attention")}
 FINETUNE_SETTINGS = {
     "epochs": values.whole(), "learning_rate": values.real(above=0), "batch_size": values.whole(),
     "accumulate": values.whole(), "weight_decay": values.real(least=0),
@@ -137,54 +136,54 @@ FINETUNE_SETTINGS = {
     "patience": values.whole(), "seed": values.seed, **training_config.CHOICES,
 }  # fmt: skip
 
-COMMANDS: dict[str, tuple[Options, commands.Command]] = {
-    "extract": ({
+COMMANDS: dict[str, Options] = {
+    "extract": {
         "": [OUT, *MODEL, CALIBRATION, *PRESET, *DEVICE],
         "how much to save": settings(ExtractConfig, SHARES, "SHARE"),
         "how": [
             *settings(ExtractConfig, {"recipe": RECIPES}),
-            choice("--reduce", CLUSTER_CHOICES["reduce"]),
-            *settings(ExtractConfig, {name: CHOICES[name] for name in ("noise", "attention")}),
+            choice("--reduce", extract_config.CLUSTER_CHOICES["reduce"]),
+            *settings(ExtractConfig, PIECES),
         ],
         "memory and disk": [
             STORE,
             option("--memory-gb", values.real(above=0, most=LARGEST_GB), "GB"),
             option("--disk-gb", values.real(least=0, most=LARGEST_GB), "GB"),
         ],
-    }, commands.extract),
-    "evaluate": ({"": [RUN, IMAGES, JSON, CLASSES, WEIGHTS, *DEVICE]}, commands.evaluate),
-    "finetune": ({
+    },
+    "evaluate": {"": [RUN, IMAGES, JSON, CLASSES, WEIGHTS, *DEVICE]},
+    "finetune": {
         "": [RUN, IMAGES, OUT, option("--limit", values.whole(), "N"), WEIGHTS, *DEVICE],
         "training": settings(FinetuneConfig, FINETUNE_SETTINGS),
-    }, commands.finetune),
-    "compare": ({"": [
+    },
+    "compare": {"": [
         *MODEL, CALIBRATION, IMAGES,
         option("--macs-reduction", values.part, "SHARE", nargs="+", default=[0.28]),
         option("--systems", values.name, "NAME", nargs="+"),
         option("--seeds", values.whole(most=1000), "N", default=1),
         switch("--no-latency"), JSON, STORE, *PRESET, *DEVICE,
-    ]}, commands.compare),
-    "atlas": ({"": [
+    ]},
+    "atlas": {"": [
         RUN, IMAGES, option("--out", values.new_file, "FILE", required=True),
         option("--limit", values.whole(), "N", default=200),
         CLASSES, switch("--open"), WEIGHTS, *DEVICE,
-    ]}, commands.atlas),
-    "report": ({"": [
+    ]},
+    "report": {"": [
         *MODEL, IMAGES, option("--calibration", values.images, "DIR"),
         option("--out", values.new_folder, "DIR", default="reports"), switch("--open"), *PRESET,
     ], "which notebooks, and how": [
-        option("--only", values.notebooks, "NAMES"),
-        option("--set", values.setting, "NAME=VALUE", action="append", default=[]),
+        option("--only", notebooks_named, "NAMES"),
+        option("--set", read_setting, "NAME=VALUE", action="append", default=[]),
         option("--jobs", values.whole(most=1000), "N"),
     ], "what it must come to": [
-        option("--fail-under", values.gate, "NAME=NUMBER", action="append", default=[]),
+        option("--fail-under", read_gate, "NAME=NUMBER", action="append", default=[]),
         option("--against", values.earlier_report, "OLD"),
-    ]}, commands.report),
-    "store": ({"": [STORE, option("--prune", values.size, "SIZE")]}, commands.store),
-    "lab": ({}, commands.lab),
-    "doctor": ({"": [*MODEL, switch("--json")]}, commands.doctor),
+    ]},
+    "store": {"": [STORE, option("--prune", values.size, "SIZE")]},
+    "lab": {},
+    "doctor": {"": [*MODEL, switch("--json")]},
 }  # fmt: skip
-"""Every command: its options, and what runs it."""
+"""Every command, and its options."""
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -193,14 +192,14 @@ def command_parser() -> argparse.ArgumentParser:
     about = {"description": GUIDES["what_it_is"], "epilog": advice}
     parser = Parser(prog="moee", formatter_class=Help, **about)
     parser.add_argument("--version", action="version", version=f"moee {version()}")
-    parser.set_defaults(command=None, passes_on=False, parser=parser)
+    parser.set_defaults(command=None, parser=parser)
     listed = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (options, run) in COMMANDS.items():
+    for name, options in COMMANDS.items():
         guide = GUIDES[name]
         description = textwrap.fill(guide["description"].strip(), WIDTH)
         texts = {"help": guide["line"], "epilog": _list_examples(guide["examples"])}
         command = listed.add_parser(name, formatter_class=Help, description=description, **texts)
-        command.set_defaults(command=run, parser=command, passes_on=name == "lab")
+        command.set_defaults(command=name, parser=command)
         for title, group in options.items():
             add_options(command.add_argument_group(title) if title else command, name, group)
         if name == "lab":

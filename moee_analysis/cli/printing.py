@@ -31,13 +31,11 @@ def layers_text(run: Extraction) -> str:
     """Each layer of a run: its experts and their sizes, or why it stayed dense."""
     lines = ["layer  experts  noise  active  stored  (share of hidden neurons)"]
     for layer in run.layers:
-        sizes = (
-            f"{layer.experts:7d} {layer.noise_share:6.0%} {layer.active_fraction:7.1%} "
-            f"{layer.union_fraction:7.1%}"
-        )
-        lines.append(
-            f"{layer.index:5d}  {sizes if layer.converted else f'  dense: {layer.reason}'}"
-        )
+        told = f"  dense: {layer.reason}"
+        if layer.converted:
+            shares = f"{layer.active_fraction:7.1%} {layer.union_fraction:7.1%}"
+            told = f"{layer.experts:7d} {layer.noise_share:6.0%} {shares}"
+        lines.append(f"{layer.index:5d}  {told}")
     for name, attention in reduced_attentions(run.model).items():
         ranks, head_dim = attention.ranks, attention.site.head_dim
         asked = f", asked for {ranks.queries} token(s)" if ranks.queries else ""
@@ -138,6 +136,5 @@ def pruned_text(pruned: Pruned, most: float) -> str:
     """What was removed, and what could not be."""
     gone = bytes_text(sum(entry.size for entry in pruned.removed))
     line = f"removed {len(pruned.removed)} folders, {gone}; {bytes_text(pruned.left)} are left"
-    if pruned.left > most:
-        line += f", of which {bytes_text(pruned.in_use)} are in use by processes that run"
-    return line
+    used = f", of which {bytes_text(pruned.in_use)} are in use by processes that run"
+    return line + used if pruned.left > most else line

@@ -6,15 +6,13 @@ None of the heavy libraries is needed for that: a wrong call is refused at once.
 import os
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.runner import choose
-from moee_analysis.report.summary import gates
-from moee_analysis.report.summary.names import SUMMARY
+from moee_analysis.report.summary.gates import SUMMARY
 from moee_analysis.utils import checks
 from moee_analysis.utils.storage.files import check_file
 from moee_analysis.utils.storage.refusals import check_place
@@ -24,11 +22,12 @@ DEVICE = r"(cpu|cuda|hpu|mps|mtia|xpu)(:\d{1,3})?"
 LONGEST = 200  # letters of the name of a model or a system
 LONGEST_FILE = 240  # bytes of the name of a file: temporary names are longer, 255 is the most
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+Reader = Callable[[str], Any]
 UNSET = "name one; an empty one may be a variable that is not set"
 
 
-def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let argparse tell what ``read`` refuses."""
+def told(read: Reader) -> Reader:
+    """Reader that lets argparse tell what ``read`` refuses."""
 
     @wraps(read)
     def reader(text: str) -> Any:
@@ -43,12 +42,9 @@ def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return reader
 
 
-def passing(
-    kind: Callable[[str], Any], check: Callable[..., None], name: str = "", **bounds: Any
-) -> Callable[[str], Any]:
+def passing(kind: Reader, check: Callable[..., None], name: str = "", **bounds: Any) -> Reader:
     """Reader of a value of this ``kind`` that passes one of ``checks``."""
 
-    @_reader
     def read(text: str) -> Any:
         try:
             value = kind(text)
@@ -60,12 +56,12 @@ def passing(
     return read
 
 
-def whole(*, least: int = 1, most: int = checks.MOST) -> Callable[[str], int]:
+def whole(*, least: int = 1, most: int = checks.MOST) -> Reader:
     """Reader of a whole number from ``least`` to ``most``."""
     return passing(int, checks.whole_number, least=least, most=most)
 
 
-def real(**bounds: float) -> Callable[[str], float]:
+def real(**bounds: float) -> Reader:
     """Reader of a number within the bounds of ``real_number``."""
     return passing(float, checks.real_number, **bounds)
 
@@ -75,12 +71,6 @@ part = passing(float, checks.share, whole=False)  # between 0 and 1
 seed = whole(least=0, most=checks.LAST_SEED)
 
 
-def among(choices: Iterable[str]) -> Callable[[str], str]:
-    """Reader of one of the ``choices``."""
-    return passing(str, checks.one_of, "one", choices=list(choices))
-
-
-@_reader
 def name(text: str) -> str:
     """A name of something that only heavy libraries know."""
     if not text.strip() or not text.isprintable() or len(text) > LONGEST:
@@ -89,7 +79,6 @@ def name(text: str) -> str:
     return text
 
 
-@_reader
 def device(text: str) -> str:
     """A device as PyTorch names it; whether it is here is not known yet."""
     if not re.fullmatch(DEVICE, text):
@@ -98,7 +87,6 @@ def device(text: str) -> str:
     return text
 
 
-@_reader
 def size(text: str) -> float:
     """A size in bytes, or with a unit as in ``20GB``."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([kMGT]?B)?", text)
@@ -107,7 +95,6 @@ def size(text: str) -> float:
     return float(found[1]) * UNITS[found[2] or "B"]
 
 
-@_reader
 def existing_file(text: str) -> str:
     """A file that can be read."""
     expected, path = "a file that can be read", _path(text)
@@ -117,7 +104,6 @@ def existing_file(text: str) -> str:
     return text
 
 
-@_reader
 def images(text: str) -> str:
     """``bundled``, or a folder."""
     if text != BUNDLED:
@@ -125,12 +111,6 @@ def images(text: str) -> str:
     return text
 
 
-notebooks = _reader(choose.notebooks_named)
-setting = _reader(choose.read_setting)
-gate = _reader(gates.read_gate)
-
-
-@_reader
 def earlier_report(text: str) -> Path:
     """The folder of a report, or its summary."""
     path = _path(text)
@@ -138,7 +118,6 @@ def earlier_report(text: str) -> Path:
     return path
 
 
-@_reader
 def run_folder(text: str) -> Path:
     """The folder of a run that is there."""
     expected, path = "the folder of a run, as extract makes it", _path(text)
@@ -147,31 +126,24 @@ def run_folder(text: str) -> Path:
     return path
 
 
-@_reader
 def new_folder(text: str) -> Path:
     """A place for a folder; one that is there already will do."""
-    path = _path(text, new=True)
+    path = _new_path(text)
     if path.exists():
         _check_folder(path, "a place for a folder")
     check_place(path)
     return path
 
 
-@_reader
 def store(text: str) -> Path:
     """The folder of a store; one that is there may be one that can only be read."""
-    path = _path(text, new=True)
-    if path.exists():
-        _check_folder(path, "the folder of a store")
-    else:
-        check_place(path)
-    return path
+    path = _new_path(text)
+    return path if path.is_dir() else new_folder(text)
 
 
-@_reader
 def new_file(text: str) -> Path:
     """A place for a file in a folder that is there; an older file will be replaced."""
-    path, expected = _path(text, new=True), "a place for a file"
+    path, expected = _new_path(text), "a place for a file"
     _check_folder(path.parent, f"{expected} '{path}'")
     if path.exists():
         check_file(path, expected=expected, hint="choose another place")
@@ -179,13 +151,18 @@ def new_file(text: str) -> Path:
     return path
 
 
-def _path(text: str, *, new: bool = False) -> Path:
+def _path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise MoeeError("a path", repr(text), UNSET)
-    longest = max(len(os.fsencode(part)) for part in Path(text).parts or (text,))
-    if new and longest > LONGEST_FILE:
-        raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
     return Path(text)
+
+
+def _new_path(text: str) -> Path:
+    path = _path(text)
+    longest = max(len(os.fsencode(part)) for part in path.parts or (text,))
+    if longest > LONGEST_FILE:
+        raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
+    return path
 
 
 def _check_folder(path: Path, expected: str) -> None:

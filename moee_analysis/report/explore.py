@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -21,6 +22,7 @@ from moee_analysis.report.pages.site import data_uri, shrink
 from moee_analysis.utils.progress import is_headless, is_in_notebook
 
 Plot = Callable[..., Figure]
+Choice = dict[str, Any]
 
 FIGURES = 6  # of a static grid, at most
 THUMBNAIL, SMALL = 96, 560  # pixels: of an image to browse; of narrow figures, enlarged
@@ -57,24 +59,24 @@ def explore(
     """Show ``plot(**choice)`` for a choice that a person makes, or for a few of them.
 
     In JupyterLab this is a panel: ascending whole numbers are a slider, other values a list to
-    pick from, :class:`Pictures` a browser of images; the figure follows. Without a kernel the
-    first figure stands there. Headless, and outside notebooks, it is one figure with the plots of a
-    few choices side by side, and no widget: those with the values in ``shown``, by the name of a
-    choice, else evenly spaced ones, in all not more than :data:`FIGURES`. ``plot`` takes the
-    choices by name, as one of :func:`of_table` does:
+    pick from, :class:`Pictures` a browser of images. Without a kernel the first figure stands
+    there. Headless, and outside notebooks, it is one figure with the plots of at most
+    :data:`FIGURES` choices side by side: of the values in ``shown``, by the name of a choice, else
+    of evenly spaced ones. ``plot`` takes the choices by name, as one of :func:`of_table` does:
 
     >>> explore(of_table(plots.class_routing, table), layer=values_of(table, "layer"))
     """
     if not choices:
         raise MoeeError("a choice to explore", "none", "pass values by name, such as layer=[0, 1]")
-    for place, (name, values) in enumerate(choices.items()):
-        before = list(choices)[:place]
+    before: list[str] = []
+    for name, values in choices.items():
         if isinstance(values, DependsOn) and values.other not in before:
             expected = f"'{name}' after '{values.other}', which it depends on"
             found = f"{', '.join(before) or 'nothing'} before it"
             raise MoeeError(expected, found, "give the choices in that order")
-        if not _all_options(values) or not all(map(len, _all_options(values))):
+        if not all(map(len, _all_options(values) or [[]])):
             raise MoeeError(f"values of '{name}'", "none", "pass at least one")
+        before.append(name)
     if is_in_notebook() and not is_headless():
         return _panel(plot, choices, caption or "")
     few = itertools.islice(_combinations(choices, shown or {}), FIGURES)
@@ -98,8 +100,8 @@ def values_of(table: pd.DataFrame, column: str, *, by: str | None = None) -> Val
     """Values of a column in order of appearance, or of each value of another column, ``by``."""
     for name in filter(None, (column, by)):
         if name not in table:
-            columns = ", ".join(map(str, table))
-            raise MoeeError(f"a column among {columns}", f"'{name}'", "correct the name")
+            expected = f"a column among {', '.join(map(str, table))}"
+            raise MoeeError(expected, f"'{name}'", "correct the name")
     if by is None:
         return table[column].unique().tolist()
     groups = table.groupby(by, sort=False)[column]
@@ -120,17 +122,14 @@ def _all_options(values: Values) -> list[Sequence[Any]]:
 # The static grid
 
 
-def _combinations(
-    choices: Mapping[str, Values], shown: Mapping[str, Sequence[Any]]
-) -> list[dict[str, Any]]:
+def _combinations(choices: Mapping[str, Values], shown: Mapping[str, Sequence]) -> list[Choice]:
     """Choices for the grid: those of ``shown``, or else some evenly spaced ones."""
     for unknown in sorted(set(shown) - set(choices)):
         expected = f"choices among {', '.join(choices)} to be shown"
         raise MoeeError(expected, f"'{unknown}'", "correct it")
-    free = len(choices) - len(shown)
-    given = math.prod(map(len, shown.values()))
-    each = max(1, round((FIGURES / given) ** (1 / max(1, free)) - 0.01))
-    found: list[dict[str, Any]] = [{}]
+    room = FIGURES / math.prod(map(len, shown.values()))
+    each = max(1, round(room ** (1 / max(1, len(choices) - len(shown))) - 0.01))
+    found: list[Choice] = [{}]
     for name, values in choices.items():
         found = [
             chosen | {name: value}
@@ -184,9 +183,9 @@ def _panel(plot: Plot, choices: Mapping[str, Values], caption: str) -> Panel:
         changing.pop()
 
     def draw(**chosen: Any) -> None:
-        key = tuple(chosen.values())
         if changing:
             return
+        key = tuple(chosen.values())
         try:
             drawn[key] = drawn.get(key) or _figure_html(plot(**chosen), chosen, caption)
             screen.value = drawn[key]
@@ -209,10 +208,10 @@ def _make_control(name: str, values: Values, options: list[tuple[str, Any]]) -> 
     every = _all_options(values)
     whole = all(isinstance(value, (int, np.integer)) for one in every for value in one)
     slides = whole and all(len(one) > 1 and list(one) == sorted(one) for one in every)
-    kind = widgets.SelectionSlider if slides else widgets.Dropdown
-    label, more = name.replace("_", " ").removesuffix(" name"), {"continuous_update": False}
+    kind = partial(widgets.SelectionSlider, continuous_update=False) if slides else widgets.Dropdown
+    label = name.replace("_", " ").removesuffix(" name")
     look = {"style": {"description_width": "5rem"}, "layout": {"width": "26rem"}}
-    return kind(options=options, description=label, **look, **(more if slides else {}))
+    return kind(options=options, description=label, **look)
 
 
 def _browser(slider: widgets.Widget, pictures: Pictures) -> widgets.Widget:
@@ -222,9 +221,9 @@ def _browser(slider: widgets.Widget, pictures: Pictures) -> widgets.Widget:
     def show(_: Any = None) -> None:
         text = escape(f"{pictures.names[slider.value]}, image {slider.value + 1} of {count}")
         image = Image.fromarray(np.ascontiguousarray(pictures.thumbnails[slider.value]))
-        source, style = data_uri(shrink(image, THUMBNAIL, format="PNG")), "vertical-align: middle"
-        height = f'height="{THUMBNAIL}"'
-        look.value = f'<img src="{source}" {height} alt="{text}" style="{style}"> {text}'
+        source = data_uri(shrink(image, THUMBNAIL, format="PNG"))
+        style = f'height="{THUMBNAIL}" style="vertical-align: middle"'
+        look.value = f'<img src="{source}" alt="{text}" {style}> {text}'
 
     def step(by: int, icon: str, word: str) -> widgets.Button:
         button = widgets.Button(icon=icon, tooltip=f"{word} image", layout={"width": "3rem"})
@@ -244,7 +243,6 @@ def _figure_html(fig: Figure, chosen: Mapping[str, Any], caption: str) -> str:
     choice = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
     alt = escape(". ".join(filter(None, (fig.get_label(), choice))))
     style = f"max-width: 100%; width: {width}px; background: #fff"
-    below = f'<p style="color: var(--jp-ui-font-color2); margin: 0">{escape(caption)}</p>'
     png = picture(fig, dpi=min(fig.dpi, 1.2 * width / inches))  # few more pixels than are seen
-    image = f'<img src="{data_uri(png)}" alt="{alt}" style="{style}">'
-    return image + (below if caption else "")
+    below = f'<p style="color: var(--jp-ui-font-color2); margin: 0">{escape(caption)}</p>'
+    return f'<img src="{data_uri(png)}" alt="{alt}" style="{style}">{below if caption else ""}'

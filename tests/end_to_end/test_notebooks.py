@@ -12,7 +12,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from moee_analysis.report.notebook.results import NOTEBOOK
 from moee_analysis.report.pages.body import SOLUTION
-from moee_analysis.report.runner.check_parameters import check_parameters, declared_parameters
+from moee_analysis.report.runner.choose import check_parameters, declared_parameters
 from moee_analysis.report.runner.run_notebooks import report
 from moee_analysis.utils import environment
 
@@ -219,7 +219,7 @@ def test_pictures_are_described_by_their_finding_in_solutions_too(path, made):
     findings = {e["finding"] for e in _results(made(path))["figures"].values()}
     assert sum(alt.startswith(tuple(findings)) for alt in told) >= len(findings)
     assert all(FINDING.match(alt) for alt in told)
-    page = BeautifulSoup(made(path).page.read_text(), "html.parser")
+    page = BeautifulSoup((made(path).folder / "page.html").read_text(), "html.parser")
     assert [image["alt"] for image in page.find_all("img")] == told
     assert findings <= {line.get_text() for line in page.find_all(class_="finding")}
 
@@ -272,7 +272,7 @@ def test_solutions_keep_nothing_in_the_results(path):
 
 @each_notebook
 def test_the_page_folds_every_solution(path, made):
-    page = BeautifulSoup(made(path).page.read_text(), "html.parser")
+    page = BeautifulSoup((made(path).folder / "page.html").read_text(), "html.parser")
     folds = page.find_all("details")
     assert [fold.summary.get_text() for fold in folds] == ["Solution"] * len(_exercises(path))
     assert not [fold for fold in folds if fold.has_attr("open")]

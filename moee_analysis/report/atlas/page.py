@@ -37,6 +37,9 @@ LONGEST = 224  # pixels of the longer side of a picture, at most
 QUALITY = 78
 LOSSLESS_BELOW = 100  # pixels of the longer side
 
+Facts = dict[str, Any]
+Tables = dict[str, pd.DataFrame]
+
 
 def write_atlas(
     run: Extraction, images: ImageSet, out: str | Path, *, dense: nn.Module | None = None
@@ -63,9 +66,7 @@ class Seen:
     known: Typical
 
 
-def atlas_facts(
-    run: Extraction, images: ImageSet, *, dense: nn.Module | None = None
-) -> dict[str, Any]:
+def atlas_facts(run: Extraction, images: ImageSet, *, dense: nn.Module | None = None) -> Facts:
     """Return all that the page shows, in JSON's types.
 
     ``layers`` with their experts; ``images`` (class, picture, predictions); ``about``, names and
@@ -79,22 +80,21 @@ def atlas_facts(
         hint = "extract experts of layers that see the patches of an image"
         raise MoeeError(expected, "none", hint)
     seen = Seen(run, images, routed, measure.typical(run, images, routed))
-    layers = _layers(seen)
-    absent = "; ".join(
-        f"layer {report.index} "
-        + ("has no patches with places" if report.converted else f"stayed dense: {report.reason}")
-        for report in run.layers
-        if report.index not in routed.placed
-    )
+    layers, absent = _layers(seen), []
+    for layer in run.layers:
+        if layer.index not in routed.placed:
+            told = f"stayed dense: {layer.reason}"
+            why = "has no patches with places" if layer.converted else told
+            absent.append(f"layer {layer.index} {why}")
     return {
         "about": _about(seen, dense, layers),
-        "absent": f"Not shown: {absent}." if absent else "",
+        "absent": f"Not shown: {'; '.join(absent)}." if absent else "",
         "layers": layers,
         "images": _images(seen, dense),
     }
 
 
-def page(facts: dict[str, Any]) -> str:
+def page(facts: Facts) -> str:
     """Return the HTML of ``facts``.
 
     The browser runs the page's own script and nothing else, even if a name were taken for markup:
@@ -103,13 +103,11 @@ def page(facts: dict[str, Any]) -> str:
     style, *scripts = ((HERE / name).read_text(encoding="utf-8") for name in (STYLE, *SCRIPTS))
     texts = {"style": style, "script": '"use strict";\n' + "\n".join(scripts)}
     digests = {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
+    hashes = {name: f"'sha256-{_base64(digest)}'" for name, digest in digests.items()}
+    shown = {name: facts[name] for name in ("layers", "images")}
+    about, absent = facts["about"], facts["absent"]
     return render(
-        "atlas/atlas.html",
-        about=facts["about"],
-        absent=facts["absent"],
-        facts={"layers": facts["layers"], "images": facts["images"]},
-        hashes={name: f"'sha256-{_base64(digest)}'" for name, digest in digests.items()},
-        **texts,
+        "atlas/atlas.html", about=about, absent=absent, facts=shown, hashes=hashes, **texts
     )
 
 
@@ -117,9 +115,7 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def _about(
-    seen: Seen, dense: nn.Module | None, layers: list[dict[str, Any]]
-) -> list[tuple[str, str]]:
+def _about(seen: Seen, dense: nn.Module | None, layers: list[Facts]) -> list[tuple[str, str]]:
     run, savings = seen.run, {}
     if dense is not None:
         costs = measure.macs(replace(run, original=dense), routes=seen.routed)
@@ -140,13 +136,12 @@ def _about(
     ]
 
 
-def _layers(seen: Seen) -> list[dict[str, Any]]:
+def _layers(seen: Seen) -> list[Facts]:
     """The layers that can be shown, in order, each with its experts."""
     run, images, routed, shown = seen.run, seen.images, seen.routed, seen.routed.placed
+    given = {"layers": shown, "routed": routed, "known": seen.known}
     tables = {
-        "top": measure.top_patches(
-            run, images, layers=shown, count=PATCHES, routed=routed, known=seen.known
-        ),
+        "top": measure.top_patches(run, images, count=PATCHES, **given),
         "classes": measure.class_routing(routed, layers=shown),
         "overlap": measure.overlap(run, layers=shown).rename(columns={"expert_a": "expert"}),
     }
@@ -155,11 +150,11 @@ def _layers(seen: Seen) -> list[dict[str, Any]]:
     return [_layer(seen, layer, _choose(tables, "layer", layer)) for layer in shown]
 
 
-def _choose(tables: dict[str, pd.DataFrame], column: str, value: int) -> dict[str, pd.DataFrame]:
+def _choose(tables: Tables, column: str, value: int) -> Tables:
     return {name: table[table[column] == value] for name, table in tables.items()}
 
 
-def _layer(seen: Seen, layer: int, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def _layer(seen: Seen, layer: int, tables: Tables) -> Facts:
     """``routes`` are the experts of the patches, image after image and row by row, as base64."""
     module, experts = moe_layers(seen.run.model)[layer], seen.routed.patch_experts(layer)
     counts = np.bincount(experts.ravel(), minlength=module.n_experts)
@@ -184,13 +179,16 @@ def _layer(seen: Seen, layer: int, tables: dict[str, pd.DataFrame]) -> dict[str,
     }
 
 
-def _lists_of_expert(rows: dict[str, pd.DataFrame]) -> dict[str, list[list[Any]]]:
+def _lists_of_expert(rows: Tables) -> dict[str, list[list[Any]]]:
     """Typical patches, overlapping experts, and classes and parts beyond their usual shares."""
     overlap = rows["overlap"][rows["overlap"]["expert_b"] != rows["overlap"]["expert"]]
     best = overlap.nlargest(OTHERS, "jaccard")
-    lists = {"top": _lists(rows["top"], "image", "row", "column", "cosine")}
+    lists = {
+        "top": _lists(rows["top"], "image", "row", "column", "cosine"),
+        "classes": [],
+        "parts": [],
+    }
     for kind, name in (("classes", "class_name"), ("parts", "part")):
-        lists[kind] = []
         if kind in rows:
             ahead = rows[kind].assign(ahead=rows[kind]["share"] - rows[kind]["share_all"])
             ahead = ahead[ahead["ahead"] > 0].nlargest(OTHERS, "ahead").astype({name: str})
@@ -217,26 +215,18 @@ def _near(means: np.ndarray, tokens: np.ndarray) -> list[list[list[float]]]:
 
 def _lists(rows: pd.DataFrame, *columns: str) -> list[list[Any]]:
     """The ``columns`` of each row, numbers as short as the page needs them."""
-    lists = zip(*(rows[column].tolist() for column in columns), strict=True)
-    return [[_short(v) if isinstance(v, float) else v for v in values] for values in lists]
+    values = zip(*(rows[column].tolist() for column in columns), strict=True)
+    return [[_short(v) if isinstance(v, float) else v for v in row] for row in values]
 
 
 def _short(value: float) -> float:
     return round(float(value), DIGITS)
 
 
-def _images(seen: Seen, dense: nn.Module | None) -> list[dict[str, Any]]:
+def _images(seen: Seen, dense: nn.Module | None) -> list[Facts]:
     """Class, picture and predictions of every image."""
-    predictions = {}
-    for name, model in (("moe", seen.run.model), ("dense", dense)):
-        if model is None:
-            continue
-        names, like, found = class_labels(model), next(model.parameters()), []
-        with evaluating(model):
-            for x in seen.images.batches(model, batch_size=fitting_batch(model)):
-                found += model(x.to(like)).argmax(dim=1).tolist()
-        labels = [names[index] if index < len(names) else f"class {index}" for index in found]
-        predictions[name] = labels
+    models = {"moe": seen.run.model} | ({} if dense is None else {"dense": dense})
+    predicted = {name: _predictions(model, seen.images) for name, model in models.items()}
     facts = []
     for index in progress(range(len(seen.images)), label="pictures"):
         pixels = np.ascontiguousarray(seen.images.as_seen(index, seen.run.model))
@@ -244,6 +234,14 @@ def _images(seen: Seen, dense: nn.Module | None) -> list[dict[str, Any]]:
         options = {"lossless": True} if small else {"quality": QUALITY}
         picture = shrink(Image.fromarray(pixels), LONGEST, format="WEBP", method=6, **options)
         name = seen.routed.class_names[int(seen.routed.labels[index])]
-        labels = {system: each[index] for system, each in predictions.items()}
+        labels = {system: each[index] for system, each in predicted.items()}
         facts.append({"class": name, "picture": _base64(picture), **labels})
     return facts
+
+
+def _predictions(model: nn.Module, images: ImageSet) -> list[str]:
+    names, like, found = class_labels(model), next(model.parameters()), []
+    with evaluating(model):
+        for x in images.batches(model, batch_size=fitting_batch(model)):
+            found += model(x.to(like)).argmax(dim=1).tolist()
+    return [names[index] if index < len(names) else f"class {index}" for index in found]

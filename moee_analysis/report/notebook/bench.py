@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ from moee_analysis.models.class_names import name_by_folders
 from moee_analysis.models.macs import count
 from moee_analysis.outside_text import as_markdown
 from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choose_images
-from moee_analysis.report.notebook.remember import Remembering, remember
+from moee_analysis.report.notebook.remember import remember, remembering
 from moee_analysis.report.notebook.results import (
     Results,
-    alternative,
+    alt_text,
     in_words,
     is_plain_index,
     picture,
@@ -57,7 +58,6 @@ VERDICTS = {
 class Bench:
     """One notebook's model, images, extraction and results, each made when first asked for."""
 
-    name: str
     parameters: Parameters
     results: Results
     started: float = field(default_factory=time.monotonic)
@@ -120,9 +120,9 @@ class Bench:
         return extract(self.dense, self.calibration, config, store=self.store)
 
     @property
-    def measure(self) -> Remembering:
+    def measure(self) -> SimpleNamespace:
         """All measures; what one has measured before, with the same code, is in the store."""
-        return Remembering(measures, self.store)
+        return remembering(measures, self.store)
 
     def remember(self, measure: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """Return what ``measure`` returns, such as a comparison; see :attr:`measure`."""
@@ -130,12 +130,12 @@ class Bench:
 
     def choose_layers(self, default: Sequence[int]) -> list[int]:
         """Return the layers to show: the parameter ``layers``, or ``default`` if it is empty."""
-        layers, n_layers = self.parameters.layers or default, len(models.find_mlps(self.dense))
-        beyond = [layer for layer in layers if layer >= n_layers]
+        layers, count = list(self.parameters.layers or default), len(models.find_mlps(self.dense))
+        beyond = [layer for layer in layers if layer >= count]
         if beyond:
-            expected = f"layers from 0 to {n_layers - 1} of this model"
+            expected = f"layers from 0 to {count - 1} of this model"
             raise MoeeError(expected, str(beyond), "correct 'layers'")
-        return list(layers)
+        return layers
 
     def choose_classes(self, default: Sequence[int | str]) -> list[int]:
         """Return the model's class indices to show: the parameter ``classes``, or ``default``.
@@ -159,14 +159,14 @@ class Bench:
     def choose_among(self, preferred: Sequence[str], *, count: int) -> list[int]:
         """Return class indices to show: the parameter ``classes``, or ``count`` of the images' own.
 
-        Those of ``preferred`` that the images show come first, then others of the images.
+        Those of ``preferred`` that the images show come first.
         """
         if self.parameters.classes:
             return self.choose_classes(())
         labels = models.class_labels(self.dense)
         shown = list(dict.fromkeys(self.images.labels(self.dense).tolist()))
         liked = [index for name in preferred for index in shown if labels[index] == name]
-        return [*liked, *(index for index in shown if index not in liked)][:count]
+        return list(dict.fromkeys([*liked, *shown]))[:count]
 
     def record(self, key: str, value: Any) -> None:
         """Keep a number (or text, list, mapping) as ``values.<key>``; NaN is kept as null."""
@@ -175,9 +175,9 @@ class Bench:
     def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Keep ``table`` as ``tables/<name>.csv`` and return it, to be shown."""
         facts = {"rows": len(table), "columns": list(map(str, table.columns))}
+        facts["caption"] = table.attrs.get("caption") or None
         content = table.to_csv(index=not is_plain_index(table)).encode()
-        caption = table.attrs.get("caption") or None
-        self.results.keep("tables", name, "csv", content, **facts, caption=caption)
+        self.results.keep("tables", name, "csv", content, **facts)
         return table
 
     def figure(
@@ -192,7 +192,7 @@ class Bench:
         if not isinstance(fig, Figure):
             return fig
         facts = {"finding": finding or fig.get_label() or None, "caption": caption or None}
-        fig.set_label(alternative(facts) or name.replace("_", " "))
+        fig.set_label(alt_text(facts) or name.replace("_", " "))
         self.results.keep("figures", name, "png", picture(fig), **facts, cover=cover or None)
         return fig
 
@@ -200,7 +200,7 @@ class Bench:
         """Return a ``plot`` of what is ``given``, with its finding as label; it is not kept."""
         facts = {"finding": plots.describe(plot, *given), "caption": options.get("caption")}
         fig = plot(*given, **options)
-        fig.set_label(alternative(facts))
+        fig.set_label(alt_text(facts))
         return fig
 
     def show(
@@ -209,11 +209,10 @@ class Bench:
     ) -> Figure:  # fmt: skip
         """Keep ``table`` and the figure that ``plot`` makes of it; return the figure, to be shown.
 
-        ``facts`` are those of :meth:`caption`, which stands below the figure, before the caption of
-        the table; ``options`` go to ``plot``. The finding is the plot's own sentence.
+        ``facts`` are those of :meth:`caption`, which stands below the figure, before the table's
+        own; ``options`` go to ``plot``.
         """
-        finding = plots.describe(plot, table)
-        caption = self.caption(**facts)
+        finding, caption = plots.describe(plot, table), self.caption(**facts)
         below = ". ".join(filter(None, (caption, table.attrs.get("caption"))))
         fig = plot(self.table(name, table), caption=below, **(options or {}))
         return self.figure(name, fig, finding=finding, caption=caption, cover=cover)
@@ -224,13 +223,8 @@ class Bench:
         return Markdown(in_words(self.results.content["headline"]))
 
     def claim(
-        self,
-        statement: str,
-        found: str,
-        holds: bool | None,  # noqa: FBT001
-        *,
-        ours: bool = False,
-    ) -> Markdown:
+        self, statement: str, found: str, holds: bool | None, *, ours: bool = False,  # noqa: FBT001
+    ) -> Markdown:  # fmt: skip
         """Keep and show a claim of the paper, or of ``ours``; None holds in part."""
         verdict, colour = VERDICTS[holds]
         claim = {"statement": statement, "found": found, "holds": holds, "verdict": verdict}
@@ -259,10 +253,7 @@ class Bench:
         return ", ".join(filter(None, facts)) + " (layers counted from 0)"
 
     def finish(self) -> Markdown:
-        """Show what was found in three lines; keep and show versions, device, time and parameters.
-
-        A notebook's last cell.
-        """
+        """Show what was found, in three lines; keep and show versions, device and time: the end."""
         facts = {
             "device": describe_device(self.device),
             "cores": os.cpu_count(),
@@ -311,4 +302,4 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
     results = Results(None if out is None else Path(out))
     results.put("notebook", name)
     results.put("parameters", given.deciding)
-    return Bench(name, given, results)
+    return Bench(given, results)

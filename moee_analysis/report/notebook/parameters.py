@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from moee_analysis.data.disjoint import check_disjoint, without_repeats
@@ -84,14 +85,14 @@ class ImageSets:
 
     def summary(self) -> dict[str, Any]:
         """Names and sizes of both sets, for ``results.json``."""
-        sets = {"calibration": self.calibration, "evaluation": self.evaluation}
-        return {
-            use: {
-                "name": images.name, "count": len(images), "classes": len(set(images.folders)),
-                "skipped": list(images.skipped),
-            }
-            for use, images in sets.items()
-        }  # fmt: skip
+        return {"calibration": _facts(self.calibration), "evaluation": _facts(self.evaluation)}
+
+
+def _facts(images: ImageSet) -> dict[str, Any]:
+    count, classes = len(images), len(set(images.folders))
+    return {
+        "name": images.name, "count": count, "classes": classes, "skipped": list(images.skipped),
+    }  # fmt: skip
 
 
 def choose_images(given: Parameters) -> ImageSets:
@@ -100,24 +101,21 @@ def choose_images(given: Parameters) -> ImageSets:
     Without a ``calibration`` folder the bundled set serves, if the model or the images are
     bundled; otherwise a part of ``images`` is set aside. No picture may be in both.
     """
-    source = given.calibration
-    if source is None and (given.model in BUNDLED_MODELS or given.images == BUNDLED):
-        source = BUNDLED
+    ours = given.model in BUNDLED_MODELS or given.images == BUNDLED
+    source = given.calibration or (BUNDLED if ours else None)
     if source is None:
         return _set_aside(given)
     if source == given.images != BUNDLED:
         hint = "leave 'calibration' empty: a part of 'images' is then set aside"
         raise MoeeError("'calibration' and 'images' in two folders", f"'{source}' for both", hint)
-    sizes, seed = preset_named(given.preset), given.seed
-    calibration = load_images(
-        source, split="calibration", limit=sizes.calibration_images, seed=seed
-    )
-    evaluation = load_images(given.images, limit=sizes.evaluation_images, seed=seed)
+    sizes, load = preset_named(given.preset), partial(load_images, seed=given.seed)
+    calibration = load(source, split="calibration", limit=sizes.calibration_images)
+    evaluation = load(given.images, limit=sizes.evaluation_images)
     if {source, given.images} != {BUNDLED}:
         check_disjoint(calibration, evaluation, use="used for calibration")
     training = calibration
     if source == BUNDLED:
-        training = load_images(source, split="train", limit=sizes.training_images, seed=seed)
+        training = load(source, split="train", limit=sizes.training_images)
     notes = (*_skipped(calibration), *_skipped(evaluation))
     return ImageSets(calibration, evaluation, training, notes)
 

@@ -3,14 +3,16 @@
 A measure is the same where its code, its versions and all that it is given are the same.
 """
 
+import base64
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache, partial, singledispatch, wraps
+from functools import cache, partial, wraps
+from inspect import isfunction
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,10 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.models.fingerprints import fingerprint, hash_weights
-from moee_analysis.report.notebook.encoding import decode, encode
 from moee_analysis.utils.environment import describe_device, versions
-from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.storage.files import checksum, write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
 QUICK = 0.3  # seconds below which a result is not kept
@@ -31,26 +33,17 @@ PLACES = ("store",)  # arguments that say where, and decide nothing
 KEPT = "result.json"
 ROOM = Path(__file__).resolve().parents[2]
 
-Measure = Callable[..., Any]
 
-
-class Remembering:
+def remembering(measures: ModuleType, store: Path) -> SimpleNamespace:
     """A module of measures, each of which finds in the ``store`` what it has measured before."""
-
-    def __init__(self, module: ModuleType, store: Path) -> None:
-        self._module, self._store = module, store
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._module, name)
-        if isinstance(found, type):
-            return found
-        return wraps(found)(partial(remember, self._store, found))  # with its help and arguments
-
-    def __dir__(self) -> list[str]:
-        return dir(self._module)
+    names = {name: each for name, each in vars(measures).items() if not name.startswith("_")}
+    for name, measure in names.items():
+        if isfunction(measure):  # it keeps its help and its arguments
+            names[name] = wraps(measure)(partial(remember, store, measure))
+    return SimpleNamespace(**names)
 
 
-def remember(store: Path, measure: Measure, /, *given: Any, **options: Any) -> Any:
+def remember(store: Path, measure: Callable[..., Any], /, *given: Any, **options: Any) -> Any:
     """Return what ``measure`` returns for these arguments, from the ``store`` if it is there.
 
     Tables, routes and rows of plain values are kept, and only those that took a while. A measure
@@ -76,80 +69,44 @@ def remember(store: Path, measure: Measure, /, *given: Any, **options: Any) -> A
     return result
 
 
-@singledispatch
 def identify(value: Any) -> Any:
     """Plain values that tell ``value`` from all others; a TypeError: it cannot be told."""
+    for kind, facts_of in TOLD_BY:
+        if isinstance(value, kind):
+            return facts_of(value)
     if is_dataclass(value):
         named = {each.name: getattr(value, each.name) for each in fields(value)}
         own = {name: identify(part) for name, part in named.items() if name not in PLACES}
         return [type(value).__qualname__, own]
-    if isinstance(value, str | int | float | None):
-        return value
-    raise TypeError(f"{type(value).__name__} is not told from others")
+    return encode(value)
 
 
-@identify.register
-def _(value: Mapping) -> Any:
-    return [[identify(key), identify(each)] for key, each in value.items()]
-
-
-@identify.register(list)
-@identify.register(tuple)
-@identify.register(range)
-def _(value: Sequence) -> Any:
-    return [identify(each) for each in value]
-
-
-@identify.register
-def _(value: ImageSet) -> Any:
-    return value.fingerprint
-
-
-@identify.register
-def _(value: nn.Module) -> Any:
-    if any(each._forward_hooks or each._forward_pre_hooks for each in value.modules()):
+def _identify_network(module: nn.Module) -> Any:
+    if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
         raise TypeError("hooks, as of a knock-out, are not told from others")
-    if not hasattr(value, "pretrained_cfg"):
-        return _identify_part(value)
-    device = describe_device(str(next(value.parameters()).device))  # times are those of a machine
-    return [fingerprint(value), device]
-
-
-def _identify_part(module: nn.Module) -> Any:
-    """What tells a part of a network, such as a router: its tensors, and plain settings."""
-    plain = (bool, int, float, str, tuple)
-    settings = {
-        name: [
-            type(each).__qualname__,
-            str({k: v for k, v in vars(each).items() if isinstance(v, plain)}),
-        ]
-        for name, each in module.named_modules()
-    }
+    if hasattr(module, "pretrained_cfg"):
+        device = str(next(module.parameters()).device)  # times are those of a machine
+        return [fingerprint(module), describe_device(device)]
+    # a part of a network, such as a router: its tensors, and plain settings
+    settings = {name: _settings_of(each) for name, each in module.named_modules()}
     return [hash_weights(module), settings]
 
 
-@identify.register
-def _(value: Extraction) -> Any:
-    return [identify(value.model), identify(value.config), identify(value.layers)]
+def _settings_of(module: nn.Module) -> list[str]:
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | tuple)}
+    return [type(module).__qualname__, str(plain)]
 
 
-@identify.register
-def _(value: np.ndarray) -> Any:
-    return _hash(encode(value))
-
-
-@identify.register
-def _(value: np.generic) -> Any:
-    return value.item()
-
-
-@identify.register
-def _(value: pd.DataFrame) -> Any:
-    return _hash(encode(value.reset_index()))
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+TOLD_BY = (
+    (ImageSet, lambda images: images.fingerprint),
+    (Extraction, lambda run: identify([run.model, run.config, run.layers])),
+    (nn.Module, _identify_network),
+    (Mapping, lambda value: [[identify(key), identify(each)] for key, each in value.items()]),
+    (list | tuple | range, lambda value: [identify(each) for each in value]),
+    (np.ndarray, lambda array: checksum(encode(array))),
+    (pd.DataFrame, lambda table: checksum(encode(table.reset_index()))),
+)
+"""What tells a value from others, by its type; a dataclass by its fields."""
 
 
 @cache
@@ -157,3 +114,70 @@ def _code() -> str:
     """Hash of the package's code, whatever its version is called."""
     files = sorted(ROOM.rglob("*.py"))
     return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
+
+
+# Tables and routes as JSON, and back again to the last bit
+
+
+def encode(value: Any) -> Any:
+    """Return ``value`` in plain JSON values; a TypeError: it is none of those that can be kept."""
+    if isinstance(value, list):
+        return [encode(each) for each in value]
+    for name, (kind, parts_of, _) in KINDS.items():
+        if isinstance(value, kind):
+            return {name: encode(parts_of(value))}
+    if isinstance(value, str | int | None):
+        return value
+    raise TypeError(f"{type(value).__name__} is not kept")
+
+
+def decode(content: Any) -> Any:
+    """Return what :func:`encode` was given."""
+    if isinstance(content, list):
+        return [decode(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    ((name, parts),) = content.items()
+    return KINDS[name][2](decode(parts))
+
+
+def _array_parts(array: np.ndarray) -> list:
+    flat = array.ravel()
+    content = list(flat) if array.dtype == object else base64.b64encode(flat.tobytes()).decode()
+    return [array.dtype.str, list(array.shape), content]
+
+
+def _make_array(parts: list) -> np.ndarray:
+    dtype, shape, content = parts
+    if isinstance(content, str):
+        return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
+    array = np.empty(len(content), dtype)
+    array[:] = content
+    return array.reshape(shape)
+
+
+def _table_parts(table: pd.DataFrame) -> list:
+    if not table.index.equals(pd.RangeIndex(len(table))) or table.columns.nlevels > 1:
+        raise TypeError("a table whose rows have names is not kept")
+    columns = [[name, str(each.dtype), each.to_numpy()] for name, each in table.items()]
+    return [columns, table.attrs]
+
+
+def _make_table(parts: list) -> pd.DataFrame:
+    columns, attrs = parts
+    table = pd.DataFrame({name: values for name, _, values in columns})
+    table = table.astype({name: dtype for name, dtype, _ in columns})
+    table.attrs = attrs
+    return table
+
+
+KINDS = {
+    "table": (pd.DataFrame, _table_parts, _make_table),
+    "routes": (Routes, vars, lambda fields: Routes(**fields)),
+    "array": (np.ndarray, _array_parts, _make_array),
+    "scalar": (np.generic, np.asarray, lambda array: array[()]),
+    "items": (dict, lambda value: [list(pair) for pair in value.items()], dict),
+    "tuple": (tuple, list, tuple),
+    "float": (float, float.hex, float.fromhex),  # JSON knows neither nan nor what is infinite
+}
+"""What is no value of JSON, by name: its type, what it is made of, and how it is made of that."""

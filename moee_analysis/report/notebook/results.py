@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import re
 import struct
@@ -28,6 +29,11 @@ FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
 CSS_PIXELS_PER_INCH = 96
 TABLE_ROWS = 64  # shown at most
 SUMMARY_LINES, SUMMARY_WORDS = 3, 30  # of what a notebook found; of one of its lines, about
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of one of these, or of another JSON file of ours; nothing if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,9 @@ class Results:
 
     def summary(self) -> list[str]:
         """Return Markdown lines: the headline, then claims, then what figures show."""
-        headline, claims = self.content.get("headline"), self.content.get("claims", [])
-        figures = self.content.get("figures", {}).values()
+        headline, figures = self.content.get("headline"), self.content.get("figures", {}).values()
         lines = [in_words(headline)] if headline else []
-        for claim in claims:
+        for claim in self.content.get("claims", []):
             left = SUMMARY_WORDS - len(claim["statement"].split())
             told = as_markdown(f"{claim['statement']} {brief(claim['found'], left)}")
             lines.append(f"{claim['verdict']}: {told}")
@@ -98,18 +103,16 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
+    hint = "record the numbers inside it, or keep it as a table or a figure"
     raise MoeeError(
-        "numbers, text, lists and mappings to record", f"a {type(value).__name__}",
-        "record the numbers inside it, or keep it as a table or a figure",
-    )  # fmt: skip
+        "numbers, text, lists and mappings to record", f"a {type(value).__name__}", hint
+    )
 
 
 def in_words(headline: Mapping[str, Any]) -> str:
     """The key number of a notebook as Markdown, beside the dense model's."""
-    number, label, dense = map(
-        as_markdown, (readable(headline["value"]), headline["label"], headline["dense"])
-    )
-    return f"**{number}** {label} (dense: {dense})"
+    number, label = as_markdown(readable(headline["value"])), as_markdown(headline["label"])
+    return f"**{number}** {label} (dense: {as_markdown(headline['dense'])})"
 
 
 def brief(text: str, words: int = SUMMARY_WORDS) -> str:
@@ -134,7 +137,7 @@ def picture(fig: Figure, *, dpi: float | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def alternative(figure: Mapping[str, Any]) -> str:
+def alt_text(figure: Mapping[str, Any]) -> str:
     """The alternative text of a kept figure: its ``finding``, then its ``caption``."""
     return " ".join(text for kind in ("finding", "caption") if (text := figure.get(kind)))
 
@@ -183,10 +186,8 @@ def _figure_png(fig: Figure) -> tuple[str, dict[str, Any]]:
     below = ". ".join(text.get_text() for text in fig.texts)
     titles = [ax.get_title("left") or ax.get_title() for ax in fig.axes]
     text = fig.get_label() or below or ", ".join(filter(None, titles))
-    return base64.b64encode(png).decode(), {
-        "width": width,
-        "alt": " ".join(text.split()) or "figure",
-    }
+    facts = {"width": width, "alt": " ".join(text.split()) or "figure"}
+    return base64.b64encode(png).decode(), facts
 
 
 def _table_html(table: pd.DataFrame) -> str:

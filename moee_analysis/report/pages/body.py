@@ -38,9 +38,8 @@ def notebook_body(path: Path, findings: Mapping[str, str]) -> str:
                 shorten(output)
         elif cell.pop("attachments", None):  # the page has the one that came
             cell.source = EXPECTED.sub("", cell.source)
-    config = Config()
-    config.TagRemovePreprocessor.enabled = True
-    config.TagRemovePreprocessor.remove_cell_tags = ("papermill-error-cell-tag",)
+    removed = {"enabled": True, "remove_cell_tags": ("papermill-error-cell-tag",)}
+    config = Config({"TagRemovePreprocessor": removed})
     exporter = HTMLExporter(config=config, template_name="basic", exclude_anchor_links=True)
     return refine(exporter.from_notebook_node(notebook)[0], findings)
 
@@ -48,10 +47,8 @@ def notebook_body(path: Path, findings: Mapping[str, str]) -> str:
 def refine(html: str, findings: Mapping[str, str]) -> str:
     """``html`` without anything active, with folded solutions, and for keys and screen readers."""
     soup = BeautifulSoup(html, "html.parser")
-    for tag in soup(ACTIVE):
-        tag.decompose()
-    for tag in soup("style"):
-        if _fetches(tag.get_text()):
+    for tag in soup([*ACTIVE, "style"]):
+        if tag.name != "style" or _fetches(tag.get_text()):
             tag.decompose()
     for tag in soup.find_all():
         _quieten(tag, soup)
@@ -74,11 +71,9 @@ def _shows_something(output: Any) -> bool:
     data = output.get("data")
     if data is None:
         return True
-    live = data.keys() & LIVE_ONLY
-    for kind in live:
-        del data[kind]
-    if live:
-        data.pop("text/plain", None)  # the widget's repr
+    if data.keys() & LIVE_ONLY:
+        for kind in (*LIVE_ONLY, "text/plain"):  # that is the widget's repr
+            data.pop(kind, None)
     return bool(data)
 
 
@@ -86,8 +81,7 @@ def _quieten(tag: Tag, soup: BeautifulSoup) -> None:
     """Take from one tag what fetches or runs; a picture on the network becomes a link to it."""
     source = str(tag.get("src", ""))
     if tag.name == "img" and not source.startswith("data:"):
-        words = str(tag.get("alt") or source)
-        tag.replace_with(soup.new_tag("a", href=source, string=words))
+        tag.replace_with(soup.new_tag("a", href=source, string=str(tag.get("alt") or source)))
         return
     for name, value in [(name, str(value)) for name, value in tag.attrs.items()]:
         loads = name in LOADING and not value.startswith(("data:", "#"))

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import os
 import re
 from collections import ChainMap
@@ -16,11 +15,11 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from moee_analysis.outside_text import printable
-from moee_analysis.report.notebook.results import FILE, NOTEBOOK, STATUS, alternative, readable
+from moee_analysis.report.notebook.results import FILE, NOTEBOOK, STATUS, alt_text, read, readable
 from moee_analysis.report.pages.body import notebook_body
 from moee_analysis.report.pages.output import abridge
-from moee_analysis.report.summary.comparison import verdict_text, verdicts_line
 from moee_analysis.report.summary.gates import gate_text
+from moee_analysis.report.summary.summary import verdict_text, verdicts_line
 from moee_analysis.utils.environment import versions
 from moee_analysis.utils.storage.files import write_text
 
@@ -36,6 +35,7 @@ TEMPLATES = Environment(
 TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
 TEMPLATES.filters |= {
     "readable": readable,
+    "gate_text": gate_text,
     "verdict_text": verdict_text,
     "verdicts_line": verdicts_line,
     "printable": lambda value: printable(str(value)),
@@ -64,24 +64,21 @@ def data_uri(picture: bytes, kind: str = "png") -> str:
 def write_page(folder: Path, status: Mapping[str, Any]) -> None:
     """Write ``page.html`` of a notebook run into its ``folder``.
 
-    After a timeout or a dead kernel there is no notebook to show: the page tells what
-    happened, and shows the figures that were kept before.
+    After a timeout or a dead kernel there is no notebook: it tells what happened, and shows the
+    figures that were kept before.
     """
-    figures = list(_read(folder / FILE).get("figures", {}).values())
+    figures = list(read(folder / FILE).get("figures", {}).values())
     tables = sorted(path.relative_to(folder).as_posix() for path in folder.glob("tables/*.csv"))
     files = [*(name for name in (FILE, NOTEBOOK) if (folder / name).is_file()), *tables]
     facts: dict[str, Any] = {"files": files}
     if (folder / NOTEBOOK).is_file():
-        findings = {alternative(f): f["finding"] for f in figures if f.get("finding")}
+        findings = {alt_text(f): f["finding"] for f in figures if f.get("finding")}
         facts["notebook"] = notebook_body(folder / NOTEBOOK, findings)
     else:
+        pictures = [data_uri((folder / figure["file"]).read_bytes()) for figure in figures]
         facts["figures"] = [
-            {
-                "picture": data_uri((folder / figure["file"]).read_bytes()),
-                "alt": alternative(figure),
-                "finding": figure.get("finding"),
-            }
-            for figure in figures
+            {"picture": picture, "alt": alt_text(figure), "finding": figure.get("finding")}
+            for picture, figure in zip(pictures, figures, strict=True)
         ]
         log = folder / LOG
         lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
@@ -91,7 +88,7 @@ def write_page(folder: Path, status: Mapping[str, Any]) -> None:
 
 def read_story(notebook: Path) -> dict[str, str]:
     """``title`` and ``summary`` of a notebook: its first heading and the paragraph after it."""
-    texts = ("".join(c["source"]) for c in _read(notebook)["cells"] if c["cell_type"] == "markdown")
+    texts = ("".join(c["source"]) for c in read(notebook)["cells"] if c["cell_type"] == "markdown")
     blocks = [block.strip() for block in next(texts, "").split("\n\n")]
     heading = next((b for b in blocks if b.startswith("# ")), "")
     title, _, rest = heading.removeprefix("# ").partition("\n")
@@ -107,26 +104,21 @@ def write_index(
     out: Path, folders: list[Path], waiting: Mapping[str, str] | None = None,
     summary: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write ``index.html`` for the notebook runs in ``folders``, atomically.
+    """Write ``index.html``, with a card for each notebook run in ``folders``.
 
-    Each has a card: cover, title, summary, key number beside the dense model's, claims and ending.
-    Those that an earlier report left in ``out`` have theirs too. Of notebooks that are still
-    ``waiting``, or running, it says so; and what came of the gates and the comparison of the
-    ``summary``.
+    Those that an earlier report left in ``out`` have theirs too. It names the notebooks that are
+    ``waiting`` or running, and what came of the gates and the comparison of the ``summary``.
     """
     earlier = runs_of(out) - set(folders)
-    folders = sorted({*folders, *earlier})
-    statuses = [_read(folder / STATUS) for folder in folders]
-    results = [_read(folder / FILE) for folder in folders]
+    runs = {run: read(run / FILE) for run in sorted({*folders, *earlier})}
     cards = [
-        status
-        | {"page": f"{folder.name}/{PAGE}", "cover": _cover(folder, found)}
+        read(run / STATUS)
+        | {"page": f"{run.name}/{PAGE}", "cover": _cover(run, found), "earlier": run in earlier}
         | {"headline": found.get("headline"), "claims": found.get("claims", [])}
-        | {"earlier": folder in earlier}
-        for folder, status, found in zip(folders, statuses, results, strict=True)
+        for run, found in runs.items()
     ]
     claims = [claim for card in cards for claim in card["claims"]]
-    environment = {"versions": versions()}
+    results, environment = list(runs.values()), {"versions": versions()}
     for found in results:
         environment |= found.get("environment", {})
     page = render(
@@ -137,10 +129,9 @@ def write_index(
         facts=_facts(results),
         cards=cards,
         waiting=waiting or {},
-        gates=[gate | {"text": gate_text(gate)} for gate in (summary or {}).get("gates", [])],
-        against=(summary or {}).get("against"),
+        summary=summary or {},
         versions=environment["versions"],
-        machine=_machine(environment, sum(status["seconds"] for status in statuses)),
+        machine=_machine(environment, sum(card["seconds"] for card in cards)),
     )
     write_text(out / INDEX, page)
 
@@ -148,23 +139,19 @@ def write_index(
 def runs_of(out: Path) -> set[Path]:
     """Folders of all notebook runs in a report's folder, of this report or an earlier one."""
     told = {"status", "seconds", "title", "summary"}
-    runs = {path.parent for path in out.glob(f"[!.]*/{STATUS}") if told <= _read(path).keys()}
+    runs = {path.parent for path in out.glob(f"[!.]*/{STATUS}") if told <= read(path).keys()}
     return {run for run in runs if (run / PAGE).is_file()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _cover(folder: Path, found: dict[str, Any]) -> dict[str, str] | None:
     """The cover figure, else the first one, small enough to carry."""
-    figures = list(found.get("figures", {}).values())
-    chosen = next((figure for figure in figures if figure.get("cover")), (figures or [None])[0])
-    if chosen is None:
+    figures = sorted(found.get("figures", {}).values(), key=lambda figure: not figure.get("cover"))
+    if not figures:
         return None
+    chosen = figures[0]
     with Image.open(folder / chosen["file"]) as image:
         small = shrink(image.convert("RGB"), COVER_PIXELS, format="WEBP", quality=88)
-    return {"picture": data_uri(small, "webp"), "alt": alternative(chosen)}
+    return {"picture": data_uri(small, "webp"), "alt": alt_text(chosen)}
 
 
 def _facts(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -186,12 +173,11 @@ def _machine(environment: dict[str, Any], seconds: float) -> dict[str, Any]:
     date = datetime.fromisoformat(finished) if finished else datetime.now(UTC)
     device = environment.get("device", "unknown")
     minutes, rest = divmod(round(seconds), 60)
-    hours, of_hour = divmod(minutes, 60)
     time = f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return {
         "Device": device,
         "CPU cores": None if "cores" in device else environment.get("cores"),
         "PyTorch": environment["versions"]["torch"],
-        "Notebooks' time": f"{hours} h {of_hour} min" if hours else time,
+        "Notebooks' time": time if minutes < 60 else f"{minutes // 60} h {minutes % 60} min",
         "Date": date.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moee_analysis.report.notebook.results import NOTEBOOK, STATUS
-from moee_analysis.report.pages.site import LOG, PAGE, read_story, write_page
+from moee_analysis.report.notebook.results import NOTEBOOK, STATUS, read
+from moee_analysis.report.pages.site import LOG, read_story, write_page
 from moee_analysis.report.runner.jupyter import own_kernel
 from moee_analysis.utils.signals import PATIENCE
 from moee_analysis.utils.storage.files import write_json
@@ -41,15 +41,10 @@ class Outcome:
         """Whether every cell ran."""
         return self.status == "ok"
 
-    @property
-    def page(self) -> Path:
-        """The notebook's page."""
-        return self.folder / PAGE
-
     def __str__(self) -> str:
+        line = f"{self.status.replace('_', ' ')} after {self.seconds:.0f} s"
         where = f" in cell {self.cell}" if self.cell else ""
-        why = "" if self.ok else f"{where}: {' '.join(self.error.split())}"
-        return f"{self.status.replace('_', ' ')} after {self.seconds:.0f} s{why}"
+        return line if self.ok else f"{line}{where}: {' '.join(self.error.split())}"
 
 
 Steps = Generator[int, None, Outcome]
@@ -63,7 +58,7 @@ class Settings:
     parameters: Mapping[str, Any]
     timeout: int
     threads: Mapping[str, str]
-    """Environment variables, as ``side_by_side.thread_limits`` has them."""
+    """Environment variables, as ``run_notebooks.thread_limits`` has them."""
 
     def run(self, notebook: Path, final: Path) -> Steps:
         """Run a notebook in a new folder, which takes the place of ``final`` when complete."""
@@ -94,11 +89,10 @@ class Settings:
             with _process(command, env=own, stdout=log, stderr=log) as worker:
                 while worker.poll() is None:
                     yield count_ended_cells(folder)
-        if (folder / STATUS).is_file():
-            return json.loads((folder / STATUS).read_text(encoding="utf-8"))
         error = f"the process that ran the notebook ended with code {worker.returncode}"
         seconds = round(time.monotonic() - begun, 1)
-        return {"status": "dead_kernel", "error": error, "seconds": seconds}
+        dead = {"status": "dead_kernel", "error": error, "seconds": seconds}
+        return read(folder / STATUS) or dead
 
 
 def count_ended_cells(folder: Path) -> int:

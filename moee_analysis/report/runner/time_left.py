@@ -4,7 +4,6 @@ The seconds that cells are expected to take, of an earlier report or noted in th
 scaled by those that the cells before them took.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 from tqdm.std import tqdm
 
-from moee_analysis.report.notebook.results import NOTEBOOK
+from moee_analysis.report.notebook.results import NOTEBOOK, read
 from moee_analysis.utils.progress import has_bars
 
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
@@ -27,8 +26,8 @@ UNKNOWN = float("inf")
 class Course:
     """How far one notebook is: cells that have ``ended`` of all, the last one ``at`` that moment.
 
-    ``seconds`` are expected of each cell; empty where nobody knows. The first cell has ended when
-    it has ``begun``: kernels take their time to start.
+    ``seconds`` are expected of each cell; empty where nobody knows. It has ``begun`` when its first
+    cell has ended: kernels take their time to start.
     """
 
     cells: int
@@ -89,18 +88,17 @@ def course_of(notebook: Path, earlier: Path) -> Course:
     """The course of a notebook of which there may be an ``earlier`` run in that folder."""
     cells = code_cells(notebook)
     count = 1 + len(cells)  # papermill adds one with the parameters
-    if (earlier / NOTEBOOK).is_file():
-        ran = [c["metadata"].get("papermill", {}) for c in code_cells(earlier / NOTEBOOK)]
-        seconds = [facts["duration"] for facts in ran if facts.get("duration") is not None]
-        if len(seconds) == count:
-            return Course(count, seconds)
+    ran = code_cells(earlier / NOTEBOOK)
+    took = [cell["metadata"].get("papermill", {}).get("duration") for cell in ran]
+    if len(took) == count and None not in took:
+        return Course(count, took)
     noted = [cell["metadata"].get("moee", {}).get("seconds", 0.0) for cell in cells]
     return Course(count, [0.0, *noted] if any(noted) else [])
 
 
 def code_cells(notebook: Path) -> list[dict[str, Any]]:
-    """The code cells of a notebook that run."""
-    return list(filter(runs, json.loads(notebook.read_text(encoding="utf-8"))["cells"]))
+    """The code cells of a notebook that run, if it is there."""
+    return list(filter(runs, read(notebook).get("cells", [])))
 
 
 def runs(cell: Mapping[str, Any]) -> bool:
@@ -123,26 +121,23 @@ def watched(courses: Mapping[str, Course], jobs: int) -> Iterator[Callable[[str,
 
     A bar over the cells of all notebooks shows it where a person watches a terminal.
     """
-    if not has_bars():
-        yield lambda name, ended: courses[name].see(ended)
-        return
+    look = {"bar_format": FORMAT, "leave": False, "dynamic_ncols": True}
     total = sum(course.cells for course in courses.values())
-    with tqdm(total=total, bar_format=FORMAT, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=total, disable=not has_bars(), **look) as bar:
 
         def see(name: str, ended: int) -> None:
             courses[name].see(ended)
             bar.total = sum(course.cells for course in courses.values())
             bar.n = sum(course.ended for course in courses.values())
-            left = seconds_left(courses, jobs)
-            bar.set_postfix_str(time_text(left), refresh=False)
-            at = [
-                f"{n} {c.ended + 1}/{c.cells}" for n, c in courses.items() if 0 < c.ended < c.cells
-            ]
-            bar.set_description_str(", ".join(at) or f"{name} starts")
+            bar.set_postfix_str(in_words(courses, jobs), refresh=False)
+            at = {n: c for n, c in courses.items() if 0 < c.ended < c.cells}
+            words = [f"{n} {course.ended + 1}/{course.cells}" for n, course in at.items()]
+            bar.set_description_str(", ".join(words) or f"{name} starts")
 
         yield see
 
 
-def time_text(left: float | None) -> str:
-    """How long it takes still, in words; nothing where nobody knows."""
+def in_words(courses: Mapping[str, Course], jobs: int) -> str:
+    """How long it takes still; nothing where nobody knows."""
+    left = seconds_left(courses, jobs)
     return "" if left is None else f"about {tqdm.format_interval(left)} left"

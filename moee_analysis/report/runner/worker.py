@@ -59,8 +59,7 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
     except CellTimeoutError:
         status = _stop(written, "timeout", f"a cell took longer than {job['timeout']} s")
     except DeadKernelError:
-        error = "the kernel died, as it does when memory runs out"
-        status = _stop(written, "dead_kernel", error)
+        status = _stop(written, "dead_kernel", "the kernel died, as it does when memory runs out")
     except RuntimeError as error:
         status = _stop(written, "dead_kernel", f"the kernel did not start ({error})")
     return status | {"seconds": round(time.monotonic() - begun, 1)}

@@ -1,1 +1,1 @@
-"""A report in numbers, for programs: summary, gates, JUnit, and what changed since another one."""
+"""A report in numbers, for programs: summary, gates, and what changed since another one."""

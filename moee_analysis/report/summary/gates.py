@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.summary.names import HEADLINE, KEPT, RETENTION
+
+SUMMARY = "summary.json"
+HEADLINE, RETENTION = "headline", "retention"  # numbers that are read from a notebook's headline
+KEPT = "of the dense top-1 kept"
+"""The label of a headline that is a retention begins so."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,9 @@ class Gate:
 
     def judge(self, notebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Whether a summary's ``notebooks`` meet the gate, what was ``found``, and in which."""
-        found, by = None, None
-        for name in sorted(notebooks):
-            value = notebooks[name]["values"].get(self.key(name))
-            if value is not None and not notebooks[name]["earlier"]:
-                found, by = value, name
+        values = {name: each["values"] for name, each in notebooks.items() if not each["earlier"]}
+        by = max((name for name, own in values.items() if self.key(name) in own), default=None)
+        found = None if by is None else values[by][self.key(by)]
         met = found is not None and found >= self.least
         about = {"name": self.name, "least": self.least, "notebook": by}
         return about | {"found": found, "met": met}
@@ -64,32 +66,29 @@ def check_gates(gates: Iterable[Gate], notebooks: Sequence[Path]) -> None:
     """Refuse gates for numbers that none of the notebooks records, by the words in their cells."""
     known = {path.stem: set(recorded(path)) for path in notebooks}
     for gate in gates:
-        keys = {name: gate.key(name) for name in known}
-        if not any(key and key.partition(".")[0] in known[name] for name, key in keys.items()):
-            listed = "; ".join(
-                f"{name}: {', '.join(sorted(of))}" for name, of in known.items() if of
-            )
-            expected = f"a number of these notebooks ({listed or 'they record none'})"
+        keys = {name: gate.key(name) or "" for name in known}
+        if not any(key.partition(".")[0] in known[name] for name, key in keys.items()):
+            listed = [f"{name}: {', '.join(sorted(of))}" for name, of in known.items() if of]
+            expected = f"a number of these notebooks ({'; '.join(listed) or 'they record none'})"
             raise MoeeError(expected, repr(gate.name), "name one, as 08.retention=0.95")
 
 
 def recorded(notebook: Path) -> Iterator[str]:
     """Names under which a notebook records numbers, before any dot."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    for cell in cells:
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             with suppress(SyntaxError):  # magics
                 for node in ast.walk(ast.parse("".join(cell["source"]))):
                     yield from _named_by(node)
 
 
-def _named_by(node: ast.AST) -> Iterator[str]:
+def _named_by(node: ast.AST) -> list[str]:
     method = getattr(getattr(node, "func", None), "attr", None)
     if method not in ("record", "headline") or not node.args:
-        return
+        return []
     first = node.args[0]
     text = first.values[0] if isinstance(first, ast.JoinedStr) else first
     words = str(getattr(text, "value", ""))
-    yield words if method == "record" else HEADLINE
-    if method == "headline" and words.startswith(KEPT):
-        yield RETENTION
+    if method == "record":
+        return [words]
+    return [HEADLINE, RETENTION] if words.startswith(KEPT) else [HEADLINE]

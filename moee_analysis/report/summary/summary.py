@@ -1,20 +1,23 @@
-"""``summary.json``: what every notebook of a report has come to, for programs to read."""
+"""``summary.json``: what every notebook of a report has come to, and what has changed since."""
 
-import json
 import re
 from collections import ChainMap
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.notebook.results import FILE, STATUS
-from moee_analysis.report.summary.names import HEADLINE, KEPT, RETENTION, SUMMARY
+from moee_analysis.report.notebook.bench import VERDICTS
+from moee_analysis.report.notebook.results import FILE, STATUS, read, readable
+from moee_analysis.report.summary.gates import HEADLINE, KEPT, RETENTION, SUMMARY
 from moee_analysis.utils.environment import version
 from moee_analysis.utils.storage.files import read_json
 
 SCHEMA = 1  # raise it where a program that reads the file would go wrong
+WHERE = ("preset", "seed")
 NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?) ?(%?)")
+
+Summary = Mapping[str, Any]
 
 
 def summarize(
@@ -24,10 +27,7 @@ def summarize(
 
     ``numbers`` are those with a plain name: of several notebooks the last one's, by its name.
     """
-    folders = sorted(runs)
-    notebooks = {
-        folder.name: _notebook(folder) | {"earlier": folder in earlier} for folder in folders
-    }
+    notebooks = {run.name: _notebook(run) | {"earlier": run in earlier} for run in sorted(runs)}
     own = [found for found in notebooks.values() if not found["earlier"]]
     named = ChainMap(*(found["values"] for found in reversed(own)))
     seeds = (found["seed"] for found in own if found["seed"] is not None)
@@ -45,13 +45,11 @@ def is_plain(name: str) -> bool:
 
 
 def _notebook(folder: Path) -> dict[str, Any]:
-    status, path = json.loads((folder / STATUS).read_text(encoding="utf-8")), folder / FILE
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    status, found = read(folder / STATUS), read(folder / FILE)
     given, claims = found.get("parameters", {}), found.get("claims", [])
     return {
         "status": status["status"], "seconds": status["seconds"], "error": status.get("error"),
-        "preset": given.get("preset"), "seed": given.get("seed"),
-        "headline": found.get("headline"),
+        "preset": given.get("preset"), "seed": given.get("seed"), "headline": found.get("headline"),
         "claims": [{"statement": each["statement"], "verdict": each["holds"]} for each in claims],
         "values": numbers_of(found),
     }  # fmt: skip
@@ -75,8 +73,7 @@ def numbers_of(found: Mapping[str, Any]) -> dict[str, float]:
 
 def _leaves(name: str, value: Any) -> Iterable[tuple[str, float]]:
     if isinstance(value, (dict, list)):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in pairs:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(f"{name}.{key}" if name else str(key), item)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield name, value
@@ -88,10 +85,9 @@ def read_summary(place: Path) -> dict[str, Any]:
     expected = f"the {SUMMARY} of an earlier report"
     summary = read_json(path, expected=expected, hint=hint)
     try:
-        if summary["schema"] != SCHEMA:
-            raise MoeeError(
-                f"{expected} of schema {SCHEMA}", str(summary["schema"]), "make it again"
-            )
+        schema = summary["schema"]
+        if schema != SCHEMA:
+            raise MoeeError(f"{expected} of schema {SCHEMA}", str(schema), "make it again")
         for each in summary["notebooks"].values():
             list(map(float, each["values"].values()))
             [(claim["statement"], claim["verdict"]) for claim in each["claims"]]
@@ -101,6 +97,71 @@ def read_summary(place: Path) -> dict[str, Any]:
     return summary
 
 
-def gates_met(out: Path) -> bool:
-    """Whether the report in the folder ``out`` has reached all that was asked of it."""
-    return all(gate["met"] for gate in read_summary(out)["gates"])
+def compare(old: Summary, new: Summary, *, waiting: Collection[str] = ()) -> dict[str, Any]:
+    """Tables of two summaries, the notebooks of earlier reports in ``new`` left out.
+
+    - ``numbers``: ``notebook``, ``number``, ``old``, ``new`` and ``change`` of those with plain
+      names that both have;
+    - ``verdicts``: ``notebook``, ``statement``, ``old`` and ``new`` of claims that both make, where
+      they differ; ``same`` is how many do not;
+    - ``missing``: in words, notebooks that only one of them has, those ``waiting`` left out;
+    - ``settings``: in words, preset and seed, where they differ.
+    """
+    before = old["notebooks"]
+    after = {name: each for name, each in new["notebooks"].items() if not each["earlier"]}
+    both = [name for name in after if name in before]
+    claims = [row for name in both for row in _claims(name, before[name], after[name])]
+    gone = [name for name in before if name not in {*after, *waiting}]
+    come = [name for name in after if name not in before]
+    return {
+        "numbers": [row for name in both for row in _numbers(name, before[name], after[name])],
+        "verdicts": [row for row in claims if row["old"] != row["new"]],
+        "same": sum(row["old"] == row["new"] for row in claims),
+        "missing": [f"{name}: only in the earlier report" for name in gone]
+        + [f"{name}: only in this report" for name in come],
+        "settings": [
+            f"{fact} {old.get(fact)} before, {new.get(fact)} now"
+            for fact in WHERE
+            if old.get(fact) != new.get(fact)
+        ],
+    }
+
+
+def _numbers(name: str, old: Summary, new: Summary) -> Iterator[dict[str, Any]]:
+    before, after = old["values"], new["values"]
+    for number in after:
+        first = number == HEADLINE and RETENTION not in after
+        if number in before and (first or is_plain(number)):
+            values = {"old": before[number], "new": after[number]}
+            change = after[number] - before[number]
+            yield {"notebook": name, "number": number, **values, "change": change}
+
+
+def _claims(name: str, old: Summary, new: Summary) -> Iterator[dict[str, Any]]:
+    before = {claim["statement"]: claim["verdict"] for claim in old["claims"]}
+    for claim in new["claims"]:
+        if claim["statement"] in before:
+            verdicts = {"old": before[claim["statement"]], "new": claim["verdict"]}
+            yield {"notebook": name, "statement": claim["statement"], **verdicts}
+
+
+def verdict_text(row: Summary) -> str:
+    """How a verdict has changed, in words."""
+    return f"{VERDICTS[row['old']][0]} → {VERDICTS[row['new']][0]}"
+
+
+def comparison_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """A comparison for the terminal, changed verdicts first."""
+    yield f"against the earlier report: {verdicts_line(found)}"
+    for row in found["verdicts"]:
+        yield f"! {row['notebook']}: {verdict_text(row)}: {row['statement']}"
+    for row in found["numbers"]:
+        values = f"{readable(row['old'])} → {readable(row['new'])}"
+        yield f"  {row['notebook']} {row['number']}: {values} ({row['change']:+.3g})"
+    yield from (f"  {line}" for line in found["settings"] + found["missing"])
+
+
+def verdicts_line(found: Mapping[str, Any]) -> str:
+    """How many verdicts have changed, in words."""
+    changed = len(found["verdicts"])
+    return f"{changed} verdict{'' if changed == 1 else 's'} changed, {found['same']} did not"

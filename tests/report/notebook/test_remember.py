@@ -12,9 +12,8 @@ from moee_analysis import measure
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.models.capture import watch
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter
-from moee_analysis.report.notebook import remember as remembering
-from moee_analysis.report.notebook.encoding import decode, encode
-from moee_analysis.report.notebook.remember import Remembering, remember
+from moee_analysis.report.notebook import remember as remember_module
+from moee_analysis.report.notebook.remember import decode, encode, remember, remembering
 from tests.helpers.images import toy_images
 
 
@@ -43,7 +42,7 @@ def test_what_is_kept_comes_back_as_it_was(value):
 @pytest.fixture
 def ask(monkeypatch):
     """A measure that notes what it was asked."""
-    monkeypatch.setattr(remembering, "QUICK", -1)
+    monkeypatch.setattr(remember_module, "QUICK", -1)
 
     def ask(given, *, store=None, layers=()):
         ask.times += 1
@@ -88,8 +87,8 @@ def test_routers_are_told_by_their_tensors_and_settings(tmp_path, ask):
 
 
 def test_measures_of_a_run_are_the_same_from_the_store(tmp_path, monkeypatch, small_run):
-    monkeypatch.setattr(remembering, "QUICK", -1)
-    kept, images = Remembering(measure, tmp_path), toy_images()
+    monkeypatch.setattr(remember_module, "QUICK", -1)
+    kept, images = remembering(measure, tmp_path), toy_images()
     first, again = (kept.routes(small_run, images) for _ in range(2))
     assert isinstance(again, Routes)
     np.testing.assert_equal(vars(again), vars(first))

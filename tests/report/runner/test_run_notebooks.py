@@ -11,8 +11,8 @@ import pytest
 from bs4 import BeautifulSoup
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.runner import one_notebook
-from moee_analysis.report.runner.check_parameters import check_parameters
+from moee_analysis.report.runner import one_notebook, run_notebooks
+from moee_analysis.report.runner.choose import check_parameters
 from moee_analysis.report.runner.run_notebooks import report
 from tests.helpers.notebooks import write_notebook
 
@@ -67,10 +67,9 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MOEE_HEADLESS", raising=False)
         patch.setattr(sys, "stderr", Screen())
-        outcomes = report(
-            given, out=folder / "out", preset="smoke", notebooks=paths, timeout=2, jobs=2,
-            say=lines.append,
-        )  # fmt: skip
+        patch.setitem(run_notebooks.CELL_SECONDS, "smoke", 2)
+        patch.setattr(run_notebooks, "tell", lines.append)
+        outcomes = report(given, out=folder / "out", preset="smoke", notebooks=paths, jobs=2)
         lines.append(sys.stderr.getvalue())
     return folder / "out", {outcome.notebook: outcome for outcome in outcomes}, lines
 
@@ -89,17 +88,17 @@ def test_every_ending_is_told_apart(made):
         assert written["status"] == outcome.status == status
         assert written.get("cell") == outcome.cell == cell
         assert outcome.ok == (status == "ok")
-        text = outcome.page.read_text()
+        text = (outcome.folder / "page.html").read_text()
         complete = status in ("ok", "cell_error")  # after other endings none may look complete
         assert [path.name for path in (out / name).glob("*.ipynb")] == ["notebook.ipynb"] * complete
         assert ('class="banner"' in text) == (status != "ok")
     # an error is named, and what was kept before a kernel died is shown
     assert outcomes["error"].error == "ValueError: the <cell> failed"
     assert "raise ValueError" in status_of(out, "error")["traceback"]
-    page = outcomes["error"].page.read_text()
+    page = (out / "error" / "page.html").read_text()
     assert "ValueError: the &lt;cell&gt; failed" in page
     assert "Execution using papermill" not in page
-    page = outcomes["killed"].page.read_text()
+    page = (out / "killed" / "page.html").read_text()
     assert "Kept before it stopped" in page
     assert 'alt="All 1200 pixels are teal. a &lt;teal&gt; one"' in page
     assert (out / "killed" / "results.json").is_file()

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.runner import side_by_side
-from moee_analysis.report.runner.run_notebooks import report
-from moee_analysis.report.runner.side_by_side import THREADS, thread_limits, usual_jobs
+from moee_analysis.report.runner import run_notebooks
+from moee_analysis.report.runner.run_notebooks import THREADS, report, thread_limits, usual_jobs
 from tests.helpers.notebooks import write_notebook
 
 SHARES = """from pathlib import Path
@@ -26,9 +25,9 @@ print(json.dumps(told))"""
 @pytest.fixture
 def machine(monkeypatch):
     """A machine of eight cores, without a GPU or a word about threads."""
-    monkeypatch.setattr(side_by_side, "cores", lambda: 8)
-    monkeypatch.setattr(side_by_side, "memory", lambda: (64e9, 32e9))
-    monkeypatch.setattr(side_by_side.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run_notebooks, "cores", lambda: 8)
+    monkeypatch.setattr(run_notebooks, "memory", lambda: (64e9, 32e9))
+    monkeypatch.setattr(run_notebooks.torch.cuda, "is_available", lambda: False)
     for name in THREADS:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
@@ -38,9 +37,9 @@ def test_as_many_run_at_a_time_as_cores_memory_and_notebooks_allow(machine):
     assert usual_jobs(10) == 8
     assert usual_jobs(3) == 3
     for free, jobs in ((6e9, 2), (1e9, 1)):
-        machine.setattr(side_by_side, "memory", lambda free=free: (64e9, free))
+        machine.setattr(run_notebooks, "memory", lambda free=free: (64e9, free))
         assert usual_jobs(10) == jobs
-    machine.setattr(side_by_side.torch.cuda, "is_available", lambda: True)
+    machine.setattr(run_notebooks.torch.cuda, "is_available", lambda: True)
     assert usual_jobs(10) == 1
 
 
@@ -63,7 +62,8 @@ def test_notebooks_at_a_time_share_the_store_and_the_cores(machine, tmp_path):
     cell = SHARES.format(log=tmp_path / "log", store=tmp_path / "store")
     paths = [write_notebook(tmp_path / f"{n}.ipynb", cell, THREADS_TOLD) for n in names]
     out, lines = tmp_path / "out", []
-    outcomes = report(out=out, notebooks=paths, jobs=3, say=lines.append)
+    machine.setattr(run_notebooks, "tell", lines.append)
+    outcomes = report(out=out, notebooks=paths, jobs=3)
     assert [(done.notebook, done.ok) for done in outcomes] == [(name, True) for name in names]
     assert (tmp_path / "log").read_text() == "built "  # once, whoever was first
     assert sum(line.endswith(": started") for line in lines[:3]) == 3
@@ -72,19 +72,21 @@ def test_notebooks_at_a_time_share_the_store_and_the_cores(machine, tmp_path):
         assert json.loads("".join(cells[-1]["outputs"][0]["text"])) == ["2", 2, 2]
 
 
-def test_two_reports_at_once_need_two_folders(tmp_path):
+def test_two_reports_at_once_need_two_folders(tmp_path, monkeypatch):
     notebook, place = write_notebook(tmp_path / "one.ipynb", "1 + 1"), tmp_path / "out"
     held = []
 
-    def say(line):
+    def meanwhile(line):
         if line == "one: started":
+            monkeypatch.setattr(run_notebooks, "tell", held.append)
             with pytest.raises(MoeeError, match="another report that is being made there"):
                 report(out=place, notebooks=[notebook])
-            [done] = report(out=tmp_path / "other", notebooks=[notebook], say=held.append)
+            [done] = report(out=tmp_path / "other", notebooks=[notebook])
             assert done.ok
 
-    [done] = report(out=place, notebooks=[notebook], say=say)
+    monkeypatch.setattr(run_notebooks, "tell", meanwhile)
+    [done] = report(out=place, notebooks=[notebook])
     assert done.ok
     assert held
-    [done] = report(out=place, notebooks=[notebook], say=held.append)  # the folder is free again
+    [done] = report(out=place, notebooks=[notebook])  # the folder is free again
     assert done.ok

@@ -9,12 +9,16 @@ from bs4 import BeautifulSoup
 
 from moee_analysis import cli
 from moee_analysis.errors import MoeeError
-from moee_analysis.report.runner import choose
+from moee_analysis.report.runner import choose, run_notebooks
+from moee_analysis.report.runner.publish import junit
 from moee_analysis.report.runner.run_notebooks import report
-from moee_analysis.report.summary.comparison import compare, comparison_lines
 from moee_analysis.report.summary.gates import check_gates, read_gate, recorded
-from moee_analysis.report.summary.junit import junit
-from moee_analysis.report.summary.summary import numbers_of, read_summary
+from moee_analysis.report.summary.summary import (
+    compare,
+    comparison_lines,
+    numbers_of,
+    read_summary,
+)
 from moee_analysis.utils.environment import own_folder
 from tests.helpers.notebooks import write_notebook
 
@@ -22,7 +26,7 @@ FINDS = """from pathlib import Path
 from moee_analysis.report.notebook.bench import Bench
 from moee_analysis.report.notebook.parameters import Parameters
 from moee_analysis.report.notebook.results import Results
-bench = Bench("found", Parameters(preset=preset), Results(Path(out)))
+bench = Bench(Parameters(preset=preset), Results(Path(out)))
 bench.results.put("parameters", {"preset": preset, "seed": 0})
 bench.record("share", share)
 bench.record("by_layer", {"3": number, "6": 2.5})
@@ -47,10 +51,11 @@ def read(out):
     return json.loads((out / "summary.json").read_text())
 
 
-def test_a_report_says_in_files_what_it_has_found(notebooks, tmp_path):
+def test_a_report_says_in_files_what_it_has_found(notebooks, tmp_path, monkeypatch):
     out, gates = tmp_path / "out", ["01.retention=0.5", "by_layer.6=3", "retention=0.4"]
     lines = []
-    report(out=out, notebooks=notebooks, gates=list(map(read_gate, gates)), say=lines.append)
+    monkeypatch.setattr(run_notebooks, "tell", lines.append)
+    report(out=out, notebooks=notebooks, gates=list(map(read_gate, gates)))
     summary = read(out)
     found, failed = summary["notebooks"]["01_found"], summary["notebooks"]["02_fails"]
     assert (summary["schema"], summary["preset"], summary["waiting"]) == (1, "small", [])
@@ -75,7 +80,7 @@ def test_a_report_says_in_files_what_it_has_found(notebooks, tmp_path):
         ["good"], ["bad"], ["good"],
     ]  # fmt: skip
     # some of them anew, beside the earlier one: the other one stays, and counts no more
-    report({"share": 0.3}, out=out, notebooks=notebooks[:1], against=out, say=lines.append)
+    report({"share": 0.3}, out=out, notebooks=notebooks[:1], against=out)
     summary = read(out)
     assert [each["earlier"] for each in summary["notebooks"].values()] == [False, True]
     assert ET.parse(out / "junit.xml").getroot().get("tests") == "1"
