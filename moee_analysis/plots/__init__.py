@@ -16,6 +16,7 @@ from moee_analysis.plots.classes import class_routing as class_routing
 from moee_analysis.plots.classes import modularity as modularity
 from moee_analysis.plots.classes import part_profile as part_profile
 from moee_analysis.plots.classes import specificity as specificity
+from moee_analysis.plots.drawing import describe as describe
 from moee_analysis.plots.experts import embedding as embedding
 from moee_analysis.plots.experts import layers as layers
 from moee_analysis.plots.experts import neurons as neurons
@@ -34,7 +35,6 @@ from moee_analysis.plots.pictures import top_patches as top_patches
 from moee_analysis.plots.routing import balance as balance
 from moee_analysis.plots.routing import router_regret as router_regret
 from moee_analysis.plots.routing import routing as routing
-from moee_analysis.plots.text import describe as describe
 from moee_analysis.plots.training import contributions as contributions
 from moee_analysis.plots.training import fine_tuning as fine_tuning
 from moee_analysis.plots.training import history as history

@@ -28,11 +28,31 @@ _LOOKS = {
 }
 
 
-@style.house
+def _describe_ablation(table: pd.DataFrame) -> str:
+    own = table.dropna(subset=["direction", "kl"])
+    own = own[own["recipe"].fillna("") != ""]  # without the dense model
+    whole, off, on, controls = (
+        own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
+    )
+    recipes = text.listed(
+        f"{text.bits(row.kl)} nats with {row.recipe}" for row in whole.itertuples()
+    )
+    words = f"KL divergence from the dense model: {recipes}."
+    for first, row in (
+        ("Most is lost without", text.largest(off, "kl")),
+        ("Most is gained alone by", text.smallest(on, "kl")),
+    ):
+        if row is not None:
+            words += f" {first} {row['piece']} ({text.bits(row['kl'])} nats)."
+    beside = [f"{row.value} of {row.recipe} {text.bits(row.kl)}" for row in controls.itertuples()]
+    return words + (f" Controls: {text.listed(beside)} nats." if beside else "")
+
+
+@drawing.plot(_describe_ablation)
 def ablation(
     table: pd.DataFrame, *, regret: pd.DataFrame | None = None, caption: str | None = None
 ) -> Figure:
-    """Draw a table of ``measure.ablation``: a row for every variant, sorted by effect.
+    """Draw ``measure.ablation``: a row for every variant, sorted by effect.
 
     Lines are the recipe as it is and (pale) with other seeds; numbers are retentions in %. Rows of
     ``measure.sweeps`` get panels below, and ``regret``, a table of ``measure.router_regret``, too.
@@ -110,32 +130,21 @@ def _write_retention(ax: Axes, rows: pd.DataFrame) -> None:
     ax.annotate("top-1, % of dense", (1, 1.01), xycoords="axes fraction", va="bottom", **aside)
 
 
-@text.describes(ablation)
-def _describe_ablation(table: pd.DataFrame) -> str:
-    own = table.dropna(subset=["direction", "kl"])
-    own = own[own["recipe"].fillna("") != ""]  # without the dense model
-    whole, off, on, controls = (
-        own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
-    )
-    recipes = text.listed(
-        f"{text.bits(row.kl)} nats with {row.recipe}" for row in whole.itertuples()
-    )
-    words = f"KL divergence from the dense model: {recipes}."
-    for first, row in (
-        ("Most is lost without", text.largest(off, "kl")),
-        ("Most is gained alone by", text.smallest(on, "kl")),
-    ):
-        if row is not None:
-            words += f" {first} {row['piece']} ({text.bits(row['kl'])} nats)."
-    beside = [f"{row.value} of {row.recipe} {text.bits(row.kl)}" for row in controls.itertuples()]
-    return words + (f" Controls: {text.listed(beside)} nats." if beside else "")
+def _describe_sweeps(table: pd.DataFrame) -> str:
+    words = []
+    for name, rows in table.dropna(subset="setting").groupby("sweep", sort=False):
+        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
+        if best is not None:
+            setting = " ".join(str(best["setting"]).split())
+            words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
+    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."
 
 
-@style.house
+@drawing.plot(_describe_sweeps)
 def sweeps(
     table: pd.DataFrame, *, regret: pd.DataFrame | None = None, caption: str | None = None
 ) -> Figure:
-    """Draw a table of ``measure.sweeps``: a panel each, on the same scale; and maybe ``regret``.
+    """Draw ``measure.sweeps``: a panel each, on the same scale; and maybe ``regret``.
 
     Settings that are numbers stand on the axis (or at their dots, over MACs), others name rows.
     """
@@ -247,14 +256,3 @@ def _draw_names(
         ax.hlines(place, row.kl_low, row.kl_high, color=look["color"], **style.INTERVAL)
         ax.scatter(row.kl, place, s=26, zorder=4, linewidth=0, **look)
     drawing.row_axis(ax, settings["setting"].astype(str), size=7.5)
-
-
-@text.describes(sweeps)
-def _describe_sweeps(table: pd.DataFrame) -> str:
-    words = []
-    for name, rows in table.dropna(subset="setting").groupby("sweep", sort=False):
-        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
-        if best is not None:
-            setting = " ".join(str(best["setting"]).split())
-            words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
-    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."

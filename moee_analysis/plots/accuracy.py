@@ -40,12 +40,22 @@ _CONTROLS = {
 }
 
 
-@style.house
-def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.accuracy``: top-1, and what it is beside a reference (grey line).
+def _describe_accuracy(table: pd.DataFrame) -> str:
+    if table["retention"].isna().all():
+        scores = table["system"] + " " + table["top1"].map(text.percent)
+        return f"Top-1 is: {text.listed(scores)}."
+    others = table[table["kl"] != 0]  # the dense model is at no distance from itself
+    dense = f"of the dense top-1 ({text.percent(table['reference_top1'].max())})"
+    if others.empty:
+        return f"All {dense} is kept."
+    kept = others["retention"].map(text.percent)
+    first = f"{others['system'].iloc[0]} keeps {kept.iloc[0]} {dense}"
+    return ", ".join([first, *(others["system"] + " " + kept)[1:]]) + "."
 
-    Bars are 95 % intervals; a hollow dot is the agreement with the reference.
-    """
+
+@drawing.plot(_describe_accuracy)
+def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.accuracy``: top-1, and what it is beside a reference (grey line)."""
     compared = bool(table["retention"].notna().any())
     size = (7.6 if compared else 4.6, 1.15 + 0.32 * len(table))
     fig, ((left, *rest),) = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
@@ -68,26 +78,27 @@ def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return style.caption(fig, caption or f"{facts}.")
 
 
-@text.describes(accuracy)
-def _describe_accuracy(table: pd.DataFrame) -> str:
-    if table["retention"].isna().all():
-        scores = table["system"] + " " + table["top1"].map(text.percent)
-        return f"Top-1 is: {text.listed(scores)}."
-    others = table[table["kl"] != 0]  # the dense model is at no distance from itself
-    dense = f"of the dense top-1 ({text.percent(table['reference_top1'].max())})"
-    if others.empty:
-        return f"All {dense} is kept."
-    kept = others["retention"].map(text.percent)
-    first = f"{others['system'].iloc[0]} keeps {kept.iloc[0]} {dense}"
-    return ", ".join([first, *(others["system"] + " " + kept)[1:]]) + "."
+def _describe_comparison(table: pd.DataFrame) -> str:
+    words = []
+    for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
+        best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
+        budget = f"at −{100 * asked:g} % MACs"
+        if best is None:
+            words.append(f"{budget} nothing is known")
+            continue
+        words.append(f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})")
+        rival = text.largest(rows[rows["family"] != best["family"]], "mean")
+        if rival is not None:
+            kept = text.percent(rival["mean"])
+            words[-1] += f", of the other families {rival['system']} ({kept})"
+        if worst["system"] != best["system"]:
+            words[-1] += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
+    return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
 
 
-@style.house
+@drawing.plot(_describe_comparison)
 def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``comparison_table``: retention against the MACs saved, a panel per family.
-
-    Grey are all other systems, black is the best of each budget; hollow marks cannot reduce MACs.
-    """
+    """Draw ``comparison_table``: retention by MACs saved; grey other families, black the best."""
     means = _over_seeds(table)
     saving = means[means["reduces_macs"] > 0]
     best = means.loc[saving.groupby("macs_asked")["mean"].idxmax()].sort_values("macs_reduction")
@@ -131,28 +142,24 @@ def _draw_family(ax: Axes, family: pd.DataFrame) -> None:
     ax.legend(loc="lower left", fontsize=6.5, handlelength=1.8, borderpad=0.2)
 
 
-@text.describes(comparison)
-def _describe_comparison(table: pd.DataFrame) -> str:
-    words = []
-    for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
-        best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
-        budget = f"at −{100 * asked:g} % MACs"
-        if best is None:
-            words.append(f"{budget} nothing is known")
-            continue
-        words.append(f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})")
-        rival = text.largest(rows[rows["family"] != best["family"]], "mean")
-        if rival is not None:
-            kept = text.percent(rival["mean"])
-            words[-1] += f", of the other families {rival['system']} ({kept})"
-        if worst["system"] != best["system"]:
-            words[-1] += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
-    return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
+def _describe_routing_controls(table: pd.DataFrame) -> str:
+    words, columns = [], ["mean", "random_routing", "static_pruning"]
+    for asked, rows in table.dropna(subset=["mean", "random_routing"]).groupby("macs_asked"):
+        means = rows.groupby("system", sort=False)[columns].mean()
+        gain = means["mean"] - means["random_routing"]
+        top = means.loc[gain.idxmax()]
+        words.append(
+            f"at −{100 * asked:g} % MACs {(gain > 0).sum()} of {len(means)} systems keep more "
+            f"with their own router than with random routing, {top.name} gains most "
+            f"({text.percent(top['mean'])} against {text.percent(top['random_routing'])}); the "
+            f"best static pruning keeps {text.percent(means['static_pruning'].max())}"
+        )
+    return text.sentence("; ".join(words) or "no system has a router to compare")
 
 
-@style.house
+@drawing.plot(_describe_routing_controls)
 def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``comparison_table``: routers and controls in their place, by budget."""
+    """Draw ``comparison_table``: routers and controls in their place, by budget."""
     means = _over_seeds(table).dropna(subset="random_routing")
     budgets, systems = sorted(means["macs_asked"].unique()), means["system"].unique()
     size = (2.4 + 2.4 * len(budgets), 1.3 + 0.3 * len(systems))
@@ -171,44 +178,6 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     return drawing.finish(fig, table, caption, axes[0, 0], x=_RETAINED, columns=columns)
 
 
-@text.describes(routing_controls)
-def _describe_routing_controls(table: pd.DataFrame) -> str:
-    words, columns = [], ["mean", "random_routing", "static_pruning"]
-    for asked, rows in table.dropna(subset=["mean", "random_routing"]).groupby("macs_asked"):
-        means = rows.groupby("system", sort=False)[columns].mean()
-        gain = means["mean"] - means["random_routing"]
-        top = means.loc[gain.idxmax()]
-        words.append(
-            f"at −{100 * asked:g} % MACs {(gain > 0).sum()} of {len(means)} systems keep more "
-            f"with their own router than with random routing, {top.name} gains most "
-            f"({text.percent(top['mean'])} against {text.percent(top['random_routing'])}); the "
-            f"best static pruning keeps {text.percent(means['static_pruning'].max())}"
-        )
-    return text.sentence("; ".join(words) or "no system has a router to compare")
-
-
-@style.house
-def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.architectures``: a panel per quantity, a line per model.
-
-    Layers are laid over each other by their relative depth; dotted is chance.
-    """
-    shown = [name for name in _TITLES if name in set(table["quantity"])]
-    fig, axes = style.panels(len(shown), cols=3, size=(2.5, 2.0), sharex=True)
-    looks = style.looks(table["model"])
-    for ax, quantity in zip(axes, shown, strict=True):
-        rows = drawing.in_percent(table[table["quantity"] == quantity], "depth")
-        if "%" in _TITLES[quantity]:
-            rows = drawing.in_percent(rows, "value", "chance")
-        chance = {"chance": ":"} if rows["chance"].notna().any() else None
-        drawing.curves(ax, rows, "value", x="depth", by="model", looks=looks, chance=chance)
-        ax.set(title=_TITLES[quantity], xlim=(0, 100))
-        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    depth = "depth (% of the layers, the first at the left)"
-    return drawing.finish(fig, table, caption, axes[0], x=depth)
-
-
-@text.describes(architectures)
 def _describe_architectures(table: pd.DataFrame) -> str:
     words = []
     for quantity, (name, form) in _WORDS.items():
@@ -219,9 +188,34 @@ def _describe_architectures(table: pd.DataFrame) -> str:
     return " ".join(words) or "No quantity is known."
 
 
-@style.house
+@drawing.plot(_describe_architectures)
+def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.architectures``: over the relative depth, a line per model, chance dotted."""
+    shown = [name for name in _TITLES if name in set(table["quantity"])]
+    fig, axes = style.panels(len(shown), cols=3, size=(2.5, 2.0), sharex=True)
+    looks = style.looks(table["model"])
+    for ax, quantity in zip(axes, shown, strict=True):
+        rows = drawing.in_percent(table[table["quantity"] == quantity], "depth")
+        if "%" in _TITLES[quantity]:
+            rows = drawing.in_percent(rows, "value", "chance")
+        chance = {"chance": "chance"} if rows["chance"].notna().any() else None
+        own = {"x": "depth", "by": "model", "looks": looks, "chance": chance, "dashes": ":"}
+        drawing.curves(ax, rows, "value", **own)
+        ax.set(title=_TITLES[quantity], xlim=(0, 100), ylim=(min(0, ax.get_ylim()[0]), None))
+    depth = "depth (% of the layers, the first at the left)"
+    return drawing.finish(fig, table, caption, *axes, x=depth)
+
+
+def _describe_architecture_variants(rows: pd.DataFrame) -> str:
+    variants = rows[rows["variant"] != "dense"]
+    return text.listed(
+        f"{text.percent(row.retention)} ({row.variant})" for row in variants.itertuples()
+    )
+
+
+@drawing.plot(_describe_architecture_variants, "Kept of the dense top-1", by="model")
 def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.architecture_variants``: retention, a group of marks per model."""
+    """Draw ``measure.architecture_variants``: retention, a group of marks per model."""
     models = list(table["model"].unique())
     shares = drawing.in_percent(table, "retention", "retention_low", "retention_high")
     shares = shares[shares["variant"] != "dense"].dropna(subset="retention")
@@ -240,21 +234,26 @@ def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) ->
     return drawing.finish(fig, table, caption, ax, columns=3)
 
 
-@text.describes(architecture_variants, "Kept of the dense top-1", by="model")
-def _describe_architecture_variants(rows: pd.DataFrame) -> str:
-    variants = rows[rows["variant"] != "dense"]
-    return text.listed(
-        f"{text.percent(row.retention)} ({row.variant})" for row in variants.itertuples()
+def _describe_macs(table: pd.DataFrame) -> str:
+    total = table[table["component"] == "total"].iloc[0]
+    words = (
+        f"An image takes {text.whole(total['macs'] / 1e6)} instead of the dense model's "
+        f"{text.whole(total['macs_dense'] / 1e6)} million MACs "
+        f"({text.change(total['macs'], total['macs_dense'])}); stored parameters change by "
+        f"{text.change(total['params'], total['params_dense'])}."
     )
+    mlps = table[table["layer"] >= 0]
+    mlps = mlps.assign(left=mlps["macs"] / mlps["macs_dense"])
+    most, least = text.smallest(mlps, "left"), text.largest(mlps, "left")
+    if most is None or most["layer"] == least["layer"]:
+        return words
+    ends = [f"layer {row['layer']} ({text.change(row['left'], 1)})" for row in (most, least)]
+    return f"{words} Of the MLPs' MACs most is saved in {ends[0]}, least in {ends[1]}."
 
 
-@style.house
+@drawing.plot(_describe_macs)
 def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.macs``: MACs and parameters of every MLP, totals in the titles.
-
-    Outlines are the dense model, pale bars layers that stayed dense, hatched is for tokens that
-    nothing reads.
-    """
+    """Draw ``measure.macs``: MACs and parameters of every MLP, totals in the titles."""
     layers = table[table["layer"] >= 0]
     total = table[table["component"] == "total"].iloc[0]
     fig, axes = style.figure(max(6.4, 3.4 + 0.34 * len(layers)), 2.7, 1, 2)
@@ -280,21 +279,3 @@ def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         facts += "Hatched: for tokens that nothing reads. "
     facts += table.attrs.get("caption", "")
     return drawing.finish(fig, table, caption or facts, x="MLP of " + style.LAYER_AXIS)
-
-
-@text.describes(macs)
-def _describe_macs(table: pd.DataFrame) -> str:
-    total = table[table["component"] == "total"].iloc[0]
-    words = (
-        f"An image takes {text.whole(total['macs'] / 1e6)} instead of the dense model's "
-        f"{text.whole(total['macs_dense'] / 1e6)} million MACs "
-        f"({text.change(total['macs'], total['macs_dense'])}); stored parameters change by "
-        f"{text.change(total['params'], total['params_dense'])}."
-    )
-    mlps = table[table["layer"] >= 0]
-    mlps = mlps.assign(left=mlps["macs"] / mlps["macs_dense"])
-    most, least = text.smallest(mlps, "left"), text.largest(mlps, "left")
-    if most is None or most["layer"] == least["layer"]:
-        return words
-    ends = [f"layer {row['layer']} ({text.change(row['left'], 1)})" for row in (most, least)]
-    return f"{words} Of the MLPs' MACs most is saved in {ends[0]}, least in {ends[1]}."

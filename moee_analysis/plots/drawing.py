@@ -1,10 +1,9 @@
-"""What several figures are drawn with: heat maps, curves, rows of dots, legends, sheets."""
+"""What figures are drawn with: heat maps, curves, rows of dots, legends, sheets; their words."""
 
 import io
 import math
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,12 +19,44 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.plots import style
+from moee_analysis.plots import style, text
 
 WIDTH = 9.6  # inches that figures may take side by side on a sheet
 _GAP = 0.12  # inches between them
 
 Look = dict[str, Any]
+Plot = TypeVar("Plot", bound=Callable[..., Figure])
+
+_WORDS: dict[Callable[..., object], Callable[..., str]] = {}
+
+
+def plot(
+    words: Callable[..., str], beginning: str = "", *, by: str = "system"
+) -> Callable[[Plot], Plot]:
+    """Give a plot the look of the house, and ``words`` that say what it shows of the same table.
+
+    With a ``beginning`` they go on from there, of the rows of each value of ``by``.
+    """
+
+    def note(function: Plot) -> Plot:
+        drawn = style.house(function)
+        _WORDS[drawn] = words
+        if beginning:
+            _WORDS[drawn] = lambda table: f"{beginning}: {text.of_each(table, words, by)}."
+        return drawn
+
+    return note
+
+
+def describe(plot: Callable[..., object], *given: Any) -> str:
+    """Say in a sentence or two what ``plot`` shows; without words it raises ``MoeeError``."""
+    if plot not in _WORDS:
+        raise MoeeError(
+            "a function that describes the plot",
+            f"none for '{getattr(plot, '__name__', plot)}'",
+            "decorate it with @drawing.plot(words), or give the figure's finding as text",
+        )
+    return _WORDS[plot](*given)
 
 
 def by_layer(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -86,22 +117,22 @@ def bar_beside(fig: Figure, axes: Sequence[Axes], mesh: QuadMesh, label: str) ->
     bar.outline.set_visible(False)
 
 
-def part_groups(ax: Axes, groups: Sequence[str], *, both: bool = False, **line: Any) -> None:
-    """Part the rows of a heat map where one of the ``groups`` ends, and columns if ``both``."""
-    for place, (one, following) in enumerate(pairwise(groups), start=1):
-        if one != following:
-            ax.axhline(place, **line)
-            if both:
-                ax.axvline(place, **line)
+def part_groups(groups: pd.Series, *lines: Callable[..., object], **look: Any) -> None:
+    """Draw ``lines``, such as ``ax.axhline``, where one of the ``groups`` of rows ends."""
+    ends = groups.to_numpy()[1:] != groups.to_numpy()[:-1]
+    for place in np.flatnonzero(ends) + 1:
+        for line in lines:
+            line(place, **look)
 
 
 def curves(
     ax: Axes, table: pd.DataFrame, value: str, *, x: str = "layer", by: str = "system",
     looks: dict[str, Look] | None = None, band: bool = False, chance: dict[str, str] | None = None,
+    dashes: Sequence[str] = ("--", ":"),
 ) -> None:  # fmt: skip
     """Draw ``value`` over ``x``, a line with marks for each name in ``by``.
 
-    ``band`` adds its interval, ``low`` to ``high``; ``chance`` has line styles of columns by name.
+    ``band`` adds its interval, ``low`` to ``high``; ``chance`` are names of other columns.
     """
     if table.empty:
         return
@@ -109,8 +140,9 @@ def curves(
     colours, markers = looks["color"].to_dict(), looks["marker"].to_dict()
     common = {"x": x, "hue": by, "palette": colours, "estimator": None, "ax": ax}
     sns.lineplot(table, y=value, style=by, markers=markers, dashes=False, **common)
-    for column, dashes in (chance or {}).items():
-        sns.lineplot(table, y=column, legend=False, ls=dashes, lw=1, **common)
+    for (column, name), dash in zip((chance or {}).items(), dashes, strict=False):
+        sns.lineplot(table, y=column, legend=False, ls=dash, lw=1, **common)
+        ax.plot([], label=name, color=style.GREY, ls=dash, lw=1)
     for name, rows in table.sort_values(x).groupby(by) if band else ():
         ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[name], alpha=0.18, lw=0)
     ax.get_legend().remove()
@@ -120,13 +152,11 @@ def curves(
 def dots(ax: Axes, table: pd.DataFrame, columns: Sequence[str], *, by: str = "system") -> list[str]:
     """A row for each name in ``by``: value, low and high end of its interval; their colours."""
     value, low, high = columns
-    colours = style.colours(table[by])
-    look = {"palette": colours, "jitter": False, "size": 6, "zorder": 4, "legend": False}
-    sns.stripplot(table, x=value, y=by, hue=by, ax=ax, **look)
-    of_rows = [colours[name] for name in table[by]]
-    ax.hlines(range(len(table)), table[low], table[high], color=of_rows, **style.INTERVAL)
+    places, colours = range(len(table)), list(table[by].map(style.colours(table[by])))
+    ax.scatter(table[value], places, s=36, lw=0, color=colours, zorder=4)
+    ax.hlines(places, table[low], table[high], color=colours, **style.INTERVAL)
     row_axis(ax, table[by])
-    return of_rows
+    return colours
 
 
 def row_axis(ax: Axes, names: Sequence[str], **look: Any) -> None:

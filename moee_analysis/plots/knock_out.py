@@ -12,33 +12,14 @@ from moee_analysis.plots import drawing, style, text
 
 _WHAT = {"removed": "one expert removed", "alone": "one expert alone"}
 _CONTROL = "random tokens"
+_NAMES = {"expert": "expert", _CONTROL: "as many random tokens"}
 _LOOKS = {
     "expert": {"color": style.PALETTE[0], "marker": "o"},
-    _CONTROL: {"color": style.PALETTE[1], "marker": "o", "mfc": "white"},
+    _NAMES[_CONTROL]: {"color": style.PALETTE[1], "marker": "o", "mfc": "white"},
     "beyond random tokens": {"color": style.PALETTE[2], "marker": "D"},
 }
-_NAMES = {_CONTROL: "as many random tokens"}
 
 
-@style.house
-def knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.knock_out``: top-1 over all images by expert and control."""
-    rows = drawing.in_percent(table[table["kind"] == "all"], "top1", "top1_dense", "top1_intact")
-    fig, axes = style.figure(7.4, 2.9, 1, 2)
-    for ax, (what, title) in zip(axes, _WHAT.items(), strict=True):
-        for system, aside in (("expert", -0.17), (_CONTROL, 0.17)):
-            dots = rows[(rows["what"] == what) & (rows["system"] == system)]
-            ax.plot(dots["layer"] + aside, dots["top1"], ls="", ms=2.6, mew=0.6, **_LOOKS[system])
-        for model, dashes in (("dense", "--"), ("intact", "-")):
-            look = style.REFERENCE | {"ls": dashes, "label": model}
-            ax.axhline(rows[f"top1_{model}"].iloc[0], **look)
-        ax.set_title(title)
-    axes[0].set_ylabel("top-1 (%)")
-    dots = {_NAMES.get(name, name): _LOOKS[name] | {"ls": ""} for name in ("expert", _CONTROL)}
-    return drawing.finish(fig, table, caption, axes[0], dots, layers=axes)
-
-
-@text.describes(knock_out)
 def _describe_knock_out(table: pd.DataFrame) -> str:
     rows = table[table["kind"] == "all"]
     intact, dense = (text.percent(rows[f"top1_{model}"].iloc[0]) for model in ("intact", "dense"))
@@ -59,12 +40,39 @@ def _describe_knock_out(table: pd.DataFrame) -> str:
     )
 
 
-@style.house
-def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.knock_out``: change of log-probability, classes by experts.
+@drawing.plot(_describe_knock_out)
+def knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.knock_out``: top-1 over all images by expert and control."""
+    rows = drawing.in_percent(table[table["kind"] == "all"], "top1", "top1_dense", "top1_intact")
+    fig, axes = style.figure(7.4, 2.9, 1, 2)
+    for ax, (what, title) in zip(axes, _WHAT.items(), strict=True):
+        for (system, name), aside in zip(_NAMES.items(), (-0.17, 0.17), strict=True):
+            dots = rows[(rows["what"] == what) & (rows["system"] == system)]
+            ax.plot(dots["layer"] + aside, dots["top1"], ls="", ms=2.6, mew=0.6, **_LOOKS[name])
+        for model, dashes in (("dense", "--"), ("intact", "-")):
+            look = style.REFERENCE | {"ls": dashes, "label": model}
+            ax.axhline(rows[f"top1_{model}"].iloc[0], **look)
+        ax.set_title(title)
+    axes[0].set_ylabel("top-1 (%)")
+    dots = {name: _LOOKS[name] | {"ls": ""} for name in _NAMES.values()}
+    return drawing.finish(fig, table, caption, axes[0], dots, layers=axes)
 
-    Classes stand by families, parted by lines; each layer has a scale of its own.
-    """
+
+def _describe_class_knock_out(table: pd.DataFrame) -> str:
+    words = []
+    for layer, rows in _of_classes(table).groupby("layer"):
+        worst = text.smallest(rows, "logp_change")
+        if worst is None:
+            words.append(f"unknown in layer {layer}")
+        else:
+            change = f"{text.number(worst['logp_change'])} for {worst['group']}"
+            words.append(f"{change} without expert {worst['expert']} of layer {layer}")
+    return f"The log-probability of a class falls most, in nats: {'; '.join(words)}."
+
+
+@drawing.plot(_describe_class_knock_out)
+def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.knock_out``: change of log-probability, classes (by families) by experts."""
     rows = _of_classes(table)
     layers, classes = rows["layer"].unique(), rows.drop_duplicates("group")
     classes = classes.sort_values("family", kind="stable")
@@ -83,7 +91,7 @@ def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figur
         names = {"yticklabels": place % 2 == 0, "xticklabels": True, "size": 6}
         mesh = drawing.heat_map(ax, changes, cmap="RdBu", norm=norm, **names)
         drawing.bar_beside(fig, [ax], mesh, "change of log-probability (nats)")
-        drawing.part_groups(ax, classes["family"], color=style.INK, lw=0.5)
+        drawing.part_groups(classes["family"], ax.axhline, color=style.INK, lw=0.5)
         ax.set_title(f"layer {layer}")
     order = "expert removed, the one with the most tokens first"
     return drawing.finish(fig, table, caption, x=order)
@@ -94,48 +102,41 @@ def _of_classes(table: pd.DataFrame) -> pd.DataFrame:
     return table[removed & (table["system"] == "expert")]
 
 
-@text.describes(class_knock_out)
-def _describe_class_knock_out(table: pd.DataFrame) -> str:
-    words = []
-    for layer, rows in _of_classes(table).groupby("layer"):
-        worst = text.smallest(rows, "logp_change")
-        if worst is None:
-            words.append(f"unknown in layer {layer}")
-        else:
-            change = f"{text.number(worst['logp_change'])} for {worst['group']}"
-            words.append(f"{change} without expert {worst['expert']} of layer {layer}")
-    return f"The log-probability of a class falls most, in nats: {'; '.join(words)}."
-
-
-@style.house
+@drawing.plot(
+    text.beyond("spearman", "permuted classes"),
+    "Rank correlation of use and need over classes and experts",
+)
 def use_and_need(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.use_and_need``: rank correlations, and how often the top agrees."""
+    """Draw ``measure.use_and_need``: rank correlations, and how often the top agrees."""
     fig, (left, right) = style.figure(7.4, 2.8, 1, 2)
-    for system, rows in table.sort_values("layer").groupby("system", sort=False):
-        layers, look = rows.set_index("layer"), _LOOKS[system]
-        left.plot(layers["spearman"], label=_NAMES.get(system, system), **look)
-        right.plot(layers["top_match"], **look)
-        left.plot(layers["null_high"], color=look["color"], **style.CHANCE)
-        right.plot(layers["top_match_null_high"], color=look["color"], **style.CHANCE)
+    named, chance = table.replace({"system": _NAMES}), "permuted classes, 95 %"
+    drawing.curves(left, named, "spearman", looks=_LOOKS, chance={"null_high": chance})
+    null = {"top_match_null_high": chance}
+    drawing.curves(right, named, "top_match", looks=_LOOKS, chance=null)
     left.axhline(0, **style.REFERENCE)
     left.set(title="use and need of an expert", ylabel="rank correlation over\nclasses and experts")
-    right.set(title="most over-used is most needed", ylabel="share of classes")
-    right.set_ylim(bottom=0)
-    chance = {"permuted classes, 95 %": {"color": style.GREY} | style.CHANCE}
-    return drawing.finish(fig, table, caption, left, chance, layers=(left, right))
+    right.set(title="most over-used is most needed", ylabel="share of classes", ylim=(0, None))
+    return drawing.finish(fig, table, caption, left, layers=(left, right))
 
 
-@text.describes(use_and_need, "Rank correlation of use and need over classes and experts")
-def _describe_use_and_need(rows: pd.DataFrame) -> str:
-    return text.beyond(rows, "spearman", "permuted classes")
+def _describe_parts_unseen(table: pd.DataFrame) -> str:
+    clear = text.of_each(
+        table,
+        lambda rows: f"in {(rows['high'] < 0).sum()} of {len(rows)} pairs of knock-out and part",
+    )
+    worst = text.smallest(table[table["system"] == "expert"], "change")
+    if worst is None:
+        return f"Recall of parts falls clearly: {clear}."
+    return (
+        f"Recall of a part falls clearly: {clear}. Most in layer {worst['layer']} without expert "
+        f"{worst['expert']}: {worst['part']} from {text.percent(worst['recall_intact'])} by "
+        f"{text.points(worst['change'])} percentage points."
+    )
 
 
-@style.house
+@drawing.plot(_describe_parts_unseen)
 def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.parts_unseen``: change in recall, parts by experts removed.
-
-    A row of panels for each layer; a dot marks a change whose interval leaves out 0.
-    """
+    """Draw ``measure.parts_unseen``: change in recall; dots where the interval leaves out 0."""
     layers, systems, parts = (table[name].unique() for name in ("layer", "system", "part"))
     experts = max(12, table.groupby("layer")["expert"].nunique().max())
     width, height = 2 * (0.5 + 0.115 * experts) + 1.6, 0.65 + 0.135 * max(8, len(parts))
@@ -156,19 +157,3 @@ def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     removed = "expert removed, or replaced by as many random patches"
     part = "part (recall of the intact model)"
     return drawing.finish(fig, table, caption, x=removed, y=part)
-
-
-@text.describes(parts_unseen)
-def _describe_parts_unseen(table: pd.DataFrame) -> str:
-    clear = text.of_each(
-        table,
-        lambda rows: f"in {(rows['high'] < 0).sum()} of {len(rows)} pairs of knock-out and part",
-    )
-    worst = text.smallest(table[table["system"] == "expert"], "change")
-    if worst is None:
-        return f"Recall of parts falls clearly: {clear}."
-    return (
-        f"Recall of a part falls clearly: {clear}. Most in layer {worst['layer']} without expert "
-        f"{worst['expert']}: {worst['part']} from {text.percent(worst['recall_intact'])} by "
-        f"{text.points(worst['change'])} percentage points."
-    )

@@ -19,12 +19,18 @@ _METRICS = {
 _SHARE = "% of the output's\nvariance"
 
 
-@style.house
-def routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.routing``: shares of the experts by use, a panel per layer.
+def _describe_routing(rows: pd.DataFrame) -> str:
+    first = rows[rows["rank"] == 0]
+    return text.course(first.assign(times=first["share"] * first["n_experts"]), "times")
 
-    Steps have width 1 / E and height E times the share, for systems differ in their number of
-    experts E: every area is 1, and even routing is the grey line at 1.
+
+@drawing.plot(
+    _describe_routing, "The most used expert of a layer takes so many times an even share"
+)
+def routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.routing``: shares of the experts by use, a panel per layer.
+
+    Steps of E experts have width 1 / E and height E times the share: every area is 1.
     """
     layers, colours = sorted(table["layer"].unique()), style.colours(table["system"])
     opacity = 0.12 if len(colours) == 1 else 0.0  # overlapping areas would only mix
@@ -56,15 +62,18 @@ def _finish(
     return drawing.finish(fig, table, caption or facts, *named, **shared)
 
 
-@text.describes(routing, "The most used expert of a layer takes so many times an even share")
-def _describe_routing(rows: pd.DataFrame) -> str:
-    first = rows[rows["rank"] == 0]
-    return text.course(first.assign(times=first["share"] * first["n_experts"]), "times")
+def _describe_balance(table: pd.DataFrame) -> str:
+    known = [name for name in _METRICS if name in set(table["metric"])]
+    metric = (known or table["metric"].tolist())[0]
+    _, name, even = _METRICS.get(metric, (metric, metric, ""))
+    rows = table[table["metric"] == metric]
+    words = text.of_each(rows, lambda rows: text.course(rows, "value"))
+    return f"{name}{f' ({even})' if even else ''} over the layers: {words}."
 
 
-@style.house
+@drawing.plot(_describe_balance)
 def balance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.balance``: a panel per metric, lines with 95 % intervals."""
+    """Draw ``measure.balance``: a panel per metric, lines with 95 % intervals."""
     metrics, looks = table["metric"].unique(), style.looks(table["system"])
     band = bool(table["low"].notna().any())
     fig, axes = style.panels(len(metrics), cols=3, size=(2.6, 2.0), sharex=True)
@@ -82,19 +91,21 @@ def balance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return _finish(fig, axes[0], table, caption, bands, layers=axes)
 
 
-@text.describes(balance)
-def _describe_balance(table: pd.DataFrame) -> str:
-    known = [name for name in _METRICS if name in set(table["metric"])]
-    metric = (known or table["metric"].tolist())[0]
-    _, name, even = _METRICS.get(metric, (metric, metric, ""))
-    rows = table[table["metric"] == metric]
-    words = text.of_each(rows, lambda rows: text.course(rows, "value"))
-    return f"{name}{f' ({even})' if even else ''} over the layers: {words}."
+def _describe_router_regret(rows: pd.DataFrame) -> str:
+    return (
+        f"{text.span(rows['error'], text.percent)} (regret "
+        f"{text.span(rows['regret'], text.percent)}, best expert for "
+        f"{text.span(rows['best'], text.percent)} of the tokens)"
+    )
 
 
-@style.house
+@drawing.plot(
+    _describe_router_regret,
+    "Squared error of the output over its variance, by router, over the layers",
+    by="router",
+)
 def router_regret(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.router_regret``: a line for every router over the layers."""
+    """Draw ``measure.router_regret``: a line for every router over the layers."""
     fig, (left, right) = style.figure(7.2, 2.7, 1, 2)
     drawing.curves(left, drawing.in_percent(table, "error"), "error", by="router")
     left.set(yscale="log", title="squared error of the output", ylabel=_SHARE)
@@ -112,15 +123,3 @@ def draw_regret(ax: Axes, table: pd.DataFrame) -> None:
     ax.set(yscale="log", title="regret of the routers", xlabel="layer", ylabel=_SHARE)
     drawing.plain_log(ax.yaxis, subs=(1, 3))
     drawing.whole_ticks(ax)
-
-
-@text.describes(
-    router_regret,
-    "Squared error of the output over its variance, by router, over the layers", by="router",
-)  # fmt: skip
-def _describe_router_regret(rows: pd.DataFrame) -> str:
-    return (
-        f"{text.span(rows['error'], text.percent)} (regret "
-        f"{text.span(rows['regret'], text.percent)}, best expert for "
-        f"{text.span(rows['best'], text.percent)} of the tokens)"
-    )

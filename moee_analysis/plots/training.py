@@ -20,12 +20,19 @@ _CONTRIBUTIONS = {
 }
 
 
-@style.house
-def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.fine_tuning``: retention against the MACs saved.
+def _describe_fine_tuning(table: pd.DataFrame) -> str:
+    saved = table.groupby("budget")["macs_reduction"].mean().dropna()
+    if saved.empty:
+        return "No saving is known."
+    means = table[table["budget"] == saved.idxmax()].drop_duplicates(["system", "stage"])
+    means = means.assign(kept=means["mean"].map(text.percent) + " " + means["stage"])
+    kept = text.of_each(means, lambda rows: text.listed(rows["kept"]))
+    return f"Kept of the dense top-1 at {text.percent(saved.max())} fewer MACs: {kept}."
 
-    Bars are intervals over images and seeds; small dots beside them are single seeds.
-    """
+
+@drawing.plot(_describe_fine_tuning)
+def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.fine_tuning``: retention by MACs saved; small dots are single seeds."""
     fig, ax = style.figure(6.2, 3.4)
     looks = style.looks(table["system"])
     shares = drawing.in_percent(table, "retention", "mean", "low", "high", "macs_reduction")
@@ -40,26 +47,31 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.vlines(means["x"], means["low"], means["high"], color=look["color"], **style.INTERVAL)
         ax.plot(means["x"], means["mean"], zorder=4, **_LINE | look)
     ax.axhline(100, **style.REFERENCE)
-    ax.set_xlabel("MACs saved (%; lines set a little apart)")
-    ax.set_ylabel("top-1 retained (% of the dense model's)")
+    labels = "MACs saved (%; lines set a little apart)", "top-1 retained (% of the dense model's)"
+    ax.set(xlabel=labels[0], ylabel=labels[1])
     for stage, look in _STAGES.items():
         looks[f"{stage} fine-tuning"] = {"color": style.INK, "marker": "o"} | look
     marks = {name: _LINE | look for name, look in looks.items()} | {"dense model": style.REFERENCE}
     return drawing.finish(fig, table, caption, marks, columns=1, loc="outside right center")
 
 
-@text.describes(fine_tuning)
-def _describe_fine_tuning(table: pd.DataFrame) -> str:
-    saved = table.groupby("budget")["macs_reduction"].mean().dropna()
-    if saved.empty:
-        return "No saving is known."
-    means = table[table["budget"] == saved.idxmax()].drop_duplicates(["system", "stage"])
-    means = means.assign(kept=means["mean"].map(text.percent) + " " + means["stage"])
-    kept = text.of_each(means, lambda rows: text.listed(rows["kept"]))
-    return f"Kept of the dense top-1 at {text.percent(saved.max())} fewer MACs: {kept}."
+def _describe_history(table: pd.DataFrame) -> str:
+    named, words = table if "system" in table else table.assign(system="On images held out"), []
+    for system, rows in named.groupby("system", sort=False):
+        first, lowest = rows.iloc[0], text.smallest(rows, "kl")
+        if lowest is None:
+            words.append(f"{system} the divergence from the dense model is unknown")
+            continue
+        words.append(
+            f"{system} the divergence from the dense model goes from {text.bits(first['kl'])} to "
+            f"{text.bits(lowest['kl'])} nats, its lowest, after epoch {lowest['epoch']:.0f}, and "
+            f"the agreement with its predictions from {text.percent(first['agreement'])} to "
+            f"{text.percent(lowest['agreement'])}"
+        )
+    return f"{'; '.join(words)}."
 
 
-@style.house
+@drawing.plot(_describe_history)
 def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw the divergence from the dense model and the agreement with it over the epochs.
 
@@ -82,45 +94,26 @@ def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         loss = named.set_index("epoch")["loss"].dropna()
         left.plot(loss, color=style.GREY, marker=".", label="training loss")
     left.set(ylabel="KL(dense || model) (nats)", title="divergence from the dense model")
-    right.set(ylabel="same prediction (% of images)", title="agreement with the dense model")
     left.set_ylim(bottom=0)
+    right.set(ylabel="same prediction (% of images)", title="agreement with the dense model")
     left.legend()
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(history)
-def _describe_history(table: pd.DataFrame) -> str:
-    named, words = table if "system" in table else table.assign(system="On images held out"), []
-    for system, rows in named.groupby("system", sort=False):
-        first, lowest = rows.iloc[0], text.smallest(rows, "kl")
-        if lowest is None:
-            words.append(f"{system} the divergence from the dense model is unknown")
-            continue
-        words.append(
-            f"{system} the divergence from the dense model goes from {text.bits(first['kl'])} to "
-            f"{text.bits(lowest['kl'])} nats, its lowest, after epoch {lowest['epoch']:.0f}, and "
-            f"the agreement with its predictions from {text.percent(first['agreement'])} to "
-            f"{text.percent(lowest['agreement'])}"
-        )
-    return f"{'; '.join(words)}."
-
-
-@style.house
-def learning_curves(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.learning_curves``: means of the seeds with intervals."""
-    fig, ax = style.figure(7.0, 3.4)
-    means = drawing.in_percent(table.drop_duplicates(["start", "images"]), "mean", "low", "high")
-    drawing.curves(ax, means, "mean", x="images", by="start", band=True)
-    ax.set(xlabel="training images seen", ylabel="top-1 (%)")
-    ax.set_ylim(bottom=0)
-    return drawing.finish(fig, table, caption, ax, columns=1, loc="outside right center")
-
-
-@text.describes(learning_curves)
 def _describe_learning_curves(table: pd.DataFrame) -> str:
     last = table["images"].max()
     ends = table[table["images"] == last].drop_duplicates("start")
     return f"After {last:.0f} training images top-1 is {_ends(ends, 'mean')}."
+
+
+@drawing.plot(_describe_learning_curves)
+def learning_curves(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.learning_curves``: means of the seeds with intervals."""
+    fig, ax = style.figure(7.0, 3.4)
+    means = drawing.in_percent(table.drop_duplicates(["start", "images"]), "mean", "low", "high")
+    drawing.curves(ax, means, "mean", x="images", by="start", band=True)
+    ax.set(xlabel="training images seen", ylabel="top-1 (%)", ylim=(0, None))
+    return drawing.finish(fig, table, caption, ax, columns=1, loc="outside right center")
 
 
 def _ends(table: pd.DataFrame, value: str) -> str:
@@ -134,9 +127,17 @@ def _ends(table: pd.DataFrame, value: str) -> str:
     return f"highest for {best}, lowest for {worst}" if best != worst else best
 
 
-@style.house
+def _describe_learned(table: pd.DataFrame) -> str:
+    first, level = text.smallest(table, "images"), text.percent(table["level"].iloc[0])
+    soon = f"No start reaches {level}."
+    if first is not None:
+        soon = f"{level} is reached first by {first['start']}, after {first['images']:.0f} images."
+    return f"At the end top-1 is {_ends(table, 'top1')}. {soon}"
+
+
+@drawing.plot(_describe_learned)
 def learned(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.learned``: final top-1, and images seen until the level is reached.
+    """Draw ``measure.learned``: final top-1, and images seen until the level is reached.
 
     Thin lines are the range of seeds; an arrow is an interval without end, a cross never reached.
     """
@@ -157,27 +158,28 @@ def learned(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     ):
         look = {"marker": marker, "color": np.array(colours)[chosen], "s": 24, "zorder": 4}
         right.scatter(x[chosen], rows[chosen], clip_on=False, **look)
-    right.set_xlim(0, end)
-    right.set_xlabel(f"images seen until {shares['level'].iloc[0]:.0f} % top-1")
+    right.set(xlim=(0, end), xlabel=f"images seen until {shares['level'].iloc[0]:.0f} % top-1")
     drawing.row_axis(right, table["start"])
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(learned)
-def _describe_learned(table: pd.DataFrame) -> str:
-    first, level = text.smallest(table, "images"), text.percent(table["level"].iloc[0])
-    soon = f"No start reaches {level}."
-    if first is not None:
-        soon = f"{level} is reached first by {first['start']}, after {first['images']:.0f} images."
-    return f"At the end top-1 is {_ends(table, 'top1')}. {soon}"
+def _describe_which_beats_which(table: pd.DataFrame) -> str:
+    pairs = table[table["start_a"] != table["start_b"]]
+    sure = pairs[pairs["beats"].astype(bool)]
+    first = f"{len(sure)} of {len(pairs) // 2} pairs of starts differ beyond chance"
+    top = text.largest(sure, "difference")
+    if top is None:
+        return f"{first}."
+    lead, low, high = (text.points(top[name]) for name in ("difference", "low", "high"))
+    return (
+        f"{first}; the largest lead is that of {top['start_a']} over {top['start_b']}, {lead} "
+        f"points of top-1 ({low} to {high})."
+    )
 
 
-@style.house
+@drawing.plot(_describe_which_beats_which)
 def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.which_beats_which``: what each row is ahead of each column.
-
-    Bold is where the interval of the difference excludes 0.
-    """
+    """Draw ``measure.which_beats_which``: row less column, bold beyond chance."""
     differences = 100 * drawing.square(table, "difference", "start")
     sure = drawing.square(table.assign(sure=table["low"] * table["high"] > 0), "sure", "start")
     blank = differences.isna() | np.eye(len(sure), dtype=bool)
@@ -194,42 +196,22 @@ def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(which_beats_which)
-def _describe_which_beats_which(table: pd.DataFrame) -> str:
-    pairs = table[table["start_a"] != table["start_b"]]
-    sure = pairs[pairs["beats"].astype(bool)]
-    first = f"{len(sure)} of {len(pairs) // 2} pairs of starts differ beyond chance"
-    top = text.largest(sure, "difference")
-    if top is None:
-        return f"{first}."
-    lead, low, high = (text.points(top[name]) for name in ("difference", "low", "high"))
-    return (
-        f"{first}; the largest lead is that of {top['start_a']} over {top['start_b']}, {lead} "
-        f"points of top-1 ({low} to {high})."
-    )
+def _describe_contributions(rows: pd.DataFrame) -> str:
+    means = rows.groupby(["group", "layer"], sort=False)["contribution"].mean().reset_index()
+    return text.course(means, "contribution")
 
 
-@style.house
+@drawing.plot(
+    _describe_contributions, "Mean length of what is added to a token, over the layers", by="group"
+)
 def contributions(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.contributions``: a panel per quantity, a line per group.
-
-    Bands are the range over the seeds; panels whose column is not in the table are left out.
-    """
+    """Draw ``measure.contributions`` by group, a panel per column there is; bands: all seeds."""
     shown = [name for name in _CONTRIBUTIONS if name in table]
     fig, axes = style.panels(len(shown), cols=3, size=(2.5, 2.3))
     look = {"hue": "group", "palette": style.colours(table["group"]), "marker": "o"}
     for ax, value in zip(axes, shown, strict=True):
         sns.lineplot(table, x="layer", y=value, errorbar=("pi", 100), ax=ax, **look)
         ax.get_legend().remove()
-        ax.set(title=_CONTRIBUTIONS[value], ylabel="")
-        ax.set_ylim(bottom=0)
+        ax.set(title=_CONTRIBUTIONS[value], ylabel="", ylim=(0, None))
     axes[0].legend()
     return drawing.finish(fig, table, caption, layers=axes)
-
-
-@text.describes(
-    contributions, "Mean length of what is added to a token, over the layers", by="group"
-)
-def _describe_contributions(rows: pd.DataFrame) -> str:
-    means = rows.groupby(["group", "layer"], sort=False)["contribution"].mean().reset_index()
-    return text.course(means, "contribution")
