@@ -108,10 +108,7 @@ def finetune(
 
 
 def history_of(run: Extraction) -> pd.DataFrame:
-    """Return the table of :class:`Finetuned` of a run that was fine-tuned, saved or not.
-
-    Raises ``MoeeError``: the run was never fine-tuned.
-    """
+    """Return the history of a :class:`Finetuned` run; one never fine-tuned raises ``MoeeError``."""
     return pd.DataFrame(_last(run)["history"]).astype({"loss": float})
 
 
@@ -142,7 +139,7 @@ def _train_into(folder: Path, training: Training, run: Extraction, *, of_store: 
             remove_checkpoint(work)  # left by a kill in the last moment
         return
     training = replace(training, folder=work)
-    with hold_checkpoint(work, training.key) if rank() == 0 else nullcontext():
+    with hold_checkpoint(work) if rank() == 0 else nullcontext():
         all_sum(torch.zeros(1))  # none looks at the checkpoint before
         if agreed(is_there(folder)):
             _check_same(folder, training.key, run)

@@ -50,10 +50,8 @@ class TrainingBench:
     def all_done(self, jobs: Sequence[TrainingJob], *, workers: int = 1) -> list[Path]:
         """Do all jobs that the store does not have; return the folders of all.
 
-        Every training computes with one thread on a CPU, so its bytes are the same with any number
-        of processes.
-
-        Raises ``MoeeError``: what ``train`` refuses, and the job's name.
+        Each computes with one thread on a CPU: the same bytes with any number of processes. Raises
+        ``MoeeError``: what ``train`` refuses, and the job's name.
         """
         folders = [self.folder(job) for job in jobs]
         missing = {f: job for f, job in zip(folders, jobs, strict=True) if not present(f)}
@@ -91,8 +89,7 @@ class TrainingBench:
 
     def _fill(self, folder: Path, *, job: TrainingJob) -> None:
         if self.loaded is None:
-            both = (Loaded.of(images, job.model) for images in (self.training, self.images))
-            self.loaded = tuple(both)
+            self.loaded = tuple(Loaded.of(each, job.model) for each in (self.training, self.images))
         training, images = self.loaded
         with _one_thread():
             trained = train(job.model, training, job.config, check=images)

@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
+from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import in_evaluation_mode
 from moee_analysis.training.batches import Augmented, epoch_batches, training_transform
 from moee_analysis.training.checkpoints import (
@@ -51,7 +52,7 @@ class Training:
     config: FinetuneConfig
     folder: Path
     key: str
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress = field(init=False)
 
     @cached_property
     def sets(self) -> tuple[ImageSet, ImageSet]:
@@ -76,13 +77,18 @@ class Training:
         """Set everything up as it was after the last whole epoch."""
         self._loop, decay = self._make_loop(), self.config.ema
         self._ema = None if decay is None else ModelEmaV3(self.student, decay=decay)
-        found = read_checkpoint(self.folder)
-        if found is None:
+        self.progress, groups = read_checkpoint(self.folder) or (Progress(self.key), {})
+        if self.progress.key != self.key:
+            raise MoeeError(
+                f"the fine-tuning that was begun in '{self.folder}'",
+                "another run, other images or other settings",
+                "repeat it as it was, remove that folder, or choose another one",
+            )
+        if not groups:
             self._best = copy.deepcopy(self.student.state_dict())
             self.progress.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._evaluate()})
             self._save()
             return
-        self.progress, groups = found
         self._best = groups["best"]
         self.student.load_state_dict(groups["student"])
         if self._ema is not None:
@@ -170,7 +176,7 @@ class Training:
         groups = {"student": self.student.state_dict(), "best": self._best, "optimizer": optimizer}
         if self._ema is not None:
             groups["ema"] = self._ema.module.state_dict()
-        save_checkpoint(self.folder, self.progress, groups, key=self.key)
+        save_checkpoint(self.folder, self.progress, groups)
 
     @property
     def _model(self) -> nn.Module:
