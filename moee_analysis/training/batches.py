@@ -160,7 +160,5 @@ def _choose_images(size: int, config: SupervisedConfig) -> Iterator[tuple[torch.
     for number in range(-(-total // size)):
         rng = np.random.default_rng([config.seed, number])
         parts.append((np.full(size, number), rng.permutation(size), rng.random(size) < 0.5))
-    columns = (
-        torch.from_numpy(np.concatenate(column)[:total]) for column in zip(*parts, strict=True)
-    )
+    columns = (torch.from_numpy(np.concatenate(each)[:total]) for each in zip(*parts, strict=True))
     return zip(*(column.split(config.batch_size) for column in columns), strict=True)

@@ -111,11 +111,11 @@ def find_learners(model: nn.Module) -> dict[str, Learner]:
     """Return the layers of ``model`` that have a choice of experts, by module name."""
     names, found = moe_names(model), {}
     for index, layer in moe_layers(model).items():
-        router, leading, first = layer.router, 0, 0
+        router, before = layer.router, (0, 0)
         if isinstance(router, TokenKindRouter):
-            leading, first, router = len(router.prefix), router.prefix_experts, router.inner
+            router, before = router.inner, (len(router.prefix), router.prefix_experts)
         if isinstance(router, (CosineRouter, NearestRouter)) and router.n_experts > 1:
-            found[names[index]] = Learner(layer, router, leading, first)
+            found[names[index]] = Learner(layer, router, *before)
     return found
 
 
