@@ -1,7 +1,5 @@
 """What systems and architectures keep of the dense model's accuracy, and what they cost."""
 
-import re
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -40,7 +38,7 @@ _CONTROLS = {
 }
 
 
-def _describe_accuracy(table: pd.DataFrame) -> str:
+def _tell_accuracy(table: pd.DataFrame) -> str:
     if table["retention"].isna().all():
         scores = table["system"] + " " + table["top1"].map(text.percent)
         return f"Top-1 is: {text.listed(scores)}."
@@ -53,32 +51,32 @@ def _describe_accuracy(table: pd.DataFrame) -> str:
     return ", ".join([first, *(others["system"] + " " + kept)[1:]]) + "."
 
 
-@drawing.plot(_describe_accuracy)
+@drawing.plot(_tell_accuracy)
 def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.accuracy``: top-1, and what it is beside a reference (grey line)."""
     compared = bool(table["retention"].notna().any())
     size = (7.6 if compared else 4.6, 1.15 + 0.32 * len(table))
     fig, ((left, *rest),) = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
     shares = drawing.in_percent(table, *_SHARES, *_RETENTION, "agreement")
-    drawing.dots(left, shares, ("top1", "low", "high"))
+    systems = table["system"]
+    colours = list(systems.map(style.colours(systems)))
+    drawing.dots(left, shares, ("top1", "low", "high"), systems, colours=colours)
     left.set_xlabel("top-1 accuracy (%)")
     facts = f"{table['n_images'].max()} images; bars are 95 % intervals of the image bootstrap"
     for ax in rest:
         left.axvline(shares["reference_top1"].max(), **style.REFERENCE)
         ax.axvline(100, **style.REFERENCE)
-        colours = drawing.dots(ax, shares, _RETENTION)
+        drawing.dots(ax, shares, _RETENTION, systems, colours=colours)
         hollow = {"s": 34, "facecolor": "white", "linewidth": 1.3, "zorder": 2}
         ax.scatter(shares["agreement"], range(len(table)), edgecolor=colours, **hollow)
         ax.set_xlabel("compared with the reference (%)")
-        for name, face in (("retention", style.INK), ("agreement", "white")):
-            ax.plot([], [], label=name, mfc=face, **_DOT)
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.1)
         facts += "; retention is top-1 / the reference's top-1 (grey line), agreement the share "
         facts += "of images with the reference's prediction"
-    return style.caption(fig, caption or f"{facts}.")
+    marks = {"retention": _DOT, "agreement": _DOT | {"mfc": "white"}} if compared else {}
+    return drawing.finish(fig, table, caption or f"{facts}.", marks, loc="outside upper right")
 
 
-def _describe_comparison(table: pd.DataFrame) -> str:
+def _tell_comparison(table: pd.DataFrame) -> str:
     words = []
     for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
         best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
@@ -96,7 +94,7 @@ def _describe_comparison(table: pd.DataFrame) -> str:
     return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
 
 
-@drawing.plot(_describe_comparison)
+@drawing.plot(_tell_comparison)
 def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``comparison_table``: retention by MACs saved; grey other families, black the best."""
     means = _over_seeds(table)
@@ -128,21 +126,18 @@ def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_family(ax: Axes, family: pd.DataFrame) -> None:
-    looks = style.looks(family["system"])
-    places = drawing.spread(len(looks), _APART)
-    for place, (system, look) in zip(places, looks.items(), strict=True):
-        rows = family[family["system"] == system].sort_values("macs_reduction")
-        x = rows["macs_reduction"] + place
-        ax.vlines(x, rows["low"], rows["high"], color=look["color"], **style.INTERVAL)
-        label = re.split(": |, ", system, maxsplit=1)[-1]  # without the name of its family
-        if not (rows["reduces_macs"] > 0).all():
-            label += " (cannot reduce MACs)"
-            look |= {"mfc": "white", "mec": look["color"], "mew": 1.2}
-        ax.plot(x, rows["mean"], label=label, zorder=3, **_LINE | look)
+    names = family["system"].str.split(": |, ", n=1).str[-1]  # without the name of the family
+    able = family.groupby("system")["reduces_macs"].transform("min") > 0
+    names = names.where(able, names + " (cannot reduce MACs)")
+    looks = {name: _LINE | look for name, look in style.looks(names).items()}
+    for name in names[~able]:
+        looks[name] |= {"mfc": "white", "mec": looks[name]["color"], "mew": 1.2}
+    columns = ("macs_reduction", "mean", "low", "high")
+    drawing.beside(ax, family.assign(name=names), columns, by="name", looks=looks, apart=_APART)
     ax.legend(loc="lower left", fontsize=6.5, handlelength=1.8, borderpad=0.2)
 
 
-def _describe_routing_controls(table: pd.DataFrame) -> str:
+def _tell_routing_controls(table: pd.DataFrame) -> str:
     words, columns = [], ["mean", "random_routing", "static_pruning"]
     for asked, rows in table.dropna(subset=["mean", "random_routing"]).groupby("macs_asked"):
         means = rows.groupby("system", sort=False)[columns].mean()
@@ -157,7 +152,7 @@ def _describe_routing_controls(table: pd.DataFrame) -> str:
     return text.sentence("; ".join(words) or "no system has a router to compare")
 
 
-@drawing.plot(_describe_routing_controls)
+@drawing.plot(_tell_routing_controls)
 def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``comparison_table``: routers and controls in their place, by budget."""
     means = _over_seeds(table).dropna(subset="random_routing")
@@ -178,7 +173,7 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     return drawing.finish(fig, table, caption, axes[0, 0], x=_RETAINED, columns=columns)
 
 
-def _describe_architectures(table: pd.DataFrame) -> str:
+def _tell_architectures(table: pd.DataFrame) -> str:
     words = []
     for quantity, (name, form) in _WORDS.items():
         rows = table[table["quantity"] == quantity].groupby("model", sort=False)["value"]
@@ -188,7 +183,7 @@ def _describe_architectures(table: pd.DataFrame) -> str:
     return " ".join(words) or "No quantity is known."
 
 
-@drawing.plot(_describe_architectures)
+@drawing.plot(_tell_architectures)
 def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.architectures``: over the relative depth, a line per model, chance dotted."""
     shown = [name for name in _TITLES if name in set(table["quantity"])]
@@ -206,27 +201,23 @@ def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, *axes, x=depth)
 
 
-def _describe_architecture_variants(rows: pd.DataFrame) -> str:
+def _tell_architecture_variants(rows: pd.DataFrame) -> str:
     variants = rows[rows["variant"] != "dense"]
     return text.listed(
         f"{text.percent(row.retention)} ({row.variant})" for row in variants.itertuples()
     )
 
 
-@drawing.plot(_describe_architecture_variants, "Kept of the dense top-1", by="model")
+@drawing.plot(_tell_architecture_variants, "Kept of the dense top-1", by="model")
 def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.architecture_variants``: retention, a group of marks per model."""
     models = list(table["model"].unique())
     shares = drawing.in_percent(table, "retention", "retention_low", "retention_high")
     shares = shares[shares["variant"] != "dense"].dropna(subset="retention")
-    looks = style.looks(shares["variant"])
     fig, ax = style.figure(1.6 + 1.7 * len(models), 3.0)
-    places = drawing.spread(len(looks), 0.64)
-    for place, (variant, look) in zip(places, looks.items(), strict=True):
-        rows = shares[shares["variant"] == variant]
-        x, ends = rows["model"].map(models.index) + place, ("retention_low", "retention_high")
-        ax.vlines(x, *(rows[end] for end in ends), color=look["color"], **style.INTERVAL)
-        ax.plot(x, rows["retention"], ls="", ms=5.5, mec="white", label=variant, **look)
+    shares, columns = shares.assign(x=shares["model"].map(models.index)), ("x", *_RETENTION)
+    looks = {name: _LINE | look for name, look in style.looks(shares["variant"]).items()}
+    drawing.beside(ax, shares, columns, by="variant", looks=looks, apart=0.64, ls="", ms=5.5)
     ax.axhline(100, **style.REFERENCE)
     ax.set_xticks(range(len(models)), models)
     ax.set(xlim=(-0.5, len(models) - 0.5), ylabel="dense top-1 retained (%)")
@@ -234,7 +225,7 @@ def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) ->
     return drawing.finish(fig, table, caption, ax, columns=3)
 
 
-def _describe_macs(table: pd.DataFrame) -> str:
+def _tell_macs(table: pd.DataFrame) -> str:
     total = table[table["component"] == "total"].iloc[0]
     words = (
         f"An image takes {text.whole(total['macs'] / 1e6)} instead of the dense model's "
@@ -251,7 +242,7 @@ def _describe_macs(table: pd.DataFrame) -> str:
     return f"{words} Of the MLPs' MACs most is saved in {ends[0]}, least in {ends[1]}."
 
 
-@drawing.plot(_describe_macs)
+@drawing.plot(_tell_macs)
 def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.macs``: MACs and parameters of every MLP, totals in the titles."""
     layers = table[table["layer"] >= 0]

@@ -18,7 +18,7 @@ _NULLS = {
 }
 
 
-def _describe_class_routing(table: pd.DataFrame) -> str:
+def _tell_class_routing(table: pd.DataFrame) -> str:
     leads = table.assign(lead=table["share"] - table["share_all"]).dropna(subset="lead")
     if leads.empty:
         return "No share is known."
@@ -34,7 +34,7 @@ def _describe_class_routing(table: pd.DataFrame) -> str:
     return f"A class leans most to one expert in {most}{also}."
 
 
-@drawing.plot(_describe_class_routing)
+@drawing.plot(_tell_class_routing)
 def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.class_routing``: layers by classes, beside the shares of all (pale)."""
     rows, colours = drawing.by_layer(table), style.colours(table["class_name"])
@@ -59,13 +59,13 @@ def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, grid[0, 0], **labels)
 
 
-def _describe_specificity(rows: pd.DataFrame) -> str:
+def _tell_specificity(rows: pd.DataFrame) -> str:
     mean = rows[rows["class_index"] < 0]
     return text.beyond("js", "permuted labels", shown="corrected", form=text.bits)(mean)
 
 
 @drawing.plot(
-    _describe_specificity, "Mean divergence of a class from all classes, in bits, bias removed"
+    _tell_specificity, "Mean divergence of a class from all classes, in bits, bias removed"
 )
 def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.specificity``: classes (thin) over the layers, their mean, it without bias."""
@@ -91,16 +91,14 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, axes[0], layers=axes, **shared)
 
 
-def _describe_class_information(rows: pd.DataFrame) -> str:
+def _tell_class_information(rows: pd.DataFrame) -> str:
     return (
         f"{text.course(rows, 'corrected', text.percent)}, more than permuted labels in "
         f"{(rows['p'] < 0.05).sum()} of {len(rows)} layers"
     )
 
 
-@drawing.plot(
-    _describe_class_information, "Of the experts' entropy the class of the image explains"
-)
+@drawing.plot(_tell_class_information, "Of the experts' entropy the class of the image explains")
 def class_information(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.class_information`` over the layers; hollow is no more than chance."""
     fig, ax = style.figure(4.8, 2.9)
@@ -114,7 +112,7 @@ def class_information(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     return drawing.finish(fig, table, caption, ax, chance, layers=[ax])
 
 
-def _describe_class_distance(table: pd.DataFrame) -> str:
+def _tell_class_distance(table: pd.DataFrame) -> str:
     pairs = table[table["class_index_a"] < table["class_index_b"]].dropna(subset="js")
     if pairs.empty:
         return "There are no two classes to compare."
@@ -130,7 +128,7 @@ def _describe_class_distance(table: pd.DataFrame) -> str:
     )
 
 
-@drawing.plot(_describe_class_distance)
+@drawing.plot(_tell_class_distance)
 def class_distance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.class_distance``, families parted; the diagonal is two halves of a class."""
     layers = drawing.by_layer(table)
@@ -175,7 +173,7 @@ def modularity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, ax, layers=[ax], columns=2)
 
 
-def _describe_part_profile(table: pd.DataFrame) -> str:
+def _tell_part_profile(table: pd.DataFrame) -> str:
     purest = text.largest(table, "share")
     if purest is None:
         return "No expert takes a patch."
@@ -187,14 +185,12 @@ def _describe_part_profile(table: pd.DataFrame) -> str:
     )
 
 
-@drawing.plot(_describe_part_profile)
+@drawing.plot(_tell_part_profile)
 def part_profile(table: pd.DataFrame, *, parts: int = 16, caption: str | None = None) -> Figure:
     """Draw ``measure.part_profile``: experts by the most frequent ``parts``, on top all patches."""
     frequent = table.sort_values("share_all", ascending=False, kind="stable")["part"].unique()
     layers = drawing.by_layer(table)
-    maps = {
-        name: _profiles(rows).reindex(columns=frequent[:parts]) for name, rows in layers.items()
-    }
+    maps = {name: _profiles(own).reindex(columns=frequent[:parts]) for name, own in layers.items()}
     rows, columns = (max(one.shape[axis] for one in maps.values()) for axis in (0, 1))
     size = (1.3 + 0.15 * columns, 0.9 + 0.14 * max(8, rows))
     norm = PowerNorm(0.5, vmin=0, vmax=table["share"].max())  # shows small shares too

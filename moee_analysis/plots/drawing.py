@@ -149,14 +149,36 @@ def curves(
     ax.set(xlabel="", ylabel="")
 
 
-def dots(ax: Axes, table: pd.DataFrame, columns: Sequence[str], *, by: str = "system") -> list[str]:
-    """A row for each name in ``by``: value, low and high end of its interval; their colours."""
-    value, low, high = columns
-    places, colours = range(len(table)), list(table[by].map(style.colours(table[by])))
-    ax.scatter(table[value], places, s=36, lw=0, color=colours, zorder=4)
-    ax.hlines(places, table[low], table[high], color=colours, **style.INTERVAL)
-    row_axis(ax, table[by])
-    return colours
+def dots(
+    ax: Axes, table: pd.DataFrame, columns: Sequence[str], names: Sequence[str], *,
+    colours: Sequence[str], faces: Sequence[str] | None = None,
+    markers: Sequence[str] | str = "o", **look: Any,
+) -> None:  # fmt: skip
+    """A row for each of ``table``: value, low and high end of its interval are ``columns``."""
+    row_axis(ax, names, **look)
+    value, low, high = (table[name].to_numpy(float) for name in columns)
+    places, markers = np.arange(len(table)), np.broadcast_to(markers, len(table))
+    colours, faces = np.array(colours), np.array(colours if faces is None else faces)
+    ax.hlines(places, low, high, color=colours, **style.INTERVAL)
+    for marker in dict.fromkeys(markers):
+        own = markers == marker
+        look = {"facecolor": faces[own], "edgecolor": colours[own], "marker": marker}
+        ax.scatter(value[own], places[own], s=26, linewidth=1.2, zorder=4, **look)
+
+
+def beside(
+    ax: Axes, table: pd.DataFrame, columns: Sequence[str], *, by: str, looks: dict[str, Look],
+    apart: float, **line: Any,
+) -> None:  # fmt: skip
+    """Values with intervals over an x, names in ``by`` set ``apart`` from the first to the last.
+
+    ``columns`` are x, value, low and high end.
+    """
+    places = np.linspace(-apart / 2, apart / 2, len(looks)) if len(looks) > 1 else [0]
+    for place, (name, look) in zip(places, looks.items(), strict=True):
+        x, value, *ends = (table.loc[table[by] == name].sort_values(columns[0])[c] for c in columns)
+        ax.vlines(x + place, *ends, color=look["color"], **style.INTERVAL)
+        ax.plot(x + place, value, label=name, zorder=3, **look | line)
 
 
 def row_axis(ax: Axes, names: Sequence[str], **look: Any) -> None:
@@ -165,11 +187,6 @@ def row_axis(ax: Axes, names: Sequence[str], **look: Any) -> None:
     ax.set(ylim=(len(names) - 0.5, -0.5), ylabel="")
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
-
-
-def spread(count: int, width: float) -> np.ndarray:
-    """Places beside each other, ``width`` from the first to the last, around 0."""
-    return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
 
 
 def whole_ticks(ax: Axes) -> None:
@@ -237,17 +254,14 @@ def sheet(figures: Sequence[Figure], *, caption: str | None = None) -> Figure:
         buffer = io.BytesIO()
         each.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
         pictures.append(Image.open(buffer).convert("RGB"))
-    widest = max(picture.width for picture in pictures) + _GAP * dpi
-    count = math.ceil(len(pictures) / max(1, int(WIDTH * dpi // widest)))
-    columns = math.ceil(len(pictures) / count)  # lines of equal length, as far as they can be
-    lines = [pictures[at : at + columns] for at in range(0, len(pictures), columns)]
-    heights = [max(picture.height for picture in line) + round(_GAP * dpi) for line in lines]
-    page = Image.new("RGB", (round(columns * widest), sum(heights)), "white")
-    for place, picture in enumerate(pictures):
-        row, column = divmod(place, columns)
-        page.paste(picture, (round(column * widest), sum(heights[:row])))
-    fig, ax = style.figure(page.width / dpi, page.height / dpi)
-    fig.get_layout_engine().set(w_pad=0, h_pad=0)
-    ax.set_axis_off()
-    ax.imshow(page, interpolation="nearest", aspect="auto")
+    width, height = np.max([each.size for each in pictures], axis=0) + _GAP * dpi
+    lines = math.ceil(len(pictures) / max(1, int(WIDTH * dpi // width)))
+    columns = math.ceil(len(pictures) / lines)  # lines of equal length, as far as they can be
+    size = (width / dpi, height / dpi)
+    fig, axes = style.panels(len(pictures), cols=columns, size=size)
+    fig.get_layout_engine().set(w_pad=0, h_pad=0, wspace=0, hspace=0)
+    for ax, picture in zip(axes, pictures, strict=True):
+        ax.set_axis_off()
+        ax.imshow(picture, interpolation="nearest", aspect="auto")
+        ax.set(xlim=(0, width), ylim=(height, 0))
     return style.caption(fig, caption)

@@ -21,7 +21,7 @@ _SHARES = (
 _SIZES = ("kept by any expert", "an expert (area: share of tokens)", "used by a token on average")
 
 
-def _describe_layers(table: pd.DataFrame) -> str:
+def _tell_layers(table: pd.DataFrame) -> str:
     converted = table[table["converted"]].rename(columns={"index": "layer"})
     first = f"{len(converted)} of {len(table)} layers have clusters"
     if converted.empty:
@@ -33,7 +33,7 @@ def _describe_layers(table: pd.DataFrame) -> str:
     )
 
 
-@drawing.plot(_describe_layers)
+@drawing.plot(_tell_layers)
 def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.layers``: experts (a cross: stayed dense), noise, neurons left."""
     fig, axes = style.figure(8.4, 2.4, 1, 3, sharex=True)
@@ -50,7 +50,7 @@ def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, right, layers=axes)
 
 
-def _describe_embedding(table: pd.DataFrame) -> str:
+def _tell_embedding(table: pd.DataFrame) -> str:
     words = []
     for layer, tokens in table.groupby("layer"):
         clusters = tokens.loc[tokens["cluster"] >= 0, "cluster"].nunique()
@@ -59,7 +59,7 @@ def _describe_embedding(table: pd.DataFrame) -> str:
     return f"The tokens fall into {text.listed(words)}." if words else "No layer is shown."
 
 
-@drawing.plot(_describe_embedding)
+@drawing.plot(_tell_embedding)
 def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.embedding``: tokens by cluster, noise (-1) grey, by layer."""
     layers = table.groupby("layer")
@@ -81,7 +81,7 @@ def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption)
 
 
-def _describe_surrogate(table: pd.DataFrame) -> str:
+def _tell_surrogate(table: pd.DataFrame) -> str:
     words = []
     for layer, rows in table.groupby("layer"):
         real, invented = (rows.set_index("data").loc[name] for name in ("activations", "surrogate"))
@@ -94,7 +94,7 @@ def _describe_surrogate(table: pd.DataFrame) -> str:
     return text.sentence("; ".join(words) or "no layer is shown")
 
 
-@drawing.plot(_describe_surrogate)
+@drawing.plot(_tell_surrogate)
 def surrogate(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.surrogate``: clusters found, and clusters invented, per layer."""
     fig, axes = style.figure(6.4, 2.5, 1, 2)
@@ -107,7 +107,7 @@ def surrogate(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, axes[0], x=style.LAYER_AXIS)
 
 
-def _describe_sizes(rows: pd.DataFrame) -> str:
+def _tell_sizes(rows: pd.DataFrame) -> str:
     return (
         f"experts keep {text.span(rows['fraction'], text.percent)}, a token uses on average "
         f"{text.course(rows, 'active', text.percent)}, and "
@@ -115,7 +115,7 @@ def _describe_sizes(rows: pd.DataFrame) -> str:
     )
 
 
-@drawing.plot(_describe_sizes, "Of a layer's hidden neurons")
+@drawing.plot(_tell_sizes, "Of a layer's hidden neurons")
 def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.sizes``: a dot per expert, its area its share of the tokens."""
     colours = style.colours(table["system"])
@@ -136,7 +136,7 @@ def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, axes[0], layers=axes, y="hidden neurons kept")
 
 
-def _describe_neurons(table: pd.DataFrame) -> str:
+def _tell_neurons(table: pd.DataFrame) -> str:
     words = []
     for part in drawing.by_layer(table).values():
         by_expert = text.span(part.groupby("expert")["kept"].mean(), text.percent)
@@ -146,7 +146,7 @@ def _describe_neurons(table: pd.DataFrame) -> str:
     return f"Of the hidden neurons an expert keeps {'; '.join(words)}."
 
 
-@drawing.plot(_describe_neurons)
+@drawing.plot(_tell_neurons)
 def neurons(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.neurons``: experts by neurons, those kept by most left, by none right."""
     parts = drawing.by_layer(table)
@@ -163,7 +163,7 @@ def neurons(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption)
 
 
-def _describe_overlap(table: pd.DataFrame) -> str:
+def _tell_overlap(table: pd.DataFrame) -> str:
     pairs = table[table["expert_a"] < table["expert_b"]]
     if pairs.empty:
         return "No layer has two experts to compare."
@@ -175,7 +175,7 @@ def _describe_overlap(table: pd.DataFrame) -> str:
     )
 
 
-@drawing.plot(_describe_overlap)
+@drawing.plot(_tell_overlap)
 def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.overlap``: Jaccard indices above the diagonal, below of random subsets."""
     above = table["expert_a"] < table["expert_b"]
@@ -195,7 +195,7 @@ def _draw_pairs(maps: dict[str, pd.DataFrame], bar: str, **look: Any) -> Figure:
     return drawing.heat_maps(maps, bar, cols=4, panel=panel, **look)[0]
 
 
-def _describe_similarity(table: pd.DataFrame) -> str:
+def _tell_similarity(table: pd.DataFrame) -> str:
     pairs = table[table["expert_a"] < table["expert_b"]]
     if pairs.empty:
         return "No layer has two experts to compare."
@@ -207,7 +207,7 @@ def _describe_similarity(table: pd.DataFrame) -> str:
     return f"Cosines of two experts' mean inputs: {'; '.join(words)}."
 
 
-@drawing.plot(_describe_similarity)
+@drawing.plot(_tell_similarity)
 def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.similarity``: raw and centred cosines of a layer side by side."""
     maps = {
@@ -219,7 +219,7 @@ def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, x="expert", y="expert")
 
 
-def _describe_similarity_summary(rows: pd.DataFrame) -> str:
+def _tell_similarity_summary(rows: pd.DataFrame) -> str:
     return (
         f"{text.course(rows, 'mean')}, centred {text.span(rows['centred_mean'])}; nearly "
         f"orthogonal are {text.span(rows['near_orthogonal'], text.percent)} of the pairs, the "
@@ -227,9 +227,7 @@ def _describe_similarity_summary(rows: pd.DataFrame) -> str:
     )
 
 
-@drawing.plot(
-    _describe_similarity_summary, "Mean cosine of two experts' mean inputs over the layers"
-)
+@drawing.plot(_tell_similarity_summary, "Mean cosine of two experts' mean inputs over the layers")
 def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.similarity_summary``: cosines and common mean over the layers."""
     systems = table.sort_values("layer", kind="stable").groupby("system", sort=False)

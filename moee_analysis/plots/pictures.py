@@ -21,7 +21,7 @@ _AROUND = 1.5  # patches shown on each side of a typical one, which needs some c
 _COLUMNS = 6
 
 
-def _describe_patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
+def _tell_patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
     """How often neighbouring patches share an expert, beside two patches drawn at random."""
     layers = []
     for layer, choice in sorted(experts.items()):
@@ -38,7 +38,7 @@ def _describe_patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.n
     return f"{text.count(len(pictures), 'picture')}. {text.sentence(words)}"
 
 
-@drawing.plot(_describe_patches)
+@drawing.plot(_tell_patches)
 def patches(
     pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray], *, names: Sequence[str],
     masks: Sequence[np.ndarray] | None = None, parts: Sequence[str] = (),
@@ -99,14 +99,10 @@ def _name_colours(ax: Axes, colours: Mapping[str, str], *, columns: int, title: 
     legend.set_in_layout(False)  # a long list may be higher than its row
 
 
-def _describe_image_layers(
-    pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]
-) -> str:
+def _tell_image_layers(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
     if not experts:
         return "There is no layer of patches to show."
-    met = {
-        layer: np.mean([len(np.unique(one)) for one in experts[layer]]) for layer in sorted(experts)
-    }
+    met = {n: np.mean([len(np.unique(one)) for one in experts[n]]) for n in sorted(experts)}
     few, many = min(met, key=met.get), max(met, key=met.get)
     each = text.listed(
         f"{text.number(met[layer], 1).removesuffix('.0')} experts in layer {layer}"
@@ -115,7 +111,7 @@ def _describe_image_layers(
     return f"The patches of one of {len(pictures)} images, on average, meet {each}."
 
 
-@drawing.plot(_describe_image_layers)
+@drawing.plot(_tell_image_layers)
 def image_layers(
     pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray], *, image: int,
     names: Sequence[str], masks: Sequence[np.ndarray] | None = None, caption: str | None = None,
@@ -145,7 +141,7 @@ def image_layers(
     return style.caption(fig, caption)
 
 
-def _describe_top_patches(table: pd.DataFrame, pictures: object = None) -> str:
+def _tell_top_patches(table: pd.DataFrame, pictures: object = None) -> str:
     experts = table.drop_duplicates(["layer", "expert"])
     if experts.empty:
         return "No patch goes to the experts that were asked for."
@@ -161,7 +157,7 @@ def _describe_top_patches(table: pd.DataFrame, pictures: object = None) -> str:
     )
 
 
-@drawing.plot(_describe_top_patches)
+@drawing.plot(_tell_top_patches)
 def top_patches(
     table: pd.DataFrame, pictures: Mapping[int, np.ndarray] | Sequence[np.ndarray], *,
     caption: str | None = None,

@@ -20,7 +20,7 @@ _CONTRIBUTIONS = {
 }
 
 
-def _describe_fine_tuning(table: pd.DataFrame) -> str:
+def _tell_fine_tuning(table: pd.DataFrame) -> str:
     saved = table.groupby("budget")["macs_reduction"].mean().dropna()
     if saved.empty:
         return "No saving is known."
@@ -30,14 +30,14 @@ def _describe_fine_tuning(table: pd.DataFrame) -> str:
     return f"Kept of the dense top-1 at {text.percent(saved.max())} fewer MACs: {kept}."
 
 
-@drawing.plot(_describe_fine_tuning)
+@drawing.plot(_tell_fine_tuning)
 def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.fine_tuning``: retention by MACs saved; small dots are single seeds."""
     fig, ax = style.figure(6.2, 3.4)
     looks = style.looks(table["system"])
     shares = drawing.in_percent(table, "retention", "mean", "low", "high", "macs_reduction")
     lines = shares.groupby(["system", "stage"], sort=False)
-    places = drawing.spread(len(lines), _APART)
+    places = np.linspace(-_APART / 2, _APART / 2, len(lines))
     for place, ((system, stage), rows) in zip(places, lines, strict=True):
         look = looks[system] | _STAGES[stage]
         x = rows["macs_reduction"].groupby(rows["budget"]).transform("mean") + place
@@ -55,7 +55,7 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, marks, columns=1, loc="outside right center")
 
 
-def _describe_history(table: pd.DataFrame) -> str:
+def _tell_history(table: pd.DataFrame) -> str:
     named, words = table if "system" in table else table.assign(system="On images held out"), []
     for system, rows in named.groupby("system", sort=False):
         first, lowest = rows.iloc[0], text.smallest(rows, "kl")
@@ -71,7 +71,7 @@ def _describe_history(table: pd.DataFrame) -> str:
     return f"{'; '.join(words)}."
 
 
-@drawing.plot(_describe_history)
+@drawing.plot(_tell_history)
 def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw the divergence from the dense model and the agreement with it over the epochs.
 
@@ -100,13 +100,13 @@ def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption)
 
 
-def _describe_learning_curves(table: pd.DataFrame) -> str:
+def _tell_learning_curves(table: pd.DataFrame) -> str:
     last = table["images"].max()
     ends = table[table["images"] == last].drop_duplicates("start")
     return f"After {last:.0f} training images top-1 is {_ends(ends, 'mean')}."
 
 
-@drawing.plot(_describe_learning_curves)
+@drawing.plot(_tell_learning_curves)
 def learning_curves(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.learning_curves``: means of the seeds with intervals."""
     fig, ax = style.figure(7.0, 3.4)
@@ -127,7 +127,7 @@ def _ends(table: pd.DataFrame, value: str) -> str:
     return f"highest for {best}, lowest for {worst}" if best != worst else best
 
 
-def _describe_learned(table: pd.DataFrame) -> str:
+def _tell_learned(table: pd.DataFrame) -> str:
     first, level = text.smallest(table, "images"), text.percent(table["level"].iloc[0])
     soon = f"No start reaches {level}."
     if first is not None:
@@ -135,7 +135,7 @@ def _describe_learned(table: pd.DataFrame) -> str:
     return f"At the end top-1 is {_ends(table, 'top1')}. {soon}"
 
 
-@drawing.plot(_describe_learned)
+@drawing.plot(_tell_learned)
 def learned(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.learned``: final top-1, and images seen until the level is reached.
 
@@ -143,27 +143,24 @@ def learned(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """
     fig, (left, right) = style.figure(7.6, 1.3 + 0.3 * len(table), 1, 2, sharey=True)
     shares = drawing.in_percent(table, "top1", "low", "high", "worst", "best", "level")
-    colours = drawing.dots(left, shares, ("top1", "low", "high"), by="start")
+    starts = table["start"]
+    colours = list(starts.map(style.colours(starts)))
+    drawing.dots(left, shares, ("top1", "low", "high"), starts, colours=colours)
     left.hlines(range(len(table)), shares["worst"], shares["best"], color=colours, lw=0.9)
     left.set_xlabel("top-1 at the end (%)")
-    images = table[["images_low", "images", "images_high"]].to_numpy(float)
-    end = 1.08 * max([1.0, *images[np.isfinite(images)]])
-    low, middle, high = np.minimum(images, end).T
-    rows, never, at_end = np.arange(len(table)), np.isnan(middle), np.full(len(table), end)
-    right.hlines(rows, low, high, color=colours, **style.INTERVAL)
-    for marker, chosen, x in (
-        ("o", ~never, middle),
-        (">", ~never & np.isinf(images[:, 2]), at_end),
-        ("x", never, at_end),
-    ):
-        look = {"marker": marker, "color": np.array(colours)[chosen], "s": 24, "zorder": 4}
-        right.scatter(x[chosen], rows[chosen], clip_on=False, **look)
+    columns = ["images", "images_low", "images_high"]
+    images = table[columns].replace(np.inf, np.nan)
+    end = 1.08 * max(1.0, images.max(axis=None))
+    drawing.dots(right, table[columns].clip(upper=end), columns, starts, colours=colours)
+    marks = table["images"].isna().map({True: "x", False: ">"})
+    for row in np.flatnonzero(images[["images", "images_high"]].isna().any(axis=1)):
+        look = {"marker": marks.iloc[row], "color": colours[row], "s": 24, "zorder": 4}
+        right.scatter(end, row, clip_on=False, **look)
     right.set(xlim=(0, end), xlabel=f"images seen until {shares['level'].iloc[0]:.0f} % top-1")
-    drawing.row_axis(right, table["start"])
     return drawing.finish(fig, table, caption)
 
 
-def _describe_which_beats_which(table: pd.DataFrame) -> str:
+def _tell_which_beats_which(table: pd.DataFrame) -> str:
     pairs = table[table["start_a"] != table["start_b"]]
     sure = pairs[pairs["beats"].astype(bool)]
     first = f"{len(sure)} of {len(pairs) // 2} pairs of starts differ beyond chance"
@@ -177,7 +174,7 @@ def _describe_which_beats_which(table: pd.DataFrame) -> str:
     )
 
 
-@drawing.plot(_describe_which_beats_which)
+@drawing.plot(_tell_which_beats_which)
 def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.which_beats_which``: row less column, bold beyond chance."""
     differences = 100 * drawing.square(table, "difference", "start")
@@ -196,13 +193,13 @@ def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     return drawing.finish(fig, table, caption)
 
 
-def _describe_contributions(rows: pd.DataFrame) -> str:
+def _tell_contributions(rows: pd.DataFrame) -> str:
     means = rows.groupby(["group", "layer"], sort=False)["contribution"].mean().reset_index()
     return text.course(means, "contribution")
 
 
 @drawing.plot(
-    _describe_contributions, "Mean length of what is added to a token, over the layers", by="group"
+    _tell_contributions, "Mean length of what is added to a token, over the layers", by="group"
 )
 def contributions(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.contributions`` by group, a panel per column there is; bands: all seeds."""
