@@ -78,13 +78,11 @@ def _sort(pieces: pd.DataFrame, direction: str) -> pd.DataFrame:
     """What has a row: the recipe as it is, its pieces by their effect, its controls."""
     recipe = pieces.loc[pieces["direction"] == direction, "recipe"].iloc[0]
     own = pieces[pieces["recipe"] == recipe]
-    whole, changed, controls = (
-        own[own["direction"] == name].sort_values("kl", ascending=ascending, kind="stable")
-        for name, ascending in (
-            ("as it is", True), (direction, direction == "on alone"), ("control", True),
-        )
-    )  # fmt: skip
-    return pd.concat([whole, changed, controls])
+    ascending = {"as it is": True, direction: direction == "on alone", "control": True}
+    return pd.concat(
+        own[own["direction"] == name].sort_values("kl", ascending=up, kind="stable")
+        for name, up in ascending.items()
+    )
 
 
 def _draw_group(ax: Axes, rows: pd.DataFrame, seeds: pd.Series, colour: str) -> None:
@@ -132,21 +130,19 @@ def _tell_sweeps(table: pd.DataFrame) -> str:
 
 
 @drawing.plot(_tell_sweeps)
-def sweeps(
-    table: pd.DataFrame, *, regret: pd.DataFrame | None = None, caption: str | None = None
-) -> Figure:
-    """Draw ``measure.sweeps``: a panel each, on the same scale; and maybe ``regret``.
+def sweeps(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.sweeps``: a panel each, all on the same scale.
 
     Settings that are numbers stand on the axis (or at their dots, over MACs), others name rows.
     """
-    rows = _plan_rows(table, _recipe_colours(table), regret)
+    rows = _plan_rows(table, _recipe_colours(table))
     fig, parts = style.stack_parts(_WIDTH, [height for height, *_ in rows])
     _draw_rows(parts, rows)
     return drawing.finish(fig, table, caption, _system_looks(table))
 
 
 def _plan_rows(
-    table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None
+    table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None = None
 ) -> list[_Row]:
     """Up to three sweeps of numbers side by side, then up to four of names."""
     routers = {} if regret is None else style.looks(regret["router"])
@@ -205,11 +201,8 @@ def _draw_numbers(
     saved = rows.loc[rows["system"] == first, "macs_reduction"]
     over_macs = saved.max() - saved.min() > 0.02
     x = 100 * (1 - settings["macs_reduction"]) if over_macs else settings["setting"].astype(float)
-    settings = settings.assign(x=x).sort_values("x")
-    for system, look in _system_looks(rows, colour).items():
-        own = settings[settings["system"] == system]
-        ax.vlines(own["x"], own["kl_low"], own["kl_high"], color=look["color"], **style.INTERVAL)
-        ax.plot(own["x"], own["kl"], **look)
+    settings, looks = settings.assign(x=x).sort_values("x"), _system_looks(rows, colour)
+    drawing.beside(ax, settings, ("x", *_KL), by="system", looks=looks, apart=0)
     if over_macs:
         beside = {"xytext": (-4, -2), "textcoords": "offset points", "ha": "right", "va": "top"}
         named = settings[settings["system"] == first].dropna(subset=["x", "kl"])

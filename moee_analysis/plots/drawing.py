@@ -51,11 +51,9 @@ def plot(
 def describe(plot: Callable[..., object], *given: Any) -> str:
     """Say in a sentence or two what ``plot`` shows; without words it raises ``MoeeError``."""
     if plot not in _WORDS:
-        raise MoeeError(
-            "a function that describes the plot",
-            f"none for '{getattr(plot, '__name__', plot)}'",
-            "decorate it with @drawing.plot(words), or give the figure's finding as text",
-        )
+        found = f"none for '{getattr(plot, '__name__', plot)}'"
+        hint = "decorate it with @drawing.plot(words), or give the figure's finding as text"
+        raise MoeeError("a function that describes the plot", found, hint)
     return _WORDS[plot](*given)
 
 
@@ -117,7 +115,7 @@ def bar_beside(fig: Figure, axes: Sequence[Axes], mesh: QuadMesh, label: str) ->
     bar.outline.set_visible(False)
 
 
-def part_groups(groups: pd.Series, *lines: Callable[..., object], **look: Any) -> None:
+def part_groups(groups: pd.Series | pd.Index, *lines: Callable[..., object], **look: Any) -> None:
     """Draw ``lines``, such as ``ax.axhline``, where one of the ``groups`` of rows ends."""
     ends = groups.to_numpy()[1:] != groups.to_numpy()[:-1]
     for place in np.flatnonzero(ends) + 1:
@@ -132,7 +130,7 @@ def curves(
 ) -> None:  # fmt: skip
     """Draw ``value`` over ``x``, a line with marks for each name in ``by``.
 
-    ``band`` adds its interval, ``low`` to ``high``; ``chance`` are names of other columns.
+    ``band`` adds its interval, ``low`` to ``high``; ``chance`` names columns that get ``dashes``.
     """
     if table.empty:
         return
@@ -152,10 +150,10 @@ def curves(
 def dots(
     ax: Axes, table: pd.DataFrame, columns: Sequence[str], names: Sequence[str], *,
     colours: Sequence[str], faces: Sequence[str] | None = None,
-    markers: Sequence[str] | str = "o", **look: Any,
+    markers: Sequence[str] | str = "o", **label: Any,
 ) -> None:  # fmt: skip
     """A row for each of ``table``: value, low and high end of its interval are ``columns``."""
-    row_axis(ax, names, **look)
+    row_axis(ax, names, **label)
     value, low, high = (table[name].to_numpy(float) for name in columns)
     places, markers = np.arange(len(table)), np.broadcast_to(markers, len(table))
     colours, faces = np.array(colours), np.array(colours if faces is None else faces)
@@ -176,9 +174,10 @@ def beside(
     """
     places = np.linspace(-apart / 2, apart / 2, len(looks)) if len(looks) > 1 else [0]
     for place, (name, look) in zip(places, looks.items(), strict=True):
-        x, value, *ends = (table.loc[table[by] == name].sort_values(columns[0])[c] for c in columns)
+        rows = table[table[by] == name].sort_values(columns[0])
+        x, value, *ends = (rows[column] for column in columns)
         ax.vlines(x + place, *ends, color=look["color"], **style.INTERVAL)
-        ax.plot(x + place, value, label=name, zorder=3, **look | line)
+        ax.plot(x + place, value, label=name, **{"zorder": 3} | look | line)
 
 
 def row_axis(ax: Axes, names: Sequence[str], **look: Any) -> None:

@@ -231,7 +231,7 @@ def _tell_similarity_summary(rows: pd.DataFrame) -> str:
 def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.similarity_summary``: cosines and common mean over the layers."""
     systems = table.sort_values("layer", kind="stable").groupby("system", sort=False)
-    size = (6.6, 2.5 * len(systems))
+    size = (6.6, 0.5 + 2.5 * len(systems))
     fig, axes = style.figure(*size, len(systems), 2, squeeze=False, sharex=True)
     for (left, right), (system, rows) in zip(axes, systems, strict=True):
         x, of_system = rows["layer"], f"{system}: " if len(systems) > 1 else ""
@@ -242,9 +242,7 @@ def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Fi
         expected = {"color": style.INK, "lw": 1, "ls": ":", "label": "−1 / (k − 1)"}
         left.plot(x, rows["centred_expected"], **expected)
         left.set(ylabel="cosine", ylim=(-1.02, 1.02), title=f"{of_system}pairs of experts")
-        left.legend(fontsize=7, loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
         for column, colour, label in _SHARES:
             right.plot(x, rows[column], "o-", color=colour, label=label)
         right.set(ylabel="share", ylim=(-0.02, 1.02), title="common mean, near-orthogonal")
-        right.legend(fontsize=7)
-    return drawing.finish(fig, table, caption, layers=axes.flat)
+    return drawing.finish(fig, table, caption, *axes[0], layers=axes.flat, columns=2)

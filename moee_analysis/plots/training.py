@@ -47,8 +47,8 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.vlines(means["x"], means["low"], means["high"], color=look["color"], **style.INTERVAL)
         ax.plot(means["x"], means["mean"], zorder=4, **_LINE | look)
     ax.axhline(100, **style.REFERENCE)
-    labels = "MACs saved (%; lines set a little apart)", "top-1 retained (% of the dense model's)"
-    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.set_xlabel("MACs saved (%; lines set a little apart)")
+    ax.set_ylabel("top-1 retained (% of the dense model's)")
     for stage, look in _STAGES.items():
         looks[f"{stage} fine-tuning"] = {"color": style.INK, "marker": "o"} | look
     marks = {name: _LINE | look for name, look in looks.items()} | {"dense model": style.REFERENCE}
@@ -210,5 +210,4 @@ def contributions(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         sns.lineplot(table, x="layer", y=value, errorbar=("pi", 100), ax=ax, **look)
         ax.get_legend().remove()
         ax.set(title=_CONTRIBUTIONS[value], ylabel="", ylim=(0, None))
-    axes[0].legend()
-    return drawing.finish(fig, table, caption, layers=axes)
+    return drawing.finish(fig, table, caption, axes[0], layers=axes)
