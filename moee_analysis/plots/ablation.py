@@ -15,6 +15,7 @@ from moee_analysis.plots.routing import draw_regret
 _Row = tuple[float, bool, Sequence[Callable[[Axes], None]]]  # inches, one y-axis for all, panels
 _WIDTH = 7.8
 _DIVERGENCE = "KL(dense ‖ variant), nats"
+_KL = ("kl", "kl_low", "kl_high")
 
 _TITLES = {"off in turn": "“{}”, one piece off", "on alone": "“{}”, one piece added"}
 _ROW = 0.19  # inches
@@ -28,11 +29,29 @@ _LOOKS = {
 }
 
 
-@style.house
+def _tell_ablation(table: pd.DataFrame) -> str:
+    own = table.dropna(subset=["direction", "kl"])
+    own = own[own["recipe"].fillna("") != ""]  # without the dense model
+    whole, off, on, controls = (
+        own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
+    )
+    named = text.listed(f"{text.bits(row.kl)} nats with {row.recipe}" for row in whole.itertuples())
+    words = f"KL divergence from the dense model: {named}."
+    for first, row in (
+        ("Most is lost without", text.largest(off, "kl")),
+        ("Most is gained alone by", text.smallest(on, "kl")),
+    ):
+        if row is not None:
+            words += f" {first} {row['piece']} ({text.bits(row['kl'])} nats)."
+    beside = [f"{row.value} of {row.recipe} {text.bits(row.kl)}" for row in controls.itertuples()]
+    return words + (f" Controls: {text.listed(beside)} nats." if beside else "")
+
+
+@drawing.plot(_tell_ablation)
 def ablation(
     table: pd.DataFrame, *, regret: pd.DataFrame | None = None, caption: str | None = None
 ) -> Figure:
-    """Draw a table of ``measure.ablation``: a row for every variant, sorted by effect.
+    """Draw ``measure.ablation``: a row for every variant, sorted by effect.
 
     Lines are the recipe as it is and (pale) with other seeds; numbers are retentions in %. Rows of
     ``measure.sweeps`` get panels below, and ``regret``, a table of ``measure.router_regret``, too.
@@ -59,13 +78,11 @@ def _sort(pieces: pd.DataFrame, direction: str) -> pd.DataFrame:
     """What has a row: the recipe as it is, its pieces by their effect, its controls."""
     recipe = pieces.loc[pieces["direction"] == direction, "recipe"].iloc[0]
     own = pieces[pieces["recipe"] == recipe]
-    whole, changed, controls = (
-        own[own["direction"] == name].sort_values("kl", ascending=ascending, kind="stable")
-        for name, ascending in (
-            ("as it is", True), (direction, direction == "on alone"), ("control", True),
-        )
-    )  # fmt: skip
-    return pd.concat([whole, changed, controls])
+    ascending = {"as it is": True, direction: direction == "on alone", "control": True}
+    return pd.concat(
+        own[own["direction"] == name].sort_values("kl", ascending=up, kind="stable")
+        for name, up in ascending.items()
+    )
 
 
 def _draw_group(ax: Axes, rows: pd.DataFrame, seeds: pd.Series, colour: str) -> None:
@@ -74,27 +91,19 @@ def _draw_group(ax: Axes, rows: pd.DataFrame, seeds: pd.Series, colour: str) -> 
     ax.axvline(whole["kl"], color=colour, lw=1.2, alpha=0.9)
     for kl in seeds:
         ax.axvline(kl, color=colour, lw=0.8, alpha=0.35)
-    _draw_dots(ax, rows, colour)
-    changed = rows["direction"].isin(_TITLES)
-    names = rows["value"].where(~changed, rows["piece"] + ": " + rows["value"])
-    drawing.row_axis(ax, ["as it is", *names[1:]])
+    control = (rows["direction"] == "control").to_numpy()
+    by_chance = (rows["kl_change_low"] <= 0) & (rows["kl_change_high"] >= 0)
+    edges = np.where(control, style.INK, colour)
+    faces = np.where(by_chance & (rows["direction"] != "as it is"), "white", edges)
+    changed, look = rows["direction"].isin(_TITLES), {"colours": edges, "faces": faces}
+    names = ["as it is", *rows["value"].where(~changed, rows["piece"] + ": " + rows["value"])[1:]]
+    drawing.dots(ax, rows, _KL, names, markers=np.where(control, "s", "o"), **look)
+    if control.any():
+        ax.axhline(control.argmax() - 0.5, color=style.GREY, lw=0.6)
     _write_retention(ax, rows)
     ax.set(xscale="log", xlabel=_DIVERGENCE)
     low, high = ax.get_xlim()
     drawing.plain_log(ax.xaxis, subs=(1, 2, 5) if high < 100 * low else (1,))
-
-
-def _draw_dots(ax: Axes, rows: pd.DataFrame, colour: str) -> None:
-    places, control = np.arange(len(rows)), (rows["direction"] == "control").to_numpy()
-    by_chance = (rows["kl_change_low"] <= 0) & (rows["kl_change_high"] >= 0)
-    edges = np.where(control, style.INK, colour)
-    faces = np.where(by_chance & (rows["direction"] != "as it is"), "white", edges)
-    ax.hlines(places, rows["kl_low"], rows["kl_high"], color=edges, zorder=3, **style.INTERVAL)
-    for chosen, marker in ((~control, "o"), (control, "s")):
-        look = {"s": 26, "marker": marker, "facecolor": faces[chosen], "edgecolor": edges[chosen]}
-        ax.scatter(rows["kl"][chosen], places[chosen], linewidth=1.2, zorder=4, **look)
-    if control.any():
-        ax.axhline(control.argmax() - 0.5, color=style.GREY, lw=0.6)
 
 
 def _write_retention(ax: Axes, rows: pd.DataFrame) -> None:
@@ -110,47 +119,34 @@ def _write_retention(ax: Axes, rows: pd.DataFrame) -> None:
     ax.annotate("top-1, % of dense", (1, 1.01), xycoords="axes fraction", va="bottom", **aside)
 
 
-@text.describes(ablation)
-def _describe_ablation(table: pd.DataFrame) -> str:
-    own = table.dropna(subset=["direction", "kl"])
-    own = own[own["recipe"].fillna("") != ""]  # without the dense model
-    whole, off, on, controls = (
-        own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
-    )
-    recipes = text.listed(
-        f"{text.bits(row.kl)} nats with {row.recipe}" for row in whole.itertuples()
-    )
-    words = f"KL divergence from the dense model: {recipes}."
-    for first, row in (
-        ("Most is lost without", text.largest(off, "kl")),
-        ("Most is gained alone by", text.smallest(on, "kl")),
-    ):
-        if row is not None:
-            words += f" {first} {row['piece']} ({text.bits(row['kl'])} nats)."
-    beside = [f"{row.value} of {row.recipe} {text.bits(row.kl)}" for row in controls.itertuples()]
-    return words + (f" Controls: {text.listed(beside)} nats." if beside else "")
+def _tell_sweeps(table: pd.DataFrame) -> str:
+    words = []
+    for name, rows in table.dropna(subset="setting").groupby("sweep", sort=False):
+        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
+        if best is not None:
+            setting = " ".join(str(best["setting"]).split())
+            words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
+    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."
 
 
-@style.house
-def sweeps(
-    table: pd.DataFrame, *, regret: pd.DataFrame | None = None, caption: str | None = None
-) -> Figure:
-    """Draw a table of ``measure.sweeps``: a panel each, on the same scale; and maybe ``regret``.
+@drawing.plot(_tell_sweeps)
+def sweeps(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.sweeps``: a panel each, all on the same scale.
 
     Settings that are numbers stand on the axis (or at their dots, over MACs), others name rows.
     """
-    rows = _plan_rows(table, _recipe_colours(table), regret)
+    rows = _plan_rows(table, _recipe_colours(table))
     fig, parts = style.stack_parts(_WIDTH, [height for height, *_ in rows])
     _draw_rows(parts, rows)
     return drawing.finish(fig, table, caption, _system_looks(table))
 
 
 def _plan_rows(
-    table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None
+    table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None = None
 ) -> list[_Row]:
     """Up to three sweeps of numbers side by side, then up to four of names."""
     routers = {} if regret is None else style.looks(regret["router"])
-    known = table[["kl", "kl_low", "kl_high"]].to_numpy(float)
+    known = table[[*_KL]].to_numpy(float)
     known = known[np.isfinite(known) & (known > 1e-5)]
     limits = (known.min() / 1.25, known.max() * 1.25) if len(known) else (0.01, 1.0)
     curves, dots, most = [], [], 4
@@ -205,11 +201,8 @@ def _draw_numbers(
     saved = rows.loc[rows["system"] == first, "macs_reduction"]
     over_macs = saved.max() - saved.min() > 0.02
     x = 100 * (1 - settings["macs_reduction"]) if over_macs else settings["setting"].astype(float)
-    settings = settings.assign(x=x).sort_values("x")
-    for system, look in _system_looks(rows, colour).items():
-        own = settings[settings["system"] == system]
-        ax.vlines(own["x"], own["kl_low"], own["kl_high"], color=look["color"], **style.INTERVAL)
-        ax.plot(own["x"], own["kl"], **look)
+    settings, looks = settings.assign(x=x).sort_values("x"), _system_looks(rows, colour)
+    drawing.beside(ax, settings, ("x", *_KL), by="system", looks=looks, apart=0)
     if over_macs:
         beside = {"xytext": (-4, -2), "textcoords": "offset points", "ha": "right", "va": "top"}
         named = settings[settings["system"] == first].dropna(subset=["x", "kl"])
@@ -241,20 +234,7 @@ def _draw_names(
     ax.set(xscale="log", xlim=limits, title=title, xlabel="KL, nats")
     drawing.plain_log(ax.xaxis)
     _draw_levels(rows, ax.axvspan, ax.axvline)
-    settings = rows.dropna(subset="setting")
-    for place, row in enumerate(settings.itertuples()):
-        look = routers.get(row.setting, {"color": colour, "marker": "o"})
-        ax.hlines(place, row.kl_low, row.kl_high, color=look["color"], **style.INTERVAL)
-        ax.scatter(row.kl, place, s=26, zorder=4, linewidth=0, **look)
-    drawing.row_axis(ax, settings["setting"].astype(str), size=7.5)
-
-
-@text.describes(sweeps)
-def _describe_sweeps(table: pd.DataFrame) -> str:
-    words = []
-    for name, rows in table.dropna(subset="setting").groupby("sweep", sort=False):
-        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
-        if best is not None:
-            setting = " ".join(str(best["setting"]).split())
-            words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
-    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."
+    settings, plain = rows.dropna(subset="setting"), {"color": colour, "marker": "o"}
+    looks = pd.DataFrame([routers.get(name, plain) for name in settings["setting"]])
+    look, names = {"markers": looks["marker"], "size": 7.5}, settings["setting"].astype(str)
+    drawing.dots(ax, settings, _KL, names, colours=looks["color"], **look)

@@ -1,7 +1,5 @@
 """What systems and architectures keep of the dense model's accuracy, and what they cost."""
 
-import re
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -40,36 +38,7 @@ _CONTROLS = {
 }
 
 
-@style.house
-def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.accuracy``: top-1, and what it is beside a reference (grey line).
-
-    Bars are 95 % intervals; a hollow dot is the agreement with the reference.
-    """
-    compared = bool(table["retention"].notna().any())
-    size = (7.6 if compared else 4.6, 1.15 + 0.32 * len(table))
-    fig, ((left, *rest),) = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
-    shares = drawing.in_percent(table, *_SHARES, *_RETENTION, "agreement")
-    drawing.dots(left, shares, ("top1", "low", "high"))
-    left.set_xlabel("top-1 accuracy (%)")
-    facts = f"{table['n_images'].max()} images; bars are 95 % intervals of the image bootstrap"
-    for ax in rest:
-        left.axvline(shares["reference_top1"].max(), **style.REFERENCE)
-        ax.axvline(100, **style.REFERENCE)
-        colours = drawing.dots(ax, shares, _RETENTION)
-        hollow = {"s": 34, "facecolor": "white", "linewidth": 1.3, "zorder": 2}
-        ax.scatter(shares["agreement"], range(len(table)), edgecolor=colours, **hollow)
-        ax.set_xlabel("compared with the reference (%)")
-        for name, face in (("retention", style.INK), ("agreement", "white")):
-            ax.plot([], [], label=name, mfc=face, **_DOT)
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.1)
-        facts += "; retention is top-1 / the reference's top-1 (grey line), agreement the share "
-        facts += "of images with the reference's prediction"
-    return style.caption(fig, caption or f"{facts}.")
-
-
-@text.describes(accuracy)
-def _describe_accuracy(table: pd.DataFrame) -> str:
+def _tell_accuracy(table: pd.DataFrame) -> str:
     if table["retention"].isna().all():
         scores = table["system"] + " " + table["top1"].map(text.percent)
         return f"Top-1 is: {text.listed(scores)}."
@@ -82,12 +51,52 @@ def _describe_accuracy(table: pd.DataFrame) -> str:
     return ", ".join([first, *(others["system"] + " " + kept)[1:]]) + "."
 
 
-@style.house
-def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``comparison_table``: retention against the MACs saved, a panel per family.
+@drawing.plot(_tell_accuracy)
+def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.accuracy``: top-1, and what it is beside a reference (grey line)."""
+    compared = bool(table["retention"].notna().any())
+    size = (7.6 if compared else 4.6, 1.15 + 0.32 * len(table))
+    fig, ((left, *rest),) = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
+    shares = drawing.in_percent(table, *_SHARES, *_RETENTION, "agreement")
+    systems = table["system"]
+    colours = list(systems.map(style.colours(systems)))
+    drawing.dots(left, shares, ("top1", "low", "high"), systems, colours=colours)
+    left.set_xlabel("top-1 accuracy (%)")
+    facts = f"{table['n_images'].max()} images; bars are 95 % intervals of the image bootstrap"
+    for ax in rest:
+        left.axvline(shares["reference_top1"].max(), **style.REFERENCE)
+        ax.axvline(100, **style.REFERENCE)
+        drawing.dots(ax, shares, _RETENTION, systems, colours=colours)
+        hollow = {"s": 34, "facecolor": "white", "linewidth": 1.3, "zorder": 2}
+        ax.scatter(shares["agreement"], range(len(table)), edgecolor=colours, **hollow)
+        ax.set_xlabel("compared with the reference (%)")
+        facts += "; retention is top-1 / the reference's top-1 (grey line), agreement the share "
+        facts += "of images with the reference's prediction"
+    marks = {"retention": _DOT, "agreement": _DOT | {"mfc": "white"}} if compared else {}
+    return drawing.finish(fig, table, caption or f"{facts}.", marks, loc="outside upper right")
 
-    Grey are all other systems, black is the best of each budget; hollow marks cannot reduce MACs.
-    """
+
+def _tell_comparison(table: pd.DataFrame) -> str:
+    words = []
+    for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
+        best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
+        budget = f"at −{100 * asked:g} % MACs"
+        if best is None:
+            words.append(f"{budget} nothing is known")
+            continue
+        words.append(f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})")
+        rival = text.largest(rows[rows["family"] != best["family"]], "mean")
+        if rival is not None:
+            kept = text.percent(rival["mean"])
+            words[-1] += f", of the other families {rival['system']} ({kept})"
+        if worst["system"] != best["system"]:
+            words[-1] += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
+    return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
+
+
+@drawing.plot(_tell_comparison)
+def comparison(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``comparison_table``: retention by MACs saved; grey other families, black the best."""
     means = _over_seeds(table)
     saving = means[means["reduces_macs"] > 0]
     best = means.loc[saving.groupby("macs_asked")["mean"].idxmax()].sort_values("macs_reduction")
@@ -117,42 +126,35 @@ def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_family(ax: Axes, family: pd.DataFrame) -> None:
-    looks = style.looks(family["system"])
-    places = drawing.spread(len(looks), _APART)
-    for place, (system, look) in zip(places, looks.items(), strict=True):
-        rows = family[family["system"] == system].sort_values("macs_reduction")
-        x = rows["macs_reduction"] + place
-        ax.vlines(x, rows["low"], rows["high"], color=look["color"], **style.INTERVAL)
-        label = re.split(": |, ", system, maxsplit=1)[-1]  # without the name of its family
-        if not (rows["reduces_macs"] > 0).all():
-            label += " (cannot reduce MACs)"
-            look |= {"mfc": "white", "mec": look["color"], "mew": 1.2}
-        ax.plot(x, rows["mean"], label=label, zorder=3, **_LINE | look)
+    names = family["system"].str.split(": |, ", n=1).str[-1]  # without the name of the family
+    able = family.groupby("system")["reduces_macs"].transform("min") > 0
+    names = names.where(able, names + " (cannot reduce MACs)")
+    looks = {name: _LINE | look for name, look in style.looks(names).items()}
+    for name in names[~able]:
+        looks[name] |= {"mfc": "white", "mec": looks[name]["color"], "mew": 1.2}
+    columns = ("macs_reduction", "mean", "low", "high")
+    drawing.beside(ax, family.assign(name=names), columns, by="name", looks=looks, apart=_APART)
     ax.legend(loc="lower left", fontsize=6.5, handlelength=1.8, borderpad=0.2)
 
 
-@text.describes(comparison)
-def _describe_comparison(table: pd.DataFrame) -> str:
-    words = []
-    for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
-        best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
-        budget = f"at −{100 * asked:g} % MACs"
-        if best is None:
-            words.append(f"{budget} nothing is known")
-            continue
-        words.append(f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})")
-        rival = text.largest(rows[rows["family"] != best["family"]], "mean")
-        if rival is not None:
-            kept = text.percent(rival["mean"])
-            words[-1] += f", of the other families {rival['system']} ({kept})"
-        if worst["system"] != best["system"]:
-            words[-1] += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
-    return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
+def _tell_routing_controls(table: pd.DataFrame) -> str:
+    words, columns = [], ["mean", "random_routing", "static_pruning"]
+    for asked, rows in table.dropna(subset=["mean", "random_routing"]).groupby("macs_asked"):
+        means = rows.groupby("system", sort=False)[columns].mean()
+        gain = means["mean"] - means["random_routing"]
+        top = means.loc[gain.idxmax()]
+        words.append(
+            f"at −{100 * asked:g} % MACs {(gain > 0).sum()} of {len(means)} systems keep more "
+            f"with their own router than with random routing, {top.name} gains most "
+            f"({text.percent(top['mean'])} against {text.percent(top['random_routing'])}); the "
+            f"best static pruning keeps {text.percent(means['static_pruning'].max())}"
+        )
+    return text.sentence("; ".join(words) or "no system has a router to compare")
 
 
-@style.house
+@drawing.plot(_tell_routing_controls)
 def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``comparison_table``: routers and controls in their place, by budget."""
+    """Draw ``comparison_table``: routers and controls in their place, by budget."""
     means = _over_seeds(table).dropna(subset="random_routing")
     budgets, systems = sorted(means["macs_asked"].unique()), means["system"].unique()
     size = (2.4 + 2.4 * len(budgets), 1.3 + 0.3 * len(systems))
@@ -171,45 +173,7 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
     return drawing.finish(fig, table, caption, axes[0, 0], x=_RETAINED, columns=columns)
 
 
-@text.describes(routing_controls)
-def _describe_routing_controls(table: pd.DataFrame) -> str:
-    words, columns = [], ["mean", "random_routing", "static_pruning"]
-    for asked, rows in table.dropna(subset=["mean", "random_routing"]).groupby("macs_asked"):
-        means = rows.groupby("system", sort=False)[columns].mean()
-        gain = means["mean"] - means["random_routing"]
-        top = means.loc[gain.idxmax()]
-        words.append(
-            f"at −{100 * asked:g} % MACs {(gain > 0).sum()} of {len(means)} systems keep more "
-            f"with their own router than with random routing, {top.name} gains most "
-            f"({text.percent(top['mean'])} against {text.percent(top['random_routing'])}); the "
-            f"best static pruning keeps {text.percent(means['static_pruning'].max())}"
-        )
-    return text.sentence("; ".join(words) or "no system has a router to compare")
-
-
-@style.house
-def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.architectures``: a panel per quantity, a line per model.
-
-    Layers are laid over each other by their relative depth; dotted is chance.
-    """
-    shown = [name for name in _TITLES if name in set(table["quantity"])]
-    fig, axes = style.panels(len(shown), cols=3, size=(2.5, 2.0), sharex=True)
-    looks = style.looks(table["model"])
-    for ax, quantity in zip(axes, shown, strict=True):
-        rows = drawing.in_percent(table[table["quantity"] == quantity], "depth")
-        if "%" in _TITLES[quantity]:
-            rows = drawing.in_percent(rows, "value", "chance")
-        chance = {"chance": ":"} if rows["chance"].notna().any() else None
-        drawing.curves(ax, rows, "value", x="depth", by="model", looks=looks, chance=chance)
-        ax.set(title=_TITLES[quantity], xlim=(0, 100))
-        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    depth = "depth (% of the layers, the first at the left)"
-    return drawing.finish(fig, table, caption, axes[0], x=depth)
-
-
-@text.describes(architectures)
-def _describe_architectures(table: pd.DataFrame) -> str:
+def _tell_architectures(table: pd.DataFrame) -> str:
     words = []
     for quantity, (name, form) in _WORDS.items():
         rows = table[table["quantity"] == quantity].groupby("model", sort=False)["value"]
@@ -219,20 +183,41 @@ def _describe_architectures(table: pd.DataFrame) -> str:
     return " ".join(words) or "No quantity is known."
 
 
-@style.house
+@drawing.plot(_tell_architectures)
+def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.architectures``: over the relative depth, a line per model, chance dotted."""
+    shown = [name for name in _TITLES if name in set(table["quantity"])]
+    fig, axes = style.panels(len(shown), cols=3, size=(2.5, 2.0), sharex=True)
+    looks = style.looks(table["model"])
+    for ax, quantity in zip(axes, shown, strict=True):
+        rows = drawing.in_percent(table[table["quantity"] == quantity], "depth")
+        if "%" in _TITLES[quantity]:
+            rows = drawing.in_percent(rows, "value", "chance")
+        chance = {"chance": "chance"} if rows["chance"].notna().any() else None
+        own = {"x": "depth", "by": "model", "looks": looks, "chance": chance, "dashes": ":"}
+        drawing.curves(ax, rows, "value", **own)
+        ax.set(title=_TITLES[quantity], xlim=(0, 100), ylim=(min(0, ax.get_ylim()[0]), None))
+    depth = "depth (% of the layers, the first at the left)"
+    return drawing.finish(fig, table, caption, *axes, x=depth)
+
+
+def _tell_architecture_variants(rows: pd.DataFrame) -> str:
+    variants = rows[rows["variant"] != "dense"]
+    return text.listed(
+        f"{text.percent(row.retention)} ({row.variant})" for row in variants.itertuples()
+    )
+
+
+@drawing.plot(_tell_architecture_variants, "Kept of the dense top-1", by="model")
 def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.architecture_variants``: retention, a group of marks per model."""
+    """Draw ``measure.architecture_variants``: retention, a group of marks per model."""
     models = list(table["model"].unique())
     shares = drawing.in_percent(table, "retention", "retention_low", "retention_high")
     shares = shares[shares["variant"] != "dense"].dropna(subset="retention")
-    looks = style.looks(shares["variant"])
     fig, ax = style.figure(1.6 + 1.7 * len(models), 3.0)
-    places = drawing.spread(len(looks), 0.64)
-    for place, (variant, look) in zip(places, looks.items(), strict=True):
-        rows = shares[shares["variant"] == variant]
-        x, ends = rows["model"].map(models.index) + place, ("retention_low", "retention_high")
-        ax.vlines(x, *(rows[end] for end in ends), color=look["color"], **style.INTERVAL)
-        ax.plot(x, rows["retention"], ls="", ms=5.5, mec="white", label=variant, **look)
+    shares, columns = shares.assign(x=shares["model"].map(models.index)), ("x", *_RETENTION)
+    looks = {name: _LINE | look for name, look in style.looks(shares["variant"]).items()}
+    drawing.beside(ax, shares, columns, by="variant", looks=looks, apart=0.64, ls="", ms=5.5)
     ax.axhline(100, **style.REFERENCE)
     ax.set_xticks(range(len(models)), models)
     ax.set(xlim=(-0.5, len(models) - 0.5), ylabel="dense top-1 retained (%)")
@@ -240,21 +225,26 @@ def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) ->
     return drawing.finish(fig, table, caption, ax, columns=3)
 
 
-@text.describes(architecture_variants, "Kept of the dense top-1", by="model")
-def _describe_architecture_variants(rows: pd.DataFrame) -> str:
-    variants = rows[rows["variant"] != "dense"]
-    return text.listed(
-        f"{text.percent(row.retention)} ({row.variant})" for row in variants.itertuples()
+def _tell_macs(table: pd.DataFrame) -> str:
+    total = table[table["component"] == "total"].iloc[0]
+    words = (
+        f"An image takes {text.whole(total['macs'] / 1e6)} instead of the dense model's "
+        f"{text.whole(total['macs_dense'] / 1e6)} million MACs "
+        f"({text.change(total['macs'], total['macs_dense'])}); stored parameters change by "
+        f"{text.change(total['params'], total['params_dense'])}."
     )
+    mlps = table[table["layer"] >= 0]
+    mlps = mlps.assign(left=mlps["macs"] / mlps["macs_dense"])
+    most, least = text.smallest(mlps, "left"), text.largest(mlps, "left")
+    if most is None or most["layer"] == least["layer"]:
+        return words
+    ends = [f"layer {row['layer']} ({text.change(row['left'], 1)})" for row in (most, least)]
+    return f"{words} Of the MLPs' MACs most is saved in {ends[0]}, least in {ends[1]}."
 
 
-@style.house
+@drawing.plot(_tell_macs)
 def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.macs``: MACs and parameters of every MLP, totals in the titles.
-
-    Outlines are the dense model, pale bars layers that stayed dense, hatched is for tokens that
-    nothing reads.
-    """
+    """Draw ``measure.macs``: MACs and parameters of every MLP, totals in the titles."""
     layers = table[table["layer"] >= 0]
     total = table[table["component"] == "total"].iloc[0]
     fig, axes = style.figure(max(6.4, 3.4 + 0.34 * len(layers)), 2.7, 1, 2)
@@ -280,21 +270,3 @@ def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         facts += "Hatched: for tokens that nothing reads. "
     facts += table.attrs.get("caption", "")
     return drawing.finish(fig, table, caption or facts, x="MLP of " + style.LAYER_AXIS)
-
-
-@text.describes(macs)
-def _describe_macs(table: pd.DataFrame) -> str:
-    total = table[table["component"] == "total"].iloc[0]
-    words = (
-        f"An image takes {text.whole(total['macs'] / 1e6)} instead of the dense model's "
-        f"{text.whole(total['macs_dense'] / 1e6)} million MACs "
-        f"({text.change(total['macs'], total['macs_dense'])}); stored parameters change by "
-        f"{text.change(total['params'], total['params_dense'])}."
-    )
-    mlps = table[table["layer"] >= 0]
-    mlps = mlps.assign(left=mlps["macs"] / mlps["macs_dense"])
-    most, least = text.smallest(mlps, "left"), text.largest(mlps, "left")
-    if most is None or most["layer"] == least["layer"]:
-        return words
-    ends = [f"layer {row['layer']} ({text.change(row['left'], 1)})" for row in (most, least)]
-    return f"{words} Of the MLPs' MACs most is saved in {ends[0]}, least in {ends[1]}."

@@ -12,20 +12,31 @@ _BESIDE = {
 }  # fmt: skip
 _DASHED = {"lw": 1.2, "ls": "--", "marker": "o"}
 _HOLLOW = {"ls": "", "marker": "o", "mfc": "white", "mew": 1.2}
-_CHANCE = {"permuted classes, 95 %": {"color": style.GREY, **style.CHANCE}}
-_NULLS = {"class_null_high": "--", "null_high": ":"}
-_NULL_NAMES = {
-    "masks exchanged within a class, 95 %": {"color": style.GREY, "lw": 1, "ls": "--"},
-    "masks exchanged between any images, 95 %": {"color": style.GREY, "lw": 1, "ls": ":"},
+_NULLS = {
+    "class_null_high": "masks exchanged within a class, 95 %",
+    "null_high": "masks exchanged between any images, 95 %",
 }
 
 
-@style.house
-def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.class_routing``: a row per layer, a column per class.
+def _tell_class_routing(table: pd.DataFrame) -> str:
+    leads = table.assign(lead=table["share"] - table["share_all"]).dropna(subset="lead")
+    if leads.empty:
+        return "No share is known."
+    leads = leads.sort_values("lead", ascending=False, kind="stable")
+    tops = leads.drop_duplicates(["system", "layer"]).sort_index(kind="stable")
+    most, least = (
+        f"{text.where(row, table)}: {text.percent(row['share'])} of the tokens of "
+        f"{row['class_name']} go to expert {row['expert']} (all classes: "
+        f"{text.percent(row['share_all'])})"
+        for row in (text.largest(tops, "lead"), text.smallest(tops, "lead"))
+    )
+    also = f"; least in {least}" if len(tops) > 1 else ""
+    return f"A class leans most to one expert in {most}{also}."
 
-    Experts of a layer stand in the same order everywhere: most used by all classes (grey) first.
-    """
+
+@drawing.plot(_tell_class_routing)
+def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.class_routing``: layers by classes, beside the shares of all (pale)."""
     rows, colours = drawing.by_layer(table), style.colours(table["class_name"])
     width = max(1.5, 0.35 + 0.1 * table["expert"].nunique())
     size = (width * len(colours) + 0.5, 1.35 * len(rows) + 0.4)
@@ -48,29 +59,16 @@ def class_routing(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, grid[0, 0], **labels)
 
 
-@text.describes(class_routing)
-def _describe_class_routing(table: pd.DataFrame) -> str:
-    leads = table.assign(lead=table["share"] - table["share_all"]).dropna(subset="lead")
-    if leads.empty:
-        return "No share is known."
-    leads = leads.sort_values("lead", ascending=False, kind="stable")
-    tops = leads.drop_duplicates(["system", "layer"]).sort_index(kind="stable")
-    most, least = (
-        f"{text.where(row, table)}: {text.percent(row['share'])} of the tokens of "
-        f"{row['class_name']} go to expert {row['expert']} (all classes: "
-        f"{text.percent(row['share_all'])})"
-        for row in (text.largest(tops, "lead"), text.smallest(tops, "lead"))
-    )
-    also = f"; least in {least}" if len(tops) > 1 else ""
-    return f"A class leans most to one expert in {most}{also}."
+def _tell_specificity(rows: pd.DataFrame) -> str:
+    mean = rows[rows["class_index"] < 0]
+    return text.beyond("js", "permuted labels", shown="corrected", form=text.bits)(mean)
 
 
-@style.house
+@drawing.plot(
+    _tell_specificity, "Mean divergence of a class from all classes, in bits, bias removed"
+)
 def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.specificity``: divergence over the layers, a panel per system.
-
-    Thin lines are classes; the dashed line is their mean without its bias.
-    """
+    """Draw ``measure.specificity``: classes (thin) over the layers, their mean, it without bias."""
     colours = style.colours(table["system"])
     size = (4.4 if len(colours) == 1 else 3.6, 2.7)
     fig, axes = style.panels(len(colours), cols=3, size=size, sharex=True, sharey=True)
@@ -88,68 +86,33 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.plot(x, mean["js"], color=colour, lw=2.4, label="mean over classes")
         ax.plot(x, mean["corrected"], color=colour, label="bias removed, 95 %", **_DASHED)
         ax.fill_between(x, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
-        ax.set(title=system, ylabel="")
-        ax.set_ylim(bottom=0)
+        ax.set(title=system, ylabel="", ylim=(0, None))
     shared = {"y": "divergence from all classes (bits)", "columns": 2 if len(colours) == 1 else 3}
     return drawing.finish(fig, table, caption, axes[0], layers=axes, **shared)
 
 
-@text.describes(specificity, "Mean divergence of a class from all classes, in bits, bias removed")
-def _describe_specificity(rows: pd.DataFrame) -> str:
-    mean = rows[rows["class_index"] < 0]
-    return text.beyond(mean, "js", "permuted labels", shown="corrected", form=text.bits)
-
-
-@style.house
-def class_information(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.class_information``: a line per system over the layers.
-
-    Hollow marks do not exceed permuted labels (p >= 0.05).
-    """
-    fig, ax = style.figure(4.8, 2.9)
-    drawing.curves(ax, table, "corrected", band=True)
-    for system, look in style.looks(table["system"]).items():
-        rows = table[(table["system"] == system) & (table["p"] >= 0.05)].set_index("layer")
-        hollow = {"marker": look["marker"], "mec": look["color"], "zorder": 3}
-        ax.plot(rows["corrected"], **_HOLLOW | hollow)
-    ax.set_ylabel("I(class; expert) / H(expert),\nbias removed")
-    ax.set_ylim(bottom=0)
-    chance = {"no more than permuted labels": _HOLLOW | {"mec": style.GREY}}
-    return drawing.finish(fig, table, caption, ax, chance, layers=[ax])
-
-
-@text.describes(class_information, "Of the experts' entropy the class of the image explains")
-def _describe_class_information(rows: pd.DataFrame) -> str:
+def _tell_class_information(rows: pd.DataFrame) -> str:
     return (
         f"{text.course(rows, 'corrected', text.percent)}, more than permuted labels in "
         f"{(rows['p'] < 0.05).sum()} of {len(rows)} layers"
     )
 
 
-@style.house
-def class_distance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.class_distance``: a heat map per layer, white lines part families.
-
-    The diagonal shows two halves of the same class.
-    """
-    layers = drawing.by_layer(table)
-    cols, side = min(3, len(layers)), max(1.3, 0.12 * table["class_a"].nunique())
-    size = (side + 0.3 + 1.5 / cols, side + 0.4 + 0.8 * cols / len(layers))
-    fig, axes = style.panels(len(layers), cols=cols, size=size)
-    for place, (ax, (title, part)) in enumerate(zip(axes, layers.items(), strict=True)):
-        names = {"yticklabels": place % cols == 0, "xticklabels": place + cols >= len(layers)}
-        look = {"cmap": style.SEQUENTIAL, "vmin": 0, "vmax": table["js"].max(), "square": True}
-        mesh = drawing.heat_map(ax, drawing.square(part, "js", "class"), **names, **look)
-        if "family_a" in part:
-            families = part.drop_duplicates("order_a").sort_values("order_a")["family_a"]
-            drawing.part_groups(ax, families, both=True, color="white", lw=1.2)
-        ax.set_title(title)
-    drawing.bar_beside(fig, axes, mesh, "Jensen-Shannon divergence (bits)")
-    return drawing.finish(fig, table, caption)
+@drawing.plot(_tell_class_information, "Of the experts' entropy the class of the image explains")
+def class_information(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.class_information`` over the layers; hollow is no more than chance."""
+    fig, ax = style.figure(4.8, 2.9)
+    drawing.curves(ax, table, "corrected", band=True)
+    for system, look in style.looks(table["system"]).items():
+        rows = table[(table["system"] == system) & (table["p"] >= 0.05)].set_index("layer")
+        hollow = {"marker": look["marker"], "mec": look["color"], "zorder": 3}
+        ax.plot(rows["corrected"], **_HOLLOW | hollow)
+    ax.set(ylabel="I(class; expert) / H(expert),\nbias removed", ylim=(0, None))
+    chance = {"no more than permuted labels": _HOLLOW | {"mec": style.GREY}}
+    return drawing.finish(fig, table, caption, ax, chance, layers=[ax])
 
 
-@text.describes(class_distance)
-def _describe_class_distance(table: pd.DataFrame) -> str:
+def _tell_class_distance(table: pd.DataFrame) -> str:
     pairs = table[table["class_index_a"] < table["class_index_b"]].dropna(subset="js")
     if pairs.empty:
         return "There are no two classes to compare."
@@ -165,48 +128,69 @@ def _describe_class_distance(table: pd.DataFrame) -> str:
     )
 
 
-@style.house
+@drawing.plot(_tell_class_distance)
+def class_distance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.class_distance``, families parted; the diagonal is two halves of a class."""
+    layers = drawing.by_layer(table)
+    cols, side = min(3, len(layers)), max(1.3, 0.12 * table["class_a"].nunique())
+    size = (side + 0.3 + 1.5 / cols, side + 0.4 + 0.8 * cols / len(layers))
+    fig, axes = style.panels(len(layers), cols=cols, size=size)
+    for place, (ax, (title, part)) in enumerate(zip(axes, layers.items(), strict=True)):
+        names = {"yticklabels": place % cols == 0, "xticklabels": place + cols >= len(layers)}
+        look = {"cmap": style.SEQUENTIAL, "vmin": 0, "vmax": table["js"].max(), "square": True}
+        mesh = drawing.heat_map(ax, drawing.square(part, "js", "class"), **names, **look)
+        if "family_a" in part:
+            families = part.drop_duplicates("order_a").sort_values("order_a")["family_a"]
+            drawing.part_groups(families, ax.axhline, ax.axvline, color="white", lw=1.2)
+        ax.set_title(title)
+    drawing.bar_beside(fig, axes, mesh, "Jensen-Shannon divergence (bits)")
+    return drawing.finish(fig, table, caption)
+
+
+@drawing.plot(
+    text.beyond("spearman", "permuted classes"),
+    "Rank correlation of routing distance and classifier distance",
+)
 def class_relatedness(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.class_relatedness``: a line per system, chance dashed."""
+    """Draw ``measure.class_relatedness``: a line per system, chance dashed."""
     fig, ax = style.figure(4.8, 2.9)
-    drawing.curves(ax, table, "spearman", chance={"null_high": "--"})
+    drawing.curves(ax, table, "spearman", chance={"null_high": "permuted classes, 95 %"})
     ax.axhline(0, **style.REFERENCE)
     ax.set_ylabel("rank correlation of routing\nand classifier distance")
-    return drawing.finish(fig, table, caption, ax, _CHANCE, layers=[ax], columns=2)
+    return drawing.finish(fig, table, caption, ax, layers=[ax], columns=2)
 
 
-@text.describes(class_relatedness, "Rank correlation of routing distance and classifier distance")
-def _describe_class_relatedness(rows: pd.DataFrame) -> str:
-    return text.beyond(rows, "spearman", "permuted classes")
-
-
-@style.house
+@drawing.plot(
+    text.beyond("ami", "masks exchanged within a class", null="class_null_high"),
+    "Adjusted mutual information of expert and part",
+)
 def modularity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.modularity``: a line per system, its chance levels below it."""
+    """Draw ``measure.modularity``: a line per system, its chance levels below it."""
     fig, ax = style.figure(5.4, 3.2)
     drawing.curves(ax, table, "ami", band=True, chance=_NULLS)
     ax.axhline(0, **style.REFERENCE)
     ax.set_ylabel("adjusted mutual information\nof expert and part")
-    return drawing.finish(fig, table, caption, ax, _NULL_NAMES, layers=[ax], columns=2)
+    return drawing.finish(fig, table, caption, ax, layers=[ax], columns=2)
 
 
-@text.describes(modularity, "Adjusted mutual information of expert and part")
-def _describe_modularity(rows: pd.DataFrame) -> str:
-    chance = "masks exchanged within a class"
-    return text.beyond(rows, "ami", chance, null="class_null_high")
+def _tell_part_profile(table: pd.DataFrame) -> str:
+    purest = text.largest(table, "share")
+    if purest is None:
+        return "No expert takes a patch."
+    share, everywhere, size = (text.percent(purest[of]) for of in ("share", "share_all", "size"))
+    return (
+        f"Purest is expert {purest['expert']} of {text.where(purest, table)}: {share} of its "
+        f"patches show {purest['part']}, of all patches {everywhere}. It takes {size} of the "
+        "patches."
+    )
 
 
-@style.house
+@drawing.plot(_tell_part_profile)
 def part_profile(table: pd.DataFrame, *, parts: int = 16, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.part_profile``: experts by the most frequent ``parts``, per layer.
-
-    The row on top is all patches; each expert's share of the patches stands beside its number.
-    """
+    """Draw ``measure.part_profile``: experts by the most frequent ``parts``, on top all patches."""
     frequent = table.sort_values("share_all", ascending=False, kind="stable")["part"].unique()
     layers = drawing.by_layer(table)
-    maps = {
-        name: _profiles(rows).reindex(columns=frequent[:parts]) for name, rows in layers.items()
-    }
+    maps = {name: _profiles(own).reindex(columns=frequent[:parts]) for name, own in layers.items()}
     rows, columns = (max(one.shape[axis] for one in maps.values()) for axis in (0, 1))
     size = (1.3 + 0.15 * columns, 0.9 + 0.14 * max(8, rows))
     norm = PowerNorm(0.5, vmin=0, vmax=table["share"].max())  # shows small shares too
@@ -225,16 +209,3 @@ def _profiles(rows: pd.DataFrame) -> pd.DataFrame:
     names = first["expert"].astype(str) + first["size"].map(" ({:.0%})".format)
     everything = rows.drop_duplicates("part").set_index("part")["share_all"]
     return pd.concat([everything.to_frame("all").T, experts.set_axis(names)])
-
-
-@text.describes(part_profile)
-def _describe_part_profile(table: pd.DataFrame) -> str:
-    purest = text.largest(table, "share")
-    if purest is None:
-        return "No expert takes a patch."
-    share, everywhere, size = (text.percent(purest[of]) for of in ("share", "share_all", "size"))
-    return (
-        f"Purest is expert {purest['expert']} of {text.where(purest, table)}: {share} of its "
-        f"patches show {purest['part']}, of all patches {everywhere}. It takes {size} of the "
-        "patches."
-    )

@@ -1,10 +1,9 @@
-"""What several figures are drawn with: heat maps, curves, rows of dots, legends, sheets."""
+"""What figures are drawn with: heat maps, curves, rows of dots, legends, sheets; their words."""
 
 import io
 import math
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,12 +19,42 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.plots import style
+from moee_analysis.plots import style, text
 
 WIDTH = 9.6  # inches that figures may take side by side on a sheet
 _GAP = 0.12  # inches between them
 
 Look = dict[str, Any]
+Plot = TypeVar("Plot", bound=Callable[..., Figure])
+
+_WORDS: dict[Callable[..., object], Callable[..., str]] = {}
+
+
+def plot(
+    words: Callable[..., str], beginning: str = "", *, by: str = "system"
+) -> Callable[[Plot], Plot]:
+    """Give a plot the look of the house, and ``words`` that say what it shows of the same table.
+
+    With a ``beginning`` they go on from there, of the rows of each value of ``by``.
+    """
+
+    def note(function: Plot) -> Plot:
+        drawn = style.house(function)
+        _WORDS[drawn] = words
+        if beginning:
+            _WORDS[drawn] = lambda table: f"{beginning}: {text.of_each(table, words, by)}."
+        return drawn
+
+    return note
+
+
+def describe(plot: Callable[..., object], *given: Any) -> str:
+    """Say in a sentence or two what ``plot`` shows; without words it raises ``MoeeError``."""
+    if plot not in _WORDS:
+        found = f"none for '{getattr(plot, '__name__', plot)}'"
+        hint = "decorate it with @drawing.plot(words), or give the figure's finding as text"
+        raise MoeeError("a function that describes the plot", found, hint)
+    return _WORDS[plot](*given)
 
 
 def by_layer(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -86,22 +115,22 @@ def bar_beside(fig: Figure, axes: Sequence[Axes], mesh: QuadMesh, label: str) ->
     bar.outline.set_visible(False)
 
 
-def part_groups(ax: Axes, groups: Sequence[str], *, both: bool = False, **line: Any) -> None:
-    """Part the rows of a heat map where one of the ``groups`` ends, and columns if ``both``."""
-    for place, (one, following) in enumerate(pairwise(groups), start=1):
-        if one != following:
-            ax.axhline(place, **line)
-            if both:
-                ax.axvline(place, **line)
+def part_groups(groups: pd.Series | pd.Index, *lines: Callable[..., object], **look: Any) -> None:
+    """Draw ``lines``, such as ``ax.axhline``, where one of the ``groups`` of rows ends."""
+    ends = groups.to_numpy()[1:] != groups.to_numpy()[:-1]
+    for place in np.flatnonzero(ends) + 1:
+        for line in lines:
+            line(place, **look)
 
 
 def curves(
     ax: Axes, table: pd.DataFrame, value: str, *, x: str = "layer", by: str = "system",
     looks: dict[str, Look] | None = None, band: bool = False, chance: dict[str, str] | None = None,
+    dashes: Sequence[str] = ("--", ":"),
 ) -> None:  # fmt: skip
     """Draw ``value`` over ``x``, a line with marks for each name in ``by``.
 
-    ``band`` adds its interval, ``low`` to ``high``; ``chance`` has line styles of columns by name.
+    ``band`` adds its interval, ``low`` to ``high``; ``chance`` names columns that get ``dashes``.
     """
     if table.empty:
         return
@@ -109,24 +138,46 @@ def curves(
     colours, markers = looks["color"].to_dict(), looks["marker"].to_dict()
     common = {"x": x, "hue": by, "palette": colours, "estimator": None, "ax": ax}
     sns.lineplot(table, y=value, style=by, markers=markers, dashes=False, **common)
-    for column, dashes in (chance or {}).items():
-        sns.lineplot(table, y=column, legend=False, ls=dashes, lw=1, **common)
+    for (column, name), dash in zip((chance or {}).items(), dashes, strict=False):
+        sns.lineplot(table, y=column, legend=False, ls=dash, lw=1, **common)
+        ax.plot([], label=name, color=style.GREY, ls=dash, lw=1)
     for name, rows in table.sort_values(x).groupby(by) if band else ():
         ax.fill_between(rows[x], rows["low"], rows["high"], color=colours[name], alpha=0.18, lw=0)
     ax.get_legend().remove()
     ax.set(xlabel="", ylabel="")
 
 
-def dots(ax: Axes, table: pd.DataFrame, columns: Sequence[str], *, by: str = "system") -> list[str]:
-    """A row for each name in ``by``: value, low and high end of its interval; their colours."""
-    value, low, high = columns
-    colours = style.colours(table[by])
-    look = {"palette": colours, "jitter": False, "size": 6, "zorder": 4, "legend": False}
-    sns.stripplot(table, x=value, y=by, hue=by, ax=ax, **look)
-    of_rows = [colours[name] for name in table[by]]
-    ax.hlines(range(len(table)), table[low], table[high], color=of_rows, **style.INTERVAL)
-    row_axis(ax, table[by])
-    return of_rows
+def dots(
+    ax: Axes, table: pd.DataFrame, columns: Sequence[str], names: Sequence[str], *,
+    colours: Sequence[str], faces: Sequence[str] | None = None,
+    markers: Sequence[str] | str = "o", **label: Any,
+) -> None:  # fmt: skip
+    """A row for each of ``table``: value, low and high end of its interval are ``columns``."""
+    row_axis(ax, names, **label)
+    value, low, high = (table[name].to_numpy(float) for name in columns)
+    places, markers = np.arange(len(table)), np.broadcast_to(markers, len(table))
+    colours, faces = np.array(colours), np.array(colours if faces is None else faces)
+    ax.hlines(places, low, high, color=colours, **style.INTERVAL)
+    for marker in dict.fromkeys(markers):
+        own = markers == marker
+        look = {"facecolor": faces[own], "edgecolor": colours[own], "marker": marker}
+        ax.scatter(value[own], places[own], s=26, linewidth=1.2, zorder=4, **look)
+
+
+def beside(
+    ax: Axes, table: pd.DataFrame, columns: Sequence[str], *, by: str, looks: dict[str, Look],
+    apart: float, **line: Any,
+) -> None:  # fmt: skip
+    """Values with intervals over an x, names in ``by`` set ``apart`` from the first to the last.
+
+    ``columns`` are x, value, low and high end.
+    """
+    places = np.linspace(-apart / 2, apart / 2, len(looks)) if len(looks) > 1 else [0]
+    for place, (name, look) in zip(places, looks.items(), strict=True):
+        rows = table[table[by] == name].sort_values(columns[0])
+        x, value, *ends = (rows[column] for column in columns)
+        ax.vlines(x + place, *ends, color=look["color"], **style.INTERVAL)
+        ax.plot(x + place, value, label=name, **{"zorder": 3} | look | line)
 
 
 def row_axis(ax: Axes, names: Sequence[str], **look: Any) -> None:
@@ -135,11 +186,6 @@ def row_axis(ax: Axes, names: Sequence[str], **look: Any) -> None:
     ax.set(ylim=(len(names) - 0.5, -0.5), ylabel="")
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
-
-
-def spread(count: int, width: float) -> np.ndarray:
-    """Places beside each other, ``width`` from the first to the last, around 0."""
-    return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
 
 
 def whole_ticks(ax: Axes) -> None:
@@ -207,17 +253,14 @@ def sheet(figures: Sequence[Figure], *, caption: str | None = None) -> Figure:
         buffer = io.BytesIO()
         each.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
         pictures.append(Image.open(buffer).convert("RGB"))
-    widest = max(picture.width for picture in pictures) + _GAP * dpi
-    count = math.ceil(len(pictures) / max(1, int(WIDTH * dpi // widest)))
-    columns = math.ceil(len(pictures) / count)  # lines of equal length, as far as they can be
-    lines = [pictures[at : at + columns] for at in range(0, len(pictures), columns)]
-    heights = [max(picture.height for picture in line) + round(_GAP * dpi) for line in lines]
-    page = Image.new("RGB", (round(columns * widest), sum(heights)), "white")
-    for place, picture in enumerate(pictures):
-        row, column = divmod(place, columns)
-        page.paste(picture, (round(column * widest), sum(heights[:row])))
-    fig, ax = style.figure(page.width / dpi, page.height / dpi)
-    fig.get_layout_engine().set(w_pad=0, h_pad=0)
-    ax.set_axis_off()
-    ax.imshow(page, interpolation="nearest", aspect="auto")
+    width, height = np.max([each.size for each in pictures], axis=0) + _GAP * dpi
+    lines = math.ceil(len(pictures) / max(1, int(WIDTH * dpi // width)))
+    columns = math.ceil(len(pictures) / lines)  # lines of equal length, as far as they can be
+    size = (width / dpi, height / dpi)
+    fig, axes = style.panels(len(pictures), cols=columns, size=size)
+    fig.get_layout_engine().set(w_pad=0, h_pad=0, wspace=0, hspace=0)
+    for ax, picture in zip(axes, pictures, strict=True):
+        ax.set_axis_off()
+        ax.imshow(picture, interpolation="nearest", aspect="auto")
+        ax.set(xlim=(0, width), ylim=(height, 0))
     return style.caption(fig, caption)

@@ -21,9 +21,21 @@ _SHARES = (
 _SIZES = ("kept by any expert", "an expert (area: share of tokens)", "used by a token on average")
 
 
-@style.house
+def _tell_layers(table: pd.DataFrame) -> str:
+    converted = table[table["converted"]].rename(columns={"index": "layer"})
+    first = f"{len(converted)} of {len(table)} layers have clusters"
+    if converted.empty:
+        return f"{first}: all stay dense."
+    return (
+        f"{first}: {text.course(converted, 'experts', text.whole)}. Noise among the clustered "
+        f"tokens: {text.course(converted, 'noise_share', text.percent)}. Hidden neurons that a "
+        f"token uses: {text.course(converted, 'active_fraction', text.percent)}."
+    )
+
+
+@drawing.plot(_tell_layers)
 def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.layers``: experts (a cross: stayed dense), noise, neurons left."""
+    """Draw ``measure.layers``: experts (a cross: stayed dense), noise, neurons left."""
     fig, axes = style.figure(8.4, 2.4, 1, 3, sharex=True)
     left, middle, right = axes
     x, dense = table["index"], table.loc[~table["converted"], "index"]
@@ -38,22 +50,18 @@ def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, right, layers=axes)
 
 
-@text.describes(layers)
-def _describe_layers(table: pd.DataFrame) -> str:
-    converted = table[table["converted"]].rename(columns={"index": "layer"})
-    first = f"{len(converted)} of {len(table)} layers have clusters"
-    if converted.empty:
-        return f"{first}: all stay dense."
-    return (
-        f"{first}: {text.course(converted, 'experts', text.whole)}. Noise among the clustered "
-        f"tokens: {text.course(converted, 'noise_share', text.percent)}. Hidden neurons that a "
-        f"token uses: {text.course(converted, 'active_fraction', text.percent)}."
-    )
+def _tell_embedding(table: pd.DataFrame) -> str:
+    words = []
+    for layer, tokens in table.groupby("layer"):
+        clusters = tokens.loc[tokens["cluster"] >= 0, "cluster"].nunique()
+        noise = text.percent((tokens["cluster"] < 0).mean())
+        words.append(f"{text.count(clusters, 'cluster')} in layer {layer} ({noise} in none)")
+    return f"The tokens fall into {text.listed(words)}." if words else "No layer is shown."
 
 
-@style.house
+@drawing.plot(_tell_embedding)
 def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.embedding``: tokens by cluster, noise (-1) grey, by layer."""
+    """Draw ``measure.embedding``: tokens by cluster, noise (-1) grey, by layer."""
     layers = table.groupby("layer")
     fig, axes = style.panels(len(layers), cols=3, size=(2.6, 2.6))
     for ax, (layer, tokens) in zip(axes, layers, strict=True):
@@ -73,31 +81,7 @@ def embedding(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(embedding)
-def _describe_embedding(table: pd.DataFrame) -> str:
-    words = []
-    for layer, tokens in table.groupby("layer"):
-        clusters = tokens.loc[tokens["cluster"] >= 0, "cluster"].nunique()
-        noise = text.percent((tokens["cluster"] < 0).mean())
-        words.append(f"{text.count(clusters, 'cluster')} in layer {layer} ({noise} in none)")
-    return f"The tokens fall into {text.listed(words)}." if words else "No layer is shown."
-
-
-@style.house
-def surrogate(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.surrogate``: clusters found, and clusters invented, per layer."""
-    fig, axes = style.figure(6.4, 2.5, 1, 2)
-    labels = {"clusters": "clusters found", "noise_share": "share of noise"}
-    look = {"x": "layer", "hue": "data", "palette": style.colours(table["data"]), "errorbar": None}
-    for ax, (value, label) in zip(axes, labels.items(), strict=True):
-        sns.barplot(table, y=value, saturation=1, ax=ax, **look)
-        ax.get_legend().remove()
-        ax.set(xlabel="", ylabel=label)
-    return drawing.finish(fig, table, caption, axes[0], x=style.LAYER_AXIS)
-
-
-@text.describes(surrogate)
-def _describe_surrogate(table: pd.DataFrame) -> str:
+def _tell_surrogate(table: pd.DataFrame) -> str:
     words = []
     for layer, rows in table.groupby("layer"):
         real, invented = (rows.set_index("data").loc[name] for name in ("activations", "surrogate"))
@@ -110,9 +94,30 @@ def _describe_surrogate(table: pd.DataFrame) -> str:
     return text.sentence("; ".join(words) or "no layer is shown")
 
 
-@style.house
+@drawing.plot(_tell_surrogate)
+def surrogate(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.surrogate``: clusters found, and clusters invented, per layer."""
+    fig, axes = style.figure(6.4, 2.5, 1, 2)
+    labels = {"clusters": "clusters found", "noise_share": "share of noise"}
+    look = {"x": "layer", "hue": "data", "palette": style.colours(table["data"]), "errorbar": None}
+    for ax, (value, label) in zip(axes, labels.items(), strict=True):
+        sns.barplot(table, y=value, saturation=1, ax=ax, **look)
+        ax.get_legend().remove()
+        ax.set(xlabel="", ylabel=label)
+    return drawing.finish(fig, table, caption, axes[0], x=style.LAYER_AXIS)
+
+
+def _tell_sizes(rows: pd.DataFrame) -> str:
+    return (
+        f"experts keep {text.span(rows['fraction'], text.percent)}, a token uses on average "
+        f"{text.course(rows, 'active', text.percent)}, and "
+        f"{text.span(rows['union'], text.percent)} are stored"
+    )
+
+
+@drawing.plot(_tell_sizes, "Of a layer's hidden neurons")
 def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.sizes``: a dot per expert, its area its share of the tokens."""
+    """Draw ``measure.sizes``: a dot per expert, its area its share of the tokens."""
     colours = style.colours(table["system"])
     fig, axes = style.panels(len(colours), cols=1, size=(6.2, 2.7), sharex=True, sharey=True)
     for ax, (system, colour) in zip(axes, colours.items(), strict=True):
@@ -131,37 +136,7 @@ def sizes(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, axes[0], layers=axes, y="hidden neurons kept")
 
 
-@text.describes(sizes, "Of a layer's hidden neurons")
-def _describe_sizes(rows: pd.DataFrame) -> str:
-    return (
-        f"experts keep {text.span(rows['fraction'], text.percent)}, a token uses on average "
-        f"{text.course(rows, 'active', text.percent)}, and "
-        f"{text.span(rows['union'], text.percent)} are stored"
-    )
-
-
-@style.house
-def neurons(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.neurons``: experts by neurons, a panel per layer.
-
-    Neurons that many experts keep stand left; those at the right, kept by none, are deleted.
-    """
-    parts = drawing.by_layer(table)
-    heights = [0.4 + 0.11 * part["expert"].nunique() for part in parts.values()]
-    rows = {"squeeze": False, "height_ratios": heights}
-    fig, axes = style.figure(7.0, sum(heights) + 0.4, len(parts), 1, **rows)
-    look = {"cmap": ListedColormap([style.FAINT, style.PALETTE[0]]), "vmin": 0, "vmax": 1}
-    for ax, (title, part) in zip(axes[:, 0], parts.items(), strict=True):
-        kept = part.pivot(index="expert", columns="order", values="kept").astype(float)
-        drawing.heat_map(ax, kept, most=8, xticklabels=False, **look)
-        drawing.part_groups(ax, kept.index, color="white", lw=0.7)
-        ax.set(title=f"{title}: {kept.shape[1]} hidden neurons", ylabel="expert")
-    axes[-1, 0].set_xlabel("hidden neuron, kept by most experts first")
-    return drawing.finish(fig, table, caption)
-
-
-@text.describes(neurons)
-def _describe_neurons(table: pd.DataFrame) -> str:
+def _tell_neurons(table: pd.DataFrame) -> str:
     words = []
     for part in drawing.by_layer(table).values():
         by_expert = text.span(part.groupby("expert")["kept"].mean(), text.percent)
@@ -171,12 +146,38 @@ def _describe_neurons(table: pd.DataFrame) -> str:
     return f"Of the hidden neurons an expert keeps {'; '.join(words)}."
 
 
-@style.house
-def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.overlap``: a heat map of experts per layer.
+@drawing.plot(_tell_neurons)
+def neurons(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.neurons``: experts by neurons, those kept by most left, by none right."""
+    parts = drawing.by_layer(table)
+    heights = [0.4 + 0.11 * part["expert"].nunique() for part in parts.values()]
+    rows = {"squeeze": False, "height_ratios": heights}
+    fig, axes = style.figure(7.0, sum(heights) + 0.4, len(parts), 1, **rows)
+    look = {"cmap": ListedColormap([style.FAINT, style.PALETTE[0]]), "vmin": 0, "vmax": 1}
+    for ax, (title, part) in zip(axes[:, 0], parts.items(), strict=True):
+        kept = part.pivot(index="expert", columns="order", values="kept").astype(float)
+        drawing.heat_map(ax, kept, most=8, xticklabels=False, **look)
+        drawing.part_groups(kept.index, ax.axhline, color="white", lw=0.7)
+        ax.set(title=f"{title}: {kept.shape[1]} hidden neurons", ylabel="expert")
+    axes[-1, 0].set_xlabel("hidden neuron, kept by most experts first")
+    return drawing.finish(fig, table, caption)
 
-    Above the diagonal stands the Jaccard index found, below it that of random subsets.
-    """
+
+def _tell_overlap(table: pd.DataFrame) -> str:
+    pairs = table[table["expert_a"] < table["expert_b"]]
+    if pairs.empty:
+        return "No layer has two experts to compare."
+    ahead = (pairs["jaccard"] > pairs["expected_jaccard"]).sum()
+    return (
+        f"The Jaccard index of two experts' neurons is {text.course(pairs, 'jaccard')}; random "
+        f"subsets of their sizes would have {text.span(pairs['expected_jaccard'])}. {ahead} of "
+        f"{len(pairs)} pairs share more than that."
+    )
+
+
+@drawing.plot(_tell_overlap)
+def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.overlap``: Jaccard indices above the diagonal, below of random subsets."""
     above = table["expert_a"] < table["expert_b"]
     shown = table["jaccard"].where(above, table["expected_jaccard"])
     shown = table.assign(shown=shown.mask(table["expert_a"] == table["expert_b"]))
@@ -194,33 +195,7 @@ def _draw_pairs(maps: dict[str, pd.DataFrame], bar: str, **look: Any) -> Figure:
     return drawing.heat_maps(maps, bar, cols=4, panel=panel, **look)[0]
 
 
-@text.describes(overlap)
-def _describe_overlap(table: pd.DataFrame) -> str:
-    pairs = table[table["expert_a"] < table["expert_b"]]
-    if pairs.empty:
-        return "No layer has two experts to compare."
-    ahead = (pairs["jaccard"] > pairs["expected_jaccard"]).sum()
-    return (
-        f"The Jaccard index of two experts' neurons is {text.course(pairs, 'jaccard')}; random "
-        f"subsets of their sizes would have {text.span(pairs['expected_jaccard'])}. {ahead} of "
-        f"{len(pairs)} pairs share more than that."
-    )
-
-
-@style.house
-def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.similarity``: raw and centred cosines of a layer side by side."""
-    maps = {
-        f"{title}, {name}": drawing.square(part, column, "expert")
-        for title, part in drawing.by_layer(table).items()
-        for column, name in (("cosine", "raw"), ("cosine_centred", "centred"))
-    }
-    fig = _draw_pairs(maps, "cosine of mean inputs", cmap=style.DIVERGING, vmin=-1)
-    return drawing.finish(fig, table, caption, x="expert", y="expert")
-
-
-@text.describes(similarity)
-def _describe_similarity(table: pd.DataFrame) -> str:
+def _tell_similarity(table: pd.DataFrame) -> str:
     pairs = table[table["expert_a"] < table["expert_b"]]
     if pairs.empty:
         return "No layer has two experts to compare."
@@ -232,11 +207,31 @@ def _describe_similarity(table: pd.DataFrame) -> str:
     return f"Cosines of two experts' mean inputs: {'; '.join(words)}."
 
 
-@style.house
+@drawing.plot(_tell_similarity)
+def similarity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.similarity``: raw and centred cosines of a layer side by side."""
+    maps = {
+        f"{title}, {name}": drawing.square(part, column, "expert")
+        for title, part in drawing.by_layer(table).items()
+        for column, name in (("cosine", "raw"), ("cosine_centred", "centred"))
+    }
+    fig = _draw_pairs(maps, "cosine of mean inputs", cmap=style.DIVERGING, vmin=-1)
+    return drawing.finish(fig, table, caption, x="expert", y="expert")
+
+
+def _tell_similarity_summary(rows: pd.DataFrame) -> str:
+    return (
+        f"{text.course(rows, 'mean')}, centred {text.span(rows['centred_mean'])}; nearly "
+        f"orthogonal are {text.span(rows['near_orthogonal'], text.percent)} of the pairs, the "
+        f"common mean holds {text.span(rows['common_mean'], text.percent)}"
+    )
+
+
+@drawing.plot(_tell_similarity_summary, "Mean cosine of two experts' mean inputs over the layers")
 def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.similarity_summary``: cosines and common mean over the layers."""
+    """Draw ``measure.similarity_summary``: cosines and common mean over the layers."""
     systems = table.sort_values("layer", kind="stable").groupby("system", sort=False)
-    size = (6.6, 2.5 * len(systems))
+    size = (6.6, 0.5 + 2.5 * len(systems))
     fig, axes = style.figure(*size, len(systems), 2, squeeze=False, sharex=True)
     for (left, right), (system, rows) in zip(axes, systems, strict=True):
         x, of_system = rows["layer"], f"{system}: " if len(systems) > 1 else ""
@@ -247,18 +242,7 @@ def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Fi
         expected = {"color": style.INK, "lw": 1, "ls": ":", "label": "−1 / (k − 1)"}
         left.plot(x, rows["centred_expected"], **expected)
         left.set(ylabel="cosine", ylim=(-1.02, 1.02), title=f"{of_system}pairs of experts")
-        left.legend(fontsize=7, loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
         for column, colour, label in _SHARES:
             right.plot(x, rows[column], "o-", color=colour, label=label)
         right.set(ylabel="share", ylim=(-0.02, 1.02), title="common mean, near-orthogonal")
-        right.legend(fontsize=7)
-    return drawing.finish(fig, table, caption, layers=axes.flat)
-
-
-@text.describes(similarity_summary, "Mean cosine of two experts' mean inputs over the layers")
-def _describe_similarity_summary(rows: pd.DataFrame) -> str:
-    return (
-        f"{text.course(rows, 'mean')}, centred {text.span(rows['centred_mean'])}; nearly "
-        f"orthogonal are {text.span(rows['near_orthogonal'], text.percent)} of the pairs, the "
-        f"common mean holds {text.span(rows['common_mean'], text.percent)}"
-    )
+    return drawing.finish(fig, table, caption, *axes[0], layers=axes.flat, columns=2)

@@ -21,7 +21,24 @@ _AROUND = 1.5  # patches shown on each side of a typical one, which needs some c
 _COLUMNS = 6
 
 
-@style.house
+def _tell_patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
+    """How often neighbouring patches share an expert, beside two patches drawn at random."""
+    layers = []
+    for layer, choice in sorted(experts.items()):
+        taken = np.unique(choice, return_counts=True)[1] / choice.size
+        across = (choice[:, :, 1:] == choice[:, :, :-1]).ravel()
+        along = (choice[:, 1:] == choice[:, :-1]).ravel()
+        shared = pd.Series(np.concatenate([across, along]), dtype=float).mean()
+        many = "1 expert takes" if len(taken) == 1 else f"{len(taken)} experts take"
+        layers.append(
+            f"layer {layer}: {many} the patches, and {text.percent(shared)} of neighbouring "
+            f"patches share one (by chance {text.percent(np.square(taken).sum())})"
+        )
+    words = "; ".join(layers) or "there is no layer of patches to show"
+    return f"{text.count(len(pictures), 'picture')}. {text.sentence(words)}"
+
+
+@drawing.plot(_tell_patches)
 def patches(
     pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray], *, names: Sequence[str],
     masks: Sequence[np.ndarray] | None = None, parts: Sequence[str] = (),
@@ -82,25 +99,19 @@ def _name_colours(ax: Axes, colours: Mapping[str, str], *, columns: int, title: 
     legend.set_in_layout(False)  # a long list may be higher than its row
 
 
-@text.describes(patches)
-def _describe_patches(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
-    """How often neighbouring patches share an expert, beside two patches drawn at random."""
-    layers = []
-    for layer, choice in sorted(experts.items()):
-        taken = np.unique(choice, return_counts=True)[1] / choice.size
-        across = (choice[:, :, 1:] == choice[:, :, :-1]).ravel()
-        along = (choice[:, 1:] == choice[:, :-1]).ravel()
-        shared = pd.Series(np.concatenate([across, along]), dtype=float).mean()
-        many = "1 expert takes" if len(taken) == 1 else f"{len(taken)} experts take"
-        layers.append(
-            f"layer {layer}: {many} the patches, and {text.percent(shared)} of neighbouring "
-            f"patches share one (by chance {text.percent(np.square(taken).sum())})"
-        )
-    words = "; ".join(layers) or "there is no layer of patches to show"
-    return f"{text.count(len(pictures), 'picture')}. {text.sentence(words)}"
+def _tell_image_layers(pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]) -> str:
+    if not experts:
+        return "There is no layer of patches to show."
+    met = {n: np.mean([len(np.unique(one)) for one in experts[n]]) for n in sorted(experts)}
+    few, many = min(met, key=met.get), max(met, key=met.get)
+    each = text.listed(
+        f"{text.number(met[layer], 1).removesuffix('.0')} experts in layer {layer}"
+        for layer in dict.fromkeys((few, many))
+    )
+    return f"The patches of one of {len(pictures)} images, on average, meet {each}."
 
 
-@style.house
+@drawing.plot(_tell_image_layers)
 def image_layers(
     pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray], *, image: int,
     names: Sequence[str], masks: Sequence[np.ndarray] | None = None, caption: str | None = None,
@@ -130,24 +141,23 @@ def image_layers(
     return style.caption(fig, caption)
 
 
-@text.describes(image_layers)
-def _describe_image_layers(
-    pictures: Sequence[np.ndarray], experts: Mapping[int, np.ndarray]
-) -> str:
-    if not experts:
-        return "There is no layer of patches to show."
-    met = {
-        layer: np.mean([len(np.unique(one)) for one in experts[layer]]) for layer in sorted(experts)
-    }
-    few, many = min(met, key=met.get), max(met, key=met.get)
-    each = text.listed(
-        f"{text.number(met[layer], 1).removesuffix('.0')} experts in layer {layer}"
-        for layer in dict.fromkeys((few, many))
+def _tell_top_patches(table: pd.DataFrame, pictures: object = None) -> str:
+    experts = table.drop_duplicates(["layer", "expert"])
+    if experts.empty:
+        return "No patch goes to the experts that were asked for."
+    words = _expert(text.largest(experts, "share"))
+    if len(experts) > 1:
+        words = f"of {len(experts)} experts {words}, {_expert(text.smallest(experts, 'share'))}"
+    last = table.groupby(["layer", "expert"], sort=False)["cosine"].min().reset_index()
+    alike = text.largest(last, "cosine")
+    return text.sentence(words) + (
+        f" The patches shown are most alike for expert {alike['expert']:.0f} of layer "
+        f"{alike['layer']:.0f}: all have a cosine of {text.number(alike['cosine'])} or more with "
+        "its mean input."
     )
-    return f"The patches of one of {len(pictures)} images, on average, meet {each}."
 
 
-@style.house
+@drawing.plot(_tell_top_patches)
 def top_patches(
     table: pd.DataFrame, pictures: Mapping[int, np.ndarray] | Sequence[np.ndarray], *,
     caption: str | None = None,
@@ -196,23 +206,6 @@ def _window(middle: float, side: float, size: int) -> tuple[float, float]:
     """Ends of a window around ``middle``, within the picture as far as it is large enough."""
     middle = np.clip(middle, min(side, size) / 2, max(size - side / 2, size / 2))
     return middle - side / 2 - 0.5, middle + side / 2 - 0.5
-
-
-@text.describes(top_patches)
-def _describe_top_patches(table: pd.DataFrame, pictures: object = None) -> str:
-    experts = table.drop_duplicates(["layer", "expert"])
-    if experts.empty:
-        return "No patch goes to the experts that were asked for."
-    words = _expert(text.largest(experts, "share"))
-    if len(experts) > 1:
-        words = f"of {len(experts)} experts {words}, {_expert(text.smallest(experts, 'share'))}"
-    last = table.groupby(["layer", "expert"], sort=False)["cosine"].min().reset_index()
-    alike = text.largest(last, "cosine")
-    return text.sentence(words) + (
-        f" The patches shown are most alike for expert {alike['expert']:.0f} of layer "
-        f"{alike['layer']:.0f}: all have a cosine of {text.number(alike['cosine'])} or more with "
-        "its mean input."
-    )
 
 
 def _expert(row: pd.Series) -> str:

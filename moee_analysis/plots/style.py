@@ -28,7 +28,6 @@ SHARES = sns.blend_palette(["#FFFFFF", "#B5D6EA", PALETTE[0], "#00263D"], as_cma
 
 INTERVAL = {"lw": 2.2, "alpha": 0.4}
 REFERENCE = {"color": GREY, "lw": 1, "zorder": 0}
-CHANCE = {"ls": "--", "lw": 1}
 LAYER_AXIS = "layer (counted from 0, as timm's blocks.0)"
 
 HOUSE: dict[str, Any] = {
@@ -117,10 +116,7 @@ def caption(fig: Figure, text: str | None) -> Figure:
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every name in order of appearance; the dense model is always grey.
-
-    More names than the palette can tell apart get an ordered colour map instead.
-    """
+    """Colours of names in order: dense grey, others of the palette, many of an ordered map."""
     unique = list(dict.fromkeys(names))
     others = [name for name in unique if name.lower() != "dense"]
     many = len(others) >= len(PALETTE)
@@ -136,10 +132,7 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def expert_colours(count: int) -> list[str]:
-    """``count`` colours for experts: the palette, then its hues lighter, darker and dull.
-
-    Up to seven are safe for colour-blind readers; beyond that a figure also writes numbers.
-    """
+    """``count`` colours for experts, by hue and shade; up to seven tell apart for all eyes."""
     mixtures = (("white", 0.0), ("white", 0.55), ("black", 0.5), ("#777777", 0.6))
     every = [
         to_hex((1 - share) * np.array(to_rgb(hue)) + share * np.array(to_rgb(other)))

@@ -1,47 +1,11 @@
-"""The alternative text of figures: what a plot shows in words, with the numbers that count."""
+"""Words and numbers of the sentences that describe figures: their alternative text."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import pandas as pd
 
-from moee_analysis.errors import MoeeError
-
 Form = Callable[[float], str]
-Text = Callable[..., str]
-
-_OF_PLOTS: dict[Callable[..., object], Text] = {}
-
-
-def describes(
-    plot: Callable[..., object], beginning: str = "", *, by: str = "system"
-) -> Callable[[Text], Text]:
-    """Let the decorated function say in a sentence or two what ``plot`` shows of the same table.
-
-    With a ``beginning`` it goes on from there, of the rows of each system or of each value of
-    ``by``.
-    """
-
-    def note(function: Text) -> Text:
-        def each(table: pd.DataFrame) -> str:
-            return f"{beginning}: {of_each(table, function, by)}."
-
-        _OF_PLOTS[plot] = each if beginning else function
-        return function
-
-    return note
-
-
-def describe(plot: Callable[..., object], *given: Any) -> str:
-    """Say what ``plot`` shows of a table; a plot that nothing describes raises `MoeeError`."""
-    if plot not in _OF_PLOTS:
-        raise MoeeError(
-            "a function that describes the plot",
-            f"none for '{getattr(plot, '__name__', plot)}'",
-            "decorate one with @describes(plot), or give the figure's finding as text",
-        )
-    return _OF_PLOTS[plot](*given)
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -117,12 +81,15 @@ def of_each(table: pd.DataFrame, text: Callable[[pd.DataFrame], str], by: str = 
 
 
 def beyond(
-    rows: pd.DataFrame, value: str, chance: str, *, null: str = "null_high",
-    shown: str | None = None, form: Form = number,
-) -> str:  # fmt: skip
-    """The course of ``shown`` over the layers, and in how many ``value`` exceeds ``null``."""
-    above = (rows[value] > rows[null]).sum()
-    return f"{course(rows, shown or value, form)}, beyond {chance} in {above} of {len(rows)} layers"
+    value: str, chance: str, *, null: str = "null_high", shown: str = "", form: Form = number
+) -> Callable[[pd.DataFrame], str]:
+    """Words for the course of a column over the layers, and in how many it exceeds ``null``."""
+
+    def words(rows: pd.DataFrame) -> str:
+        above = f"{(rows[value] > rows[null]).sum()} of {len(rows)} layers"
+        return f"{course(rows, shown or value, form)}, beyond {chance} in {above}"
+
+    return words
 
 
 def sentence(text: str) -> str:

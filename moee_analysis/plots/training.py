@@ -20,17 +20,24 @@ _CONTRIBUTIONS = {
 }
 
 
-@style.house
-def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.fine_tuning``: retention against the MACs saved.
+def _tell_fine_tuning(table: pd.DataFrame) -> str:
+    saved = table.groupby("budget")["macs_reduction"].mean().dropna()
+    if saved.empty:
+        return "No saving is known."
+    means = table[table["budget"] == saved.idxmax()].drop_duplicates(["system", "stage"])
+    means = means.assign(kept=means["mean"].map(text.percent) + " " + means["stage"])
+    kept = text.of_each(means, lambda rows: text.listed(rows["kept"]))
+    return f"Kept of the dense top-1 at {text.percent(saved.max())} fewer MACs: {kept}."
 
-    Bars are intervals over images and seeds; small dots beside them are single seeds.
-    """
+
+@drawing.plot(_tell_fine_tuning)
+def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.fine_tuning``: retention by MACs saved; small dots are single seeds."""
     fig, ax = style.figure(6.2, 3.4)
     looks = style.looks(table["system"])
     shares = drawing.in_percent(table, "retention", "mean", "low", "high", "macs_reduction")
     lines = shares.groupby(["system", "stage"], sort=False)
-    places = drawing.spread(len(lines), _APART)
+    places = np.linspace(-_APART / 2, _APART / 2, len(lines))
     for place, ((system, stage), rows) in zip(places, lines, strict=True):
         look = looks[system] | _STAGES[stage]
         x = rows["macs_reduction"].groupby(rows["budget"]).transform("mean") + place
@@ -48,18 +55,23 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption, marks, columns=1, loc="outside right center")
 
 
-@text.describes(fine_tuning)
-def _describe_fine_tuning(table: pd.DataFrame) -> str:
-    saved = table.groupby("budget")["macs_reduction"].mean().dropna()
-    if saved.empty:
-        return "No saving is known."
-    means = table[table["budget"] == saved.idxmax()].drop_duplicates(["system", "stage"])
-    means = means.assign(kept=means["mean"].map(text.percent) + " " + means["stage"])
-    kept = text.of_each(means, lambda rows: text.listed(rows["kept"]))
-    return f"Kept of the dense top-1 at {text.percent(saved.max())} fewer MACs: {kept}."
+def _tell_history(table: pd.DataFrame) -> str:
+    named, words = table if "system" in table else table.assign(system="On images held out"), []
+    for system, rows in named.groupby("system", sort=False):
+        first, lowest = rows.iloc[0], text.smallest(rows, "kl")
+        if lowest is None:
+            words.append(f"{system} the divergence from the dense model is unknown")
+            continue
+        words.append(
+            f"{system} the divergence from the dense model goes from {text.bits(first['kl'])} to "
+            f"{text.bits(lowest['kl'])} nats, its lowest, after epoch {lowest['epoch']:.0f}, and "
+            f"the agreement with its predictions from {text.percent(first['agreement'])} to "
+            f"{text.percent(lowest['agreement'])}"
+        )
+    return f"{'; '.join(words)}."
 
 
-@style.house
+@drawing.plot(_tell_history)
 def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw the divergence from the dense model and the agreement with it over the epochs.
 
@@ -82,45 +94,26 @@ def history(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         loss = named.set_index("epoch")["loss"].dropna()
         left.plot(loss, color=style.GREY, marker=".", label="training loss")
     left.set(ylabel="KL(dense || model) (nats)", title="divergence from the dense model")
-    right.set(ylabel="same prediction (% of images)", title="agreement with the dense model")
     left.set_ylim(bottom=0)
+    right.set(ylabel="same prediction (% of images)", title="agreement with the dense model")
     left.legend()
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(history)
-def _describe_history(table: pd.DataFrame) -> str:
-    named, words = table if "system" in table else table.assign(system="On images held out"), []
-    for system, rows in named.groupby("system", sort=False):
-        first, lowest = rows.iloc[0], text.smallest(rows, "kl")
-        if lowest is None:
-            words.append(f"{system} the divergence from the dense model is unknown")
-            continue
-        words.append(
-            f"{system} the divergence from the dense model goes from {text.bits(first['kl'])} to "
-            f"{text.bits(lowest['kl'])} nats, its lowest, after epoch {lowest['epoch']:.0f}, and "
-            f"the agreement with its predictions from {text.percent(first['agreement'])} to "
-            f"{text.percent(lowest['agreement'])}"
-        )
-    return f"{'; '.join(words)}."
-
-
-@style.house
-def learning_curves(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.learning_curves``: means of the seeds with intervals."""
-    fig, ax = style.figure(7.0, 3.4)
-    means = drawing.in_percent(table.drop_duplicates(["start", "images"]), "mean", "low", "high")
-    drawing.curves(ax, means, "mean", x="images", by="start", band=True)
-    ax.set(xlabel="training images seen", ylabel="top-1 (%)")
-    ax.set_ylim(bottom=0)
-    return drawing.finish(fig, table, caption, ax, columns=1, loc="outside right center")
-
-
-@text.describes(learning_curves)
-def _describe_learning_curves(table: pd.DataFrame) -> str:
+def _tell_learning_curves(table: pd.DataFrame) -> str:
     last = table["images"].max()
     ends = table[table["images"] == last].drop_duplicates("start")
     return f"After {last:.0f} training images top-1 is {_ends(ends, 'mean')}."
+
+
+@drawing.plot(_tell_learning_curves)
+def learning_curves(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.learning_curves``: means of the seeds with intervals."""
+    fig, ax = style.figure(7.0, 3.4)
+    means = drawing.in_percent(table.drop_duplicates(["start", "images"]), "mean", "low", "high")
+    drawing.curves(ax, means, "mean", x="images", by="start", band=True)
+    ax.set(xlabel="training images seen", ylabel="top-1 (%)", ylim=(0, None))
+    return drawing.finish(fig, table, caption, ax, columns=1, loc="outside right center")
 
 
 def _ends(table: pd.DataFrame, value: str) -> str:
@@ -134,37 +127,7 @@ def _ends(table: pd.DataFrame, value: str) -> str:
     return f"highest for {best}, lowest for {worst}" if best != worst else best
 
 
-@style.house
-def learned(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.learned``: final top-1, and images seen until the level is reached.
-
-    Thin lines are the range of seeds; an arrow is an interval without end, a cross never reached.
-    """
-    fig, (left, right) = style.figure(7.6, 1.3 + 0.3 * len(table), 1, 2, sharey=True)
-    shares = drawing.in_percent(table, "top1", "low", "high", "worst", "best", "level")
-    colours = drawing.dots(left, shares, ("top1", "low", "high"), by="start")
-    left.hlines(range(len(table)), shares["worst"], shares["best"], color=colours, lw=0.9)
-    left.set_xlabel("top-1 at the end (%)")
-    images = table[["images_low", "images", "images_high"]].to_numpy(float)
-    end = 1.08 * max([1.0, *images[np.isfinite(images)]])
-    low, middle, high = np.minimum(images, end).T
-    rows, never, at_end = np.arange(len(table)), np.isnan(middle), np.full(len(table), end)
-    right.hlines(rows, low, high, color=colours, **style.INTERVAL)
-    for marker, chosen, x in (
-        ("o", ~never, middle),
-        (">", ~never & np.isinf(images[:, 2]), at_end),
-        ("x", never, at_end),
-    ):
-        look = {"marker": marker, "color": np.array(colours)[chosen], "s": 24, "zorder": 4}
-        right.scatter(x[chosen], rows[chosen], clip_on=False, **look)
-    right.set_xlim(0, end)
-    right.set_xlabel(f"images seen until {shares['level'].iloc[0]:.0f} % top-1")
-    drawing.row_axis(right, table["start"])
-    return drawing.finish(fig, table, caption)
-
-
-@text.describes(learned)
-def _describe_learned(table: pd.DataFrame) -> str:
+def _tell_learned(table: pd.DataFrame) -> str:
     first, level = text.smallest(table, "images"), text.percent(table["level"].iloc[0])
     soon = f"No start reaches {level}."
     if first is not None:
@@ -172,12 +135,48 @@ def _describe_learned(table: pd.DataFrame) -> str:
     return f"At the end top-1 is {_ends(table, 'top1')}. {soon}"
 
 
-@style.house
-def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.which_beats_which``: what each row is ahead of each column.
+@drawing.plot(_tell_learned)
+def learned(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.learned``: final top-1, and images seen until the level is reached.
 
-    Bold is where the interval of the difference excludes 0.
+    Thin lines are the range of seeds; an arrow is an interval without end, a cross never reached.
     """
+    fig, (left, right) = style.figure(7.6, 1.3 + 0.3 * len(table), 1, 2, sharey=True)
+    shares = drawing.in_percent(table, "top1", "low", "high", "worst", "best", "level")
+    starts = table["start"]
+    colours = list(starts.map(style.colours(starts)))
+    drawing.dots(left, shares, ("top1", "low", "high"), starts, colours=colours)
+    left.hlines(range(len(table)), shares["worst"], shares["best"], color=colours, lw=0.9)
+    left.set_xlabel("top-1 at the end (%)")
+    columns = ["images", "images_low", "images_high"]
+    images = table[columns].replace(np.inf, np.nan)
+    end = 1.08 * max(1.0, images.max(axis=None))
+    drawing.dots(right, table[columns].clip(upper=end), columns, starts, colours=colours)
+    marks = table["images"].isna().map({True: "x", False: ">"})
+    for row in np.flatnonzero(images[["images", "images_high"]].isna().any(axis=1)):
+        look = {"marker": marks.iloc[row], "color": colours[row], "s": 24, "zorder": 4}
+        right.scatter(end, row, clip_on=False, **look)
+    right.set(xlim=(0, end), xlabel=f"images seen until {shares['level'].iloc[0]:.0f} % top-1")
+    return drawing.finish(fig, table, caption)
+
+
+def _tell_which_beats_which(table: pd.DataFrame) -> str:
+    pairs = table[table["start_a"] != table["start_b"]]
+    sure = pairs[pairs["beats"].astype(bool)]
+    first = f"{len(sure)} of {len(pairs) // 2} pairs of starts differ beyond chance"
+    top = text.largest(sure, "difference")
+    if top is None:
+        return f"{first}."
+    lead, low, high = (text.points(top[name]) for name in ("difference", "low", "high"))
+    return (
+        f"{first}; the largest lead is that of {top['start_a']} over {top['start_b']}, {lead} "
+        f"points of top-1 ({low} to {high})."
+    )
+
+
+@drawing.plot(_tell_which_beats_which)
+def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.which_beats_which``: row less column, bold beyond chance."""
     differences = 100 * drawing.square(table, "difference", "start")
     sure = drawing.square(table.assign(sure=table["low"] * table["high"] > 0), "sure", "start")
     blank = differences.isna() | np.eye(len(sure), dtype=bool)
@@ -194,42 +193,21 @@ def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     return drawing.finish(fig, table, caption)
 
 
-@text.describes(which_beats_which)
-def _describe_which_beats_which(table: pd.DataFrame) -> str:
-    pairs = table[table["start_a"] != table["start_b"]]
-    sure = pairs[pairs["beats"].astype(bool)]
-    first = f"{len(sure)} of {len(pairs) // 2} pairs of starts differ beyond chance"
-    top = text.largest(sure, "difference")
-    if top is None:
-        return f"{first}."
-    lead, low, high = (text.points(top[name]) for name in ("difference", "low", "high"))
-    return (
-        f"{first}; the largest lead is that of {top['start_a']} over {top['start_b']}, {lead} "
-        f"points of top-1 ({low} to {high})."
-    )
+def _tell_contributions(rows: pd.DataFrame) -> str:
+    means = rows.groupby(["group", "layer"], sort=False)["contribution"].mean().reset_index()
+    return text.course(means, "contribution")
 
 
-@style.house
+@drawing.plot(
+    _tell_contributions, "Mean length of what is added to a token, over the layers", by="group"
+)
 def contributions(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw a table of ``measure.contributions``: a panel per quantity, a line per group.
-
-    Bands are the range over the seeds; panels whose column is not in the table are left out.
-    """
+    """Draw ``measure.contributions`` by group, a panel per column there is; bands: all seeds."""
     shown = [name for name in _CONTRIBUTIONS if name in table]
     fig, axes = style.panels(len(shown), cols=3, size=(2.5, 2.3))
     look = {"hue": "group", "palette": style.colours(table["group"]), "marker": "o"}
     for ax, value in zip(axes, shown, strict=True):
         sns.lineplot(table, x="layer", y=value, errorbar=("pi", 100), ax=ax, **look)
         ax.get_legend().remove()
-        ax.set(title=_CONTRIBUTIONS[value], ylabel="")
-        ax.set_ylim(bottom=0)
-    axes[0].legend()
-    return drawing.finish(fig, table, caption, layers=axes)
-
-
-@text.describes(
-    contributions, "Mean length of what is added to a token, over the layers", by="group"
-)
-def _describe_contributions(rows: pd.DataFrame) -> str:
-    means = rows.groupby(["group", "layer"], sort=False)["contribution"].mean().reset_index()
-    return text.course(means, "contribution")
+        ax.set(title=_CONTRIBUTIONS[value], ylabel="", ylim=(0, None))
+    return drawing.finish(fig, table, caption, axes[0], layers=axes)

@@ -1,8 +1,6 @@
 """Batches of images for training: labelled ones that are prepared once, and augmented ones.
 
-Every augmented image has a seed of its own, so that any number of processes sees the same. timm's
-transforms draw from the random states of Python, NumPy and torch, which are set before every image
-and given back afterwards.
+Every augmented image has a seed of its own, so that any number of processes sees the same.
 """
 
 import os
@@ -18,6 +16,7 @@ from timm.data import Mixup
 from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.models.class_names import count_classes
@@ -38,17 +37,14 @@ DeiT's recipe (Touvron et al., arXiv:2012.12877)."""
 
 
 def training_transform(model: nn.Module, augmentation: str) -> Callable:
-    """Transform (PIL image -> float tensor) of the name, for images of the model's own size.
-
-    Raises ``MoeeError``: no augmentation of this name.
-    """
+    """Transform (PIL image -> float tensor) of a known name, for images of the model's own size."""
     one_of("an augmentation", augmentation, AUGMENTATIONS)
     return transform_of(data_config(model), **AUGMENTATIONS[augmentation])
 
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """While open, the random states of Python, NumPy and torch (CPU) are those of ``numbers``."""
+    """While open, the random states that timm's transforms draw from are those of ``numbers``."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     try:
@@ -82,8 +78,7 @@ class Augmented(Dataset):
 def epoch_batches(seen: Augmented, batch_size: int, *, device: torch.device) -> DataLoader:
     """One pass over all images in a new order, in batches of which each process gets its share.
 
-    The last batch of all has fewer images; one that has fewer images than there are processes is
-    left out.
+    The last one is smaller, and left out if it has fewer images than there are processes.
     """
     order = np.random.default_rng([seen.seed, seen.epoch]).permutation(len(seen)).tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -111,15 +106,10 @@ class Loaded:
         """Decode ``images`` for ``model``; loaded ones stay as they are."""
         if isinstance(images, cls):
             return images
-        *steps, to_tensor, normalise = model_transform(model).transforms
-        pixels = []
-        for index in range(len(images)):
-            picture = images.picture(index)
-            for step in steps:
-                picture = step(picture)
-            pixels.append((255 * to_tensor(picture)).round().to(torch.uint8))
-        labels = torch.from_numpy(images.labels(model))
-        return cls(images, torch.stack(pixels), labels, normalise)
+        *steps, normalise = model_transform(model).transforms
+        pictures = map(Compose(steps), map(images.picture, range(len(images))))
+        pixels = torch.stack([(255 * each).round().to(torch.uint8) for each in pictures])
+        return cls(images, pixels, torch.from_numpy(images.labels(model)), normalise)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -170,7 +160,5 @@ def _choose_images(size: int, config: SupervisedConfig) -> Iterator[tuple[torch.
     for number in range(-(-total // size)):
         rng = np.random.default_rng([config.seed, number])
         parts.append((np.full(size, number), rng.permutation(size), rng.random(size) < 0.5))
-    columns = (
-        torch.from_numpy(np.concatenate(column)[:total]) for column in zip(*parts, strict=True)
-    )
+    columns = (torch.from_numpy(np.concatenate(each)[:total]) for each in zip(*parts, strict=True))
     return zip(*(column.split(config.batch_size) for column in columns), strict=True)

@@ -111,11 +111,11 @@ def find_learners(model: nn.Module) -> dict[str, Learner]:
     """Return the layers of ``model`` that have a choice of experts, by module name."""
     names, found = moe_names(model), {}
     for index, layer in moe_layers(model).items():
-        router, leading, first = layer.router, 0, 0
+        router, before = layer.router, (0, 0)
         if isinstance(router, TokenKindRouter):
-            leading, first, router = len(router.prefix), router.prefix_experts, router.inner
+            router, before = router.inner, (len(router.prefix), router.prefix_experts)
         if isinstance(router, (CosineRouter, NearestRouter)) and router.n_experts > 1:
-            found[names[index]] = Learner(layer, router, leading, first)
+            found[names[index]] = Learner(layer, router, *before)
     return found
 
 
@@ -146,10 +146,7 @@ def probabilities(router: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def straight_through(model: nn.Module) -> Iterator[None]:
-    """While open, routers of ``model`` get gradients from the outputs of the experts they chose.
-
-    The outputs stay what they are.
-    """
+    """While open, unchanged outputs of chosen experts give the routers of ``model`` gradients."""
     found = find_learners(model)
 
     def gate(name: str, seen: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -180,10 +177,7 @@ def watch_learners(model: nn.Module) -> Iterator[dict[str, Learner]]:
 
 
 def choice_loss(seen: dict[str, Learner], dense: nn.Module) -> torch.Tensor:
-    """Cross-entropy, in nats, of the routers' probabilities of the experts nearest to ``dense``.
-
-    Mean over layers and their :data:`TOKENS` tokens; the experts get no gradient of it.
-    """
+    """Cross-entropy (nats) of the experts nearest to ``dense``; teaches the routers alone."""
     losses = []
     for name, each in seen.items():
         nearest = nearest_experts(each, dense.get_submodule(name))
@@ -194,10 +188,7 @@ def choice_loss(seen: dict[str, Learner], dense: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def nearest_experts(each: Learner, mlp: nn.Module) -> torch.Tensor:
-    """Which expert's output is nearest to that of the dense ``mlp``, int64 (tokens,).
-
-    Experts of leading tokens are not among them; the numbers are those of the router.
-    """
+    """Numbers, to the router, of the experts whose outputs are nearest to ``mlp``'s, (tokens,)."""
     tokens, wanted, errors = each.tokens, mlp(each.tokens), []
     for expert in range(each.first, each.layer.n_experts):
         chosen = torch.full((len(tokens), 1), expert, device=tokens.device)

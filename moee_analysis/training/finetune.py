@@ -23,10 +23,9 @@ from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.layer import counting_usage, moe_layers, moe_names
-from moee_analysis.training.checkpoints import METRICS, hold_checkpoint, remove_checkpoint
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.loop import NOT_FINITE
-from moee_analysis.training.trainer import Training
+from moee_analysis.training.trainer import METRICS, Training, hold_checkpoint, remove_checkpoint
 from moee_analysis.utils.distributed import agreed, all_sum, rank
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.folders import new_folder, scratch_folder
@@ -108,10 +107,7 @@ def finetune(
 
 
 def history_of(run: Extraction) -> pd.DataFrame:
-    """Return the table of :class:`Finetuned` of a run that was fine-tuned, saved or not.
-
-    Raises ``MoeeError``: the run was never fine-tuned.
-    """
+    """Return the history of a :class:`Finetuned` run; one never fine-tuned raises ``MoeeError``."""
     return pd.DataFrame(_last(run)["history"]).astype({"loss": float})
 
 
@@ -142,7 +138,7 @@ def _train_into(folder: Path, training: Training, run: Extraction, *, of_store: 
             remove_checkpoint(work)  # left by a kill in the last moment
         return
     training = replace(training, folder=work)
-    with hold_checkpoint(work, training.key) if rank() == 0 else nullcontext():
+    with hold_checkpoint(work) if rank() == 0 else nullcontext():
         all_sum(torch.zeros(1))  # none looks at the checkpoint before
         if agreed(is_there(folder)):
             _check_same(folder, training.key, run)
@@ -202,10 +198,9 @@ def _train(training: Training, run: Extraction) -> Extraction:
     for index, layer in moe_layers(training.student).items():
         active = float(layer.shares.double() @ layer.sizes.double()) / layer.hidden_dense
         reports[index] = replace(reports[index], active_fraction=active)
-    provenance = run.provenance | {_FACT: [*run.provenance.get(_FACT, []), facts]}
-    return replace(
-        run, model=training.student, layers=tuple(reports.values()), provenance=provenance
-    )
+    layers, known = tuple(reports.values()), run.provenance
+    known = known | {_FACT: [*known.get(_FACT, []), facts]}
+    return replace(run, model=training.student, layers=layers, provenance=known)
 
 
 @torch.no_grad()

@@ -1,19 +1,22 @@
-"""The epochs of a fine-tuning: a model is trained towards its dense model, and can be killed.
+"""A fine-tuning that can be killed: its epochs, and the checkpoint it goes on from.
 
 Nothing that an epoch does depends on the random state it meets: its seeds are those of the
 configuration, the epoch and the image. With the weights and those of the optimizer, saved after
-every epoch, a training that was killed therefore comes to the same bits.
+every epoch, a training that was killed therefore comes to the same bits. The history is a CSV
+beside them.
 
 The model runs in evaluation mode: nothing drops out, and batch norms keep their statistics.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -21,21 +24,42 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from moee_analysis.data.images import ImageSet
+from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import in_evaluation_mode
 from moee_analysis.training.batches import Augmented, epoch_batches, training_transform
-from moee_analysis.training.checkpoints import (
-    Progress,
-    load_moments,
-    moments,
-    read_checkpoint,
-    save_checkpoint,
-)
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.distillation import divergences, losses_of, trainable_routers
 from moee_analysis.training.loop import NOT_FINITE, Loop
-from moee_analysis.utils.distributed import all_sum, own_share
+from moee_analysis.utils.distributed import all_sum, own_share, rank
 from moee_analysis.utils.progress import progress as shown
 from moee_analysis.utils.progress import tell_progress
+from moee_analysis.utils.storage.checksums import Tensors, read_signed_tensors, write_tensors
+from moee_analysis.utils.storage.files import write_text
+from moee_analysis.utils.storage.folders import held_folder
+from moee_analysis.utils.storage.locks import OURS
+from moee_analysis.utils.storage.store import set_aside
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.csv"
+COLUMNS = ("epoch", "steps", "loss", "kl", "agreement")
+
+
+@dataclass
+class Progress:
+    """The ``rows`` of a training's history, the ``best`` epoch, and why it ``stopped`` early.
+
+    ``key`` says which training it is.
+    """
+
+    key: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best: int = 0
+    stopped: str = ""
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs that are done; the first row is of the model before any."""
+        return len(self.rows) - 1
 
 
 @dataclass
@@ -51,7 +75,7 @@ class Training:
     config: FinetuneConfig
     folder: Path
     key: str
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress = field(init=False)
 
     @cached_property
     def sets(self) -> tuple[ImageSet, ImageSet]:
@@ -76,13 +100,18 @@ class Training:
         """Set everything up as it was after the last whole epoch."""
         self._loop, decay = self._make_loop(), self.config.ema
         self._ema = None if decay is None else ModelEmaV3(self.student, decay=decay)
-        found = read_checkpoint(self.folder)
-        if found is None:
+        self.progress, groups = read_checkpoint(self.folder) or (Progress(self.key), {})
+        if self.progress.key != self.key:
+            raise MoeeError(
+                f"the fine-tuning that was begun in '{self.folder}'",
+                "another run, other images or other settings",
+                "repeat it as it was, remove that folder, or choose another one",
+            )
+        if not groups:
             self._best = copy.deepcopy(self.student.state_dict())
             self.progress.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._evaluate()})
             self._save()
             return
-        self.progress, groups = found
         self._best = groups["best"]
         self.student.load_state_dict(groups["student"])
         if self._ema is not None:
@@ -92,10 +121,9 @@ class Training:
             tell_progress(f"going on after epoch {self.progress.epochs}")
 
     def _make_loop(self) -> Loop:
-        config, rate = self.config, self.config.learning_rate
-        optimizer = create_optimizer_v2(
-            self.student, "adamw", lr=rate, weight_decay=config.weight_decay
-        )
+        config = self.config
+        rate, decay = config.learning_rate, config.weight_decay
+        optimizer = create_optimizer_v2(self.student, "adamw", lr=rate, weight_decay=decay)
         warmup = round(config.warmup_epochs * self._steps)
         scheduler = CosineLRScheduler(
             optimizer, t_initial=config.epochs * self._steps, t_in_epochs=False, warmup_t=warmup,
@@ -170,7 +198,7 @@ class Training:
         groups = {"student": self.student.state_dict(), "best": self._best, "optimizer": optimizer}
         if self._ema is not None:
             groups["ema"] = self._ema.module.state_dict()
-        save_checkpoint(self.folder, self.progress, groups, key=self.key)
+        save_checkpoint(self.folder, self.progress, groups)
 
     @property
     def _model(self) -> nn.Module:
@@ -199,3 +227,74 @@ def _trainable(model: nn.Module, router: str) -> Iterator[None]:
         for parameter, before in own.items():
             parameter.requires_grad_(before)
             parameter.grad = None
+
+
+def save_checkpoint(folder: Path, progress: Progress, groups: Mapping[str, Tensors]) -> None:
+    """Save ``groups`` of tensors and the ``progress``; the checkpoint before is there until then.
+
+    Of several processes the first one saves, for all.
+    """
+    if rank() == 0:
+        copies = {  # a weight with several names is several tensors of the file
+            f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
+            for group, own in groups.items()
+            for name, t in own.items()
+        }
+        write_tensors(folder / CHECKPOINT, copies, asdict(progress))
+        write_text(folder / METRICS, pd.DataFrame(progress.rows).to_csv(index=False))
+    all_sum(torch.zeros(1))  # none goes on before it is there
+
+
+def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
+    """Return what was saved last in ``folder``, if anything was; a damaged one raises MoeeError."""
+    if not any((folder / name).exists() for name in (CHECKPOINT, METRICS)):
+        return None
+    tensors, facts = read_signed_tensors(folder / CHECKPOINT)
+    rows = [{name: row[name] for name in COLUMNS} for row in facts["rows"]]  # in their order
+    return Progress(**facts | {"rows": rows}), _nest(tensors, "/")
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files of :func:`save_checkpoint`, and the folder if nothing else is in it."""
+    for pattern in (METRICS, "checkpoint*", f".*{OURS}*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@contextmanager
+def hold_checkpoint(folder: Path) -> Iterator[None]:
+    """Hold the folder of a checkpoint; a damaged one is set aside, an empty one goes in the end."""
+    with held_folder(folder):
+        try:
+            read_checkpoint(folder)
+        except MoeeError as damage:
+            set_aside(folder, damage.found, seen=folder.lstat())
+    with held_folder(folder):  # made anew where it was
+        try:
+            yield
+        finally:
+            if not (folder / CHECKPOINT).exists():
+                remove_checkpoint(folder)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Tensors:
+    """Return what an optimizer keeps of every parameter, by the parameter's number and its name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": t for number, own in state.items() for name, t in own.items()}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Give an optimizer of the same parameters back what :func:`moments` returned."""
+    state = {int(number): own for number, own in _nest(tensors, ".").items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _nest(tensors: Tensors, separator: str) -> dict[str, Tensors]:
+    """Tensors by the part of their name before the ``separator``, then by the rest."""
+    groups: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        group, _, own = name.partition(separator)
+        groups.setdefault(group, {})[own] = tensor
+    return groups

@@ -11,9 +11,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
 from moee_analysis.training import trainer as training
-from moee_analysis.training.checkpoints import read_checkpoint
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.finetune import finetune
+from moee_analysis.training.trainer import read_checkpoint
 from moee_analysis.utils.storage.store import ASIDE, get_or_build, present, unfinished_folder
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import TINY, lively, pixels_of, same_models

@@ -15,9 +15,9 @@ from moee_analysis.extraction.run import load
 from moee_analysis.models.capture import capture
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.training import trainer as training
-from moee_analysis.training.checkpoints import METRICS, read_checkpoint
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.finetune import finetune, history_of
+from moee_analysis.training.trainer import METRICS, read_checkpoint
 from moee_analysis.utils.storage.store import unfinished_folder
 from tests.helpers.families import FAMILIES, small
 from tests.helpers.images import contents, toy_images

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
 from moee_analysis.models.loading import load_model
-from moee_analysis.training.checkpoints import METRICS
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.finetune import finetune
+from moee_analysis.training.trainer import METRICS
 from moee_analysis.utils import distributed
 from moee_analysis.utils.distributed import sum_gradients
 from tests.helpers.images import contents, toy_images

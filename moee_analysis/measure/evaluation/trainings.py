@@ -25,7 +25,7 @@ from moee_analysis.measure.routing.tables import add_caption, stack
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.training.config import FinetuneConfig, SupervisedConfig
 from moee_analysis.training.finetune import finetune
-from moee_analysis.training.jobs import HISTORY, RIGHT, WEIGHTS, TrainingBench, TrainingJob
+from moee_analysis.training.supervised import HISTORY, RIGHT, WEIGHTS, TrainingBench, TrainingJob
 from moee_analysis.utils.checks import seed_number
 from moee_analysis.utils.progress import progress
 
