@@ -47,6 +47,8 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         ax.vlines(means["x"], means["low"], means["high"], color=look["color"], **style.INTERVAL)
         ax.plot(means["x"], means["mean"], zorder=4, **_LINE | look)
     ax.axhline(100, **style.REFERENCE)
+    middle, half = np.mean(ax.get_xlim()), np.ptp(ax.get_xlim()) / 2
+    ax.set_xlim(middle - max(half, 5), middle + max(half, 5))  # a single budget is no axis
     ax.set_xlabel("MACs saved (%; lines set a little apart)")
     ax.set_ylabel("top-1 retained (% of the dense model's)")
     for stage, look in _STAGES.items():
