@@ -42,9 +42,8 @@ def expert_metrics(sums: Mapping[str, torch.Tensor], kinds: np.ndarray) -> torch
     """Damped metric Q of every expert, float64 (experts, dim, dim): an error e costs e^T Q e nats.
 
     An expert's own is mixed with that of all tokens of the kind it serves, as if these were
-    :data:`PRIOR` tokens more. The ``sums`` are :func:`products` of the tokens of each expert,
-    ``fisher`` (experts, dim, dim), and of each kind, ``kinds`` (kinds, dim, dim), and the numbers
-    of these tokens, ``weight`` and ``of_kinds``; ``kinds`` (experts,) are those that they serve.
+    :data:`PRIOR` tokens more. The ``sums`` are those of a ``StatisticsAccumulator``; ``kinds``
+    (experts,) are those that the experts serve.
     """
     least = torch.finfo(sums["kinds"].dtype).tiny
     priors = sums["kinds"] / sums["of_kinds"].clamp_min(least)[:, None, None]
@@ -85,14 +84,12 @@ def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:
     v = sqrt(p) xi - p <sqrt(p), xi> with p = softmax(logits) and xi ~ N(0, I), decided by the
     ``seeds`` of the image alone. Its covariance is diag(p) - p p^T, the Fisher information of the
     classes in the logits (Martens, arXiv:1412.1193): the KL divergence of a small change of the
-    logits is half its quadratic form. No labels are needed, and no gradient flows back. Of a
-    single output, which has no classes, v is xi itself.
+    logits is half its quadratic form. No labels are needed, and no gradient flows back.
     """
-    if len(seeds) != len(logits):
-        raise MoeeError(
-            f"seeds of {len(logits)} images", f"{len(seeds)}", "give every image seeds of its own"
-        )
-    draws = [np.random.default_rng(seed).standard_normal(logits.shape[1]) for seed in seeds]
+    draws = [
+        np.random.default_rng(seed).standard_normal(len(of_image))
+        for of_image, seed in zip(logits, seeds, strict=True)
+    ]
     xi = torch.from_numpy(np.stack(draws)).to(logits)
     if logits.shape[1] == 1:  # no classes: a small change counts by its square
         return xi
@@ -114,11 +111,10 @@ def output_gradients(
     The mean of (sum_t g_t . delta_t)^2 / 2 over draws, t running over all tokens of an image, is
     to second order the KL divergence, in nats, that changes delta_t of one site's outputs cause.
     ``x`` are (images, channels, height, width); the ``seeds`` of an image and the number of the
-    probe alone decide its draws. The model is left as it was.
+    probe alone decide its draws.
 
-    Returned by name of site, (probes, images, tokens, dim) float32; a grid of tokens is flattened
-    row by row, windows in the place of an image one after the other. All zeros where the logits
-    do not depend on an output.
+    Returned by name of site, (probes, images, tokens, dim) float32; grids are flattened row by row,
+    windows one after the other. All zeros where the logits do not depend on an output.
     """
     calls: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
 
@@ -132,11 +128,9 @@ def output_gradients(
     for name, seen in calls.items():
         if len(seen) != 1 or len(seen[0]) % len(x):  # all images, or as many windows of each
             shapes = ", ".join(str(tuple(output.shape)) for output in seen)
-            raise MoeeError(
-                f"one call of '{name}' with all tokens of {len(x)} images",
-                f"{len(seen)} calls with outputs {shapes or 'of none'}",
-                "record such a model without gradients, or leave this site out",
-            )
+            expected = f"one call of '{name}' with all tokens of {len(x)} images"
+            hint = "record such a model without gradients, or leave this site out"
+            raise MoeeError(expected, f"{len(seen)} calls with outputs {shapes or 'of none'}", hint)
     by_probe = []
     for number in range(probes):
         v = probe(logits, [(*seed, number) for seed in seeds])
@@ -154,8 +148,8 @@ def unread_kinds(
     """Return the kinds of the tokens whose outputs at each of the ``sites`` nothing reads any more.
 
     There the gradient of the logits is exactly zero at every token of the kind, for a random
-    image: at the patches ("patch") in the last block of a ViT whose head reads the CLS token
-    alone, at the CLS token where it reads the mean of the patches. ``sites`` None: all MLPs.
+    image: at the patches ("patch") in the last block of a ViT whose head reads CLS alone, at CLS
+    where it reads the mean of the patches. ``sites`` None: all MLPs.
     """
     return {
         name: tuple(kind for kind, is_read in read.items() if not is_read)
@@ -166,10 +160,7 @@ def unread_kinds(
 def unread_patches(
     model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
 ) -> frozenset[str]:
-    """Return the names of the ``sites`` whose outputs at the patches nothing reads any more.
-
-    As :func:`unread_kinds`; an MLP that gets no patches is one of them.
-    """
+    """Return the names of the ``sites`` at which nothing reads the patches, or gets any."""
     read_kinds = _read_kinds(model, sites)
     return frozenset(name for name, read in read_kinds.items() if not read.get("patch"))
 
@@ -182,10 +173,9 @@ def _read_kinds(
     sites = find_mlps(model) if sites is None else sites
     gradients = output_gradients(model, sites, like(image, model), seeds=[(0, 0)], probes=1)
     leading = leading_kinds(model, gradients)
-    found: dict[str, dict[str, bool]] = {}
+    found: dict[str, dict[str, bool]] = {name: {} for name in gradients}
     for name, gradient in gradients.items():
         read = gradient.flatten(0, 1).any(dim=2).any(dim=0).tolist()
-        kinds, found[name] = leading[name], {}
-        for kind, is_read in zip_longest(kinds, read, fillvalue="patch"):
+        for kind, is_read in zip_longest(leading[name], read, fillvalue="patch"):
             found[name][kind] = found[name].get(kind, False) or is_read
     return found

@@ -39,15 +39,13 @@ ORIGIN = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
 CONTENTS = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
 """What a site's files hold, by kind of values."""
 
-File = tuple[str, str]  # a site's name, and what the file holds of it
-
 
 @dataclass(frozen=True)
 class Recording:
     """A sample of the tokens of ``sites`` on ``images``, and all that decides it.
 
-    ``kinds`` are "inputs", with or without "hidden" and "gradients"; of the latter there are so
-    many ``probes`` for each token, drawn by the plan's seed and the number of the image.
+    ``kinds`` are some of :data:`CONTENTS`, "inputs" among them; of gradients there are so many
+    ``probes`` for each token, drawn by the plan's seed and the number of the image.
     """
 
     model: nn.Module
@@ -56,14 +54,6 @@ class Recording:
     plan: TokenPlan
     kinds: tuple[str, ...] = ("inputs", "hidden")
     probes: int = 2
-
-    def __post_init__(self) -> None:
-        if "inputs" not in self.kinds or set(self.kinds) - set(CONTENTS) or self.probes < 1:
-            raise MoeeError(
-                f"inputs and others of {', '.join(CONTENTS)}; probes >= 1",
-                f"{self.kinds}; {self.probes} probes",
-                'name them as in kinds=("inputs", "gradients"), probes=2',
-            )  # fmt: skip
 
     @cached_property
     def key(self) -> str:
@@ -79,11 +69,7 @@ class Recording:
         return root / f"activations-{self.key}"
 
     def to_disk(self, root: Path) -> Path:
-        """Record into the store ``root``, or find the recording there; return its folder.
-
-        Its size is told first. A recording that was killed goes on where it was last saved, and
-        comes to the same bytes.
-        """
+        """Record into the store ``root``, find it there, or finish it; return its folder."""
         return get_or_resume(root, self.folder(root).name, partial(_record_into, task=self))
 
     def in_memory(self) -> dict[str, LayerSample]:
@@ -96,7 +82,7 @@ class Recording:
             pass
         samples = {}
         for name, count in self.tokens.items():
-            values = {content: arrays[name, content] for content in self.contents}
+            values = {content: arrays[f"{name}.{content}"] for content in self.contents}
             samples[name] = _sample(values, _origin(self.plan, len(self.images), count))
         return samples
 
@@ -118,16 +104,16 @@ class Recording:
         return {name: len(self.plan.weights(count)) for name, count in self.tokens.items()}
 
     @cached_property
-    def blocks(self) -> dict[File, np.ndarray]:
-        """The rows of one image in every file, all zeros."""
-        blocks = {}
+    def blocks(self) -> dict[str, np.ndarray]:
+        """The rows of one image in every file, all zeros, by its name."""
+        blocks, kept = {}, self.kept
         for site in self.sites:
-            rows = (self.kept[site.name], self.probes)
-            shapes = {"inputs": (rows[0], site.dim), "hidden": (rows[0], site.hidden)}
-            shapes |= {"directions": (*rows, site.dim), "norms": rows}
+            widths = {"inputs": (site.dim,), "hidden": (site.hidden,)}
+            widths |= {"directions": (self.probes, site.dim), "norms": (self.probes,)}
             for content in self.contents:
+                shape = (kept[site.name], *widths[content])
                 dtype = np.float32 if content == "norms" else np.float16
-                blocks[site.name, content] = np.zeros(shapes[content], dtype)
+                blocks[f"{site.name}.{content}"] = np.zeros(shape, dtype)
         return blocks
 
     @property
@@ -170,10 +156,9 @@ def check_unchanged(task: Any) -> None:
     with unchanged():  # the model is looked at again, and the images are read again
         changed = replace(task, images=replace(task.images)).key != task.key
     if changed:
-        raise MoeeError(
-            "images and weights that stay as they are", "some that were changed meanwhile",
-            "run it again; what was there before is as it was",
-        )  # fmt: skip
+        expected = "images and weights that stay as they are"
+        hint = "run it again; what was there before is as it was"
+        raise MoeeError(expected, "some that were changed meanwhile", hint)
 
 
 def _record_into(folder: Path, *, task: Recording) -> None:
@@ -194,13 +179,11 @@ def _record_into(folder: Path, *, task: Recording) -> None:
     for count in set(task.tokens.values()):
         np.save(folder / f"tokens-{count}.npy", _origin(task.plan, images, count))
     write_json(folder / MANIFEST, {"tokens": task.tokens, "contents": task.contents})
-    for path in folder.iterdir():
-        if path.suffix != ".npy" and path.name != MANIFEST:
-            remove(path)
+    remove(folder / PROGRESS)
 
 
 def _record_batches(
-    task: Recording, array_of: Callable[[File], np.ndarray], *, first: int = 0, label: str = ""
+    task: Recording, array_of: Callable[[str], np.ndarray], *, first: int = 0, label: str = ""
 ) -> Iterator[int]:
     """Record from the image ``first`` on, and yield how many there are after every batch."""
     rest = task.images.take(range(first, len(task.images)))
@@ -217,12 +200,10 @@ def _record_batches(
             start = first * chosen.shape[1]
             for content, values in _contents_of(rows).items():
                 if not torch.isfinite(values).all():
-                    raise MoeeError(
-                        "activations within half precision (below 65504) and finite",
-                        f"larger or NaN values in {name}",
-                        "check the weights and the images' normalisation",
-                    )
-                array_of((name, content))[start : start + len(values)] = values.numpy()
+                    expected = "activations within half precision (below 65504) and finite"
+                    hint = "check the weights and the images' normalisation"
+                    raise MoeeError(expected, f"larger or NaN values in {name}", hint)
+                array_of(f"{name}.{content}")[start : start + len(values)] = values.numpy()
         first += len(batch)
         yield first
 
@@ -259,13 +240,9 @@ def _contents_of(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return contents
 
 
-def _path_of(folder: Path, file: File) -> Path:
-    return folder / f"{'.'.join(file)}.npy"
-
-
-def _map_file(folder: Path, file: File) -> np.ndarray:
+def _map_file(folder: Path, file: str) -> np.ndarray:
     """Map a file that was created; what is written leaves the process's memory with the array."""
-    return np.lib.format.open_memmap(_path_of(folder, file), "r+")
+    return np.lib.format.open_memmap(folder / f"{file}.npy", "r+")
 
 
 def _create_files(folder: Path, task: Recording) -> None:
@@ -275,16 +252,14 @@ def _create_files(folder: Path, task: Recording) -> None:
         if task.bytes > free:
             raise OSError(f"{bytes_text(free)} free")
         for file, block in task.blocks.items():
-            path, shape = _path_of(folder, file), (len(task.images) * len(block), *block.shape[1:])
-            mapped = np.lib.format.open_memmap(path, "w+", block.dtype, shape)
+            path, rows = folder / f"{file}.npy", len(task.images) * len(block)
+            mapped = np.lib.format.open_memmap(path, "w+", block.dtype, (rows, *block.shape[1:]))
             with path.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, mapped.offset + mapped.nbytes)
     except OSError as error:  # another program may be quicker, or a quota used up
-        raise MoeeError(
-            f"{bytes_text(task.bytes)} of free disk for the activations",
-            f"{error} in '{folder.parent}'",
-            "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
-        ) from None
+        expected = f"{bytes_text(task.bytes)} of free disk for the activations"
+        hint = "make room, set MOEE_STORE to another disk, or take fewer images or tokens"
+        raise MoeeError(expected, f"{error} in '{folder.parent}'", hint) from None
 
 
 @dataclass
@@ -292,9 +267,9 @@ class _SavedImages:
     """How many images of a recording are whole in its ``folder``; ``hashes`` are of their rows."""
 
     folder: Path
-    blocks: Mapping[File, np.ndarray]
+    blocks: Mapping[str, np.ndarray]
     count: int = 0
-    hashes: dict[File, Any] = field(default_factory=dict)
+    hashes: dict[str, Any] = field(default_factory=dict)
 
     def save(self, count: int) -> None:
         """Say that there are so many images now; their rows are brought to the disk."""
@@ -322,12 +297,12 @@ class _SavedImages:
 
     @property
     def _digests(self) -> dict[str, str]:
-        return {".".join(file): found.hexdigest() for file, found in sorted(self.hashes.items())}
+        return {file: found.hexdigest() for file, found in self.hashes.items()}
 
     def _hash(self, count: int) -> None:
         """Add the rows up to those of so many images; before the first ones, the file's header."""
         for file, block in self.blocks.items():
-            mapped, path = _map_file(self.folder, file), _path_of(self.folder, file)
+            mapped, path = _map_file(self.folder, file), self.folder / f"{file}.npy"
             if file not in self.hashes:
                 if path.stat().st_size != mapped.offset + mapped.nbytes:
                     raise ValueError(f"{path.name} has another size")

@@ -1,8 +1,7 @@
 """The tokens of the calibration images, a part of the images at a time.
 
-Nothing above this file sees more than one part. Where the disk has room, all parts are recorded
-once and read again by every pass; where it has not, every pass runs the model again, so that any
-number of images will do. The tokens are the same, whichever it is.
+Where the disk has room, all parts are recorded once and read again by every pass; where it has not,
+every pass runs the model again. The tokens are the same, whichever it is.
 """
 
 import shutil
@@ -39,7 +38,7 @@ class Limits:
 
     ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
     ``disk`` bytes of recorded tokens are kept; None: half of what is free. Where there are more,
-    every pass makes them again; 0 keeps none.
+    every pass makes them again.
     """
 
     memory: float = 4e9
@@ -88,8 +87,8 @@ class TokenSource:
     @property
     def own(self) -> list[range]:
         """Numbers of the images of each part of this process."""
-        starts = range(0, len(self.images), PART)
-        parts = [range(s, min(s + PART, len(self.images))) for s in starts]
+        numbers = range(len(self.images))
+        parts = [numbers[start : start + PART] for start in numbers[::PART]]
         return [parts[number] for number in own_share(len(parts))]
 
     @property
@@ -97,8 +96,7 @@ class TokenSource:
         """Those of them that are seen."""
         if self.numbers is None:
             return self.own
-        starts = {number // PART * PART for number in self.numbers}
-        return [part for part in self.own if part.start in starts]
+        return [part for part in self.own if any(number in part for number in self.numbers)]
 
     def parts(
         self, sites: Sequence[MlpSite], *, gradients: bool = False, skip: int = 0
@@ -113,16 +111,11 @@ class TokenSource:
             if self._folder is None:
                 samples = self._recording(part, sites, gradients=gradients).in_memory()
             else:
-                samples = {
-                    site.name: load_sample(self._folder, site).part(
-                        slice(*((n - first) * kept[site.name] for n in (part.start, part.stop)))
-                    )
-                    for site in sites
-                }
-            yield {
-                site.name: RecordedLayer(site, site.module(self.model), samples[site.name])
-                for site in sites
-            }
+                samples = {site.name: load_sample(self._folder, site) for site in sites}
+                for name, sample in samples.items():
+                    rows = slice(*((n - first) * kept[name] for n in (part.start, part.stop)))
+                    samples[name] = sample.part(rows)
+            yield {s.name: RecordedLayer(s, s.module(self.model), samples[s.name]) for s in sites}
 
     @cached_property
     def on_disk(self) -> bool:

@@ -1,8 +1,7 @@
 """Networks rebuilt from the description in a file, or around the dense network that is given.
 
-A model of timm's is rebuilt by its name and the arguments of ``timm.create_model``. Whether that
-gives the same network is seen by its answers; one that was changed by hand in ways that no argument
-says is rebuilt only around the dense network itself.
+A model of timm's is rebuilt by its name and the arguments of ``timm.create_model``, if its answers
+tell that this gives the same network; one that was changed by hand, only around the dense network.
 """
 
 import copy
@@ -20,8 +19,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.saving.schema import INPUT_FACTS
-from moee_analysis.extraction.saving.tables import (
+from moee_analysis.extraction.saving.checks import (
+    INPUT_FACTS,
     check_finite,
     check_fit,
     check_tables,
@@ -47,8 +46,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     ``by_hand`` says why the name and arguments alone do not rebuild the model; None where they do.
 
-    Raises MoeeError: a router that cannot be saved, or for other tokens than come to it;
-    weights that are not finite.
+    Raises MoeeError: a router that cannot be saved, or for other tokens; weights not finite.
     """
     tensors = collect_tensors(model)
     check_finite(tensors)
@@ -81,18 +79,16 @@ def rebuild(
 ) -> nn.Module:
     """Build the described network with its ``tensors``, ready for evaluation.
 
-    It is built around the ``dense`` network that it was made from, which is not changed; None: by
-    its name.
+    It is built around the ``dense`` network that it was made from; None: by its name.
 
     Raises MoeeError: a network changed by hand without ``dense``; tensors that do not fit or
     make no sense; one that gives other answers than the network that was described.
     """
     reason = described.get("by_hand")
     if reason and dense is None:
-        raise MoeeError(
-            "the dense network this run was made from, which no name rebuilds", f"none ({reason})",
-            "give it, with its weights: moee.load(folder, dense=model)",
-        )  # fmt: skip
+        expected = "the dense network this run was made from, which no name rebuilds"
+        hint = "give it, with its weights: moee.load(folder, dense=model)"
+        raise MoeeError(expected, f"none ({reason})", hint)
     outline = _outline(described, parts=len(tensors)) if dense is None else unwrapped(dense)
     _check_size(outline)
     check_tables(described, tensors, outline)
@@ -174,10 +170,7 @@ def _put_layers(model: nn.Module, described: Mapping[str, Any], tensors: Tensors
 
 
 def _outline(described: Mapping[str, Any], *, parts: int) -> nn.Module:
-    """The dense network without values, which takes no memory whatever a file says of it.
-
-    One with far more parameters than the ``parts`` of its file is given up.
-    """
+    """The dense network without values, which takes no memory, from a file of so many ``parts``."""
     counted, most = itertools.count(1), 2 * parts + PARTS
 
     def count(*_: Any) -> None:
@@ -216,10 +209,7 @@ def _plain(value: Any) -> Any:
 
 
 def _visible_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments that a model itself shows: outputs are those of the classifier as it is.
-
-    Where it is no plain Linear, they are what the model says.
-    """
+    """Arguments that a model itself shows: outputs are those of the classifier, if it is plain."""
     heads = stated_modules(model, "classifier").values()
     plain = [head for head in heads if isinstance(head, nn.Linear | nn.Identity)]
     channels, *size = input_size(model)
@@ -240,10 +230,8 @@ def _answers(model: nn.Module) -> list[float]:
 
     def check(name: str, x: torch.Tensor) -> None:
         if x.ndim == 3 and x.shape[1] != tokens[name]:
-            raise MoeeError(
-                f"routers of {x.shape[1]} tokens", f"one of {tokens[name]}",
-                "extract for images of this size",
-            )  # fmt: skip
+            hint = "extract for images of this size"
+            raise MoeeError(f"routers of {x.shape[1]} tokens", f"one of {tokens[name]}", hint)
 
     with watch({name: model.get_submodule(name) for name in tokens}, check):
         return list(answers(model))
