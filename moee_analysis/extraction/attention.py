@@ -42,7 +42,6 @@ from moee_analysis.moe.layer import replace_module
 from moee_analysis.utils.distributed import own_share
 from moee_analysis.utils.progress import progress
 
-Probed = Mapping[str, "_ProbedAttention"]
 Place = tuple[str, str]  # name of an attention, and one of the KINDS
 KeptModes = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)
 
@@ -108,17 +107,15 @@ def attention_modes(
 ) -> dict[str, AttentionModes]:
     """Measure the modes of all plain attentions of ``model``, or find them in the store.
 
-    ``queries`` are, by the name of an attention, the leading tokens whose outputs are read (None:
-    all); ``seed`` is that of the probes.
+    ``queries`` by name are those of an :class:`AttentionPlan`; ``seed`` is that of the probes.
     """
     facts = {"model": fingerprint(model), "images": images.fingerprint, "seed": seed}
     facts |= {"queries": dict(queries)}
-    by_site = {
-        site.name: {"attention": site.name, **facts} for site in attentions.find_attentions(model)
-    }
+    names = [site.name for site in attentions.find_attentions(model)]
+    by_site = {name: {"attention": name, **facts} for name in names}
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
-        found = _measure(model, images, {name: queries[name] for name in by_site}, seed=seed)
+        found = _measure(model, images, {name: queries[name] for name in names}, seed=seed)
         return ((name, found[name]) for name in missing)
 
     found = {}
@@ -181,7 +178,7 @@ def _measure(
     return found
 
 
-def _centre(model: nn.Module, probed: Probed, images: ImageSet) -> None:
+def _centre(model: nn.Module, probed: dict[str, _ProbedAttention], images: ImageSet) -> None:
     """Give every attention the mean of what its heads gather for the tokens that are read."""
     sums = dict.fromkeys(probed, 0.0)
     batches = images.batches(model, batch_size=BATCH)
@@ -194,7 +191,7 @@ def _centre(model: nn.Module, probed: Probed, images: ImageSet) -> None:
 
 
 def _gradients(
-    model: nn.Module, probed: Probed, images: ImageSet, seed: int, label: str
+    model: nn.Module, probed: dict[str, _ProbedAttention], images: ImageSet, seed: int, label: str
 ) -> Iterator[dict[Place, torch.Tensor]]:
     """Gradients T at every identity (images, heads, head_dim, head_dim), by own batch and probe."""
     own = own_share(-(-len(images) // BATCH))

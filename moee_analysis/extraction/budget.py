@@ -25,9 +25,8 @@ Scores = Mapping[str, np.ndarray]  # of neurons, (experts, hidden), by site name
 class Sizes:
     """The neurons that every expert keeps, and the modes that every head does.
 
-    ``neurons`` bool (experts, hidden), by site name; ``variance_kept`` is the share p of its scores
-    that every expert keeps, None for a global budget. ``modes``, by the name of an attention of
-    low rank, are as many in every head.
+    ``neurons`` bool (experts, hidden), ``modes`` (as many in every head) by site name;
+    ``variance_kept`` is the share p of its scores that every expert keeps; None: a global budget.
     """
 
     neurons: dict[str, np.ndarray]
@@ -137,12 +136,10 @@ def find_share(macs: Callable[[float], float], *, dense: float, reduction: float
     budget = (1 - reduction) * dense
     low, high = 0.0, 1.0
     if macs(low) > budget:
-        raise MoeeError(
-            f"a MACs reduction of {reduction:.1%}",
-            f"at most {1 - macs(low) / dense:.1%} with one neuron per expert in the layers "
-            "that have clusters",
-            "ask for less, or let more layers be converted (see the reasons per layer)",
-        )
+        least = "with one neuron per expert in the layers that have clusters"
+        found = f"at most {1 - macs(low) / dense:.1%} {least}"
+        hint = "ask for less, or let more layers be converted (see the reasons per layer)"
+        raise MoeeError(f"a MACs reduction of {reduction:.1%}", found, hint)
     if macs(high) <= budget:
         return high
     for _ in range(BISECTIONS):

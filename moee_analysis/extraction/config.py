@@ -12,11 +12,10 @@ from moee_analysis.utils.checks import not_none
 VARIANCE_KEPT = 0.9  # p, where neither p nor a MACs budget is given
 MACS_REDUCTION = 0.28  # of a global budget, where none is given
 
-REMOVED = {
+REMOVED = {  # settings of earlier versions, and their values that a run may have; None: any
     "ExtractConfig": {"dense_tokens": ((), []), "union": None, "thin": None},
     "ClusterConfig": {"metric": ("cosine",), "selection": ("eom",)},
 }
-"""Settings of earlier versions, and their values that a run may have; None: any."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +82,16 @@ class ClusterConfig:
     def for_width(self, hidden: int) -> Self:
         """Fill in ``count`` and ``components``, if None, for a layer of ``hidden`` neurons.
 
-        A cluster for every 12 neurons, so that routers and shifts stay small beside the weights,
-        and 64 at most, so that every expert has enough tokens to be known by; a component for every
-        48 neurons, that is, usually for every 12 inputs.
+        A cluster for every 12 neurons, so that routers and shifts are small beside the weights, and
+        64 at most, so that experts have enough tokens; a component for every 48, mostly 12 inputs.
         """
         usual = {"count": min(max(hidden // 12, 2), 64), "components": max(hidden // 48, 2)}
         return replace(self, **usual | dict(not_none(self, *usual)))
 
 
 CLUSTER_CHOICES = checks.choices_of(ClusterConfig)
-_MEANS = ClusterConfig(
-    method="kmeans", space="inputs", reduce="pca", components=None, count=None
-)  # as many as suit the width of a layer
+# as many components and clusters as suit the width of a layer
+_MEANS = ClusterConfig(method="kmeans", space="inputs", reduce="pca", components=None, count=None)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {  # MoEE as published, nothing added
@@ -110,10 +107,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Each piece of an extraction, unless a configuration says otherwise; any can be switched alone."""
 
-# Every expert has a router and a shift to store; neurons that go from all at once, the refit makes
-# good the more.
+# Pieces that are others where parameters are bound: every expert has a router and a shift to store,
+# and of neurons that go from all experts at once, the refit can make good the more.
 BOUND = {"best": {"clustering": replace(_MEANS, count=16), "order": "obs"}}
-"""Pieces of recipes that are others where parameters are bound."""
 
 
 def recipe_named(name: str, *, bound: bool = False) -> dict[str, Any]:
@@ -127,10 +123,9 @@ class ExtractConfig:
     """How a model is converted; None follows from the preset or the recipe.
 
     The budget: ``macs_reduction`` and ``params_reduction`` are shares of the dense model's MACs
-    and stored parameters to save; ``variance_kept`` is the paper's p, as a share. With
-    ``budget="share"`` every expert keeps the same share of its scores (the paper), with
-    ``"global"`` all layers, experts and neurons compete for one budget; only that can bind the
-    parameters.
+    and stored parameters to save; ``variance_kept`` is the paper's p. With ``budget="share"`` every
+    expert keeps the same share of its scores (the paper), with ``"global"`` all layers, experts and
+    neurons compete for one budget; only that can bind the parameters.
 
     ``noise`` says what becomes of tokens in no cluster: ``reroute`` routes all tokens by the
     clusters' centres, and takes the statistics of each expert as routed; ``drop`` takes them from
@@ -141,18 +136,14 @@ class ExtractConfig:
 
     - ``router``: ``cosine`` to mean inputs, or ``nearest`` centre in the metric of the outputs
       (where ``clustering`` takes principal components of the inputs, in these).
-    - ``tokens``: ``alike``, or each kind of leading token (CLS, distillation, registers) by its
-      position to an expert of its own (``kinds``).
-    - ``unread``: patch tokens whose MLP output nothing reads are ``routed`` like others, or get a
-      ``constant``.
+    - ``tokens``: ``alike``, or an expert for each of the ``kinds`` of leading tokens (CLS, ...).
+    - ``unread``: patches whose MLP output nothing reads are ``routed``, or get a ``constant``.
     - ``order``: the neurons' scores: ``magnitude`` of their weights, ``variance``, variance
       ``weighted`` by the output weights, or ``obs``, elimination with the refit built in.
-    - ``metric``: errors of the ``outputs`` count alike, or by the ``fisher`` information of the
-      prediction.
+    - ``metric``: errors of ``outputs`` count alike, or by ``fisher`` information on predictions.
     - ``coherence``: how much more the errors of an image's tokens cost together than one by one is
       ``measured``, or ``ignored``; without effect but on the ``fisher`` metric and a global budget.
-    - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), or a W2
-      refitted for all experts (``shared``).
+    - ``refit`` of dropped neurons: ``none``, their mean (``shift``), or one new W2 (``shared``).
     - ``attention``: ``dense``; asked only for tokens whose outputs are ``read``, which loses
       nothing; or ``low_rank`` too, heads having fewer dimensions by the budget of the neurons.
     """
@@ -247,8 +238,7 @@ class ExtractConfig:
         return cls(**kept)
 
 
-CHOICES = checks.choices_of(ExtractConfig)
-"""The settings that are chosen by name, and their names."""
+CHOICES = checks.choices_of(ExtractConfig)  # settings that are chosen by name, and their names
 
 
 def _without(settings: str, content: Mapping[str, Any]) -> dict[str, Any]:

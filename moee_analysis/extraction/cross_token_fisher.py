@@ -33,8 +33,7 @@ def scale_by_coherence(
 ) -> dict[str, np.ndarray]:
     """Multiply the scores of the routed experts of every layer by its measured coherence.
 
-    Both ``scores`` and the neurons ``kept`` by a first allocation, bool, are (experts, hidden) by
-    site name; the errors are those of all other neurons.
+    ``scores`` and the neurons ``kept`` by a first allocation, bool, are (experts, hidden) by site.
     """
     images = spread_images(len(tokens.images))
     routed = [layer for layer in layers if layer.converted and not layer.unread]
@@ -60,8 +59,8 @@ def spread_images(count: int) -> np.ndarray:
 class CoherenceAccumulator(Accumulator):
     """What the errors of whole images cost, and what they cost token by token, in nats.
 
-    The errors are those of a layer whose experts keep ``kept``, bool (experts, hidden), with the
-    means of the other neurons made good. Only the routed tokens of ``images`` count.
+    Errors are of routed tokens of ``images``, in a layer whose experts keep ``kept``, bool
+    (experts, hidden), with the means of the other neurons made good.
     """
 
     site: MlpSite

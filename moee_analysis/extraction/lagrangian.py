@@ -20,9 +20,8 @@ BISECTIONS = 35
 class Candidates:
     """Neurons of one layer that may be kept.
 
-    ``scores`` (experts, hidden) are costs of dropping a neuron for one token of the expert, of
-    which an image has ``tokens`` (experts,). ``macs`` are of one neuron for one token,
-    ``parameters`` of one that is stored.
+    ``scores`` (experts, hidden) are costs of dropping a neuron for one token of the expert; an
+    image has ``tokens`` (experts,) of it. ``macs`` (of a token) and ``parameters`` are a neuron's.
     """
 
     scores: np.ndarray

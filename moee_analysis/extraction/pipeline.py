@@ -78,8 +78,7 @@ def extract(
             with scratch_folder("store") as root:
                 run = extract_in(root=root)
         else:
-            root = Path(store)
-            run = through_store(partial(extract_in, root=root), model, images, config, root=root)
+            run = through_store(extract_in, model, images, config, root=Path(store))
     return replace(run, original=model)
 
 
@@ -190,10 +189,8 @@ def _cluster(
         return torch.from_numpy(cluster_tokens(sample, config, root=tokens.root)).long()
 
     labels = share_out(draw(), label, lambda s: torch.zeros(len(s.rows), dtype=torch.int64))
-    return {
-        sample.site.name: partition_tokens(sample, own.numpy(), config)
-        for sample, own in zip(samples, labels, strict=True)
-    }
+    pairs = zip(samples, labels, strict=True)
+    return {s.site.name: partition_tokens(s, own.numpy(), config) for s, own in pairs}
 
 
 def build_moe(
@@ -201,15 +198,13 @@ def build_moe(
 ) -> nn.Module:
     """Copy the calibrated model with its converted layers replaced by mixtures of experts."""
     moe = copy.deepcopy(tokens.model)
-    device = next(moe.parameters()).device
     layers = [layer for layer in layers if layer.converted]
     readouts = refit_layers(tokens, layers, kept, refit=refit)
     for layer in layers:
         name, mlp = layer.site.name, layer.site.module(moe)
         experts = [np.flatnonzero(of_expert) for of_expert in kept[name]]
-        shares = layer.statistics.shares
-        routed = MoeMlp(mlp, layer.router(), experts, shares, readouts.get(name))
-        replace_module(moe, name, routed.to(device))
+        routed = MoeMlp(mlp, layer.router(), experts, layer.statistics.shares, readouts.get(name))
+        replace_module(moe, name, routed.to(mlp.fc1.weight.device))
     return moe.eval()
 
 

@@ -18,15 +18,8 @@ from moee_analysis.data.disjoint import contents_of
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
+from moee_analysis.extraction.saving import rebuild as networks
 from moee_analysis.extraction.saving.checks import LayerReport, check_facts, check_reports
-from moee_analysis.extraction.saving.rebuild import (
-    collect_tensors,
-    describe,
-    describe_inputs,
-    find_arguments,
-    name_dtype,
-    rebuild,
-)
 from moee_analysis.models.fingerprints import identity
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.models.weights import read_tensors
@@ -39,7 +32,6 @@ from moee_analysis.utils.storage.refusals import check_place, writing
 
 FORMAT = 6
 READABLE = (5, FORMAT)  # 5 had neither answers nor arguments of ``timm.create_model``
-
 KIND = "moee run"
 TENSORS = "model.safetensors"
 FACTS = "run.json"
@@ -74,7 +66,7 @@ class Extraction:
             raise MoeeError(f"the dense weights of this run at '{file}'", "no such file", hint)
         model = load_model(facts["model"], weights=file, **facts.get("arguments", {}))
         model.to(getattr(torch, facts.get("dtype", "float32")))
-        model.pretrained_cfg = {**model.pretrained_cfg, **describe_inputs(self.model)}
+        model.pretrained_cfg = {**model.pretrained_cfg, **networks.describe_inputs(self.model)}
         _check_dense(model, facts, source=file or "hub")
         return model
 
@@ -86,13 +78,13 @@ class Extraction:
 
     def fill(self, folder: Path) -> None:
         """Write the two files into an existing ``folder``."""
-        tensors = collect_tensors(self.model)
+        tensors = networks.collect_tensors(self.model)
         with writing(folder / TENSORS, wanted=sum(t.nbytes for t in tensors.values())):
             save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         facts = {
             "kind": KIND,
             "format": FORMAT,
-            "model": describe(self.model),
+            "model": networks.describe(self.model),
             "tensors_sha256": file_hash(folder / TENSORS),
             "config": asdict(self.config),
             "variance_kept": self.variance_kept,
@@ -110,8 +102,8 @@ def describe_origin(model: nn.Module, images: ImageSet, config: ExtractConfig) -
     found = identity(model)
     return {
         "model": architecture(model),
-        "arguments": find_arguments(model),
-        "dtype": name_dtype(model),
+        "arguments": networks.find_arguments(model),
+        "dtype": networks.name_dtype(model),
         "weights_file": model.pretrained_cfg.get("file"),
         "weights_sha256": found.weights,
         "transform_sha256": found.transform,
@@ -167,7 +159,7 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
         expected = f"the tensors that were saved with '{path}'"
         hint = "restore both files, or extract again"
         raise MoeeError(expected, f"another content in {TENSORS}", hint)
-    model = rebuild(facts["model"], tensors, dense=dense)
+    model = networks.rebuild(facts["model"], tensors, dense=dense)
     layers = tuple(map(LayerReport.from_json, facts["layers"]))
     check_reports(layers, model)
     if dense is not None:
@@ -178,10 +170,8 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    facts = read_json(
-        path, expected=f"a run folder with {FACTS} and {TENSORS}",
-        hint="check the path, restore the file, or extract again",
-    )  # fmt: skip
+    hint = "check the path, restore the file, or extract again"
+    facts = read_json(path, expected=f"a run folder with {FACTS} and {TENSORS}", hint=hint)
     if not isinstance(facts, dict) or facts.get("kind") != KIND:
         raise MoeeError(f"the facts of a run in '{path}'", "another JSON file", "check the path")
     if facts.get("format") not in READABLE:
@@ -200,7 +190,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def through_store(
-    extract: Callable[[], Extraction],
+    extract: Callable[..., Extraction],
     model: nn.Module,
     images: ImageSet,
     config: ExtractConfig,
@@ -220,7 +210,7 @@ def through_store(
     if not agreed(run is not None):
         store.check_writable(root)
         with store.collecting() as used:
-            made = extract()
+            made = extract(root=root)
         asked = {"MACs": config.macs_reduction, "parameters": config.params_reduction}
         saved = [f"−{share:.0%} {kind}" for kind, share in asked.items() if share is not None]
         words = [made.provenance["model"], config.recipe, *saved]

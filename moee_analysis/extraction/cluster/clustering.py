@@ -75,7 +75,7 @@ def reduce_dimensions(points: np.ndarray, config: ClusterConfig, *, seed: int = 
         raise MoeeError(f"at least {needed} tokens to cluster", str(len(points)), hint)
     if config.reduce == "none":
         return points
-    if _constant(points):  # a dead layer: neither PCA nor UMAP can divide by zero
+    if (points == points[0]).all():  # a dead layer: neither PCA nor UMAP can divide by zero
         return np.zeros((len(points), config.components), dtype=np.float32)
     if config.reduce == "pca":
         from sklearn.decomposition import PCA
@@ -92,7 +92,7 @@ def label(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.nda
 
 def _hdbscan(points: np.ndarray, config: ClusterConfig, _seed: int) -> np.ndarray:
     """By density: HDBSCAN of Campello, Moulavi and Sander (2013), with Zimek (2015)."""
-    if _constant(points):
+    if (points == points[0]).all():
         return np.full(len(points), NOISE)
     least, most = config.min_cluster_size, config.max_cluster_size
     sizes = {
@@ -111,11 +111,7 @@ def _hdbscan(points: np.ndarray, config: ClusterConfig, _seed: int) -> np.ndarra
 
 
 def label_tree(tree: SpanningTree, **sizes: int) -> np.ndarray:
-    """Cluster of every point of ``tree``, -1 for noise: one tree serves for many settings.
-
-    ``sizes`` are those of the library of McInnes, Healy and Astels (2017), in points: the
-    ``min_cluster_size`` and the ``max_cluster_size`` (0: none).
-    """
+    """Cluster of every point of ``tree``, -1 for noise, by the library of McInnes et al. (2017)."""
     from hdbscan import HDBSCAN
 
     # hdbscan takes distances that are known for some pairs: those of the tree, which is then their
@@ -195,7 +191,3 @@ def nearest(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     distances, ids = search.fit(unit).kneighbors()  # without the point itself
     ids = np.insert(ids, 0, np.arange(len(points)), axis=1).astype(np.int32)
     return ids, np.insert(distances**2 / 2, 0, 0, axis=1).astype(np.float32)
-
-
-def _constant(points: np.ndarray) -> bool:
-    return bool((points == points[0]).all())

@@ -28,9 +28,9 @@ class Partition:
     """The experts of the routed tokens of one layer, before any neuron is chosen.
 
     ``centres`` (experts, rank) are the mean inputs of the clusters, after ``root`` (rank, dim)
-    where the router has a metric; None where a single expert needs no router. Where the tokens do
-    not count for the expert they are routed to, ``rows`` are the numbers of those that count,
-    ascending, and ``labels`` the expert of each (-1: none). ``reason``: why the layer stays dense.
+    where the router has a metric; None for a single expert. Where tokens do not count for the
+    expert they are routed to, ``rows`` are the numbers of those that count, ascending, and
+    ``labels`` the expert of each (-1: none). ``reason``: why the layer stays dense.
     """
 
     noise_share: float = 0.0

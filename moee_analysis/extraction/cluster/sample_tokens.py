@@ -20,8 +20,8 @@ class TokenSample:
     """Sampled tokens of a layer, and statistics of all tokens that they are sampled from.
 
     ``rows`` are their numbers among all recorded tokens; ``inputs`` (n, dim) and ``hidden``
-    (n, hidden), if any, are float32. ``covariance`` is that of the inputs, ``fisher`` the metric of
-    the outputs, if any; both float64 (dim, dim). ``key`` names the recording in the store.
+    (n, hidden), if any, are float32. ``covariance`` of the inputs and ``fisher``, the metric of the
+    outputs, if any, are float64 (dim, dim). ``key`` names the recording in the store.
     """
 
     site: MlpSite
@@ -91,8 +91,7 @@ def sample_tokens(
 ) -> Iterator[TokenSample]:
     """Yield the tokens to cluster of some layers, as many as the configuration wants.
 
-    ``leading`` tokens of an image, by the name of a layer, have experts of their own. ``hidden``
-    activations are sampled too, or not; None: where they are clustered.
+    ``leading`` tokens, by layer, have experts of their own; ``hidden`` None: where clustered.
     """
     hidden = config.clustering.space == "hidden" if hidden is None else hidden
     accumulators = []

@@ -28,9 +28,9 @@ CERTAIN = 0.9  # share of their core distances that it must make certain
 class SpanningTree:
     """A spanning tree of n points: ``edges``, int64 (n - 1, 2), the lightest first.
 
-    They are between places in ``order`` (n,): the rows of the points, in an order that does not
-    depend on theirs. ``weights``, float64 (n - 1,), are mutual reachabilities. ``searched`` is how
-    many points had to look for an edge beyond their listed neighbours.
+    They are between places in ``order`` (n,), the rows of the points in an order of their own.
+    ``weights``, float64 (n - 1,), are mutual reachabilities. ``searched`` is how many points had to
+    look for an edge beyond their listed neighbours.
     """
 
     edges: np.ndarray
@@ -42,10 +42,9 @@ class SpanningTree:
 def spanning_tree(points: np.ndarray, min_samples: int) -> SpanningTree:
     """Find the minimum spanning tree of the mutual reachability of ``points``, float (n, d).
 
-    A core distance reaches ``min_samples`` other points, as hdbscan counts them; all there are, if
-    fewer. Edges of one weight are ordered by their ends among the distinct points, so rows in
-    another order get the same tree. It takes O(n² d) operations, nearly all in products of
-    matrices, and O(n d) memory.
+    A core distance reaches ``min_samples`` other points, or all there are. Edges of one weight are
+    ordered by their ends among the distinct points, so rows in another order get the same tree. It
+    takes O(n² d) operations, nearly all in products of matrices, and O(n d) memory.
 
     Raises MoeeError: NaN, infinity, distances too large or too small to be squared.
     """
@@ -128,8 +127,7 @@ class Forest:
     ``near`` (u, k) are the ids of some neighbours of each point, itself among them, by what it
     ``costs`` (u, k) to reach them and then by id; all others cost ``rest`` (u,) or more. ``order``
     (n,) are the rows of all points by distinct point, which begin at ``starts`` (u,). ``group``
-    (u,) is the component of every point. The list of a point that was ``searched`` holds what was
-    then its cheapest way out of its group.
+    (u,) is the component of every point. One that was ``searched`` lists its way out of it alone.
     """
 
     distances: Distances
@@ -164,17 +162,14 @@ class Forest:
         self.group = connected_components(links, directed=False)[1][self.group]
 
     def _ways_out(self, joining: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each point gets out of its group for least, and for how much.
-
-        Looked for only by ``joining`` points that may beat the known ways of their component, the
-        most promising first, for what they find excuses others.
-        """
+        """Where each point gets out of its group for least, and for how much."""
         outside = self.group[self.near] != self.group[:, None]
         first, listed = outside.argmax(axis=1)[:, None], outside.any(axis=1)
         target, cost = (np.take_along_axis(v, first, axis=1)[:, 0] for v in (self.near, self.costs))
         cost[~listed] = np.inf
         best = np.full(self.group.max() + 1, np.inf)
         np.minimum.at(best, self.group, cost)
+        # Points look if they may beat the known ways: the most promising first excuse others.
         rows = np.flatnonzero(joining & ~(self.searched & listed))
         rows = rows[np.argsort(self.rest[rows], kind="stable")]
         # One that costs as much as the best may be of lower id.
@@ -205,11 +200,7 @@ class Forest:
 
 
 def find_neighbours(points: np.ndarray, min_samples: int) -> Forest:
-    """Find the core distances and the nearest neighbours of :func:`spanning_tree`.
-
-    Those whose bounds are lowest are listed. A core distance that is not below the last bound on
-    the list is found among all points.
-    """
+    """Find the core distances and the nearest neighbours of :func:`spanning_tree`."""
     dtype = np.float32 if points.dtype in (np.float16, np.float32) else np.float64
     points = np.ascontiguousarray(points.astype(dtype) + dtype(0))  # 0.0 for -0.0
     keys = points.view(np.dtype((np.void, points[0].nbytes)))[:, 0]  # any order of values will do
@@ -222,6 +213,7 @@ def find_neighbours(points: np.ndarray, min_samples: int) -> Forest:
     if np.mean(core <= reach) < CERTAIN:  # single precision does not tell neighbours apart
         distances = Distances.of(distinct, torch.float64)
     near, squared, core, reach = _list(distances, torch.arange(len(distinct)), copies, needed)
+    # What is not below the last bound on its list is found among all points.
     for at in torch.from_numpy(np.flatnonzero(core > reach)).split(ROWS):
         rows = at.numpy()
         place, other = distances.within(distances.below(at), torch.from_numpy(core[rows]))

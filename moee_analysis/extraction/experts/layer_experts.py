@@ -24,9 +24,9 @@ Kept = Mapping[str, np.ndarray]  # neurons that experts keep, bool (experts, hid
 class ExpertStatistics:
     """The tokens of each expert of a layer.
 
-    ``routed`` (experts,) is how many tokens go to each, ``weight`` (experts,) how many count for
-    it; ``means`` and ``variance`` (experts, hidden) are those of the latter's hidden activations;
-    all float64. ``metrics`` (experts, dim, dim) float32 are those of ``expert_metrics``, if any.
+    ``routed`` (experts,) tokens go to each, ``weight`` (experts,) count for it; ``means`` and
+    ``variance`` (experts, hidden) are of the hidden activations of these; all float64. ``metrics``
+    (experts, dim, dim) float32 are those of ``expert_metrics``, if any.
     """
 
     routed: np.ndarray
@@ -141,11 +141,8 @@ def gather_statistics(
     tokens: TokenSource, assignments: Mapping[str, Assignment], *, gradients: bool
 ) -> dict[str, ExpertStatistics]:
     """Statistics of the experts of some layers, by site name, or found in the store."""
-    accumulators = {
-        site.name: StatisticsAccumulator(site, assignments[site.name], gradients)
-        for site in tokens.sites
-        if site.name in assignments
-    }
+    sites = [site for site in tokens.sites if site.name in assignments]
+    accumulators = {s.name: StatisticsAccumulator(s, assignments[s.name], gradients) for s in sites}
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
         chosen = [accumulators[name] for name in missing]

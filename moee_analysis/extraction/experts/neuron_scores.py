@@ -43,10 +43,9 @@ def score_neurons(
 def score_alone(mlp: Mlp, statistics: ExpertStatistics, order: str) -> np.ndarray:
     """Score each neuron by what it does by itself, (experts, hidden).
 
-    ``magnitude`` |W1_j| |W2_j|, the same for all experts and without any data; ``variance`` of the
-    activation (MoEE); ``weighted``, variance times W2_j^T Q W2_j, what dropping the neuron alone
-    adds to the error once its mean is kept (in the Fisher metric the diagonal of its information).
-    Q is the identity where there is no metric.
+    ``magnitude`` |W1_j| |W2_j|, without any data; ``variance`` of the activation (MoEE);
+    ``weighted``, variance times W2_j^T Q W2_j: what dropping the neuron alone adds to the error,
+    its mean being kept. Q is the identity where there is no metric.
     """
     W1, W2 = _matrix(mlp.fc1), _matrix(mlp.fc2)
     if order == "magnitude":
@@ -164,8 +163,7 @@ def elimination_costs(
 
     ``covariance`` is C, (hidden, hidden); ``readout`` (outputs, hidden) are the output weights in a
     metric in which errors are plain squares; ``ridge`` is r over the mean diagonal of C. In the
-    order of removal the costs, float64 (hidden,), never fall: keeping neurons above a threshold is
-    what elimination up to it keeps.
+    order of removal the costs, float64 (hidden,), never fall.
     """
     inverse, readout = _inverse(covariance.double(), ridge), readout.double().clone()
     neuron = alive = torch.arange(len(covariance))  # neuron of each column; columns still in use

@@ -109,9 +109,8 @@ def shared_readout(
     """One W2 for all experts, the least-squares fit of the dense outputs as routed.
 
     W = W2 (sum_e w_e C_e D_e + r I) (sum_e w_e D_e C_e D_e + r I)^-1, which minimises
-    sum_e w_e E_e |W2 (a - mu_e) - W D_e (a - mu_e)|^2 + r |W - W2|^2; shifts make the means equal:
-    W2 mu_e - W D_e mu_e. With one expert this is the refit of OB2C. Where all neurons are kept, or
-    none, W2 stays.
+    sum_e w_e E_e |W2 (a - mu_e) - W D_e (a - mu_e)|^2 + r |W - W2|^2; shifts make the means equal.
+    With one expert this is the refit of OB2C. Where all neurons are kept, or none, W2 stays.
 
     ``weight`` is W2, (dim, hidden); ``kept`` and ``means`` are (experts, hidden), ``sums`` those of
     a :class:`RefitAccumulator`; ``ridge`` is r over the mean diagonal of the second matrix.

@@ -189,7 +189,9 @@ def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list
         accumulator.update(own, layers[accumulator.site.name])
         if taken % len(group) == 0:
             done, now = done + 1, time.monotonic()
-            if now - (begun if done == len(chosen) else saved) >= SAVED_AFTER:  # the last: of all
+            if (
+                now - (begun if done == len(chosen) else saved) >= SAVED_AFTER
+            ):  # at the end: since it began
                 with writing(file):
                     file.parent.mkdir(parents=True, exist_ok=True)
                 write_tensors(file, named, {"parts": done})

@@ -28,7 +28,6 @@ from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.utils.progress import progress, tell, tell_progress
 from moee_analysis.utils.storage.checksums import read_signed, write_signed
 from moee_analysis.utils.storage.files import write_json
-from moee_analysis.utils.storage.locks import remove
 from moee_analysis.utils.storage.refusals import bytes_text
 from moee_analysis.utils.storage.store import content_key, get_or_resume
 
@@ -74,10 +73,7 @@ class Recording:
 
     def in_memory(self) -> dict[str, LayerSample]:
         """Record into memory alone; the sample of every site, by its name."""
-        arrays = {
-            file: np.empty((len(self.images) * len(block), *block.shape[1:]), block.dtype)
-            for file, block in self.blocks.items()
-        }
+        arrays = {file: block.repeat(len(self.images), 0) for file, block in self.blocks.items()}
         for _ in _record_batches(self, arrays.__getitem__):
             pass
         samples = {}
@@ -165,10 +161,8 @@ def _record_into(folder: Path, *, task: Recording) -> None:
     saved, images = _SavedImages(folder, task.blocks), len(task.images)
     if not saved.resume():
         kept = "/".join(map(str, sorted(set(task.kept.values()))))
-        tell_progress(
-            f"recording {len(task.sites)} layers on {images} images, "
-            f"{kept} tokens of each: {task.bytes / 1e6:.0f} MB on disk"
-        )
+        told = f"recording {len(task.sites)} layers on {images} images, {kept} tokens of each"
+        tell_progress(f"{told}: {task.bytes / 1e6:.0f} MB on disk")
         _create_files(folder, task)
         saved.save(0)
     array_of = partial(_map_file, folder)
@@ -179,7 +173,7 @@ def _record_into(folder: Path, *, task: Recording) -> None:
     for count in set(task.tokens.values()):
         np.save(folder / f"tokens-{count}.npy", _origin(task.plan, images, count))
     write_json(folder / MANIFEST, {"tokens": task.tokens, "contents": task.contents})
-    remove(folder / PROGRESS)
+    (folder / PROGRESS).unlink()
 
 
 def _record_batches(
@@ -273,10 +267,10 @@ class _SavedImages:
 
     def save(self, count: int) -> None:
         """Say that there are so many images now; their rows are brought to the disk."""
-        self._hash(count)
+        hashes = self._hash(count)
         for file in self.blocks:
             _map_file(self.folder, file).flush()
-        write_signed(self.folder / PROGRESS, {"images": count, "hashes": self._digests})
+        write_signed(self.folder / PROGRESS, {"images": count, "hashes": hashes})
 
     def resume(self) -> bool:
         """Find the images that were saved before; whether there are any, and they are whole."""
@@ -285,8 +279,7 @@ class _SavedImages:
             return False
         try:
             saved = read_signed(path)
-            self._hash(saved["images"])
-            if self._digests == saved["hashes"]:
+            if self._hash(saved["images"]) == saved["hashes"]:
                 return True
             damage = "other values than were saved"
         except Exception as error:  # a damaged file can break the reader in any way
@@ -295,12 +288,8 @@ class _SavedImages:
         self.count, self.hashes = 0, {}
         return False
 
-    @property
-    def _digests(self) -> dict[str, str]:
-        return {file: found.hexdigest() for file, found in self.hashes.items()}
-
-    def _hash(self, count: int) -> None:
-        """Add the rows up to those of so many images; before the first ones, the file's header."""
+    def _hash(self, count: int) -> dict[str, str]:
+        """Hash the rows up to those of so many images; before the first ones, the file's header."""
         for file, block in self.blocks.items():
             mapped, path = _map_file(self.folder, file), self.folder / f"{file}.npy"
             if file not in self.hashes:
@@ -311,3 +300,4 @@ class _SavedImages:
             rows = slice(self.count * len(block), count * len(block))
             self.hashes[file].update(np.ascontiguousarray(mapped[rows]))
         self.count = count
+        return {file: found.hexdigest() for file, found in self.hashes.items()}

@@ -36,9 +36,8 @@ LARGEST = 1e18  # bytes of memory or disk
 class Limits:
     """What an extraction may take of a machine; its result does not depend on it.
 
-    ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
-    ``disk`` bytes of recorded tokens are kept; None: half of what is free. Where there are more,
-    every pass makes them again.
+    ``memory`` bytes of sums are held at once; more of them take more passes over the tokens. Where
+    these take more than ``disk`` bytes (None: half of what is free), every pass makes them again.
     """
 
     memory: float = 4e9
@@ -74,10 +73,8 @@ class TokenSource:
     @cached_property
     def key(self) -> str:
         """Key of all tokens of all processes in a store."""
-        return content_key(
-            model=fingerprint(self.model), images=self.images.fingerprint, kinds=self.kinds,
-            plan=self.plan.facts,
-        )  # fmt: skip
+        facts = {"model": fingerprint(self.model), "images": self.images.fingerprint}
+        return content_key(kinds=self.kinds, plan=self.plan.facts, **facts)
 
     @cached_property
     def leading(self) -> dict[str, tuple[str, ...]]:
@@ -101,10 +98,9 @@ class TokenSource:
     def parts(
         self, sites: Sequence[MlpSite], *, gradients: bool = False, skip: int = 0
     ) -> Iterator[dict[str, RecordedLayer]]:
-        """Yield the tokens of ``sites``, by name, part after part of this process.
+        """Yield the tokens of ``sites``, by name, part after part of this process but the first.
 
-        So many parts at the beginning are skipped. Parts that are not on the disk have gradients
-        only where these are needed.
+        Parts that are not on the disk have gradients only where these are needed.
         """
         kept, first = self.whole.kept, self.own[0].start if self.own else 0
         for part in self.chosen[skip:]:

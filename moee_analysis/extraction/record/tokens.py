@@ -17,8 +17,7 @@ from moee_analysis.models.loading import MlpSite, blank
 
 CHUNK = 8192  # rows whose hidden activations are in memory at once
 PREFIX_KINDS = {"cls_token": ("cls", "dist"), "dist_token": ("dist",), "reg_token": ("register",)}
-"""Kinds of the tokens in timm's parameters of these names, in order; a distilled PiT has both of
-its leading tokens in one parameter."""
+"""Kinds of the tokens in timm's parameters, in order; a distilled PiT has both in one of them."""
 
 
 def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
@@ -48,8 +47,8 @@ def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
 def kinds_seen(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
     """Return the kinds of the leading tokens among an image's tokens of this ``shape``.
 
-    A map (rows, columns) has none, nor have as many tokens as the model has patches (CaiT's and
-    XCiT's ``blocks``). No more tokens than leading ones are these alone (``blocks_token_only``).
+    A map (rows, columns) has none, nor have as many tokens as patches (CaiT's ``blocks``).
+    No more tokens than leading ones are these alone (``blocks_token_only``).
     """
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if len(shape) != 1 or shape[0] == patches:
@@ -136,8 +135,7 @@ def capture_mlps(
 ) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
     """While open, yield what the sites saw in the latest forward pass, by name and kind.
 
-    ``inputs`` (images, tokens, dim) and ``hidden`` = act(W1 x + b1), (images, tokens, hidden);
-    grids are flattened row by row. Windows may stand in the place of images.
+    ``inputs`` (images or windows, tokens, dim), ``hidden`` = act(W1 x + b1); grids row by row.
     """
     seen: dict[str, dict[str, torch.Tensor]] = {site.name: {} for site in sites}
 
@@ -154,10 +152,9 @@ def capture_mlps(
 class LayerSample:
     """The sampled tokens of one layer, memory-mapped or not; None is what was not recorded.
 
-    ``inputs`` (rows, dim) and ``hidden`` (rows, hidden) are in half precision; each row stands for
-    ``weight`` tokens. Gradients at the outputs are ``directions`` (rows, probes, dim), unit vectors
-    or zeros in half precision, times ``norms`` (rows, probes) float32. ``start`` is the number of
-    the first row among those of all images.
+    ``inputs`` (rows, dim) and ``hidden`` (rows, hidden) are in half precision; a row stands for
+    ``weight`` tokens. Gradients are ``directions`` (rows, probes, dim), unit vectors or zeros in
+    half precision, times ``norms`` (rows, probes) float32. The first row has the number ``start``.
     """
 
     inputs: np.ndarray

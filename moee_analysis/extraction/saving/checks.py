@@ -23,14 +23,13 @@ from moee_analysis.models.weights import Tensors, differences
 from moee_analysis.moe.layer import MoeMlp, all_mlps
 
 Schema = dict[str, Any]
+Checks = Iterator[tuple[str, torch.Tensor | bool]]  # names of tables, and whether they hold
 
 HINT = "restore the file, or extract again"
 TENSORS_HINT = f"{HINT}; a dense network that is given is the one it was made from"
 TOLD = ("reason", "noise_share", "route_agreement")  # of a report: no layer shows them
 CLOSE = 1e-3  # of shares, which are rounded where they are stored
-LISTS = {
-    "sizes": torch.int64, "kept": torch.int64, "neurons": torch.int64, "shares": torch.float32,
-}  # fmt: skip
+LISTS = dict.fromkeys(("sizes", "kept", "neurons"), torch.int64) | {"shares": torch.float32}
 FIRST = 5  # format, in which these were not there yet:
 LATER = ("arguments", "dtype", "answers", "by_hand", "transform_sha256")
 
@@ -63,8 +62,7 @@ class LayerReport:
         return cls(**known | {"sizes": tuple(known["sizes"])})
 
 
-REMOVED_FROM = REMOVED | {"LayerReport": ("thin", "dense_tokens")}
-"""Fields that runs of earlier versions may have."""
+REMOVED_FROM = REMOVED | {"LayerReport": ("thin", "dense_tokens")}  # fields of earlier versions
 
 
 def check_facts(facts: Mapping[str, Any], source: Path) -> None:
@@ -112,10 +110,9 @@ def _schema() -> Schema:
     """The schema in the file beside this one, with those of the dataclasses in it."""
     schema = json.loads(Path(__file__).with_name("run.schema.json").read_text())
     count, share = ({"$ref": f"#/definitions/{name}"} for name in ("count", "share"))
-    schema["definitions"] |= {
-        "config": _schema_of(ExtractConfig, {"type": "integer"}, {"type": "number"}),
-        "report": _schema_of(LayerReport, count, share),
-    }
+    own = schema["definitions"]
+    own["config"] = _schema_of(ExtractConfig, {"type": "integer"}, {"type": "number"})
+    own["report"] = _schema_of(LayerReport, count, share)
     return schema
 
 
@@ -129,15 +126,13 @@ def _validator(run_format: int) -> Callable[[Any], Any]:
     return fastjsonschema.compile(schema)
 
 
-INPUT_FACTS = tuple(_schema()["definitions"]["input"]["properties"])
-"""Entries of ``pretrained_cfg`` that are kept."""
+INPUT_FACTS = tuple(_schema()["definitions"]["input"]["properties"])  # of ``pretrained_cfg``
 
 
 def check_tables(described: Mapping[str, Any], tensors: Tensors, dense: nn.Module) -> None:
     """Refuse tensors from which no layers of the ``dense`` network, of any values, can be built.
 
-    Raises MoeeError: layers that the network has not; tensors of the rest of it that do not fit;
-    values that are not finite; lists of neurons that are no experts.
+    Raises MoeeError: unknown layers; other tensors that do not fit, or infinite ones; no experts.
     """
     mlps, sites = all_mlps(dense), {site.name: site for site in plain_attentions(dense)}
     routers, attentions = described["routers"], described["attentions"]
@@ -209,19 +204,17 @@ def select_below(name: str, tensors: Tensors) -> Tensors:
     return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
 
 
-def _check_layer(
-    saved: Tensors, router: Mapping[str, Any], fc1: nn.Linear
-) -> Iterator[tuple[str, torch.Tensor | bool]]:
-    """Names of a layer's tables, and whether they hold; each makes sense if those before do."""
+def _check_layer(saved: Tensors, router: Mapping[str, Any], fc1: nn.Linear) -> Checks:
+    """Checks of a layer's tables, each of which makes sense if those before hold."""
     for name, dtype in LISTS.items():
         yield name, name in saved and saved[name].dtype == dtype and saved[name].ndim == 1
     sizes, kept, neurons, shares = (saved[name] for name in LISTS)
     yield "sizes", len(sizes) > 0
     yield "sizes", sizes.min() >= 0 and sizes.max() <= len(kept) and sizes.sum() == len(neurons)
-    yield "kept", _ascends(kept) and ((kept >= 0) & (kept < fc1.out_features)).all()
+    yield "kept", (kept.diff() > 0).all() and ((kept >= 0) & (kept < fc1.out_features)).all()
     yield "neurons", torch.equal(neurons.unique(), torch.arange(len(kept)))
     expert = torch.arange(len(sizes)).repeat_interleave(sizes)
-    yield "neurons", _ascends(expert * len(kept) + neurons)
+    yield "neurons", ((expert * len(kept) + neurons).diff() > 0).all()
     yield "shares", len(shares) == len(sizes)
     yield "shares", (shares >= 0).all() and abs(shares.sum() - 1) <= CLOSE
     start, experts = "router", len(sizes)
@@ -232,9 +225,7 @@ def _check_layer(
     yield from _check_router(select_below(start, saved), router["kind"], experts, fc1.in_features)
 
 
-def _check_router(
-    saved: Tensors, kind: str, experts: int, dim: int
-) -> Iterator[tuple[str, torch.Tensor | bool]]:
+def _check_router(saved: Tensors, kind: str, experts: int, dim: int) -> Checks:
     """The same for the router of tokens (n, dim) that are not leading."""
     projection = saved.get("projection")
     rank = dim if projection is None else sum(projection.shape[:1])
@@ -247,7 +238,3 @@ def _check_router(
         expected["projection"] = (rank, dim)
     yield "router", {name: tuple(t.shape) for name, t in saved.items()} == expected
     yield "router", kind != "constant" or 0 <= saved["expert"] < experts
-
-
-def _ascends(numbers: torch.Tensor) -> torch.Tensor:
-    return (numbers.diff() > 0).all()

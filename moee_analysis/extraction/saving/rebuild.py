@@ -19,13 +19,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.saving.checks import (
-    INPUT_FACTS,
-    check_finite,
-    check_fit,
-    check_tables,
-    select_below,
-)
+from moee_analysis.extraction.saving import checks
+from moee_analysis.extraction.saving.checks import INPUT_FACTS, select_below
 from moee_analysis.models.attention import LowRankAttention, Ranks, reduced_attentions, site_of
 from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import alike, answers
@@ -36,7 +31,6 @@ from moee_analysis.models.weights import Tensors
 from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
 from moee_analysis.moe.routers import TokenKindRouter, describe_router, rebuild_router
 
-ELSEWHERE = ("device", "dtype")  # arguments that say nothing of the network
 LARGEST_IMAGE = 2**25  # numbers
 PARTS = 1000  # parameters of a network, beside twice those of its file
 
@@ -49,21 +43,17 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises MoeeError: a router that cannot be saved, or for other tokens; weights not finite.
     """
     tensors = collect_tensors(model)
-    check_finite(tensors)
+    checks.check_finite(tensors)
     _check_size(model)
+    routed = {name: model.get_submodule(name) for name in moe_names(model).values()}
+    reduced = reduced_attentions(model).items()
     facts = {
         "architecture": architecture(model),
         "arguments": find_arguments(model),
         "dtype": name_dtype(model),
         "pretrained_cfg": describe_inputs(model),
-        "routers": {
-            name: describe_router(model.get_submodule(name).router)
-            for name in moe_names(model).values()
-        },
-        "attentions": {
-            name: asdict(m.ranks) | {"bias": m.bias is not None}
-            for name, m in reduced_attentions(model).items()
-        },
+        "routers": {name: describe_router(layer.router) for name, layer in routed.items()},
+        "attentions": {n: asdict(m.ranks) | {"bias": m.bias is not None} for n, m in reduced},
         "answers": _answers(model),
     }
     try:
@@ -91,29 +81,28 @@ def rebuild(
         raise MoeeError(expected, f"none ({reason})", hint)
     outline = _outline(described, parts=len(tensors)) if dense is None else unwrapped(dense)
     _check_size(outline)
-    check_tables(described, tensors, outline)
+    checks.check_tables(described, tensors, outline)
     model = _skeleton(described) if dense is None else copy.deepcopy(outline)
     names = described["pretrained_cfg"].get("label_names")
     if dense is not None and names:  # classes may have been named since
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(names)}
     _put_layers(model, described, tensors)
-    check_fit(model.state_dict(), tensors, model)
+    checks.check_fit(model.state_dict(), tensors, model)
     model.load_state_dict(tensors)
     found = _answers(model.eval())
     if not alike(described.get("answers", found), found):
-        raise MoeeError(
-            "the network that was saved", "one that gives other outputs for the same images",
-            "load it with the versions it was made with (run.json, versions), or extract again"
-            if dense is None else "give the dense network that the run was made from",
-        )  # fmt: skip
+        hint = "load it with the versions it was made with (run.json, versions), or extract again"
+        if dense is not None:
+            hint = "give the dense network that the run was made from"
+        wrong = "one that gives other outputs for the same images"
+        raise MoeeError("the network that was saved", wrong, hint)
     return model
 
 
 def find_arguments(model: nn.Module) -> dict[str, Any]:
     """Arguments with which ``timm.create_model`` builds a model like this one, as far as known.
 
-    They are those it was made with, if timm kept them, and what the model itself shows: outputs,
-    channels and size; activations are given by their names.
+    They are those it was made with, if timm kept them, and :func:`_visible_arguments`.
     """
     kept = getattr(model, "_model_args", {}).items()
     given = {k: plain for k, v in kept if (plain := _plain(v)) is not None}
@@ -191,7 +180,7 @@ def _check_size(model: nn.Module) -> None:
 def _skeleton(described: Mapping[str, Any]) -> nn.Module:
     """The dense network by its name; in format 5 the classes are all that is known of arguments."""
     arguments = described.get("arguments", {"num_classes": described.get("num_classes")})
-    arguments = {key: value for key, value in arguments.items() if key not in ELSEWHERE}
+    arguments = {k: v for k, v in arguments.items() if k not in ("device", "dtype")}
     cfg = described["pretrained_cfg"]
     model = build_model(described["architecture"], pretrained_cfg=cfg, **arguments)
     return model.to(getattr(torch, described.get("dtype", "float32")))
