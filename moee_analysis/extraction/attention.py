@@ -47,7 +47,6 @@ KeptModes = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, hea
 
 KINDS = ("scores", "values")
 FIELDS = ("left", "right", "strength", "gram")  # of Modes
-
 BATCH, CENTRE_IMAGES, PROBES, DAMPING = 16, 200, 1, 1e-2
 STEP = 8  # modes of a head: kernels are no faster for ranks between its multiples
 

@@ -111,7 +111,7 @@ def describe_origin(model: nn.Module, images: ImageSet, config: ExtractConfig) -
         "images": images.name,
         "n_images": len(images),
         "images_sha256": images.fingerprint,
-        "contents": contents_of(images),  # no evaluation may see them again
+        "contents": contents_of(images),  # hashes of what no evaluation may see
         "seed": config.seed,
         "versions": versions(),
     }

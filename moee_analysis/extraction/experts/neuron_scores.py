@@ -84,9 +84,8 @@ def removal_costs(
         counts = [layer.assignment.experts for layer in chosen]
         found = gather_covariances(tokens, chosen, label="covariances of neurons")
         tasks = progress(found, label="eliminating neurons", total=sum(counts))
-        costs = iter(
-            sums_over.share_out(tasks, costs_of, lambda task: task[2].new_zeros(len(task[2])))
-        )
+        done = sums_over.share_out(tasks, costs_of, lambda task: task[2].new_zeros(len(task[2])))
+        costs = iter(done)
         for layer, count in zip(chosen, counts, strict=True):
             rows = torch.stack([next(costs) for _ in range(count)])
             yield layer.site.name, {"costs": rows.numpy()}

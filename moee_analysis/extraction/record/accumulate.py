@@ -189,9 +189,8 @@ def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list
         accumulator.update(own, layers[accumulator.site.name])
         if taken % len(group) == 0:
             done, now = done + 1, time.monotonic()
-            if (
-                now - (begun if done == len(chosen) else saved) >= SAVED_AFTER
-            ):  # at the end: since it began
+            since = begun if done == len(chosen) else saved  # the last ones: if all took long
+            if now - since >= SAVED_AFTER:
                 with writing(file):
                     file.parent.mkdir(parents=True, exist_ok=True)
                 write_tensors(file, named, {"parts": done})

@@ -151,7 +151,7 @@ def unread_kinds(model: nn.Module, sites: Sites | None = None) -> dict[str, tupl
 
 
 def unread_patches(model: nn.Module, sites: Sites | None = None) -> frozenset[str]:
-    """Return the names of the ``sites`` at which nothing reads the patches, or gets any."""
+    """Return the names of ``sites`` that get no patches, or whose outputs there nothing reads."""
     read_kinds = _read_kinds(model, sites)
     return frozenset(name for name, read in read_kinds.items() if not read.get("patch"))
 

@@ -98,7 +98,7 @@ class TokenSource:
     def parts(
         self, sites: Sequence[MlpSite], *, gradients: bool = False, skip: int = 0
     ) -> Iterator[dict[str, RecordedLayer]]:
-        """Yield the tokens of ``sites``, by name, part after part of this process but the first.
+        """Yield the tokens of ``sites``, by name, of all but the first ``skip`` parts, in turn.
 
         Parts that are not on the disk have gradients only where these are needed.
         """
