@@ -1,24 +1,22 @@
 """Attention as an optional stage: which directions inside a head the prediction depends on.
 
 Put identities between queries and keys, q I k^T, and between what a head has gathered and the
-output projection, I u. A head of fewer dimensions is one with maps M of lower rank in their
-place, and what it costs follows from gradients at the identities: with T the gradient of
-<logits, v> (``probe``), a change D of one identity costs about E[<T, D>^2] / 2 nats of KL
-divergence. T sums over all tokens of an image, so errors that agree count as they add up.
+output projection, I u. A head of fewer dimensions has maps of lower rank in their place, and what
+it costs follows from gradients at the identities: with T the gradient of <logits, v> (``probe``), a
+change D of one identity costs about E[<T, D>^2] / 2 nats of KL divergence.
 
 With L = E[T T^T] and R = E[T^T T], the modes of an identity are the singular vectors of L^1/4
 R^1/4, the metric of Shampoo (Gupta et al., arXiv:1802.09568), mapped back: I = sum_m s_m x_m y_m^T,
 and in that metric dropping the last modes is the best approximation of a rank. What a mode
-contributes to the loss of an image, t_m = s_m x_m^T T y_m, then plays the part of a hidden neuron's
-activation in ``elimination_costs``, whose readout is ones: modes go whose loss refitted gains of
-the others can best make good. They are candidates for the one budget, as neurons are.
+contributes to the loss of an image, t_m = s_m x_m^T T y_m, plays the part of a hidden neuron's
+activation in ``elimination_costs``, whose readout is ones. Modes are candidates for the one budget,
+as neurons are.
 """
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import product
 from math import gcd
 from pathlib import Path
 
@@ -34,15 +32,8 @@ from moee_analysis.extraction.lagrangian import Candidates
 from moee_analysis.extraction.record.accumulate import Arrays, average, stored_arrays
 from moee_analysis.extraction.record.fisher import probe, unread_patches
 from moee_analysis.extraction.record.tokens import leading_kinds
-from moee_analysis.models.attention import (
-    AttentionSite,
-    Factors,
-    Reduction,
-    find_attentions,
-    heads_of,
-    low_rank,
-    plain_attentions,
-)
+from moee_analysis.models import attention as attentions
+from moee_analysis.models.attention import Factors, Reduction
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
@@ -50,12 +41,12 @@ from moee_analysis.models.macs import MacCount
 from moee_analysis.moe.layer import replace_module
 from moee_analysis.utils.distributed import own_share
 from moee_analysis.utils.progress import progress
-from moee_analysis.utils.storage.store import content_key
 
-Probed = Mapping[str, "_ProbedAttention"]
-Place = tuple[str, int]  # name of an attention; 0: its scores, 1: its values
+Place = tuple[str, str]  # name of an attention, and one of the KINDS
 KeptModes = tuple[np.ndarray, np.ndarray]  # scores and values, bool (heads, head_dim)
 
+KINDS = ("scores", "values")
+FIELDS = ("left", "right", "strength", "gram")  # of Modes
 BATCH, CENTRE_IMAGES, PROBES, DAMPING = 16, 200, 1, 1e-2
 STEP = 8  # modes of a head: kernels are no faster for ranks between its multiples
 
@@ -103,10 +94,7 @@ def gains(gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AttentionModes:
-    """Modes of one attention: of its ``scores``, and of the ``values`` that its heads pass on.
-
-    ``mean`` (heads, head_dim) is that of these values, over the tokens that are read.
-    """
+    """Modes of one attention, and the ``mean`` (heads, head_dim) of the values it passes on."""
 
     scores: Modes
     values: Modes
@@ -118,28 +106,22 @@ def attention_modes(
 ) -> dict[str, AttentionModes]:
     """Measure the modes of all plain attentions of ``model``, or find them in the store.
 
-    ``queries`` are, by the name of an attention, the leading tokens whose outputs are read (None:
-    all); ``seed`` is that of the probes.
+    ``queries`` by name are those of an :class:`AttentionPlan`; ``seed`` is that of the probes.
     """
     facts = {"model": fingerprint(model), "images": images.fingerprint, "seed": seed}
     facts |= {"queries": dict(queries)}
-    names = [site.name for site in find_attentions(model)]
-    folders = {name: f"attention-{content_key(attention=name, **facts)}" for name in names}
-    kinds, fields = ("scores", "values"), tuple(Modes.__annotations__)
+    names = [site.name for site in attentions.find_attentions(model)]
+    by_site = {name: {"attention": name, **facts} for name in names}
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
-        found = _measure(model, images, {n: queries[n] for n in names}, seed=seed)
-        for name in missing:
-            arrays = {"mean": found[name].mean.numpy()}
-            for kind, field in product(kinds, fields):
-                arrays[f"{kind}_{field}"] = getattr(getattr(found[name], kind), field).numpy()
-            yield name, arrays
+        found = _measure(model, images, {name: queries[name] for name in names}, seed=seed)
+        return ((name, found[name]) for name in missing)
 
     found = {}
-    for name, files in stored_arrays(root, folders, compute).items():
-        values = {array: torch.from_numpy(np.load(path)) for array, path in files.items()}
-        modes = [Modes(*(values[f"{kind}_{field}"] for field in fields)) for kind in kinds]
-        found[name] = AttentionModes(*modes, values["mean"])
+    for name, arrays in stored_arrays(root, "attention", by_site, compute).items():
+        tensors = {array: torch.from_numpy(values) for array, values in arrays.items()}
+        scores, values = (Modes(*(tensors[f"{kind}_{f}"] for f in FIELDS)) for kind in KINDS)
+        found[name] = AttentionModes(scores, values, tensors["mean"])
     return found
 
 
@@ -152,9 +134,10 @@ class _ProbedAttention(nn.Module):
         self.mean = attention.qkv.weight.new_zeros(attention.num_heads, 1, attention.head_dim)
 
     def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
-        q, k, v = heads_of(self.attention, x)
+        q, k, v = attentions.heads_of(self.attention, x)
         one = torch.eye(self.attention.head_dim).to(x).expand(*q.shape[:2], -1, -1)
-        scores, values = self.identities = [one.clone().requires_grad_() for _ in range(2)]
+        self.identities = {kind: one.clone().requires_grad_() for kind in KINDS}
+        scores, values = self.identities.values()
         gathered = (q @ scores @ k.mT).softmax(dim=-1) @ v
         self.gathered = gathered.detach()[:, :, : self.queries]
         moved = self.mean + (gathered - self.mean) @ values.mT
@@ -163,15 +146,15 @@ class _ProbedAttention(nn.Module):
 
 def _measure(
     dense: nn.Module, images: ImageSet, queries: Mapping[str, int | None], *, seed: int
-) -> dict[str, AttentionModes]:
-    """Modes in one pass over the images, their costs in another."""
+) -> dict[str, Arrays]:
+    """Modes in one pass over the images, their costs in another; as :func:`attention_modes`."""
     model, none = copy.deepcopy(dense), {}
     probed = {name: _ProbedAttention(model.get_submodule(name), q) for name, q in queries.items()}
     for name, module in probed.items():
         replace_module(model, name, module)
         heads, dim = module.attention.num_heads, module.attention.head_dim
-        for identity in (0, 1):
-            none[name, identity] = torch.zeros(0, heads, dim, dim, dtype=torch.float64)
+        for kind in KINDS:
+            none[name, kind] = torch.zeros(0, heads, dim, dim, dtype=torch.float64)
     gradients = partial(_gradients, model, probed, images, seed)
 
     def sides(_: Place, T: torch.Tensor) -> torch.Tensor:
@@ -187,12 +170,14 @@ def _measure(
         both = average(gradients("attention modes"), sides, none)
         bases = {place: _basis(L, R) for place, (L, R) in both.items()}
         grams = average(gradients("attention costs"), gram, none)
-    modes = {place: Modes(*bases[place], grams[place]) for place in bases}
-    means = {name: module.mean[:, 0].double().cpu() for name, module in probed.items()}
-    return {n: AttentionModes(modes[n, 0], modes[n, 1], mean) for n, mean in means.items()}
+    found = {name: {"mean": m.mean[:, 0].double().cpu().numpy()} for name, m in probed.items()}
+    for (name, kind), basis in bases.items():
+        of_kind = zip(FIELDS, (*basis, grams[name, kind]), strict=True)
+        found[name] |= {f"{kind}_{field}": values.numpy() for field, values in of_kind}
+    return found
 
 
-def _centre(model: nn.Module, probed: Probed, images: ImageSet) -> None:
+def _centre(model: nn.Module, probed: dict[str, _ProbedAttention], images: ImageSet) -> None:
     """Give every attention the mean of what its heads gather for the tokens that are read."""
     sums = dict.fromkeys(probed, 0.0)
     batches = images.batches(model, batch_size=BATCH)
@@ -205,17 +190,17 @@ def _centre(model: nn.Module, probed: Probed, images: ImageSet) -> None:
 
 
 def _gradients(
-    model: nn.Module, probed: Probed, images: ImageSet, seed: int, label: str
+    model: nn.Module, probed: dict[str, _ProbedAttention], images: ImageSet, seed: int, label: str
 ) -> Iterator[dict[Place, torch.Tensor]]:
     """Gradients T at every identity (images, heads, head_dim, head_dim), by own batch and probe."""
     own = own_share(-(-len(images) // BATCH))
     first = own.start * BATCH
-    images = images.take(range(first, min(own.stop * BATCH, len(images))))
+    images = images.take(range(len(images))[first : own.stop * BATCH])
     batches = images.batches(model, batch_size=BATCH)
     for batch in progress(batches, label=label, total=len(own)):
         with torch.enable_grad():
             logits = model(like(batch, model)).reshape(len(batch), -1)
-        seen = {(n, i): t for n, m in probed.items() for i, t in enumerate(m.identities)}
+        seen = {(n, kind): t for n, m in probed.items() for kind, t in m.identities.items()}
         for number in range(PROBES):
             v = probe(logits, [(seed, first + row, number) for row in range(len(batch))])
             more = number < PROBES - 1
@@ -247,7 +232,7 @@ class AttentionPlan:
     None where the heads keep all dimensions; ``bias`` says whether its queries have one.
     """
 
-    site: AttentionSite
+    site: attentions.AttentionSite
     tokens: int
     queries: int | None
     bias: bool
@@ -259,21 +244,13 @@ class AttentionPlan:
         return self._macs * (whole if kept is None else sum(int(each.sum()) for each in kept))
 
     @property
-    def fixed_macs(self) -> int:
-        """MACs of one image that no choice of modes changes."""
-        return 0 if self.modes else self.macs(None)
-
-    @property
     def fixed_parameters(self) -> int:
         """Parameters that no choice of modes changes: the output's bias, or all."""
         dimensions = 0 if self.modes else self.site.heads * self.site.head_dim
         return self.site.dim + dimensions * (4 * self.site.dim + self.bias)
 
     def candidates(self) -> list[Candidates]:
-        """Blocks of modes that may be kept, of the scores and of the values, the best ones first.
-
-        A block is the next few best modes of every head: heads of one rank are computed together.
-        """
+        """Blocks, each the next few best modes of every head, of the scores and of the values."""
         found, size, dim = [], self._step * self.site.heads, self.site.dim
         for modes, bias in ((self.modes.scores, self.bias), (self.modes.values, 0)):
             best_first = -np.sort(-modes.costs, axis=1)
@@ -294,10 +271,7 @@ class AttentionPlan:
 
     @property
     def _macs(self) -> int:
-        """MACs of one image for a dimension of a head's scores; one of its values costs the same.
-
-        Queries and keys (or values and outputs) are made of every token, then compared in pairs.
-        """
+        """MACs of one image for a dimension of a head's scores, or for one of its values."""
         asked = self.queries or self.tokens
         return self.site.dim * (asked + self.tokens) + asked * self.tokens
 
@@ -310,12 +284,9 @@ class AttentionPlan:
 def plan_attentions(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, dense: MacCount, root: Path
 ) -> list[AttentionPlan]:
-    """Plan the attentions of ``config``: none, those with unread outputs, or all.
-
-    ``dense`` has counted the tokens of all plain attentions.
-    """
-    find = {"low_rank": find_attentions, "read": plain_attentions}.get(config.attention)
-    sites = find(model) if find else []
+    """Plan the attentions of ``config``: none, those with unread outputs, or all."""
+    find = {"low_rank": attentions.find_attentions, "read": attentions.plain_attentions}
+    sites = find[config.attention](model) if config.attention in find else []
     if not sites:
         return []
     unread = unread_patches(model, sites)
@@ -346,4 +317,4 @@ def reduce_attention(
             scores, values = modes.scores.factors(heads[0]), modes.values.factors(heads[1])
             mean = modes.mean
         reduction = Reduction(scores, values, mean, plan.queries)
-        replace_module(model, site.name, low_rank(site, site.module(model), reduction))
+        replace_module(model, site.name, attentions.low_rank(site, site.module(model), reduction))

@@ -25,9 +25,8 @@ Scores = Mapping[str, np.ndarray]  # of neurons, (experts, hidden), by site name
 class Sizes:
     """The neurons that every expert keeps, and the modes that every head does.
 
-    ``neurons`` bool (experts, hidden), by site name; ``variance_kept`` is the share p of its scores
-    that every expert keeps, None for a global budget. ``modes``, by the name of an attention of
-    low rank: its kept scores and values, both bool (heads, head_dim), as many in every head.
+    ``neurons`` bool (experts, hidden), ``modes`` (as many in every head) by site name;
+    ``variance_kept`` is the share p of its scores that every expert keeps; None: a global budget.
     """
 
     neurons: dict[str, np.ndarray]
@@ -37,10 +36,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of ``config`` for a ``model`` that costs ``dense``.
-
-    It is spent on neurons and, where ``attentions`` supply candidates, on modes of heads.
-    """
+    """The budget of ``config`` for a ``model`` that costs ``dense``, ``attentions`` among it."""
 
     model: nn.Module
     dense: MacCount
@@ -89,7 +85,8 @@ class Budget:
         budgets: dict[str, float] = {}
         if self.config.macs_reduction is not None:
             fixed = {layer.site.name: float(layer.router().macs) for layer in layers}
-            fixed |= {each.site.name: each.fixed_macs / each.tokens for each in self.attentions}
+            for each in self.attentions:
+                fixed[each.site.name] = 0.0 if each.modes else each.macs(None) / each.tokens
             budget = (1 - self.config.macs_reduction) * self.dense.total
             budgets["macs"] = budget - self.dense.replacing(fixed)
         if self.config.params_reduction is not None:
@@ -123,10 +120,7 @@ class Budget:
 
 
 def keep_share(scores: np.ndarray, share: float) -> np.ndarray:
-    """The fewest entries of each row that hold a ``share`` of its sum, a bool of the same shape.
-
-    The highest scores come first; ties keep the neurons' order.
-    """
+    """The fewest entries of each row, the highest first, that hold a ``share`` of its sum: bool."""
     order = np.argsort(-scores, axis=1, kind="stable")
     running = np.cumsum(np.take_along_axis(scores, order, axis=1), axis=1)
     total = np.maximum(running[:, -1:], np.finfo(float).tiny)
@@ -138,19 +132,14 @@ def keep_share(scores: np.ndarray, share: float) -> np.ndarray:
 
 
 def find_share(macs: Callable[[float], float], *, dense: float, reduction: float) -> float:
-    """Largest share of the scores at which ``macs``, which never fall, are within the budget.
-
-    The budget is to save a ``reduction`` in (0, 1) of the ``dense`` model's.
-    """
+    """Largest share of the scores at which ``macs``, which never fall, save the ``reduction``."""
     budget = (1 - reduction) * dense
     low, high = 0.0, 1.0
     if macs(low) > budget:
-        raise MoeeError(
-            f"a MACs reduction of {reduction:.1%}",
-            f"at most {1 - macs(low) / dense:.1%} with one neuron per expert in the layers "
-            "that have clusters",
-            "ask for less, or let more layers be converted (see the reasons per layer)",
-        )
+        least = "with one neuron per expert in the layers that have clusters"
+        found = f"at most {1 - macs(low) / dense:.1%} {least}"
+        hint = "ask for less, or let more layers be converted (see the reasons per layer)"
+        raise MoeeError(f"a MACs reduction of {reduction:.1%}", found, hint)
     if macs(high) <= budget:
         return high
     for _ in range(BISECTIONS):

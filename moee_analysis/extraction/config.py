@@ -6,23 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils.checks import (
-    choices_of,
-    layer_numbers,
-    not_none,
-    one_of,
-    real_number,
-    seed_number,
-    share,
-    whole_number,
-)
+from moee_analysis.utils import checks
+from moee_analysis.utils.checks import not_none
 
 VARIANCE_KEPT = 0.9  # p, where neither p nor a MACs budget is given
 MACS_REDUCTION = 0.28  # of a global budget, where none is given
 
-REMOVED = {"dense_tokens": ((), []), "union": None, "thin": None}
-REMOVED_CLUSTERING = {"metric": ("cosine",), "selection": ("eom",)}
-"""Settings of earlier versions, and their values that a run may have; None: any."""
+REMOVED = {  # settings of earlier versions, and their values that a run may have; None: any
+    "ExtractConfig": {"dense_tokens": ((), []), "union": None, "thin": None},
+    "ClusterConfig": {"metric": ("cosine",), "selection": ("eom",)},
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ PRESETS: dict[str, Preset] = {
 
 def preset_named(name: str) -> Preset:
     """Return the preset called ``name``; a MoeeError lists the names there are."""
-    one_of("a preset", name, PRESETS)
+    checks.one_of("a preset", name, PRESETS)
     return PRESETS[name]
 
 
@@ -59,7 +52,6 @@ class ClusterConfig:
     ``random`` (the control: random tokens as centres). ``space`` is the ``hidden`` activations,
     or the ``inputs`` in the metric of the outputs. ``reduce="none"`` is the paper taken literally;
     on raw activations HDBSCAN calls most tokens noise, so the default reduces with UMAP first.
-    Fewer tokens than ``count`` make fewer clusters.
     """
 
     method: Literal["hdbscan", "kmeans", "random"] = "hdbscan"
@@ -76,32 +68,30 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         for name, choices in CLUSTER_CHOICES.items():
-            one_of(name, getattr(self, name), choices)
-        share("min_cluster_size", self.min_cluster_size)
-        share("max_noise", self.max_noise)
+            checks.one_of(name, getattr(self, name), choices)
+        checks.share("min_cluster_size", self.min_cluster_size)
+        checks.share("max_noise", self.max_noise)
         for name, value in not_none(self, "max_cluster_size"):
-            real_number(name, value, least=self.min_cluster_size, most=1)
+            checks.real_number(name, value, least=self.min_cluster_size, most=1)
         for name, value in not_none(self, "count", "components"):
-            whole_number(name, value)
-        whole_number("epochs", self.epochs)
-        whole_number("min_samples", self.min_samples)
-        whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
+            checks.whole_number(name, value)
+        checks.whole_number("epochs", self.epochs)
+        checks.whole_number("min_samples", self.min_samples)
+        checks.whole_number("neighbors", self.neighbors, least=2)  # UMAP counts the token itself
 
     def for_width(self, hidden: int) -> Self:
         """Fill in ``count`` and ``components``, if None, for a layer of ``hidden`` neurons.
 
-        A cluster for every 12 neurons, so that routers and shifts stay small beside the weights,
-        and 64 at most, so that every expert has enough tokens to be known by, and to be computed
-        with few at a time; a component for every 48 neurons, that is, usually for every 12 inputs.
+        A cluster for every 12 neurons, so that routers and shifts are small beside the weights, and
+        64 at most, so that experts have enough tokens; a component for every 48, mostly 12 inputs.
         """
         usual = {"count": min(max(hidden // 12, 2), 64), "components": max(hidden // 48, 2)}
         return replace(self, **usual | dict(not_none(self, *usual)))
 
 
-CLUSTER_CHOICES = choices_of(ClusterConfig)
-_MEANS = ClusterConfig(
-    method="kmeans", space="inputs", reduce="pca", components=None, count=None
-)  # as many as suit the width of a layer
+CLUSTER_CHOICES = checks.choices_of(ClusterConfig)
+# as many components and clusters as suit the width of a layer
+_MEANS = ClusterConfig(method="kmeans", space="inputs", reduce="pca", components=None, count=None)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {  # MoEE as published, nothing added
@@ -117,15 +107,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Each piece of an extraction, unless a configuration says otherwise; any can be switched alone."""
 
-# Every expert more has a router and a shift to store; and of neurons that go from all experts at
-# once, the refit can make good the more.
+# Pieces that are others where parameters are bound: every expert has a router and a shift to store,
+# and of neurons that go from all experts at once, the refit can make good the more.
 BOUND = {"best": {"clustering": replace(_MEANS, count=16), "order": "obs"}}
-"""Pieces of recipes that are others where parameters are bound."""
 
 
 def recipe_named(name: str, *, bound: bool = False) -> dict[str, Any]:
     """Return the pieces of the recipe called ``name``, with ``bound`` parameters or without."""
-    one_of("recipe", name, RECIPES)
+    checks.one_of("recipe", name, RECIPES)
     return RECIPES[name] | (BOUND.get(name, {}) if bound else {})
 
 
@@ -134,35 +123,27 @@ class ExtractConfig:
     """How a model is converted; None follows from the preset or the recipe.
 
     The budget: ``macs_reduction`` and ``params_reduction`` are shares of the dense model's MACs
-    and stored parameters to save; ``variance_kept`` is the paper's p, as a share. With
-    ``budget="share"`` every expert keeps the same share of its scores (the paper), with
-    ``"global"`` all layers, experts and neurons compete for one budget; only that can bind the
-    parameters.
+    and stored parameters to save; ``variance_kept`` is the paper's p. With ``budget="share"`` every
+    expert keeps the same share of its scores (the paper), with ``"global"`` all layers, experts and
+    neurons compete for one budget; only that can bind the parameters.
 
-    ``noise`` says what becomes of tokens in no cluster: ``reroute`` routes all tokens, by the
-    centres of the clusters, and takes the statistics of each expert as routed; ``drop``
-    takes them from the cluster's own tokens; ``rest`` gives the noise an expert of its own.
-    ``experts="one"`` is a control: a single expert per layer (beside those of leading tokens, if
-    they have their own), that is, static pruning by the same rule, without clusters and without a
-    router.
+    ``noise`` says what becomes of tokens in no cluster: ``reroute`` routes all tokens by the
+    clusters' centres, and takes the statistics of each expert as routed; ``drop`` takes them from
+    the cluster's own tokens; ``rest`` gives the noise an expert. ``experts="one"`` is a control,
+    static pruning by the same rule: one expert per layer, beside those of leading tokens.
 
     The other pieces, each explained where it is computed:
 
     - ``router``: ``cosine`` to mean inputs, or ``nearest`` centre in the metric of the outputs
       (where ``clustering`` takes principal components of the inputs, in these).
-    - ``tokens``: ``alike``, or each kind of leading token (CLS, distillation, registers) by its
-      position to an expert of its own (``kinds``).
-    - ``unread``: patch tokens whose MLP output nothing reads are ``routed`` like others, or get a
-      ``constant``.
+    - ``tokens``: ``alike``, or an expert for each of the ``kinds`` of leading tokens (CLS, ...).
+    - ``unread``: patches whose MLP output nothing reads are ``routed``, or get a ``constant``.
     - ``order``: the neurons' scores: ``magnitude`` of their weights, ``variance``, variance
       ``weighted`` by the output weights, or ``obs``, elimination with the refit built in.
-    - ``metric``: errors of the ``outputs`` count alike, or by the ``fisher`` information of the
-      prediction.
-    - ``coherence``: whether it is ``measured`` how much more the errors of an image's tokens cost
-      together than one by one, layer by layer, or ``ignored``. Needs the ``fisher`` metric and a
-      ``global`` budget; without effect elsewhere.
-    - ``refit``: what stands in for dropped neurons: ``none``, their mean (``shift``), or a W2
-      refitted for all experts (``shared``).
+    - ``metric``: errors of ``outputs`` count alike, or by ``fisher`` information on predictions.
+    - ``coherence``: how much more the errors of an image's tokens cost together than one by one is
+      ``measured``, or ``ignored``; without effect but on the ``fisher`` metric and a global budget.
+    - ``refit`` of dropped neurons: ``none``, their mean (``shift``), or one new W2 (``shared``).
     - ``attention``: ``dense``; asked only for tokens whose outputs are ``read``, which loses
       nothing; or ``low_rank`` too, heads having fewer dimensions by the budget of the neurons.
     """
@@ -193,21 +174,18 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         recipe_named(self.recipe)
         for name, value in not_none(self, *CHOICES):
-            one_of(name, value, CHOICES[name])
+            checks.one_of(name, value, CHOICES[name])
         for name, value in not_none(self, "macs_reduction", "params_reduction", "variance_kept"):
-            share(name, value)
-        for name, value in not_none(
-            self, "tokens_per_image", "cluster_tokens", "calibration_images"
-        ):
-            whole_number(name, value)
-        seed_number(self.seed)
-        layer_numbers(self.layers)
+            checks.share(name, value)
+        counts = ("tokens_per_image", "cluster_tokens", "calibration_images")
+        for name, value in not_none(self, *counts):
+            checks.whole_number(name, value)
+        checks.seed_number(self.seed)
+        checks.layer_numbers(self.layers)
         preset_named(self.preset)
         if not isinstance(self.clustering, ClusterConfig | None):
-            raise MoeeError(
-                "clustering as a ClusterConfig", reprlib.repr(self.clustering),
-                "leave it out, or pass moee.ClusterConfig(...)",
-            )  # fmt: skip
+            hint = "leave it out, or pass moee.ClusterConfig(...)"
+            raise MoeeError("clustering as a ClusterConfig", reprlib.repr(self.clustering), hint)
         if self.variance_kept is not None and self.macs_reduction is not None:
             raise MoeeError("macs_reduction or variance_kept", "both", "give one of them")
         budget = self._pieces["budget"]
@@ -236,11 +214,7 @@ class ExtractConfig:
         return wanted.items() <= self._pieces.items()
 
     def resolved(self) -> Self:
-        """Return the same configuration with all that preset and recipe decide filled in.
-
-        ``tokens_per_image`` stays None, which means all tokens, where the recipe needs more of
-        them than the preset's sample.
-        """
+        """Return the same configuration with all that preset and recipe decide filled in."""
         preset, pieces = preset_named(self.preset), self._pieces
         names = ["cluster_tokens", "calibration_images"]
         if pieces["order"] != "obs" and pieces["refit"] != "shared":
@@ -254,31 +228,27 @@ class ExtractConfig:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Rebuild a configuration from ``dataclasses.asdict`` after a trip through JSON."""
-        kept = _without(REMOVED, content)
+        kept = _without("ExtractConfig", content)
         if kept["refit"] == "each":
             raise _removed("refit", "each")
         if kept["clustering"] is not None:
-            clustering = _without(REMOVED_CLUSTERING, kept["clustering"])
-            kept["clustering"] = ClusterConfig(**clustering)
+            kept["clustering"] = ClusterConfig(**_without("ClusterConfig", kept["clustering"]))
         if kept["layers"] is not None:
             kept["layers"] = tuple(kept["layers"])
         return cls(**kept)
 
 
-CHOICES = choices_of(ExtractConfig)
-"""The settings that are chosen by name, and their names."""
+CHOICES = checks.choices_of(ExtractConfig)  # settings that are chosen by name, and their names
 
 
-def _without(removed: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+def _without(settings: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that there still are; a removed one must have a value without effect."""
-    for name, allowed in removed.items():
+    for name, allowed in REMOVED[settings].items():
         if name in content and allowed is not None and content[name] not in allowed:
             raise _removed(name, content[name])
-    return {name: value for name, value in content.items() if name not in removed}
+    return {name: value for name, value in content.items() if name not in REMOVED[settings]}
 
 
 def _removed(name: str, value: Any) -> MoeeError:
-    return MoeeError(
-        "settings that this version has", f"{name}={value!r}",
-        "load the run with the version of this package that saved it, or extract again",
-    )  # fmt: skip
+    hint = "load the run with the version of this package that saved it, or extract again"
+    return MoeeError("settings that this version has", f"{name}={value!r}", hint)

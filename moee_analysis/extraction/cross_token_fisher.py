@@ -1,10 +1,9 @@
 """How much more the errors of an image's tokens cost together than one by one.
 
-The Fisher metric of one token takes the errors of the others as independent. They are not: in
-deep layers the gradients of an image's tokens point the same way, so that errors that agree add
-up, and the tokens that matter most err most. The cost of the errors of whole images,
-E[(sum_t g_t . delta_t)^2] / 2, over the sum of the metric's costs token by token, is measured
-once for every layer, and multiplies the scores of its routed experts.
+The Fisher metric takes the errors of tokens as independent. They are not: in deep layers the
+gradients of an image's tokens point the same way, and the tokens that matter most err most. The
+cost of the errors of whole images, E[(sum_t g_t . delta_t)^2] / 2, over the sum of the metric's
+costs token by token multiplies the scores of a layer's routed experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,18 +33,15 @@ def scale_by_coherence(
 ) -> dict[str, np.ndarray]:
     """Multiply the scores of the routed experts of every layer by its measured coherence.
 
-    Both ``scores`` and the neurons ``kept`` by a first allocation, bool, are (experts, hidden) by
-    site name; the errors are those of all other neurons.
+    ``scores`` and the neurons ``kept`` by a first allocation, bool, are (experts, hidden) by site.
     """
     images = spread_images(len(tokens.images))
+    routed = [layer for layer in layers if layer.converted and not layer.unread]
     accumulators = [
-        CoherenceAccumulator(
-            layer.site, layer.assignment, kept[layer.site.name], images, layer.statistics
-        )
-        for layer in layers
-        if layer.converted and not layer.unread
+        CoherenceAccumulator(e.site, e.assignment, kept[e.site.name], images, e.statistics)
+        for e in routed
     ]
-    leading = {each.site.name: each.assignment.leading for each in accumulators}
+    leading = {layer.site.name: layer.assignment.leading for layer in routed}
     some = replace(tokens, numbers=tuple(images.tolist()))
     scaled = dict(scores)
     for site, coherence in accumulate(some, accumulators, label="measuring coherence"):
@@ -61,10 +57,10 @@ def spread_images(count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CoherenceAccumulator(Accumulator):
-    """What the errors of whole images cost, and what they cost token by token.
+    """What the errors of whole images cost, and what they cost token by token, in nats.
 
-    The errors are those of a layer whose experts keep ``kept``, bool (experts, hidden), with the
-    means of the other neurons made good. Only the routed tokens of ``images`` count.
+    Errors are of routed tokens of ``images``, in a layer whose experts keep ``kept``, bool
+    (experts, hidden), with the means of the other neurons made good.
     """
 
     site: MlpSite
@@ -76,7 +72,7 @@ class CoherenceAccumulator(Accumulator):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of two sums, in nats."""
+        """Two sums."""
         return {"together": (), "apart": ()}
 
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
@@ -109,10 +105,6 @@ class CoherenceAccumulator(Accumulator):
             sums["apart"] += apart
 
     def compute(self, sums: Sums) -> float:
-        """Cost of the errors of whole images over the sum of the costs of their routed tokens.
-
-        About 1 where tokens err independently of each other and of how much they matter; 1 where
-        there is no error, or none that is read.
-        """
+        """Cost together over cost apart: about 1 for independent errors, 1 where none is read."""
         together, apart = float(sums["together"]), float(sums["apart"])
         return together / apart if together > 0 and apart > 0 else 1.0

@@ -1,9 +1,8 @@
 """One budget for all layers, experts and neurons: where each kept neuron is worth most.
 
-Every neuron of every expert has a score, the cost of dropping it per token in a unit that all
-layers share, and a price. Kept is what minimises cost + lambda * MACs + nu * parameters: a neuron
-of an expert must be worth its MACs, and a neuron in the union of a layer's experts must be worth
-its parameters. lambda and nu are found by bisection.
+Kept is what minimises cost + lambda * MACs + nu * parameters, cost being that of the neurons that
+are dropped, in a unit that all layers share: a neuron of an expert must be worth its MACs, one in
+the union of a layer's experts its parameters. lambda and nu are found by bisection.
 """
 
 import math
@@ -21,9 +20,8 @@ BISECTIONS = 35
 class Candidates:
     """Neurons of one layer that may be kept.
 
-    ``scores`` (experts, hidden): the cost of dropping a neuron for one token of the expert;
-    ``tokens`` (experts,): tokens of an image that use the expert; ``macs``: of one neuron for one
-    token; ``parameters``: of one stored neuron.
+    ``scores`` (experts, hidden) are costs of dropping a neuron for one token of the expert; an
+    image has ``tokens`` (experts,) of it. ``macs`` (of a token) and ``parameters`` are a neuron's.
     """
 
     scores: np.ndarray
@@ -49,20 +47,14 @@ class Candidates:
 def choose(
     layers: Sequence[Candidates], *, macs: float = math.inf, parameters: float = math.inf
 ) -> list[np.ndarray]:
-    """Choose the neurons of all layers within a budget, bool (experts, hidden) for each layer.
-
-    ``macs`` and ``parameters`` are what all kept neurons together may cost per image, and store.
-    """
+    """Choose neurons, bool (experts, hidden) by layer, of so many MACs per image and parameters."""
     for name, budget in (("MACs", macs), ("parameters", parameters)):
         if budget < 0:
-            raise MoeeError(
-                f"a budget of {name} that what stays dense, routers and shifts fit into",
-                f"{-budget:.3g} too few",
-                "ask for less, convert more layers, or have fewer experts",
-            )
+            expected = f"a budget of {name} that what stays dense, routers and shifts fit into"
+            hint = "ask for less, convert more layers, or have fewer experts"
+            raise MoeeError(expected, f"{-budget:.3g} too few", hint)
 
     def within_macs(per_parameter: float) -> list[np.ndarray]:
-        """The best choice at this price of a parameter that meets the budget of MACs."""
         return _at_lowest_price(
             lambda per_mac: [layer.worth(per_mac, per_parameter) for layer in layers],
             lambda kept: sum(map(Candidates.macs_of, layers, kept)) <= macs,
@@ -76,14 +68,11 @@ def choose(
 def _at_lowest_price(
     choice: Callable[[float], list[np.ndarray]], fits: Callable[[list[np.ndarray]], bool]
 ) -> list[np.ndarray]:
-    """The choice at about the lowest price at which it fits; a price of zero is tried first.
-
-    Scores span many orders of magnitude, so prices are bisected on a logarithmic scale.
-    """
+    """The choice at about the lowest price at which it fits; a price of zero is tried first."""
     best = choice(0.0)
     if fits(best):
         return best
-    low, high = -60.0, 20.0
+    low, high = -60.0, 20.0  # logarithms: scores span many orders of magnitude
     best = choice(math.exp(high))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

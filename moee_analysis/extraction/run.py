@@ -1,8 +1,7 @@
 """A run: a mixture of experts and where it comes from, saved, loaded, and found in a store.
 
-On disk it is a safetensors and a JSON file, and anything else is refused. The JSON carries a
-checksum of itself and of the tensors, so that a file that was cut short, edited by hand or put
-together from two runs is refused instead of loading as a wrong model.
+On disk it is a safetensors and a JSON file. The JSON carries a checksum of itself and of the
+tensors, so that what was cut short, edited by hand or put together from two runs is refused.
 """
 
 import json
@@ -19,37 +18,20 @@ from moee_analysis.data.disjoint import contents_of
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.saving.rebuild import (
-    collect_tensors,
-    describe,
-    describe_inputs,
-    find_arguments,
-    name_dtype,
-    rebuild,
-)
-from moee_analysis.extraction.saving.schema import LayerReport, check_facts
-from moee_analysis.extraction.saving.tables import check_reports
+from moee_analysis.extraction.saving import rebuild as networks
+from moee_analysis.extraction.saving.checks import LayerReport, check_facts, check_reports
 from moee_analysis.models.fingerprints import identity
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.models.weights import read_tensors
 from moee_analysis.utils.distributed import agreed
 from moee_analysis.utils.environment import versions
+from moee_analysis.utils.storage import store
 from moee_analysis.utils.storage.files import checksum, file_hash, read_json, write_json
 from moee_analysis.utils.storage.folders import new_folder
 from moee_analysis.utils.storage.refusals import check_place, writing
-from moee_analysis.utils.storage.store import (
-    check_writable,
-    collecting,
-    content_key,
-    get_or_build,
-    present,
-    set_aside,
-)
 
 FORMAT = 6
-READABLE = (5, FORMAT)
-"""Formats that can be read; 5 had neither answers nor arguments of ``timm.create_model``."""
-
+READABLE = (5, FORMAT)  # 5 had neither answers nor arguments of ``timm.create_model``
 KIND = "moee run"
 TENSORS = "model.safetensors"
 FACTS = "run.json"
@@ -59,9 +41,8 @@ FACTS = "run.json"
 class Extraction:
     """A mixture of experts and how it came about.
 
-    ``model`` takes and gives what the dense model does. ``variance_kept`` is the p that was
-    used (None: a global budget), ``provenance`` names the model, images and versions, with their
-    hashes.
+    ``model`` takes and gives what the dense model does. ``variance_kept`` is the p that was used
+    (None: a global budget), ``provenance`` names the model, images and versions, with hashes.
     """
 
     model: nn.Module = field(repr=False)
@@ -74,8 +55,6 @@ class Extraction:
     def dense(self, *, weights: str | Path | None = None) -> nn.Module:
         """Return the dense model this run was cut from; ``weights``: where they are now.
 
-        Images and classes are those of the run's own model.
-
         Raises MoeeError: no such file; another model than the one the run was made from.
         """
         if self.original is not None:
@@ -83,13 +62,11 @@ class Extraction:
         facts = self.provenance
         file = weights or facts["weights_file"]
         if file is not None and not Path(file).is_file():
-            raise MoeeError(
-                f"the dense weights of this run at '{file}'", "no such file",
-                "pass the weights the run was extracted from (--weights FILE)",
-            )  # fmt: skip
+            hint = "pass the weights the run was extracted from (--weights FILE)"
+            raise MoeeError(f"the dense weights of this run at '{file}'", "no such file", hint)
         model = load_model(facts["model"], weights=file, **facts.get("arguments", {}))
         model.to(getattr(torch, facts.get("dtype", "float32")))
-        model.pretrained_cfg = {**model.pretrained_cfg, **describe_inputs(self.model)}
+        model.pretrained_cfg = {**model.pretrained_cfg, **networks.describe_inputs(self.model)}
         _check_dense(model, facts, source=file or "hub")
         return model
 
@@ -101,13 +78,13 @@ class Extraction:
 
     def fill(self, folder: Path) -> None:
         """Write the two files into an existing ``folder``."""
-        tensors = collect_tensors(self.model)
+        tensors = networks.collect_tensors(self.model)
         with writing(folder / TENSORS, wanted=sum(t.nbytes for t in tensors.values())):
             save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         facts = {
             "kind": KIND,
             "format": FORMAT,
-            "model": describe(self.model),
+            "model": networks.describe(self.model),
             "tensors_sha256": file_hash(folder / TENSORS),
             "config": asdict(self.config),
             "variance_kept": self.variance_kept,
@@ -121,15 +98,12 @@ class Extraction:
 
 
 def describe_origin(model: nn.Module, images: ImageSet, config: ExtractConfig) -> dict[str, Any]:
-    """Facts of the model and the images that a run is made from, as plain JSON values.
-
-    ``contents`` are hashes of the pictures, which no evaluation may see again.
-    """
+    """Facts of the model and the images that a run is made from, as plain JSON values."""
     found = identity(model)
     return {
         "model": architecture(model),
-        "arguments": find_arguments(model),
-        "dtype": name_dtype(model),
+        "arguments": networks.find_arguments(model),
+        "dtype": networks.name_dtype(model),
         "weights_file": model.pretrained_cfg.get("file"),
         "weights_sha256": found.weights,
         "transform_sha256": found.transform,
@@ -137,7 +111,7 @@ def describe_origin(model: nn.Module, images: ImageSet, config: ExtractConfig) -
         "images": images.name,
         "n_images": len(images),
         "images_sha256": images.fingerprint,
-        "contents": contents_of(images),
+        "contents": contents_of(images),  # hashes of what no evaluation may see
         "seed": config.seed,
         "versions": versions(),
     }
@@ -153,10 +127,9 @@ def _check_dense(model: nn.Module, provenance: Mapping[str, Any], *, source: str
         answers=tuple(provenance.get("answers", found.answers)),
     )
     if difference := expected.difference(found):
-        raise MoeeError(
-            "the dense model this run was extracted from", f"{difference} ({source})",
-            "pass the original weights (--weights FILE), or extract again",
-        )  # fmt: skip
+        expected = "the dense model this run was extracted from"
+        hint = "pass the original weights (--weights FILE), or extract again"
+        raise MoeeError(expected, f"{difference} ({source})", hint)
 
 
 def check_target(folder: Path, *, wanted: int = 0) -> None:
@@ -166,11 +139,9 @@ def check_target(folder: Path, *, wanted: int = 0) -> None:
         raise MoeeError(f"a folder at '{folder}'", "a file", "choose another place")
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if present - {TENSORS, FACTS}:
-        raise MoeeError(
-            f"'{folder}' to be new, empty, or an earlier run",
-            f"other files there ({', '.join(sorted(present)[:3])})",
-            "choose another folder",
-        )
+        found = f"other files there ({', '.join(sorted(present)[:3])})"
+        expected = f"'{folder}' to be new, empty, or an earlier run"
+        raise MoeeError(expected, found, "choose another folder")
 
 
 def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
@@ -179,88 +150,73 @@ def load(folder: str | Path, *, dense: nn.Module | None = None) -> Extraction:
     Only a ``dense`` model that was changed by hand, in ways that no argument of
     ``timm.create_model`` says, has to be given.
 
-    Raises
-    ------
-    MoeeError
-        Missing, truncated, foreign, edited or newer files; facts or tensors that make no sense; a
-        network that gives other outputs than the one that was saved.
+    Raises MoeeError: missing, truncated, foreign, edited or newer files; facts or tensors that make
+    no sense; a network that gives other outputs than the one that was saved.
     """
     path = Path(folder) / FACTS
     facts, (tensors, _) = _read_facts(path), read_tensors(path.with_name(TENSORS))
     if file_hash(path.with_name(TENSORS)) != facts["tensors_sha256"]:
-        raise MoeeError(
-            f"the tensors that were saved with '{path}'", f"another content in {TENSORS}",
-            "restore both files, or extract again",
-        )  # fmt: skip
-    model = rebuild(facts["model"], tensors, dense=dense)
-    layers = tuple(LayerReport.from_json(layer) for layer in facts["layers"])
+        expected = f"the tensors that were saved with '{path}'"
+        hint = "restore both files, or extract again"
+        raise MoeeError(expected, f"another content in {TENSORS}", hint)
+    model = networks.rebuild(facts["model"], tensors, dense=dense)
+    layers = tuple(map(LayerReport.from_json, facts["layers"]))
     check_reports(layers, model)
-    p, provenance = facts["variance_kept"], facts["provenance"]
     if dense is not None:
-        _check_dense(dense, provenance, source="the one given")
+        _check_dense(dense, facts["provenance"], source="the one given")
     config = ExtractConfig.from_json(facts["config"])
+    p, provenance = facts["variance_kept"], facts["provenance"]
     return Extraction(model, config, p, layers, provenance, original=dense)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    facts = read_json(
-        path, expected=f"a run folder with {FACTS} and {TENSORS}",
-        hint="check the path, restore the file, or extract again",
-    )  # fmt: skip
+    hint = "check the path, restore the file, or extract again"
+    facts = read_json(path, expected=f"a run folder with {FACTS} and {TENSORS}", hint=hint)
     if not isinstance(facts, dict) or facts.get("kind") != KIND:
         raise MoeeError(f"the facts of a run in '{path}'", "another JSON file", "check the path")
     if facts.get("format") not in READABLE:
-        raise MoeeError(
-            f"run format {FORMAT} in '{path}'", f"format {facts.get('format')}",
-            "load it with the version of this package that saved it",
-        )  # fmt: skip
+        hint = "load it with the version of this package that saved it"
+        raise MoeeError(f"run format {FORMAT} in '{path}'", f"format {facts.get('format')}", hint)
     try:
         content = {key: value for key, value in facts.items() if key != "checksum"}
         if facts.get("checksum") != checksum(content):
-            raise MoeeError(
-                f"'{path}' as it was saved", "a file edited since then",
-                "restore the file, or extract again with other settings",
-            )  # fmt: skip
+            hint = "restore the file, or extract again with other settings"
+            raise MoeeError(f"'{path}' as it was saved", "a file edited since then", hint)
         check_facts(facts, path)
     except RecursionError:
-        raise MoeeError(
-            f"the facts of a run in '{path}'", "lists too deep in each other", "check the path"
-        ) from None
+        found = "lists too deep in each other"
+        raise MoeeError(f"the facts of a run in '{path}'", found, "check the path") from None
     return facts
 
 
 def through_store(
-    extract: Callable[[], Extraction],
+    extract: Callable[..., Extraction],
     model: nn.Module,
     images: ImageSet,
     config: ExtractConfig,
     *,
     root: Path,
 ) -> Extraction:
-    """Return the run of ``model``, ``images`` and ``config`` in a store, or ``extract`` it.
-
-    A run there that cannot be loaded is set aside.
-    """
+    """Return the run of ``model``, ``images`` and ``config`` in a store, or ``extract`` it."""
     facts = {"model": identity(model).digest, "images": images.fingerprint}
-    folder = root / f"run-{content_key(run_format=FORMAT, config=asdict(config), **facts)}"
+    folder = root / f"run-{store.content_key(run_format=FORMAT, config=asdict(config), **facts)}"
     run = None
-    if present(folder):
+    if store.present(folder):
         seen = folder.lstat()
         try:
             run = load(folder, dense=model)
         except MoeeError as error:
-            set_aside(folder, error.found, seen=seen)
+            store.set_aside(folder, error.found, seen=seen)
     if not agreed(run is not None):
-        check_writable(root)
-        with collecting() as used:
-            made = extract()
+        store.check_writable(root)
+        with store.collecting() as used:
+            made = extract(root=root)
         asked = {"MACs": config.macs_reduction, "parameters": config.params_reduction}
         saved = [f"−{share:.0%} {kind}" for kind, share in asked.items() if share is not None]
-        seen = f"{len(images)} images of {images.name}"
-        name = made.provenance["model"]
-        title = ", ".join([name, config.recipe, *saved, seen, f"seed {config.seed}"])
-        about = {"run": title, "uses": sorted(set(used))}
-        get_or_build(root, folder.name, made.fill, about)
+        words = [made.provenance["model"], config.recipe, *saved]
+        words += [f"{len(images)} images of {images.name}", f"seed {config.seed}"]
+        about = {"run": ", ".join(words), "uses": sorted(set(used))}
+        store.get_or_build(root, folder.name, made.fill, about)
         run = load(folder, dense=model)
     run.model.to(next(model.parameters()).device)
     return run

@@ -6,7 +6,6 @@ import torch
 from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
 from moee_analysis.baselines.registry import SYSTEMS, Asked, systems_named
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import pipeline as extraction
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import counting_usage, macs_as_used
 from tests.helpers.images import toy_images
@@ -17,7 +16,7 @@ ASKED = Asked(0.1, "smoke")  # more than this the slots of so few tokens cannot 
 
 
 def test_all_systems_have_one_interface():
-    for room in (extraction, jetpack, moefication, soft_moe, sparse_upcycling, static_pruning):
+    for room in (jetpack, moefication, soft_moe, sparse_upcycling, static_pruning):
         parameters = list(inspect.signature(room.convert).parameters.values())
         assert [p.name for p in parameters[:3]] == ["dense", "images", "config"], room
         assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} >= {"store"}

@@ -6,8 +6,7 @@ import pytest
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.budget import Budget, find_share, keep_share
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
-from moee_analysis.extraction.pipeline import extract
-from moee_analysis.extraction.plan import group_tokens
+from moee_analysis.extraction.pipeline import extract, group_tokens
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.measure import macs
 from moee_analysis.models.macs import count, count_parameters

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from moee_analysis.extraction.experts.refit_w2 import RefitAccumulator
-from moee_analysis.extraction.pipeline import build_moe
-from moee_analysis.extraction.plan import group_tokens
+from moee_analysis.extraction.pipeline import build_moe, group_tokens
 from moee_analysis.extraction.record.token_source import Limits, calibration_tokens
 from moee_analysis.extraction.record.tokens import capture_mlps
 from moee_analysis.models.loading import find_mlps

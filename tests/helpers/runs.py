@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from moee_analysis.extraction.config import ClusterConfig, ExtractConfig
 from moee_analysis.extraction.run import FACTS, TENSORS, Extraction, describe_origin, load
-from moee_analysis.extraction.saving.tables import report_mlp
+from moee_analysis.extraction.saving.checks import report_mlp
 from moee_analysis.models.macs import moe_macs
 from moee_analysis.moe.layer import all_mlps, expert_layers
 from moee_analysis.utils.storage.files import checksum, file_hash

@@ -64,22 +64,18 @@ def assess(labels: np.ndarray, config: ClusterConfig) -> Clusters:
 
 
 def reduce_dimensions(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.ndarray:
-    """Reduce ``points`` (tokens, hidden) as ``config`` says, to float32 (tokens, components).
-
-    Raises MoeeError: as :func:`cluster`.
-    """
+    """Reduce ``points`` (tokens, hidden) to float32 (tokens, components); raises as `cluster`."""
     config = config.for_width(np.shape(points)[-1])
     points = np.asarray(points, dtype=np.float32)
     if not np.isfinite(points).all():
         raise MoeeError("finite activations", "NaN or infinity", "check the weights and images")
     needed = max(config.min_samples, config.components, 2) + 2
     if len(points) < needed:
-        raise MoeeError(
-            f"at least {needed} tokens to cluster", str(len(points)), "take more images or tokens"
-        )
+        hint = "take more images or tokens"
+        raise MoeeError(f"at least {needed} tokens to cluster", str(len(points)), hint)
     if config.reduce == "none":
         return points
-    if _constant(points):  # a dead layer: neither PCA nor UMAP can divide by zero
+    if (points == points[0]).all():  # a dead layer: neither PCA nor UMAP can divide by zero
         return np.zeros((len(points), config.components), dtype=np.float32)
     if config.reduce == "pca":
         from sklearn.decomposition import PCA
@@ -95,11 +91,8 @@ def label(points: np.ndarray, config: ClusterConfig, *, seed: int = 0) -> np.nda
 
 
 def _hdbscan(points: np.ndarray, config: ClusterConfig, _seed: int) -> np.ndarray:
-    """By density: HDBSCAN of Campello, Moulavi and Sander (2013), with Zimek (2015).
-
-    Points in another order get the same labels, but for very many of very few dimensions.
-    """
-    if _constant(points):
+    """By density: HDBSCAN of Campello, Moulavi and Sander (2013), with Zimek (2015)."""
+    if (points == points[0]).all():
         return np.full(len(points), NOISE)
     least, most = config.min_cluster_size, config.max_cluster_size
     sizes = {
@@ -118,11 +111,7 @@ def _hdbscan(points: np.ndarray, config: ClusterConfig, _seed: int) -> np.ndarra
 
 
 def label_tree(tree: SpanningTree, **sizes: int) -> np.ndarray:
-    """Cluster of every point of ``tree``, -1 for noise: one tree serves for many settings.
-
-    ``min_cluster_size`` and ``max_cluster_size`` are numbers of points (0: no largest) for the
-    library of McInnes, Healy and Astels (2017), which chooses the clusters.
-    """
+    """Cluster of every point of ``tree``, -1 for noise, by the library of McInnes et al. (2017)."""
     from hdbscan import HDBSCAN
 
     # hdbscan takes distances that are known for some pairs: those of the tree, which is then their
@@ -187,9 +176,8 @@ def _umap(points: np.ndarray, config: ClusterConfig, seed: int) -> np.ndarray:
 def nearest(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and cosine distances of the ``count`` nearest of ``points`` (n, dim), itself the first.
 
-    Ids are int32 and distances float32, both (n, count), nearest first. Brute force over blocks:
-    for the few thousand tokens that are clustered it is faster than UMAP's own approximate
-    search, which compiles for longer than it runs.
+    Ids are int32 and distances float32, both (n, count). For some thousand tokens brute force is
+    faster than UMAP's own approximate search, which compiles for longer than it runs.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -201,12 +189,5 @@ def nearest(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     unit = np.hstack([unit, length == 0]).astype(points.dtype)
     search = NearestNeighbors(n_neighbors=count - 1, algorithm="brute")
     distances, ids = search.fit(unit).kneighbors()  # without the point itself
-    own = np.arange(len(points))[:, None]
-    return (
-        np.hstack([own, ids]).astype(np.int32),
-        np.hstack([np.zeros_like(own), distances**2 / 2]).astype(np.float32),
-    )
-
-
-def _constant(points: np.ndarray) -> bool:
-    return bool((points == points[0]).all())
+    ids = np.insert(ids, 0, np.arange(len(points)), axis=1).astype(np.int32)
+    return ids, np.insert(distances**2 / 2, 0, 0, axis=1).astype(np.float32)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,10 +28,9 @@ class Partition:
     """The experts of the routed tokens of one layer, before any neuron is chosen.
 
     ``centres`` (experts, rank) are the mean inputs of the clusters, after ``root`` (rank, dim)
-    where the router has a metric, of full rank or not; None where a single expert needs no router.
-    Where the tokens do not count for the expert they are routed to, ``rows`` are the numbers of
-    those that count, ascending, and ``labels`` the expert of each (-1: none). ``reason`` says why
-    the layer must stay dense.
+    where the router has a metric; None for a single expert. Where tokens do not count for the
+    expert they are routed to, ``rows`` are the numbers of those that count, ascending, and
+    ``labels`` the expert of each (-1: none). ``reason``: why the layer stays dense.
     """
 
     noise_share: float = 0.0
@@ -57,31 +57,8 @@ class Partition:
 
     def route(self, inputs: np.ndarray) -> np.ndarray:
         """Expert of every token of ``inputs`` (n, dim), int64 (n,)."""
-        router, experts = self.router(), np.zeros(len(inputs), dtype=np.int64)
-        for start in range(0, len(inputs), CHUNK):
-            x = torch.from_numpy(inputs[start : start + CHUNK].astype(np.float32))
-            experts[start : start + CHUNK] = router(x)[:, 0].numpy()
-        return experts
-
-    def members(self, routed: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The expert that each token counts for, -1 for none, int64 (n,).
-
-        ``routed`` are the experts that the tokens with the numbers ``rows`` are routed to.
-        """
-        if self.rows is None:
-            return routed
-        place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
-        return np.where(self.rows[place] == rows, self.labels[place], NOISE)
-
-    def select(self, alive: np.ndarray) -> Self:
-        """Leave only the experts that are ``alive``, bool (experts,)."""
-        if alive.all() or self.centres is None:
-            return self
-        if alive.sum() < 2:
-            return Partition(self.noise_share, "all tokens route to one expert")
-        number = np.append(np.where(alive, np.cumsum(alive) - 1, NOISE), NOISE)
-        labels = None if self.labels is None else number[self.labels]
-        return replace(self, centres=self.centres[alive], labels=labels)
+        router, chunks = self.router(), torch.from_numpy(inputs).split(CHUNK)
+        return torch.cat([router(x.float())[:, 0] for x in chunks]).numpy()
 
 
 def cluster_tokens(sample: TokenSample, config: ExtractConfig, *, root: Path) -> np.ndarray:
@@ -105,8 +82,7 @@ def _points(
     sample: TokenSample, config: ExtractConfig, facts: Mapping[str, Any], *, root: Path
 ) -> np.ndarray:
     """Points to cluster; a UMAP, or a PCA of hidden activations, is found again in the store."""
-    clustering = config.clustering.for_width(sample.site.hidden)
-    points = sample.hidden
+    clustering, points = config.clustering.for_width(sample.site.hidden), sample.hidden
     if clustering.space == "inputs":
         points = sample.inputs @ metric_root(sample, config).T
         if clustering.reduce == "pca":  # the map ends in these components
@@ -123,10 +99,7 @@ def _points(
 
 
 def partition_tokens(sample: TokenSample, labels: np.ndarray, config: ExtractConfig) -> Partition:
-    """Turn clusters of sampled tokens, if they can be trusted, into experts and a router.
-
-    Centres are the mean inputs of the clusters; for the router ``nearest``, in the metric.
-    """
+    """Turn clusters of sampled tokens, if they can be trusted, into experts and a router."""
     clusters = assess(labels, config.clustering)
     if clusters.reason:
         return Partition(clusters.noise_share, clusters.reason)
@@ -145,8 +118,7 @@ def partition_tokens(sample: TokenSample, labels: np.ndarray, config: ExtractCon
 def metric_root(sample: TokenSample, config: ExtractConfig) -> np.ndarray:
     """The map after which distances of inputs are about those of outputs, float32 (rank, dim).
 
-    Where inputs are clustered after PCA, it ends in the leading principal components of all
-    tokens that the sample is from.
+    Where inputs are clustered after PCA, it ends in all tokens' leading principal components.
     """
     metric = torch.eye(sample.mlp.fc2.out_features, dtype=torch.float64)
     if config.metric == "fisher":
@@ -189,27 +161,40 @@ class Assignment:
         own = self.partition
         digest = hashlib.sha256(repr([self.prefix, own.experts]).encode())
         for part in (own.centres, own.root, own.rows, own.labels):
-            digest.update(b"none" if part is None else np.ascontiguousarray(part).tobytes())
+            digest.update(b"none" if part is None else part.tobytes())
         return digest.hexdigest()
 
     def of(self, layer: RecordedLayer) -> tuple[np.ndarray, np.ndarray]:
         """Expert of every row of the layer, and the one it counts for, -1 for none: int64."""
-        sample, leading = layer.sample, layer.sample.position < len(self.prefix)
+        sample, own = layer.sample, self.partition
+        leading = sample.position < len(self.prefix)
         others = np.flatnonzero(~leading)
-        routed = self.partition.route(sample.inputs[others])
-        both = np.stack([routed, self.partition.members(routed, sample.start + others)])
+        routed = members = own.route(sample.inputs[others])
+        if own.rows is not None:
+            numbers = sample.start + others
+            place = np.minimum(np.searchsorted(own.rows, numbers), len(own.rows) - 1)
+            members = np.where(own.rows[place] == numbers, own.labels[place], NOISE)
+        both = np.stack([routed, members])
         found = np.empty((2, len(sample)), dtype=np.int64)
         found[:, leading] = np.array(self.prefix, dtype=np.int64)[sample.position[leading]]
         found[:, others] = np.where(both == NOISE, NOISE, both + self.leading)
         return found[0], found[1]
 
     def alive(self, routed: np.ndarray) -> Self:
-        """Leave out the experts of the partition that no token is routed to, of (experts,)."""
-        return replace(self, partition=self.partition.select(routed[self.leading :] > 0))
+        """Leave out the experts of the partition that no token is ``routed`` to, (experts,)."""
+        own, alive = self.partition, routed[self.leading :] > 0
+        if alive.all() or own.centres is None:
+            return self
+        number = np.append(np.where(alive, np.cumsum(alive) - 1, NOISE), NOISE)
+        labels = None if own.labels is None else number[own.labels]
+        left = replace(own, centres=own.centres[alive], labels=labels)
+        if alive.sum() < 2:
+            left = Partition(own.noise_share, "all tokens route to one expert")
+        return replace(self, partition=left)
 
 
 def by_expert(experts: np.ndarray, count: int) -> list[np.ndarray]:
     """Rows of each of ``count`` experts, ascending; those of -1 are left out."""
     order = np.argsort(experts, kind="stable")
     edges = np.searchsorted(experts[order], np.arange(count + 1))
-    return [order[edges[e] : edges[e + 1]] for e in range(count)]
+    return [order[start:end] for start, end in pairwise(edges)]

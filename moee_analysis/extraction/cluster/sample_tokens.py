@@ -20,9 +20,8 @@ class TokenSample:
     """Sampled tokens of a layer, and statistics of all tokens that they are sampled from.
 
     ``rows`` are their numbers among all recorded tokens; ``inputs`` (n, dim) and ``hidden``
-    (n, hidden), None where nobody needs it, are float32. ``covariance`` is that of the inputs,
-    ``fisher`` the metric of the outputs, None without gradients; both float64 (dim, dim). ``key``
-    names the recording in the store.
+    (n, hidden), if any, are float32. ``covariance`` of the inputs and ``fisher``, the metric of the
+    outputs, if any, are float64 (dim, dim). ``key`` names the recording in the store.
     """
 
     site: MlpSite
@@ -92,18 +91,14 @@ def sample_tokens(
 ) -> Iterator[TokenSample]:
     """Yield the tokens to cluster of some layers, as many as the configuration wants.
 
-    ``leading`` tokens of an image, by the name of a layer, have experts of their own. ``hidden``:
-    whether hidden activations are sampled as well; None: where they are clustered.
+    ``leading`` tokens, by layer, have experts of their own; ``hidden`` None: where clustered.
     """
     hidden = config.clustering.space == "hidden" if hidden is None else hidden
-    accumulators = [
-        SampleAccumulator(
-            site, choose_rows(tokens, site, config, leading=leading[site.name]),
-            leading[site.name], hidden, config.needs_gradients,
-        )
-        for site in tokens.sites
-        if site.name in leading
-    ]  # fmt: skip
+    accumulators = []
+    for site in (site for site in tokens.sites if site.name in leading):
+        own = leading[site.name]
+        rows = choose_rows(tokens, site, config, leading=own)
+        accumulators.append(SampleAccumulator(site, rows, own, hidden, config.needs_gradients))
     for site, sample in accumulate(tokens, accumulators, label="drawing tokens"):
         yield replace(sample, mlp=site.module(tokens.model), key=tokens.key)
 

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from moee_analysis.errors import MoeeError
 
 ROOM = 2**25  # bounds that are held at once
-ROWS = 256  # of a block, at least: thinner products are slower
+ROWS = 256  # of a block, at least (thinner products are slower), or all of whose distances matter
 BATCH = 512  # points, or pairs of them, that are in double precision at once
 LEAST = 1e-150  # size of what has a square; its inverse is the largest
 LISTED = 32  # neighbours of a point, at least
@@ -28,9 +28,9 @@ CERTAIN = 0.9  # share of their core distances that it must make certain
 class SpanningTree:
     """A spanning tree of n points: ``edges``, int64 (n - 1, 2), the lightest first.
 
-    They are between places in ``order`` (n,): the rows of the points, in an order that does not
-    depend on theirs. ``weights``, float64 (n - 1,), are mutual reachabilities, in the units of the
-    points. ``searched`` is how many points had to look for an edge beyond their listed neighbours.
+    They are between places in ``order`` (n,), the rows of the points in an order of their own.
+    ``weights``, float64 (n - 1,), are mutual reachabilities. ``searched`` is how many points had to
+    look for an edge beyond their listed neighbours.
     """
 
     edges: np.ndarray
@@ -42,13 +42,11 @@ class SpanningTree:
 def spanning_tree(points: np.ndarray, min_samples: int) -> SpanningTree:
     """Find the minimum spanning tree of the mutual reachability of ``points``, float (n, d).
 
-    A core distance reaches ``min_samples`` other points, as hdbscan counts them; all there are, if
-    fewer. Edges of one weight are ordered by their ends among the distinct points, so rows in
-    another order get the same tree, and equal points hang on it alike. It takes O(n² d)
-    operations, nearly all in products of matrices, and O(n d) memory.
+    A core distance reaches ``min_samples`` other points, or all there are. Edges of one weight are
+    ordered by their ends among the distinct points, so rows in another order get the same tree. It
+    takes O(n² d) operations, nearly all in products of matrices, and O(n d) memory.
 
-    Raises MoeeError: fewer than two points, no dimension; NaN, infinity, distances too large or
-    too small to be squared; ``min_samples`` below 1.
+    Raises MoeeError: NaN, infinity, distances too large or too small to be squared.
     """
     return grow_tree(find_neighbours(points, min_samples))
 
@@ -58,9 +56,9 @@ class Distances:
     """Squared Euclidean distances among ``points``, float32 or float64 (n, d), n² never held.
 
     With x a centred point and a its squared length less what rounding can do, the product of the
-    rows (-2 x, a, 1) and (x, 1, a) of two points is a bound from below: it exceeds no distance
-    that :meth:`exact` returns. ``factors`` (n, d + 2) are the latter rows, scaled by a power of
-    two; bounds are in ``unit``s. They are computed in ``block`` (rows, n).
+    rows (-2 x, a, 1) and (x, 1, a) of two points exceeds no distance that :meth:`exact` returns: a
+    bound from below. ``factors`` (n, d + 2) are the latter rows, scaled by a power of two; bounds
+    are in ``unit``s, and computed in ``block`` (rows, n).
     """
 
     points: torch.Tensor
@@ -75,10 +73,8 @@ class Distances:
         centre = points.mean(dim=0).double()
         widest = float((torch.stack(points.aminmax(dim=0)) - centre).abs().max())
         if not (widest == 0 or LEAST < widest < 1 / LEAST):
-            raise MoeeError(
-                f"finite points, {LEAST} to {1 / LEAST} apart", str(widest),
-                "check the weights and images for NaN and infinity",
-            )  # fmt: skip
+            hint = "check the weights and images for NaN and infinity"
+            raise MoeeError(f"finite points, {LEAST} to {1 / LEAST} apart", str(widest), hint)
         scale = 2.0 ** -math.frexp(widest)[1]  # brings all points within 1 of the centre
         # A dot product of m terms is wrong by at most m u times the sum of its absolute terms, u
         # being the unit roundoff (Higham 2002, section 3.1): here by 2 (d + 2) u times the squared
@@ -95,16 +91,8 @@ class Distances:
         block = factors.new_empty(min(count, max(ROWS, ROOM // count)), count)
         return cls(points, factors, block, scale**-2)
 
-    @property
-    def few(self) -> int:
-        """How many rows at once can afford that all their distances matter."""
-        return min(ROWS, len(self.block))
-
     def below(self, rows: torch.Tensor) -> torch.Tensor:
-        """Bounds from below of the distances of ``rows`` to all points, (rows, n).
-
-        At most as many rows as ``block`` has; the next call overwrites what this one returns.
-        """
+        """Bounds of the distances of few ``rows`` to all points, (rows, n), until the next call."""
         ours, found = self.factors[rows], self.block[: len(rows)]
         left = torch.cat([-2 * ours[:, :-2], ours[:, -1:], ours[:, -2:-1]], dim=1)
         # NumPy's product: PyTorch's may be set to less than single precision (TF32, bfloat16).
@@ -114,18 +102,12 @@ class Distances:
     def within(
         self, bounds: torch.Tensor, squared: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places in ``bounds`` (rows, n), row and point, that do not exceed ``squared`` (rows,).
-
-        No point that is as near is missed: rounding, of the limit too, keeps an order.
-        """
-        limit = (squared / self.unit).to(bounds.dtype)
+        """Places in ``bounds`` (rows, n), row and point, that do not exceed ``squared`` (rows,)."""
+        limit = (squared / self.unit).to(bounds.dtype)  # rounded, it keeps an order: none is missed
         return torch.nonzero(bounds <= limit[:, None], as_tuple=True)
 
     def exact(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Distances of pairs of points, float64 (pairs,): sums of squared differences in float64.
-
-        A pair has the same distance, bit for bit, in either order and in any company.
-        """
+        """Distances of pairs of points, float64 (pairs,), to the same bits in any order."""
         # All batches are of one size, so that the squares of every pair are added up alike.
         places = torch.arange(-(-len(left) // BATCH) * BATCH)
         found = torch.empty(len(places), dtype=torch.float64)
@@ -142,11 +124,10 @@ class Forest:
     """Distinct points u whose components grow into one tree by mutual reachability, all squared.
 
     That is the largest of the distance of two points and of their core distances ``core`` (u,).
-    ``near`` (u, k) are the ids of some neighbours of each point, the point itself among them, by
-    what it ``costs`` (u, k) to reach them and then by id. All others cost ``rest`` (u,) or more.
-    ``order`` (n,) are the rows of all points by distinct point, and ``starts`` (u,) the places in
-    it where each begins. ``group`` (u,) is the component of every point, from 0. The list of a
-    point that was ``searched`` holds what was then its cheapest way out of its group.
+    ``near`` (u, k) are the ids of some neighbours of each point, itself among them, by what it
+    ``costs`` (u, k) to reach them and then by id; all others cost ``rest`` (u,) or more. ``order``
+    (n,) are the rows of all points by distinct point, which begin at ``starts`` (u,). ``group``
+    (u,) is the component of every point. One that was ``searched`` lists its way out of it alone.
     """
 
     distances: Distances
@@ -181,22 +162,19 @@ class Forest:
         self.group = connected_components(links, directed=False)[1][self.group]
 
     def _ways_out(self, joining: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each point gets out of its group for least, and for how much.
-
-        Looked for is only where it can matter: for ``joining`` points that may beat the known ways
-        of their component, the most promising first, for what they find excuses others.
-        """
+        """Where each point gets out of its group for least, and for how much."""
         outside = self.group[self.near] != self.group[:, None]
         first, listed = outside.argmax(axis=1)[:, None], outside.any(axis=1)
         target, cost = (np.take_along_axis(v, first, axis=1)[:, 0] for v in (self.near, self.costs))
         cost[~listed] = np.inf
         best = np.full(self.group.max() + 1, np.inf)
         np.minimum.at(best, self.group, cost)
+        # Points look if they may beat the known ways: the most promising first excuse others.
         rows = np.flatnonzero(joining & ~(self.searched & listed))
         rows = rows[np.argsort(self.rest[rows], kind="stable")]
         # One that costs as much as the best may be of lower id.
         while len(rows := rows[self.rest[rows] <= best[self.group[rows]]]):
-            now, rows = np.split(rows, [self.distances.few])
+            now, rows = np.split(rows, [ROWS])
             target[now], cost[now] = self._search(now)
             self.near[now], self.costs[now] = target[now, None], cost[now, None]
             self.rest[now], self.searched[now] = cost[now], True
@@ -205,10 +183,7 @@ class Forest:
         return target, cost
 
     def _search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where, among all points, it costs least for ``rows`` to leave their group; the cost.
-
-        Of several points that cost the same it is the one of lowest id.
-        """
+        """Where it costs least for ``rows`` to leave their group (the lowest id), and the cost."""
         at, core, group = map(torch.from_numpy, (rows, self.core, self.group))
 
         def cost(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -225,18 +200,7 @@ class Forest:
 
 
 def find_neighbours(points: np.ndarray, min_samples: int) -> Forest:
-    """Find the core distances and the nearest neighbours of :func:`spanning_tree`.
-
-    A list is of the neighbours whose bounds are lowest. A core distance is certain if it is below
-    the last bound on the list, and found among all points if it is not.
-    """
-    points = np.asarray(points)
-    if points.ndim != 2 or len(points) < 2 or points.shape[1] < 1:
-        raise MoeeError(
-            "at least two points (n, d)", f"shape {points.shape}", "take more images or tokens"
-        )
-    if min_samples < 1:
-        raise MoeeError("min_samples of at least 1", str(min_samples), "raise it")
+    """Find the core distances and the nearest neighbours of :func:`spanning_tree`."""
     dtype = np.float32 if points.dtype in (np.float16, np.float32) else np.float64
     points = np.ascontiguousarray(points.astype(dtype) + dtype(0))  # 0.0 for -0.0
     keys = points.view(np.dtype((np.void, points[0].nbytes)))[:, 0]  # any order of values will do
@@ -249,7 +213,8 @@ def find_neighbours(points: np.ndarray, min_samples: int) -> Forest:
     if np.mean(core <= reach) < CERTAIN:  # single precision does not tell neighbours apart
         distances = Distances.of(distinct, torch.float64)
     near, squared, core, reach = _list(distances, torch.arange(len(distinct)), copies, needed)
-    for at in torch.from_numpy(np.flatnonzero(core > reach)).split(distances.few):
+    # What is not below the last bound on its list is found among all points.
+    for at in torch.from_numpy(np.flatnonzero(core > reach)).split(ROWS):
         rows = at.numpy()
         place, other = distances.within(distances.below(at), torch.from_numpy(core[rows]))
         exact = distances.exact(at[place], other).numpy()

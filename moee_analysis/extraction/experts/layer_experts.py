@@ -16,7 +16,6 @@ from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.moe.routers import TokenKindRouter
-from moee_analysis.utils.storage.store import content_key
 
 Kept = Mapping[str, np.ndarray]  # neurons that experts keep, bool (experts, hidden), by site name
 
@@ -25,10 +24,9 @@ Kept = Mapping[str, np.ndarray]  # neurons that experts keep, bool (experts, hid
 class ExpertStatistics:
     """The tokens of each expert of a layer.
 
-    ``routed`` (experts,) is how many tokens go to each, ``weight`` (experts,) how many count for
-    it; ``means`` and ``variance`` (experts, hidden) are those of the hidden activations of the
-    latter; all float64. ``metrics`` (experts, dim, dim) float32, those of
-    ``expert_metrics``; None where errors of the outputs count alike.
+    ``routed`` (experts,) tokens go to each, ``weight`` (experts,) count for it; ``means`` and
+    ``variance`` (experts, hidden) are of the hidden activations of these; all float64. ``metrics``
+    (experts, dim, dim) float32 are those of ``expert_metrics``, if any.
     """
 
     routed: np.ndarray
@@ -96,10 +94,7 @@ class StatisticsAccumulator(Accumulator):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of sums over tokens, over activations and their squares, and of products of gradients.
-
-        ``kinds`` are products over all tokens of a kind, leading or other ones.
-        """
+        """``fisher`` and ``kinds`` are products of gradients, by expert and by kind of token."""
         experts, hidden, dim = self.assignment.experts, self.site.hidden, self.site.dim
         shapes = {"routed": (experts,), "weight": (experts,)}
         shapes |= {"hidden": (experts, hidden), "squares": (experts, hidden)}
@@ -131,10 +126,10 @@ class StatisticsAccumulator(Accumulator):
         divisor = sums["weight"].clamp_min(TINY)[:, None]
         means = sums["hidden"] / divisor
         variance = (sums["squares"] / divisor - means**2).clamp_min(0)
-        found = [t.numpy() for t in (sums["routed"], sums["weight"], means, variance)]
+        found = [sums["routed"], sums["weight"], means, variance]
         if self.gradients:
-            found.append(expert_metrics(sums, self.assignment.kinds).float().numpy())
-        return ExpertStatistics(*found)
+            found.append(expert_metrics(sums, self.assignment.kinds).float())
+        return ExpertStatistics(*(tensor.numpy() for tensor in found))
 
 
 def _counts(experts: np.ndarray, weight: np.ndarray, count: int) -> torch.Tensor:
@@ -145,29 +140,15 @@ def _counts(experts: np.ndarray, weight: np.ndarray, count: int) -> torch.Tensor
 def gather_statistics(
     tokens: TokenSource, assignments: Mapping[str, Assignment], *, gradients: bool
 ) -> dict[str, ExpertStatistics]:
-    """Statistics of the experts of some layers, by site name, or found in the store.
-
-    Experts without tokens keep their places. ``gradients``: whether there are metrics.
-    """
-    accumulators = {
-        site.name: StatisticsAccumulator(site, assignments[site.name], gradients)
-        for site in tokens.sites
-        if site.name in assignments
-    }
+    """Statistics of the experts of some layers, by site name, or found in the store."""
+    sites = [site for site in tokens.sites if site.name in assignments]
+    accumulators = {s.name: StatisticsAccumulator(s, assignments[s.name], gradients) for s in sites}
 
     def compute(missing: list[str]) -> Iterable[tuple[str, Arrays]]:
         chosen = [accumulators[name] for name in missing]
         for site, found in sums_over.accumulate(tokens, chosen, label="statistics of experts"):
             yield site.name, {name: v for name, v in vars(found).items() if v is not None}
 
-    folders = {
-        name: f"statistics-{content_key(tokens=tokens.key, **each.facts)}"
-        for name, each in accumulators.items()
-    }
-    found = {}
-    for name, files in sums_over.stored_arrays(tokens.root, folders, compute).items():
-        # metrics are large, and stay on the disk until they are used
-        modes = {array: "r" if array == "metrics" else None for array in files}
-        arrays = {array: np.load(files[array], mmap_mode=mode) for array, mode in modes.items()}
-        found[name] = ExpertStatistics(**arrays)
-    return found
+    facts = {name: {"tokens": tokens.key, **each.facts} for name, each in accumulators.items()}
+    found = sums_over.stored_arrays(tokens.root, "statistics", facts, compute)
+    return {name: ExpertStatistics(**arrays) for name, arrays in found.items()}

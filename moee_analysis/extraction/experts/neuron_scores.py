@@ -9,21 +9,13 @@ from timm.layers import Mlp
 
 from moee_analysis.extraction.cluster.clusters_to_router import Assignment, by_expert
 from moee_analysis.extraction.experts.layer_experts import ExpertStatistics, LayerExperts
-from moee_analysis.extraction.record.accumulate import (
-    TINY,
-    Accumulator,
-    Arrays,
-    Sums,
-    accumulate,
-    share_out,
-    stored_arrays,
-)
+from moee_analysis.extraction.record import accumulate as sums_over
+from moee_analysis.extraction.record.accumulate import TINY, Accumulator, Arrays, Sums
 from moee_analysis.extraction.record.fisher import importance, root
 from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.extraction.record.tokens import RecordedLayer
 from moee_analysis.models.loading import MlpSite
 from moee_analysis.utils.progress import progress
-from moee_analysis.utils.storage.store import content_key
 
 RIDGE = 1e-3
 BLOCK = 24  # every step removes one in so many of the neurons that are left
@@ -51,10 +43,9 @@ def score_neurons(
 def score_alone(mlp: Mlp, statistics: ExpertStatistics, order: str) -> np.ndarray:
     """Score each neuron by what it does by itself, (experts, hidden).
 
-    ``magnitude`` |W1_j| |W2_j|, the same for all experts and without any data; ``variance`` of the
-    activation (MoEE); ``weighted``, variance times W2_j^T Q W2_j, what dropping the neuron alone
-    adds to the error once its mean is kept (in the Fisher metric the diagonal of its information).
-    Q is the identity where there is no metric.
+    ``magnitude`` |W1_j| |W2_j|, without any data; ``variance`` of the activation (MoEE);
+    ``weighted``, variance times W2_j^T Q W2_j: what dropping the neuron alone adds to the error,
+    its mean being kept. Q is the identity where there is no metric.
     """
     W1, W2 = _matrix(mlp.fc1), _matrix(mlp.fc2)
     if order == "magnitude":
@@ -73,17 +64,14 @@ def find_metric(mlp: Mlp, statistics: ExpertStatistics, expert: int) -> torch.Te
 
 
 def find_metrics(mlp: Mlp, statistics: ExpertStatistics) -> Iterator[torch.Tensor]:
-    """Yield the metric of every expert's outputs, float64 (dim, dim)."""
+    """Yield the metric of every expert's outputs."""
     return (find_metric(mlp, statistics, expert) for expert in range(len(statistics.routed)))
 
 
 def removal_costs(
     tokens: TokenSource, layers: Sequence[LayerExperts], *, metric: str
 ) -> dict[str, np.ndarray]:
-    """Costs of removing each neuron of every expert, by :func:`elimination_costs`, or stored ones.
-
-    Float64 (experts, hidden), by site name.
-    """
+    """Costs of :func:`elimination_costs`, (experts, hidden), or stored ones, by site name."""
 
     def costs_of(task: tuple[LayerExperts, int, torch.Tensor]) -> torch.Tensor:
         layer, expert, covariance = task
@@ -96,27 +84,22 @@ def removal_costs(
         counts = [layer.assignment.experts for layer in chosen]
         found = gather_covariances(tokens, chosen, label="covariances of neurons")
         tasks = progress(found, label="eliminating neurons", total=sum(counts))
-        costs = iter(share_out(tasks, costs_of, lambda task: task[2].new_zeros(len(task[2]))))
+        done = sums_over.share_out(tasks, costs_of, lambda task: task[2].new_zeros(len(task[2])))
+        costs = iter(done)
         for layer, count in zip(chosen, counts, strict=True):
             rows = torch.stack([next(costs) for _ in range(count)])
             yield layer.site.name, {"costs": rows.numpy()}
 
-    folders = {}
-    for layer in layers:
-        facts = {"site": layer.site.name, "experts": layer.assignment.digest}
-        key = content_key(tokens=tokens.key, metric=metric, **facts)
-        folders[layer.site.name] = f"costs-{key}"
-    files = stored_arrays(tokens.root, folders, compute)
-    return {name: np.load(arrays["costs"]) for name, arrays in files.items()}
+    facts = {layer.site.name: {"experts": layer.assignment.digest} for layer in layers}
+    for name, own in facts.items():
+        own |= {"site": name, "tokens": tokens.key, "metric": metric}
+    found = sums_over.stored_arrays(tokens.root, "costs", facts, compute)
+    return {name: arrays["costs"] for name, arrays in found.items()}
 
 
 @dataclass(frozen=True)
 class CovarianceAccumulator(Accumulator):
-    """Products of deviations of the hidden activations of some ``experts`` of a layer.
-
-    ``means`` (all experts, hidden) are subtracted first, so that float32 loses nothing to a large
-    common mean.
-    """
+    """Products of deviations from ``means`` (all experts, hidden), of some ``experts``."""
 
     site: MlpSite
     assignment: Assignment
@@ -137,7 +120,7 @@ class CovarianceAccumulator(Accumulator):
         for place, expert in enumerate(self.experts):
             mean = torch.from_numpy(self.means[expert]).float().to(layer.device)
             for rows in layer.chunks(of_expert[expert], size=CHUNK):
-                deviation = layer.hidden(rows) - mean
+                deviation = layer.hidden(rows) - mean  # float32 loses nothing to a large mean
                 weight = torch.from_numpy(layer.sample.weight[rows]).to(layer.device)
                 sums["products"][place] += ((deviation * weight[:, None]).T @ deviation).cpu()
                 sums["weight"][place] += weight.sum(dtype=torch.float64)
@@ -151,10 +134,7 @@ class CovarianceAccumulator(Accumulator):
 def gather_covariances(
     tokens: TokenSource, layers: Sequence[LayerExperts], *, label: str
 ) -> Iterator[tuple[LayerExperts, int, torch.Tensor]]:
-    """Yield layer, expert and covariance (hidden, hidden), float64, for all experts in order.
-
-    Only as many covariances are held at once as fit in the memory that the tokens' limits allow.
-    """
+    """Yield layer, expert and covariance, float64 (hidden, hidden), of all experts in order."""
     accumulators = []
     for layer in layers:
         fitting = max(1, int(tokens.limits.memory // (8 * layer.site.hidden**2)))
@@ -164,7 +144,7 @@ def gather_covariances(
             for few in experts[::fitting]
         ]
     by_site = {layer.site: layer for layer in layers}
-    for site, covariances in accumulate(tokens, accumulators, label=label):
+    for site, covariances in sums_over.accumulate(tokens, accumulators, label=label):
         for expert, covariance in covariances:
             yield by_site[site], expert, covariance
 
@@ -175,18 +155,14 @@ def elimination_costs(
     """What it costs to remove each neuron, given that all cheaper ones are gone already.
 
     Optimal Brain Surgeon (Hassibi & Stork, 1993) with whole neurons in the place of weights, the
-    least-squares refit built in: neurons leave one block after the other, always those whose loss
-    can best be made good by refitted output weights of the others.
-
-    With P = (C + r I)^-1 and the current readout V, removing neuron j alone and refitting the rest
-    raises the squared error of V a by |V_j|^2 / P_jj. Of the neurons left, the cheapest
-    1/``block`` (at least one) go at a time; then V_A -= V_B P_BB^-1 P_BA and
+    least-squares refit built in. With P = (C + r I)^-1 and the current readout V, removing neuron j
+    alone and refitting the rest raises the squared error of V a by |V_j|^2 / P_jj. Of the neurons
+    left, the cheapest 1/``block`` (at least one) go at a time; then V_A -= V_B P_BB^-1 P_BA and
     P_AA -= P_AB P_BB^-1 P_BA for those that stay.
 
-    ``covariance`` is C of the hidden activations, (hidden, hidden); ``readout`` is V, the output
-    weights in a metric in which errors are plain squares, (outputs, hidden); ``ridge`` is r over
-    the mean diagonal of C. In the order of removal the costs, float64 (hidden,), never fall, so
-    that keeping the neurons above a threshold is what elimination up to this threshold keeps.
+    ``covariance`` is C, (hidden, hidden); ``readout`` (outputs, hidden) are the output weights in a
+    metric in which errors are plain squares; ``ridge`` is r over the mean diagonal of C. In the
+    order of removal the costs, float64 (hidden,), never fall.
     """
     inverse, readout = _inverse(covariance.double(), ridge), readout.double().clone()
     neuron = alive = torch.arange(len(covariance))  # neuron of each column; columns still in use

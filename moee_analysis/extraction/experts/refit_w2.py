@@ -39,8 +39,7 @@ def refit_layers(
     if refit == "shift":
         return {name: Readout(shift=mean_shift(*each)) for name, each in given.items()}
     accumulators = [
-        RefitAccumulator.of(layer, kept[layer.site.name], layer.site.module(tokens.model))
-        for layer in layers
+        RefitAccumulator.of(e, kept[e.site.name], e.site.module(tokens.model)) for e in layers
     ]
     found = accumulate(tokens, accumulators, label="refitting layers")
     solved = progress(found, label="solving for output weights", total=len(layers))
@@ -51,11 +50,9 @@ def refit_layers(
 class RefitAccumulator(Accumulator):
     """The normal equations of one W2 for all experts of a layer.
 
-    Two products (hidden, hidden), however many experts there are: every token brings the
-    deviation of its activations from its expert's mean, once whole and once without the neurons
-    that the expert drops. ``kept`` are the neurons of every expert, bool, and ``means`` its mean
-    hidden activations, both (experts, hidden); ``weights`` (experts,) say how much a squared error
-    of an expert's outputs counts, for one of its tokens.
+    Every token brings the deviation of its activations from its expert's mean, whole and without
+    the neurons that the expert drops. ``kept``, bool, and ``means`` of hidden activations are
+    (experts, hidden); ``weights`` (experts,) are how much the squared error of a token counts.
     """
 
     site: MlpSite
@@ -67,10 +64,7 @@ class RefitAccumulator(Accumulator):
 
     @classmethod
     def of(cls, layer: LayerExperts, kept: np.ndarray, mlp: Mlp) -> Self:
-        """Those of a layer whose experts keep ``kept``.
-
-        An expert's token counts by the mean of its metric's diagonal, the weight of an error.
-        """
+        """Those of a layer whose experts keep ``kept``; errors count by their metric's diagonal."""
         statistics = layer.statistics
         metric = np.array([float(Q.diagonal().mean()) for Q in find_metrics(mlp, statistics)])
         of_image = layer.tokens * statistics.shares * metric
@@ -80,8 +74,7 @@ class RefitAccumulator(Accumulator):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of sum_e w_e C_e D_e, ``across``, and sum_e w_e D_e C_e D_e, ``within``."""
-        square = (self.site.hidden, self.site.hidden)
-        return {"across": square, "within": square}
+        return dict.fromkeys(("across", "within"), (self.site.hidden, self.site.hidden))
 
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens."""
@@ -101,11 +94,7 @@ class RefitAccumulator(Accumulator):
 
 
 def mean_shift(weight: torch.Tensor, kept: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """What the dropped neurons contribute on average, W2 (I - D_e) mu_e: (experts, dim).
-
-    ``weight`` is W2, (dim, hidden); ``kept`` and ``mean`` are (experts, hidden). Variance-based
-    pruning (VBP, ICCV 2025) does this once for all tokens.
-    """
+    """Means of what dropped neurons contribute, as in VBP (ICCV 2025): W2 (I - D_e) mu_e."""
     return (mean * ~kept) @ weight.T
 
 
@@ -120,9 +109,8 @@ def shared_readout(
     """One W2 for all experts, the least-squares fit of the dense outputs as routed.
 
     W = W2 (sum_e w_e C_e D_e + r I) (sum_e w_e D_e C_e D_e + r I)^-1, which minimises
-    sum_e w_e E_e |W2 (a - mu_e) - W D_e (a - mu_e)|^2 + r |W - W2|^2; the shifts make the means
-    equal: W2 mu_e - W D_e mu_e. With one expert this is the refit of OB2C. Where all neurons are
-    kept, or none, W2 stays.
+    sum_e w_e E_e |W2 (a - mu_e) - W D_e (a - mu_e)|^2 + r |W - W2|^2; shifts make the means equal.
+    With one expert this is the refit of OB2C. Where all neurons are kept, or none, W2 stays.
 
     ``weight`` is W2, (dim, hidden); ``kept`` and ``means`` are (experts, hidden), ``sums`` those of
     a :class:`RefitAccumulator`; ``ridge`` is r over the mean diagonal of the second matrix.

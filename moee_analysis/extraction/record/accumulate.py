@@ -1,8 +1,7 @@
 """Sums over all tokens: part by part, process by process, and on from where they were saved.
 
-Whatever an extraction knows of its tokens is a sum over them, or a few of them picked out. An
-:class:`Accumulator` says what one layer adds up, :func:`accumulate` runs many over all tokens, over
-several processes and kills; no step knows of these.
+Whatever an extraction knows of its tokens is a sum over them. An :class:`Accumulator` says what one
+layer adds up; :func:`accumulate` runs many, over several processes and kills.
 """
 
 import hashlib
@@ -33,19 +32,16 @@ Sums = dict[str, torch.Tensor]
 Arrays = Mapping[str, np.ndarray]
 Task, Key = TypeVar("Task"), TypeVar("Key")
 
+LARGE = ("metrics",)  # arrays that stay on the disk until they are used
 SAVED_AFTER = 60.0  # seconds
 TINY = torch.finfo(torch.float64).tiny  # in the place of a weight of zero that is divided by
 
 
 class Accumulator(ABC):
-    """Sums over the tokens of one ``site``: a frozen dataclass whose fields decide them.
-
-    Fields that follow from the others are not compared. ``gradients`` says whether those of the
-    logits are needed.
-    """
+    """Sums over the tokens of a ``site``: a frozen dataclass whose compared fields decide them."""
 
     site: MlpSite
-    gradients: bool
+    gradients: bool  # whether those of the logits are needed
 
     @property
     @abstractmethod
@@ -69,7 +65,7 @@ class Accumulator(ABC):
 
 def _digest(value: Any) -> str:
     if isinstance(value, np.ndarray):
-        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return hashlib.sha256(value.tobytes()).hexdigest()
     return getattr(value, "digest", None) or repr(value)
 
 
@@ -78,17 +74,15 @@ def accumulate(
 ) -> Iterator[tuple[MlpSite, Any]]:
     """Yield the site of every accumulator, and what it computes of all tokens of all processes.
 
-    As many at a time are summed as fit in the memory that the tokens' limits allow. A pass that is
-    killed goes on where it was last saved, to the same bits; what took long stays saved until
-    :func:`saved_sums` ends.
+    As many at a time are summed as the tokens' limits allow. A pass that is killed goes on where it
+    was last saved, to the same bits; what took long stays saved until :func:`saved_sums` ends.
     """
     groups = groups_that_fit(accumulators, tokens.limits.memory)
     for number, group in enumerate(groups, start=1):
         of_many = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
         sums = _pass(tokens, group, label + of_many)
-        while group:
-            accumulator, own = group.pop(0), sums.pop(0)
-            own = {name: all_sum(total) for name, total in own.items()}
+        for accumulator in group:
+            own = {name: all_sum(total) for name, total in sums.pop(0).items()}
             yield accumulator.site, accumulator.compute(own)
 
 
@@ -152,30 +146,31 @@ def average(
 
 def stored_arrays(
     root: Path,
-    folders: Mapping[str, str],
+    kind: str,
+    facts: Mapping[str, Mapping[str, Any]],
     compute: Callable[[list[str]], Iterable[tuple[str, Arrays]]],
-) -> dict[str, dict[str, Path]]:
-    """Return the files of named arrays, by site name, from ``folders`` of the store ``root``.
-
-    ``compute`` gives names and arrays of those sites that are not in the store yet, if any.
-    """
-    missing = [name for name, folder in folders.items() if not agreed(present(root / folder))]
+) -> dict[str, Arrays]:
+    """Return named arrays by site name, which ``facts`` decide, from the store or ``compute``."""
+    folders = {name: root / f"{kind}-{content_key(**own)}" for name, own in facts.items()}
+    missing = [name for name, folder in folders.items() if not agreed(present(folder))]
     for name, arrays in compute(missing) if missing else ():
 
         def build(folder: Path, arrays: Arrays = arrays) -> None:
             for array, values in arrays.items():
                 np.save(folder / f"{array}.npy", values)
 
-        get_or_build(root, folders[name], build)
-    return {
-        name: {path.stem: path for path in (root / folder).glob("*.npy")}
-        for name, folder in folders.items()
-    }
+        get_or_build(root, folders[name].name, build)
+    found: dict[str, Arrays] = {}
+    for name, folder in folders.items():
+        modes = {path: "r" if path.stem in LARGE else None for path in folder.glob("*.npy")}
+        found[name] = {path.stem: np.load(path, mode) for path, mode in modes.items()}
+    return found
 
 
 def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list[Sums]:
     """Sums over the tokens of this process, one pass, which goes on where it was last saved."""
-    own = [[part.start, part.stop] for part in tokens.chosen]
+    chosen = tokens.chosen
+    own = [[part.start, part.stop] for part in chosen]
     key = content_key(own=own, of=[accumulator.facts for accumulator in group])
     file = tokens.root / f"sums-{tokens.key}-{key}" / "sums.safetensors"
     sums: list[Sums] = [
@@ -185,17 +180,17 @@ def _pass(tokens: TokenSource, group: Sequence[Accumulator], label: str) -> list
     named = {f"{n}.{name}": values for n, own in enumerate(sums) for name, values in own.items()}
     begun = saved = time.monotonic()
     done = _read_saved(file, named)
-    sites = {accumulator.site.name: accumulator.site for accumulator in group}
+    sites = list(dict.fromkeys(accumulator.site for accumulator in group))
     gradients = any(accumulator.gradients for accumulator in group)
-    parts = tokens.parts(list(sites.values()), gradients=gradients, skip=done)
+    parts = tokens.parts(sites, gradients=gradients, skip=done)
     steps = ((layers, *each) for layers in parts for each in zip(group, sums, strict=True))
-    steps = progress(steps, label=label, total=(len(tokens.chosen) - done) * len(group))
+    steps = progress(steps, label=label, total=(len(chosen) - done) * len(group))
     for taken, (layers, accumulator, own) in enumerate(steps, start=1):
         accumulator.update(own, layers[accumulator.site.name])
         if taken % len(group) == 0:
-            done += 1
-            last, now = done == len(tokens.chosen), time.monotonic()
-            if now - (begun if last else saved) >= SAVED_AFTER:  # the last ones: if all took long
+            done, now = done + 1, time.monotonic()
+            since = begun if done == len(chosen) else saved  # the last ones: if all took long
+            if now - since >= SAVED_AFTER:
                 with writing(file):
                     file.parent.mkdir(parents=True, exist_ok=True)
                 write_tensors(file, named, {"parts": done})

@@ -21,6 +21,8 @@ from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, find_mlps, input_size
 
+Sites = Sequence[MlpSite | AttentionSite]
+
 PRIOR = 500  # tokens' worth of the metric of all experts that each expert's own is mixed with
 CHUNK = 16384
 DAMPING = 0.2  # share of the mean eigenvalue added to all
@@ -41,10 +43,8 @@ def products(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
 def expert_metrics(sums: Mapping[str, torch.Tensor], kinds: np.ndarray) -> torch.Tensor:
     """Damped metric Q of every expert, float64 (experts, dim, dim): an error e costs e^T Q e nats.
 
-    An expert's own is mixed with that of all tokens of the kind it serves, as if these were
-    :data:`PRIOR` tokens more. The ``sums`` are :func:`products` of the tokens of each expert,
-    ``fisher`` (experts, dim, dim), and of each kind, ``kinds`` (kinds, dim, dim), and the numbers
-    of these tokens, ``weight`` and ``of_kinds``; ``kinds`` (experts,) are those that they serve.
+    An expert's own is mixed with that of all tokens of the kind it serves, ``kinds`` (experts,), as
+    if these were :data:`PRIOR` tokens more. ``sums`` are those of a ``StatisticsAccumulator``.
     """
     least = torch.finfo(sums["kinds"].dtype).tiny
     priors = sums["kinds"] / sums["of_kinds"].clamp_min(least)[:, None, None]
@@ -85,14 +85,10 @@ def probe(logits: torch.Tensor, seeds: Sequence[Sequence[int]]) -> torch.Tensor:
     v = sqrt(p) xi - p <sqrt(p), xi> with p = softmax(logits) and xi ~ N(0, I), decided by the
     ``seeds`` of the image alone. Its covariance is diag(p) - p p^T, the Fisher information of the
     classes in the logits (Martens, arXiv:1412.1193): the KL divergence of a small change of the
-    logits is half its quadratic form. No labels are needed, and no gradient flows back. Of a
-    single output, which has no classes, v is xi itself.
+    logits is half its quadratic form. No labels are needed, and no gradient flows back.
     """
-    if len(seeds) != len(logits):
-        raise MoeeError(
-            f"seeds of {len(logits)} images", f"{len(seeds)}", "give every image seeds of its own"
-        )
-    draws = [np.random.default_rng(seed).standard_normal(logits.shape[1]) for seed in seeds]
+    each = zip(map(np.random.default_rng, seeds), logits, strict=True)
+    draws = [rng.standard_normal(len(of_image)) for rng, of_image in each]
     xi = torch.from_numpy(np.stack(draws)).to(logits)
     if logits.shape[1] == 1:  # no classes: a small change counts by its square
         return xi
@@ -113,12 +109,10 @@ def output_gradients(
 
     The mean of (sum_t g_t . delta_t)^2 / 2 over draws, t running over all tokens of an image, is
     to second order the KL divergence, in nats, that changes delta_t of one site's outputs cause.
-    ``x`` are (images, channels, height, width); the ``seeds`` of an image and the number of the
-    probe alone decide its draws. The model is left as it was.
+    ``x`` are images; the ``seeds`` of each and the number of the probe alone decide its draws.
 
-    Returned by name of site, (probes, images, tokens, dim) float32; a grid of tokens is flattened
-    row by row, windows in the place of an image one after the other. All zeros where the logits
-    do not depend on an output.
+    Returned by name of site, (probes, images, tokens, dim) float32; grids are flattened row by row,
+    windows one after the other. All zeros where the logits do not depend on an output.
     """
     calls: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
 
@@ -132,11 +126,9 @@ def output_gradients(
     for name, seen in calls.items():
         if len(seen) != 1 or len(seen[0]) % len(x):  # all images, or as many windows of each
             shapes = ", ".join(str(tuple(output.shape)) for output in seen)
-            raise MoeeError(
-                f"one call of '{name}' with all tokens of {len(x)} images",
-                f"{len(seen)} calls with outputs {shapes or 'of none'}",
-                "record such a model without gradients, or leave this site out",
-            )
+            expected = f"one call of '{name}' with all tokens of {len(x)} images"
+            hint = "record such a model without gradients, or leave this site out"
+            raise MoeeError(expected, f"{len(seen)} calls with outputs {shapes or 'of none'}", hint)
     by_probe = []
     for number in range(probes):
         v = probe(logits, [(*seed, number) for seed in seeds])
@@ -148,44 +140,31 @@ def output_gradients(
     return dict(zip(calls, map(torch.stack, zip(*by_probe, strict=True)), strict=True))
 
 
-def unread_kinds(
-    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
-) -> dict[str, tuple[str, ...]]:
+def unread_kinds(model: nn.Module, sites: Sites | None = None) -> dict[str, tuple[str, ...]]:
     """Return the kinds of the tokens whose outputs at each of the ``sites`` nothing reads any more.
 
-    There the gradient of the logits is exactly zero at every token of the kind, for a random
-    image: at the patches ("patch") in the last block of a ViT whose head reads the CLS token
-    alone, at the CLS token where it reads the mean of the patches. ``sites`` None: all MLPs.
+    There the logits' gradient is exactly zero at every token of the kind, such as "patch" in the
+    last block of a ViT whose head reads CLS alone, for a random image. ``sites`` None: all MLPs.
     """
-    return {
-        name: tuple(kind for kind, is_read in read.items() if not is_read)
-        for name, read in _read_kinds(model, sites).items()
-    }
+    found = _read_kinds(model, sites).items()
+    return {name: tuple(kind for kind in read if not read[kind]) for name, read in found}
 
 
-def unread_patches(
-    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None = None
-) -> frozenset[str]:
-    """Return the names of the ``sites`` whose outputs at the patches nothing reads any more.
-
-    As :func:`unread_kinds`; an MLP that gets no patches is one of them.
-    """
+def unread_patches(model: nn.Module, sites: Sites | None = None) -> frozenset[str]:
+    """Return the names of ``sites`` that get no patches, or whose outputs there nothing reads."""
     read_kinds = _read_kinds(model, sites)
     return frozenset(name for name, read in read_kinds.items() if not read.get("patch"))
 
 
-def _read_kinds(
-    model: nn.Module, sites: Sequence[MlpSite | AttentionSite] | None
-) -> dict[str, dict[str, bool]]:
+def _read_kinds(model: nn.Module, sites: Sites | None) -> dict[str, dict[str, bool]]:
     """Whether the output of any token of a kind is read, by site and kind."""
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
     sites = find_mlps(model) if sites is None else sites
     gradients = output_gradients(model, sites, like(image, model), seeds=[(0, 0)], probes=1)
     leading = leading_kinds(model, gradients)
-    found: dict[str, dict[str, bool]] = {}
+    found: dict[str, dict[str, bool]] = {name: {} for name in gradients}
     for name, gradient in gradients.items():
         read = gradient.flatten(0, 1).any(dim=2).any(dim=0).tolist()
-        kinds, found[name] = leading[name], {}
-        for kind, is_read in zip_longest(kinds, read, fillvalue="patch"):
+        for kind, is_read in zip_longest(leading[name], read, fillvalue="patch"):
             found[name][kind] = found[name].get(kind, False) or is_read
     return found

@@ -28,7 +28,6 @@ from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.utils.progress import progress, tell, tell_progress
 from moee_analysis.utils.storage.checksums import read_signed, write_signed
 from moee_analysis.utils.storage.files import write_json
-from moee_analysis.utils.storage.locks import remove
 from moee_analysis.utils.storage.refusals import bytes_text
 from moee_analysis.utils.storage.store import content_key, get_or_resume
 
@@ -39,15 +38,13 @@ ORIGIN = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
 CONTENTS = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
 """What a site's files hold, by kind of values."""
 
-File = tuple[str, str]  # a site's name, and what the file holds of it
-
 
 @dataclass(frozen=True)
 class Recording:
     """A sample of the tokens of ``sites`` on ``images``, and all that decides it.
 
-    ``kinds`` are "inputs", with or without "hidden" and "gradients"; of the latter there are so
-    many ``probes`` for each token, drawn by the plan's seed and the number of the image.
+    ``kinds`` are some of :data:`CONTENTS`, "inputs" among them; of gradients there are so many
+    ``probes`` for each token, drawn by the plan's seed and the number of the image.
     """
 
     model: nn.Module
@@ -56,14 +53,6 @@ class Recording:
     plan: TokenPlan
     kinds: tuple[str, ...] = ("inputs", "hidden")
     probes: int = 2
-
-    def __post_init__(self) -> None:
-        if "inputs" not in self.kinds or set(self.kinds) - set(CONTENTS) or self.probes < 1:
-            raise MoeeError(
-                f"inputs and others of {', '.join(CONTENTS)}; probes >= 1",
-                f"{self.kinds}; {self.probes} probes",
-                'name them as in kinds=("inputs", "gradients"), probes=2',
-            )  # fmt: skip
 
     @cached_property
     def key(self) -> str:
@@ -79,24 +68,17 @@ class Recording:
         return root / f"activations-{self.key}"
 
     def to_disk(self, root: Path) -> Path:
-        """Record into the store ``root``, or find the recording there; return its folder.
-
-        Its size is told first. A recording that was killed goes on where it was last saved, and
-        comes to the same bytes.
-        """
+        """Record into the store ``root``, find it there, or finish it; return its folder."""
         return get_or_resume(root, self.folder(root).name, partial(_record_into, task=self))
 
     def in_memory(self) -> dict[str, LayerSample]:
         """Record into memory alone; the sample of every site, by its name."""
-        arrays = {
-            file: np.empty((len(self.images) * len(block), *block.shape[1:]), block.dtype)
-            for file, block in self.blocks.items()
-        }
+        arrays = {file: block.repeat(len(self.images), 0) for file, block in self.blocks.items()}
         for _ in _record_batches(self, arrays.__getitem__):
             pass
         samples = {}
         for name, count in self.tokens.items():
-            values = {content: arrays[name, content] for content in self.contents}
+            values = {content: arrays[f"{name}.{content}"] for content in self.contents}
             samples[name] = _sample(values, _origin(self.plan, len(self.images), count))
         return samples
 
@@ -118,16 +100,16 @@ class Recording:
         return {name: len(self.plan.weights(count)) for name, count in self.tokens.items()}
 
     @cached_property
-    def blocks(self) -> dict[File, np.ndarray]:
-        """The rows of one image in every file, all zeros."""
-        blocks = {}
+    def blocks(self) -> dict[str, np.ndarray]:
+        """The rows of one image in every file, all zeros, by its name."""
+        blocks, kept = {}, self.kept
         for site in self.sites:
-            rows = (self.kept[site.name], self.probes)
-            shapes = {"inputs": (rows[0], site.dim), "hidden": (rows[0], site.hidden)}
-            shapes |= {"directions": (*rows, site.dim), "norms": rows}
+            widths = {"inputs": (site.dim,), "hidden": (site.hidden,)}
+            widths |= {"directions": (self.probes, site.dim), "norms": (self.probes,)}
             for content in self.contents:
+                shape = (kept[site.name], *widths[content])
                 dtype = np.float32 if content == "norms" else np.float16
-                blocks[site.name, content] = np.zeros(shapes[content], dtype)
+                blocks[f"{site.name}.{content}"] = np.zeros(shape, dtype)
         return blocks
 
     @property
@@ -170,20 +152,17 @@ def check_unchanged(task: Any) -> None:
     with unchanged():  # the model is looked at again, and the images are read again
         changed = replace(task, images=replace(task.images)).key != task.key
     if changed:
-        raise MoeeError(
-            "images and weights that stay as they are", "some that were changed meanwhile",
-            "run it again; what was there before is as it was",
-        )  # fmt: skip
+        expected = "images and weights that stay as they are"
+        hint = "run it again; what was there before is as it was"
+        raise MoeeError(expected, "some that were changed meanwhile", hint)
 
 
 def _record_into(folder: Path, *, task: Recording) -> None:
     saved, images = _SavedImages(folder, task.blocks), len(task.images)
     if not saved.resume():
         kept = "/".join(map(str, sorted(set(task.kept.values()))))
-        tell_progress(
-            f"recording {len(task.sites)} layers on {images} images, "
-            f"{kept} tokens of each: {task.bytes / 1e6:.0f} MB on disk"
-        )
+        told = f"recording {len(task.sites)} layers on {images} images, {kept} tokens of each"
+        tell_progress(f"{told}: {task.bytes / 1e6:.0f} MB on disk")
         _create_files(folder, task)
         saved.save(0)
     array_of = partial(_map_file, folder)
@@ -194,13 +173,11 @@ def _record_into(folder: Path, *, task: Recording) -> None:
     for count in set(task.tokens.values()):
         np.save(folder / f"tokens-{count}.npy", _origin(task.plan, images, count))
     write_json(folder / MANIFEST, {"tokens": task.tokens, "contents": task.contents})
-    for path in folder.iterdir():
-        if path.suffix != ".npy" and path.name != MANIFEST:
-            remove(path)
+    (folder / PROGRESS).unlink()
 
 
 def _record_batches(
-    task: Recording, array_of: Callable[[File], np.ndarray], *, first: int = 0, label: str = ""
+    task: Recording, array_of: Callable[[str], np.ndarray], *, first: int = 0, label: str = ""
 ) -> Iterator[int]:
     """Record from the image ``first`` on, and yield how many there are after every batch."""
     rest = task.images.take(range(first, len(task.images)))
@@ -217,12 +194,10 @@ def _record_batches(
             start = first * chosen.shape[1]
             for content, values in _contents_of(rows).items():
                 if not torch.isfinite(values).all():
-                    raise MoeeError(
-                        "activations within half precision (below 65504) and finite",
-                        f"larger or NaN values in {name}",
-                        "check the weights and the images' normalisation",
-                    )
-                array_of((name, content))[start : start + len(values)] = values.numpy()
+                    expected = "activations within half precision (below 65504) and finite"
+                    hint = "check the weights and the images' normalisation"
+                    raise MoeeError(expected, f"larger or NaN values in {name}", hint)
+                array_of(f"{name}.{content}")[start : start + len(values)] = values.numpy()
         first += len(batch)
         yield first
 
@@ -259,13 +234,9 @@ def _contents_of(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return contents
 
 
-def _path_of(folder: Path, file: File) -> Path:
-    return folder / f"{'.'.join(file)}.npy"
-
-
-def _map_file(folder: Path, file: File) -> np.ndarray:
+def _map_file(folder: Path, file: str) -> np.ndarray:
     """Map a file that was created; what is written leaves the process's memory with the array."""
-    return np.lib.format.open_memmap(_path_of(folder, file), "r+")
+    return np.lib.format.open_memmap(folder / f"{file}.npy", "r+")
 
 
 def _create_files(folder: Path, task: Recording) -> None:
@@ -275,16 +246,14 @@ def _create_files(folder: Path, task: Recording) -> None:
         if task.bytes > free:
             raise OSError(f"{bytes_text(free)} free")
         for file, block in task.blocks.items():
-            path, shape = _path_of(folder, file), (len(task.images) * len(block), *block.shape[1:])
-            mapped = np.lib.format.open_memmap(path, "w+", block.dtype, shape)
+            path, rows = folder / f"{file}.npy", len(task.images) * len(block)
+            mapped = np.lib.format.open_memmap(path, "w+", block.dtype, (rows, *block.shape[1:]))
             with path.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, mapped.offset + mapped.nbytes)
     except OSError as error:  # another program may be quicker, or a quota used up
-        raise MoeeError(
-            f"{bytes_text(task.bytes)} of free disk for the activations",
-            f"{error} in '{folder.parent}'",
-            "make room, set MOEE_STORE to another disk, or take fewer images or tokens",
-        ) from None
+        expected = f"{bytes_text(task.bytes)} of free disk for the activations"
+        hint = "make room, set MOEE_STORE to another disk, or take fewer images or tokens"
+        raise MoeeError(expected, f"{error} in '{folder.parent}'", hint) from None
 
 
 @dataclass
@@ -292,16 +261,16 @@ class _SavedImages:
     """How many images of a recording are whole in its ``folder``; ``hashes`` are of their rows."""
 
     folder: Path
-    blocks: Mapping[File, np.ndarray]
+    blocks: Mapping[str, np.ndarray]
     count: int = 0
-    hashes: dict[File, Any] = field(default_factory=dict)
+    hashes: dict[str, Any] = field(default_factory=dict)
 
     def save(self, count: int) -> None:
         """Say that there are so many images now; their rows are brought to the disk."""
-        self._hash(count)
+        hashes = self._hash(count)
         for file in self.blocks:
             _map_file(self.folder, file).flush()
-        write_signed(self.folder / PROGRESS, {"images": count, "hashes": self._digests})
+        write_signed(self.folder / PROGRESS, {"images": count, "hashes": hashes})
 
     def resume(self) -> bool:
         """Find the images that were saved before; whether there are any, and they are whole."""
@@ -310,8 +279,7 @@ class _SavedImages:
             return False
         try:
             saved = read_signed(path)
-            self._hash(saved["images"])
-            if self._digests == saved["hashes"]:
+            if self._hash(saved["images"]) == saved["hashes"]:
                 return True
             damage = "other values than were saved"
         except Exception as error:  # a damaged file can break the reader in any way
@@ -320,14 +288,10 @@ class _SavedImages:
         self.count, self.hashes = 0, {}
         return False
 
-    @property
-    def _digests(self) -> dict[str, str]:
-        return {".".join(file): found.hexdigest() for file, found in sorted(self.hashes.items())}
-
-    def _hash(self, count: int) -> None:
-        """Add the rows up to those of so many images; before the first ones, the file's header."""
+    def _hash(self, count: int) -> dict[str, str]:
+        """Hash the rows up to those of so many images; before the first ones, the file's header."""
         for file, block in self.blocks.items():
-            mapped, path = _map_file(self.folder, file), _path_of(self.folder, file)
+            mapped, path = _map_file(self.folder, file), self.folder / f"{file}.npy"
             if file not in self.hashes:
                 if path.stat().st_size != mapped.offset + mapped.nbytes:
                     raise ValueError(f"{path.name} has another size")
@@ -336,3 +300,4 @@ class _SavedImages:
             rows = slice(self.count * len(block), count * len(block))
             self.hashes[file].update(np.ascontiguousarray(mapped[rows]))
         self.count = count
+        return {file: found.hexdigest() for file, found in self.hashes.items()}

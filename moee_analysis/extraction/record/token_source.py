@@ -1,8 +1,7 @@
 """The tokens of the calibration images, a part of the images at a time.
 
-Nothing above this file sees more than one part. Where the disk has room, all parts are recorded
-once and read again by every pass; where it has not, every pass runs the model again, so that any
-number of images will do. The tokens are the same, whichever it is.
+Where the disk has room, all parts are recorded once and read again by every pass; where it has not,
+every pass runs the model again. The tokens are the same, whichever it is.
 """
 
 import shutil
@@ -37,9 +36,8 @@ LARGEST = 1e18  # bytes of memory or disk
 class Limits:
     """What an extraction may take of a machine; its result does not depend on it.
 
-    ``memory`` bytes of sums are held at once; more of them take more passes over the tokens.
-    ``disk`` bytes of recorded tokens are kept; None: half of what is free. Where there are more,
-    every pass makes them again; 0 keeps none.
+    ``memory`` bytes of sums are held at once; more of them take more passes over the tokens. Where
+    these take more than ``disk`` bytes (None: half of what is free), every pass makes them again.
     """
 
     memory: float = 4e9
@@ -75,10 +73,8 @@ class TokenSource:
     @cached_property
     def key(self) -> str:
         """Key of all tokens of all processes in a store."""
-        return content_key(
-            model=fingerprint(self.model), images=self.images.fingerprint, kinds=self.kinds,
-            plan=self.plan.facts,
-        )  # fmt: skip
+        facts = {"model": fingerprint(self.model), "images": self.images.fingerprint}
+        return content_key(kinds=self.kinds, plan=self.plan.facts, **facts)
 
     @cached_property
     def leading(self) -> dict[str, tuple[str, ...]]:
@@ -88,8 +84,8 @@ class TokenSource:
     @property
     def own(self) -> list[range]:
         """Numbers of the images of each part of this process."""
-        starts = range(0, len(self.images), PART)
-        parts = [range(s, min(s + PART, len(self.images))) for s in starts]
+        numbers = range(len(self.images))
+        parts = [numbers[start : start + PART] for start in numbers[::PART]]
         return [parts[number] for number in own_share(len(parts))]
 
     @property
@@ -97,32 +93,25 @@ class TokenSource:
         """Those of them that are seen."""
         if self.numbers is None:
             return self.own
-        starts = {number // PART * PART for number in self.numbers}
-        return [part for part in self.own if part.start in starts]
+        return [part for part in self.own if any(number in part for number in self.numbers)]
 
     def parts(
         self, sites: Sequence[MlpSite], *, gradients: bool = False, skip: int = 0
     ) -> Iterator[dict[str, RecordedLayer]]:
-        """Yield the tokens of ``sites``, by name, part after part of this process.
+        """Yield the tokens of ``sites``, by name, of all but the first ``skip`` parts, in turn.
 
-        So many parts at the beginning are skipped. Parts that are not on the disk have gradients
-        only where these are needed.
+        Parts that are not on the disk have gradients only where these are needed.
         """
         kept, first = self.whole.kept, self.own[0].start if self.own else 0
         for part in self.chosen[skip:]:
             if self._folder is None:
                 samples = self._recording(part, sites, gradients=gradients).in_memory()
             else:
-                samples = {
-                    site.name: load_sample(self._folder, site).part(
-                        slice(*((n - first) * kept[site.name] for n in (part.start, part.stop)))
-                    )
-                    for site in sites
-                }
-            yield {
-                site.name: RecordedLayer(site, site.module(self.model), samples[site.name])
-                for site in sites
-            }
+                samples = {site.name: load_sample(self._folder, site) for site in sites}
+                for name, sample in samples.items():
+                    rows = slice(*((n - first) * kept[name] for n in (part.start, part.stop)))
+                    samples[name] = sample.part(rows)
+            yield {s.name: RecordedLayer(s, s.module(self.model), samples[s.name]) for s in sites}
 
     @cached_property
     def on_disk(self) -> bool:

@@ -17,16 +17,13 @@ from moee_analysis.models.loading import MlpSite, blank
 
 CHUNK = 8192  # rows whose hidden activations are in memory at once
 PREFIX_KINDS = {"cls_token": ("cls", "dist"), "dist_token": ("dist",), "reg_token": ("register",)}
-"""Kinds of the tokens in timm's parameters of these names, in order; a distilled PiT has both of
-its leading tokens in one parameter."""
+"""Kinds of the tokens in timm's parameters, in order; a distilled PiT has both in one of them."""
 
 
 def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
-    """Return the kind of every leading token: "cls", "dist" or "register", in their order.
+    """Return the kind of every leading token, "cls", "dist" or "register", as timm orders them.
 
-    The order is that of timm's ``_pos_embed``: class, then distillation or register tokens, then
-    patches. A model may have a class token for each of its branches (CoaT, CrossViT); no layer
-    sees more than one of them, and some see none, see :func:`leading_kinds`.
+    Models with a class token for each branch (CoaT, CrossViT) have one: no layer sees more of them.
     """
     expected = vars(model).get("num_prefix_tokens")
     if expected == 0:
@@ -41,21 +38,17 @@ def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
         count = own.get(name, 0)
         kinds += (known + known[-1:] * count)[:count]  # the last kind goes on
     if expected is not None and len(kinds) != expected:
-        raise MoeeError(
-            f"{expected} leading tokens, as num_prefix_tokens says",
-            f"{', '.join(kinds) or 'none'} among the parameters of {type(model).__name__}",
-            f"use a model whose leading tokens are timm's {', '.join(PREFIX_KINDS)}",
-        )
+        found = f"{', '.join(kinds) or 'none'} among the parameters of {type(model).__name__}"
+        hint = f"use a model whose leading tokens are timm's {', '.join(PREFIX_KINDS)}"
+        raise MoeeError(f"{expected} leading tokens, as num_prefix_tokens says", found, hint)
     return tuple(kinds)
 
 
 def kinds_seen(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
-    """Return the kinds of the leading tokens that a layer sees, in their order.
+    """Return the kinds of the leading tokens among an image's tokens of this ``shape``.
 
-    ``shape`` is that of one image's tokens. A map (rows, columns) has none, nor have as many
-    tokens as the model has patches (the ``blocks`` of CaiT and XCiT, the first ones of ConViT). No
-    more tokens than leading ones are these alone (CaiT's ``blocks_token_only``, XCiT's
-    ``cls_attn_blocks``, VOLO's ``post_network``).
+    A map (rows, columns) has none, nor have as many tokens as patches (CaiT's ``blocks``).
+    No more tokens than leading ones are these alone (``blocks_token_only``).
     """
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if len(shape) != 1 or shape[0] == patches:
@@ -66,9 +59,8 @@ def kinds_seen(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
 def leading_kinds(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the kinds of the leading tokens that each of some layers sees, by module name.
 
-    The model runs once on an image of zeros. A layer that gets parts of an image (windows, the
-    pixels of a patch) in the place of images sees no leading tokens; nothing is said of one that
-    is called several times, or never.
+    The model runs once. A layer that gets parts of an image (windows, the pixels of a patch) sees
+    none; nothing is said of one that is called several times, or never.
     """
     if not prefix_kinds(model):
         return dict.fromkeys(names, ())
@@ -90,10 +82,10 @@ def _inputs(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[tuple[str
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Which tokens of an image are kept: all prefix tokens (CLS) and ``per_image`` others.
+    """Which tokens of an image are kept: all prefix tokens (CLS), and ``per_image`` others or all.
 
-    ``per_image`` None keeps every token. The images are numbered from ``first`` on, where they are
-    a part of many. Layers of so many tokens as are in ``patches_alone`` see no prefix.
+    The images are numbered from ``first`` on, where they are a part of many. Layers of so many
+    tokens as are in ``patches_alone`` see no prefix.
     """
 
     per_image: int | None
@@ -104,16 +96,15 @@ class TokenPlan:
 
     def positions(self, image: int, tokens: int) -> np.ndarray:
         """Return the kept positions in image number ``image`` of ``tokens`` tokens, ascending."""
-        rng = np.random.default_rng([self.seed, image, tokens])
         prefix, count = self._counts(tokens)
+        rng = np.random.default_rng([self.seed, image, tokens])
         patches = rng.choice(np.arange(prefix, tokens), size=count, replace=False)
         return np.concatenate([np.arange(prefix), np.sort(patches)]).astype(np.int32)
 
     def weights(self, tokens: int) -> np.ndarray:
         """How many tokens of the image each kept one stands for."""
         prefix, count = self._counts(tokens)
-        patches = np.full(count, (tokens - prefix) / max(count, 1))
-        return np.concatenate([np.ones(prefix), patches])
+        return np.repeat([1, (tokens - prefix) / max(count, 1)], [prefix, count])
 
     @property
     def facts(self) -> list[int | list[int] | None]:
@@ -144,8 +135,7 @@ def capture_mlps(
 ) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
     """While open, yield what the sites saw in the latest forward pass, by name and kind.
 
-    ``inputs`` are (images, tokens, dim), ``hidden`` = act(W1 x + b1) are (images, tokens, hidden);
-    grids of tokens are flattened row by row. Windows may stand in the place of images.
+    ``inputs`` (images or windows, tokens, dim), ``hidden`` = act(W1 x + b1); grids row by row.
     """
     seen: dict[str, dict[str, torch.Tensor]] = {site.name: {} for site in sites}
 
@@ -162,11 +152,9 @@ def capture_mlps(
 class LayerSample:
     """The sampled tokens of one layer, memory-mapped or not; None is what was not recorded.
 
-    ``inputs`` (rows, dim) and ``hidden`` (rows, hidden) in half precision; ``image`` and
-    ``position`` say where each row comes from, ``weight`` how many tokens it stands for. The
-    gradients at the MLP's outputs are ``directions`` (rows, probes, dim), unit vectors or zeros
-    in half precision, times ``norms`` (rows, probes) float32. ``start`` is the number of the first
-    row among those of all images.
+    ``inputs`` (rows, dim) and ``hidden`` (rows, hidden) are in half precision; a row stands for
+    ``weight`` tokens. Gradients are ``directions`` (rows, probes, dim), unit vectors or zeros in
+    half precision, times ``norms`` (rows, probes) float32. The first row has the number ``start``.
     """
 
     inputs: np.ndarray
@@ -188,10 +176,6 @@ class LayerSample:
 
     def gradients(self, rows: slice | np.ndarray) -> np.ndarray:
         """Gradients of :func:`output_gradients` at ``rows``, (probes, n, dim) float32."""
-        if self.directions is None or self.norms is None:
-            raise MoeeError(
-                "a sample with gradients", "one without", 'record it with the kind "gradients"'
-            )
         gradients = self.directions[rows].astype(np.float32) * self.norms[rows, :, None]
         return np.ascontiguousarray(gradients.swapaxes(0, 1))
 
@@ -221,5 +205,4 @@ class RecordedLayer:
     def chunks(self, rows: np.ndarray | None = None, *, size: int = 0) -> Iterator[np.ndarray]:
         """Numbers of all rows, or of some ``rows``, so many at a time (0: :data:`CHUNK`)."""
         rows, size = (np.arange(len(self.sample)) if rows is None else rows), size or CHUNK
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+        return (rows[start : start + size] for start in range(0, len(rows), size))

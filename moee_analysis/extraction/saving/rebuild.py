@@ -1,8 +1,7 @@
 """Networks rebuilt from the description in a file, or around the dense network that is given.
 
-A model of timm's is rebuilt by its name and the arguments of ``timm.create_model``. Whether that
-gives the same network is seen by its answers; one that was changed by hand in ways that no argument
-says is rebuilt only around the dense network itself.
+A model of timm's is rebuilt by its name and the arguments of ``timm.create_model``, if its answers
+tell that this gives the same network; one that was changed by hand, only around the dense network.
 """
 
 import copy
@@ -20,13 +19,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.saving.schema import INPUT_FACTS
-from moee_analysis.extraction.saving.tables import (
-    check_finite,
-    check_fit,
-    check_tables,
-    select_below,
-)
+from moee_analysis.extraction.saving import checks
+from moee_analysis.extraction.saving.checks import INPUT_FACTS, select_below
 from moee_analysis.models.attention import LowRankAttention, Ranks, reduced_attentions, site_of
 from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import alike, answers
@@ -37,7 +31,6 @@ from moee_analysis.models.weights import Tensors
 from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
 from moee_analysis.moe.routers import TokenKindRouter, describe_router, rebuild_router
 
-ELSEWHERE = ("device", "dtype")  # arguments that say nothing of the network
 LARGEST_IMAGE = 2**25  # numbers
 PARTS = 1000  # parameters of a network, beside twice those of its file
 
@@ -47,25 +40,20 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     ``by_hand`` says why the name and arguments alone do not rebuild the model; None where they do.
 
-    Raises MoeeError: a router that cannot be saved, or for other tokens than come to it;
-    weights that are not finite.
+    Raises MoeeError: a router that cannot be saved, or for other tokens; weights not finite.
     """
     tensors = collect_tensors(model)
-    check_finite(tensors)
+    checks.check_finite(tensors)
     _check_size(model)
+    routed = {name: model.get_submodule(name) for name in moe_names(model).values()}
+    reduced = reduced_attentions(model).items()
     facts = {
         "architecture": architecture(model),
         "arguments": find_arguments(model),
         "dtype": name_dtype(model),
         "pretrained_cfg": describe_inputs(model),
-        "routers": {
-            name: describe_router(model.get_submodule(name).router)
-            for name in moe_names(model).values()
-        },
-        "attentions": {
-            name: asdict(m.ranks) | {"bias": m.bias is not None}
-            for name, m in reduced_attentions(model).items()
-        },
+        "routers": {name: describe_router(layer.router) for name, layer in routed.items()},
+        "attentions": {n: asdict(m.ranks) | {"bias": m.bias is not None} for n, m in reduced},
         "answers": _answers(model),
     }
     try:
@@ -81,43 +69,40 @@ def rebuild(
 ) -> nn.Module:
     """Build the described network with its ``tensors``, ready for evaluation.
 
-    It is built around the ``dense`` network that it was made from, which is not changed; None: by
-    its name.
+    It is built around the ``dense`` network that it was made from; None: by its name.
 
     Raises MoeeError: a network changed by hand without ``dense``; tensors that do not fit or
     make no sense; one that gives other answers than the network that was described.
     """
     reason = described.get("by_hand")
     if reason and dense is None:
-        raise MoeeError(
-            "the dense network this run was made from, which no name rebuilds", f"none ({reason})",
-            "give it, with its weights: moee.load(folder, dense=model)",
-        )  # fmt: skip
+        expected = "the dense network this run was made from, which no name rebuilds"
+        hint = "give it, with its weights: moee.load(folder, dense=model)"
+        raise MoeeError(expected, f"none ({reason})", hint)
     outline = _outline(described, parts=len(tensors)) if dense is None else unwrapped(dense)
     _check_size(outline)
-    check_tables(described, tensors, outline)
+    checks.check_tables(described, tensors, outline)
     model = _skeleton(described) if dense is None else copy.deepcopy(outline)
     names = described["pretrained_cfg"].get("label_names")
     if dense is not None and names:  # classes may have been named since
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(names)}
     _put_layers(model, described, tensors)
-    check_fit(model.state_dict(), tensors, model)
+    checks.check_fit(model.state_dict(), tensors, model)
     model.load_state_dict(tensors)
     found = _answers(model.eval())
     if not alike(described.get("answers", found), found):
-        raise MoeeError(
-            "the network that was saved", "one that gives other outputs for the same images",
-            "load it with the versions it was made with (run.json, versions), or extract again"
-            if dense is None else "give the dense network that the run was made from",
-        )  # fmt: skip
+        hint = "load it with the versions it was made with (run.json, versions), or extract again"
+        if dense is not None:
+            hint = "give the dense network that the run was made from"
+        wrong = "one that gives other outputs for the same images"
+        raise MoeeError("the network that was saved", wrong, hint)
     return model
 
 
 def find_arguments(model: nn.Module) -> dict[str, Any]:
     """Arguments with which ``timm.create_model`` builds a model like this one, as far as known.
 
-    They are those it was made with, if timm kept them, and what the model itself shows: outputs,
-    channels and size; activations are given by their names.
+    They are those it was made with, if timm kept them, and :func:`_visible_arguments`.
     """
     kept = getattr(model, "_model_args", {}).items()
     given = {k: plain for k, v in kept if (plain := _plain(v)) is not None}
@@ -174,10 +159,7 @@ def _put_layers(model: nn.Module, described: Mapping[str, Any], tensors: Tensors
 
 
 def _outline(described: Mapping[str, Any], *, parts: int) -> nn.Module:
-    """The dense network without values, which takes no memory whatever a file says of it.
-
-    One with far more parameters than the ``parts`` of its file is given up.
-    """
+    """The dense network without values, which takes no memory, from a file of so many ``parts``."""
     counted, most = itertools.count(1), 2 * parts + PARTS
 
     def count(*_: Any) -> None:
@@ -198,7 +180,7 @@ def _check_size(model: nn.Module) -> None:
 def _skeleton(described: Mapping[str, Any]) -> nn.Module:
     """The dense network by its name; in format 5 the classes are all that is known of arguments."""
     arguments = described.get("arguments", {"num_classes": described.get("num_classes")})
-    arguments = {key: value for key, value in arguments.items() if key not in ELSEWHERE}
+    arguments = {k: v for k, v in arguments.items() if k not in ("device", "dtype")}
     cfg = described["pretrained_cfg"]
     model = build_model(described["architecture"], pretrained_cfg=cfg, **arguments)
     return model.to(getattr(torch, described.get("dtype", "float32")))
@@ -216,10 +198,7 @@ def _plain(value: Any) -> Any:
 
 
 def _visible_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments that a model itself shows: outputs are those of the classifier as it is.
-
-    Where it is no plain Linear, they are what the model says.
-    """
+    """Arguments that a model itself shows: outputs are those of the classifier, if it is plain."""
     heads = stated_modules(model, "classifier").values()
     plain = [head for head in heads if isinstance(head, nn.Linear | nn.Identity)]
     channels, *size = input_size(model)
@@ -240,10 +219,8 @@ def _answers(model: nn.Module) -> list[float]:
 
     def check(name: str, x: torch.Tensor) -> None:
         if x.ndim == 3 and x.shape[1] != tokens[name]:
-            raise MoeeError(
-                f"routers of {x.shape[1]} tokens", f"one of {tokens[name]}",
-                "extract for images of this size",
-            )  # fmt: skip
+            hint = "extract for images of this size"
+            raise MoeeError(f"routers of {x.shape[1]} tokens", f"one of {tokens[name]}", hint)
 
     with watch({name: model.get_submodule(name) for name in tokens}, check):
         return list(answers(model))

