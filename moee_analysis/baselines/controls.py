@@ -35,8 +35,7 @@ def with_one_expert(config: ExtractConfig) -> ExtractConfig:
 def with_random_centres(config: ExtractConfig) -> ExtractConfig:
     """Return ``config`` with random tokens for centres: what the clusters of a model must beat.
 
-    Router, neurons and budget follow the same rules; there are ``clustering.count`` centres, to
-    which all tokens are routed.
+    All tokens are routed to ``clustering.count`` centres; all else follows the same rules.
     """
     clustering = replace(config.resolved().clustering, method="random", reduce="none")
     return replace(config, clustering=clustering, noise="reroute")
@@ -45,7 +44,6 @@ def with_random_centres(config: ExtractConfig) -> ExtractConfig:
 def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
     """Copy the model and let chance route its tokens, using experts as often as before.
 
-    It costs what the model costs, less the routers; only *which* experts a token meets differs.
     Leading tokens that have an expert of their own keep it. In layers of slots tokens change places
     in what the router says of them.
     """
@@ -107,8 +105,7 @@ def statically_pruned(
 ) -> Extraction:
     """Prune the same layers to the same MACs by the same rule, with one expert for all tokens.
 
-    ``images`` are the run's own calibration images. The MACs are the run's budget, or else what
-    it came to on the calibration images.
+    The MACs are the run's budget, or what it came to on its calibration ``images``.
 
     Raises ``MoeeError``: the run left every layer dense.
     """
@@ -133,11 +130,10 @@ def statically_pruned(
 def random_centres(
     run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
 ) -> dict[int, CosineRouter]:
-    """Routers of the same form whose centres are inputs of random calibration tokens.
+    """Routers with inputs of random calibration tokens for centres, as many as the run's experts.
 
-    As many experts per layer as the run has. Whatever these show too, the clusters did not cause.
-    By layer index, for ``measure.routes(run.dense(), ..., routers=...)``. ``images`` are the run's
-    own calibration images; the ``store`` holds (or will hold) the sampled tokens.
+    Whatever these show too, the clusters did not cause. By layer index, for ``measure.routes``.
+    ``images`` are the run's own calibration images; the ``store`` keeps the sampled tokens.
     """
     calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
     names, layers, rows = moe_names(run.model), moe_layers(run.model), {}

@@ -36,13 +36,12 @@ class System:
     """A way from a dense model and calibration images to another model.
 
     - ``family``: whose idea it is; ``told``: what it does, in a line.
-    - ``convert``: dense model, images, configuration and ``store=`` -> model, or
-      :class:`Extraction`.
+    - ``convert``: dense model, images, configuration and ``store=`` -> model, or an `Extraction`.
     - ``kind``: of configuration; ``settings``: of it, beside what is asked.
     - ``everywhere``: whether all MLPs are converted, also where the system leaves some out.
     - ``routed``: whether there are experts to choose from.
-    - ``oracle``: converted and dense model -> a copy whose tokens all meet the best experts, as the
-      system understands it; None: it does not say what is best.
+    - ``oracle``: converted and dense model -> a copy whose tokens all meet the experts that the
+      system holds for the best; None: it does not say.
     """
 
     family: str
@@ -80,15 +79,12 @@ def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callabl
     return system
 
 
-def _moefication_oracle(model: nn.Module, _dense: nn.Module) -> nn.Module:
-    return moefication.oracle_routed(model)
-
-
 _moee = _family("MoEE", extract, ExtractConfig, oracle=oracle_routed)
 _static = _family("static pruning", static_pruning.convert, StaticPruningConfig, routed=False)
 _moefied = _family(
-    "MoEfication", moefication.convert, MoeficationConfig, oracle=_moefication_oracle
-)
+    "MoEfication", moefication.convert, MoeficationConfig,
+    oracle=lambda model, _dense: moefication.oracle_routed(model),
+)  # fmt: skip
 _sparse = _family("Sparse Upcycling", sparse_upcycling.convert, SparseUpcyclingConfig)
 _soft = _family("Soft MoE", soft_moe.convert, SoftMoeConfig)
 _jetpack = _family("MoE Jetpack", jetpack.convert, JetpackConfig)

@@ -17,6 +17,7 @@ from torch.nn.init import trunc_normal_
 
 from moee_analysis.baselines.common.replace_mlps import (
     ExpertMlps,
+    check_shared,
     fill_budget,
     find_tokens,
     per_expert,
@@ -37,8 +38,7 @@ SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers
 class SoftMoeConfig:
     """How a model becomes a Soft MoE.
 
-    - ``slots``: of each expert; None: ``capacity_factor`` x tokens / experts, rounded (with a
-      factor of 1, as many slots as tokens), or what ``macs_reduction`` allows.
+    - ``slots``: of each expert; None: tokens / experts, rounded, or what ``macs_reduction`` allows.
     - ``initialisation``: experts are copies of the dense MLP (``upcycled``), or drawn anew as timm
       draws its MLPs (``fresh``; from scratch where the given model is untrained).
     - ``drop``: rate of dropout of hidden activations and outputs; None: that of the dense MLP.
@@ -52,7 +52,6 @@ class SoftMoeConfig:
 
     experts: int = 8
     slots: int | None = None
-    capacity_factor: float = 1.0
     initialisation: Literal["upcycled", "fresh"] = "upcycled"
     drop: float | None = None
     noise: float = 0.0
@@ -61,19 +60,13 @@ class SoftMoeConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
+        check_shared(self)
         checks.whole_number("experts", self.experts)
-        checks.seed_number(self.seed)
-        checks.layer_numbers(self.layers)
-        for name, choices in checks.choices_of(SoftMoeConfig).items():
-            checks.one_of(name, getattr(self, name), choices)
-        checks.real_number("capacity_factor", self.capacity_factor, above=0)
         checks.real_number("noise", self.noise, least=0)
         for name, value in checks.not_none(self, "drop"):
             checks.real_number(name, value, least=0, below=1)
         for name, value in checks.not_none(self, "slots"):
             checks.whole_number(name, value)
-        for name, value in checks.not_none(self, "macs_reduction"):
-            checks.share(name, value, whole=False)
         if self.slots is not None and self.macs_reduction is not None:
             raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
 
@@ -97,7 +90,7 @@ def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) 
         return [config.slots] * len(sites)
     seen = find_tokens(dense, sites)
     if config.macs_reduction is None:
-        return [per_expert(tokens, config.experts, config.capacity_factor) for _, tokens in seen]
+        return [per_expert(tokens, config.experts) for _, tokens in seen]
     counted, costs = count(dense), []
     for site, (groups, tokens) in zip(sites, seen, strict=True):
         outputs = site.module(dense).fc2.out_features

@@ -16,6 +16,7 @@ from torch import nn
 
 from moee_analysis.baselines.common.replace_mlps import (
     ExpertMlps,
+    check_shared,
     fill_budget,
     find_tokens,
     replace_mlps,
@@ -68,19 +69,14 @@ class SparseUpcyclingConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
+        check_shared(self)
         checks.whole_number("experts", self.experts)
         checks.whole_number("k", self.k)
-        checks.seed_number(self.seed)
-        checks.layer_numbers(self.layers)
-        for name, choices in checks.choices_of(SparseUpcyclingConfig).items():
-            checks.one_of(name, getattr(self, name), choices)
         if self.router == "top_k" and self.k > self.experts:
             raise MoeeError(f"k of at most {self.experts} experts", str(self.k), "choose fewer")
         checks.real_number("noise", self.noise, least=0)
         for name, value in checks.not_none(self, "capacity"):
             checks.real_number(name, value, above=0)
-        for name, value in checks.not_none(self, "macs_reduction"):
-            checks.share(name, value, whole=False)
         if self.macs_reduction is not None and self.router == "top_k":
             raise MoeeError(
                 "router='expert_choice' where MACs are to be saved",

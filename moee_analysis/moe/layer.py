@@ -30,9 +30,9 @@ Usage = dict[str, torch.Tensor]  # how much each expert is used, (experts,), by 
 class Readout:
     """Refitted output weights, once neurons are gone.
 
-    ``weight`` (dim, hidden) takes the place of the dense W2; None: the dense W2. ``shift``
-    (experts, dim) joins the output of every token that uses the expert, such as the mean of what
-    its dropped neurons contributed; None: nothing.
+    ``weight`` (dim, hidden) takes the place of the dense W2, unless it is None. ``shift`` (experts,
+    dim), such as the mean of what dropped neurons gave, joins the output of every token of the
+    expert.
     """
 
     weight: torch.Tensor | None = None
@@ -44,8 +44,7 @@ class MoeMlp(nn.Module):
 
     Experts may share hidden neurons. The rows of W1 and columns of W2 that any expert uses are
     stored once, in ``fc1`` and ``fc2``; each expert is a list of indices into them. The output is
-    b2 plus the sum over the token's experts, so a layer whose every expert keeps all neurons is the
-    dense MLP when each token has one expert. An expert without neurons is a constant.
+    b2 plus the sum over the token's experts; an expert without neurons is a constant.
 
     ``experts`` are sorted ids of the dense hidden neurons that each keeps, ``shares`` (experts,)
     those of the calibration tokens that use each: they sum to k, the experts of a token.
@@ -102,10 +101,7 @@ class MoeMlp(nn.Module):
         return kernels.IN_GROUPS[strategy.name](self, groups, tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
-        """The strategy that is set, or the fastest, measured once for about as many tokens.
-
-        It is measured when there have been a few such batches (``autotune.FEW``).
-        """
+        """The strategy that is set, or the fastest, measured once for about as many tokens."""
         if self.strategy is not None:
             return Choice(self.strategy, "set")
         reason = autotune.reason_for_masked(tokens, self, macs=2 * self.fc1.weight.numel())
@@ -137,7 +133,7 @@ class MoeMlp(nn.Module):
     def macs_per_token(self, shares: torch.Tensor | None = None) -> float:
         """Expected MACs of one token: the router, and 2 d |S_e| of each expert by its share.
 
-        ``shares`` (experts,) are those of the tokens; None: the calibration's.
+        ``shares`` (experts,) of the tokens are the calibration's, where none are given.
         """
         shares = self.shares if shares is None else shares.to(self.sizes.device)
         neurons = torch.dot(shares.double(), self.sizes.double()).item()
@@ -168,9 +164,9 @@ class MoeMlp(nn.Module):
 def set_dispatch(model: nn.Module, strategy: str, *, groups: int | None = None) -> None:
     """Choose how the routed layers of ``model`` are computed: see ``kernels.py``.
 
-    ``strategy`` is ``masked``, ``sorted`` or ``grouped_mm``; ``auto``: the fastest of them for each
-    layer, measured once for about as many tokens. Experts are computed in so many ``groups``; None:
-    every expert by itself. Another strategy, or groups where there are none, are refused.
+    ``strategy`` is ``masked``, ``sorted`` or ``grouped_mm``, the latter two in so many ``groups``
+    of experts (None: each by itself), or ``auto``: the fastest, measured once for about as many
+    tokens. Another strategy, or groups where there are none, are refused.
     """
     known = ", ".join(kernels.STRATEGIES)
     if strategy not in ("auto", *kernels.STRATEGIES):
@@ -243,18 +239,15 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
 @contextmanager
 def counting_usage(models: Mapping[Hashable, nn.Module]) -> Iterator[dict[Hashable, Usage]]:
     """While open, add up how much each expert is used, float64 (experts,), by model and layer."""
-    layers = {name: expert_layers(model) for name, model in models.items()}
-    sums = {
-        name: {place: torch.zeros(e.n_experts, dtype=torch.float64) for place, e in own.items()}
-        for name, own in layers.items()
-    }
+    layers = {(n, place): e for n in models for place, e in expert_layers(models[n]).items()}
+    sums: dict[Hashable, Usage] = {name: {} for name in models}
+    for (name, place), layer in layers.items():
+        sums[name][place] = torch.zeros(layer.n_experts, dtype=torch.float64)
 
     def add(key: tuple[Hashable, str], routed: Any) -> None:
-        name, place = key
-        sums[name][place] += layers[name][place].usage(routed).cpu()
+        sums[key[0]][key[1]] += layers[key].usage(routed).cpu()
 
-    routers = {(name, place): e.router for name, own in layers.items() for place, e in own.items()}
-    with watch(routers, add, "outputs"):
+    with watch({key: layer.router for key, layer in layers.items()}, add, "outputs"):
         yield sums
 
 
@@ -266,9 +259,8 @@ def macs_as_used(model: nn.Module, usage: Usage) -> float:
     per_token = {}
     for name, layer in expert_layers(model).items():
         if isinstance(layer, MoeMlp):
-            experts_per_token = layer.shares.double().sum().item()
-            shares = experts_per_token * usage[name] / usage[name].sum()
-            per_token[name] = layer.macs_per_token(shares)
+            k = layer.shares.double().sum().item()
+            per_token[name] = layer.macs_per_token(k * usage[name] / usage[name].sum())
     return moe_macs(model, per_token)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, one_hot
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps, per_expert
+from moee_analysis.baselines.common.replace_mlps import ExpertMlps, add_noise, per_expert
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of
@@ -27,9 +27,8 @@ Scores = Callable[[torch.Tensor], torch.Tensor]
 class Routed(NamedTuple):
     """Pairs of an expert and a token that it computes, those of an expert beside each other.
 
-    ``experts`` and ``tokens`` are ids, int64 (pairs,); the tokens of the batch are numbered in
-    row-major order. ``weights`` (pairs,) are the factors of the experts' outputs. ``logits``
-    (images, tokens, experts) are the router's; ``noisy`` ones differ from them in training alone.
+    ``experts`` and ``tokens`` of the batch are ids, int64 (pairs,), ``weights`` (pairs,) factors of
+    the outputs. The router's ``logits`` (images, tokens, experts) are ``noisy`` in training alone.
     """
 
     experts: torch.Tensor
@@ -55,20 +54,16 @@ class Gate(nn.Module):
         They have the precision of ``weight``, under autocast too.
         """
         logits = linear(tokens, self.weight).to(self.weight.dtype)
-        if not self.training or self.noise == 0:
-            return logits, logits
-        return logits, logits + self.noise * torch.randn_like(logits)
+        return logits, add_noise(logits, self)
 
 
 class TopKRouter(nn.Module):
     """The k experts of the largest gates, a softmax of the logits, for every token.
 
-    - ``k``: experts of each token.
     - ``renormalise``: whether the weights of a token's k experts are made to sum to 1. With k = 1
       the router then learns nothing from the outputs: all weights are 1.
-    - ``capacity``: how many times its even share of an image's pairs an expert can take, k n /
-      experts; others are dropped, of all tokens' second choices before any first one, and the last
-      tokens first. None: no limit.
+    - ``capacity``: how many times its even share of an image's pairs, k n / experts, an expert can
+      take; second choices are dropped before any first one, and the last tokens first. None: all.
     """
 
     def __init__(
@@ -105,9 +100,8 @@ class TopKRouter(nn.Module):
 class ExpertChoiceRouter(nn.Module):
     """For every expert the tokens of an image whose gates for it are largest.
 
-    - ``capacity``: C: every expert takes C n / experts of an image's n tokens, rounded, at least
-      one.
-    - ``renormalise``: whether the weights of all experts that take a token are made to sum to 1.
+    Every expert takes ``capacity`` n / experts of an image's n tokens, at least one. To
+    ``renormalise``: the weights of all experts that take a token are made to sum to 1.
     """
 
     def __init__(self, gate: Gate, *, capacity: float = 2.0, renormalise: bool = True) -> None:
@@ -175,8 +169,7 @@ def prefer_first(tokens: torch.Tensor, *, n_experts: int) -> torch.Tensor:
 def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> torch.Tensor:
     """Scores by which the first tokens are the first expert's, the next ones the next expert's.
 
-    Every expert has its share of the tokens, by ``capacity``; where there are no more tokens, they
-    are dealt again from the first.
+    Each gets its share by ``capacity``; after the last token they are dealt again from the first.
     """
     images, count, _ = tokens.shape
     share = per_expert(count, n_experts, capacity)
@@ -188,8 +181,7 @@ def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> tor
 class SparseMlp(nn.Module):
     """Experts with weights of their own, in the place of an MLP.
 
-    A token's output is the sum of those of its experts, by the router's weights; a token without
-    an expert gets zeros.
+    A token's output is the sum of those of its experts, if any, by the router's weights.
     """
 
     def __init__(self, router: Router, experts: ExpertMlps) -> None:
@@ -228,7 +220,7 @@ class SparseMlp(nn.Module):
 def importance_loss(logits: torch.Tensor) -> torch.Tensor:
     """Squared coefficient of variation of the experts' sums of gates, mean over images.
 
-    ``logits`` (images, tokens, experts) are those without noise. (V-MoE, appendix A.)
+    ``logits`` (images, tokens, experts) have no noise. (V-MoE, appendix A.)
     """
     return _cv_squared(logits.softmax(dim=-1).sum(dim=-2)).mean()
 
@@ -236,9 +228,8 @@ def importance_loss(logits: torch.Tensor) -> torch.Tensor:
 def load_loss(logits: torch.Tensor, noisy: torch.Tensor, *, k: int, noise: float) -> torch.Tensor:
     """Squared coefficient of variation of how many tokens the experts can expect, mean over images.
 
-    That is the probability that an expert is among a token's ``k`` if its noise alone were drawn
-    again, on average over the tokens. Logits are (images, tokens, experts), without and with noise
-    of the standard deviation ``noise``.
+    That is the mean probability that an expert is among a token's ``k`` if its noise alone, of the
+    standard deviation ``noise``, were drawn again. Logits are (images, tokens, experts).
 
     Raises ``MoeeError``: no noise, without which there is no such probability.
     """

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moee_analysis.baselines.common.replace_mlps import check_shared
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
 
@@ -16,36 +17,31 @@ class JetpackConfig:
     - ``width`` of the new model, at most the dense model's; None: the same. In a model with stages
       it is the last one's, and all others are narrowed alike.
     - ``layers``: the MLPs that get experts, counted from 0; None: the second half of them.
-    - ``method``: how units are chosen: drawn with probabilities that follow their activations
-      (``importance``), parts of the ``graph`` of what is active together, evenly spaced
-      (``uniform``), or at ``random``. ``metric`` is what activations count: their root mean square
-      (``L2``), mean magnitude (``L1``), or how often they are positive (``act_patrn``).
-    - ``consistent_channels``: one set of channels in all of the model (of a stage, where it has
-      stages), as in the paper; or every expert of every layer draws its own, as in the released
-      code.
-    - ``head``: the classifier starts ``fresh`` (published), or is ``recycled``; a fresh one may
-      have other ``num_classes``.
+    - ``method``: units are drawn by their activations (``importance``) or as parts of the ``graph``
+      of what is active together, evenly spaced (``uniform``), or chosen at ``random``. ``metric``
+      of activations: root mean square (``L2``), mean magnitude (``L1``), or how often they are
+      positive (``act_patrn``).
+    - ``consistent_channels``: one set of channels for the model, or each stage, as in the paper; or
+      every expert of every layer draws its own, as in the released code.
+    - ``head``: the classifier starts ``fresh`` (published), perhaps with other ``num_classes``, or
+      is ``recycled``.
 
     The layers of experts (SpheroMoE):
 
     - ``core`` experts have as many hidden neurons as an MLP of the new model, ``universal`` ones
       the share ``universal_ratio`` of these; each expert has so many ``slots``. Both None: half as
-      many core experts as the layer has patches, and twice as many universal ones; that gives
-      the published 98 and 196 where there are 196 patches.
-    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. The others are settings of
-      ``sphero``: how outputs are weighted (``combine``), both temperatures at the start,
-      ``normalize_key`` (logits are cosines), and the ``noise`` of the logits in training, as a
-      standard deviation (None: one over the number of experts).
-    - ``expert_drop``: rate at which outputs of experts drop out in training. It rises linearly
-      with depth, to this value in the last layer. By ``expert_drop_mode`` whole experts drop out
-      (paper), or all experts of an image (released code).
+      many core experts as the layer has patches, and twice as many universal ones (published: 98
+      and 196 for 196 patches).
+    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. ``combine``, ``temperature``,
+      ``normalize_key`` and ``noise`` are settings of :class:`SpheroRouter`.
+    - ``expert_drop``: rate at which outputs of experts drop out in training, which rises linearly
+      to this value in the last layer. By ``expert_drop_mode`` whole experts drop out (paper), or
+      all experts of an image (released code).
     - ``drop``: dropout inside experts, after the activation and after the second linear map.
 
-    Defaults are those of the released code, but for the channels, ``combine`` and what drops out,
-    which are the paper's.
-
-    ``macs_reduction`` is the share of the dense model's MACs to save, at the same width alone. It
-    decides the slots of each layer, or the experts where both their numbers are None.
+    Defaults are those of the released code; for channels, ``combine`` and what drops out, the
+    paper's. ``macs_reduction`` is the share of the dense model's MACs to save, at the same width
+    alone, by slots, or by experts where both their numbers are None.
     """
 
     width: int | None = None
@@ -71,16 +67,11 @@ class JetpackConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in checks.choices_of(JetpackConfig).items():
-            checks.one_of(name, getattr(self, name), choices)
+        check_shared(self)
         for name, value in checks.not_none(self, "width", "num_classes", "core", "universal"):
             checks.whole_number(name, value, least=1 if name == "width" else 0)
         checks.whole_number("slots", self.slots)
-        checks.seed_number(self.seed)
-        checks.layer_numbers(self.layers)
         checks.share("universal_ratio", self.universal_ratio)
-        if self.macs_reduction is not None:
-            checks.share("macs_reduction", self.macs_reduction)
         for name in ("drop", "expert_drop"):
             checks.real_number(name, getattr(self, name), least=0, below=1)
         checks.real_number("temperature", self.temperature, above=0)

@@ -56,8 +56,8 @@ def size_layers(
 ) -> dict[str, LayerSize]:
     """Size of every layer of ``model``, which still has MLPs there, by its name.
 
-    A budget, a share of the MACs of ``dense``, buys slots of every expert or, without numbers of
-    these, core experts and the universal ones that go with them.
+    A budget of MACs buys slots of every expert or, without numbers of these, core experts and the
+    universal ones that go with them.
 
     Raises ``MoeeError``: a budget that cannot be met, or one of a narrower model.
     """
@@ -97,16 +97,13 @@ def convert(
 ) -> nn.Module:
     """Make the start of a mixture of soft experts of ``dense``, to be trained.
 
-    In some of its layers a :class:`SlotMlp` stands in the place of the MLP: core experts, then
-    universal ones, both cut from the dense MLP. Before training it predicts next to nothing.
+    In some layers a :class:`SlotMlp` takes the MLP's place: core experts, then universal ones, both
+    cut from the dense MLP. Before training it predicts next to nothing. The methods ``uniform`` and
+    ``random`` do not look at the calibration ``images``. The folder ``store`` keeps the sums over
+    activations, to be found again; None keeps nothing.
 
-    - ``dense``: a plain vision transformer or ConvNeXt of timm's; it is not changed.
-    - ``images``: calibration images; their labels are not used, nor are they looked at by the
-      methods ``uniform`` and ``random``.
-    - ``store``: folder where the sums over activations are kept and found again; None keeps
-      nothing.
-
-    Raises ``MoeeError``: another kind of model, a width, layers or a budget that it cannot have.
+    Raises ``MoeeError``: a model that is no plain vision transformer or ConvNeXt of timm's, or a
+    width, layers or a budget that it cannot have.
     """
     recycling = _recycle(dense, images, config or JetpackConfig(), store)
     config, model = recycling.config, recycling.narrow
@@ -128,10 +125,7 @@ def narrowed(
     *,
     store: str | Path | None = None,
 ) -> nn.Module:
-    """Narrow ``dense`` to the width of ``config``, without experts (weight selection).
-
-    It is the dense part that :func:`convert` puts experts into, and a baseline of its own. The
-    arguments and errors are those of :func:`convert`.
+    """Narrow ``dense``, as :func:`convert` does, and put no experts into it (weight selection).
 
     Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
     """

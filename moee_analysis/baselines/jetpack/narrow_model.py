@@ -6,7 +6,6 @@ narrowed alike. Units are called by a place in the model: the channels of a stag
 ``blocks.3.mlp``).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +24,9 @@ def successor(
 ) -> nn.Module:
     """Return a model like ``dense`` of another ``width``, with random weights, as timm starts it.
 
-    It is in evaluation mode, on the device of ``dense``, and asks for gradients where that does.
-
-    - ``width``: channels (of the last stage, where there are stages); None: those of ``dense``.
-    - ``num_classes``: outputs; None: those of ``dense``. A model with others knows no names of
-      classes.
+    It is in evaluation mode, on the device of ``dense``, and asks for gradients where that does. A
+    ``width`` is of channels (of the last stage, where there are stages); None is that of ``dense``,
+    as of ``num_classes``. A model with other classes knows no names of them.
 
     Raises ``MoeeError``: a model that is neither a plain vision transformer nor a plain ConvNeXt; a
     width without whole heads, or without whole stages.
@@ -62,7 +59,8 @@ def _find_settings(dense: nn.Module) -> dict[str, Any]:
     except (AttributeError, TypeError, ValueError, AssertionError) as error:
         raise _unsupported(f"a variant ({error})") from None
     found, wanted = ({n: t.shape for n, t in m.state_dict().items()} for m in (like, dense))
-    if repr(like) != repr(dense) or found != wanted:
+    pooling = getattr(dense, "attn_pool", None)  # whose units no rule below knows
+    if repr(like) != repr(dense) or found != wanted or pooling is not None:
         raise _unsupported(f"a variant of {type(dense).__name__} with other modules")
     return settings
 
@@ -138,38 +136,18 @@ def _change_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dic
 
 CHANNELS, BEFORE, INNER = "channels", "channels of the stage before", "inner units"
 
-_VIT = {
+UNITS = {
     "": (None, None, CHANNELS),  # embeddings (1, tokens, dim)
-    "patch_embed.proj": (CHANNELS,),
-    "norm_pre": (CHANNELS,),
-    "blocks.*.norm1": (CHANNELS,),
-    "blocks.*.attn.qkv": (INNER, CHANNELS),
-    "blocks.*.attn.proj": (CHANNELS, INNER),
-    "blocks.*.ls1": (CHANNELS,),
-    "blocks.*.norm2": (CHANNELS,),
-    "blocks.*.mlp.fc1": (INNER, CHANNELS),
-    "blocks.*.mlp.fc2": (CHANNELS, INNER),
-    "blocks.*.ls2": (CHANNELS,),
-    "norm": (CHANNELS,),
-    "fc_norm": (CHANNELS,),
+    "attn.qkv": (INNER, CHANNELS),
+    "attn.proj": (CHANNELS, INNER),
+    "mlp.fc1": (INNER, CHANNELS),
+    "mlp.fc2": (CHANNELS, INNER),
+    "downsample.0": (BEFORE,),
+    "downsample.1": (CHANNELS, BEFORE),
     "head": (None, CHANNELS),
-}
-_CONVNEXT = {
-    "stem.0": (CHANNELS,),
-    "stem.1": (CHANNELS,),
-    "stages.*.downsample.0": (BEFORE,),
-    "stages.*.downsample.1": (CHANNELS, BEFORE),
-    "stages.*.blocks.*": (CHANNELS,),  # the layer scale
-    "stages.*.blocks.*.conv_dw": (CHANNELS,),
-    "stages.*.blocks.*.norm": (CHANNELS,),
-    "stages.*.blocks.*.mlp.fc1": (INNER, CHANNELS),
-    "stages.*.blocks.*.mlp.fc2": (CHANNELS, INNER),
-    "norm_pre": (CHANNELS,),
-    "head.norm": (CHANNELS,),
     "head.fc": (None, CHANNELS),
 }
-UNITS = {VisionTransformer: _VIT, ConvNeXt: _CONVNEXT}
-"""Kinds of units along the axes of a module's weight, by timm's class and the module's name."""
+"""Kinds of units along the axes of a module's weight, by the end of its name; channels else."""
 
 
 def unit_counts(model: nn.Module) -> dict[str, int]:
@@ -206,9 +184,7 @@ def narrow_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str
     tensors = {}
     for name, whole in model.state_dict().items():
         module = name.rpartition(".")[0]
-        axes = UNITS[type(model)].get(re.sub(r"(stages|blocks)\.\d+", r"\1.*", module))
-        if axes is None:
-            raise _unsupported(f"a {type(model).__name__} with '{module}'")
+        axes = UNITS.get(".".join(module.split(".")[-2:]), (CHANNELS,))
         tensors[name] = whole
         for axis, units in enumerate(axes[: whole.ndim]):
             if units is not None:

@@ -1,8 +1,7 @@
 """What the paper of MoE Jetpack reports, and its models counted by this package's own counter.
 
-``published.json`` holds its tables: accuracies are top-1 in %, contributions as in the paper's
-figure, ``params`` millions and ``flops`` 10^9. Pretrained models come from ImageNet-21k. Layers are
-counted from 1, as in the paper.
+``published.json`` holds three of its tables: accuracies are top-1 in %, contributions as in its
+figure. Pretrained models come from ImageNet-21k, layers are counted from 1.
 """
 
 import json
@@ -20,14 +19,8 @@ from moee_analysis.models.macs import count, count_parameters
 
 _TABLES = json.loads(Path(__file__).with_suffix(".json").read_text())
 
-COMPONENTS = pd.DataFrame(**_TABLES["components"])
-"""ViT-T: what each component adds."""
-
 METHODS = pd.DataFrame(**_TABLES["methods"])
 """ViT-T: how experts are recycled; ``copy`` is Sparse Upcycling. No seeds are reported."""
-
-DATA_SETS = pd.DataFrame(**_TABLES["data_sets"])
-"""Dense and Soft MoE from scratch, dense fine-tuned, and MoE Jetpack."""
 
 CONTRIBUTIONS = pd.DataFrame(**_TABLES["contributions"])
 """V-JetMoE-T: what core and universal experts contribute, layer by layer."""

@@ -1,9 +1,7 @@
 """Checkpoint recycling: which units of a dense model a narrower one, and its experts, take over.
 
-Activations decide: sums over all tokens of images, of channels, heads and hidden neurons. Heads are
-kept whole, so that a narrower model has fewer of them; the released code mixes their dimensions.
-
-Source: MoE Jetpack, section 3.2.
+Activations of channels, heads and hidden neurons, summed over the tokens of images, decide. Heads
+are kept whole; the released code mixes their dimensions. Source: MoE Jetpack, section 3.2.
 """
 
 from dataclasses import dataclass
@@ -33,13 +31,12 @@ SMALLEST = 8  # units of a part, where there are few
 
 @dataclass(frozen=True)
 class Profile:
-    """Sums over the tokens of all images, by place, float64.
+    """Sums over the tokens of all images, float64, called ``<place>.<kind>``.
 
-    ``tensors`` are called ``<place>.<kind>``. Places are ``<mlp>`` (hidden neurons, after the
-    activation), ``<mlp>.fc1`` (channels, as the MLP sees them) and ``<attention>`` (what its
-    projection sees). The kinds are ``L1`` (magnitudes), ``L2`` (squares), ``act_patrn`` (how often
-    it is positive), ``together`` (how often two are positive at once, units x units; of MLPs alone,
-    where it was asked for) and ``tokens``.
+    Places are ``<mlp>`` (hidden neurons, after the activation), ``<mlp>.fc1`` (channels, as the MLP
+    sees them) and ``<attention>`` (what its projection sees). Kinds are ``L1`` (magnitudes), ``L2``
+    (squares), ``act_patrn`` (how often positive), ``tokens``, and for MLPs where it was asked for
+    ``together`` (how often two are positive at once, units x units).
     """
 
     tensors: dict[str, torch.Tensor]
@@ -57,10 +54,9 @@ class Profile:
 def profile(
     model: nn.Module, images: ImageSet, *, together: bool = False, store: str | Path | None = None
 ) -> Profile:
-    """Run ``model`` over the images once and add up its activations.
+    """Run ``model`` over the images once and add up its activations, also of pairs ``together``.
 
-    - ``together``: whether pairs are counted as well.
-    - ``store``: folder where the sums are kept and found again; None keeps nothing.
+    The folder ``store`` keeps the sums, to be found again; None keeps nothing.
     """
     if store is None:
         return Profile(_add_up(model, images, together=together))
@@ -105,8 +101,8 @@ def _add_up(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, 
 class Units:
     """Units of one kind at one place, of which some are chosen.
 
-    ``worth`` (total,) is their activation, ``together`` (total, total) how often two are active for
-    the same token; None where the method needs none. ``seed`` is that of the graph's division.
+    ``worth`` (total,) and ``together`` (total, total) are those of the :class:`Profile`, None where
+    the method needs none; ``seed`` is that of the graph's division.
     """
 
     total: int
@@ -118,8 +114,7 @@ class Units:
     def parts(self) -> list[np.ndarray]:
         """Parts of the graph whose edges weigh ``together``, as lists of ids.
 
-        The released code takes METIS as well, but leaves out the weights: almost all edges are
-        there, and then co-activations decide nothing.
+        The released code leaves out the weights; but almost all edges are there.
         """
         count = min(PARTS, max(1, self.total // SMALLEST))
         weights = np.rint(self.together).astype(np.int64)
@@ -144,10 +139,7 @@ def draw_units(method: str, units: Units, size: int, rng: np.random.Generator) -
 
 
 def choose_shared(method: str, units: Units, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose ``size`` units that all tokens pass through: ascending ids.
-
-    Where activations decide, those of the highest worth.
-    """
+    """Choose ``size`` units that all tokens pass through, ascending ids: if it counts, by worth."""
     if method in ("importance", "graph"):
         return np.sort(np.argsort(-units.worth, kind="stable")[:size])
     return _choose_blindly(method, units.total, size, rng)
@@ -165,10 +157,7 @@ def space_evenly(total: int, size: int) -> np.ndarray:
 
 
 def draw_order(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """All ids, drawn one by one without replacement, each as likely as its share of the weights.
-
-    Ids without weight come last.
-    """
+    """All ids, drawn one by one by their share of the weights; those without weight come last."""
     noise = rng.gumbel(size=len(weights))  # the largest log-weights plus noise: that very order
     nothing = np.full(len(weights), -np.inf)
     keys = np.log(weights, out=nothing, where=weights > 0) + noise
@@ -191,8 +180,7 @@ class Recycling:
     def shared_units(self) -> dict[str, np.ndarray]:
         """Units that the dense part of the narrow model takes over, ids by their place.
 
-        One set of channels for each stage, by the mean of what they are worth in its layers; heads,
-        by the mean of their dimensions, and hidden neurons layer by layer.
+        Channels are worth the mean over the layers of their stage, heads over their dimensions.
         """
         rng, sizes = np.random.default_rng([self.config.seed, 0]), unit_counts(self.narrow)
         mlps = [site.name for site in find_mlps(self.dense)]
