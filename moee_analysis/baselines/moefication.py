@@ -19,22 +19,9 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from moee_analysis.baselines.common.equal_parts import (
-    balanced_kmeans,
-    best_method,
-    cluster_means,
-    coactivation,
-    divide_graph,
-    graph_edges,
-)
-from moee_analysis.baselines.common.moefication_routers import (
-    CentreRouter,
-    GroundTruthRouter,
-    MlpRouter,
-    Origin,
-    train_router,
-)
-from moee_analysis.baselines.common.replace_mlps import check_shared, sites_at
+from moee_analysis.baselines.common import equal_parts
+from moee_analysis.baselines.common import moefication_routers as routers
+from moee_analysis.baselines.common.exchange import Store, check_shared, sites_at
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import MACS_REDUCTION
@@ -95,8 +82,9 @@ class MoeficationConfig:
             object.__setattr__(self, "macs_reduction", MACS_REDUCTION)
         for name, value in checks.not_none(self, "active"):
             checks.share(name, value)
-        for name, value in checks.not_none(self, "n_experts", "tokens"):
+        for name, value in checks.not_none(self, "n_experts"):
             checks.whole_number(name, value)
+        checks.whole_number("tokens", self.tokens)
 
     def experts(self, site: MlpSite) -> int:
         """Number of experts of a layer.
@@ -114,16 +102,11 @@ class MoeficationConfig:
 
 @torch.inference_mode(mode=False)
 def convert(
-    dense: nn.Module,
-    images: ImageSet,
-    config: MoeficationConfig,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: MoeficationConfig, *, store: Store = None
 ) -> nn.Module:
     """Turn the MLPs of a copy of ``dense`` into experts; each layer's ``origin`` says how.
 
-    Labels of the calibration ``images`` are not used. The folder ``store`` keeps the recorded
-    inputs of the layers, and has them if they were recorded before; None keeps nothing.
+    Labels of the calibration ``images`` are not used; the ``store`` keeps the layers' inputs.
 
     Raises ``MoeeError``: no MLPs to convert, more experts than neurons, a budget that cannot be
     met, a full disk.
@@ -147,7 +130,7 @@ def oracle_routed(moefied: nn.Module) -> nn.Module:
     model = copy.deepcopy(moefied)
     for layer in moe_layers(model).values():
         k = round(layer.shares.sum().item())
-        layer.router = GroundTruthRouter(layer, layer.origin, k=k).to(layer.shares.device)
+        layer.router = routers.GroundTruthRouter(layer, layer.origin, k=k).to(layer.shares.device)
     return model
 
 
@@ -238,16 +221,17 @@ def thin_sample(sample: LayerSample, mlp: nn.Module, *, seed: int = 0) -> LayerT
 def split_neurons(split: str, tokens: LayerTokens, experts: int, *, seed: int) -> np.ndarray:
     """Expert of every hidden neuron, int64 (hidden,); sizes differ by one at most."""
     if split == "kmeans":
-        return balanced_kmeans(_unit_rows(tokens.mlp.fc1.weight), experts, seed=seed)
+        return equal_parts.balanced_kmeans(_unit_rows(tokens.mlp.fc1.weight), experts, seed=seed)
     if split == "graph":
-        return divide_graph(graph_edges(coactivation(tokens.hidden())), experts, seed=seed)
+        edges = equal_parts.graph_edges(equal_parts.coactivation(tokens.hidden()))
+        return equal_parts.divide_graph(edges, experts, seed=seed)
     hidden = tokens.mlp.fc1.out_features
     return np.random.default_rng(seed).permutation(np.arange(hidden) % experts)
 
 
 def describe_split(split: str) -> str:
     """Name of a split, with the method that divides the graph here."""
-    return f"graph, {best_method()}" if split == "graph" else split
+    return f"graph, {equal_parts.best_method()}" if split == "graph" else split
 
 
 def _unit_rows(weight: torch.Tensor) -> np.ndarray:
@@ -257,7 +241,7 @@ def _unit_rows(weight: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int) -> MoeMlp:
     expert_of = split_neurons(config.split, tokens, experts, seed=config.seed)
-    origin = Origin(describe_split(config.split), config.score, tokens.mean())
+    origin = routers.Origin(describe_split(config.split), config.score, tokens.mean())
     layer = _make_layer(tokens.mlp, expert_of, origin, means=config.mean_compensation)
     layer.router = _make_router(layer, expert_of, tokens, config, k=k).to(layer.shares.device)
     used = layer.usage(torch.cat([layer.router(x) for x in tokens.inputs.split(BLOCK)]))
@@ -265,7 +249,9 @@ def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int)
     return layer
 
 
-def _make_layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, means: bool) -> MoeMlp:
+def _make_layer(
+    mlp: nn.Module, expert_of: np.ndarray, origin: routers.Origin, *, means: bool
+) -> MoeMlp:
     """The experts of ``mlp``; all of them together are the MLP, compensated or not."""
     neurons = [np.flatnonzero(expert_of == expert) for expert in range(expert_of.max() + 1)]
     readout, shift = Readout(), None
@@ -282,15 +268,15 @@ def _make_layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, means:
 
 def _make_router(
     layer: MoeMlp, expert_of: np.ndarray, tokens: LayerTokens, config: MoeficationConfig, *, k: int
-) -> CentreRouter | GroundTruthRouter | MlpRouter:
+) -> routers.CentreRouter | routers.GroundTruthRouter | routers.MlpRouter:
     # mean of each expert's L2-normalised rows of W1
-    means = cluster_means(_unit_rows(layer.fc1.weight), expert_of, layer.n_experts)
+    means = equal_parts.cluster_means(_unit_rows(layer.fc1.weight), expert_of, layer.n_experts)
     centres = torch.from_numpy(means).to(layer.fc1.weight)
     if config.router == "centre":
-        return CentreRouter(centres, k=k)
-    truth = GroundTruthRouter(layer, layer.origin, k=k).to(centres.device)
+        return routers.CentreRouter(centres, k=k)
+    truth = routers.GroundTruthRouter(layer, layer.origin, k=k).to(centres.device)
     if config.router == "oracle":
         return truth
     facts = {"image": tokens.image, "k": k, "seed": config.seed}
-    learned, _ = train_router(centres, tokens.inputs, truth.scores(tokens.inputs), **facts)
+    learned, _ = routers.train_router(centres, tokens.inputs, truth.scores(tokens.inputs), **facts)
     return learned

@@ -2,18 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.controls import oracle_routed
-from moee_analysis.baselines.jetpack import JetpackConfig
-from moee_analysis.baselines.moefication import MoeficationConfig
-from moee_analysis.baselines.soft_moe import SoftMoeConfig
-from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
-from moee_analysis.baselines.static_pruning import StaticPruningConfig
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
@@ -53,21 +48,17 @@ class System:
     routed: bool = True
     oracle: Callable[[nn.Module, nn.Module], nn.Module] | None = None
 
-    def config(self, dense: nn.Module, asked: Asked) -> Any:
-        """Return the configuration for what is ``asked``, as far as it is a setting of the kind."""
-        own = {name: v for name, v in vars(asked).items() if name in self.kind.__dataclass_fields__}
-        if self.everywhere:
-            own["layers"] = tuple(site.index for site in find_mlps(dense))
-        return self.kind(**own | self.settings)
-
     def make(
-        self, dense: nn.Module, images: ImageSet, asked: Asked, *, store: str | Path | None = None
+        self, dense: nn.Module, images: ImageSet, asked: Asked, *, store: Store = None
     ) -> Extraction | nn.Module:
-        """Convert ``dense`` with these calibration ``images``.
+        """Convert ``dense`` with calibration ``images`` to what is ``asked``, if it knows it.
 
         Raises ``MoeeError``: the system cannot save so much, or cannot convert such a model.
         """
-        return self.convert(dense, images, self.config(dense, asked), store=store)
+        own = {name: v for name, v in vars(asked).items() if name in self.kind.__dataclass_fields__}
+        if self.everywhere:
+            own["layers"] = tuple(site.index for site in find_mlps(dense))
+        return self.convert(dense, images, self.kind(**own | self.settings), store=store)
 
 
 def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callable[..., System]:
@@ -80,14 +71,18 @@ def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callabl
 
 
 _moee = _family("MoEE", extract, ExtractConfig, oracle=oracle_routed)
-_static = _family("static pruning", static_pruning.convert, StaticPruningConfig, routed=False)
+_static = _family(
+    "static pruning", static_pruning.convert, static_pruning.StaticPruningConfig, routed=False
+)
 _moefied = _family(
-    "MoEfication", moefication.convert, MoeficationConfig,
+    "MoEfication", moefication.convert, moefication.MoeficationConfig,
     oracle=lambda model, _dense: moefication.oracle_routed(model),
 )  # fmt: skip
-_sparse = _family("Sparse Upcycling", sparse_upcycling.convert, SparseUpcyclingConfig)
-_soft = _family("Soft MoE", soft_moe.convert, SoftMoeConfig)
-_jetpack = _family("MoE Jetpack", jetpack.convert, JetpackConfig)
+_sparse = _family(
+    "Sparse Upcycling", sparse_upcycling.convert, sparse_upcycling.SparseUpcyclingConfig
+)
+_soft = _family("Soft MoE", soft_moe.convert, soft_moe.SoftMoeConfig)
+_jetpack = _family("MoE Jetpack", jetpack.convert, jetpack.JetpackConfig)
 
 SYSTEMS: dict[str, System] = {
     "MoEE, paper": _moee("clusters of hidden activations, cosine router", recipe="paper"),

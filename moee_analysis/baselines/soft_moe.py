@@ -8,22 +8,13 @@ lost until the model is trained.
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.init import trunc_normal_
 
-from moee_analysis.baselines.common.replace_mlps import (
-    ExpertMlps,
-    check_shared,
-    fill_budget,
-    find_tokens,
-    per_expert,
-    replace_mlps,
-    sites_at,
-)
+from moee_analysis.baselines.common import exchange
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
@@ -60,7 +51,7 @@ class SoftMoeConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        check_shared(self)
+        exchange.check_shared(self)
         checks.whole_number("experts", self.experts)
         checks.real_number("noise", self.noise, least=0)
         for name, value in checks.not_none(self, "drop"):
@@ -72,25 +63,25 @@ class SoftMoeConfig:
 
 
 def convert(
-    dense: nn.Module, images: ImageSet, config: SoftMoeConfig, *, store: str | Path | None = None
+    dense: nn.Module, images: ImageSet, config: SoftMoeConfig, *, store: exchange.Store = None
 ) -> nn.Module:
     """Make a Soft MoE of a copy of ``dense``; neither ``images`` nor ``store`` are looked at.
 
     Raises ``MoeeError``: no MLPs, layers that are not there, a budget that cannot be met.
     """
     mlps = find_mlps(dense)
-    sites = sites_at(mlps, config.layers, first=len(mlps) // 2)
+    sites = exchange.sites_at(mlps, config.layers, first=len(mlps) // 2)
     slots = zip(sites, _count_slots(dense, sites, config), strict=True)
-    return replace_mlps(dense, {site: partial(_make_layer, site, config, n) for site, n in slots})
+    return exchange.replace_mlps(dense, slots, partial(_make_layer, config))
 
 
 def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) -> list[int]:
     """Slots of each expert in every layer."""
     if config.slots is not None:
         return [config.slots] * len(sites)
-    seen = find_tokens(dense, sites)
-    if config.macs_reduction is None:
-        return [per_expert(tokens, config.experts) for _, tokens in seen]
+    saved, seen = config.macs_reduction, exchange.find_tokens(dense, sites)
+    if saved is None:
+        return [exchange.per_expert(tokens, config.experts) for _, tokens in seen]
     counted, costs = count(dense), []
     for site, (groups, tokens) in zip(sites, seen, strict=True):
         outputs = site.module(dense).fc2.out_features
@@ -98,13 +89,13 @@ def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) 
         costs.append(config.experts * (counted.by_module[site.name] / tokens + mixing))
     fixed = counted.replacing({site.name: 0 for site in sites})
     most = [tokens for _, tokens in seen]
-    return fill_budget(config.macs_reduction, costs, most, dense=counted.total, fixed=fixed)
+    return exchange.fill_budget(saved, costs, most, dense=counted.total, fixed=fixed)
 
 
-def _make_layer(site: MlpSite, config: SoftMoeConfig, slots: int, mlp: nn.Module) -> SlotMlp:
+def _make_layer(config: SoftMoeConfig, site: MlpSite, slots: int, mlp: nn.Module) -> SlotMlp:
     seed = 1000 * config.seed + site.index
     drop = mlp.drop1.p if config.drop is None else config.drop
-    experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)
+    experts = exchange.ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)
     if config.initialisation == "fresh":  # every expert by itself, as timm draws linear layers
         generator = torch.Generator().manual_seed(seed)
         for weight in (experts.fc1_weight, experts.fc2_weight):

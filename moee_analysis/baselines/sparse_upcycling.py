@@ -8,26 +8,14 @@ per token. The original never saves MACs; a capacity below 1, which does, is thi
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.replace_mlps import (
-    ExpertMlps,
-    check_shared,
-    fill_budget,
-    find_tokens,
-    replace_mlps,
-    sites_at,
-)
-from moee_analysis.baselines.common.sparse_moe_layer import (
-    ExpertChoiceRouter,
-    Gate,
-    SparseMlp,
-    TopKRouter,
-)
+from moee_analysis.baselines.common import exchange
+from moee_analysis.baselines.common import sparse_moe_layer as sparse
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
@@ -69,7 +57,7 @@ class SparseUpcyclingConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        check_shared(self)
+        exchange.check_shared(self)
         checks.whole_number("experts", self.experts)
         checks.whole_number("k", self.k)
         if self.router == "top_k" and self.k > self.experts:
@@ -88,50 +76,46 @@ class SparseUpcyclingConfig:
 
 
 def convert(
-    dense: nn.Module,
-    images: ImageSet,
-    config: SparseUpcyclingConfig,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: SparseUpcyclingConfig, *, store: Store = None
 ) -> nn.Module:
     """Upcycle a copy of ``dense``; neither ``images`` nor ``store`` are looked at.
 
-    With renormalised weights and a router by which every token gets an expert, the model computes
-    what the dense one does. Tokens that Expert Choice leaves to no expert, or that are dropped, get
-    zeros from the layer.
+    With renormalised weights the model computes what the dense one does, but for tokens without an
+    expert, which get zeros from the layer.
 
     Raises ``MoeeError``: no MLPs, layers that are not there, a budget that cannot be met.
     """
-    sites = sites_at(find_mlps(dense), config.layers, first=1, step=2)
-    own = zip(sites, _find_capacities(dense, sites, config), strict=True)
-    return replace_mlps(dense, {site: partial(_make_layer, site, config, c) for site, c in own})
+    sites = exchange.sites_at(find_mlps(dense), config.layers, first=1, step=2)
+    capacities = zip(sites, _find_capacities(dense, sites, config), strict=True)
+    return exchange.replace_mlps(dense, capacities, partial(_make_layer, config))
 
 
 def _find_capacities(
     dense: nn.Module, sites: list[MlpSite], config: SparseUpcyclingConfig
 ) -> list[float | None]:
     """Capacity at every site: that of ``config``, or what its budget allows."""
-    if config.macs_reduction is None:
+    saved, experts = config.macs_reduction, config.experts
+    if saved is None:
         return [config.capacity] * len(sites)
-    counted, tokens = count(dense), [tokens for _, tokens in find_tokens(dense, sites)]
-    costs = [
-        config.experts * counted.by_module[site.name] / number
-        for site, number in zip(sites, tokens, strict=True)
-    ]
-    fixed = counted.replacing({site.name: config.experts * site.dim for site in sites})
-    counts = fill_budget(config.macs_reduction, costs, tokens, dense=counted.total, fixed=fixed)
-    return [taken * config.experts / n for taken, n in zip(counts, tokens, strict=True)]
+    counted, tokens = count(dense), [tokens for _, tokens in exchange.find_tokens(dense, sites)]
+    each = [counted.by_module[site.name] for site in sites]
+    costs = [experts * macs / number for macs, number in zip(each, tokens, strict=True)]
+    fixed = counted.replacing({site.name: experts * site.dim for site in sites})
+    counts = exchange.fill_budget(saved, costs, tokens, dense=counted.total, fixed=fixed)
+    return [taken * experts / number for taken, number in zip(counts, tokens, strict=True)]
 
 
 def _make_layer(
-    site: MlpSite, config: SparseUpcyclingConfig, capacity: float | None, mlp: nn.Module
-) -> SparseMlp:
+    config: SparseUpcyclingConfig, site: MlpSite, capacity: float | None, mlp: nn.Module
+) -> sparse.SparseMlp:
     generator = torch.Generator().manual_seed(1000 * config.seed + site.index)
     weight = SPREAD * torch.randn(config.experts, site.dim, generator=generator)
-    gate = Gate(weight, noise=config.noise / config.experts)
+    gate = sparse.Gate(weight, noise=config.noise / config.experts)
     if config.router == "top_k":
-        kind = partial(TopKRouter, k=config.k, capacity=capacity)
+        kind = partial(sparse.TopKRouter, k=config.k, capacity=capacity)
     else:
-        kind = partial(ExpertChoiceRouter, capacity=capacity or CAPACITY)
+        kind = partial(sparse.ExpertChoiceRouter, capacity=capacity or CAPACITY)
     router = kind(gate, renormalise=config.renormalise)
-    return SparseMlp(router, ExpertMlps([mlp] * config.experts, mlp.act, drop=mlp.drop1.p))
+    return sparse.SparseMlp(
+        router, exchange.ExpertMlps([mlp] * config.experts, mlp.act, drop=mlp.drop1.p)
+    )

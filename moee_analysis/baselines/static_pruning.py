@@ -8,11 +8,11 @@ save there what the best mixture of experts saves.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
@@ -65,23 +65,14 @@ class StaticPruningConfig:
 
 
 def convert(
-    dense: nn.Module,
-    images: ImageSet,
-    config: StaticPruningConfig,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: StaticPruningConfig, *, store: Store = None
 ) -> nn.Module:
     """Prune the MLPs of ``dense`` as :func:`prune` does, and return the model alone."""
     return prune(dense, images, **vars(config), store=store).model
 
 
 def prune(
-    model: nn.Module,
-    images: ImageSet,
-    baseline: str,
-    *,
-    store: str | Path | None = None,
-    **settings: Any,
+    model: nn.Module, images: ImageSet, baseline: str, *, store: Store = None, **settings: Any
 ) -> Extraction:
     """Prune the MLPs of ``model``; labels of the calibration ``images`` are not used.
 

@@ -168,11 +168,6 @@ class TokenKindRouter(Router):
                 "use this router where the leading tokens of an image are known",
             )  # fmt: skip
         chosen = self.inner(x[:, leading:]) + self.prefix_experts
-        if chosen.shape[1] != 1:
-            raise MoeeError(
-                "an inner router with one expert per token", f"{chosen.shape[1]} experts",
-                "route to several experts without kinds of tokens",
-            )  # fmt: skip
         patches = chosen.reshape(x.shape[0], x.shape[1] - leading)
         return torch.cat([self.prefix.expand(x.shape[0], -1), patches], dim=1).reshape(-1, 1)
 

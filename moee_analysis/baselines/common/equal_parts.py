@@ -16,8 +16,6 @@ from scipy.linalg import eigh
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from moee_analysis.errors import MoeeError
-
 HEAVIEST = 2**30  # sum of the edges' weights; METIS counts in 32 bits
 TOGETHER = 8  # tokens in a row that a count of co-activation looks at
 
@@ -73,12 +71,7 @@ def divide_graph(weights: np.ndarray, parts: int, *, seed: int = 0) -> np.ndarra
 
     ``weights`` of the edges are symmetric, int64 (nodes, nodes), 0 where there is none; the
     diagonal is ignored.
-
-    Raises ``MoeeError``: more parts than nodes.
     """
-    if not 1 <= parts <= len(weights):
-        expected = f"1 to {len(weights)} parts of {len(weights)} nodes"
-        raise MoeeError(expected, str(parts), "choose fewer")
     weights = weights - np.diag(np.diag(weights))
     if parts == 1 or not weights.any():
         return level_parts(np.zeros(len(weights), dtype=np.int64), parts, seed=seed)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps, add_noise
+from moee_analysis.baselines.common.exchange import ExpertMlps, add_noise
 
 EPSILON = 1e-6  # added to squared lengths
 

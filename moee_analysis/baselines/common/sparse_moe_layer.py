@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, one_hot
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps, add_noise, per_expert
-from moee_analysis.errors import MoeeError
+from moee_analysis.baselines.common.exchange import ExpertMlps, add_noise, per_expert
 from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of
 
@@ -230,11 +229,7 @@ def load_loss(logits: torch.Tensor, noisy: torch.Tensor, *, k: int, noise: float
 
     That is the mean probability that an expert is among a token's ``k`` if its noise alone, of the
     standard deviation ``noise``, were drawn again. Logits are (images, tokens, experts).
-
-    Raises ``MoeeError``: no noise, without which there is no such probability.
     """
-    if not noise > 0:
-        raise MoeeError("noise above 0", str(noise), "without noise use the other loss")
     least = noisy.topk(k).values[..., -1:]
     probability = torch.special.ndtr((logits - least) / noise)
     return _cv_squared(probability.mean(dim=-2)).mean()

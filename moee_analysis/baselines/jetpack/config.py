@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moee_analysis.baselines.common.replace_mlps import check_shared
+from moee_analysis.baselines.common.exchange import check_shared
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
 

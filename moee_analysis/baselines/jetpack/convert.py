@@ -7,18 +7,12 @@ dispatch and combine. The paper leaves these out of its FLOPs; here they count.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps, fill_budget, sites_at
-from moee_analysis.baselines.common.soft_moe_layer import (
-    ExpertDropout,
-    SlotMlp,
-    SoftRouter,
-    SpheroRouter,
-)
+from moee_analysis.baselines.common import soft_moe_layer as soft
+from moee_analysis.baselines.common.exchange import ExpertMlps, Store, fill_budget, sites_at
 from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.baselines.jetpack.narrow_model import classifier_of, narrow_tensors, successor
 from moee_analysis.baselines.jetpack.recycling import Recycling, profile
@@ -89,23 +83,18 @@ def size_layers(
 
 
 def convert(
-    dense: nn.Module,
-    images: ImageSet,
-    config: JetpackConfig | None = None,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, *, store: Store = None
 ) -> nn.Module:
     """Make the start of a mixture of soft experts of ``dense``, to be trained.
 
     In some layers a :class:`SlotMlp` takes the MLP's place: core experts, then universal ones, both
     cut from the dense MLP. Before training it predicts next to nothing. The methods ``uniform`` and
-    ``random`` do not look at the calibration ``images``. The folder ``store`` keeps the sums over
-    activations, to be found again; None keeps nothing.
+    ``random`` do not look at the calibration ``images``; the ``store`` keeps sums of activations.
 
     Raises ``MoeeError``: a model that is no plain vision transformer or ConvNeXt of timm's, or a
     width, layers or a budget that it cannot have.
     """
-    recycling = _recycle(dense, images, config or JetpackConfig(), store)
+    recycling = _recycle(dense, images, config, store)
     config, model = recycling.config, recycling.narrow
     mlps = find_mlps(model)
     sites = sites_at(mlps, config.layers, first=len(mlps) // 2)
@@ -119,22 +108,16 @@ def convert(
 
 
 def narrowed(
-    dense: nn.Module,
-    images: ImageSet,
-    config: JetpackConfig | None = None,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, *, store: Store = None
 ) -> nn.Module:
     """Narrow ``dense``, as :func:`convert` does, and put no experts into it (weight selection).
 
     Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
     """
-    return _recycle(dense, images, config or JetpackConfig(), store).narrow
+    return _recycle(dense, images, config, store).narrow
 
 
-def _recycle(
-    dense: nn.Module, images: ImageSet, config: JetpackConfig, store: str | Path | None
-) -> Recycling:
+def _recycle(dense: nn.Module, images: ImageSet, config: JetpackConfig, store: Store) -> Recycling:
     """Give a narrow model its dense part, by activations where they decide anything."""
     model = successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
     found, graph = None, config.method == "graph"
@@ -149,19 +132,19 @@ def _recycle(
     return recycling
 
 
-def _make_layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> SlotMlp:
+def _make_layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> soft.SlotMlp:
     """Experts in the place of the narrow model's MLP at ``site``, at a ``depth`` of 0 to 1."""
     config, act = recycling.config, site.module(recycling.dense).act
     groups = recycling.cut_experts(site, core=size.core, universal=size.universal)
     experts = [ExpertMlps(group, copy.deepcopy(act), drop=config.drop) for group in groups]
     of_images = config.expert_drop_mode == "sample"
-    dropout = ExpertDropout(depth * config.expert_drop, of_images=of_images)
+    dropout = soft.ExpertDropout(depth * config.expert_drop, of_images=of_images)
     seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
     facts = {"slots": size.slots, "seed": seed}
     if config.router == "soft":
-        router = SoftRouter(site.dim, size.experts, noise=config.noise or 0.0, **facts)
+        router = soft.SoftRouter(site.dim, size.experts, noise=config.noise or 0.0, **facts)
     else:
         facts |= {"temperature": config.temperature, "combine": config.combine}
         facts |= {"normalize_key": config.normalize_key, "noise": config.noise}
-        router = SpheroRouter(site.dim, size.experts, **facts)
-    return SlotMlp(router, experts, slots=size.slots, drop=dropout)
+        router = soft.SpheroRouter(site.dim, size.experts, **facts)
+    return soft.SlotMlp(router, experts, slots=size.slots, drop=dropout)

@@ -15,6 +15,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.baselines.common.equal_parts import divide_graph
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.baselines.jetpack.narrow_model import heads_of, stage_of, unit_counts
 from moee_analysis.data.images import ImageSet
@@ -52,12 +53,9 @@ class Profile:
 
 
 def profile(
-    model: nn.Module, images: ImageSet, *, together: bool = False, store: str | Path | None = None
+    model: nn.Module, images: ImageSet, *, together: bool = False, store: Store = None
 ) -> Profile:
-    """Run ``model`` over the images once and add up its activations, also of pairs ``together``.
-
-    The folder ``store`` keeps the sums, to be found again; None keeps nothing.
-    """
+    """Run ``model`` over the images once and add up its activations, also of pairs ``together``."""
     if store is None:
         return Profile(_add_up(model, images, together=together))
 

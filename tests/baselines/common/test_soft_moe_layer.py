@@ -7,7 +7,7 @@ from timm.layers import Mlp
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps
+from moee_analysis.baselines.common.exchange import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import (
     ExpertDropout,
     Mixing,

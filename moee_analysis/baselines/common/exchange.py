@@ -5,7 +5,8 @@ Experts with weights of their own: many MLPs of one shape, computed as batched p
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.moe.layer import replace_module
 from moee_analysis.utils import checks
+
+Store = str | Path | None
+"""Folder that keeps what was found of a model, to find it again; None keeps nothing."""
 
 
 def check_shared(config: Any) -> None:
@@ -106,17 +110,19 @@ def find_tokens(model: nn.Module, sites: Sequence[MlpSite]) -> list[tuple[int, i
 
 
 def replace_mlps(
-    model: nn.Module, make: Mapping[MlpSite, Callable[[nn.Module], nn.Module]]
+    model: nn.Module,
+    sizes: Iterable[tuple[MlpSite, Any]],
+    make: Callable[[MlpSite, Any, nn.Module], nn.Module],
 ) -> nn.Module:
-    """Copy ``model``, in evaluation mode, with layers made of MLPs in their places, by site.
+    """Copy ``model``, in evaluation mode, with what is made of a site, its size and its MLP there.
 
-    They have the MLP's device and precision, and ask for gradients where it does.
+    Layers have the MLP's device and precision, and ask for gradients where it does.
     """
     copied = copy.deepcopy(model)
-    for site, make_layer in make.items():
+    for site, size in sizes:
         mlp = site.module(copied)
         weight = mlp.fc1.weight
-        layer = make_layer(mlp).to(weight.device, weight.dtype)
+        layer = make(site, size, mlp).to(weight.device, weight.dtype)
         replace_module(copied, site.name, layer.requires_grad_(weight.requires_grad))
     return copied.eval()
 
