@@ -1,21 +1,19 @@
 """The ways to start that MoE Jetpack is compared with, each under the name it has in the study.
 
 The predecessor is a trained dense model; all successors have the same smaller width, and layers
-with experts cost about the MACs of the MLPs whose places they take, mixing included, unless the
-number of experts is what is varied. A start is a function: seed -> model, to be trained.
-
-Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
+with experts cost about the MACs of their MLPs, mixing included, unless the number of experts is
+varied. Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moee_analysis.baselines import jetpack, soft_moe, sparse_upcycling
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.jetpack import JetpackConfig
 from moee_analysis.baselines.jetpack.convert import LayerSize
 from moee_analysis.baselines.soft_moe import SoftMoeConfig
@@ -25,6 +23,7 @@ from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 
 Starts = Mapping[str, Callable[[int], nn.Module]]
+"""From a seed to a model that is to be trained, by name."""
 
 SCRATCH, PRETRAINED = "dense, scratch", "dense, pretrained"
 SOFT, UPCYCLED, RECYCLED = "Soft MoE, scratch", "Sparse Upcycling", "recycled, plain router"
@@ -37,17 +36,15 @@ CORE_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
 class JetpackStudy:
     """Successors of one trained ``dense`` model.
 
-    - ``images``: calibration images: their activations say what is recycled.
-    - ``width``: channels of the successors; None: half of the dense model's.
-    - ``recipe``: settings of every conversion by Jetpack, such as rates of dropout.
-    - ``store``: folder for sums over activations.
+    Activations of the calibration ``images`` say what is recycled. Their ``width`` is half of its
+    own unless given; ``recipe`` has settings of every conversion, such as rates of dropout.
     """
 
     dense: nn.Module
     images: ImageSet
     width: int | None = None
     recipe: JetpackConfig = field(default_factory=JetpackConfig)
-    store: Path | None = None
+    store: Store = None
 
     def components(self) -> Starts:
         """From the dense model to Jetpack, with what lies between and beside them."""
@@ -119,14 +116,14 @@ class JetpackStudy:
         return replace(self.recipe, width=self.width or self.dense.num_features // 2)
 
     @cached_property
-    def _successor_mlp(self) -> tuple[MlpSite, int]:
+    def _first(self) -> tuple[MlpSite, int]:
         """The successor's first MLP of those that get experts, and its tokens."""
         site = find_mlps(self.scratch(0))[self.layers[0]]
         return site, count(self.dense).tokens[site.name]
 
     def _numbers(self, core_share: float) -> tuple[int, int]:
         """Core and universal experts that cost the MACs of the MLP, mixing included."""
-        (site, tokens), ratio = self._successor_mlp, self.recipe.universal_ratio
+        (site, tokens), ratio = self._first, self.recipe.universal_ratio
         core, universal = (LayerSize(*n).macs(site, tokens, ratio) for n in ((1, 0), (0, 1)))
         each = core_share * core + (1 - core_share) * universal
         total = round(2 * tokens * site.dim * site.hidden / each)

@@ -1,9 +1,8 @@
 """MoEfication: the hidden neurons of a trained MLP dealt into equal experts, k of them per token.
 
-"MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (Zhang et al., 2022). The
-original wants ReLU networks; here is also its port to vision transformers with GELU,
-"ViT-MoEfication", with other scores of experts, and with the mean of what is left out. All neurons
-stay, so no parameters are saved.
+"MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (Zhang et al., 2022), which
+wants ReLU networks, and its port to vision transformers with GELU, "ViT-MoEfication", with other
+scores of experts, and with the mean of what is left out. All neurons stay: no parameters are saved.
 """
 
 import copy
@@ -57,8 +56,7 @@ class MoeficationConfig:
       activations (``pos``, as published), of all without their sign (``abs``), the length of its
       output (``out``), or what it adds to the variance of the output, were its neurons
       independent (``var``).
-    - ``mean_compensation``: experts that a token does not use contribute their mean output, not
-      nothing.
+    - ``mean_compensation``: experts that a token does not use give their mean output, not nothing.
     - ``tokens``: about how many calibration tokens of a layer are looked at.
     - ``layers``: MLPs to convert, counted from 0; None: all.
     """
@@ -135,9 +133,7 @@ def oracle_routed(moefied: nn.Module) -> nn.Module:
 
 
 def matching_active(dense: nn.Module, config: MoeficationConfig) -> float:
-    """Share of the experts of every layer that the budget of ``config`` allows.
-
-    That is the share of what the MLPs cost which is left when all else and the routers are paid.
+    """Share of the experts of every layer that is left when all else and the routers are paid.
 
     Raises ``MoeeError``: the MLPs cannot save so much.
     """

@@ -1,9 +1,8 @@
 """Soft MoE: in the second half of the layers, experts see slots, each a mixture of all tokens.
 
 Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308.00951. The original
-is trained from scratch, without a class token; here a leading token is mixed like all others. At
-first every slot is almost the mean of all tokens, which the dense model's MLPs never saw: much is
-lost until the model is trained.
+is trained from scratch, without a class token; here a leading token is mixed like all others. Much
+is lost until the model is trained: at first every slot is almost the mean of all tokens.
 """
 
 from dataclasses import dataclass
@@ -31,12 +30,12 @@ class SoftMoeConfig:
 
     - ``slots``: of each expert; None: tokens / experts, rounded, or what ``macs_reduction`` allows.
     - ``initialisation``: experts are copies of the dense MLP (``upcycled``), or drawn anew as timm
-      draws its MLPs (``fresh``; from scratch where the given model is untrained).
+      draws its MLPs (``fresh``).
     - ``drop``: rate of dropout of hidden activations and outputs; None: that of the dense MLP.
     - ``noise``: standard deviation of noise on the logits in training.
     - ``layers``: MLPs to exchange, counted from 0; None: the second half.
     - ``macs_reduction``: share of all MACs of the dense model to save, by fewer slots, in layers as
-      alike as possible. Logits, dispatch and combination count.
+      alike as possible.
 
     Raises ``MoeeError``: a setting out of its range.
     """

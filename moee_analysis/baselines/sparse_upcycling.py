@@ -33,12 +33,11 @@ class SparseUpcyclingConfig:
     - ``router``: ``expert_choice``, every expert takes tokens of an image; or ``top_k``, every
       token takes ``k`` experts.
     - ``capacity``: with Expert Choice every expert takes capacity x tokens / experts of an image's
-      tokens; None: 2, or what ``macs_reduction`` allows. With ``top_k`` an expert drops tokens
-      beyond capacity x k x tokens / experts; None: it drops none.
-    - ``renormalise``: whether the weights of a token's experts sum to 1. Without it outputs are
-      scaled by gates that were never trained, and the model starts far from the dense one.
-    - ``noise``: standard deviation of noise on the logits in training, in units of 1 / experts
-      (1 in V-MoE).
+      tokens; None: 2, or what ``macs_reduction`` allows. With ``top_k`` it drops those beyond k
+      times as many; None: none.
+    - ``renormalise``: whether the weights of a token's experts sum to 1. Else outputs are scaled by
+      untrained gates.
+    - ``noise``: standard deviation of noise on the logits in training, in units of 1 / experts.
     - ``layers``: MLPs to exchange, counted from 0; None: every second one, 1, 3, 5, ...
     - ``macs_reduction``: share of all MACs of the dense model to save, by capacities as alike as
       possible; only with Expert Choice.

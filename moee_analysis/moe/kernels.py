@@ -43,10 +43,10 @@ class ExpertGroups:
     """A layer's experts in groups; a place is that of an expert with one group after the other.
 
     ``order`` (experts,) are the experts by place, ``place`` (experts,) their places, ``group``
-    (experts,) the groups by place and ``stops`` (groups,) the places where groups end. ``neurons``
-    (groups, width) are those that any expert of the group keeps, as many as ``widths`` says, then
-    others; ``kept`` (experts, width) is 1 by place for those that the expert keeps, else 0.
-    ``uniform``: all experts of the group keep the same.
+    (experts,) the groups by place, ``stops`` (groups,) the places where groups end. ``neurons``
+    (groups, width) are those that any expert of the group keeps, so many as ``widths``, then
+    others; ``kept`` (experts, width) by place is 1 for those of the expert; in a ``uniform`` group
+    for all.
     """
 
     order: torch.Tensor

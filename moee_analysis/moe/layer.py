@@ -1,7 +1,4 @@
-"""The MoE layer: an MLP whose tokens each use the hidden neurons of their own experts.
-
-Layers with experts of other kinds, hard or soft, have a little in common with it.
-"""
+"""The MoE layer: an MLP whose tokens each use the hidden neurons of their own experts."""
 
 import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -28,11 +25,10 @@ Usage = dict[str, torch.Tensor]  # how much each expert is used, (experts,), by 
 
 @dataclass(frozen=True)
 class Readout:
-    """Refitted output weights, once neurons are gone.
+    """Refitted output weights, once neurons are gone; None leaves all as it is.
 
-    ``weight`` (dim, hidden) takes the place of the dense W2, unless it is None. ``shift`` (experts,
-    dim), such as the mean of what dropped neurons gave, joins the output of every token of the
-    expert.
+    ``weight`` (dim, hidden) takes the place of W2. ``shift`` (experts, dim), such as the mean of
+    what dropped neurons gave, joins the outputs of the expert.
     """
 
     weight: torch.Tensor | None = None
@@ -94,11 +90,10 @@ class MoeMlp(nn.Module):
         """Outputs (n, dim) of ``tokens`` (n, dim) from the experts ``chosen`` for each, (n, k)."""
         if strategy.name == "masked" or not len(tokens) or not len(self.kept):
             return kernels.masked(self, tokens, chosen)
-        if strategy.groups not in self._groups:
-            found = group_experts(self.mask, self.shares, strategy.groups)
-            self._groups[strategy.groups] = found
-        groups = self._groups[strategy.groups]
-        return kernels.IN_GROUPS[strategy.name](self, groups, tokens, chosen)
+        count = strategy.groups
+        if count not in self._groups:
+            self._groups[count] = group_experts(self.mask, self.shares, count)
+        return kernels.IN_GROUPS[strategy.name](self, self._groups[count], tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
         """The strategy that is set, or the fastest, measured once for about as many tokens."""
@@ -131,10 +126,7 @@ class MoeMlp(nn.Module):
         return self.neurons.split(self.expert_sizes)[expert]
 
     def macs_per_token(self, shares: torch.Tensor | None = None) -> float:
-        """Expected MACs of one token: the router, and 2 d |S_e| of each expert by its share.
-
-        ``shares`` (experts,) of the tokens are the calibration's, where none are given.
-        """
+        """Expected MACs of one token: the router, and 2 d |S_e| by its own or these ``shares``."""
         shares = self.shares if shares is None else shares.to(self.sizes.device)
         neurons = torch.dot(shares.double(), self.sizes.double()).item()
         dim = self.fc1.in_features + self.fc2.out_features
@@ -154,8 +146,7 @@ class MoeMlp(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._groups.clear()  # of another device
-        # model.half() would round the shares, which MACs are counted with: they stay float32
-        shares = self.shares
+        shares = self.shares  # MACs are counted with them: model.half() must not round them
         moved = super()._apply(*args, **kwargs)
         self.shares = shares.to(self.shares.device)
         return moved
@@ -206,14 +197,13 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def without_routing(model: nn.Module) -> nn.Module:
     """Return a copy of a statically pruned model whose layers of one expert are plain MLPs."""
     model = copy.deepcopy(model)
-    names = moe_names(model)
-    for index, layer in moe_layers(model).items():
-        if layer.n_experts == 1:
+    for name, layer in all_mlps(model).items():
+        if isinstance(layer, MoeMlp) and layer.n_experts == 1:
             mlp = Mlp(1)
             mlp.fc1, mlp.act, mlp.fc2 = layer.fc1, layer.act, layer.fc2
             if layer.shift is not None:
                 mlp.fc2.bias.data += layer.shift.data[0]
-            replace_module(model, names[index], mlp.train(layer.training))
+            replace_module(model, name, mlp.train(layer.training))
     return model
 
 

@@ -67,8 +67,8 @@ class CosineRouter(Router):
 class NearestRouter(Router):
     """Send a token to the expert of the largest directions_e . P x + offsets_e, top-1.
 
-    ``directions`` are (experts, rank), ``offsets`` (experts,), ``projection`` P is (rank, dim);
-    None: the identity. The rule finds the nearest centre in any metric: :func:`nearest_in_metric`.
+    ``directions`` are (experts, rank), ``offsets`` (experts,), ``projection`` P (rank, dim) or the
+    identity. The rule finds the nearest centre in any metric: :func:`nearest_in_metric`.
     """
 
     def __init__(
@@ -107,9 +107,8 @@ def nearest_in_metric(centres: torch.Tensor, root: torch.Tensor) -> NearestRoute
 class RandomRouter(Router):
     """Send every token to random experts: the control that a router must beat.
 
-    A token's ``k`` experts, no two the same, are a pseudo-random function of its content and the
-    seed, so that any pass over the same images repeats it. ``shares`` (experts,) are the
-    probabilities.
+    Its ``k`` experts, no two the same, of the probabilities ``shares`` (experts,), are a
+    pseudo-random function of its content and the seed: any pass over the images repeats it.
     """
 
     def __init__(self, shares: torch.Tensor, *, dim: int, k: int = 1, seed: int = 0) -> None:
@@ -173,8 +172,8 @@ class TokenKindRouter(Router):
 
     def settings(self) -> dict[str, Any]:
         """Experts of the leading tokens, and the router of the others."""
-        inner = describe_router(self.inner)
-        return {"prefix": self.prefix.tolist(), "tokens": self.tokens, "inner": inner}
+        own = {"prefix": self.prefix.tolist(), "tokens": self.tokens}
+        return own | {"inner": describe_router(self.inner)}
 
     @classmethod
     def rebuild(cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:

@@ -120,14 +120,12 @@ def _unit(x: torch.Tensor, *, dim: int) -> torch.Tensor:
 class SpheroRouter(nn.Module):
     """Dispatch and combine by the directions of tokens and of learned queries.
 
-    ``queries`` (experts, slots, dim) start orthogonal, as far as there are dimensions; they are
-    normed like tokens (``query_norm``), then scaled to length 1. To dispatch, logits are divided by
-    a temperature and softmaxed over the tokens; to combine, by another one and over all slots. All
-    of these are learned.
+    ``queries`` (experts, slots, dim) start orthogonal, as far as there are dimensions, and are
+    normed like tokens (``query_norm``). Logits are cosines, to dispatch divided by a temperature
+    and softmaxed over the tokens, to combine by another one and over all slots. All are learned.
 
     - ``temperature``: both at the start.
     - ``combine``: ``softmax``, or ``entmax15``, which leaves most slots out.
-    - ``normalize_key``: whether tokens are scaled to length 1 as well, so that logits are cosines.
     - ``noise``: standard deviation of what is added to the logits, in training alone (the released
       code adds it in evaluation too); None is one over the number of experts.
     """
@@ -140,7 +138,6 @@ class SpheroRouter(nn.Module):
         slots: int = 1,
         temperature: float = 0.5,
         combine: Literal["softmax", "entmax15"] = "softmax",
-        normalize_key: bool = True,
         noise: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -152,7 +149,6 @@ class SpheroRouter(nn.Module):
         self.dispatch_temperature = nn.Parameter(torch.tensor(temperature))
         self.combine_temperature = nn.Parameter(torch.tensor(temperature))
         self.combine = entmax15 if combine == "entmax15" else partial(torch.softmax, dim=-1)
-        self.normalize_key = normalize_key
         self.noise = 1 / experts if noise is None else noise
 
     def forward(self, tokens: torch.Tensor) -> Mixing:
@@ -162,10 +158,9 @@ class SpheroRouter(nn.Module):
         return Mixing(dispatch, self.combine(logits / self.combine_temperature))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return products of tokens and queries, (images, tokens, experts x slots)."""
+        """Return cosines of tokens and queries, (images, tokens, experts x slots)."""
         queries = normalize(self.query_norm(self.queries.flatten(0, 1)), dim=1)
-        keys = normalize(tokens, dim=2) if self.normalize_key else tokens
-        return (keys @ queries.T).to(self.queries.dtype)  # autocast may lower it
+        return (normalize(tokens, dim=2) @ queries.T).to(self.queries.dtype)  # autocast lowers it
 
 
 def entmax15(logits: torch.Tensor) -> torch.Tensor:
@@ -192,21 +187,17 @@ def entmax15(logits: torch.Tensor) -> torch.Tensor:
 
 
 class ExpertDropout(nn.Module):
-    """Outputs of experts drop out in training at a ``rate``; the others grow as much in turn.
+    """Outputs of experts drop out in training at a ``rate``; the others grow as much in turn."""
 
-    ``of_images``: all experts of an image drop out together, not each for itself.
-    """
-
-    def __init__(self, rate: float, *, of_images: bool = False) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate, self.of_images = rate, of_images
+        self.rate = rate
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return ``outputs`` (images, experts, slots, dim), those that drop out zero."""
         if not self.training or not self.rate:
             return outputs
-        experts = 1 if self.of_images else outputs.shape[1]
-        staying = outputs.new_empty(len(outputs), experts, 1, 1).bernoulli_(1 - self.rate)
+        staying = outputs.new_empty(*outputs.shape[:2], 1, 1).bernoulli_(1 - self.rate)
         return outputs * staying / (1 - self.rate)
 
 

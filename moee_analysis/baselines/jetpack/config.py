@@ -17,10 +17,8 @@ class JetpackConfig:
     - ``width`` of the new model, at most the dense model's; None: the same. In a model with stages
       it is the last one's, and all others are narrowed alike.
     - ``layers``: the MLPs that get experts, counted from 0; None: the second half of them.
-    - ``method``: units are drawn by their activations (``importance``) or as parts of the ``graph``
-      of what is active together, evenly spaced (``uniform``), or chosen at ``random``. ``metric``
-      of activations: root mean square (``L2``), mean magnitude (``L1``), or how often they are
-      positive (``act_patrn``).
+    - ``method``: units are drawn by their root mean square activation (``importance``) or as parts
+      of the ``graph`` of what is active together, evenly spaced (``uniform``), or at ``random``.
     - ``consistent_channels``: one set of channels for the model, or each stage, as in the paper; or
       every expert of every layer draws its own, as in the released code.
     - ``head``: the classifier starts ``fresh`` (published), perhaps with other ``num_classes``, or
@@ -32,12 +30,11 @@ class JetpackConfig:
       the share ``universal_ratio`` of these; each expert has so many ``slots``. Both None: half as
       many core experts as the layer has patches, and twice as many universal ones (published: 98
       and 196 for 196 patches).
-    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. ``combine``, ``temperature``,
-      ``normalize_key`` and ``noise`` are settings of :class:`SpheroRouter`.
-    - ``expert_drop``: rate at which outputs of experts drop out in training, which rises linearly
-      to this value in the last layer. By ``expert_drop_mode`` whole experts drop out (paper), or
-      all experts of an image (released code).
-    - ``drop``: dropout inside experts, after the activation and after the second linear map.
+    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. ``combine``, ``temperature``
+      and ``noise`` are settings of :class:`SpheroRouter`.
+    - ``expert_drop``: rate at which outputs of whole experts drop out in training, which rises
+      linearly to this value in the last layer. ``drop``: dropout inside experts, after the
+      activation and after the second linear map.
 
     Defaults are those of the released code; for channels, ``combine`` and what drops out, the
     paper's. ``macs_reduction`` is the share of the dense model's MACs to save, at the same width
@@ -47,7 +44,6 @@ class JetpackConfig:
     width: int | None = None
     layers: tuple[int, ...] | None = None
     method: Literal["importance", "graph", "uniform", "random"] = "importance"
-    metric: Literal["L2", "L1", "act_patrn"] = "L2"
     consistent_channels: bool = True
     head: Literal["fresh", "recycled"] = "fresh"
     num_classes: int | None = None
@@ -58,10 +54,8 @@ class JetpackConfig:
     router: Literal["sphero", "soft"] = "sphero"
     combine: Literal["softmax", "entmax15"] = "softmax"
     temperature: float = 0.5
-    normalize_key: bool = True
     noise: float | None = None
     expert_drop: float = 0.1
-    expert_drop_mode: Literal["expert", "sample"] = "expert"
     drop: float = 0.4
     seed: int = 0
     macs_reduction: float | None = None

@@ -137,14 +137,12 @@ def _make_layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: flo
     config, act = recycling.config, site.module(recycling.dense).act
     groups = recycling.cut_experts(site, core=size.core, universal=size.universal)
     experts = [ExpertMlps(group, copy.deepcopy(act), drop=config.drop) for group in groups]
-    of_images = config.expert_drop_mode == "sample"
-    dropout = soft.ExpertDropout(depth * config.expert_drop, of_images=of_images)
+    dropout = soft.ExpertDropout(depth * config.expert_drop)
     seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
     facts = {"slots": size.slots, "seed": seed}
     if config.router == "soft":
         router = soft.SoftRouter(site.dim, size.experts, noise=config.noise or 0.0, **facts)
     else:
-        facts |= {"temperature": config.temperature, "combine": config.combine}
-        facts |= {"normalize_key": config.normalize_key, "noise": config.noise}
+        facts |= {name: getattr(config, name) for name in ("temperature", "combine", "noise")}
         router = soft.SpheroRouter(site.dim, size.experts, **facts)
     return soft.SlotMlp(router, experts, slots=size.slots, drop=dropout)

@@ -1,9 +1,8 @@
 """Narrower models of the same kind: how timm builds them, and which units they keep.
 
-Vision transformers keep the dimensions of a head and get fewer heads; of ConvNeXts all stages are
-narrowed alike. Units are called by a place in the model: the channels of a stage by the stage
-(``blocks``, ``stages.2``), the inner ones of an attention or an MLP by its name (``blocks.3.attn``,
-``blocks.3.mlp``).
+Vision transformers get fewer heads; of ConvNeXts all stages are narrowed alike. The place of units
+is the stage of channels (``blocks``, ``stages.2``), or the attention or MLP of inner units
+(``blocks.3.attn``, ``blocks.3.mlp``).
 """
 
 from collections.abc import Mapping
@@ -24,9 +23,9 @@ def successor(
 ) -> nn.Module:
     """Return a model like ``dense`` of another ``width``, with random weights, as timm starts it.
 
-    It is in evaluation mode, on the device of ``dense``, and asks for gradients where that does. A
-    ``width`` is of channels (of the last stage, where there are stages); None is that of ``dense``,
-    as of ``num_classes``. A model with other classes knows no names of them.
+    It is in evaluation mode, on the device of ``dense``, and asks for gradients where that does.
+    The ``width`` is that of the last stage; None is that of ``dense``, as of ``num_classes``. A
+    model with other classes knows no names of them.
 
     Raises ``MoeeError``: a model that is neither a plain vision transformer nor a plain ConvNeXt; a
     width without whole heads, or without whole stages.

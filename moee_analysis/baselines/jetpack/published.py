@@ -36,10 +36,9 @@ def published() -> pd.DataFrame:
 
     Columns: ``model``; what it ``start``s from, scratch or a pretrained dense model;
     ``first_layer``; ``core`` and ``universal`` experts; the paper's ``params`` (10^6), ``flops``
-    (10^9), ``cifar100`` and ``imagenet`` (top-1, %). Counted here, for ImageNet's 1000 classes and
-    without making weights: ``params_counted`` (10^6), ``macs_counted`` (10^9), and two parts of
-    these that the paper's FLOPs leave out: ``macs_of_mixing`` (logits, dispatch and combine) and
-    ``macs_of_attention`` (QK^T and AV).
+    (10^9), ``cifar100`` and ``imagenet`` (top-1, %). Counted here, for 1000 classes:
+    ``params_counted`` (10^6), ``macs_counted`` (10^9), and two parts of these that the paper leaves
+    out: ``macs_of_mixing`` (logits, dispatch, combine) and ``macs_of_attention`` (QK^T and AV).
     """
     counted = pd.DataFrame([_count(row) for row in CONFIGURATIONS.itertuples()])
     table = pd.concat([CONFIGURATIONS, counted], axis=1)
