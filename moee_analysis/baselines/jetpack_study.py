@@ -6,7 +6,7 @@ varied. Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,6 @@ from moee_analysis.baselines import jetpack, soft_moe, sparse_upcycling
 from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.jetpack import JetpackConfig
 from moee_analysis.baselines.jetpack.convert import LayerSize
-from moee_analysis.baselines.soft_moe import SoftMoeConfig
-from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.data.images import ImageSet
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
@@ -37,13 +35,12 @@ class JetpackStudy:
     """Successors of one trained ``dense`` model.
 
     Activations of the calibration ``images`` say what is recycled. Their ``width`` is half of its
-    own unless given; ``recipe`` has settings of every conversion, such as rates of dropout.
+    own, unless another is given.
     """
 
     dense: nn.Module
     images: ImageSet
     width: int | None = None
-    recipe: JetpackConfig = field(default_factory=JetpackConfig)
     store: Store = None
 
     def components(self) -> Starts:
@@ -88,15 +85,15 @@ class JetpackStudy:
         """Configuration of the study's successors, one third of their experts core."""
         core, universal = self._numbers(1 / 3)
         own = {"layers": self.layers, "core": core, "universal": universal}
-        return replace(self._narrow, **(own | settings))
+        return replace(self.recipe, **(own | settings))
 
     def scratch(self, seed: int) -> nn.Module:
         """The successor's architecture with random weights."""
-        return jetpack.successor(self.dense, self._narrow.width, seed=seed)
+        return jetpack.successor(self.dense, self.recipe.width, seed=seed)
 
     def pretrained(self, seed: int) -> nn.Module:
         """The predecessor, narrowed."""
-        config = replace(self._narrow, seed=seed)
+        config = replace(self.recipe, seed=seed)
         return jetpack.narrowed(self.dense, self.images, config, store=self.store)
 
     @cached_property
@@ -112,8 +109,9 @@ class JetpackStudy:
         return [site.index for site in sites if tokens[site.name] == wanted]
 
     @cached_property
-    def _narrow(self) -> JetpackConfig:
-        return replace(self.recipe, width=self.width or self.dense.num_features // 2)
+    def recipe(self) -> JetpackConfig:
+        """What all conversions by Jetpack have in common."""
+        return JetpackConfig(width=self.width or self.dense.num_features // 2)
 
     @cached_property
     def _first(self) -> tuple[MlpSite, int]:
@@ -130,14 +128,15 @@ class JetpackStudy:
         return round(core_share * total), total - round(core_share * total)
 
     def _soft(self, seed: int) -> nn.Module:
-        config = SoftMoeConfig(
+        config = soft_moe.SoftMoeConfig(
             experts=self._numbers(1.0)[0], slots=1, initialisation="fresh", drop=self.recipe.drop,
             layers=self.layers, seed=seed,
         )  # fmt: skip
         return soft_moe.convert(self.scratch(seed), self.images, config)
 
     def _upcycled(self, seed: int) -> nn.Module:
-        config = SparseUpcyclingConfig(experts=8, capacity=1.0, layers=self.layers, seed=seed)
+        settings = {"experts": 8, "capacity": 1.0, "layers": self.layers, "seed": seed}
+        config = sparse_upcycling.SparseUpcyclingConfig(**settings)
         return sparse_upcycling.convert(self.pretrained(seed), self.images, config)
 
     def _copies(self, seed: int) -> nn.Module:

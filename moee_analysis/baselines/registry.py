@@ -63,11 +63,9 @@ class System:
 
 def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callable[..., System]:
     """What makes systems of a family, of a line about each and its settings by name."""
-
-    def system(told: str, *, everywhere: bool = False, **settings: Any) -> System:
-        return System(family, told, convert, kind, settings, everywhere=everywhere, **facts)
-
-    return system
+    return lambda told, *, everywhere=False, **settings: System(
+        family, told, convert, kind, settings, everywhere=everywhere, **facts
+    )
 
 
 _moee = _family("MoEE", extract, ExtractConfig, oracle=oracle_routed)

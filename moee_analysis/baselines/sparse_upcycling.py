@@ -33,8 +33,7 @@ class SparseUpcyclingConfig:
     - ``router``: ``expert_choice``, every expert takes tokens of an image; or ``top_k``, every
       token takes ``k`` experts.
     - ``capacity``: with Expert Choice every expert takes capacity x tokens / experts of an image's
-      tokens; None: 2, or what ``macs_reduction`` allows. With ``top_k`` it drops those beyond k
-      times as many; None: none.
+      tokens; None: 2, or what ``macs_reduction`` allows.
     - ``renormalise``: whether the weights of a token's experts sum to 1. Else outputs are scaled by
       untrained gates.
     - ``noise``: standard deviation of noise on the logits in training, in units of 1 / experts.
@@ -64,11 +63,12 @@ class SparseUpcyclingConfig:
         checks.real_number("noise", self.noise, least=0)
         for name, value in checks.not_none(self, "capacity"):
             checks.real_number(name, value, above=0)
-        if self.macs_reduction is not None and self.router == "top_k":
+        budget = self.macs_reduction is not None or self.capacity is not None
+        if budget and self.router == "top_k":
             raise MoeeError(
-                "router='expert_choice' where MACs are to be saved",
+                "router='expert_choice' with a capacity, or where MACs are to be saved",
                 f"'top_k', whose tokens have {self.k} whole MLPs each",
-                "plain upcycling never reduces MACs: choose Expert Choice, or no budget",
+                "plain upcycling never reduces MACs: choose Expert Choice, or neither",
             )
         if self.macs_reduction is not None and self.capacity is not None:
             raise MoeeError("a capacity or a MACs reduction", "both", "leave one of them out")
@@ -111,7 +111,7 @@ def _make_layer(
     weight = SPREAD * torch.randn(config.experts, site.dim, generator=generator)
     gate = sparse.Gate(weight, noise=config.noise / config.experts)
     if config.router == "top_k":
-        kind = partial(sparse.TopKRouter, k=config.k, capacity=capacity)
+        kind = partial(sparse.TopKRouter, k=config.k)
     else:
         kind = partial(sparse.ExpertChoiceRouter, capacity=capacity or CAPACITY)
     router = kind(gate, renormalise=config.renormalise)

@@ -196,6 +196,7 @@ def test_gates_that_are_not_renormalised_scale_the_output():
     (soft, {"drop": 1.0}, "drop as a number at least 0 and below 1"),
     (soft, {"layers": (9,)}, "layers between 0 and 2"),
     (top_k, {"macs_reduction": 0.2}, "plain upcycling never reduces MACs"),
+    (top_k, {"capacity": 1.0}, "router='expert_choice' with a capacity"),
     (top_k, {"k": 5}, "at most 4 experts"), (top_k, {"k": 0}, "k as a whole number"),
     (sparse, {"capacity": 1.0, "macs_reduction": 0.2}, "capacity or a MACs reduction"),
     (sparse, {"macs_reduction": 28}, "0.28 means 28 %"),

@@ -47,14 +47,9 @@ def per_expert(tokens: int, experts: int, capacity: float = 1.0) -> int:
 
 
 def fill_budget(
-    macs_reduction: float,
-    costs: Sequence[float],
-    tokens: Sequence[int],
-    *,
-    dense: float,
-    fixed: float,
+    saved: float, costs: Sequence[float], tokens: Sequence[int], *, dense: float, fixed: float
 ) -> list[int]:
-    """Return how many tokens, or slots, every expert of each layer gets, to save so many MACs.
+    """Return how many tokens, or slots, every expert of each layer gets, to save a share of MACs.
 
     While the budget allows, the layer gets one more whose experts see the smallest share of its
     tokens. One of every expert of a layer costs ``costs`` MACs, an image has so many ``tokens``
@@ -63,12 +58,12 @@ def fill_budget(
 
     Raises ``MoeeError``: one token, or slot, per expert is too much already.
     """
-    counts, left = [1] * len(costs), (1 - macs_reduction) * dense - fixed - sum(costs)
+    counts, left = [1] * len(costs), (1 - saved) * dense - fixed - sum(costs)
     if left < 0:
-        most = math.floor(1000 * (macs_reduction + left / dense)) / 1000
+        most = math.floor(1000 * (saved + left / dense)) / 1000
         raise MoeeError(
-            f"a MACs reduction of at most {most:.1%}",
-            f"{macs_reduction:.1%}", "save less, or have fewer experts or more layers with experts",
+            f"a MACs reduction of at most {most:.1%}", f"{saved:.1%}",
+            "save less, or have fewer experts or more layers with experts",
         )  # fmt: skip
     while growing := [
         (count / most, layer)

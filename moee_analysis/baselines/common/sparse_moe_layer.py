@@ -8,12 +8,11 @@ arXiv:2202.09368. Images are routed by themselves, whatever else is in the batch
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import linear
 
 from moee_analysis.baselines.common.exchange import ExpertMlps, add_noise, per_expert
 from moee_analysis.models.capture import watch
@@ -59,17 +58,13 @@ class Gate(nn.Module):
 class TopKRouter(nn.Module):
     """The k experts of the largest gates, a softmax of the logits, for every token.
 
-    - ``renormalise``: whether the weights of a token's k experts are made to sum to 1. With k = 1
-      the router then learns nothing from the outputs: all weights are 1.
-    - ``capacity``: how many times its even share of an image's pairs, k n / experts, an expert can
-      take; second choices are dropped before any first one, and the last tokens first. None: all.
+    To ``renormalise``: the weights of a token's k experts are made to sum to 1. With k = 1 the
+    router then learns nothing from the outputs: all weights are 1.
     """
 
-    def __init__(
-        self, gate: Gate, *, k: int = 2, renormalise: bool = True, capacity: float | None = None
-    ) -> None:
+    def __init__(self, gate: Gate, *, k: int = 2, renormalise: bool = True) -> None:
         super().__init__()
-        self.gate, self.k, self.renormalise, self.capacity = gate, k, renormalise, capacity
+        self.gate, self.k, self.renormalise = gate, k, renormalise
         self.preference: Scores | None = None  # see `prefer`
 
     def forward(self, x: torch.Tensor) -> Routed:
@@ -82,18 +77,13 @@ class TopKRouter(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
-        if self.capacity is not None:  # choices that come too late are dropped
-            images, count, n_experts = logits.shape
-            in_order = experts.mT.flatten(1)  # all first choices, then all second ones
-            places = one_hot(in_order, n_experts).cumsum(dim=1).gather(2, in_order[..., None])
-            staying = places <= per_expert(self.k * count, n_experts, self.capacity)
-            order = order[staying.view(images, self.k, count).mT.flatten()[order]]
-        chosen, ids = experts.flatten()[order], order // self.k
-        return Routed(chosen, ids, weights.flatten()[order], logits, noisy)
+        chosen, weights = experts.flatten()[order], weights.flatten()[order]
+        return Routed(chosen, order // self.k, weights, logits, noisy)
 
-    def constant(self) -> Self:
-        """Return a router like this one, with the first k experts for all tokens."""
-        return prefer(self, partial(prefer_first, n_experts=len(self.gate.weight)))
+    def constant_scores(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores by which all tokens have the first k experts."""
+        order = torch.arange(len(self.gate.weight), device=tokens.device)
+        return -order.expand(*tokens.shape[:2], -1)
 
 
 class ExpertChoiceRouter(nn.Module):
@@ -126,10 +116,16 @@ class ExpertChoiceRouter(nn.Module):
         experts = torch.arange(n_experts, device=x.device).repeat_interleave(images * taken)
         return Routed(experts, ids, weights, logits, noisy)
 
-    def constant(self) -> Self:
-        """Return a router like this one, with tokens for every expert by their places alone."""
-        facts = {"n_experts": len(self.gate.weight), "capacity": self.capacity}
-        return prefer(self, partial(deal_tokens, **facts))
+    def constant_scores(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores by which the first tokens are the first expert's, the next ones the next one's.
+
+        After the last token they are dealt again from the first.
+        """
+        count, n_experts = tokens.shape[1], len(self.gate.weight)
+        share = per_expert(count, n_experts, self.capacity)
+        places = torch.arange(count, device=tokens.device)[:, None]
+        starts = share * torch.arange(n_experts, device=tokens.device)
+        return -((places - starts) % count).expand(len(tokens), -1, -1)
 
 
 Router = TopKRouter | ExpertChoiceRouter
@@ -158,23 +154,6 @@ class RandomScores(nn.Module):
         # sums, where a product of matrices would be counted among the model's MACs
         spread = (tokens.double() * self.direction).sum(dim=-1, keepdim=True) * self.rates
         return spread - spread.floor()
-
-
-def prefer_first(tokens: torch.Tensor, *, n_experts: int) -> torch.Tensor:
-    """Scores that fall from the first expert to the last, for all tokens."""
-    return (-torch.arange(n_experts, device=tokens.device)).expand(*tokens.shape[:2], -1)
-
-
-def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> torch.Tensor:
-    """Scores by which the first tokens are the first expert's, the next ones the next expert's.
-
-    Each gets its share by ``capacity``; after the last token they are dealt again from the first.
-    """
-    images, count, _ = tokens.shape
-    share = per_expert(count, n_experts, capacity)
-    places = torch.arange(count, device=tokens.device)[:, None]
-    starts = share * torch.arange(n_experts, device=tokens.device)
-    return -((places - starts) % count).expand(images, -1, -1)
 
 
 class SparseMlp(nn.Module):
@@ -213,7 +192,7 @@ class SparseMlp(nn.Module):
 
     def constant_router(self) -> Router:
         """Return a router of the same MACs that does not look at the tokens to choose."""
-        return self.router.constant()
+        return prefer(self.router, self.router.constant_scores)
 
 
 def importance_loss(logits: torch.Tensor) -> torch.Tensor:

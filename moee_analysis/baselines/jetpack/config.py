@@ -21,8 +21,7 @@ class JetpackConfig:
       of the ``graph`` of what is active together, evenly spaced (``uniform``), or at ``random``.
     - ``consistent_channels``: one set of channels for the model, or each stage, as in the paper; or
       every expert of every layer draws its own, as in the released code.
-    - ``head``: the classifier starts ``fresh`` (published), perhaps with other ``num_classes``, or
-      is ``recycled``.
+    - ``head``: the classifier starts ``fresh`` (published), or is ``recycled``.
 
     The layers of experts (SpheroMoE):
 
@@ -46,7 +45,6 @@ class JetpackConfig:
     method: Literal["importance", "graph", "uniform", "random"] = "importance"
     consistent_channels: bool = True
     head: Literal["fresh", "recycled"] = "fresh"
-    num_classes: int | None = None
     core: int | None = None
     universal: int | None = None
     universal_ratio: float = 0.25
@@ -62,7 +60,7 @@ class JetpackConfig:
 
     def __post_init__(self) -> None:
         check_shared(self)
-        for name, value in checks.not_none(self, "width", "num_classes", "core", "universal"):
+        for name, value in checks.not_none(self, "width", "core", "universal"):
             checks.whole_number(name, value, least=1 if name == "width" else 0)
         checks.whole_number("slots", self.slots)
         checks.share("universal_ratio", self.universal_ratio)
@@ -81,11 +79,6 @@ class JetpackConfig:
                 f"core={self.core}, universal={self.universal}",
                 "give both, as in core=98, universal=196",
             )
-        if self.head == "recycled" and self.num_classes is not None:
-            raise MoeeError(
-                "num_classes with a fresh head", "a recycled head",
-                "leave num_classes to the dense model",
-            )  # fmt: skip
         if self.macs_reduction is not None and self.slots != 1:
             raise MoeeError(
                 "macs_reduction or slots", "both", "give one of them; the budget decides the slots"

@@ -18,32 +18,25 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 
 
-def successor(
-    dense: nn.Module, width: int | None = None, *, seed: int = 0, num_classes: int | None = None
-) -> nn.Module:
+def successor(dense: nn.Module, width: int | None = None, *, seed: int = 0) -> nn.Module:
     """Return a model like ``dense`` of another ``width``, with random weights, as timm starts it.
 
     It is in evaluation mode, on the device of ``dense``, and asks for gradients where that does.
-    The ``width`` is that of the last stage; None is that of ``dense``, as of ``num_classes``. A
-    model with other classes knows no names of them.
+    The ``width`` is that of the last stage; None is that of ``dense``.
 
     Raises ``MoeeError``: a model that is neither a plain vision transformer nor a plain ConvNeXt; a
     width without whole heads, or without whole stages.
     """
     settings = _find_settings(dense)
-    classes = dense.num_classes if num_classes is None else num_classes
     settings |= _change_width(dense, settings, width or dense.num_features)
-    settings["num_classes"] = classes
     like = next(dense.parameters())
     settings |= _SHAPES_ALONE.get(type(dense), {}) if like.is_meta else {}
     with torch.device("meta" if like.is_meta else "cpu"), torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = type(dense)(**settings)
     others = {"architecture", "file", "url", "hf_hub_id", "tag"}  # whose weights the dense ones are
-    if classes != dense.num_classes:
-        others |= {"label_names"}
     own = {k: v for k, v in dense.pretrained_cfg.items() if k not in others}
-    model.pretrained_cfg = own | {"num_classes": classes}
+    model.pretrained_cfg = own | {"num_classes": dense.num_classes}
     return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
 
 
@@ -134,6 +127,7 @@ def _change_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dic
 
 
 CHANNELS, BEFORE, INNER = "channels", "channels of the stage before", "inner units"
+CLASSIFIERS = ("head", "head.fc")  # linear maps to the classes
 
 UNITS = {
     "": (None, None, CHANNELS),  # embeddings (1, tokens, dim)
@@ -143,8 +137,7 @@ UNITS = {
     "mlp.fc2": (CHANNELS, INNER),
     "downsample.0": (BEFORE,),
     "downsample.1": (CHANNELS, BEFORE),
-    "head": (None, CHANNELS),
-    "head.fc": (None, CHANNELS),
+    **dict.fromkeys(CLASSIFIERS, (None, CHANNELS)),
 }
 """Kinds of units along the axes of a module's weight, by the end of its name; channels else."""
 
@@ -171,11 +164,6 @@ def stage_of(model: nn.Module, name: str) -> str:
     if first == "stages":
         return f"stages.{rest.partition('.')[0]}"
     return "stages.0" if first == "stem" else f"stages.{len(model.stages) - 1}"
-
-
-def classifier_of(model: nn.Module) -> str:
-    """Name of the linear map to the classes."""
-    return "head" if isinstance(model, VisionTransformer) else "head.fc"
 
 
 def narrow_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
