@@ -1,4 +1,4 @@
-"""Controls: what a claim about routing has to beat."""
+"""Controls: what a claim about routing has to beat. Leading tokens keep experts of their own."""
 
 import copy
 from dataclasses import replace
@@ -38,8 +38,7 @@ def with_random_centres(config: ExtractConfig) -> ExtractConfig:
 def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
     """Copy the model and let chance route its tokens, using experts as often as before.
 
-    Leading tokens that have an expert of their own keep it. In layers of slots tokens change places
-    in what the router says of them.
+    In layers of slots tokens change places in what the router says of them.
     """
     model = _copy_model(run)
     for index, layer in moe_layers(model).items():
@@ -58,8 +57,7 @@ def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
 def constantly_routed(run: Extraction | nn.Module) -> nn.Module:
     """Copy the model and send all tokens to the same experts: those that most tokens used.
 
-    Leading tokens that have an expert of their own keep it. In layers of slots all tokens are
-    mixed evenly.
+    In layers of slots all tokens are mixed evenly.
     """
     model = _copy_model(run)
     for layer in moe_layers(model).values():
@@ -75,8 +73,7 @@ def constantly_routed(run: Extraction | nn.Module) -> nn.Module:
 def oracle_routed(run: Extraction | nn.Module, dense: nn.Module) -> nn.Module:
     """Copy the model and send each token to the expert whose output is nearest to the dense MLP's.
 
-    Layers with several experts a token, and leading tokens that have an expert of their own, keep
-    their routers.
+    Layers with several experts a token keep their routers.
     """
     model, mlps = _copy_model(run), list(all_mlps(dense).values())
     for index, layer in moe_layers(model).items():

@@ -1,9 +1,8 @@
 """Sparse Upcycling: every second MLP becomes experts that are copies of it, behind a new router.
 
 Source: Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
-arXiv:2212.05055. It starts where the dense model stands, or a little below, and is made to be
-trained on. Published for vision: Expert Choice with capacity 2, 32 experts, weights renormalised
-per token. The original never saves MACs; a capacity below 1, which does, is this project's port.
+arXiv:2212.05055. It is made to be trained on. Published for vision: Expert Choice, capacity 2, 32
+experts, weights renormalised per token. A capacity below 1, which saves MACs, is a port.
 """
 
 from dataclasses import dataclass

@@ -211,8 +211,8 @@ def rebuild_router(described: Mapping[str, Any], tensors: Mapping[str, torch.Ten
 class OracleRouter(Router):
     """Send a token to the expert whose output for it is nearest to that of the dense MLP.
 
-    A bound for routers, which computes all that they should save. Experts that leading tokens have
-    by their position are never chosen, and not counted.
+    A bound for routers, which computes all that they should save. Experts of leading tokens are
+    never chosen, and not counted.
     """
 
     def __init__(self, dense: nn.Module, layer: MoeMlp) -> None:

@@ -33,7 +33,7 @@ class _TopScores(Router):
         self.k = k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim) in row-major order."""
+        """Return expert ids, int64 (n, k)."""
         return self.scores(x).topk(self.k, dim=1).indices
 
 
@@ -73,8 +73,7 @@ class MlpRouter(_TopScores):
 class GroundTruthRouter(_TopScores):
     """The k experts of the highest true score: an upper bound for all routers by that score.
 
-    To decide it computes all hidden neurons of ``layer``, whose weights it shares, and for the
-    score ``out`` all outputs.
+    It computes all hidden neurons of ``layer``, whose weights it shares, and for ``out`` outputs.
     """
 
     def __init__(self, layer: MoeMlp, origin: Origin, *, k: int) -> None:
@@ -83,10 +82,8 @@ class GroundTruthRouter(_TopScores):
         self.fc1, self.act, self.fc2, self.score = layer.fc1, layer.act, layer.fc2, origin.score
         mean = origin.mean.to(layer.fc1.weight) if origin.score == "var" else None
         own = layer.neurons.split(layer.expert_sizes)
-        # neurons by expert (experts, width); `hidden` stands for none
-        members = nn.utils.rnn.pad_sequence(
-            list(own), batch_first=True, padding_value=layer.fc1.out_features
-        )
+        none = layer.fc1.out_features  # neurons by expert (experts, width)
+        members = nn.utils.rnn.pad_sequence(list(own), batch_first=True, padding_value=none)
         self.register_buffer("mean", mean)
         self.register_buffer("members", members, persistent=False)
 

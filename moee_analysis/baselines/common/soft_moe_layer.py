@@ -85,8 +85,7 @@ class SoftRouter(nn.Module):
     """Dispatch by a softmax over the tokens, and combine by one over all slots.
 
     Logits are cosines with the ``embeddings`` (dim, experts, slots), drawn from N(0, 1 / dim) by
-    the ``seed``, times ``scale``; both are learned. In training noise of the standard deviation
-    ``noise`` is added.
+    the ``seed``, times ``scale``; both are learned. ``noise`` is a standard deviation, in training.
     """
 
     def __init__(

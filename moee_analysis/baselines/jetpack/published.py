@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm import create_model
 from torch import nn
 
 from moee_analysis.baselines.jetpack.config import JetpackConfig
@@ -65,13 +65,9 @@ def layers_of(row: Any) -> tuple[int, ...]:
 
 def build(row: Any) -> nn.Module:
     """Build a row of :data:`CONFIGURATIONS` on the meta device: shapes alone, no memory."""
-    heads = 6 if row.model.endswith("S") else 3  # of 64 dimensions each
-    with torch.device("meta"):
-        dense = VisionTransformer(
-            embed_dim=64 * heads, depth=DEPTH, num_heads=heads, global_pool="avg",
-            weight_init="skip",  # drawing takes long on that device
-        )  # fmt: skip
-    dense.pretrained_cfg = {"input_size": (3, 224, 224), "num_classes": dense.num_classes}
+    size = "small" if row.model.endswith("S") else "tiny"
+    with torch.device("meta"):  # where drawing takes long
+        dense = create_model(f"vit_{size}_patch16_224", global_pool="avg", weight_init="skip")
     if not layers_of(row):
         return dense.eval()
     router = "soft" if row.model.startswith("Soft") else "sphero"

@@ -171,15 +171,12 @@ class Recycling:
 
     @cached_property
     def shared_units(self) -> dict[str, np.ndarray]:
-        """Units that the dense part of the narrow model takes over, ids by their place.
-
-        Channels are worth the mean over the layers of their stage, heads over their dimensions.
-        """
+        """Units that the dense part of the narrow model takes over, ids by their place."""
         rng, sizes = np.random.default_rng([self.config.seed, 0]), unit_counts(self.narrow)
         mlps = [site.name for site in find_mlps(self.dense)]
         chosen, worth = {}, None
         for place, total in unit_counts(self.dense).items():
-            if self.found is not None:
+            if self.found is not None:  # the mean over a stage's layers, or a head's dimensions
                 inputs = [f"{name}.fc1" for name in mlps if stage_of(self.dense, name) == place]
                 each = [self.found.worth(own) for own in inputs or [place]]
                 worth = np.mean(each, axis=0).reshape(total, -1).mean(axis=1)
