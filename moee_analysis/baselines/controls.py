@@ -1,4 +1,4 @@
-"""Controls: what a claim about routing has to beat."""
+"""Controls: what a claim about routing has to beat. Leading tokens keep experts of their own."""
 
 import copy
 from dataclasses import replace
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.sample_tokens import pick_inputs
@@ -16,15 +17,8 @@ from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, moe_macs
+from moee_analysis.moe import routers
 from moee_analysis.moe.layer import MoeMlp, all_mlps, expert_layers, moe_layers, moe_names
-from moee_analysis.moe.routers import (
-    ConstantRouter,
-    CosineRouter,
-    OracleRouter,
-    RandomRouter,
-    beside_leading,
-    prefix_experts,
-)
 
 
 def with_one_expert(config: ExtractConfig) -> ExtractConfig:
@@ -35,8 +29,7 @@ def with_one_expert(config: ExtractConfig) -> ExtractConfig:
 def with_random_centres(config: ExtractConfig) -> ExtractConfig:
     """Return ``config`` with random tokens for centres: what the clusters of a model must beat.
 
-    Router, neurons and budget follow the same rules; there are ``clustering.count`` centres, to
-    which all tokens are routed.
+    All tokens are routed to ``clustering.count`` centres; all else follows the same rules.
     """
     clustering = replace(config.resolved().clustering, method="random", reduce="none")
     return replace(config, clustering=clustering, noise="reroute")
@@ -45,17 +38,17 @@ def with_random_centres(config: ExtractConfig) -> ExtractConfig:
 def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
     """Copy the model and let chance route its tokens, using experts as often as before.
 
-    It costs what the model costs, less the routers; only *which* experts a token meets differs.
-    Leading tokens that have an expert of their own keep it. In layers of slots tokens change places
-    in what the router says of them.
+    In layers of slots tokens change places in what the router says of them.
     """
     model = _copy_model(run)
     for index, layer in moe_layers(model).items():
-        patches, k = layer.shares[prefix_experts(layer) :], round(layer.shares.sum().item())
-        if isinstance(getattr(layer.router, "inner", None), ConstantRouter) and len(patches) == 1:
+        patches = layer.shares[routers.prefix_experts(layer) :]
+        inner = getattr(layer.router, "inner", None)
+        if len(patches) == 1 and isinstance(inner, routers.ConstantRouter):
             continue  # only leading tokens have experts of their own
-        drawn = RandomRouter(patches, dim=layer.fc1.in_features, k=k, seed=1000 * seed + index)
-        layer.router = beside_leading(drawn, layer).to(layer.shares.device)
+        facts = {"k": round(layer.shares.sum().item()), "seed": 1000 * seed + index}
+        drawn = routers.RandomRouter(patches, dim=layer.fc1.in_features, **facts)
+        layer.router = routers.beside_leading(drawn, layer).to(layer.shares.device)
     for layer in _own_expert_layers(model):
         layer.router = layer.random_router(seed=seed)
     return model
@@ -64,16 +57,14 @@ def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
 def constantly_routed(run: Extraction | nn.Module) -> nn.Module:
     """Copy the model and send all tokens to the same experts: those that most tokens used.
 
-    Leading tokens that have an expert of their own keep it. In layers of slots all tokens are
-    mixed evenly.
+    In layers of slots all tokens are mixed evenly.
     """
     model = _copy_model(run)
     for layer in moe_layers(model).values():
-        shares = layer.shares[prefix_experts(layer) :]
+        shares = layer.shares[routers.prefix_experts(layer) :]
         k = max(1, round(shares.sum().item()))
-        most = shares.topk(k).indices.tolist()
-        constant = ConstantRouter(most[0] if k == 1 else most)
-        layer.router = beside_leading(constant, layer).to(layer.shares.device)
+        constant = routers.ConstantRouter(shares.topk(k).indices)
+        layer.router = routers.beside_leading(constant, layer).to(layer.shares.device)
     for layer in _own_expert_layers(model):
         layer.router = layer.constant_router()
     return model
@@ -82,14 +73,13 @@ def constantly_routed(run: Extraction | nn.Module) -> nn.Module:
 def oracle_routed(run: Extraction | nn.Module, dense: nn.Module) -> nn.Module:
     """Copy the model and send each token to the expert whose output is nearest to the dense MLP's.
 
-    Layers with several experts a token, and leading tokens that have an expert of their own, keep
-    their routers.
+    Layers with several experts a token keep their routers.
     """
     model, mlps = _copy_model(run), list(all_mlps(dense).values())
     for index, layer in moe_layers(model).items():
-        several = layer.n_experts - prefix_experts(layer) > 1
+        several = layer.n_experts - routers.prefix_experts(layer) > 1
         if several and round(layer.shares.sum().item()) == 1:
-            layer.router = beside_leading(OracleRouter(mlps[index], layer), layer)
+            layer.router = routers.beside_leading(routers.OracleRouter(mlps[index], layer), layer)
     return model
 
 
@@ -102,13 +92,10 @@ def _own_expert_layers(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in expert_layers(model).values() if not isinstance(layer, MoeMlp)]
 
 
-def statically_pruned(
-    run: Extraction, images: ImageSet, *, store: str | Path | None = None
-) -> Extraction:
+def statically_pruned(run: Extraction, images: ImageSet, *, store: Store = None) -> Extraction:
     """Prune the same layers to the same MACs by the same rule, with one expert for all tokens.
 
-    ``images`` are the run's own calibration images. The MACs are the run's budget, or else what
-    it came to on the calibration images.
+    The MACs are the run's budget, or what it came to on its calibration ``images``.
 
     Raises ``MoeeError``: the run left every layer dense.
     """
@@ -132,12 +119,11 @@ def statically_pruned(
 
 def random_centres(
     run: Extraction, images: ImageSet, *, store: str | Path, seed: int = 0
-) -> dict[int, CosineRouter]:
-    """Routers of the same form whose centres are inputs of random calibration tokens.
+) -> dict[int, routers.CosineRouter]:
+    """Routers with inputs of random calibration tokens for centres, as many as the run's experts.
 
-    As many experts per layer as the run has. Whatever these show too, the clusters did not cause.
-    By layer index, for ``measure.routes(run.dense(), ..., routers=...)``. ``images`` are the run's
-    own calibration images; the ``store`` holds (or will hold) the sampled tokens.
+    Whatever these show too, the clusters did not cause. By layer index, for ``measure.routes``.
+    ``images`` are the run's own calibration images; the ``store`` keeps the sampled tokens.
     """
     calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
     names, layers, rows = moe_names(run.model), moe_layers(run.model), {}
@@ -147,6 +133,6 @@ def random_centres(
         rows[names[index]] = np.sort(rng.choice(tokens, size=layer.n_experts, replace=False))
     centres = pick_inputs(calibration, rows)
     return {
-        index: CosineRouter(torch.from_numpy(centres[names[index]]).to(layer.shares.device))
+        index: routers.CosineRouter(torch.from_numpy(centres[names[index]]).to(layer.shares.device))
         for index, layer in layers.items()
     }

@@ -1,30 +1,27 @@
 """The ways to start that MoE Jetpack is compared with, each under the name it has in the study.
 
 The predecessor is a trained dense model; all successors have the same smaller width, and layers
-with experts cost about the MACs of the MLPs whose places they take, mixing included, unless the
-number of experts is what is varied. A start is a function: seed -> model, to be trained.
-
-Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
+with experts cost about the MACs of their MLPs, mixing included, unless the number of experts is
+varied. Source: Zhu et al., "MoE Jetpack", NeurIPS 2024, tables 1 to 5.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moee_analysis.baselines import jetpack, soft_moe, sparse_upcycling
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.jetpack import JetpackConfig
 from moee_analysis.baselines.jetpack.convert import LayerSize
-from moee_analysis.baselines.soft_moe import SoftMoeConfig
-from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
 from moee_analysis.data.images import ImageSet
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 
 Starts = Mapping[str, Callable[[int], nn.Module]]
+"""From a seed to a model that is to be trained, by name."""
 
 SCRATCH, PRETRAINED = "dense, scratch", "dense, pretrained"
 SOFT, UPCYCLED, RECYCLED = "Soft MoE, scratch", "Sparse Upcycling", "recycled, plain router"
@@ -37,17 +34,14 @@ CORE_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
 class JetpackStudy:
     """Successors of one trained ``dense`` model.
 
-    - ``images``: calibration images: their activations say what is recycled.
-    - ``width``: channels of the successors; None: half of the dense model's.
-    - ``recipe``: settings of every conversion by Jetpack, such as rates of dropout.
-    - ``store``: folder for sums over activations.
+    Activations of the calibration ``images`` say what is recycled. Their ``width`` is half of its
+    own, unless another is given.
     """
 
     dense: nn.Module
     images: ImageSet
     width: int | None = None
-    recipe: JetpackConfig = field(default_factory=JetpackConfig)
-    store: Path | None = None
+    store: Store = None
 
     def components(self) -> Starts:
         """From the dense model to Jetpack, with what lies between and beside them."""
@@ -91,15 +85,15 @@ class JetpackStudy:
         """Configuration of the study's successors, one third of their experts core."""
         core, universal = self._numbers(1 / 3)
         own = {"layers": self.layers, "core": core, "universal": universal}
-        return replace(self._narrow, **(own | settings))
+        return replace(self.recipe, **(own | settings))
 
     def scratch(self, seed: int) -> nn.Module:
         """The successor's architecture with random weights."""
-        return jetpack.successor(self.dense, self._narrow.width, seed=seed)
+        return jetpack.successor(self.dense, self.recipe.width, seed=seed)
 
     def pretrained(self, seed: int) -> nn.Module:
         """The predecessor, narrowed."""
-        config = replace(self._narrow, seed=seed)
+        config = replace(self.recipe, seed=seed)
         return jetpack.narrowed(self.dense, self.images, config, store=self.store)
 
     @cached_property
@@ -115,32 +109,34 @@ class JetpackStudy:
         return [site.index for site in sites if tokens[site.name] == wanted]
 
     @cached_property
-    def _narrow(self) -> JetpackConfig:
-        return replace(self.recipe, width=self.width or self.dense.num_features // 2)
+    def recipe(self) -> JetpackConfig:
+        """What all conversions by Jetpack have in common."""
+        return JetpackConfig(width=self.width or self.dense.num_features // 2)
 
     @cached_property
-    def _successor_mlp(self) -> tuple[MlpSite, int]:
+    def _first(self) -> tuple[MlpSite, int]:
         """The successor's first MLP of those that get experts, and its tokens."""
         site = find_mlps(self.scratch(0))[self.layers[0]]
         return site, count(self.dense).tokens[site.name]
 
     def _numbers(self, core_share: float) -> tuple[int, int]:
         """Core and universal experts that cost the MACs of the MLP, mixing included."""
-        (site, tokens), ratio = self._successor_mlp, self.recipe.universal_ratio
+        (site, tokens), ratio = self._first, self.recipe.universal_ratio
         core, universal = (LayerSize(*n).macs(site, tokens, ratio) for n in ((1, 0), (0, 1)))
         each = core_share * core + (1 - core_share) * universal
         total = round(2 * tokens * site.dim * site.hidden / each)
         return round(core_share * total), total - round(core_share * total)
 
     def _soft(self, seed: int) -> nn.Module:
-        config = SoftMoeConfig(
+        config = soft_moe.SoftMoeConfig(
             experts=self._numbers(1.0)[0], slots=1, initialisation="fresh", drop=self.recipe.drop,
             layers=self.layers, seed=seed,
         )  # fmt: skip
         return soft_moe.convert(self.scratch(seed), self.images, config)
 
     def _upcycled(self, seed: int) -> nn.Module:
-        config = SparseUpcyclingConfig(experts=8, capacity=1.0, layers=self.layers, seed=seed)
+        settings = {"experts": 8, "capacity": 1.0, "layers": self.layers, "seed": seed}
+        config = sparse_upcycling.SparseUpcyclingConfig(**settings)
         return sparse_upcycling.convert(self.pretrained(seed), self.images, config)
 
     def _copies(self, seed: int) -> nn.Module:

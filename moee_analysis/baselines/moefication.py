@@ -1,9 +1,8 @@
 """MoEfication: the hidden neurons of a trained MLP dealt into equal experts, k of them per token.
 
-"MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (Zhang et al., 2022): three
-ways to deal the neurons, and routers from none to a small MLP. The original wants ReLU networks;
-here is also its port to vision transformers with GELU, "ViT-MoEfication", with other scores of
-experts, and with the mean of what is left out. All neurons stay, so no parameters are saved.
+"MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (Zhang et al., 2022), which
+wants ReLU networks, and its port to vision transformers with GELU, "ViT-MoEfication", with other
+scores of experts, and with the mean of what is left out. All neurons stay: no parameters are saved.
 """
 
 import copy
@@ -19,21 +18,9 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from moee_analysis.baselines.common.equal_parts import (
-    balanced_kmeans,
-    best_method,
-    cluster_means,
-    coactivation,
-    divide_graph,
-    graph_edges,
-)
-from moee_analysis.baselines.common.moefication_routers import (
-    CentreRouter,
-    GroundTruthRouter,
-    MlpRouter,
-    Origin,
-    train_router,
-)
+from moee_analysis.baselines.common import equal_parts
+from moee_analysis.baselines.common import moefication_routers as routers
+from moee_analysis.baselines.common.exchange import Store, check_shared, sites_at
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import MACS_REDUCTION
@@ -42,7 +29,6 @@ from moee_analysis.extraction.record.tokens import LayerSample, token_plan
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
-from moee_analysis.moe.routers import ConstantRouter, RandomRouter
 from moee_analysis.utils import checks
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.folders import scratch_folder
@@ -60,21 +46,17 @@ class MoeficationConfig:
     router pays its own; or ``active`` is the share of the experts that each token uses, on average
     over the layers, whatever the router costs (published: 0.2). Neither: 28 % of the MACs.
 
-    - ``n_experts`` of a layer, or ``expert_size`` neurons of an expert; neither: 96 experts of at
-      least 8 neurons. Sizes differ by one neuron at most.
+    - ``n_experts`` of a layer, whose sizes differ by one neuron at most; None: 96, or fewer of at
+      least 8 neurons.
     - ``split``: balanced ``kmeans`` of the rows of W1; ``graph``, neurons that are active together;
       or ``random``.
-    - ``router``: ``centre``, the nearest mean row of W1; an ``mlp`` that learns the score; the
-      ``oracle`` that knows it, which costs half of the MLP or more; or the controls ``random`` and
-      ``constant``, the experts of the highest mean score.
-    - ``score`` of an expert, for the routers ``mlp``, ``oracle`` and ``constant``: the sum of its
-      positive activations (``pos``, as published), of all without their sign (``abs``), the length
-      of its output (``out``), or what it adds to the variance of the output, were its neurons
+    - ``router``: ``centre``, the nearest mean row of W1; an ``mlp`` that learns the score; or the
+      ``oracle`` that knows it, which costs half of the MLP or more.
+    - ``score`` of an expert, for the routers ``mlp`` and ``oracle``: the sum of its positive
+      activations (``pos``, as published), of all without their sign (``abs``), the length of its
+      output (``out``), or what it adds to the variance of the output, were its neurons
       independent (``var``).
-    - ``mean_compensation``: experts that a token does not use contribute their mean output, not
-      nothing.
-    - ``activation``: the model's ``own``, or ``relu`` in its place, as the published method wants;
-      a model that was not trained with it has to be trained again.
+    - ``mean_compensation``: experts that a token does not use give their mean output, not nothing.
     - ``tokens``: about how many calibration tokens of a layer are looked at.
     - ``layers``: MLPs to convert, counted from 0; None: all.
     """
@@ -82,74 +64,53 @@ class MoeficationConfig:
     macs_reduction: float | None = None
     active: float | None = None
     n_experts: int | None = None
-    expert_size: int | None = None
     split: Literal["kmeans", "graph", "random"] = "kmeans"
-    router: Literal["centre", "mlp", "oracle", "random", "constant"] = "mlp"
+    router: Literal["centre", "mlp", "oracle"] = "mlp"
     score: Literal["pos", "abs", "out", "var"] = "pos"
     mean_compensation: bool = False
-    activation: Literal["own", "relu"] = "own"
     tokens: int = 40_000
     seed: int = 0
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in checks.choices_of(MoeficationConfig).items():
-            checks.one_of(name, getattr(self, name), choices)
-        for one, other in (("macs_reduction", "active"), ("n_experts", "expert_size")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise MoeeError(f"{one} or {other}", "both", "give one of them")
+        check_shared(self)
+        if self.macs_reduction is not None and self.active is not None:
+            raise MoeeError("macs_reduction or active", "both", "give one of them")
         if self.macs_reduction is None and self.active is None:
             object.__setattr__(self, "macs_reduction", MACS_REDUCTION)
-        for name, value in checks.not_none(self, "macs_reduction", "active"):
-            checks.share(name, value, whole=name == "active")
-        for name, value in checks.not_none(self, "n_experts", "expert_size"):
+        for name, value in checks.not_none(self, "active"):
+            checks.share(name, value)
+        for name, value in checks.not_none(self, "n_experts"):
             checks.whole_number(name, value)
         checks.whole_number("tokens", self.tokens)
-        checks.seed_number(self.seed)
-        checks.layer_numbers(self.layers)
 
     def experts(self, site: MlpSite) -> int:
         """Number of experts of a layer.
 
         Raises ``MoeeError``: more experts than neurons.
         """
-        if self.expert_size is not None:
-            experts = round(site.hidden / self.expert_size)
-        else:
-            experts = self.n_experts or min(EXPERTS, max(1, site.hidden // SMALLEST))
-        if not 1 <= experts <= site.hidden:
+        experts = self.n_experts or min(EXPERTS, max(1, site.hidden // SMALLEST))
+        if experts > site.hidden:
             raise MoeeError(
                 f"1 to {site.hidden} experts for the {site.hidden} hidden neurons of {site.name}",
-                str(experts), "choose another number or size",
+                str(experts), "choose another number",
             )  # fmt: skip
         return experts
 
 
 @torch.inference_mode(mode=False)
 def convert(
-    dense: nn.Module,
-    images: ImageSet,
-    config: MoeficationConfig,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: MoeficationConfig, *, store: Store = None
 ) -> nn.Module:
-    """Turn the MLPs of a copy of ``dense`` into experts.
+    """Turn the MLPs of a copy of ``dense`` into experts; each layer's ``origin`` says how.
 
-    Each layer's ``origin`` says how it was made: the graph is divided by METIS where that is
-    installed (``pip install moee-analysis[graph]``), or else by its eigenvectors.
-
-    - ``images``: calibration images; their labels are not used.
-    - ``store``: folder that keeps the recorded inputs of the layers, and has them if they were
-      recorded before; None keeps nothing.
+    Labels of the calibration ``images`` are not used; the ``store`` keeps the layers' inputs.
 
     Raises ``MoeeError``: no MLPs to convert, more experts than neurons, a budget that cannot be
     met, a full disk.
     """
     source = copy.deepcopy(dense).eval()
-    sites, sizes = _choose_sites(source, config), count_experts(source, config)
-    if config.activation == "relu":
-        for site in sites:
-            site.module(source).act = nn.ReLU()
+    sites, sizes = sites_at(find_mlps(source), config.layers), count_experts(source, config)
     if config.split == "graph":
         tell(f"MoEfication: experts by {describe_split('graph')}")
     each = max(1, round(config.tokens / len(images)))
@@ -167,21 +128,18 @@ def oracle_routed(moefied: nn.Module) -> nn.Module:
     model = copy.deepcopy(moefied)
     for layer in moe_layers(model).values():
         k = round(layer.shares.sum().item())
-        layer.router = GroundTruthRouter(layer, layer.origin, k=k).to(layer.shares.device)
+        layer.router = routers.GroundTruthRouter(layer, layer.origin, k=k).to(layer.shares.device)
     return model
 
 
 def matching_active(dense: nn.Module, config: MoeficationConfig) -> float:
-    """Share of the experts of every layer that the budget of ``config`` allows.
-
-    What is left of the MACs when everything but the MLPs and the routers are paid, as a share of
-    what the MLPs cost.
+    """Share of the experts of every layer that is left when all else and the routers are paid.
 
     Raises ``MoeeError``: the MLPs cannot save so much.
     """
     if config.active is not None:
         return config.active
-    counted, sites = count(dense), _choose_sites(dense, config)
+    counted, sites = count(dense), sites_at(find_mlps(dense), config.layers)
     fixed = counted.replacing({s.name: router_macs(config, s, config.experts(s)) for s in sites})
     mlps = sum(counted.by_module[site.name] for site in sites)
     active = ((1 - config.macs_reduction) * counted.total - fixed) / mlps
@@ -206,13 +164,12 @@ def matching_active(dense: nn.Module, config: MoeficationConfig) -> float:
 def count_experts(dense: nn.Module, config: MoeficationConfig) -> dict[str, tuple[int, int]]:
     """How many experts each layer has and how many of them, k, a token uses, by site name.
 
-    All layers use the same share of their experts, as nearly as whole experts allow. What rounding
-    leaves of one layer's MACs the next one gets, so that all together spend no more than the
-    budget, and less than one expert of one layer less.
+    All layers use the same share of their experts. What rounding leaves of one layer's MACs the
+    next one gets: all together spend the budget, to within one expert of one layer.
     """
     active, counted = matching_active(dense, config), count(dense)
     found, left = {}, 0.0
-    for site in _choose_sites(dense, config):
+    for site in sites_at(find_mlps(dense), config.layers):
         experts = config.experts(site)
         each = counted.by_module[site.name] / experts
         left += active * counted.by_module[site.name]
@@ -222,27 +179,11 @@ def count_experts(dense: nn.Module, config: MoeficationConfig) -> dict[str, tupl
     return found
 
 
-def _choose_sites(model: nn.Module, config: MoeficationConfig) -> list[MlpSite]:
-    sites = find_mlps(model)
-    chosen = range(len(sites)) if config.layers is None else config.layers
-    unknown = [layer for layer in chosen if layer not in range(len(sites))]
-    if unknown or not chosen:
-        raise MoeeError(
-            f"layers among 0 to {len(sites) - 1}", str(unknown[0] if unknown else "none"),
-            "leave out 'layers' to convert all",
-        )  # fmt: skip
-    return [site for site in sites if site.index in chosen]
-
-
 def router_macs(config: MoeficationConfig, site: MlpSite, experts: int) -> int:
     """MACs per token of the router that ``config`` asks for."""
     centres = site.dim * experts
-    outputs = site.hidden * site.dim if config.score == "out" else 0
-    return {
-        "centre": centres,
-        "mlp": centres + experts**2,
-        "oracle": site.dim * site.hidden + outputs,
-    }.get(config.router, 0)
+    true = site.dim * site.hidden * (2 if config.score == "out" else 1)
+    return {"centre": centres, "mlp": centres + experts**2, "oracle": true}[config.router]
 
 
 @dataclass(frozen=True)
@@ -274,21 +215,19 @@ def thin_sample(sample: LayerSample, mlp: nn.Module, *, seed: int = 0) -> LayerT
 
 
 def split_neurons(split: str, tokens: LayerTokens, experts: int, *, seed: int) -> np.ndarray:
-    """Expert of every hidden neuron, int64 (hidden,); sizes differ by one at most.
-
-    ``split`` is a setting of ``MoeficationConfig``.
-    """
+    """Expert of every hidden neuron, int64 (hidden,); sizes differ by one at most."""
     if split == "kmeans":
-        return balanced_kmeans(_unit_rows(tokens.mlp.fc1.weight), experts, seed=seed)
+        return equal_parts.balanced_kmeans(_unit_rows(tokens.mlp.fc1.weight), experts, seed=seed)
     if split == "graph":
-        return divide_graph(graph_edges(coactivation(tokens.hidden())), experts, seed=seed)
+        edges = equal_parts.graph_edges(equal_parts.coactivation(tokens.hidden()))
+        return equal_parts.divide_graph(edges, experts, seed=seed)
     hidden = tokens.mlp.fc1.out_features
     return np.random.default_rng(seed).permutation(np.arange(hidden) % experts)
 
 
 def describe_split(split: str) -> str:
     """Name of a split, with the method that divides the graph here."""
-    return f"graph, {best_method()}" if split == "graph" else split
+    return f"graph, {equal_parts.best_method()}" if split == "graph" else split
 
 
 def _unit_rows(weight: torch.Tensor) -> np.ndarray:
@@ -298,7 +237,7 @@ def _unit_rows(weight: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int) -> MoeMlp:
     expert_of = split_neurons(config.split, tokens, experts, seed=config.seed)
-    origin = Origin(describe_split(config.split), config.score, tokens.mean())
+    origin = routers.Origin(describe_split(config.split), config.score, tokens.mean())
     layer = _make_layer(tokens.mlp, expert_of, origin, means=config.mean_compensation)
     layer.router = _make_router(layer, expert_of, tokens, config, k=k).to(layer.shares.device)
     used = layer.usage(torch.cat([layer.router(x) for x in tokens.inputs.split(BLOCK)]))
@@ -306,7 +245,9 @@ def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int)
     return layer
 
 
-def _make_layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, means: bool) -> MoeMlp:
+def _make_layer(
+    mlp: nn.Module, expert_of: np.ndarray, origin: routers.Origin, *, means: bool
+) -> MoeMlp:
     """The experts of ``mlp``; all of them together are the MLP, compensated or not."""
     neurons = [np.flatnonzero(expert_of == expert) for expert in range(expert_of.max() + 1)]
     readout, shift = Readout(), None
@@ -323,21 +264,15 @@ def _make_layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, means:
 
 def _make_router(
     layer: MoeMlp, expert_of: np.ndarray, tokens: LayerTokens, config: MoeficationConfig, *, k: int
-) -> CentreRouter | GroundTruthRouter | MlpRouter | ConstantRouter | RandomRouter:
+) -> routers.CentreRouter | routers.GroundTruthRouter | routers.MlpRouter:
     # mean of each expert's L2-normalised rows of W1
-    means = cluster_means(_unit_rows(layer.fc1.weight), expert_of, layer.n_experts)
+    means = equal_parts.cluster_means(_unit_rows(layer.fc1.weight), expert_of, layer.n_experts)
     centres = torch.from_numpy(means).to(layer.fc1.weight)
     if config.router == "centre":
-        return CentreRouter(centres, k=k)
-    if config.router == "random":
-        even = torch.full((layer.n_experts,), k / layer.n_experts)
-        return RandomRouter(even, dim=layer.fc1.in_features, k=k, seed=config.seed)
-    truth = GroundTruthRouter(layer, layer.origin, k=k).to(centres.device)
+        return routers.CentreRouter(centres, k=k)
+    truth = routers.GroundTruthRouter(layer, layer.origin, k=k).to(centres.device)
     if config.router == "oracle":
         return truth
-    scores = truth.scores(tokens.inputs)
-    if config.router == "constant":
-        return ConstantRouter(scores.mean(0).topk(k).indices.sort().values.tolist())
     facts = {"image": tokens.image, "k": k, "seed": config.seed}
-    learned, _ = train_router(centres, tokens.inputs, scores, **facts)
+    learned, _ = routers.train_router(centres, tokens.inputs, truth.scores(tokens.inputs), **facts)
     return learned

@@ -2,18 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.controls import oracle_routed
-from moee_analysis.baselines.jetpack import JetpackConfig
-from moee_analysis.baselines.moefication import MoeficationConfig
-from moee_analysis.baselines.soft_moe import SoftMoeConfig
-from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig
-from moee_analysis.baselines.static_pruning import StaticPruningConfig
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
@@ -36,13 +31,12 @@ class System:
     """A way from a dense model and calibration images to another model.
 
     - ``family``: whose idea it is; ``told``: what it does, in a line.
-    - ``convert``: dense model, images, configuration and ``store=`` -> model, or
-      :class:`Extraction`.
+    - ``convert``: dense model, images, configuration and ``store=`` -> model, or an `Extraction`.
     - ``kind``: of configuration; ``settings``: of it, beside what is asked.
     - ``everywhere``: whether all MLPs are converted, also where the system leaves some out.
     - ``routed``: whether there are experts to choose from.
-    - ``oracle``: converted and dense model -> a copy whose tokens all meet the best experts, as the
-      system understands it; None: it does not say what is best.
+    - ``oracle``: converted and dense model -> a copy whose tokens all meet the experts that the
+      system holds for the best; None: it does not say.
     """
 
     family: str
@@ -54,44 +48,39 @@ class System:
     routed: bool = True
     oracle: Callable[[nn.Module, nn.Module], nn.Module] | None = None
 
-    def config(self, dense: nn.Module, asked: Asked) -> Any:
-        """Return the configuration for what is ``asked``, as far as it is a setting of the kind."""
-        own = {name: v for name, v in vars(asked).items() if name in self.kind.__dataclass_fields__}
-        if self.everywhere:
-            own["layers"] = tuple(site.index for site in find_mlps(dense))
-        return self.kind(**own | self.settings)
-
     def make(
-        self, dense: nn.Module, images: ImageSet, asked: Asked, *, store: str | Path | None = None
+        self, dense: nn.Module, images: ImageSet, asked: Asked, *, store: Store = None
     ) -> Extraction | nn.Module:
-        """Convert ``dense`` with these calibration ``images``.
+        """Convert ``dense`` with calibration ``images`` to what is ``asked``, if it knows it.
 
         Raises ``MoeeError``: the system cannot save so much, or cannot convert such a model.
         """
-        return self.convert(dense, images, self.config(dense, asked), store=store)
+        own = {name: v for name, v in vars(asked).items() if name in self.kind.__dataclass_fields__}
+        if self.everywhere:
+            own["layers"] = tuple(site.index for site in find_mlps(dense))
+        return self.convert(dense, images, self.kind(**own | self.settings), store=store)
 
 
 def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callable[..., System]:
     """What makes systems of a family, of a line about each and its settings by name."""
-
-    def system(told: str, *, everywhere: bool = False, **settings: Any) -> System:
-        return System(family, told, convert, kind, settings, everywhere=everywhere, **facts)
-
-    return system
-
-
-def _moefication_oracle(model: nn.Module, _dense: nn.Module) -> nn.Module:
-    return moefication.oracle_routed(model)
+    return lambda told, *, everywhere=False, **settings: System(
+        family, told, convert, kind, settings, everywhere=everywhere, **facts
+    )
 
 
 _moee = _family("MoEE", extract, ExtractConfig, oracle=oracle_routed)
-_static = _family("static pruning", static_pruning.convert, StaticPruningConfig, routed=False)
-_moefied = _family(
-    "MoEfication", moefication.convert, MoeficationConfig, oracle=_moefication_oracle
+_static = _family(
+    "static pruning", static_pruning.convert, static_pruning.StaticPruningConfig, routed=False
 )
-_sparse = _family("Sparse Upcycling", sparse_upcycling.convert, SparseUpcyclingConfig)
-_soft = _family("Soft MoE", soft_moe.convert, SoftMoeConfig)
-_jetpack = _family("MoE Jetpack", jetpack.convert, JetpackConfig)
+_moefied = _family(
+    "MoEfication", moefication.convert, moefication.MoeficationConfig,
+    oracle=lambda model, _dense: moefication.oracle_routed(model),
+)  # fmt: skip
+_sparse = _family(
+    "Sparse Upcycling", sparse_upcycling.convert, sparse_upcycling.SparseUpcyclingConfig
+)
+_soft = _family("Soft MoE", soft_moe.convert, soft_moe.SoftMoeConfig)
+_jetpack = _family("MoE Jetpack", jetpack.convert, jetpack.JetpackConfig)
 
 SYSTEMS: dict[str, System] = {
     "MoEE, paper": _moee("clusters of hidden activations, cosine router", recipe="paper"),

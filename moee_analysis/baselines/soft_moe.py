@@ -1,28 +1,19 @@
 """Soft MoE: in the second half of the layers, experts see slots, each a mixture of all tokens.
 
 Source: Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv:2308.00951. The original
-is trained from scratch, without a class token; here a leading token is mixed like all others. At
-first every slot is almost the mean of all tokens, which the dense model's MLPs never saw: much is
-lost until the model is trained.
+is trained from scratch, without a class token; here a leading token is mixed like all others. Much
+is lost until the model is trained: at first every slot is almost the mean of all tokens.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.init import trunc_normal_
 
-from moee_analysis.baselines.common.replace_mlps import (
-    ExpertMlps,
-    fill_budget,
-    find_tokens,
-    per_expert,
-    replace_mlps,
-    sites_at,
-)
+from moee_analysis.baselines.common import exchange
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
@@ -37,22 +28,20 @@ SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers
 class SoftMoeConfig:
     """How a model becomes a Soft MoE.
 
-    - ``slots``: of each expert; None: ``capacity_factor`` x tokens / experts, rounded (with a
-      factor of 1, as many slots as tokens), or what ``macs_reduction`` allows.
+    - ``slots``: of each expert; None: tokens / experts, rounded, or what ``macs_reduction`` allows.
     - ``initialisation``: experts are copies of the dense MLP (``upcycled``), or drawn anew as timm
-      draws its MLPs (``fresh``; from scratch where the given model is untrained).
+      draws its MLPs (``fresh``).
     - ``drop``: rate of dropout of hidden activations and outputs; None: that of the dense MLP.
     - ``noise``: standard deviation of noise on the logits in training.
     - ``layers``: MLPs to exchange, counted from 0; None: the second half.
     - ``macs_reduction``: share of all MACs of the dense model to save, by fewer slots, in layers as
-      alike as possible. Logits, dispatch and combination count.
+      alike as possible.
 
     Raises ``MoeeError``: a setting out of its range.
     """
 
     experts: int = 8
     slots: int | None = None
-    capacity_factor: float = 1.0
     initialisation: Literal["upcycled", "fresh"] = "upcycled"
     drop: float | None = None
     noise: float = 0.0
@@ -61,43 +50,37 @@ class SoftMoeConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
+        exchange.check_shared(self)
         checks.whole_number("experts", self.experts)
-        checks.seed_number(self.seed)
-        checks.layer_numbers(self.layers)
-        for name, choices in checks.choices_of(SoftMoeConfig).items():
-            checks.one_of(name, getattr(self, name), choices)
-        checks.real_number("capacity_factor", self.capacity_factor, above=0)
         checks.real_number("noise", self.noise, least=0)
         for name, value in checks.not_none(self, "drop"):
             checks.real_number(name, value, least=0, below=1)
         for name, value in checks.not_none(self, "slots"):
             checks.whole_number(name, value)
-        for name, value in checks.not_none(self, "macs_reduction"):
-            checks.share(name, value, whole=False)
         if self.slots is not None and self.macs_reduction is not None:
             raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
 
 
 def convert(
-    dense: nn.Module, images: ImageSet, config: SoftMoeConfig, *, store: str | Path | None = None
+    dense: nn.Module, images: ImageSet, config: SoftMoeConfig, *, store: exchange.Store = None
 ) -> nn.Module:
     """Make a Soft MoE of a copy of ``dense``; neither ``images`` nor ``store`` are looked at.
 
     Raises ``MoeeError``: no MLPs, layers that are not there, a budget that cannot be met.
     """
     mlps = find_mlps(dense)
-    sites = sites_at(mlps, config.layers, first=len(mlps) // 2)
+    sites = exchange.sites_at(mlps, config.layers, first=len(mlps) // 2)
     slots = zip(sites, _count_slots(dense, sites, config), strict=True)
-    return replace_mlps(dense, {site: partial(_make_layer, site, config, n) for site, n in slots})
+    return exchange.replace_mlps(dense, slots, partial(_make_layer, config))
 
 
 def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) -> list[int]:
     """Slots of each expert in every layer."""
     if config.slots is not None:
         return [config.slots] * len(sites)
-    seen = find_tokens(dense, sites)
-    if config.macs_reduction is None:
-        return [per_expert(tokens, config.experts, config.capacity_factor) for _, tokens in seen]
+    saved, seen = config.macs_reduction, exchange.find_tokens(dense, sites)
+    if saved is None:
+        return [exchange.per_expert(tokens, config.experts) for _, tokens in seen]
     counted, costs = count(dense), []
     for site, (groups, tokens) in zip(sites, seen, strict=True):
         outputs = site.module(dense).fc2.out_features
@@ -105,13 +88,13 @@ def _count_slots(dense: nn.Module, sites: list[MlpSite], config: SoftMoeConfig) 
         costs.append(config.experts * (counted.by_module[site.name] / tokens + mixing))
     fixed = counted.replacing({site.name: 0 for site in sites})
     most = [tokens for _, tokens in seen]
-    return fill_budget(config.macs_reduction, costs, most, dense=counted.total, fixed=fixed)
+    return exchange.fill_budget(saved, costs, most, dense=counted.total, fixed=fixed)
 
 
-def _make_layer(site: MlpSite, config: SoftMoeConfig, slots: int, mlp: nn.Module) -> SlotMlp:
+def _make_layer(config: SoftMoeConfig, site: MlpSite, slots: int, mlp: nn.Module) -> SlotMlp:
     seed = 1000 * config.seed + site.index
     drop = mlp.drop1.p if config.drop is None else config.drop
-    experts = ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)
+    experts = exchange.ExpertMlps([mlp] * config.experts, mlp.act, drop=drop)
     if config.initialisation == "fresh":  # every expert by itself, as timm draws linear layers
         generator = torch.Generator().manual_seed(seed)
         for weight in (experts.fc1_weight, experts.fc2_weight):

@@ -2,17 +2,17 @@
 
 The named baselines span what is published, by the pieces that also make mixtures of experts:
 magnitudes of the weights, without data; VBP ("Variance-Based Pruning", Berisha et al., ICCV 2025);
-least squares with output-weighted variances, as OB2C (2026) does, but without its denoised
-variances; then what the Fisher metric adds. All give the patches that nothing reads a constant, so
-that they save there what the best mixture of experts saves.
+least squares with output-weighted variances, as OB2C (2026), but without its denoised variances;
+then what the Fisher metric adds. All give the patches that nothing reads a constant, so that they
+save there what the best mixture of experts saves.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
@@ -61,64 +61,49 @@ class StaticPruningConfig:
 
     def __post_init__(self) -> None:
         share("macs_reduction", self.macs_reduction)
-        settings = dict(vars(self))
-        config_of(settings.pop("baseline"), **settings)
+        config_of(**vars(self))
 
 
 def convert(
-    dense: nn.Module,
-    images: ImageSet,
-    config: StaticPruningConfig | None = None,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: StaticPruningConfig, *, store: Store = None
 ) -> nn.Module:
-    """Prune the MLPs of ``dense``, as :func:`prune` does, and return the model alone."""
-    settings = dict(vars(config or StaticPruningConfig()))
-    return prune(dense, images, settings.pop("baseline"), **settings, store=store).model
+    """Prune the MLPs of ``dense`` as :func:`prune` does, and return the model alone."""
+    return prune(dense, images, **vars(config), store=store).model
 
 
 def prune(
-    model: nn.Module,
-    images: ImageSet,
-    name: str,
-    *,
-    macs_reduction: float,
-    params_reduction: float | None = None,
-    store: str | Path | None = None,
-    **others: Any,
+    model: nn.Module, images: ImageSet, baseline: str, *, store: Store = None, **settings: Any
 ) -> Extraction:
-    """Prune the MLPs of ``model`` by the baseline called ``name``.
+    """Prune the MLPs of ``model``; labels of the calibration ``images`` are not used.
 
-    - ``images``: calibration images; their labels are not used.
-    - ``macs_reduction``, ``params_reduction``: shares of the dense model's MACs and stored
-      parameters to save; None leaves the parameters free.
-    - ``store``, ``others``: as in ``extract``, such as ``preset`` and ``seed``.
+    ``settings`` are more of ``ExtractConfig``: ``macs_reduction`` and ``params_reduction``, shares
+    of the dense model's MACs and stored parameters to save, ``preset`` and ``seed``.
 
     Raises ``MoeeError``: no such baseline; a budget that cannot be met.
     """
-    bounds = {"macs_reduction": macs_reduction, "params_reduction": params_reduction}
-    run = extract(model, images, config_of(name, **bounds, **others), store=store)
+    run = extract(model, images, config_of(baseline, **settings), store=store)
     saved = 1 - count_parameters(run.model) / count_parameters(model)
-    if params_reduction is not None and saved < params_reduction:
+    asked = settings.get("params_reduction")
+    if asked is not None and saved < asked:
         raise MoeeError(
-            f"a parameters reduction of {params_reduction:.1%}",
-            f"{saved:.1%} at a MACs reduction of {macs_reduction:.1%}",
+            f"a parameters reduction of {asked:.1%}",
+            f"{saved:.1%} at a MACs reduction of {settings['macs_reduction']:.1%}",
             "ask for more MACs, or choose a baseline with a global budget",
         )
     return run
 
 
 def config_of(
-    name: str, *, macs_reduction: float, params_reduction: float | None = None, **others: Any
+    baseline: str, *, macs_reduction: float, params_reduction: float | None = None, **others: Any
 ) -> ExtractConfig:
-    """Configuration of the baseline called ``name``; ``others`` are more of its settings.
+    """Configuration of the ``baseline`` called so; ``others`` are more of its settings.
 
     Where each layer keeps a share, the parameters cannot be bound; they fall with the MACs.
 
     Raises ``MoeeError``: no such baseline; a setting out of its range.
     """
-    if name not in BASELINES:
-        raise MoeeError(f"a baseline among {'; '.join(BASELINES)}", f"'{name}'", "name one")
-    pieces = BASELINES[name]
+    if baseline not in BASELINES:
+        raise MoeeError(f"a baseline among {'; '.join(BASELINES)}", f"'{baseline}'", "name one")
+    pieces = BASELINES[baseline]
     bound = params_reduction if pieces["budget"] == "global" else None
     return ExtractConfig(**pieces, macs_reduction=macs_reduction, params_reduction=bound, **others)

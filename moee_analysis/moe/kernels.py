@@ -1,18 +1,16 @@
 """Strategies to compute the experts of a layer: they differ in speed and agree in the outputs.
 
-Each takes a `MoeMlp`, whose neurons are stored once for all experts that keep them, tokens (n, dim)
-and the experts chosen for them, int64 (n, k), and gives the outputs (n, dim). None of them works
-token by token.
+Each takes a `MoeMlp`, tokens (n, dim) and the experts chosen for them, int64 (n, k), and gives the
+outputs (n, dim).
 
 - ``masked``: all stored neurons for all tokens, then zeros where a token's experts lack them.
 - ``sorted``: tokens sorted by expert once, then contiguous products, a group of experts at a time.
 - ``grouped_mm``: the same groups in two calls of ``torch.nn.functional.grouped_mm``, which does
   not wait to know how many tokens each one gets; for GPUs.
 
-One expert after the other computes nothing in vain, in many small products; all experts at once
-compute every stored neuron for every token, in one large product. Groups of experts lie between:
-all neurons of the group for each of its tokens, then zeros for those that the token's expert lacks.
-The more neurons they share, the less that costs.
+Single experts compute nothing in vain, in many small products; all at once compute every stored
+neuron for every token. Groups lie between: all neurons of the group for each of its tokens, then
+zeros for those that the token's expert lacks. The more neurons they share, the less that costs.
 """
 
 from dataclasses import dataclass
@@ -45,10 +43,10 @@ class ExpertGroups:
     """A layer's experts in groups; a place is that of an expert with one group after the other.
 
     ``order`` (experts,) are the experts by place, ``place`` (experts,) their places, ``group``
-    (experts,) the groups by place and ``stops`` (groups,) the places where groups end. ``neurons``
-    (groups, width) are those that any expert of the group keeps, as many as ``widths`` says, then
-    others; ``kept`` (experts, width) is 1 by place for those that the expert keeps, else 0.
-    ``uniform``: all experts of the group keep the same.
+    (experts,) the groups by place, ``stops`` (groups,) the places where groups end. ``neurons``
+    (groups, width) are those that any expert of the group keeps, so many as ``widths``, then
+    others; ``kept`` (experts, width) by place is 1 for those of the expert; in a ``uniform`` group
+    for all.
     """
 
     order: torch.Tensor
@@ -118,8 +116,7 @@ STRATEGIES = ("masked", *IN_GROUPS)
 def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Split ``tokens`` (n, ...) into so many at a time that their activations stay in the cache.
 
-    They stay together where no cache is to be filled: off the CPU, and in a trace, which has to
-    fit any number of tokens.
+    They stay together off the CPU, and in a trace, which has to fit any number of tokens.
     """
     if is_traced() or tokens.device.type != "cpu" or len(tokens) <= BLOCK:
         return (tokens,)
@@ -170,8 +167,7 @@ def _scatter(
 def group_experts(kept: torch.Tensor, shares: torch.Tensor, count: int | None) -> ExpertGroups:
     """Put experts into ``count`` groups at most; None: every expert by itself.
 
-    ``kept`` (experts, hidden) is 1 for the neurons of an expert, else 0; ``shares`` (experts,) are
-    those of the tokens that use it.
+    ``kept`` (experts, hidden) is 1 for an expert's neurons, ``shares`` (experts,) of the tokens.
     """
     table = (kept > 0).cpu().numpy()
     members = join_experts(table, shares.double().cpu().numpy(), count or len(table))
@@ -194,8 +190,7 @@ def group_experts(kept: torch.Tensor, shares: torch.Tensor, count: int | None) -
 def join_experts(kept: np.ndarray, shares: np.ndarray, count: int) -> list[list[int]]:
     """Join experts until there are ``count`` groups, always the two that cost least to join.
 
-    A token costs all neurons of its group. Experts of the same neurons share a group in any case,
-    so that there may be fewer.
+    A token costs all neurons of its group. Experts of the same neurons share one in any case.
     """
     alike: dict[bytes, list[int]] = {}
     for expert, row in enumerate(kept):

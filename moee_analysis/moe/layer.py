@@ -1,7 +1,4 @@
-"""The MoE layer: an MLP whose tokens each use the hidden neurons of their own experts.
-
-Layers with experts of other kinds, hard or soft, have a little in common with it.
-"""
+"""The MoE layer: an MLP whose tokens each use the hidden neurons of their own experts."""
 
 import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -28,11 +25,10 @@ Usage = dict[str, torch.Tensor]  # how much each expert is used, (experts,), by 
 
 @dataclass(frozen=True)
 class Readout:
-    """Refitted output weights, once neurons are gone.
+    """Refitted output weights, once neurons are gone; None leaves all as it is.
 
-    ``weight`` (dim, hidden) takes the place of the dense W2; None: the dense W2. ``shift``
-    (experts, dim) joins the output of every token that uses the expert, such as the mean of what
-    its dropped neurons contributed; None: nothing.
+    ``weight`` (dim, hidden) takes the place of W2. ``shift`` (experts, dim), such as the mean of
+    what dropped neurons gave, joins the outputs of the expert.
     """
 
     weight: torch.Tensor | None = None
@@ -44,8 +40,7 @@ class MoeMlp(nn.Module):
 
     Experts may share hidden neurons. The rows of W1 and columns of W2 that any expert uses are
     stored once, in ``fc1`` and ``fc2``; each expert is a list of indices into them. The output is
-    b2 plus the sum over the token's experts, so a layer whose every expert keeps all neurons is the
-    dense MLP when each token has one expert. An expert without neurons is a constant.
+    b2 plus the sum over the token's experts; an expert without neurons is a constant.
 
     ``experts`` are sorted ids of the dense hidden neurons that each keeps, ``shares`` (experts,)
     those of the calibration tokens that use each: they sum to k, the experts of a token.
@@ -95,17 +90,13 @@ class MoeMlp(nn.Module):
         """Outputs (n, dim) of ``tokens`` (n, dim) from the experts ``chosen`` for each, (n, k)."""
         if strategy.name == "masked" or not len(tokens) or not len(self.kept):
             return kernels.masked(self, tokens, chosen)
-        if strategy.groups not in self._groups:
-            found = group_experts(self.mask, self.shares, strategy.groups)
-            self._groups[strategy.groups] = found
-        groups = self._groups[strategy.groups]
-        return kernels.IN_GROUPS[strategy.name](self, groups, tokens, chosen)
+        count = strategy.groups
+        if count not in self._groups:
+            self._groups[count] = group_experts(self.mask, self.shares, count)
+        return kernels.IN_GROUPS[strategy.name](self, self._groups[count], tokens, chosen)
 
     def choose_strategy(self, tokens: torch.Tensor, chosen: torch.Tensor) -> Choice:
-        """The strategy that is set, or the fastest, measured once for about as many tokens.
-
-        It is measured when there have been a few such batches (``autotune.FEW``).
-        """
+        """The strategy that is set, or the fastest, measured once for about as many tokens."""
         if self.strategy is not None:
             return Choice(self.strategy, "set")
         reason = autotune.reason_for_masked(tokens, self, macs=2 * self.fc1.weight.numel())
@@ -135,10 +126,7 @@ class MoeMlp(nn.Module):
         return self.neurons.split(self.expert_sizes)[expert]
 
     def macs_per_token(self, shares: torch.Tensor | None = None) -> float:
-        """Expected MACs of one token: the router, and 2 d |S_e| of each expert by its share.
-
-        ``shares`` (experts,) are those of the tokens; None: the calibration's.
-        """
+        """Expected MACs of one token: the router, and 2 d |S_e| by its own or these ``shares``."""
         shares = self.shares if shares is None else shares.to(self.sizes.device)
         neurons = torch.dot(shares.double(), self.sizes.double()).item()
         dim = self.fc1.in_features + self.fc2.out_features
@@ -158,8 +146,7 @@ class MoeMlp(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._groups.clear()  # of another device
-        # model.half() would round the shares, which MACs are counted with: they stay float32
-        shares = self.shares
+        shares = self.shares  # MACs are counted with them: model.half() must not round them
         moved = super()._apply(*args, **kwargs)
         self.shares = shares.to(self.shares.device)
         return moved
@@ -168,9 +155,9 @@ class MoeMlp(nn.Module):
 def set_dispatch(model: nn.Module, strategy: str, *, groups: int | None = None) -> None:
     """Choose how the routed layers of ``model`` are computed: see ``kernels.py``.
 
-    ``strategy`` is ``masked``, ``sorted`` or ``grouped_mm``; ``auto``: the fastest of them for each
-    layer, measured once for about as many tokens. Experts are computed in so many ``groups``; None:
-    every expert by itself. Another strategy, or groups where there are none, are refused.
+    ``strategy`` is ``masked``, ``sorted`` or ``grouped_mm``, the latter two in so many ``groups``
+    of experts (None: each by itself), or ``auto``: the fastest, measured once for about as many
+    tokens. Another strategy, or groups where there are none, are refused.
     """
     known = ", ".join(kernels.STRATEGIES)
     if strategy not in ("auto", *kernels.STRATEGIES):
@@ -210,14 +197,13 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def without_routing(model: nn.Module) -> nn.Module:
     """Return a copy of a statically pruned model whose layers of one expert are plain MLPs."""
     model = copy.deepcopy(model)
-    names = moe_names(model)
-    for index, layer in moe_layers(model).items():
-        if layer.n_experts == 1:
+    for name, layer in all_mlps(model).items():
+        if isinstance(layer, MoeMlp) and layer.n_experts == 1:
             mlp = Mlp(1)
             mlp.fc1, mlp.act, mlp.fc2 = layer.fc1, layer.act, layer.fc2
             if layer.shift is not None:
                 mlp.fc2.bias.data += layer.shift.data[0]
-            replace_module(model, names[index], mlp.train(layer.training))
+            replace_module(model, name, mlp.train(layer.training))
     return model
 
 
@@ -243,18 +229,15 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
 @contextmanager
 def counting_usage(models: Mapping[Hashable, nn.Module]) -> Iterator[dict[Hashable, Usage]]:
     """While open, add up how much each expert is used, float64 (experts,), by model and layer."""
-    layers = {name: expert_layers(model) for name, model in models.items()}
-    sums = {
-        name: {place: torch.zeros(e.n_experts, dtype=torch.float64) for place, e in own.items()}
-        for name, own in layers.items()
-    }
+    layers = {(n, place): e for n in models for place, e in expert_layers(models[n]).items()}
+    sums: dict[Hashable, Usage] = {name: {} for name in models}
+    for (name, place), layer in layers.items():
+        sums[name][place] = torch.zeros(layer.n_experts, dtype=torch.float64)
 
     def add(key: tuple[Hashable, str], routed: Any) -> None:
-        name, place = key
-        sums[name][place] += layers[name][place].usage(routed).cpu()
+        sums[key[0]][key[1]] += layers[key].usage(routed).cpu()
 
-    routers = {(name, place): e.router for name, own in layers.items() for place, e in own.items()}
-    with watch(routers, add, "outputs"):
+    with watch({key: layer.router for key, layer in layers.items()}, add, "outputs"):
         yield sums
 
 
@@ -266,9 +249,8 @@ def macs_as_used(model: nn.Module, usage: Usage) -> float:
     per_token = {}
     for name, layer in expert_layers(model).items():
         if isinstance(layer, MoeMlp):
-            experts_per_token = layer.shares.double().sum().item()
-            shares = experts_per_token * usage[name] / usage[name].sum()
-            per_token[name] = layer.macs_per_token(shares)
+            k = layer.shares.double().sum().item()
+            per_token[name] = layer.macs_per_token(k * usage[name] / usage[name].sum())
     return moe_macs(model, per_token)
 
 

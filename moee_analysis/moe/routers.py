@@ -52,7 +52,7 @@ def _exact(x: torch.Tensor) -> torch.Tensor:
 class CosineRouter(Router):
     """Send a token to the expert whose mean input is nearest by cosine, top-1 (MoEE, phase 3).
 
-    ``centres`` (experts, dim) are the raw mean inputs; they are normalised when used.
+    ``centres`` (experts, dim) are the raw means; they are normalised when used.
     """
 
     def __init__(self, centres: torch.Tensor) -> None:
@@ -67,8 +67,8 @@ class CosineRouter(Router):
 class NearestRouter(Router):
     """Send a token to the expert of the largest directions_e . P x + offsets_e, top-1.
 
-    ``directions`` are (experts, rank), ``offsets`` (experts,), ``projection`` P is (rank, dim);
-    None: the identity. The rule finds the nearest centre in any metric: :func:`nearest_in_metric`.
+    ``directions`` are (experts, rank), ``offsets`` (experts,), ``projection`` P (rank, dim) or the
+    identity. The rule finds the nearest centre in any metric: :func:`nearest_in_metric`.
     """
 
     def __init__(
@@ -107,9 +107,8 @@ def nearest_in_metric(centres: torch.Tensor, root: torch.Tensor) -> NearestRoute
 class RandomRouter(Router):
     """Send every token to random experts: the control that a router must beat.
 
-    A token's experts are a pseudo-random function of its content and the seed, so that any pass
-    over the same images repeats it. ``shares`` (experts,) are the probabilities; of several experts
-    of a token (``k``) no two are the same.
+    Its ``k`` experts, no two the same, of the probabilities ``shares`` (experts,), are a
+    pseudo-random function of its content and the seed: any pass over the images repeats it.
     """
 
     def __init__(self, shares: torch.Tensor, *, dim: int, k: int = 1, seed: int = 0) -> None:
@@ -149,8 +148,7 @@ class TokenKindRouter(Router):
     """Give every leading token (CLS, distillation, registers) its own expert, and route the rest.
 
     ``prefix`` are the experts of the leading tokens, such as (0, 1, 1); those of ``inner``, the
-    router of the patches, follow in the numbering. An image has ``tokens``, over which the cost of
-    ``inner`` is averaged.
+    router of the patches, follow. Its cost is averaged over the ``tokens`` of an image.
     """
 
     def __init__(self, prefix: Sequence[int], inner: nn.Module, *, tokens: int) -> None:
@@ -161,10 +159,7 @@ class TokenKindRouter(Router):
         self.register_buffer("prefix", torch.tensor(ids, dtype=torch.int64), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, 1), of the tokens of ``x`` [B, tokens, dim].
-
-        Refuses another shape, and an inner router with several experts per token.
-        """
+        """Return expert ids, int64 (n, 1), of ``x`` [B, tokens, dim]; refuses another shape."""
         leading = len(self.prefix)
         if x.ndim != 3 or x.shape[1] < leading:
             raise MoeeError(
@@ -172,18 +167,13 @@ class TokenKindRouter(Router):
                 "use this router where the leading tokens of an image are known",
             )  # fmt: skip
         chosen = self.inner(x[:, leading:]) + self.prefix_experts
-        if chosen.shape[1] != 1:
-            raise MoeeError(
-                "an inner router with one expert per token", f"{chosen.shape[1]} experts",
-                "route to several experts without kinds of tokens",
-            )  # fmt: skip
         patches = chosen.reshape(x.shape[0], x.shape[1] - leading)
         return torch.cat([self.prefix.expand(x.shape[0], -1), patches], dim=1).reshape(-1, 1)
 
     def settings(self) -> dict[str, Any]:
         """Experts of the leading tokens, and the router of the others."""
-        inner = describe_router(self.inner)
-        return {"prefix": self.prefix.tolist(), "tokens": self.tokens, "inner": inner}
+        own = {"prefix": self.prefix.tolist(), "tokens": self.tokens}
+        return own | {"inner": describe_router(self.inner)}
 
     @classmethod
     def rebuild(cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
@@ -221,8 +211,8 @@ def rebuild_router(described: Mapping[str, Any], tensors: Mapping[str, torch.Ten
 class OracleRouter(Router):
     """Send a token to the expert whose output for it is nearest to that of the dense MLP.
 
-    It computes all that a router should save: a bound for routers. Experts that leading tokens
-    have by their position are never chosen, and not counted.
+    A bound for routers, which computes all that they should save. Experts of leading tokens are
+    never chosen, and not counted.
     """
 
     def __init__(self, dense: nn.Module, layer: MoeMlp) -> None:
@@ -242,10 +232,7 @@ class OracleRouter(Router):
         return torch.cat([self._errors(*block) for block in blocks])
 
     def wanted(self, x: torch.Tensor) -> torch.Tensor:
-        """Output of the dense MLP for ``x``.
-
-        Without its hooks: one of them may be what asks (``measure.routes(run.dense(), ...)``).
-        """
+        """Output of the dense MLP for ``x``, without its hooks: one of them may be what asks."""
         return self._compared[0].forward(x)
 
     def _errors(self, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

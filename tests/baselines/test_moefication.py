@@ -6,7 +6,7 @@ import torch
 
 from moee_analysis import measure
 from moee_analysis.baselines.common import equal_parts
-from moee_analysis.baselines.controls import randomly_routed
+from moee_analysis.baselines.controls import constantly_routed, randomly_routed
 from moee_analysis.baselines.moefication import (
     MoeficationConfig,
     convert,
@@ -70,10 +70,10 @@ def test_other_families_are_converted(make):
     assert not torch.allclose(half, dense(seen), atol=1e-2)
 
 
-def test_relu_takes_the_place_of_the_activation_in_the_named_layers():
+def test_only_named_layers_are_converted_with_the_activation_that_they_have():
     relu = toy_vit()
     relu.blocks[1].mlp.act = torch.nn.ReLU()
-    model = moefied(active=1.0, activation="relu", mean_compensation=True, layers=(1,))
+    model = moefied(relu, active=1.0, mean_compensation=True, layers=(1,))
     torch.testing.assert_close(model(X), relu(X), atol=1e-5, rtol=1e-5)
     assert list(moe_layers(model)) == [1]
 
@@ -97,13 +97,14 @@ def test_a_layer_computes_its_chosen_neurons_and_means_of_the_others(router, com
     torch.testing.assert_close(layer.router(inputs), chosen)
 
 
-def test_compensation_leaves_the_mean_output_as_it_was_and_constant_experts_score_most():
+def test_compensation_leaves_the_mean_output_as_it_was():
     """Exactly so where the router does not look at the tokens."""
     dense, error = toy_vit(depth=1), {}
     expected = seen_by(dense, "blocks.0.mlp", "outputs").mean(0)
     for compensated in (False, True):
-        settings = {"router": "constant", "tokens": ALL_TOKENS}
+        settings = {"router": "centre", "tokens": ALL_TOKENS}
         model = moefied(toy_vit(depth=1), mean_compensation=compensated, **settings)
+        model = constantly_routed(model)
         found = seen_by(model, "blocks.0.mlp", "outputs").mean(0)
         error[compensated] = (found - expected).norm().item()
     assert error[True] < 0.02 * error[False]
@@ -111,9 +112,6 @@ def test_compensation_leaves_the_mean_output_as_it_was_and_constant_experts_scor
     (layer,) = moe_layers(model).values()
     # recorded in half precision
     torch.testing.assert_close(layer.origin.mean, mean, atol=2e-3, rtol=2e-3)
-    oracle = layer_of(router="oracle", tokens=ALL_TOKENS).router
-    best = oracle.scores(seen_by(dense, "blocks.0.mlp")).mean(0).topk(2).indices
-    assert set(layer.router(tokens(1))[0].tolist()) == set(best.tolist())
 
 
 def test_shares_are_those_of_the_calibration_tokens():
@@ -125,7 +123,6 @@ def test_shares_are_those_of_the_calibration_tokens():
 
 @pytest.mark.parametrize(("settings", "sizes"), [
     ({"n_experts": 8}, [8] * 8),
-    ({"n_experts": None, "expert_size": 16}, [16] * 4),
     ({"n_experts": 6}, [11, 11, 11, 11, 10, 10]),
     ({"n_experts": None}, [8] * 8),
 ])  # fmt: skip
@@ -136,7 +133,7 @@ def test_experts_have_equal_sizes(split, settings, sizes):
     assert sorted(layer.neurons.tolist()) == list(range(64))
 
 
-@pytest.mark.parametrize("method", equal_parts.METHODS)
+@pytest.mark.parametrize("method", ["metis", "spectral"])
 def test_a_layer_says_how_the_graph_was_divided(method, monkeypatch):
     if method == "metis":
         pytest.importorskip("pymetis")
@@ -146,7 +143,7 @@ def test_a_layer_says_how_the_graph_was_divided(method, monkeypatch):
     assert layer_of(router="centre").origin.split == "kmeans"
 
 
-@pytest.mark.parametrize("router", ["centre", "mlp", "random", "constant"])
+@pytest.mark.parametrize("router", ["centre", "mlp"])
 @pytest.mark.parametrize("make", [toy_vit, toy_swin])
 def test_the_budget_is_met_to_within_one_expert_and_pays_the_router(make, router):
     dense, goal = make(), 0.8 * count(make()).total
@@ -167,19 +164,15 @@ def test_what_is_counted_is_what_runs_and_no_parameters_are_saved(router, settin
     assert count_parameters(model) == count_parameters(dense) + STORED.get(router, 0) + means
     expected = measure.macs(model)["macs"].iloc[-1]
     set_dispatch(model, "sorted")
-    counted = count(model, sites=[]).total
-    if router == "random":  # a draw is no product, though it is made by one
-        counted -= 17 * 32 * 8
-    assert counted == pytest.approx(expected, abs=3)
+    assert count(model, sites=[]).total == pytest.approx(expected, abs=3)
 
 
 def test_a_cheaper_router_and_fewer_layers_leave_and_cost_experts():
     def active(**settings):
         return matching_active(toy_vit(), MoeficationConfig(n_experts=8, **settings))
 
-    of_routers = [active(macs_reduction=0.2, router=r) for r in ("random", "centre", "mlp")]
-    assert of_routers == sorted(set(of_routers), reverse=True)
-    assert len(of_routers) == 3
+    of_routers = [active(macs_reduction=0.2, router=r) for r in ("centre", "mlp")]
+    assert of_routers[0] > of_routers[1]
     assert active(macs_reduction=0.1, layers=(0, 1)) < active(macs_reduction=0.1)
     for share, k in ((0.25, 2), (0.5, 4), (1.0, 8)):
         assert active(active=share) == share
@@ -236,13 +229,12 @@ def test_the_oracle_and_the_random_control_use_as_many_experts():
 @pytest.mark.parametrize(("settings", "message"), [
     ({"active": 0.0}, "share"), ({"active": 1.5}, "share"), ({"macs_reduction": 1.0}, "share"),
     ({"macs_reduction": 0.2, "active": 0.5}, "one of them"),
-    ({"n_experts": 4, "expert_size": 4}, "one of them"),
     ({"n_experts": 0}, "n_experts"), ({"tokens": 0}, "tokens"), ({"seed": -1}, "seed"),
     ({"router": "best"}, "centre, mlp, oracle"), ({"split": "best"}, "kmeans, graph, random"),
-    ({"score": "best"}, "pos, abs, out, var"), ({"activation": "silu"}, "own, relu"),
+    ({"score": "best"}, "pos, abs, out, var"),
     ({"active": 0.5, "n_experts": 65}, "1 to 64 experts"),
-    ({"active": 0.5, "layers": (3,)}, "layers among 0 to 2"),
-    ({"active": 0.5, "layers": ()}, "layers among 0 to 2"),
+    ({"active": 0.5, "layers": (3,)}, "layers between 0 and 2"),
+    ({"active": 0.5, "layers": ()}, "layers between 0 and 2"),
     ({"macs_reduction": 0.9}, "MACs reduction between 0.000 and 0"),
     ({"macs_reduction": 0.28, "router": "oracle", "score": "out"}, "leaves MACs to save"),
 ])  # fmt: skip

@@ -87,7 +87,6 @@ def test_the_second_half_or_every_second_mlp_is_exchanged():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("convert", "settings", "computed"), [
     (soft, {"slots": 1}, lambda _: 4), (soft, {"slots": 3}, lambda _: 12),
-    (soft, {"capacity_factor": 0.5}, lambda tokens: 4 * round(0.5 * tokens / 4)),
     (soft, {}, lambda tokens: 4 * round(tokens / 4)),
     (top_k, {"k": 1}, lambda tokens: tokens), (top_k, {"k": 3}, lambda tokens: 3 * tokens),
     (sparse, {"capacity": 1.0}, lambda tokens: 4 * round(tokens / 4)),
@@ -191,13 +190,13 @@ def test_gates_that_are_not_renormalised_scale_the_output():
     (soft, {"slots": 1, "macs_reduction": 0.1}, "slots or a MACs reduction"),
     (soft, {"macs_reduction": 28}, "0.28 means 28 %"),
     (soft, {"macs_reduction": 0.5}, r"at most \d+\.\d%; found 50.0%"),
-    (soft, {"capacity_factor": 0.0}, "capacity_factor as a number above 0"),
     (soft, {"initialisation": "copied"}, "upcycled, fresh"),
     (soft, {"noise": -0.1}, "noise as a number at least 0"),
     (sparse, {"noise": -1.0}, "noise as a number at least 0"),
     (soft, {"drop": 1.0}, "drop as a number at least 0 and below 1"),
     (soft, {"layers": (9,)}, "layers between 0 and 2"),
     (top_k, {"macs_reduction": 0.2}, "plain upcycling never reduces MACs"),
+    (top_k, {"capacity": 1.0}, "router='expert_choice' with a capacity"),
     (top_k, {"k": 5}, "at most 4 experts"), (top_k, {"k": 0}, "k as a whole number"),
     (sparse, {"capacity": 1.0, "macs_reduction": 0.2}, "capacity or a MACs reduction"),
     (sparse, {"macs_reduction": 28}, "0.28 means 28 %"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from moee_analysis.baselines.moefication import CentreRouter
+from moee_analysis.baselines.common.moefication_routers import CentreRouter
 from moee_analysis.errors import MoeeError
 from moee_analysis.moe.routers import (
     ConstantRouter,
@@ -130,14 +130,12 @@ def test_leading_tokens_have_their_experts_and_patches_are_routed_among_the_othe
 
 
 OF_TWO = TokenKindRouter((0, 1), CosineRouter(CENTRES), tokens=10)
-TOP_TWO = TokenKindRouter((0,), CentreRouter(CENTRES, k=2), tokens=5)
 RANDOM = TokenKindRouter((0,), RandomRouter(torch.ones(2), dim=12), tokens=5)
 
 
 @pytest.mark.parametrize(("call", "words"), [
     *((partial(OF_TWO, torch.zeros(shape)), "2 or more")
       for shape in ((9, 12), (2, 3, 4, 12), (4, 1, 12))),
-    (partial(TOP_TWO, torch.zeros(2, 5, 12)), "2 experts"),
     (partial(describe_router, RANDOM), r"cosine, constant, nearest, token_kinds.*RandomRouter"),
 ])  # fmt: skip
 def test_what_a_router_cannot_do_is_refused(call, words):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps
+from moee_analysis.baselines.common.exchange import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SpheroRouter
 from moee_analysis.baselines.common.sparse_moe_layer import importance_loss, watch_routers
 from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert

@@ -9,7 +9,6 @@ of two nodes for as long as they lower the cut (after Kernighan and Lin, 1970).
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,11 +16,6 @@ from scipy.linalg import eigh
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from moee_analysis.errors import MoeeError
-from moee_analysis.utils.checks import one_of
-
-Method = Literal["metis", "spectral"]
-METHODS: tuple[Method, ...] = ("metis", "spectral")
 HEAVIEST = 2**30  # sum of the edges' weights; METIS counts in 32 bits
 TOGETHER = 8  # tokens in a row that a count of co-activation looks at
 
@@ -67,37 +61,21 @@ def _draw_centres(points: np.ndarray, clusters: int, rng: np.random.Generator) -
     return points[chosen].astype(np.float64)
 
 
-def best_method() -> Method:
+def best_method() -> str:
     """``metis`` where it is installed, else ``spectral``."""
     return "metis" if find_spec("pymetis") else "spectral"
 
 
-def divide_graph(
-    weights: np.ndarray, parts: int, *, method: Method | None = None, seed: int = 0
-) -> np.ndarray:
-    """Part of every node of a graph, int64 (nodes,); sizes of parts differ by one at most.
+def divide_graph(weights: np.ndarray, parts: int, *, seed: int = 0) -> np.ndarray:
+    """Part of every node of a graph, int64 (nodes,), by :func:`best_method`; sizes differ by one.
 
-    - ``weights``: symmetric weights of the edges, int64 (nodes, nodes), 0 where there is none; the
-      diagonal is ignored.
-    - ``method``: None: :func:`best_method`.
-    - ``seed``: of METIS or of the k-means, and of the nodes that leave parts that are too large.
-
-    Raises ``MoeeError``: an unknown method, METIS where it is not installed, or more parts than
-    nodes.
+    ``weights`` of the edges are symmetric, int64 (nodes, nodes), 0 where there is none; the
+    diagonal is ignored.
     """
-    method = best_method() if method is None else method
-    one_of("a method", method, METHODS)
-    if method == "metis" and best_method() != "metis":
-        raise MoeeError(
-            "METIS", "no package pymetis", "pip install pymetis, or choose method='spectral'"
-        )
-    if not 1 <= parts <= len(weights):
-        expected = f"1 to {len(weights)} parts of {len(weights)} nodes"
-        raise MoeeError(expected, str(parts), "choose fewer")
     weights = weights - np.diag(np.diag(weights))
     if parts == 1 or not weights.any():
         return level_parts(np.zeros(len(weights), dtype=np.int64), parts, seed=seed)
-    if method == "metis":
+    if best_method() == "metis":
         return level_parts(_by_metis(weights, parts, seed), parts, seed=seed)
     exact = weights.astype(np.float64)  # for products by BLAS
     return _swap_nodes(exact, _by_eigenvectors(exact, parts, seed))
@@ -167,10 +145,9 @@ def _swap_nodes(weights: np.ndarray, part_of: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def coactivation(hidden: Iterable[torch.Tensor]) -> torch.Tensor:
-    """How often neurons are active together, (neurons, neurons).
+    """How often neurons are active together, (neurons, neurons), in blocks ``hidden`` (n, neurons).
 
-    Every 8 tokens in a row add min(1, sum_t a_t a_t^T), with a = max(activation, 0), which is
-    ReLU's own activation. ``hidden`` are activations (n, neurons) of some tokens after others.
+    Every 8 tokens in a row add min(1, sum_t a_t a_t^T), with a = max(activation, 0).
     """
     total = None
     for block in hidden:
@@ -182,10 +159,9 @@ def coactivation(hidden: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def graph_edges(together: torch.Tensor) -> np.ndarray:
-    """Whole weights of the graph's edges, int64 (neurons, neurons), 0 where there is none.
+    """Weights of the graph's edges, int64 (neurons, neurons): ``together``, rounded down.
 
-    In units of 0.99 times the lowest decile of ``together`` that is not zero; what is below one is
-    no edge.
+    The unit is 0.99 times its lowest decile that is not zero.
     """
     values = together.double().cpu().numpy()
     deciles = np.percentile(values, np.arange(10, 101, 10))

@@ -18,10 +18,7 @@ from moee_analysis.moe.routers import Router
 
 @dataclass(frozen=True)
 class Origin:
-    """How a layer was made: the way its neurons were dealt, and the score of its experts.
-
-    ``mean`` (hidden,) is that of the hidden activations of the calibration tokens.
-    """
+    """How neurons were dealt, the score of experts, and the ``mean`` (hidden,) of activations."""
 
     split: str
     score: str
@@ -36,7 +33,7 @@ class _TopScores(Router):
         self.k = k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return expert ids, int64 (n, k), of the tokens of ``x`` (..., dim) in row-major order."""
+        """Return expert ids, int64 (n, k)."""
         return self.scores(x).topk(self.k, dim=1).indices
 
 
@@ -60,8 +57,7 @@ class CentreRouter(_TopScores):
 class MlpRouter(_TopScores):
     """The k experts of the highest W tanh(V x / ||x||), a small MLP without biases.
 
-    It begins near the :class:`CentreRouter`, with ``inward`` V (experts, dim) the centres and
-    ``outward`` W (experts, experts) the identity, and learns from there (``train_router``).
+    ``inward`` V is (experts, dim), ``outward`` W (experts, experts).
     """
 
     def __init__(self, inward: torch.Tensor, outward: torch.Tensor, *, k: int) -> None:
@@ -77,8 +73,7 @@ class MlpRouter(_TopScores):
 class GroundTruthRouter(_TopScores):
     """The k experts of the highest true score: an upper bound for all routers by that score.
 
-    It computes all hidden neurons of ``layer``, whose weights it shares, and for the score ``out``
-    all outputs, to decide which to compute. The ``origin`` says the score.
+    It computes all hidden neurons of ``layer``, whose weights it shares, and for ``out`` outputs.
     """
 
     def __init__(self, layer: MoeMlp, origin: Origin, *, k: int) -> None:
@@ -87,10 +82,8 @@ class GroundTruthRouter(_TopScores):
         self.fc1, self.act, self.fc2, self.score = layer.fc1, layer.act, layer.fc2, origin.score
         mean = origin.mean.to(layer.fc1.weight) if origin.score == "var" else None
         own = layer.neurons.split(layer.expert_sizes)
-        # neurons by expert (experts, width); `hidden` stands for none
-        members = nn.utils.rnn.pad_sequence(
-            list(own), batch_first=True, padding_value=layer.fc1.out_features
-        )
+        none = layer.fc1.out_features  # neurons by expert (experts, width)
+        members = nn.utils.rnn.pad_sequence(list(own), batch_first=True, padding_value=none)
         self.register_buffer("mean", mean)
         self.register_buffer("members", members, persistent=False)
 
@@ -133,17 +126,15 @@ def train_router(
     k: int,
     seed: int = 0,
 ) -> tuple[MlpRouter, list[float]]:
-    """Train a router to find the experts of the highest scores.
+    """Train a router to find the experts of the highest scores, beginning near `CentreRouter`.
 
     The target of an expert is its score by the largest of the batch, the loss the binary
     cross-entropy of the router's logits, minimised by Adam. Nine tenths of the images teach, the
     others choose the epoch. Returned beside the router of that epoch is the share of the score that
     is :func:`captured` there, before the training and after each epoch.
 
-    - ``centres``: where its first weights begin, (experts, dim).
-    - ``inputs``, ``scores``: tokens (n, dim), and the true scores of the experts for each, (n,
-      experts), none negative.
-    - ``image``: image of each token, (n,).
+    ``centres`` are (experts, dim), ``inputs`` tokens (n, dim) with the true ``scores`` of all
+    experts (n, experts), none negative, and the ``image`` of each, (n,).
 
     Raises ``MoeeError``: a single token.
     """
@@ -164,10 +155,9 @@ def train_router(
 
 
 def captured(scores: torch.Tensor, chosen: torch.Tensor) -> float:
-    """Mean over tokens of the share of all ``scores`` that the ``chosen`` experts have.
+    """Mean over tokens of the share of all ``scores`` (n, experts) of the ``chosen`` int64 (n, k).
 
-    ``scores`` (n, experts) are none of them negative, ``chosen`` int64 (n, k). Tokens without any
-    score count as captured.
+    No score is negative; tokens without any count as captured.
     """
     scores = scores.double()
     all_scores, own = scores.sum(1), scores.gather(1, chosen).sum(1)

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps
+from moee_analysis.baselines.common.exchange import ExpertMlps, add_noise
 
 EPSILON = 1e-6  # added to squared lengths
 
 
 class Mixing(NamedTuple):
-    """How slots are made of tokens, and tokens of the experts' outputs for the slots.
+    """How slots are made of tokens, and tokens of the outputs for slots; (images, tokens, slots).
 
-    Both are (images, tokens, slots): ``dispatch`` sums to 1 over the tokens, ``combine`` over the
-    slots. The slots of one expert stand beside each other.
+    ``dispatch`` sums to 1 over the tokens, ``combine`` over the slots, one expert's side by side.
     """
 
     dispatch: torch.Tensor
@@ -32,10 +31,9 @@ class Mixing(NamedTuple):
 class SlotMlp(nn.Module):
     """Experts on slots, in the place of an MLP.
 
-    - ``router``: tokens (images, tokens, dim) -> :class:`Mixing`.
-    - ``groups``: experts in the order of their slots, in groups of one number of hidden neurons.
-    - ``slots``: slots of each expert.
-    - ``drop``: drops experts in training: outputs (images, experts, slots, dim) -> the same.
+    ``router`` makes a :class:`Mixing` of tokens (images, tokens, dim). Experts stand in the order
+    of their slots, so many of each, in ``groups`` of one number of hidden neurons. ``drop`` maps
+    outputs (images, experts, slots, dim), to drop experts in training.
     """
 
     def __init__(
@@ -84,12 +82,10 @@ class SlotMlp(nn.Module):
 
 
 class SoftRouter(nn.Module):
-    """Dispatch and combine by the cosines of tokens and learned slot embeddings.
+    """Dispatch by a softmax over the tokens, and combine by one over all slots.
 
-    A softmax of the logits over the tokens dispatches, one over all slots combines. The
-    ``embeddings`` (dim, experts, slots), drawn from N(0, 1 / dim) by the ``seed``, and ``scale``, a
-    factor on the cosines, are learned; ``noise`` is the standard deviation of what is added to the
-    logits in training.
+    Logits are cosines with the ``embeddings`` (dim, experts, slots), drawn from N(0, 1 / dim) by
+    the ``seed``, times ``scale``; both are learned. ``noise`` is a standard deviation, in training.
     """
 
     def __init__(
@@ -104,9 +100,7 @@ class SoftRouter(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> Mixing:
         """Return the mixing of ``tokens`` (images, tokens, dim)."""
-        logits = self.logits(tokens)
-        if self.training and self.noise > 0:
-            logits = logits + self.noise * torch.randn_like(logits)
+        logits = add_noise(self.logits(tokens), self)
         return Mixing(logits.softmax(dim=1), logits.softmax(dim=2))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -125,14 +119,12 @@ def _unit(x: torch.Tensor, *, dim: int) -> torch.Tensor:
 class SpheroRouter(nn.Module):
     """Dispatch and combine by the directions of tokens and of learned queries.
 
-    ``queries`` (experts, slots, dim) start orthogonal, as far as there are dimensions; they are
-    normed like tokens (``query_norm``), then scaled to length 1. Logits are divided by
-    ``dispatch_temperature`` and softmaxed over the tokens, or by ``combine_temperature`` and
-    softmaxed (or ``entmax15``) over all slots. All of these are learned.
+    ``queries`` (experts, slots, dim) start orthogonal, as far as there are dimensions, and are
+    normed like tokens (``query_norm``). Logits are cosines, to dispatch divided by a temperature
+    and softmaxed over the tokens, to combine by another one and over all slots. All are learned.
 
-    - ``temperature``: of dispatch and combine at the start.
+    - ``temperature``: both at the start.
     - ``combine``: ``softmax``, or ``entmax15``, which leaves most slots out.
-    - ``normalize_key``: whether tokens are scaled to length 1 as well, so that logits are cosines.
     - ``noise``: standard deviation of what is added to the logits, in training alone (the released
       code adds it in evaluation too); None is one over the number of experts.
     """
@@ -145,7 +137,6 @@ class SpheroRouter(nn.Module):
         slots: int = 1,
         temperature: float = 0.5,
         combine: Literal["softmax", "entmax15"] = "softmax",
-        normalize_key: bool = True,
         noise: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -157,34 +148,25 @@ class SpheroRouter(nn.Module):
         self.dispatch_temperature = nn.Parameter(torch.tensor(temperature))
         self.combine_temperature = nn.Parameter(torch.tensor(temperature))
         self.combine = entmax15 if combine == "entmax15" else partial(torch.softmax, dim=-1)
-        self.normalize_key = normalize_key
         self.noise = 1 / experts if noise is None else noise
 
     def forward(self, tokens: torch.Tensor) -> Mixing:
         """Return the mixing of ``tokens`` (images, tokens, dim)."""
-        logits = self.logits(tokens)
-        if self.training and self.noise > 0:
-            logits = logits + self.noise * torch.randn_like(logits)
+        logits = add_noise(self.logits(tokens), self)
         dispatch = (logits / self.dispatch_temperature).softmax(dim=1)
         return Mixing(dispatch, self.combine(logits / self.combine_temperature))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return products of tokens and queries, (images, tokens, experts x slots).
-
-        They have the precision of the queries, which autocast may lower in the product.
-        """
+        """Return cosines of tokens and queries, (images, tokens, experts x slots)."""
         queries = normalize(self.query_norm(self.queries.flatten(0, 1)), dim=1)
-        keys = normalize(tokens, dim=2) if self.normalize_key else tokens
-        return (keys @ queries.T).to(self.queries.dtype)
+        return (normalize(tokens, dim=2) @ queries.T).to(self.queries.dtype)  # autocast lowers it
 
 
 def entmax15(logits: torch.Tensor) -> torch.Tensor:
     """Return the weights (..., n) of ``logits`` (..., n): like a softmax, but many exactly 0.
 
-    They are max(x / 2 - tau, 0)^2, and tau is what makes them sum to 1. Gradients are those of
-    this formula among the weights that are not 0.
-
-    Source: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models", ACL 2019, algorithm 2.
+    They are max(x / 2 - tau, 0)^2, and tau is what makes them sum to 1. Source: Peters, Niculae,
+    Martins, "Sparse Sequence-to-Sequence Models", ACL 2019, algorithm 2.
     """
     halves = (logits - logits.amax(dim=-1, keepdim=True).detach()) / 2
     # of the largest values, as many are not 0 as leave tau below them all
@@ -204,29 +186,24 @@ def entmax15(logits: torch.Tensor) -> torch.Tensor:
 
 
 class ExpertDropout(nn.Module):
-    """Outputs of experts drop out in training at a ``rate``; the others grow as much in turn.
+    """Outputs of experts drop out in training at a ``rate``; the others grow as much in turn."""
 
-    ``of_images``: all experts of an image drop out together, not each for itself.
-    """
-
-    def __init__(self, rate: float, *, of_images: bool = False) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate, self.of_images = rate, of_images
+        self.rate = rate
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return ``outputs`` (images, experts, slots, dim), those that drop out zero."""
         if not self.training or not self.rate:
             return outputs
-        experts = 1 if self.of_images else outputs.shape[1]
-        staying = outputs.new_empty(len(outputs), experts, 1, 1).bernoulli_(1 - self.rate)
+        staying = outputs.new_empty(*outputs.shape[:2], 1, 1).bernoulli_(1 - self.rate)
         return outputs * staying / (1 - self.rate)
 
 
 class ShuffledMixing(nn.Module):
     """The mixing of another token: the control that a router of slots must beat.
 
-    Experts are used as much as before, but for which tokens is left to chance, always in the same
-    way for as many tokens of an image.
+    Which one is left to chance, always in the same way for as many tokens of an image.
     """
 
     def __init__(self, router: nn.Module, *, seed: int = 0) -> None:

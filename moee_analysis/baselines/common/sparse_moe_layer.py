@@ -8,15 +8,13 @@ arXiv:2202.09368. Images are routed by themselves, whatever else is in the batch
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import linear
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps, per_expert
-from moee_analysis.errors import MoeeError
+from moee_analysis.baselines.common.exchange import ExpertMlps, add_noise, per_expert
 from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of
 
@@ -27,9 +25,8 @@ Scores = Callable[[torch.Tensor], torch.Tensor]
 class Routed(NamedTuple):
     """Pairs of an expert and a token that it computes, those of an expert beside each other.
 
-    ``experts`` and ``tokens`` are ids, int64 (pairs,); the tokens of the batch are numbered in
-    row-major order. ``weights`` (pairs,) are the factors of the experts' outputs. ``logits``
-    (images, tokens, experts) are the router's; ``noisy`` ones differ from them in training alone.
+    ``experts`` and ``tokens`` of the batch are ids, int64 (pairs,), ``weights`` (pairs,) factors of
+    the outputs. The router's ``logits`` (images, tokens, experts) are ``noisy`` in training alone.
     """
 
     experts: torch.Tensor
@@ -55,27 +52,19 @@ class Gate(nn.Module):
         They have the precision of ``weight``, under autocast too.
         """
         logits = linear(tokens, self.weight).to(self.weight.dtype)
-        if not self.training or self.noise == 0:
-            return logits, logits
-        return logits, logits + self.noise * torch.randn_like(logits)
+        return logits, add_noise(logits, self)
 
 
 class TopKRouter(nn.Module):
     """The k experts of the largest gates, a softmax of the logits, for every token.
 
-    - ``k``: experts of each token.
-    - ``renormalise``: whether the weights of a token's k experts are made to sum to 1. With k = 1
-      the router then learns nothing from the outputs: all weights are 1.
-    - ``capacity``: how many times its even share of an image's pairs an expert can take, k n /
-      experts; others are dropped, of all tokens' second choices before any first one, and the last
-      tokens first. None: no limit.
+    To ``renormalise``: the weights of a token's k experts are made to sum to 1. With k = 1 the
+    router then learns nothing from the outputs: all weights are 1.
     """
 
-    def __init__(
-        self, gate: Gate, *, k: int = 2, renormalise: bool = True, capacity: float | None = None
-    ) -> None:
+    def __init__(self, gate: Gate, *, k: int = 2, renormalise: bool = True) -> None:
         super().__init__()
-        self.gate, self.k, self.renormalise, self.capacity = gate, k, renormalise, capacity
+        self.gate, self.k, self.renormalise = gate, k, renormalise
         self.preference: Scores | None = None  # see `prefer`
 
     def forward(self, x: torch.Tensor) -> Routed:
@@ -88,26 +77,20 @@ class TopKRouter(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
-        if self.capacity is not None:  # choices that come too late are dropped
-            images, count, n_experts = logits.shape
-            in_order = experts.mT.flatten(1)  # all first choices, then all second ones
-            places = one_hot(in_order, n_experts).cumsum(dim=1).gather(2, in_order[..., None])
-            staying = places <= per_expert(self.k * count, n_experts, self.capacity)
-            order = order[staying.view(images, self.k, count).mT.flatten()[order]]
-        chosen, ids = experts.flatten()[order], order // self.k
-        return Routed(chosen, ids, weights.flatten()[order], logits, noisy)
+        chosen, weights = experts.flatten()[order], weights.flatten()[order]
+        return Routed(chosen, order // self.k, weights, logits, noisy)
 
-    def constant(self) -> Self:
-        """Return a router like this one, with the first k experts for all tokens."""
-        return prefer(self, partial(prefer_first, n_experts=len(self.gate.weight)))
+    def constant_scores(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores by which all tokens have the first k experts."""
+        order = torch.arange(len(self.gate.weight), device=tokens.device)
+        return -order.expand(*tokens.shape[:2], -1)
 
 
 class ExpertChoiceRouter(nn.Module):
     """For every expert the tokens of an image whose gates for it are largest.
 
-    - ``capacity``: C: every expert takes C n / experts of an image's n tokens, rounded, at least
-      one.
-    - ``renormalise``: whether the weights of all experts that take a token are made to sum to 1.
+    Every expert takes ``capacity`` n / experts of an image's n tokens, at least one. To
+    ``renormalise``: the weights of all experts that take a token are made to sum to 1.
     """
 
     def __init__(self, gate: Gate, *, capacity: float = 2.0, renormalise: bool = True) -> None:
@@ -133,10 +116,16 @@ class ExpertChoiceRouter(nn.Module):
         experts = torch.arange(n_experts, device=x.device).repeat_interleave(images * taken)
         return Routed(experts, ids, weights, logits, noisy)
 
-    def constant(self) -> Self:
-        """Return a router like this one, with tokens for every expert by their places alone."""
-        facts = {"n_experts": len(self.gate.weight), "capacity": self.capacity}
-        return prefer(self, partial(deal_tokens, **facts))
+    def constant_scores(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores by which the first tokens are the first expert's, the next ones the next one's.
+
+        After the last token they are dealt again from the first.
+        """
+        count, n_experts = tokens.shape[1], len(self.gate.weight)
+        share = per_expert(count, n_experts, self.capacity)
+        places = torch.arange(count, device=tokens.device)[:, None]
+        starts = share * torch.arange(n_experts, device=tokens.device)
+        return -((places - starts) % count).expand(len(tokens), -1, -1)
 
 
 Router = TopKRouter | ExpertChoiceRouter
@@ -167,29 +156,10 @@ class RandomScores(nn.Module):
         return spread - spread.floor()
 
 
-def prefer_first(tokens: torch.Tensor, *, n_experts: int) -> torch.Tensor:
-    """Scores that fall from the first expert to the last, for all tokens."""
-    return (-torch.arange(n_experts, device=tokens.device)).expand(*tokens.shape[:2], -1)
-
-
-def deal_tokens(tokens: torch.Tensor, *, n_experts: int, capacity: float) -> torch.Tensor:
-    """Scores by which the first tokens are the first expert's, the next ones the next expert's.
-
-    Every expert has its share of the tokens, by ``capacity``; where there are no more tokens, they
-    are dealt again from the first.
-    """
-    images, count, _ = tokens.shape
-    share = per_expert(count, n_experts, capacity)
-    places = torch.arange(count, device=tokens.device)[:, None]
-    starts = share * torch.arange(n_experts, device=tokens.device)
-    return -((places - starts) % count).expand(images, -1, -1)
-
-
 class SparseMlp(nn.Module):
     """Experts with weights of their own, in the place of an MLP.
 
-    A token's output is the sum of those of its experts, by the router's weights; a token without
-    an expert gets zeros.
+    A token's output is the sum of those of its experts, if any, by the router's weights.
     """
 
     def __init__(self, router: Router, experts: ExpertMlps) -> None:
@@ -222,13 +192,13 @@ class SparseMlp(nn.Module):
 
     def constant_router(self) -> Router:
         """Return a router of the same MACs that does not look at the tokens to choose."""
-        return self.router.constant()
+        return prefer(self.router, self.router.constant_scores)
 
 
 def importance_loss(logits: torch.Tensor) -> torch.Tensor:
     """Squared coefficient of variation of the experts' sums of gates, mean over images.
 
-    ``logits`` (images, tokens, experts) are those without noise. (V-MoE, appendix A.)
+    ``logits`` (images, tokens, experts) have no noise. (V-MoE, appendix A.)
     """
     return _cv_squared(logits.softmax(dim=-1).sum(dim=-2)).mean()
 
@@ -236,14 +206,9 @@ def importance_loss(logits: torch.Tensor) -> torch.Tensor:
 def load_loss(logits: torch.Tensor, noisy: torch.Tensor, *, k: int, noise: float) -> torch.Tensor:
     """Squared coefficient of variation of how many tokens the experts can expect, mean over images.
 
-    That is the probability that an expert is among a token's ``k`` if its noise alone were drawn
-    again, on average over the tokens. Logits are (images, tokens, experts), without and with noise
-    of the standard deviation ``noise``.
-
-    Raises ``MoeeError``: no noise, without which there is no such probability.
+    That is the mean probability that an expert is among a token's ``k`` if its noise alone, of the
+    standard deviation ``noise``, were drawn again. Logits are (images, tokens, experts).
     """
-    if not noise > 0:
-        raise MoeeError("noise above 0", str(noise), "without noise use the other loss")
     least = noisy.topk(k).values[..., -1:]
     probability = torch.special.ndtr((logits - least) / noise)
     return _cv_squared(probability.mean(dim=-2)).mean()

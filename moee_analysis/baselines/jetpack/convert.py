@@ -4,29 +4,22 @@ A layer costs its experts, slot by slot, and three products of all tokens with a
 dispatch and combine. The paper leaves these out of its FLOPs; here they count.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from torch import nn
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps, fill_budget, sites_at
-from moee_analysis.baselines.common.soft_moe_layer import (
-    ExpertDropout,
-    SlotMlp,
-    SoftRouter,
-    SpheroRouter,
-)
+from moee_analysis.baselines.common import exchange
+from moee_analysis.baselines.common import soft_moe_layer as soft
 from moee_analysis.baselines.jetpack.config import JetpackConfig
-from moee_analysis.baselines.jetpack.narrow_model import classifier_of, narrow_tensors, successor
+from moee_analysis.baselines.jetpack.narrow_model import CLASSIFIERS, narrow_tensors, successor
 from moee_analysis.baselines.jetpack.recycling import Recycling, profile
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
-from moee_analysis.moe.layer import replace_module
 
 UNIVERSAL_PER_CORE = 2  # as published
 
@@ -53,11 +46,11 @@ class LayerSize:
 
 def size_layers(
     model: nn.Module, sites: Sequence[MlpSite], config: JetpackConfig, *, dense: nn.Module
-) -> dict[str, LayerSize]:
-    """Size of every layer of ``model``, which still has MLPs there, by its name.
+) -> list[LayerSize]:
+    """Size of every layer of ``model`` at ``sites``, which still has MLPs there.
 
-    A budget, a share of the MACs of ``dense``, buys slots of every expert or, without numbers of
-    these, core experts and the universal ones that go with them.
+    A budget of MACs buys slots of every expert or, without numbers of these, core experts and the
+    universal ones that go with them.
 
     Raises ``MoeeError``: a budget that cannot be met, or one of a narrower model.
     """
@@ -67,107 +60,88 @@ def size_layers(
             return LayerSize(steps, UNIVERSAL_PER_CORE * steps, config.slots)
         return LayerSize(config.core, config.universal, steps)
 
-    if config.macs_reduction is None and config.core is not None:
-        return {site.name: grow(config.slots) for site in sites}
+    saved = config.macs_reduction
+    if saved is None and config.core is not None:
+        return [grow(config.slots)] * len(sites)
     counted = count(model)
     tokens = [counted.tokens[site.name] for site in sites]
-    if config.macs_reduction is None:
+    if saved is None:
         leading = getattr(model, "num_prefix_tokens", 0)
         counts = [max(1, (each - leading) // 2) for each in tokens]
     elif model.num_features != dense.num_features:
         raise MoeeError(
             "a MACs reduction at the dense model's width",
-            f"macs_reduction={config.macs_reduction} at width {model.num_features}",
+            f"macs_reduction={saved} at width {model.num_features}",
             "leave the width as it is, or choose core, universal and slots",
         )
     else:
         each = zip(sites, tokens, strict=True)
         costs = [grow(1).macs(site, number, config.universal_ratio) for site, number in each]
         total, fixed = count(dense).total, counted.replacing({site.name: 0 for site in sites})
-        counts = fill_budget(config.macs_reduction, costs, tokens, dense=total, fixed=fixed)
-    return {site.name: grow(steps) for site, steps in zip(sites, counts, strict=True)}
+        counts = exchange.fill_budget(saved, costs, tokens, dense=total, fixed=fixed)
+    return [grow(steps) for steps in counts]
 
 
 def convert(
-    dense: nn.Module,
-    images: ImageSet,
-    config: JetpackConfig | None = None,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, *, store: exchange.Store = None
 ) -> nn.Module:
     """Make the start of a mixture of soft experts of ``dense``, to be trained.
 
-    In some of its layers a :class:`SlotMlp` stands in the place of the MLP: core experts, then
-    universal ones, both cut from the dense MLP. Before training it predicts next to nothing.
+    In some layers a :class:`SlotMlp` takes the MLP's place: core experts, then universal ones, both
+    cut from the dense MLP. Before training it predicts next to nothing. The methods ``uniform`` and
+    ``random`` do not look at the calibration ``images``; the ``store`` keeps sums of activations.
 
-    - ``dense``: a plain vision transformer or ConvNeXt of timm's; it is not changed.
-    - ``images``: calibration images; their labels are not used, nor are they looked at by the
-      methods ``uniform`` and ``random``.
-    - ``store``: folder where the sums over activations are kept and found again; None keeps
-      nothing.
-
-    Raises ``MoeeError``: another kind of model, a width, layers or a budget that it cannot have.
+    Raises ``MoeeError``: a model that is no plain vision transformer or ConvNeXt of timm's, or a
+    width, layers or a budget that it cannot have.
     """
-    recycling = _recycle(dense, images, config or JetpackConfig(), store)
-    config, model = recycling.config, recycling.narrow
-    mlps = find_mlps(model)
-    sites = sites_at(mlps, config.layers, first=len(mlps) // 2)
-    sizes = size_layers(model, sites, config, dense=dense)
-    depth = max(1, len(mlps) - 1)
-    layers = {s.name: _make_layer(recycling, s, sizes[s.name], s.index / depth) for s in sites}
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
-    like = next(dense.parameters())
-    return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
+    recycling = _recycle(dense, images, config, store)
+    mlps = find_mlps(recycling.narrow)
+    sites = exchange.sites_at(mlps, config.layers, first=len(mlps) // 2)
+    sizes = zip(sites, size_layers(recycling.narrow, sites, config, dense=dense), strict=True)
+    make_layer = partial(_make_layer, recycling, mlps[-1])
+    return exchange.replace_mlps(recycling.narrow, sizes, make_layer)
 
 
 def narrowed(
-    dense: nn.Module,
-    images: ImageSet,
-    config: JetpackConfig | None = None,
-    *,
-    store: str | Path | None = None,
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, *, store: exchange.Store = None
 ) -> nn.Module:
-    """Narrow ``dense`` to the width of ``config``, without experts (weight selection).
-
-    It is the dense part that :func:`convert` puts experts into, and a baseline of its own. The
-    arguments and errors are those of :func:`convert`.
+    """Narrow ``dense``, as :func:`convert` does, and put no experts into it (weight selection).
 
     Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024.
     """
-    return _recycle(dense, images, config or JetpackConfig(), store).narrow
+    return _recycle(dense, images, config, store).narrow
 
 
 def _recycle(
-    dense: nn.Module, images: ImageSet, config: JetpackConfig, store: str | Path | None
+    dense: nn.Module, images: ImageSet, config: JetpackConfig, store: exchange.Store
 ) -> Recycling:
     """Give a narrow model its dense part, by activations where they decide anything."""
-    model = successor(dense, config.width, seed=config.seed, num_classes=config.num_classes)
+    model = successor(dense, config.width, seed=config.seed)
     found, graph = None, config.method == "graph"
     if graph or config.method == "importance":
         found = profile(dense, images, together=graph, store=store)
     recycling = Recycling(dense, model, found, config)
     tensors = narrow_tensors(dense, recycling.shared_units)
     if config.head == "fresh":
-        own, head = model.state_dict(), classifier_of(model)
-        tensors |= {name: own[name] for name in own if name.rpartition(".")[0] == head}
+        own = model.state_dict().items()
+        tensors |= {n: tensor for n, tensor in own if n.rpartition(".")[0] in CLASSIFIERS}
     model.load_state_dict(tensors)
     return recycling
 
 
-def _make_layer(recycling: Recycling, site: MlpSite, size: LayerSize, depth: float) -> SlotMlp:
-    """Experts in the place of the narrow model's MLP at ``site``, at a ``depth`` of 0 to 1."""
-    config, act = recycling.config, site.module(recycling.dense).act
+def _make_layer(
+    recycling: Recycling, last: MlpSite, site: MlpSite, size: LayerSize, mlp: nn.Module
+) -> soft.SlotMlp:
+    """Experts in the place of the narrow model's ``mlp`` at ``site``."""
+    config = recycling.config
     groups = recycling.cut_experts(site, core=size.core, universal=size.universal)
-    experts = [ExpertMlps(group, copy.deepcopy(act), drop=config.drop) for group in groups]
-    of_images = config.expert_drop_mode == "sample"
-    dropout = ExpertDropout(depth * config.expert_drop, of_images=of_images)
+    experts = [exchange.ExpertMlps(group, mlp.act, drop=config.drop) for group in groups]
+    dropout = soft.ExpertDropout(site.index / max(1, last.index) * config.expert_drop)
     seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
     facts = {"slots": size.slots, "seed": seed}
     if config.router == "soft":
-        router = SoftRouter(site.dim, size.experts, noise=config.noise or 0.0, **facts)
+        router = soft.SoftRouter(site.dim, size.experts, noise=config.noise or 0.0, **facts)
     else:
-        facts |= {"temperature": config.temperature, "combine": config.combine}
-        facts |= {"normalize_key": config.normalize_key, "noise": config.noise}
-        router = SpheroRouter(site.dim, size.experts, **facts)
-    return SlotMlp(router, experts, slots=size.slots, drop=dropout)
+        facts |= {name: getattr(config, name) for name in ("temperature", "combine", "noise")}
+        router = soft.SpheroRouter(site.dim, size.experts, **facts)
+    return soft.SlotMlp(router, experts, slots=size.slots, drop=dropout)

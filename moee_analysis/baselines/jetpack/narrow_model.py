@@ -1,12 +1,10 @@
 """Narrower models of the same kind: how timm builds them, and which units they keep.
 
-Vision transformers keep the dimensions of a head and get fewer heads; of ConvNeXts all stages are
-narrowed alike. Units are called by a place in the model: the channels of a stage by the stage
-(``blocks``, ``stages.2``), the inner ones of an attention or an MLP by its name (``blocks.3.attn``,
-``blocks.3.mlp``).
+Vision transformers get fewer heads; of ConvNeXts all stages are narrowed alike. The place of units
+is the stage of channels (``blocks``, ``stages.2``), or the attention or MLP of inner units
+(``blocks.3.attn``, ``blocks.3.mlp``).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,34 +18,25 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import find_mlps
 
 
-def successor(
-    dense: nn.Module, width: int | None = None, *, seed: int = 0, num_classes: int | None = None
-) -> nn.Module:
+def successor(dense: nn.Module, width: int | None = None, *, seed: int = 0) -> nn.Module:
     """Return a model like ``dense`` of another ``width``, with random weights, as timm starts it.
 
     It is in evaluation mode, on the device of ``dense``, and asks for gradients where that does.
-
-    - ``width``: channels (of the last stage, where there are stages); None: those of ``dense``.
-    - ``num_classes``: outputs; None: those of ``dense``. A model with others knows no names of
-      classes.
+    The ``width`` is that of the last stage; None is that of ``dense``.
 
     Raises ``MoeeError``: a model that is neither a plain vision transformer nor a plain ConvNeXt; a
     width without whole heads, or without whole stages.
     """
     settings = _find_settings(dense)
-    classes = dense.num_classes if num_classes is None else num_classes
     settings |= _change_width(dense, settings, width or dense.num_features)
-    settings["num_classes"] = classes
     like = next(dense.parameters())
     settings |= _SHAPES_ALONE.get(type(dense), {}) if like.is_meta else {}
     with torch.device("meta" if like.is_meta else "cpu"), torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = type(dense)(**settings)
     others = {"architecture", "file", "url", "hf_hub_id", "tag"}  # whose weights the dense ones are
-    if classes != dense.num_classes:
-        others |= {"label_names"}
     own = {k: v for k, v in dense.pretrained_cfg.items() if k not in others}
-    model.pretrained_cfg = own | {"num_classes": classes}
+    model.pretrained_cfg = own | {"num_classes": dense.num_classes}
     return model.eval().requires_grad_(like.requires_grad).to(like.device, like.dtype)
 
 
@@ -62,7 +51,8 @@ def _find_settings(dense: nn.Module) -> dict[str, Any]:
     except (AttributeError, TypeError, ValueError, AssertionError) as error:
         raise _unsupported(f"a variant ({error})") from None
     found, wanted = ({n: t.shape for n, t in m.state_dict().items()} for m in (like, dense))
-    if repr(like) != repr(dense) or found != wanted:
+    pooling = getattr(dense, "attn_pool", None)  # whose units no rule below knows
+    if repr(like) != repr(dense) or found != wanted or pooling is not None:
         raise _unsupported(f"a variant of {type(dense).__name__} with other modules")
     return settings
 
@@ -137,39 +127,19 @@ def _change_width(dense: nn.Module, settings: dict[str, Any], width: int) -> dic
 
 
 CHANNELS, BEFORE, INNER = "channels", "channels of the stage before", "inner units"
+CLASSIFIERS = ("head", "head.fc")  # linear maps to the classes
 
-_VIT = {
+UNITS = {
     "": (None, None, CHANNELS),  # embeddings (1, tokens, dim)
-    "patch_embed.proj": (CHANNELS,),
-    "norm_pre": (CHANNELS,),
-    "blocks.*.norm1": (CHANNELS,),
-    "blocks.*.attn.qkv": (INNER, CHANNELS),
-    "blocks.*.attn.proj": (CHANNELS, INNER),
-    "blocks.*.ls1": (CHANNELS,),
-    "blocks.*.norm2": (CHANNELS,),
-    "blocks.*.mlp.fc1": (INNER, CHANNELS),
-    "blocks.*.mlp.fc2": (CHANNELS, INNER),
-    "blocks.*.ls2": (CHANNELS,),
-    "norm": (CHANNELS,),
-    "fc_norm": (CHANNELS,),
-    "head": (None, CHANNELS),
+    "attn.qkv": (INNER, CHANNELS),
+    "attn.proj": (CHANNELS, INNER),
+    "mlp.fc1": (INNER, CHANNELS),
+    "mlp.fc2": (CHANNELS, INNER),
+    "downsample.0": (BEFORE,),
+    "downsample.1": (CHANNELS, BEFORE),
+    **dict.fromkeys(CLASSIFIERS, (None, CHANNELS)),
 }
-_CONVNEXT = {
-    "stem.0": (CHANNELS,),
-    "stem.1": (CHANNELS,),
-    "stages.*.downsample.0": (BEFORE,),
-    "stages.*.downsample.1": (CHANNELS, BEFORE),
-    "stages.*.blocks.*": (CHANNELS,),  # the layer scale
-    "stages.*.blocks.*.conv_dw": (CHANNELS,),
-    "stages.*.blocks.*.norm": (CHANNELS,),
-    "stages.*.blocks.*.mlp.fc1": (INNER, CHANNELS),
-    "stages.*.blocks.*.mlp.fc2": (CHANNELS, INNER),
-    "norm_pre": (CHANNELS,),
-    "head.norm": (CHANNELS,),
-    "head.fc": (None, CHANNELS),
-}
-UNITS = {VisionTransformer: _VIT, ConvNeXt: _CONVNEXT}
-"""Kinds of units along the axes of a module's weight, by timm's class and the module's name."""
+"""Kinds of units along the axes of a module's weight, by the end of its name; channels else."""
 
 
 def unit_counts(model: nn.Module) -> dict[str, int]:
@@ -196,19 +166,12 @@ def stage_of(model: nn.Module, name: str) -> str:
     return "stages.0" if first == "stem" else f"stages.{len(model.stages) - 1}"
 
 
-def classifier_of(model: nn.Module) -> str:
-    """Name of the linear map to the classes."""
-    return "head" if isinstance(model, VisionTransformer) else "head.fc"
-
-
 def narrow_tensors(model: nn.Module, kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """State dict of ``model`` with the ``kept`` units alone, ids by their place."""
     tensors = {}
     for name, whole in model.state_dict().items():
         module = name.rpartition(".")[0]
-        axes = UNITS[type(model)].get(re.sub(r"(stages|blocks)\.\d+", r"\1.*", module))
-        if axes is None:
-            raise _unsupported(f"a {type(model).__name__} with '{module}'")
+        axes = UNITS.get(".".join(module.split(".")[-2:]), (CHANNELS,))
         tensors[name] = whole
         for axis, units in enumerate(axes[: whole.ndim]):
             if units is not None:

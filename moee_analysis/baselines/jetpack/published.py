@@ -1,8 +1,7 @@
 """What the paper of MoE Jetpack reports, and its models counted by this package's own counter.
 
-``published.json`` holds its tables: accuracies are top-1 in %, contributions as in the paper's
-figure, ``params`` millions and ``flops`` 10^9. Pretrained models come from ImageNet-21k. Layers are
-counted from 1, as in the paper.
+``published.json`` holds three of its tables: accuracies are top-1 in %, contributions as in its
+figure. Pretrained models come from ImageNet-21k, layers are counted from 1.
 """
 
 import json
@@ -11,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm import create_model
 from torch import nn
 
 from moee_analysis.baselines.jetpack.config import JetpackConfig
@@ -20,14 +19,8 @@ from moee_analysis.models.macs import count, count_parameters
 
 _TABLES = json.loads(Path(__file__).with_suffix(".json").read_text())
 
-COMPONENTS = pd.DataFrame(**_TABLES["components"])
-"""ViT-T: what each component adds."""
-
 METHODS = pd.DataFrame(**_TABLES["methods"])
 """ViT-T: how experts are recycled; ``copy`` is Sparse Upcycling. No seeds are reported."""
-
-DATA_SETS = pd.DataFrame(**_TABLES["data_sets"])
-"""Dense and Soft MoE from scratch, dense fine-tuned, and MoE Jetpack."""
 
 CONTRIBUTIONS = pd.DataFrame(**_TABLES["contributions"])
 """V-JetMoE-T: what core and universal experts contribute, layer by layer."""
@@ -43,10 +36,9 @@ def published() -> pd.DataFrame:
 
     Columns: ``model``; what it ``start``s from, scratch or a pretrained dense model;
     ``first_layer``; ``core`` and ``universal`` experts; the paper's ``params`` (10^6), ``flops``
-    (10^9), ``cifar100`` and ``imagenet`` (top-1, %). Counted here, for ImageNet's 1000 classes and
-    without making weights: ``params_counted`` (10^6), ``macs_counted`` (10^9), and two parts of
-    these that the paper's FLOPs leave out: ``macs_of_mixing`` (logits, dispatch and combine) and
-    ``macs_of_attention`` (QK^T and AV).
+    (10^9), ``cifar100`` and ``imagenet`` (top-1, %). Counted here, for 1000 classes:
+    ``params_counted`` (10^6), ``macs_counted`` (10^9), and two parts of these that the paper leaves
+    out: ``macs_of_mixing`` (logits, dispatch, combine) and ``macs_of_attention`` (QK^T and AV).
     """
     counted = pd.DataFrame([_count(row) for row in CONFIGURATIONS.itertuples()])
     table = pd.concat([CONFIGURATIONS, counted], axis=1)
@@ -73,13 +65,9 @@ def layers_of(row: Any) -> tuple[int, ...]:
 
 def build(row: Any) -> nn.Module:
     """Build a row of :data:`CONFIGURATIONS` on the meta device: shapes alone, no memory."""
-    heads = 6 if row.model.endswith("S") else 3  # of 64 dimensions each
-    with torch.device("meta"):
-        dense = VisionTransformer(
-            embed_dim=64 * heads, depth=DEPTH, num_heads=heads, global_pool="avg",
-            weight_init="skip",  # drawing takes long on that device
-        )  # fmt: skip
-    dense.pretrained_cfg = {"input_size": (3, 224, 224), "num_classes": dense.num_classes}
+    size = "small" if row.model.endswith("S") else "tiny"
+    with torch.device("meta"):  # where drawing takes long
+        dense = create_model(f"vit_{size}_patch16_224", global_pool="avg", weight_init="skip")
     if not layers_of(row):
         return dense.eval()
     router = "soft" if row.model.startswith("Soft") else "sphero"

@@ -1,9 +1,7 @@
 """Checkpoint recycling: which units of a dense model a narrower one, and its experts, take over.
 
-Activations decide: sums over all tokens of images, of channels, heads and hidden neurons. Heads are
-kept whole, so that a narrower model has fewer of them; the released code mixes their dimensions.
-
-Source: MoE Jetpack, section 3.2.
+Activations of channels, heads and hidden neurons, summed over the tokens of images, decide. Heads
+are kept whole; the released code mixes their dimensions. Source: MoE Jetpack, section 3.2.
 """
 
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from moee_analysis.baselines.common.equal_parts import divide_graph
+from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.jetpack.config import JetpackConfig
 from moee_analysis.baselines.jetpack.narrow_model import heads_of, stage_of, unit_counts
 from moee_analysis.data.images import ImageSet
@@ -33,21 +32,19 @@ SMALLEST = 8  # units of a part, where there are few
 
 @dataclass(frozen=True)
 class Profile:
-    """Sums over the tokens of all images, by place, float64.
+    """Sums over the tokens of all images, float64, called ``<place>.<kind>``.
 
-    ``tensors`` are called ``<place>.<kind>``. Places are ``<mlp>`` (hidden neurons, after the
-    activation), ``<mlp>.fc1`` (channels, as the MLP sees them) and ``<attention>`` (what its
-    projection sees). The kinds are ``L1`` (magnitudes), ``L2`` (squares), ``act_patrn`` (how often
-    it is positive), ``together`` (how often two are positive at once, units x units; of MLPs alone,
-    where it was asked for) and ``tokens``.
+    Places are ``<mlp>`` (hidden neurons, after the activation), ``<mlp>.fc1`` (channels, as the MLP
+    sees them) and ``<attention>`` (what its projection sees). Kinds are ``squares``, ``tokens``,
+    and for MLPs ``together``, if asked for: how often two are positive at once, units x units.
     """
 
     tensors: dict[str, torch.Tensor]
 
-    def worth(self, place: str, metric: str) -> np.ndarray:
-        """Activation of every unit, per token: mean magnitude, root mean square, or share."""
-        mean = self.tensors[f"{place}.{metric}"] / self.tensors[f"{place}.tokens"]
-        return (mean.sqrt() if metric == "L2" else mean).numpy()
+    def worth(self, place: str) -> np.ndarray:
+        """Root mean square activation of every unit."""
+        mean = self.tensors[f"{place}.squares"] / self.tensors[f"{place}.tokens"]
+        return mean.sqrt().numpy()
 
     def together(self, place: str) -> np.ndarray:
         """How often any two units are positive for the same token, (units, units)."""
@@ -55,13 +52,9 @@ class Profile:
 
 
 def profile(
-    model: nn.Module, images: ImageSet, *, together: bool = False, store: str | Path | None = None
+    model: nn.Module, images: ImageSet, *, together: bool = False, store: Store = None
 ) -> Profile:
-    """Run ``model`` over the images once and add up its activations.
-
-    - ``together``: whether pairs are counted as well.
-    - ``store``: folder where the sums are kept and found again; None keeps nothing.
-    """
+    """Run ``model`` over the images once and add up its activations, also of pairs ``together``."""
     if store is None:
         return Profile(_add_up(model, images, together=together))
 
@@ -69,7 +62,7 @@ def profile(
         save_file(_add_up(model, images, together=together), folder / "sums.safetensors")
 
     key = content_key(
-        profile=1, model=fingerprint(model), images=images.fingerprint, together=together
+        profile=2, model=fingerprint(model), images=images.fingerprint, together=together
     )
     folder = get_or_build(Path(store), f"profile-{key}", fill)
     return Profile(load_file(folder / "sums.safetensors"))
@@ -85,11 +78,11 @@ def _add_up(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, 
 
     def add(place: str, x: torch.Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
-        active = (x > 0).float()
-        part = {"L1": x.abs().sum(0), "L2": x.square().sum(0), "act_patrn": active.sum(0)}
+        part = {"squares": x.square().sum(0), "tokens": torch.tensor(len(x))}
         if place in paired:
+            active = (x > 0).float()
             part["together"] = active.T @ active
-        for kind, values in (part | {"tokens": torch.tensor(len(x))}).items():
+        for kind, values in part.items():
             name = f"{place}.{kind}"
             sums[name] = values.double() + sums.get(name, 0)  # counts of many images stay exact
 
@@ -105,8 +98,8 @@ def _add_up(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, 
 class Units:
     """Units of one kind at one place, of which some are chosen.
 
-    ``worth`` (total,) is their activation, ``together`` (total, total) how often two are active for
-    the same token; None where the method needs none. ``seed`` is that of the graph's division.
+    ``worth`` (total,) and ``together`` (total, total) are those of the :class:`Profile`, None where
+    the method needs none; ``seed`` is that of the graph's division.
     """
 
     total: int
@@ -118,8 +111,7 @@ class Units:
     def parts(self) -> list[np.ndarray]:
         """Parts of the graph whose edges weigh ``together``, as lists of ids.
 
-        The released code takes METIS as well, but leaves out the weights: almost all edges are
-        there, and then co-activations decide nothing.
+        The released code leaves out the weights; but almost all edges are there.
         """
         count = min(PARTS, max(1, self.total // SMALLEST))
         weights = np.rint(self.together).astype(np.int64)
@@ -128,10 +120,10 @@ class Units:
 
 
 def draw_units(method: str, units: Units, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose ``size`` units of an expert: ascending ids.
+    """Choose ``size`` units of an expert, ascending ids.
 
     ``importance`` draws units by their worth, ``graph`` whole parts by how often their units are
-    active together, leaving out the last units over.
+    active together, but for the last units over.
     """
     if method == "importance":
         return np.sort(draw_order(units.worth, rng)[:size])
@@ -140,23 +132,16 @@ def draw_units(method: str, units: Units, size: int, rng: np.random.Generator) -
         weights = np.array([each.sum() - np.trace(each) for each in inner])
         parts = [units.parts[part] for part in draw_order(weights, rng)]
         return np.sort(np.concatenate(parts)[:size])
-    return _choose_blindly(method, units.total, size, rng)
+    return choose_shared(method, units, size, rng)
 
 
 def choose_shared(method: str, units: Units, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose ``size`` units that all tokens pass through: ascending ids.
-
-    Where activations decide, those of the highest worth.
-    """
+    """Choose ``size`` units that all tokens pass through, ascending ids: if it counts, by worth."""
     if method in ("importance", "graph"):
         return np.sort(np.argsort(-units.worth, kind="stable")[:size])
-    return _choose_blindly(method, units.total, size, rng)
-
-
-def _choose_blindly(method: str, total: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    return (
-        space_evenly(total, size) if method == "uniform" else np.sort(rng.permutation(total)[:size])
-    )
+    if method == "uniform":
+        return space_evenly(units.total, size)
+    return np.sort(rng.permutation(units.total)[:size])
 
 
 def space_evenly(total: int, size: int) -> np.ndarray:
@@ -165,10 +150,7 @@ def space_evenly(total: int, size: int) -> np.ndarray:
 
 
 def draw_order(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """All ids, drawn one by one without replacement, each as likely as its share of the weights.
-
-    Ids without weight come last.
-    """
+    """All ids, drawn one by one by their share of the weights; those without weight come last."""
     noise = rng.gumbel(size=len(weights))  # the largest log-weights plus noise: that very order
     nothing = np.full(len(weights), -np.inf)
     keys = np.log(weights, out=nothing, where=weights > 0) + noise
@@ -189,18 +171,14 @@ class Recycling:
 
     @cached_property
     def shared_units(self) -> dict[str, np.ndarray]:
-        """Units that the dense part of the narrow model takes over, ids by their place.
-
-        One set of channels for each stage, by the mean of what they are worth in its layers; heads,
-        by the mean of their dimensions, and hidden neurons layer by layer.
-        """
+        """Units that the dense part of the narrow model takes over, ids by their place."""
         rng, sizes = np.random.default_rng([self.config.seed, 0]), unit_counts(self.narrow)
         mlps = [site.name for site in find_mlps(self.dense)]
         chosen, worth = {}, None
         for place, total in unit_counts(self.dense).items():
-            if self.found is not None:
+            if self.found is not None:  # the mean over a stage's layers, or a head's dimensions
                 inputs = [f"{name}.fc1" for name in mlps if stage_of(self.dense, name) == place]
-                each = [self.found.worth(own, self.config.metric) for own in inputs or [place]]
+                each = [self.found.worth(own) for own in inputs or [place]]
                 worth = np.mean(each, axis=0).reshape(total, -1).mean(axis=1)
             units = Units(total, worth)
             chosen[place] = choose_shared(self.config.method, units, sizes[place], rng)
@@ -225,19 +203,19 @@ class Recycling:
             return cut(mlp, own, full[space_evenly(site.hidden, hidden)])
 
         small = max(1, round(config.universal_ratio * site.hidden))
-        groups = []
-        for count, hidden in ((core, site.hidden), (universal, small)):
-            alike = config.method == "uniform"
-            groups.append([draw(hidden)] * count if alike else [draw(hidden) for _ in range(count)])
-        return [group for group in groups if group]
+        groups = [
+            (count, size) for count, size in ((core, site.hidden), (universal, small)) if count
+        ]
+        if config.method == "uniform":  # all alike
+            return [[draw(hidden)] * count for count, hidden in groups]
+        return [[draw(hidden) for _ in range(count)] for count, hidden in groups]
 
     def _find_units(self, place: str, total: int) -> Units:
         """Units at one place, for experts to draw from."""
         if self.found is None:
             return Units(total)
         together = self.found.together(place) if self.config.method == "graph" else None
-        worth = self.found.worth(place, self.config.metric)
-        return Units(total, worth, together, self.config.seed)
+        return Units(total, self.found.worth(place), together, self.config.seed)
 
 
 def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> Mlp:

@@ -6,7 +6,6 @@ import torch
 
 from moee_analysis.baselines.common import equal_parts
 from moee_analysis.baselines.common.equal_parts import (
-    METHODS,
     balanced_kmeans,
     best_method,
     cluster_means,
@@ -14,7 +13,6 @@ from moee_analysis.baselines.common.equal_parts import (
     divide_graph,
     graph_edges,
 )
-from moee_analysis.errors import MoeeError
 
 
 def inertia(points, labels, clusters):
@@ -88,61 +86,69 @@ def least_cut(weights, size, left=None):
     return min(cuts)
 
 
-@pytest.fixture(params=METHODS)
-def method(request):
+@pytest.fixture
+def without_metis(monkeypatch):
+    monkeypatch.setattr(equal_parts, "find_spec", lambda _: None)
+
+
+@pytest.fixture(params=["metis", "spectral"])
+def _method(request):
+    """Each method in its turn."""
     if request.param == "metis":
         pytest.importorskip("pymetis")
-    return request.param
+    else:
+        request.getfixturevalue("without_metis")
 
 
+by_every_method = pytest.mark.usefixtures("_method")
+
+
+@by_every_method
 @pytest.mark.parametrize(("nodes", "parts"), [(24, 4), (25, 4), (7, 7), (9, 1), (30, 11)])
-def test_sizes_differ_by_one_at_most(nodes, parts, method):
-    check_sizes(divide_graph(random_graph(nodes, seed=1), parts, method=method), parts)
+def test_sizes_differ_by_one_at_most(nodes, parts):
+    check_sizes(divide_graph(random_graph(nodes, seed=1), parts), parts)
 
 
+@pytest.mark.usefixtures("without_metis")
 @pytest.mark.parametrize(("nodes", "parts"), [(8, 2), (9, 3), (10, 2), (8, 4), (10, 5)])
 def test_the_cut_is_close_to_the_least_of_all_divisions(nodes, parts):
     graphs = [random_graph(nodes, seed=seed) for seed in range(12)]
-    found = [cut(w, divide_graph(w, parts, method="spectral")) for w in graphs]
+    found = [cut(w, divide_graph(w, parts)) for w in graphs]
     least = [least_cut(w, nodes // parts) for w in graphs]
     assert all(one >= other for one, other in zip(found, least, strict=True))
     assert sum(found) <= 1.02 * sum(least)
 
 
+@by_every_method
 @pytest.mark.parametrize("heavier", [1, 2**40])  # than METIS can count
 @pytest.mark.parametrize(("parts", "size"), [(4, 8), (12, 4)])
-def test_planted_blocks_are_found(parts, size, heavier, method):
+def test_planted_blocks_are_found(parts, size, heavier):
     weights, truth = planted(parts, size)
-    assert alike(truth, divide_graph(weights * heavier, parts, method=method))
+    assert alike(truth, divide_graph(weights * heavier, parts))
 
 
-def test_the_seed_decides_and_the_diagonal_means_nothing(method):
+@by_every_method
+def test_the_seed_decides_and_the_diagonal_means_nothing():
     weights = random_graph(40, seed=5)
     loops = weights + np.diag(np.arange(40) * 1000)
-    found = [divide_graph(loops, 8, method=method), *(
-        divide_graph(weights, 8, method=method, seed=seed) for seed in (0, 0, 1, 2)
-    )]  # fmt: skip
+    again = [divide_graph(weights, 8, seed=seed) for seed in (0, 0, 1, 2)]
+    found = [divide_graph(loops, 8), *again]
     for other in found[1:3]:
         np.testing.assert_array_equal(found[0], other)
     assert any((found[0] != other).any() for other in found[3:])
 
 
-def test_graphs_without_edges_and_lonely_nodes_are_dealt_out(method):
+@by_every_method
+def test_graphs_without_edges_and_lonely_nodes_are_dealt_out():
     weights, _ = planted(3, 4)
     weights[:2] = weights[:, :2] = 0
     for each in (np.zeros((12, 12), np.int64), weights):
-        check_sizes(divide_graph(each, 3, method=method), 3)
+        check_sizes(divide_graph(each, 3), 3)
 
 
-def test_metis_is_preferred_where_it_is_installed_and_impossible_requests_are_refused(monkeypatch):
+def test_metis_is_preferred_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(equal_parts, "find_spec", lambda _: None)
     assert best_method() == "spectral"
-    for parts, name, words in (
-        (2, "metis", "pip install pymetis"), (9, "spectral", "1 to 8 parts"),
-        (0, "spectral", "1 to 8 parts"), (2, "louvain", "metis, spectral"),
-    ):  # fmt: skip
-        with pytest.raises(MoeeError, match=words):
-            divide_graph(random_graph(8, seed=0), parts, method=name)
     monkeypatch.setattr(equal_parts, "find_spec", lambda _: "found")
     assert best_method() == "metis"
 
@@ -177,7 +183,8 @@ def test_edges_are_counted_in_units_of_the_lowest_decile_that_is_not_zero():
     assert not graph_edges(coactivation([-activations().abs()])).any()  # neurons that never fire
 
 
-def test_neurons_that_fire_together_become_one_part(method):
+@by_every_method
+def test_neurons_that_fire_together_become_one_part():
     """They fire in groups, one for every 8 tokens."""
     rng = np.random.default_rng(0)
     truth = rng.permutation(np.repeat(np.arange(8), 6))
@@ -185,4 +192,4 @@ def test_neurons_that_fire_together_become_one_part(method):
     noise = rng.normal(size=(800, 48))
     hidden = np.where(truth == now[:, None], np.abs(noise), -0.1 + 0.2 * (noise > 1.5))
     edges = graph_edges(coactivation([torch.from_numpy(hidden)]))
-    assert alike(truth, divide_graph(edges, 8, method=method))
+    assert alike(truth, divide_graph(edges, 8))

@@ -7,7 +7,7 @@ from timm.layers import Mlp
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps
+from moee_analysis.baselines.common.exchange import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import (
     ExpertDropout,
     Mixing,
@@ -148,8 +148,6 @@ def test_logits_are_cosines_of_normed_queries_each_for_itself_by_two_temperature
     dispatch, combine = router.eval()(X)
     torch.testing.assert_close(dispatch, (10 * found).softmax(dim=1))
     torch.testing.assert_close(combine, (2 * found).softmax(dim=2))
-    loud = SpheroRouter(16, 3, normalize_key=False)  # long tokens are
-    torch.testing.assert_close(loud.logits(2 * X), 2 * loud.logits(X))
 
 
 @pytest.mark.parametrize(("experts", "slots"), [(5, 2), (40, 1)])
@@ -179,8 +177,8 @@ def test_sphero_noise_is_for_training_alone_and_the_same_for_both():
     assert SpheroRouter(16, 8).noise == 1 / 8
 
 
-def drop(rate, **settings):
-    return ExpertDropout(rate, **settings).train()(torch.ones(200, 10, 3, 4)).flatten(2)
+def drop(rate):
+    return ExpertDropout(rate).train()(torch.ones(200, 10, 3, 4)).flatten(2)
 
 
 def test_whole_experts_drop_out_in_training_and_the_others_make_up_for_them():
@@ -189,9 +187,6 @@ def test_whole_experts_drop_out_in_training_and_the_others_make_up_for_them():
     assert (dropped | torch.isclose(outputs, torch.tensor(4 / 3)).all(2)).all()
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.05)
     assert not dropped.all(1).any()  # experts by themselves, not all of an image
-    of_images = (drop(0.25, of_images=True) == 0).flatten(1)
-    assert (of_images.any(1) == of_images.all(1)).all()
-    assert of_images.all(1).float().mean() == pytest.approx(0.25, abs=0.1)
     assert (drop(0.0) == 1).all()
     assert (ExpertDropout(0.9).eval()(torch.ones(2, 10, 3, 4)) == 1).all()
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from moee_analysis import measure
-from moee_analysis.baselines.common.replace_mlps import ExpertMlps
+from moee_analysis.baselines.common.exchange import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SoftRouter
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import replace_module

@@ -5,7 +5,9 @@ Experts with weights of their own: many MLPs of one shape, computed as batched p
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import Mlp
@@ -16,40 +18,52 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.moe.layer import replace_module
+from moee_analysis.utils import checks
+
+Store = str | Path | None
+"""Folder that keeps what was found of a model, to find it again; None keeps nothing."""
 
 
-def per_expert(tokens: int, experts: int, capacity: float) -> int:
+def check_shared(config: Any) -> None:
+    """Refuse choices, a seed, layers or a MACs reduction that no configuration can have."""
+    for name, choices in checks.choices_of(type(config)).items():
+        checks.one_of(name, getattr(config, name), choices)
+    checks.seed_number(config.seed)
+    checks.layer_numbers(config.layers)
+    for name, value in checks.not_none(config, "macs_reduction"):
+        checks.share(name, value, whole=False)
+
+
+def add_noise(logits: torch.Tensor, router: nn.Module) -> torch.Tensor:
+    """Add noise of the standard deviation ``router.noise``, in training alone."""
+    if not router.training or router.noise == 0:
+        return logits
+    return logits + router.noise * torch.randn_like(logits)
+
+
+def per_expert(tokens: int, experts: int, capacity: float = 1.0) -> int:
     """``capacity`` x tokens / experts, rounded, at least 1: with 1 as if every token had one."""
     return max(1, round(capacity * tokens / experts))
 
 
 def fill_budget(
-    macs_reduction: float,
-    costs: Sequence[float],
-    tokens: Sequence[int],
-    *,
-    dense: float,
-    fixed: float,
+    saved: float, costs: Sequence[float], tokens: Sequence[int], *, dense: float, fixed: float
 ) -> list[int]:
-    """Return how many tokens, or slots, every expert of each layer gets, to save so many MACs.
+    """Return how many tokens, or slots, every expert of each layer gets, to save a share of MACs.
 
-    One by one the layer gets one more whose experts see the smallest share of its tokens, while
-    the budget allows.
-
-    - ``macs_reduction``: share of the dense model's MACs to save.
-    - ``costs``: MACs of one token, or slot, of every expert of a layer, by layer.
-    - ``tokens``: tokens of an image in each layer, the most that an expert gets.
-    - ``dense``, ``fixed``: MACs of one image: of the dense model, and of the other one without its
-      experts.
+    While the budget allows, the layer gets one more whose experts see the smallest share of its
+    tokens. One of every expert of a layer costs ``costs`` MACs, an image has so many ``tokens``
+    there, the most that an expert gets. It costs the ``dense`` model so many MACs, and the other
+    one, without its experts, ``fixed`` ones.
 
     Raises ``MoeeError``: one token, or slot, per expert is too much already.
     """
-    counts, left = [1] * len(costs), (1 - macs_reduction) * dense - fixed - sum(costs)
+    counts, left = [1] * len(costs), (1 - saved) * dense - fixed - sum(costs)
     if left < 0:
-        most = math.floor(1000 * (macs_reduction + left / dense)) / 1000
+        most = math.floor(1000 * (saved + left / dense)) / 1000
         raise MoeeError(
-            f"a MACs reduction of at most {most:.1%}",
-            f"{macs_reduction:.1%}", "save less, or have fewer experts or more layers with experts",
+            f"a MACs reduction of at most {most:.1%}", f"{saved:.1%}",
+            "save less, or have fewer experts or more layers with experts",
         )  # fmt: skip
     while growing := [
         (count / most, layer)
@@ -79,10 +93,10 @@ def sites_at(
 
 
 def find_tokens(model: nn.Module, sites: Sequence[MlpSite]) -> list[tuple[int, int]]:
-    """Run one image, all zeros, to see which tokens the MLPs at ``sites`` get: groups, tokens.
+    """Groups of tokens that an image has at ``sites``, and the tokens of each, by a run on zeros.
 
-    Tokens of a group are routed together: all that an image has, in one group; in a model that cuts
-    images into windows before, those of a window.
+    Those of a group are routed together: all of an image or, where a model cuts it into windows
+    before, all of a window.
     """
     with evaluating(model), capture(model, [site.name for site in sites]) as inputs:
         model(blank(model))
@@ -91,29 +105,29 @@ def find_tokens(model: nn.Module, sites: Sequence[MlpSite]) -> list[tuple[int, i
 
 
 def replace_mlps(
-    model: nn.Module, make: Mapping[MlpSite, Callable[[nn.Module], nn.Module]]
+    model: nn.Module,
+    sizes: Iterable[tuple[MlpSite, Any]],
+    make: Callable[[MlpSite, Any, nn.Module], nn.Module],
 ) -> nn.Module:
-    """Copy ``model`` with layers in the place of MLPs: by site, what makes them of the MLP.
+    """Copy ``model``, in evaluation mode, with what is made of a site, its size and its MLP there.
 
-    The new layers have the MLP's device and precision, and ask for gradients where it does. The
-    copy is in evaluation mode.
+    Layers have the MLP's device and precision, and ask for gradients where it does.
     """
     copied = copy.deepcopy(model)
-    for site, make_layer in make.items():
+    for site, size in sizes:
         mlp = site.module(copied)
         weight = mlp.fc1.weight
-        layer = make_layer(mlp).to(weight.device, weight.dtype)
+        layer = make(site, size, mlp).to(weight.device, weight.dtype)
         replace_module(copied, site.name, layer.requires_grad_(weight.requires_grad))
     return copied.eval()
 
 
 class ExpertMlps(nn.Module):
-    """E Linear-activation-Linear MLPs, each of which sees inputs of its own.
+    """Copies of ``mlps``, all of one shape, each of which sees inputs of its own.
 
-    Their weights are copies of those of ``mlps``, which have one shape: ``fc1_weight`` (experts,
-    hidden, dim), ``fc1_bias`` (experts, hidden), ``fc2_weight`` (experts, dim, hidden) and
-    ``fc2_bias`` (experts, dim). ``drop`` is the rate at which hidden activations, and outputs, drop
-    out in training.
+    Weights are ``fc1_weight`` (experts, hidden, dim), ``fc1_bias`` (experts, hidden),
+    ``fc2_weight`` (experts, dim, hidden), ``fc2_bias`` (experts, dim). ``drop`` is the rate at
+    which hidden activations, and outputs, drop out in training.
     """
 
     def __init__(self, mlps: Sequence[Mlp], act: nn.Module, *, drop: float = 0.0) -> None:

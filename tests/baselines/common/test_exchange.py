@@ -3,7 +3,7 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from moee_analysis.baselines.common.replace_mlps import (
+from moee_analysis.baselines.common.exchange import (
     ExpertMlps,
     fill_budget,
     find_tokens,
@@ -43,7 +43,8 @@ def test_what_is_exchanged_has_device_precision_and_trainability_of_the_mlp():
     dense = toy_vit().double()
     dense.blocks[1].requires_grad_()
     sites = find_mlps(dense)
-    model = replace_mlps(dense.train(), {site: lambda mlp: nn.Linear(32, 32) for site in sites[:2]})
+    sizes = [(site, 32) for site in sites[:2]]
+    model = replace_mlps(dense.train(), sizes, lambda _site, size, _mlp: nn.Linear(size, size))
     first, second, third = (block.mlp for block in model.blocks)
     assert not model.training
     assert first.weight.dtype == torch.float64
