@@ -57,7 +57,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "answers": _answers(model),
     }
     try:
-        rebuild(facts, tensors, dense=None)
+        network = _skeleton(facts)
+        checks.check_tables(facts, tensors, network)
+        _fill(network, facts, tensors, hint="")
     except MoeeError as error:
         name = facts["architecture"]
         return facts | {"by_hand": f"timm.create_model('{name}') makes another one: {error.found}"}
@@ -86,17 +88,22 @@ def rebuild(
     names = described["pretrained_cfg"].get("label_names")
     if dense is not None and names:  # classes may have been named since
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(names)}
+    hint = "load it with the versions it was made with (run.json, versions), or extract again"
+    if dense is not None:
+        hint = "give the dense network that the run was made from"
+    _fill(model, described, tensors, hint=hint)
+    return model
+
+
+def _fill(model: nn.Module, described: Mapping[str, Any], tensors: Tensors, *, hint: str) -> None:
+    """Make the dense ``model`` the described one, and see that it answers as that did."""
     _put_layers(model, described, tensors)
     checks.check_fit(model.state_dict(), tensors, model)
     model.load_state_dict(tensors)
     found = _answers(model.eval())
     if not alike(described.get("answers", found), found):
-        hint = "load it with the versions it was made with (run.json, versions), or extract again"
-        if dense is not None:
-            hint = "give the dense network that the run was made from"
         wrong = "one that gives other outputs for the same images"
         raise MoeeError("the network that was saved", wrong, hint)
-    return model
 
 
 def find_arguments(model: nn.Module) -> dict[str, Any]:

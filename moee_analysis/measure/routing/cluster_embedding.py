@@ -20,18 +20,20 @@ from moee_analysis.utils.checks import layer_numbers, seed_number
 
 
 def embedding(
-    run: Extraction, images: ImageSet, *, layers: Layers, store: str | Path, points: int = 4000
-) -> pd.DataFrame:
+    run: Extraction, images: ImageSet, *, layers: Layers, store: str | Path, points: int = 4000,
+    seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """Hidden activations of some clustered tokens, embedded in the plane by UMAP for the eye.
 
     ``images`` are the run's own calibration images, ``points`` the most tokens per layer.
 
     A row per token: ``layer``, ``x``, ``y``, ``cluster`` (-1: in none).
     """
+    seed_number(seed)
     config, parts = replace(run.config.clustering, reduce="umap", components=2), []
     for layer, hidden, labels in _cluster_layers(run, images, layers, Path(store)):
-        shown = np.random.default_rng([0, layer]).permutation(len(hidden))[:points]
-        place = reduce_dimensions(hidden[shown], config, seed=0)
+        shown = np.random.default_rng([seed, layer]).permutation(len(hidden))[:points]
+        place = reduce_dimensions(hidden[shown], config, seed=seed)
         parts.append((layer, pd.DataFrame(place, columns=["x", "y"]).assign(cluster=labels[shown])))
     return stack(parts, by=["layer"])
 
