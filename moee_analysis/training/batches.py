@@ -22,7 +22,6 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.models.class_names import count_classes
 from moee_analysis.models.inputs import data_config, model_transform, transform_of
 from moee_analysis.training.config import FLIP, SupervisedConfig
-from moee_analysis.utils.checks import one_of
 from moee_analysis.utils.distributed import processes, rank
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -38,7 +37,6 @@ DeiT's recipe (Touvron et al., arXiv:2012.12877)."""
 
 def training_transform(model: nn.Module, augmentation: str) -> Callable:
     """Transform (PIL image -> float tensor) of a known name, for images of the model's own size."""
-    one_of("an augmentation", augmentation, AUGMENTATIONS)
     return transform_of(data_config(model), **AUGMENTATIONS[augmentation])
 
 

@@ -68,14 +68,11 @@ def finetune(
 ) -> Finetuned:
     """Train a copy of the run's model to predict what the dense model predicts.
 
-    - ``images``: training images; those of the calibration will do. Their labels are not used. A
-      part of them is held out, see ``config``.
+    - ``images``: training images; those of the calibration will do. Their labels are not used.
     - ``config``: None is the default :class:`FinetuneConfig`.
-    - ``out``: folder for the fine-tuned run. It appears when the training has ended; until then a
-      checkpoint is kept beside it, and a training that was killed goes on there. One that has ended
-      is not repeated.
-    - ``store``: folder of a content-keyed store, instead: the fine-tuned run is kept there and
-      found again. With neither of them nothing is kept.
+    - ``out``: folder for the fine-tuned run. It appears when the training has ended, which is not
+      repeated; until then a checkpoint beside it is where one that was killed goes on.
+    - ``store``: a content-keyed store that keeps the run instead. With neither nothing is kept.
     - ``weights``: the dense weights, if they have moved.
 
     Raises ``MoeeError``: fewer than two images; a folder that holds something else; a loss that is

@@ -10,7 +10,7 @@ import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from moee_analysis.baselines.common.sparse_moe_layer import balance_loss, watch_routers
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating
+from moee_analysis.models.capture import evaluating, switched
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.moe.layer import expert_layers
 from moee_analysis.training.batches import Batch, Loaded, seeded, training_batches
@@ -127,7 +127,10 @@ def train(
     loaded, checked = Loaded.of(images, model), Loaded.of(check, model)
     rows, right = [], []
     accelerators = [] if _device(learner).type == "cpu" else [_device(learner)]
-    with torch.random.fork_rng(accelerators), seeded(config.seed), plain_attention(learner):
+    # on a CPU plain attention trains faster at few tokens than the fused one
+    fused = [m for m in learner.modules() if getattr(m, "fused_attn", False)]
+    plain = switched(fused, fused_attn=bool(accelerators))
+    with torch.random.fork_rng(accelerators), seeded(config.seed), plain:
         if accelerators:
             torch.cuda.manual_seed(config.seed)
         for step, loss in _train(learner, loaded, config):
@@ -195,19 +198,6 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-@contextmanager
-def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Plain attention on a CPU, where it trains faster at few tokens than the fused one."""
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    try:
-        for module in fused:
-            module.fused_attn = _device(model).type != "cpu"
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
-
-
 @dataclass(frozen=True)
 class TrainingJob:
     """A model to train by a recipe; errors call it by its name."""
@@ -270,7 +260,9 @@ class TrainingBench:
         if self.loaded is None:
             self.loaded = tuple(Loaded.of(each, job.model) for each in (self.training, self.images))
         training, images = self.loaded
-        with _one_thread():
+        with ExitStack() as after:
+            after.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
             trained = train(job.model, training, job.config, check=images)
         trained.history.to_csv(folder / HISTORY, index=False)
         np.save(folder / RIGHT, trained.right)
@@ -292,17 +284,6 @@ class TrainingBench:
 
 
 _OWN: list[TrainingBench] = []  # of a process that was begun for jobs
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # as torch.utils.benchmark has it, which looks for compilers and may warn about them
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _begin(bench: TrainingBench) -> None:

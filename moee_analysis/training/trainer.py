@@ -9,7 +9,7 @@ The model runs in evaluation mode: nothing drops out, and batch norms keep their
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,7 +25,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import in_evaluation_mode
+from moee_analysis.models.capture import in_evaluation_mode, switched
 from moee_analysis.training.batches import Augmented, epoch_batches, training_transform
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.distillation import divergences, losses_of, trainable_routers
@@ -85,8 +85,10 @@ class Training:
 
     def run(self) -> Progress:
         """Train to the end, from the last checkpoint if there is one."""
+        frozen = self.config.router == "frozen"
         with (
-            _trainable(self.student, self.config.router),
+            switched(self.student.parameters(), requires_grad=True, grad=None),
+            nullcontext() if frozen else trainable_routers(self.student),
             in_evaluation_mode(self.student),
             in_evaluation_mode(self.dense),
         ):
@@ -116,7 +118,9 @@ class Training:
         self.student.load_state_dict(groups["student"])
         if self._ema is not None:
             self._ema.module.load_state_dict(groups["ema"])
-        load_moments(self._loop.optimizer, groups.get("optimizer", {}))
+        optimizer = self._loop.optimizer
+        moments = {int(p): own for p, own in _nest(groups.get("optimizer", {}), ".").items()}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         if self.progress.epochs:
             tell_progress(f"going on after epoch {self.progress.epochs}")
 
@@ -194,11 +198,24 @@ class Training:
         return {"kl": kl / count, "agreement": agreement / count}
 
     def _save(self) -> None:
-        optimizer = moments(self._loop.optimizer)
-        groups = {"student": self.student.state_dict(), "best": self._best, "optimizer": optimizer}
-        if self._ema is not None:
-            groups["ema"] = self._ema.module.state_dict()
-        save_checkpoint(self.folder, self.progress, groups)
+        """Save the checkpoint, and the history beside it, by the first of several processes."""
+        if rank() == 0:
+            state = self._loop.optimizer.state_dict()["state"]  # by the parameter's number
+            groups = {"student": self.student.state_dict(), "best": self._best}
+            groups["optimizer"] = {
+                f"{p}.{name}": t for p, own in state.items() for name, t in own.items()
+            }
+            if self._ema is not None:
+                groups["ema"] = self._ema.module.state_dict()
+            copies = {  # a weight with several names is several tensors of the file
+                f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
+                for group, own in groups.items()
+                for name, t in own.items()
+            }
+            write_tensors(self.folder / CHECKPOINT, copies, asdict(self.progress))
+            rows = pd.DataFrame(self.progress.rows)
+            write_text(self.folder / METRICS, rows.to_csv(index=False))
+        all_sum(torch.zeros(1))  # none goes on before it is there
 
     @property
     def _model(self) -> nn.Module:
@@ -215,36 +232,6 @@ class Training:
         return -(-len(self.sets[0]) // self.config.batch_size)
 
 
-@contextmanager
-def _trainable(model: nn.Module, router: str) -> Iterator[None]:
-    """While open, all parameters of ``model`` want gradients, and those of routers that learn."""
-    own = {p: p.requires_grad for p in model.parameters()}
-    try:
-        with nullcontext() if router == "frozen" else trainable_routers(model):
-            model.requires_grad_(requires_grad=True)
-            yield
-    finally:
-        for parameter, before in own.items():
-            parameter.requires_grad_(before)
-            parameter.grad = None
-
-
-def save_checkpoint(folder: Path, progress: Progress, groups: Mapping[str, Tensors]) -> None:
-    """Save ``groups`` of tensors and the ``progress``; the checkpoint before is there until then.
-
-    Of several processes the first one saves, for all.
-    """
-    if rank() == 0:
-        copies = {  # a weight with several names is several tensors of the file
-            f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
-            for group, own in groups.items()
-            for name, t in own.items()
-        }
-        write_tensors(folder / CHECKPOINT, copies, asdict(progress))
-        write_text(folder / METRICS, pd.DataFrame(progress.rows).to_csv(index=False))
-    all_sum(torch.zeros(1))  # none goes on before it is there
-
-
 def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
     """Return what was saved last in ``folder``, if anything was; a damaged one raises MoeeError."""
     if not any((folder / name).exists() for name in (CHECKPOINT, METRICS)):
@@ -255,7 +242,7 @@ def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the files of :func:`save_checkpoint`, and the folder if nothing else is in it."""
+    """Remove the files of a checkpoint, and the folder if nothing else is in it."""
     for pattern in (METRICS, "checkpoint*", f".*{OURS}*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
@@ -277,18 +264,6 @@ def hold_checkpoint(folder: Path) -> Iterator[None]:
         finally:
             if not (folder / CHECKPOINT).exists():
                 remove_checkpoint(folder)
-
-
-def moments(optimizer: torch.optim.Optimizer) -> Tensors:
-    """Return what an optimizer keeps of every parameter, by the parameter's number and its name."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": t for number, own in state.items() for name, t in own.items()}
-
-
-def load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Give an optimizer of the same parameters back what :func:`moments` returned."""
-    state = {int(number): own for number, own in _nest(tensors, ".").items()}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _nest(tensors: Tensors, separator: str) -> dict[str, Tensors]:
