@@ -78,20 +78,18 @@ def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 def _tell_comparison(table: pd.DataFrame) -> str:
     words = []
-    for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
+    saving = table[table["reduces_macs"].astype(bool)].dropna(subset="mean")
+    for asked, rows in saving.groupby("macs_asked"):
         best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
-        budget = f"at −{100 * asked:g} % MACs"
-        if best is None:
-            words.append(f"{budget} nothing is known")
-            continue
-        words.append(f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})")
+        kept = f"{best['system']} keeps most ({text.percent(best['mean'])})"
+        words.append(f"at −{100 * asked:g} % MACs {kept}")
         rival = text.largest(rows[rows["family"] != best["family"]], "mean")
         if rival is not None:
             kept = text.percent(rival["mean"])
             words[-1] += f", of the other families {rival['system']} ({kept})"
         if worst["system"] != best["system"]:
             words[-1] += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
-    return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
+    return f"Of the dense top-1, {'; '.join(words)}." if words else "No saving is known."
 
 
 @drawing.plot(_tell_comparison)
