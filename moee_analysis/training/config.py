@@ -135,9 +135,8 @@ class SupervisedConfig:
             checks.real_number(name, getattr(self, name), least=0, below=1)
         checks.share("layer_decay", self.layer_decay)
         if self.mixes and self.batch_size % 2:
-            raise MoeeError(
-                "an even batch_size with mixup or cutmix", str(self.batch_size), "correct it"
-            )
+            expected = "an even batch_size with mixup or cutmix"
+            raise MoeeError(expected, str(self.batch_size), "correct it")
 
     @property
     def mixes(self) -> bool:

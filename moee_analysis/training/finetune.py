@@ -91,10 +91,8 @@ def finetune(
     training = Training(student, dense, images, config, Path(), key)
     counts = [len(images) for images in training.sets]
     if min(counts) < 1:
-        raise MoeeError(
-            "images to train on and others to hold out", f"{counts[0]} and {counts[1]}",
-            "give more images, or another share 'held_out'",
-        )  # fmt: skip
+        expected, found = "images to train on and others to hold out", "{} and {}".format(*counts)
+        raise MoeeError(expected, found, "give more images, or another share 'held_out'")
     if out is None and store is None:
         with scratch_folder("training") as root:
             return _result(_train(replace(training, folder=root), run), run)
@@ -155,10 +153,8 @@ def _check_same(folder: Path, key: str, run: Extraction) -> None:
     there = load(folder, dense=run.original) if folder.is_dir() else None
     facts = there and there.provenance.get(_FACT)
     if not facts or facts[-1]["key"] != key:
-        raise MoeeError(
-            f"a new folder '{folder}', or what this fine-tuning has left there before",
-            "something else", "choose another folder",
-        )  # fmt: skip
+        expected = f"a new folder '{folder}', or what this fine-tuning has left there before"
+        raise MoeeError(expected, "something else", "choose another folder")
 
 
 def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
@@ -173,9 +169,8 @@ def _train(training: Training, run: Extraction) -> Extraction:
     progress = training.run()
     if progress.stopped.startswith(NOT_FINITE) and progress.best == 0:
         remove_checkpoint(training.folder)  # it would come to the same again
-        raise MoeeError(
-            "a finite loss", progress.stopped, "lower the learning rate; the run is as it was"
-        )
+        hint = "lower the learning rate; the run is as it was"
+        raise MoeeError("a finite loss", progress.stopped, hint)
     if progress.best:
         _count_shares(training)
     training.student.to(next(run.model.parameters()).dtype)

@@ -44,36 +44,30 @@ HISTORY, RIGHT, WEIGHTS = "history.csv", "right.npy", "model.safetensors"
 """Files of a training: what ``train`` returns."""
 
 
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: SupervisedConfig) -> list[dict[str, Any]]:
     """Groups for an optimizer: ``params``, ``param_names``, ``weight_decay``, and ``lr_scale``.
 
-    ``lr_scale`` is ``layer_decay`` to the power of the number of layers above, and 1 for layers
+    ``lr_scale`` is the ``layer_decay`` to the power of the number of layers above, and 1 for layers
     with experts and the norms before them, which a pretrained model does not have as they are (MoE
-    Jetpack; Zhu et al., arXiv:2406.04801). Norms, biases, temperatures, and what the model names in
-    ``no_weight_decay``, do not decay.
+    Jetpack; Zhu et al., arXiv:2406.04801). What the model names in ``no_weight_decay`` has none.
 
-    Raises ``MoeeError``: a ``layer_decay`` below 1 for a model that does not say which layers it
-    has.
+    Raises ``MoeeError``: a ``layer_decay`` below 1 and a model that names no layers.
     """
     layers: dict[str, int] = {}  # of every parameter, from 0 at the images to the classifier's
-    if layer_decay < 1:
+    if config.layer_decay < 1:
         if not hasattr(model, "group_matcher"):
-            raise MoeeError(
-                "a timm model, which says which layers it has", type(model).__name__,
-                "leave layer_decay at 1",
-            )  # fmt: skip
+            expected, found = "a timm model, which says which layers it has", type(model).__name__
+            raise MoeeError(expected, found, "leave layer_decay at 1")
         layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     top, new = max(layers.values(), default=0), set(_expert_parameters(model))
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        scale = 1.0 if name in new else layer_decay ** (top - layers.get(name, top))
+        scale = 1.0 if name in new else config.layer_decay ** (top - layers.get(name, top))
         # timm's own rule looks at dimensions alone; biases of many experts have two
         decays = parameter.ndim > 1 and not name.endswith("bias") and name not in spared
-        empty = {"params": [], "param_names": [], "lr_scale": scale}
-        group = groups.setdefault((scale, decays), empty | {"weight_decay": weight_decay * decays})
+        decay = {"lr_scale": scale, "weight_decay": config.weight_decay * decays}
+        group = groups.setdefault((scale, decays), {"params": [], "param_names": []} | decay)
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
@@ -117,20 +111,20 @@ def train(
     - ``images``: to train on. Who trains many models on them loads them once (:meth:`Loaded.of`).
     - ``check``: images, other than those, to look at; they influence nothing.
 
-    Raises ``MoeeError``: a loss that is not finite; no images; a class that the model does not
-    know.
+    Raises ``MoeeError``: a loss that is not finite; no images; a class unknown to the model.
     """
     for each in (images, check):
         if not len(each):
             raise MoeeError("at least one image", "none", "choose other images")
-    learner = copy.deepcopy(model).requires_grad_(requires_grad=True).train()
+    learner = copy.deepcopy(model).train()
     loaded, checked = Loaded.of(images, model), Loaded.of(check, model)
     rows, right = [], []
     accelerators = [] if _device(learner).type == "cpu" else [_device(learner)]
     # on a CPU plain attention trains faster at few tokens than the fused one
     fused = [m for m in learner.modules() if getattr(m, "fused_attn", False)]
     plain = switched(fused, fused_attn=bool(accelerators))
-    with torch.random.fork_rng(accelerators), seeded(config.seed), plain:
+    free = switched(learner.parameters(), requires_grad=True, grad=None)
+    with torch.random.fork_rng(accelerators), seeded(config.seed), plain, free:
         if accelerators:
             torch.cuda.manual_seed(config.seed)
         for step, loss in _train(learner, loaded, config):
@@ -138,9 +132,6 @@ def train(
             seen, top1 = step * config.batch_size, right[-1].double().mean().item()
             row = {"step": step, "epoch": seen / len(loaded), "images": seen, "loss": loss}
             rows.append(row | {"top1": top1})
-    learner.zero_grad(set_to_none=True)
-    for own, copied in zip(model.parameters(), learner.parameters(), strict=True):
-        copied.requires_grad_(own.requires_grad)
     return Trained(learner.eval(), pd.DataFrame(rows), torch.stack(right).numpy())
 
 
@@ -169,9 +160,7 @@ def _train(
 
 
 def _make_loop(model: nn.Module, config: SupervisedConfig) -> Loop:
-    groups = parameter_groups(
-        model, weight_decay=config.weight_decay, layer_decay=config.layer_decay
-    )
+    groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     warmup = round(config.warmup * config.steps)
     scheduler = CosineLRScheduler(

@@ -1,9 +1,8 @@
 """A fine-tuning that can be killed: its epochs, and the checkpoint it goes on from.
 
 Nothing that an epoch does depends on the random state it meets: its seeds are those of the
-configuration, the epoch and the image. With the weights and those of the optimizer, saved after
-every epoch, a training that was killed therefore comes to the same bits. The history is a CSV
-beside them.
+configuration, the epoch and the image. Weights and moments are saved after every epoch, so that a
+training that was killed comes to the same bits. The history is a CSV beside them.
 
 The model runs in evaluation mode: nothing drops out, and batch norms keep their statistics.
 """
@@ -104,11 +103,9 @@ class Training:
         self._ema = None if decay is None else ModelEmaV3(self.student, decay=decay)
         self.progress, groups = read_checkpoint(self.folder) or (Progress(self.key), {})
         if self.progress.key != self.key:
-            raise MoeeError(
-                f"the fine-tuning that was begun in '{self.folder}'",
-                "another run, other images or other settings",
-                "repeat it as it was, remove that folder, or choose another one",
-            )
+            expected = f"the fine-tuning that was begun in '{self.folder}'"
+            hint = "repeat it as it was, remove that folder, or choose another one"
+            raise MoeeError(expected, "another run, other images or other settings", hint)
         if not groups:
             self._best = copy.deepcopy(self.student.state_dict())
             self.progress.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._evaluate()})
@@ -181,7 +178,7 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         """Divergence and agreement on the images held out."""
         own = self.sets[1].take(own_share(len(self.sets[1])))
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64)
         batches = own.batches(self.dense, batch_size=self.config.batch_size)
         total = -(-len(own) // self.config.batch_size)
         for batch in shown(batches, label="images held out", total=total):
@@ -193,9 +190,9 @@ class Training:
                 wanted = self.dense(x).float()
             agree = found.argmax(dim=1) == wanted.argmax(dim=1)
             kl = divergences(found, wanted).double().sum().item()
-            sums += torch.tensor([kl, agree.sum().item(), len(x)], dtype=torch.float64)
-        kl, agreement, count = all_sum(sums).tolist()
-        return {"kl": kl / count, "agreement": agreement / count}
+            sums += torch.tensor([kl, agree.sum().item()], dtype=torch.float64)
+        kl, agreement = (all_sum(sums) / len(self.sets[1])).tolist()
+        return {"kl": kl, "agreement": agreement}
 
     def _save(self) -> None:
         """Save the checkpoint, and the history beside it, by the first of several processes."""
