@@ -13,12 +13,10 @@ from moee_analysis.plots import drawing, style, text
 from moee_analysis.plots.routing import draw_regret
 
 _Row = tuple[float, bool, Sequence[Callable[[Axes], None]]]  # inches, one y-axis for all, panels
-_WIDTH = 7.8
 _DIVERGENCE = "KL(dense ‖ variant), nats"
 _KL = ("kl", "kl_low", "kl_high")
 
 _TITLES = {"off in turn": "“{}”, one piece off", "on alone": "“{}”, one piece added"}
-_ROW = 0.19  # inches
 _DOT = {"marker": "o", "ms": 5, "ls": "", "color": style.INK}
 _LOOKS = {
     "as it is": {"color": style.INK, "lw": 1.2},
@@ -30,8 +28,7 @@ _LOOKS = {
 
 
 def _tell_ablation(table: pd.DataFrame) -> str:
-    own = table.dropna(subset=["direction", "kl"])
-    own = own[own["recipe"].fillna("") != ""]  # without the dense model
+    own = table.dropna(subset=["direction", "kl"]).query("recipe != ''")  # without the dense model
     whole, off, on, controls = (
         own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
     )
@@ -62,8 +59,8 @@ def ablation(
     recipes = [name for name in table["recipe"].dropna().unique() if name]
     colours = dict(zip(recipes, style.PALETTE, strict=False))
     below = _plan_rows(swept, colours, regret) if len(swept) else []
-    heights = [0.98 + _ROW * max(map(len, groups)), *(height for height, *_ in below)]
-    fig, (top, *parts) = style.stack_parts(_WIDTH, heights)
+    heights = [0.98 + 0.19 * max(map(len, groups)), *(height for height, *_ in below)]
+    fig, (top, *parts) = style.stack_parts(7.8, heights)
     for ax, rows in zip(top.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         recipe = rows["recipe"].iloc[0]
         own = pieces[pieces["recipe"] == recipe]

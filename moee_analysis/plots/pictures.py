@@ -73,8 +73,7 @@ def patches(
         of_parts = _colour_parts(grid[-1], masks)
         grid[-1, 0].set_ylabel("parts", size=8)
         if parts:
-            largest = list(of_parts.items())[:_NAMED_PARTS]
-            named = {parts[value]: colour for value, colour in largest}
+            named = {parts[value]: of_parts[value] for value in list(of_parts)[:_NAMED_PARTS]}
             _name_colours(grid[-1, -1], named, columns=2, title="part")
     return style.caption(fig, caption)
 
@@ -172,10 +171,8 @@ def top_patches(
     counts = [math.ceil(len(rows) / _COLUMNS) for rows in experts]
     fig, parts = style.stack_parts(1.05 * _COLUMNS, [1.25 * count + 0.3 for count in counts])
     for part, count, rows in zip(parts, counts, experts, strict=True):
-        first = rows.iloc[0]
-        title = f"layer {first['layer']}, expert {first['expert']}: "
-        title += f"{first['share']:.1%} of the patches, in {first['images']} images"
-        part.suptitle(title, size=8.5, x=0.01, ha="left")
+        title = "layer {layer}, expert {expert}: {share:.1%} of the patches, in {images} images"
+        part.suptitle(title.format_map(rows.iloc[0]), size=8.5, x=0.01, ha="left")
         axes = part.subplots(count, _COLUMNS, squeeze=False).ravel()
         for ax in axes:
             ax.set_axis_off()

@@ -162,8 +162,7 @@ def knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
             dots = rows[(rows["what"] == what) & (rows["system"] == system)]
             ax.plot(dots["layer"] + aside, dots["top1"], ls="", ms=2.6, mew=0.6, **_LOOKS[name])
         for model, dashes in (("dense", "--"), ("intact", "-")):
-            look = style.REFERENCE | {"ls": dashes, "label": model}
-            ax.axhline(rows[f"top1_{model}"].iloc[0], **look)
+            ax.axhline(rows[f"top1_{model}"].iloc[0], ls=dashes, label=model, **style.REFERENCE)
         ax.set_title(title)
     axes[0].set_ylabel("top-1 (%)")
     dots = {name: _LOOKS[name] | {"ls": ""} for name in _NAMES.values()}
@@ -208,8 +207,7 @@ def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figur
 
 
 def _of_classes(table: pd.DataFrame) -> pd.DataFrame:
-    removed = (table["kind"] == "class") & (table["what"] == "removed")
-    return table[removed & (table["system"] == "expert")]
+    return table.query("kind == 'class' and what == 'removed' and system == 'expert'")
 
 
 @drawing.plot(

@@ -183,8 +183,8 @@ def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     size = 1.7 + 0.42 * len(sure)
     look = {"cmap": style.DIVERGING, "norm": norm, "square": True, "most": len(sure), "size": 7.5}
     look |= {"annot": True, "fmt": "+.1f", "annot_kws": {"size": 6.5}, "mask": blank}
-    one, bar = {"": differences}, "ahead by (points of top-1)"
-    fig, (ax,) = drawing.heat_maps(one, bar, cols=1, panel=(size + 1.2, size), **look)
+    maps, bar = {"": differences}, "ahead by (points of top-1)"
+    fig, (ax,) = drawing.heat_maps(maps, bar, cols=1, panel=(size + 1.2, size), **look)
     for number, bold in zip(ax.texts, sure.to_numpy()[~blank], strict=True):
         number.set_weight("bold" if bold else "normal")
     ax.set(xlabel="of this start", ylabel="this start is ahead")

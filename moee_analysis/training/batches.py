@@ -123,10 +123,7 @@ def training_batches(loaded: Loaded, model: nn.Module, config: SupervisedConfig)
     timm's ``Mixup`` draws from NumPy's random state as it finds it.
     """
     smoothing, classes = config.label_smoothing, count_classes(model)
-    mix = Mixup(
-        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing,
-        num_classes=classes,
-    )  # fmt: skip
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes)
     for x, labels in _training_images(loaded, model, config):
         if config.mixes:
             yield mix(x, labels)

@@ -1,7 +1,7 @@
 """What decides a fine-tuning, and what a training on labelled images; read without torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
@@ -66,14 +66,6 @@ class FinetuneConfig:
         checks.share("held_out", self.held_out, whole=False)
         if self.ema is not None:
             checks.share("ema", self.ema, whole=False)
-
-    def autocasts(self, device: Any) -> bool:
-        """Whether products are made in bfloat16 on this ``device``."""
-        if self.precision != "auto":
-            return self.precision == "bfloat16"
-        import torch  # the command line reads these settings, and starts without it
-
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 CHOICES = checks.choices_of(FinetuneConfig)

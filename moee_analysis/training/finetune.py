@@ -166,12 +166,12 @@ def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
 
 def _train(training: Training, run: Extraction) -> Extraction:
     """Train, and say in the run's facts how that went."""
-    progress = training.run()
-    if progress.stopped.startswith(NOT_FINITE) and progress.best == 0:
+    training.run()
+    if training.stopped.startswith(NOT_FINITE) and training.best == 0:
         remove_checkpoint(training.folder)  # it would come to the same again
         hint = "lower the learning rate; the run is as it was"
-        raise MoeeError("a finite loss", progress.stopped, hint)
-    if progress.best:
+        raise MoeeError("a finite loss", training.stopped, hint)
+    if training.best:
         _count_shares(training)
     training.student.to(next(run.model.parameters()).dtype)
     facts = {
@@ -182,9 +182,9 @@ def _train(training: Training, run: Extraction) -> Extraction:
         "n_held_out": len(training.sets[1]),
         "images_sha256": training.images.fingerprint,
         "contents": contents_of(training.images),
-        "best": progress.best,
-        "stopped": progress.stopped,
-        "history": progress.rows,
+        "best": training.best,
+        "stopped": training.stopped,
+        "history": training.rows,
     }
     reports = {report.index: report for report in run.layers}
     for index, layer in moe_layers(training.student).items():

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from moee_analysis.baselines.common.sparse_moe_layer import balance_loss, watch_
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import evaluating, switched
+from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.moe.layer import expert_layers
 from moee_analysis.training.batches import Batch, Loaded, seeded, training_batches
@@ -119,7 +120,8 @@ def train(
     learner = copy.deepcopy(model).train()
     loaded, checked = Loaded.of(images, model), Loaded.of(check, model)
     rows, right = [], []
-    accelerators = [] if _device(learner).type == "cpu" else [_device(learner)]
+    device = next(learner.parameters()).device
+    accelerators = [] if device.type == "cpu" else [device]
     # on a CPU plain attention trains faster at few tokens than the fused one
     fused = [m for m in learner.modules() if getattr(m, "fused_attn", False)]
     plain = switched(fused, fused_attn=bool(accelerators))
@@ -139,7 +141,7 @@ def _train(
     model: nn.Module, images: Loaded, config: SupervisedConfig
 ) -> Iterator[tuple[int, float]]:
     """Train ``model`` in place; yield the step and the mean loss whenever it is to be checked."""
-    device, losses = _device(model), []
+    device, losses = next(model.parameters()).device, []
     loop = _make_loop(model, config)
     yield 0, math.nan
     with watch_routers(model) as routed:
@@ -173,18 +175,13 @@ def _make_loop(model: nn.Module, config: SupervisedConfig) -> Loop:
 
 def right_of(model: nn.Module, images: ImageSet | Loaded) -> torch.Tensor:
     """Whether the model is right about each image, bool (images,); the model stays as it was."""
-    loaded = Loaded.of(images, model)
-    size = fitting_batch(model)
+    loaded, size = Loaded.of(images, model), fitting_batch(model)
     with evaluating(model):
         found = [
-            model(loaded.batch(slice(start, start + size)).to(_device(model))).argmax(dim=1).cpu()
+            model(like(loaded.batch(slice(start, start + size)), model)).argmax(dim=1).cpu()
             for start in range(0, len(loaded), size)
         ]
     return torch.cat(found) == loaded.labels
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,7 @@ class TrainingBench:
     training: ImageSet
     images: ImageSet
     store: Path
-    loaded: tuple[Loaded, Loaded] | None = None
+    loaded: tuple[Loaded, Loaded] | None = field(default=None, init=False)
 
     def all_done(self, jobs: Sequence[TrainingJob], *, workers: int = 1) -> list[Path]:
         """Do all jobs that the store does not have; return the folders of all.
@@ -260,9 +257,9 @@ class TrainingBench:
 
     def _side_by_side(self, missing: dict[Path, TrainingJob], workers: int) -> Iterator[None]:
         """Do jobs in fresh processes, each of which loads the images once."""
-        context, bare = multiprocessing.get_context("spawn"), replace(self, loaded=None)
+        context = multiprocessing.get_context("spawn")
         others = set(multiprocessing.active_children())
-        with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(bare,)) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(self,)) as pool:
             try:
                 yield from pool.map(_do, missing.values(), missing)
             except (KeyboardInterrupt, SystemExit):  # what is under way is not waited for
