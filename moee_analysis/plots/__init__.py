@@ -1,8 +1,6 @@
 """Figures of the tables of ``measure``, by the same names, and what they show in words."""
 
-from moee_analysis.plots import style as style
 from moee_analysis.plots.ablation import ablation as ablation
-from moee_analysis.plots.ablation import sweeps as sweeps
 from moee_analysis.plots.accuracy import accuracy as accuracy
 from moee_analysis.plots.accuracy import architecture_variants as architecture_variants
 from moee_analysis.plots.accuracy import architectures as architectures

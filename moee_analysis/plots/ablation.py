@@ -7,18 +7,16 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 
 from moee_analysis.plots import drawing, style, text
 from moee_analysis.plots.routing import draw_regret
 
 _Row = tuple[float, bool, Sequence[Callable[[Axes], None]]]  # inches, one y-axis for all, panels
-_WIDTH = 7.8
 _DIVERGENCE = "KL(dense ‖ variant), nats"
 _KL = ("kl", "kl_low", "kl_high")
 
 _TITLES = {"off in turn": "“{}”, one piece off", "on alone": "“{}”, one piece added"}
-_ROW = 0.19  # inches
 _DOT = {"marker": "o", "ms": 5, "ls": "", "color": style.INK}
 _LOOKS = {
     "as it is": {"color": style.INK, "lw": 1.2},
@@ -30,8 +28,7 @@ _LOOKS = {
 
 
 def _tell_ablation(table: pd.DataFrame) -> str:
-    own = table.dropna(subset=["direction", "kl"])
-    own = own[own["recipe"].fillna("") != ""]  # without the dense model
+    own = table.dropna(subset=["direction", "kl"]).query("recipe != ''")  # without the dense model
     whole, off, on, controls = (
         own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
     )
@@ -59,15 +56,21 @@ def ablation(
     pieces = table[table["direction"].notna()]
     swept = table[table["sweep"].notna()] if "sweep" in table else table[:0]
     groups = [_sort(pieces, name) for name in _TITLES if (pieces["direction"] == name).any()]
-    colours = _recipe_colours(table)
+    recipes = [name for name in table["recipe"].dropna().unique() if name]
+    colours = dict(zip(recipes, style.PALETTE, strict=False))
     below = _plan_rows(swept, colours, regret) if len(swept) else []
-    heights = [0.98 + _ROW * max(map(len, groups)), *(height for height, *_ in below)]
-    fig, (top, *parts) = style.stack_parts(_WIDTH, heights)
+    heights = [0.98 + 0.19 * max(map(len, groups)), *(height for height, *_ in below)]
+    fig, (top, *parts) = style.stack_parts(7.8, heights)
     for ax, rows in zip(top.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         recipe = rows["recipe"].iloc[0]
         own = pieces[pieces["recipe"] == recipe]
         _draw_group(ax, rows, own.loc[own["direction"] == "another seed", "kl"], colours[recipe])
-    _draw_rows(parts, below)
+    for part, (_, sharey, panels) in zip(parts, below, strict=True):
+        axes = part.subplots(1, len(panels), sharey=sharey, squeeze=False)[0]
+        for ax, draw in zip(axes, panels, strict=True):
+            draw(ax)
+            if sharey:
+                ax.label_outer()
     known = {*pieces["direction"], "changed", "changed, but perhaps by chance"}
     marks = {name: look for name, look in _LOOKS.items() if name in known}
     marks |= {name: look for name, look in _system_looks(swept).items() if name != "MoEE"}
@@ -119,32 +122,13 @@ def _write_retention(ax: Axes, rows: pd.DataFrame) -> None:
     ax.annotate("top-1, % of dense", (1, 1.01), xycoords="axes fraction", va="bottom", **aside)
 
 
-def _tell_sweeps(table: pd.DataFrame) -> str:
-    words = []
-    for name, rows in table.dropna(subset="setting").groupby("sweep", sort=False):
-        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
-        if best is not None:
-            setting = " ".join(str(best["setting"]).split())
-            words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
-    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."
-
-
-@drawing.plot(_tell_sweeps)
-def sweeps(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw ``measure.sweeps``: a panel each, all on the same scale.
+def _plan_rows(
+    table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None
+) -> list[_Row]:
+    """Up to three sweeps of numbers side by side, then up to four of names; all on one scale.
 
     Settings that are numbers stand on the axis (or at their dots, over MACs), others name rows.
     """
-    rows = _plan_rows(table, _recipe_colours(table))
-    fig, parts = style.stack_parts(_WIDTH, [height for height, *_ in rows])
-    _draw_rows(parts, rows)
-    return drawing.finish(fig, table, caption, _system_looks(table))
-
-
-def _plan_rows(
-    table: pd.DataFrame, colours: dict[str, str], regret: pd.DataFrame | None = None
-) -> list[_Row]:
-    """Up to three sweeps of numbers side by side, then up to four of names."""
     routers = {} if regret is None else style.looks(regret["router"])
     known = table[[*_KL]].to_numpy(float)
     known = known[np.isfinite(known) & (known > 1e-5)]
@@ -166,20 +150,6 @@ def _plan_rows(
         *((1.95, True, curves[at : at + 3]) for at in range(0, len(curves), 3)),
         *((height, False, dots[at : at + 4]) for at in range(0, len(dots), 4)),
     ]
-
-
-def _draw_rows(parts: Sequence[SubFigure], rows: Sequence[_Row]) -> None:
-    for part, (_, sharey, panels) in zip(parts, rows, strict=True):
-        axes = part.subplots(1, len(panels), sharey=sharey, squeeze=False)[0]
-        for ax, draw in zip(axes, panels, strict=True):
-            draw(ax)
-            if sharey:
-                ax.label_outer()
-
-
-def _recipe_colours(table: pd.DataFrame) -> dict[str, str]:
-    recipes = [name for name in table["recipe"].dropna().unique() if name]
-    return dict(zip(recipes, style.PALETTE, strict=False))
 
 
 def _system_looks(table: pd.DataFrame, colour: str = style.INK) -> dict[str, drawing.Look]:

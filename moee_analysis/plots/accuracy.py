@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 
 from moee_analysis.plots import drawing, style, text
 
-_SHARES = ("top1", "low", "high", "reference_top1")
 _RETENTION = ("retention", "retention_low", "retention_high")
 _DOT = {"marker": "o", "ls": "", "color": style.INK, "ms": 6, "mec": style.INK, "mew": 1.3}
 _LINE = {"lw": 1.5, "ms": 4.8, "mec": "white"}
@@ -57,8 +56,8 @@ def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     compared = bool(table["retention"].notna().any())
     size = (7.6 if compared else 4.6, 1.15 + 0.32 * len(table))
     fig, ((left, *rest),) = style.figure(*size, 1, 1 + compared, sharey=True, squeeze=False)
-    shares = drawing.in_percent(table, *_SHARES, *_RETENTION, "agreement")
-    systems = table["system"]
+    columns = ("top1", "low", "high", "reference_top1", *_RETENTION, "agreement")
+    shares, systems = drawing.in_percent(table, *columns), table["system"]
     colours = list(systems.map(style.colours(systems)))
     drawing.dots(left, shares, ("top1", "low", "high"), systems, colours=colours)
     left.set_xlabel("top-1 accuracy (%)")
@@ -78,20 +77,18 @@ def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 def _tell_comparison(table: pd.DataFrame) -> str:
     words = []
-    for asked, rows in table[table["reduces_macs"].astype(bool)].groupby("macs_asked"):
+    saving = table[table["reduces_macs"].astype(bool)].dropna(subset="mean")
+    for asked, rows in saving.groupby("macs_asked"):
         best, worst = text.largest(rows, "mean"), text.smallest(rows, "mean")
-        budget = f"at −{100 * asked:g} % MACs"
-        if best is None:
-            words.append(f"{budget} nothing is known")
-            continue
-        words.append(f"{budget} {best['system']} keeps most ({text.percent(best['mean'])})")
+        kept = f"{best['system']} keeps most ({text.percent(best['mean'])})"
+        words.append(f"at −{100 * asked:g} % MACs {kept}")
         rival = text.largest(rows[rows["family"] != best["family"]], "mean")
         if rival is not None:
             kept = text.percent(rival["mean"])
             words[-1] += f", of the other families {rival['system']} ({kept})"
         if worst["system"] != best["system"]:
             words[-1] += f", and {worst['system']} ({text.percent(worst['mean'])}) least"
-    return f"Of the dense top-1, {'; '.join(words)}." if words else "No system saves MACs."
+    return f"Of the dense top-1, {'; '.join(words)}." if words else "No saving is known."
 
 
 @drawing.plot(_tell_comparison)
@@ -165,8 +162,7 @@ def routing_controls(table: pd.DataFrame, *, caption: str | None = None) -> Figu
         places, look = range(len(rows)), style.INTERVAL | {"color": style.PALETTE[0]}
         ax.hlines(places, rows["low"], rows["high"], **look)
         for column, (label, marker, colour) in _CONTROLS.items():
-            look = {"color": colour, "ls": "", "marker": marker, "mew": 1.4, "ms": 5.5}
-            ax.plot(rows[column], places, label=label, **look)
+            ax.plot(rows[column], places, marker, color=colour, mew=1.4, ms=5.5, label=label)
         ax.set(title=f"asked for −{100 * budget:g} % MACs", xlim=(-3, 106))
         drawing.row_axis(ax, systems)
     columns = 5 if len(budgets) > 1 else 3
@@ -203,17 +199,16 @@ def architectures(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 def _tell_architecture_variants(rows: pd.DataFrame) -> str:
     variants = rows[rows["variant"] != "dense"]
-    return text.listed(
-        f"{text.percent(row.retention)} ({row.variant})" for row in variants.itertuples()
-    )
+    kept = zip(variants["retention"].map(text.percent), variants["variant"], strict=True)
+    return text.listed(f"{share} ({variant})" for share, variant in kept)
 
 
 @drawing.plot(_tell_architecture_variants, "Kept of the dense top-1", by="model")
 def architecture_variants(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.architecture_variants``: retention, a group of marks per model."""
     models = list(table["model"].unique())
-    shares = drawing.in_percent(table, "retention", "retention_low", "retention_high")
-    shares = shares[shares["variant"] != "dense"].dropna(subset="retention")
+    known = table[table["variant"] != "dense"].dropna(subset="retention")
+    shares = drawing.in_percent(known, *_RETENTION)
     fig, ax = style.figure(1.6 + 1.7 * len(models), 3.0)
     shares, columns = shares.assign(x=shares["model"].map(models.index)), ("x", *_RETENTION)
     looks = {name: _LINE | look for name, look in style.looks(shares["variant"]).items()}
@@ -257,8 +252,7 @@ def macs(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         dense, now = total[f"{column}_dense"], total[column]
         unit, symbol = (1e9, "G") if dense >= 1e9 else (1e6, "M")
         numbers = f"{dense / unit:.3f} → {now / unit:.3f} {symbol} ({text.change(now, dense)})"
-        ax.set(title=f"{name}: {numbers}", ylabel=label)
-        ax.set_xticks(ticks)
+        ax.set(title=f"{name}: {numbers}", ylabel=label, xticks=ticks)
         ax.grid(visible=False, axis="x")
     for end, colour, zorder in (("", "white", 3), ("_dense", style.GREY, 0.5)):
         rows = layers[layers[f"macs_unread{end}"] > 0]

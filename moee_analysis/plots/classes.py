@@ -10,7 +10,6 @@ _BESIDE = {
     "xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 6.5,
     "color": style.GREY, "annotation_clip": False,
 }  # fmt: skip
-_DASHED = {"lw": 1.2, "ls": "--", "marker": "o"}
 _HOLLOW = {"ls": "", "marker": "o", "mfc": "white", "mew": 1.2}
 _NULLS = {
     "class_null_high": "masks exchanged within a class, 95 %",
@@ -84,7 +83,7 @@ def specificity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
         x, chance = mean["layer"], {"color": style.FAINT, "label": "permuted labels, 95 %"}
         ax.fill_between(x, 0, mean["null_high"], lw=0, **chance)
         ax.plot(x, mean["js"], color=colour, lw=2.4, label="mean over classes")
-        ax.plot(x, mean["corrected"], color=colour, label="bias removed, 95 %", **_DASHED)
+        ax.plot(x, mean["corrected"], "--o", color=colour, lw=1.2, label="bias removed, 95 %")
         ax.fill_between(x, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
         ax.set(title=system, ylabel="", ylim=(0, None))
     shared = {"y": "divergence from all classes (bits)", "columns": 2 if len(colours) == 1 else 3}

@@ -36,8 +36,7 @@ def _tell_layers(table: pd.DataFrame) -> str:
 @drawing.plot(_tell_layers)
 def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     """Draw ``measure.layers``: experts (a cross: stayed dense), noise, neurons left."""
-    fig, axes = style.figure(8.4, 2.4, 1, 3, sharex=True)
-    left, middle, right = axes
+    fig, (left, middle, right) = style.figure(8.4, 2.4, 1, 3, sharex=True)
     x, dense = table["index"], table.loc[~table["converted"], "index"]
     left.bar(x, table["experts"], color=style.PALETTE[0])
     left.plot(dense, np.zeros(len(dense)), "x", color=style.INK, ms=6, mew=1)
@@ -47,7 +46,7 @@ def layers(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     right.bar(x, table["union_fraction"], color=style.GREY, label="stored")
     right.bar(x, table["active_fraction"], color=style.PALETTE[2], label="active")
     right.set(ylabel="share of hidden neurons", title="neurons left", ylim=(0, 1))
-    return drawing.finish(fig, table, caption, right, layers=axes)
+    return drawing.finish(fig, table, caption, right, layers=(left, middle, right))
 
 
 def _tell_embedding(table: pd.DataFrame) -> str:
@@ -181,10 +180,8 @@ def overlap(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     above = table["expert_a"] < table["expert_b"]
     shown = table["jaccard"].where(above, table["expected_jaccard"])
     shown = table.assign(shown=shown.mask(table["expert_a"] == table["expert_b"]))
-    maps = {
-        title: part.pivot(index="expert_a", columns="expert_b", values="shown")
-        for title, part in drawing.by_layer(shown).items()
-    }
+    pairs = {"index": "expert_a", "columns": "expert_b", "values": "shown"}
+    maps = {title: part.pivot(**pairs) for title, part in drawing.by_layer(shown).items()}
     fig = _draw_pairs(maps, "Jaccard: ◥ found, ◣ random", cmap=style.SHARES, vmin=0)
     return drawing.finish(fig, table, caption, x="expert", y="expert")
 
@@ -239,8 +236,7 @@ def similarity_summary(table: pd.DataFrame, *, caption: str | None = None) -> Fi
             low, mean, high = (rows[f"{prefix}{end}"] for end in ("min", "mean", "max"))
             left.vlines(x + aside, low, high, color=colour, lw=1, alpha=0.6)
             left.plot(x + aside, mean, "o-", color=colour, label=f"{name}: mean, range")
-        expected = {"color": style.INK, "lw": 1, "ls": ":", "label": "−1 / (k − 1)"}
-        left.plot(x, rows["centred_expected"], **expected)
+        left.plot(x, rows["centred_expected"], ":", color=style.INK, lw=1, label="−1 / (k − 1)")
         left.set(ylabel="cosine", ylim=(-1.02, 1.02), title=f"{of_system}pairs of experts")
         for column, colour, label in _SHARES:
             right.plot(x, rows[column], "o-", color=colour, label=label)

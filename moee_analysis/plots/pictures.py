@@ -51,7 +51,8 @@ def patches(
     Not as many of each as pictures raises :class:`MoeeError`.
     """
     routed = {f"layer {layer}": experts[layer] for layer in sorted(experts)}
-    _check_counts(len(pictures), {"names": names, "masks": masks} | routed)
+    given = routed | {"names": names, "masks": pictures if masks is None else masks}
+    _check_counts(len(pictures), given)
     rows = 1 + len(routed) + (masks is not None)
     size = (_SIDE * len(pictures) + _LEGEND, _SIDE * rows + 0.3)
     widths = [_SIDE] * len(pictures) + [_LEGEND - 0.4]
@@ -72,21 +73,17 @@ def patches(
         of_parts = _colour_parts(grid[-1], masks)
         grid[-1, 0].set_ylabel("parts", size=8)
         if parts:
-            largest = list(of_parts.items())[:_NAMED_PARTS]
-            named = {parts[value]: colour for value, colour in largest}
+            named = {parts[value]: of_parts[value] for value in list(of_parts)[:_NAMED_PARTS]}
             _name_colours(grid[-1, -1], named, columns=2, title="part")
     return style.caption(fig, caption)
 
 
-def _check_counts(count: int, of_images: Mapping[str, Sequence[object] | None]) -> None:
-    sizes = {what: len(given) for what, given in of_images.items() if given is not None}
-    wrong = [f"{size} for {what}" for what, size in sizes.items() if size != count]
+def _check_counts(count: int, of_images: Mapping[str, Sequence[object]]) -> None:
+    wrong = [f"{len(each)} for {what}" for what, each in of_images.items() if len(each) != count]
     if wrong or not count:
-        raise MoeeError(
-            f"one or more pictures, and as many ({count}) names, masks and routed images",
-            ", ".join(wrong) or "no picture",
-            "take the same images everywhere",
-        )
+        expected = f"one or more pictures, and as many ({count}) names, masks and routed images"
+        found = ", ".join(wrong) or "no picture"
+        raise MoeeError(expected, found, "take the same images everywhere")
 
 
 def _name_colours(ax: Axes, colours: Mapping[str, str], *, columns: int, title: str) -> None:
@@ -168,18 +165,14 @@ def top_patches(
     takes a row; a table without rows raises :class:`MoeeError`.
     """
     if table.empty:
-        raise MoeeError(
-            "typical patches to draw", "an expert that no patch of these images goes to",
-            "choose another expert, or more images",
-        )  # fmt: skip
+        found = "an expert that no patch of these images goes to"
+        raise MoeeError("typical patches to draw", found, "choose another expert, or more images")
     experts = [rows for _, rows in table.groupby(["layer", "expert"], sort=False)]
     counts = [math.ceil(len(rows) / _COLUMNS) for rows in experts]
     fig, parts = style.stack_parts(1.05 * _COLUMNS, [1.25 * count + 0.3 for count in counts])
     for part, count, rows in zip(parts, counts, experts, strict=True):
-        first = rows.iloc[0]
-        title = f"layer {first['layer']}, expert {first['expert']}: "
-        title += f"{first['share']:.1%} of the patches, in {first['images']} images"
-        part.suptitle(title, size=8.5, x=0.01, ha="left")
+        title = "layer {layer}, expert {expert}: {share:.1%} of the patches, in {images} images"
+        part.suptitle(title.format_map(rows.iloc[0]), size=8.5, x=0.01, ha="left")
         axes = part.subplots(count, _COLUMNS, squeeze=False).ravel()
         for ax in axes:
             ax.set_axis_off()

@@ -71,9 +71,8 @@ def _finish(
 
 
 def _tell_balance(table: pd.DataFrame) -> str:
-    known = [name for name in _METRICS if name in set(table["metric"])]
-    metric = (known or table["metric"].tolist())[0]
-    _, name, even = _METRICS.get(metric, (metric, metric, ""))
+    metric = next(name for name in _METRICS if name in set(table["metric"]))
+    _, name, even = _METRICS[metric]
     rows = table[table["metric"] == metric]
     words = text.of_each(rows, lambda rows: text.course(rows, "value"))
     return f"{name}{f' ({even})' if even else ''} over the layers: {words}."
@@ -87,7 +86,7 @@ def balance(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     fig, axes = style.panels(len(metrics), cols=3, size=(2.6, 2.0), sharex=True)
     for ax, metric in zip(axes, metrics, strict=True):
         drawing.curves(ax, table[table["metric"] == metric], "value", looks=looks, band=band)
-        title, _, even = _METRICS.get(metric, (metric, metric, ""))
+        title, _, even = _METRICS[metric]
         ax.set_title(f"{title}\n({even})" if even else title)
         low, high = ax.get_ylim()  # every metric from its own zero or one
         if metric == "entropy":
@@ -163,8 +162,7 @@ def knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
             dots = rows[(rows["what"] == what) & (rows["system"] == system)]
             ax.plot(dots["layer"] + aside, dots["top1"], ls="", ms=2.6, mew=0.6, **_LOOKS[name])
         for model, dashes in (("dense", "--"), ("intact", "-")):
-            look = style.REFERENCE | {"ls": dashes, "label": model}
-            ax.axhline(rows[f"top1_{model}"].iloc[0], **look)
+            ax.axhline(rows[f"top1_{model}"].iloc[0], ls=dashes, label=model, **style.REFERENCE)
         ax.set_title(title)
     axes[0].set_ylabel("top-1 (%)")
     dots = {name: _LOOKS[name] | {"ls": ""} for name in _NAMES.values()}
@@ -172,15 +170,14 @@ def knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 
 def _tell_class_knock_out(table: pd.DataFrame) -> str:
-    words = []
-    for layer, rows in _of_classes(table).groupby("layer"):
-        worst = text.smallest(rows, "logp_change")
-        if worst is None:
-            words.append(f"unknown in layer {layer}")
-        else:
-            change = f"{text.number(worst['logp_change'])} for {worst['group']}"
-            words.append(f"{change} without expert {worst['expert']} of layer {layer}")
-    return f"The log-probability of a class falls most, in nats: {'; '.join(words)}."
+    known = _of_classes(table).dropna(subset="logp_change", ignore_index=True)
+    worst = known.loc[known.groupby("layer")["logp_change"].idxmin()]
+    words = [
+        f"{text.number(row.logp_change)} for {row.group} without expert {row.expert} of layer "
+        f"{row.layer}"
+        for row in worst.itertuples()
+    ]
+    return f"The log-probability of a class falls most, in nats: {'; '.join(words) or 'unknown'}."
 
 
 @drawing.plot(_tell_class_knock_out)
@@ -210,8 +207,7 @@ def class_knock_out(table: pd.DataFrame, *, caption: str | None = None) -> Figur
 
 
 def _of_classes(table: pd.DataFrame) -> pd.DataFrame:
-    removed = (table["kind"] == "class") & (table["what"] == "removed")
-    return table[removed & (table["system"] == "expert")]
+    return table.query("kind == 'class' and what == 'removed' and system == 'expert'")
 
 
 @drawing.plot(

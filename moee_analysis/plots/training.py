@@ -59,18 +59,15 @@ def fine_tuning(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 def _tell_history(table: pd.DataFrame) -> str:
     named, words = table if "system" in table else table.assign(system="On images held out"), []
-    for system, rows in named.groupby("system", sort=False):
+    for system, rows in named.dropna(subset="kl").groupby("system", sort=False):
         first, lowest = rows.iloc[0], text.smallest(rows, "kl")
-        if lowest is None:
-            words.append(f"{system} the divergence from the dense model is unknown")
-            continue
         words.append(
             f"{system} the divergence from the dense model goes from {text.bits(first['kl'])} to "
             f"{text.bits(lowest['kl'])} nats, its lowest, after epoch {lowest['epoch']:.0f}, and "
             f"the agreement with its predictions from {text.percent(first['agreement'])} to "
             f"{text.percent(lowest['agreement'])}"
         )
-    return f"{'; '.join(words)}."
+    return f"{'; '.join(words) or 'No divergence is known'}."
 
 
 @drawing.plot(_tell_history)
@@ -184,14 +181,13 @@ def which_beats_which(table: pd.DataFrame, *, caption: str | None = None) -> Fig
     blank = differences.isna() | np.eye(len(sure), dtype=bool)
     norm = CenteredNorm(0, max(float(differences.abs().max(axis=None)), 1.0))
     size = 1.7 + 0.42 * len(sure)
-    fig, ax = style.figure(size + 1.2, size)
     look = {"cmap": style.DIVERGING, "norm": norm, "square": True, "most": len(sure), "size": 7.5}
-    numbers = {"annot": True, "fmt": "+.1f", "annot_kws": {"size": 6.5}, "mask": blank}
-    mesh = drawing.heat_map(ax, differences, **look, **numbers)
+    look |= {"annot": True, "fmt": "+.1f", "annot_kws": {"size": 6.5}, "mask": blank}
+    maps, bar = {"": differences}, "ahead by (points of top-1)"
+    fig, (ax,) = drawing.heat_maps(maps, bar, cols=1, panel=(size + 1.2, size), **look)
     for number, bold in zip(ax.texts, sure.to_numpy()[~blank], strict=True):
         number.set_weight("bold" if bold else "normal")
     ax.set(xlabel="of this start", ylabel="this start is ahead")
-    drawing.bar_beside(fig, [ax], mesh, "ahead by (points of top-1)")
     return drawing.finish(fig, table, caption)
 
 

@@ -22,7 +22,6 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.models.class_names import count_classes
 from moee_analysis.models.inputs import data_config, model_transform, transform_of
 from moee_analysis.training.config import FLIP, SupervisedConfig
-from moee_analysis.utils.checks import one_of
 from moee_analysis.utils.distributed import processes, rank
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -38,7 +37,6 @@ DeiT's recipe (Touvron et al., arXiv:2012.12877)."""
 
 def training_transform(model: nn.Module, augmentation: str) -> Callable:
     """Transform (PIL image -> float tensor) of a known name, for images of the model's own size."""
-    one_of("an augmentation", augmentation, AUGMENTATIONS)
     return transform_of(data_config(model), **AUGMENTATIONS[augmentation])
 
 
@@ -125,10 +123,7 @@ def training_batches(loaded: Loaded, model: nn.Module, config: SupervisedConfig)
     timm's ``Mixup`` draws from NumPy's random state as it finds it.
     """
     smoothing, classes = config.label_smoothing, count_classes(model)
-    mix = Mixup(
-        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing,
-        num_classes=classes,
-    )  # fmt: skip
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes)
     for x, labels in _training_images(loaded, model, config):
         if config.mixes:
             yield mix(x, labels)

@@ -1,7 +1,7 @@
 """What decides a fine-tuning, and what a training on labelled images; read without torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils import checks
@@ -67,14 +67,6 @@ class FinetuneConfig:
         if self.ema is not None:
             checks.share("ema", self.ema, whole=False)
 
-    def autocasts(self, device: Any) -> bool:
-        """Whether products are made in bfloat16 on this ``device``."""
-        if self.precision != "auto":
-            return self.precision == "bfloat16"
-        import torch  # the command line reads these settings, and starts without it
-
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
 
 CHOICES = checks.choices_of(FinetuneConfig)
 """The settings of a fine-tuning that are chosen by name, and their names."""
@@ -135,9 +127,8 @@ class SupervisedConfig:
             checks.real_number(name, getattr(self, name), least=0, below=1)
         checks.share("layer_decay", self.layer_decay)
         if self.mixes and self.batch_size % 2:
-            raise MoeeError(
-                "an even batch_size with mixup or cutmix", str(self.batch_size), "correct it"
-            )
+            expected = "an even batch_size with mixup or cutmix"
+            raise MoeeError(expected, str(self.batch_size), "correct it")
 
     @property
     def mixes(self) -> bool:

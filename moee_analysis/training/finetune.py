@@ -68,14 +68,11 @@ def finetune(
 ) -> Finetuned:
     """Train a copy of the run's model to predict what the dense model predicts.
 
-    - ``images``: training images; those of the calibration will do. Their labels are not used. A
-      part of them is held out, see ``config``.
+    - ``images``: training images; those of the calibration will do. Their labels are not used.
     - ``config``: None is the default :class:`FinetuneConfig`.
-    - ``out``: folder for the fine-tuned run. It appears when the training has ended; until then a
-      checkpoint is kept beside it, and a training that was killed goes on there. One that has ended
-      is not repeated.
-    - ``store``: folder of a content-keyed store, instead: the fine-tuned run is kept there and
-      found again. With neither of them nothing is kept.
+    - ``out``: folder for the fine-tuned run. It appears when the training has ended, which is not
+      repeated; until then a checkpoint beside it is where one that was killed goes on.
+    - ``store``: a content-keyed store that keeps the run instead. With neither nothing is kept.
     - ``weights``: the dense weights, if they have moved.
 
     Raises ``MoeeError``: fewer than two images; a folder that holds something else; a loss that is
@@ -94,10 +91,8 @@ def finetune(
     training = Training(student, dense, images, config, Path(), key)
     counts = [len(images) for images in training.sets]
     if min(counts) < 1:
-        raise MoeeError(
-            "images to train on and others to hold out", f"{counts[0]} and {counts[1]}",
-            "give more images, or another share 'held_out'",
-        )  # fmt: skip
+        expected, found = "images to train on and others to hold out", "{} and {}".format(*counts)
+        raise MoeeError(expected, found, "give more images, or another share 'held_out'")
     if out is None and store is None:
         with scratch_folder("training") as root:
             return _result(_train(replace(training, folder=root), run), run)
@@ -158,10 +153,8 @@ def _check_same(folder: Path, key: str, run: Extraction) -> None:
     there = load(folder, dense=run.original) if folder.is_dir() else None
     facts = there and there.provenance.get(_FACT)
     if not facts or facts[-1]["key"] != key:
-        raise MoeeError(
-            f"a new folder '{folder}', or what this fine-tuning has left there before",
-            "something else", "choose another folder",
-        )  # fmt: skip
+        expected = f"a new folder '{folder}', or what this fine-tuning has left there before"
+        raise MoeeError(expected, "something else", "choose another folder")
 
 
 def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
@@ -173,13 +166,12 @@ def _fill(folder: Path, *, training: Training, run: Extraction) -> None:
 
 def _train(training: Training, run: Extraction) -> Extraction:
     """Train, and say in the run's facts how that went."""
-    progress = training.run()
-    if progress.stopped.startswith(NOT_FINITE) and progress.best == 0:
+    training.run()
+    if training.stopped.startswith(NOT_FINITE) and training.best == 0:
         remove_checkpoint(training.folder)  # it would come to the same again
-        raise MoeeError(
-            "a finite loss", progress.stopped, "lower the learning rate; the run is as it was"
-        )
-    if progress.best:
+        hint = "lower the learning rate; the run is as it was"
+        raise MoeeError("a finite loss", training.stopped, hint)
+    if training.best:
         _count_shares(training)
     training.student.to(next(run.model.parameters()).dtype)
     facts = {
@@ -190,9 +182,9 @@ def _train(training: Training, run: Extraction) -> Extraction:
         "n_held_out": len(training.sets[1]),
         "images_sha256": training.images.fingerprint,
         "contents": contents_of(training.images),
-        "best": progress.best,
-        "stopped": progress.stopped,
-        "history": progress.rows,
+        "best": training.best,
+        "stopped": training.stopped,
+        "history": training.rows,
     }
     reports = {report.index: report for report in run.layers}
     for index, layer in moe_layers(training.student).items():

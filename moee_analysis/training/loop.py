@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -11,8 +11,6 @@ from timm.scheduler.scheduler import Scheduler
 from moee_analysis.utils.distributed import all_sum, sum_gradients
 
 NOT_FINITE = "the loss was not finite"
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Loop:
     clip: float
 
     def update(
-        self, step: int, parts: Iterable[Part], loss: Callable[[Part], tuple[torch.Tensor, float]]
+        self, step: int, parts: Iterable[Any], loss: Callable[[Any], tuple[torch.Tensor, float]]
     ) -> tuple[float, float] | None:
         """Make update ``step``, from 0; return the sums of all losses and weights, or None.
 

@@ -10,8 +10,8 @@ import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy
 from moee_analysis.baselines.common.sparse_moe_layer import balance_loss, watch_routers
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import evaluating
+from moee_analysis.models.capture import evaluating, switched
+from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.moe.layer import expert_layers
 from moee_analysis.training.batches import Batch, Loaded, seeded, training_batches
@@ -44,36 +45,30 @@ HISTORY, RIGHT, WEIGHTS = "history.csv", "right.npy", "model.safetensors"
 """Files of a training: what ``train`` returns."""
 
 
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: SupervisedConfig) -> list[dict[str, Any]]:
     """Groups for an optimizer: ``params``, ``param_names``, ``weight_decay``, and ``lr_scale``.
 
-    ``lr_scale`` is ``layer_decay`` to the power of the number of layers above, and 1 for layers
+    ``lr_scale`` is the ``layer_decay`` to the power of the number of layers above, and 1 for layers
     with experts and the norms before them, which a pretrained model does not have as they are (MoE
-    Jetpack; Zhu et al., arXiv:2406.04801). Norms, biases, temperatures, and what the model names in
-    ``no_weight_decay``, do not decay.
+    Jetpack; Zhu et al., arXiv:2406.04801). What the model names in ``no_weight_decay`` has none.
 
-    Raises ``MoeeError``: a ``layer_decay`` below 1 for a model that does not say which layers it
-    has.
+    Raises ``MoeeError``: a ``layer_decay`` below 1 and a model that names no layers.
     """
     layers: dict[str, int] = {}  # of every parameter, from 0 at the images to the classifier's
-    if layer_decay < 1:
+    if config.layer_decay < 1:
         if not hasattr(model, "group_matcher"):
-            raise MoeeError(
-                "a timm model, which says which layers it has", type(model).__name__,
-                "leave layer_decay at 1",
-            )  # fmt: skip
+            expected, found = "a timm model, which says which layers it has", type(model).__name__
+            raise MoeeError(expected, found, "leave layer_decay at 1")
         layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     top, new = max(layers.values(), default=0), set(_expert_parameters(model))
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        scale = 1.0 if name in new else layer_decay ** (top - layers.get(name, top))
+        scale = 1.0 if name in new else config.layer_decay ** (top - layers.get(name, top))
         # timm's own rule looks at dimensions alone; biases of many experts have two
         decays = parameter.ndim > 1 and not name.endswith("bias") and name not in spared
-        empty = {"params": [], "param_names": [], "lr_scale": scale}
-        group = groups.setdefault((scale, decays), empty | {"weight_decay": weight_decay * decays})
+        decay = {"lr_scale": scale, "weight_decay": config.weight_decay * decays}
+        group = groups.setdefault((scale, decays), {"params": [], "param_names": []} | decay)
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
@@ -117,17 +112,21 @@ def train(
     - ``images``: to train on. Who trains many models on them loads them once (:meth:`Loaded.of`).
     - ``check``: images, other than those, to look at; they influence nothing.
 
-    Raises ``MoeeError``: a loss that is not finite; no images; a class that the model does not
-    know.
+    Raises ``MoeeError``: a loss that is not finite; no images; a class unknown to the model.
     """
     for each in (images, check):
         if not len(each):
             raise MoeeError("at least one image", "none", "choose other images")
-    learner = copy.deepcopy(model).requires_grad_(requires_grad=True).train()
+    learner = copy.deepcopy(model).train()
     loaded, checked = Loaded.of(images, model), Loaded.of(check, model)
     rows, right = [], []
-    accelerators = [] if _device(learner).type == "cpu" else [_device(learner)]
-    with torch.random.fork_rng(accelerators), seeded(config.seed), plain_attention(learner):
+    device = next(learner.parameters()).device
+    accelerators = [] if device.type == "cpu" else [device]
+    # on a CPU plain attention trains faster at few tokens than the fused one
+    fused = [m for m in learner.modules() if getattr(m, "fused_attn", False)]
+    plain = switched(fused, fused_attn=bool(accelerators))
+    free = switched(learner.parameters(), requires_grad=True, grad=None)
+    with torch.random.fork_rng(accelerators), seeded(config.seed), plain, free:
         if accelerators:
             torch.cuda.manual_seed(config.seed)
         for step, loss in _train(learner, loaded, config):
@@ -135,9 +134,6 @@ def train(
             seen, top1 = step * config.batch_size, right[-1].double().mean().item()
             row = {"step": step, "epoch": seen / len(loaded), "images": seen, "loss": loss}
             rows.append(row | {"top1": top1})
-    learner.zero_grad(set_to_none=True)
-    for own, copied in zip(model.parameters(), learner.parameters(), strict=True):
-        copied.requires_grad_(own.requires_grad)
     return Trained(learner.eval(), pd.DataFrame(rows), torch.stack(right).numpy())
 
 
@@ -145,7 +141,7 @@ def _train(
     model: nn.Module, images: Loaded, config: SupervisedConfig
 ) -> Iterator[tuple[int, float]]:
     """Train ``model`` in place; yield the step and the mean loss whenever it is to be checked."""
-    device, losses = _device(model), []
+    device, losses = next(model.parameters()).device, []
     loop = _make_loop(model, config)
     yield 0, math.nan
     with watch_routers(model) as routed:
@@ -166,9 +162,7 @@ def _train(
 
 
 def _make_loop(model: nn.Module, config: SupervisedConfig) -> Loop:
-    groups = parameter_groups(
-        model, weight_decay=config.weight_decay, layer_decay=config.layer_decay
-    )
+    groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     warmup = round(config.warmup * config.steps)
     scheduler = CosineLRScheduler(
@@ -181,31 +175,13 @@ def _make_loop(model: nn.Module, config: SupervisedConfig) -> Loop:
 
 def right_of(model: nn.Module, images: ImageSet | Loaded) -> torch.Tensor:
     """Whether the model is right about each image, bool (images,); the model stays as it was."""
-    loaded = Loaded.of(images, model)
-    size = fitting_batch(model)
+    loaded, size = Loaded.of(images, model), fitting_batch(model)
     with evaluating(model):
         found = [
-            model(loaded.batch(slice(start, start + size)).to(_device(model))).argmax(dim=1).cpu()
+            model(like(loaded.batch(slice(start, start + size)), model)).argmax(dim=1).cpu()
             for start in range(0, len(loaded), size)
         ]
     return torch.cat(found) == loaded.labels
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Plain attention on a CPU, where it trains faster at few tokens than the fused one."""
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    try:
-        for module in fused:
-            module.fused_attn = _device(model).type != "cpu"
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
 
 
 @dataclass(frozen=True)
@@ -224,7 +200,7 @@ class TrainingBench:
     training: ImageSet
     images: ImageSet
     store: Path
-    loaded: tuple[Loaded, Loaded] | None = None
+    loaded: tuple[Loaded, Loaded] | None = field(default=None, init=False)
 
     def all_done(self, jobs: Sequence[TrainingJob], *, workers: int = 1) -> list[Path]:
         """Do all jobs that the store does not have; return the folders of all.
@@ -270,7 +246,9 @@ class TrainingBench:
         if self.loaded is None:
             self.loaded = tuple(Loaded.of(each, job.model) for each in (self.training, self.images))
         training, images = self.loaded
-        with _one_thread():
+        with ExitStack() as after:
+            after.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
             trained = train(job.model, training, job.config, check=images)
         trained.history.to_csv(folder / HISTORY, index=False)
         np.save(folder / RIGHT, trained.right)
@@ -279,9 +257,9 @@ class TrainingBench:
 
     def _side_by_side(self, missing: dict[Path, TrainingJob], workers: int) -> Iterator[None]:
         """Do jobs in fresh processes, each of which loads the images once."""
-        context, bare = multiprocessing.get_context("spawn"), replace(self, loaded=None)
+        context = multiprocessing.get_context("spawn")
         others = set(multiprocessing.active_children())
-        with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(bare,)) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(self,)) as pool:
             try:
                 yield from pool.map(_do, missing.values(), missing)
             except (KeyboardInterrupt, SystemExit):  # what is under way is not waited for
@@ -292,17 +270,6 @@ class TrainingBench:
 
 
 _OWN: list[TrainingBench] = []  # of a process that was begun for jobs
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # as torch.utils.benchmark has it, which looks for compilers and may warn about them
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _begin(bench: TrainingBench) -> None:

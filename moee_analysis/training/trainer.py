@@ -1,17 +1,16 @@
 """A fine-tuning that can be killed: its epochs, and the checkpoint it goes on from.
 
 Nothing that an epoch does depends on the random state it meets: its seeds are those of the
-configuration, the epoch and the image. With the weights and those of the optimizer, saved after
-every epoch, a training that was killed therefore comes to the same bits. The history is a CSV
-beside them.
+configuration, the epoch and the image. Weights and moments are saved after every epoch, so that a
+training that was killed comes to the same bits. The history is a CSV beside them.
 
 The model runs in evaluation mode: nothing drops out, and batch norms keep their statistics.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import in_evaluation_mode
+from moee_analysis.models.capture import in_evaluation_mode, switched
+from moee_analysis.models.inputs import like
 from moee_analysis.training.batches import Augmented, epoch_batches, training_transform
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.distillation import divergences, losses_of, trainable_routers
 from moee_analysis.training.loop import NOT_FINITE, Loop
 from moee_analysis.utils.distributed import all_sum, own_share, rank
-from moee_analysis.utils.progress import progress as shown
-from moee_analysis.utils.progress import tell_progress
+from moee_analysis.utils.progress import progress, tell_progress
 from moee_analysis.utils.storage.checksums import Tensors, read_signed_tensors, write_tensors
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.folders import held_folder
@@ -45,28 +44,11 @@ COLUMNS = ("epoch", "steps", "loss", "kl", "agreement")
 
 
 @dataclass
-class Progress:
-    """The ``rows`` of a training's history, the ``best`` epoch, and why it ``stopped`` early.
-
-    ``key`` says which training it is.
-    """
-
-    key: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    best: int = 0
-    stopped: str = ""
-
-    @property
-    def epochs(self) -> int:
-        """Whole epochs that are done; the first row is of the model before any."""
-        return len(self.rows) - 1
-
-
-@dataclass
 class Training:
     """A ``student`` that is trained towards ``dense`` on ``images``; checkpoints go to ``folder``.
 
-    ``key`` says which training it is. In the end the student has the weights of the best epoch.
+    ``key`` says which training it is. In the end the student has the weights of the ``best`` epoch;
+    ``rows`` are the history, and ``stopped`` says why it ended early, if it did.
     """
 
     student: nn.Module
@@ -75,7 +57,9 @@ class Training:
     config: FinetuneConfig
     folder: Path
     key: str
-    progress: Progress = field(init=False)
+    rows: list[dict[str, Any]] = field(default_factory=list, init=False)
+    best: int = field(default=0, init=False)
+    stopped: str = field(default="", init=False)
 
     @cached_property
     def sets(self) -> tuple[ImageSet, ImageSet]:
@@ -83,42 +67,49 @@ class Training:
         held_out, rest = self.images.split(self.config.held_out, seed=self.config.seed)
         return rest, held_out
 
-    def run(self) -> Progress:
+    @property
+    def epochs(self) -> int:
+        """Whole epochs that are done; the first row is of the model before any."""
+        return len(self.rows) - 1
+
+    def run(self) -> None:
         """Train to the end, from the last checkpoint if there is one."""
+        frozen = self.config.router == "frozen"
         with (
-            _trainable(self.student, self.config.router),
+            switched(self.student.parameters(), requires_grad=True, grad=None),
+            nullcontext() if frozen else trainable_routers(self.student),
             in_evaluation_mode(self.student),
             in_evaluation_mode(self.dense),
         ):
             self._begin()
-            while not self.progress.stopped and self.progress.epochs < self.config.epochs:
+            while not self.stopped and self.epochs < self.config.epochs:
                 self._next_epoch()
             self.student.load_state_dict(self._best)
-        return self.progress
 
     def _begin(self) -> None:
         """Set everything up as it was after the last whole epoch."""
         self._loop, decay = self._make_loop(), self.config.ema
         self._ema = None if decay is None else ModelEmaV3(self.student, decay=decay)
-        self.progress, groups = read_checkpoint(self.folder) or (Progress(self.key), {})
-        if self.progress.key != self.key:
-            raise MoeeError(
-                f"the fine-tuning that was begun in '{self.folder}'",
-                "another run, other images or other settings",
-                "repeat it as it was, remove that folder, or choose another one",
-            )
+        facts, groups = read_checkpoint(self.folder) or ({"key": self.key}, {})
+        if facts["key"] != self.key:
+            expected = f"the fine-tuning that was begun in '{self.folder}'"
+            hint = "repeat it as it was, remove that folder, or choose another one"
+            raise MoeeError(expected, "another run, other images or other settings", hint)
         if not groups:
             self._best = copy.deepcopy(self.student.state_dict())
-            self.progress.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._evaluate()})
+            self.rows.append({"epoch": 0, "steps": 0, "loss": None, **self._evaluate()})
             self._save()
             return
+        self.rows, self.best, self.stopped = facts["rows"], facts["best"], facts["stopped"]
         self._best = groups["best"]
         self.student.load_state_dict(groups["student"])
         if self._ema is not None:
             self._ema.module.load_state_dict(groups["ema"])
-        load_moments(self._loop.optimizer, groups.get("optimizer", {}))
-        if self.progress.epochs:
-            tell_progress(f"going on after epoch {self.progress.epochs}")
+        optimizer = self._loop.optimizer
+        moments = {int(p): own for p, own in _nest(groups.get("optimizer", {}), ".").items()}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        if self.epochs:
+            tell_progress(f"going on after epoch {self.epochs}")
 
     def _make_loop(self) -> Loop:
         config = self.config
@@ -133,38 +124,41 @@ class Training:
         return Loop(parameters, optimizer, scheduler, config.clip)
 
     def _next_epoch(self) -> None:
-        rows, epoch, last = self.progress.rows, self.progress.epochs + 1, self.config.epochs
+        epoch, last = self.epochs + 1, self.config.epochs
         loss = self._train_epoch(epoch)
         if loss is None:
-            self.progress.stopped = f"{NOT_FINITE} in epoch {epoch}"
+            self.stopped = f"{NOT_FINITE} in epoch {epoch}"
             return
         row = {"epoch": epoch, "steps": epoch * self._steps, "loss": loss, **self._evaluate()}
-        rows.append(row)
-        if row["kl"] < rows[self.progress.best]["kl"]:
-            self.progress.best, self._best = epoch, copy.deepcopy(self._model.state_dict())
-        elif epoch - self.progress.best >= self.config.patience and epoch < last:
-            self.progress.stopped = f"no lower divergence since epoch {self.progress.best}"
+        self.rows.append(row)
+        if row["kl"] < self.rows[self.best]["kl"]:
+            self.best, self._best = epoch, copy.deepcopy(self._model.state_dict())
+        elif epoch - self.best >= self.config.patience and epoch < last:
+            self.stopped = f"no lower divergence since epoch {self.best}"
         tell_progress(
             f"epoch {epoch} of {last}: loss {loss:.4f}; held out: divergence {row['kl']:.4f} nats "
-            f"(before: {rows[0]['kl']:.4f}), agreement {row['agreement']:.1%}"
+            f"(before: {self.rows[0]['kl']:.4f}), agreement {row['agreement']:.1%}"
         )
         self._save()
 
     def _train_epoch(self, epoch: int) -> float | None:
         """Train on every image once; return the mean loss, None where it was not finite."""
-        config, device = self.config, self._device
+        config, device = self.config, next(self.student.parameters()).device
         transform = training_transform(self.dense, config.augmentation)
         seen = Augmented(self.sets[0], transform, config.seed, epoch)
         batches = epoch_batches(seen, config.batch_size, device=device)
         label = f"fine-tuning, epoch {epoch} of {config.epochs}"
+        in_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if config.precision != "auto":
+            in_bfloat16 = config.precision == "bfloat16"
         total, images = 0.0, 0.0
         with losses_of(self.student, self.dense, config) as losses:
 
             def loss_of(part: torch.Tensor) -> tuple[torch.Tensor, float]:
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.autocasts(device)):
+                with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
                     return losses(part).sum(), len(part)
 
-            for step, x in enumerate(shown(batches, label=label, total=len(batches))):
+            for step, x in enumerate(progress(batches, label=label, total=len(batches))):
                 parts = x.to(device, non_blocking=True).chunk(config.accumulate)
                 found = self._loop.update((epoch - 1) * self._steps + step, parts, loss_of)
                 if found is None:
@@ -177,11 +171,11 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         """Divergence and agreement on the images held out."""
         own = self.sets[1].take(own_share(len(self.sets[1])))
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64)
         batches = own.batches(self.dense, batch_size=self.config.batch_size)
         total = -(-len(own) // self.config.batch_size)
-        for batch in shown(batches, label="images held out", total=total):
-            x = batch.to(self._device)
+        for batch in progress(batches, label="images held out", total=total):
+            x = like(batch, self.student)
             # gradients are on, as in training: without them the fastest way of computing is
             # measured, and another process may find another one, and other last digits
             found = self._model(x).float().detach()
@@ -189,16 +183,29 @@ class Training:
                 wanted = self.dense(x).float()
             agree = found.argmax(dim=1) == wanted.argmax(dim=1)
             kl = divergences(found, wanted).double().sum().item()
-            sums += torch.tensor([kl, agree.sum().item(), len(x)], dtype=torch.float64)
-        kl, agreement, count = all_sum(sums).tolist()
-        return {"kl": kl / count, "agreement": agreement / count}
+            sums += torch.tensor([kl, agree.sum().item()], dtype=torch.float64)
+        kl, agreement = (all_sum(sums) / len(self.sets[1])).tolist()
+        return {"kl": kl, "agreement": agreement}
 
     def _save(self) -> None:
-        optimizer = moments(self._loop.optimizer)
-        groups = {"student": self.student.state_dict(), "best": self._best, "optimizer": optimizer}
-        if self._ema is not None:
-            groups["ema"] = self._ema.module.state_dict()
-        save_checkpoint(self.folder, self.progress, groups)
+        """Save the checkpoint, and the history beside it, by the first of several processes."""
+        if rank() == 0:
+            state = self._loop.optimizer.state_dict()["state"]  # by the parameter's number
+            groups = {"student": self.student.state_dict(), "best": self._best}
+            groups["optimizer"] = {
+                f"{p}.{name}": t for p, own in state.items() for name, t in own.items()
+            }
+            if self._ema is not None:
+                groups["ema"] = self._ema.module.state_dict()
+            copies = {  # a weight with several names is several tensors of the file
+                f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
+                for group, own in groups.items()
+                for name, t in own.items()
+            }
+            facts = {name: getattr(self, name) for name in ("key", "rows", "best", "stopped")}
+            write_tensors(self.folder / CHECKPOINT, copies, facts)
+            write_text(self.folder / METRICS, pd.DataFrame(self.rows).to_csv(index=False))
+        all_sum(torch.zeros(1))  # none goes on before it is there
 
     @property
     def _model(self) -> nn.Module:
@@ -206,56 +213,22 @@ class Training:
         return self.student if self._ema is None else self._ema.module
 
     @property
-    def _device(self) -> torch.device:
-        return next(self.student.parameters()).device
-
-    @property
     def _steps(self) -> int:
         """Updates of an epoch."""
         return -(-len(self.sets[0]) // self.config.batch_size)
 
 
-@contextmanager
-def _trainable(model: nn.Module, router: str) -> Iterator[None]:
-    """While open, all parameters of ``model`` want gradients, and those of routers that learn."""
-    own = {p: p.requires_grad for p in model.parameters()}
-    try:
-        with nullcontext() if router == "frozen" else trainable_routers(model):
-            model.requires_grad_(requires_grad=True)
-            yield
-    finally:
-        for parameter, before in own.items():
-            parameter.requires_grad_(before)
-            parameter.grad = None
-
-
-def save_checkpoint(folder: Path, progress: Progress, groups: Mapping[str, Tensors]) -> None:
-    """Save ``groups`` of tensors and the ``progress``; the checkpoint before is there until then.
-
-    Of several processes the first one saves, for all.
-    """
-    if rank() == 0:
-        copies = {  # a weight with several names is several tensors of the file
-            f"{group}/{name}": t.detach().clone(memory_format=torch.contiguous_format).cpu()
-            for group, own in groups.items()
-            for name, t in own.items()
-        }
-        write_tensors(folder / CHECKPOINT, copies, asdict(progress))
-        write_text(folder / METRICS, pd.DataFrame(progress.rows).to_csv(index=False))
-    all_sum(torch.zeros(1))  # none goes on before it is there
-
-
-def read_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensors]] | None:
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensors]] | None:
     """Return what was saved last in ``folder``, if anything was; a damaged one raises MoeeError."""
     if not any((folder / name).exists() for name in (CHECKPOINT, METRICS)):
         return None
     tensors, facts = read_signed_tensors(folder / CHECKPOINT)
     rows = [{name: row[name] for name in COLUMNS} for row in facts["rows"]]  # in their order
-    return Progress(**facts | {"rows": rows}), _nest(tensors, "/")
+    return facts | {"rows": rows}, _nest(tensors, "/")
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the files of :func:`save_checkpoint`, and the folder if nothing else is in it."""
+    """Remove the files of a checkpoint, and the folder if nothing else is in it."""
     for pattern in (METRICS, "checkpoint*", f".*{OURS}*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
@@ -277,18 +250,6 @@ def hold_checkpoint(folder: Path) -> Iterator[None]:
         finally:
             if not (folder / CHECKPOINT).exists():
                 remove_checkpoint(folder)
-
-
-def moments(optimizer: torch.optim.Optimizer) -> Tensors:
-    """Return what an optimizer keeps of every parameter, by the parameter's number and its name."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": t for number, own in state.items() for name, t in own.items()}
-
-
-def load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Give an optimizer of the same parameters back what :func:`moments` returned."""
-    state = {int(number): own for number, own in _nest(tensors, ".").items()}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _nest(tensors: Tensors, separator: str) -> dict[str, Tensors]:

@@ -156,7 +156,7 @@ def stopped(work, tmp_path_factory):
     own = training.Training._next_epoch
 
     def stop(self):
-        if self.progress.epochs == 2:
+        if self.epochs == 2:
             raise KeyboardInterrupt
         own(self)
 

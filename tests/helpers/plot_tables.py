@@ -224,8 +224,7 @@ TABLES = {
         (0, 0.1, 0.5, 0.9, -0.5, -0.1, 0.3, -0.2, 0.6, 0.0, 0.7),
         (1, 0.0, 0.2, 0.6, -0.4, -0.1, 0.2, -0.2, 0.3, 0.4, 0.8), system="MoEE",
     ),
-    "ablation": _ablation(),
-    "sweeps": sweep_table(*SWEEPS),
+    "ablation": pd.concat([_ablation(), sweep_table(*SWEEPS)], ignore_index=True),
     "router_regret": _rows(
         "layer router error regret best",
         (0, "centre", 0.02, 0.01, 0.6), (1, "centre", 0.04, 0.01, 0.5), (0, "oracle", 0.01, 0, 1),

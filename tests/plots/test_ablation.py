@@ -11,7 +11,8 @@ from moee_analysis.plots import style
 from tests.helpers.plot_tables import TABLES, figure_of, legend, panel, sweep_table, titles, words
 
 BLUE, RED = (colour.lower() for colour in style.PALETTE[:2])
-PIECES, SWEPT = TABLES["ablation"], TABLES["sweeps"]
+BOTH = TABLES["ablation"]
+PIECES, SWEPT = BOTH[BOTH["sweep"].isna()], BOTH[BOTH["sweep"].notna()]
 REGRET = pd.DataFrame(
     {"layer": layer, "router": name, "error": 0.1, "regret": regret}
     for layer in (0, 1, 2)
@@ -21,8 +22,7 @@ REGRET = pd.DataFrame(
 
 @pytest.fixture(scope="module")
 def whole():
-    both = pd.concat([PIECES, SWEPT], ignore_index=True)
-    return plots.ablation(both, regret=REGRET, caption="words " * 40)
+    return plots.ablation(BOTH, regret=REGRET, caption="words " * 40)
 
 
 def marks(ax):
@@ -81,10 +81,10 @@ def test_a_variant_that_cannot_be_has_an_empty_row():
 
 
 def test_the_legend_names_only_what_is_there(whole):
-    full = legend(figure_of("ablation"))
+    *full, other = legend(whole)
     plain = PIECES[~PIECES["direction"].isin(["another seed", "control"])]
     assert legend(plots.ablation(plain)) == [full[0], full[2], full[3]]
-    assert legend(whole)[-1] == "static"
+    assert other == "static"
 
 
 def test_colours_tell_recipes_and_routers_in_every_panel(whole):
@@ -96,7 +96,7 @@ def test_colours_tell_recipes_and_routers_in_every_panel(whole):
 
 
 def test_all_sweeps_have_one_scale():
-    axes = figure_of("sweeps").axes
+    axes = figure_of("ablation").axes[2:]
     ((low, high),) = {ax.get_ylim() for ax in axes[:2]} | {ax.get_xlim() for ax in axes[2:]}
     assert low < SWEPT["kl_low"].min()
     assert high > SWEPT["kl_high"].max()
@@ -105,11 +105,12 @@ def test_all_sweeps_have_one_scale():
 def test_more_sweeps_than_a_row_holds_begin_another():
     rows = [(f"s{n}", name, 0.1, "MoEE", "best", 0.36) for n in range(5) for name in ("a", "b")]
     rows += [(f"n{n}", number, 0.1, "MoEE", "best", 0.36) for n in range(4) for number in (1, 2)]
-    fig = plots.sweeps(sweep_table(*rows))
-    assert titles(fig.axes) == ["n0", "n1", "n2", "n3", "s0", "s1", "s2", "s3", "s4"]
-    assert fig.axes[3].get_position().x0 == pytest.approx(fig.axes[0].get_position().x0, abs=0.1)
+    axes = plots.ablation(pd.concat([PIECES, sweep_table(*rows)], ignore_index=True)).axes[2:]
+    assert titles(axes) == ["n0", "n1", "n2", "n3", "s0", "s1", "s2", "s3", "s4"]
+    assert axes[3].get_position().x0 == pytest.approx(axes[0].get_position().x0, abs=0.1)
 
 
 def test_a_sweep_without_any_model_has_empty_panels():
     unknown = dict.fromkeys(["kl", "kl_low", "kl_high", "macs_reduction"], math.nan)
-    assert len(plots.sweeps(SWEPT.assign(**unknown)).axes) == 4
+    both = pd.concat([PIECES, SWEPT.assign(**unknown)], ignore_index=True)
+    assert len(plots.ablation(both).axes) == 2 + 4

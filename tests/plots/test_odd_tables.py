@@ -24,8 +24,6 @@ def describe(name, table):
      "0 of 3 layers have clusters: all stay dense."),
     *((name, TABLES[name].query("expert_a == expert_b"),
        "No layer has two experts to compare.") for name in ("overlap", "similarity")),
-    ("balance", TABLES["balance"].query("metric == 'gini'").assign(metric="spread"),
-     "spread over the layers: MoEE 0.20 to 0.40 (highest in layer 1); random centres 0.30."),
 ])  # fmt: skip
 def test_what_a_table_lacks_is_told(name, table, said):
     assert describe(name, table) == said
@@ -33,7 +31,6 @@ def test_what_a_table_lacks_is_told(name, table, said):
 
 @pytest.mark.parametrize(("name", "table", "expected"), [
     ("accuracy", TABLES["accuracy"].assign(**dict.fromkeys(COMPARED, math.nan)), [""]),
-    ("balance", TABLES["balance"].query("metric == 'gini'").assign(metric="spread"), ["spread"]),
     ("embedding", TABLES["embedding"].assign(cluster=-1),
      ["layer 3: 0 clusters, 100% noise", "layer 5: 0 clusters, 100% noise"]),
     ("contributions", TABLES["contributions"].drop(columns="relative"), ["length added"]),

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import model_transform
 from moee_analysis.training import batches
 from moee_analysis.training.batches import (
@@ -57,8 +56,6 @@ def test_the_seed_the_epoch_and_the_number_decide_what_is_seen_of_an_image(name)
 def test_without_augmentation_images_are_as_they_are_evaluated():
     wanted = model_transform(toy_vit())(toy_images().picture(4))
     assert torch.equal(epoch(name="none")[4], wanted)
-    with pytest.raises(MoeeError, match="none, light, strong"):
-        training_transform(toy_vit(), "heavy")
 
 
 def test_every_image_is_seen_once_an_epoch_in_another_order_and_processes_share_batches(

@@ -108,7 +108,7 @@ def test_top_k_routers_learn_to_use_their_experts_alike(noise):
 
 def test_rates_and_decay_by_group():
     model = slotted()
-    groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+    groups = parameter_groups(model, replace(QUICK, layer_decay=0.5))
     found = {n: (g["lr_scale"], g["weight_decay"]) for g in groups for n in g["param_names"]}
     assert set(found) == {name for name, _ in model.named_parameters()}
     assert sum(len(g["params"]) for g in groups) == len(found)
@@ -130,10 +130,10 @@ def test_rates_and_decay_by_group():
     }
     assert {name: found[name] for name in expected} == expected
     unnamed = nn.Sequential(nn.Linear(2, 2))
-    groups = parameter_groups(unnamed, weight_decay=0.1)
+    groups = parameter_groups(unnamed, QUICK)
     assert [group["param_names"] for group in groups] == [["0.weight"], ["0.bias"]]
     with pytest.raises(MoeeError, match="which layers"):
-        parameter_groups(unnamed, weight_decay=0.1, layer_decay=0.5)
+        parameter_groups(unnamed, replace(QUICK, layer_decay=0.5))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_one_percent(monkeypatch):
