@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from moee_analysis.baselines.common import equal_parts
 from moee_analysis.baselines.common import moefication_routers as routers
-from moee_analysis.baselines.common.exchange import Store, check_shared, sites_at
+from moee_analysis.baselines.common.exchange import Store, check_settings, sites_at
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import MACS_REDUCTION
@@ -29,7 +29,6 @@ from moee_analysis.extraction.record.tokens import LayerSample, token_plan
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
-from moee_analysis.utils import checks
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.folders import scratch_folder
 
@@ -73,16 +72,11 @@ class MoeficationConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_shared(self)
+        check_settings(self)
         if self.macs_reduction is not None and self.active is not None:
             raise MoeeError("macs_reduction or active", "both", "give one of them")
         if self.macs_reduction is None and self.active is None:
             object.__setattr__(self, "macs_reduction", MACS_REDUCTION)
-        for name, value in checks.not_none(self, "active"):
-            checks.share(name, value)
-        for name, value in checks.not_none(self, "n_experts"):
-            checks.whole_number(name, value)
-        checks.whole_number("tokens", self.tokens)
 
     def experts(self, site: MlpSite) -> int:
         """Number of experts of a layer.

@@ -19,7 +19,6 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
-from moee_analysis.utils import checks
 
 CAPACITY = 2.0  # of Expert Choice, where nothing else decides it
 SPREAD = 0.02  # standard deviation of the router's first weights
@@ -35,7 +34,6 @@ class SparseUpcyclingConfig:
       tokens; None: 2, or what ``macs_reduction`` allows.
     - ``renormalise``: whether the weights of a token's experts sum to 1. Else outputs are scaled by
       untrained gates.
-    - ``noise``: standard deviation of noise on the logits in training, in units of 1 / experts.
     - ``layers``: MLPs to exchange, counted from 0; None: every second one, 1, 3, 5, ...
     - ``macs_reduction``: share of all MACs of the dense model to save, by capacities as alike as
       possible; only with Expert Choice.
@@ -48,20 +46,14 @@ class SparseUpcyclingConfig:
     k: int = 2
     capacity: float | None = None
     renormalise: bool = True
-    noise: float = 0.0
     layers: tuple[int, ...] | None = None
     seed: int = 0
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        exchange.check_shared(self)
-        checks.whole_number("experts", self.experts)
-        checks.whole_number("k", self.k)
+        exchange.check_settings(self)
         if self.router == "top_k" and self.k > self.experts:
             raise MoeeError(f"k of at most {self.experts} experts", str(self.k), "choose fewer")
-        checks.real_number("noise", self.noise, least=0)
-        for name, value in checks.not_none(self, "capacity"):
-            checks.real_number(name, value, above=0)
         budget = self.macs_reduction is not None or self.capacity is not None
         if budget and self.router == "top_k":
             raise MoeeError(
@@ -108,12 +100,11 @@ def _make_layer(
 ) -> sparse.SparseMlp:
     generator = torch.Generator().manual_seed(1000 * config.seed + site.index)
     weight = SPREAD * torch.randn(config.experts, site.dim, generator=generator)
-    gate = sparse.Gate(weight, noise=config.noise / config.experts)
     if config.router == "top_k":
         kind = partial(sparse.TopKRouter, k=config.k)
     else:
         kind = partial(sparse.ExpertChoiceRouter, capacity=capacity or CAPACITY)
-    router = kind(gate, renormalise=config.renormalise)
+    router = kind(sparse.Gate(weight), renormalise=config.renormalise)
     return sparse.SparseMlp(
         router, exchange.ExpertMlps([mlp] * config.experts, mlp.act, drop=mlp.drop1.p)
     )

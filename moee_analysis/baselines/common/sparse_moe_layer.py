@@ -1,7 +1,7 @@
 """Layers whose experts compute only the tokens that a router with gates gives them.
 
 Sources: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", arXiv:2106.05974 (top-k,
-and the losses that balance it); Zhou et al., "Mixture-of-Experts with Expert Choice Routing",
+and the loss that balances it); Zhou et al., "Mixture-of-Experts with Expert Choice Routing",
 arXiv:2202.09368. Images are routed by themselves, whatever else is in the batch.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from moee_analysis.baselines.common.exchange import ExpertMlps, add_noise, per_expert
+from moee_analysis.baselines.common.exchange import ExpertMlps, per_expert
 from moee_analysis.models.capture import watch
 from moee_analysis.models.macs import tokens_of
 
@@ -26,33 +26,25 @@ class Routed(NamedTuple):
     """Pairs of an expert and a token that it computes, those of an expert beside each other.
 
     ``experts`` and ``tokens`` of the batch are ids, int64 (pairs,), ``weights`` (pairs,) factors of
-    the outputs. The router's ``logits`` (images, tokens, experts) are ``noisy`` in training alone.
+    the outputs. The router's ``logits`` are (images, tokens, experts).
     """
 
     experts: torch.Tensor
     tokens: torch.Tensor
     weights: torch.Tensor
     logits: torch.Tensor
-    noisy: torch.Tensor
 
 
 class Gate(nn.Module):
-    """One product of a token with each expert's row of ``weight`` (experts, dim).
+    """One product of a token with each expert's row of ``weight`` (experts, dim)."""
 
-    ``noise`` is the standard deviation of what is added in training.
-    """
-
-    def __init__(self, weight: torch.Tensor, *, noise: float = 0.0) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.weight, self.noise = nn.Parameter(weight), noise
+        self.weight = nn.Parameter(weight)
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits of ``tokens`` (images, tokens, dim), without and with noise.
-
-        They have the precision of ``weight``, under autocast too.
-        """
-        logits = linear(tokens, self.weight).to(self.weight.dtype)
-        return logits, add_noise(logits, self)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits of ``tokens`` (images, tokens, dim), also under autocast precise."""
+        return linear(tokens, self.weight).to(self.weight.dtype)
 
 
 class TopKRouter(nn.Module):
@@ -70,15 +62,15 @@ class TopKRouter(nn.Module):
     def forward(self, x: torch.Tensor) -> Routed:
         """Route the tokens of ``x`` (images, ..., dim)."""
         tokens = x.flatten(1, -2)
-        logits, noisy = self.gate(tokens)
-        weights, experts = noisy.softmax(dim=-1).topk(self.k)
+        logits = self.gate(tokens)
+        weights, experts = logits.softmax(dim=-1).topk(self.k)
         if self.preference is not None:
             experts = self.preference(tokens).topk(self.k).indices
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
         chosen, weights = experts.flatten()[order], weights.flatten()[order]
-        return Routed(chosen, order // self.k, weights, logits, noisy)
+        return Routed(chosen, order // self.k, weights, logits)
 
     def constant_scores(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores by which all tokens have the first k experts."""
@@ -101,10 +93,10 @@ class ExpertChoiceRouter(nn.Module):
     def forward(self, x: torch.Tensor) -> Routed:
         """Route the tokens of ``x`` (images, ..., dim)."""
         tokens = x.flatten(1, -2)
-        logits, noisy = self.gate(tokens)
+        logits = self.gate(tokens)
         images, count, n_experts = logits.shape
         taken = min(count, per_expert(count, n_experts, self.capacity))
-        weights, ids = noisy.softmax(dim=-1).mT.topk(taken)  # (images, experts, taken)
+        weights, ids = logits.softmax(dim=-1).mT.topk(taken)  # (images, experts, taken)
         if self.preference is not None:
             ids = self.preference(tokens).mT.topk(taken).indices
         first = count * torch.arange(images, device=x.device)[:, None, None]
@@ -114,7 +106,7 @@ class ExpertChoiceRouter(nn.Module):
             sums = weights.new_zeros(images * count).index_add(0, ids, weights)
             weights = weights / sums[ids]
         experts = torch.arange(n_experts, device=x.device).repeat_interleave(images * taken)
-        return Routed(experts, ids, weights, logits, noisy)
+        return Routed(experts, ids, weights, logits)
 
     def constant_scores(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores by which the first tokens are the first expert's, the next ones the next one's.
@@ -198,20 +190,10 @@ class SparseMlp(nn.Module):
 def importance_loss(logits: torch.Tensor) -> torch.Tensor:
     """Squared coefficient of variation of the experts' sums of gates, mean over images.
 
-    ``logits`` (images, tokens, experts) have no noise. (V-MoE, appendix A.)
+    ``logits`` are (images, tokens, experts). (V-MoE, appendix A.)
     """
-    return _cv_squared(logits.softmax(dim=-1).sum(dim=-2)).mean()
-
-
-def load_loss(logits: torch.Tensor, noisy: torch.Tensor, *, k: int, noise: float) -> torch.Tensor:
-    """Squared coefficient of variation of how many tokens the experts can expect, mean over images.
-
-    That is the mean probability that an expert is among a token's ``k`` if its noise alone, of the
-    standard deviation ``noise``, were drawn again. Logits are (images, tokens, experts).
-    """
-    least = noisy.topk(k).values[..., -1:]
-    probability = torch.special.ndtr((logits - least) / noise)
-    return _cv_squared(probability.mean(dim=-2)).mean()
+    gates = logits.softmax(dim=-1).sum(dim=-2)
+    return (gates.var(dim=-1, correction=0) / gates.mean(dim=-1).square()).mean()
 
 
 @contextmanager
@@ -224,14 +206,5 @@ def watch_routers(model: nn.Module) -> Iterator[dict[TopKRouter, Routed]]:
 
 
 def balance_loss(routed: Mapping[TopKRouter, Routed]) -> torch.Tensor | float:
-    """Sum of the importance losses of top-k routers and, with noise, of their load losses."""
-    total = 0.0
-    for router, each in routed.items():
-        total = total + importance_loss(each.logits)
-        if (noise := router.gate.noise) > 0:
-            total = total + load_loss(each.logits, each.noisy, k=router.k, noise=noise)
-    return total
-
-
-def _cv_squared(x: torch.Tensor) -> torch.Tensor:
-    return x.var(dim=-1, correction=0) / x.mean(dim=-1).square()
+    """Sum of the importance losses of top-k routers."""
+    return sum(importance_loss(each.logits) for each in routed.values())

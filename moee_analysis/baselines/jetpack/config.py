@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moee_analysis.baselines.common.exchange import check_shared
+from moee_analysis.baselines.common.exchange import check_settings
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils import checks
 
 
 @dataclass(frozen=True)
@@ -59,19 +58,7 @@ class JetpackConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        check_shared(self)
-        for name, value in checks.not_none(self, "width", "core", "universal"):
-            checks.whole_number(name, value, least=1 if name == "width" else 0)
-        checks.whole_number("slots", self.slots)
-        checks.share("universal_ratio", self.universal_ratio)
-        for name in ("drop", "expert_drop"):
-            checks.real_number(name, getattr(self, name), least=0, below=1)
-        checks.real_number("temperature", self.temperature, above=0)
-        for name, value in checks.not_none(self, "noise"):
-            checks.real_number(name, value, least=0)
-        self._check_together()
-
-    def _check_together(self) -> None:
+        check_settings(self)
         given = [value for value in (self.core, self.universal) if value is not None]
         if len(given) == 1 or (given and not sum(given)):
             raise MoeeError(
