@@ -1,8 +1,9 @@
 """MoEfication: the hidden neurons of a trained MLP dealt into equal experts, k of them per token.
 
 "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (Zhang et al., 2022), which
-wants ReLU networks, and its port to vision transformers with GELU, "ViT-MoEfication", with other
-scores of experts, and with the mean of what is left out. All neurons stay: no parameters are saved.
+wants ReLU networks, and its port to vision transformers with GELU, "ViT-MoEfication", with the mean
+of what is left out. All neurons stay: no parameters are saved. The score of an expert is the sum of
+its positive activations, as published.
 """
 
 import copy
@@ -50,11 +51,7 @@ class MoeficationConfig:
     - ``split``: balanced ``kmeans`` of the rows of W1; ``graph``, neurons that are active together;
       or ``random``.
     - ``router``: ``centre``, the nearest mean row of W1; an ``mlp`` that learns the score; or the
-      ``oracle`` that knows it, which costs half of the MLP or more.
-    - ``score`` of an expert, for the routers ``mlp`` and ``oracle``: the sum of its positive
-      activations (``pos``, as published), of all without their sign (``abs``), the length of its
-      output (``out``), or what it adds to the variance of the output, were its neurons
-      independent (``var``).
+      ``oracle`` that knows it, which costs half of the MLP.
     - ``mean_compensation``: experts that a token does not use give their mean output, not nothing.
     - ``tokens``: about how many calibration tokens of a layer are looked at.
     - ``layers``: MLPs to convert, counted from 0; None: all.
@@ -65,7 +62,6 @@ class MoeficationConfig:
     n_experts: int | None = None
     split: Literal["kmeans", "graph", "random"] = "kmeans"
     router: Literal["centre", "mlp", "oracle"] = "mlp"
-    score: Literal["pos", "abs", "out", "var"] = "pos"
     mean_compensation: bool = False
     tokens: int = 40_000
     seed: int = 0
@@ -122,7 +118,7 @@ def oracle_routed(moefied: nn.Module) -> nn.Module:
     model = copy.deepcopy(moefied)
     for layer in moe_layers(model).values():
         k = round(layer.shares.sum().item())
-        layer.router = routers.GroundTruthRouter(layer, layer.origin, k=k).to(layer.shares.device)
+        layer.router = routers.GroundTruthRouter(layer, k=k).to(layer.shares.device)
     return model
 
 
@@ -176,8 +172,8 @@ def count_experts(dense: nn.Module, config: MoeficationConfig) -> dict[str, tupl
 def router_macs(config: MoeficationConfig, site: MlpSite, experts: int) -> int:
     """MACs per token of the router that ``config`` asks for."""
     centres = site.dim * experts
-    true = site.dim * site.hidden * (2 if config.score == "out" else 1)
-    return {"centre": centres, "mlp": centres + experts**2, "oracle": true}[config.router]
+    known = {"centre": centres, "mlp": centres + experts**2, "oracle": site.dim * site.hidden}
+    return known[config.router]
 
 
 @dataclass(frozen=True)
@@ -208,6 +204,14 @@ def thin_sample(sample: LayerSample, mlp: nn.Module, *, seed: int = 0) -> LayerT
     return LayerTokens(mlp, inputs, sample.image[rows])
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How the neurons of a layer were dealt, and the ``mean`` (hidden,) of their activations."""
+
+    split: str
+    mean: torch.Tensor
+
+
 def split_neurons(split: str, tokens: LayerTokens, experts: int, *, seed: int) -> np.ndarray:
     """Expert of every hidden neuron, int64 (hidden,); sizes differ by one at most."""
     if split == "kmeans":
@@ -231,7 +235,7 @@ def _unit_rows(weight: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int) -> MoeMlp:
     expert_of = split_neurons(config.split, tokens, experts, seed=config.seed)
-    origin = routers.Origin(describe_split(config.split), config.score, tokens.mean())
+    origin = Origin(describe_split(config.split), tokens.mean())
     layer = _make_layer(tokens.mlp, expert_of, origin, means=config.mean_compensation)
     layer.router = _make_router(layer, expert_of, tokens, config, k=k).to(layer.shares.device)
     used = layer.usage(torch.cat([layer.router(x) for x in tokens.inputs.split(BLOCK)]))
@@ -239,9 +243,7 @@ def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int)
     return layer
 
 
-def _make_layer(
-    mlp: nn.Module, expert_of: np.ndarray, origin: routers.Origin, *, means: bool
-) -> MoeMlp:
+def _make_layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, means: bool) -> MoeMlp:
     """The experts of ``mlp``; all of them together are the MLP, compensated or not."""
     neurons = [np.flatnonzero(expert_of == expert) for expert in range(expert_of.max() + 1)]
     readout, shift = Readout(), None
@@ -264,7 +266,7 @@ def _make_router(
     centres = torch.from_numpy(means).to(layer.fc1.weight)
     if config.router == "centre":
         return routers.CentreRouter(centres, k=k)
-    truth = routers.GroundTruthRouter(layer, layer.origin, k=k).to(centres.device)
+    truth = routers.GroundTruthRouter(layer, k=k).to(centres.device)
     if config.router == "oracle":
         return truth
     facts = {"image": tokens.image, "k": k, "seed": config.seed}
