@@ -8,8 +8,12 @@ from torch import nn
 
 from moee_analysis.baselines.common.exchange import ExpertMlps
 from moee_analysis.baselines.common.soft_moe_layer import SlotMlp, SpheroRouter
-from moee_analysis.baselines.common.sparse_moe_layer import importance_loss, watch_routers
-from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
+from moee_analysis.baselines.sparse_upcycling import (
+    SparseUpcyclingConfig,
+    convert,
+    importance_loss,
+    watch_routers,
+)
 from moee_analysis.errors import MoeeError
 from moee_analysis.training.batches import Loaded
 from moee_analysis.training.config import SupervisedConfig

@@ -28,15 +28,15 @@ class JetpackConfig:
       the share ``universal_ratio`` of these; each expert has so many ``slots``. Both None: half as
       many core experts as the layer has patches, and twice as many universal ones (published: 98
       and 196 for 196 patches).
-    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. ``combine``, ``temperature``
-      and ``noise`` are settings of :class:`SpheroRouter`.
+    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. ``temperature`` and ``noise``
+      are settings of :class:`SpheroRouter`.
     - ``expert_drop``: rate at which outputs of whole experts drop out in training, which rises
       linearly to this value in the last layer. ``drop``: dropout inside experts, after the
       activation and after the second linear map.
 
-    Defaults are those of the released code; for channels, ``combine`` and what drops out, the
-    paper's. ``macs_reduction`` is the share of the dense model's MACs to save, at the same width
-    alone, by slots, or by experts where both their numbers are None.
+    Defaults are those of the released code; for channels, the softmax that combines slots, and what
+    drops out, the paper's. ``macs_reduction`` is the share of the dense model's MACs to save, at
+    the same width alone, by slots, or by experts where both their numbers are None.
     """
 
     width: int | None = None
@@ -49,7 +49,6 @@ class JetpackConfig:
     universal_ratio: float = 0.25
     slots: int = 1
     router: Literal["sphero", "soft"] = "sphero"
-    combine: Literal["softmax", "entmax15"] = "softmax"
     temperature: float = 0.5
     noise: float | None = None
     expert_drop: float = 0.1

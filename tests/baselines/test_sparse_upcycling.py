@@ -7,18 +7,19 @@ from timm.layers import Mlp
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.baselines.common.exchange import ExpertMlps
-from moee_analysis.baselines.common.sparse_moe_layer import (
+from moee_analysis.baselines.sparse_upcycling import (
     ExpertChoiceRouter,
     Gate,
     RandomScores,
     SparseMlp,
+    SparseUpcyclingConfig,
     TopKRouter,
     balance_loss,
+    convert,
     importance_loss,
     prefer,
     watch_routers,
 )
-from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
 from moee_analysis.moe.layer import ExpertLayer
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_vit
