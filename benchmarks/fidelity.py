@@ -9,7 +9,7 @@ budget too, on images that were not used for calibration. It writes ``fidelity.j
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import starmap
 from pathlib import Path
@@ -23,7 +23,7 @@ from fidelity_tables import COLUMNS, budget_name, write
 from torch import nn
 
 from moee_analysis import measure
-from moee_analysis.baselines.controls import randomly_routed, with_one_expert, with_random_centres
+from moee_analysis.baselines.controls import randomly_routed, with_random_centres
 from moee_analysis.baselines.static_pruning import BASELINES, config_of, prune
 from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
@@ -76,7 +76,7 @@ SYSTEMS: dict[str, System] = {
     "paper, unread constant": System(MIXTURE, partial(_paper, unread="constant")),
     "best": System(MIXTURE, _best),
     "best, random centres": System(CONTROL, lambda **s: with_random_centres(_best(**s))),
-    "best, one expert": System(CONTROL, lambda **s: with_one_expert(_best(**s))),
+    "best, one expert": System(CONTROL, lambda **s: replace(_best(**s), experts="one")),
     "best, random routing": System(CONTROL, _best, at_random=True),
     **{name: System(ATTENTION, make) for name, make in _static.items() if ATTENTION in name},
     "best, attention as read": System(ATTENTION, partial(_best, attention="read")),

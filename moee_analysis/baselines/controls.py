@@ -16,14 +16,9 @@ from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
-from moee_analysis.models.macs import count, moe_macs
+from moee_analysis.models.macs import count
 from moee_analysis.moe import routers
-from moee_analysis.moe.layer import MoeMlp, all_mlps, expert_layers, moe_layers, moe_names
-
-
-def with_one_expert(config: ExtractConfig) -> ExtractConfig:
-    """Return ``config`` with one expert for all but leading tokens: static pruning by its rule."""
-    return replace(config, experts="one")
+from moee_analysis.moe.layer import MoeMlp, all_mlps, expert_layers, macs_as_used, moe_layers
 
 
 def with_random_centres(config: ExtractConfig) -> ExtractConfig:
@@ -101,19 +96,15 @@ def statically_pruned(run: Extraction, images: ImageSet, *, store: Store = None)
     """
     converted = tuple(layer.index for layer in run.layers if layer.converted)
     if not converted:
-        raise MoeeError(
-            "a run with converted layers", "a run that left every layer dense",
-            "compare with the dense model, which is the same",
-        )  # fmt: skip
+        hint = "compare with the dense model, which is the same"
+        raise MoeeError("a run with converted layers", "a run that left every layer dense", hint)
     reduction = run.config.macs_reduction
     if reduction is None:
-        layers = expert_layers(run.model).items()
-        cost = moe_macs(run.model, {name: layer.macs_per_token() for name, layer in layers})
-        reduction = 1 - cost / count(run.dense()).total
+        reduction = 1 - macs_as_used(run.model) / count(run.dense()).total
     bounds = {"macs_reduction": reduction, "variance_kept": None}
     if reduction <= 0:  # the routers cost more than the experts save
         bounds = {"macs_reduction": None, "variance_kept": 1.0}
-    config = replace(with_one_expert(run.config), layers=converted, **bounds)
+    config = replace(run.config, experts="one", layers=converted, **bounds)
     return extract(run.dense(), images, config, store=store)
 
 
@@ -126,7 +117,7 @@ def random_centres(
     ``images`` are the run's own calibration images; the ``store`` keeps the sampled tokens.
     """
     calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
-    names, layers, rows = moe_names(run.model), moe_layers(run.model), {}
+    names, layers, rows = {r.index: r.name for r in run.layers}, moe_layers(run.model), {}
     for index, layer in layers.items():
         tokens = calibration.whole.kept[names[index]] * len(calibration.images)
         rng = np.random.default_rng([seed, index])

@@ -1,8 +1,9 @@
 """MoEfication: the hidden neurons of a trained MLP dealt into equal experts, k of them per token.
 
 "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (Zhang et al., 2022), which
-wants ReLU networks, and its port to vision transformers with GELU, "ViT-MoEfication", with other
-scores of experts, and with the mean of what is left out. All neurons stay: no parameters are saved.
+wants ReLU networks, and its port to vision transformers with GELU, "ViT-MoEfication", with the mean
+of what is left out. All neurons stay: no parameters are saved. The score of an expert is the sum of
+its positive activations, as published.
 """
 
 import copy
@@ -20,7 +21,7 @@ from torch.nn.functional import normalize
 
 from moee_analysis.baselines.common import equal_parts
 from moee_analysis.baselines.common import moefication_routers as routers
-from moee_analysis.baselines.common.exchange import Store, check_shared, sites_at
+from moee_analysis.baselines.common.exchange import Store, check_settings, sites_at
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import MACS_REDUCTION
@@ -29,7 +30,6 @@ from moee_analysis.extraction.record.tokens import LayerSample, token_plan
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
-from moee_analysis.utils import checks
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.folders import scratch_folder
 
@@ -51,11 +51,7 @@ class MoeficationConfig:
     - ``split``: balanced ``kmeans`` of the rows of W1; ``graph``, neurons that are active together;
       or ``random``.
     - ``router``: ``centre``, the nearest mean row of W1; an ``mlp`` that learns the score; or the
-      ``oracle`` that knows it, which costs half of the MLP or more.
-    - ``score`` of an expert, for the routers ``mlp`` and ``oracle``: the sum of its positive
-      activations (``pos``, as published), of all without their sign (``abs``), the length of its
-      output (``out``), or what it adds to the variance of the output, were its neurons
-      independent (``var``).
+      ``oracle`` that knows it, which costs half of the MLP.
     - ``mean_compensation``: experts that a token does not use give their mean output, not nothing.
     - ``tokens``: about how many calibration tokens of a layer are looked at.
     - ``layers``: MLPs to convert, counted from 0; None: all.
@@ -66,23 +62,17 @@ class MoeficationConfig:
     n_experts: int | None = None
     split: Literal["kmeans", "graph", "random"] = "kmeans"
     router: Literal["centre", "mlp", "oracle"] = "mlp"
-    score: Literal["pos", "abs", "out", "var"] = "pos"
     mean_compensation: bool = False
     tokens: int = 40_000
     seed: int = 0
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_shared(self)
+        check_settings(self)
         if self.macs_reduction is not None and self.active is not None:
             raise MoeeError("macs_reduction or active", "both", "give one of them")
         if self.macs_reduction is None and self.active is None:
             object.__setattr__(self, "macs_reduction", MACS_REDUCTION)
-        for name, value in checks.not_none(self, "active"):
-            checks.share(name, value)
-        for name, value in checks.not_none(self, "n_experts"):
-            checks.whole_number(name, value)
-        checks.whole_number("tokens", self.tokens)
 
     def experts(self, site: MlpSite) -> int:
         """Number of experts of a layer.
@@ -128,7 +118,7 @@ def oracle_routed(moefied: nn.Module) -> nn.Module:
     model = copy.deepcopy(moefied)
     for layer in moe_layers(model).values():
         k = round(layer.shares.sum().item())
-        layer.router = routers.GroundTruthRouter(layer, layer.origin, k=k).to(layer.shares.device)
+        layer.router = routers.GroundTruthRouter(layer, k=k).to(layer.shares.device)
     return model
 
 
@@ -182,8 +172,8 @@ def count_experts(dense: nn.Module, config: MoeficationConfig) -> dict[str, tupl
 def router_macs(config: MoeficationConfig, site: MlpSite, experts: int) -> int:
     """MACs per token of the router that ``config`` asks for."""
     centres = site.dim * experts
-    true = site.dim * site.hidden * (2 if config.score == "out" else 1)
-    return {"centre": centres, "mlp": centres + experts**2, "oracle": true}[config.router]
+    known = {"centre": centres, "mlp": centres + experts**2, "oracle": site.dim * site.hidden}
+    return known[config.router]
 
 
 @dataclass(frozen=True)
@@ -214,6 +204,14 @@ def thin_sample(sample: LayerSample, mlp: nn.Module, *, seed: int = 0) -> LayerT
     return LayerTokens(mlp, inputs, sample.image[rows])
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How the neurons of a layer were dealt, and the ``mean`` (hidden,) of their activations."""
+
+    split: str
+    mean: torch.Tensor
+
+
 def split_neurons(split: str, tokens: LayerTokens, experts: int, *, seed: int) -> np.ndarray:
     """Expert of every hidden neuron, int64 (hidden,); sizes differ by one at most."""
     if split == "kmeans":
@@ -237,7 +235,7 @@ def _unit_rows(weight: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int) -> MoeMlp:
     expert_of = split_neurons(config.split, tokens, experts, seed=config.seed)
-    origin = routers.Origin(describe_split(config.split), config.score, tokens.mean())
+    origin = Origin(describe_split(config.split), tokens.mean())
     layer = _make_layer(tokens.mlp, expert_of, origin, means=config.mean_compensation)
     layer.router = _make_router(layer, expert_of, tokens, config, k=k).to(layer.shares.device)
     used = layer.usage(torch.cat([layer.router(x) for x in tokens.inputs.split(BLOCK)]))
@@ -245,9 +243,7 @@ def _moefy(tokens: LayerTokens, config: MoeficationConfig, experts: int, k: int)
     return layer
 
 
-def _make_layer(
-    mlp: nn.Module, expert_of: np.ndarray, origin: routers.Origin, *, means: bool
-) -> MoeMlp:
+def _make_layer(mlp: nn.Module, expert_of: np.ndarray, origin: Origin, *, means: bool) -> MoeMlp:
     """The experts of ``mlp``; all of them together are the MLP, compensated or not."""
     neurons = [np.flatnonzero(expert_of == expert) for expert in range(expert_of.max() + 1)]
     readout, shift = Readout(), None
@@ -270,7 +266,7 @@ def _make_router(
     centres = torch.from_numpy(means).to(layer.fc1.weight)
     if config.router == "centre":
         return routers.CentreRouter(centres, k=k)
-    truth = routers.GroundTruthRouter(layer, layer.origin, k=k).to(centres.device)
+    truth = routers.GroundTruthRouter(layer, k=k).to(centres.device)
     if config.router == "oracle":
         return truth
     facts = {"image": tokens.image, "k": k, "seed": config.seed}

@@ -19,7 +19,6 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
-from moee_analysis.utils import checks
 
 SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers
 
@@ -32,7 +31,6 @@ class SoftMoeConfig:
     - ``initialisation``: experts are copies of the dense MLP (``upcycled``), or drawn anew as timm
       draws its MLPs (``fresh``).
     - ``drop``: rate of dropout of hidden activations and outputs; None: that of the dense MLP.
-    - ``noise``: standard deviation of noise on the logits in training.
     - ``layers``: MLPs to exchange, counted from 0; None: the second half.
     - ``macs_reduction``: share of all MACs of the dense model to save, by fewer slots, in layers as
       alike as possible.
@@ -44,19 +42,12 @@ class SoftMoeConfig:
     slots: int | None = None
     initialisation: Literal["upcycled", "fresh"] = "upcycled"
     drop: float | None = None
-    noise: float = 0.0
     layers: tuple[int, ...] | None = None
     seed: int = 0
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        exchange.check_shared(self)
-        checks.whole_number("experts", self.experts)
-        checks.real_number("noise", self.noise, least=0)
-        for name, value in checks.not_none(self, "drop"):
-            checks.real_number(name, value, least=0, below=1)
-        for name, value in checks.not_none(self, "slots"):
-            checks.whole_number(name, value)
+        exchange.check_settings(self)
         if self.slots is not None and self.macs_reduction is not None:
             raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
 
@@ -102,5 +93,5 @@ def _make_layer(config: SoftMoeConfig, site: MlpSite, slots: int, mlp: nn.Module
             weight.data.copy_(first)
         experts.fc1_bias.data.zero_()
         experts.fc2_bias.data.zero_()
-    router = SoftRouter(site.dim, config.experts, slots=slots, noise=config.noise, seed=seed)
+    router = SoftRouter(site.dim, config.experts, slots=slots, seed=seed)
     return SlotMlp(router, [experts], slots=slots)

@@ -23,7 +23,7 @@ from moee_analysis.measure.evaluation.trainings import (
     which_beats_which,
 )
 from moee_analysis.measure.evaluation.variants import variants
-from moee_analysis.measure.knockout.knock_out import knock_out, use_and_need, uses_and_needs
+from moee_analysis.measure.knockout.knock_out import knock_out, use_and_need
 from moee_analysis.measure.knockout.parts_unseen import parts_unseen
 from moee_analysis.measure.routing.classes import (
     class_distance,

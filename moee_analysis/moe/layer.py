@@ -241,16 +241,18 @@ def counting_usage(models: Mapping[Hashable, nn.Module]) -> Iterator[dict[Hashab
         yield sums
 
 
-def macs_as_used(model: nn.Module, usage: Usage) -> float:
-    """MACs of one image, where experts are used as :func:`counting_usage` has counted.
+def macs_as_used(model: nn.Module, usage: Usage | None = None) -> float:
+    """MACs of one image, with experts used as :func:`counting_usage` counted, or in calibration.
 
     Layers that hold parts of a dense MLP cost what their tokens use; all else costs what it runs.
     """
     per_token = {}
     for name, layer in expert_layers(model).items():
         if isinstance(layer, MoeMlp):
-            k = layer.shares.double().sum().item()
-            per_token[name] = layer.macs_per_token(k * usage[name] / usage[name].sum())
+            shares = layer.shares
+            if usage is not None:
+                shares = shares.double().sum().item() * usage[name] / usage[name].sum()
+            per_token[name] = layer.macs_per_token(shares)
     return moe_macs(model, per_token)
 
 

@@ -27,7 +27,18 @@ _LOOKS = {
 }
 
 
+def _tell_sweeps(table: pd.DataFrame) -> str:
+    words = []
+    for name, rows in table.dropna(subset=["setting", "kl"]).groupby("sweep", sort=False):
+        best = text.smallest(rows[rows["system"] == rows["system"].iloc[0]], "kl")
+        setting = " ".join(str(best["setting"]).split())
+        words.append(f"{name}: {setting} ({text.bits(best['kl'])})")
+    return f"Lowest KL divergence, in nats: {'; '.join(words) or 'unknown'}."
+
+
 def _tell_ablation(table: pd.DataFrame) -> str:
+    if "direction" not in table:
+        return _tell_sweeps(table)
     own = table.dropna(subset=["direction", "kl"]).query("recipe != ''")  # without the dense model
     whole, off, on, controls = (
         own[own["direction"] == name] for name in ("as it is", "off in turn", "on alone", "control")
@@ -51,17 +62,20 @@ def ablation(
     """Draw ``measure.ablation``: a row for every variant, sorted by effect.
 
     Lines are the recipe as it is and (pale) with other seeds; numbers are retentions in %. Rows of
-    ``measure.sweeps`` get panels below, and ``regret``, a table of ``measure.router_regret``, too.
+    ``measure.sweeps``, which may be all, get panels below, and ``regret``, a table of
+    ``measure.router_regret``, too.
     """
+    table = table if "direction" in table else table.assign(direction=None)
     pieces = table[table["direction"].notna()]
     swept = table[table["sweep"].notna()] if "sweep" in table else table[:0]
     groups = [_sort(pieces, name) for name in _TITLES if (pieces["direction"] == name).any()]
     recipes = [name for name in table["recipe"].dropna().unique() if name]
     colours = dict(zip(recipes, style.PALETTE, strict=False))
     below = _plan_rows(swept, colours, regret) if len(swept) else []
-    heights = [0.98 + 0.19 * max(map(len, groups)), *(height for height, *_ in below)]
-    fig, (top, *parts) = style.stack_parts(7.8, heights)
-    for ax, rows in zip(top.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+    heights = [0.98 + 0.19 * max(map(len, groups))] if groups else []
+    fig, parts = style.stack_parts(7.8, [*heights, *(height for height, *_ in below)])
+    tops = parts.pop(0).subplots(1, len(groups), squeeze=False)[0] if groups else ()
+    for ax, rows in zip(tops, groups, strict=True):
         recipe = rows["recipe"].iloc[0]
         own = pieces[pieces["recipe"] == recipe]
         _draw_group(ax, rows, own.loc[own["direction"] == "another seed", "kl"], colours[recipe])

@@ -87,8 +87,8 @@ class SupervisedConfig:
     - ``mixup``, ``cutmix``: parameters of the Beta distributions of timm's ``Mixup``; 0: off.
     - ``augmentation``: ``none``, ``flip`` (mirror images, one half), ``light`` or ``strong``
       (``batches``).
-    - ``balance_weight`` of the losses by which top-k routers learn to use their experts alike, as
-      in V-MoE (``sparse_moe_layer``).
+    - ``balance_weight`` of the loss by which top-k routers learn to use their experts alike, as
+      in V-MoE (``sparse_upcycling``).
     - ``clip``: largest norm of the gradients.
     - ``check_every``: steps between two looks at images that are not trained on; None: at the end.
     - ``seed`` of the order of images, augmentation, and everything random in the model.

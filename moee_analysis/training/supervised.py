@@ -25,7 +25,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from moee_analysis.baselines.common.sparse_moe_layer import balance_loss, watch_routers
+from moee_analysis.baselines.sparse_upcycling import balance_loss, watch_routers
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import evaluating, switched

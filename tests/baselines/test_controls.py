@@ -8,7 +8,6 @@ from moee_analysis.baselines.controls import (
     random_centres,
     randomly_routed,
     statically_pruned,
-    with_one_expert,
     with_random_centres,
 )
 from moee_analysis.errors import MoeeError
@@ -129,7 +128,7 @@ def test_with_random_centres_only_the_clusters_are_other_ones(settings):
 
 def test_with_one_expert_is_static_pruning_by_the_same_rule():
     config = best(macs_reduction=0.2)
-    control = taken_apart(with_one_expert(config)).model
+    control = taken_apart(replace(config, experts="one")).model
     pruned = statically_pruned(taken_apart(config), IMAGES).model
     torch.testing.assert_close(control(pixels_of(control)), pruned(pixels_of(control)))
     assert all(layer.n_experts == 2 for layer in moe_layers(control).values())

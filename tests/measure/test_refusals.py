@@ -9,7 +9,6 @@ import pytest
 from torch import nn
 
 from moee_analysis import measure
-from moee_analysis.baselines.soft_moe import SoftMoeConfig, convert
 from moee_analysis.errors import MoeeError
 from moee_analysis.measure.evaluation.comparison import Contest, compare
 from moee_analysis.measure.evaluation.evaluate import evaluate
@@ -169,10 +168,7 @@ def test_what_cannot_be_measured_is_refused(message, call):
         call()
 
 
-def test_slots_and_routers_that_do_not_fit_are_named(small_run):
-    slots = convert(DENSE, CALIBRATION, SoftMoeConfig())
-    with pytest.raises(MoeeError, match="names of 1 groups"):
-        measure.contributions(slots, IMAGES, groups=())
+def test_routers_that_do_not_fit_are_named(small_run):
     with pytest.raises(MoeeError, match=r"routers for some of the routed layers.*found none"):
         measure.router_regret(small_run, IMAGES, {})
     with pytest.raises(MoeeError, match=r"found strange for \[99\]"):

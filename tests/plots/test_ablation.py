@@ -102,6 +102,15 @@ def test_all_sweeps_have_one_scale():
     assert high > SWEPT["kl_high"].max()
 
 
+def test_sweeps_alone_are_drawn_and_told():
+    alone = SWEPT.drop(columns=["direction", "piece", "value"], errors="ignore")
+    fig = plots.ablation(alone)
+    assert titles(fig.axes) == titles(figure_of("ablation").axes[2:])
+    assert plots.describe(plots.ablation, alone).startswith(
+        "Lowest KL divergence, in nats: experts:"
+    )
+
+
 def test_more_sweeps_than_a_row_holds_begin_another():
     rows = [(f"s{n}", name, 0.1, "MoEE", "best", 0.36) for n in range(5) for name in ("a", "b")]
     rows += [(f"n{n}", number, 0.1, "MoEE", "best", 0.36) for n in range(4) for number in (1, 2)]

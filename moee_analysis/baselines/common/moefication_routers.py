@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,15 +13,6 @@ from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.kernels import in_blocks
 from moee_analysis.moe.layer import MoeMlp
 from moee_analysis.moe.routers import Router
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How neurons were dealt, the score of experts, and the ``mean`` (hidden,) of activations."""
-
-    split: str
-    score: str
-    mean: torch.Tensor
 
 
 class _TopScores(Router):
@@ -73,41 +63,22 @@ class MlpRouter(_TopScores):
 class GroundTruthRouter(_TopScores):
     """The k experts of the highest true score: an upper bound for all routers by that score.
 
-    It computes all hidden neurons of ``layer``, whose weights it shares, and for ``out`` outputs.
+    It computes all hidden neurons of ``layer``, whose weights it shares.
     """
 
-    def __init__(self, layer: MoeMlp, origin: Origin, *, k: int) -> None:
-        outputs = layer.fc2.weight.numel() if origin.score == "out" else 0
-        super().__init__(layer.n_experts, layer.fc1.weight.numel() + outputs, k=k)
-        self.fc1, self.act, self.fc2, self.score = layer.fc1, layer.act, layer.fc2, origin.score
-        mean = origin.mean.to(layer.fc1.weight) if origin.score == "var" else None
+    def __init__(self, layer: MoeMlp, *, k: int) -> None:
+        super().__init__(layer.n_experts, layer.fc1.weight.numel(), k=k)
+        self.fc1, self.act = layer.fc1, layer.act
         own = layer.neurons.split(layer.expert_sizes)
         none = layer.fc1.out_features  # neurons by expert (experts, width)
         members = nn.utils.rnn.pad_sequence(list(own), batch_first=True, padding_value=none)
-        self.register_buffer("mean", mean)
         self.register_buffer("members", members, persistent=False)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Score of every expert, (n, experts), for the tokens of ``x`` (..., dim)."""
-        return torch.cat([self._scores(block) for block in in_blocks(tokens_of(x))])
-
-    def _scores(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.act(self.fc1(tokens))
-        if self.score == "out":
-            weights = self._by_expert(self.fc2.weight).permute(1, 2, 0)  # (experts, width, dim)
-            outputs = self._by_expert(hidden).transpose(0, 1) @ weights
-            return outputs.norm(dim=2).T
-        if self.score == "pos":
-            worth = hidden.clamp(min=0)
-        elif self.score == "abs":
-            worth = hidden.abs()
-        else:
-            worth = (hidden - self.mean).square() * self.fc2.weight.square().sum(0)
-        return self._by_expert(worth).sum(2)
-
-    def _by_expert(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (n, hidden) by expert, (n, experts, width); zeros where an expert is smaller."""
-        return pad(values, (0, 1))[:, self.members]
+        """Sum of every expert's positive activations, (n, experts), for ``x`` (..., dim)."""
+        blocks = (self.act(self.fc1(tokens)).clamp(min=0) for tokens in in_blocks(tokens_of(x)))
+        # where an expert is smaller than others, zeros are added
+        return torch.cat([pad(worth, (0, 1))[:, self.members].sum(2) for worth in blocks])
 
 
 EPOCHS = 30

@@ -6,8 +6,7 @@ released code where the paper leaves something open.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,21 +31,16 @@ class SlotMlp(nn.Module):
     """Experts on slots, in the place of an MLP.
 
     ``router`` makes a :class:`Mixing` of tokens (images, tokens, dim). Experts stand in the order
-    of their slots, so many of each, in ``groups`` of one number of hidden neurons. ``drop`` maps
-    outputs (images, experts, slots, dim), to drop experts in training.
+    of their slots, so many of each, in ``groups`` of one number of hidden neurons. ``drop`` is the
+    rate at which whole experts drop out in training.
     """
 
     def __init__(
-        self,
-        router: nn.Module,
-        groups: Sequence[ExpertMlps],
-        *,
-        slots: int = 1,
-        drop: nn.Module | None = None,
+        self, router: nn.Module, groups: Sequence[ExpertMlps], *, slots: int = 1, drop: float = 0.0
     ) -> None:
         super().__init__()
         self.router, self.groups, self.slots = router, nn.ModuleList(groups), slots
-        self.drop = nn.Identity() if drop is None else drop
+        self.drop = ExpertDropout(drop)
 
     @property
     def n_experts(self) -> int:
@@ -124,7 +118,6 @@ class SpheroRouter(nn.Module):
     and softmaxed over the tokens, to combine by another one and over all slots. All are learned.
 
     - ``temperature``: both at the start.
-    - ``combine``: ``softmax``, or ``entmax15``, which leaves most slots out.
     - ``noise``: standard deviation of what is added to the logits, in training alone (the released
       code adds it in evaluation too); None is one over the number of experts.
     """
@@ -136,7 +129,6 @@ class SpheroRouter(nn.Module):
         *,
         slots: int = 1,
         temperature: float = 0.5,
-        combine: Literal["softmax", "entmax15"] = "softmax",
         noise: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -147,42 +139,18 @@ class SpheroRouter(nn.Module):
         self.query_norm = nn.LayerNorm(dim)
         self.dispatch_temperature = nn.Parameter(torch.tensor(temperature))
         self.combine_temperature = nn.Parameter(torch.tensor(temperature))
-        self.combine = entmax15 if combine == "entmax15" else partial(torch.softmax, dim=-1)
         self.noise = 1 / experts if noise is None else noise
 
     def forward(self, tokens: torch.Tensor) -> Mixing:
         """Return the mixing of ``tokens`` (images, tokens, dim)."""
         logits = add_noise(self.logits(tokens), self)
         dispatch = (logits / self.dispatch_temperature).softmax(dim=1)
-        return Mixing(dispatch, self.combine(logits / self.combine_temperature))
+        return Mixing(dispatch, (logits / self.combine_temperature).softmax(dim=2))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return cosines of tokens and queries, (images, tokens, experts x slots)."""
         queries = normalize(self.query_norm(self.queries.flatten(0, 1)), dim=1)
         return (normalize(tokens, dim=2) @ queries.T).to(self.queries.dtype)  # autocast lowers it
-
-
-def entmax15(logits: torch.Tensor) -> torch.Tensor:
-    """Return the weights (..., n) of ``logits`` (..., n): like a softmax, but many exactly 0.
-
-    They are max(x / 2 - tau, 0)^2, and tau is what makes them sum to 1. Source: Peters, Niculae,
-    Martins, "Sparse Sequence-to-Sequence Models", ACL 2019, algorithm 2.
-    """
-    halves = (logits - logits.amax(dim=-1, keepdim=True).detach()) / 2
-    # of the largest values, as many are not 0 as leave tau below them all
-    ordered = halves.detach().sort(dim=-1, descending=True).values
-    count = torch.arange(1, halves.shape[-1] + 1, device=halves.device, dtype=halves.dtype)
-    mean = ordered.cumsum(dim=-1) / count
-    scatter = count * (ordered.square().cumsum(dim=-1) / count - mean.square())
-    tau = mean - ((1 - scatter).clamp(min=0) / count).sqrt()
-    last = (tau <= ordered).sum(dim=-1, keepdim=True) - 1
-    outside = halves.detach() < ordered.gather(-1, last)
-    # the same once more among those alone, for the gradients
-    count = (~outside).sum(dim=-1, keepdim=True)
-    mean = halves.masked_fill(outside, 0.0).sum(dim=-1, keepdim=True) / count
-    scatter = (halves - mean).masked_fill(outside, 0.0).square().sum(dim=-1, keepdim=True)
-    tau = mean - ((1 - scatter) / count).sqrt()
-    return (halves - tau).masked_fill(outside, 0.0).square()
 
 
 class ExpertDropout(nn.Module):

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moee_analysis.baselines.common.exchange import check_shared
+from moee_analysis.baselines.common.exchange import check_settings
 from moee_analysis.errors import MoeeError
-from moee_analysis.utils import checks
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,15 @@ class JetpackConfig:
       the share ``universal_ratio`` of these; each expert has so many ``slots``. Both None: half as
       many core experts as the layer has patches, and twice as many universal ones (published: 98
       and 196 for 196 patches).
-    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. ``combine``, ``temperature``
-      and ``noise`` are settings of :class:`SpheroRouter`.
+    - ``router``: ``sphero``, or the plain ``soft`` one of Soft MoE. ``temperature`` and ``noise``
+      are settings of :class:`SpheroRouter`.
     - ``expert_drop``: rate at which outputs of whole experts drop out in training, which rises
       linearly to this value in the last layer. ``drop``: dropout inside experts, after the
       activation and after the second linear map.
 
-    Defaults are those of the released code; for channels, ``combine`` and what drops out, the
-    paper's. ``macs_reduction`` is the share of the dense model's MACs to save, at the same width
-    alone, by slots, or by experts where both their numbers are None.
+    Defaults are those of the released code; for channels, the softmax that combines slots, and what
+    drops out, the paper's. ``macs_reduction`` is the share of the dense model's MACs to save, at
+    the same width alone, by slots, or by experts where both their numbers are None.
     """
 
     width: int | None = None
@@ -50,7 +49,6 @@ class JetpackConfig:
     universal_ratio: float = 0.25
     slots: int = 1
     router: Literal["sphero", "soft"] = "sphero"
-    combine: Literal["softmax", "entmax15"] = "softmax"
     temperature: float = 0.5
     noise: float | None = None
     expert_drop: float = 0.1
@@ -59,19 +57,7 @@ class JetpackConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        check_shared(self)
-        for name, value in checks.not_none(self, "width", "core", "universal"):
-            checks.whole_number(name, value, least=1 if name == "width" else 0)
-        checks.whole_number("slots", self.slots)
-        checks.share("universal_ratio", self.universal_ratio)
-        for name in ("drop", "expert_drop"):
-            checks.real_number(name, getattr(self, name), least=0, below=1)
-        checks.real_number("temperature", self.temperature, above=0)
-        for name, value in checks.not_none(self, "noise"):
-            checks.real_number(name, value, least=0)
-        self._check_together()
-
-    def _check_together(self) -> None:
+        check_settings(self)
         given = [value for value in (self.core, self.universal) if value is not None]
         if len(given) == 1 or (given and not sum(given)):
             raise MoeeError(

@@ -136,12 +136,12 @@ def _make_layer(
     config = recycling.config
     groups = recycling.cut_experts(site, core=size.core, universal=size.universal)
     experts = [exchange.ExpertMlps(group, mlp.act, drop=config.drop) for group in groups]
-    dropout = soft.ExpertDropout(site.index / max(1, last.index) * config.expert_drop)
+    drop = site.index / max(1, last.index) * config.expert_drop
     seed = int(np.random.default_rng([config.seed, 2, site.index]).integers(2**31))
     facts = {"slots": size.slots, "seed": seed}
     if config.router == "soft":
         router = soft.SoftRouter(site.dim, size.experts, noise=config.noise or 0.0, **facts)
     else:
-        facts |= {name: getattr(config, name) for name in ("temperature", "combine", "noise")}
+        facts |= {"temperature": config.temperature, "noise": config.noise}
         router = soft.SpheroRouter(site.dim, size.experts, **facts)
-    return soft.SlotMlp(router, experts, slots=size.slots, drop=dropout)
+    return soft.SlotMlp(router, experts, slots=size.slots, drop=drop)

@@ -4,6 +4,7 @@ Activations of channels, heads and hidden neurons, summed over the tokens of ima
 are kept whole; the released code mixes their dimensions. Source: MoE Jetpack, section 3.2.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,25 +31,13 @@ PARTS = 32  # of a graph, as in the released code
 SMALLEST = 8  # units of a part, where there are few
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Sums over the tokens of all images, float64, called ``<place>.<kind>``.
+Profile = Mapping[str, torch.Tensor]
+"""Sums over the tokens of all images, float64, called ``<place>.<kind>``.
 
-    Places are ``<mlp>`` (hidden neurons, after the activation), ``<mlp>.fc1`` (channels, as the MLP
-    sees them) and ``<attention>`` (what its projection sees). Kinds are ``squares``, ``tokens``,
-    and for MLPs ``together``, if asked for: how often two are positive at once, units x units.
-    """
-
-    tensors: dict[str, torch.Tensor]
-
-    def worth(self, place: str) -> np.ndarray:
-        """Root mean square activation of every unit."""
-        mean = self.tensors[f"{place}.squares"] / self.tensors[f"{place}.tokens"]
-        return mean.sqrt().numpy()
-
-    def together(self, place: str) -> np.ndarray:
-        """How often any two units are positive for the same token, (units, units)."""
-        return self.tensors[f"{place}.together"].numpy()
+Places are ``<mlp>`` (hidden neurons, after the activation), ``<mlp>.fc1`` (channels, as the MLP
+sees them) and ``<attention>`` (what its projection sees). Kinds are ``squares``, ``tokens``,
+and for MLPs ``together``, if asked for: how often two are positive at once, units x units.
+"""
 
 
 def profile(
@@ -56,7 +45,7 @@ def profile(
 ) -> Profile:
     """Run ``model`` over the images once and add up its activations, also of pairs ``together``."""
     if store is None:
-        return Profile(_add_up(model, images, together=together))
+        return _add_up(model, images, together=together)
 
     def fill(folder: Path) -> None:
         save_file(_add_up(model, images, together=together), folder / "sums.safetensors")
@@ -65,7 +54,12 @@ def profile(
         profile=2, model=fingerprint(model), images=images.fingerprint, together=together
     )
     folder = get_or_build(Path(store), f"profile-{key}", fill)
-    return Profile(load_file(folder / "sums.safetensors"))
+    return load_file(folder / "sums.safetensors")
+
+
+def worth_of(found: Profile, place: str) -> np.ndarray:
+    """Root mean square activation of every unit at a place."""
+    return (found[f"{place}.squares"] / found[f"{place}.tokens"]).sqrt().numpy()
 
 
 def _add_up(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, torch.Tensor]:
@@ -98,7 +92,7 @@ def _add_up(model: nn.Module, images: ImageSet, *, together: bool) -> dict[str, 
 class Units:
     """Units of one kind at one place, of which some are chosen.
 
-    ``worth`` (total,) and ``together`` (total, total) are those of the :class:`Profile`, None where
+    ``worth`` (total,) and ``together`` (total, total) are those of a :data:`Profile`, None where
     the method needs none; ``seed`` is that of the graph's division.
     """
 
@@ -178,7 +172,7 @@ class Recycling:
         for place, total in unit_counts(self.dense).items():
             if self.found is not None:  # the mean over a stage's layers, or a head's dimensions
                 inputs = [f"{name}.fc1" for name in mlps if stage_of(self.dense, name) == place]
-                each = [self.found.worth(own) for own in inputs or [place]]
+                each = [worth_of(self.found, own) for own in inputs or [place]]
                 worth = np.mean(each, axis=0).reshape(total, -1).mean(axis=1)
             units = Units(total, worth)
             chosen[place] = choose_shared(self.config.method, units, sizes[place], rng)
@@ -203,9 +197,7 @@ class Recycling:
             return cut(mlp, own, full[space_evenly(site.hidden, hidden)])
 
         small = max(1, round(config.universal_ratio * site.hidden))
-        groups = [
-            (count, size) for count, size in ((core, site.hidden), (universal, small)) if count
-        ]
+        groups = [pair for pair in ((core, site.hidden), (universal, small)) if pair[0]]
         if config.method == "uniform":  # all alike
             return [[draw(hidden)] * count for count, hidden in groups]
         return [[draw(hidden) for _ in range(count)] for count, hidden in groups]
@@ -214,8 +206,8 @@ class Recycling:
         """Units at one place, for experts to draw from."""
         if self.found is None:
             return Units(total)
-        together = self.found.together(place) if self.config.method == "graph" else None
-        return Units(total, self.found.worth(place), together, self.config.seed)
+        pairs = self.found[f"{place}.together"].numpy() if self.config.method == "graph" else None
+        return Units(total, worth_of(self.found, place), pairs, self.config.seed)
 
 
 def cut(mlp: Mlp, channels: np.ndarray, neurons: np.ndarray) -> Mlp:

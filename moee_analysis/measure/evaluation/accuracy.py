@@ -18,8 +18,7 @@ from moee_analysis.models.class_names import is_classifier, knows_classes
 from moee_analysis.models.inputs import like
 from moee_analysis.utils.checks import draw_numbers, one_of
 
-REFERENCE = ""
-"""Key of the reference's own scores; no system is called so."""
+REFERENCE = ""  # key of the reference's own scores; no system is called so
 
 Models = nn.Module | Mapping[str, nn.Module]
 Scores = dict[str, np.ndarray]

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,9 +38,7 @@ from moee_analysis.utils.storage.store import check_writable
 
 Row = dict[str, Any]
 
-POINTS = (0.20, 0.28, 0.36)
-"""Shares of the dense model's MACs to save."""
-
+POINTS = (0.20, 0.28, 0.36)  # shares of the dense model's MACs to save
 CONTROLS = ("random_routing", "constant_routing", "oracle_routing")
 BATCH = 64  # images that are timed at once
 TOGETHER = 3e9  # bytes of models that see the images in one pass
@@ -181,7 +179,10 @@ def _measure(
     own = {each.name: each.models["own"] for each in group if each.models}
     accuracies, right, usage, times = {}, {}, {}, {}
     if models:
-        with counting_usage(own) as usage, _fix_dispatch(models.values()):
+        with counting_usage(own) as usage, ExitStack() as stack:
+            for model in models.values():  # in the one way that needs no measuring first
+                stack.callback(set_dispatch, model, "auto")
+                set_dispatch(model, "masked")
             scores = score_images(models, contest.images, reference=contest.dense)
         table = summarize(scores, resamples=contest.resamples)
         accuracies = {row["system"]: accuracy_numbers(row) for row in table.to_dict("records")}
@@ -233,29 +234,15 @@ def _describe(
     }
 
 
-@contextmanager
-def _fix_dispatch(models: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, layers are computed in the one way that needs no measuring first."""
-    for model in models:
-        set_dispatch(model, "masked")
-    try:
-        yield
-    finally:
-        for model in models:
-            set_dispatch(model, "auto")
-
-
 def _describe_layers(made: Run | None) -> list[Row]:
     """What each layer has become; only an extraction knows of noise, and of layers left dense."""
     if made is None:
         return []
     if isinstance(made, Extraction):
         return [asdict(layer) for layer in made.layers]
-    rows = []
-    for name, layer in expert_layers(made).items():
-        row = {"name": name, "experts": layer.n_experts, "converted": True, "reason": ""}
-        rows.append(row | {"noise_share": None} | fractions(layer))
-    return rows
+    layers = expert_layers(made).items()
+    facts = {"converted": True, "reason": "", "noise_share": None}
+    return [{"name": name, "experts": m.n_experts} | facts | fractions(m) for name, m in layers]
 
 
 def comparison_table(rows: Iterable[Row]) -> pd.DataFrame:

@@ -89,10 +89,6 @@ def fine_tuning(
     )
 
 
-Start = Callable[[int], nn.Module]
-"""What makes the model that is trained with a seed."""
-
-
 @dataclass(frozen=True)
 class Trainings:
     """What became of every start with every seed.
@@ -132,7 +128,7 @@ class Trainings:
 
 
 def trainings(
-    starts: Mapping[str, Start],
+    starts: Mapping[str, Callable[[int], nn.Module]],
     training: ImageSet,
     images: ImageSet,
     config: SupervisedConfig,

@@ -21,7 +21,7 @@ from moee_analysis.measure.routing.bootstrap import MIDDLE, repeat
 from moee_analysis.measure.routing.inputs import Run, model_of
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.loading import fingerprint
-from moee_analysis.models.macs import MacCount, count, count_parameters, moe_macs
+from moee_analysis.models.macs import MacCount, count, count_parameters
 from moee_analysis.moe.layer import MoeMlp, Usage, all_mlps, macs_as_used
 from moee_analysis.utils.checks import draw_numbers
 from moee_analysis.utils.progress import progress
@@ -90,13 +90,7 @@ def costs_of(
 
     ``usage`` None takes the routing shares of the calibration; ``counted`` is of the dense model.
     """
-    if usage is not None:
-        macs = macs_as_used(model, usage)
-    else:
-        mlps = all_mlps(model).items()
-        own = {name: m.macs_per_token() for name, m in mlps if isinstance(m, MoeMlp)}
-        macs = moe_macs(model, own)
-    parameters = count_parameters(model)
+    macs, parameters = macs_as_used(model, usage), count_parameters(model)
     return {
         "macs": float(macs),
         "macs_reduction": 1 - macs / counted.total,

@@ -24,14 +24,9 @@ from moee_analysis.utils.checks import draw_numbers
 Group = tuple[str, str, str, np.ndarray]
 """Kind (all, class or family), name and family of some images, and their indices, int64."""
 
-WHAT = {"removed": removed, "alone": alone}
-"""What is done with an expert: it is knocked out, or all others are."""
-
-SYSTEMS = ("expert", "random tokens")
-"""Whose tokens are knocked out: the experts', or as many of every image drawn at random."""
-
-BEYOND = "beyond random tokens"
-"""Name of what an expert's removal does more than that of random tokens."""
+WHAT = {"removed": removed, "alone": alone}  # the expert is knocked out, or all others are
+SYSTEMS = ("expert", "random tokens")  # whose tokens: as many of every image drawn at random
+BEYOND = "beyond random tokens"  # what an expert's removal does more than theirs
 
 
 def knock_out(
@@ -100,11 +95,8 @@ def knock_out(
 def uses_and_needs(table: pd.DataFrame) -> pd.DataFrame:
     """How much more than all classes each class uses an expert, and loses without it.
 
-    Of a table of ``knock_out``. Columns: ``layer``, ``system`` (expert | random tokens | beyond
-    random tokens: the one less the other), ``class_name``, ``expert``, ``use`` (the expert's share
-    of the class's tokens) and ``need`` (how much the log-probability of the class falls without
-    them, in nats), both less the mean over classes.
-    Raises MoeeError: fewer than four classes.
+    ``use`` is the expert's share of the class's tokens, ``need`` how much the log-probability of
+    the class falls without them, in nats. Fewer than four classes are refused.
     """
     rows = table[(table["kind"] == "class") & (table["what"] == "removed")]
     if (classes := rows["group"].nunique()) < 4:

@@ -21,8 +21,7 @@ from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import all_mlps, moe_layers, moe_names
 from moee_analysis.utils.checks import draw_numbers
 
-SYSTEMS = ("expert", "random patches")
-"""What is knocked out: an expert, or as many patches of every image drawn at random."""
+SYSTEMS = ("expert", "random patches")  # as many of every image, drawn at random
 
 
 def parts_unseen(

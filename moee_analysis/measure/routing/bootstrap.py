@@ -12,8 +12,7 @@ from scipy.special import entr
 
 from moee_analysis.utils.checks import whole_number
 
-MIDDLE = (0.025, 0.975)
-"""Quantiles that end the middle 95 %."""
+MIDDLE = (0.025, 0.975)  # quantiles that end the middle 95 %
 
 
 class Groups:

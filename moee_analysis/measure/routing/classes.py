@@ -129,7 +129,7 @@ def class_distance(
     Columns: ``system``, ``layer``, ``class_index_a``, ``class_index_b``, ``class_a``, ``class_b``
     (every ordered pair, also of a class with itself), ``js`` (bits), ``floor`` (mean of the two
     classes' own ``js``), ``order_a``, ``order_b`` (position for a heat map: by family, else by
-    similarity), and with ``families`` also ``family_a``, ``family_b``, ``same_family``.
+    similarity), and with ``families`` also ``family_a``, ``family_b``.
     Raises MoeeError: a chosen class with fewer than two images, a class without a family.
     """
     draw_numbers(seed, splits=splits)
@@ -287,7 +287,4 @@ def _pair_classes(
         own["family"] = family
     columns = [f"{name}_{side}" for name in own for side in "ab"]
     columns[4:4] = ["js", "floor"]  # which differ from layer to layer
-    pairs = own.merge(own, how="cross", suffixes=("_a", "_b")).reindex(columns=columns)
-    if families is not None:
-        pairs["same_family"] = pairs["family_a"] == pairs["family_b"]
-    return pairs
+    return own.merge(own, how="cross", suffixes=("_a", "_b")).reindex(columns=columns)

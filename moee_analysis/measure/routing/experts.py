@@ -14,8 +14,7 @@ from moee_analysis.measure.routing.inputs import Layers, Run, choose_layers, cho
 from moee_analysis.measure.routing.tables import add_caption, all_rows, order_alike, stack, sum_up
 from moee_analysis.moe.layer import MoeMlp, moe_layers
 
-NEAR_ORTHOGONAL = 0.2
-"""Two mean inputs with a cosine between plus and minus this are called near-orthogonal."""
+NEAR_ORTHOGONAL = 0.2  # two mean inputs with a cosine between plus and minus this
 
 OfLayers = Mapping[int, np.ndarray]
 Source = Run | OfLayers

@@ -10,8 +10,7 @@ from moee_analysis.measure.routing.routes import Routes, Source, all_routes
 from moee_analysis.measure.routing.tables import stack
 from moee_analysis.utils.checks import draw_numbers
 
-METRICS = ("entropy", "gini", "max_over_mean", "cv2", "dead")
-"""What :func:`balance` measures, in the order of its rows."""
+METRICS = ("entropy", "gini", "max_over_mean", "cv2", "dead")  # of `balance`, in order
 
 
 def routing(source: Source, images: ImageSet | None = None) -> pd.DataFrame:

@@ -6,7 +6,6 @@ from functools import cache, partial
 import numpy as np
 import pandas as pd
 from scipy.special import entr, xlogy
-from scipy.stats import random_table
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
@@ -29,15 +28,14 @@ def modularity(
     """Adjusted mutual information between the expert of a patch token and the part it shows.
 
     A patch shows the part that covers most of it; masks are laid over the patches as a whole, so
-    the model's transform must not crop. Three null hypotheses, from strong to weak: masks exchanged
-    between images of the same class (the expert knows class and place, no more), between any images
-    (it knows the place), tokens shuffled (it knows nothing).
+    the model's transform must not crop. Two null hypotheses: masks exchanged between images of the
+    same class (the expert knows class and place, no more), or between any images (just the place).
 
     Columns: ``system``, ``layer``, ``experts``, ``parts``, ``images``, ``tokens`` (patches),
     ``ami`` (0 chance, 1 the same partition), ``low``, ``high`` (95 % basic bootstrap interval over
     images), ``null_mean``, ``null_high`` (95 %), ``p``, ``excess`` (masks exchanged between any
     images), ``class_null_mean``, ``class_null_high``, ``class_p`` (between images of one class),
-    ``token_null_mean``, ``token_null_high`` (tokens shuffled), ``seed``.
+    ``seed``.
     Raises MoeeError: images without part masks, routes of other images, no layer with one expert
     per token and a grid of patches, no permutations or resamples.
     """
@@ -181,11 +179,8 @@ def _measure(patches: _Patches, permutations: int, resamples: int, seed: int) ->
         return bootstrap.against_chance(value, score(null))
 
     everywhere, within = exchange(np.zeros_like(patches.labels)), exchange(patches.labels)
-    shuffled = random_table(table.sum(axis=1), table.sum(axis=0), seed=seed)
-    tokens = bootstrap.against_chance(value, score(shuffled.rvs(permutations)))
     numbers = {"ami": value, "low": low, "high": high, **everywhere}
     numbers |= {f"class_{name}": within[name] for name in ("null_mean", "null_high", "p")}
-    numbers |= {f"token_{name}": tokens[name] for name in ("null_mean", "null_high")}
     row = {"experts": patches.shape[0], "parts": int(table.any(axis=0).sum())}
     row |= {"images": len(patches.experts), "tokens": int(table.sum())}
     return row | {name: float(number) for name, number in numbers.items()} | {"seed": seed}

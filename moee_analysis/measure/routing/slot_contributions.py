@@ -1,7 +1,5 @@
 """What groups of experts on slots add to the tokens, such as core and universal experts."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import torch
@@ -15,30 +13,26 @@ from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.survey import survey
 
+GROUPS = ("core", "universal")  # of experts in a layer; some layers have the first one alone
 
-def contributions(
-    model: nn.Module, images: ImageSet, *, groups: Sequence[str] = ("core", "universal")
-) -> pd.DataFrame:
+
+def contributions(model: nn.Module, images: ImageSet) -> pd.DataFrame:
     """What every group of experts adds to the tokens, layer by layer.
 
     The output of a layer for a token is the sum over all slots of the token's combine weight times
-    what the slot's expert made; a group adds the part of its slots. The paper of MoE Jetpack shows
-    contributions without saying how they are computed: only their course over the layers compares
-    with these. ``groups`` are names, in the order of the layers'; of fewer groups, the first ones.
+    what the slot's expert made; a group adds the part of its slots. The paper of MoE Jetpack does
+    not say how it computes contributions: only their course over the layers compares with these.
 
-    One row for each layer of slots and ``group``: ``layer`` (place among the MLPs, from 0),
+    One row for each layer of slots and ``group`` (core | universal): ``layer`` (of MLPs, from 0),
     ``experts``, ``hidden`` neurons of each; ``contribution``, the length (L2) of what the group
     adds, mean over all tokens; ``relative``, over the mean length of the layer's whole outputs;
     ``mass``, the share of the combine weights that the group's slots have.
-    Raises MoeeError: a model without such layers, or a layer with more groups than names.
+    Raises MoeeError: a model without such layers.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SlotMlp)}
     if not layers:
         hint = "convert it by jetpack or soft_moe"
         raise MoeeError("a model with experts on slots", "none", hint)
-    most = max(len(layer.groups) for layer in layers.values())
-    if most > len(groups):
-        raise MoeeError(f"names of {most} groups of experts", str(list(groups)), "name them all")
     sums = {name: np.zeros((len(layer.groups) + 1, 3)) for name, layer in layers.items()}
     with evaluating(model), watch(layers, lambda name, x: _add(sums[name], layers[name], x)):
         for x in batches_of(model, images, label="contributions"):
@@ -49,8 +43,7 @@ def contributions(
     rows = []
     for name, layer in layers.items():
         *parts, (whole, weights, _) = sums[name]
-        # some names may be left over
-        for own, group, (length, mass, tokens) in zip(groups, layer.groups, parts, strict=False):
+        for own, group, (length, mass, tokens) in zip(GROUPS, layer.groups, parts, strict=False):
             row = {"layer": ordered.index(name), "group": own, "experts": group.n_experts}
             row |= {"hidden": group.hidden, "contribution": length / tokens}
             rows.append(row | {"relative": length / whole, "mass": mass / weights})

@@ -10,14 +10,11 @@ from moee_analysis.baselines.common.moefication_routers import (
     CentreRouter,
     GroundTruthRouter,
     MlpRouter,
-    Origin,
     captured,
     train_router,
 )
-from moee_analysis.baselines.moefication import MoeficationConfig
 from moee_analysis.errors import MoeeError
 from moee_analysis.moe.layer import MoeMlp
-from moee_analysis.utils.checks import choices_of
 
 DIM, HIDDEN = 6, 10
 EXPERTS = [np.array([0, 2, 3, 9]), np.array([4, 5, 7]), np.array([1, 6, 8])]
@@ -28,30 +25,21 @@ def tokens(count=30):
     return torch.randn(count, DIM, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("score", choices_of(MoeficationConfig)["score"])
 @torch.no_grad()
-def test_true_scores_are_what_they_are_called(score):
+def test_true_scores_are_sums_of_positive_activations():
     torch.manual_seed(0)
     mlp = Mlp(DIM, HIDDEN).double()
     layer = MoeMlp(mlp, nn.Identity(), EXPERTS, np.ones(3))
-    mean = torch.linspace(-0.1, 0.3, HIDDEN, dtype=torch.float64)
-    router = GroundTruthRouter(layer, Origin("random", score, mean), k=2)
-    hidden, lengths = mlp.act(mlp.fc1(tokens())), mlp.fc2.weight.square().sum(0)
-    outputs = [hidden[:, ids] @ mlp.fc2.weight[:, ids].T for ids in EXPERTS]
-    expected = torch.stack([{
-        "pos": hidden[:, ids].clamp(min=0).sum(1),
-        "abs": hidden[:, ids].abs().sum(1),
-        "out": output.norm(dim=1),
-        "var": ((hidden - mean) ** 2 * lengths)[:, ids].sum(1),
-    }[score] for ids, output in zip(EXPERTS, outputs, strict=True)], dim=1)  # fmt: skip
+    router = GroundTruthRouter(layer, k=2)
+    hidden = mlp.act(mlp.fc1(tokens()))
+    expected = torch.stack([hidden[:, ids].clamp(min=0).sum(1) for ids in EXPERTS], dim=1)
     torch.testing.assert_close(router.scores(tokens()).float(), expected.float())
     best = router.scores(tokens()).argsort(dim=1, descending=True)[:, :2]
     assert torch.equal(router(tokens().reshape(5, 6, DIM)), best)
-    assert router.macs == DIM * HIDDEN * (2 if score == "out" else 1)
+    assert router.macs == DIM * HIDDEN
     assert router.n_experts == 3
-    layer.fc2.weight.mul_(2)  # scores are those of the layer that is trained
-    factor = {"out": 2, "var": 4}.get(score, 1)
-    torch.testing.assert_close(router.scores(tokens()).float(), factor * expected.float())
+    layer.fc1.weight.zero_()  # scores are those of the layer that is trained
+    assert not router.scores(tokens()).sub(router.scores(-tokens())).any()
 
 
 def test_the_centre_router_ranks_by_distance_and_the_mlp_router_is_one_without_biases():

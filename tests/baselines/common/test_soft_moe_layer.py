@@ -14,7 +14,6 @@ from moee_analysis.baselines.common.soft_moe_layer import (
     SlotMlp,
     SoftRouter,
     SpheroRouter,
-    entmax15,
 )
 from moee_analysis.moe.layer import ExpertLayer
 
@@ -33,12 +32,12 @@ def soft_router(*, slots=2, **settings):
     return router
 
 
-def made(*, slots=2, drop=None):
+def made(*, slots=2):
     """MLPs of random weights, and the layer of slots that has them as experts."""
     torch.manual_seed(0)
     mlps = [Mlp(DIM, hidden).double() for hidden in SIZES]
     groups = [ExpertMlps(mlps[:2], mlps[0].act), ExpertMlps(mlps[2:], mlps[0].act)]
-    return mlps, SlotMlp(soft_router(slots=slots), groups, slots=slots, drop=drop).eval()
+    return mlps, SlotMlp(soft_router(slots=slots), groups, slots=slots).eval()
 
 
 def one_by_one(mlps, slots, mixing, x):
@@ -91,7 +90,8 @@ def test_what_drops_experts_sees_the_outputs_of_each():
         def forward(self, outputs):
             return torch.cat([torch.zeros_like(outputs[:, :1]), outputs[:, 1:]], dim=1)
 
-    mlps, layer = made(drop=DropFirst())
+    mlps, layer = made()
+    layer.drop = DropFirst()
     x = tokens()
     dispatch, combine = layer.router(x)
     expected = layer(x)
@@ -125,17 +125,16 @@ def test_noise_is_added_in_training_only():
 X = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("combine", ["softmax", "entmax15"])
 @pytest.mark.parametrize("low", [False, True])
-def test_slots_are_mixtures_of_all_tokens_and_tokens_of_all_slots(combine, low):
-    router = SpheroRouter(16, 60, slots=3, combine=combine)
+def test_slots_are_mixtures_of_all_tokens_and_tokens_of_all_slots(low):
+    router = SpheroRouter(16, 60, slots=3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         dispatch, combined = router(X)
     assert dispatch.shape == combined.shape == (2, 9, 180)
     torch.testing.assert_close(dispatch.sum(dim=1), torch.ones(2, 180), atol=1e-4, rtol=0)
     torch.testing.assert_close(combined.sum(dim=2), torch.ones(2, 9), atol=1e-4, rtol=0)
     assert (dispatch > 0).all()
-    assert (combined >= 0).all()
+    assert (combined > 0).all()
 
 
 def test_logits_are_cosines_of_normed_queries_each_for_itself_by_two_temperatures():
@@ -189,37 +188,3 @@ def test_whole_experts_drop_out_in_training_and_the_others_make_up_for_them():
     assert not dropped.all(1).any()  # experts by themselves, not all of an image
     assert (drop(0.0) == 1).all()
     assert (ExpertDropout(0.9).eval()(torch.ones(2, 10, 3, 4)) == 1).all()
-
-
-def logits(spread, *shape):
-    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
-
-
-@pytest.mark.parametrize("spread", [0.01, 1, 5, 1000])
-def test_entmax_is_what_bisection_finds(spread):
-    """Weights max(x / 2 - tau, 0)^2 of the tau, found by halving, with which they sum to 1."""
-    x = logits(spread, 3, 4, 12)
-    low, high = x.amax(-1, keepdim=True) / 2 - 1, x.amax(-1, keepdim=True) / 2
-    for _ in range(80):
-        tau = (low + high) / 2
-        much = (x / 2 - tau).clamp(min=0).square().sum(-1, keepdim=True) > 1
-        low, high = torch.where(much, tau, low), torch.where(much, high, tau)
-    torch.testing.assert_close(entmax15(x), (x / 2 - low).clamp(min=0).square())
-    torch.testing.assert_close(entmax15(x.float()).sum(-1), torch.ones(3, 4))
-    torch.testing.assert_close(entmax15(x + 7), entmax15(x))
-    lost = (entmax15(x) == 0).float().mean()
-    assert lost > 0.5 if spread >= 5 else spread == 1 or lost == 0
-
-
-def test_what_lags_behind_gets_nothing_equals_share_and_no_gradient_is_nan():
-    alone = torch.tensor([0.0, 100.0, 1.0], requires_grad=True)
-    entmax15(alone)[1].backward()
-    assert entmax15(alone).tolist() == [0, 1, 0]
-    assert alone.grad.tolist() == [0, 0, 0]
-    tied = entmax15(torch.tensor([3.0, 3.0, -9.0]))
-    torch.testing.assert_close(tied, torch.tensor([0.5, 0.5, 0.0]))
-
-
-@pytest.mark.parametrize("spread", [0.1, 1, 4])
-def test_gradients_are_those_of_finite_differences(spread):
-    assert torch.autograd.gradcheck(entmax15, logits(spread, 2, 7).requires_grad_())

@@ -133,7 +133,7 @@ def test_outside_its_experts_it_is_the_narrowed_model_and_the_dense_one_is_not_t
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("settings", [{"router": "soft"}, {}, {"combine": "entmax15"}])
+@pytest.mark.parametrize("settings", [{"router": "soft"}, {}])
 def test_it_is_noisy_in_training_alone_and_all_its_experts_learn(name, settings):
     model = jet(MAKERS[name](), width=16, **settings, **FEW)
     assert not model.training
@@ -191,7 +191,7 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_largest_that_can():
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({"method": "copy"}, "method among importance"), ({"combine": "max"}, "combine among"),
+    ({"method": "copy"}, "method among importance"),
     ({"core": 3}, "None for both"), ({"core": 0, "universal": 0}, "not both 0"),
     ({"width": 0}, "width as a whole number"), ({"slots": 0}, "slots as a whole number"),
     ({"universal_ratio": 0}, "universal_ratio as a share"),

@@ -9,6 +9,7 @@ from moee_analysis.baselines.jetpack.recycling import (
     draw_order,
     draw_units,
     profile,
+    worth_of,
 )
 from moee_analysis.models.capture import capture
 from tests.helpers.images import toy_images
@@ -74,7 +75,7 @@ def test_sums_are_those_of_all_tokens_at_once_and_found_again(make, places, tmp_
     found = profile(model, IMAGES, together=True, store=tmp_path)
     assert (hooks_of(model), model.training) == (0, True)
     again = profile(model, IMAGES, together=True, store=tmp_path)
-    assert all(torch.equal(again.tensors[name], t) for name, t in found.tensors.items())
+    assert all(torch.equal(again[name], t) for name, t in found.items())
     assert len(list(tmp_path.iterdir())) == 1
     profile(model, IMAGES, store=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
@@ -85,8 +86,8 @@ def test_sums_are_those_of_all_tokens_at_once_and_found_again(make, places, tmp_
         tokens = seen[module].flatten(0, -2).double()
         active = (tokens > 0).double()
         expected = tokens.square().mean(0).sqrt()
-        np.testing.assert_allclose(found.worth(place), expected, rtol=1e-4)
+        np.testing.assert_allclose(worth_of(found, place), expected, rtol=1e-4)
         if "mlp" in place:
-            counts = found.together(place)
+            counts = found[f"{place}.together"].numpy()
             assert np.abs(counts - (active.T @ active).numpy()).max() <= 2  # rounding about 0
             np.testing.assert_array_equal(counts, counts.T)

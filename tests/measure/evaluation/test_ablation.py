@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.baselines.controls import randomly_routed, with_one_expert, with_random_centres
+from moee_analysis.baselines.controls import randomly_routed, with_random_centres
 from moee_analysis.extraction.config import RECIPES, recipe_named
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.measure.evaluation.variants import SCORES
@@ -21,7 +21,7 @@ FULL = best(macs_reduction=0.1, tokens_per_image=17, cluster_tokens=200)
 WHOLE = replace(FULL, **{piece: PAPER[piece] for piece in ("tokens", "metric", "coherence")})
 PIECES = [piece for piece, own in BEST.items() if own != PAPER[piece]]
 DIFFERENT = [piece for piece in PIECES if getattr(WHOLE, piece) != PAPER[piece]]
-FEW, ONE = replace(WHOLE, clustering=replace(MEANS, count=2)), with_one_expert(WHOLE)
+FEW, ONE = replace(WHOLE, clustering=replace(MEANS, count=2)), replace(WHOLE, experts="one")
 CONTROLS = {"static pruning", "random routing", "random centres"}
 NUMBERS = [*SCORES, "kl_low", "kl_high", "macs_reduction", "params_reduction", "router_macs"]
 
@@ -94,7 +94,7 @@ def configurations():
     yield "best", "clustering", "random centres", with_random_centres(WHOLE)
     yield "paper", "clustering", "random centres", paper(clustering=counted)
     yield "best", "experts", "static pruning", ONE
-    yield "paper", "experts", "static pruning", with_one_expert(paper())
+    yield "paper", "experts", "static pruning", replace(paper(), experts="one")
 
 
 def test_a_row_is_the_recipe_with_one_piece_changed(table, store, model_of):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from moee_analysis import measure
-from moee_analysis.baselines.controls import with_one_expert
 from moee_analysis.extraction.pipeline import extract
 from tests.helpers.images import toy_images
 from tests.helpers.models import toy_swin, toy_vit
@@ -54,7 +53,7 @@ def test_a_model_that_stays_dense_has_no_experts():
 
 
 def test_every_model_has_every_variant_and_random_routing_beside_what_is_routed(tmp_path):
-    configs = {"paper": CONFIG, "static": with_one_expert(CONFIG)}
+    configs = {"paper": CONFIG, "static": replace(CONFIG, experts="one")}
     table = measure.architecture_variants(
         MODELS, CALIBRATION, IMAGES, configs, store=tmp_path, resamples=20
     )

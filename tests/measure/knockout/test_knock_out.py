@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from moee_analysis import measure
 from moee_analysis.measure.knockout import intervention
 from moee_analysis.measure.knockout.intervention import alone, knocked_out, removed
+from moee_analysis.measure.knockout.knock_out import uses_and_needs
 from moee_analysis.models.capture import evaluating
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.colours import BLACK, COLOURS, colour_model, coloured_images
@@ -171,7 +172,7 @@ def test_classes_that_need_what_they_use_correlate_beyond_chance():
     assert row["p"] == pytest.approx(1 / 201)
     assert (row["top_match"], row["top_match_even"]) == (1, 1 / 5)
     assert (row["classes"], row["experts"]) == SHAPE
-    pairs = measure.uses_and_needs(made(3 * USE))
+    pairs = uses_and_needs(made(3 * USE))
     assert len(pairs) == 3 * 6 * 5
     one = pairs[(pairs["system"] == "expert") & (pairs["expert"] == 1)]
     np.testing.assert_allclose(one["use"], USE[:, 1] - USE[:, 1].mean())

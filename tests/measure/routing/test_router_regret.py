@@ -1,11 +1,11 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from moee_analysis import measure
-from moee_analysis.baselines.controls import with_one_expert
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.moe.layer import moe_layers
@@ -176,7 +176,7 @@ def test_the_batches_do_not_matter(run, choices, table):
 
 
 def test_only_layers_with_a_choice_that_all_routers_know_are_compared(run, choices, store):
-    single = extract(toy_vit(), CALIBRATION, with_one_expert(CONFIGS["best"]), store=store)
+    single = extract(toy_vit(), CALIBRATION, replace(CONFIGS["best"], experts="one"), store=store)
     assert measure.router_choices(single, CALIBRATION, store=store) == {}
     first, *_ = choices["oracle"]
     some = {"oracle": choices["oracle"], "one": {first: choices["random"][first]}}

@@ -3,24 +3,23 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from timm.layers import Mlp
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee_analysis.baselines.common.exchange import ExpertMlps
-from moee_analysis.baselines.common.sparse_moe_layer import (
+from moee_analysis.baselines.sparse_upcycling import (
     ExpertChoiceRouter,
     Gate,
     RandomScores,
     SparseMlp,
+    SparseUpcyclingConfig,
     TopKRouter,
     balance_loss,
+    convert,
     importance_loss,
-    load_loss,
     prefer,
     watch_routers,
 )
-from moee_analysis.baselines.sparse_upcycling import SparseUpcyclingConfig, convert
 from moee_analysis.moe.layer import ExpertLayer
 from tests.helpers.images import toy_images
 from tests.helpers.models import hooks_of, toy_vit
@@ -46,10 +45,10 @@ KINDS = {
 }
 
 
-def gate(*, noise=0.0):
+def gate():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(EXPERTS, DIM, generator=generator, dtype=torch.float64)
-    return Gate(weight, noise=noise)
+    return Gate(weight)
 
 
 def made(name):
@@ -210,36 +209,21 @@ def test_constant_routing_is_by_places_or_the_same_for_all(capacity):
     assert each.max() - each.min() <= 1
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_noise_is_added_in_training_only(name):
-    noisy, x = ROUTERS[name](gate(noise=0.5)).eval(), tokens(IMAGES, 5000, DIM)
-    assert torch.equal(noisy(x).noisy, noisy(x).logits)
-    routed = noisy.train()(x)
-    assert (routed.noisy - routed.logits).std().item() == pytest.approx(0.5, abs=0.01)
-
-
-def test_losses_are_the_cv_of_summed_gates_and_of_expected_numbers_of_tokens():
-    clean, drawn = np.random.default_rng(0).normal(size=(2, IMAGES, TOKENS, EXPERTS))
-    noise, k = 0.5, 2
-    noisy = clean + noise * drawn
-    gates = np.exp(clean) / np.exp(clean).sum(axis=2, keepdims=True)
-    chances = 1 - norm.cdf((np.sort(noisy, axis=2)[:, :, [-k]] - clean) / noise)
-    clean, noisy = map(torch.from_numpy, (clean, noisy))
-    load = load_loss(clean, noisy, k=k, noise=noise)
-    for found, each in ((importance_loss(clean), gates), (load, chances)):
-        sums = each.sum(axis=1)
-        expected = np.mean((sums.std(axis=1) / sums.mean(axis=1)) ** 2)
-        assert found.item() == pytest.approx(expected)
+def test_the_loss_is_the_cv_of_summed_gates():
+    logits = np.random.default_rng(0).normal(size=(IMAGES, TOKENS, EXPERTS))
+    sums = (np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)).sum(axis=1)
+    expected = np.mean((sums.std(axis=1) / sums.mean(axis=1)) ** 2)
+    assert importance_loss(torch.from_numpy(logits)).item() == pytest.approx(expected)
 
 
 def test_the_routers_of_a_model_are_watched_and_their_losses_summed():
-    config = SparseUpcyclingConfig(experts=EXPERTS, router="top_k", k=1, noise=1.0)
+    config = SparseUpcyclingConfig(experts=EXPERTS, router="top_k", k=1)
     model = convert(toy_vit(), toy_images(1), config).train()
     hooks = hooks_of(model)
     with watch_routers(model) as routed:
         model(next(toy_images(6).batches(toy_vit())))
     (last,) = routed.values()
-    load = load_loss(last.logits, last.noisy, k=1, noise=1 / EXPERTS)
-    torch.testing.assert_close(balance_loss(routed), importance_loss(last.logits) + load)
+    torch.testing.assert_close(balance_loss(routed), importance_loss(last.logits))
+    assert balance_loss(routed | {None: last}) == 2 * balance_loss(routed)
     assert list(routed) == [model.blocks[1].mlp.router]
     assert hooks_of(model) == hooks
