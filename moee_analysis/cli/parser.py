@@ -25,12 +25,11 @@ from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils import checks
 from moee_analysis.utils.environment import version
 
+Container = argparse._ActionsContainer
 Option = tuple[str, dict[str, Any]]
 Options = dict[str, list[Option]]  # by the title that they stand under, "" for the first ones
 WIDTH = 88
-GUIDES: dict[str, Any] = tomllib.loads(
-    Path(__file__).with_name("guides.toml").read_text(encoding="utf-8")
-)
+GUIDES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("guides.toml").read_text("utf-8"))
 """The texts of ``--help``: of all commands, and of each by its name."""
 
 LARGEST_SIZE = 10_000  # pixels of a side, or channels
@@ -207,10 +206,8 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(
-    parser: argparse._ActionsContainer, command: str, options: Iterable[Option]
-) -> None:
-    """Add ``options`` to a ``parser``, with their texts for this ``command``."""
+def add_options(parser: Container, command: str, options: Iterable[Option]) -> None:
+    """Add ``options`` to a ``parser``, or a group of it, with their texts for this ``command``."""
     texts = GUIDES["options"]
     for name, about in options:
         parser.add_argument(name, help=texts.get(f"{command} {name}") or texts[name], **about)

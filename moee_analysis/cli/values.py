@@ -120,15 +120,17 @@ def earlier_report(text: str) -> Path:
 
 def run_folder(text: str) -> Path:
     """The folder of a run that is there."""
-    expected, path = "the folder of a run, as extract makes it", _path(text)
-    _check_folder(path, expected)
-    check_file(path / "run.json", expected=expected)
+    path = _path(text)
+    check_file(path / "run.json", expected="the folder of a run, as extract makes it")
     return path
 
 
 def new_folder(text: str) -> Path:
     """A place for a folder; one that is there already will do."""
-    path = _new_path(text)
+    path = _path(text)
+    longest = max(len(os.fsencode(part)) for part in path.absolute().parts)
+    if longest > LONGEST_FILE:  # of a folder that has to be made too
+        raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
     if path.exists():
         _check_folder(path, "a place for a folder")
     check_place(path)
@@ -137,13 +139,13 @@ def new_folder(text: str) -> Path:
 
 def store(text: str) -> Path:
     """The folder of a store; one that is there may be one that can only be read."""
-    path = _new_path(text)
+    path = _path(text)
     return path if path.is_dir() else new_folder(text)
 
 
 def new_file(text: str) -> Path:
     """A place for a file in a folder that is there; an older file will be replaced."""
-    path, expected = _new_path(text), "a place for a file"
+    path, expected = _path(text), "a place for a file"
     _check_folder(path.parent, f"{expected} '{path}'")
     if path.exists():
         check_file(path, expected=expected, hint="choose another place")
@@ -155,14 +157,6 @@ def _path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise MoeeError("a path", repr(text), UNSET)
     return Path(text)
-
-
-def _new_path(text: str) -> Path:
-    path = _path(text)
-    longest = max(len(os.fsencode(part)) for part in path.parts or (text,))
-    if longest > LONGEST_FILE:
-        raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
-    return path
 
 
 def _check_folder(path: Path, expected: str) -> None:

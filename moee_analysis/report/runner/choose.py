@@ -81,6 +81,9 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
     """Refuse parameters ``given`` that ``notebook`` cannot take, or that it lacks itself."""
     declared = declared_parameters(notebook)
     for name in OWN:
+        if name in given:
+            expected = f"'{name}' as an argument of the report"
+            raise MoeeError(expected, "a notebook parameter", "move it there")
         if name not in declared:
             expected = f"a parameter '{name}' in {notebook.name}"
             raise MoeeError(expected, "none", f"declare '{name}: str'")

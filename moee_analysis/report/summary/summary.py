@@ -9,7 +9,7 @@ from typing import Any
 from moee_analysis.errors import MoeeError
 from moee_analysis.report.notebook.bench import VERDICTS
 from moee_analysis.report.notebook.results import FILE, STATUS, read, readable
-from moee_analysis.report.summary.gates import HEADLINE, KEPT, RETENTION, SUMMARY
+from moee_analysis.report.summary.gates import HEADLINE, KEPT, RETENTION, SUMMARY, gate_text
 from moee_analysis.utils.environment import version
 from moee_analysis.utils.storage.files import read_json
 
@@ -147,8 +147,12 @@ def verdict_text(row: Summary) -> str:
     return f"{VERDICTS[row['old']][0]} → {VERDICTS[row['new']][0]}"
 
 
-def comparison_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """A comparison for the terminal, changed verdicts first."""
+def summary_lines(summary: Summary) -> Iterator[str]:
+    """What came of gates and comparison, changed verdicts first, for the terminal."""
+    yield from map(gate_text, summary["gates"])
+    found = summary["against"]
+    if not found:
+        return
     yield f"against the earlier report: {verdicts_line(found)}"
     for row in found["verdicts"]:
         yield f"! {row['notebook']}: {verdict_text(row)}: {row['statement']}"
