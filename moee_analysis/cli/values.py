@@ -7,7 +7,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,8 @@ def passing(kind: Reader, check: Callable[..., None], name: str = "", **bounds: 
     return read
 
 
-def whole(*, least: int = 1, most: int = checks.MOST) -> Reader:
-    """Reader of a whole number from ``least`` to ``most``."""
-    return passing(int, checks.whole_number, least=least, most=most)
-
-
-def real(**bounds: float) -> Reader:
-    """Reader of a number within the bounds of ``real_number``."""
-    return passing(float, checks.real_number, **bounds)
-
-
+whole = partial(passing, int, checks.whole_number)  # from ``least`` (1) to ``most``
+real = partial(passing, float, checks.real_number)  # within its bounds
 share = passing(float, checks.share)  # above 0 and up to 1
 part = passing(float, checks.share, whole=False)  # between 0 and 1
 seed = whole(least=0, most=checks.LAST_SEED)

@@ -33,12 +33,11 @@ from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choo
 from moee_analysis.report.notebook.remember import remember, remembering
 from moee_analysis.utils.environment import describe_device, store_folder, versions
 
-VERDICTS = {
+VERDICTS = {  # words for a verdict, and the class that colours them on the report's pages
     True: ("✓ holds", "good"),
     False: ("✗ does not hold", "bad"),
     None: ("◐ holds in part", "half"),
 }
-"""Words for a verdict, and the class that colours them on the report's pages."""
 
 
 @dataclass(frozen=True)

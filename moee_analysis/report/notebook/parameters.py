@@ -112,11 +112,7 @@ def choose_images(given: Parameters) -> ImageSets:
 
 
 def check_report(parameters: Mapping[str, Any]) -> None:
-    """Refuse what the notebooks of a report could not do, before the first one runs.
-
-    That is a store that cannot be written to, a model or images that cannot be loaded, and images
-    of other classes than those of the model.
-    """
+    """Refuse a store, model, images or classes that no notebook could run with, before one does."""
     given = Parameters(**parameters)
     check_writable(store_folder())
     if given.model in BUNDLED_MODELS and not given.weights and given.images == BUNDLED:

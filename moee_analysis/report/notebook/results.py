@@ -22,9 +22,7 @@ from moee_analysis.outside_text import as_markdown
 from moee_analysis.utils.storage.files import new_file, write_json
 from moee_analysis.utils.storage.refusals import writing
 
-FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
-"""Files in the folder of a notebook's run."""
-
+FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"  # of a notebook's run
 CSS_PIXELS_PER_INCH = 96
 TABLE_ROWS = 64  # shown at most
 SUMMARY_LINES, SUMMARY_WORDS = 3, 30  # of what a notebook found; of one of its lines, about
@@ -174,10 +172,7 @@ def prepare_display() -> None:
 
 
 def _figure_png(fig: Figure) -> tuple[str, dict[str, Any]]:
-    """Base64 PNG of ``fig``, its width in CSS pixels and the text that describes it.
-
-    That is its label, or else the text below it, or else its panels' titles.
-    """
+    """Base64 PNG of ``fig``, its width in CSS pixels and the text that describes it."""
     png = picture(fig)
     pixels = int.from_bytes(png[16:20])  # the width in a PNG's header
     width = round(pixels * CSS_PIXELS_PER_INCH / fig.dpi)

@@ -97,10 +97,9 @@ def read_story(notebook: Path) -> dict[str, str]:
 
 
 def write_index(out: Path, folders: list[Path], waiting: Mapping, summary: Mapping) -> None:
-    """Write ``index.html``, with a card for each notebook run in ``folders``.
+    """Write ``index.html``: a card for each run in ``folders``, and those of an earlier report.
 
-    Those that an earlier report left in ``out`` have theirs too. It names the notebooks that are
-    ``waiting`` or running, and what came of the gates and the comparison of the ``summary``.
+    It names notebooks that are ``waiting`` or running, and gates and comparison of the ``summary``.
     """
     earlier = runs_of(out) - set(folders)
     runs = {run: read(run / FILE) for run in sorted({*folders, *earlier})}

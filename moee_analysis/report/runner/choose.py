@@ -16,8 +16,7 @@ from moee_analysis.utils.environment import own_folder
 from moee_analysis.utils.storage.files import check_file
 
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
-OWN = ("out", "preset")
-"""Parameters that the report sets by itself in every notebook."""
+OWN = ("out", "preset")  # parameters that the report sets by itself in every notebook
 
 
 def own_notebooks() -> list[Path]:

@@ -59,11 +59,9 @@ class Settings:
     out: Path
     parameters: Mapping[str, Any]
     timeout: int
-    threads: Mapping[str, str]
-    """Environment variables, as ``run_notebooks.thread_limits`` has them."""
-    gates: Sequence[Gate] = ()
-    against: Mapping[str, Any] | None = None
-    """The summary of an earlier report."""
+    threads: Mapping[str, str]  # environment variables, as ``run_notebooks.thread_limits`` has them
+    gates: Sequence[Gate]
+    against: Mapping[str, Any] | None  # the summary of an earlier report
 
     def run(self, notebook: Path) -> Steps:
         """Run a notebook in a new folder, which takes its place in ``out`` when complete."""

@@ -26,9 +26,7 @@ from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.locks import locked
 from moee_analysis.utils.storage.refusals import check_place, writing
 
-CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
-"""The longest a single cell may take, per preset."""
-
+CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}  # of a single cell, at most
 MEMORY = 2.5e9  # bytes that a notebook takes at most, on the bundled images
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 LOOK_SECONDS = 0.2  # between looks at how far the notebooks are
@@ -109,10 +107,10 @@ def _held(out: Path) -> Iterator[None]:
 
 def _check(given: Mapping[str, Any], notebooks: Sequence[Path], out: Path) -> None:
     """Refuse parameters that do not fit, and a place where anything but a report would be lost."""
+    check_place(out / INDEX)
     for notebook in notebooks:
         check_parameters(notebook, given)
-    check_place(out / INDEX)
-    for folder in (out / notebook.stem for notebook in notebooks):
+        folder = out / notebook.stem
         if folder.exists() and not (folder / STATUS).is_file():
             hint = "choose another folder for the report"
             raise MoeeError(f"'{folder}' to be free or an earlier report", "something else", hint)
@@ -126,10 +124,7 @@ def usual_jobs(notebooks: int) -> int:
 
 
 def thread_limits(jobs: int) -> dict[str, str]:
-    """What libraries read of the threads they may take: a share of the cores, or the user's less.
-
-    The numbers do not depend on it, only the time.
-    """
+    """What libraries read of their threads: a share of the cores, or the user's number if less."""
     share, texts = max(1, cores() // jobs), {name: os.environ.get(name, "") for name in THREADS}
     given = {name: int(text) for name, text in texts.items() if text.isdigit()}
     allowed = {name: (share, given.get(name), given.get(THREADS[0])) for name in THREADS}
