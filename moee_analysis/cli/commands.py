@@ -1,7 +1,6 @@
 """What every command does with its arguments; each returns the exit code.
 
-The parser does without this file: its libraries are heavy. Those that a single command needs are
-imported there.
+The parser does without its heavy libraries; those of a single command are imported there.
 """
 
 from argparse import Namespace
@@ -18,17 +17,14 @@ from moee_analysis.extraction.config import preset_named, recipe_named
 from moee_analysis.extraction.run import Extraction, check_target
 from moee_analysis.models.class_names import name_by_folders, read_class_names
 from moee_analysis.models.loading import check_device
+from moee_analysis.utils import progress
 from moee_analysis.utils.distributed import local_device, rank, together
 from moee_analysis.utils.environment import store_folder
-from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.files import new_file, write_json
 from moee_analysis.utils.storage.upkeep import entries, prune
 
-MODEL_ARGUMENTS = ("img_size", "in_chans")
-"""Options that are arguments of ``timm.create_model``."""
-
-BELOW = 3
-"""Exit code of a report in which a number is below its ``--fail-under``."""
+MODEL_ARGUMENTS = ("img_size", "in_chans")  # options that are those of ``timm.create_model``
+BELOW = 3  # exit code of a report in which a number is below its ``--fail-under``
 
 
 def extract(arguments: Namespace) -> int:
@@ -51,7 +47,7 @@ def extract(arguments: Namespace) -> int:
         if rank() == 0:
             run.save(arguments.out)
             print(printing.layers_text(run))
-            tell(f"saved to {arguments.out}")
+            progress.tell(f"saved to {arguments.out}")
     return 0
 
 
@@ -84,7 +80,7 @@ def finetune(arguments: Namespace) -> int:
             with new_file(arguments.out / "curve.png") as partial:
                 curve.savefig(partial, format="png")
             print(printing.tuned_text(tuned))
-            tell(f"saved to {arguments.out}")
+            progress.tell(f"saved to {arguments.out}")
     return 0 if tuned.finite else 1
 
 
@@ -117,7 +113,6 @@ def compare(arguments: Namespace) -> int:
 def atlas(arguments: Namespace) -> int:
     """Write the atlas of a run's experts."""
     from moee_analysis.report.atlas import write_atlas
-    from moee_analysis.utils.progress import open_page
 
     check_device(arguments.device)
     images = moee.load_images(arguments.images, limit=arguments.limit, strict=arguments.strict)
@@ -131,9 +126,9 @@ def atlas(arguments: Namespace) -> int:
         dense = None
         print(f"without the dense model: {error}")
     page = write_atlas(run, images, arguments.out, dense=dense)
-    tell(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    progress.tell(f"atlas: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
-        open_page(page)
+        progress.open_page(page)
     return 0
 
 
@@ -144,7 +139,6 @@ def report(arguments: Namespace) -> int:
     from moee_analysis.report.runner import run_notebooks
     from moee_analysis.report.runner.choose import check_parameters, own_notebooks
     from moee_analysis.report.summary.summary import read_summary
-    from moee_analysis.utils.progress import open_page
 
     names = ("model", "weights", "calibration", "images", "seed", *MODEL_ARGUMENTS)
     given = _given(arguments, *names) | {"class_file": arguments.classes} | dict(arguments.set)
@@ -155,7 +149,7 @@ def report(arguments: Namespace) -> int:
     check_report(given | {"preset": arguments.preset})
     outcomes = run_notebooks.report(given, **options)
     if arguments.open:
-        open_page(arguments.out / INDEX)
+        progress.open_page(arguments.out / INDEX)
     if not all(outcome.ok for outcome in outcomes):
         return 1
     gates = read_summary(arguments.out)["gates"] if arguments.fail_under else []

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 
 import moee_analysis as moee
 from moee_analysis.errors import MoeeError
+from moee_analysis.report.runner.choose import own_notebooks
 from moee_analysis.utils import environment
 from moee_analysis.utils.storage.refusals import check_place, size_of
 
@@ -87,11 +88,9 @@ def as_text(diagnosis: dict[str, Any]) -> str:
 
 def _software() -> Iterator[Check]:
     """Python and every library, against what the package asks for."""
+    here = platform.python_version()
     try:
-        wanted, here = (
-            metadata.metadata(environment.PACKAGE)["Requires-Python"],
-            platform.python_version(),
-        )
+        wanted = metadata.metadata(environment.PACKAGE)["Requires-Python"]
     except metadata.PackageNotFoundError:
         yield Check("package", "not installed", ok=False, advice="pip install -e . in the checkout")
         return
@@ -134,11 +133,7 @@ def _places() -> Iterator[Check]:
     """The project's notebooks, and folders that libraries and the store write to."""
     elsewhere = "set {} to a folder that can be written to".format
     for name, look, advice in (
-        (
-            "notebooks",
-            lambda: str(len(list(environment.own_folder("notebooks").glob("*.ipynb")))),
-            "",
-        ),
+        ("notebooks", lambda: str(len(own_notebooks())), ""),
         ("temporary files", _temporary, elsewhere("TMPDIR")),
         ("numba's cache", environment.check_numba_cache, ""),
         ("store", _store, elsewhere("MOEE_STORE")),

@@ -21,19 +21,16 @@ from moee_analysis.extraction.config import PRESETS, RECIPES, ExtractConfig
 from moee_analysis.report.runner.choose import notebooks_named, read_setting
 from moee_analysis.report.summary.gates import read_gate
 from moee_analysis.training import config as training_config
-from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils import checks
 from moee_analysis.utils.environment import version
 
+Container = argparse._ActionsContainer
 Option = tuple[str, dict[str, Any]]
-Options = dict[str, list[Option]]  # by the title that they stand under, "" for the first ones
 WIDTH = 88
-GUIDES: dict[str, Any] = tomllib.loads(
-    Path(__file__).with_name("guides.toml").read_text(encoding="utf-8")
-)
+GUIDES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("guides.toml").read_text("utf-8"))
 """The texts of ``--help``: of all commands, and of each by its name."""
 
-LARGEST_SIZE = 10_000  # pixels of a side, or channels
+LARGEST = 10_000  # pixels of a side, or channels
 LARGEST_GB = 1e9  # as ``Limits`` have it
 
 
@@ -118,13 +115,8 @@ JSON = option("--json", values.new_file, "FILE")
 STORE = option("--store", values.store, "DIR")
 WEIGHTS = option("--weights", values.existing_file, "FILE")
 CLASSES = option("--classes", values.existing_file, "FILE")
-MODEL = [
-    option("--model", values.name, "NAME", default="bundled"),
-    WEIGHTS,
-    CLASSES,
-    option("--img-size", values.whole(most=LARGEST_SIZE), "N"),
-    option("--in-chans", values.whole(most=LARGEST_SIZE), "N"),
-]
+SIZES = [option(flag, values.whole(most=LARGEST), "N") for flag in ("--img-size", "--in-chans")]
+MODEL = [option("--model", values.name, "NAME", default="bundled"), WEIGHTS, CLASSES, *SIZES]
 PRESET = settings(ExtractConfig, {"preset": PRESETS, "seed": values.seed}, "N")
 DEVICE = [option("--device", values.device, "DEVICE", default="cpu"), switch("--strict")]
 SHARES = dict.fromkeys(("macs_reduction", "params_reduction", "variance_kept"), values.share)
@@ -136,7 +128,7 @@ FINETUNE_SETTINGS = {
     "patience": values.whole(), "seed": values.seed, **training_config.CHOICES,
 }  # fmt: skip
 
-COMMANDS: dict[str, Options] = {
+COMMANDS: dict[str, dict[str, list[Option]]] = {  # by the title above them, "" for the first
     "extract": {
         "": [OUT, *MODEL, CALIBRATION, *PRESET, *DEVICE],
         "how much to save": settings(ExtractConfig, SHARES, "SHARE"),
@@ -154,7 +146,7 @@ COMMANDS: dict[str, Options] = {
     "evaluate": {"": [RUN, IMAGES, JSON, CLASSES, WEIGHTS, *DEVICE]},
     "finetune": {
         "": [RUN, IMAGES, OUT, option("--limit", values.whole(), "N"), WEIGHTS, *DEVICE],
-        "training": settings(FinetuneConfig, FINETUNE_SETTINGS),
+        "training": settings(training_config.FinetuneConfig, FINETUNE_SETTINGS),
     },
     "compare": {"": [
         *MODEL, CALIBRATION, IMAGES,
@@ -183,7 +175,6 @@ COMMANDS: dict[str, Options] = {
     "lab": {},
     "doctor": {"": [*MODEL, switch("--json")]},
 }  # fmt: skip
-"""Every command, and its options."""
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -207,10 +198,8 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(
-    parser: argparse._ActionsContainer, command: str, options: Iterable[Option]
-) -> None:
-    """Add ``options`` to a ``parser``, with their texts for this ``command``."""
+def add_options(parser: Container, command: str, options: Iterable[Option]) -> None:
+    """Add ``options`` to a ``parser``, or a group of it, with their texts for this ``command``."""
     texts = GUIDES["options"]
     for name, about in options:
         parser.add_argument(name, help=texts.get(f"{command} {name}") or texts[name], **about)

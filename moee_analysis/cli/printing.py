@@ -17,14 +17,13 @@ from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.refusals import bytes_text
 from moee_analysis.utils.storage.upkeep import Entry, Pruned, shares
 
-KINDS = {
+KINDS = {  # of folders in a store, in words
     "activations": "recorded tokens", "clusters": "clusters", "reduced": "reduced tokens",
     "statistics": "statistics of experts", "costs": "costs of neurons", "sums": "sums, unfinished",
     "attention": "modes of attention", "finetuned": "fine-tuned runs", "trained": "trainings",
     "seconds": "times", "profile": "profiles", "unfinished": "begun and not finished",
     "damaged": "damaged, set aside", "run": "runs",
 }  # fmt: skip
-"""Kinds of folders in a store, in words."""
 
 
 def layers_text(run: Extraction) -> str:

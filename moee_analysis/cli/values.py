@@ -7,7 +7,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,8 @@ def passing(kind: Reader, check: Callable[..., None], name: str = "", **bounds: 
     return read
 
 
-def whole(*, least: int = 1, most: int = checks.MOST) -> Reader:
-    """Reader of a whole number from ``least`` to ``most``."""
-    return passing(int, checks.whole_number, least=least, most=most)
-
-
-def real(**bounds: float) -> Reader:
-    """Reader of a number within the bounds of ``real_number``."""
-    return passing(float, checks.real_number, **bounds)
-
-
+whole = partial(passing, int, checks.whole_number)  # from ``least`` (1) to ``most``
+real = partial(passing, float, checks.real_number)  # within its bounds
 share = passing(float, checks.share)  # above 0 and up to 1
 part = passing(float, checks.share, whole=False)  # between 0 and 1
 seed = whole(least=0, most=checks.LAST_SEED)
@@ -120,15 +112,17 @@ def earlier_report(text: str) -> Path:
 
 def run_folder(text: str) -> Path:
     """The folder of a run that is there."""
-    expected, path = "the folder of a run, as extract makes it", _path(text)
-    _check_folder(path, expected)
-    check_file(path / "run.json", expected=expected)
+    path = _path(text)
+    check_file(path / "run.json", expected="the folder of a run, as extract makes it")
     return path
 
 
 def new_folder(text: str) -> Path:
     """A place for a folder; one that is there already will do."""
-    path = _new_path(text)
+    path = _path(text)
+    longest = max(len(os.fsencode(part)) for part in path.absolute().parts)
+    if longest > LONGEST_FILE:  # of a folder that has to be made too
+        raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
     if path.exists():
         _check_folder(path, "a place for a folder")
     check_place(path)
@@ -137,13 +131,13 @@ def new_folder(text: str) -> Path:
 
 def store(text: str) -> Path:
     """The folder of a store; one that is there may be one that can only be read."""
-    path = _new_path(text)
+    path = _path(text)
     return path if path.is_dir() else new_folder(text)
 
 
 def new_file(text: str) -> Path:
     """A place for a file in a folder that is there; an older file will be replaced."""
-    path, expected = _new_path(text), "a place for a file"
+    path, expected = _path(text), "a place for a file"
     _check_folder(path.parent, f"{expected} '{path}'")
     if path.exists():
         check_file(path, expected=expected, hint="choose another place")
@@ -155,14 +149,6 @@ def _path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise MoeeError("a path", repr(text), UNSET)
     return Path(text)
-
-
-def _new_path(text: str) -> Path:
-    path = _path(text)
-    longest = max(len(os.fsencode(part)) for part in path.parts or (text,))
-    if longest > LONGEST_FILE:
-        raise MoeeError(f"a name of up to {LONGEST_FILE} bytes", f"one of {longest}", "shorten it")
-    return path
 
 
 def _check_folder(path: Path, expected: str) -> None:

@@ -68,15 +68,14 @@ def explore(
     """
     if not choices:
         raise MoeeError("a choice to explore", "none", "pass values by name, such as layer=[0, 1]")
-    before: list[str] = []
-    for name, values in choices.items():
+    for place, (name, values) in enumerate(choices.items()):
+        before = list(choices)[:place]
         if isinstance(values, DependsOn) and values.other not in before:
             expected = f"'{name}' after '{values.other}', which it depends on"
             found = f"{', '.join(before) or 'nothing'} before it"
             raise MoeeError(expected, found, "give the choices in that order")
         if not all(map(len, _all_options(values) or [[]])):
             raise MoeeError(f"values of '{name}'", "none", "pass at least one")
-        before.append(name)
     if is_in_notebook() and not is_headless():
         return _panel(plot, choices, caption or "")
     few = itertools.islice(_combinations(choices, shown or {}), FIGURES)
@@ -87,9 +86,7 @@ def of_table(plot: Plot, table: pd.DataFrame, **options: Any) -> Plot:
     """Return a plot of the rows of ``table`` whose columns have the values that are chosen."""
 
     def plot_rows(**choice: Any) -> Figure:
-        rows = table
-        for column, value in choice.items():
-            rows = rows[rows[column] == value]
+        rows = table[(table[list(choice)] == list(choice.values())).all(axis=1)]
         rows.attrs = {}  # one caption below all
         return plot(rows, **options)
 

@@ -27,8 +27,7 @@ from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.refusals import check_place
 
-STYLE = "atlas.css"
-SCRIPTS = ("atlas_state.js", "atlas_expert.js", "atlas_image.js")
+STYLE_AND_SCRIPTS = ("atlas.css", "atlas_state.js", "atlas_expert.js", "atlas_image.js")
 HERE = Path(__file__).parent
 PATCHES = 12  # typical ones of an expert, at most one of an image
 OTHERS = 5  # classes, parts and other experts that are listed, at most
@@ -100,15 +99,11 @@ def page(facts: Facts) -> str:
     The browser runs the page's own script and nothing else, even if a name were taken for markup:
     the content security policy lists the hashes of script and style.
     """
-    style, *scripts = ((HERE / name).read_text(encoding="utf-8") for name in (STYLE, *SCRIPTS))
+    style, *scripts = ((HERE / name).read_text(encoding="utf-8") for name in STYLE_AND_SCRIPTS)
     texts = {"style": style, "script": '"use strict";\n' + "\n".join(scripts)}
     digests = {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
     hashes = {name: f"'sha256-{_base64(digest)}'" for name, digest in digests.items()}
-    shown = {name: facts[name] for name in ("layers", "images")}
-    about, absent = facts["about"], facts["absent"]
-    return render(
-        "atlas/atlas.html", about=about, absent=absent, facts=shown, hashes=hashes, **texts
-    )
+    return render("atlas/atlas.html", hashes=hashes, **texts, **facts)
 
 
 def _base64(content: bytes) -> str:
@@ -140,10 +135,11 @@ def _layers(seen: Seen) -> list[Facts]:
     """The layers that can be shown, in order, each with its experts."""
     run, images, routed, shown = seen.run, seen.images, seen.routed, seen.routed.placed
     given = {"layers": shown, "routed": routed, "known": seen.known}
+    pairs = measure.overlap(run, layers=shown).query("expert_a != expert_b")
     tables = {
         "top": measure.top_patches(run, images, count=PATCHES, **given),
         "classes": measure.class_routing(routed, layers=shown),
-        "overlap": measure.overlap(run, layers=shown).rename(columns={"expert_a": "expert"}),
+        "overlap": pairs.rename(columns={"expert_a": "expert"}),
     }
     if images.parts:
         tables["parts"] = measure.part_profile(routed, images, layers=shown)
@@ -166,7 +162,7 @@ def _layer(seen: Seen, layer: int, tables: Tables) -> Facts:
         "hidden": module.hidden_dense,
         "experts": [
             {
-                "share": _short(counts[expert] / experts.size),
+                "share": round(float(counts[expert] / experts.size), DIGITS),
                 "images": int((experts == expert).any(axis=(1, 2)).sum()),
                 "leading": int((leading == expert).sum()),
                 "neurons": module.expert_sizes[expert],
@@ -181,19 +177,14 @@ def _layer(seen: Seen, layer: int, tables: Tables) -> Facts:
 
 def _lists_of_expert(rows: Tables) -> dict[str, list[list[Any]]]:
     """Typical patches, overlapping experts, and classes and parts beyond their usual shares."""
-    overlap = rows["overlap"][rows["overlap"]["expert_b"] != rows["overlap"]["expert"]]
-    best = overlap.nlargest(OTHERS, "jaccard")
-    lists = {
-        "top": _lists(rows["top"], "image", "row", "column", "cosine"),
-        "classes": [],
-        "parts": [],
-    }
+    top, overlap = rows["top"], rows["overlap"].nlargest(OTHERS, "jaccard")
+    lists = {"top": _lists(top, "image", "row", "column", "cosine"), "classes": [], "parts": []}
     for kind, name in (("classes", "class_name"), ("parts", "part")):
         if kind in rows:
             ahead = rows[kind].assign(ahead=rows[kind]["share"] - rows[kind]["share_all"])
             ahead = ahead[ahead["ahead"] > 0].nlargest(OTHERS, "ahead").astype({name: str})
             lists[kind] = _lists(ahead, name, "share", "share_all")
-    return lists | {"overlap": _lists(best, "expert_b", "jaccard", "expected_jaccard")}
+    return lists | {"overlap": _lists(overlap, "expert_b", "jaccard", "expected_jaccard")}
 
 
 def _near(means: np.ndarray, tokens: np.ndarray) -> list[list[list[float]]]:
@@ -206,7 +197,7 @@ def _near(means: np.ndarray, tokens: np.ndarray) -> list[list[list[float]]]:
     if len(met) < 2:
         return near
     pairs = measure.similarity({0: means[met]}, shares={0: tokens[met]})
-    pairs = pairs[pairs["expert_a"] != pairs["expert_b"]]
+    pairs = pairs.query("expert_a != expert_b")
     for expert, rows in pairs.assign(other=met[pairs["expert_b"]]).groupby("expert_a"):
         best = rows.nlargest(OTHERS, "cosine_centred")
         near[met[expert]] = _lists(best, "other", "cosine_centred", "cosine")
@@ -216,11 +207,7 @@ def _near(means: np.ndarray, tokens: np.ndarray) -> list[list[list[float]]]:
 def _lists(rows: pd.DataFrame, *columns: str) -> list[list[Any]]:
     """The ``columns`` of each row, numbers as short as the page needs them."""
     values = zip(*(rows[column].tolist() for column in columns), strict=True)
-    return [[_short(v) if isinstance(v, float) else v for v in row] for row in values]
-
-
-def _short(value: float) -> float:
-    return round(float(value), DIGITS)
+    return [[round(v, DIGITS) if isinstance(v, float) else v for v in row] for row in values]
 
 
 def _images(seen: Seen, dense: nn.Module | None) -> list[Facts]:

@@ -4,14 +4,13 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Markdown
@@ -22,36 +21,23 @@ from moee_analysis import measure as measures
 from moee_analysis import plots
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config import ExtractConfig, Preset, preset_named
+from moee_analysis.extraction.config import MACS_REDUCTION, ExtractConfig, Preset, preset_named
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models import loading as models
 from moee_analysis.models.class_names import name_by_folders
 from moee_analysis.models.macs import count
 from moee_analysis.outside_text import as_markdown
+from moee_analysis.report.notebook import results as findings
 from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choose_images
 from moee_analysis.report.notebook.remember import remember, remembering
-from moee_analysis.report.notebook.results import (
-    Results,
-    alt_text,
-    in_words,
-    is_plain_index,
-    picture,
-    prepare_display,
-    readable,
-    two_columns,
-)
 from moee_analysis.utils.environment import describe_device, store_folder, versions
 
-MACS_REDUCTION = 0.28
-"""Share of the dense model's MACs that the notebooks' extraction saves at most, as in the paper."""
-
-VERDICTS = {
+VERDICTS = {  # words for a verdict, and the class that colours them on the report's pages
     True: ("✓ holds", "good"),
     False: ("✗ does not hold", "bad"),
     None: ("◐ holds in part", "half"),
 }
-"""Words for a verdict, and the class that colours them on the report's pages."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +45,7 @@ class Bench:
     """One notebook's model, images, extraction and results, each made when first asked for."""
 
     parameters: Parameters
-    results: Results
+    results: findings.Results
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -107,7 +93,7 @@ class Bench:
 
     @cached_property
     def saving(self) -> float:
-        """Share of all MACs to save: :data:`MACS_REDUCTION`, or 60 % of the MLPs' share."""
+        """Share of all MACs to save: the paper's, or 60 % of the MLPs' where that is less."""
         counted = count(self.dense)
         in_mlps = sum(counted.by_module[name] for name in counted.tokens)
         return min(MACS_REDUCTION, round(0.6 * in_mlps / counted.total, 3))
@@ -137,36 +123,30 @@ class Bench:
             raise MoeeError(expected, str(beyond), "correct 'layers'")
         return layers
 
-    def choose_classes(self, default: Sequence[int | str]) -> list[int]:
-        """Return the model's class indices to show: the parameter ``classes``, or ``default``.
-
-        A class may be given by index, by name (wnid) or by readable name.
-        """
-        names, labels = models.class_names(self.dense), models.class_labels(self.dense)
-        chosen = []
-        for wanted in self.parameters.classes or default:
-            if isinstance(wanted, (int, np.integer)) and 0 <= wanted < len(names):
-                chosen.append(int(wanted))
-            elif wanted in names or wanted in labels:
-                chosen.append((names if wanted in names else labels).index(wanted))
-            else:
-                close = difflib.get_close_matches(str(wanted), [*labels, *names], n=3)
-                meant = f"did you mean {', '.join(close)}" if close else f"such as '{labels[0]}'"
-                expected = f"one of the model's {len(names)} classes, by name or index"
-                raise MoeeError(expected, repr(wanted), meant)
-        return chosen
-
     def choose_among(self, preferred: Sequence[str], *, count: int) -> list[int]:
         """Return class indices to show: the parameter ``classes``, or ``count`` of the images' own.
 
-        Those of ``preferred`` that the images show come first.
+        Of these, those of ``preferred`` come first.
         """
         if self.parameters.classes:
-            return self.choose_classes(())
+            return list(map(self._index_of, self.parameters.classes))
         labels = models.class_labels(self.dense)
         shown = list(dict.fromkeys(self.images.labels(self.dense).tolist()))
         liked = [index for name in preferred for index in shown if labels[index] == name]
         return list(dict.fromkeys([*liked, *shown]))[:count]
+
+    def _index_of(self, wanted: int | str) -> int:
+        """The index of a class that is given by it, by its name (wnid) or by its readable name."""
+        names, labels = models.class_names(self.dense), models.class_labels(self.dense)
+        if wanted in range(len(names)):
+            return int(wanted)
+        for known in (names, labels):
+            if wanted in known:
+                return known.index(wanted)
+        close = difflib.get_close_matches(str(wanted), [*labels, *names], n=3)
+        meant = f"did you mean {', '.join(close)}" if close else f"such as '{labels[0]}'"
+        expected = f"one of the model's {len(names)} classes, by name or index"
+        raise MoeeError(expected, repr(wanted), meant)
 
     def record(self, key: str, value: Any) -> None:
         """Keep a number (or text, list, mapping) as ``values.<key>``; NaN is kept as null."""
@@ -176,7 +156,7 @@ class Bench:
         """Keep ``table`` as ``tables/<name>.csv`` and return it, to be shown."""
         facts = {"rows": len(table), "columns": list(map(str, table.columns))}
         facts["caption"] = table.attrs.get("caption") or None
-        content = table.to_csv(index=not is_plain_index(table)).encode()
+        content = table.to_csv(index=not findings.is_plain_index(table)).encode()
         self.results.keep("tables", name, "csv", content, **facts)
         return table
 
@@ -192,15 +172,16 @@ class Bench:
         if not isinstance(fig, Figure):
             return fig
         facts = {"finding": finding or fig.get_label() or None, "caption": caption or None}
-        fig.set_label(alt_text(facts) or name.replace("_", " "))
-        self.results.keep("figures", name, "png", picture(fig), **facts, cover=cover or None)
+        fig.set_label(findings.alt_text(facts) or name.replace("_", " "))
+        content = findings.picture(fig)
+        self.results.keep("figures", name, "png", content, **facts, cover=cover or None)
         return fig
 
     def draw(self, plot: Callable[..., Figure], *given: Any, **options: Any) -> Figure:
         """Return a ``plot`` of what is ``given``, with its finding as label; it is not kept."""
         facts = {"finding": plots.describe(plot, *given), "caption": options.get("caption")}
         fig = plot(*given, **options)
-        fig.set_label(alt_text(facts))
+        fig.set_label(findings.alt_text(facts))
         return fig
 
     def show(
@@ -220,7 +201,7 @@ class Bench:
     def headline(self, label: str, value: float | str, *, dense: str) -> Markdown:
         """Keep and show the one number that sums the notebook up, beside the ``dense`` model's."""
         self.results.put("headline", {"label": label, "value": value, "dense": dense})
-        return Markdown(in_words(self.results.content["headline"]))
+        return Markdown(findings.in_words(self.results.content["headline"]))
 
     def claim(
         self, statement: str, found: str, holds: bool | None, *, ours: bool = False,  # noqa: FBT001
@@ -247,7 +228,7 @@ class Bench:
             f"layer {layer}" if layer is not None else "",
             site,
             f"{tokens} tokens" if tokens else "",
-            f"n = {readable(n)} images" if n is not None else "",
+            f"n = {findings.readable(n)} images" if n is not None else "",
             f"model {self.parameters.model}, preset {self.parameters.preset}, seed {self.seed}",
         ]
         return ", ".join(filter(None, facts)) + " (layers counted from 0)"
@@ -261,12 +242,12 @@ class Bench:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.results.put("environment", facts | {"versions": versions()})
-        given = {k: v for k, v in self.parameters.deciding.items() if v not in (None, [])}
+        given = {k: v for k, v in self.results.content["parameters"].items() if v not in (None, [])}
         for name, values in {"parameters": given, "versions": versions()}.items():
             # the line breaks between the facts only
             facts[name] = ", ".join(f"{key}\u00a0{value}" for key, value in values.items())
         found = "\n".join(f"- {line}" for line in self.results.summary())
-        return Markdown("\n\n".join(["## What was found", found, two_columns(facts)]))
+        return Markdown("\n\n".join(["## What was found", found, findings.two_columns(facts)]))
 
     @cached_property
     def _image_sets(self) -> ImageSets:
@@ -288,7 +269,7 @@ class Bench:
             "device": describe_device(self.device),
         }
         notes = "".join(f"\n\n*{as_markdown(note)}*" for note in sets.notes)
-        return two_columns(rows) + notes
+        return findings.two_columns(rows) + notes
 
 
 def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Bench:
@@ -298,8 +279,8 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
     ``figures/`` go to the folder ``out``, None writes nothing.
     """
     given = Parameters(**parameters, out=out)
-    prepare_display()
-    results = Results(None if out is None else Path(out))
+    findings.prepare_display()
+    results = findings.Results(None if out is None else Path(out))
     results.put("notebook", name)
-    results.put("parameters", given.deciding)
+    results.put("parameters", {key: value for key, value in asdict(given).items() if key != "out"})
     return Bench(given, results)

@@ -1,7 +1,7 @@
 """What a notebook is given: parameters, checked before anything is computed, and their images."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
 from moee_analysis.models.class_names import is_classifier
 from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, load_model
-from moee_analysis.utils.checks import not_none, seed_number, whole_number
+from moee_analysis.utils.checks import layer_numbers, not_none, seed_number, whole_number
 from moee_analysis.utils.environment import store_folder
 from moee_analysis.utils.storage.store import check_writable
 
@@ -46,8 +46,7 @@ class Parameters:
             if not isinstance(getattr(self, name), (list, tuple)):
                 raise _refusal(name, "a list", getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for layer in self.layers:
-            whole_number("layers", layer, least=0)
+        layer_numbers(self.layers)
         if len(set(self.layers)) < len(self.layers):
             raise _refusal("layers", "numbers of layers, each once", self.layers)
         for each in self.classes:
@@ -55,12 +54,6 @@ class Parameters:
                 whole_number("classes", each, least=0)
         seed_number(self.seed)
         preset_named(self.preset)
-
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """The parameters that decide the results, as plain JSON values: all but ``out``."""
-        values = {name: value for name, value in asdict(self).items() if name != "out"}
-        return values | {"layers": list(self.layers), "classes": list(self.classes)}
 
     @property
     def model_arguments(self) -> dict[str, Any]:
@@ -89,10 +82,8 @@ class ImageSets:
 
 
 def _facts(images: ImageSet) -> dict[str, Any]:
-    count, classes = len(images), len(set(images.folders))
-    return {
-        "name": images.name, "count": count, "classes": classes, "skipped": list(images.skipped),
-    }  # fmt: skip
+    facts = {"name": images.name, "count": len(images), "classes": len(set(images.folders))}
+    return facts | {"skipped": list(images.skipped)}
 
 
 def choose_images(given: Parameters) -> ImageSets:
@@ -121,11 +112,7 @@ def choose_images(given: Parameters) -> ImageSets:
 
 
 def check_report(parameters: Mapping[str, Any]) -> None:
-    """Refuse what the notebooks of a report could not do, before the first one runs.
-
-    That is a store that cannot be written to, a model or images that cannot be loaded, and images
-    of other classes than those of the model.
-    """
+    """Refuse a store, model, images or classes that no notebook could run with, before one does."""
     given = Parameters(**parameters)
     check_writable(store_folder())
     if given.model in BUNDLED_MODELS and not given.weights and given.images == BUNDLED:

@@ -150,10 +150,8 @@ def _array_parts(array: np.ndarray) -> list:
 def _make_array(parts: list) -> np.ndarray:
     dtype, shape, content = parts
     if isinstance(content, str):
-        return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
-    array = np.empty(len(content), dtype)
-    array[:] = content
-    return array.reshape(shape)
+        content = np.frombuffer(base64.b64decode(content), dtype)
+    return np.array(content, dtype).reshape(shape)
 
 
 def _table_parts(table: pd.DataFrame) -> list:

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +22,7 @@ from moee_analysis.outside_text import as_markdown
 from moee_analysis.utils.storage.files import new_file, write_json
 from moee_analysis.utils.storage.refusals import writing
 
-FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"
-"""Files in the folder of a notebook's run."""
-
+FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"  # of a notebook's run
 CSS_PIXELS_PER_INCH = 96
 TABLE_ROWS = 64  # shown at most
 SUMMARY_LINES, SUMMARY_WORDS = 3, 30  # of what a notebook found; of one of its lines, about
@@ -103,10 +100,9 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
+    expected = "numbers, text, lists and mappings to record"
     hint = "record the numbers inside it, or keep it as a table or a figure"
-    raise MoeeError(
-        "numbers, text, lists and mappings to record", f"a {type(value).__name__}", hint
-    )
+    raise MoeeError(expected, f"a {type(value).__name__}", hint)
 
 
 def in_words(headline: Mapping[str, Any]) -> str:
@@ -176,12 +172,9 @@ def prepare_display() -> None:
 
 
 def _figure_png(fig: Figure) -> tuple[str, dict[str, Any]]:
-    """Base64 PNG of ``fig``, its width in CSS pixels and the text that describes it.
-
-    That is its label, or else the text below it, or else its panels' titles.
-    """
+    """Base64 PNG of ``fig``, its width in CSS pixels and the text that describes it."""
     png = picture(fig)
-    (pixels,) = struct.unpack(">I", png[16:20])  # the width in a PNG's header
+    pixels = int.from_bytes(png[16:20])  # the width in a PNG's header
     width = round(pixels * CSS_PIXELS_PER_INCH / fig.dpi)
     below = ". ".join(text.get_text() for text in fig.texts)
     titles = [ax.get_title("left") or ax.get_title() for ax in fig.axes]

@@ -13,9 +13,7 @@ from traitlets.config import Config
 
 from moee_analysis.report.pages.output import shorten
 
-SOLUTION = "solution"
-"""Tag of the cells that solve an exercise, and class of their fold."""
-
+SOLUTION = "solution"  # tag of the cells that solve an exercise, and class of their fold
 EXPECTED = re.compile(r"!\[[^\]]*\]\(attachment:.*?(\n\n|\Z)", re.DOTALL)
 """The picture that a notebook makes one expect, and what is said of it."""
 
@@ -25,10 +23,7 @@ LOADING = ("src", "srcset", "poster", "background", "data", "xlink:href")
 
 
 def notebook_body(path: Path, findings: Mapping[str, str]) -> str:
-    """The executed notebook at ``path`` as HTML; ``findings`` are by the figures' alternative text.
-
-    Each finding is also written below its figure, for everybody who sees.
-    """
+    """The executed notebook at ``path`` as HTML; ``findings`` are by figures' alternative texts."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -60,7 +55,7 @@ def refine(html: str, findings: Mapping[str, str]) -> str:
         frame = {"class": "wide", "tabindex": "0", "role": "group", "aria-label": "Table"}
         table.wrap(soup.new_tag("div", attrs=frame))
     for image in soup.find_all("img"):
-        if image.get("alt") in findings:  # screen readers have heard it before
+        if image.get("alt") in findings:  # for all who see; screen readers have heard it before
             below = {"class": "finding", "aria-hidden": "true"}
             image.insert_after(soup.new_tag("p", attrs=below, string=findings[image["alt"]]))
     return str(soup)

@@ -11,8 +11,7 @@ from nbformat import NotebookNode
 LONGEST = 20_000  # characters of text in one output on a page
 LONGEST_MARKUP = 400_000  # characters of HTML, SVG and the like; more takes long to be made
 LEFT_OUT = "[{} are left out here; the notebook has them]"
-ESCAPES = re.compile(r"\x1b\[[^@-~\n]*[@-~]")
-"""Sequences that colour text or move the cursor."""
+ESCAPES = re.compile(r"\x1b\[[^@-~\n]*[@-~]")  # these colour text or move the cursor
 
 
 def join_streams(cell: NotebookNode) -> None:

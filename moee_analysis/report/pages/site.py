@@ -33,11 +33,8 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-TEMPLATES.filters |= {
-    "readable": readable,
-    "gate_text": gate_text,
-    "verdict_text": verdict_text,
-    "verdicts_line": verdicts_line,
+WORDS = (readable, alt_text, gate_text, verdict_text, verdicts_line)
+TEMPLATES.filters |= {each.__name__: each for each in WORDS} | {
     "printable": lambda value: printable(str(value)),
     "address": lambda path: quote(os.fsencode(path)),  # of a file, whatever it is called
 }
@@ -75,10 +72,9 @@ def write_page(folder: Path, status: Mapping[str, Any]) -> None:
         findings = {alt_text(f): f["finding"] for f in figures if f.get("finding")}
         facts["notebook"] = notebook_body(folder / NOTEBOOK, findings)
     else:
-        pictures = [data_uri((folder / figure["file"]).read_bytes()) for figure in figures]
         facts["figures"] = [
-            {"picture": picture, "alt": alt_text(figure), "finding": figure.get("finding")}
-            for picture, figure in zip(pictures, figures, strict=True)
+            figure | {"picture": data_uri((folder / figure["file"]).read_bytes())}
+            for figure in figures
         ]
         log = folder / LOG
         lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
@@ -100,14 +96,10 @@ def read_story(notebook: Path) -> dict[str, str]:
     return {"title": printable(title), "summary": printable(" ".join(summary.split()))}
 
 
-def write_index(
-    out: Path, folders: list[Path], waiting: Mapping[str, str] | None = None,
-    summary: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """Write ``index.html``, with a card for each notebook run in ``folders``.
+def write_index(out: Path, folders: list[Path], waiting: Mapping, summary: Mapping) -> None:
+    """Write ``index.html``: a card for each run in ``folders``, and those of an earlier report.
 
-    Those that an earlier report left in ``out`` have theirs too. It names the notebooks that are
-    ``waiting`` or running, and what came of the gates and the comparison of the ``summary``.
+    It names notebooks that are ``waiting`` or running, and gates and comparison of the ``summary``.
     """
     earlier = runs_of(out) - set(folders)
     runs = {run: read(run / FILE) for run in sorted({*folders, *earlier})}
@@ -128,8 +120,8 @@ def write_index(
         smoke=any(found.get("parameters", {}).get("preset") == "smoke" for found in results),
         facts=_facts(results),
         cards=cards,
-        waiting=waiting or {},
-        summary=summary or {},
+        waiting=waiting,
+        summary=summary,
         versions=environment["versions"],
         machine=_machine(environment, sum(card["seconds"] for card in cards)),
     )
@@ -145,10 +137,10 @@ def runs_of(out: Path) -> set[Path]:
 
 def _cover(folder: Path, found: dict[str, Any]) -> dict[str, str] | None:
     """The cover figure, else the first one, small enough to carry."""
-    figures = sorted(found.get("figures", {}).values(), key=lambda figure: not figure.get("cover"))
+    figures = found.get("figures", {}).values()
     if not figures:
         return None
-    chosen = figures[0]
+    chosen = max(figures, key=lambda figure: bool(figure.get("cover")))
     with Image.open(folder / chosen["file"]) as image:
         small = shrink(image.convert("RGB"), COVER_PIXELS, format="WEBP", quality=88)
     return {"picture": data_uri(small, "webp"), "alt": alt_text(chosen)}

@@ -16,8 +16,7 @@ from moee_analysis.utils.environment import own_folder
 from moee_analysis.utils.storage.files import check_file
 
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
-OWN = ("out", "preset")
-"""Parameters that the report sets by itself in every notebook."""
+OWN = ("out", "preset")  # parameters that the report sets by itself in every notebook
 
 
 def own_notebooks() -> list[Path]:
@@ -81,6 +80,9 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> None:
     """Refuse parameters ``given`` that ``notebook`` cannot take, or that it lacks itself."""
     declared = declared_parameters(notebook)
     for name in OWN:
+        if name in given:
+            expected = f"'{name}' as an argument of the report"
+            raise MoeeError(expected, "a notebook parameter", "move it there")
         if name not in declared:
             expected = f"a parameter '{name}' in {notebook.name}"
             raise MoeeError(expected, "none", f"declare '{name}: str'")

@@ -13,6 +13,7 @@ from typing import Any
 from moee_analysis.report.notebook.results import NOTEBOOK, STATUS, read
 from moee_analysis.report.pages.site import LOG, read_story, write_page
 from moee_analysis.report.runner.jupyter import own_kernel
+from moee_analysis.report.summary.gates import Gate
 from moee_analysis.utils.signals import PATIENCE
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.folders import new_folder
@@ -53,15 +54,18 @@ Steps = Generator[int, None, Outcome]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the notebooks of a report have in common."""
+    """What the notebooks of a report have in common, and what is asked of it."""
 
+    out: Path
     parameters: Mapping[str, Any]
     timeout: int
-    threads: Mapping[str, str]
-    """Environment variables, as ``run_notebooks.thread_limits`` has them."""
+    threads: Mapping[str, str]  # environment variables, as ``run_notebooks.thread_limits`` has them
+    gates: Sequence[Gate]
+    against: Mapping[str, Any] | None  # the summary of an earlier report
 
-    def run(self, notebook: Path, final: Path) -> Steps:
-        """Run a notebook in a new folder, which takes the place of ``final`` when complete."""
+    def run(self, notebook: Path) -> Steps:
+        """Run a notebook in a new folder, which takes its place in ``out`` when complete."""
+        final = self.out / notebook.stem
         with new_folder(final) as folder:
             place = folder.resolve()
             job = {
@@ -71,7 +75,6 @@ class Settings:
                 "cells": str(place / CELLS),
                 "parameters": {**self.parameters, "out": str(place)},
                 "timeout": self.timeout,
-                "cwd": str(Path.cwd()),
             }
             status = (yield from self._work(job, folder)) | read_story(notebook)
             write_json(folder / STATUS, status)

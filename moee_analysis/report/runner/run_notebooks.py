@@ -14,11 +14,11 @@ from moee_analysis.extraction.config import preset_named
 from moee_analysis.report.notebook.results import STATUS
 from moee_analysis.report.pages.site import INDEX
 from moee_analysis.report.runner import time_left
-from moee_analysis.report.runner.choose import OWN, check_parameters, check_paths
+from moee_analysis.report.runner.choose import check_parameters, check_paths
 from moee_analysis.report.runner.one_notebook import Outcome, Settings, Steps
-from moee_analysis.report.runner.publish import Publisher, summary_lines
+from moee_analysis.report.runner.publish import publish
 from moee_analysis.report.summary.gates import Gate, check_gates
-from moee_analysis.report.summary.summary import read_summary
+from moee_analysis.report.summary.summary import read_summary, summary_lines
 from moee_analysis.utils.checks import whole_number
 from moee_analysis.utils.environment import cores, memory
 from moee_analysis.utils.progress import tell
@@ -26,9 +26,7 @@ from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.locks import locked
 from moee_analysis.utils.storage.refusals import check_place, writing
 
-CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}
-"""The longest a single cell may take, per preset."""
-
+CELL_SECONDS = {"smoke": 600, "small": 3600, "full": 6 * 3600}  # of a single cell, at most
 MEMORY = 2.5e9  # bytes that a notebook takes at most, on the bundled images
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 LOOK_SECONDS = 0.2  # between looks at how far the notebooks are
@@ -59,21 +57,19 @@ def report(
     check_gates(gates, chosen)
     old = None if against is None else read_summary(Path(against))
     jobs, given = jobs or usual_jobs(len(chosen)), given | {"preset": preset}
-    settings = Settings(given, CELL_SECONDS[preset], thread_limits(jobs))
+    settings = Settings(folder, given, CELL_SECONDS[preset], thread_limits(jobs), gates, old)
     with ended_in_order(), _held(folder):
-        outcomes = _run_all(chosen, settings, Publisher(folder, given, gates, old), jobs)
+        outcomes = _run_all(chosen, settings, jobs)
     tell(f"report: {folder / INDEX}")
     return outcomes
 
 
-def _run_all(
-    notebooks: Sequence[Path], settings: Settings, publisher: Publisher, jobs: int
-) -> list[Outcome]:
+def _run_all(notebooks: Sequence[Path], settings: Settings, jobs: int) -> list[Outcome]:
     """Run the notebooks and publish anew whenever one ends; outcomes in their order."""
-    found = {each: time_left.course_of(each, publisher.out / each.stem) for each in notebooks}
+    found = {each: time_left.course_of(each, settings.out / each.stem) for each in notebooks}
     order = time_left.in_order(found) if jobs > 1 else list(found)
     courses = {each.stem: found[each] for each in order}
-    work = {each.stem: settings.run(each, publisher.out / each.stem) for each in order}
+    work = {each.stem: settings.run(each) for each in order}
     state: dict[str, Outcome | None] = {}
     with time_left.watched(courses, jobs) as see, closing(run_side_by_side(work, jobs, see)) as ran:
         for name, outcome in ran:
@@ -84,7 +80,7 @@ def _run_all(
             courses[name].end()
             done = [end.folder for end in state.values() if end]
             waiting = {n: "running" if n in state else "waiting" for n in work if not state.get(n)}
-            summary = publisher.write(done, waiting)
+            summary = publish(settings, done, waiting)
             left = time_left.in_words(courses, jobs) if waiting else ""
             place = f"[{len(done)}/{len(work)}] {name}"
             tell(", ".join(filter(None, [f"{place}: {outcome}", left])))
@@ -111,14 +107,10 @@ def _held(out: Path) -> Iterator[None]:
 
 def _check(given: Mapping[str, Any], notebooks: Sequence[Path], out: Path) -> None:
     """Refuse parameters that do not fit, and a place where anything but a report would be lost."""
-    for name in OWN:
-        if name in given:
-            expected = f"'{name}' as an argument of the report"
-            raise MoeeError(expected, "a notebook parameter", "move it there")
+    check_place(out / INDEX)
     for notebook in notebooks:
         check_parameters(notebook, given)
-    check_place(out / INDEX)
-    for folder in (out / notebook.stem for notebook in notebooks):
+        folder = out / notebook.stem
         if folder.exists() and not (folder / STATUS).is_file():
             hint = "choose another folder for the report"
             raise MoeeError(f"'{folder}' to be free or an earlier report", "something else", hint)
@@ -132,10 +124,7 @@ def usual_jobs(notebooks: int) -> int:
 
 
 def thread_limits(jobs: int) -> dict[str, str]:
-    """What libraries read of the threads they may take: a share of the cores, or the user's less.
-
-    The numbers do not depend on it, only the time.
-    """
+    """What libraries read of their threads: a share of the cores, or the user's number if less."""
     share, texts = max(1, cores() // jobs), {name: os.environ.get(name, "") for name in THREADS}
     given = {name: int(text) for name, text in texts.items() if text.isdigit()}
     allowed = {name: (share, given.get(name), given.get(THREADS[0])) for name in THREADS}

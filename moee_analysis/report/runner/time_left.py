@@ -58,10 +58,7 @@ class Course:
 
 
 def seconds_left(courses: Mapping[str, Course], jobs: int) -> float | None:
-    """Seconds that the notebooks take still, ``jobs`` at a time; None while nobody can tell.
-
-    ``courses`` stand in the order in which they begin.
-    """
+    """Seconds that notebooks, in the order given, take still, ``jobs`` at a time; None: unknown."""
     now, every = time.monotonic(), courses.values()
     whole = sum(course.expected for course in every)
     known = sum(sum(course.seconds[1 : course.ended]) for course in every)

@@ -42,7 +42,6 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
             parameters=job["parameters"],
             kernel_name=NAME,
             language="python",
-            cwd=job["cwd"],
             progress_bar=False,
             start_timeout=KERNEL_START_SECONDS,
             execution_timeout=job["timeout"],

@@ -1,11 +1,11 @@
 """Gates: numbers that a report must reach, as ``retention=0.95`` or ``08.retention=0.95``."""
 
-import ast
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from moee_analysis.errors import MoeeError
 
 SUMMARY = "summary.json"
 HEADLINE, RETENTION = "headline", "retention"  # numbers that are read from a notebook's headline
-KEPT = "of the dense top-1 kept"
-"""The label of a headline that is a retention begins so."""
+KEPT = "of the dense top-1 kept"  # so begins the label of a headline that is a retention
+CALL = re.compile(r"""\.(record|headline)\(\s*(?:f?["']([^"'{]*))?""")
+"""What keeps a number, in a cell, and the words that its name or its label begins with."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Gate:
         by = max((name for name, own in values.items() if self.key(name) in own), default=None)
         found = None if by is None else values[by][self.key(by)]
         met = found is not None and found >= self.least
-        about = {"name": self.name, "least": self.least, "notebook": by}
-        return about | {"found": found, "met": met}
+        return asdict(self) | {"notebook": by, "found": found, "met": met}
 
 
 def gate_text(gate: Mapping[str, Any]) -> str:
@@ -66,8 +66,7 @@ def check_gates(gates: Iterable[Gate], notebooks: Sequence[Path]) -> None:
     """Refuse gates for numbers that none of the notebooks records, by the words in their cells."""
     known = {path.stem: set(recorded(path)) for path in notebooks}
     for gate in gates:
-        keys = {name: gate.key(name) or "" for name in known}
-        if not any(key.partition(".")[0] in known[name] for name, key in keys.items()):
+        if not any((gate.key(name) or "").partition(".")[0] in own for name, own in known.items()):
             listed = [f"{name}: {', '.join(sorted(of))}" for name, of in known.items() if of]
             expected = f"a number of these notebooks ({'; '.join(listed) or 'they record none'})"
             raise MoeeError(expected, repr(gate.name), "name one, as 08.retention=0.95")
@@ -76,19 +75,7 @@ def check_gates(gates: Iterable[Gate], notebooks: Sequence[Path]) -> None:
 def recorded(notebook: Path) -> Iterator[str]:
     """Names under which a notebook records numbers, before any dot."""
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code":
-            with suppress(SyntaxError):  # magics
-                for node in ast.walk(ast.parse("".join(cell["source"]))):
-                    yield from _named_by(node)
-
-
-def _named_by(node: ast.AST) -> list[str]:
-    method = getattr(getattr(node, "func", None), "attr", None)
-    if method not in ("record", "headline") or not node.args:
-        return []
-    first = node.args[0]
-    text = first.values[0] if isinstance(first, ast.JoinedStr) else first
-    words = str(getattr(text, "value", ""))
-    if method == "record":
-        return [words]
-    return [HEADLINE, RETENTION] if words.startswith(KEPT) else [HEADLINE]
+        calls = CALL.findall("".join(cell["source"])) if cell["cell_type"] == "code" else []
+        for method, words in calls:
+            of_headline = [HEADLINE, RETENTION] if words.startswith(KEPT) else [HEADLINE]
+            yield from of_headline if method == "headline" else [words]

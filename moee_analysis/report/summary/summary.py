@@ -9,12 +9,12 @@ from typing import Any
 from moee_analysis.errors import MoeeError
 from moee_analysis.report.notebook.bench import VERDICTS
 from moee_analysis.report.notebook.results import FILE, STATUS, read, readable
-from moee_analysis.report.summary.gates import HEADLINE, KEPT, RETENTION, SUMMARY
+from moee_analysis.report.summary.gates import HEADLINE, KEPT, RETENTION, SUMMARY, gate_text
 from moee_analysis.utils.environment import version
 from moee_analysis.utils.storage.files import read_json
 
 SCHEMA = 1  # raise it where a program that reads the file would go wrong
-WHERE = ("preset", "seed")
+
 NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?) ?(%?)")
 
 Summary = Mapping[str, Any]
@@ -111,19 +111,16 @@ def compare(old: Summary, new: Summary, *, waiting: Collection[str] = ()) -> dic
     after = {name: each for name, each in new["notebooks"].items() if not each["earlier"]}
     both = [name for name in after if name in before]
     claims = [row for name in both for row in _claims(name, before[name], after[name])]
-    gone = [name for name in before if name not in {*after, *waiting}]
-    come = [name for name in after if name not in before]
+    known = {*after, *waiting}
+    gone = [f"{name}: only in the earlier report" for name in before if name not in known]
+    come = [f"{name}: only in this report" for name in after if name not in before]
+    changed = [fact for fact in ("preset", "seed") if old.get(fact) != new.get(fact)]
     return {
         "numbers": [row for name in both for row in _numbers(name, before[name], after[name])],
         "verdicts": [row for row in claims if row["old"] != row["new"]],
         "same": sum(row["old"] == row["new"] for row in claims),
-        "missing": [f"{name}: only in the earlier report" for name in gone]
-        + [f"{name}: only in this report" for name in come],
-        "settings": [
-            f"{fact} {old.get(fact)} before, {new.get(fact)} now"
-            for fact in WHERE
-            if old.get(fact) != new.get(fact)
-        ],
+        "missing": gone + come,
+        "settings": [f"{fact} {old.get(fact)} before, {new.get(fact)} now" for fact in changed],
     }
 
 
@@ -150,8 +147,12 @@ def verdict_text(row: Summary) -> str:
     return f"{VERDICTS[row['old']][0]} → {VERDICTS[row['new']][0]}"
 
 
-def comparison_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """A comparison for the terminal, changed verdicts first."""
+def summary_lines(summary: Summary) -> Iterator[str]:
+    """What came of gates and comparison, changed verdicts first, for the terminal."""
+    yield from map(gate_text, summary["gates"])
+    found = summary["against"]
+    if not found:
+        return
     yield f"against the earlier report: {verdicts_line(found)}"
     for row in found["verdicts"]:
         yield f"! {row['notebook']}: {verdict_text(row)}: {row['statement']}"

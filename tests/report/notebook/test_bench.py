@@ -210,15 +210,14 @@ def test_unreadable_images_are_noted(tmp_path, folder):
 def test_layers_and_classes_are_the_parameters_or_the_notebook_s_own(toy_model):
     own = open_notebook("x", preset="smoke")
     assert own.choose_layers([0, 2]) == [0, 2]
-    assert own.choose_classes(["bee", 3]) == [1, 3]
-    given = open_notebook("x", preset="smoke", layers=[1], classes=["fox"])
+    given = open_notebook("x", preset="smoke", layers=[1], classes=["fox", 3])
     assert given.choose_layers([0, 2]) == [1]
-    assert given.choose_classes(["bee", 3]) == given.choose_among(["bee"], count=2) == [5]
+    assert given.choose_among(["bee"], count=1) == [5, 3]
     lacking = open_notebook("x", preset="smoke", layers=[3], classes=["bees"])
     with pytest.raises(MoeeError, match="layers from 0 to 2"):
         lacking.choose_layers([0])
     with pytest.raises(MoeeError, match="did you mean bee"):
-        lacking.choose_classes([])
+        lacking.choose_among([], count=1)
 
 
 def test_choose_among_prefers_what_the_images_show(bench):

@@ -48,7 +48,7 @@ def index(tmp_path):
             Image.new("RGB", (40, 30), "teal").save(folder / figure["file"])
         write_json(folder / "results.json", found)
         write_json(folder / "status.json", RAN | status)
-        write_index(tmp_path, [folder])
+        write_index(tmp_path, [folder], {}, {})
         return BeautifulSoup((tmp_path / "index.html").read_text(), "html.parser")
 
     return written
@@ -88,7 +88,7 @@ def test_runs_of_an_earlier_report_keep_their_cards_and_those_to_come_are_named(
     mine, earlier = [card.find(class_="ending").get_text() for card in index(FOUND)("article")]
     assert "of an earlier report" in earlier
     assert "earlier" not in mine
-    write_index(tmp_path, [tmp_path / "one"], {"<a>": "running", "b": "waiting"})
+    write_index(tmp_path, [tmp_path / "one"], {"<a>": "running", "b": "waiting"}, {})
     page = BeautifulSoup((tmp_path / "index.html").read_text(), "html.parser")
     summary = " ".join(page.find(class_="summary").get_text().split())
     assert summary.startswith("2 of 4 notebooks ran to their end.")
