@@ -15,7 +15,7 @@ from moee_analysis.outside_text import printable
 from moee_analysis.training.finetune import Finetuned
 from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.refusals import bytes_text
-from moee_analysis.utils.storage.upkeep import Entry, Pruned, shares
+from moee_analysis.utils.storage.upkeep import Entry, shares
 
 KINDS = {
     "activations": "recorded tokens", "clusters": "clusters", "reduced": "reduced tokens",
@@ -117,10 +117,10 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
     lines = [f"{root}: {total} in {len(found)} folders; {bytes_text(free)} free on that disk"]
     if runs:
         lines.append("     alone  with others  last used         run")
-    for share in runs:
-        used = datetime.fromtimestamp(share.run.used).strftime("%Y-%m-%d %H:%M")
-        sizes = f"{bytes_text(share.alone):>10}  {bytes_text(share.shared):>11}"
-        lines.append(f"{sizes}  {used}  {share.run.title}")
+    for run, alone, shared in runs:
+        used = datetime.fromtimestamp(run.used).strftime("%Y-%m-%d %H:%M")
+        sizes = f"{bytes_text(alone):>10}  {bytes_text(shared):>11}"
+        lines.append(f"{sizes}  {used}  {run.title}")
     if rest:
         lines.append("of no run that is listed here")
     sizes: defaultdict[str, list[int]] = defaultdict(list)
@@ -132,9 +132,9 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
     return "\n".join(map(printable, lines))  # a run stays one line
 
 
-def pruned_text(pruned: Pruned, most: float) -> str:
+def pruned_text(removed: Sequence[Entry], left: int, in_use: int, *, most: float) -> str:
     """What was removed, and what could not be."""
-    gone = bytes_text(sum(entry.size for entry in pruned.removed))
-    line = f"removed {len(pruned.removed)} folders, {gone}; {bytes_text(pruned.left)} are left"
-    used = f", of which {bytes_text(pruned.in_use)} are in use by processes that run"
-    return line + used if pruned.left > most else line
+    gone = bytes_text(sum(entry.size for entry in removed))
+    line = f"removed {len(removed)} folders, {gone}; {bytes_text(left)} are left"
+    used = f", of which {bytes_text(in_use)} are in use by processes that run"
+    return line + used if left > most else line

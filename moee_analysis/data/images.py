@@ -75,8 +75,9 @@ class Scenes:
         return hashlib.sha256(f"{scenes.edition()} {self.split} {row}".encode()).digest()
 
 
-# 16 kB a scene; a notebook passes over its images many times
-_scene = lru_cache(maxsize=4096)(scenes.scene)
+@lru_cache(maxsize=4096)  # of 16 kB; a notebook passes over its images many times
+def _scene(split: str, row: int) -> scenes.Scene:
+    return scenes.render(scenes.SPLIT_SEEDS[split], row)
 
 
 @dataclass(frozen=True)
@@ -224,19 +225,11 @@ def load_images(
     strict: bool = False,
     seed: int = 0,
 ) -> ImageSet:
-    """Load labelled images.
+    """Load labelled images: the rendered scenes, ``"bundled"``, or a folder of class folders.
 
-    Parameters
-    ----------
-    source
-        ``"bundled"`` for the rendered scenes, or a folder that holds one folder per class,
-        named by wnid or class name.
-    split
-        ``"calibration"`` or ``"evaluation"`` of the bundled scenes; a folder has no splits.
-    limit
-        At most so many images, even over the classes, drawn with ``seed``.
-    strict
-        Refuse a folder with unreadable files instead of skipping them with a warning.
+    These are named by wnid or class name. A ``split``, "train", "calibration" or "evaluation", is
+    one of the scenes; of a folder ``strict`` refuses unreadable files, which are otherwise skipped
+    with a warning. ``limit`` images at most are even over the classes, drawn with ``seed``.
 
     Raises MoeeError: no such folder, no images in it, unreadable files with ``strict``, unknown
     split; a limit below 1.

@@ -1,7 +1,7 @@
 """A network while it runs: evaluated, watched, started at one of its blocks, or traced."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -38,15 +38,10 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
             attributes.update(own)
 
 
-def in_evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Evaluation mode, with or without gradients as it was."""
-    return switched(model.modules(), training=False)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients."""
-    with in_evaluation_mode(model), torch.no_grad():
+    with switched(model.modules(), training=False), torch.no_grad():
         yield
 
 

@@ -1,6 +1,5 @@
 """The classes of a model: their names, where these come from, and that there is one an output."""
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -19,7 +18,7 @@ from moee_analysis.models.inputs import DOES_NOT_FIT, blank, misfit
 from moee_analysis.models.unwrapping import inside, stated_modules
 from moee_analysis.outside_text import printable
 from moee_analysis.utils.progress import tell
-from moee_analysis.utils.storage.files import read_text
+from moee_analysis.utils.storage.files import read_json, read_text
 
 NAME_THEM = (
     "name its classes in the order of its outputs: --classes FILE (one name a line, or JSON), or "
@@ -150,9 +149,8 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Read names of classes: one a line, or JSON, a list or like ``id2label``, ``class_to_idx``."""
     path = Path(path)
     text = read_text(path, expected="a text file of class names", hint=FORMS)
-    text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
     if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
-        return _from_json(text, path)
+        return _from_json(path)
     if names := tuple(line.strip() for line in text.splitlines() if line.strip()):
         return names
     raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
@@ -166,11 +164,8 @@ def _imagenet_names(subset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(info.label_names()), labels
 
 
-def _from_json(text: str, path: Path) -> tuple[str, ...]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MoeeError(f"class names as JSON in '{path}'", str(error), FORMS) from None
+def _from_json(path: Path) -> tuple[str, ...]:
+    content = read_json(path, expected="a file of class names", hint=FORMS)
     names = _list_names(content)
     if names and all(isinstance(name, str) for name in names):
         return tuple(map(str.strip, names))

@@ -1,7 +1,4 @@
-"""Weights from files, as others saved them, and the hub that some are fetched from.
-
-Files are safetensors, or the checkpoints of training scripts.
-"""
+"""Weights from safetensors and others' checkpoints, and the hub that some are fetched from."""
 
 import argparse
 import logging
@@ -63,10 +60,6 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     Of a checkpoint the averaged weights (EMA) are preferred.
     """
     check_file(path, expected="a weights file")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise MoeeError("a weights file that can be read", str(error), "check the path") from None
     if path.suffix != ".safetensors":
         return _state_dict(_read_checkpoint(path), path), {}
     try:

@@ -25,7 +25,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import in_evaluation_mode
+from moee_analysis.models.capture import switched
 from moee_analysis.training.batches import Augmented, epoch_batches, training_transform
 from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.training.distillation import divergences, losses_of, trainable_routers
@@ -87,8 +87,7 @@ class Training:
         """Train to the end, from the last checkpoint if there is one."""
         with (
             _trainable(self.student, self.config.router),
-            in_evaluation_mode(self.student),
-            in_evaluation_mode(self.dense),
+            switched([*self.student.modules(), *self.dense.modules()], training=False),
         ):
             self._begin()
             while not self.progress.stopped and self.progress.epochs < self.config.epochs:

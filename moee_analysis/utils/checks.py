@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from moee_analysis.errors import MoeeError
 
 MOST = 10**9  # no count and no factor is larger, unless something was mistyped
-HOLDS = {"above": gt, "at least": ge, "below": lt, "at most": le}
+HOLDS = {"above": gt, "least": ge, "below": lt, "most": le}
+WORDS = {"least": "at least", "most": "at most"}
 LAST_SEED = 2**32 - 1  # the largest that NumPy takes
 
 
@@ -31,22 +32,15 @@ def draw_numbers(seed: Any, **counts: Any) -> None:
     seed_number(seed)
 
 
-def real_number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> None:
-    """Refuse anything but a number within the bounds, by default up to a billion; NaN never is."""
-    if below is None and most is None:
-        most = MOST
-    bounds = {"above": above, "at least": least, "below": below, "at most": most}
-    bounds = {word: bound for word, bound in bounds.items() if bound is not None}
-    if not _is(Real, value) or not all(HOLDS[word](value, bound) for word, bound in bounds.items()):
-        words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+def real_number(name: str, value: Any, **bounds: float) -> None:
+    """Refuse anything but a number within ``bounds``, of :data:`HOLDS`; NaN never is.
+
+    By default it is a billion at most.
+    """
+    if not {"below", "most"} & bounds.keys():
+        bounds["most"] = MOST
+    if not _is(Real, value) or not all(HOLDS[key](value, bound) for key, bound in bounds.items()):
+        words = " and ".join(f"{WORDS.get(key, key)} {bound:g}" for key, bound in bounds.items())
         _refuse(name, f"a number {words}", value)
 
 

@@ -18,11 +18,9 @@ import PIL
 from moee_analysis.data.scenes import nature, vehicles
 from moee_analysis.data.scenes.backgrounds import OCCLUDERS, PLACES, draw_clutter, draw_sky
 from moee_analysis.data.scenes.canvas import PARTS, SIDE, Canvas, Draws, Pose
-from moee_analysis.utils.checks import one_of, whole_number
 
 __all__ = [
     "CLASSES", "FAMILIES", "PARTS", "SPLIT_SEEDS", "SPLIT_SIZES", "Scene", "edition", "render",
-    "scene",
 ]  # fmt: skip
 
 _LAND = ("open", "street", "meadow")
@@ -92,13 +90,6 @@ def edition() -> str:
     code = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"numpy {np.__version__}, pillow {PIL.__version__}"
     return hashlib.sha256(b"".join([*code, versions.encode()])).hexdigest()
-
-
-def scene(split: str, index: int) -> Scene:
-    """Scene ``index`` of a split, if there is one."""
-    one_of("a split", split, SPLIT_SEEDS)
-    whole_number(f"index in '{split}'", index, least=0, most=SPLIT_SIZES[split] - 1)
-    return render(SPLIT_SEEDS[split], index)
 
 
 def render(seed: int, index: int, *, label: int | None = None) -> Scene:

@@ -19,13 +19,14 @@ LARGEST_TEXT = 1 << 28  # bytes; nothing here writes more
 
 
 def check_file(path: Path, *, expected: str, hint: str = "check the path") -> None:
-    """Refuse a path at which there is no regular file; nothing is read, so nothing waits."""
+    """Refuse a path at which there is no regular file to read; nothing waits, as for a pipe."""
     try:
         if path.is_file():
+            path.open("rb").close()
             return
         odd = next((words for kind, words in ODD.items() if getattr(path, kind)()), "no such file")
     except (OSError, ValueError) as error:
-        odd = str(error)
+        odd = f"what cannot be read ({error})"
     raise MoeeError(expected, f"{odd} at '{path}'", hint)
 
 
@@ -35,10 +36,8 @@ def read_text(path: Path, *, expected: str, hint: str = "check the path") -> str
     try:
         size = path.stat().st_size
         if size <= LARGEST_TEXT:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # some editors mark UTF-8
         found = f"{bytes_text(size)} in '{path}'"
-    except OSError as error:
-        found = f"'{path}', which cannot be read ({error})"
     except UnicodeDecodeError as error:
         found = f"no text in '{path}' ({error.reason})"
     raise MoeeError(expected, found, hint)
