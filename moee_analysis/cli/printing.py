@@ -15,16 +15,7 @@ from moee_analysis.outside_text import printable
 from moee_analysis.training.finetune import Finetuned
 from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.refusals import bytes_text
-from moee_analysis.utils.storage.upkeep import Entry, shares
-
-KINDS = {
-    "activations": "recorded tokens", "clusters": "clusters", "reduced": "reduced tokens",
-    "statistics": "statistics of experts", "costs": "costs of neurons", "sums": "sums, unfinished",
-    "attention": "modes of attention", "finetuned": "fine-tuned runs", "trained": "trainings",
-    "seconds": "times", "profile": "profiles", "unfinished": "begun and not finished",
-    "damaged": "damaged, set aside", "run": "runs",
-}  # fmt: skip
-"""Kinds of folders in a store, in words."""
+from moee_analysis.utils.storage.upkeep import KINDS, OTHER_KINDS, Entry, shares
 
 
 def layers_text(run: Extraction) -> str:
@@ -128,7 +119,8 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
         sizes[entry.kind].append(entry.size)
     for kind in sorted(sizes, key=lambda kind: -sum(sizes[kind])):
         taken = f"{bytes_text(sum(sizes[kind])):>10}"
-        lines.append(f"{taken}  {KINDS.get(kind, kind)} (folders: {len(sizes[kind])})")
+        words = (KINDS | OTHER_KINDS)[kind]
+        lines.append(f"{taken}  {words} (folders: {len(sizes[kind])})")
     return "\n".join(map(printable, lines))  # a run stays one line
 
 

@@ -109,10 +109,9 @@ def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
 
 
 def _names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
-    """Class ``folders`` as the names of a classifier that has none, one for each output.
+    """Class ``folders`` as names of a classifier that has none, in the order of the alphabet.
 
-    In the order of the alphabet, as training scripts take them. Empty where the model has names,
-    or another number of outputs.
+    Empty where the model has names, or another number of outputs.
     """
     names, count = tuple(sorted(folders)), len(folders)
     if knows_classes(model) or not is_classifier(model) or count_classes(model) != count:
@@ -150,10 +149,12 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     path = Path(path)
     text = read_text(path, expected="a text file of class names", hint=FORMS)
     if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
-        return _from_json(path)
-    if names := tuple(line.strip() for line in text.splitlines() if line.strip()):
-        return names
-    raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
+        names = _list_names(read_json(path, expected="a file of class names", hint=FORMS))
+    else:
+        names = [line for line in text.splitlines() if line.strip()]
+    if names and all(isinstance(name, str) for name in names):
+        return tuple(map(str.strip, names))
+    raise MoeeError(f"class names in '{path}'", "other things" if names else "none", FORMS)
 
 
 @cache
@@ -162,15 +163,6 @@ def _imagenet_names(subset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     info = ImageNetInfo(subset)
     labels = tuple(text.split(",")[0] for text in info.label_descriptions())
     return tuple(info.label_names()), labels
-
-
-def _from_json(path: Path) -> tuple[str, ...]:
-    content = read_json(path, expected="a file of class names", hint=FORMS)
-    names = _list_names(content)
-    if names and all(isinstance(name, str) for name in names):
-        return tuple(map(str.strip, names))
-    found = f"{type(content).__name__} of other things"
-    raise MoeeError(f"class names in '{path}'", found, FORMS)
 
 
 def _list_names(content: object) -> list[object]:
@@ -183,15 +175,11 @@ def _list_names(content: object) -> list[object]:
             return _list_names(content[key])
     if all(type(index) is int for index in content.values()):  # class_to_idx
         content = {str(index): name for name, index in content.items()}
-    numbered = sorted((int(key), name) for key, name in content.items() if str(key).isdecimal())
-    complete = [number for number, _ in numbered] == list(range(len(content)))
-    return [name for _, name in numbered] if complete else []
+    return [content.get(str(index)) for index in range(len(content))]
 
 
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-@cache
-def _tell_once(line: str) -> None:
-    tell(line)
+_tell_once = cache(tell)

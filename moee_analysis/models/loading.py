@@ -160,9 +160,8 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             "choose a ViT, DeiT, Swin, ConvNeXt or another of docs/architectures.md; gated and "
             "convolutional MLPs cannot be taken apart",
         )
-    first = {name: model.get_submodule(name).fc1 for name in names}
-    numbered = enumerate(first.items())
-    return [MlpSite(name, i, fc1.in_features, fc1.out_features) for i, (name, fc1) in numbered]
+    layers = [(name, model.get_submodule(name).fc1) for name in names]
+    return [MlpSite(n, i, fc1.in_features, fc1.out_features) for i, (n, fc1) in enumerate(layers)]
 
 
 def architecture(model: nn.Module) -> str:
@@ -245,8 +244,7 @@ def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         if isinstance(cfg, dict):
             return cfg
     expected = f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'"
-    hint = "save the file again, with or without this entry"
-    raise MoeeError(expected, f"'{text[:40]}'", hint)
+    raise MoeeError(expected, f"'{text[:40]}'", "save the file again, with or without this entry")
 
 
 def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -33,10 +33,7 @@ def draw_numbers(seed: Any, **counts: Any) -> None:
 
 
 def real_number(name: str, value: Any, **bounds: float) -> None:
-    """Refuse anything but a number within ``bounds``, of :data:`HOLDS`; NaN never is.
-
-    By default it is a billion at most.
-    """
+    """Refuse anything but a number within ``bounds``, by default up to a billion; NaN never is."""
     if not {"below", "most"} & bounds.keys():
         bounds["most"] = MOST
     if not _is(Real, value) or not all(HOLDS[key](value, bound) for key, bound in bounds.items()):
@@ -66,11 +63,9 @@ def choices_of(settings: type) -> dict[str, tuple[str, ...]]:
 
 def layer_numbers(value: Any) -> None:
     """Refuse ``layers`` that are neither None nor numbers of layers, counted from 0."""
-    if value is None:
-        return
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if value is not None and (not isinstance(value, Sequence) or isinstance(value, str)):
         _refuse("layers", "a tuple of numbers, counted from 0", value)
-    for number in value:
+    for number in value or ():
         whole_number("layers", number, least=0)
 
 
@@ -84,5 +79,4 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def _refuse(name: str, expected: str, found: Any, *, hint: str = "correct it") -> None:
-    expected = f"{name} as {expected}" if name else expected
-    raise MoeeError(expected, reprlib.repr(found), hint)
+    raise MoeeError(f"{name} as {expected}" if name else expected, reprlib.repr(found), hint)

@@ -17,11 +17,7 @@ import PIL
 
 from moee_analysis.data.scenes import nature, vehicles
 from moee_analysis.data.scenes.backgrounds import OCCLUDERS, PLACES, draw_clutter, draw_sky
-from moee_analysis.data.scenes.canvas import PARTS, SIDE, Canvas, Draws, Pose
-
-__all__ = [
-    "CLASSES", "FAMILIES", "PARTS", "SPLIT_SEEDS", "SPLIT_SIZES", "Scene", "edition", "render",
-]  # fmt: skip
+from moee_analysis.data.scenes.canvas import SIDE, Canvas, Draws, Pose
 
 _LAND = ("open", "street", "meadow")
 _COAST = ("open", "meadow", "sea")
@@ -77,7 +73,7 @@ _RAMP = np.linspace(-1, 1, SIDE, dtype=np.float32)
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene: uint8 [64, 64, 3] RGB, index into `CLASSES`, uint8 [64, 64] into `PARTS`."""
+    """A scene: uint8 [64, 64, 3] RGB, index into `CLASSES`, uint8 [64, 64] into `canvas.PARTS`."""
 
     image: np.ndarray
     label: int

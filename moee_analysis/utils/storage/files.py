@@ -38,6 +38,8 @@ def read_text(path: Path, *, expected: str, hint: str = "check the path") -> str
         if size <= LARGEST_TEXT:
             return path.read_text(encoding="utf-8-sig")  # some editors mark UTF-8
         found = f"{bytes_text(size)} in '{path}'"
+    except OSError as error:  # it is gone, or its disk fails
+        found = f"'{path}', which cannot be read ({error})"
     except UnicodeDecodeError as error:
         found = f"no text in '{path}' ({error.reason})"
     raise MoeeError(expected, found, hint)
@@ -75,8 +77,7 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
     folder that is missing, full or closed raises a ``MoeeError``.
     """
     touch = partial(Path.touch, mode=0o600, exist_ok=False)
-    prefix = path.with_name(temporary_prefix(path.name))
-    with writing(path, wanted=wanted), temporary(prefix, touch) as new:
+    with writing(path, wanted=wanted), temporary(temporary_prefix(path), touch) as new:
         yield new
         new.chmod(0o644)
         flush(new)

@@ -14,10 +14,14 @@ from moee_analysis.utils.storage.refusals import size_of, writing
 from moee_analysis.utils.storage.store import ASIDE, UNFINISHED
 
 KEY = "[0-9a-f]{20}"
-KINDS = (
-    "activations", "attention", "clusters", "costs", "finetuned", "measured", "profile", "reduced",
-    "run", "seconds", "statistics", "trained",
-)  # fmt: skip
+KINDS = {  # of folders with checksums, in words
+    "activations": "recorded tokens", "attention": "modes of attention", "clusters": "clusters",
+    "costs": "costs of neurons", "finetuned": "fine-tuned runs", "measured": "measured",
+    "profile": "profiles", "reduced": "reduced tokens", "run": "runs", "seconds": "times",
+    "statistics": "statistics of experts", "trained": "trainings",
+}  # fmt: skip
+OTHER_KINDS = {"sums": "sums, unfinished", "unfinished": "begun and not finished",
+               "damaged": "damaged, set aside"}  # fmt: skip
 # Names of the folders of a store: those with checksums, and the others
 SEALED = rf"({'|'.join(KINDS)})-{KEY}"
 OTHERS = rf"sums-{KEY}-{KEY}|\.{SEALED}{UNFINISHED}|{ASIDE}{SEALED}({UNFINISHED})?"
@@ -98,7 +102,7 @@ def _remove(path: Path) -> bool:
     """Remove a folder, in one step for all who see it, unless it is in use."""
     if is_held(path):
         return False
-    prefix = path.with_name(temporary_prefix("removed"))
+    prefix = temporary_prefix(path.with_name("removed"))
     with ExitStack() as unused:
         try:
             unused.enter_context(locked(path / SEAL, wait=False))

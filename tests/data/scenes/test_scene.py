@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moee_analysis.data.scenes import scene as scenes
-from moee_analysis.data.scenes.canvas import Canvas, Pose
-from moee_analysis.data.scenes.scene import CLASSES, FAMILIES, PARTS
+from moee_analysis.data.scenes.canvas import PARTS, Canvas, Pose
+from moee_analysis.data.scenes.scene import CLASSES, FAMILIES
 
 SIGNATURES = {
     "goldfish": "body fin tail eye", "pug": "fur ear eye muzzle", "cat": "fur ear eye muzzle",
