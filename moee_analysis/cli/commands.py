@@ -162,7 +162,7 @@ def store(arguments: Namespace) -> int:
     if arguments.prune is None:
         print(printing.store_text(root, entries(root)))
     else:
-        print(printing.pruned_text(prune(root, arguments.prune), arguments.prune))
+        print(printing.pruned_text(*prune(root, arguments.prune), most=arguments.prune))
     return 0
 
 

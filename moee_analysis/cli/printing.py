@@ -15,15 +15,7 @@ from moee_analysis.outside_text import printable
 from moee_analysis.training.finetune import Finetuned
 from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.refusals import bytes_text
-from moee_analysis.utils.storage.upkeep import Entry, Pruned, shares
-
-KINDS = {  # of folders in a store, in words
-    "activations": "recorded tokens", "clusters": "clusters", "reduced": "reduced tokens",
-    "statistics": "statistics of experts", "costs": "costs of neurons", "sums": "sums, unfinished",
-    "attention": "modes of attention", "finetuned": "fine-tuned runs", "trained": "trainings",
-    "seconds": "times", "profile": "profiles", "unfinished": "begun and not finished",
-    "damaged": "damaged, set aside", "run": "runs",
-}  # fmt: skip
+from moee_analysis.utils.storage.upkeep import KINDS, OTHER_KINDS, Entry, shares
 
 
 def layers_text(run: Extraction) -> str:
@@ -116,10 +108,10 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
     lines = [f"{root}: {total} in {len(found)} folders; {bytes_text(free)} free on that disk"]
     if runs:
         lines.append("     alone  with others  last used         run")
-    for share in runs:
-        used = datetime.fromtimestamp(share.run.used).strftime("%Y-%m-%d %H:%M")
-        sizes = f"{bytes_text(share.alone):>10}  {bytes_text(share.shared):>11}"
-        lines.append(f"{sizes}  {used}  {share.run.title}")
+    for run, alone, shared in runs:
+        used = datetime.fromtimestamp(run.used).strftime("%Y-%m-%d %H:%M")
+        sizes = f"{bytes_text(alone):>10}  {bytes_text(shared):>11}"
+        lines.append(f"{sizes}  {used}  {run.title}")
     if rest:
         lines.append("of no run that is listed here")
     sizes: defaultdict[str, list[int]] = defaultdict(list)
@@ -127,13 +119,14 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
         sizes[entry.kind].append(entry.size)
     for kind in sorted(sizes, key=lambda kind: -sum(sizes[kind])):
         taken = f"{bytes_text(sum(sizes[kind])):>10}"
-        lines.append(f"{taken}  {KINDS.get(kind, kind)} (folders: {len(sizes[kind])})")
+        words = (KINDS | OTHER_KINDS)[kind]
+        lines.append(f"{taken}  {words} (folders: {len(sizes[kind])})")
     return "\n".join(map(printable, lines))  # a run stays one line
 
 
-def pruned_text(pruned: Pruned, most: float) -> str:
+def pruned_text(removed: Sequence[Entry], left: int, in_use: int, *, most: float) -> str:
     """What was removed, and what could not be."""
-    gone = bytes_text(sum(entry.size for entry in pruned.removed))
-    line = f"removed {len(pruned.removed)} folders, {gone}; {bytes_text(pruned.left)} are left"
-    used = f", of which {bytes_text(pruned.in_use)} are in use by processes that run"
-    return line + used if pruned.left > most else line
+    gone = bytes_text(sum(entry.size for entry in removed))
+    line = f"removed {len(removed)} folders, {gone}; {bytes_text(left)} are left"
+    used = f", of which {bytes_text(in_use)} are in use by processes that run"
+    return line + used if left > most else line

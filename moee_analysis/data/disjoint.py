@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import pandas as pd
+
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.progress import progress, tell
@@ -24,8 +26,7 @@ def check_unused(contents: Iterable[str], seen: ImageSet, *, use: str) -> None:
     """Refuse images to evaluate whose content is among ``contents``; else as above."""
     own, contents = contents_of(seen), set(contents)
     if both := [place for place, content in enumerate(own) if content in contents]:
-        count = len({own[place] for place in both})
-        found = f"{count} that are, such as {seen.name_of(both[0])}"
+        found = f"{len({own[place] for place in both})} that are, such as {seen.name_of(both[0])}"
         raise MoeeError(f"images to evaluate that are not {use}", found, OTHERS)
 
 
@@ -43,11 +44,9 @@ def contents_of(images: ImageSet) -> list[str]:
 
 def without_repeats(images: ImageSet) -> ImageSet:
     """The images without those whose content came before; a line tells their number."""
-    first = {}
-    for place, content in enumerate(contents_of(images)):
-        first.setdefault(content, place)
+    first = pd.Series(contents_of(images)).drop_duplicates().index
     repeated = len(images) - len(first)
     if not repeated:
         return images
     tell(f"{repeated} of the {len(images)} images of {images.name} are there twice: counted once")
-    return images.take(list(first.values()))
+    return images.take(first.to_numpy())

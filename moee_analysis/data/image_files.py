@@ -131,7 +131,7 @@ def list_images(folder: Path) -> tuple[list[Path], Reasons]:
     """
     reasons: Reasons = {}
     linked: set[Path] = set()
-    seen = {_id_of(place) for place, _, _ in os.walk(folder)}
+    seen = {Path(place).resolve() for place, _, _ in os.walk(folder)}
 
     def skip(error: OSError) -> None:
         reasons[Path(error.filename)] = f"a folder that cannot be opened ({error.strerror})"
@@ -140,21 +140,16 @@ def list_images(folder: Path) -> tuple[list[Path], Reasons]:
         here = Path(place)
         if here != folder and (here.is_symlink() or here.parent in linked):
             linked.add(here)
-            if _id_of(here) in seen:
+            if (real := here.resolve()) in seen:
                 reasons[here] = "a link to a folder that is read in another place"
                 folders.clear()
                 continue
-            seen.add(_id_of(here))
+            seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found = {here / name: _reason(here / name, alone=here == folder) for name in names}
         reasons |= {path: reason for path, reason in found.items() if reason is not None}
     images = sorted(path for path, reason in reasons.items() if not reason)
     return images, {path: reasons[path] for path in sorted(reasons) if reasons[path]}
-
-
-def _id_of(folder: str | Path) -> tuple[int, int]:
-    status = Path(folder).stat()
-    return status.st_dev, status.st_ino
 
 
 def _reason(path: Path, *, alone: bool) -> str | None:

@@ -19,6 +19,7 @@ from torch import nn
 from moee_analysis.data import image_files
 from moee_analysis.data.image_files import readable_name, skipped_text
 from moee_analysis.data.scenes import scene as scenes
+from moee_analysis.data.scenes.canvas import PARTS
 from moee_analysis.errors import MoeeError
 from moee_analysis.models import loading as models
 from moee_analysis.models.class_names import index_of_classes, plain_name
@@ -60,7 +61,7 @@ class Scenes:
     """The rendered scenes of one split; ``parts`` names the values of their masks."""
 
     split: str
-    parts: tuple[str, ...] = scenes.PARTS
+    parts: tuple[str, ...] = PARTS
 
     def picture(self, row: int) -> Image.Image:
         """RGB picture."""
@@ -75,8 +76,9 @@ class Scenes:
         return hashlib.sha256(f"{scenes.edition()} {self.split} {row}".encode()).digest()
 
 
-# 16 kB a scene; a notebook passes over its images many times
-_scene = lru_cache(maxsize=4096)(scenes.scene)
+@lru_cache(maxsize=4096)  # of 16 kB; a notebook passes over its images many times
+def _scene(split: str, row: int) -> scenes.Scene:
+    return scenes.render(scenes.SPLIT_SEEDS[split], row)
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,11 @@ class ImageSet:
 
     def limit(self, count: int | None, *, seed: int = 0) -> Self:
         """At most ``count`` images, at least 1, even over the classes, in their old order."""
-        _check_draw(count, seed)
-        if count is None or count >= len(self):
+        seed_number(seed)
+        if count is None:
             return self
-        return self.take(np.sort(self._deal(seed)[:count]))
+        whole_number("limit", count)
+        return self if count >= len(self) else self.take(np.sort(self._deal(seed)[:count]))
 
     def split(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
         """Two disjoint sets, even over the classes: ``share`` (0 to 1) of the images, the rest."""
@@ -224,24 +227,15 @@ def load_images(
     strict: bool = False,
     seed: int = 0,
 ) -> ImageSet:
-    """Load labelled images.
+    """Load labelled images: the rendered scenes, ``"bundled"``, or a folder of class folders.
 
-    Parameters
-    ----------
-    source
-        ``"bundled"`` for the rendered scenes, or a folder that holds one folder per class,
-        named by wnid or class name.
-    split
-        ``"calibration"`` or ``"evaluation"`` of the bundled scenes; a folder has no splits.
-    limit
-        At most so many images, even over the classes, drawn with ``seed``.
-    strict
-        Refuse a folder with unreadable files instead of skipping them with a warning.
+    These are named by wnid or class name. A ``split``, "train", "calibration" or "evaluation", is
+    one of the scenes; of a folder ``strict`` refuses unreadable files, which are otherwise skipped
+    with a warning. ``limit`` images at most are even over the classes, drawn with ``seed``.
 
     Raises MoeeError: no such folder, no images in it, unreadable files with ``strict``, unknown
     split; a limit below 1.
     """
-    _check_draw(limit, seed)
     if not str(source).strip():
         raise MoeeError("a folder of class folders", "no name", "name it; '.' is the present one")
     if str(source) == models.BUNDLED:
@@ -251,12 +245,6 @@ def load_images(
         images = ImageSet(f"bundled scenes, {split}", Scenes(split), rows, folders)
         return images.limit(limit, seed=seed)
     return _from_folder(Path(source), limit, seed=seed, strict=strict)
-
-
-def _check_draw(limit: int | None, seed: int) -> None:
-    if limit is not None:
-        whole_number("limit", limit)
-    seed_number(seed)
 
 
 def _from_folder(folder: Path, limit: int | None, *, seed: int, strict: bool) -> ImageSet:

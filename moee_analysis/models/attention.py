@@ -84,14 +84,11 @@ def _is_plain(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Dimensions that every head has for ``scores`` of tokens, and for ``values`` it passes on.
-
-    Only the first ``queries`` tokens are asked for; None: all.
-    """
+    """Dimensions that every head has for ``scores`` of tokens, and for ``values`` it passes on."""
 
     scores: int
     values: int
-    queries: int | None = None
+    queries: int | None = None  # how many tokens, the first ones, are asked for; None: all
 
 
 class LowRankAttention(nn.Module):

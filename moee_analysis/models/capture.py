@@ -1,8 +1,7 @@
 """A network while it runs: evaluated, watched, started at one of its blocks, or traced."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -38,15 +37,10 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
             attributes.update(own)
 
 
-def in_evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Evaluation mode, with or without gradients as it was."""
-    return switched(model.modules(), training=False)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients."""
-    with in_evaluation_mode(model), torch.no_grad():
+    with switched(model.modules(), training=False), torch.no_grad():
         yield
 
 
@@ -56,9 +50,8 @@ def watch(
 ) -> Iterator[None]:
     """While open, every call of a module calls ``see(key, value)``.
 
-    ``value`` is the module's first input, its output, the pair of both, or the arguments,
-    positional and by name. What ``see`` returns takes the place of the input or output; None
-    leaves it.
+    ``value`` is the module's first input, its output, the pair of both, or all its arguments. What
+    ``see`` returns, unless it is None, takes the place of the input or output.
     """
 
     def before(key: Key, _module: nn.Module, args: tuple, named: dict) -> tuple | None:
@@ -93,30 +86,24 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-@dataclass(frozen=True)
-class Block:
-    """The block number ``index`` of the blocks in ``sequence``, which run one after the other."""
-
-    sequence: nn.Sequential
-    index: int
+Block = tuple[nn.Sequential, int]  # blocks that run one after the other, and the number of one
 
 
 def block_of(model: nn.Module, name: str) -> Block | None:
-    """Return the outermost block that holds the module called ``name``.
+    """Return the outermost block, or stage, in an ``nn.Sequential`` that holds the module ``name``.
 
-    timm keeps blocks, or stages, in an ``nn.Sequential``. None where there is none, or the module
-    is in its first block: nothing can be left out.
+    None where there is none, or it is the first one: nothing can be left out.
     """
     parts = name.split(".")
     for depth, number in enumerate(parts[1:], start=1):
         holder = model.get_submodule(".".join(parts[:depth]))
         if isinstance(holder, nn.Sequential):
-            return Block(holder, int(number)) if number.isdigit() and int(number) else None
+            return (holder, int(number)) if number.isdigit() and int(number) else None
     return None
 
 
 @contextmanager
-def seeing_inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]]:
+def seeing_inputs(known: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]]:
     """While open, a run of the model leaves what enters each block, if that is a single tensor."""
     seen: dict[Block, torch.Tensor] = {}
 
@@ -126,26 +113,18 @@ def seeing_inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, torch.Tensor]
         if len(args) == 1 and not any(value is not None for value in named.values()):
             seen[block] = args[0]
 
-    with watch({block: block.sequence[block.index] for block in blocks}, see, "calls"):
+    with watch({(blocks, n): blocks[n] for blocks, n in known}, see, "calls"):
         yield seen
 
 
 @contextmanager
 def starting_at(block: Block | None, entering: torch.Tensor | None) -> Iterator[None]:
-    """While open, runs of the model start at ``block`` with the tensor ``entering`` it.
-
-    Constants stand in the places of the blocks before it. None runs everything.
-    """
-    places = () if block is None or entering is None else range(block.index)
-    constants = {str(place): _Constant(entering) for place in places}
-    with switched([block.sequence] if constants else [], **constants):
+    """While open, runs start at ``block`` with the tensor ``entering`` it; None: as they are."""
+    if block is None or entering is None:
         yield
-
-
-class _Constant(nn.Module):
-    def __init__(self, value: torch.Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, *_: object, **__: object) -> torch.Tensor:
-        return self.value
+        return
+    blocks, number = block
+    constant = nn.Identity()
+    constant.forward = lambda *_, **__: entering
+    with switched([blocks], **{str(before): constant for before in range(number)}):
+        yield

@@ -1,6 +1,5 @@
 """The classes of a model: their names, where these come from, and that there is one an output."""
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -19,7 +18,7 @@ from moee_analysis.models.inputs import DOES_NOT_FIT, blank, misfit
 from moee_analysis.models.unwrapping import inside, stated_modules
 from moee_analysis.outside_text import printable
 from moee_analysis.utils.progress import tell
-from moee_analysis.utils.storage.files import read_text
+from moee_analysis.utils.storage.files import read_json, read_text
 
 NAME_THEM = (
     "name its classes in the order of its outputs: --classes FILE (one name a line, or JSON), or "
@@ -110,10 +109,9 @@ def name_by_folders(model: nn.Module, folders: Sequence[str]) -> None:
 
 
 def _names_by_folders(model: nn.Module, folders: Sequence[str]) -> tuple[str, ...]:
-    """Class ``folders`` as the names of a classifier that has none, one for each output.
+    """Class ``folders`` as names of a classifier that has none, in the order of the alphabet.
 
-    In the order of the alphabet, as training scripts take them. Empty where the model has names,
-    or another number of outputs.
+    Empty where the model has names, or another number of outputs.
     """
     names, count = tuple(sorted(folders)), len(folders)
     if knows_classes(model) or not is_classifier(model) or count_classes(model) != count:
@@ -150,12 +148,13 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Read names of classes: one a line, or JSON, a list or like ``id2label``, ``class_to_idx``."""
     path = Path(path)
     text = read_text(path, expected="a text file of class names", hint=FORMS)
-    text = text.removeprefix("\ufeff")  # of editors that mark UTF-8
     if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
-        return _from_json(text, path)
-    if names := tuple(line.strip() for line in text.splitlines() if line.strip()):
-        return names
-    raise MoeeError(f"class names in '{path}'", "an empty file", FORMS)
+        names = _list_names(read_json(path, expected="a file of class names", hint=FORMS))
+    else:
+        names = [line for line in text.splitlines() if line.strip()]
+    if names and all(isinstance(name, str) for name in names):
+        return tuple(map(str.strip, names))
+    raise MoeeError(f"class names in '{path}'", "other things" if names else "none", FORMS)
 
 
 @cache
@@ -164,18 +163,6 @@ def _imagenet_names(subset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     info = ImageNetInfo(subset)
     labels = tuple(text.split(",")[0] for text in info.label_descriptions())
     return tuple(info.label_names()), labels
-
-
-def _from_json(text: str, path: Path) -> tuple[str, ...]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MoeeError(f"class names as JSON in '{path}'", str(error), FORMS) from None
-    names = _list_names(content)
-    if names and all(isinstance(name, str) for name in names):
-        return tuple(map(str.strip, names))
-    found = f"{type(content).__name__} of other things"
-    raise MoeeError(f"class names in '{path}'", found, FORMS)
 
 
 def _list_names(content: object) -> list[object]:
@@ -188,15 +175,11 @@ def _list_names(content: object) -> list[object]:
             return _list_names(content[key])
     if all(type(index) is int for index in content.values()):  # class_to_idx
         content = {str(index): name for name, index in content.items()}
-    numbered = sorted((int(key), name) for key, name in content.items() if str(key).isdecimal())
-    complete = [number for number, _ in numbered] == list(range(len(content)))
-    return [name for _, name in numbered] if complete else []
+    return [content.get(str(index)) for index in range(len(content))]
 
 
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-@cache
-def _tell_once(line: str) -> None:
-    tell(line)
+_tell_once = cache(tell)

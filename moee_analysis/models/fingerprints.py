@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import evaluating, restored
@@ -149,7 +150,10 @@ def _run(network: nn.Module, images: torch.Tensor) -> Any:
 
 
 def _round(outputs: Any, *, exact: bool) -> tuple[float, ...]:
-    images = [t.reshape(len(t), -1).double().cpu() for t in _tensors_in(outputs)]
+    tensors = tree_leaves(outputs)
+    if odd := [type(each).__name__ for each in tensors if not torch.is_tensor(each)]:
+        raise TypeError(f"outputs that are {odd[0]}, not tensors")
+    images = [tensor.reshape(len(tensor), -1).double().cpu() for tensor in tensors]
     flat = torch.cat(images, dim=1).numpy()
     flat = np.nan_to_num(flat, nan=0, posinf=INFINITE, neginf=-INFINITE)  # JSON knows no others
     directions = np.random.default_rng(len(flat[0])).standard_normal((len(flat[0]), PROJECTED))
@@ -167,16 +171,6 @@ def _images(size: tuple[int, int, int]) -> torch.Tensor:
     y, x = np.mgrid[:height, :width]
     waves = [np.cos((c + 2) * x / width * math.pi + y / height * 5) for c in range(channels)]
     return torch.from_numpy(np.stack([noise, np.stack(waves)]))
-
-
-def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
-    if torch.is_tensor(outputs):
-        yield outputs
-    elif isinstance(outputs, Mapping | Sequence):
-        for each in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from _tensors_in(each)
-    else:
-        raise TypeError(f"outputs that are {type(outputs).__name__}, not tensors")
 
 
 def _structure(network: nn.Module) -> str:

@@ -23,8 +23,7 @@ DOES_NOT_FIT = (RuntimeError, TypeError, AssertionError, ValueError)  # images o
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of one input image, as ``model`` was built.
 
-    These are those of the pretrained weights (``pretrained_cfg``), unless its patch embedding and
-    first convolution say otherwise.
+    Those of ``pretrained_cfg``, unless its patch embedding and first convolution say otherwise.
     """
     network = inside(model)
     channels, height, width = _config(network)["input_size"]
@@ -53,8 +52,7 @@ def model_transform(model: nn.Module) -> Compose:
 def transform_of(config: dict[str, Any], **training: Any) -> Compose:
     """Transform of a :func:`data_config`; with the settings of ``training`` one for training.
 
-    One channel is the luminance; other than three are red, green and blue in turn, as timm repeats
-    the weights of a first convolution.
+    One channel is the luminance; else red, green and blue come in turn, as timm repeats weights.
     """
     channels = config["input_size"][0]
     of_picture = {name: _repeat(config[name], RGB) for name in ("mean", "std")}

@@ -75,18 +75,13 @@ def load_model(
 ) -> nn.Module:
     """Load a dense model by one of :data:`BUNDLED_MODELS` or of timm's names, for evaluation.
 
-    Parameters
-    ----------
-    weights
-        A local ``.safetensors`` or a checkpoint of PyTorch's; None takes the bundled weights, or
-        timm's pretrained weights from the hub. The head follows the weights; sizes and channels
-        are resampled as timm does.
-    classes
-        Names of its classes in the order of its outputs, or a file of them (one name a line, or
-        JSON); None: those it states itself.
-    arguments
-        Of ``timm.create_model``, such as ``img_size`` or ``global_pool``, which are saved with all
-        that is made from the model. None leaves one out.
+    - ``weights``: a local ``.safetensors`` or a checkpoint of PyTorch's; None takes the bundled
+      ones, or timm's pretrained ones from the hub. The head follows the weights; sizes and channels
+      are resampled as timm does.
+    - ``classes``: names of its classes in the order of its outputs, or a file of them (one name a
+      line, or JSON); None: those it states itself.
+    - ``arguments`` of ``timm.create_model``, such as ``img_size`` or ``global_pool``, which are
+      saved with all that is made from the model. None leaves one out.
 
     Raises MoeeError: unknown name or argument; no weights to be had (offline); a file that is not
     a state dict of this model; a device that is not there; a number of names other than of outputs.
@@ -165,9 +160,8 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             "choose a ViT, DeiT, Swin, ConvNeXt or another of docs/architectures.md; gated and "
             "convolutional MLPs cannot be taken apart",
         )
-    first = {name: model.get_submodule(name).fc1 for name in names}
-    numbered = enumerate(first.items())
-    return [MlpSite(name, i, fc1.in_features, fc1.out_features) for i, (name, fc1) in numbered]
+    layers = [(name, model.get_submodule(name).fc1) for name in names]
+    return [MlpSite(n, i, fc1.in_features, fc1.out_features) for i, (n, fc1) in enumerate(layers)]
 
 
 def architecture(model: nn.Module) -> str:
@@ -201,9 +195,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if own := FACTORY & arguments.keys():
         hint = "leave them out; weights are a file's, weights=FILE (--weights FILE), or the hub's"
         raise MoeeError("arguments of the architecture", ", ".join(sorted(own)), hint)
-    channels = arguments.get("in_chans", 1)
-    if type(channels) is not int or channels < 1:
-        raise MoeeError("in_chans as a number >= 1", repr(channels), "3 are red, green and blue")
+    whole_number("in_chans", arguments.get("in_chans", 1))
     sides = to_2tuple(arguments.get("img_size", 1))
     if len(sides) != 2:
         raise MoeeError("img_size as one number or two", reprlib.repr(sides), "give pixels")
@@ -252,8 +244,7 @@ def _stored_cfg(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         if isinstance(cfg, dict):
             return cfg
     expected = f"a JSON object under 'pretrained_cfg' in the metadata of '{path}'"
-    hint = "save the file again, with or without this entry"
-    raise MoeeError(expected, f"'{text[:40]}'", hint)
+    raise MoeeError(expected, f"'{text[:40]}'", "save the file again, with or without this entry")
 
 
 def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:

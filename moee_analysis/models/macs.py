@@ -33,8 +33,7 @@ class MacCount:
 
     def replacing(self, per_token: Mapping[str, float]) -> float:
         """MACs of one image if the named sites cost so many MACs per token instead."""
-        unknown = sorted(per_token.keys() - self.tokens)
-        if unknown:
+        if unknown := sorted(per_token.keys() - self.tokens):
             expected = f"sites among {', '.join(self.tokens) or 'none'}"
             hint = "name the sites when counting: count(model, sites=[...])"
             raise MoeeError(expected, f"'{unknown[0]}'", hint)

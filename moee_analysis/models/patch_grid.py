@@ -56,8 +56,7 @@ def _sides(model: nn.Module, shape: Sequence[int], patches: int) -> tuple[int, i
         return 1, patches
     if len(tokens) == 2:
         return tokens[0], tokens[1]
-    embedding = getattr(model, "patch_embed", None)
-    grid = tuple(getattr(embedding, "grid_size", None) or ())
+    grid = tuple(getattr(getattr(model, "patch_embed", None), "grid_size", None) or ())
     return grid if math.prod(grid) == patches and grid else _in_proportion(model, patches)
 
 

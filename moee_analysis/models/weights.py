@@ -1,7 +1,4 @@
-"""Weights from files, as others saved them, and the hub that some are fetched from.
-
-Files are safetensors, or the checkpoints of training scripts.
-"""
+"""Weights from safetensors and others' checkpoints, and the hub that some are fetched from."""
 
 import argparse
 import logging
@@ -22,7 +19,6 @@ from urllib.request import getproxies
 import numpy as np
 import torch
 from huggingface_hub import constants as hub
-from safetensors import SafetensorError, safe_open
 from timm.models import adapt_input_conv
 from torch import nn
 
@@ -30,9 +26,8 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import switched
 from moee_analysis.models.unwrapping import stated_modules
 from moee_analysis.utils.progress import tell
+from moee_analysis.utils.storage.checksums import Tensors, read_safetensors
 from moee_analysis.utils.storage.files import check_file
-
-Tensors = dict[str, torch.Tensor]
 
 # Keys that training scripts put a state dict under, the best first: averaged weights
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -58,23 +53,12 @@ INSIDE = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mo
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read a state dict and its metadata from ``.safetensors``, or from a checkpoint of PyTorch's.
-
-    Of a checkpoint the averaged weights (EMA) are preferred.
-    """
+    """Read a state dict and its metadata; of a checkpoint the averaged weights (EMA) first."""
     check_file(path, expected="a weights file")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise MoeeError("a weights file that can be read", str(error), "check the path") from None
     if path.suffix != ".safetensors":
         return _state_dict(_read_checkpoint(path), path), {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        expected = f"a complete safetensors file at '{path}'"
-        raise MoeeError(expected, str(error), "fetch or save it again") from None
+    expected = f"a complete safetensors file at '{path}'"
+    return read_safetensors(path, expected=expected, hint="fetch or save it again")
 
 
 def _read_checkpoint(path: Path) -> Any:

@@ -24,7 +24,7 @@ from torch import nn
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.capture import in_evaluation_mode, switched
+from moee_analysis.models.capture import switched
 from moee_analysis.models.inputs import like
 from moee_analysis.training.batches import Augmented, epoch_batches, training_transform
 from moee_analysis.training.config import FinetuneConfig
@@ -78,8 +78,7 @@ class Training:
         with (
             switched(self.student.parameters(), requires_grad=True, grad=None),
             nullcontext() if frozen else trainable_routers(self.student),
-            in_evaluation_mode(self.student),
-            in_evaluation_mode(self.dense),
+            switched([*self.student.modules(), *self.dense.modules()], training=False),
         ):
             self._begin()
             while not self.stopped and self.epochs < self.config.epochs:

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from moee_analysis.errors import MoeeError
 
 MOST = 10**9  # no count and no factor is larger, unless something was mistyped
-HOLDS = {"above": gt, "at least": ge, "below": lt, "at most": le}
+HOLDS = {"above": gt, "least": ge, "below": lt, "most": le}
+WORDS = {"least": "at least", "most": "at most"}
 LAST_SEED = 2**32 - 1  # the largest that NumPy takes
 
 
@@ -31,22 +32,12 @@ def draw_numbers(seed: Any, **counts: Any) -> None:
     seed_number(seed)
 
 
-def real_number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> None:
-    """Refuse anything but a number within the bounds, by default up to a billion; NaN never is."""
-    if below is None and most is None:
-        most = MOST
-    bounds = {"above": above, "at least": least, "below": below, "at most": most}
-    bounds = {word: bound for word, bound in bounds.items() if bound is not None}
-    if not _is(Real, value) or not all(HOLDS[word](value, bound) for word, bound in bounds.items()):
-        words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+def real_number(name: str, value: Any, **bounds: float) -> None:
+    """Refuse anything but a number within ``bounds``, by default up to a billion; NaN never is."""
+    if not {"below", "most"} & bounds.keys():
+        bounds["most"] = MOST
+    if not _is(Real, value) or not all(HOLDS[key](value, bound) for key, bound in bounds.items()):
+        words = " and ".join(f"{WORDS.get(key, key)} {bound:g}" for key, bound in bounds.items())
         _refuse(name, f"a number {words}", value)
 
 
@@ -72,11 +63,9 @@ def choices_of(settings: type) -> dict[str, tuple[str, ...]]:
 
 def layer_numbers(value: Any) -> None:
     """Refuse ``layers`` that are neither None nor numbers of layers, counted from 0."""
-    if value is None:
-        return
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if value is not None and (not isinstance(value, Sequence) or isinstance(value, str)):
         _refuse("layers", "a tuple of numbers, counted from 0", value)
-    for number in value:
+    for number in value or ():
         whole_number("layers", number, least=0)
 
 
@@ -90,5 +79,4 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def _refuse(name: str, expected: str, found: Any, *, hint: str = "correct it") -> None:
-    expected = f"{name} as {expected}" if name else expected
-    raise MoeeError(expected, reprlib.repr(found), hint)
+    raise MoeeError(f"{name} as {expected}" if name else expected, reprlib.repr(found), hint)

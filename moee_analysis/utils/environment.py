@@ -114,11 +114,8 @@ def prepare_caches() -> None:
 
 
 def spare_cores() -> None:
-    """In a notebook, let threads that wait sleep: those that spin slow down whatever else runs.
-
-    OpenMP reads the variable when torch is imported.
-    """
-    if "ipykernel" in sys.modules:
+    """In a notebook, let threads that wait sleep: those that spin slow down whatever else runs."""
+    if "ipykernel" in sys.modules:  # before torch is imported, when OpenMP reads it
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moee_analysis.data.scenes.canvas import PARTS, SIDE
-from moee_analysis.data.scenes.scene import CLASSES, scene
+from moee_analysis.data.scenes.scene import CLASSES, SPLIT_SEEDS, render
 from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import find_mlps
 from moee_analysis.utils.progress import progress
@@ -43,7 +43,8 @@ class Pictures:
 
 def render_split(split: str, count: int) -> Pictures:
     """Render the first ``count`` scenes of a split."""
-    scenes = [scene(split, n) for n in progress(range(count), label=f"rendering {split}")]
+    seed, numbers = SPLIT_SEEDS[split], progress(range(count), label=f"rendering {split}")
+    scenes = [render(seed, n) for n in numbers]
     return Pictures(
         torch.from_numpy(np.stack([each.image for each in scenes])),
         torch.tensor([each.label for each in scenes]),

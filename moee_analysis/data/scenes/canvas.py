@@ -59,8 +59,7 @@ class Draws:
 
     def near(self, colour: Colour, spread: float = 22) -> Colour:
         """A colour near the given one: a shift in lightness and a smaller one per channel."""
-        light = self.uniform(-spread, spread)
-        third = spread / 3
+        light, third = self.uniform(-spread, spread), spread / 3
         return tuple(_clip(c + light + self.uniform(-third, third)) for c in colour)
 
     def near_one(self, colours: Sequence[Colour], spread: float = 22) -> Colour:

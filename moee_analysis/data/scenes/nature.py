@@ -173,8 +173,7 @@ def draw_house(canvas: Canvas, rng: Draws) -> None:
     if rng.chance(0.6):
         canvas.box("wall", shaded(wall, 0.7), 0.35, eave - ridge, 0.52, eave)
     canvas.box("wall", wall, -0.8, eave, 0.8, 0.8)
-    left, right = -0.98 * rng.unit(), 0.55 * rng.unit()
-    top = eave - ridge
+    left, right, top = -0.98 * rng.unit(), 0.55 * rng.unit(), eave - ridge
     canvas.polygon("roof", roof, (-0.98, eave), (left, top), (right, top), (0.98, eave))
     glass, middle = rng.near((90, 110, 135), 40), rng.uniform(-0.2, 0.2)
     for x in (-0.6, 0.35):

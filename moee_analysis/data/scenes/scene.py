@@ -17,13 +17,7 @@ import PIL
 
 from moee_analysis.data.scenes import nature, vehicles
 from moee_analysis.data.scenes.backgrounds import OCCLUDERS, PLACES, draw_clutter, draw_sky
-from moee_analysis.data.scenes.canvas import PARTS, SIDE, Canvas, Draws, Pose
-from moee_analysis.utils.checks import one_of, whole_number
-
-__all__ = [
-    "CLASSES", "FAMILIES", "PARTS", "SPLIT_SEEDS", "SPLIT_SIZES", "Scene", "edition", "render",
-    "scene",
-]  # fmt: skip
+from moee_analysis.data.scenes.canvas import SIDE, Canvas, Draws, Pose
 
 _LAND = ("open", "street", "meadow")
 _COAST = ("open", "meadow", "sea")
@@ -79,7 +73,7 @@ _RAMP = np.linspace(-1, 1, SIDE, dtype=np.float32)
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene: uint8 [64, 64, 3] RGB, index into `CLASSES`, uint8 [64, 64] into `PARTS`."""
+    """A scene: uint8 [64, 64, 3] RGB, index into `CLASSES`, uint8 [64, 64] into `canvas.PARTS`."""
 
     image: np.ndarray
     label: int
@@ -92,13 +86,6 @@ def edition() -> str:
     code = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"numpy {np.__version__}, pillow {PIL.__version__}"
     return hashlib.sha256(b"".join([*code, versions.encode()])).hexdigest()
-
-
-def scene(split: str, index: int) -> Scene:
-    """Scene ``index`` of a split, if there is one."""
-    one_of("a split", split, SPLIT_SEEDS)
-    whole_number(f"index in '{split}'", index, least=0, most=SPLIT_SIZES[split] - 1)
-    return render(SPLIT_SEEDS[split], index)
 
 
 def render(seed: int, index: int, *, label: int | None = None) -> Scene:

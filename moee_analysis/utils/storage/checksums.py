@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 SEAL = "checksums.json"
 CHECKSUM = "checksum"  # key of the checksum of JSON content, and of the facts beside tensors
 
-_HASHES: dict[tuple[int, ...], str] = {}  # of files that have not been touched since
+_HASHES: dict[tuple[int, ...], str] = {}  # of files, not read again until they are touched
 
 
 def seal(folder: Path, name: str, about: Mapping[str, Any] | None = None) -> None:
@@ -44,10 +44,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
 
 
 def damage_of(folder: Path) -> str:
-    """Difference of a sealed folder from what was written; "" if there is none.
-
-    Files that have not been touched since they were last looked at are not read again.
-    """
+    """Difference of a sealed folder from what was written; "" if there is none."""
     content = read_seal(folder)
     if not content.keys() >= {"name", "files"}:
         return f"no whole {SEAL}"
@@ -108,18 +105,21 @@ def write_tensors(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> Non
 def read_signed_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Read the tensors and facts that :func:`write_tensors` has written, or refuse the file."""
     expected, hint = f"'{path}' as it was written", "remove it, and make it again"
+    tensors, metadata = read_safetensors(path, expected=expected, hint=hint)
+    text = metadata.get("facts", "")
+    if metadata.get(CHECKSUM) != _digest(tensors, text):
+        raise MoeeError(expected, "a damaged file", hint)
+    return tensors, json.loads(text)
+
+
+def read_safetensors(path: Path, *, expected: str, hint: str) -> tuple[Tensors, dict[str, str]]:
+    """Read the tensors and the metadata of a whole safetensors file, or refuse it."""
     check_file(path, expected=expected, hint=hint)
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        text = metadata["facts"]
-        if metadata[CHECKSUM] == _digest(tensors, text):
-            return tensors, json.loads(text)
-        found = "a damaged file"
-    except (SafetensorError, OSError, KeyError) as error:
-        found = str(error)
-    raise MoeeError(expected, found, hint)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise MoeeError(expected, str(error), hint) from None
 
 
 def _digest(tensors: Tensors, text: str) -> str:

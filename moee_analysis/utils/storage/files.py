@@ -19,13 +19,14 @@ LARGEST_TEXT = 1 << 28  # bytes; nothing here writes more
 
 
 def check_file(path: Path, *, expected: str, hint: str = "check the path") -> None:
-    """Refuse a path at which there is no regular file; nothing is read, so nothing waits."""
+    """Refuse a path at which there is no regular file to read; nothing waits, as for a pipe."""
     try:
         if path.is_file():
+            path.open("rb").close()
             return
         odd = next((words for kind, words in ODD.items() if getattr(path, kind)()), "no such file")
     except (OSError, ValueError) as error:
-        odd = str(error)
+        odd = f"what cannot be read ({error})"
     raise MoeeError(expected, f"{odd} at '{path}'", hint)
 
 
@@ -35,9 +36,9 @@ def read_text(path: Path, *, expected: str, hint: str = "check the path") -> str
     try:
         size = path.stat().st_size
         if size <= LARGEST_TEXT:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # some editors mark UTF-8
         found = f"{bytes_text(size)} in '{path}'"
-    except OSError as error:
+    except OSError as error:  # it is gone, or its disk fails
         found = f"'{path}', which cannot be read ({error})"
     except UnicodeDecodeError as error:
         found = f"no text in '{path}' ({error.reason})"
@@ -76,8 +77,7 @@ def new_file(path: Path, *, wanted: int = 0) -> Iterator[Path]:
     folder that is missing, full or closed raises a ``MoeeError``.
     """
     touch = partial(Path.touch, mode=0o600, exist_ok=False)
-    prefix = path.with_name(temporary_prefix(path.name))
-    with writing(path, wanted=wanted), temporary(prefix, touch) as new:
+    with writing(path, wanted=wanted), temporary(temporary_prefix(path), touch) as new:
         yield new
         new.chmod(0o644)
         flush(new)

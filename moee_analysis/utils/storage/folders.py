@@ -32,8 +32,7 @@ def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator
     with refusing():
         final.parent.mkdir(parents=True, exist_ok=True)
         _restore(final)
-    prefix = final.with_name(temporary_prefix(final.name))
-    with refusing(), temporary(prefix, make_folder) as new, refusing(new=new):
+    with refusing(), temporary(temporary_prefix(final), make_folder) as new, refusing(new=new):
         yield new
         flush_all(new)
         new.chmod(0o755)  # others may read it, also where a library lets its owner alone
@@ -102,7 +101,7 @@ def _replace(new: Path, final: Path) -> None:
 
 def _restore(final: Path) -> None:
     """Finish an exchange of folders that a kill has cut short: the old one is there, or gone."""
-    pattern = re.escape(temporary_prefix(final.name)) + RANDOM + OLD
+    pattern = re.escape(temporary_prefix(final).name) + RANDOM + OLD
     for old in [path for path in final.parent.iterdir() if re.fullmatch(pattern, path.name)]:
         if is_held(Path(str(old).removesuffix(OLD))):
             continue

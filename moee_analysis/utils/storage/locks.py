@@ -20,17 +20,15 @@ READ = os.O_RDONLY | os.O_NONBLOCK  # nobody waits for a named pipe
 LONGEST = 150  # bytes of a name in a temporary one, so that it is none that is too long
 
 
-def temporary_prefix(name: str) -> str:
-    """Beginning of the temporary names of a file or folder that will have this ``name``."""
-    return f".{name.encode(errors='ignore')[:LONGEST].decode(errors='ignore')}{OURS}"
+def temporary_prefix(path: Path) -> Path:
+    """Beginning of the temporary paths of a file or folder that will be at ``path``."""
+    name = path.name.encode(errors="ignore")[:LONGEST].decode(errors="ignore")
+    return path.with_name(f".{name}{OURS}")
 
 
 @contextmanager
 def temporary(prefix: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """Give a new file or folder, as ``make`` makes it, that is gone when this is closed.
-
-    Its path begins with ``prefix``; others with it that nobody holds go too.
-    """
+    """Give a new path that begins with ``prefix``, as ``make`` makes it, gone when this closes."""
     remove_left(prefix.parent, re.escape(prefix.name) + RANDOM)
     with ExitStack() as stack:
         with undisturbed():

@@ -39,10 +39,7 @@ def writing(
 
 
 def refusal(error: Exception, place: Path, *, wanted: str = "", hint: str = "") -> MoeeError | None:
-    """What to say of an ``error`` that a disk has caused while ``place`` was written, if it has.
-
-    ``wanted`` is a size, in words.
-    """
+    """What to say of a disk's ``error`` in writing ``place``, if it is one; ``wanted`` in words."""
     # something in a temporary file or folder is called by the path that it will have
     place = Path(re.sub(rf"(?<=/)\.([^/]+){OURS}{RANDOM}(?=/|$)", r"\1", str(place)))
     code = _code(error)

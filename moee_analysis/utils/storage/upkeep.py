@@ -14,10 +14,14 @@ from moee_analysis.utils.storage.refusals import size_of, writing
 from moee_analysis.utils.storage.store import ASIDE, UNFINISHED
 
 KEY = "[0-9a-f]{20}"
-KINDS = (
-    "activations", "attention", "clusters", "costs", "finetuned", "measured", "profile", "reduced",
-    "run", "seconds", "statistics", "trained",
-)  # fmt: skip
+KINDS = {  # of folders with checksums, in words
+    "activations": "recorded tokens", "attention": "modes of attention", "clusters": "clusters",
+    "costs": "costs of neurons", "finetuned": "fine-tuned runs", "measured": "measured",
+    "profile": "profiles", "reduced": "reduced tokens", "run": "runs", "seconds": "times",
+    "statistics": "statistics of experts", "trained": "trainings",
+}  # fmt: skip
+OTHER_KINDS = {"sums": "sums, unfinished", "unfinished": "begun and not finished",
+               "damaged": "damaged, set aside"}  # fmt: skip
 # Names of the folders of a store: those with checksums, and the others
 SEALED = rf"({'|'.join(KINDS)})-{KEY}"
 OTHERS = rf"sums-{KEY}-{KEY}|\.{SEALED}{UNFINISHED}|{ASIDE}{SEALED}({UNFINISHED})?"
@@ -36,24 +40,6 @@ class Entry:
     used: float
     title: str = ""
     uses: tuple[str, ...] = ()  # names of the folders that a run was made of
-
-
-@dataclass(frozen=True)
-class Share:
-    """Bytes of a run in a store: of folders that it has alone, and of those that others use too."""
-
-    run: Entry
-    alone: int
-    shared: int
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Folders removed from a store, and bytes left; some of them ``in_use``."""
-
-    removed: tuple[Entry, ...]
-    left: int
-    in_use: int
 
 
 def entries(root: Path) -> list[Entry]:
@@ -76,8 +62,11 @@ def _entry(path: Path) -> Entry:
     return Entry(path, kind, size_of(path), path.stat().st_mtime, title, uses)
 
 
-def shares(found: Iterable[Entry]) -> tuple[list[Share], list[Entry]]:
-    """The share of every run, the one used last first; and the folders that are of no run."""
+def shares(found: Iterable[Entry]) -> tuple[list[tuple[Entry, int, int]], list[Entry]]:
+    """The runs, the one used last first, and the folders that are of none.
+
+    With a run stand the bytes that it has alone, and those of folders that others use too.
+    """
     by_name = {entry.path.name: entry for entry in found}
     runs = {name: entry for name, entry in by_name.items() if entry.title}
     users = Counter(name for run in runs.values() for name in run.uses)
@@ -85,15 +74,16 @@ def shares(found: Iterable[Entry]) -> tuple[list[Share], list[Entry]]:
     for run in reversed(runs.values()):
         parts = [by_name[name] for name in run.uses if name in by_name and name not in runs]
         alone = sum(part.size for part in parts if users[part.path.name] == 1)
-        table.append(Share(run, run.size + alone, sum(part.size for part in parts) - alone))
+        table.append((run, run.size + alone, sum(part.size for part in parts) - alone))
     rest = [entry for name, entry in by_name.items() if name not in runs and name not in users]
     return table, rest
 
 
-def prune(root: Path, most: float) -> Pruned:
+def prune(root: Path, most: float) -> tuple[list[Entry], int, int]:
     """Remove folders that are not in use until a store holds at most ``most`` bytes.
 
-    Damaged ones go first, then those that were not used for longest.
+    Damaged ones go first, then those that were not used for longest. Returns the folders removed,
+    the bytes left, and of these those that could not be removed because they are in use.
     """
     found = entries(root)
     left, in_use, removed = sum(entry.size for entry in found), 0, []
@@ -105,14 +95,14 @@ def prune(root: Path, most: float) -> Pruned:
             left -= entry.size
         else:
             in_use += entry.size
-    return Pruned(tuple(removed), left, in_use)
+    return removed, left, in_use
 
 
 def _remove(path: Path) -> bool:
     """Remove a folder, in one step for all who see it, unless it is in use."""
     if is_held(path):
         return False
-    prefix = path.with_name(temporary_prefix("removed"))
+    prefix = temporary_prefix(path.with_name("removed"))
     with ExitStack() as unused:
         try:
             unused.enter_context(locked(path / SEAL, wait=False))

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from moee_analysis.data.scenes import scene as scenes
-from moee_analysis.data.scenes.canvas import Canvas, Pose
-from moee_analysis.data.scenes.scene import CLASSES, FAMILIES, PARTS
-from moee_analysis.errors import MoeeError
+from moee_analysis.data.scenes.canvas import PARTS, Canvas, Pose
+from moee_analysis.data.scenes.scene import CLASSES, FAMILIES
 
 SIGNATURES = {
     "goldfish": "body fin tail eye", "pug": "fur ear eye muzzle", "cat": "fur ear eye muzzle",
@@ -41,7 +40,7 @@ def test_a_scene_is_a_function_of_seed_and_index():
 
 
 def test_scenes_are_pictures_with_part_masks_and_any_run_of_them_is_balanced():
-    drawn = scenes.scene("evaluation", 7)
+    drawn = scenes.render(scenes.SPLIT_SEEDS["evaluation"], 7)
     assert drawn.image.shape == (64, 64, 3)
     assert drawn.parts.shape == (64, 64)
     assert drawn.image.dtype == drawn.parts.dtype == np.uint8
@@ -64,12 +63,6 @@ def test_trucks_share_cab_and_wheels_and_differ_in_fittings():
     usual = {frozenset(part for part in fittings if seen[part] > 0.8) for seen in trucks}
     assert len(usual) == len(trucks)
     assert all(seen[part] > 0.8 for seen in trucks for part in ("cab", "wheel"))
-
-
-@pytest.mark.parametrize(("split", "index"), [("test", 0), ("evaluation", 2000), ("train", -1)])
-def test_a_scene_that_does_not_exist_says_what_does(split, index):
-    with pytest.raises(MoeeError, match="What to do"):
-        scenes.scene(split, index)
 
 
 def test_mask_and_picture_are_painted_together():

@@ -13,7 +13,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from moee_analysis.data.scenes.scene import CLASSES, PARTS, SPLIT_SEEDS, render
+from moee_analysis.data.scenes.canvas import PARTS
+from moee_analysis.data.scenes.scene import CLASSES, SPLIT_SEEDS, render
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import load
 from moee_analysis.models import loading

@@ -62,23 +62,23 @@ def test_a_store_is_listed_by_run_and_size(store):
     (store / "notes").mkdir()  # not ours
     found = entries(store)
     assert [entry.kind for entry in found] == list(reversed(KINDS))
-    (run,), rest = shares(found)
-    assert (run.run.title, run.shared) == ("a model, best", 0)
-    assert run.alone == sum(entry.size for entry in found) - sum(entry.size for entry in rest)
+    ((run, alone, shared),), rest = shares(found)
+    assert (run.title, shared) == ("a model, best", 0)
+    assert alone == sum(entry.size for entry in found) - sum(entry.size for entry in rest)
     assert {entry.kind for entry in rest} == {"statistics", "trained"}
     build(store, f"run-{7:020x}", {"run": "another", "uses": [NAMES["activations"]]})
     runs, _ = shares(entries(store))
-    assert [each.run.title for each in runs] == ["another", "a model, best"]
-    assert all(each.shared > 1000 for each in runs)
+    assert [run.title for run, _, _ in runs] == ["another", "a model, best"]
+    assert all(shared > 1000 for _, _, shared in runs)
     assert entries(store / "none") == []
 
 
 def test_what_was_not_used_for_longest_goes_first(store):
     found = entries(store)
-    pruned = prune(store, sum(entry.size for entry in found[2:]))
-    assert [entry.path.name for entry in pruned.removed] == [NAMES["trained"], NAMES["statistics"]]
+    removed, _, _ = prune(store, sum(entry.size for entry in found[2:]))
+    assert [entry.path.name for entry in removed] == [NAMES["trained"], NAMES["statistics"]]
     assert names(store) == {entry.path.name for entry in found[2:]}
-    assert prune(store, 10**9).removed == ()
+    assert prune(store, 10**9)[0] == []
     assert present(store / NAMES["run"])
     assert entries(store)[-1].kind == "run"
 
@@ -93,8 +93,8 @@ def test_damaged_folders_go_first_and_foreign_ones_never(store):
         (store / name).mkdir()
     damaged = store / NAMES["activations"]
     set_aside(damaged, "a test", seen=damaged.stat())
-    pruned = prune(store, sum(entry.size for entry in entries(store)) - 1)
-    assert [entry.kind for entry in pruned.removed] == ["damaged"]
+    removed, _, _ = prune(store, sum(entry.size for entry in entries(store)) - 1)
+    assert [entry.kind for entry in removed] == ["damaged"]
     prune(store, 0)
     assert names(store) == own
 
@@ -113,12 +113,12 @@ def test_what_a_running_process_uses_stays(store):
     ready = FORK.Event()
     process = run_in_process(use, store, ready)
     assert ready.wait(60)
-    pruned = prune(store, 0)
+    _, left, in_use = prune(store, 0)
     assert names(store) == {NAMES["clusters"], unfinished_folder(store / UNFINISHED).name}
-    assert pruned.left == pruned.in_use > 0
+    assert left == in_use > 0
     process.kill()
     process.join()
-    assert prune(store, 0).left == 0
+    assert prune(store, 0)[1] == 0
     assert not names(store)
 
 
@@ -142,8 +142,8 @@ def test_runs_are_listed_with_what_they_were_made_of(tmp_path):
     for saved in (0.3, 0.2):
         extract(toy_vit(depth=2), toy_images(12), best(macs_reduction=saved), store=tmp_path)
     runs, rest = shares(entries(tmp_path))
-    assert [each.run.title for each in runs] == [
+    assert [run.title for run, _, _ in runs] == [
         f"toy, best, −{saved} MACs, 12 images of noise, seed 0" for saved in ("20%", "30%")
     ]
-    assert all(each.shared > each.alone for each in runs)  # the tokens
+    assert all(shared > alone for _, alone, shared in runs)  # the tokens
     assert not rest
