@@ -210,13 +210,12 @@ def through_store(
     if not agreed(run is not None):
         store.check_writable(root)
         with store.collecting() as used:
-            made = extract(root=root)
+            run = extract(root=root)
         asked = {"MACs": config.macs_reduction, "parameters": config.params_reduction}
         saved = [f"−{share:.0%} {kind}" for kind, share in asked.items() if share is not None]
-        words = [made.provenance["model"], config.recipe, *saved]
+        words = [run.provenance["model"], config.recipe, *saved]
         words += [f"{len(images)} images of {images.name}", f"seed {config.seed}"]
         about = {"run": ", ".join(words), "uses": sorted(set(used))}
-        store.get_or_build(root, folder.name, made.fill, about)
-        run = load(folder, dense=model)
+        store.get_or_build(root, folder.name, run.fill, about)
     run.model.to(next(model.parameters()).device)
     return run
