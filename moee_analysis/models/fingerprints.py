@@ -145,7 +145,8 @@ def _run(network: nn.Module, images: torch.Tensor) -> Any:
         copies[name] = tensor.detach().to(images.device, kind, copy=True)
     with evaluating(network), restored(network.modules()):
         for own in map(vars, network.modules()):  # caches of this precision will be forgotten
-            own.update({name: copy.copy(v) for name, v in own.items() if isinstance(v, dict)})
+            caches = {k for k, v in own.items() if isinstance(v, dict) and not k.endswith("hooks")}
+            own.update({name: copy.copy(own[name]) for name in caches})
         return functional_call(network, copies, images)
 
 
