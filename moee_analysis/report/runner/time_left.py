@@ -1,13 +1,14 @@
 """How far a report is: the cells that have ended, and how long the others take still.
 
 The seconds that cells are expected to take, of an earlier report or noted in the notebook, are
-scaled by those that the cells before them took.
+scaled by those that the cells before them took: by their median, because the first notebook makes
+what all others find in the store.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class Course:
     """How far one notebook is: cells that have ``ended`` of all, the last one ``at`` that moment.
 
     ``seconds`` are expected of each cell; empty where nobody knows. It has ``begun`` when its first
-    cell has ended: kernels take their time to start.
+    cell has ended: kernels take their time to start. ``paces`` are of the cells since: how many
+    times as long they took, and the seconds that were expected.
     """
 
     cells: int
@@ -35,6 +37,7 @@ class Course:
     begun: float = 0.0
     ended: int = 0
     at: float = 0.0
+    paces: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def expected(self) -> float:
@@ -49,8 +52,11 @@ class Course:
     def see(self, ended: int) -> None:
         """Note how many cells have ended."""
         if ended > self.ended:
-            self.ended, self.at = min(ended, self.cells), time.monotonic()
-            self.begun = self.begun or self.at
+            now, expected = time.monotonic(), sum(self.seconds[self.ended : ended])
+            if self.begun and expected:
+                self.paces.append(((now - self.at) / expected, expected))
+            self.ended, self.at = min(ended, self.cells), now
+            self.begun = self.begun or now
 
     def end(self) -> None:
         """Note that the notebook has ended, at its last cell or before."""
@@ -61,15 +67,13 @@ def seconds_left(courses: Mapping[str, Course], jobs: int) -> float | None:
     """Seconds that notebooks, in the order given, take still, ``jobs`` at a time; None: unknown."""
     now, every = time.monotonic(), courses.values()
     whole = sum(course.expected for course in every)
-    known = sum(sum(course.seconds[1 : course.ended]) for course in every)
-    if whole == UNKNOWN or known <= SEEN * whole:
+    paces = [pace for course in every for pace in course.paces]
+    if whole == UNKNOWN or sum(expected for _, expected in paces) <= SEEN * whole:
         return None
-    passed = sum(course.at - course.begun for course in every if course.seconds)
-    pace = passed / known
-    for course in every:  # a cell that takes longer than its like tells something already
-        if course.next and now - course.at > course.next * pace:
-            passed, known = passed + now - course.at, known + course.next
-    pace = max(passed / known, 1e-9)
+    pace = _median(paces)
+    # a cell that takes longer than its like tells something already
+    slow = [course for course in every if course.next and now - course.at > course.next * pace]
+    pace = max(_median([*paces, *(((now - c.at) / c.next, c.next) for c in slow)]), 1e-9)
     begun, later = [], []
     for course in every:
         rest = sum(course.seconds[course.ended :]) - min((now - course.at) / pace, course.next)
@@ -79,6 +83,16 @@ def seconds_left(courses: Mapping[str, Course], jobs: int) -> float | None:
         free.sort()
         free[0] += AROUND + rest
     return max(free)
+
+
+def _median(paces: list[tuple[float, float]]) -> float:
+    """The pace in the middle of the seconds that were expected; 0 where none were."""
+    half = sum(expected for _, expected in paces) / 2
+    for pace, expected in sorted(paces):
+        half -= expected
+        if half <= 1e-9:
+            return pace
+    return 0.0
 
 
 def course_of(notebook: Path, earlier: Path) -> Course:

@@ -52,6 +52,15 @@ def test_after_a_tenth_the_time_left_is_told_within_a_factor_of_two(clock, pace,
     play(cells, pace, jobs, clock, least=5 * pace)
 
 
+def test_a_cell_that_makes_what_all_others_find_tells_nothing_of_their_pace(clock):
+    courses = {"first": Course(4, [0.0, 6.0, 8.0, 6.0]), "second": Course(3, [0.0, 5.0, 45.0])}
+    for ended, seconds in enumerate((6.0, 80.0, 6.0), start=1):
+        courses["first"].see(ended)
+        clock[0] += seconds
+    courses["first"].see(4)
+    assert seconds_left(courses, 1) == pytest.approx(50)
+
+
 def test_nothing_is_told_where_nobody_knows(clock):
     courses = {"known": Course(2, [1.0, 9.0]), "new": Course(3, [])}
     courses["known"].see(1)
