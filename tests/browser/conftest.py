@@ -108,7 +108,7 @@ def report_folder(store, tmp_path_factory):
     kept = sorted(Path(os.environ.get("MOEE_KEEP_REPORT", folder)).glob("*/*/page.html"))
     if kept:
         runs = [shutil.copytree(page.parent, folder / page.parent.name) for page in kept]
-        write_index(folder, runs)
+        write_index(folder, runs, {}, {})
         return folder
     names = ("01_extraction", "03_class_specific_experts")
     chosen = [environment.own_folder("notebooks") / f"{name}.ipynb" for name in names]
