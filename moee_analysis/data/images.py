@@ -236,6 +236,9 @@ def load_images(
     Raises MoeeError: no such folder, no images in it, unreadable files with ``strict``, unknown
     split; a limit below 1.
     """
+    seed_number(seed)
+    if limit is not None:
+        whole_number("limit", limit)
     if not str(source).strip():
         raise MoeeError("a folder of class folders", "no name", "name it; '.' is the present one")
     if str(source) == models.BUNDLED:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.std import tqdm
 
 from moee_analysis.report.notebook.results import NOTEBOOK, read
@@ -27,14 +28,13 @@ UNKNOWN = float("inf")
 class Course:
     """How far one notebook is: cells that have ``ended`` of all, the last one ``at`` that moment.
 
-    ``seconds`` are expected of each cell; empty where nobody knows. It has ``begun`` when its first
-    cell has ended: kernels take their time to start. ``paces`` are of the cells since: how many
-    times as long they took, and the seconds that were expected.
+    ``seconds`` are expected of each cell; empty where nobody knows. Time is taken from the end of
+    the first cell on, for kernels take their time to start. ``paces`` are of the cells since: how
+    many times as long they took, and the seconds that were expected.
     """
 
     cells: int
     seconds: list[float]
-    begun: float = 0.0
     ended: int = 0
     at: float = 0.0
     paces: list[tuple[float, float]] = field(default_factory=list)
@@ -47,16 +47,15 @@ class Course:
     @property
     def next(self) -> float:
         """Seconds expected of the cell that runs, if one does."""
-        return self.seconds[self.ended] if self.begun and self.ended < self.cells else 0.0
+        return self.seconds[self.ended] if self.at and self.ended < self.cells else 0.0
 
     def see(self, ended: int) -> None:
         """Note how many cells have ended."""
         if ended > self.ended:
             now, expected = time.monotonic(), sum(self.seconds[self.ended : ended])
-            if self.begun and expected:
+            if self.at and expected:
                 self.paces.append(((now - self.at) / expected, expected))
             self.ended, self.at = min(ended, self.cells), now
-            self.begun = self.begun or now
 
     def end(self) -> None:
         """Note that the notebook has ended, at its last cell or before."""
@@ -77,7 +76,7 @@ def seconds_left(courses: Mapping[str, Course], jobs: int) -> float | None:
     begun, later = [], []
     for course in every:
         rest = sum(course.seconds[course.ended :]) - min((now - course.at) / pace, course.next)
-        (begun if course.begun else later).append(pace * rest)
+        (begun if course.at else later).append(pace * rest)
     free = sorted([*begun, *[0.0] * jobs], reverse=True)[:jobs]  # when each place is free
     for rest in later:
         free.sort()
@@ -86,13 +85,9 @@ def seconds_left(courses: Mapping[str, Course], jobs: int) -> float | None:
 
 
 def _median(paces: list[tuple[float, float]]) -> float:
-    """The pace in the middle of the seconds that were expected; 0 where none were."""
-    half = sum(expected for _, expected in paces) / 2
-    for pace, expected in sorted(paces):
-        half -= expected
-        if half <= 1e-9:
-            return pace
-    return 0.0
+    """The pace in the middle of the seconds that were expected."""
+    values, expected = zip(*paces, strict=True)
+    return float(np.quantile(values, 0.5, weights=expected, method="inverted_cdf"))
 
 
 def course_of(notebook: Path, earlier: Path) -> Course:
