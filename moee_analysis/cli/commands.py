@@ -134,7 +134,7 @@ def atlas(arguments: Namespace) -> int:
 
 def report(arguments: Namespace) -> int:
     """Run notebooks and write their pages."""
-    from moee_analysis.report.notebook.parameters import check_report
+    from moee_analysis.report.notebook.bench import check_report
     from moee_analysis.report.pages.site import INDEX
     from moee_analysis.report.runner import run_notebooks
     from moee_analysis.report.runner.choose import check_parameters, own_notebooks

@@ -193,8 +193,9 @@ class ExtractConfig:
             expected = 'variance_kept with budget="share"'
             raise MoeeError(expected, "a global budget", "give macs_reduction")
         if self.params_reduction is not None and budget == "share":
-            expected = 'params_reduction with budget="global"'
-            raise MoeeError(expected, 'budget="share"', "bind only the MACs")
+            expected = "params_reduction with one budget for all layers"
+            found, hint = "a share of each layer, as in paper", "take best, or bind only the MACs"
+            raise MoeeError(expected, found, hint)
 
     @property
     def _pieces(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm.std import tqdm
 
@@ -40,15 +40,19 @@ def unwatched() -> Iterator[None]:
 
 def tell(line: str) -> None:
     """Print a line, once for all processes; bars make room for it."""
-    if rank() == 0:
-        with tqdm.external_write_mode():
-            print(printable(line), flush=True)
+    _print(line, sys.stdout)
 
 
 def tell_progress(line: str) -> None:
-    """Print a line for whoever is watching, once for all processes."""
+    """Print a line for whoever is watching, apart from what a program finds."""
     if not is_headless():
-        tell(line)
+        _print(line, sys.stdout if is_in_notebook() else sys.stderr)
+
+
+def _print(line: str, file: TextIO) -> None:
+    if rank() == 0:
+        with tqdm.external_write_mode():
+            print(printable(line), file=file, flush=True)
 
 
 def progress(

@@ -81,4 +81,9 @@ def test_a_report_of_some_notebooks_tells_them_what_is_set(monkeypatch, tmp_path
     assert names == ["01_extraction", "03_class_specific_experts"]
     assert "found 'layer'" in refused(capsys, *command, "--set", "layer=2")
     assert "from 0 to" in refused(capsys, *command, "--set", "layers=[-1]")
+    assert "0 to 11 of this model; found [99]" in refused(capsys, *command, "--set", "layers=[99]")
+    assert "did you mean goldfish" in refused(capsys, *command, "--set", 'classes=["goldfsh"]')
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\n")
+    assert "20 outputs; found 2" in refused(capsys, *command, "--classes", names)
     assert len(asked) == 1

@@ -84,7 +84,7 @@ def test_nothing_is_said_where_nobody_watches(monkeypatch, capsys):
         fail_unwatched()
     assert capsys.readouterr() == ("", "")
     tell_progress("the next job")
-    assert capsys.readouterr().out == "the next job\n"
+    assert capsys.readouterr() == ("", "the next job\n")
     monkeypatch.setenv("MOEE_HEADLESS", "1")
     assert is_headless()
     assert list(progress([1, 2], label="working")) == [1, 2]

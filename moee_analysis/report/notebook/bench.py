@@ -25,13 +25,14 @@ from moee_analysis.extraction.config import MACS_REDUCTION, ExtractConfig, Prese
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models import loading as models
-from moee_analysis.models.class_names import name_by_folders
+from moee_analysis.models.class_names import is_classifier, name_by_folders
 from moee_analysis.models.macs import count
 from moee_analysis.outside_text import as_markdown
 from moee_analysis.report.notebook import results as findings
 from moee_analysis.report.notebook.parameters import ImageSets, Parameters, choose_images
 from moee_analysis.report.notebook.remember import remember, remembering
 from moee_analysis.utils.environment import describe_device, store_folder, versions
+from moee_analysis.utils.storage.store import check_writable
 
 VERDICTS = {  # words for a verdict, and the class that colours them on the report's pages
     True: ("✓ holds", "good"),
@@ -42,10 +43,14 @@ VERDICTS = {  # words for a verdict, and the class that colours them on the repo
 
 @dataclass(frozen=True)
 class Bench:
-    """One notebook's model, images, extraction and results, each made when first asked for."""
+    """One notebook's model, images, extraction and results, each made when first asked for.
+
+    ``device`` is the dense model's: ``"cuda"`` where there is one, else ``"cpu"``.
+    """
 
     parameters: Parameters
     results: findings.Results
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -62,11 +67,6 @@ class Bench:
     def store(self) -> Path:
         """The store, in which later notebooks find what this one has computed."""
         return store_folder()
-
-    @property
-    def device(self) -> str:
-        """The dense model's: ``"cuda"`` where there is one, else ``"cpu"``."""
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
     @cached_property
     def dense(self) -> nn.Module:
@@ -198,9 +198,15 @@ class Bench:
         fig = plot(self.table(name, table), caption=below, **(options or {}))
         return self.figure(name, fig, finding=finding, caption=caption, cover=cover)
 
-    def headline(self, label: str, value: float | str, *, dense: str) -> Markdown:
-        """Keep and show the one number that sums the notebook up, beside the ``dense`` model's."""
-        self.results.put("headline", {"label": label, "value": value, "dense": dense})
+    def headline(self, label: str, value: float | str, *, dense: str, form: str = "") -> Markdown:
+        """Keep and show the one number that sums the notebook up, beside the ``dense`` model's.
+
+        ``form`` is how it is written, as in ``".1%"``; a gate compares the number itself.
+        """
+        shown = format(value, form) if form else value
+        self.results.put("headline", {"label": label, "value": shown, "dense": dense})
+        if isinstance(number := findings.plain(value), (int, float)):
+            self.results.put_into("headline", "number", number)
         return Markdown(findings.in_words(self.results.content["headline"]))
 
     def claim(
@@ -284,3 +290,13 @@ def open_notebook(name: str, *, out: str | None = None, **parameters: Any) -> Be
     results.put("notebook", name)
     results.put("parameters", {key: value for key, value in asdict(given).items() if key != "out"})
     return Bench(given, results)
+
+
+def check_report(parameters: Mapping[str, Any]) -> None:
+    """Refuse a store, model, images, layers or classes that no notebook could run with."""
+    given = Parameters(**parameters)
+    check_writable(store_folder())
+    bench = Bench(given, findings.Results(), device="cpu")
+    bench.choose_layers(())
+    if is_classifier(bench.dense):
+        bench.choose_among((), count=1)

@@ -1,6 +1,5 @@
 """What a notebook is given: parameters, checked before anything is computed, and their images."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,11 +8,8 @@ from moee_analysis.data.disjoint import check_disjoint, without_repeats
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
-from moee_analysis.models.class_names import is_classifier
-from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS, load_model
+from moee_analysis.models.loading import BUNDLED, BUNDLED_MODELS
 from moee_analysis.utils.checks import layer_numbers, not_none, seed_number, whole_number
-from moee_analysis.utils.environment import store_folder
-from moee_analysis.utils.storage.store import check_writable
 
 LARGEST_SIZE = 10_000  # pixels or channels
 
@@ -109,18 +105,6 @@ def choose_images(given: Parameters) -> ImageSets:
         training = load(source, split="train", limit=sizes.training_images)
     notes = (*_skipped(calibration), *_skipped(evaluation))
     return ImageSets(calibration, evaluation, training, notes)
-
-
-def check_report(parameters: Mapping[str, Any]) -> None:
-    """Refuse a store, model, images or classes that no notebook could run with, before one does."""
-    given = Parameters(**parameters)
-    check_writable(store_folder())
-    if given.model in BUNDLED_MODELS and not given.weights and given.images == BUNDLED:
-        return
-    images = choose_images(given).evaluation
-    model = load_model(given.model, **given.model_arguments)
-    if is_classifier(model):
-        images.labels(model)
 
 
 def _set_aside(given: Parameters) -> ImageSets:

@@ -1,6 +1,5 @@
 """``summary.json``: what every notebook of a report has come to, and what has changed since."""
 
-import re
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ from moee_analysis.utils.environment import version
 from moee_analysis.utils.storage.files import read_json
 
 SCHEMA = 1  # raise it where a program that reads the file would go wrong
-
-NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?) ?(%?)")
 
 Summary = Mapping[str, Any]
 
@@ -58,16 +55,14 @@ def _notebook(folder: Path) -> dict[str, Any]:
 def numbers_of(found: Mapping[str, Any]) -> dict[str, float]:
     """All numbers that a notebook has recorded, by their names, joined by dots where nested.
 
-    ``headline`` is the number that its headline begins with, a percentage as a share; where that
-    is what is kept of the dense top-1, it is the ``retention`` too.
+    ``headline`` is the number of its headline; where that is what is kept of the dense top-1, it
+    is the ``retention`` too.
     """
     numbers = dict(_leaves("", found.get("values", {})))
     headline = found.get("headline") or {}
-    read = NUMBER.match(str(headline.get("value")).replace("−", "-"))
-    if read:
-        numbers[HEADLINE] = float(read[1]) / 100 if read[2] else float(read[1])
-        if headline["label"].startswith(KEPT):
-            numbers[RETENTION] = numbers[HEADLINE]
+    if "number" in headline:
+        kept = [RETENTION] if headline["label"].startswith(KEPT) else []
+        numbers |= dict.fromkeys([HEADLINE, *kept], headline["number"])
     return numbers
 
 

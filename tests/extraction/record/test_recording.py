@@ -148,7 +148,7 @@ def test_the_log_says_how_large_a_recording_is_and_how_far(tmp_path, capsys, mon
     monkeypatch.setattr("moee_analysis.utils.progress.SHORT", 0)
     recorded(tmp_path, **GRADED)
     told = capsys.readouterr()
-    assert told.out.startswith("recording 3 layers on 6 images, 6 tokens of each")
+    assert told.err.startswith("recording 3 layers on 6 images, 6 tokens of each")
     assert "recording with gradients: 2/2" in told.err
 
 

@@ -133,9 +133,13 @@ def test_claims_are_shown_and_kept(tmp_path, bench, holds, ours, words):
 
 
 def test_headline_end_and_caption_tell_the_numbers_and_how_they_were_found(tmp_path, bench):
+    assert bench.headline("kept", "most", dense="all").data == "**most** kept (dense: all)"
+    assert "number" not in written(tmp_path)["headline"]
+    shown = bench.headline("of all", np.float32(0.25), dense="1.25 G", form=".1%").data
+    assert shown == "**25.0%** of all (dense: 1.25 G)"
     shown = bench.headline("G MACs", 0.90281, dense="1.25 G").data
     assert shown == "**0.903** G MACs (dense: 1.25 G)"
-    kept = {"label": "G MACs", "value": 0.90281, "dense": "1.25 G"}
+    kept = {"label": "G MACs", "value": 0.90281, "dense": "1.25 G", "number": 0.90281}
     assert written(tmp_path)["headline"] == kept
     assert bench.answer("there are 7 of them").data == "there are 7 of them"
     assert set(written(tmp_path)) == {"notebook", "parameters", "headline"}  # no answer is kept
