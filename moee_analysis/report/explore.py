@@ -18,7 +18,7 @@ from PIL import Image
 from moee_analysis.errors import MoeeError
 from moee_analysis.plots.drawing import sheet
 from moee_analysis.report.notebook.results import picture
-from moee_analysis.report.pages.site import data_uri, shrink
+from moee_analysis.report.pictures import data_uri, shrink
 from moee_analysis.utils.progress import is_headless, is_in_notebook
 
 Plot = Callable[..., Figure]

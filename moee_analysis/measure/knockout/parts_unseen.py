@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.linear_model import RidgeClassifier
 from torch import nn
 
 from moee_analysis.data.disjoint import check_disjoint
@@ -126,6 +125,8 @@ class Place:
 
 def _train_probe(place: Place, images: ImageSet, batch_size: int | None) -> Look:
     """Train what names the part of every patch of images, int64 (images, patches)."""
+    from sklearn.linear_model import RidgeClassifier
+
     batches = batches_of(place.model, images, batch_size, label="tokens for the probe")
     with evaluating(place.model):
         tokens = np.concatenate([_flatten(place.patches(x)) for x in batches])

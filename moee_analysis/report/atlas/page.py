@@ -21,7 +21,8 @@ from moee_analysis.measure.routing.top_patches import Typical
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.loading import class_labels
 from moee_analysis.moe.layer import moe_layers
-from moee_analysis.report.pages.site import render, shrink
+from moee_analysis.report.pages.site import render
+from moee_analysis.report.pictures import shrink
 from moee_analysis.utils.environment import version
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_text

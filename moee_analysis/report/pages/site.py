@@ -1,7 +1,5 @@
 """A report's pages, from the templates beside: escaped, fetching nothing; index and notebooks."""
 
-import base64
-import io
 import os
 import re
 from collections import ChainMap
@@ -18,6 +16,7 @@ from moee_analysis.outside_text import printable
 from moee_analysis.report.notebook.results import FILE, NOTEBOOK, STATUS, alt_text, read, readable
 from moee_analysis.report.pages.body import notebook_body
 from moee_analysis.report.pages.output import abridge
+from moee_analysis.report.pictures import data_uri, shrink
 from moee_analysis.report.summary.gates import gate_text
 from moee_analysis.report.summary.summary import verdict_text, verdicts_line
 from moee_analysis.utils.environment import versions
@@ -43,19 +42,6 @@ TEMPLATES.filters |= {each.__name__: each for each in WORDS} | {
 def render(name: str, **facts: Any) -> str:
     """Fill the template ``name``, a path below the room ``report``, with ``facts``."""
     return TEMPLATES.get_template(name).render(facts)
-
-
-def shrink(image: Image.Image, side: int, **options: Any) -> bytes:
-    """``image`` in a file, with no side above ``side`` pixels; ``options`` are Pillow's."""
-    buffer = io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(buffer, **options)
-    return buffer.getvalue()
-
-
-def data_uri(picture: bytes, kind: str = "png") -> str:
-    """``picture`` as an address that carries it."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def write_page(folder: Path, status: Mapping[str, Any]) -> None:
