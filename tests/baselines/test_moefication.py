@@ -185,7 +185,7 @@ def test_a_recording_is_found_again(tmp_path, capsys):
         config = MoeficationConfig(active=0.25, n_experts=8, split=split)
         models.append(convert(toy_vit(), IMAGES, config, store=tmp_path))
         (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-        assert ("recording 3 layers" in capsys.readouterr().out) == said
+        assert ("recording 3 layers" in capsys.readouterr().err) == said
     assert contents(folder)
     assert not same_models(*models)
 
