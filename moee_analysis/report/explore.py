@@ -28,7 +28,7 @@ FIGURES = 6  # of a static grid, at most
 THUMBNAIL, SMALL = 96, 560  # pixels: of an image to browse; of narrow figures, enlarged
 WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}
 CELL = ":is(.jp-OutputArea, .cell_container, #output-area)"  # JupyterLab, VS Code, Colab
-STILL = f"""<style>{CELL}:has(.jupyter-widgets *) .moee-still {{ display: none }}
+STILL = f"""<style>{CELL}:has(.jupyter-widgets :not(script)) .moee-still {{ display: none }}
 {CELL}:has(.moee-still) .lm-Panel:not(:has(*)) {{ display: none }}</style>"""
 """The still figure hides beside a living panel; a dead one, no more than a text, beside it."""
 

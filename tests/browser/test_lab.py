@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from itertools import takewhile
 from threading import Thread
 
+import papermill
 import pytest
+from nbconvert import HTMLExporter
 
 from moee_analysis.utils import environment
 from tests.browser.conftest import set_for_a_while
+from tests.helpers.notebooks import write_notebook
 
 NAME = "03_class_specific_experts.ipynb"
 TOKEN = "in-a-test"
@@ -137,3 +140,22 @@ def test_notebook_03_runs_its_slider_changes_the_figure_which_stays_without_a_ke
     assert page.locator(".moee-still img[alt*='layer ']").get_attribute("src") == before[0]
     assert page.locator(".moee-still img").is_visible()
     page.screenshot(path=shots / "lab_without_kernel.png")
+
+
+PANEL = """import matplotlib.pyplot as plt
+from moee_analysis.report.explore import explore
+def draw(layer):
+    fig, ax = plt.subplots(figsize=(3, 2))
+    return fig
+explore(draw, layer=[0, 1])"""
+
+
+def test_a_panel_that_papermill_ran_is_a_figure_in_the_page_that_nbconvert_makes(
+    tmp_path, open_page, monkeypatch
+):
+    monkeypatch.delenv("MOEE_HEADLESS", raising=False)
+    ran, exported = tmp_path / "ran.ipynb", tmp_path / "page.html"
+    papermill.execute_notebook(write_notebook(tmp_path / "a.ipynb", PANEL), ran)
+    exported.write_text(HTMLExporter().from_filename(ran)[0], encoding="utf-8")
+    page = open_page(exported.as_uri(), known=["net::ERR_", "require"])  # for widgets that live
+    assert page.locator(".moee-still img").is_visible()
