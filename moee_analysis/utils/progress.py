@@ -104,8 +104,10 @@ def is_in_notebook() -> bool:
 
 
 def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-    tenth, start = max(1, -(-(total or 1) // 10)), time.monotonic()
+    tenth, start = max(1, -(-(total or 1) // 10)), None
     for done, item in enumerate(items, start=1):
+        if start is None:  # a source may prepare for long before its first item
+            start = time.monotonic()
         yield item
         passed = time.monotonic() - start
         if passed > SHORT and total and (done % tenth == 0 or done == total):

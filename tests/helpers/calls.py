@@ -12,6 +12,7 @@ def run_cli(*command):
 
 def refused(capsys, *command):
     """The one line that a bad command gets."""
+    capsys.readouterr()  # commands before it may have told their progress
     try:
         code = run_cli(*command)
     except SystemExit as stop:

@@ -1,5 +1,6 @@
 """How long models take: always in turn with each other, as ratios in one run."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import cycle
@@ -82,7 +83,9 @@ def in_turn(
 
 def milliseconds(module: nn.Module, *inputs: torch.Tensor, seconds: float) -> float:
     """Median time of a call with the ``inputs`` in turn, in so many ``seconds`` at least."""
-    from torch.utils.benchmark import Timer  # it looks for compilers, and may warn about them
+    logger = logging.getLogger("torch.utils.cpp_extension")  # it tells of compilers that it misses
+    logger.disabled = True
+    from torch.utils.benchmark import Timer
 
     names = {"module": module, "inputs": cycle(inputs)}
     clock = Timer("module(next(inputs))", globals=names, num_threads=torch.get_num_threads())

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import nn
 
 from moee_analysis import measure
-from moee_analysis.data.images import ImageSet, fitting_batch
+from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.measure.routing.inputs import batches_of
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.top_patches import Typical
 from moee_analysis.models.capture import evaluating
@@ -24,7 +25,7 @@ from moee_analysis.moe.layer import moe_layers
 from moee_analysis.report.pages.site import render
 from moee_analysis.report.pictures import shrink
 from moee_analysis.utils.environment import version
-from moee_analysis.utils.progress import progress
+from moee_analysis.utils.progress import progress, tell_progress
 from moee_analysis.utils.storage.files import write_text
 from moee_analysis.utils.storage.refusals import check_place
 
@@ -74,11 +75,13 @@ def atlas_facts(run: Extraction, images: ImageSet, *, dense: nn.Module | None = 
     """
     if not len(images):
         raise MoeeError("at least one image", f"none in '{images.name}'", "choose other images")
+    tell_progress(f"routing {len(images)} images")
     routed = measure.routes(run, images, by_folder=True)
     if not routed.placed:
         expected = "a layer with one expert per token whose patches have known places"
         hint = "extract experts of layers that see the patches of an image"
         raise MoeeError(expected, "none", hint)
+    tell_progress("finding what is typical of every expert")
     seen = Seen(run, images, routed, measure.typical(run, images, routed))
     layers, absent = _layers(seen), []
     for layer in run.layers:
@@ -213,6 +216,7 @@ def _lists(rows: pd.DataFrame, *columns: str) -> list[list[Any]]:
 
 def _images(seen: Seen, dense: nn.Module | None) -> list[Facts]:
     """Class, picture and predictions of every image."""
+    tell_progress("predicting, and making the pictures small")
     models = {"moe": seen.run.model} | ({} if dense is None else {"dense": dense})
     predicted = {name: _predictions(model, seen.images) for name, model in models.items()}
     facts = []
@@ -228,8 +232,8 @@ def _images(seen: Seen, dense: nn.Module | None) -> list[Facts]:
 
 
 def _predictions(model: nn.Module, images: ImageSet) -> list[str]:
-    names, like, found = class_labels(model), next(model.parameters()), []
+    names, found = class_labels(model), []
     with evaluating(model):
-        for x in images.batches(model, batch_size=fitting_batch(model)):
-            found += model(x.to(like)).argmax(dim=1).tolist()
+        for x in batches_of(model, images, label="predictions"):
+            found += model(x).argmax(dim=1).tolist()
     return [names[index] if index < len(names) else f"class {index}" for index in found]

@@ -43,8 +43,9 @@ class Parameters:
                 raise _refusal(name, "a list", getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
         layer_numbers(self.layers)
-        if len(set(self.layers)) < len(self.layers):
-            raise _refusal("layers", "numbers of layers, each once", self.layers)
+        for name in ("layers", "classes"):
+            if len(set(map(str, getattr(self, name)))) < len(getattr(self, name)):
+                raise _refusal(name, f"{name}, each once", getattr(self, name))
         for each in self.classes:
             if not isinstance(each, str) or not each.strip():
                 whole_number("classes", each, least=0)

@@ -25,7 +25,7 @@ from moee_analysis.utils.storage.refusals import writing
 FILE, STATUS, NOTEBOOK = "results.json", "status.json", "notebook.ipynb"  # of a notebook's run
 CSS_PIXELS_PER_INCH = 96
 TABLE_ROWS = 64  # shown at most
-SUMMARY_LINES, SUMMARY_WORDS = 3, 30  # of what a notebook found; of one of its lines, about
+SUMMARY_LINES, SUMMARY_WORDS = 3, 60  # of what a notebook found; of one of its lines, about
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -75,7 +75,8 @@ class Results:
         lines = [in_words(headline)] if headline else []
         for claim in self.content.get("claims", []):
             left = SUMMARY_WORDS - len(claim["statement"].split())
-            told = as_markdown(f"{claim['statement']} {brief(claim['found'], left)}")
+            statement = claim["statement"].rstrip(".")
+            told = as_markdown(f"{statement}: {brief(claim['found'], left)}")
             lines.append(f"{claim['verdict']}: {told}")
         lines += [as_markdown(brief(each["finding"])) for each in figures if each.get("finding")]
         return lines[:SUMMARY_LINES]
@@ -113,7 +114,7 @@ def in_words(headline: Mapping[str, Any]) -> str:
 
 def brief(text: str, words: int = SUMMARY_WORDS) -> str:
     """The first sentences and clauses of ``text``, with about so many ``words``."""
-    clauses = re.split(r"(?<=[.;]) ", text)
+    clauses = re.split(r"(?<=[.;]) (?![^(]*\))", text)  # none ends within brackets
     lengths = np.cumsum([len(clause.split()) for clause in clauses])
     return " ".join(clauses[: max(1, int((lengths <= words).sum()))]).rstrip(".;") + "."
 

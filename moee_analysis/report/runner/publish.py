@@ -43,6 +43,7 @@ def junit(summary: Mapping[str, Any], tracebacks: Mapping[str, str]) -> str:
     """The suite of a ``summary``; ``tracebacks`` are by notebook, where there is one."""
     notebooks = {name: each for name, each in summary["notebooks"].items() if not each["earlier"]}
     failed = [each["status"] != "ok" for each in notebooks.values()]
+    failed += [True for _ in summary["waiting"]]
     failed += [not gate["met"] for gate in summary["gates"]]
     seconds = sum(each["seconds"] for each in notebooks.values())
     counts = {"tests": str(len(failed)), "failures": str(sum(failed)), "time": f"{seconds:.1f}"}
@@ -52,6 +53,8 @@ def junit(summary: Mapping[str, Any], tracebacks: Mapping[str, str]) -> str:
         case = _case(suite, "notebooks", name, each["seconds"])
         if each["status"] != "ok":
             _fail(case, each["status"], each["error"] or "", tracebacks.get(name, ""))
+    for name in summary["waiting"]:  # an interrupted report is no green one
+        _fail(_case(suite, "notebooks", name, 0.0), "waiting", "it has not ended")
     for gate in summary["gates"]:
         case = _case(suite, "gates", f"{gate['name']} >= {gate['least']:g}", 0.0)
         if not gate["met"]:

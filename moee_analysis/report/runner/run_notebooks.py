@@ -71,6 +71,7 @@ def _run_all(notebooks: Sequence[Path], settings: Settings, jobs: int) -> list[O
     courses = {each.stem: found[each] for each in order}
     work = {each.stem: settings.run(each) for each in order}
     state: dict[str, Outcome | None] = {}
+    publish(settings, [], dict.fromkeys(work, "waiting"))  # in the place of an earlier front
     with time_left.watched(courses, jobs) as see, closing(run_side_by_side(work, jobs, see)) as ran:
         for name, outcome in ran:
             state[name] = outcome

@@ -16,12 +16,13 @@ import numpy as np
 from tqdm.std import tqdm
 
 from moee_analysis.report.notebook.results import NOTEBOOK, read
-from moee_analysis.utils.progress import has_bars
+from moee_analysis.utils.progress import has_bars, tell_progress
 
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
 SEEN = 0.01  # share of the expected seconds that has passed before a word about the rest
 AROUND = 6.0  # seconds that a kernel takes to start and to end, and a page to be written
 UNKNOWN = float("inf")
+LOG_SECONDS = 20.0  # between the lines of a log
 
 
 @dataclass
@@ -125,20 +126,27 @@ def in_order(courses: Mapping[Path, Course]) -> list[Path]:
 def watched(courses: Mapping[str, Course], jobs: int) -> Iterator[Callable[[str, int], None]]:
     """Give a function that notes how many cells of a notebook, by name, have ended.
 
-    A bar over the cells of all notebooks shows it where a person watches a terminal.
+    A bar over the cells of all notebooks shows it where a person watches a terminal; a plain log
+    gets a line now and then.
     """
     look = {"bar_format": FORMAT, "leave": False, "dynamic_ncols": True}
-    total = sum(course.cells for course in courses.values())
+    total, told = sum(course.cells for course in courses.values()), time.monotonic()
     with tqdm(total=total, disable=not has_bars(), **look) as bar:
 
         def see(name: str, ended: int) -> None:
+            nonlocal told
             courses[name].see(ended)
             bar.total = sum(course.cells for course in courses.values())
             bar.n = sum(course.ended for course in courses.values())
-            bar.set_postfix_str(in_words(courses, jobs), refresh=False)
+            left = in_words(courses, jobs)
+            bar.set_postfix_str(left, refresh=False)
             at = {n: c for n, c in courses.items() if 0 < c.ended < c.cells}
             words = [f"{n} {course.ended + 1}/{course.cells}" for n, course in at.items()]
-            bar.set_description_str(", ".join(words) or f"{name} starts")
+            words = words or [f"{name} {'ends' if ended else 'starts'}"]
+            bar.set_description_str(", ".join(words))
+            if bar.disable and time.monotonic() - told > LOG_SECONDS:
+                tell_progress(", ".join(filter(None, [*words, left])))
+                told = time.monotonic()
 
         yield see
 

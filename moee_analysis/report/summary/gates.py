@@ -69,7 +69,7 @@ def check_gates(gates: Iterable[Gate], notebooks: Sequence[Path]) -> None:
         if not any((gate.key(name) or "").partition(".")[0] in own for name, own in known.items()):
             listed = [f"{name}: {', '.join(sorted(of))}" for name, of in known.items() if of]
             expected = f"a number of these notebooks ({'; '.join(listed) or 'they record none'})"
-            raise MoeeError(expected, repr(gate.name), "name one, as 08.retention=0.95")
+            raise MoeeError(expected, repr(gate.name), "name one of them, or run its notebook too")
 
 
 def recorded(notebook: Path) -> Iterator[str]:

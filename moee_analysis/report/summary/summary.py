@@ -13,6 +13,7 @@ from moee_analysis.utils.environment import version
 from moee_analysis.utils.storage.files import read_json
 
 SCHEMA = 1  # raise it where a program that reads the file would go wrong
+SETTINGS = ("preset", "seed", "model", "weights", "images")  # a comparison names those that differ
 
 Summary = Mapping[str, Any]
 
@@ -27,10 +28,10 @@ def summarize(
     notebooks = {run.name: _notebook(run) | {"earlier": run in earlier} for run in sorted(runs)}
     own = [found for found in notebooks.values() if not found["earlier"]]
     named = ChainMap(*(found["values"] for found in reversed(own)))
-    seeds = (found["seed"] for found in own if found["seed"] is not None)
+    first = ChainMap(*({k: v for k, v in found.items() if v is not None} for found in own))
     return {
         "schema": SCHEMA, "version": version(),
-        "preset": parameters.get("preset"), "seed": parameters.get("seed", next(seeds, None)),
+        **{fact: parameters.get(fact, first.get(fact)) for fact in SETTINGS},
         "numbers": {name: named[name] for name in sorted(named) if is_plain(name)},
         "notebooks": notebooks,
     }  # fmt: skip
@@ -46,7 +47,7 @@ def _notebook(folder: Path) -> dict[str, Any]:
     given, claims = found.get("parameters", {}), found.get("claims", [])
     return {
         "status": status["status"], "seconds": status["seconds"], "error": status.get("error"),
-        "preset": given.get("preset"), "seed": given.get("seed"), "headline": found.get("headline"),
+        **{fact: given.get(fact) for fact in SETTINGS}, "headline": found.get("headline"),
         "claims": [{"statement": each["statement"], "verdict": each["holds"]} for each in claims],
         "values": numbers_of(found),
     }  # fmt: skip
@@ -100,7 +101,7 @@ def compare(old: Summary, new: Summary, *, waiting: Collection[str] = ()) -> dic
     - ``verdicts``: ``notebook``, ``statement``, ``old`` and ``new`` of claims that both make, where
       they differ; ``same`` is how many do not;
     - ``missing``: in words, notebooks that only one of them has, those ``waiting`` left out;
-    - ``settings``: in words, preset and seed, where they differ.
+    - ``settings``: in words, those of :data:`SETTINGS` that differ.
     """
     before = old["notebooks"]
     after = {name: each for name, each in new["notebooks"].items() if not each["earlier"]}
@@ -109,7 +110,7 @@ def compare(old: Summary, new: Summary, *, waiting: Collection[str] = ()) -> dic
     known = {*after, *waiting}
     gone = [f"{name}: only in the earlier report" for name in before if name not in known]
     come = [f"{name}: only in this report" for name in after if name not in before]
-    changed = [fact for fact in ("preset", "seed") if old.get(fact) != new.get(fact)]
+    changed = [fact for fact in SETTINGS if fact in old and old[fact] != new.get(fact)]
     return {
         "numbers": [row for name in both for row in _numbers(name, before[name], after[name])],
         "verdicts": [row for row in claims if row["old"] != row["new"]],

@@ -159,14 +159,14 @@ def test_headline_end_and_caption_tell_the_numbers_and_how_they_were_found(tmp_p
 
 def test_it_ends_in_three_lines_of_what_was_found(bench, figure):
     bench.headline("kept", "85 %", dense="91 %")
-    long = "in 3 of 4 layers; " + "and so on " * 12
+    long = "in 3 (of 4; all) layers; " + "and so on " * 20
     bench.claim("all layers have clusters.", f"{long}.", None)
     for name in ("one", "two"):
         bench.figure(name, figure, finding=f"Figure {name} has 2 lines.")
     found = [line for line in bench.finish().data.splitlines() if line.startswith("- ")]
     assert found == [
         "- **85 %** kept (dense: 91 %)",
-        "- ◐ holds in part: all layers have clusters. in 3 of 4 layers.",
+        "- ◐ holds in part: all layers have clusters: in 3 (of 4; all) layers.",
         "- Figure one has 2 lines.",
     ]
 

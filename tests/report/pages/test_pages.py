@@ -57,7 +57,7 @@ def index(tmp_path):
 def test_a_card_has_the_key_number_the_dense_model_beside_it_its_claims_and_the_cover(index):
     page = index(FOUND)
     summary = " ".join(page.find(class_="summary").get_text().split())
-    assert summary == "The notebook ran to its end. Of 2 claims of the paper, 2 hold here."
+    assert summary == "The notebook ran to its end. Of 2 claims of the papers, 2 hold here."
     card = page.article
     assert card.find(class_="headline").get_text() == "0.457 of <everything>"
     assert card.find(class_="dense").get_text() == "Dense: <all> of it"

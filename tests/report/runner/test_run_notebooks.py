@@ -158,7 +158,7 @@ def test_a_page_keeps_what_is_harmless_and_folds_solutions_and_the_index_has_a_c
     assert links == {f"{name}/page.html": f"The {name} notebook" for name in NOTEBOOKS}
     assert "What it shows." in index.article.get_text()  # without the marks of Markdown
     words = " ".join(index.get_text().split())
-    assert "1 of 4 notebooks ran to their end. Of 2 claims of the paper, 2 hold here." in words
+    assert "1 of 4 notebooks ran to their end. Of 2 claims of the papers, 2 hold here." in words
     assert index.img["src"].startswith("data:image/webp;base64,")
     assert index.img["alt"] == "All 1200 pixels are teal. a <teal> one"
 
@@ -240,7 +240,9 @@ def test_ctrl_c_leaves_the_earlier_page_no_process_and_nothing_half_written(tmp_
     with pytest.raises(KeyboardInterrupt):
         report(out=tmp_path / "out", notebooks=notebooks, jobs=2)
     signal.signal(signal.SIGINT, before)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["endless"]
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"endless", "index.html", "junit.xml", "summary.json"}
+    assert '<failure type="waiting"' in (tmp_path / "out" / "junit.xml").read_text()
     assert [p.name for p in earlier.iterdir()] == ["status.json"]
     commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert not [command for command in commands if "runner.worker" in command]

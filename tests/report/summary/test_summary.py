@@ -199,7 +199,8 @@ def test_an_earlier_report_that_cannot_be_read_is_refused_before_anything_runs(
 
 def test_junit_is_xml_whatever_an_error_says():
     case = {"status": "timeout", "seconds": 2.0, "error": "a \0 <b> & \x1b", "earlier": False}
-    text = junit({"notebooks": {"a\x01": case, "b": case | {"earlier": True}}, "gates": []}, {})
+    notebooks = {"a\x01": case, "b": case | {"earlier": True}}
+    text = junit({"notebooks": notebooks, "gates": [], "waiting": []}, {})
     suites = ET.fromstring(text.encode())
     [suite] = suites
     assert suite.attrib == {"name": "moee report", "tests": "1", "failures": "1", "errors": "0",
