@@ -14,6 +14,7 @@ from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import accuracy
 from moee_analysis.measure.evaluation.mac_table import macs
 from moee_analysis.models.loading import check_device
+from moee_analysis.utils.progress import tell_progress
 
 ACCURACY = {
     "dense_top1": ["reference_top1"], "moe_top1": ["top1"], "moe_top1_interval": ["low", "high"],
@@ -35,9 +36,11 @@ def evaluate(
     """
     check_device(device)
     check_unseen(run, images)
+    tell_progress(f"comparing with the dense model on {len(images)} images")
     dense = run.dense(weights=weights).to(device)
     systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
     scores = accuracy(systems, images, reference=dense).set_index("system")
+    tell_progress("counting MACs as the experts are used")
     costs = macs(run, images)
     cost = costs.set_index("component").loc["total"]
     read = cost[["macs", "macs_dense"]] - cost[["macs_unread", "macs_unread_dense"]].to_numpy()
