@@ -36,8 +36,8 @@ def evaluate(
     """
     check_device(device)
     check_unseen(run, images)
-    tell_progress(f"comparing with the dense model on {len(images)} images")
     dense = run.dense(weights=weights).to(device)
+    tell_progress(f"comparing with the dense model on {len(images)} images")
     systems = {"moe": run.model.to(device), "random": randomly_routed(run)}
     scores = accuracy(systems, images, reference=dense).set_index("system")
     tell_progress("counting MACs as the experts are used")
