@@ -141,6 +141,8 @@ def test_a_report_takes_its_processes_with_it(tmp_path):
         if number == signal.SIGTERM:
             assert process.exitcode == 143
             assert not list((place / "tmp").iterdir())
+            front = {path.name for path in (place / "out").iterdir()}
+            assert front == {"index.html", "junit.xml", "summary.json"}
             assert "has not ended" in (place / "out" / "junit.xml").read_text()
     go.touch()
     complete(place, report, notebook, place)

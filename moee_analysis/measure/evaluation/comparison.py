@@ -227,7 +227,7 @@ def _describe(
         "params_dense": count_parameters(contest.dense),
         "macs_moe": costs.get("macs"),
         "macs_reduction": costs.get("macs_reduction"),
-        "reduces_macs": costs["macs_reduction"] > entry.asked.macs_reduction / 2 if costs else None,
+        "reduces_macs": costs["macs_reduction"] > 0 if costs else None,
         "params_moe": costs.get("params"),
         "params_reduction": costs.get("params_reduction"),
         "balance": balance or None,

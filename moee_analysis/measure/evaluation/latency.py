@@ -83,9 +83,12 @@ def in_turn(
 
 def milliseconds(module: nn.Module, *inputs: torch.Tensor, seconds: float) -> float:
     """Median time of a call with the ``inputs`` in turn, in so many ``seconds`` at least."""
-    logger = logging.getLogger("torch.utils.cpp_extension")  # it tells of compilers that it misses
-    logger.disabled = True
-    from torch.utils.benchmark import Timer
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.disabled = True  # the import tells of compilers that it misses
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        logger.disabled = False
 
     names = {"module": module, "inputs": cycle(inputs)}
     clock = Timer("module(next(inputs))", globals=names, num_threads=torch.get_num_threads())

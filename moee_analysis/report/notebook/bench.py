@@ -203,10 +203,9 @@ class Bench:
 
         ``form`` is how it is written, as in ``".1%"``; a gate compares the number itself.
         """
-        shown = format(value, form) if form else value
-        self.results.put("headline", {"label": label, "value": shown, "dense": dense})
-        if isinstance(number := findings.plain(value), (int, float)):
-            self.results.put_into("headline", "number", number)
+        shown, number = format(value, form) if form else value, findings.plain(value)
+        exact = {"number": number} if isinstance(number, (int, float)) else {}
+        self.results.put("headline", {"label": label, "value": shown, "dense": dense} | exact)
         return Markdown(findings.in_words(self.results.content["headline"]))
 
     def claim(

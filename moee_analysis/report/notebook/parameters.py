@@ -43,12 +43,12 @@ class Parameters:
                 raise _refusal(name, "a list", getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
         layer_numbers(self.layers)
-        for name in ("layers", "classes"):
-            if len(set(map(str, getattr(self, name)))) < len(getattr(self, name)):
-                raise _refusal(name, f"{name}, each once", getattr(self, name))
         for each in self.classes:
             if not isinstance(each, str) or not each.strip():
                 whole_number("classes", each, least=0)
+        for name, values in (("layers", self.layers), ("classes", self.classes)):
+            if len(set(values)) < len(values):
+                raise _refusal(name, f"{name}, each once", values)
         seed_number(self.seed)
         preset_named(self.preset)
 

@@ -22,7 +22,7 @@ NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def publish(settings: Settings, done: Sequence[Path], waiting: Mapping[str, str]) -> dict[str, Any]:
-    """Write a report's front, as whenever one of its notebooks has ended; return the summary.
+    """Write a report's front, at its start and whenever a notebook has ended; return the summary.
 
     ``done`` are the folders of the notebooks that have ended, ``waiting`` those to come.
     """
@@ -43,7 +43,7 @@ def junit(summary: Mapping[str, Any], tracebacks: Mapping[str, str]) -> str:
     """The suite of a ``summary``; ``tracebacks`` are by notebook, where there is one."""
     notebooks = {name: each for name, each in summary["notebooks"].items() if not each["earlier"]}
     failed = [each["status"] != "ok" for each in notebooks.values()]
-    failed += [True for _ in summary["waiting"]]
+    failed += [True] * len(summary["waiting"])
     failed += [not gate["met"] for gate in summary["gates"]]
     seconds = sum(each["seconds"] for each in notebooks.values())
     counts = {"tests": str(len(failed)), "failures": str(sum(failed)), "time": f"{seconds:.1f}"}

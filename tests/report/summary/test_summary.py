@@ -151,7 +151,7 @@ def test_a_headline_is_the_number_itself_not_as_it_is_written(headline, numbers)
 
 
 OLD = {
-    "schema": 1, "preset": "small", "seed": 0,
+    "schema": 1, "preset": "small", "seed": 0, "model": "bundled",
     "notebooks": {
         "a": {"status": "ok", "earlier": False, "values": {"x": 1.0, "y.z": 2.0, "gone": 3.0},
               "claims": [{"statement": "s", "verdict": True}, {"statement": "t", "verdict": None}]},
@@ -161,7 +161,7 @@ OLD = {
 
 
 def test_a_comparison_has_what_both_reports_have_and_says_what_one_lacks():
-    new = copy.deepcopy(OLD) | {"preset": "smoke"}
+    new = copy.deepcopy(OLD) | {"preset": "smoke", "model": "own"}
     assert compare(OLD, OLD)["verdicts"] == compare(OLD, OLD)["missing"] == []
     new["notebooks"]["a"]["values"] = {"x": 1.5, "y.z": 1.0, "come": 1.0}
     new["notebooks"]["a"]["claims"][1]["verdict"] = False
@@ -173,7 +173,7 @@ def test_a_comparison_has_what_both_reports_have_and_says_what_one_lacks():
     assert found["verdicts"] == [{"notebook": "a", "statement": "t", "old": None, "new": False}]
     assert found["same"] == 1
     assert found["missing"] == ["b: only in the earlier report", "c: only in this report"]
-    assert found["settings"] == ["preset small before, smoke now"]
+    assert found["settings"] == ["preset small before, smoke now", "model bundled before, own now"]
     assert compare(OLD, new, waiting=["b"])["missing"] == ["c: only in this report"]
     first, *_ = summary_lines({"gates": [], "against": found})
     assert first.endswith("1 verdict changed, 1 did not")
