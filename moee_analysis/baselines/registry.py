@@ -6,7 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
+from moee_analysis.baselines import (
+    jetpack,
+    moefication,
+    soft_moe,
+    sparse_upcycling,
+    static_pruning,
+    token_merging,
+)
 from moee_analysis.baselines.common.exchange import Store
 from moee_analysis.baselines.controls import oracle_routed
 from moee_analysis.data.images import ImageSet
@@ -15,6 +22,8 @@ from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.loading import find_mlps
+
+STATIC_PRUNING = "static pruning"  # the family
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,11 @@ class System:
     routed: bool = True
     oracle: Callable[[nn.Module, nn.Module], nn.Module] | None = None
 
+    @property
+    def prunes(self) -> bool:
+        """Whether it is static pruning, which all others are compared with."""
+        return self.family == STATIC_PRUNING
+
     def make(
         self, dense: nn.Module, images: ImageSet, asked: Asked, *, store: Store = None
     ) -> Extraction | nn.Module:
@@ -70,7 +84,7 @@ def _family(family: str, convert: Callable, kind: type, **facts: Any) -> Callabl
 
 _moee = _family("MoEE", extract, ExtractConfig, oracle=oracle_routed)
 _static = _family(
-    "static pruning", static_pruning.convert, static_pruning.StaticPruningConfig, routed=False
+    STATIC_PRUNING, static_pruning.convert, static_pruning.StaticPruningConfig, routed=False
 )
 _moefied = _family(
     "MoEfication", moefication.convert, moefication.MoeficationConfig,
@@ -81,6 +95,9 @@ _sparse = _family(
 )
 _soft = _family("Soft MoE", soft_moe.convert, soft_moe.SoftMoeConfig)
 _jetpack = _family("MoE Jetpack", jetpack.convert, jetpack.JetpackConfig)
+_merged = _family(
+    "token merging", token_merging.convert, token_merging.TokenMergingConfig, routed=False
+)
 
 SYSTEMS: dict[str, System] = {
     "MoEE, paper": _moee("clusters of hidden activations, cosine router", recipe="paper"),
@@ -98,6 +115,10 @@ SYSTEMS: dict[str, System] = {
     "static: fisher OBS, CLS apart": _static(
         "least effect on the logits, refitted; CLS has neurons of its own",
         baseline="fisher OBS, CLS apart",
+    ),
+    "ToMe": _merged("tokens with similar keys become one, as many in every block"),
+    "ToMe, class importance": _merged(
+        "the same, weighted by the attention of CLS", weights="importance"
     ),
     "MoEfication: k-means, centre": _moefied("similar neurons, nearest centre", router="centre"),
     "MoEfication: k-means, centre, means kept": _moefied(

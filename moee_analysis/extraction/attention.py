@@ -130,18 +130,23 @@ class _ProbedAttention(nn.Module):
 
     def __init__(self, attention: Attention, queries: int | None) -> None:
         super().__init__()
-        self.attention, self.queries = attention, queries
-        self.mean = attention.qkv.weight.new_zeros(attention.num_heads, 1, attention.head_dim)
+        self.qkv, self.proj, self.queries = attention.qkv, attention.proj, queries
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.scale = attention.scale
+        self.mean = attention.qkv.weight.new_zeros(self.num_heads, 1, self.head_dim)
 
-    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
-        q, k, v = attentions.heads_of(self.attention, x)
-        one = torch.eye(self.attention.head_dim).to(x).expand(*q.shape[:2], -1, -1)
+    def forward(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **_: object
+    ) -> torch.Tensor:
+        q, k, v = attentions.heads_of(self, x)
+        one = torch.eye(self.head_dim).to(x).expand(*q.shape[:2], -1, -1)
         self.identities = {kind: one.clone().requires_grad_() for kind in KINDS}
         scores, values = self.identities.values()
-        gathered = (q @ scores @ k.mT).softmax(dim=-1) @ v
+        asked = q @ scores @ k.mT
+        gathered = (asked if attn_mask is None else asked + attn_mask).softmax(dim=-1) @ v
         self.gathered = gathered.detach()[:, :, : self.queries]
         moved = self.mean + (gathered - self.mean) @ values.mT
-        return self.attention.proj(moved.transpose(1, 2).flatten(2))
+        return self.proj(moved.transpose(1, 2).flatten(2))
 
 
 def _measure(
@@ -152,7 +157,7 @@ def _measure(
     probed = {name: _ProbedAttention(model.get_submodule(name), q) for name, q in queries.items()}
     for name, module in probed.items():
         replace_module(model, name, module)
-        heads, dim = module.attention.num_heads, module.attention.head_dim
+        heads, dim = module.num_heads, module.head_dim
         for kind in KINDS:
             none[name, kind] = torch.zeros(0, heads, dim, dim, dtype=torch.float64)
     gradients = partial(_gradients, model, probed, images, seed)

@@ -36,10 +36,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of ``config`` for a ``model`` that costs ``dense``, ``attentions`` among it."""
+    """The budget of ``config`` for a ``model`` that costs ``dense``, ``attentions`` among it.
+
+    ``whole`` are the MACs that are to be saved from: before tokens merge.
+    """
 
     model: nn.Module
     dense: MacCount
+    whole: int
     config: ExtractConfig
     attentions: Sequence[AttentionPlan] = ()
 
@@ -54,7 +58,7 @@ class Budget:
             def macs(share: float) -> float:
                 return self._macs(layers, self._of_share(layers, scores, share))
 
-            p = find_share(macs, dense=self.dense.total, reduction=reduction)
+            p = find_share(macs, dense=self.whole, reduction=reduction)
         return self._of_share(layers, scores, p)
 
     @property
@@ -87,7 +91,7 @@ class Budget:
             fixed = {layer.site.name: float(layer.router().macs) for layer in layers}
             for each in self.attentions:
                 fixed[each.site.name] = 0.0 if each.modes else each.macs(None) / each.tokens
-            budget = (1 - self.config.macs_reduction) * self.dense.total
+            budget = (1 - self.config.macs_reduction) * self.whole
             budgets["macs"] = budget - self.dense.replacing(fixed)
         if self.config.params_reduction is not None:
             budgets["parameters"] = self._free_parameters(layers)

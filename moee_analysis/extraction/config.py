@@ -97,12 +97,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {  # MoEE as published, nothing added
         "clustering": ClusterConfig(), "router": "cosine", "tokens": "alike",
         "unread": "routed", "order": "variance", "metric": "outputs", "budget": "share",
-        "coherence": "ignored", "refit": "none", "attention": "dense",
+        "coherence": "ignored", "refit": "none", "attention": "dense", "merging": "none",
     },
     "best": {  # the best that this project has found
         "clustering": _MEANS, "router": "nearest", "tokens": "kinds",
         "unread": "constant", "order": "weighted", "metric": "fisher", "budget": "global",
-        "coherence": "measured", "refit": "shared", "attention": "dense",
+        "coherence": "measured", "refit": "shared", "attention": "dense", "merging": "none",
     },
 }  # fmt: skip
 """Each piece of an extraction, unless a configuration says otherwise; any can be switched alone."""
@@ -146,6 +146,7 @@ class ExtractConfig:
     - ``refit`` of dropped neurons: ``none``, their mean (``shift``), or one new W2 (``shared``).
     - ``attention``: ``dense``; asked only for tokens whose outputs are ``read``, which loses
       nothing; or ``low_rank`` too, heads having fewer dimensions by the budget of the neurons.
+    - ``merging`` of patches that are alike: ``none``, or a part of the ``budget`` of MACs.
     """
 
     recipe: str = "paper"
@@ -170,6 +171,8 @@ class ExtractConfig:
     coherence: Literal["ignored", "measured"] | None = None
     refit: Literal["none", "shift", "shared"] | None = None
     attention: Literal["dense", "read", "low_rank"] | None = None
+    merging: Literal["none", "budget"] | None = None
+    merges: tuple[int, ...] | None = None  # of an image's tokens in each block; None: searched
 
     def __post_init__(self) -> None:
         recipe_named(self.recipe)
@@ -192,6 +195,11 @@ class ExtractConfig:
         if self.variance_kept is not None and budget == "global":
             expected = 'variance_kept with budget="share"'
             raise MoeeError(expected, "a global budget", "give macs_reduction")
+        for number in self.merges or ():
+            checks.whole_number("merges", number, least=0)
+        if self.merges is not None and self._pieces["merging"] == "none":
+            expected, hint = 'merges with merging="budget"', "say so, or leave the merges out"
+            raise MoeeError(expected, 'merging="none"', hint)
         if self.params_reduction is not None and budget == "share":
             expected = "params_reduction with one budget for all layers"
             found, hint = "a share of each layer, as in paper", "take best, or bind only the MACs"
@@ -234,8 +242,9 @@ class ExtractConfig:
             raise _removed("refit", "each")
         if kept["clustering"] is not None:
             kept["clustering"] = ClusterConfig(**_without("ClusterConfig", kept["clustering"]))
-        if kept["layers"] is not None:
-            kept["layers"] = tuple(kept["layers"])
+        for name in ("layers", "merges"):
+            if kept.get(name) is not None:
+                kept[name] = tuple(kept[name])
         return cls(**kept)
 
 

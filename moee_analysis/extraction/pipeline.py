@@ -30,6 +30,7 @@ from moee_analysis.extraction.cross_token_fisher import scale_by_coherence
 from moee_analysis.extraction.experts.layer_experts import Kept, LayerExperts, gather_statistics
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.experts.refit_w2 import refit_layers
+from moee_analysis.extraction.merging import merge_costs_of
 from moee_analysis.extraction.record.accumulate import saved_sums, share_out
 from moee_analysis.extraction.record.fisher import unread_patches
 from moee_analysis.extraction.record.recording import check_unchanged
@@ -41,6 +42,7 @@ from moee_analysis.models.class_names import knows_classes, name_by_folders
 from moee_analysis.models.fingerprints import copy_model, unchanged
 from moee_analysis.models.loading import MlpSite, architecture, find_mlps
 from moee_analysis.models.macs import count
+from moee_analysis.models.merging import merge_tokens
 from moee_analysis.models.unwrapping import unwrapped
 from moee_analysis.moe.layer import MoeMlp, replace_module
 from moee_analysis.utils.environment import check_numba_cache
@@ -91,6 +93,11 @@ def _extract(
     if dtype != torch.float32:
         precise = copy.deepcopy(model).float()  # sums over tokens in half precision would be wrong
 
+    # Merge first: all that follows is of the tokens that are left.
+    whole = count(precise, sites=()).total
+    if config.merging == "budget":
+        precise = merge_tokens(precise, config.merges, merge_costs_of(precise))
+
     # Record: inputs, hidden activations or gradients of sampled tokens.
     tokens = calibration_tokens(precise, images, config, root=root, limits=limits)
     if not tokens.on_disk:
@@ -100,7 +107,7 @@ def _extract(
         sites = [site.name for site in (*tokens.sites, *plain_attentions(precise))]
         dense = count(precise, sites=sites)
         attentions = plan_attentions(precise, images, config, dense=dense, root=root)
-        budget = Budget(precise, dense, config, attentions)
+        budget = Budget(precise, dense, whole, config, attentions)
 
         # Phase 1: cluster the tokens of every layer; each cluster is an expert.
         layers = group_tokens(tokens, config)

@@ -30,8 +30,8 @@ from moee_analysis.utils.storage.files import checksum, file_hash, read_json, wr
 from moee_analysis.utils.storage.folders import new_folder
 from moee_analysis.utils.storage.refusals import check_place, writing
 
-FORMAT = 6
-READABLE = (5, FORMAT)  # 5 had neither answers nor arguments of ``timm.create_model``
+FORMAT = 7
+READABLE = (5, 6, FORMAT)  # 5 had no answers and no arguments of timm, 6 no merging
 KIND = "moee run"
 TENSORS = "model.safetensors"
 FACTS = "run.json"

@@ -43,7 +43,7 @@ def plain_attentions(model: nn.Module) -> list[AttentionSite]:
     blocks = [m for m in model.modules() if isinstance(m, MobileVitBlock)]
     windowed = {part for block in blocks for part in block.modules()}
     named = model.named_modules()
-    return [site_of(name, m) for name, m in named if _is_plain(m) and m not in windowed]
+    return [site_of(name, m) for name, m in named if is_plain(m) and m not in windowed]
 
 
 def find_attentions(model: nn.Module) -> list[AttentionSite]:
@@ -73,7 +73,46 @@ def heads_of(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return q * attention.scale, k, v
 
 
-def _is_plain(module: nn.Module) -> bool:
+def attend_with_keys(
+    attention: Attention, x: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of a dense attention, and its keys (images, heads, tokens, head_dim)."""
+    q, k, v = heads_of(attention, x)
+    seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return attention.proj(seen.transpose(1, 2).flatten(2)), k
+
+
+def leading_attention(
+    attention: "Attention | LowRankAttention", x: torch.Tensor, sizes: torch.Tensor
+) -> torch.Tensor:
+    """Attention that the first token pays to each, mean of the heads: (images, tokens).
+
+    ``x`` (images, tokens, dim) is what the attention gets; tokens count ``sizes`` times. Products
+    with the keys of all tokens are products of the tokens with the query, taken back to them.
+    """
+    wanted, keys, bias = _query_and_keys(attention)
+    first = linear(x[:, 0], wanted.flatten(0, 1), bias).unflatten(-1, wanted.shape[:2])
+    asked = torch.einsum("nhr,hrd->nhd", first, keys)
+    scores = asked @ x.mT + sizes.log()[:, None]  # keys have a bias in common
+    return scores.softmax(dim=-1).mean(dim=1)
+
+
+def _query_and_keys(
+    attention: "Attention | LowRankAttention",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Weights of queries and keys, (heads, rank, dim), scores being their product, and a bias."""
+    if isinstance(attention, LowRankAttention):
+        of_keys, _, of_queries = attention.kvq.weight.split(attention.sizes)
+        bias, heads, scale = attention.bias, attention.site.heads, 1.0
+    else:
+        of_queries, of_keys, _ = attention.qkv.weight.chunk(3)
+        bias = None if attention.qkv.bias is None else attention.qkv.bias.chunk(3)[0]
+        heads, scale = attention.num_heads, attention.scale
+    wanted, keys = (weight.unflatten(0, (heads, -1)) for weight in (of_queries, of_keys))
+    return wanted, scale * keys, bias
+
+
+def is_plain(module: nn.Module) -> bool:
     """Whether scores are q k^T, outputs A v, and nothing stands in between."""
     if type(module) is not Attention or getattr(module, "gate", None) is not None:
         return False
@@ -110,33 +149,33 @@ class LowRankAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **others: Any
     ) -> torch.Tensor:
-        """Map tokens (images, tokens, dim) to the same shape; refuse a mask."""
-        if attn_mask is not None or any(others.values()):  # is_causal
-            raise MoeeError("attention without a mask", "one", "leave the attention dense")
+        """Map tokens (images, tokens, dim) to the same shape; ``attn_mask`` joins the scores."""
+        if any(others.values()):
+            raise MoeeError("attention to all tokens", "is_causal", "leave the attention dense")
         whole = self.ranks.queries is None
-        seen = self._for_all(x) if whole else self._for_some(x)
+        seen = self._for_all(x, attn_mask) if whole else self._for_some(x, attn_mask)
         out = self.proj(seen.transpose(1, 2).flatten(2))
         return out if whole else pad(out, (0, 0, 0, x.shape[1] - out.shape[1]))
 
-    def _for_all(self, x: torch.Tensor) -> torch.Tensor:
+    def _for_all(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of all tokens, (images, heads, tokens, values)."""
         bias = None if self.bias is None else pad(self.bias, (sum(self.sizes[:2]), 0))
         kvq = linear(x, self.kvq.weight, bias)
         # the fast kernel of CPUs takes only queries, keys and values of one width
         fast = x.device.type == "cpu" and (is_traced() or torch.backends.cuda.flash_sdp_enabled())
         if fast and 0 < self.ranks.scores != self.ranks.values > 0:
-            return self._of_one_width(kvq)
+            return self._of_one_width(kvq, mask)
         k, v, q = map(self._in_heads, kvq.split(self.sizes, dim=-1))
-        return scaled_dot_product_attention(q, k, v, scale=1.0)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
-    def _for_some(self, x: torch.Tensor) -> torch.Tensor:
+    def _for_some(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of the tokens whose output is read, (images, heads, queries, values)."""
         of_all, of_read = self.kvq.weight.split([sum(self.sizes[:2]), self.sizes[2]])
         k, v = map(self._in_heads, linear(x, of_all).split(self.sizes[:2], dim=-1))
         q = self._in_heads(linear(x[:, : self.ranks.queries], of_read, self.bias))
-        return scaled_dot_product_attention(q, k, v, scale=1.0)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
-    def _of_one_width(self, kvq: torch.Tensor) -> torch.Tensor:
+    def _of_one_width(self, kvq: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention with the narrower ones of keys and values as wide as the others."""
         # They are windows, without a copy, whose ends lie in the next head or the next of k, v and
         # q: zeros at the ends of queries meet those of keys, and those of values are not passed on.
@@ -146,7 +185,8 @@ class LowRankAttention(nn.Module):
             k, q = self._windows(kvq, scores, values), pad(q, (0, values - scores))
         else:
             v = self._windows(kvq[..., self.sizes[0] :], values, scores)
-        return scaled_dot_product_attention(q, k, v, scale=1.0)[..., :values]
+        seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return seen[..., :values]
 
     def _windows(self, kvq: torch.Tensor, step: int, width: int) -> torch.Tensor:
         """Start with every head, ``step`` from one to the next: (images, heads, tokens, width)."""

@@ -138,11 +138,20 @@ def test_what_it_costs_is_counted_as_it_runs():
     assert site.macs(17) == count(toy_vit()).by_module[site.name]
 
 
-def test_a_mask_is_refused():
+def test_a_mask_joins_the_scores_of_keys():
+    """A token that counts twice is two tokens."""
+    dense, x = attention(qkv_bias=True)
+    twice = torch.cat([x, x[:, -1:]], dim=1)
+    sizes = torch.tensor([1.0, 1, 1, 1, 2])
+    for queries, ranks in ((None, (3, 5)), (None, (5, 3)), (2, (3, 5))):
+        _, found = reduced(dense, *ranks, queries=queries)
+        torch.testing.assert_close(found(x, sizes.log()[None, None, None]), found(twice)[:, :-1])
+
+
+def test_a_causal_mask_is_refused():
     found, x = models.reduced_attention(toy_vit()).blocks[2].attn, torch.randn(1, 17, 32)
-    for mask in ({"attn_mask": torch.zeros(17, 17)}, {"is_causal": True}):
-        with pytest.raises(MoeeError, match="without a mask"):
-            found(x, **mask)
+    with pytest.raises(MoeeError, match="is_causal"):
+        found(x, is_causal=True)
 
 
 # Where it can stand

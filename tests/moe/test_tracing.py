@@ -8,6 +8,8 @@ from torch.export import Dim, export
 
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.models.capture import watch
+from moee_analysis.models.merge_costs import WardCosts
+from moee_analysis.models.merging import merge_tokens
 from moee_analysis.moe.layer import moe_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import (
@@ -21,11 +23,13 @@ from tests.helpers.models import (
 )
 from tests.helpers.runs import best
 
+MERGED = merge_tokens(toy_vit(), (3, 0, 4), lambda _: WardCosts(by_importance=True))
 LOW_RANK = best(macs_reduction=0.3, attention="low_rank")
 MODELS = {
     "dense": lambda: toy_vit(depth=1),
     "paper": lambda: toy_moe(toy_vit(depth=2), layers={0}),
     "best, low rank": lambda: extract(toy_vit(depth=2), toy_images(12), LOW_RANK).model,
+    "tokens that merge": lambda: MERGED,
     "ConvNeXt": lambda: toy_moe(lively(SMALL_CONVNEXT), layers={0, 3}),
     "Swin": lambda: toy_moe(toy_swin()),
 }
@@ -69,6 +73,9 @@ def test_a_trace_routes_images_that_it_has_not_seen(model, trace, tmp_path):
     check_trace(model, trace, tmp_path)
 
 
-@pytest.mark.parametrize("make", [MODELS["paper"], lambda: toy_kinds(toy_vit(depth=1))])
+@pytest.mark.parametrize(
+    "make",
+    [MODELS["paper"], lambda: toy_kinds(toy_vit(depth=1)), MODELS["tokens that merge"]],
+)
 def test_compiling_needs_one_graph(make, tmp_path):
     check_trace(make(), compiled, tmp_path)

@@ -14,6 +14,7 @@ from torch import nn
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.loading import MlpSite, blank
+from moee_analysis.models.merging import merging_blocks
 
 CHUNK = 8192  # rows whose hidden activations are in memory at once
 PREFIX_KINDS = {"cls_token": ("cls", "dist"), "dist_token": ("dist",), "reg_token": ("register",)}
@@ -51,7 +52,8 @@ def kinds_seen(model: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
     No more tokens than leading ones are these alone (``blocks_token_only``).
     """
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
-    if len(shape) != 1 or shape[0] == patches:
+    alone = shape[0] == patches and merging_blocks(model) is None
+    if len(shape) != 1 or alone:
         return ()
     return prefix_kinds(model)[: shape[0]]
 

@@ -30,8 +30,10 @@ TENSORS_HINT = f"{HINT}; a dense network that is given is the one it was made fr
 TOLD = ("reason", "noise_share", "route_agreement")  # of a report: no layer shows them
 CLOSE = 1e-3  # of shares, which are rounded where they are stored
 LISTS = dict.fromkeys(("sizes", "kept", "neurons"), torch.int64) | {"shares": torch.float32}
-FIRST = 5  # format, in which these were not there yet:
-LATER = ("arguments", "dtype", "answers", "by_hand", "transform_sha256")
+LATER = {  # fields that were not there yet in files of this format, or of those before it
+    5: ("arguments", "dtype", "answers", "by_hand", "transform_sha256"),
+    6: ("merging", "merges"),
+}
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,10 @@ def _schema() -> Schema:
 @cache
 def _validator(run_format: int) -> Callable[[Any], Any]:
     schema = _schema()
-    if run_format == FIRST:
-        for part in ("model", "provenance"):
-            required = schema["definitions"][part]["required"]
-            required[:] = [name for name in required if name not in LATER]
+    later = [name for last, names in LATER.items() if run_format <= last for name in names]
+    for part in ("model", "config", "provenance"):
+        required = schema["definitions"][part]["required"]
+        required[:] = [name for name in required if name not in later]
     return fastjsonschema.compile(schema)
 
 

@@ -26,6 +26,8 @@ from moee_analysis.models.capture import watch
 from moee_analysis.models.fingerprints import alike, answers
 from moee_analysis.models.inputs import input_size
 from moee_analysis.models.loading import architecture, build_model
+from moee_analysis.models.merge_costs import WardCosts
+from moee_analysis.models.merging import merging_blocks, set_merging
 from moee_analysis.models.unwrapping import stated_modules, unwrapped
 from moee_analysis.models.weights import Tensors
 from moee_analysis.moe.layer import MoeMlp, Readout, all_mlps, moe_names, replace_module
@@ -54,6 +56,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "pretrained_cfg": describe_inputs(model),
         "routers": {name: describe_router(layer.router) for name, layer in routed.items()},
         "attentions": {n: asdict(m.ranks) | {"bias": m.bias is not None} for n, m in reduced},
+        "merging": _describe_merging(model),
         "answers": _answers(model),
     }
     try:
@@ -148,8 +151,24 @@ def describe_inputs(model: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(cfg))
 
 
+def _describe_merging(model: nn.Module) -> dict[str, Any] | None:
+    """Which tokens merge; None: none. Refuses costs of other kinds than those of extractions."""
+    if (blocks := merging_blocks(model)) is None:
+        return None
+    kinds = {type(block.costs) for block in blocks}
+    if kinds != {WardCosts}:
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        hint = "save the run itself, not a control made from it"
+        raise MoeeError("merging that can be saved (WardCosts)", found, hint)
+    return {"merges": list(blocks.schedule), "by_importance": blocks[0].costs.reads_importance}
+
+
 def _put_layers(model: nn.Module, described: Mapping[str, Any], tensors: Tensors) -> None:
-    """Put routed layers and smaller attentions of the saved shapes into a dense network."""
+    """Make a dense network's tokens merge, and put in routed layers and smaller attentions."""
+    if merging := described.get("merging"):
+        by_importance = merging["by_importance"]
+        merges = merging["merges"]
+        set_merging(model, merges, lambda _: WardCosts(by_importance=by_importance))
     for name, router in described["routers"].items():
         mlp, saved = model.get_submodule(name), select_below(name, tensors)
         experts = [saved["kept"][ids] for ids in saved["neurons"].split(saved["sizes"].tolist())]

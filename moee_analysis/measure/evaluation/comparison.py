@@ -106,7 +106,7 @@ def compare(
     for seed in seeds:
         seed_number(seed, "seeds")
     named = systems_named(systems)
-    if all(system.routed for system in named.values()):
+    if not any(system.prunes for system in named.values()):
         named = systems_named([*named, STATIC])
     with ExitStack() as stack:
         if contest.store is None:  # all systems see the same recorded tokens
@@ -128,7 +128,7 @@ def _compare_at(
             of_seed += new
             for name, images in hits.items():
                 right[name].append(images)
-        static = [row for row in of_seed if not systems[row["system"]].routed]
+        static = [row for row in of_seed if systems[row["system"]].prunes]
         known = [row for row in static if row["retention"] is not None]
         best = max(known, key=lambda row: row["retention"], default=None)
         control = best and {name: best[name] for name in ("system", *ACCURACY)}
