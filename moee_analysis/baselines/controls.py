@@ -17,6 +17,8 @@ from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count
+from moee_analysis.models.merge_costs import RandomCosts
+from moee_analysis.models.merging import merging_blocks
 from moee_analysis.moe import routers
 from moee_analysis.moe.layer import MoeMlp, all_mlps, expert_layers, macs_as_used, moe_layers
 
@@ -46,6 +48,20 @@ def randomly_routed(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
         layer.router = routers.beside_leading(drawn, layer).to(layer.shares.device)
     for layer in _own_expert_layers(model):
         layer.router = layer.random_router(seed=seed)
+    return model
+
+
+def randomly_merged(run: Extraction | nn.Module, *, seed: int = 0) -> nn.Module:
+    """Copy the model and let chance pair its tokens, as many of them in each block as before.
+
+    Raises MoeeError: a model whose tokens do not merge.
+    """
+    model = _copy_model(run)
+    if (blocks := merging_blocks(model)) is None:
+        hint = 'extract with merging="budget"'
+        raise MoeeError("a model whose tokens merge", type(model).__name__, hint)
+    for number, block in enumerate(blocks):
+        block.costs = RandomCosts(model.embed_dim, seed=1000 * seed + number)
     return model
 
 

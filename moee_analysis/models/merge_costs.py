@@ -1,76 +1,82 @@
-"""What it costs to merge two tokens of an image: the measures of :mod:`merging`'s pairs."""
+"""What it costs to merge two tokens: which pairs of patches become one in `merging.py`."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+
+from moee_analysis.models.attention import leading_attention
+
+Found = tuple[torch.Tensor, torch.Tensor]
+"""Costs of merging each patch of row A, the even ones, with each of row B, (images, A, B); and the
+weights of tokens in the mean of those that merge, (images, tokens)."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What may tell which tokens are alike, in a block after its attention.
 
-    ``x`` (images, tokens, dim) is the residual stream; tokens stand for ``sizes`` (images, tokens)
-    patches. Of the attention, where they are asked for, ``importance`` (images, tokens), that which
-    the first token pays each, and ``keys`` (images, heads, tokens, head_dim).
+    ``x`` (images, tokens, dim) is the residual stream, the first ``leading`` ones are no patches,
+    and each stands for ``sizes`` (images, tokens) patches. The ``attention`` has had ``inputs``
+    (images, tokens, dim); its ``keys`` (images, heads, tokens, head_dim) are there if asked for.
     """
 
     x: torch.Tensor
     sizes: torch.Tensor
-    importance: torch.Tensor | None = None
+    leading: int
+    attention: nn.Module
+    inputs: torch.Tensor
     keys: torch.Tensor | None = None
 
-    def after(self, leading: int) -> Self:
-        """That of all but the ``leading`` tokens."""
-        paid = None if self.importance is None else self.importance[:, leading:]
-        keys = None if self.keys is None else self.keys[:, :, leading:]
-        return type(self)(self.x[:, leading:], self.sizes[:, leading:], paid, keys)
+    @property
+    def importance(self) -> torch.Tensor:
+        """The attention that the first token, CLS, pays each, mean of heads: (images, tokens)."""
+        return leading_attention(self.attention, self.inputs, self.sizes)
 
 
-class MergeCosts(nn.Module):
-    """Costs of merging each patch of A, the even ones, with each of B, (images, A, B).
+class WardCosts(nn.Module):
+    """How much merging adds to the squared deviations from the mean, as :func:`ward_costs`.
 
-    ``reads_importance`` and ``reads_keys`` say what of the :class:`Evidence` is needed.
+    With ``by_importance`` the attention of CLS matters too.
     """
 
-    reads_importance = False
     reads_keys = False
-
-    def weights(self, evidence: Evidence) -> torch.Tensor:
-        """What tokens count in the mean of those that merge, (images, tokens)."""
-        return evidence.sizes
-
-
-class WardCosts(MergeCosts):
-    """How much merging adds to the squared deviations from the mean (Ward 1963).
-
-    That is s_a s_b / (s_a + s_b) |x_a - x_b|^2 for tokens that stand for s patches. Where CLS reads
-    the patches (``by_importance``) it is multiplied by the root of the attention that CLS pays a
-    patch of the one or of the other, whichever gets more.
-    """
 
     def __init__(self, *, by_importance: bool) -> None:
         super().__init__()
-        self.reads_importance = by_importance
+        self.by_importance = by_importance
 
-    def forward(self, seen: Evidence) -> torch.Tensor:
-        """Return the costs of all pairs."""
-        a, b = _rows(seen.x.float())
-        of_a, of_b = (sizes[..., None] for sizes in _rows(seen.sizes.float()))
-        far = a.square().sum(dim=2)[..., None] - 2 * a @ b.mT + b.square().sum(dim=2)[:, None]
-        costs = far.clamp_min(0) / (1 / of_a + 1 / of_b.mT)
-        if seen.importance is None:
-            return costs
-        paid, to_b = (each[..., None] for each in _rows(seen.importance.float() / seen.sizes))
-        return costs * torch.maximum(paid, to_b.mT).sqrt()
+    def forward(self, seen: Evidence) -> Found:
+        """Return costs and weights, these being sizes."""
+        paid = seen.importance[:, seen.leading :] if self.by_importance else None
+        patches = seen.x[:, seen.leading :], seen.sizes[:, seen.leading :]
+        return ward_costs(*patches, paid), seen.sizes
 
 
-class KeyCosts(MergeCosts):
+def ward_costs(
+    x: torch.Tensor, sizes: torch.Tensor, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Costs s_a s_b / (s_a + s_b) |x_a - x_b|^2 of pairs of patches (Ward 1963), (images, A, B).
+
+    ``x`` (images, patches, dim) are tokens that stand for ``sizes`` (images, patches) of those
+    there were at first. Where their ``importance`` is known, costs are multiplied by its root: that
+    of a patch in the one or in the other token, whichever is larger.
+    """
+    a, b = _rows(x.float())
+    of_a, of_b = (each[..., None] for each in _rows(sizes.float()))
+    far = a.square().sum(dim=2)[..., None] - 2 * a @ b.mT + b.square().sum(dim=2)[:, None]
+    costs = far.clamp_min(0) / (1 / of_a + 1 / of_b.mT)
+    if importance is None:
+        return costs
+    paid_a, paid_b = (each[..., None] for each in _rows(importance.float() / sizes))
+    return costs * torch.maximum(paid_a, paid_b.mT).sqrt()
+
+
+class KeyCosts(nn.Module):
     """How little the keys of two tokens are alike: less their cosine, over all heads (ToMe).
 
-    ``by_importance``: tokens count by the attention that CLS pays them, not by the patches they
+    With ``by_importance`` tokens count by the attention that CLS pays them, not by the patches they
     stand for, in the mean of those that merge (ToMeCIS, Seol et al., IECON 2023, by its abstract).
     """
 
@@ -78,37 +84,36 @@ class KeyCosts(MergeCosts):
 
     def __init__(self, *, by_importance: bool = False) -> None:
         super().__init__()
-        self.reads_importance = by_importance
+        self.by_importance = by_importance
 
-    def forward(self, seen: Evidence) -> torch.Tensor:
-        """Return the costs of all pairs."""
-        a, b = _rows(normalize(seen.keys.transpose(1, 2).flatten(2).float(), dim=2))
-        return -(a @ b.mT)
-
-    def weights(self, evidence: Evidence) -> torch.Tensor:
-        """The attention that CLS pays, where it counts; else the patches."""
-        return evidence.importance if self.reads_importance else evidence.sizes
+    def forward(self, seen: Evidence) -> Found:
+        """Return costs and weights."""
+        a, b = _rows(seen.keys[:, :, seen.leading :].transpose(1, 2).flatten(2).float())
+        costs = -(normalize(a, dim=2) @ normalize(b, dim=2).mT)
+        return costs, seen.importance if self.by_importance else seen.sizes
 
 
-class RandomCosts(MergeCosts):
+class RandomCosts(nn.Module):
     """Nothing but chance: the control that any measure must beat.
 
-    Costs are a pseudo-random function of the content of tokens and of the ``seed``: any pass over
-    the images repeats them.
+    Costs are a pseudo-random function of the content of tokens of so many ``dim`` and of the
+    ``seed``: any pass over the images repeats them.
     """
+
+    reads_keys = False
 
     def __init__(self, dim: int, *, seed: int) -> None:
         super().__init__()
         directions = torch.randn(dim, 2, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("directions", directions.double(), persistent=False)
 
-    def forward(self, seen: Evidence) -> torch.Tensor:
-        """Return the costs of all pairs."""
-        a, b = _rows(1000 * (seen.x.double() @ self.directions))
+    def forward(self, seen: Evidence) -> Found:
+        """Return costs and weights, these being sizes."""
+        a, b = _rows(1000 * (seen.x[:, seen.leading :].double() @ self.directions))
         drawn = a[..., :1] + b[..., 1:].mT
-        return drawn - drawn.floor()
+        return drawn - drawn.floor(), seen.sizes
 
 
-def _rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(values: torch.Tensor) -> Found:
     """Those of A and of B."""
     return values[:, ::2], values[:, 1::2]

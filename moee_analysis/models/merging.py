@@ -9,7 +9,8 @@ of the dense model's, and a mean over them counts every patch.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,13 +19,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from moee_analysis.errors import MoeeError
-from moee_analysis.models.attention import (
-    LowRankAttention,
-    attend_with_keys,
-    is_plain,
-    leading_attention,
-)
-from moee_analysis.models.merge_costs import Evidence, MergeCosts
+from moee_analysis.models.attention import LowRankAttention, attend_with_keys, is_plain
+from moee_analysis.models.capture import watch
+from moee_analysis.models.merge_costs import Evidence
 
 BLOCKS = "blocks"  # where a vision transformer of timm's has them
 
@@ -76,7 +73,7 @@ class MergingBlock(nn.Module):
     """
 
     def __init__(
-        self, block: "Block | MergingBlock", costs: MergeCosts, merges: int, leading: int
+        self, block: "Block | MergingBlock", costs: nn.Module, merges: int, leading: int
     ) -> None:
         super().__init__()
         for name, part in block.named_children():
@@ -98,21 +95,20 @@ class MergingBlock(nn.Module):
         x = tokens.x + self.drop_path1(self.ls1(attended))
         tokens = Tokens(x, tokens.sizes, tokens.place)
         if self.merges:
-            paid = None
-            if self.costs.reads_importance:
-                paid = leading_attention(self.attn, seen.detach(), tokens.counted)
-            tokens = self.merge(tokens, Evidence(x.detach(), tokens.counted, paid, keys))
+            read = x.detach(), tokens.counted, self.leading, self.attn, seen.detach(), keys
+            tokens = self.merge(tokens, Evidence(*read))
         x = tokens.x + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x))))
         return Tokens(x, tokens.sizes, tokens.place)
 
     def merge(self, tokens: Tokens, evidence: Evidence) -> Tokens:
         """Merge the cheapest pairs; tokens that stay keep their order."""
-        cheapest, partner = self.costs(evidence.after(self.leading)).min(dim=2)
+        costs, weights = self.costs(evidence)
+        cheapest, partner = costs.min(dim=2)
         merges = min(self.merges, cheapest.shape[1])
         gone = cheapest.topk(merges, dim=1, largest=False, sorted=False).indices
         target = partner.gather(1, gone)
         gone, target = self.leading + 2 * gone, self.leading + 2 * target + 1
-        return join(tokens, gone, target, self.costs.weights(evidence))
+        return join(tokens, gone, target, weights)
 
 
 def join(tokens: Tokens, gone: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> Tokens:
@@ -157,8 +153,27 @@ def merging_blocks(model: nn.Module) -> MergingBlocks | None:
     return blocks if isinstance(blocks, MergingBlocks) else None
 
 
+@contextmanager
+def seeing_places(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, a run of the model leaves which token each first token went into, by name.
+
+    ``names`` are those of modules inside the blocks; of other networks, and where nothing has
+    merged yet, nothing is left. Places are int64 (images, first tokens), as in :class:`Tokens`.
+    """
+    places: dict[str, torch.Tensor] = {}
+
+    def see(name: str, tokens: Tokens) -> None:
+        if tokens.place is not None:
+            places[name] = tokens.place
+
+    merging = merging_blocks(model) is not None
+    blocks = {name: model.get_submodule(".".join(name.split(".")[:2])) for name in names if merging}
+    with watch(blocks, see, "outputs"):
+        yield places
+
+
 def merge_tokens(
-    model: nn.Module, schedule: Sequence[int], costs: Callable[[int], MergeCosts]
+    model: nn.Module, schedule: Sequence[int], costs: Callable[[int], nn.Module]
 ) -> nn.Module:
     """Copy a vision transformer of timm's, and let its tokens merge: see :func:`set_merging`."""
     merged = copy.deepcopy(model)
@@ -167,7 +182,7 @@ def merge_tokens(
 
 
 def set_merging(
-    model: nn.Module, schedule: Sequence[int], costs: Callable[[int], MergeCosts]
+    model: nn.Module, schedule: Sequence[int], costs: Callable[[int], nn.Module]
 ) -> None:
     """Let the tokens of a vision transformer of timm's merge.
 

@@ -9,7 +9,13 @@ from moee_analysis.models.attention import heads_of, leading_attention
 from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import build_model
 from moee_analysis.models.macs import count
-from moee_analysis.models.merge_costs import Evidence, KeyCosts, RandomCosts, WardCosts
+from moee_analysis.models.merge_costs import (
+    Evidence,
+    KeyCosts,
+    RandomCosts,
+    WardCosts,
+    ward_costs,
+)
 from moee_analysis.models.merging import MergingBlock, Tokens, join, merge_tokens, merging_blocks
 from tests.helpers.models import pixels_of, reduced_attention, toy_swin, toy_vit
 
@@ -85,53 +91,69 @@ def slow_merge(x, sizes, costs, merges, leading):
 
 
 def drawn(*, tokens=9, images=2):
+    """Random tokens, their sizes, and how important they are."""
     draws = torch.Generator().manual_seed(0)
-    x = torch.randn(images, tokens, 5, generator=draws)
+    x = torch.randn(images, tokens, 32, generator=draws)
     sizes = torch.randint(1, 5, (images, tokens), generator=draws).float()
-    paid = torch.rand(images, tokens, generator=draws)
-    return Evidence(x, sizes, paid)
+    return x, sizes, torch.rand(images, tokens, generator=draws)
 
 
-@pytest.mark.parametrize("importance", [False, True])
-def test_ward_costs_are_those_of_a_loop_over_pairs(importance):
-    seen = drawn()
-    paid = seen.importance if importance else None
-    costs = WardCosts(by_importance=importance)(Evidence(seen.x, seen.sizes, paid))
-    torch.testing.assert_close(costs, ward(seen.x, seen.sizes, paid), rtol=1e-4, atol=1e-5)
+def evidence(x, sizes, *, leading=0, keys=None):
+    return Evidence(x, sizes, leading, toy_vit(depth=1).blocks[0].attn, x, keys)
+
+
+def test_ward_costs_are_those_of_a_loop_over_pairs():
+    x, sizes, paid = drawn()
+    for known in (None, paid):
+        costs = ward_costs(x, sizes, known)
+        torch.testing.assert_close(costs, ward(x, sizes, known), rtol=1e-4, atol=1e-4)
 
 
 def test_a_ward_cost_is_what_the_sum_of_squares_grows_by():
-    seen = drawn()
-    (a, b), (s, t) = seen.x[0, :2], seen.sizes[0, :2]
+    x, sizes, _ = drawn()
+    (a, b), (s, t) = x[0, :2], sizes[0, :2]
     mean = (s * a + t * b) / (s + t)
     grows = s * (a - mean).square().sum() + t * (b - mean).square().sum()
-    costs = WardCosts(by_importance=False)(Evidence(seen.x, seen.sizes))
-    assert float(costs[0, 0, 0]) == pytest.approx(float(grows), rel=1e-4)
+    assert float(ward_costs(x, sizes)[0, 0, 0]) == pytest.approx(float(grows), rel=1e-4)
+
+
+def test_ward_costs_by_importance_are_those_of_the_attention_of_cls():
+    x, sizes, _ = drawn()
+    seen = evidence(x, sizes, leading=1)
+    paid = leading_attention(seen.attention, x, sizes)
+    costs, weights = WardCosts(by_importance=True)(seen)
+    torch.testing.assert_close(costs, ward_costs(x[:, 1:], sizes[:, 1:], paid[:, 1:]))
+    assert weights is sizes
 
 
 def test_costs_of_keys_are_less_their_cosines():
-    keys = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
-    costs = KeyCosts()(Evidence(torch.zeros(2, 6, 12), torch.ones(2, 6), keys=keys))
-    for image, a, b in ((0, 0, 1), (1, 4, 3)):
+    x, sizes, _ = drawn(tokens=7)
+    keys = torch.randn(2, 3, 7, 4, generator=torch.Generator().manual_seed(0))
+    seen = evidence(x, sizes, leading=1, keys=keys)
+    costs, weights = KeyCosts()(seen)
+    assert weights is sizes
+    for image, a, b in ((0, 1, 2), (1, 5, 4)):
         one, other = (normalize(keys[image, :, n].flatten(), dim=0) for n in (a, b))
-        found = float(costs[image, a // 2, b // 2])
+        found = float(costs[image, (a - 1) // 2, (b - 1) // 2])
         assert found == pytest.approx(-float(one @ other), abs=1e-6)
+    same, weights = KeyCosts(by_importance=True)(seen)
+    torch.testing.assert_close(same, costs)
+    torch.testing.assert_close(weights, leading_attention(seen.attention, x, sizes))
 
 
 @pytest.mark.parametrize(("leading", "merges"), [(1, 1), (1, 4), (2, 3), (0, 2)])
 def test_tokens_merge_as_in_a_slow_loop(leading, merges):
-    seen = drawn(tokens=leading + 8)
+    x, sizes, _ = drawn(tokens=leading + 8)
     block = MergingBlock(toy_vit(depth=1).blocks[0], by_importance(), merges, leading)
-    costs = block.costs(seen.after(leading))
-    tokens = block.merge(Tokens(seen.x, seen.sizes), seen)
+    seen = evidence(x, sizes, leading=leading)
+    costs, _ = block.costs(seen)
+    tokens = block.merge(Tokens(x, sizes), seen)
     for image in range(2):
-        wanted, groups = slow_merge(seen.x[image], seen.sizes[image], costs[image], merges, leading)
-        order = sorted(range(len(groups)), key=lambda n: groups[n][0])  # of tokens that stay
-        torch.testing.assert_close(tokens.x[image], wanted[order])
-        for number, group in enumerate(order):
-            for member in groups[group]:
-                assert tokens.place[image, member] == number
-        assert tokens.sizes[image].sum() == seen.sizes[image].sum()
+        wanted, groups = slow_merge(x[image], sizes[image], costs[image], merges, leading)
+        torch.testing.assert_close(tokens.x[image], wanted)
+        for number, group in enumerate(groups):
+            assert (tokens.place[image, group] == number).all()
+        assert tokens.sizes[image].sum() == sizes[image].sum()
 
 
 def test_joined_tokens_are_means_by_their_weights():

@@ -160,7 +160,7 @@ def _describe_merging(model: nn.Module) -> dict[str, Any] | None:
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         hint = "save the run itself, not a control made from it"
         raise MoeeError("merging that can be saved (WardCosts)", found, hint)
-    return {"merges": list(blocks.schedule), "by_importance": blocks[0].costs.reads_importance}
+    return {"merges": list(blocks.schedule), "by_importance": blocks[0].costs.by_importance}
 
 
 def _put_layers(model: nn.Module, described: Mapping[str, Any], tensors: Tensors) -> None:

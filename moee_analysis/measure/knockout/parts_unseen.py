@@ -16,6 +16,7 @@ from moee_analysis.measure.routing.part_alignment import all_patch_parts, check_
 from moee_analysis.measure.routing.tables import add_caption, all_rows, stack
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.inputs import blank
+from moee_analysis.models.merging import Tokens
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import all_mlps, moe_layers, moe_names
 from moee_analysis.utils.checks import draw_numbers
@@ -115,6 +116,8 @@ class Place:
             self.model(x)
         channels = self.model.get_submodule(self.mlp).fc1.in_features
         tokens = found[self.block]
+        if isinstance(tokens, Tokens):
+            tokens = tokens.of_patches
         return tokens if tokens.shape[-1] == channels else tokens.movedim(1, -1)
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from moee_analysis.measure.routing.inputs import Run, batches_of, check_any, cho
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.class_names import class_labels, knows_classes
 from moee_analysis.models.loading import find_mlps
+from moee_analysis.models.merging import seeing_places
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers, moe_names
 
@@ -30,11 +31,12 @@ class Routes:
 
     ``counts``: int32 (images, experts): how many tokens of an image use an expert.
     ``experts``: int16 (images, tokens): the expert of each token, leading ones and then patches row
-      by row; only layers with one expert per token.
+      by row, where tokens have merged that of the one it went into; only layers with one expert
+      per token.
     ``labels``: int64 (images,): class index of each image; ``class_names``: their readable names.
     ``prefix_tokens``, ``grid``: tokens before the patches (CLS), and rows and columns of the
       patches: (1, n) where their places are not known, (0, 0) where there are none.
-    ``k``, ``tokens_per_image``: experts of a token, tokens of an image.
+    ``k``, ``tokens_per_image``: experts of a token, tokens of an image that are left there.
     ``system``: name of the routed system, for tables and captions.
     """
 
@@ -130,20 +132,25 @@ def routes(
     sites = _find_sites(model, routers)
     check_any(images)
     labels, names = _name_classes(model, images, by_folder=by_folder)
-    chosen, shapes = _record_choices(model, images, sites, routers, size)
+    chosen, shapes, places = _record_choices(model, images, sites, routers, size)
     owners = moe_layers(model) if routers is None else routers
     routed = Routes({}, {}, labels, names, {}, {}, {}, {}, system)
     for layer, name in sites.items():
         experts, shape = chosen[layer], shapes[layer]
         leading = len(kinds_seen(model, shape[1:])) if shape[0] == 1 else 0  # windows have none
-        order, grid = order_tokens(model, name, shape, leading=leading)
+        place = places.get(layer)
+        first = shape if place is None else (1, place.shape[1])  # before any tokens merged
+        order, grid = order_tokens(model, name, first, leading=leading)
         # a router that does not say how many experts it has is known by those it has chosen
         n_experts = max(getattr(owners[layer], "n_experts", 1), int(experts.max()) + 1)
         cells = experts.reshape(len(images), -1) + n_experts * np.arange(len(images))[:, None]
         counts = np.bincount(cells.ravel(), minlength=len(images) * n_experts)
         routed.counts[layer] = counts.reshape(-1, n_experts).astype(np.int32)
         if experts.shape[2] == 1:
-            routed.experts[layer] = experts[:, order, 0]
+            of_first = experts[..., 0]
+            if place is not None:
+                of_first = np.take_along_axis(of_first, place, axis=1)
+            routed.experts[layer] = of_first[:, order]
         routed.k[layer] = experts.shape[2]
         routed.prefix_tokens[layer], routed.grid[layer] = leading, grid
         routed.tokens_per_image[layer] = math.prod(shape)
@@ -191,10 +198,11 @@ def _name_classes(
 
 def _record_choices(
     model: nn.Module, images: ImageSet, sites: dict[int, str], routers: Routers | None, size: int
-) -> tuple[dict[int, np.ndarray], dict[int, tuple[int, ...]]]:
+) -> tuple[dict[int, np.ndarray], dict[int, tuple[int, ...]], dict[int, np.ndarray]]:
     """Experts of all tokens, int16 (images, tokens, k), and the shape of an image's tokens.
 
-    The shape is (windows, tokens) or (1, rows, columns).
+    The shape is (windows, tokens) or (1, rows, columns). Where tokens have merged, also the one
+    that each went into, int64 (images, first tokens).
     """
     modules, side = {layer: model.get_submodule(name) for layer, name in sites.items()}, "inputs"
     if routers is None:  # what the model's own routers get and give
@@ -206,12 +214,17 @@ def _record_choices(
         latest[layer] = x.shape[:-1], chosen
 
     parts: dict[int, list[np.ndarray]] = {layer: [] for layer in sites}
+    into: dict[int, list[np.ndarray]] = {layer: [] for layer in sites}
     shapes = {}
-    with evaluating(model), watch(modules, see, side):
+    layers, seeing = {name: layer for layer, name in sites.items()}, seeing_places
+    with evaluating(model), watch(modules, see, side), seeing(model, layers) as places:
         for x in batches_of(model, images, size, label="routing"):
             model(x)
+            for name, place in places.items():
+                into[layers[name]].append(place.cpu().numpy())
             for layer, (shape, chosen) in latest.items():
                 per_image = chosen.reshape(len(x), -1, chosen.shape[1])
                 parts[layer].append(per_image.cpu().numpy().astype(np.int16))
                 shapes[layer] = (shape[0] // len(x), *shape[1:])
-    return {layer: np.concatenate(rows) for layer, rows in parts.items()}, shapes
+    merged = {layer: np.concatenate(rows) for layer, rows in into.items() if rows}
+    return {layer: np.concatenate(rows) for layer, rows in parts.items()}, shapes, merged

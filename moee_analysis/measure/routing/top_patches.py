@@ -15,6 +15,7 @@ from moee_analysis.measure.routing.inputs import Layers, Run, batches_of, model_
 from moee_analysis.measure.routing.routes import Routes, order_tokens, routes
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture, evaluating
+from moee_analysis.models.merging import seeing_places, spread
 from moee_analysis.moe.layer import moe_names
 from moee_analysis.utils.checks import whole_number
 
@@ -52,7 +53,7 @@ def typical(model: Run, images: ImageSet, routed: Routes | None = None) -> Typic
         sums[layer] = sums.get(layer, 0) + total
     means, common, units = {}, {}, {}
     for layer, total in sums.items():
-        counts = routed.counts[layer].sum(axis=0).astype(np.float64)
+        counts = np.bincount(routed.experts[layer].ravel(), minlength=len(total)).astype(float)
         with np.errstate(invalid="ignore"):
             means[layer] = total.numpy() / counts[:, None]
         common[layer] = total.numpy().sum(axis=0) / counts.sum()
@@ -129,11 +130,16 @@ def _tokens_of_layers(
     """
     names = {layer: name for layer, name in moe_names(model).items() if layer in routed.experts}
     first = 0
-    with evaluating(model), capture(model, list(names.values())) as inputs:
+    of_layers, seeing = list(names.values()), seeing_places
+    with (
+        evaluating(model), capture(model, of_layers) as inputs, seeing(model, of_layers) as places,
+    ):  # fmt: skip
         for x in batches_of(model, images, label="typical patches"):
             model(x)
             for layer, name in names.items():
                 tokens, leading = inputs[name], routed.prefix_tokens[layer]
+                if name in places:
+                    tokens = spread(tokens, places[name])
                 shape = (tokens.shape[0] // len(x), *tokens.shape[1:-1])
                 order, _ = order_tokens(model, name, shape, leading=leading)
                 tokens = tokens.reshape(len(x), -1, tokens.shape[-1])[:, order]
