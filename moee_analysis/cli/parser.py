@@ -120,7 +120,7 @@ MODEL = [option("--model", values.name, "NAME", default="bundled"), WEIGHTS, CLA
 PRESET = settings(ExtractConfig, {"preset": PRESETS, "seed": values.seed}, "N")
 DEVICE = [option("--device", values.device, "DEVICE", default="cpu"), switch("--strict")]
 SHARES = dict.fromkeys(("macs_reduction", "params_reduction", "variance_kept"), values.share)
-PIECES = {name: extract_config.CHOICES[name] for name in ("noise", "attention")}
+PIECES = {name: extract_config.CHOICES[name] for name in ("noise", "attention", "merging")}
 FINETUNE_SETTINGS = {
     "epochs": values.whole(), "learning_rate": values.real(above=0), "batch_size": values.whole(),
     "accumulate": values.whole(), "weight_decay": values.real(least=0),

@@ -11,11 +11,14 @@ import pandas as pd
 
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.attention import reduced_attentions
+from moee_analysis.models.merging import merging_blocks
 from moee_analysis.outside_text import printable
 from moee_analysis.training.finetune import Finetuned
 from moee_analysis.utils.environment import nearest_folder
 from moee_analysis.utils.storage.refusals import bytes_text
 from moee_analysis.utils.storage.upkeep import KINDS, OTHER_KINDS, Entry, shares
+
+TINY = 1e-9  # a share that rounding leaves
 
 
 def layers_text(run: Extraction) -> str:
@@ -34,6 +37,9 @@ def layers_text(run: Extraction) -> str:
             f"{name}: {ranks.scores / head_dim:.0%} of the dimensions of the heads' scores, "
             f"{ranks.values / head_dim:.0%} of their values{asked}"
         )
+    if (blocks := merging_blocks(run.model)) is not None:
+        merges = ", ".join(map(str, blocks.schedule))
+        lines.append(f"tokens that merge into others in each block: {merges}")
     if run.variance_kept is not None:
         lines.append(f"variance kept by each expert: p = {run.variance_kept:.1%}")
     return "\n".join(lines)
@@ -55,10 +61,17 @@ def numbers_text(numbers: dict) -> str:
         f"{retention}, agreement {numbers['agreement']:.1%}; random routing "
         f"{numbers['random_routing_top1']:.1%}) on {numbers['n_images']} images\n"
         f"MACs {numbers['macs_moe'] / 1e9:.3f} G (dense {numbers['macs_dense'] / 1e9:.3f} G, "
-        f"{-numbers['macs_reduction']:+.1%})\n{unread}"
+        f"{-numbers['macs_reduction']:+.1%})\n{_stages_text(numbers)}{unread}"
         f"parameters {numbers['params_moe'] / 1e6:.3f} M (dense "
         f"{numbers['params_dense'] / 1e6:.3f} M, {-numbers['params_reduction']:+.1%})"
     )
+
+
+def _stages_text(numbers: dict) -> str:
+    """What each stage saves, where several do."""
+    shares = {name: macs / numbers["macs_dense"] for name, macs in numbers["macs_saved"].items()}
+    told = [f"{name} {share:.1%}" for name, share in shares.items() if abs(share) > TINY]
+    return f"  saved by {', '.join(told)}\n" if len(told) > 1 else ""
 
 
 def tuned_text(tuned: Finetuned) -> str:

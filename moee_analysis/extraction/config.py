@@ -195,15 +195,24 @@ class ExtractConfig:
         if self.variance_kept is not None and budget == "global":
             expected = 'variance_kept with budget="share"'
             raise MoeeError(expected, "a global budget", "give macs_reduction")
-        for number in self.merges or ():
-            checks.whole_number("merges", number, least=0)
-        if self.merges is not None and self._pieces["merging"] == "none":
-            expected, hint = 'merges with merging="budget"', "say so, or leave the merges out"
-            raise MoeeError(expected, 'merging="none"', hint)
         if self.params_reduction is not None and budget == "share":
             expected = "params_reduction with one budget for all layers"
             found, hint = "a share of each layer, as in paper", "take best, or bind only the MACs"
             raise MoeeError(expected, found, hint)
+        self._check_merging()
+
+    def _check_merging(self) -> None:
+        merging, budget = self._pieces["merging"], self._pieces["budget"]
+        for number in self.merges or ():
+            checks.whole_number("merges", number, least=0)
+        if merging == "none" and self.merges is not None:
+            hint = "say so, or leave the merges out"
+            raise MoeeError('merges with merging="budget"', 'merging="none"', hint)
+        # a global budget has a number of MACs where no other is given
+        free = budget == "share" or self.params_reduction is not None
+        if merging == "budget" and free and self.macs_reduction is None and self.merges is None:
+            hint = "give it, or the merges of each block"
+            raise MoeeError('macs_reduction with merging="budget"', "none", hint)
 
     @property
     def _pieces(self) -> dict[str, Any]:

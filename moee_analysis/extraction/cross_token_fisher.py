@@ -50,9 +50,9 @@ def scale_by_coherence(
     return scaled
 
 
-def spread_images(count: int) -> np.ndarray:
-    """Numbers of :data:`IMAGES` images from all over a set, which may be sorted."""
-    return np.unique(np.linspace(0, count - 1, min(count, IMAGES)).round().astype(int))
+def spread_images(count: int, *, most: int = IMAGES) -> np.ndarray:
+    """Numbers of at most so many images from all over a set, which may be sorted."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 @dataclass(frozen=True)

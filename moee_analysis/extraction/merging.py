@@ -1,14 +1,177 @@
-"""Token merging as an optional stage: how many patches become one in each block."""
+"""Token merging as an optional stage, before all others: how many patches become one, and where.
 
-from collections.abc import Callable
+What merging saves is a fixed part of all that is to be saved. Where it saves that is searched: the
+schedules tried let a bell of the tokens that are left merge, of several centres and widths over the
+blocks, and the one is taken that moves the predictions least on some calibration images. Nothing is
+fitted to these beside the choice of one schedule of a few.
+"""
 
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
 from torch import nn
+from torch.nn.functional import kl_div, log_softmax
 
+from moee_analysis.data.images import ImageSet
+from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.config import ExtractConfig
+from moee_analysis.extraction.cross_token_fisher import spread_images
 from moee_analysis.extraction.record.tokens import prefix_kinds
+from moee_analysis.models.attention import AttentionSite, site_of
+from moee_analysis.models.capture import evaluating
+from moee_analysis.models.fingerprints import fingerprint
+from moee_analysis.models.inputs import like
+from moee_analysis.models.macs import count
 from moee_analysis.models.merge_costs import WardCosts
+from moee_analysis.models.merging import BLOCKS, check_mergeable, merge_tokens, merging_blocks
+from moee_analysis.utils.progress import progress
+from moee_analysis.utils.storage.files import write_json
+from moee_analysis.utils.storage.store import content_key, get_or_build
+
+PART = 0.55  # of the logarithm of the MACs that are kept
+CENTRES, WIDTHS = (0.35, 0.45, 0.55), (0.12, 0.2, 0.3)  # of bells, as shares of the depth
+HIGHEST = 4.0  # of a bell; no more than half of the tokens that are left merge in a block
+IMAGES, BATCH, STEPS = 128, 32, 30
+FILE = "merges.json"
+
+Schedule = tuple[int, ...]
 
 
-def merge_costs_of(model: nn.Module) -> Callable[[int], nn.Module]:
-    """What merging costs in each block of a ``model``: by CLS attention where CLS is read."""
-    by_cls = "cls" in prefix_kinds(model) and model.global_pool == "token"
-    return lambda _: WardCosts(by_importance=by_cls)
+def merge_first(
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+) -> nn.Module:
+    """Copy a dense ``model`` with its tokens merging, as ``config`` says; itself, if none are to.
+
+    A schedule that was searched is found again in the store ``root``.
+
+    Raises MoeeError: a network without plain attention, or one that cannot save so much.
+    """
+    if config.merging == "none":
+        return model
+    check_mergeable(model)
+    by_cls, saved = reads_cls(model), saved_by_merging(config)
+    merges = config.merges
+    if merges is None:
+        tried = candidates(model, saved)
+        facts = {"model": fingerprint(model), "images": images.fingerprint, "tried": tried}
+
+        def build(folder: Path) -> None:
+            found = divergences(model, tried, images, by_cls=by_cls)
+            write_json(folder / FILE, tried[int(np.argmin(found))])
+
+        folder = get_or_build(root, f"merges-{content_key(**facts)}", build)
+        merges = json.loads((folder / FILE).read_text())
+    return merge_tokens(model, merges, lambda _: WardCosts(by_importance=by_cls))
+
+
+def reads_cls(model: nn.Module) -> bool:
+    """Whether the prediction is read from a class token."""
+    return "cls" in prefix_kinds(model) and model.global_pool == "token"
+
+
+def saved_by_merging(config: ExtractConfig) -> float:
+    """Share of all MACs that merging is to save, of what a ``config`` asks for.
+
+    It is no more than is left to save once as large a share of MACs has gone as of parameters.
+    """
+    kept, stored = 1 - config.macs_reduction, 1 - (config.params_reduction or 0)
+    part = 1 - kept**PART
+    return part if stored == 1 else max(0.0, min(part, 1 - kept / stored))
+
+
+def candidates(model: nn.Module, saved: float) -> list[Schedule]:
+    """Schedules in the form of bells that save a share of all MACs, each by as few merges as do.
+
+    Raises MoeeError: merging cannot save so much.
+    """
+    depth, patches = len(model.blocks), model.patch_embed.num_patches
+    macs = MergedMacs.of(model)
+    found: dict[Schedule, None] = {}  # in order
+    for centre, width in product(CENTRES, WIDTHS):
+        bell = [math.exp(-(((n / depth - centre) / width) ** 2)) for n in range(depth)]
+        low, high = 0.0, HIGHEST
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            enough = macs.saved(scale(bell, middle, patches)) >= saved
+            low, high = (low, middle) if enough else (middle, high)
+        schedule = scale(bell, high, patches)
+        if macs.saved(schedule) >= saved:
+            found[schedule] = None
+    if not found:
+        expected, hint = f"tokens that save {saved:.1%} of the MACs by merging", "ask for less"
+        raise MoeeError(expected, f"{patches} patches in {depth} blocks, which save less", hint)
+    return list(found)
+
+
+def scale(form: Sequence[float], factor: float, patches: int) -> Schedule:
+    """Merges in each block: a share, ``factor`` times ``form``, of the patches that are left."""
+    merges = []
+    for share in form:
+        merges.append(min(round(factor * share * patches), patches // 2))
+        patches -= merges[-1]
+    return tuple(merges)
+
+
+@dataclass(frozen=True)
+class MergedMacs:
+    """What merging saves of the ``total`` MACs of one image, but for finding the pairs.
+
+    ``attentions`` and ``mlps`` are those of each block, the latter with MACs of a token.
+    """
+
+    total: int
+    tokens: int
+    attentions: tuple[AttentionSite, ...]
+    mlps: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Count those of a dense vision transformer."""
+        names = [f"{BLOCKS}.{n}.mlp" for n in range(len(model.blocks))]
+        counted = count(model, sites=names)
+        sites = [site_of("attn", block.attn) for block in model.blocks]
+        tokens = counted.tokens[names[0]]
+        each = [counted.by_module[name] / tokens for name in names]
+        return cls(counted.total, tokens, tuple(sites), tuple(each))
+
+    def saved(self, schedule: Schedule) -> float:
+        """Share of all MACs that a ``schedule`` saves."""
+        gone = list(accumulate(schedule, initial=0))
+        saved = sum(mlp * after for mlp, after in zip(self.mlps, gone[1:], strict=True))
+        for site, before in zip(self.attentions, gone[:-1], strict=True):
+            saved += site.macs(self.tokens) - site.macs(self.tokens - before)
+        return saved / self.total
+
+
+def divergences(
+    model: nn.Module, tried: Sequence[Schedule], images: ImageSet, *, by_cls: bool
+) -> np.ndarray:
+    """Mean KL divergence of the predictions, in nats, with tokens merging by each schedule.
+
+    On :data:`IMAGES` images from all over ``images``.
+    """
+    some = images.take(spread_images(len(images), most=IMAGES))
+    merged = merge_tokens(model, tried[0], lambda _: WardCosts(by_importance=by_cls))
+    sums, blocks = np.zeros(len(tried)), merging_blocks(merged)
+    batches = some.batches(model, batch_size=BATCH)
+    with evaluating(model), evaluating(merged):
+        for batch in progress(batches, label="merging schedules", total=-(-len(some) // BATCH)):
+            x = like(batch, model)
+            wanted = _log_chances(model, x)
+            for number, schedule in enumerate(tried):
+                for block, merges in zip(blocks, schedule, strict=True):
+                    block.merges = merges
+                found = _log_chances(merged, x)
+                sums[number] += float(kl_div(found, wanted, log_target=True, reduction="sum"))
+    return sums / len(some)
+
+
+def _log_chances(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return log_softmax(model(x).reshape(len(x), -1).double(), dim=1)

@@ -30,7 +30,7 @@ from moee_analysis.extraction.cross_token_fisher import scale_by_coherence
 from moee_analysis.extraction.experts.layer_experts import Kept, LayerExperts, gather_statistics
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.experts.refit_w2 import refit_layers
-from moee_analysis.extraction.merging import merge_costs_of
+from moee_analysis.extraction.merging import merge_first
 from moee_analysis.extraction.record.accumulate import saved_sums, share_out
 from moee_analysis.extraction.record.fisher import unread_patches
 from moee_analysis.extraction.record.recording import check_unchanged
@@ -42,7 +42,6 @@ from moee_analysis.models.class_names import knows_classes, name_by_folders
 from moee_analysis.models.fingerprints import copy_model, unchanged
 from moee_analysis.models.loading import MlpSite, architecture, find_mlps
 from moee_analysis.models.macs import count
-from moee_analysis.models.merging import merge_tokens
 from moee_analysis.models.unwrapping import unwrapped
 from moee_analysis.moe.layer import MoeMlp, replace_module
 from moee_analysis.utils.environment import check_numba_cache
@@ -95,8 +94,7 @@ def _extract(
 
     # Merge first: all that follows is of the tokens that are left.
     whole = count(precise, sites=()).total
-    if config.merging == "budget":
-        precise = merge_tokens(precise, config.merges, merge_costs_of(precise))
+    precise = merge_first(precise, images, config, root=root)
 
     # Record: inputs, hidden activations or gradients of sampled tokens.
     tokens = calibration_tokens(precise, images, config, root=root, limits=limits)

@@ -20,7 +20,7 @@ from torch import nn
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.attention import LowRankAttention, attend_with_keys, is_plain
-from moee_analysis.models.capture import watch
+from moee_analysis.models.capture import switched, watch
 from moee_analysis.models.merge_costs import Evidence
 
 BLOCKS = "blocks"  # where a vision transformer of timm's has them
@@ -151,6 +151,19 @@ def merging_blocks(model: nn.Module) -> MergingBlocks | None:
     """Return the blocks of a model whose tokens merge; None: they do not."""
     blocks = getattr(model, BLOCKS, None)
     return blocks if isinstance(blocks, MergingBlocks) else None
+
+
+def merge_costs(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what says which tokens merge, by module name; of blocks where some do."""
+    numbered = enumerate(merging_blocks(model) or ())
+    return {f"{BLOCKS}.{n}.costs": block.costs for n, block in numbered if block.merges}
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """While open, no tokens merge."""
+    with switched(merging_blocks(model) or (), merges=0):
+        yield
 
 
 @contextmanager

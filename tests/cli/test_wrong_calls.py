@@ -50,8 +50,8 @@ WRONG = {
     "--fail-under": [*NAMES, "retention", "=0.9", "retention=", "retention=x", "a=nan", "a=inf"],
     "--set": [*NAMES, "layers", "=3", "a b=3", "2=3", "layers:3", "-=1"],
 } | dict.fromkeys(
-    ["--recipe", "--reduce", "--noise", "--attention", "--preset", "--router", "--augmentation",
-     "--precision"], CHOICES,
+    ["--recipe", "--reduce", "--noise", "--attention", "--merging", "--preset", "--router",
+     "--augmentation", "--precision"], CHOICES,
 )  # fmt: skip
 """Values that no option of this name takes, or none of one command."""
 

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from moee_analysis.baselines.controls import randomly_routed
 from moee_analysis.data.disjoint import OTHERS, check_unused
 from moee_analysis.data.images import ImageSet
@@ -32,7 +34,9 @@ def evaluate(
 
     MACs are those of one image, with the routing shares measured on ``images``; ``macs_unread`` are
     spent on tokens that nothing reads, in the modules ``unread_sites``, ``macs_reduction_read`` is
-    saved of all others. What is not defined (retention of nothing) is None.
+    saved of all others. ``macs_merging`` are spent on finding tokens that merge; ``macs_saved`` are
+    those that each stage saves: merging (what it spends taken off), then smaller heads and experts
+    on the tokens that are left. What is not defined (retention of nothing) is None.
     """
     check_device(device)
     check_unseen(run, images)
@@ -50,6 +54,7 @@ def evaluate(
         "macs_dense": float(cost["macs_dense"]),
         "macs_moe": float(cost["macs"]),
         "macs_reduction": 1 - float(cost["macs"] / cost["macs_dense"]),
+        **_describe_stages(costs),
         "macs_unread_dense": float(cost["macs_unread_dense"]),
         "macs_unread_moe": float(cost["macs_unread"]),
         "macs_reduction_read": 1 - float(read["macs"] / read["macs_dense"]),
@@ -62,6 +67,21 @@ def evaluate(
         "variance_kept": run.variance_kept,
         "layers": [asdict(layer) for layer in run.layers],
         "provenance": _without_contents(run.provenance),
+    }
+
+
+def _describe_stages(costs: pd.DataFrame) -> dict[str, Any]:
+    """MACs that merging spends, and that each stage saves; the latter add up to all that is."""
+    rows = costs[costs["component"] != "total"]
+    merging = float(rows.loc[rows["component"] == "merging", "macs"].sum())
+    saved = (rows["macs_left"] - rows["macs"]).groupby(rows["layer"] >= 0).sum()
+    return {
+        "macs_merging": merging,
+        "macs_saved": {
+            "merging": float((rows["macs_dense"] - rows["macs_left"]).sum()) - merging,
+            "attention": float(saved[False]) + merging,
+            "experts": float(saved[True]),
+        },
     }
 
 

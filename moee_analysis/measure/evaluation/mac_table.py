@@ -22,6 +22,7 @@ from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.routes import routes as route
 from moee_analysis.models.attention import LowRankAttention, reduced_attentions
 from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.models.merging import merge_costs, unmerged
 from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_names
 from moee_analysis.moe.routers import TokenKindRouter
 
@@ -31,7 +32,7 @@ LAYERS = (Mlp, GluMlp, SwiGLU, MoeMlp, LowRankAttention, *ATTENTIONS)
 NAMES = {
     "cls": "CLS token", "dist": "distillation token", "register": "registers", "patch": "patches",
 }  # fmt: skip
-_WHOLE = ["layer", "experts", "macs_dense", "params_dense", "params"]
+_WHOLE = ["layer", "experts", "macs_dense", "macs_left", "params_dense", "params"]
 _SUMS = [*_WHOLE[1:], "macs", "macs_unread_dense", "macs_unread"]
 _FRACTIONS = ["active_fraction", "union_fraction"]
 
@@ -40,7 +41,7 @@ _FRACTIONS = ["active_fraction", "union_fraction"]
 class UnreadMacs:
     """MACs of one image for tokens whose outputs nothing reads, of ``kinds`` such as "patch".
 
-    ``dense`` is what the layer spent before it was taken apart or cut down.
+    ``dense`` is what the layer spent before it was taken apart or cut down, and tokens merged.
     """
 
     kinds: tuple[str, ...]
@@ -63,14 +64,19 @@ def unread_macs(
     leading = {name: kinds for name, kinds in leading_kinds(model, names).items() if kinds}
     if not leading:
         return {}
+    with unmerged(model):
+        whole = count(model, sites=leading)
     counted, found = count(model, sites=leading), {}
     for name, kinds in unread_kinds(model, [_Place(name) for name in leading]).items():
         if kinds:
-            patches = counted.tokens[name] - len(leading[name])
-            unread = np.array([kind in kinds for kind in [*leading[name], *["patch"] * patches]])
-            each = counted.by_module.get(name, 0) / len(unread)
             layer, share = model.get_submodule(name), (shares or {}).get(name)
-            found[name] = UnreadMacs(kinds, *_spend(layer, unread, each, share))
+            spent = []
+            for of in (whole, counted):
+                patches, all_macs = of.tokens[name] - len(leading[name]), of.by_module.get(name, 0)
+                unread = [kind in kinds for kind in [*leading[name], *["patch"] * patches]]
+                spent.append(_spend(layer, np.array(unread), all_macs / len(unread), share))
+            (dense, _), (_, now) = spent
+            found[name] = UnreadMacs(kinds, dense, now)
     return found
 
 
@@ -111,9 +117,11 @@ def macs(run: Run, images: ImageSet | None = None, *, routes: Routes | None = No
     A routed layer costs its router plus ``2 d sum_e f_e |S_e|`` for each token; ``f_e`` are the
     routing shares of ``images``, of the ``routes`` they took, or else of the calibration.
 
-    A row for every MLP, one for every attention of lower rank, one for ``everything else``, one for
-    the ``total``: ``component``, ``layer`` (-1 where it is no MLP), ``converted``, ``experts``,
-    ``macs_dense``, ``macs`` (per image; 1 MAC = 2 FLOPs), ``macs_unread_dense``, ``macs_unread``
+    A row for every MLP, one for every attention of lower rank, one for finding the tokens that
+    merge (``merging``), if any do, one for ``everything else``, one for the ``total``:
+    ``component``, ``layer`` (-1 where it is no MLP), ``converted``, ``experts``, ``macs_dense``,
+    ``macs_left`` (of the dense layer on the tokens that are left, as tokens merge), ``macs`` (per
+    image; 1 MAC = 2 FLOPs), ``macs_unread_dense``, ``macs_unread``
     (those of them for tokens that nothing reads, in the modules of ``attrs["unread_sites"]``),
     ``params_dense``, ``params``, ``active_fraction`` (hidden neurons a token uses),
     ``union_fraction`` (those stored), ``share_source`` (calibration | evaluated images | dense).
@@ -125,24 +133,32 @@ def macs(run: Run, images: ImageSet | None = None, *, routes: Routes | None = No
     if routes is None and images is not None and routed:
         routes = route(model, images)
     counted = count(model, sites=parts)
+    with unmerged(model):
+        whole = count(model, sites=parts)
     shares = {name: _choose_shares(routes, index, mlps[name]) for name, index in routed.items()}
     unread = unread_macs(model, shares=shares)
     rows = []
     for name, part in parts.items():
-        spent, tokens = counted.by_module.get(name, 0), counted.tokens[name]
+        tokens, first = counted.tokens[name], whole.tokens[name]
+        spent = [of.by_module.get(name, 0) for of in (whole, counted, counted)]
         row = _describe_dense(name, spent, count_parameters(part), [unread.get(name)])
         if name in mlps:
             row |= {"layer": list(mlps).index(name)} | dict.fromkeys(_FRACTIONS, 1.0)
         else:
-            row |= {"macs_dense": part.site.macs(tokens), "params_dense": part.site.parameters}
+            row |= {"macs_dense": part.site.macs(first), "macs_left": part.site.macs(tokens)}
+            row |= {"params_dense": part.site.parameters}
         if name in routed:
-            row |= _describe_experts(part, tokens, shares[name])
+            row |= _describe_experts(part, (first, tokens), shares[name])
             row["share_source"] = "calibration" if routes is None else "evaluated images"
         rows.append(row)
-    outside = counted.replacing(dict.fromkeys(parts, 0.0))
+    finding = [counted.by_module.get(name, 0) for name in merge_costs(model)]
+    if finding:
+        rows.append(_describe_dense("merging", (0, 0, sum(finding)), 0))
+    before, outside = (of.replacing(dict.fromkeys(parts, 0.0)) for of in (whole, counted))
+    outside -= sum(finding)
     stored = count_parameters(model) - sum(count_parameters(part) for part in parts.values())
     rest = [each for name, each in unread.items() if name not in parts]
-    rows.append(_describe_dense("everything else", outside, stored, rest))
+    rows.append(_describe_dense("everything else", (before, outside, outside), stored, rest))
     table = pd.DataFrame([*rows, _sum_rows(rows, list(mlps.values()))])
     table = table.astype(dict.fromkeys(_WHOLE, "int64"))
     table.attrs |= {"caption": _caption(table, routes, unread), "unread_sites": list(unread)}
@@ -150,11 +166,18 @@ def macs(run: Run, images: ImageSet | None = None, *, routes: Routes | None = No
 
 
 def _describe_dense(
-    component: str, macs: float, parameters: int, unread: Sequence[UnreadMacs | None] = ()
+    component: str,
+    macs: Sequence[float],
+    parameters: int,
+    unread: Sequence[UnreadMacs | None] = (),
 ) -> dict[str, Any]:
-    """A component that is as in the dense model, and what of it nothing reads."""
+    """A component that is as in the dense model, and what of it nothing reads.
+
+    ``macs`` are those of all tokens, of those that are left, and now.
+    """
     row = {"component": component, "layer": -1, "converted": False, "experts": 0}
-    row |= {"macs_dense": macs, "macs": macs, "params_dense": parameters, "params": parameters}
+    row |= dict(zip(("macs_dense", "macs_left", "macs"), macs, strict=True))
+    row |= {"params_dense": parameters, "params": parameters}
     row |= dict.fromkeys(_FRACTIONS, math.nan) | {"share_source": "dense"}
     row["macs_unread_dense"] = sum(each.dense for each in unread if each)
     return row | {"macs_unread": sum(each.now for each in unread if each)}
@@ -170,14 +193,18 @@ def _choose_shares(routes: Routes | None, index: int, layer: MoeMlp) -> torch.Te
     return torch.from_numpy(routes.shares(index))
 
 
-def _describe_experts(layer: MoeMlp, tokens: int, shares: torch.Tensor) -> dict[str, Any]:
+def _describe_experts(
+    layer: MoeMlp, tokens: tuple[int, int], shares: torch.Tensor
+) -> dict[str, Any]:
+    """A routed layer of so many ``tokens`` at first, and left."""
     ends, hidden = layer.fc1.in_features + layer.fc2.out_features, layer.hidden_dense
     biases = layer.fc2.out_features + (0 if layer.fc1.bias is None else hidden)
     return {
         "converted": True,
         "experts": layer.n_experts,
-        "macs_dense": tokens * ends * hidden,
-        "macs": tokens * layer.macs_per_token(shares),
+        "macs_dense": tokens[0] * ends * hidden,
+        "macs_left": tokens[1] * ends * hidden,
+        "macs": tokens[1] * layer.macs_per_token(shares),
         "params_dense": ends * hidden + biases,
         **fractions(layer, shares),
     }
@@ -198,7 +225,7 @@ def _sum_rows(rows: list[dict[str, Any]], mlps: Sequence[nn.Module]) -> dict[str
     table = pd.DataFrame(rows)
     hidden = pd.Series([getattr(mlp, "hidden_dense", mlp.fc1.out_features) for mlp in mlps])
     means = table[_FRACTIONS].iloc[: len(mlps)].mul(hidden, axis=0).sum() / max(1, hidden.sum())
-    total = _describe_dense("total", 0, 0) | table[_SUMS].sum().to_dict() | means.to_dict()
+    total = _describe_dense("total", (0, 0, 0), 0) | table[_SUMS].sum().to_dict() | means.to_dict()
     sources = table.loc[table["converted"], "share_source"]
     if len(sources):
         total |= {"converted": True, "share_source": sources.iloc[0]}
