@@ -1,15 +1,16 @@
 """How close training-free systems stay to their dense model at the same savings.
 
-``python benchmarks/fidelity.py`` compares static pruning, MoEE as published, this project's best
-recipe and its controls at every operating point, with attention dense and with attention in the
-budget too, on images that were not used for calibration. It writes ``fidelity.json``, ``.csv``,
-``.md`` and ``.png`` after each point, and computes nothing again that is in ``fidelity.json``.
+``python benchmarks/fidelity.py`` compares static pruning, token merging, MoEE as published, this
+project's best recipe and its controls at every operating point: of MLPs alone, of attention too, of
+tokens that merge, and of all three, on images that were not used for calibration. It writes
+``fidelity.json``, ``.csv``, ``.md`` and ``.png`` after each point, and computes nothing again that
+is in ``fidelity.json`` or in the store and was made by the same code.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from itertools import starmap
 from pathlib import Path
@@ -23,16 +24,24 @@ from fidelity_tables import COLUMNS, budget_name, write
 from torch import nn
 
 from moee_analysis import measure
-from moee_analysis.baselines.controls import randomly_routed, with_random_centres
+from moee_analysis.baselines import token_merging
+from moee_analysis.baselines.controls import (
+    randomly_merged,
+    randomly_routed,
+    with_random_centres,
+)
 from moee_analysis.baselines.static_pruning import BASELINES, config_of, prune
+from moee_analysis.baselines.token_merging import TokenMergingConfig
 from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
+from moee_analysis.extraction.merging import merge_by_search
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, count_parameters
 from moee_analysis.moe.layer import counting_usage, macs_as_used
+from moee_analysis.utils.environment import code_version
 from moee_analysis.utils.storage.store import content_key
 
 
@@ -50,41 +59,66 @@ class Point:
         return cls(float(macs), float(params) if params else None)
 
 
-FREE, BOUND = (0.20, 0.28, 0.36, 0.45), ((0.29, 0.18), (0.29, 0.20), (0.36, 0.28), (0.36, 0.32))
+FREE, BOUND = (0.28, 0.36, 0.45, 0.50, 0.60), ((0.29, 0.18), (0.36, 0.28))
+CODE = code_version("models", "data", "moe", "extraction", "baselines")  # that decides the numbers
 POINTS = (*map(Point, FREE), *starmap(Point, BOUND))
+
+
+Config = ExtractConfig | TokenMergingConfig | None
 
 
 @dataclass(frozen=True)
 class System:
-    """A system: its family, its configuration, and whether its tokens are routed at random."""
+    """A system: its family, its configuration (None: merging alone), and what chance takes over."""
 
     family: str
-    config: Callable[..., ExtractConfig]
-    at_random: bool = False
+    config: Callable[..., Config]
+    control: Callable[..., nn.Module] | None = None
 
 
 STATIC, MIXTURE, CONTROL = "static pruning", "mixture of experts", "controls of best"
-ATTENTION = "attention too"
+ATTENTION, MERGING, ALL = "attention too", "merging", "all three"
 _paper = partial(ExtractConfig, recipe="paper")
 _best = partial(ExtractConfig, recipe="best")
 _both = partial(_best, attention="low_rank")
+_all = partial(_both, merging="budget")
 _static = {name: partial(config_of, name) for name in BASELINES}
+
+
+def _tome(*, macs_reduction: float, seed: int, weights: str = "sizes", **_: Any) -> Config:
+    return TokenMergingConfig(weights, macs_reduction, seed)
+
+
+def _one(make: Callable[..., ExtractConfig]) -> Callable[..., ExtractConfig]:
+    return lambda **settings: replace(make(**settings), experts="one")
+
+
+def _random_centres(make: Callable[..., ExtractConfig]) -> Callable[..., ExtractConfig]:
+    return lambda **settings: with_random_centres(make(**settings))
+
 
 SYSTEMS: dict[str, System] = {
     **{name: System(STATIC, make) for name, make in _static.items() if ATTENTION not in name},
     "paper": System(MIXTURE, _paper),
-    "paper, unread constant": System(MIXTURE, partial(_paper, unread="constant")),
     "best": System(MIXTURE, _best),
-    "best, random centres": System(CONTROL, lambda **s: with_random_centres(_best(**s))),
-    "best, one expert": System(CONTROL, lambda **s: replace(_best(**s), experts="one")),
-    "best, random routing": System(CONTROL, _best, at_random=True),
+    "best, random centres": System(CONTROL, _random_centres(_best)),
+    "best, one expert": System(CONTROL, _one(_best)),
+    "best, random routing": System(CONTROL, _best, randomly_routed),
     **{name: System(ATTENTION, make) for name, make in _static.items() if ATTENTION in name},
-    "best, attention as read": System(ATTENTION, partial(_best, attention="read")),
     "best, attention too": System(ATTENTION, _both),
-    "best, attention too, random centres": System(
-        ATTENTION, lambda **s: with_random_centres(_both(**s))
+    "best, attention too, random routing": System(ATTENTION, _both, randomly_routed),
+    "ToMe": System(MERGING, _tome),
+    "ToMe, class importance": System(MERGING, partial(_tome, weights="importance")),
+    "merging alone": System(MERGING, lambda **_: None),
+    "best, merging": System(MERGING, partial(_best, merging="budget")),
+    "fisher OBS, attention and merging": System(
+        ALL, partial(config_of, "fisher OBS, attention too", merging="budget")
     ),
-    "best, attention too, random routing": System(ATTENTION, _both, at_random=True),
+    "best, all three": System(ALL, _all),
+    "best, all three, random centres": System(ALL, _random_centres(_all)),
+    "best, all three, one expert": System(ALL, _one(_all)),
+    "best, all three, random routing": System(ALL, _all, randomly_routed),
+    "best, all three, random merging": System(ALL, _all, randomly_merged),
 }
 
 
@@ -103,25 +137,32 @@ class Bench:
         sets = common.facts_of(self.model, images=self.images, calibration=self.calibration)
         return sets | {"preset": self.preset}
 
-    def config(self, name: str, point: Point, seed: int) -> ExtractConfig:
+    def config(self, name: str, point: Point, seed: int) -> Config:
         """Configuration of a system; a MoeeError if it knows no such budget."""
         return SYSTEMS[name].config(**self._settings(point, seed))
 
     def key(self, name: str, point: Point, seed: int) -> str:
         """By which a row of the same system, made in the same way, is known again."""
         try:
-            made = asdict(self.config(name, point, seed).resolved())
+            made: Any = self.config(name, point, seed)
         except MoeeError as error:
             made = str(error)
-        return content_key(system=name, point=asdict(point), seed=seed, made=made)
+        if isinstance(made, ExtractConfig):
+            made = made.resolved()
+        if is_dataclass(made):
+            made = asdict(made)
+        return content_key(system=name, point=asdict(point), seed=seed, made=made, code=CODE)
 
-    def extracted(self, name: str, point: Point, seed: int) -> Extraction:
-        """Make a system, with what the store already has."""
+    def extracted(self, name: str, point: Point, seed: int) -> Extraction | nn.Module:
+        """Make a system, with what the store already has of this code."""
+        store, sources = self.store / f"code-{CODE[:12]}", (self.model, self.calibration)
         if name in BASELINES:
-            settings = {**self._settings(point, seed), "store": self.store}
-            return prune(self.model, self.calibration, name, **settings)
+            return prune(*sources, name, **self._settings(point, seed), store=store)
         config = self.config(name, point, seed)
-        return extract(self.model, self.calibration, config, store=self.store)
+        if config is None:
+            return merge_by_search(*sources, point.macs, root=store)
+        convert = extract if isinstance(config, ExtractConfig) else token_merging.convert
+        return convert(*sources, config, store=store)
 
     def _settings(self, point: Point, seed: int) -> dict[str, Any]:
         budget = {"macs_reduction": point.macs, "params_reduction": point.params}
@@ -190,12 +231,13 @@ def _make(bench: Bench, name: str, point: Point, seed: int) -> tuple[Row, nn.Mod
     row["key"] = bench.key(name, point, seed)
     started = time.perf_counter()
     try:
-        extraction = bench.extracted(name, point, seed)
+        made = bench.extracted(name, point, seed)
     except MoeeError as error:
         return row | {"reason": str(error)}, None
     row["seconds"] = round(time.perf_counter() - started, 1)
-    at_random = SYSTEMS[name].at_random
-    return row, randomly_routed(extraction, seed=seed) if at_random else extraction.model
+    if control := SYSTEMS[name].control:
+        return row, control(made, seed=seed)
+    return row, made if isinstance(made, nn.Module) else made.model
 
 
 def _measure(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, Row]:

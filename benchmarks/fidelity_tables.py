@@ -10,20 +10,18 @@ from figures import fidelity
 
 COLUMNS = (
     "system", "family", "macs_asked", "params_asked", "seed", "top1", "retention", "retention_low",
-    "retention_high", "agreement", "kl", "macs_reduction", "params_reduction", "seconds",
-    "dense_top1", "n_images", "reason",
+    "retention_high", "agreement", "kl", "kl_error", "macs_reduction", "params_reduction",
+    "seconds", "dense_top1", "n_images", "reason",
 )  # fmt: skip
-"""Of ``fidelity.csv``. Shares of 0 to 1, but ``kl`` in nats; ``params_asked`` is empty where the
-parameters are free; ``seconds`` of the extraction, with all that the store had by then; ``reason``
-says why a system is not at this point."""
+"""Of ``fidelity.csv``. Shares of 0 to 1, but ``kl`` and its standard error in nats;
+``params_asked`` is empty where the parameters are free; ``seconds`` of the extraction, with all
+that the store had by then; ``reason`` says why a system is not at this point."""
 
 _WORDS = ("system", "family", "reason")
 _POINT = ["macs_asked", "params_asked"]
-_IN_FIGURE = 10  # lines that can be told apart
-_LEFT_OUT = (  # of a figure with more of them: close to others
-    "output-weighted least squares", "fisher least squares", "fisher OBS, CLS apart",
-    "paper, unread constant", "best, one expert", "best, attention as read",
-    "best, attention too, random centres",
+_IN_FIGURE = (  # as many as can be told apart
+    "magnitude", "fisher OBS", "paper", "best", "best, attention too", "ToMe", "merging alone",
+    "fisher OBS, attention and merging", "best, all three", "best, all three, random merging",
 )  # fmt: skip
 
 
@@ -56,9 +54,9 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 def for_figure(summary: pd.DataFrame) -> pd.DataFrame:
     """Leave systems out where there are more than can be told apart."""
-    if summary["system"].nunique() <= _IN_FIGURE:
+    if summary["system"].nunique() <= len(_IN_FIGURE):
         return summary
-    return summary[~summary["system"].isin(_LEFT_OUT)]
+    return summary[summary["system"].isin(_IN_FIGURE)]
 
 
 def budget_name(macs: float, params: float | None) -> str:
@@ -119,7 +117,7 @@ def _details(rows: Sequence[Row]) -> str:
     lines = [
         [
             _budget(row), row["system"], f"{100 * row['top1']:.1f}", _retention(row),
-            f"{100 * row['agreement']:.1f}", f"{row['kl']:.3f}",
+            f"{100 * row['agreement']:.1f}", f"{row['kl']:.4f} ± {row['kl_error']:.4f}",
             *common.percent_changes(row),
             f"{row['seconds']:.0f}",
         ]

@@ -36,7 +36,7 @@ from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build
 
 PART = 0.55  # of the logarithm of the MACs that are kept
-CENTRES, WIDTHS = (0.35, 0.45, 0.55), (0.12, 0.2, 0.3)  # of bells, as shares of the depth
+CENTRES, WIDTHS = (0.4, 0.5, 0.6), (0.12, 0.2, 0.33)  # of bells, as shares of the depth
 HIGHEST = 4.0  # of a bell; no more than half of the tokens that are left merge in a block
 IMAGES, BATCH, STEPS = 128, 32, 30
 FILE = "merges.json"
@@ -49,31 +49,41 @@ def merge_first(
 ) -> nn.Module:
     """Copy a dense ``model`` with its tokens merging, as ``config`` says; itself, if none are to.
 
-    A schedule that was searched is found again in the store ``root``.
-
     Raises MoeeError: a network without plain attention, or one that cannot save so much.
     """
     if config.merging == "none":
         return model
+    if config.merges is None:
+        return merge_by_search(model, images, saved_by_merging(config), root=root)
+    return merge_alike(model, config.merges)
+
+
+def merge_by_search(model: nn.Module, images: ImageSet, saved: float, *, root: Path) -> nn.Module:
+    """Copy a vision transformer, its tokens merging so that a share of all MACs is saved.
+
+    The schedule is searched on some of the ``images`` once, and found again in the store ``root``.
+
+    Raises MoeeError: a network without plain attention, or one that cannot save so much.
+    """
     check_mergeable(model)
-    by_cls, saved = reads_cls(model), saved_by_merging(config)
-    merges = config.merges
-    if merges is None:
-        tried = candidates(model, saved)
-        facts = {"model": fingerprint(model), "images": images.fingerprint, "tried": tried}
+    tried = candidates(model, saved)
+    facts = {"model": fingerprint(model), "images": images.fingerprint, "tried": tried}
 
-        def build(folder: Path) -> None:
-            found = divergences(model, tried, images, by_cls=by_cls)
-            write_json(folder / FILE, tried[int(np.argmin(found))])
+    def build(folder: Path) -> None:
+        found = divergences(model, tried, images)
+        write_json(folder / FILE, tried[int(np.argmin(found))])
 
-        folder = get_or_build(root, f"merges-{content_key(**facts)}", build)
-        merges = json.loads((folder / FILE).read_text())
-    return merge_tokens(model, merges, lambda _: WardCosts(by_importance=by_cls))
+    folder = get_or_build(root, f"merges-{content_key(**facts)}", build)
+    return merge_alike(model, json.loads((folder / FILE).read_text()))
 
 
-def reads_cls(model: nn.Module) -> bool:
-    """Whether the prediction is read from a class token."""
-    return "cls" in prefix_kinds(model) and model.global_pool == "token"
+def merge_alike(model: nn.Module, schedule: Sequence[int]) -> nn.Module:
+    """Copy a vision transformer whose tokens merge by the costs that this project found best.
+
+    These are Ward's, and the attention of CLS, where the prediction is read from that.
+    """
+    by_cls = "cls" in prefix_kinds(model) and model.global_pool == "token"
+    return merge_tokens(model, schedule, lambda _: WardCosts(by_importance=by_cls))
 
 
 def saved_by_merging(config: ExtractConfig) -> float:
@@ -150,15 +160,13 @@ class MergedMacs:
         return saved / self.total
 
 
-def divergences(
-    model: nn.Module, tried: Sequence[Schedule], images: ImageSet, *, by_cls: bool
-) -> np.ndarray:
+def divergences(model: nn.Module, tried: Sequence[Schedule], images: ImageSet) -> np.ndarray:
     """Mean KL divergence of the predictions, in nats, with tokens merging by each schedule.
 
     On :data:`IMAGES` images from all over ``images``.
     """
     some = images.take(spread_images(len(images), most=IMAGES))
-    merged = merge_tokens(model, tried[0], lambda _: WardCosts(by_importance=by_cls))
+    merged = merge_alike(model, tried[0])
     sums, blocks = np.zeros(len(tried)), merging_blocks(merged)
     batches = some.batches(model, batch_size=BATCH)
     with evaluating(model), evaluating(merged):

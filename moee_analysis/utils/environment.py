@@ -5,11 +5,13 @@ start without a cache, Jupyter without a home, and PyTorch's compiler without a 
 """
 
 import getpass
+import hashlib
 import os
 import platform
 import sys
 import tempfile
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +43,14 @@ def version(distribution: str = PACKAGE) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+@cache
+def code_version(*rooms: str) -> str:
+    """Hash of the package's code, whatever its version is called; of some rooms, or of all."""
+    folders = [_ROOMS / room for room in rooms] or [_ROOMS]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
 
 
 def describe_device(device: str) -> str:

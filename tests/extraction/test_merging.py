@@ -225,7 +225,7 @@ def test_schedules_save_what_the_counter_counts_but_for_finding_pairs():
 
 def test_the_schedule_that_diverges_least_is_taken():
     model, tried = toy_vit(), [(0, 0, 4), (4, 4, 0), (1, 0, 0)]
-    found = divergences(model, tried, CALIBRATION, by_cls=True)
+    found = divergences(model, tried, CALIBRATION)
     for schedule, kl in zip(tried, found, strict=True):
         merged = merge_tokens(model, schedule, lambda _: WardCosts(by_importance=True))
         wanted = measure.accuracy(merged, CALIBRATION, reference=model)["kl"].iloc[0]

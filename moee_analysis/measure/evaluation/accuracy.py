@@ -20,6 +20,11 @@ from moee_analysis.utils.checks import draw_numbers, one_of
 
 REFERENCE = ""  # key of the reference's own scores; no system is called so
 
+BESIDE = (  # columns that compare with the reference
+    "retention", "retention_low", "retention_high", "agreement", "kl", "kl_error",
+    "reference_top1",
+)  # fmt: skip
+
 Models = nn.Module | Mapping[str, nn.Module]
 Scores = dict[str, np.ndarray]
 
@@ -43,7 +48,8 @@ def accuracy(
     ``top5``, ``retention`` (``top1`` / that of the reference), ``retention_low``,
     ``retention_high`` (paired bootstrap: both models on the same resampled images), ``agreement``
     (share of images with the reference's prediction), ``kl`` (mean KL(reference || model) in nats),
-    ``reference_top1``, ``n_images``. All are shares, 0 to 1.
+    ``kl_error`` (standard error of that mean), ``reference_top1``, ``n_images``. All others are
+    shares, 0 to 1.
     Raises MoeeError: no images, no models, no resamples, a reference that is not among them.
     """
     draw_numbers(seed, resamples=resamples)
@@ -164,8 +170,7 @@ def _sum_up(
     draws, own_draws = of_right + of_both, of_own + of_both
     low, high = np.quantile(draws, MIDDLE)
     row = {"top1": right.mean(), "low": low, "high": high, "top5": scores["top5"].mean()}
-    columns = ("retention", "retention_low", "retention_high", "agreement", "kl", "reference_top1")
-    row |= dict.fromkeys(columns, math.nan) | {"n_images": len(right)}
+    row |= dict.fromkeys(BESIDE, math.nan) | {"n_images": len(right)}
     if own is not None:
         known = own_draws > 0  # other resamples say nothing: the reference gets nothing right
         if known.any():
@@ -173,6 +178,7 @@ def _sum_up(
             row["retention_low"], row["retention_high"] = np.quantile(ratios, MIDDLE)
         row["retention"] = right.mean() / own.mean() if own.any() else math.nan
         row["agreement"], row["kl"] = scores["agreement"].mean(), scores["kl"].mean()
+        row["kl_error"] = scores["kl"].std() / math.sqrt(len(right))
         row["reference_top1"] = own.mean()
     return row
 

@@ -4,12 +4,11 @@ A measure is the same where its code, its versions and all that it is given are 
 """
 
 import base64
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from inspect import isfunction
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,14 +23,13 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.models.fingerprints import fingerprint, hash_weights
-from moee_analysis.utils.environment import describe_device, versions
+from moee_analysis.utils.environment import code_version, describe_device, versions
 from moee_analysis.utils.storage.files import checksum, write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
 QUICK = 0.3  # seconds below which a result is not kept
 PLACES = ("store",)  # arguments that say where, and decide nothing
 KEPT = "result.json"
-ROOM = Path(__file__).resolve().parents[2]
 
 
 def remembering(measures: ModuleType, store: Path) -> SimpleNamespace:
@@ -55,7 +53,8 @@ def remember(store: Path, measure: Callable[..., Any], /, *given: Any, **options
     except (TypeError, MoeeError):  # nor is a model known that cannot be run
         return measure(*given, **options)
     name = f"{measure.__module__}.{measure.__qualname__}"
-    key = f"measured-{content_key(measure=name, given=facts, code=_code(), versions=versions())}"
+    made_by = {"code": code_version(), "versions": versions()}
+    key = f"measured-{content_key(measure=name, given=facts, **made_by)}"
     if present(store / key):
         return decode(json.loads((store / key / KEPT).read_text(encoding="utf-8")))
     begun = time.monotonic()
@@ -107,13 +106,6 @@ TOLD_BY = (
     (pd.DataFrame, lambda table: checksum(encode(table.reset_index()))),
 )
 """What tells a value from others, by its type; a dataclass by its fields."""
-
-
-@cache
-def _code() -> str:
-    """Hash of the package's code, whatever its version is called."""
-    files = sorted(ROOM.rglob("*.py"))
-    return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
 
 
 # Tables and routes as JSON, and back again to the last bit
