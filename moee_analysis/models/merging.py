@@ -167,22 +167,17 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def seeing_places(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """While open, a run of the model leaves which token each first token went into, by name.
+def seeing_tokens(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tokens]]:
+    """While open, a run of the model leaves the tokens that leave the block of a module, by name.
 
-    ``names`` are those of modules inside the blocks; of other networks, and where nothing has
-    merged yet, nothing is left. Places are int64 (images, first tokens), as in :class:`Tokens`.
+    Those that its MLP has seen have the same sizes and places. Of a model whose tokens do not
+    merge nothing is left.
     """
-    places: dict[str, torch.Tensor] = {}
-
-    def see(name: str, tokens: Tokens) -> None:
-        if tokens.place is not None:
-            places[name] = tokens.place
-
+    seen: dict[str, Tokens] = {}
     merging = merging_blocks(model) is not None
     blocks = {name: model.get_submodule(".".join(name.split(".")[:2])) for name in names if merging}
-    with watch(blocks, see, "outputs"):
-        yield places
+    with watch(blocks, seen.__setitem__, "outputs"):
+        yield seen
 
 
 def merge_tokens(

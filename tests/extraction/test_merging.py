@@ -23,6 +23,7 @@ from moee_analysis.extraction.merging import (
     saved_by_merging,
 )
 from moee_analysis.extraction.pipeline import extract
+from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.record.tokens import leading_kinds
 from moee_analysis.extraction.saving.rebuild import describe
 from moee_analysis.measure.evaluation.evaluate import evaluate
@@ -70,6 +71,25 @@ def test_experts_are_of_the_tokens_that_are_left(kind):
     with watch(moe_layers(run.model), seen.__setitem__), torch.no_grad():
         run.model(pixels_of(run.model, count=2))
     assert [x.shape[1] for x in seen.values()] == [14, 10, 10]
+
+
+def test_tokens_count_for_the_patches_they_stand_for(tmp_path):
+    merged = merge_tokens(toy_vit(), MERGES, lambda _: WardCosts(by_importance=True))
+    config = best(tokens_per_image=5).resolved()
+    for kept in (None, 5):
+        tokens = calibration_tokens(
+            merged, IMAGES, replace(config, tokens_per_image=kept), root=tmp_path
+        )
+        assert "sizes" in tokens.kinds
+        for part in tokens.parts(tokens.sites):
+            for layer in part.values():
+                mass = layer.sample.mass(slice(None))
+                found = np.bincount(layer.sample.image, mass)[layer.sample.image.min() :]
+                np.testing.assert_allclose(found.mean(), 17, rtol=0 if kept is None else 0.1)
+                if kept is None:
+                    np.testing.assert_allclose(found, 17)
+    dense = calibration_tokens(toy_vit(), IMAGES, config, root=tmp_path)
+    assert "sizes" not in dense.kinds
 
 
 def test_a_run_is_saved_and_loaded_with_its_schedule(kind, tmp_path):

@@ -69,7 +69,7 @@ class SampleAccumulator(Accumulator):
             sums["tokens"] += len(rows)
             if self.gradients:
                 sums["fisher"] += products(layer.sample, rows)
-                sums["weight"] += float(layer.sample.weight[rows].sum(dtype=np.float64))
+                sums["weight"] += float(layer.sample.mass(rows).sum(dtype=np.float64))
 
     def compute(self, sums: Sums) -> TokenSample:
         """The sampled tokens and their statistics."""

@@ -24,9 +24,10 @@ Kept = Mapping[str, np.ndarray]  # neurons that experts keep, bool (experts, hid
 class ExpertStatistics:
     """The tokens of each expert of a layer.
 
-    ``routed`` (experts,) tokens go to each, ``weight`` (experts,) count for it; ``means`` and
-    ``variance`` (experts, hidden) are of the hidden activations of these; all float64. ``metrics``
-    (experts, dim, dim) float32 are those of ``expert_metrics``, if any.
+    ``routed`` (experts,) tokens go to each; of those that count for it, ``weight`` (experts,) is
+    how many tokens there were before any merged, ``means`` and ``variance`` (experts, hidden) are
+    of hidden activations; all float64. ``metrics`` (experts, dim, dim) float32 are those of
+    ``expert_metrics``, if any.
     """
 
     routed: np.ndarray
@@ -105,8 +106,8 @@ class StatisticsAccumulator(Accumulator):
     def update(self, sums: Sums, layer: RecordedLayer) -> None:
         """Add a part of the tokens."""
         routed, members = self.assignment.of(layer)
-        weight, experts = layer.sample.weight.astype(np.float64), self.assignment.experts
-        sums["routed"] += _counts(routed, weight, experts)
+        weight, experts = layer.sample.mass(slice(None)).astype(np.float64), self.assignment.experts
+        sums["routed"] += _counts(routed, layer.sample.weight.astype(np.float64), experts)
         sums["weight"] += _counts(members, weight, experts)
         for rows in layer.chunks():
             hidden = layer.hidden(rows).cpu().double()

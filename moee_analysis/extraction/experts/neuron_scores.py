@@ -121,7 +121,7 @@ class CovarianceAccumulator(Accumulator):
             mean = torch.from_numpy(self.means[expert]).float().to(layer.device)
             for rows in layer.chunks(of_expert[expert], size=CHUNK):
                 deviation = layer.hidden(rows) - mean  # float32 loses nothing to a large mean
-                weight = torch.from_numpy(layer.sample.weight[rows]).to(layer.device)
+                weight = torch.from_numpy(layer.sample.mass(rows)).to(layer.device)
                 sums["products"][place] += ((deviation * weight[:, None]).T @ deviation).cpu()
                 sums["weight"][place] += weight.sum(dtype=torch.float64)
 

@@ -87,7 +87,7 @@ class RefitAccumulator(Accumulator):
             expert = torch.from_numpy(members[rows]).to(layer.device)
             deviation = layer.hidden(rows) - means[expert]
             own = deviation * kept[expert]
-            of_row = torch.from_numpy(layer.sample.weight[rows]).to(layer.device)
+            of_row = torch.from_numpy(layer.sample.mass(rows)).to(layer.device)
             weighted = own * (weights[expert] * of_row)[:, None]
             sums["across"] += (deviation.T @ weighted).cpu()
             sums["within"] += (own.T @ weighted).cpu()

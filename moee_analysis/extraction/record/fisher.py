@@ -35,7 +35,7 @@ def products(sample: LayerSample, rows: np.ndarray) -> torch.Tensor:
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
         gradients = torch.from_numpy(sample.gradients(part))
-        weighted = gradients * torch.from_numpy(sample.weight[part])[:, None]
+        weighted = gradients * torch.from_numpy(sample.mass(part))[:, None]
         total += weighted.flatten(end_dim=1).T @ gradients.flatten(end_dim=1) / len(gradients)
     return total
 

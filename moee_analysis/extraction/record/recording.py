@@ -25,6 +25,7 @@ from moee_analysis.extraction.record.tokens import LayerSample, TokenPlan, captu
 from moee_analysis.models.fingerprints import fingerprint, unchanged
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import MlpSite, blank
+from moee_analysis.models.merging import seeing_tokens
 from moee_analysis.utils.progress import progress, tell, tell_progress
 from moee_analysis.utils.storage.checksums import read_signed, write_signed
 from moee_analysis.utils.storage.files import write_json
@@ -35,7 +36,10 @@ BATCH = 32  # images; a pass that can be run backward keeps every layer's activa
 SAVED_EVERY = 512  # images, whole batches of them
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
 ORIGIN = [("image", np.int32), ("position", np.int32), ("weight", np.float32)]
-CONTENTS = {"inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms")}
+CONTENTS = {
+    "inputs": ("inputs",), "hidden": ("hidden",), "gradients": ("directions", "norms"),
+    "sizes": ("sizes",),
+}  # fmt: skip
 """What a site's files hold, by kind of values."""
 
 
@@ -105,7 +109,7 @@ class Recording:
         blocks, kept = {}, self.kept
         for site in self.sites:
             widths = {"inputs": (site.dim,), "hidden": (site.hidden,)}
-            widths |= {"directions": (self.probes, site.dim), "norms": (self.probes,)}
+            widths |= {"directions": (self.probes, site.dim), "norms": (self.probes,), "sizes": ()}
             for content in self.contents:
                 shape = (kept[site.name], *widths[content])
                 dtype = np.float32 if content == "norms" else np.float16
@@ -207,7 +211,8 @@ def _run_model(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What one pass over the images leaves at each site, by kind, (images, tokens, ...)."""
     gradients: dict[str, torch.Tensor] = {}
-    with capture_mlps(task.model, task.sites) as seen:
+    names = [site.name for site in task.sites]
+    with capture_mlps(task.model, task.sites) as seen, seeing_tokens(task.model, names) as left:
         if "gradients" in task.kinds:
             seeds = [(task.plan.seed, number) for number in numbers]
             gradients = output_gradients(task.model, task.sites, x, seeds=seeds, probes=task.probes)
@@ -217,6 +222,8 @@ def _run_model(
     for name, values in seen.items():
         for kind, tokens in values.items():
             values[kind] = tokens.reshape(len(x), -1, tokens.shape[-1])  # windows of one image
+        alone = values["inputs"].new_ones(values["inputs"].shape[:2])
+        values["sizes"] = left[name].counted if name in left else alone
         if name in gradients:
             values["gradients"] = gradients[name].permute(1, 2, 0, 3)
     return seen

@@ -23,6 +23,7 @@ from moee_analysis.extraction.record.tokens import (
 )
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.loading import MlpSite, find_mlps
+from moee_analysis.models.merging import merging_blocks
 from moee_analysis.utils.checks import not_none, real_number
 from moee_analysis.utils.distributed import own_share, processes
 from moee_analysis.utils.environment import nearest_folder
@@ -155,6 +156,8 @@ def calibration_tokens(
         kinds = ("inputs", "gradients")
     elif config.tokens_per_image is None:  # too many to keep their hidden activations too
         kinds = ("inputs",)
+    if merging_blocks(model) is not None:
+        kinds += ("sizes",)
     names = [site.name for site in find_mlps(model)]
     plan = token_plan(model, names, config.tokens_per_image, seed=config.seed)
     images = images.limit(config.calibration_images, seed=config.seed)

@@ -156,7 +156,8 @@ class LayerSample:
 
     ``inputs`` (rows, dim) and ``hidden`` (rows, hidden) are in half precision; a row stands for
     ``weight`` tokens. Gradients are ``directions`` (rows, probes, dim), unit vectors or zeros in
-    half precision, times ``norms`` (rows, probes) float32. The first row has the number ``start``.
+    half precision, times ``norms`` (rows, probes) float32. Where tokens merge, a token stands for
+    ``sizes`` (rows,) of those there were at first. The first row has the number ``start``.
     """
 
     inputs: np.ndarray
@@ -166,10 +167,16 @@ class LayerSample:
     weight: np.ndarray
     directions: np.ndarray | None = None
     norms: np.ndarray | None = None
+    sizes: np.ndarray | None = None
     start: int = 0
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def mass(self, rows: slice | np.ndarray) -> np.ndarray:
+        """How many of the first tokens ``rows`` stand for, float32 (n,)."""
+        sizes = 1 if self.sizes is None else self.sizes[rows].astype(np.float32)
+        return self.weight[rows] * sizes
 
     def part(self, rows: slice) -> Self:
         """Some consecutive rows of the sample, none of them copied."""

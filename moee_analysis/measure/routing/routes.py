@@ -17,7 +17,7 @@ from moee_analysis.measure.routing.inputs import Run, batches_of, check_any, cho
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.class_names import class_labels, knows_classes
 from moee_analysis.models.loading import find_mlps
-from moee_analysis.models.merging import seeing_places
+from moee_analysis.models.merging import seeing_tokens
 from moee_analysis.models.patch_grid import patch_places
 from moee_analysis.moe.layer import moe_layers, moe_names
 
@@ -216,12 +216,13 @@ def _record_choices(
     parts: dict[int, list[np.ndarray]] = {layer: [] for layer in sites}
     into: dict[int, list[np.ndarray]] = {layer: [] for layer in sites}
     shapes = {}
-    layers, seeing = {name: layer for layer, name in sites.items()}, seeing_places
-    with evaluating(model), watch(modules, see, side), seeing(model, layers) as places:
+    layers, seeing = {name: layer for layer, name in sites.items()}, seeing_tokens
+    with evaluating(model), watch(modules, see, side), seeing(model, layers) as left:
         for x in batches_of(model, images, size, label="routing"):
             model(x)
-            for name, place in places.items():
-                into[layers[name]].append(place.cpu().numpy())
+            for name, tokens in left.items():
+                if tokens.place is not None:
+                    into[layers[name]].append(tokens.place.cpu().numpy())
             for layer, (shape, chosen) in latest.items():
                 per_image = chosen.reshape(len(x), -1, chosen.shape[1])
                 parts[layer].append(per_image.cpu().numpy().astype(np.int16))

@@ -15,7 +15,7 @@ from moee_analysis.measure.routing.inputs import Layers, Run, batches_of, model_
 from moee_analysis.measure.routing.routes import Routes, order_tokens, routes
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import capture, evaluating
-from moee_analysis.models.merging import seeing_places, spread
+from moee_analysis.models.merging import seeing_tokens, spread
 from moee_analysis.moe.layer import moe_names
 from moee_analysis.utils.checks import whole_number
 
@@ -130,16 +130,16 @@ def _tokens_of_layers(
     """
     names = {layer: name for layer, name in moe_names(model).items() if layer in routed.experts}
     first = 0
-    of_layers, seeing = list(names.values()), seeing_places
+    of_layers, seeing = list(names.values()), seeing_tokens
     with (
-        evaluating(model), capture(model, of_layers) as inputs, seeing(model, of_layers) as places,
+        evaluating(model), capture(model, of_layers) as inputs, seeing(model, of_layers) as left,
     ):  # fmt: skip
         for x in batches_of(model, images, label="typical patches"):
             model(x)
             for layer, name in names.items():
                 tokens, leading = inputs[name], routed.prefix_tokens[layer]
-                if name in places:
-                    tokens = spread(tokens, places[name])
+                if name in left and left[name].place is not None:
+                    tokens = spread(tokens, left[name].place)
                 shape = (tokens.shape[0] // len(x), *tokens.shape[1:-1])
                 order, _ = order_tokens(model, name, shape, leading=leading)
                 tokens = tokens.reshape(len(x), -1, tokens.shape[-1])[:, order]
