@@ -96,6 +96,7 @@ def trade_off(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     ):  # fmt: skip
         drawing.curves(ax, shares, value, x="macs_reduction", looks=style.looks(table["system"]))
         ax.set_title(title)
+        drawing.whole_ticks(ax)
     left.set_yscale("log")
     drawing.plain_log(left.yaxis, subs=(1, 3))
     right.axhline(100, **style.REFERENCE)

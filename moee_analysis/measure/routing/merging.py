@@ -43,10 +43,10 @@ def merging(
     ``high`` (95 % bootstrap interval over images). Quantities of an image: ``tokens`` left of its
     patches, share of patches that stand ``alone``, patches of the ``largest`` token. The others
     are of patches that do not stand alone, each with every other patch of its token: share of the
-    same ``part`` (where images have part masks) and of the same ``expert`` (where a layer has one
-    for each patch), ``distance`` (between their middles, in patches). ``pairs`` are ``merged``; or
-    the null, ``random``: the same numbers of merges of random tokens, or the same patch with every
-    other one of its image; or ``neighbours``: the same patch with those that touch its sides.
+    same ``part`` (where images have part masks), of the same ``expert`` (where a layer's patches go
+    to one each, and to several), ``distance`` (between their middles, in patches). ``pairs`` are
+    ``merged``; or the null, ``random``: as many merges of random tokens, or the same patch with
+    every other one of its image; or ``neighbours``: the same patch with those that touch its sides.
     Raises MoeeError: no images, a model whose tokens do not merge, no resamples.
     """
     model = model_of(model)
@@ -112,9 +112,11 @@ def _parts(images: ImageSet, grid: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def _experts(routed: Routes | None, layer: int) -> dict[str, np.ndarray]:
-    """Expert of every patch, int16 (images, rows, columns), where there is one."""
-    known = routed is not None and layer in routed.placed
-    return {"expert": routed.patch_experts(layer)} if known else {}
+    """Expert of every patch, int16 (images, rows, columns), where they go to several."""
+    if routed is None or layer not in routed.placed:
+        return {}
+    experts = routed.patch_experts(layer)
+    return {"expert": experts} if experts.min() < experts.max() else {}
 
 
 def _sizes(places: np.ndarray, pairs: str) -> Sums:
