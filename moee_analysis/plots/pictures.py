@@ -184,8 +184,8 @@ def _draw_pieces(ax: Axes, picture: np.ndarray, places: np.ndarray) -> None:
     """Mean colours of the tokens ``places`` (rows, columns), and lines between them."""
     height, width = picture.shape[:2]
     rows, columns = places.shape
-    ends = np.arange(height) * rows // height, np.arange(width) * columns // width
-    of_pixel = places[np.ix_(*ends)]
+    of_row, of_column = np.arange(height) * rows // height, np.arange(width) * columns // width
+    of_pixel = places[np.ix_(of_row, of_column)]
     pixels = np.maximum(np.bincount(of_pixel.ravel()), 1)
     means = [np.bincount(of_pixel.ravel(), band.ravel()) / pixels for band in picture.T.mT]
     ax.imshow(np.stack(means, axis=-1)[of_pixel] / 255, interpolation="nearest")
@@ -193,10 +193,9 @@ def _draw_pieces(ax: Axes, picture: np.ndarray, places: np.ndarray) -> None:
     below, right = np.argwhere(np.diff(places, axis=0)), np.argwhere(np.diff(places, axis=1))
     lines = [[(x * wide, (y + 1) * tall), ((x + 1) * wide, (y + 1) * tall)] for y, x in below]
     lines += [[((x + 1) * wide, y * tall), ((x + 1) * wide, (y + 1) * tall)] for y, x in right]
-    for colour, thick in (("white", 1.4), (style.INK, 0.6)):  # one of them is seen on any colour
-        ax.add_collection(
-            LineCollection(np.reshape(lines, (-1, 2, 2)) - 0.5, color=colour, lw=thick)
-        )
+    ends = np.reshape(lines, (-1, 2, 2)) - 0.5
+    for colour, thick in (("white", 11), (style.INK, 5)):  # one of them is seen on any colour
+        ax.add_collection(LineCollection(ends, color=colour, lw=thick / max(places.shape)))
 
 
 def _tell_top_patches(table: pd.DataFrame, pictures: object = None) -> str:

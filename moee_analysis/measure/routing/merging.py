@@ -47,11 +47,15 @@ def merging(
     to one each, and to several), ``distance`` (between their middles, in patches). ``pairs`` are
     ``merged``; or the null, ``random``: as many merges of random tokens, or the same patch with
     every other one of its image; or ``neighbours``: the same patch with those that touch its sides.
-    Raises MoeeError: no images, a model whose tokens do not merge, no resamples.
+    Raises MoeeError: no images, a model whose tokens do not merge, routes of other images, no
+    resamples.
     """
     model = model_of(model)
     draw_numbers(seed, resamples=resamples)
     check_any(images)
+    if routed is not None and routed.n_images != len(images):
+        expected, hint = f"routes of the same {len(images)} images", "route those passed here"
+        raise MoeeError(expected, f"routes of {routed.n_images}", hint)
     chance = token_places(randomly_merged(model, seed=seed), images)
     tokens, schedule = token_places(model, images), merging_blocks(model).schedule
     if routed is None and moe_layers(model):

@@ -79,6 +79,12 @@ def test_experts_are_those_of_patches_by_themselves_or_those_that_are_given():
     assert values(found, "expert", "merged")[1] == pytest.approx(expected)
 
 
+def test_routes_of_other_images_are_refused():
+    few = measure.routes(toy_moe(toy_vit()), IMAGES.take([0]))
+    with pytest.raises(MoeeError, match="routes of the same 6 images; found routes of 1"):
+        measure.merging(merged(toy_vit()), IMAGES, routed=few)
+
+
 def test_parts_are_compared_where_images_know_them():
     images = load_images("bundled", limit=4)
     table = measure.merging(merged(toy_vit()), images, resamples=2)
