@@ -42,6 +42,7 @@ from moee_analysis.measure.routing.experts import (
     sizes,
 )
 from moee_analysis.measure.routing.load_balance import balance, routing
+from moee_analysis.measure.routing.merging import merging, token_places
 from moee_analysis.measure.routing.part_alignment import modularity, part_profile
 from moee_analysis.measure.routing.router_regret import rerouted, router_choices, router_regret
 from moee_analysis.measure.routing.routes import Routes, routes

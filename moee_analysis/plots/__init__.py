@@ -7,6 +7,7 @@ from moee_analysis.plots.accuracy import architectures as architectures
 from moee_analysis.plots.accuracy import comparison as comparison
 from moee_analysis.plots.accuracy import macs as macs
 from moee_analysis.plots.accuracy import routing_controls as routing_controls
+from moee_analysis.plots.accuracy import trade_off as trade_off
 from moee_analysis.plots.classes import class_distance as class_distance
 from moee_analysis.plots.classes import class_information as class_information
 from moee_analysis.plots.classes import class_relatedness as class_relatedness
@@ -25,10 +26,12 @@ from moee_analysis.plots.experts import sizes as sizes
 from moee_analysis.plots.experts import surrogate as surrogate
 from moee_analysis.plots.pictures import image_layers as image_layers
 from moee_analysis.plots.pictures import patches as patches
+from moee_analysis.plots.pictures import pieces as pieces
 from moee_analysis.plots.pictures import top_patches as top_patches
 from moee_analysis.plots.routing import balance as balance
 from moee_analysis.plots.routing import class_knock_out as class_knock_out
 from moee_analysis.plots.routing import knock_out as knock_out
+from moee_analysis.plots.routing import merging as merging
 from moee_analysis.plots.routing import parts_unseen as parts_unseen
 from moee_analysis.plots.routing import router_regret as router_regret
 from moee_analysis.plots.routing import routing as routing

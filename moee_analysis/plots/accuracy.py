@@ -75,6 +75,34 @@ def accuracy(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     return drawing.finish(fig, table, caption or f"{facts}.", marks, loc="outside upper right")
 
 
+def _tell_trade_off(table: pd.DataFrame) -> str:
+    words = []
+    for asked, rows in table.groupby("macs_asked"):
+        kl = text.listed(rows["system"] + " " + rows["kl"].map(text.bits))
+        words.append(f"at −{100 * asked:g} % MACs {kl}")
+    return f"Divergence from the dense model in nats: {'; '.join(words)}."
+
+
+@drawing.plot(_tell_trade_off)
+def trade_off(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw rows of ``measure.accuracy`` over the share of MACs saved, a line for each system.
+
+    They have ``macs_asked`` and ``macs_reduction`` too, shares of the dense model's MACs.
+    """
+    shares = drawing.in_percent(table, "macs_reduction", *_RETENTION)
+    fig, (left, right) = style.figure(7.4, 3.2, 1, 2)
+    for ax, value, title in (
+        (left, "kl", "KL from the dense model (nats)"), (right, "retention", _RETAINED),
+    ):  # fmt: skip
+        drawing.curves(ax, shares, value, x="macs_reduction", looks=style.looks(table["system"]))
+        ax.set_title(title)
+        drawing.whole_ticks(ax)
+    left.set_yscale("log")
+    drawing.plain_log(left.yaxis, subs=(1, 3))
+    right.axhline(100, **style.REFERENCE)
+    return drawing.finish(fig, table, caption, left, x="MACs saved (%)", columns=3)
+
+
 def _tell_comparison(table: pd.DataFrame) -> str:
     words = []
     saving = table[table["reduces_macs"].astype(bool)].dropna(subset="mean")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -136,6 +137,65 @@ def image_layers(
             y, x = (middle + 0.5) * (size / choice.shape) - 0.5
             drawing.number(ax, x, y, str(expert), size=5.5)
     return style.caption(fig, caption)
+
+
+def _tell_pieces(pictures: Sequence[np.ndarray], tokens: Mapping[int, np.ndarray]) -> str:
+    """How many tokens are left of the patches in the first and the last of the layers."""
+    if not tokens:
+        return "There is no layer to show."
+    left = {n: np.mean([len(np.unique(one)) for one in tokens[n]]) for n in sorted(tokens)}
+    each = text.listed(
+        f"{text.number(left[layer], 1).removesuffix('.0')} tokens after layer {layer}"
+        for layer in dict.fromkeys((min(left), max(left)))
+    )
+    patches = tokens[min(left)][0].size
+    return (
+        f"Of the {patches} patches of one of {len(pictures)} images, on average, {each} are left."
+    )
+
+
+@drawing.plot(_tell_pieces)
+def pieces(
+    pictures: Sequence[np.ndarray], tokens: Mapping[int, np.ndarray], *, names: Sequence[str],
+    caption: str | None = None,
+) -> Figure:  # fmt: skip
+    """Draw pictures in a row, and below them, a row per layer, the tokens of their patches.
+
+    ``pictures`` are uint8 (height, width, 3) with a name each, ``tokens`` int (pictures, rows,
+    columns) by layer, as ``measure.token_places`` finds them. Patches of one token have one colour,
+    the mean of their pixels, and lines where other tokens begin.
+    """
+    _check_counts(len(pictures), {f"layer {n}": tokens[n] for n in tokens} | {"names": names})
+    size = _SIDE * len(pictures) + 0.2, _SIDE * (1 + len(tokens)) + 0.3
+    fig, grid = style.figure(*size, 1 + len(tokens), len(pictures), squeeze=False)
+    for ax in grid.flat:
+        drawing.bare(ax)
+    for ax, picture, name in zip(grid[0], pictures, names, strict=True):
+        ax.imshow(picture)
+        ax.set_title(name, loc="center", size=8)
+    for axes, layer in zip(grid[1:], sorted(tokens), strict=True):
+        axes[0].set_ylabel(f"layer {layer}", size=8)
+        for ax, picture, places in zip(axes, pictures, tokens[layer], strict=True):
+            _draw_pieces(ax, picture, places)
+    return style.caption(fig, caption)
+
+
+def _draw_pieces(ax: Axes, picture: np.ndarray, places: np.ndarray) -> None:
+    """Mean colours of the tokens ``places`` (rows, columns), and lines between them."""
+    height, width = picture.shape[:2]
+    rows, columns = places.shape
+    of_row, of_column = np.arange(height) * rows // height, np.arange(width) * columns // width
+    of_pixel = places[np.ix_(of_row, of_column)]
+    pixels = np.maximum(np.bincount(of_pixel.ravel()), 1)
+    means = [np.bincount(of_pixel.ravel(), band.ravel()) / pixels for band in picture.T.mT]
+    ax.imshow(np.stack(means, axis=-1)[of_pixel] / 255, interpolation="nearest")
+    tall, wide = height / rows, width / columns
+    below, right = np.argwhere(np.diff(places, axis=0)), np.argwhere(np.diff(places, axis=1))
+    lines = [[(x * wide, (y + 1) * tall), ((x + 1) * wide, (y + 1) * tall)] for y, x in below]
+    lines += [[((x + 1) * wide, y * tall), ((x + 1) * wide, (y + 1) * tall)] for y, x in right]
+    ends = np.reshape(lines, (-1, 2, 2)) - 0.5
+    for colour, thick in (("white", 11), (style.INK, 5)):  # one of them is seen on any colour
+        ax.add_collection(LineCollection(ends, color=colour, lw=thick / max(places.shape)))
 
 
 def _tell_top_patches(table: pd.DataFrame, pictures: object = None) -> str:

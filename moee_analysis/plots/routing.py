@@ -262,3 +262,51 @@ def parts_unseen(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     removed = "expert removed, or replaced by as many random patches"
     part = "part (recall of the intact model)"
     return drawing.finish(fig, table, caption, x=removed, y=part)
+
+
+_QUANTITIES = {  # of measure.merging: its panel, and how the sentence says it
+    "tokens": ("tokens left of the patches", ""),
+    "alone": ("patches alone in a token (%)", ""),
+    "largest": ("patches in the largest token", ""),
+    "part": ("pairs of the same part (%)", "show the same part"),
+    "expert": ("pairs of the same expert (%)", "would go to the same expert"),
+    "distance": ("distance of pairs (patches)", ""),
+}
+_PAIRS = {
+    "merged": {"color": style.PALETTE[0], "marker": "o"},
+    "random": {"color": style.PALETTE[1], "marker": "s"},
+    "neighbours": {"color": style.PALETTE[2], "marker": "D"},
+}
+
+
+def _tell_merging(table: pd.DataFrame) -> str:
+    mean = table[table["layer"] == table["layer"].max()].groupby(["quantity", "pairs"])["value"]
+    last = mean.mean().to_dict()
+    first = (
+        f"After layer {table['layer'].max()} {text.number(last.get(('tokens', 'merged')), 1)} "
+        f"tokens are left of the patches, {text.percent(last.get(('alone', 'merged')))} of which "
+        f"stand alone (by chance {text.percent(last.get(('alone', 'random')))})."
+    )
+    averages = table.groupby(["quantity", "pairs"])["value"].mean().to_dict()
+    shared = [
+        f"{text.percent(averages[quantity, 'merged'])} {words} (random pairs "
+        f"{text.percent(averages.get((quantity, 'random')))}, neighbours "
+        f"{text.percent(averages.get((quantity, 'neighbours')))})"
+        for quantity, (_, words) in _QUANTITIES.items()
+        if words and (quantity, "merged") in averages
+    ]
+    return f"{first} Of merged pairs, over the layers, {text.listed(shared)}." if shared else first
+
+
+@drawing.plot(_tell_merging)
+def merging(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw ``measure.merging``: a panel for each quantity over the layers, with its intervals."""
+    shown = [name for name in _QUANTITIES if name in set(table["quantity"])]
+    fig, axes = style.panels(len(shown), cols=3, size=(2.6, 1.9), sharex=True)
+    for ax, quantity in zip(axes, shown, strict=True):
+        rows = table[table["quantity"] == quantity]
+        if "%" in _QUANTITIES[quantity][0]:
+            rows = drawing.in_percent(rows, "value", "low", "high")
+        drawing.curves(ax, rows, "value", by="pairs", looks=_PAIRS, band=True)
+        ax.set(title=_QUANTITIES[quantity][0], ylim=(0, None))
+    return drawing.finish(fig, table, caption, _PAIRS, layers=axes)

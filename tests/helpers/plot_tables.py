@@ -92,6 +92,18 @@ def _knocked_out():
     return table.assign(top1_intact=0.75, top1_dense=0.9, top1=0.75 + table["change"])
 
 
+def _merged():
+    """Two layers, in the first of which nothing merges."""
+    values = {"tokens": (16, None, None), "alone": (0.4, 0.3, None), "largest": (5, 3, None),
+              "part": (0.9, 0.4, 0.7), "distance": (1.5, 2.5, 1)}  # fmt: skip
+    kinds = ("merged", "random", "neighbours")
+    rows = [(1, q, k, v) for q, each in values.items() for k, v in zip(kinds, each, strict=True)
+            if v is not None]  # fmt: skip
+    first = {"tokens": 20, "alone": 1, "largest": 1}
+    rows = [(0, q, k, first.get(q, NAN)) for _, q, k, _ in rows] + rows
+    return _with_ends(_rows("layer quantity pairs value", *rows, merges=4), value="")
+
+
 def _unseen():
     places = {(1, "expert"): 1, (1, "random patches"): 0.05,
               (3, "expert"): 0.1, (3, "random patches"): 0.05}  # fmt: skip
@@ -260,6 +272,12 @@ TABLES = {
         ("MoEE, best", "MoEE", 0.36, 0, 0.78, 0.36, True, 0.5, 0.4, 0.8, 0.6),
         ("MoEE, unmade", "MoEE", 0.36, 0, NAN, NAN, False, NAN, NAN, NAN, 0.6),
     ), mean=""),
+    "merging": _merged(),
+    "trade_off": _rows(
+        "system macs_asked macs_reduction kl retention",
+        ("ToMe", 0.36, 0.365, 0.04, 0.98), ("all three", 0.36, 0.36, 0.01, 1.0),
+        ("ToMe", 0.5, 0.51, 0.2, 0.9), ("all three", 0.5, 0.5, 0.04, 0.97),
+    ),
     "learning_curves": _rows(
         "start images seed mean low high",
         ("a", 0, 0, 0.1, 0.0, 0.2), ("a", 64, 0, 0.6, 0.5, 0.7), ("a", 64, 1, 0.6, 0.5, 0.7),

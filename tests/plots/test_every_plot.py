@@ -109,7 +109,8 @@ def test_every_plot_that_is_public_or_in_a_notebook_is_tested_here():
     shown = set()
     for path in environment.own_folder("notebooks").glob("*.ipynb"):
         shown |= set(re.findall(r"\bplots\.(\w+)", path.read_text(encoding="utf-8")))
-    assert shown - {"describe"} <= public == {*TABLES, "patches", "image_layers", "top_patches"}
+    pictures = {"patches", "image_layers", "pieces", "top_patches"}
+    assert shown - {"describe"} <= public == {*TABLES, *pictures}
 
 
 def test_a_plot_without_a_description_is_refused():

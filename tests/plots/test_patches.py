@@ -50,6 +50,9 @@ def test_top_patches_need_a_patch():
      [[0, 0], {0: np.zeros((2, 2, 2), int), 5: np.array([[[0, 1], [2, 3]], [[0, 0], [0, 1]]])}],
      ["one of 2 images, on average, meet 1 experts in layer 0 and 3 experts in layer 5"]),
     (plots.image_layers, [[], {}], ["no layer"]),
+    (plots.pieces, [[0, 0], {2: np.arange(8).reshape(2, 2, 2), 5: np.zeros((2, 2, 2), int)}],
+     ["Of the 4 patches of one of 2 images, on average, 4 tokens after layer 2 and 1 tokens"]),
+    (plots.pieces, [[], {}], ["no layer"]),
     (plots.patches, [PICTURES[:1], {3: np.array([[[0, 0], [1, 1]]])}],
      ["1 picture. Layer 3: 2 experts take the patches, and 50.0 % of neighbouring patches "
       "share one (by chance 50.0 %)."]),
@@ -101,6 +104,20 @@ def test_patches_without_masks_give_an_expert_the_same_colour_in_every_picture()
     drawn = [ax.images[1] for ax in fig.axes[4:7]]
     colours = [image.cmap(image.norm(image.get_array()))[0, 0, :3] for image in drawn]
     assert len({tuple(np.round(colour, 4)) for colour in colours}) == 3
+
+
+def test_pieces_have_the_mean_colour_of_their_pixels_and_lines_around_them():
+    picture = np.zeros((4, 6, 3), np.uint8)
+    picture[:, 4:] = 240
+    tokens = {3: np.array([[[7, 7, 2], [7, 7, 7]]])}
+    ax = plots.pieces([picture], tokens, names=["a"]).axes[1]
+    assert ax.get_ylabel() == "layer 3"
+    shown = 255 * np.asarray(ax.images[0].get_array())
+    assert shown[0, 5] == pytest.approx(240)  # alone
+    for place in ((0, 0), (3, 5)):
+        assert shown[place] == pytest.approx(48)  # a fifth of the pixels
+    lines = np.array(ax.collections[0].get_segments()) + 0.5
+    assert lines.tolist() == [[[4, 2], [6, 2]], [[4, 0], [4, 2]]]
 
 
 @pytest.mark.parametrize(("count", "changes", "message"), [

@@ -88,6 +88,7 @@ function markPatches() {
     const here = isAt(cell);
     cell.className = expert === own ? "same" : "";
     cell.classList.toggle("here", here);
+    for (const edge of edges(cell)) cell.classList.add(edge);
     cell.tabIndex = here ? 0 : -1;
     cell.setAttribute("aria-selected", String(here));
     cell.setAttribute(
@@ -97,13 +98,39 @@ function markPatches() {
   }
 }
 
+// Sides, of the right and the lower one, where another token begins.
+function edges(cell) {
+  const tokens = tokensOf(layerAt(), chosen.image);
+  if (!tokens) return [];
+  const [rows, columns] = layerAt().grid;
+  const [row, column] = [Number(cell.dataset.row), Number(cell.dataset.column)];
+  const number = row * columns + column;
+  const differs = (there, other) => there && tokens[number] !== tokens[other];
+  return [
+    ...(differs(column + 1 < columns, number + 1) ? ["edge-right"] : []),
+    ...(differs(row + 1 < rows, number + columns) ? ["edge-below"] : []),
+  ];
+}
+
+// How many patches are one token with the chosen one, in words.
+function tellToken() {
+  const { image, down, right } = chosen;
+  const tokens = tokensOf(layerAt(), image);
+  if (!tokens) return "";
+  const own = tokens[placeIn(layerAt(), 0, down, right)];
+  const others = tokens.filter((token) => token === own).length - 1;
+  if (!others) return " It is a token of its own.";
+  return ` It is one token with ${others} other${others === 1 ? "" : "s"}.`;
+}
+
 function showAcross() {
   const { image, down, right } = chosen;
   const [rows, columns] = layerAt().grid;
   const own = routed(layerAt(), image, down, right);
   byId("patch-told").textContent =
     `Row ${Math.floor(down * rows)}, column ${Math.floor(right * columns)}: expert ${own} in ` +
-    `layer ${layerAt().layer} (${percent(layerAt().experts[own].share)} of all patches).`;
+    `layer ${layerAt().layer} (${percent(layerAt().experts[own].share)} of all patches).` +
+    tellToken();
   refill("across", layers.map((layer, index) => {
     const expert = routed(layer, image, down, right);
     const canvas = make("canvas", { width: SMALL, height: SMALL });

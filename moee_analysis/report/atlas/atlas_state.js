@@ -59,20 +59,32 @@ function fromAddress() {
   return { layer, expert, image, down: (row + 0.5) / grid[0], right: (column + 0.5) / grid[1] };
 }
 
-// Expert of the patch of an image at a place, given as shares of its height and width.
-function routed(layer, image, down, right) {
+// Place of a patch among those of all images; its own is given as shares of height and width.
+function placeIn(layer, image, down, right) {
   const [rows, columns] = layer.grid;
   const row = Math.min(Math.floor(down * rows), rows - 1);
   const column = Math.min(Math.floor(right * columns), columns - 1);
-  return routesOf(layer)[(image * rows + row) * columns + column];
+  return (image * rows + row) * columns + column;
 }
 
-function routesOf(layer) {
-  if (!layer.unpacked) {
-    const bytes = Uint8Array.from(atob(layer.routes), (letter) => letter.charCodeAt(0));
-    layer.unpacked = new Uint16Array(bytes.buffer);
-  }
-  return layer.unpacked;
+// Expert of the patch of an image at a place.
+function routed(layer, image, down, right) {
+  return unpack(layer, "routes")[placeIn(layer, image, down, right)];
+}
+
+// Tokens that the patches of an image have become, row by row; nothing where none merge.
+function tokensOf(layer, image) {
+  if (!layer.tokens) return undefined;
+  const first = placeIn(layer, image, 0, 0);
+  return unpack(layer, "tokens").subarray(first, first + layer.grid[0] * layer.grid[1]);
+}
+
+function unpack(layer, name) {
+  layer.unpacked ??= {};
+  layer.unpacked[name] ??= new Uint16Array(
+    Uint8Array.from(atob(layer[name]), (letter) => letter.charCodeAt(0)).buffer,
+  );
+  return layer.unpacked[name];
 }
 
 const source = (image) => `data:image/webp;base64,${images[image].picture}`;

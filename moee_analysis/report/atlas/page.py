@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.top_patches import Typical
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.loading import class_labels
+from moee_analysis.models.merging import merging_blocks
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.report.pages.site import render
 from moee_analysis.report.pictures import shrink
@@ -65,6 +67,7 @@ class Seen:
     images: ImageSet
     routed: Routes
     known: Typical
+    tokens: Mapping[int, np.ndarray]
 
 
 def atlas_facts(run: Extraction, images: ImageSet, *, dense: nn.Module | None = None) -> Facts:
@@ -82,7 +85,9 @@ def atlas_facts(run: Extraction, images: ImageSet, *, dense: nn.Module | None = 
         hint = "extract experts of layers that see the patches of an image"
         raise MoeeError(expected, "none", hint)
     tell_progress("finding what is typical of every expert")
-    seen = Seen(run, images, routed, measure.typical(run, images, routed))
+    merges = merging_blocks(run.model) is not None
+    tokens = measure.token_places(run, images) if merges else {}
+    seen = Seen(run, images, routed, measure.typical(run, images, routed), tokens)
     layers, absent = _layers(seen), []
     for layer in run.layers:
         if layer.index not in routed.placed:
@@ -155,7 +160,10 @@ def _choose(tables: Tables, column: str, value: int) -> Tables:
 
 
 def _layer(seen: Seen, layer: int, tables: Tables) -> Facts:
-    """``routes`` are the experts of the patches, image after image and row by row, as base64."""
+    """``routes`` are the experts of the patches, image after image and row by row, as base64.
+
+    So are the ``tokens`` that they have become, where any merge.
+    """
     module, experts = moe_layers(seen.run.model)[layer], seen.routed.patch_experts(layer)
     counts = np.bincount(experts.ravel(), minlength=module.n_experts)
     leading = seen.routed.experts[layer][:, : seen.routed.prefix_tokens[layer]]
@@ -175,7 +183,11 @@ def _layer(seen: Seen, layer: int, tables: Tables) -> Facts:
             }
             for expert in range(module.n_experts)
         ],
-        "routes": _base64(experts.astype("<u2").tobytes()),
+        **{
+            name: _base64(each.astype("<u2").tobytes())
+            for name, each in (("routes", experts), ("tokens", seen.tokens.get(layer)))
+            if each is not None
+        },
     }
 
 

@@ -16,6 +16,8 @@ from moee_analysis.data.images import load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.run import Extraction
+from moee_analysis.models.merge_costs import WardCosts
+from moee_analysis.models.merging import merge_tokens
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.report.atlas import write_atlas
 from moee_analysis.report.atlas.page import OTHERS, PATCHES, atlas_facts, page
@@ -44,9 +46,9 @@ def facts(run, images):
     return atlas_facts(run, images, dense=toy_vit())
 
 
-def unpacked(facts, layer):
+def unpacked(facts, layer, name="routes"):
     shape = (len(facts["images"]), *layer["grid"])
-    return np.frombuffer(base64.b64decode(layer["routes"]), "<u2").reshape(shape)
+    return np.frombuffer(base64.b64decode(layer[name]), "<u2").reshape(shape)
 
 
 def test_every_layer_and_expert_is_there_with_its_use(facts, run, images):
@@ -71,6 +73,17 @@ def test_every_layer_and_expert_is_there_with_its_use(facts, run, images):
     assert facts["layers"]
     for layer in facts["layers"]:
         assert (unpacked(facts, layer) == routed.patch_experts(layer["layer"])).all()
+
+
+def test_patches_that_are_one_token_are_told_where_tokens_merge(facts, images):
+    assert not any("tokens" in layer for layer in facts["layers"])
+    assert "one outline" not in page(facts)
+    model = merge_tokens(toy_kinds(toy_vit()), (0, 4, 4), lambda _: WardCosts(by_importance=False))
+    few = images.take(range(4))
+    found, places = atlas_facts(run_of(model), few), measure.token_places(model, few)
+    for layer in found["layers"]:
+        assert (unpacked(found, layer, "tokens") == places[layer["layer"]]).all()
+    assert "one outline" in page(found)
 
 
 def test_patches_classes_and_overlap_are_those_of_the_measures(facts, run, images):
