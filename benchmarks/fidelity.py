@@ -36,7 +36,7 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.merging import merge_by_search
+from moee_analysis.extraction.merging import MergedMacs, merge_by_search
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, count_parameters
@@ -160,7 +160,8 @@ class Bench:
             return prune(*sources, name, **self._settings(point, seed), store=store)
         config = self.config(name, point, seed)
         if config is None:
-            return merge_by_search(*sources, point.macs, root=store)
+            macs = MergedMacs.of(self.model, unread="routed")
+            return merge_by_search(*sources, macs, point.macs, root=store)
         convert = extract if isinstance(config, ExtractConfig) else token_merging.convert
         return convert(*sources, config, store=store)
 

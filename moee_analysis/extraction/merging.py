@@ -9,7 +9,7 @@ fitted to these beside the choice of one schedule of a few.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Self
@@ -21,10 +21,11 @@ from torch.nn.functional import kl_div, log_softmax
 
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
+from moee_analysis.extraction.attention import AttentionPlan
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import spread_images
 from moee_analysis.extraction.record.tokens import prefix_kinds
-from moee_analysis.models.attention import AttentionSite, site_of
+from moee_analysis.models.attention import site_of
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
@@ -53,20 +54,23 @@ def merge_first(
     """
     if config.merging == "none":
         return model
-    if config.merges is None:
-        return merge_by_search(model, images, saved_by_merging(config), root=root)
-    return merge_alike(model, config.merges)
+    if config.merges is not None:
+        return merge_alike(model, config.merges)
+    check_mergeable(model)
+    macs = MergedMacs.of(model, unread=config.unread)
+    return merge_by_search(model, images, macs, saved_by_merging(config, macs), root=root)
 
 
-def merge_by_search(model: nn.Module, images: ImageSet, saved: float, *, root: Path) -> nn.Module:
-    """Copy a vision transformer, its tokens merging so that a share of all MACs is saved.
+def merge_by_search(
+    model: nn.Module, images: ImageSet, macs: "MergedMacs", saved: float, *, root: Path
+) -> nn.Module:
+    """Copy a vision transformer, its tokens merging so that a share of its ``macs`` is saved.
 
     The schedule is searched on some of the ``images`` once, and found again in the store ``root``.
 
-    Raises MoeeError: a network without plain attention, or one that cannot save so much.
+    Raises MoeeError: one that cannot save so much.
     """
-    check_mergeable(model)
-    tried = candidates(model, saved)
+    tried = candidates(model, macs, saved)
     facts = {"model": fingerprint(model), "images": images.fingerprint, "tried": tried}
 
     def build(folder: Path) -> None:
@@ -82,27 +86,32 @@ def merge_alike(model: nn.Module, schedule: Sequence[int]) -> nn.Module:
 
     These are Ward's, and the attention of CLS, where the prediction is read from that.
     """
-    by_cls = "cls" in prefix_kinds(model) and model.global_pool == "token"
-    return merge_tokens(model, schedule, lambda _: WardCosts(by_importance=by_cls))
+    return merge_tokens(model, schedule, lambda _: WardCosts(by_importance=reads_cls(model)))
 
 
-def saved_by_merging(config: ExtractConfig) -> float:
-    """Share of all MACs that merging is to save, of what a ``config`` asks for.
+def reads_cls(model: nn.Module) -> bool:
+    """Whether the prediction is read from a class token."""
+    return "cls" in prefix_kinds(model) and model.global_pool == "token"
+
+
+def saved_by_merging(config: ExtractConfig, macs: "MergedMacs") -> float:
+    """Share of the ``macs`` that merging is to save, of what a ``config`` asks for.
 
     It is no more than is left to save once as large a share of MACs has gone as of parameters.
     """
-    kept, stored = 1 - config.macs_reduction, 1 - (config.params_reduction or 0)
+    kept = min(1.0, (1 - config.macs_reduction) * macs.whole / macs.total)
     part = 1 - kept**PART
-    return part if stored == 1 else max(0.0, min(part, 1 - kept / stored))
+    if config.params_reduction is None:
+        return part
+    return max(0.0, min(part, 1 - kept / (1 - config.params_reduction)))
 
 
-def candidates(model: nn.Module, saved: float) -> list[Schedule]:
-    """Schedules in the form of bells that save a share of all MACs, each by as few merges as do.
+def candidates(model: nn.Module, macs: "MergedMacs", saved: float) -> list[Schedule]:
+    """Schedules in the form of bells that save a share of ``macs``, each by as few merges as do.
 
     Raises MoeeError: merging cannot save so much.
     """
     depth, patches = len(model.blocks), model.patch_embed.num_patches
-    macs = MergedMacs.of(model)
     found: dict[Schedule, None] = {}  # in order
     for centre, width in product(CENTRES, WIDTHS):
         bell = [math.exp(-(((n / depth - centre) / width) ** 2)) for n in range(depth)]
@@ -131,32 +140,41 @@ def scale(form: Sequence[float], factor: float, patches: int) -> Schedule:
 
 @dataclass(frozen=True)
 class MergedMacs:
-    """What merging saves of the ``total`` MACs of one image, but for finding the pairs.
+    """MACs of one image of so many ``tokens``: those that merging saves from, and can save.
 
-    ``attentions`` and ``mlps`` are those of each block, the latter with MACs of a token.
+    Of the ``whole`` the ``total`` is left without what costs nothing to save: what is spent on the
+    last block's patches where only CLS is read. ``attentions`` and ``mlps`` (MACs of a token) are
+    of each block.
     """
 
-    total: int
+    whole: int
+    total: float
     tokens: int
-    attentions: tuple[AttentionSite, ...]
+    attentions: tuple[AttentionPlan, ...]
     mlps: tuple[float, ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """Count those of a dense vision transformer."""
+    def of(cls, model: nn.Module, *, unread: str) -> Self:
+        """Count those of a dense vision transformer; ``unread`` as in ``ExtractConfig``."""
         names = [f"{BLOCKS}.{n}.mlp" for n in range(len(model.blocks))]
         counted = count(model, sites=names)
-        sites = [site_of("attn", block.attn) for block in model.blocks]
         tokens = counted.tokens[names[0]]
-        each = [counted.by_module[name] / tokens for name in names]
-        return cls(counted.total, tokens, tuple(sites), tuple(each))
+        mlps = [counted.by_module[name] / tokens for name in names]
+        sites = [site_of("attn", block.attn) for block in model.blocks]
+        plans = [AttentionPlan(site, tokens, None, bias=False) for site in sites]
+        total = float(counted.total)
+        if unread == "constant" and reads_cls(model):
+            total -= mlps[-1] * tokens + plans[-1].macs(None)
+            mlps[-1], plans[-1] = 0.0, replace(plans[-1], queries=model.num_prefix_tokens)
+            total += plans[-1].macs(None)
+        return cls(counted.total, total, tokens, tuple(plans), tuple(mlps))
 
     def saved(self, schedule: Schedule) -> float:
-        """Share of all MACs that a ``schedule`` saves."""
+        """Share of these MACs that a ``schedule`` saves, but for finding the pairs."""
         gone = list(accumulate(schedule, initial=0))
         saved = sum(mlp * after for mlp, after in zip(self.mlps, gone[1:], strict=True))
-        for site, before in zip(self.attentions, gone[:-1], strict=True):
-            saved += site.macs(self.tokens) - site.macs(self.tokens - before)
+        for plan, before in zip(self.attentions, gone[:-1], strict=True):
+            saved += plan.macs(None) - replace(plan, tokens=self.tokens - before).macs(None)
         return saved / self.total
 
 

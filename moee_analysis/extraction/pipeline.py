@@ -88,9 +88,7 @@ def _extract(
 ) -> Extraction:
     """The method, step by step, with the store ``root``."""
     provenance = describe_origin(model, images, config)
-    precise, dtype = model, next(model.parameters()).dtype
-    if dtype != torch.float32:
-        precise = copy.deepcopy(model).float()  # sums over tokens in half precision would be wrong
+    precise = _in_single_precision(model)
 
     # Merge first: all that follows is of the tokens that are left.
     whole = count(precise, sites=()).total
@@ -123,10 +121,16 @@ def _extract(
         check_unchanged(tokens)
 
     reports = tuple(_report(layer, moe) for layer in layers)
-    moe.to(dtype)
+    moe.to(next(model.parameters()).dtype)
     if not knows_classes(model):
         name_by_folders(moe, images.classes)
     return Extraction(moe, config, sizes.variance_kept, reports, provenance)
+
+
+def _in_single_precision(model: nn.Module) -> nn.Module:
+    """The model, or a copy: sums over tokens in half precision would be wrong."""
+    single = next(model.parameters()).dtype == torch.float32
+    return model if single else copy.deepcopy(model).float()
 
 
 def group_tokens(tokens: TokenSource, config: ExtractConfig) -> list[LayerExperts]:

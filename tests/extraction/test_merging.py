@@ -222,7 +222,8 @@ def test_a_schedule_is_searched_once_within_the_budget(tmp_path):
     config = best(macs_reduction=0.36, merging="budget")
     run = extract(toy_vit(), CALIBRATION, config, store=tmp_path)
     schedule = merging_blocks(run.model).schedule
-    assert schedule in candidates(toy_vit(), saved_by_merging(config.resolved()))
+    macs = MergedMacs.of(toy_vit(), unread="constant")
+    assert schedule in candidates(toy_vit(), macs, saved_by_merging(config.resolved(), macs))
     assert 1 - cost(run) / count(toy_vit()).total == pytest.approx(0.36, abs=0.02)
     assert len(list(tmp_path.glob("merges-*"))) == 1
     again = extract(toy_vit(), CALIBRATION, replace(config, seed=1), store=tmp_path)
@@ -232,8 +233,8 @@ def test_a_schedule_is_searched_once_within_the_budget(tmp_path):
 
 def test_schedules_save_what_the_counter_counts_but_for_finding_pairs():
     model = toy_vit(depth=6)
-    total, macs = count(model).total, MergedMacs.of(model)
-    tried = candidates(model, 0.2)
+    total, macs = count(model).total, MergedMacs.of(model, unread="routed")
+    tried = candidates(model, macs, 0.2)
     assert len(tried) > 3
     for schedule in tried:
         merged = merge_tokens(model, schedule, lambda _: WardCosts(by_importance=False))
@@ -241,6 +242,16 @@ def test_schedules_save_what_the_counter_counts_but_for_finding_pairs():
         saved = 1 - (count(merged).total - finding) / total
         assert macs.saved(schedule) == pytest.approx(saved)
         assert 0.2 <= saved < 0.27
+
+
+def test_what_nothing_reads_is_not_saved_by_merging():
+    model, free = toy_vit(), measure.macs(toy_vit()).iloc[-1]["macs_unread"]
+    macs = MergedMacs.of(model, unread="constant")
+    assert macs.whole - macs.total == free + 2 * 32 * 64  # the MLP of CLS stays, of a fixed cost
+    assert macs.saved((0, 0, 8)) == 0
+    averaged = toy_vit()
+    averaged.global_pool = "avg"
+    assert MergedMacs.of(averaged, unread="constant").total == count(model).total
 
 
 def test_the_schedule_that_diverges_least_is_taken():
@@ -254,16 +265,19 @@ def test_the_schedule_that_diverges_least_is_taken():
 
 
 def test_what_merging_is_to_save_leaves_room_for_what_parameters_bind():
-    free = saved_by_merging(best(macs_reduction=0.36))
-    bound = saved_by_merging(best(macs_reduction=0.36, params_reduction=0.3))
-    assert bound == pytest.approx(1 - 0.64 / 0.7)
-    assert 0 < bound < free < 0.36
-    assert saved_by_merging(best(macs_reduction=0.2, params_reduction=0.3)) == 0
+    macs = MergedMacs.of(toy_vit(), unread="constant")
+    kept = 0.5 * macs.whole / macs.total
+    free = saved_by_merging(best(macs_reduction=0.5), macs)
+    bound = saved_by_merging(best(macs_reduction=0.5, params_reduction=0.3), macs)
+    assert bound == pytest.approx(1 - kept / 0.7)
+    assert 0 < bound < free < 0.5
+    assert saved_by_merging(best(macs_reduction=0.2, params_reduction=0.3), macs) == 0
+    assert saved_by_merging(best(macs_reduction=0.01), macs) == 0
 
 
 def test_more_than_merging_can_save_is_refused():
     with pytest.raises(MoeeError, match="by merging"):
-        candidates(toy_vit(), 0.95)
+        candidates(toy_vit(), MergedMacs.of(toy_vit(), unread="routed"), 0.95)
     for settings in ({"recipe": "paper"}, {"recipe": "best", "params_reduction": 0.2}):
         with pytest.raises(MoeeError, match="macs_reduction with merging"):
             ExtractConfig(merging="budget", **settings)

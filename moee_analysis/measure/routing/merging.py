@@ -1,10 +1,7 @@
 """Which patches become one token, and what they have in common."""
 
-import copy
-
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from moee_analysis.baselines.controls import randomly_merged
 from moee_analysis.data.images import ImageSet
@@ -15,7 +12,7 @@ from moee_analysis.measure.routing.part_alignment import all_patch_parts
 from moee_analysis.measure.routing.routes import Routes, order_tokens, routes
 from moee_analysis.measure.routing.tables import add_caption
 from moee_analysis.models.capture import evaluating
-from moee_analysis.models.merging import BLOCKS, merging_blocks, seeing_places
+from moee_analysis.models.merging import BLOCKS, merging_blocks, seeing_tokens, unmerged
 from moee_analysis.moe.layer import moe_layers
 from moee_analysis.utils.checks import draw_numbers
 
@@ -59,7 +56,8 @@ def merging(
     chance = token_places(randomly_merged(model, seed=seed), images)
     tokens, schedule = token_places(model, images), merging_blocks(model).schedule
     if routed is None and moe_layers(model):
-        routed = routes(_unmerged(model), images)
+        with unmerged(model):
+            routed = routes(model, images)
     parts = _parts(images, tokens[0].shape[1:])
     weights = bootstrap.redraw_counts(len(images), resamples, seed=seed)
     rows = []
@@ -92,22 +90,15 @@ def token_places(model: Run, images: ImageSet) -> Tokens:
     leading, count = model.num_prefix_tokens, model.patch_embed.num_patches
     order, grid = order_tokens(model, names[0], (1, leading + count), leading=leading)
     parts: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
-    with evaluating(model), seeing_places(model, names.values()) as places:
+    with evaluating(model), seeing_tokens(model, names.values()) as left:
         for x in batches_of(model, images, label="merging"):
             model(x)
             for layer, name in names.items():
                 first = np.tile(np.arange(leading + count), (len(x), 1))
-                seen = places[name].cpu().numpy() if name in places else first
+                place = left[name].place
+                seen = first if place is None else place.cpu().numpy()
                 parts[layer].append(seen[:, order[leading:]].reshape(len(x), *grid))
     return {layer: np.concatenate(each) for layer, each in parts.items()}
-
-
-def _unmerged(model: nn.Module) -> nn.Module:
-    """A copy in which no tokens merge, so that every patch goes its own way."""
-    apart = copy.deepcopy(model)
-    for block in merging_blocks(apart):
-        block.merges = 0
-    return apart
 
 
 def _parts(images: ImageSet, grid: tuple[int, int]) -> dict[str, np.ndarray]:
