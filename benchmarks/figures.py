@@ -19,6 +19,7 @@ LINE = {"lw": 1.4, "ms": 4.8, "mec": "white", "mew": 0.5}
 DENSE = {"color": style.GREY, "lw": 1}
 PANEL = (3.3, 2.9)  # inches
 ASKED = ["macs_asked", "params_asked"]
+KL_TICKS = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)  # nats
 SEVERAL = " at −"  # between a system and its budget, where it has several
 
 
@@ -128,6 +129,9 @@ def kl_against_time(table: pd.DataFrame, *, caption: str | None = None) -> Figur
         names = {"x": "time", "y": "kl", "hue": "system", "style": "engine"}
         sns.lineplot(rows, **names, **looks, ax=ax, estimator=None, mec="white", mew=0.5)
         ax.set(title=f"batches of {batch}", xlabel="time of an image (ms)", ylabel="KL (nats)")
+        ax.set_yscale("symlog", linthresh=KL_TICKS[1])  # with the zero of the dense model
+        ax.set_yticks(KL_TICKS, [f"{value:g}" for value in KL_TICKS])
+        ax.minorticks_off()
         handles, labels = ax.get_legend_handles_labels()
         ax.get_legend().remove()
     if batches:

@@ -81,7 +81,7 @@ def _caption(facts: Row) -> str:
         f"dense model's MACs over those with the routes of {images['count']} images "
         f"({images['name']}), routers included, on which KL and agreement are too. Engines: "
         f"{', '.join(plan['engines'])}{f' (not here: {left})' if left else ''}. "
-        f"{plan['precision']}; threads: {', '.join(map(str, plan['threads']))}; "
+        f"{plan['precision']}; threads: {', '.join(map(str, plan['threads']))}. "
         "Speed-ups are drawn of torch, KL of every engine with the most threads. "
         f"{facts['processor']}; {common.place_and_time(facts)}"
     )
