@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
@@ -18,6 +19,8 @@ LINE = {"lw": 1.4, "ms": 4.8, "mec": "white", "mew": 0.5}
 DENSE = {"color": style.GREY, "lw": 1}
 PANEL = (3.3, 2.9)  # inches
 ASKED = ["macs_asked", "params_asked"]
+KL_TICKS = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)  # nats
+SEVERAL = " at −"  # between a system and its budget, where it has several
 
 
 @style.house
@@ -102,6 +105,37 @@ def inference(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
     lines["promised by the MACs"] = Line2D([], [], color=style.INK, lw=1.2, ls=":")
     lines["dense model"] = Line2D([], [], **DENSE)
     fig.legend([*lines.values()], [*lines], loc="outside right center", handlelength=2.6)
+    return style.caption(fig, caption or table.attrs.get("caption"))
+
+
+@style.house
+def kl_against_time(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw divergence against time, a panel for each batch size, with the most threads there are.
+
+    A colour for each system, whose budgets a line joins, a marker for each engine. ``table`` has
+    one row for each system, engine, batch size and number of threads: ``system``, ``engine``,
+    ``batch``, ``threads``, ``ms`` (of a batch), ``kl`` (nats); rows without it are left out.
+    """
+    known = table[(table["threads"] == table["threads"].max()) & table["kl"].notna()]
+    known = known.assign(time=known["ms"] / known["batch"])
+    known["system"] = known["system"].str.split(SEVERAL).str[0]
+    batches = sorted(known["batch"].unique().tolist())
+    fig, panels = style.panels(len(batches), cols=3, size=(2.7, 2.9), sharey=True)
+    fig.set_figwidth(fig.get_figwidth() + 2)  # for the legend
+    looks = {"palette": style.colours(known["system"]), "dashes": False}
+    looks["markers"] = dict(zip(known["engine"].unique(), style.MARKERS, strict=False))
+    for ax, batch in zip(panels, batches, strict=False):
+        rows = known[known["batch"] == batch]
+        names = {"x": "time", "y": "kl", "hue": "system", "style": "engine"}
+        sns.lineplot(rows, **names, **looks, ax=ax, estimator=None, mec="white", mew=0.5)
+        ax.set(title=f"batches of {batch}", xlabel="time of an image (ms)", ylabel="KL (nats)")
+        ax.set_yscale("symlog", linthresh=KL_TICKS[1])  # with the zero of the dense model
+        ax.set_yticks(KL_TICKS, [f"{value:g}" for value in KL_TICKS])
+        ax.minorticks_off()
+        handles, labels = ax.get_legend_handles_labels()
+        ax.get_legend().remove()
+    if batches:
+        fig.legend(handles, labels, loc="outside right center")
     return style.caption(fig, caption or table.attrs.get("caption"))
 
 

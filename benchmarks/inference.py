@@ -1,39 +1,42 @@
-"""How much of the speed-up that its MACs promise a mixture of experts reaches.
+"""How much faster smaller models really are, and how close to the dense one, in several engines.
 
-``python benchmarks/inference.py`` times the dense model, static pruning and this project's best
-recipe at one budget of MACs, at several batch sizes and numbers of threads. All of them take turns,
-round after round, so that whatever else the machine does slows all of them down. It writes
-``inference.json``, ``.md`` and ``.png``. Where cores are shared, threads that spin while they wait
-slow each other down many times over: set ``OMP_WAIT_POLICY=PASSIVE``.
+``python benchmarks/inference.py`` times the dense model, static pruning, token merging and this
+project's best recipe with and without attention and merging, at several batch sizes and numbers of
+threads, in torch and in what else is installed (``engines.py``). All of them take turns, round
+after round, so that whatever else the machine does slows all of them down. It writes
+``inference.json``, ``.md``, ``.png`` and ``inference_kl.png``. Where cores are shared, threads that
+spin while they wait slow each other down many times over: set ``OMP_WAIT_POLICY=PASSIVE``.
 """
 
 import copy
 import os
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
 import pandas as pd
 import torch
 from common import Row
-from fidelity import Bench, Point, savings
-from figures import inference
+from engines import ENGINES, INT8, TORCH, usable, write_file
+from fidelity import savings
+from inference_tables import write
+from timed_systems import SYSTEMS, Run, extract_runs, load_runs
 from torch import nn
 from torch.utils.benchmark import set_torch_threads, timer
 
-from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, load_images
-from moee_analysis.errors import MoeeError
-from moee_analysis.extraction.config import preset_named
-from moee_analysis.extraction.run import Extraction, load
+from moee_analysis.extraction.config import ExtractConfig, preset_named
+from moee_analysis.measure.evaluation.accuracy import agreement
 from moee_analysis.measure.evaluation.latency import choose_batches, in_turn, milliseconds
 from moee_analysis.models.capture import watch
-from moee_analysis.models.fingerprints import hash_weights
-from moee_analysis.models.loading import architecture, load_model
+from moee_analysis.models.inputs import like
+from moee_analysis.models.loading import load_model
 from moee_analysis.models.macs import tokens_of
 from moee_analysis.moe.autotune import Choice, measuring_at_once
 from moee_analysis.moe.layer import (
@@ -44,17 +47,9 @@ from moee_analysis.moe.layer import (
     without_routing,
 )
 
-EXTRACTED = {"static pruning": "fisher OBS", "best": "best"}  # as they are called in fidelity.py
-ATTENTION = {"read": "best, attention as read", "low_rank": "best, attention too"}
+CHECKED = 16  # images that the files of engines are checked on
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 DENSE = "dense"
-COLUMNS = (
-    "system", "batch", "threads", "ms", "dense_ms", "speedup", "speedup_low", "speedup_high",
-    "promised", "reached", "first_call", "ways",
-)  # fmt: skip
-"""Of the table. ``ms`` and ``dense_ms`` are of one call with the whole batch, ``first_call`` is in
-seconds; ``speedup`` and its quartiles are of the ratios dense / system within a round; ``reached``
-is the share of the ``promised`` gain over the dense model, nan where none is promised."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +61,16 @@ class Plan:
     seconds: float
     rounds: int
     precision: str = "fp32"
+    engines: tuple[str, ...] = (TORCH,)
 
 
 @dataclass(frozen=True)
 class System:
-    """A model, and the speed-up that its MACs promise."""
+    """A model, the speed-up that its MACs promise, and its file for engines other than torch."""
 
     model: nn.Module
     promised: float = 1.0
+    file: Path = Path()
 
 
 def thread_counts(most: int) -> tuple[int, ...]:
@@ -81,17 +78,43 @@ def thread_counts(most: int) -> tuple[int, ...]:
     return tuple(sorted({*(2**n for n in range(most.bit_length())), most}))
 
 
-def systems_of(
-    dense: nn.Module, runs: Mapping[str, Extraction], images: ImageSet
-) -> dict[str, System]:
+def systems_of(dense: nn.Module, runs: Mapping[str, Run], images: ImageSet) -> dict[str, System]:
     """Return the dense model and the ``runs``, by name; ``images`` decide what MACs promise."""
     models = {
-        name: without_routing(run.model) if run.config.experts == "one" else run.model
+        name: without_routing(run.model) if _of_one_expert(run.config) else run.model
         for name, run in runs.items()
     }
     promised = _promises(models, dense, images)
     made = {name: System(model.eval(), promised[name]) for name, model in models.items()}
     return {DENSE: System(dense), **made}
+
+
+def _of_one_expert(config: Any) -> bool:
+    return isinstance(config, ExtractConfig) and config.experts == "one"
+
+
+def with_files(
+    systems: Mapping[str, System], images: ImageSet, engines: Sequence[str], folder: Path
+) -> dict[str, System]:
+    """Write a file into ``folder`` for every system, where an engine needs it."""
+    x = next(images.limit(CHECKED).batches(systems[DENSE].model, batch_size=CHECKED))
+    files = {name: folder / f"{number}.onnx" for number, name in enumerate(systems)}
+    for name, file in files.items():
+        write_file(systems[name].model, like(x, systems[name].model), file, engines)
+    return {name: replace(system, file=files[name]) for name, system in systems.items()}
+
+
+def closeness(
+    systems: Mapping[str, System], images: ImageSet, engines: Sequence[str]
+) -> dict[tuple[str, str], Row]:
+    """``kl`` and ``agreement`` of every system in every engine; most compute what torch does."""
+    own = [TORCH, *({INT8} & {*engines})]
+    models = {(n, e): ENGINES[e].open(s.model, s.file) for n, s in systems.items() for e in own}
+    table = agreement(models, images, reference=systems[DENSE].model)
+    table = table.set_index(pd.Index(models, tupleize_cols=False))[["kl", "agreement"]]
+    rows = {key: {n: None if pd.isna(v) else float(v) for n, v in row.items()}
+            for key, row in table.iterrows()}  # fmt: skip
+    return {(n, e): rows[n, e if e in own else TORCH] for n in systems for e in engines}
 
 
 def _promises(
@@ -115,16 +138,17 @@ def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[li
     dense = systems[DENSE].model
     batches = {size: choose_batches(images, size, dense) for size in plan.batches}
     largest = batches[max(batches)][0]
-    device, precision = largest.device.type, PRECISIONS[plan.precision]
+    device = largest.device.type
     rows, layers = [], []
+    with computing(plan, max(plan.threads), device):
+        near = closeness(systems, images, plan.engines)
     for threads in plan.threads:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device, precision, enabled=precision is not None),
-            set_torch_threads(threads),
-        ):
+        with computing(plan, threads, device):
             for size, drawn_batches in batches.items():
-                found = measure(systems, drawn_batches, plan)
+                found = [
+                    row | near[row["system"], row["engine"]]
+                    for row in measure(systems, drawn_batches, plan)
+                ]
                 rows += [{"batch": size, "threads": threads} | row for row in found]
                 title = f"{threads} threads, batch {size}"
                 print(title, *map(as_text, found), sep="\n", flush=True)
@@ -136,23 +160,34 @@ def run(systems: Mapping[str, System], images: ImageSet, plan: Plan) -> tuple[li
     return rows, layers
 
 
+@contextmanager
+def computing(plan: Plan, threads: int, device: str) -> Iterator[None]:
+    """While open, models compute as planned, by so many threads."""
+    precision = PRECISIONS[plan.precision]
+    lower = torch.autocast(device, precision, enabled=precision is not None)
+    with torch.inference_mode(), lower, set_torch_threads(threads):
+        yield
+
+
 def measure(
     systems: Mapping[str, System], batches: Sequence[torch.Tensor], plan: Plan
 ) -> list[Row]:
-    """A row for each of ``systems``, as many threads being used as torch has now."""
-    models, first = {name: system.model for name, system in systems.items()}, {}
-    for name, model in models.items():  # in which layers find out which strategy is the fastest
-        start = timer()
-        with measuring_at_once():
-            model(batches[0])
-        first[name] = timer() - start
+    """A row for each of ``systems`` in each engine, by as many threads as torch has now."""
+    models, first = {}, {}
+    for key in ((name, engine) for engine in plan.engines for name in systems):
+        system, start = systems[key[0]], timer()
+        models[key] = ENGINES[key[1]].open(system.model, system.file)
+        with measuring_at_once():  # layers find out which strategy is the fastest
+            models[key](batches[0])
+        first[key] = timer() - start
     rounds = [in_turn(models, batches, n, seconds=plan.seconds) for n in range(plan.rounds)]
-    times = {name: [each[name] for each in rounds] for name in systems}
+    times = {key: [each[key] for each in rounds] for key in models}
+    made = {TORCH: lambda model: _reasons(choices(model, batches[0]))}
     return [
-        {"system": name, "first_call": first[name]}
-        | speed(times[name], times[DENSE], promised=system.promised)
-        | {"choices": _reasons(choices(system.model, batches[0]))}
-        for name, system in systems.items()
+        {"system": name, "engine": engine, "first_call": first[name, engine]}
+        | speed(times[name, engine], times[DENSE, engine], promised=systems[name].promised)
+        | {"choices": made.get(engine, lambda _: [])(systems[name].model)}
+        for name, engine in models
     ]
 
 
@@ -181,7 +216,7 @@ def _reasons(choices: Mapping[int, tuple[torch.Tensor, Choice]]) -> list[Row]:
 def as_text(row: Row) -> str:
     """One row in a line, while others are still measured."""
     gain = f"speed-up {row['speedup']:.2f} of {row['promised']:.2f}"
-    return f"  {row['system']}: {row['ms']:.1f} ms, {gain}"
+    return f"  {row['system']} ({row['engine']}): {row['ms']:.1f} ms, {gain}"
 
 
 def time_layers(
@@ -210,69 +245,22 @@ def choices(model: nn.Module, x: torch.Tensor) -> dict[int, tuple[torch.Tensor, 
     return made
 
 
-def describe(dense: nn.Module, runs: Mapping[str, Extraction], images: ImageSet, plan: Plan) -> Row:
+def describe(dense: nn.Module, runs: Mapping[str, Run], images: ImageSet, plan: Plan) -> Row:
     """What decides the numbers, and where they were made."""
     return {
         **common.facts_of(dense, images=images), "plan": asdict(plan),
         "systems": {name: asdict(each.config) for name, each in runs.items()},
-        **common.circumstances(str(next(dense.parameters()).device)),
+        **common.circumstances(str(next(dense.parameters()).device)), "processor": processor(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }  # fmt: skip
 
 
-def write(out: Path, facts: Row, rows: Sequence[Row], layers: Sequence[Row]) -> None:
-    """Write all three files into ``out``."""
-    table, caption = table_of(rows), _caption(facts)
-    content = {"facts": facts, "rows": list(rows), "layers": list(layers)}
-    text, figure = f"{_text(table)}\n\n{caption}\n", inference(table, caption=caption)
-    common.write_files(out, "inference", content, text, figure)
-
-
-def table_of(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows as a table of :data:`COLUMNS`, in their order."""
-    found = [row | {"ways": count_ways(row["choices"])} for row in rows]
-    return pd.DataFrame(found, columns=list(COLUMNS)).astype({"reached": "float64"})
-
-
-def count_ways(choices: Iterable[Row]) -> str:
-    """``3 masked; 8 sorted, 16 groups``: how many layers are computed in which way."""
-    counted = Counter(choice["way"] for choice in choices)
-    return "; ".join(f"{count} {way}" for way, count in counted.most_common())
-
-
-def _text(table: pd.DataFrame) -> str:
-    """One line for each row, in units that are read easily."""
-    header = [
-        "threads", "batch", "system", "ms", "dense, ms", "speed-up (quartiles)", "promised",
-        "gain reached (%)", "first call (s)", "routed layers",
-    ]  # fmt: skip
-    lines = [
-        [
-            str(row.threads), str(row.batch), row.system, f"{row.ms:.1f}", f"{row.dense_ms:.1f}",
-            f"{row.speedup:.2f} ({row.speedup_low:.2f} to {row.speedup_high:.2f})",
-            f"{row.promised:.2f}",
-            "–" if pd.isna(row.reached) else f"{100 * row.reached:.0f}".replace("-", "−"),
-            f"{row.first_call:.2f}", row.ways or "–",
-        ]
-        for row in table.itertuples()
-    ]  # fmt: skip
-    return common.as_markdown(header, lines)
-
-
-def _caption(facts: Row) -> str:
-    """What the numbers are of, in a few sentences."""
-    plan, images = facts["plan"], facts["images"]
-    seeds = sorted({config["seed"] for config in facts["systems"].values()})
-    return (
-        f"{facts['model']['name']}, nothing trained, {common.plural('seed', seeds)}: "
-        "how many times as fast as the dense model in the same round; medians and quartiles of "
-        f"n = {plan['rounds']} rounds, in which all take turns, "
-        f"each for {plan['seconds']:g} s or more, with batches of different images. Promised: the "
-        f"dense model's MACs over those with the routes of {images['count']} images "
-        f"({images['name']}), routers included. "
-        f"{plan['precision']}; threads: {', '.join(map(str, plan['threads']))}; "
-        f"{common.place_and_time(facts)}"
-    )
+def processor() -> str:
+    """What the makers of the CPU call it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -281,8 +269,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser_of("inference", __doc__, *options, out="reports/inference")
     add = parser.add_argument
     add("--limit", type=int, help="images whose routes count; else as many as the preset says")
-    add("--macs-reduction", type=float, default=0.28, help="share of the dense MACs to save")
-    add("--attention", nargs="*", default=["read"], choices=ATTENTION, help="in the budget too")
+    add("--macs-reduction", type=float, nargs="+", default=[0.28], help="of the dense MACs")
+    add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    add("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     add("--run", type=Path, action="append", help="a saved run to time; then none is extracted")
     add("--batches", type=_numbers, default=(1, 8, 64), help="images at a time, as in 1,8,64")
     add("--threads", type=_numbers, help="as in 1,2; else powers of two up to torch's own number")
@@ -293,42 +282,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     with common.command(parser, argv) as asked:
         most = torch.get_num_threads()
         threads = asked.threads or (thread_counts(most) if asked.device == "cpu" else (most,))
-        plan = Plan(asked.batches, threads, asked.seconds, asked.rounds, precision=asked.precision)
+        plain = (asked.device, asked.precision) == ("cpu", "fp32")
+        engines = usable([TORCH, *(e for e in asked.engines if e != TORCH)], plain=plain)
+        plan = Plan(
+            asked.batches, threads, asked.seconds, asked.rounds, asked.precision, engines=engines
+        )
         dense = load_model(asked.model, weights=asked.weights, device=asked.device)
         limit = asked.limit or preset_named(asked.preset).evaluation_images
         images = load_images(asked.images, limit=limit)
         runs = load_runs(asked.run, dense) if asked.run else extract_runs(asked, dense, images)
-        rows, layers = run(systems_of(dense, runs, images), images, plan)
-        write(asked.out, describe(dense, runs, images, plan), rows, layers)
-
-
-def load_runs(folders: Sequence[Path], dense: nn.Module) -> dict[str, Extraction]:
-    """Saved runs of the model ``dense``, called as their folders are."""
-    runs = {folder.resolve().name: load(folder) for folder in folders}
-    if len(runs) < len(folders):
-        raise MoeeError("runs in folders of different names", ", ".join(runs), "rename the folders")
-    for name, each in runs.items():
-        if each.provenance["weights_sha256"] != hash_weights(dense):
-            raise MoeeError(
-                f"a run of this {architecture(dense)}", f"'{name}' of other weights",
-                "pass the --model and --weights it was extracted from",
-            )  # fmt: skip
-        each.model.to(next(dense.parameters()).device)
-    return runs
-
-
-def extract_runs(asked: Namespace, dense: nn.Module, images: ImageSet) -> dict[str, Extraction]:
-    """Static pruning and the best recipe at one budget of MACs, with what the store has."""
-    limit = preset_named(asked.preset).calibration_images
-    calibration = load_images(asked.calibration, split="calibration", limit=limit)
-    check_disjoint(calibration, images, use="used for calibration")
-    bench = Bench(dense, calibration, images, asked.preset, asked.store)
-    names = EXTRACTED | {ATTENTION[mode]: ATTENTION[mode] for mode in asked.attention}
-    runs = {}
-    for name, system in names.items():
-        print(f"making: {name}", flush=True)
-        runs[name] = bench.extracted(system, Point(asked.macs_reduction), asked.seed)
-    return runs
+        with tempfile.TemporaryDirectory() as folder:
+            systems = systems_of(dense, runs, images)
+            systems = with_files(systems, images, plan.engines, Path(folder))
+            rows, layers = run(systems, images, plan)
+        facts = describe(dense, runs, images, plan)
+        left = [name for name in asked.engines if name not in plan.engines]
+        write(asked.out, facts | {"engines_left_out": left}, rows, layers)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named, recipe_named
 from moee_analysis.extraction.run import Extraction, check_target
 from moee_analysis.models.class_names import name_by_folders, read_class_names
+from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import check_device
 from moee_analysis.utils import progress
 from moee_analysis.utils.distributed import local_device, rank, together
@@ -24,6 +25,7 @@ from moee_analysis.utils.storage.files import new_file, write_json
 from moee_analysis.utils.storage.upkeep import entries, prune
 
 MODEL_ARGUMENTS = ("img_size", "in_chans")  # options that are those of ``timm.create_model``
+EXPORTED = 16  # images that an exported model is checked on
 BELOW = 3  # exit code of a report in which a number is below its ``--fail-under``
 
 
@@ -107,6 +109,23 @@ def compare(arguments: Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, rows)
     print(printing.comparison_text(comparison.comparison_table(rows)))
+    return 0
+
+
+def export(arguments: Namespace) -> int:
+    """Write the model of a run as a file for other programs."""
+    from moee_analysis.models.exporting import check_packages, export_model
+
+    check_packages(arguments.format)
+    images = moee.load_images(arguments.images, limit=EXPORTED)
+    model = moee.load(arguments.run).model
+    (x,) = images.batches(model, batch_size=EXPORTED)
+    progress.tell_progress(f"tracing the model, then comparing it on {len(x)} images")
+    far = export_model(model, like(x, model), arguments.out, form=arguments.format)
+    size = arguments.out.stat().st_size / 1e6
+    progress.tell(f"saved to {arguments.out} ({size:.1f} MB)")
+    print(f"outputs differ from the model's by {far.median():.1e} of their size, "
+          f"{far.max():.1e} at most ({len(x)} images)")  # fmt: skip
     return 0
 
 

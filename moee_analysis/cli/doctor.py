@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 
 import moee_analysis as moee
 from moee_analysis.errors import MoeeError
+from moee_analysis.models.exporting import EXTRA
 from moee_analysis.report.runner.choose import own_notebooks
 from moee_analysis.utils import environment
 from moee_analysis.utils.storage.refusals import check_place, size_of
@@ -117,12 +118,13 @@ def _parts(about: dict[str, Any]) -> Iterator[Check]:
     free, advice = about["memory_free"], "close other programs, or take --preset smoke"
     found = f"{free / 1e9:.1f} of {about['memory'] / 1e9:.1f} GB free"
     yield Check("memory", found, free > LITTLE_MEMORY, advice, required=False)
-    there = {name: name for name in filter(find_spec, ("pymetis", "jupyterlab"))}
+    there = {name: name for name in filter(find_spec, ("pymetis", "jupyterlab", "onnxruntime"))}
     browser = next(filter(None, map(shutil.which, BROWSERS)), "")
     for name, found, advice in (
         ("CUDA", ", ".join(about["cuda"]), "everything runs on the CPU"),
         ("METIS", there.get("pymetis"), "pip install pymetis; else eigenvectors divide graphs"),
         ("JupyterLab", there.get("jupyterlab"), "pip install jupyterlab, for moee lab"),
+        ("ONNX Runtime", there.get("onnxruntime"), f"pip install '{EXTRA}', for moee export"),
         ("Chromium", browser, "only tests in a browser need it"),
         ("conda", os.environ.get("CONDA_PREFIX"), "not needed where pip has set everything up"),
     ):

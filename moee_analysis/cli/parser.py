@@ -155,6 +155,10 @@ COMMANDS: dict[str, dict[str, list[Option]]] = {  # by the title above them, "" 
         option("--seeds", values.whole(most=1000), "N", default=1),
         switch("--no-latency"), JSON, STORE, *PRESET, *DEVICE,
     ]},
+    "export": {"": [
+        RUN, choice("--format", ("onnx", "pt2"), default="onnx"),
+        option("--out", values.new_file, "FILE", required=True), IMAGES,
+    ]},
     "atlas": {"": [
         RUN, IMAGES, option("--out", values.new_file, "FILE", required=True),
         option("--limit", values.whole(), "N", default=200),

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from figures import clustering_time, extraction_time, fidelity, inference
+from figures import clustering_time, extraction_time, fidelity, inference, kl_against_time
 
 from moee_analysis.plots import style
 
@@ -158,6 +158,28 @@ def test_a_panel_for_each_number_of_threads_a_line_for_each_system_and_its_quart
     assert legend_of(figure) == [*ROUTED, "promised by the MACs", "dense model"]
     many = inference(inference_table(threads=(1, 2, 4, 8, 16)))
     assert len({round(ax.get_position().y0, 2) for ax in many.axes}) == 2  # rows of panels
+
+
+def test_divergence_against_time_has_a_panel_for_each_batch_of_the_most_threads():
+    systems = {"dense": 0.0, "best at −28 %": 0.01, "best at −45 %": 0.03, "merging": NAN}
+    rows = [
+        (name, engine, batch, threads, batch * (4 - place) / threads, kl)
+        for threads in (1, 2) for batch in (1, 8) for engine in ("torch", "int8")
+        for place, (name, kl) in enumerate(systems.items())
+    ]  # fmt: skip
+    columns = ["system", "engine", "batch", "threads", "ms", "kl"]
+    figure = kl_against_time(pd.DataFrame(rows, columns=columns), caption="As measured.")
+    figure.draw_without_rendering()
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["batches of 1", "batches of 8"]
+    assert legend_of(figure) == ["system", "dense", "best", "engine", "torch", "int8"]
+    assert figure.texts[-1].get_text() == "As measured."
+    for ax in figure.axes:
+        best = [line for line in ax.lines if len(line.get_xdata()) == 2]
+        assert len(best) == 2  # engines, over the budgets
+        for line in best:
+            assert sorted(line.get_xdata()) == pytest.approx([1, 1.5])
+            assert sorted(line.get_ydata()) == pytest.approx([0.01, 0.03])
+        assert ax.get_tightbbox().x1 <= figure.legends[0].get_window_extent().x0
 
 
 # Times

@@ -2,10 +2,13 @@ import json
 import math
 from dataclasses import replace
 
+import engines
 import inference
+import inference_tables
 import pytest
 import torch
 from safetensors.torch import save_file
+from timed_systems import SYSTEMS, merges_for
 
 from moee_analysis import measure
 from moee_analysis.baselines.static_pruning import prune
@@ -20,7 +23,7 @@ from tests.helpers.runs import best
 
 IMAGES = toy_images(60)
 CALIBRATION, UNSEEN = IMAGES.take(range(24)), IMAGES.take(range(24, 60))
-FILES = {"inference.json", "inference.md", "inference.png"}
+FILES = {"inference.json", "inference.md", "inference.png", "inference_kl.png"}
 NAMES = ["dense", "static pruning", "best"]
 PLAN = inference.Plan(batches=(1, 3), threads=(1, 2), seconds=1e-5, rounds=3)
 
@@ -53,8 +56,8 @@ def test_systems_and_their_layers_are_timed_at_every_batch_and_number_of_threads
         assert 0 < row["speedup_low"] <= row["speedup"] <= row["speedup_high"] < math.inf
         assert min(row["ms"], row["dense_ms"], row["first_call"]) > 0
         assert (row["reached"] is None) == (row["promised"] == 1)
-    table = inference.table_of(rows)
-    assert list(table.columns) == list(inference.COLUMNS)
+    table = inference_tables.table_of(rows)
+    assert list(table.columns) == list(inference_tables.COLUMNS)
     ways = table.set_index("system")["ways"]
     assert set(ways["dense"]) == {""}
     assert set(ways["best"]) == {"3 masked"}
@@ -78,7 +81,7 @@ def test_a_row_says_which_strategy_was_chosen_and_why(systems, monkeypatch):
         assert choice["reason"].startswith("fastest")
         assert choice["way"] == min(choice["seconds"], key=choice["seconds"].get)
     choices = [{"way": way} for way in ("sorted, 4 groups", "masked", "sorted, 4 groups")]
-    assert inference.count_ways(choices) == "2 sorted, 4 groups; 1 masked"
+    assert inference_tables.count_ways(choices) == "2 sorted, 4 groups; 1 masked"
 
 
 def test_numbers_of_threads_are_powers_of_two_and_the_most_and_an_error_sets_them_back(
@@ -139,20 +142,61 @@ def test_the_command_times_systems_that_it_extracts(tmp_path, capsys, monkeypatc
     monkeypatch.setitem(PRESETS, "smoke", few)
     monkeypatch.setattr(inference, "load_model", lambda *_args, **_options: toy_vit())
     inference.main(
-        ["--preset", "smoke", "--limit", "4", "--attention", "--batches", "1,2", "--threads", "1",
-         "--seconds", "1e-5", "--rounds", "2", "--store", str(tmp_path / "store"),
+        ["--preset", "smoke", "--limit", "4", "--engines", "torch", "--batches", "1,2",
+         "--threads", "1", "--seconds", "1e-5", "--rounds", "2", "--store", str(tmp_path / "store"),
          "--out", str(out)]
     )  # fmt: skip
     assert contents(out).keys() == FILES
     text = (out / "inference.json").read_text()
     content = json.loads(text)
-    assert [row["system"] for row in content["rows"][:3]] == NAMES
+    assert [row["system"] for row in content["rows"][:6]] == ["dense", *SYSTEMS]
+    assert content["rows"][0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert min(row["kl"] for row in content["rows"][1:6]) > 0
     assert {row["layer"] for row in content["layers"] if row["system"] == "best"} == {*range(3)}
     assert content["facts"]["model"]["name"] == "toy"
     assert content["facts"]["systems"]["best"]["macs_reduction"] == 0.28
     assert str(tmp_path) not in text
-    assert "| 1 | 2 | best | " in (out / "inference.md").read_text()
+    assert "| 1 | 2 | torch | best | " in (out / "inference.md").read_text()
     assert "making: static pruning" in capsys.readouterr().out
+
+
+def test_several_budgets_and_engines_have_rows_of_their_own(tmp_path, monkeypatch, capsys):
+    out, wanted = tmp_path / "out", ["ONNX Runtime", "ONNX Runtime int8", "OpenVINO"]
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason=f"{package} is optional: pip install '.[deploy]'")
+    monkeypatch.setattr(inference, "load_model", lambda *_args, **_options: toy_vit())
+    inference.main(
+        ["--preset", "smoke", "--limit", "20", "--systems", "token merging", "--macs-reduction",
+         "0.2", "0.3", "--batches", "2", "--threads", "1", "--seconds", "1e-5", "--rounds", "2",
+         "--out", str(out), "--engines", *wanted]
+    )  # fmt: skip
+    content = json.loads((out / "inference.json").read_text())
+    rows, names = content["rows"], ["dense", *(f"token merging at −{n} %" for n in (20, 30))]
+    places = [(row["engine"], row["system"]) for row in rows]
+    assert places == [(engine, name) for engine in ("torch", *wanted) for name in names]
+    kl = {(row["engine"], row["system"]): row["kl"] for row in rows}
+    assert kl["ONNX Runtime", names[1]] == kl["torch", names[1]]
+    assert 0 < kl["ONNX Runtime int8", "dense"] < 0.1
+    for row in rows:
+        (dense,) = [r for r in rows if (r["engine"], r["system"]) == (row["engine"], "dense")]
+        assert row["dense_ms"] == dense["ms"]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_engines_that_are_not_here_or_are_of_other_precisions_are_left_out(monkeypatch):
+    every = list(engines.ENGINES)
+    monkeypatch.setattr(engines, "_compiles", lambda: False)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "openvino" else name)
+    here = ("torch", "ONNX Runtime", "ONNX Runtime int8")
+    assert engines.usable(every, plain=True) == here
+    assert engines.usable(every, plain=False) == ("torch",)
+    monkeypatch.setattr(engines, "_compiles", lambda: True)
+    assert engines.usable(every, plain=False) == ("torch", "torch.compile")
+
+
+def test_merges_are_as_many_as_a_network_of_another_size_has_room_for():
+    assert merges_for(toy_vit(depth=12)) == (0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0)
+    assert merges_for(toy_vit()) == (0, 5, 2)
 
 
 def test_saved_runs_of_the_model_are_timed_under_the_names_of_their_folders(
@@ -162,7 +206,8 @@ def test_saved_runs_of_the_model_are_timed_under_the_names_of_their_folders(
     for seed in (0, 1):
         save_file(lively(seed=seed).state_dict(), tmp_path / f"{seed}.safetensors")
     asked = [f"--model={SMALL_VIT}", f"--images={images}", f"--out={out}", "--batches=2",
-             "--threads=1", "--seconds=1e-5", "--rounds=1", f"--run={saved_run}"]  # fmt: skip
+             "--threads=1", "--seconds=1e-5", "--rounds=1", f"--run={saved_run}", "--engines",
+             "torch"]  # fmt: skip
     right, wrong = (f"--weights={tmp_path / str(seed)}.safetensors" for seed in (0, 1))
     for more, words in (
         ([right, f"--run={saved_run}"], "different names"), ([wrong], "'run' of other weights"),

@@ -2,13 +2,18 @@
 
 import errno
 import json
+import re
 import tempfile
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from moee_analysis import cli
 from moee_analysis.data import images as image_module
+from moee_analysis.data.images import load_images
+from moee_analysis.extraction.run import load
+from moee_analysis.models import exporting
 from moee_analysis.models.macs import count
 from moee_analysis.report.runner import jupyter
 from tests.helpers.calls import extraction, model_of, refused, run_cli
@@ -110,6 +115,22 @@ def test_an_interruption_is_a_failure_and_other_things_in_a_folder_are_safe(
     (tmp_path / "thesis.tex").write_text("all my work")
     assert "thesis.tex" in refused(capsys, *EXTRACT, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_export_writes_a_checked_file_or_says_in_one_line_why_not(
+    run, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "model.pt2"
+    assert run_cli("export", run, "--format", "pt2", "--out", out) == 0
+    assert re.search(r"saved to .*\(\d\.\d MB\)\n.* at most \(16 images\)", capsys.readouterr().out)
+    model = load(run).model
+    (x,) = load_images(limit=3).batches(model)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(out).module()(x), model(x))
+    monkeypatch.setattr(exporting, "find_spec", lambda _: None)
+    line = refused(capsys, "export", run, "--out", tmp_path / "model.onnx")
+    assert "moee-analysis[deploy]" in line
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_lab_passes_options_on_and_other_commands_refuse_strange_ones(monkeypatch, capsys):

@@ -31,7 +31,8 @@ ANYTHING = ["", "yes", "no", "0", "1", "true", "-1", "nan", LONG]
 
 WRONG = {
     "run": [*FOLDERS, "empty", "."],
-    "--out": NEW_FOLDERS, "atlas --out": NEW_FILES, "--store": NEW_FOLDERS, "--json": NEW_FILES,
+    "--out": NEW_FOLDERS, "atlas --out": NEW_FILES, "export --out": NEW_FILES,
+    "--store": NEW_FOLDERS, "--json": NEW_FILES,
     "--model": NAMES, "--systems": NAMES,
     "--weights": FILES, "--classes": FILES,
     "--calibration": FOLDERS, "--images": FOLDERS,
@@ -51,13 +52,13 @@ WRONG = {
     "--set": [*NAMES, "layers", "=3", "a b=3", "2=3", "layers:3", "-=1"],
 } | dict.fromkeys(
     ["--recipe", "--reduce", "--noise", "--attention", "--merging", "--preset", "--router",
-     "--augmentation", "--precision"], CHOICES,
+     "--augmentation", "--precision", "--format"], CHOICES,
 )  # fmt: skip
 """Values that no option of this name takes, or none of one command."""
 
 NEEDED = {
     "extract": ["--out", "new"], "evaluate": ["run"], "finetune": ["run", "--out", "new"],
-    "atlas": ["run", "--out", "new.html"],
+    "atlas": ["run", "--out", "new.html"], "export": ["run", "--out", "new.onnx"],
 }  # fmt: skip
 
 
