@@ -13,6 +13,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.sample_tokens import pick_inputs
 from moee_analysis.extraction.config import ExtractConfig
+from moee_analysis.extraction.merging import recorded_model
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
@@ -132,7 +133,7 @@ def random_centres(
     Whatever these show too, the clusters did not cause. By layer index, for ``measure.routes``.
     ``images`` are the run's own calibration images; the ``store`` keeps the sampled tokens.
     """
-    calibration = calibration_tokens(run.dense(), images, run.config, root=Path(store))
+    calibration = calibration_tokens(recorded_model(run), images, run.config, root=Path(store))
     names, layers, rows = {r.index: r.name for r in run.layers}, moe_layers(run.model), {}
     for index, layer in layers.items():
         tokens = calibration.whole.kept[names[index]] * len(calibration.images)

@@ -25,6 +25,7 @@ from moee_analysis.extraction.attention import AttentionPlan
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import spread_images
 from moee_analysis.extraction.record.tokens import prefix_kinds
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.attention import site_of
 from moee_analysis.models.capture import evaluating
 from moee_analysis.models.fingerprints import fingerprint
@@ -87,6 +88,12 @@ def merge_alike(model: nn.Module, schedule: Sequence[int]) -> nn.Module:
     These are Ward's, and the attention of CLS, where the prediction is read from that.
     """
     return merge_tokens(model, schedule, lambda _: WardCosts(by_importance=reads_cls(model)))
+
+
+def recorded_model(run: Extraction) -> nn.Module:
+    """The network whose tokens a run was made of: the dense one, its tokens merging as they do."""
+    blocks = merging_blocks(run.model)
+    return run.dense() if blocks is None else merge_alike(run.dense(), blocks.schedule)
 
 
 def reads_cls(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.cluster.clustering import cluster, reduce_dimensions
 from moee_analysis.extraction.cluster.clusters_to_router import cluster_tokens
 from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
+from moee_analysis.extraction.merging import recorded_model
 from moee_analysis.extraction.pipeline import prefix_experts
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.run import Extraction
@@ -71,7 +72,7 @@ def _cluster_layers(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield layers, their clustered activations, float32 (tokens, hidden), and the labels."""
     layer_numbers(layers)
-    calibration = calibration_tokens(run.dense(), images, run.config, root=store)
+    calibration = calibration_tokens(recorded_model(run), images, run.config, root=store)
     sites = [site for site in calibration.sites if site.index in layers]
     wanted = {site.name: len(prefix_experts(calibration, site, run.config)) for site in sites}
     for draw in sample_tokens(calibration, run.config, wanted, hidden=True):

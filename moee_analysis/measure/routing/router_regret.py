@@ -16,6 +16,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.cluster.clusters_to_router import Partition, metric_root
 from moee_analysis.extraction.cluster.sample_tokens import sample_tokens
+from moee_analysis.extraction.merging import recorded_model
 from moee_analysis.extraction.record.accumulate import Accumulator, Sums, accumulate
 from moee_analysis.extraction.record.token_source import calibration_tokens
 from moee_analysis.extraction.record.tokens import RecordedLayer
@@ -52,8 +53,8 @@ def router_choices(
     expert is left out. ``images`` are those of the calibration; ``store`` holds their tokens.
     """
     seed_number(seed)
-    dense, config = run.dense(), run.config
-    calibration = calibration_tokens(dense, images, config, root=Path(store))
+    recorded, config = recorded_model(run), run.config
+    calibration = calibration_tokens(recorded, images, config, root=Path(store))
     routed = moe_layers(run.model).items()
     layers = {index: each for index, each in routed if each.n_experts - prefix_experts(each) > 1}
     sites = {site: layers[site.index] for site in calibration.sites if site.index in layers}
@@ -91,8 +92,9 @@ def router_regret(
 ) -> pd.DataFrame:
     """Error of the layers' outputs under each router, beyond that of the best expert for a token.
 
-    Every layer gets the inputs of the dense model. Counted are the tokens that are routed, not
-    those with experts by position. ``routers`` are such as :func:`router_choices` gives.
+    Every layer gets the inputs of the dense model, of the tokens that are left where some merge.
+    Counted are the tokens that are routed, not those with experts by position. ``routers`` are such
+    as :func:`router_choices` gives.
 
     A row per layer and router: ``layer``, ``router``, ``error`` (mean squared error of the output
     over the variance of the dense one), ``regret`` (``error`` less that of the best expert for
@@ -100,7 +102,7 @@ def router_regret(
     Raises MoeeError: no images, or no layer of the run for which all routers are given.
     """
     check_any(images)
-    dense, routed = run.dense(), moe_layers(run.model)
+    dense, routed = recorded_model(run), moe_layers(run.model)
     layers = {i: layer for i, layer in routed.items() if all(i in own for own in routers.values())}
     if not routers or not layers:
         found = ", ".join(f"{name} for {sorted(of)}" for name, of in routers.items()) or "none"
