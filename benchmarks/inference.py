@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import common
 import numpy as np
@@ -31,9 +30,11 @@ from torch import nn
 from torch.utils.benchmark import set_torch_threads, timer
 
 from moee_analysis.data.images import ImageSet, load_images
-from moee_analysis.extraction.config import ExtractConfig, preset_named
+from moee_analysis.extraction.config import preset_named
+from moee_analysis.extraction.run import Extraction
 from moee_analysis.measure.evaluation.accuracy import agreement
 from moee_analysis.measure.evaluation.latency import choose_batches, in_turn, milliseconds
+from moee_analysis.measure.routing.inputs import model_of
 from moee_analysis.models.capture import watch
 from moee_analysis.models.inputs import like
 from moee_analysis.models.loading import load_model
@@ -80,17 +81,10 @@ def thread_counts(most: int) -> tuple[int, ...]:
 
 def systems_of(dense: nn.Module, runs: Mapping[str, Run], images: ImageSet) -> dict[str, System]:
     """Return the dense model and the ``runs``, by name; ``images`` decide what MACs promise."""
-    models = {
-        name: without_routing(run.model) if _of_one_expert(run.config) else run.model
-        for name, run in runs.items()
-    }
+    models = {name: without_routing(model_of(run)) for name, run in runs.items()}
     promised = _promises(models, dense, images)
     made = {name: System(model.eval(), promised[name]) for name, model in models.items()}
     return {DENSE: System(dense), **made}
-
-
-def _of_one_expert(config: Any) -> bool:
-    return isinstance(config, ExtractConfig) and config.experts == "one"
 
 
 def with_files(
@@ -249,7 +243,7 @@ def describe(dense: nn.Module, runs: Mapping[str, Run], images: ImageSet, plan: 
     """What decides the numbers, and where they were made."""
     return {
         **common.facts_of(dense, images=images), "plan": asdict(plan),
-        "systems": {name: asdict(each.config) for name, each in runs.items()},
+        "systems": {n: asdict(r.config) for n, r in runs.items() if isinstance(r, Extraction)},
         **common.circumstances(str(next(dense.parameters()).device)), "processor": processor(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }  # fmt: skip

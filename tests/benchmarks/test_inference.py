@@ -8,7 +8,7 @@ import inference_tables
 import pytest
 import torch
 from safetensors.torch import save_file
-from timed_systems import SYSTEMS, merges_for
+from timed_systems import SYSTEMS
 
 from moee_analysis import measure
 from moee_analysis.baselines.static_pruning import prune
@@ -192,11 +192,6 @@ def test_engines_that_are_not_here_or_are_of_other_precisions_are_left_out(monke
     assert engines.usable(every, plain=False) == ("torch",)
     monkeypatch.setattr(engines, "_compiles", lambda: True)
     assert engines.usable(every, plain=False) == ("torch", "torch.compile")
-
-
-def test_merges_are_as_many_as_a_network_of_another_size_has_room_for():
-    assert merges_for(toy_vit(depth=12)) == (0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0)
-    assert merges_for(toy_vit()) == (0, 5, 2)
 
 
 def test_saved_runs_of_the_model_are_timed_under_the_names_of_their_folders(
