@@ -126,7 +126,8 @@ def join(tokens: Tokens, gone: torch.Tensor, target: torch.Tensor, weights: torc
         at = number.reshape(images, count, *(1 for _ in values.shape[2:])).expand_as(values)
         return values.new_zeros(images, left, *values.shape[2:]).scatter_add(1, at, values)
 
-    x = add_up(tokens.x * weights[..., None]) / add_up(weights)[..., None]
+    share = weights / add_up(weights).gather(1, number)  # so that half precision holds the sums
+    x = add_up(tokens.x * share[..., None])
     place = number if tokens.place is None else number.gather(1, tokens.place)
     return Tokens(x, add_up(tokens.counted), place)
 
