@@ -198,7 +198,13 @@ def with_facts(folder, change):
     return write_parts(folder, facts, tensors)
 
 
+def as_format_6(facts):
+    del facts["model"]["merging"], facts["config"]["merging"], facts["config"]["merges"]
+    facts["format"] = 6
+
+
 def as_format_5(facts):
+    as_format_6(facts)
     model = facts["model"]
     for name in ("answers", "dtype", "by_hand"):
         del model[name]
@@ -206,6 +212,14 @@ def as_format_5(facts):
     facts["format"] = 5
     for name in ("arguments", "answers", "transform_sha256", "contents"):
         facts["provenance"].pop(name)
+
+
+def test_a_run_of_format_6_loads(tmp_path):
+    run = run_around(lively())
+    run.save(tmp_path / "run")
+    loaded, x = load(with_facts(tmp_path / "run", as_format_6)), pixels_of(run.model)
+    torch.testing.assert_close(loaded.model(x), run.model(x))
+    assert loaded.config.merging is None
 
 
 def test_a_run_of_format_5_loads_if_its_facts_suffice(tmp_path):
