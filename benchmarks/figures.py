@@ -216,7 +216,7 @@ def _family_looks(table: pd.DataFrame) -> dict[str, Look]:
     """A look for every system: hue and line by its family, shade and marker by its place in it."""
     hues = (  # from the first system of a family to its last
         ("#F2B56B", "#D55E00", "#6B2A00"), ("#66C2A4", "#00684A"), ("#CC79A7", "#571F40"),
-        ("#56B4E9", "#0B3C8C"),
+        ("#56B4E9", "#0B3C8C"), ("#E8D44D", "#6E6200"), ("#B0B0B0", "#2B2B2B"),
     )  # fmt: skip
     looks = {}
     for place, (_, rows) in enumerate(table.groupby("family", sort=False)):

@@ -37,7 +37,7 @@ from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build
 
-PART = 0.55  # of the logarithm of the MACs that are kept
+PART = 0.7  # of the logarithm of the share of MACs that is kept
 CENTRES, WIDTHS = (0.4, 0.5, 0.6), (0.12, 0.2, 0.33)  # of bells, as shares of the depth
 HIGHEST = 4.0  # of a bell; no more than half of the tokens that are left merge in a block
 IMAGES, BATCH, STEPS = 128, 32, 30
