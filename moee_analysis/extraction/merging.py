@@ -72,6 +72,8 @@ def merge_by_search(
     Raises MoeeError: one that cannot save so much.
     """
     tried = candidates(model, macs, saved)
+    if len(tried) == 1:
+        return merge_alike(model, tried[0])
     facts = {"model": fingerprint(model), "images": images.fingerprint, "tried": tried}
 
     def build(folder: Path) -> None:
@@ -191,7 +193,7 @@ def divergences(model: nn.Module, tried: Sequence[Schedule], images: ImageSet) -
     On :data:`IMAGES` images from all over ``images``.
     """
     some = images.take(spread_images(len(images), most=IMAGES))
-    merged = merge_alike(model, tried[0])
+    merged = merge_alike(model, max(tried, key=sum))
     sums, blocks = np.zeros(len(tried)), merging_blocks(merged)
     batches = some.batches(model, batch_size=BATCH)
     with evaluating(model), evaluating(merged):

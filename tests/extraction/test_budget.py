@@ -132,7 +132,8 @@ def planned(store):
 
     def allocate(settings=best, **given):
         config = settings(**given).resolved()
-        return Budget(model, count(model), config).allocate(*found[settings])
+        dense = count(model)
+        return Budget(model, dense, dense.total, config).allocate(*found[settings])
 
     return found, allocate
 

@@ -281,3 +281,10 @@ def test_more_than_merging_can_save_is_refused():
     for settings in ({"recipe": "paper"}, {"recipe": "best", "params_reduction": 0.2}):
         with pytest.raises(MoeeError, match="macs_reduction with merging"):
             ExtractConfig(merging="budget", **settings)
+
+
+def test_where_all_is_free_to_save_nothing_merges():
+    run = extract(toy_vit(), CALIBRATION, best(macs_reduction=0.1, merging="budget"))
+    assert merging_blocks(run.model) is None
+    tried = [(0, 0, 0), (1, 0, 0)]
+    assert divergences(toy_vit(), tried, CALIBRATION)[0] == pytest.approx(0, abs=1e-9)

@@ -45,7 +45,7 @@ def test_the_paper_s_recipe_adds_nothing():
     assert recipe_named("paper") == {
         "clustering": ClusterConfig(), "router": "cosine", "tokens": "alike", "unread": "routed",
         "order": "variance", "metric": "outputs", "budget": "share", "coherence": "ignored",
-        "refit": "none", "attention": "dense",
+        "refit": "none", "attention": "dense", "merging": "none",
     }  # fmt: skip
 
 
