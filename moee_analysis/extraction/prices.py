@@ -5,7 +5,8 @@ the precision that it is taken apart in, by the threads that torch has.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,11 @@ from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build
 
 SHARES = 0.25, 0.75  # of neurons, or of a head's dimensions, with which a layer is timed
-ROUNDS = 5  # in which all take turns
+ROUNDS = 5  # in which all take turns, beside the first
 FILE = "prices.json"
-LOW_RANK = "low rank"
+DENSE, LOW_RANK = "dense", "low rank"
 
-Calls = Mapping[Any, Callable[[], object]]
+Timed = tuple[str, str, float]  # layer, way, and neurons of a token or the heads' dimensions
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,16 @@ def measure_prices(
     """
     device = next(dense.parameters()).device
     pieces = [config.for_batch, config.order, config.metric, config.refit, config.attention]
-    ids = [[e.assignment.digest for e in way.layers if e.converted] for way in ways]
-    facts = {
-        "tokens": tokens.key,
-        "ways": ids,
-        "pieces": pieces,
-        "on": describe_machine(str(device)),
-    }
+    ids = [[[e.site.name, e.assignment.digest] for e in w.layers if e.converted] for w in ways]
+    facts = {"tokens": tokens.key, "ways": ids, "pieces": pieces}
+    key = content_key(**facts, on=describe_machine(str(device)))
 
     def build(folder: Path) -> None:
         plans = {plan.site.name: plan for plan in attentions}
         found = _measure(dense, tokens, Trials(tokens.model, ways, plans, config))
         write_json(folder / FILE, asdict(found))
 
-    folder = get_or_build(tokens.root, f"prices-{content_key(**facts)}", build)
+    folder = get_or_build(tokens.root, f"prices-{key}", build)
     return Prices.from_json(json.loads((folder / FILE).read_text()))
 
 
@@ -171,30 +168,37 @@ def _measure(dense: nn.Module, tokens: TokenSource, trials: Trials) -> Prices:
     """As :func:`measure_prices`; every layer is timed while the model runs, on what it gets."""
     model, batch = tokens.model, _batch(tokens, trials.config.for_batch)
     modules = {name: model.get_submodule(name) for name in trials.names}
-    steps = iter(progress(modules, label="prices in time"))
-    seconds: dict[str, dict[Any, float]] = {}
+    layers = {name: {(DENSE, 0.0): modules[name], **trials.of(name)} for name in modules}
+    seconds: defaultdict[Any, list[float]] = defaultdict(list)
 
     def see(name: str, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        layers = {"dense": modules[name], **trials.of(name)}
-        # without hooks, of which this is one
-        calls = {key: partial(m.forward, *call[0], **call[1]) for key, m in layers.items()}
-        seconds[name] = in_turn(calls, batch.device)
-        next(steps)
+        for key, layer in layers[name].items():
+            # without hooks, of which this is one
+            compute = partial(layer.forward, *call[0], **call[1])
+            seconds[name, *key].append(seconds_of(compute, batch.device))
 
-    with evaluating(dense), evaluating(model):
-        whole = in_turn({id(each): partial(each, batch) for each in (dense, model)}, batch.device)
-        with watch(modules, see, "calls"):
-            model(batch)
-    next(steps, None)
-    unchanged = {name: own.pop("dense") for name, own in seconds.items()}
-    ways: dict[str, dict[str, Price]] = {
-        way: {} for way in (LOW_RANK, *(w.name for w in trials.ways))
-    }
-    for name, own in seconds.items():
-        for way in {way for way, _ in own}:
-            ways[way][name] = Price.through(*((n, s) for (of, n), s in own.items() if of == way))
-    rest = whole[id(model)] - sum(unchanged.values())
-    return Prices(whole[id(dense)], max(0.0, rest), unchanged, ways)
+    # in the first round, layers find out which way of computing them is the fastest
+    with evaluating(dense), evaluating(model), measuring_at_once():
+        for _ in progress(range(1 + ROUNDS), label="prices in time", total=1 + ROUNDS):
+            for key, each in {"whole": dense, "merged": model}.items():
+                seconds[key].append(seconds_of(partial(each, batch), batch.device))
+            with watch(modules, see, "calls"):
+                model(batch)
+    # what other jobs do to a machine only adds to its times: the shortest are the surest
+    surest = {key: min(rounds[1:]) for key, rounds in seconds.items()}
+    return _prices(surest.pop("whole"), surest.pop("merged"), surest)
+
+
+def _prices(whole: float, merged: float, seconds: Mapping[Timed, float]) -> Prices:
+    """Prices by the seconds of the dense model, merged or not, and of all layers."""
+    points: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for (name, way, number), found in seconds.items():
+        points[way, name].append((number, found))
+    ways: defaultdict[str, dict[str, Price]] = defaultdict(dict)
+    for (way, name), own in points.items():
+        ways[way][name] = Price.through(*own)
+    dense = {name: price.fixed for name, price in ways.pop(DENSE).items()}
+    return Prices(whole, max(0.0, merged - sum(dense.values())), dense, dict(ways))
 
 
 def _batch(tokens: TokenSource, size: int) -> torch.Tensor:
@@ -202,12 +206,3 @@ def _batch(tokens: TokenSource, size: int) -> torch.Tensor:
     some = tokens.images.take(spread_images(len(tokens.images), most=size))
     images = torch.cat(list(some.batches(tokens.model)))
     return like(images.repeat(-(-size // len(images)), 1, 1, 1)[:size], tokens.model)
-
-
-def in_turn(calls: Calls, device: torch.device) -> dict[Any, float]:
-    """Seconds of every call, the median of those of some rounds, in which all take turns."""
-    with measuring_at_once():  # which way of computing a layer is the fastest
-        for call in calls.values():
-            call()
-    rounds = [{key: seconds_of(c, device) for key, c in calls.items()} for _ in range(ROUNDS)]
-    return {key: float(np.median([each[key] for each in rounds])) for key in calls}

@@ -15,10 +15,10 @@ from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import scale_by_coherence
 from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.lagrangian import Candidates, Option, choose_options
-from moee_analysis.extraction.prices import LOW_RANK, Prices, Way
+from moee_analysis.extraction.prices import DENSE, LOW_RANK, Prices, Way
 from moee_analysis.extraction.record.token_source import TokenSource
 
-DENSE, PARTS = "dense", ("scores", "values")
+PARTS = "scores", "values"
 Ways = Sequence[Way]
 Options = dict[str, dict[str, Option]]  # by the name of a layer, and that of a way
 
