@@ -121,6 +121,7 @@ PRESET = settings(ExtractConfig, {"preset": PRESETS, "seed": values.seed}, "N")
 DEVICE = [option("--device", values.device, "DEVICE", default="cpu"), switch("--strict")]
 SHARES = dict.fromkeys(("macs_reduction", "params_reduction", "variance_kept"), values.share)
 PIECES = {name: extract_config.CHOICES[name] for name in ("noise", "attention", "merging")}
+IN_TIME = {"budget_in": extract_config.CHOICES["budget_in"], "for_batch": values.whole()}
 FINETUNE_SETTINGS = {
     "epochs": values.whole(), "learning_rate": values.real(above=0), "batch_size": values.whole(),
     "accumulate": values.whole(), "weight_decay": values.real(least=0),
@@ -137,6 +138,7 @@ COMMANDS: dict[str, dict[str, list[Option]]] = {  # by the title above them, "" 
             choice("--reduce", extract_config.CLUSTER_CHOICES["reduce"]),
             *settings(ExtractConfig, PIECES),
         ],
+        "in time": settings(ExtractConfig, IN_TIME, "IMAGES"),
         "memory and disk": [
             STORE,
             option("--memory-gb", values.real(above=0, most=LARGEST_GB), "GB"),

@@ -29,6 +29,7 @@ def layers_text(run: Extraction) -> str:
         if layer.converted:
             shares = f"{layer.active_fraction:7.1%} {layer.union_fraction:7.1%}"
             told = f"{layer.experts:7d} {layer.noise_share:6.0%} {shares}"
+            told += f"  {layer.reason}" if layer.reason else ""
         lines.append(f"{layer.index:5d}  {told}")
     for name, attention in reduced_attentions(run.model).items():
         ranks, head_dim = attention.ranks, attention.site.head_dim

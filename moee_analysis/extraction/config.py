@@ -147,6 +147,10 @@ class ExtractConfig:
     - ``attention``: ``dense``; asked only for tokens whose outputs are ``read``, which loses
       nothing; or ``low_rank`` too, heads having fewer dimensions by the budget of the neurons.
     - ``merging`` of patches that are alike: ``none``, or a part of the ``budget`` of MACs.
+
+    With ``budget_in="time"`` it is a share of the dense model's time that ``macs_reduction`` saves:
+    of a batch of ``for_batch`` images on this machine, as measured once. A layer is routed, pruned
+    for all tokens alike or left dense then, whichever loses least.
     """
 
     recipe: str = "paper"
@@ -173,6 +177,8 @@ class ExtractConfig:
     attention: Literal["dense", "read", "low_rank"] | None = None
     merging: Literal["none", "budget"] | None = None
     merges: tuple[int, ...] | None = None  # of an image's tokens in each block; None: searched
+    budget_in: Literal["macs", "time"] = "macs"
+    for_batch: int = 64
 
     def __post_init__(self) -> None:
         recipe_named(self.recipe)
@@ -180,7 +186,7 @@ class ExtractConfig:
             checks.one_of(name, value, CHOICES[name])
         for name, value in not_none(self, "macs_reduction", "params_reduction", "variance_kept"):
             checks.share(name, value)
-        counts = ("tokens_per_image", "cluster_tokens", "calibration_images")
+        counts = ("tokens_per_image", "cluster_tokens", "calibration_images", "for_batch")
         for name, value in not_none(self, *counts):
             checks.whole_number(name, value)
         checks.seed_number(self.seed)
@@ -199,6 +205,12 @@ class ExtractConfig:
             expected = "params_reduction with one budget for all layers"
             found, hint = "a share of each layer, as in paper", "take best, or bind only the MACs"
             raise MoeeError(expected, found, hint)
+        if self.budget_in == "time" and (budget == "share" or self.params_reduction is not None):
+            expected = 'budget_in="time" with a global budget of nothing else'
+            bound = (
+                "a share of each layer, as in paper" if budget == "share" else "params_reduction"
+            )
+            raise MoeeError(expected, bound, "take best, and give macs_reduction alone")
         self._check_merging()
 
     def _check_merging(self) -> None:

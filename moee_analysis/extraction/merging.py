@@ -106,7 +106,8 @@ def reads_cls(model: nn.Module) -> bool:
 def saved_by_merging(config: ExtractConfig, macs: "MergedMacs") -> float:
     """Share of the ``macs`` that merging is to save, of what a ``config`` asks for.
 
-    It is no more than is left to save once as large a share of MACs has gone as of parameters.
+    It is no more than is left to save once as large a share of MACs has gone as of parameters. A
+    budget in time is taken as one of MACs here.
     """
     kept = min(1.0, (1 - config.macs_reduction) * macs.whole / macs.total)
     part = 1 - kept**PART

@@ -18,7 +18,7 @@ from torch import nn
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.attention import plan_attentions, reduce_attention
-from moee_analysis.extraction.budget import Budget
+from moee_analysis.extraction.budget import Budget, Scores, Sizes
 from moee_analysis.extraction.cluster.clusters_to_router import (
     Partition,
     cluster_tokens,
@@ -31,12 +31,14 @@ from moee_analysis.extraction.experts.layer_experts import Kept, LayerExperts, g
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.experts.refit_w2 import refit_layers
 from moee_analysis.extraction.merging import merge_first
+from moee_analysis.extraction.prices import Way, measure_prices
 from moee_analysis.extraction.record.accumulate import saved_sums, share_out
 from moee_analysis.extraction.record.fisher import unread_patches
 from moee_analysis.extraction.record.recording import check_unchanged
 from moee_analysis.extraction.record.token_source import Limits, TokenSource, calibration_tokens
 from moee_analysis.extraction.run import Extraction, describe_origin, through_store
 from moee_analysis.extraction.saving.checks import LayerReport, report_mlp
+from moee_analysis.extraction.time_budget import allocate_in_time
 from moee_analysis.models.attention import plain_attentions
 from moee_analysis.models.class_names import knows_classes, name_by_folders
 from moee_analysis.models.fingerprints import copy_model, unchanged
@@ -91,7 +93,7 @@ def _extract(
     precise = _in_single_precision(model)
 
     # Merge first: all that follows is of the tokens that are left.
-    whole = count(precise, sites=()).total
+    unmerged, whole = precise, count(precise, sites=()).total
     precise = merge_first(precise, images, config, root=root)
 
     # Record: inputs, hidden activations or gradients of sampled tokens.
@@ -110,10 +112,12 @@ def _extract(
 
         # Phase 2: cut experts. Score neurons, and spend the budget where they are worth most.
         scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
-        sizes = budget.allocate(layers, scores)
-        if config.measures_coherence:
-            scores = scale_by_coherence(tokens, layers, scores, sizes.neurons)
-            sizes = budget.allocate(layers, scores)
+        if config.budget_in == "time":
+            ways = [Way("routed", layers, scores), prune_alike(tokens, config)]
+            prices = measure_prices(unmerged, tokens, ways, attentions, config)
+            layers, sizes = allocate_in_time(tokens, ways, attentions, prices, config)
+        else:
+            sizes = _allocate(tokens, layers, scores, budget)
 
         # Phase 3: route every token to its expert.
         moe = build_moe(tokens, layers, sizes.neurons, refit=config.refit)
@@ -125,6 +129,17 @@ def _extract(
     if not knows_classes(model):
         name_by_folders(moe, images.classes)
     return Extraction(moe, config, sizes.variance_kept, reports, provenance)
+
+
+def _allocate(
+    tokens: TokenSource, layers: Sequence[LayerExperts], scores: Scores, budget: Budget
+) -> Sizes:
+    """Choose neurons and modes by a budget of MACs, parameters or shares."""
+    sizes = budget.allocate(layers, scores)
+    if budget.config.measures_coherence:
+        scores = scale_by_coherence(tokens, layers, scores, sizes.neurons)
+        sizes = budget.allocate(layers, scores)
+    return sizes
 
 
 def _in_single_precision(model: nn.Module) -> nn.Module:
@@ -152,6 +167,18 @@ def group_tokens(tokens: TokenSource, config: ExtractConfig) -> list[LayerExpert
             own = None if partition.reason else own.of(alive)
             layers[number] = replace(layer, partition=partition, statistics=own)
     return layers
+
+
+def prune_alike(tokens: TokenSource, config: ExtractConfig) -> Way:
+    """Have one expert for all tokens of a layer; those of which some are unread are left out."""
+    alike = replace(config, experts="one", tokens="alike", unread="routed")
+    unread = {e.site.name for e in describe_layers(tokens, config) if e.unread}
+    layers = [
+        replace(layer, statistics=None) if layer.site.name in unread else layer
+        for layer in group_tokens(tokens, alike)
+    ]
+    scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
+    return Way("pruned", layers, scores)
 
 
 def describe_layers(tokens: TokenSource, config: ExtractConfig) -> list[LayerExperts]:

@@ -24,7 +24,7 @@ from moee_analysis.models.fingerprints import identity
 from moee_analysis.models.loading import architecture, load_model
 from moee_analysis.models.weights import read_tensors
 from moee_analysis.utils.distributed import agreed
-from moee_analysis.utils.environment import versions
+from moee_analysis.utils.environment import describe_machine, versions
 from moee_analysis.utils.storage import store
 from moee_analysis.utils.storage.files import checksum, file_hash, read_json, write_json
 from moee_analysis.utils.storage.folders import new_folder
@@ -199,6 +199,8 @@ def through_store(
 ) -> Extraction:
     """Return the run of ``model``, ``images`` and ``config`` in a store, or ``extract`` it."""
     facts = {"model": identity(model).digest, "images": images.fingerprint}
+    if config.budget_in == "time":
+        facts["on"] = describe_machine(str(next(model.parameters()).device))
     folder = root / f"run-{store.content_key(run_format=FORMAT, config=asdict(config), **facts)}"
     run = None
     if store.present(folder):

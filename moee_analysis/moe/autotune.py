@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -69,11 +70,12 @@ def choose_fastest(
     """Time ``compute`` by every strategy for these tokens, and choose the fastest."""
     strategies = candidates(tokens, experts=experts)
     compute(strategies[0])  # whichever comes first waits for memory
-    seconds = {each: _seconds(compute, each, tokens.device) for each in strategies}
+    seconds = {each: seconds_of(partial(compute, each), tokens.device) for each in strategies}
     for _ in range(AGAIN):
         limit = CLOSE * min(seconds.values())
         for each in (each for each in strategies if seconds[each] < limit):
-            seconds[each] = min(seconds[each], _seconds(compute, each, tokens.device))
+            again = seconds_of(partial(compute, each), tokens.device)
+            seconds[each] = min(seconds[each], again)
     times = ", ".join(f"{each} {1e3 * s:.3g} ms" for each, s in seconds.items())
     best = min(seconds, key=seconds.get)
     return Choice(best, f"fastest for {len(tokens)} tokens: {times}", seconds)
@@ -91,16 +93,14 @@ def candidates(tokens: torch.Tensor, *, experts: int) -> list[Strategy]:
     return [MASKED, *(Strategy(name, count) for name in names for count in counts)]
 
 
-def _seconds(
-    compute: Callable[[Strategy], object], strategy: Strategy, device: torch.device
-) -> float:
-    # the shortest of a few runs; of one, where that takes long
+def seconds_of(compute: Callable[[], object], device: torch.device) -> float:
+    """Time of the shortest of a few runs; of one, where that takes long."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     times: list[float] = []
     wait(device)
     while sum(times) < ENOUGH:
         start = time.perf_counter()
-        compute(strategy)
+        compute()
         wait(device)
         times.append(time.perf_counter() - start)
     return min(times)

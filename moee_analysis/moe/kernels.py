@@ -125,7 +125,9 @@ def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _masked(layer: nn.Module, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     hidden = layer.act(linear(x, layer.fc1.weight, layer.fc1.bias))
-    if chosen.shape[1] == 1:
+    if len(layer.mask) == chosen.shape[1] == 1:
+        pass  # the only expert keeps all neurons
+    elif chosen.shape[1] == 1:
         hidden = _drop(hidden, layer.mask.index_select(0, chosen[:, 0]))
     else:
         ones = torch.ones_like(chosen, dtype=hidden.dtype)

@@ -62,6 +62,14 @@ def describe_device(device: str) -> str:
     return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
 
 
+def describe_machine(device: str) -> list[str | int]:
+    """What decides how long something takes on ``device``."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [describe_device(device), capability, torch.get_num_threads(), version("torch")]
+
+
 def cores() -> int:
     """How many cores this process may use at a time, also in a container."""
     affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

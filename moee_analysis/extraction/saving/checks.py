@@ -32,7 +32,7 @@ CLOSE = 1e-3  # of shares, which are rounded where they are stored
 LISTS = dict.fromkeys(("sizes", "kept", "neurons"), torch.int64) | {"shares": torch.float32}
 LATER = {  # fields that were not there yet in files of this format, or of those before it
     5: ("arguments", "dtype", "answers", "by_hand", "transform_sha256"),
-    6: ("merging", "merges"),
+    6: ("merging", "merges", "budget_in", "for_batch"),
 }
 
 

@@ -17,9 +17,9 @@ KEY = "[0-9a-f]{20}"
 KINDS = {  # of folders with checksums, in words
     "activations": "recorded tokens", "attention": "modes of attention", "clusters": "clusters",
     "costs": "costs of neurons", "finetuned": "fine-tuned runs", "measured": "measured",
-    "merges": "merging schedules", "profile": "profiles", "reduced": "reduced tokens",
-    "run": "runs", "seconds": "times", "statistics": "statistics of experts",
-    "trained": "trainings",
+    "merges": "merging schedules", "prices": "prices in time", "profile": "profiles",
+    "reduced": "reduced tokens", "run": "runs", "seconds": "times",
+    "statistics": "statistics of experts", "trained": "trainings",
 }  # fmt: skip
 OTHER_KINDS = {"sums": "sums, unfinished", "unfinished": "begun and not finished",
                "damaged": "damaged, set aside"}  # fmt: skip
