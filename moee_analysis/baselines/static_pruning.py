@@ -23,7 +23,7 @@ from moee_analysis.utils.checks import share
 
 _STATIC = {
     "experts": "one", "tokens": "alike", "unread": "constant", "coherence": "ignored",
-    "attention": "dense", "budget": "global", "metric": "outputs",
+    "attention": "dense", "budget": "global", "metric": "outputs", "merging": "none",
 }  # fmt: skip
 _LEAST_SQUARES = _STATIC | {"order": "weighted", "refit": "shared"}
 _OBS = _LEAST_SQUARES | {"order": "obs", "metric": "fisher", "coherence": "measured"}
@@ -106,4 +106,5 @@ def config_of(
         raise MoeeError(f"a baseline among {'; '.join(BASELINES)}", f"'{baseline}'", "name one")
     pieces = BASELINES[baseline]
     bound = params_reduction if pieces["budget"] == "global" else None
-    return ExtractConfig(**pieces, macs_reduction=macs_reduction, params_reduction=bound, **others)
+    budget = {"macs_reduction": macs_reduction, "params_reduction": bound}
+    return ExtractConfig(**pieces | budget | others)

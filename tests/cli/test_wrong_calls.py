@@ -46,13 +46,14 @@ WRONG = {
     "--learning-rate": RATES, "--weight-decay": WEIGHTS, "--block-weight": WEIGHTS,
     "--prune": [*NUMBERS, "20GBs", "GB", "20 gigabytes", "20gb", "1e3", "." , "20G B"],
     "--ema": PARTS, "--held-out": PARTS, "--jobs": [*COUNTS, "1001"],
+    "--for-batch": COUNTS,
     "--only": [*NAMES, "99", "0", "1_", "0x1", "01,", "01,nowhere", "01_extraction.ipynb"],
     "--against": [*FILES, "empty"],
     "--fail-under": [*NAMES, "retention", "=0.9", "retention=", "retention=x", "a=nan", "a=inf"],
     "--set": [*NAMES, "layers", "=3", "a b=3", "2=3", "layers:3", "-=1"],
 } | dict.fromkeys(
-    ["--recipe", "--reduce", "--noise", "--attention", "--merging", "--preset", "--router",
-     "--augmentation", "--precision", "--format"], CHOICES,
+    ["--recipe", "--reduce", "--noise", "--attention", "--merging", "--budget-in", "--preset",
+     "--router", "--augmentation", "--precision", "--format"], CHOICES,
 )  # fmt: skip
 """Values that no option of this name takes, or none of one command."""
 
