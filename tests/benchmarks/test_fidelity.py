@@ -98,7 +98,7 @@ def test_tokens_merge_in_many_ways_within_a_budget(measure_in):
         fidelity.MERGING, fidelity.ALL)]  # fmt: skip
     table = measure_in(*names, points=("0.25",))
     assert table["reason"].isna().all()
-    np.testing.assert_allclose(table["macs_reduction"], 0.25, atol=0.03)
+    np.testing.assert_allclose(table["macs_reduction"], 0.25, atol=0.05)
 
 
 def test_rows_of_another_code_are_measured_again(measure_in, bench, monkeypatch):
