@@ -6,9 +6,8 @@ token stands for. ToMeCIS (Seol et al., "Token Merging with Class Importance Sco
 made by its abstract alone: merged tokens are means weighted by the attention that CLS pays.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -57,40 +56,32 @@ def convert(
     if by_importance and dense.cls_token is None:
         expected, hint = "a network with a class token", 'weights="sizes" needs none'
         raise MoeeError(expected, f"a {type(dense).__name__} without one", hint)
-    merge = partial(merge_tokens, dense, costs=lambda _: KeyCosts(by_importance=by_importance))
-    return merge(_fewest(dense, merge, config.macs_reduction))
+    blocks, patches = len(dense.blocks), dense.patch_embed.num_patches
+    total = count(dense, sites=()).total
+
+    def merged(merges: int) -> nn.Module:
+        schedule = constant_schedule(merges, blocks, patches)
+        return merge_tokens(dense, schedule, lambda _: KeyCosts(by_importance=by_importance))
+
+    def saved(merges: int) -> float:
+        return 1 - count(merged(merges), sites=()).total / total
+
+    most, asked = blocks * (patches // 2), config.macs_reduction
+    if saved(most) < asked:
+        found = f"at most {saved(most):.1%}, with all tokens merged that can be"
+        raise MoeeError(f"a MACs reduction of {asked:.1%}", found, "ask for less")
+    return merged(bisect_left(range(most), asked, key=saved))
 
 
-def _fewest(dense: nn.Module, merge: partial, saved: float) -> tuple[int, ...]:
-    """The schedule of the fewest merges that saves so much, found by bisection."""
-    total, schedules = count(dense, sites=()).total, list(constant_schedules(dense))
+def constant_schedule(merges: int, blocks: int, patches: int) -> tuple[int, ...]:
+    """So many ``merges`` of an image's patches over the blocks, as many in each as can be.
 
-    def saves(schedule: tuple[int, ...]) -> float:
-        return 1 - count(merge(schedule), sites=()).total / total
-
-    low, high = 0, len(schedules) - 1
-    if (most := saves(schedules[high])) < saved:
-        found = f"at most {most:.1%}, with all tokens merged that can be"
-        raise MoeeError(f"a MACs reduction of {saved:.1%}", found, "ask for less")
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if saves(schedules[middle]) >= saved else (middle + 1, high)
-    return schedules[low]
-
-
-def constant_schedules(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Yield schedules of one merge more from one to the next, as many in each block as can be.
-
-    The first blocks merge one token more than the last where the sum does not divide evenly; a
-    block of few tokens merges half of them.
+    The first blocks merge one token more than the last where they do not divide evenly; a block of
+    few tokens merges half of them.
     """
-    blocks, before = len(model.blocks), None
-    for total in range(blocks * model.patch_embed.num_patches // 2 + 1):
-        each, more = divmod(total, blocks)
-        schedule, patches = [], model.patch_embed.num_patches
-        for number in range(blocks):
-            schedule.append(min(each + (number < more), patches // 2))
-            patches -= schedule[-1]
-        if schedule != before:
-            yield tuple(schedule)
-        before = schedule
+    schedule = []
+    for number in range(blocks):
+        each = merges // blocks + (number < merges % blocks)
+        schedule.append(min(each, patches // 2))
+        patches -= schedule[-1]
+    return tuple(schedule)

@@ -8,8 +8,10 @@ fitted to these beside the choice of one schedule of a few.
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Self
@@ -39,8 +41,9 @@ from moee_analysis.utils.storage.store import content_key, get_or_build
 
 PART = 0.7  # of the logarithm of the share of MACs that is kept
 CENTRES, WIDTHS = (0.4, 0.5, 0.6), (0.12, 0.2, 0.33)  # of bells, as shares of the depth
-HIGHEST = 4.0  # of a bell; no more than half of the tokens that are left merge in a block
-IMAGES, BATCH, STEPS = 128, 32, 30
+STEPS = 1000  # of a bell as high as all tokens; no more than half of them merge in a block
+HEIGHTS = range(4 * STEPS)
+IMAGES, BATCH = 128, 32
 FILE = "merges.json"
 
 Schedule = tuple[int, ...]
@@ -125,12 +128,9 @@ def candidates(model: nn.Module, macs: "MergedMacs", saved: float) -> list[Sched
     found: dict[Schedule, None] = {}  # in order
     for centre, width in product(CENTRES, WIDTHS):
         bell = [math.exp(-(((n / depth - centre) / width) ** 2)) for n in range(depth)]
-        low, high = 0.0, HIGHEST
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            enough = macs.saved(scale(bell, middle, patches)) >= saved
-            low, high = (low, middle) if enough else (middle, high)
-        schedule = scale(bell, high, patches)
+        fit = partial(scale, bell, patches=patches)
+        height = bisect_left(HEIGHTS, saved, key=lambda h, fit=fit: macs.saved(fit(h / STEPS)))
+        schedule = fit(height / STEPS)
         if macs.saved(schedule) >= saved:
             found[schedule] = None
     if not found:

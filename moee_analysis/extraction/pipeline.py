@@ -90,11 +90,10 @@ def _extract(
 ) -> Extraction:
     """The method, step by step, with the store ``root``."""
     provenance = describe_origin(model, images, config)
-    precise = _in_single_precision(model)
+    unmerged = _in_single_precision(model)
 
     # Merge first: all that follows is of the tokens that are left.
-    unmerged, whole = precise, count(precise, sites=()).total
-    precise = merge_first(precise, images, config, root=root)
+    precise = merge_first(unmerged, images, config, root=root)
 
     # Record: inputs, hidden activations or gradients of sampled tokens.
     tokens = calibration_tokens(precise, images, config, root=root, limits=limits)
@@ -105,7 +104,8 @@ def _extract(
         sites = [site.name for site in (*tokens.sites, *plain_attentions(precise))]
         dense = count(precise, sites=sites)
         attentions = plan_attentions(precise, images, config, dense=dense, root=root)
-        budget = Budget(precise, dense, whole, config, attentions)
+        whole = dense if precise is unmerged else count(unmerged, sites=())
+        budget = Budget(precise, dense, whole.total, config, attentions)
 
         # Phase 1: cluster the tokens of every layer; each cluster is an expert.
         layers = group_tokens(tokens, config)

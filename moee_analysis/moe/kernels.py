@@ -125,14 +125,12 @@ def in_blocks(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _masked(layer: nn.Module, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     hidden = layer.act(linear(x, layer.fc1.weight, layer.fc1.bias))
-    if len(layer.mask) == chosen.shape[1] == 1:
-        pass  # the only expert keeps all neurons
-    elif chosen.shape[1] == 1:
-        hidden = _drop(hidden, layer.mask.index_select(0, chosen[:, 0]))
-    else:
+    if chosen.shape[1] > 1:
         ones = torch.ones_like(chosen, dtype=hidden.dtype)
         uses = hidden.new_zeros(len(x), len(layer.mask)).scatter_add(1, chosen, ones)
         hidden = hidden * (uses @ layer.mask)  # how many of the token's experts keep the neuron
+    elif len(layer.mask) > 1:  # an only expert keeps all neurons
+        hidden = _drop(hidden, layer.mask.index_select(0, chosen[:, 0]))
     constant = layer.fc2.bias
     if layer.shift is not None:
         constant = constant + layer.shift[chosen].sum(dim=1)

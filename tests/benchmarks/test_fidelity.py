@@ -4,7 +4,6 @@ from functools import partial
 
 import fidelity
 import fidelity_tables
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -98,7 +97,7 @@ def test_tokens_merge_in_many_ways_within_a_budget(measure_in):
         fidelity.MERGING, fidelity.ALL)]  # fmt: skip
     table = measure_in(*names, points=("0.25",))
     assert table["reason"].isna().all()
-    np.testing.assert_allclose(table["macs_reduction"], 0.25, atol=0.05)
+    assert table["macs_reduction"].between(0.245, 0.285).all()  # a toy's heads go in large steps
 
 
 def test_rows_of_another_code_are_measured_again(measure_in, bench, monkeypatch):

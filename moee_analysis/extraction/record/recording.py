@@ -222,8 +222,9 @@ def _run_model(
     for name, values in seen.items():
         for kind, tokens in values.items():
             values[kind] = tokens.reshape(len(x), -1, tokens.shape[-1])  # windows of one image
-        alone = values["inputs"].new_ones(values["inputs"].shape[:2])
-        values["sizes"] = left[name].counted if name in left else alone
+        if "sizes" in task.kinds:
+            alone = values["inputs"].new_ones(values["inputs"].shape[:2])
+            values["sizes"] = left[name].counted if name in left else alone
         if name in gradients:
             values["gradients"] = gradients[name].permute(1, 2, 0, 3)
     return seen

@@ -1,7 +1,7 @@
 """Where MACs and parameters go, next to the dense model; MACs for outputs that nothing reads."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from moee_analysis.measure.routing.inputs import Run, model_of
 from moee_analysis.measure.routing.routes import Routes
 from moee_analysis.measure.routing.routes import routes as route
 from moee_analysis.models.attention import LowRankAttention, reduced_attentions
-from moee_analysis.models.macs import count, count_parameters
+from moee_analysis.models.macs import MacCount, count, count_parameters
 from moee_analysis.models.merging import merge_costs, unmerged
 from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_names
 from moee_analysis.moe.routers import TokenKindRouter
@@ -64,9 +64,7 @@ def unread_macs(
     leading = {name: kinds for name, kinds in leading_kinds(model, names).items() if kinds}
     if not leading:
         return {}
-    with unmerged(model):
-        whole = count(model, sites=leading)
-    counted, found = count(model, sites=leading), {}
+    (whole, counted), found = _count_both(model, leading), {}
     for name, kinds in unread_kinds(model, [_Place(name) for name in leading]).items():
         if kinds:
             layer, share = model.get_submodule(name), (shares or {}).get(name)
@@ -78,6 +76,15 @@ def unread_macs(
             (dense, _), (_, now) = spent
             found[name] = UnreadMacs(kinds, dense, now)
     return found
+
+
+def _count_both(model: nn.Module, sites: Iterable[str]) -> tuple[MacCount, MacCount]:
+    """Count a model with all of its tokens, and with those that are left."""
+    counted = count(model, sites=sites)
+    if not merge_costs(model):
+        return counted, counted
+    with unmerged(model):
+        return count(model, sites=sites), counted
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,7 @@ def macs(run: Run, images: ImageSet | None = None, *, routes: Routes | None = No
     parts = mlps | reduced_attentions(model)
     if routes is None and images is not None and routed:
         routes = route(model, images)
-    counted = count(model, sites=parts)
-    with unmerged(model):
-        whole = count(model, sites=parts)
+    whole, counted = _count_both(model, parts)
     shares = {name: _choose_shares(routes, index, mlps[name]) for name, index in routed.items()}
     unread = unread_macs(model, shares=shares)
     rows = []
