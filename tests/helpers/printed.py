@@ -13,4 +13,4 @@ def assert_alike(printed: str, quoted: str) -> None:
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", quoted), printed
     for found, told in zip(NUMBER.findall(printed), NUMBER.findall(quoted), strict=True):
         last_digit = 10.0 ** -len(told.partition(".")[2])
-        assert float(found) == pytest.approx(float(told), rel=0.3, abs=3 * last_digit), printed
+        assert float(found) == pytest.approx(float(told), rel=0.2, abs=3 * last_digit), printed
