@@ -153,57 +153,88 @@ def _draw_speed_ups(ax: Axes, table: pd.DataFrame, looks: dict[str, Look], *, ap
 
 @style.house
 def fidelity(table: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw retention against the MACs saved, one line for each system.
+    """Draw divergence and retention against the MACs saved, one line for each system.
 
     Left: budgets of the MACs alone, over the MACs that were really saved. Right, if there are any:
     budgets of MACs and stored parameters, in steps, as they were asked for.
 
     ``table`` has one row for each system and budget: ``system``, ``family`` (a hue, a kind of line
     and a heading in the legend), ``macs_asked``, ``params_asked`` (nan: free), ``macs_reduction``,
-    ``retention``, ``retention_low``, ``retention_high``, all shares. Rows without retention are
-    left out.
+    ``retention``, ``retention_low``, ``retention_high``, all shares, ``kl`` and its standard error
+    ``kl_error``, in nats. Rows without retention are left out.
     """
     known = table[table["retention"].notna()]
     known = known.assign(x=100 * known["macs_reduction"])
     bound = known["params_asked"].notna()
     budgets = sorted(known.loc[bound, ASKED].drop_duplicates().itertuples(index=False, name=None))
-    widths = [] if bound.any() and bound.all() else [3.9]  # inches
+    widths = [] if bound.any() and bound.all() else [3.6, 3.6]  # inches
     if bound.any():
         widths.append(max(2.2, 0.95 * len(budgets)))
     fig, axes = style.figure(
-        sum(widths) + 2.1, 3.6, 1, len(widths), sharey=True, squeeze=False, width_ratios=widths
+        sum(widths) + 2.1, 3.6, 1, len(widths), squeeze=False, width_ratios=widths
     )
-    looks, panels = _family_looks(known), axes[0]
-    if not bound.all():
-        _draw_retention(panels[0], known[~bound], looks, apart=0.8)  # points of MACs
-        words = "MACs saved (%; systems set a little apart)"
-        panels[0].set(xlabel=words, title="stored parameters free")
+    looks, panels = _family_looks(known), list(axes[0])
     if bound.any():
         asked = known.loc[bound, ASKED].itertuples(index=False, name=None)
         placed = known[bound].assign(x=[float(budgets.index(pair)) for pair in asked])
-        _draw_retention(panels[-1], placed, looks, apart=0.64)  # of a budget's place
-        names = [f"−{100 * macs:g} %\n−{100 * params:g} %" for macs, params in budgets]
-        panels[-1].set_xticks(range(len(budgets)), names)
-        panels[-1].set_xlim(-0.5, len(budgets) - 0.5)
-        panels[-1].set(xlabel="budget of MACs, of parameters", title="stored parameters bound")
-        panels[-1].grid(visible=False, axis="x")
-    for ax in panels:
-        ax.axhline(100, **style.REFERENCE)
-        ax.set_ylim(bottom=max(-2.5, ax.get_ylim()[0]))
-    panels[0].set(ylabel="top-1 retained (% of the dense model's)")
+        _draw_bound(panels.pop(), placed, budgets, looks)
+    if not bound.all():
+        _draw_free(panels, known[~bound], looks)
     _family_legend(fig, known, looks)
     return style.caption(fig, caption or table.attrs.get("caption"))
 
 
-def _draw_retention(ax: Axes, table: pd.DataFrame, looks: dict[str, Look], *, apart: float) -> None:
+def _draw_free(panels: list[Axes], table: pd.DataFrame, looks: dict[str, Look]) -> None:
+    """Budgets of MACs alone: divergence on the left, retention on the right."""
+    divergence, retention = panels
+    _draw_lines(divergence, _divergences(table), looks, apart=0.8)  # points of MACs
+    _draw_lines(retention, _retentions(table), looks, apart=0.8)
+    _name_retention(retention)
+    divergence.set(ylabel="KL divergence from the dense model (nats)", yscale="log")
+    plain_log(divergence.yaxis, subs=(1, 3))
+    for ax in panels:
+        words = "MACs saved (%; systems set a little apart)"
+        ax.set(xlabel=words, title="stored parameters free")
+
+
+def _draw_bound(
+    ax: Axes, table: pd.DataFrame, budgets: list[tuple[float, float]], looks: dict[str, Look]
+) -> None:
+    """Budgets of MACs and parameters, ``x`` the place of each; retention."""
+    _draw_lines(ax, _retentions(table), looks, apart=0.64)  # of a budget's place
+    _name_retention(ax)
+    names = [f"−{100 * macs:g} %\n−{100 * params:g} %" for macs, params in budgets]
+    ax.set_xticks(range(len(budgets)), names)
+    ax.set_xlim(-0.5, len(budgets) - 0.5)
+    ax.set(xlabel="budget of MACs, of parameters", title="stored parameters bound")
+    ax.grid(visible=False, axis="x")
+
+
+def _name_retention(ax: Axes) -> None:
+    ax.axhline(100, **style.REFERENCE)
+    ax.set_ylim(bottom=max(-2.5, ax.get_ylim()[0]))
+    ax.set(ylabel="top-1 retained (% of the dense model's)")
+
+
+def _retentions(table: pd.DataFrame) -> pd.DataFrame:
+    """Values, and the ends of their intervals, in percent."""
+    names = {"value": "retention", "low": "retention_low", "high": "retention_high"}
+    return table.assign(**{new: 100 * table[name] for new, name in names.items()})
+
+
+def _divergences(table: pd.DataFrame) -> pd.DataFrame:
+    """Values and 95 % intervals, in nats."""
+    kl, reach = table["kl"], 1.96 * table["kl_error"]
+    return table.assign(value=kl, low=(kl - reach).clip(lower=kl / 10), high=kl + reach)
+
+
+def _draw_lines(ax: Axes, table: pd.DataFrame, looks: dict[str, Look], *, apart: float) -> None:
     """A line for every system over ``x``, with its intervals."""
     for system, offset in _beside(table["system"].unique(), apart).items():
         look, rows = looks[system], table[table["system"] == system].sort_values("x")
-        names = ("retention", "retention_low", "retention_high")
-        value, low, high = (100 * rows[name].to_numpy(float) for name in names)
         x, front = rows["x"].to_numpy(float) + offset, 4 if look["ls"] == "-" else 3
-        ax.vlines(x, low, high, color=look["color"], zorder=front, **style.INTERVAL)
-        ax.plot(x, value, zorder=front, **look, **LINE)
+        ax.vlines(x, rows["low"], rows["high"], color=look["color"], zorder=front, **style.INTERVAL)
+        ax.plot(x, rows["value"], zorder=front, **look, **LINE)
 
 
 def _beside(systems: list[str], width: float) -> dict[str, float]:

@@ -170,13 +170,8 @@ def group_tokens(tokens: TokenSource, config: ExtractConfig) -> list[LayerExpert
 
 
 def prune_alike(tokens: TokenSource, config: ExtractConfig) -> Way:
-    """Have one expert for all tokens of a layer; those of which some are unread are left out."""
-    alike = replace(config, experts="one", tokens="alike", unread="routed")
-    unread = {e.site.name for e in describe_layers(tokens, config) if e.unread}
-    layers = [
-        replace(layer, statistics=None) if layer.site.name in unread else layer
-        for layer in group_tokens(tokens, alike)
-    ]
+    """Have one expert for all patches of a layer, beside those of leading tokens."""
+    layers = group_tokens(tokens, replace(config, experts="one"))
     scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
     return Way("pruned", layers, scores)
 

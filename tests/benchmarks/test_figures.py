@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ def fidelity_table(budgets=BUDGETS):
         for macs, params in budgets
     ]
     table = pd.DataFrame(rows, columns=columns).assign(macs_reduction=lambda t: t.macs_asked + 1e-3)
+    table = table.assign(kl=1 - table.retention, kl_error=0.01)
     return table.assign(retention_low=table.retention - 0.05, retention_high=table.retention + 0.02)
 
 
@@ -73,8 +75,8 @@ def test_neither_legend_nor_labels_touch_and_captions_are_one_s_own(plot, make):
         if figure.legends:
             assert ax.get_tightbbox().x1 <= figure.legends[0].get_window_extent().x0
             assert figure.legends[0].get_window_extent().x1 <= figure.bbox.width
-    left, right = (ax.xaxis.label.get_window_extent() for ax in figure.axes)
-    assert left.x1 < right.x0
+    for left, right in pairwise(ax.xaxis.label.get_window_extent() for ax in figure.axes):
+        assert left.x1 < right.x0
     table = make()
     table.attrs["caption"] = "As measured."
     assert plot(table).texts[-1].get_text() == "As measured."
@@ -83,9 +85,9 @@ def test_neither_legend_nor_labels_touch_and_captions_are_one_s_own(plot, make):
 # Fidelity
 
 
-def test_a_line_and_its_intervals_for_every_system_in_both_panels():
+def test_a_line_and_its_intervals_for_every_system_in_every_panel():
     table = fidelity_table()
-    free, bound = fidelity(table).axes
+    divergence, free, bound = fidelity(table).axes
     for ax, chosen in (
         (free, table["params_asked"].isna()), (bound, table["params_asked"].notna()),
     ):  # fmt: skip
@@ -94,6 +96,11 @@ def test_a_line_and_its_intervals_for_every_system_in_both_panels():
             assert sorted(line.get_ydata()) == pytest.approx(sorted(100 * rows["retention"]))
             assert (np.diff(line.get_xdata()) > 0).all()
         assert list(ax.lines[-1].get_ydata()) == [100, 100]
+    for system, line in zip(FAMILIES, systems_drawn(divergence), strict=True):
+        rows = table[table["params_asked"].isna() & (table["system"] == system)]
+        assert line.get_ydata() == pytest.approx(rows["kl"])
+    reach = np.diff(divergence.collections[0].get_segments()[0][:, 1])
+    assert reach == pytest.approx(2 * 1.96 * 0.01)
     assert "%" in free.get_xlabel()
     for line in systems_drawn(free):
         assert line.get_xdata() == pytest.approx([20.1, 28.1, 36.1], abs=0.5)
@@ -121,14 +128,15 @@ def test_systems_that_could_not_be_reached_are_left_out_and_a_budget_s_panel_too
     best = (table["system"] == "best") & table["params_asked"].notna()
     table.loc[best | (table["system"] == "random"), "retention"] = NAN
     figure = fidelity(table)
-    assert [len(systems_drawn(ax)) for ax in figure.axes] == [3, 2]
+    assert [len(systems_drawn(ax)) for ax in figure.axes] == [3, 3, 2]
     assert "random" not in legend_of(figure)
     nothing = fidelity(table.assign(retention=NAN))
-    assert len(nothing.axes) == 1
+    assert len(nothing.axes) == 2
     assert legend_of(nothing) == ["dense model"]
-    for budgets, title in ((BUDGETS[:3], "free"), (BUDGETS[3:], "bound")):
-        (ax,) = fidelity(fidelity_table(budgets=budgets)).axes
-        assert title in ax.get_title(loc="left")
+    for budgets, title, panels in ((BUDGETS[:3], "free", 2), (BUDGETS[3:], "bound", 1)):
+        axes = fidelity(fidelity_table(budgets=budgets)).axes
+        assert len(axes) == panels
+        assert all(title in ax.get_title(loc="left") for ax in axes)
 
 
 # Speed-ups
