@@ -170,10 +170,10 @@ def group_tokens(tokens: TokenSource, config: ExtractConfig) -> list[LayerExpert
 
 
 def prune_alike(tokens: TokenSource, config: ExtractConfig) -> Way:
-    """Have one expert for all patches of a layer, beside those of leading tokens."""
+    """Have the same neurons for all tokens of a layer, of which only the leading ones are told."""
     layers = group_tokens(tokens, replace(config, experts="one"))
     scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
-    return Way("pruned", layers, scores)
+    return Way("pruned", layers, scores, alike=True)
 
 
 def describe_layers(tokens: TokenSource, config: ExtractConfig) -> list[LayerExperts]:

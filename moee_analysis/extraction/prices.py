@@ -41,11 +41,22 @@ Timed = tuple[str, str, float]  # layer, way, and neurons of a token or the head
 
 @dataclass(frozen=True)
 class Way:
-    """A way to convert layers: those, not all of which it can, and the scores of their neurons."""
+    """A way to convert layers: those, not all of which it can, and the scores of their neurons.
+
+    ``alike``: all tokens use the same neurons, but in layers that some tokens need none of.
+    """
 
     name: str
     layers: Sequence[LayerExperts]
     scores: Mapping[str, np.ndarray]
+    alike: bool = False
+
+    def scores_in(self, layer: LayerExperts) -> np.ndarray:
+        """Scores (experts, hidden) of a converted layer's neurons; 0 keeps none at any price."""
+        scores = np.where(layer.constant[:, None], 0, self.scores[layer.site.name])
+        if self.alike and not layer.constant.any():
+            scores[:] = layer.statistics.shares @ scores
+        return scores
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,7 @@ class Trials:
         self, mlp: nn.Module, way: Way, layer: LayerExperts, share: float
     ) -> dict[tuple[str, float], nn.Module]:
         """The layer with the neurons of the highest scores, whichever experts these are of."""
-        scores = np.where(layer.constant[:, None], 0, way.scores[layer.site.name])
+        scores = way.scores_in(layer)
         kept = scores > np.quantile(scores, 1 - share)
         shift = mlp.fc2.weight.new_zeros(len(kept), mlp.fc2.out_features)
         readout = Readout(shift=None if self.config.refit == "none" else shift)

@@ -7,8 +7,6 @@ loses is the cost of those that are dropped. Chosen is what loses least within t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from moee_analysis.extraction.attention import AttentionPlan
 from moee_analysis.extraction.budget import Sizes
 from moee_analysis.extraction.config import ExtractConfig
@@ -94,9 +92,8 @@ class TimeBudget:
             for layer in (layer for layer in way.layers if layer.converted):
                 name, tokens = layer.site.name, layer.tokens * layer.statistics.shares
                 price = self.prices.ways[way.name][name]
-                # experts of tokens that nothing reads keep no neuron at any price
-                scores = np.where(layer.constant[:, None], 0, way.scores[name])
-                candidates = Candidates(scores, tokens, price.each / layer.tokens, parameters=0)
+                scores, each = way.scores_in(layer), price.each / layer.tokens
+                candidates = Candidates(scores, tokens, each, parameters=0)
                 own = options.setdefault(name, {DENSE: Option(self.prices.dense[name])})
                 own[way.name] = Option(price.fixed, candidates)
         return options

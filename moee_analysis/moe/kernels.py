@@ -129,7 +129,7 @@ def _masked(layer: nn.Module, x: torch.Tensor, chosen: torch.Tensor) -> torch.Te
         ones = torch.ones_like(chosen, dtype=hidden.dtype)
         uses = hidden.new_zeros(len(x), len(layer.mask)).scatter_add(1, chosen, ones)
         hidden = hidden * (uses @ layer.mask)  # how many of the token's experts keep the neuron
-    elif len(layer.mask) > 1:  # an only expert keeps all neurons
+    elif not layer.uniform:
         hidden = _drop(hidden, layer.mask.index_select(0, chosen[:, 0]))
     constant = layer.fc2.bias
     if layer.shift is not None:

@@ -140,6 +140,7 @@ class MoeMlp(nn.Module):
         """Make the experts' masks anew; forget strategies and groups that were chosen before."""
         self.mask = self.fc1.weight.new_zeros(len(self.sizes), len(self.kept))
         self.mask[torch.repeat_interleave(self.sizes), self.neurons] = 1
+        self.uniform = len(self.neurons) == self.mask.numel()  # all experts keep all neurons
         self.choices: dict[Hashable, Choice] = {}
         self._batches: dict[Hashable, int] = {}
         self._groups: dict[int | None, ExpertGroups] = {}
