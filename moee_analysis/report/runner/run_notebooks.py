@@ -72,7 +72,10 @@ def _run_all(notebooks: Sequence[Path], settings: Settings, jobs: int) -> list[O
     work = {each.stem: settings.run(each) for each in order}
     state: dict[str, Outcome | None] = {}
     publish(settings, [], dict.fromkeys(work, "waiting"))  # in the place of an earlier front
-    with time_left.watched(courses, jobs) as see, closing(run_side_by_side(work, jobs, see)) as ran:
+    with (
+        time_left.watching(courses) as watch,
+        closing(run_side_by_side(work, jobs, watch.see)) as ran,
+    ):
         for name, outcome in ran:
             state[name] = outcome
             if outcome is None:
@@ -82,7 +85,7 @@ def _run_all(notebooks: Sequence[Path], settings: Settings, jobs: int) -> list[O
             done = [end.folder for end in state.values() if end]
             waiting = {n: "running" if n in state else "waiting" for n in work if not state.get(n)}
             summary = publish(settings, done, waiting)
-            left = time_left.in_words(courses, jobs) if waiting else ""
+            left = watch.left() if waiting else ""
             place = f"[{len(done)}/{len(work)}] {name}"
             tell(", ".join(filter(None, [f"{place}: {outcome}", left])))
     for line in summary_lines(summary):
