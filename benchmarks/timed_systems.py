@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fidelity import Bench, Point
@@ -12,6 +13,7 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet, load_images
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
+from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction, load
 from moee_analysis.models.fingerprints import hash_weights
 from moee_analysis.models.loading import architecture
@@ -21,8 +23,9 @@ Run = Extraction | nn.Module
 SYSTEMS = {  # as they are called in fidelity.py
     "static pruning": "fisher OBS", "ToMe": "ToMe", "merging alone": "merging alone",
     "best": "best", "best, attention too": "best, attention too",
-    "best, all three": "best, all three",
+    "best, all three": "best, all three", "best, in time": "best, all three",
 }  # fmt: skip
+IN_TIME = "best, in time"  # all three, by a budget of time in the place of MACs
 
 
 def load_runs(folders: Sequence[Path], dense: nn.Module) -> dict[str, Extraction]:
@@ -52,7 +55,14 @@ def extract_runs(asked: Namespace, dense: nn.Module, images: ImageSet) -> dict[s
         for name in asked.systems:
             print(f"making: {name}{budget}", flush=True)
             try:
-                runs[name + budget] = bench.extracted(SYSTEMS[name], Point(saved), asked.seed)
+                runs[name + budget] = _make(bench, name, Point(saved), asked.seed)
             except MoeeError as error:  # as of networks without plain attention
                 print(f"left out: {error}", flush=True)
     return runs
+
+
+def _make(bench: Bench, name: str, point: Point, seed: int) -> Run:
+    if name != IN_TIME:
+        return bench.extracted(SYSTEMS[name], point, seed)
+    config = replace(bench.config(SYSTEMS[name], point, seed), budget_in="time")
+    return extract(bench.model, bench.calibration, config, store=bench.store)
