@@ -24,17 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "results.json"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.S)
 VERDICTS = {True: "holds", None: "in part", False: "does not hold"}
-FREE = (0.28, None), (0.36, None), (0.45, None), (0.5, None), (0.6, None)
+FREE = (0.2, None), (0.28, None), (0.36, None), (0.45, None)
 LEFT_OUT = (  # of the rivals: close to others, or saving nothing
     "static: least squares", "static: magnitude", "MoEfication: k-means, MLP, means kept",
     "MoEfication: k-means, centre, means kept", "Sparse Upcycling: top-1",
 )  # fmt: skip
 SPEED = 0.28, None  # the budget at which times are measured
 BOUND = (0.29, 0.18), (0.36, 0.28)
-TOO, ALL = ", attention too", ", all three"
-STATIC = {TOO: "fisher OBS, attention too", ALL: "fisher OBS, attention and merging"}
-TOME = "ToMe", "ToMe, class importance"
-FRONT = {"": ("MLPs", FREE[:2]), TOO: ("attention too", FREE[:3]), ALL: ("merging too", FREE[1:])}
+TOO = ", attention too"
 RETENTION = "retention", "retention_"
 
 
@@ -100,7 +97,7 @@ def table(header: str, lines: Iterable[Sequence[str]]) -> str:
     return common.as_markdown(header.split(" | "), lines)
 
 
-# DeiT-Tiny at seven budgets
+# DeiT-Tiny at six budgets
 
 
 def at(budget: tuple[float, float | None]) -> dict[str, Row]:
@@ -111,9 +108,9 @@ def at(budget: tuple[float, float | None]) -> dict[str, Row]:
 
 
 def strongest(systems: dict[str, Row], too: str = "") -> Row:
-    """Of static pruning of MLPs that which keeps most; or the one of all that is cut ``too``."""
+    """Of static pruning of MLPs that which keeps most; or the one of attention too."""
     if too:
-        return systems[STATIC[too]]
+        return systems[f"fisher OBS{too}"]
     static = (row for row in systems.values() if row["family"] == "static pruning")
     return max(static, key=lambda row: row["retention"])
 
@@ -121,19 +118,16 @@ def strongest(systems: dict[str, Row], too: str = "") -> Row:
 def front() -> str:
     """The one table of README."""
     lines = []
-    for too, (what, budgets) in FRONT.items():
-        for budget in budgets:
+    for too, what in (("", "MLPs"), (TOO, "attention too")):
+        for budget in FREE:
             systems = at(budget)
-            best, tome = systems[f"best{too}"], max(systems[n]["retention"] for n in TOME)
+            best, static = systems[f"best{too}"], strongest(systems, too)
             lines.append([
-                what, percent(best["macs_reduction"]), f"{best['kl']:.3f}",
-                kept(best, *RETENTION), percent(strongest(systems, too)["retention"]),
-                percent(tome), speed(f"best{too}") * (budget == SPEED),
+                what, percent(best["macs_reduction"]), kept(best, *RETENTION),
+                percent(static["retention"]), speed(f"best{too}") * (budget == SPEED),
             ])  # fmt: skip
     return table(
-        "made smaller | MACs saved | KL, nats | kept by `best` | by static pruning | by ToMe"
-        " | times as fast",
-        lines,
+        "made smaller | MACs saved | kept by `best` | by static pruning | times as fast", lines
     )
 
 
@@ -142,14 +136,13 @@ def fidelity(too: str, others: dict[str, str]) -> str:
     lines = []
     for budget in (*FREE, *BOUND):
         systems = at(budget)
-        if best := systems.get(f"best{too}"):
-            controls = [systems.get(name) for name in others.values()]
-            lines.append([
-                *(f"{change} %" for change in common.percent_changes(best)),
-                kept(best, *RETENTION), f"{best['kl']:.4f} ± {best['kl_error']:.4f}",
-                percent(strongest(systems, too)["retention"]),
-                *("" if row is None else percent(row["retention"]) for row in controls),
-            ])  # fmt: skip
+        best = systems[f"best{too}"]
+        controls = [systems.get(name) for name in others.values()]
+        lines.append([
+            *(f"{change} %" for change in common.percent_changes(best)), kept(best, *RETENTION),
+            f"{best['kl']:.3f}", percent(strongest(systems, too)["retention"]),
+            *("" if row is None else percent(row["retention"]) for row in controls),
+        ])  # fmt: skip
     header = ["MACs", "stored", "kept by `best`", "KL, nats", "static pruning", *others]
     return common.as_markdown(header, lines)
 
@@ -259,8 +252,6 @@ CONTROLS = {
     "random centres": "best, random centres", "random routing": "best, random routing",
     "paper": "paper",
 }  # fmt: skip
-WITHOUT = "random centres", "one expert", "random routing", "random merging"
-BESIDE = {"merging alone": "merging alone", "ToMe, class importance": TOME[1]}
 LESSON = (
     "01_extraction", "02_routing_distributions", "03_class_specific_experts",
     "04_mean_input_similarity", "10_knock_out",
@@ -269,7 +260,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "mlps": partial(fidelity, "", CONTROLS),
     "attention": partial(fidelity, TOO, {"random routing": f"best{TOO}, random routing"}),
-    "all_three": partial(fidelity, ALL, {n: f"best{ALL}, {n}" for n in WITHOUT} | BESIDE),
     "inference": inference,
     "rivals": rivals,
     "jetpack": jetpack,

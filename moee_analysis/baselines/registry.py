@@ -105,6 +105,10 @@ SYSTEMS: dict[str, System] = {
     "MoEE, best, attention too": _moee(
         "the same, and smaller heads", recipe="best", attention="low_rank"
     ),
+    "MoEE, best, all three": _moee(
+        "the same, and tokens that merge first", recipe="best", attention="low_rank",
+        merging="budget",
+    ),
     "static: magnitude": _static("shortest weights first, without data", baseline="magnitude"),
     "static: variance + mean shift": _static(
         "VBP: least variance first, means kept", baseline="variance + mean shift"

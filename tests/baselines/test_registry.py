@@ -3,7 +3,14 @@ import inspect
 import pytest
 import torch
 
-from moee_analysis.baselines import jetpack, moefication, soft_moe, sparse_upcycling, static_pruning
+from moee_analysis.baselines import (
+    jetpack,
+    moefication,
+    soft_moe,
+    sparse_upcycling,
+    static_pruning,
+    token_merging,
+)
 from moee_analysis.baselines.registry import SYSTEMS, Asked, systems_named
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.macs import count
@@ -16,7 +23,8 @@ ASKED = Asked(0.1, "smoke")  # more than this the slots of so few tokens cannot 
 
 
 def test_all_systems_have_one_interface():
-    for room in (jetpack, moefication, soft_moe, sparse_upcycling, static_pruning):
+    rivals = (jetpack, moefication, soft_moe, sparse_upcycling, static_pruning, token_merging)
+    for room in rivals:
         parameters = list(inspect.signature(room.convert).parameters.values())
         assert [p.name for p in parameters[:3]] == ["dense", "images", "config"], room
         assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} >= {"store"}
@@ -39,7 +47,9 @@ def test_every_system_makes_the_same_model_again_within_its_budget(name, tmp_pat
     assert torch.equal(found, again(batch))
     if "top-1" not in name:
         saved = 1 - macs_as_used(model, usage[name]) / count(dense).total
-        most = 0.25 if "attention" in name else 0.14  # nothing reads much of so small a model
+        most = (
+            0.25 if {"attention too", "all three"} & {*name.split(", ")} else 0.14
+        )  # nothing reads much of so small a model
         assert 0.06 < saved < most
 
 
