@@ -63,9 +63,11 @@ def ward_costs(
     there were at first. Where their ``importance`` is known, costs are multiplied by its root: that
     of a patch in the one or in the other token, whichever is larger.
     """
-    a, b = _rows(x.float())
+    x = x.float()
+    a, b = _rows(x)
     of_a, of_b = (each[..., None] for each in _rows(sizes.float()))
-    far = a.square().sum(dim=2)[..., None] - 2 * a @ b.mT + b.square().sum(dim=2)[:, None]
+    square_a, square_b = (each[..., None] for each in _rows(torch.linalg.vecdot(x, x)))
+    far = torch.baddbmm(square_a + square_b.mT, a, b.mT, alpha=-2)
     costs = far.clamp_min(0) / (1 / of_a + 1 / of_b.mT)
     if importance is None:
         return costs

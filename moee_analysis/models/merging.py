@@ -58,9 +58,9 @@ class Tokens:
 
 
 def spread(values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Give the ``values`` (images, tokens, ...) of tokens to all that went into each.
+    """Return the ``values`` (images, tokens, ...) of the tokens at each ``place`` (images, n).
 
-    ``place`` (images, first tokens) is that of :class:`Tokens`.
+    With the places of :class:`Tokens` those are given to all that went into each.
     """
     at = place.reshape(*place.shape, *(1 for _ in values.shape[2:]))
     return values.gather(1, at.expand(-1, -1, *values.shape[2:]))
@@ -116,20 +116,28 @@ def join(tokens: Tokens, gone: torch.Tensor, target: torch.Tensor, weights: torc
 
     Every token is the mean of those it came from, by their ``weights`` (images, tokens).
     """
-    images, count = weights.shape
-    number = torch.ones_like(weights, dtype=torch.int64)
-    number = number.scatter(1, gone, 0).cumsum(dim=1) - 1
-    number = number.scatter(1, gone, number.gather(1, target))
-    left = count - gone.shape[1]
+    number = torch.ones_like(weights, dtype=torch.int64).scatter(1, gone, 0).cumsum(dim=1) - 1
+    into = number.gather(1, target)
+    number = number.scatter(1, gone, into)
+    left = weights.shape[1] - gone.shape[1]
 
     def add_up(values: torch.Tensor) -> torch.Tensor:
-        at = number.reshape(images, count, *(1 for _ in values.shape[2:])).expand_as(values)
-        return values.new_zeros(images, left, *values.shape[2:]).scatter_add(1, at, values)
+        return values.new_zeros(values.shape[0], left).scatter_add(1, number, values)
 
-    share = weights / add_up(weights).gather(1, number)  # so that half precision holds the sums
-    x = add_up(tokens.x * share[..., None])
+    # The mean is what stays, moved by a share of its distance to each token that goes: few rows.
+    share = weights.gather(1, gone) / add_up(weights).gather(1, into)
+    moved = share[..., None] * (spread(tokens.x, gone) - spread(tokens.x, target))
+    x = spread(tokens.x, _positions(number, gone, left))
+    x = x.scatter_add_(1, into[..., None].expand_as(moved), moved.to(x.dtype))
     place = number if tokens.place is None else number.gather(1, tokens.place)
     return Tokens(x, add_up(tokens.counted), place)
+
+
+def _positions(number: torch.Tensor, gone: torch.Tensor, left: int) -> torch.Tensor:
+    """Where each of the tokens that are left was, (images, left), by the new ``number`` of all."""
+    positions = torch.arange(number.shape[1], device=number.device).expand_as(number)
+    own = number.scatter(1, gone, left)  # what has gone comes last
+    return number.new_empty(number.shape[0], left + 1).scatter(1, own, positions)[:, :left]
 
 
 class MergingBlocks(nn.Sequential):
