@@ -1,14 +1,18 @@
 """Prices in time: what layers take, dense and as experts, as measured once on this machine.
 
-Each layer is timed on what it gets from a batch of calibration images, in torch's eager mode, in
-the precision that it is taken apart in, by the threads that torch has.
+Each layer is timed where it stands, while the model runs on a batch of calibration images, in
+torch's eager mode, in the precision that it is taken apart in, by the threads that torch has.
 """
 
 import json
+import math
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +29,7 @@ from moee_analysis.models.attention import Factors, Reduction, low_rank
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.autotune import measuring_at_once, seconds_of
-from moee_analysis.moe.layer import MoeMlp, Readout
+from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
 from moee_analysis.utils.environment import describe_machine
 from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
@@ -34,7 +38,7 @@ from moee_analysis.utils.storage.store import content_key, get_or_build
 SHARES = 0.25, 0.75  # of neurons, or of a head's dimensions, with which a layer is timed
 ROUNDS = 5  # in which all take turns, beside the first
 FILE = "prices.json"
-DENSE, LOW_RANK = "dense", "low rank"
+DENSE, LOW_RANK, WHOLE = "dense", "low rank", "whole"
 
 Timed = tuple[str, str, float]  # layer, way, and neurons of a token or the heads' dimensions
 
@@ -116,88 +120,111 @@ def measure_prices(
     key = content_key(**facts, on=describe_machine(str(device)))
 
     def build(folder: Path) -> None:
-        plans = {plan.site.name: plan for plan in attentions}
-        found = _measure(dense, tokens, Trials(tokens.model, ways, plans, config))
-        write_json(folder / FILE, asdict(found))
+        trials = [*_low_rank(tokens.model, attentions), *_experts(tokens.model, ways, config)]
+        batch = _batch(tokens, config.for_batch)
+        write_json(folder / FILE, asdict(_measure(dense, tokens.model, trials, batch)))
 
     folder = get_or_build(tokens.root, f"prices-{key}", build)
     return Prices.from_json(json.loads((folder / FILE).read_text()))
 
 
 @dataclass(frozen=True)
-class Trials:
-    """Layers that are timed in the place of those of a ``model``; ``plans`` by name."""
+class Trial:
+    """Layers of one way that are timed in the place of a model's own, by name.
 
-    model: nn.Module
-    ways: Sequence[Way]
-    plans: Mapping[str, AttentionPlan]
-    config: ExtractConfig
+    ``numbers`` are the neurons that a token of each uses, or the dimensions of its heads.
+    """
 
-    @property
-    def names(self) -> list[str]:
-        """The layers that may change."""
-        mlps = [e.site.name for way in self.ways for e in way.layers if e.converted]
-        return list(dict.fromkeys([*mlps, *self.plans]))
-
-    def of(self, name: str) -> dict[tuple[str, float], nn.Module]:
-        """Layers by the name of the way, and the neurons of a token or the heads' dimensions."""
-        module, found = self.model.get_submodule(name), {}
-        for share in SHARES:
-            if name in self.plans:
-                found |= self._low_rank(module, self.plans[name], share)
-            for way in self.ways:
-                for layer in way.layers:
-                    if layer.site.name == name and layer.converted:
-                        found |= self._experts(module, way, layer, share)
-        return found
-
-    def _low_rank(
-        self, attention: nn.Module, plan: AttentionPlan, share: float
-    ) -> dict[tuple[str, float], nn.Module]:
-        heads, head_dim = plan.site.heads, plan.site.head_dim
-        rank = max(1, round(share * head_dim))
-        same = torch.eye(head_dim)[:, :rank].expand(heads, -1, -1)
-        factors, mean = Factors(same, same), torch.zeros(heads, head_dim)
-        reduction = Reduction(factors, factors, mean, plan.queries)
-        return {(LOW_RANK, 2 * heads * rank): low_rank(plan.site, attention, reduction)}
-
-    def _experts(
-        self, mlp: nn.Module, way: Way, layer: LayerExperts, share: float
-    ) -> dict[tuple[str, float], nn.Module]:
-        """The layer with the neurons of the highest scores, whichever experts these are of."""
-        scores = way.scores_in(layer)
-        kept = scores > np.quantile(scores, 1 - share)
-        shift = mlp.fc2.weight.new_zeros(len(kept), mlp.fc2.out_features)
-        readout = Readout(shift=None if self.config.refit == "none" else shift)
-        experts, shares = list(map(np.flatnonzero, kept)), layer.statistics.shares
-        routed = MoeMlp(mlp, layer.router(), experts, shares, readout)
-        active = float(shares @ kept.sum(axis=1))
-        return {(way.name, active): routed.to(mlp.fc1.weight.device).eval()}
+    way: str
+    layers: dict[str, nn.Module]
+    numbers: dict[str, float]
 
 
-def _measure(dense: nn.Module, tokens: TokenSource, trials: Trials) -> Prices:
-    """As :func:`measure_prices`; every layer is timed while the model runs, on what it gets."""
-    model, batch = tokens.model, _batch(tokens, trials.config.for_batch)
-    modules = {name: model.get_submodule(name) for name in trials.names}
-    layers = {name: {(DENSE, 0.0): modules[name], **trials.of(name)} for name in modules}
-    seconds: defaultdict[Any, list[float]] = defaultdict(list)
+def _low_rank(model: nn.Module, plans: Sequence[AttentionPlan]) -> Iterator[Trial]:
+    """Attentions whose heads keep some of their dimensions, whichever."""
+    for share in SHARES if plans else ():
+        trial = Trial(LOW_RANK, {}, {})
+        for plan in plans:
+            heads, head_dim, name = plan.site.heads, plan.site.head_dim, plan.site.name
+            rank = max(1, round(share * head_dim))
+            same = torch.eye(head_dim)[:, :rank].expand(heads, -1, -1)
+            factors, mean = Factors(same, same), torch.zeros(heads, head_dim)
+            reduction = Reduction(factors, factors, mean, plan.queries)
+            trial.layers[name] = low_rank(plan.site, model.get_submodule(name), reduction)
+            trial.numbers[name] = 2 * heads * rank
+        yield trial
 
-    def see(name: str, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        for key, layer in layers[name].items():
-            # without hooks, of which this is one
-            compute = partial(layer.forward, *call[0], **call[1])
-            seconds[name, *key].append(seconds_of(compute, batch.device))
 
+def _experts(model: nn.Module, ways: Sequence[Way], config: ExtractConfig) -> Iterator[Trial]:
+    """Layers with the neurons of the highest scores, whichever experts these are of."""
+    for way, share in product(ways, SHARES):
+        trial = Trial(way.name, {}, {})
+        for layer in (layer for layer in way.layers if layer.converted):
+            mlp, scores = layer.site.module(model), way.scores_in(layer)
+            kept = scores > np.quantile(scores, 1 - share)
+            shift = mlp.fc2.weight.new_zeros(len(kept), mlp.fc2.out_features)
+            readout = Readout(shift=None if config.refit == "none" else shift)
+            experts, shares = list(map(np.flatnonzero, kept)), layer.statistics.shares
+            routed = MoeMlp(mlp, layer.router(), experts, shares, readout)
+            trial.layers[layer.site.name] = routed.to(mlp.fc1.weight.device).eval()
+            trial.numbers[layer.site.name] = float(shares @ kept.sum(axis=1))
+        yield trial
+
+
+def _measure(
+    dense: nn.Module, model: nn.Module, trials: Sequence[Trial], batch: torch.Tensor
+) -> Prices:
+    """As :func:`measure_prices`; ``model`` is the dense one, its tokens merging."""
+    names = list(dict.fromkeys(name for trial in trials for name in trial.layers))
+    own = Trial(DENSE, {name: model.get_submodule(name) for name in names}, dict.fromkeys(names, 0))
+    layers: defaultdict[Timed, list[float]] = defaultdict(list)
+    models: defaultdict[str, list[float]] = defaultdict(list)
     # in the first round, layers find out which way of computing them is the fastest
     with evaluating(dense), evaluating(model), measuring_at_once():
         for _ in progress(range(1 + ROUNDS), label="prices in time", total=1 + ROUNDS):
-            for key, each in {"whole": dense, "merged": model}.items():
-                seconds[key].append(seconds_of(partial(each, batch), batch.device))
-            with watch(modules, see, "calls"):
-                model(batch)
+            if dense is not model:
+                models[WHOLE].append(seconds_of(partial(dense, batch), batch.device))
+            for trial in (own, *trials):
+                with exchanged(model, trial.layers), timing(trial.layers, batch.device) as took:
+                    models[trial.way].append(seconds_of(partial(model, batch), batch.device))
+                for name, number in trial.numbers.items():
+                    layers[name, trial.way, number].append(took[name])
     # what other jobs do to a machine only adds to its times: the shortest are the surest
-    surest = {key: min(rounds[1:]) for key, rounds in seconds.items()}
-    return _prices(surest.pop("whole"), surest.pop("merged"), surest)
+    merged, *whole = (min(models[way][1:]) for way in (DENSE, WHOLE) if way in models)
+    surest = {key: min(rounds[1:]) for key, rounds in layers.items()}
+    return _prices(min(whole, default=merged), merged, surest)
+
+
+@contextmanager
+def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While open, ``layers`` stand in the place of a model's own."""
+    own = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        yield
+    finally:
+        for name, layer in own.items():
+            replace_module(model, name, layer)
+
+
+@contextmanager
+def timing(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
+    """While open, a run of a model leaves the seconds of the quickest call of each module."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    begun: dict[str, float] = {}
+    took: dict[str, float] = {}
+
+    def begin(name: str, _: object) -> None:
+        wait(device)
+        begun[name] = time.perf_counter()
+
+    def end(name: str, _: object) -> None:
+        wait(device)
+        took[name] = min(time.perf_counter() - begun[name], took.get(name, math.inf))
+
+    with watch(modules, begin, "calls"), watch(modules, end, "outputs"):
+        yield took
 
 
 def _prices(whole: float, merged: float, seconds: Mapping[Timed, float]) -> Prices:
