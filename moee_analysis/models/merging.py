@@ -136,7 +136,7 @@ def join(tokens: Tokens, gone: torch.Tensor, target: torch.Tensor, weights: torc
 def _positions(number: torch.Tensor, gone: torch.Tensor, left: int) -> torch.Tensor:
     """Where each of the tokens that are left was, (images, left), by the new ``number`` of all."""
     positions = torch.arange(number.shape[1], device=number.device).expand_as(number)
-    own = number.scatter(1, gone, left)  # what has gone comes last
+    own = number.scatter(1, gone, torch.ones_like(gone) * left)  # what has gone comes last
     return number.new_empty(number.shape[0], left + 1).scatter(1, own, positions)[:, :left]
 
 
