@@ -121,7 +121,7 @@ def test_the_terminal_hears_of_every_start_and_end_and_nothing_but_the_report_is
     assert not [path for path in out.glob("*/*") if path.name.startswith(".")]
     assert all(re.fullmatch(r"\w+: started", line) for line in lines[:2])
     text = "\n".join(lines)
-    assert re.search(r"^\[[1-4]/4\] fine: ok after \d+ s$", text, re.M)
+    assert re.search(r"^\[[1-4]/4\] fine: ok after \d+ s(, about [\d:]+ left)?$", text, re.M)
     assert re.search(
         r"^\[[1-4]/4\] error: cell error after \d+ s in cell 4: ValueError", text, re.M
     )
