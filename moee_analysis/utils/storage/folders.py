@@ -4,14 +4,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.files import flush
-from moee_analysis.utils.storage.locks import RANDOM, is_held, locked, temporary, temporary_prefix
+from moee_analysis.utils.storage.locks import RANDOM, held, is_held, temporary, temporary_prefix
 from moee_analysis.utils.storage.refusals import writing
 
 OLD = "-old"
@@ -63,19 +63,14 @@ def scratch_folder(kind: str) -> Iterator[Path]:
             yield folder
 
 
-@contextmanager
-def held_folder(folder: Path) -> Iterator[None]:
+def held_folder(folder: Path) -> AbstractContextManager[None]:
     """Make a folder, if it is not there, and hold it alone; wait for another process to end."""
-    while True:
-        with ExitStack() as held:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(locked(folder))
-            except FileNotFoundError:  # another process has renamed or removed it meanwhile
-                continue
-            yield
-            return
+    return held(folder, _make_with_parents)
+
+
+def _make_with_parents(folder: Path) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def flush_all(folder: Path) -> None:
