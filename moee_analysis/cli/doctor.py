@@ -99,15 +99,12 @@ def _software() -> Iterator[Check]:
     yield Check("Python", here, here in SpecifierSet(wanted), advice)
     asked = [Requirement(text) for text in metadata.requires(environment.PACKAGE) or ()]
     needed = [r for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
-    wrong = []
-    for each in needed:
-        try:
-            here = metadata.version(each.name)
-        except metadata.PackageNotFoundError:
-            wrong.append(f"{each.name} is missing")
-        else:
-            if not each.specifier.contains(here, prereleases=True):
-                wrong.append(f"{each.name} {here}, not {each.specifier}")
+    there = {each.name: environment.version(each.name) for each in needed}
+    wrong = [
+        f"{each.name} {there[each.name]}, not {each.specifier or 'any'}"
+        for each in needed
+        if not each.specifier.contains(there[each.name], prereleases=True)
+    ]
     found = "; ".join(wrong) or f"all {len(needed)} as asked for"
     yield Check("libraries", found, not wrong, "make setup, or pip install moee-analysis")
 
