@@ -70,15 +70,6 @@ def describe_machine(device: str) -> list[str | int]:
     return [describe_device(device), capability, torch.get_num_threads(), version("torch")]
 
 
-def cores() -> int:
-    """How many cores this process may use at a time, also in a container."""
-    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    file = CGROUPS / "cpu.max"
-    quota, _, period = (file.read_text() if file.is_file() else "max").partition(" ")
-    limits = [int(quota) // int(period)] if quota.isdigit() else []
-    return max(1, min([affine or 1, *limits]))
-
-
 def memory() -> tuple[int, int]:
     """Bytes of memory that this process may use, and those of them that are free."""
     whole = psutil.virtual_memory()
