@@ -46,7 +46,7 @@ _LOADED: dict[tuple, list[Loaded]] = {}  # images of the last job of this proces
 
 
 def parameter_groups(model: nn.Module, config: SupervisedConfig) -> list[dict[str, Any]]:
-    """Groups for an optimizer: ``params``, ``param_names``, ``weight_decay``, and ``lr_scale``.
+    """Groups for an optimizer: ``params`` with their names, ``weight_decay``, and ``lr_scale``.
 
     ``lr_scale`` is the ``layer_decay`` to the power of the number of layers above, and 1 for layers
     with experts and the norms before them, which a pretrained model does not have as they are (MoE
@@ -68,9 +68,8 @@ def parameter_groups(model: nn.Module, config: SupervisedConfig) -> list[dict[st
         # timm's own rule looks at dimensions alone; biases of many experts have two
         decays = parameter.ndim > 1 and not name.endswith("bias") and name not in spared
         decay = {"lr_scale": scale, "weight_decay": config.weight_decay * decays}
-        group = groups.setdefault((scale, decays), {"params": [], "param_names": []} | decay)
-        group["params"].append(parameter)
-        group["param_names"].append(name)
+        group = groups.setdefault((scale, decays), {"params": []} | decay)
+        group["params"].append((name, parameter))
     return list(groups.values())
 
 
