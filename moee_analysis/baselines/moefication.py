@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from moee_analysis.baselines.common import equal_parts
 from moee_analysis.baselines.common import moefication_routers as routers
-from moee_analysis.baselines.common.exchange import Store, check_settings, sites_at
+from moee_analysis.baselines.common.exchange import Store, sites_at
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import MACS_REDUCTION
@@ -30,6 +30,7 @@ from moee_analysis.extraction.record.tokens import LayerSample, token_plan
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
 from moee_analysis.moe.layer import MoeMlp, Readout, moe_layers, replace_module
+from moee_analysis.utils.checks import check_settings
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.folders import scratch_folder
 

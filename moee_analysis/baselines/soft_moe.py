@@ -19,6 +19,7 @@ from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count
+from moee_analysis.utils.checks import check_settings
 
 SPREAD = 0.02  # standard deviation of the first weights of timm's linear layers
 
@@ -47,7 +48,7 @@ class SoftMoeConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        exchange.check_settings(self)
+        check_settings(self)
         if self.slots is not None and self.macs_reduction is not None:
             raise MoeeError("slots or a MACs reduction", "both", "leave one of them out")
 

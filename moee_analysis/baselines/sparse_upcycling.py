@@ -28,6 +28,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import watch
 from moee_analysis.models.loading import MlpSite, find_mlps
 from moee_analysis.models.macs import count, tokens_of
+from moee_analysis.utils.checks import check_settings
 
 CAPACITY = 2.0  # of Expert Choice, where nothing else decides it
 SPREAD = 0.02  # standard deviation of the router's first weights
@@ -60,7 +61,7 @@ class SparseUpcyclingConfig:
     macs_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        exchange.check_settings(self)
+        check_settings(self)
         if self.router == "top_k" and self.k > self.experts:
             raise MoeeError(f"k of at most {self.experts} experts", str(self.k), "choose fewer")
         budget = self.macs_reduction is not None or self.capacity is not None

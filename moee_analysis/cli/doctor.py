@@ -14,6 +14,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
+import joblib
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -27,7 +28,6 @@ from moee_analysis.utils.storage.refusals import check_place, size_of
 
 WIDTH = 88  # letters of a line
 SCENES, RIGHT = 60, 0.75  # bundled scenes, and the share that the bundled model must name
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LITTLE_MEMORY, LITTLE_DISK = 2e9, 5e9
 
 
@@ -65,7 +65,7 @@ def examine(model: str = "bundled", **arguments: Any) -> dict[str, Any]:
     about = {
         "python": sys.executable, "system": platform.platform(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "cores": environment.cores(), "threads": torch.get_num_threads(),
+        "cores": joblib.cpu_count(), "threads": torch.get_num_threads(),
         "memory": total, "memory_free": free,
         "cuda": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }  # fmt: skip
@@ -89,25 +89,21 @@ def as_text(diagnosis: dict[str, Any]) -> str:
 
 def _software() -> Iterator[Check]:
     """Python and every library, against what the package asks for."""
-    here = platform.python_version()
     try:
         wanted = metadata.metadata(environment.PACKAGE)["Requires-Python"]
     except metadata.PackageNotFoundError:
         yield Check("package", "not installed", ok=False, advice="pip install -e . in the checkout")
         return
-    advice = f"set the environment up with Python {wanted}"
+    here, advice = platform.python_version(), f"set the environment up with Python {wanted}"
     yield Check("Python", here, here in SpecifierSet(wanted), advice)
     asked = [Requirement(text) for text in metadata.requires(environment.PACKAGE) or ()]
     needed = [r for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
-    wrong = []
-    for each in needed:
-        try:
-            here = metadata.version(each.name)
-        except metadata.PackageNotFoundError:
-            wrong.append(f"{each.name} is missing")
-        else:
-            if not each.specifier.contains(here, prereleases=True):
-                wrong.append(f"{each.name} {here}, not {each.specifier}")
+    there = {each.name: environment.version(each.name) for each in needed}
+    wrong = [
+        f"{each.name}{each.specifier}: {there[each.name]}"
+        for each in needed
+        if not each.specifier.contains(there[each.name], prereleases=True)
+    ]
     found = "; ".join(wrong) or f"all {len(needed)} as asked for"
     yield Check("libraries", found, not wrong, "make setup, or pip install moee-analysis")
 
@@ -119,14 +115,11 @@ def _parts(about: dict[str, Any]) -> Iterator[Check]:
     found = f"{free / 1e9:.1f} of {about['memory'] / 1e9:.1f} GB free"
     yield Check("memory", found, free > LITTLE_MEMORY, advice, required=False)
     there = {name: name for name in filter(find_spec, ("pymetis", "jupyterlab", "onnxruntime"))}
-    browser = next(filter(None, map(shutil.which, BROWSERS)), "")
     for name, found, advice in (
         ("CUDA", ", ".join(about["cuda"]), "everything runs on the CPU"),
         ("METIS", there.get("pymetis"), "pip install pymetis; else eigenvectors divide graphs"),
         ("JupyterLab", there.get("jupyterlab"), "pip install jupyterlab, for moee lab"),
         ("ONNX Runtime", there.get("onnxruntime"), f"pip install '{EXTRA}', for moee export"),
-        ("Chromium", browser, "only tests in a browser need it"),
-        ("conda", os.environ.get("CONDA_PREFIX"), "not needed where pip has set everything up"),
     ):
         yield Check(name, found or "none", bool(found), advice, required=False)
 

@@ -20,7 +20,7 @@ from moee_analysis.extraction import config as extract_config
 from moee_analysis.extraction.config import PRESETS, RECIPES, ExtractConfig
 from moee_analysis.report.runner.choose import notebooks_named, read_setting
 from moee_analysis.report.summary.gates import read_gate
-from moee_analysis.training import config as training_config
+from moee_analysis.training.config import FinetuneConfig
 from moee_analysis.utils import checks
 from moee_analysis.utils.environment import version
 
@@ -126,7 +126,7 @@ FINETUNE_SETTINGS = {
     "epochs": values.whole(), "learning_rate": values.real(above=0), "batch_size": values.whole(),
     "accumulate": values.whole(), "weight_decay": values.real(least=0),
     "block_weight": values.real(least=0), "ema": values.part, "held_out": values.part,
-    "patience": values.whole(), "seed": values.seed, **training_config.CHOICES,
+    "patience": values.whole(), "seed": values.seed, **checks.choices_of(FinetuneConfig),
 }  # fmt: skip
 
 COMMANDS: dict[str, dict[str, list[Option]]] = {  # by the title above them, "" for the first
@@ -148,7 +148,7 @@ COMMANDS: dict[str, dict[str, list[Option]]] = {  # by the title above them, "" 
     "evaluate": {"": [RUN, IMAGES, JSON, CLASSES, WEIGHTS, *DEVICE]},
     "finetune": {
         "": [RUN, IMAGES, OUT, option("--limit", values.whole(), "N"), WEIGHTS, *DEVICE],
-        "training": settings(training_config.FinetuneConfig, FINETUNE_SETTINGS),
+        "training": settings(FinetuneConfig, FINETUNE_SETTINGS),
     },
     "compare": {"": [
         *MODEL, CALIBRATION, IMAGES,

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -128,13 +127,10 @@ def store_text(root: Path, found: Sequence[Entry]) -> str:
         lines.append(f"{sizes}  {used}  {run.title}")
     if rest:
         lines.append("of no run that is listed here")
-    sizes: defaultdict[str, list[int]] = defaultdict(list)
-    for entry in rest:
-        sizes[entry.kind].append(entry.size)
-    for kind in sorted(sizes, key=lambda kind: -sum(sizes[kind])):
-        taken = f"{bytes_text(sum(sizes[kind])):>10}"
-        words = (KINDS | OTHER_KINDS)[kind]
-        lines.append(f"{taken}  {words} (folders: {len(sizes[kind])})")
+        sizes = pd.DataFrame(rest).groupby("kind")["size"].agg(["sum", "count"])
+        for kind, taken, folders in sizes.sort_values("sum", ascending=False).itertuples():
+            words = (KINDS | OTHER_KINDS)[kind]
+            lines.append(f"{bytes_text(taken):>10}  {words} (folders: {folders})")
     return "\n".join(map(printable, lines))  # a run stays one line
 
 

@@ -9,19 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from moee_analysis.outside_text import printable
 from moee_analysis.utils.progress import progress
 
-PIXELS = 89_000_000  # Pillow's own limit against decompression bombs
 MANY = 40_000_000  # pixels that a JPEG is not decoded to in full
 LONGEST = 64  # times the shorter side: of a longer strip the middle, which is all a crop sees
-TURNS = {  # by the orientation that a camera stored (EXIF)
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 EIGHT_BITS, SIXTEEN_BITS = (31, 255), (4095, 65535)
 DEEP = ("I", "F")  # modes of grey values of more than 8 bits
 RANGES = {  # of grey values: the second is meant where the largest value is above the first
@@ -57,43 +51,36 @@ def read_picture(path: Path) -> Image.Image:
     8, 16 or 31 bits, or from 0 to 1. Where they leave it open which one that is, the picture is
     refused: 12 bits in a file of 16 cannot be told from a dark picture.
 
-    Raises UnreadableError: too many pixels, numbers in no such range. OSError: a damaged file.
+    Raises UnreadableError: numbers in no such range. OSError: a damaged file.
     """
-    with _open(path) as image:
+    suffixes()
+    with Image.open(path) as image:
         if image.width * image.height > MANY:
             image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG alone can
         image.load()  # which turns a TIFF upright by itself
-        # ImageOps.exif_transpose writes the EXIF again, which odd cameras' does not bear
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
         middle = _middle(image)
-        return _as_rgb(middle if turn is None else middle.transpose(turn))
+        # known and gone: it would be written again, which that of odd cameras does not bear
+        middle.getexif()
+        middle.info.pop("exif", None)
+        return _as_rgb(ImageOps.exif_transpose(middle))
 
 
 def check_picture(path: Path) -> str:
     """Say why a file cannot be read as a picture; "" if it can. Quick for JPEG."""
+    suffixes()
     try:
-        with _open(path) as image:
+        with Image.open(path) as image:
             image.draft("RGB", (32, 32))
             image.load()
             if image.mode.startswith(DEEP):
                 _as_rgb(image)
     except UnreadableError as error:
         return str(error)
-    except Image.DecompressionBombError:
-        return f"more than {2 * PIXELS // 1_000_000} million pixels"
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return f"more than {Image.MAX_IMAGE_PIXELS // 1_000_000} million pixels"
     except Exception as error:  # a damaged file can break a decoder in any way
         return f"damaged or no picture ({type(error).__name__})"
     return ""
-
-
-def _open(path: Path) -> Image.Image:
-    suffixes()
-    image = Image.open(path)
-    pixels = image.width * image.height
-    if pixels > PIXELS:
-        image.close()
-        raise UnreadableError(f"{pixels / 1e6:.0f} million pixels, more than {PIXELS // 1_000_000}")
-    return image
 
 
 def _middle(image: Image.Image) -> Image.Image:
@@ -175,7 +162,7 @@ def _reason(path: Path, *, alone: bool) -> str | None:
 def find_unreadable(paths: Sequence[Path]) -> Reasons:
     """Which of ``paths`` cannot be read as pictures, and why."""
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=2) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # these are refused
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         checked = pool.map(check_picture, paths)
         reasons = list(progress(checked, label="checking images", total=len(paths), delay=1))
     return {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}

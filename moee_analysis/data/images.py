@@ -51,7 +51,7 @@ class Folder:
     def _read(self, row: int, read: Callable[[Path], T]) -> T:
         try:
             return read(self.paths[row])
-        except (OSError, image_files.UnreadableError) as error:
+        except (OSError, Image.DecompressionBombError, image_files.UnreadableError) as error:
             expected = f"the image '{self.paths[row]}', which could be read before"
             raise MoeeError(expected, str(error), "put it back, or load the images again") from None
 

@@ -54,22 +54,7 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            checks.one_of(name, getattr(self, name), choices)
-        for name in ("epochs", "batch_size", "accumulate", "patience"):
-            checks.whole_number(name, getattr(self, name))
-        checks.seed_number(self.seed)
-        for name in ("learning_rate", "temperature", "clip"):
-            checks.real_number(name, getattr(self, name), above=0)
-        for name in ("weight_decay", "warmup_epochs", "block_weight", "router_weight"):
-            checks.real_number(name, getattr(self, name), least=0)
-        checks.share("held_out", self.held_out, whole=False)
-        if self.ema is not None:
-            checks.share("ema", self.ema, whole=False)
-
-
-CHOICES = checks.choices_of(FinetuneConfig)
-"""The settings of a fine-tuning that are chosen by name, and their names."""
+        checks.check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -112,20 +97,7 @@ class SupervisedConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            checks.whole_number(name, getattr(self, name))
-        if self.check_every is not None:
-            checks.whole_number("check_every", self.check_every)
-        checks.seed_number(self.seed)
-        for name, choices in checks.choices_of(SupervisedConfig).items():
-            checks.one_of(name, getattr(self, name), choices)
-        for name in ("learning_rate", "clip"):
-            checks.real_number(name, getattr(self, name), above=0)
-        for name in ("weight_decay", "mixup", "cutmix", "balance_weight"):
-            checks.real_number(name, getattr(self, name), least=0)
-        for name in ("warmup", "label_smoothing"):
-            checks.real_number(name, getattr(self, name), least=0, below=1)
-        checks.share("layer_decay", self.layer_decay)
+        checks.check_settings(self)
         if self.mixes and self.batch_size % 2:
             expected = "an even batch_size with mixup or cutmix"
             raise MoeeError(expected, str(self.batch_size), "correct it")

@@ -6,12 +6,10 @@ keeps what became of them.
 
 import copy
 import math
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.scheduler import CosineLRScheduler
@@ -29,14 +28,13 @@ from moee_analysis.baselines.sparse_upcycling import balance_loss, watch_routers
 from moee_analysis.data.images import ImageSet, fitting_batch
 from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import evaluating, switched
-from moee_analysis.models.inputs import like
+from moee_analysis.models.inputs import like, model_transform
 from moee_analysis.models.loading import fingerprint
 from moee_analysis.moe.layer import expert_layers
 from moee_analysis.training.batches import Batch, Loaded, seeded, training_batches
 from moee_analysis.training.config import SupervisedConfig
 from moee_analysis.training.loop import Loop
 from moee_analysis.utils.progress import progress
-from moee_analysis.utils.signals import die_after
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build, present
 
@@ -44,9 +42,11 @@ NORMS = ("norm2", "norm")  # names of the norm before the MLP of a block, in tim
 HISTORY, RIGHT, WEIGHTS = "history.csv", "right.npy", "model.safetensors"
 """Files of a training: what ``train`` returns."""
 
+_LOADED: dict[tuple, list[Loaded]] = {}  # images of the last job of this process
+
 
 def parameter_groups(model: nn.Module, config: SupervisedConfig) -> list[dict[str, Any]]:
-    """Groups for an optimizer: ``params``, ``param_names``, ``weight_decay``, and ``lr_scale``.
+    """Groups for an optimizer: ``params`` with their names, ``weight_decay``, and ``lr_scale``.
 
     ``lr_scale`` is the ``layer_decay`` to the power of the number of layers above, and 1 for layers
     with experts and the norms before them, which a pretrained model does not have as they are (MoE
@@ -68,9 +68,8 @@ def parameter_groups(model: nn.Module, config: SupervisedConfig) -> list[dict[st
         # timm's own rule looks at dimensions alone; biases of many experts have two
         decays = parameter.ndim > 1 and not name.endswith("bias") and name not in spared
         decay = {"lr_scale": scale, "weight_decay": config.weight_decay * decays}
-        group = groups.setdefault((scale, decays), {"params": [], "param_names": []} | decay)
-        group["params"].append(parameter)
-        group["param_names"].append(name)
+        group = groups.setdefault((scale, decays), {"params": []} | decay)
+        group["params"].append((name, parameter))
     return list(groups.values())
 
 
@@ -193,14 +192,13 @@ class TrainingJob:
     config: SupervisedConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingBench:
     """Where jobs are done: images to train on and to evaluate, and the store of the results."""
 
     training: ImageSet
     images: ImageSet
     store: Path
-    loaded: tuple[Loaded, Loaded] | None = field(default=None, init=False)
 
     def all_done(self, jobs: Sequence[TrainingJob], *, workers: int = 1) -> list[Path]:
         """Do all jobs that the store does not have; return the folders of all.
@@ -210,10 +208,9 @@ class TrainingBench:
         """
         folders = [self.folder(job) for job in jobs]
         missing = {f: job for f, job in zip(folders, jobs, strict=True) if not present(f)}
-        if workers > 1 and len(missing) > 1:
-            doing = self._side_by_side(missing, min(workers, len(missing)))
-        else:
-            doing = map(self.do, missing.values(), missing)
+        doing = Parallel(workers, return_as="generator")(
+            delayed(self.do)(job, folder) for folder, job in missing.items()
+        )
         deque(progress(doing, label="trainings", total=len(missing)), maxlen=0)
         return folders
 
@@ -243,9 +240,11 @@ class TrainingBench:
             raise MoeeError(error.expected, found, error.hint) from None
 
     def _fill(self, folder: Path, *, job: TrainingJob) -> None:
-        if self.loaded is None:
-            self.loaded = tuple(Loaded.of(each, job.model) for each in (self.training, self.images))
-        training, images = self.loaded
+        key = self.training, self.images, str(model_transform(job.model))
+        if key not in _LOADED:
+            _LOADED.clear()
+            _LOADED[key] = [Loaded.of(each, job.model) for each in (self.training, self.images)]
+        training, images = _LOADED[key]
         with ExitStack() as after:
             after.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
@@ -254,28 +253,3 @@ class TrainingBench:
         np.save(folder / RIGHT, trained.right)
         save_file(trained.model.state_dict(), folder / WEIGHTS)
         write_json(folder / "config.json", asdict(job.config))
-
-    def _side_by_side(self, missing: dict[Path, TrainingJob], workers: int) -> Iterator[None]:
-        """Do jobs in fresh processes, each of which loads the images once."""
-        context = multiprocessing.get_context("spawn")
-        others = set(multiprocessing.active_children())
-        with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(self,)) as pool:
-            try:
-                yield from pool.map(_do, missing.values(), missing)
-            except (KeyboardInterrupt, SystemExit):  # what is under way is not waited for
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in set(multiprocessing.active_children()) - others:
-                    worker.terminate()
-                raise
-
-
-_OWN: list[TrainingBench] = []  # of a process that was begun for jobs
-
-
-def _begin(bench: TrainingBench) -> None:
-    die_after(multiprocessing.parent_process().join)
-    _OWN.append(bench)
-
-
-def _do(job: TrainingJob, folder: Path) -> None:
-    _OWN[-1].do(job, folder)

@@ -40,7 +40,6 @@ from moee_analysis.utils.storage.store import set_aside
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.csv"
-COLUMNS = ("epoch", "steps", "loss", "kl", "agreement")
 
 
 @dataclass
@@ -222,8 +221,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensors]] |
     if not any((folder / name).exists() for name in (CHECKPOINT, METRICS)):
         return None
     tensors, facts = read_signed_tensors(folder / CHECKPOINT)
-    rows = [{name: row[name] for name in COLUMNS} for row in facts["rows"]]  # in their order
-    return facts | {"rows": rows}, _nest(tensors, "/")
+    return facts, _nest(tensors, "/")
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -1,7 +1,9 @@
 """Checks of settings, of all configurations and of the command line."""
 
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -72,6 +74,36 @@ def layer_numbers(value: Any) -> None:
 def not_none(config: Any, *names: str) -> Iterator[tuple[str, Any]]:
     """Yield the settings of a configuration that are not None, with their names."""
     return ((name, getattr(config, name)) for name in names if getattr(config, name) is not None)
+
+
+RANGES: dict[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(("experts", "n_experts", "k", "slots", "tokens", "width"), whole_number),
+    **dict.fromkeys(("steps", "check_every", "epochs", "patience"), whole_number),
+    **dict.fromkeys(("batch_size", "accumulate"), whole_number),
+    **dict.fromkeys(("core", "universal"), partial(whole_number, least=0)),
+    "seed": partial(whole_number, least=0, most=LAST_SEED),
+    "layers": lambda _, value: layer_numbers(value),
+    **dict.fromkeys(("active", "universal_ratio", "layer_decay"), share),
+    **dict.fromkeys(("macs_reduction", "ema", "held_out"), partial(share, whole=False)),
+    **dict.fromkeys(("capacity", "temperature"), partial(real_number, above=0)),
+    **dict.fromkeys(("learning_rate", "clip"), partial(real_number, above=0)),
+    **dict.fromkeys(("noise", "weight_decay", "warmup_epochs"), partial(real_number, least=0)),
+    **dict.fromkeys(("block_weight", "router_weight"), partial(real_number, least=0)),
+    **dict.fromkeys(("balance_weight", "mixup", "cutmix"), partial(real_number, least=0)),
+    **dict.fromkeys(("drop", "expert_drop"), partial(real_number, least=0, below=1)),
+    **dict.fromkeys(("warmup", "label_smoothing"), partial(real_number, least=0, below=1)),
+}
+"""What checks settings that are numbers, by names that mean the same in all configurations."""
+
+
+def check_settings(config: Any) -> None:
+    """Refuse single settings that no configuration can have; None only where it is the default."""
+    for name, choices in choices_of(type(config)).items():
+        one_of(name, getattr(config, name), choices)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in RANGES and (value is not None or field.default is not None):
+            RANGES[field.name](field.name, value)
 
 
 def _is(kind: type, value: Any) -> bool:

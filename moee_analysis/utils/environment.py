@@ -13,7 +13,6 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -70,15 +69,6 @@ def describe_machine(device: str) -> list[str | int]:
     return [describe_device(device), capability, torch.get_num_threads(), version("torch")]
 
 
-def cores() -> int:
-    """How many cores this process may use at a time, also in a container."""
-    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    file = CGROUPS / "cpu.max"
-    quota, _, period = (file.read_text() if file.is_file() else "max").partition(" ")
-    limits = [int(quota) // int(period)] if quota.isdigit() else []
-    return max(1, min([affine or 1, *limits]))
-
-
 def memory() -> tuple[int, int]:
     """Bytes of memory that this process may use, and those of them that are free."""
     whole = psutil.virtual_memory()
@@ -101,7 +91,7 @@ def store_folder() -> Path:
     """Folder of the content-keyed store: ``$MOEE_STORE``, else in the user's cache folder."""
     named, cache = os.environ.get("MOEE_STORE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return Path(named).expanduser() if named else Path(cache).expanduser() / PACKAGE
+        return Path(named or f"{cache}/{PACKAGE}").expanduser()
     except RuntimeError as error:
         hint = "set MOEE_STORE to a folder that can be written to"
         raise MoeeError("a place for the store", f"no home folder ({error})", hint) from None
@@ -121,7 +111,7 @@ def prepare_caches() -> None:
     with suppress(OSError):  # no temporary folder either: `moee doctor` and the caches say so
         if _in_home(".") is None:  # Jupyter asks where it is
             os.environ["HOME"] = str(_private_folder())
-        if NUMBA not in os.environ and not _numba_has_place():
+        if NUMBA not in os.environ and not _is_writable(_user_cache()):
             os.environ[NUMBA] = str(_private_folder() / "numba")
         if MATPLOTLIB not in os.environ and not _is_writable(_in_home(".config")):
             os.environ[MATPLOTLIB] = str(_private_folder() / "matplotlib")
@@ -140,10 +130,8 @@ def spare_cores() -> None:
 def check_numba_cache() -> str:
     """Return where numba keeps its compiled code, without which it would not start, nor UMAP."""
     named = os.environ.get(NUMBA)
-    if named and _is_writable(Path(named)):
-        return named
-    if not named and _numba_has_place():
-        return "beside the libraries, or in the home folder"
+    if _is_writable(Path(named) if named else _user_cache()):
+        return named or "beside the libraries, or in the home folder"
     found = f"none to write to ({named or 'no home'})"
     hint = f"set {NUMBA} to a folder that can be written to, or cluster with --reduce pca"
     raise MoeeError("a cache for numba, which UMAP needs", found, hint)
@@ -154,12 +142,9 @@ def has_home() -> bool:
     return _is_writable(_in_home("."))
 
 
-def _numba_has_place() -> bool:
-    """Whether numba can write beside the code that it compiles, or into the user's cache."""
-    spec = find_spec("umap")
-    beside = Path(spec.origin).parent / "__pycache__" if spec and spec.origin else None
+def _user_cache() -> Path | None:
     cache = os.environ.get("XDG_CACHE_HOME")
-    return _is_writable(beside) or _is_writable(Path(cache) if cache else _in_home(".cache"))
+    return Path(cache) if cache else _in_home(".cache")
 
 
 def _in_home(name: str) -> Path | None:

@@ -1,15 +1,15 @@
 """What a person sees: bars that move, or a few lines in a log; lines; a page in the browser."""
 
 import io
+import math
 import os
 import sys
-import time
 import webbrowser
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm.std import tqdm
 
@@ -19,6 +19,8 @@ from moee_analysis.utils.distributed import rank
 T = TypeVar("T")
 
 SHORT = 3.0  # seconds that a log has nothing to say about
+LOGGED = {"bar_format": "{desc}: {n_fmt}/{total_fmt}, {remaining} left", "position": 0,
+          "leave": False, "mininterval": 0, "maxinterval": math.inf}  # fmt: skip
 
 _UNWATCHED: ContextVar[bool] = ContextVar("unwatched", default=False)
 
@@ -67,28 +69,22 @@ def progress(
         total = len(items)
     if is_headless() or rank() > 0:
         return iter(items)
-    if is_in_notebook():
-        look = {"file": Below(), "ascii": False, "ncols": 80, "leave": False}
-        return iter(tqdm(items, desc=label, total=total, delay=delay, **look))
-    if has_bars():
-        return iter(tqdm(items, desc=label, total=total, leave=None, delay=delay))
-    return _logged(items, label, total)
+    look = {"delay": delay, "leave": None}
+    if is_in_notebook():  # no widget, which would need its kernel later
+        look |= {"file": sys.stdout, "ascii": False, "ncols": 80, "leave": False}
+    elif not has_bars():
+        tenth = math.ceil(total / 10) if total else math.inf
+        look = LOGGED | {"file": Log(), "delay": SHORT, "miniters": tenth}
+    return iter(tqdm(items, desc=label, total=total, **look))
 
 
-class Below(io.StringIO):
-    """A line below a cell, written over and over: no widget, which would need its kernel later."""
-
-    handle: Any = None
+class Log(io.StringIO):
+    """What bars write, as lines of a log."""
 
     def write(self, text: str) -> int:
-        """Show ``text`` in the place of what was shown before."""
-        from IPython.display import display
-
-        shown = {"text/plain": text.strip("\r ")}
-        if self.handle is None:
-            self.handle = display(shown, raw=True, display_id=True)
-        else:
-            self.handle.update(shown, raw=True)
+        """Print the ``text``, if there is any."""
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
         return len(text)
 
 
@@ -101,19 +97,6 @@ def is_in_notebook() -> bool:
     """Whether this runs in the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and shell.config.get("IPKernelApp") is not None
-
-
-def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-    tenth, start = max(1, -(-(total or 1) // 10)), None
-    for done, item in enumerate(items, start=1):
-        if start is None:  # a source may prepare for long before its first item
-            start = time.monotonic()
-        yield item
-        passed = time.monotonic() - start
-        if passed > SHORT and total and (done % tenth == 0 or done == total):
-            left = tqdm.format_interval(passed / done * (total - done))
-            words = f"took {tqdm.format_interval(passed)}" if done == total else f"{left} left"
-            print(f"{label}: {done}/{total}, {words}", file=sys.stderr, flush=True)
 
 
 def open_page(page: Path) -> bool:

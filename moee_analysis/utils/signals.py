@@ -16,13 +16,6 @@ USUAL = {
 PATIENCE = 15  # seconds, for a process to end in order
 
 
-class _Section:
-    """How many undisturbed sections are open, and the first signal that came meanwhile."""
-
-    depth = 0
-    signal = 0
-
-
 class Terminated(SystemExit):
     """The process was asked to end by a signal; its code is what a shell expects then, as 143."""
 
@@ -39,12 +32,10 @@ def ended_in_order() -> Iterator[None]:
         received.append(number)
         if number != signal.SIGINT:
             signal.signal(number, signal.SIG_IGN)  # once is enough: what is open closes in peace
-        if not _Section.depth:
-            raise _ending_by(number)
-        _Section.signal = _Section.signal or number
+        raise _ending_by(number)
 
-    ours = {n: usual for n, usual in USUAL.items() if signal.getsignal(n) is usual}
-    ours = ours if _in_main_thread() else {}
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = {n: usual for n, usual in USUAL.items() if is_main and signal.getsignal(n) is usual}
     try:
         for number in ours:
             signal.signal(number, end)
@@ -56,28 +47,6 @@ def ended_in_order() -> Iterator[None]:
     finally:
         for number, usual in ours.items():
             signal.signal(number, usual)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """While open, what would end this process in order waits: for steps that belong together."""
-    if not _in_main_thread():
-        yield
-        return
-    _Section.depth += 1
-    waiting = 0
-    try:
-        yield
-    finally:
-        _Section.depth -= 1
-        if not _Section.depth:
-            waiting, _Section.signal = _Section.signal, 0
-    if waiting:
-        raise _ending_by(waiting)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _ending_by(number: int) -> BaseException:

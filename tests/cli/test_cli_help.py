@@ -12,10 +12,10 @@ from moee_analysis.baselines.registry import SYSTEMS
 from moee_analysis.cli.parser import COMMANDS, FINETUNE_SETTINGS, GUIDES, command_parser
 from moee_analysis.extraction import config as extract_config
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.training import config as training_config
 from moee_analysis.training.config import FinetuneConfig
+from moee_analysis.utils.checks import choices_of
 
-CHOICES = {ExtractConfig: extract_config.CHOICES, FinetuneConfig: training_config.CHOICES}
+CHOICES = {ExtractConfig: extract_config.CHOICES, FinetuneConfig: choices_of(FinetuneConfig)}
 FIRST_STEPS = GUIDES["first_steps"]
 EXAMPLES = sorted({line for name in COMMANDS for _, line in GUIDES[name]["examples"]})
 

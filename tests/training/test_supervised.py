@@ -112,7 +112,7 @@ def test_top_k_routers_learn_to_use_their_experts_alike():
 def test_rates_and_decay_by_group():
     model = slotted()
     groups = parameter_groups(model, replace(QUICK, layer_decay=0.5))
-    found = {n: (g["lr_scale"], g["weight_decay"]) for g in groups for n in g["param_names"]}
+    found = {n: (g["lr_scale"], g["weight_decay"]) for g in groups for n, _ in g["params"]}
     assert set(found) == {name for name, _ in model.named_parameters()}
     assert sum(len(g["params"]) for g in groups) == len(found)
     expected = {
@@ -134,7 +134,7 @@ def test_rates_and_decay_by_group():
     assert {name: found[name] for name in expected} == expected
     unnamed = nn.Sequential(nn.Linear(2, 2))
     groups = parameter_groups(unnamed, QUICK)
-    assert [group["param_names"] for group in groups] == [["0.weight"], ["0.bias"]]
+    assert [[name for name, _ in group["params"]] for group in groups] == [["0.weight"], ["0.bias"]]
     with pytest.raises(MoeeError, match="which layers"):
         parameter_groups(unnamed, replace(QUICK, layer_decay=0.5))
 

@@ -1,4 +1,4 @@
-"""Signals close what is open, and wait for steps that belong together."""
+"""Signals close what is open, and end a process with what it serves."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from moee_analysis.utils.signals import USUAL, Terminated, ended_in_order, undisturbed
+from moee_analysis.utils.signals import USUAL, Terminated, ended_in_order
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_handlers_of_others_and_other_threads_are_left_alone():
     found = []
 
     def use():
-        with ended_in_order(), undisturbed():
+        with ended_in_order():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=use)
@@ -88,20 +88,3 @@ def test_an_interruption_that_a_library_makes_another_error_of_is_one(number):
         end()
     with pytest.raises(ImportError), ended_in_order():
         raise ImportError
-
-
-@pytest.mark.parametrize("number", USUAL)
-def test_steps_that_belong_together_are_not_parted(number):
-    done = []
-
-    def work():
-        with ended_in_order(), undisturbed():
-            with undisturbed():
-                signal.raise_signal(number)
-            done.append("all of it")
-
-    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Terminated):
-        work()
-    assert done
-    with ended_in_order(), undisturbed():
-        done.append("nothing waits any more")

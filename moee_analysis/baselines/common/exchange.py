@@ -6,8 +6,6 @@ Experts with weights of their own: many MLPs of one shape, computed as batched p
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +18,9 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.models.capture import capture, evaluating
 from moee_analysis.models.loading import MlpSite, blank
 from moee_analysis.moe.layer import replace_module
-from moee_analysis.utils import checks
 
 Store = str | Path | None
 """Folder that keeps what was found of a model, to find it again; None keeps nothing."""
-
-
-RANGES: dict[str, Callable[[str, Any], None]] = {
-    **dict.fromkeys(("experts", "n_experts", "k", "slots", "tokens", "width"), checks.whole_number),
-    **dict.fromkeys(("core", "universal"), partial(checks.whole_number, least=0)),
-    **dict.fromkeys(("active", "universal_ratio"), checks.share),
-    **dict.fromkeys(("capacity", "temperature"), partial(checks.real_number, above=0)),
-    **dict.fromkeys(("drop", "expert_drop"), partial(checks.real_number, least=0, below=1)),
-    "noise": partial(checks.real_number, least=0),
-    "macs_reduction": partial(checks.share, whole=False),
-}
-"""What checks settings that are numbers, by names that mean the same in all configurations."""
-
-
-def check_settings(config: Any) -> None:
-    """Refuse single settings that no configuration can have; None only where it is the default."""
-    for name, choices in checks.choices_of(type(config)).items():
-        checks.one_of(name, getattr(config, name), choices)
-    checks.seed_number(config.seed)
-    checks.layer_numbers(config.layers)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in RANGES and (value is not None or field.default is not None):
-            RANGES[field.name](field.name, value)
 
 
 def add_noise(logits: torch.Tensor, router: nn.Module) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moee_analysis.baselines.common.exchange import check_settings
 from moee_analysis.errors import MoeeError
+from moee_analysis.utils.checks import check_settings
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import preset_named
@@ -20,7 +21,7 @@ from moee_analysis.report.runner.publish import publish
 from moee_analysis.report.summary.gates import Gate, check_gates
 from moee_analysis.report.summary.summary import read_summary, summary_lines
 from moee_analysis.utils.checks import whole_number
-from moee_analysis.utils.environment import cores, memory
+from moee_analysis.utils.environment import memory
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.locks import locked
@@ -124,12 +125,12 @@ def usual_jobs(notebooks: int) -> int:
     """How many of so many run at a time: one for each core and :data:`MEMORY`; one on a GPU."""
     if torch.cuda.is_available():
         return 1
-    return max(1, min(cores(), int(memory()[1] / MEMORY), notebooks))
+    return max(1, min(cpu_count(), int(memory()[1] / MEMORY), notebooks))
 
 
 def thread_limits(jobs: int) -> dict[str, str]:
     """What libraries read of their threads: a share of the cores, or the user's number if less."""
-    share, texts = max(1, cores() // jobs), {name: os.environ.get(name, "") for name in THREADS}
+    share, texts = max(1, cpu_count() // jobs), {name: os.environ.get(name, "") for name in THREADS}
     given = {name: int(text) for name, text in texts.items() if text.isdigit()}
     allowed = {name: (share, given.get(name), given.get(THREADS[0])) for name in THREADS}
     return {name: str(min(filter(None, numbers))) for name, numbers in allowed.items()}

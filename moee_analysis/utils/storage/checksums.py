@@ -97,7 +97,7 @@ def read_signed(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> None:
     """Write ``tensors`` and plain ``facts`` with their checksum; an older file stays until then."""
-    text = json.dumps(dict(facts), sort_keys=True)
+    text = json.dumps(dict(facts))
     with files.new_file(path, wanted=sum(tensor.nbytes for tensor in tensors.values())) as new:
         save_file(tensors, new, metadata={"facts": text, CHECKSUM: _digest(tensors, text)})
 

@@ -4,14 +4,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.signals import ended_in_order
 from moee_analysis.utils.storage.files import flush
-from moee_analysis.utils.storage.locks import RANDOM, is_held, locked, temporary, temporary_prefix
+from moee_analysis.utils.storage.locks import RANDOM, held, is_held, temporary, temporary_prefix
 from moee_analysis.utils.storage.refusals import writing
 
 OLD = "-old"
@@ -21,32 +21,24 @@ make_folder = partial(Path.mkdir, mode=0o700)
 
 
 @contextmanager
-def new_folder(final: Path, *, replace: bool = True, hint: str = "") -> Iterator[Path]:
+def new_folder(final: Path, *, replace: bool = True) -> Iterator[Path]:
     """Give a temporary folder that becomes ``final`` on success and vanishes on failure.
 
     An older ``final`` stays until the new one is flushed to the disk, and for good without
-    ``replace``. A place that is full or closed raises a ``MoeeError`` with the ``hint``.
+    ``replace``. A place that is full or closed raises a ``MoeeError``.
     """
     final = Path(final).resolve()
-    refusing = partial(writing, final, hint=hint)
-    with refusing():
+    with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _restore(final)
-    with refusing(), temporary(temporary_prefix(final), make_folder) as new, refusing(new=new):
-        yield new
-        flush_all(new)
-        new.chmod(0o755)  # others may read it, also where a library lets its owner alone
-        for path in filter(Path.is_file, new.iterdir()):
-            path.chmod(0o644)
-        if replace:
-            _replace(new, final)
-        else:
-            try:
+        with temporary(temporary_prefix(final), make_folder) as new, writing(final, new=new):
+            yield new
+            complete(new)
+            if replace:
+                _replace(new, final)
+            else:
                 new.rename(final)
-            except OSError:  # unless another process was first with the same content
-                if not final.is_dir():
-                    raise
-        flush(final.parent)
+            flush(final.parent)
 
 
 @contextmanager
@@ -63,25 +55,21 @@ def scratch_folder(kind: str) -> Iterator[Path]:
             yield folder
 
 
-@contextmanager
-def held_folder(folder: Path) -> Iterator[None]:
+def held_folder(folder: Path) -> AbstractContextManager[None]:
     """Make a folder, if it is not there, and hold it alone; wait for another process to end."""
-    while True:
-        with ExitStack() as held:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(locked(folder))
-            except FileNotFoundError:  # another process has renamed or removed it meanwhile
-                continue
-            yield
-            return
+    return held(folder, _make_with_parents)
 
 
-def flush_all(folder: Path) -> None:
-    """Bring all files of a folder, and the lists of their names, to the disk."""
+def _make_with_parents(folder: Path) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def complete(folder: Path) -> None:
+    """Bring a folder to the disk, with all that is in it, and let others read it."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir() or path.is_file():
+            path.chmod(0o755 if path.is_dir() else 0o644)  # some libraries let its owner alone
             flush(path)
 
 

@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from moee_analysis.utils.signals import undisturbed
-
 OURS = "-moee-"  # in all temporary names: with RANDOM behind it no name of others is like it
 RANDOM = "[0-9a-f]{32}"
 READ = os.O_RDONLY | os.O_NONBLOCK  # nobody waits for a named pipe
@@ -30,31 +28,25 @@ def temporary_prefix(path: Path) -> Path:
 def temporary(prefix: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """Give a new path that begins with ``prefix``, as ``make`` makes it, gone when this closes."""
     remove_left(prefix.parent, re.escape(prefix.name) + RANDOM)
+    path = prefix.with_name(prefix.name + uuid4().hex)
     with ExitStack() as stack:
-        with undisturbed():
-            path, lock = _make_and_hold(prefix, make)
-            stack.callback(_remove_and_let_go, path, lock)
+        stack.callback(remove, path)  # also where a signal cuts short what follows
+        stack.enter_context(held(path, make))
+        stack.callback(remove, path)
         yield path
 
 
-def _make_and_hold(prefix: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
-    while True:
-        path = prefix.with_name(prefix.name + uuid4().hex)
-        make(path)
-        # until it is locked, another process may take it for one that was left
-        with suppress(FileNotFoundError):
-            lock = os.open(path, READ)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists():
-                return path, lock
-            os.close(lock)
-
-
-def _remove_and_let_go(path: Path, lock: int) -> None:
-    with undisturbed():
-        remove(path)
-        os.close(lock)
+@contextmanager
+def held(path: Path, make: Callable[[Path], object]) -> Iterator[None]:
+    """Let ``make`` make a file or folder, and hold it alone; wait for another process to end."""
+    with ExitStack() as stack:
+        while True:
+            make(path)
+            # until it is locked, another process may rename it, or take it for one that was left
+            with suppress(FileNotFoundError):
+                stack.enter_context(locked(path))
+                break
+        yield
 
 
 @contextmanager

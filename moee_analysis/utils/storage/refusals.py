@@ -17,7 +17,7 @@ from moee_analysis.utils.storage.locks import OURS, RANDOM
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
-           errno.EEXIST, errno.ENAMETOOLONG, errno.EIO)  # fmt: skip
+           errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EIO)  # fmt: skip
 TRIAL = 1 << 16  # bytes
 ANOTHER_PLACE = "choose a place that can be written to"
 

@@ -18,14 +18,14 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.utils.progress import tell
 from moee_analysis.utils.storage.checksums import SEAL, damage_of, seal
 from moee_analysis.utils.storage.files import flush
-from moee_analysis.utils.storage.folders import flush_all, held_folder, new_folder
+from moee_analysis.utils.storage.folders import complete, held_folder
 from moee_analysis.utils.storage.locks import OURS, RANDOM, READ, remove, remove_left
 from moee_analysis.utils.storage.refusals import check_place, writing
 
 FORMAT = 6  # part of every key: raise it whenever a step of the extraction changes its results
 ELSEWHERE = "make room, or name another folder: --store DIR, or MOEE_STORE; TMPDIR without a store"
 ASIDE = "damaged-"
-UNFINISHED, WAITING = "-unfinished", "-waiting"
+UNFINISHED, BUILDING = "-unfinished", f"{OURS}building"
 MOST_HELD = 300  # open files
 
 _COLLECTIONS: ContextVar[tuple[list[str], ...]] = ContextVar("collections", default=())
@@ -48,20 +48,7 @@ def get_or_build(
 
     A failure leaves nothing behind, and one process builds at a time. ``about`` are facts to list.
     """
-    final, turn = root / name, root / f".{name}{WAITING}"
-    with writing(final, hint=ELSEWHERE):
-        root.mkdir(parents=True, exist_ok=True)
-    if not present(final):
-        with held_folder(turn):
-            try:
-                if not present(final):  # not made by a process that was waited for
-                    with new_folder(final, replace=False, hint=ELSEWHERE) as new:
-                        build(new)
-                        seal(new, name, about)
-                    _check_written(final)
-            finally:
-                remove(turn)
-    return final
+    return _get(root / name, root / f".{name}{BUILDING}", build, about)
 
 
 def get_or_resume(root: Path, name: str, build: Build) -> Path:
@@ -70,15 +57,7 @@ def get_or_resume(root: Path, name: str, build: Build) -> Path:
     ``build`` must see for itself which files of a killed process are whole; after a ``MoeeError``
     none is left.
     """
-    final, unfinished = root / name, unfinished_folder(root / name)
-    if not present(final):
-        with held_folder(unfinished):
-            if present(final):  # made by the process that was waited for
-                remove(unfinished)
-            else:
-                _finish(unfinished, final, build)
-        _check_written(final)
-    return final
+    return _get(root / name, unfinished_folder(root / name), build)
 
 
 def unfinished_folder(final: Path) -> Path:
@@ -86,20 +65,37 @@ def unfinished_folder(final: Path) -> Path:
     return final.with_name(f".{final.name}{UNFINISHED}")
 
 
-def _finish(unfinished: Path, final: Path, build: Build) -> None:
-    for path in unfinished.iterdir():
-        if path.name.startswith(".") or not path.is_file():  # half written at a kill
+def _get(final: Path, begun: Path, build: Build, about: Mapping[str, Any] | None = None) -> Path:
+    with writing(final, hint=ELSEWHERE):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    if not present(final):
+        with held_folder(begun):
+            if present(final):  # made by the process that was waited for
+                remove(begun)
+            else:
+                _finish(begun, final, build, about)
+        if not present(final):
+            hint = "look after that disk, or name another folder for the store: --store DIR"
+            raise MoeeError(f"'{final}' as it was just written", "another content", hint)
+    return final
+
+
+def _finish(begun: Path, final: Path, build: Build, about: Mapping[str, Any] | None) -> None:
+    is_resumed = begun == unfinished_folder(final)
+    for path in begun.iterdir():  # left by a kill
+        if not is_resumed or path.name.startswith(".") or not path.is_file():
             remove(path)
     try:
-        with writing(final, hint=ELSEWHERE):
-            build(unfinished)
-            seal(unfinished, final.name)
-            flush_all(unfinished)
-    except MoeeError:  # the next attempt would fail as well
-        remove(unfinished)
+        with writing(final, hint=ELSEWHERE, new=begun):
+            build(begun)
+            seal(begun, final.name, about)
+            complete(begun)
+            begun.rename(final)
+            flush(final.parent)
+    except BaseException as error:
+        if not is_resumed or isinstance(error, MoeeError):  # which would be raised again
+            remove(begun)
         raise
-    unfinished.rename(final)
-    flush(final.parent)
 
 
 def present(folder: Path) -> bool:
@@ -127,12 +123,6 @@ def set_aside(folder: Path, damage: str, *, seen: os.stat_result) -> None:
             folder.rename(aside)
 
 
-def _check_written(final: Path) -> None:
-    if not present(final):
-        hint = "look after that disk, or name another folder for the store: --store DIR"
-        raise MoeeError(f"'{final}' as it was just written", "another content", hint)
-
-
 def check_writable(root: Path) -> None:
     """Refuse a store that cannot be made or written to, before anything is computed for it."""
     try:
@@ -153,7 +143,7 @@ def use(folder: Path) -> None:
         names.append(folder.name)
     if folder.parent not in _TIDIED:
         _TIDIED.add(folder.parent)
-        remove_left(folder.parent, rf"\..+({OURS}{RANDOM}|{WAITING})")
+        remove_left(folder.parent, rf"\..+({OURS}{RANDOM}|{BUILDING})")
     if folder in _HELD:
         os.close(_HELD.pop(folder))
     with suppress(OSError, ValueError):

@@ -1,5 +1,4 @@
 import itertools
-import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,6 @@ from moee_analysis.training.finetune import finetune
 from moee_analysis.training.supervised import right_of, train
 from tests.helpers.images import contents, toy_images
 from tests.helpers.models import divergence, same_models, toy_vit
-from tests.helpers.processes import processes
 from tests.helpers.runs import best
 
 TRAINING, IMAGES = toy_images(40).take(range(24)), toy_images(40).take(range(24, 40))
@@ -125,9 +123,7 @@ def test_rates_that_are_no_weights_make_another_training(store, trained):
     assert other.folders["deep", 3] != trained.folders["deep", 3]
 
 
-def test_processes_side_by_side_come_to_the_same_bytes(trained, tmp_path, monkeypatch):
-    quick = processes()  # have imported everything
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: quick)
+def test_processes_side_by_side_come_to_the_same_bytes(trained, tmp_path):
     beside = trained_in(tmp_path, workers=2)
     for key, own in trained.folders.items():
         assert contents(beside.folders[key]) == contents(own)

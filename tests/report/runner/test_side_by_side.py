@@ -25,7 +25,7 @@ print(json.dumps(told))"""
 @pytest.fixture
 def machine(monkeypatch):
     """A machine of eight cores, without a GPU or a word about threads."""
-    monkeypatch.setattr(run_notebooks, "cores", lambda: 8)
+    monkeypatch.setattr(run_notebooks, "cpu_count", lambda: 8)
     monkeypatch.setattr(run_notebooks, "memory", lambda: (64e9, 32e9))
     monkeypatch.setattr(run_notebooks.torch.cuda, "is_available", lambda: False)
     for name in THREADS:

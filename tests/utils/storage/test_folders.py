@@ -67,6 +67,16 @@ def test_an_older_folder_stays_until_the_new_one_is_complete(tmp_path, monkeypat
         fill(tmp_path / "run" / "x" / "below a file")
 
 
+def test_what_came_meanwhile_stays_where_nothing_is_to_be_replaced(tmp_path):
+    with (
+        pytest.raises(MoeeError, match="not empty"),
+        new_folder(tmp_path / "run", replace=False),
+    ):
+        fill(tmp_path / "run", "meanwhile")
+    assert contents(tmp_path / "run") == {"x": b"meanwhile"}
+    assert names(tmp_path) == ["run"]
+
+
 def test_what_a_kill_left_goes_with_the_next_folder_of_that_name(tmp_path):
     kill_within(new_folder(tmp_path / "run"))
     (left,) = tmp_path.iterdir()

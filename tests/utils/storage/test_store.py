@@ -12,6 +12,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage.checksums import SEAL, damage_of
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import (
+    BUILDING,
     check_writable,
     content_key,
     get_or_build,
@@ -71,6 +72,15 @@ def test_a_failing_build_leaves_nothing_and_can_be_repeated(tmp_path, error):
     folder = get_or_build(tmp_path, "thing", lambda folder: write_json(folder / "result", {}))
     assert folder.stat().st_mode & 0o777 == 0o755  # others may read it
     assert (folder / "result").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_a_kill_has_left_of_a_build_is_no_part_of_the_next(tmp_path):
+    left = tmp_path / f".thing{BUILDING}"
+    get_or_build(tmp_path, "other", fill)
+    left.mkdir()
+    (left / "half").touch()
+    assert names(get_or_build(tmp_path, "thing", fill)) == {"result", SEAL}
+    assert names(tmp_path) == {"other", "thing"}
 
 
 def test_of_several_that_want_the_same_thing_one_builds_it(tmp_path):
