@@ -185,20 +185,15 @@ def knock_out_all(
     """
     intact: dict[int, np.ndarray] = {}
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in plan.rules}
-
-    def run() -> Iterator[tuple[slice, Outcomes]]:
-        for number, batch in enumerate(images.batches(model, batch_size=size)):
-            x, place = like(batch, model), slice(number * size, (number + 1) * size)
-            for outcome in interventions(model, x, plan, look, size=size):
-                yield place, outcome
-
-    total = -(-len(images) // size) * len(plan.rules)
     with evaluating(model):
-        for place, outcome in progress(run(), label="knock-outs", total=total):
-            layer, share, unchanged, seen = outcome
-            parts[layer].append((share.cpu().numpy(), judge(seen, place)))
-            # the same whatever the layer
-            intact[place.start] = judge(unchanged[None], place)[0]
+        for number, batch in enumerate(images.batches(model, batch_size=size)):
+            place = slice(number * size, (number + 1) * size)
+            outcomes = interventions(model, like(batch, model), plan, look, size=size)
+            bar = {"label": f"knock-outs, from image {place.start}", "total": len(plan.rules)}
+            for layer, share, unchanged, seen in progress(outcomes, **bar):
+                parts[layer].append((share.cpu().numpy(), judge(seen, place)))
+                # the same whatever the layer
+                intact[number] = judge(unchanged[None], place)[0]
     found = {
         layer: tuple(np.concatenate(each, axis=1) for each in zip(*of_layer, strict=True))
         for layer, of_layer in parts.items()
