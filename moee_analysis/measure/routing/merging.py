@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import cdist
 
 from moee_analysis.baselines.controls import randomly_merged
 from moee_analysis.data.images import ImageSet
@@ -58,7 +59,7 @@ def merging(
     if routed is None and moe_layers(model):
         with unmerged(model):
             routed = routes(model, images)
-    parts = _parts(images, tokens[0].shape[1:])
+    parts = {"part": all_patch_parts(images, tokens[0].shape[1:])} if images.parts else {}
     weights = bootstrap.redraw_counts(len(images), resamples, seed=seed)
     rows = []
     for layer, places in tokens.items():
@@ -101,11 +102,6 @@ def token_places(model: Run, images: ImageSet) -> Tokens:
     return {layer: np.concatenate(each) for layer, each in parts.items()}
 
 
-def _parts(images: ImageSet, grid: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Part of every patch, int64 (images, patches), where it is known."""
-    return {"part": all_patch_parts(images, grid)} if images.parts else {}
-
-
 def _experts(routed: Routes | None, layer: int) -> dict[str, np.ndarray]:
     """Expert of every patch, int16 (images, rows, columns), where they go to several."""
     if routed is None or layer not in routed.placed:
@@ -134,7 +130,8 @@ def _in_common(places: np.ndarray, labels: dict[str, np.ndarray]) -> Sums:
     for number, image in enumerate(places.reshape(len(places), -1)):
         merged = (image[:, None] == image) & (distance > 0)
         asked = merged.any(axis=1)
-        shared = {name: _same(each[number]) for name, each in labels.items()}
+        flat = {name: each[number].ravel() for name, each in labels.items()}
+        shared = {name: own[:, None] == own for name, own in flat.items()}
         for quantity, values in (shared | {"distance": distance}).items():
             for pairs, which in ({"merged": merged} | others).items():
                 of_patch = (values * which).sum(axis=1)[asked] / which.sum(axis=1)[asked]
@@ -144,12 +141,8 @@ def _in_common(places: np.ndarray, labels: dict[str, np.ndarray]) -> Sums:
 
 def _distances(grid: tuple[int, int]) -> np.ndarray:
     """Distances between the middles of patches, in patches, (patches, patches)."""
-    places = np.stack(np.indices(grid), axis=-1).reshape(-1, 2)
-    return np.linalg.norm(places[:, None] - places, axis=2)
-
-
-def _same(labels: np.ndarray) -> np.ndarray:
-    return labels.reshape(-1, 1) == labels.ravel()
+    places = np.argwhere(np.ones(grid))
+    return cdist(places, places)
 
 
 def _mean(sums: np.ndarray, weights: np.ndarray) -> dict[str, float]:
