@@ -36,7 +36,7 @@ from moee_analysis.data.disjoint import check_disjoint
 from moee_analysis.data.images import ImageSet
 from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.config import ExtractConfig
-from moee_analysis.extraction.merging import MergedMacs, merge_by_search
+from moee_analysis.extraction.merging import MergedMacs, candidates, merge_by_search
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.macs import count, count_parameters
@@ -161,7 +161,8 @@ class Bench:
         config = self.config(name, point, seed)
         if config is None:
             macs = MergedMacs.of(self.model, unread="routed")
-            return merge_by_search(*sources, macs, point.macs, root=store)
+            tried = candidates(self.model, macs, point.macs)
+            return merge_by_search(*sources, tried, root=store)
         convert = extract if isinstance(config, ExtractConfig) else token_merging.convert
         return convert(*sources, config, store=store)
 

@@ -26,6 +26,7 @@ from moee_analysis.errors import MoeeError
 from moee_analysis.extraction.attention import AttentionPlan
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import spread_images
+from moee_analysis.extraction.prices import measure_saved_time
 from moee_analysis.extraction.record.tokens import prefix_kinds
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.attention import site_of
@@ -39,7 +40,9 @@ from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build
 
-PART = 0.7  # of the logarithm of the share of MACs that is kept
+PARTS = {"macs": 0.7, "time": 0.9}  # of the logarithm of the share that is kept
+WORTH = 0.6  # of the share of MACs that merging saves, of time: else nothing merges
+FEWEST = 0.04  # of an image's patches, in a block where some merge: finding them takes time
 CENTRES, WIDTHS = (0.4, 0.5, 0.6), (0.12, 0.2, 0.33)  # of bells, as shares of the depth
 STEPS = 1000  # of a bell as high as all tokens; no more than half of them merge in a block
 HEIGHTS = range(4 * STEPS)
@@ -62,19 +65,21 @@ def merge_first(
         return merge_alike(model, config.merges)
     check_mergeable(model)
     macs = MergedMacs.of(model, unread=config.unread)
-    return merge_by_search(model, images, macs, saved_by_merging(config, macs), root=root)
+    saved = saved_by_merging(config, macs)
+    if config.budget_in == "time":
+        tried = _candidates_in_time(model, images, macs, saved, config.for_batch, root=root)
+    else:
+        tried = candidates(model, macs, saved)
+    return merge_by_search(model, images, tried, root=root)
 
 
 def merge_by_search(
-    model: nn.Module, images: ImageSet, macs: "MergedMacs", saved: float, *, root: Path
+    model: nn.Module, images: ImageSet, tried: Sequence[Schedule], *, root: Path
 ) -> nn.Module:
-    """Copy a vision transformer, its tokens merging so that a share of its ``macs`` is saved.
+    """Copy a vision transformer, its tokens merging by the best of the schedules ``tried``.
 
-    The schedule is searched on some of the ``images`` once, and found again in the store ``root``.
-
-    Raises MoeeError: one that cannot save so much.
+    It is searched on some of the ``images`` once, and found again in the store ``root``.
     """
-    tried = candidates(model, macs, saved)
     if len(tried) == 1:
         return merge_alike(model, tried[0])
     facts = {"model": fingerprint(model), "images": images.fingerprint, "tried": tried}
@@ -109,26 +114,46 @@ def reads_cls(model: nn.Module) -> bool:
 def saved_by_merging(config: ExtractConfig, macs: "MergedMacs") -> float:
     """Share of the ``macs`` that merging is to save, of what a ``config`` asks for.
 
-    It is no more than is left to save once as large a share of MACs has gone as of parameters. A
-    budget in time is taken as one of MACs here.
+    It is no more than is left to save once as large a share of MACs has gone as of parameters. Of
+    a budget in time it is a share of time.
     """
     kept = min(1.0, (1 - config.macs_reduction) * macs.whole / macs.total)
-    part = 1 - kept**PART
+    part = 1 - kept ** PARTS[config.budget_in]
     if config.params_reduction is None:
         return part
     return max(0.0, min(part, 1 - kept / (1 - config.params_reduction)))
 
 
-def candidates(model: nn.Module, macs: "MergedMacs", saved: float) -> list[Schedule]:
+def _candidates_in_time(
+    model: nn.Module, images: ImageSet, macs: "MergedMacs", saved: float, size: int, *, root: Path
+) -> list[Schedule]:
+    """As :func:`candidates`, of a share of the time of a batch of so many images.
+
+    What is saved is taken to grow with the MACs that are, as measured once. Where that is too
+    little, as of single images, no schedule merges any token.
+    """
+    find = partial(candidates, model, macs, fewest=round(FEWEST * model.patch_embed.num_patches))
+    example = find(saved)[-1]
+    if not any(example):
+        return [example]
+    merged = merge_alike(model, example)
+    time = measure_saved_time(model, merged, images, size, facts=example, root=root)
+    worth = time / macs.saved(example) * macs.whole / macs.total
+    return find(saved / worth) if worth > WORTH else [(0,) * len(example)]
+
+
+def candidates(
+    model: nn.Module, macs: "MergedMacs", saved: float, *, fewest: int = 1
+) -> list[Schedule]:
     """Schedules in the form of bells that save a share of ``macs``, each by as few merges as do.
 
-    Raises MoeeError: merging cannot save so much.
+    In a block merge none, or the ``fewest`` or more. Raises MoeeError: merging cannot save so much.
     """
     depth, patches = len(model.blocks), model.patch_embed.num_patches
     found: dict[Schedule, None] = {}  # in order
     for centre, width in product(CENTRES, WIDTHS):
         bell = [math.exp(-(((n / depth - centre) / width) ** 2)) for n in range(depth)]
-        fit = partial(scale, bell, patches=patches)
+        fit = partial(scale, bell, patches=patches, fewest=fewest)
         height = bisect_left(HEIGHTS, saved, key=lambda h, fit=fit: macs.saved(fit(h / STEPS)))
         schedule = fit(height / STEPS)
         if macs.saved(schedule) >= saved:
@@ -139,11 +164,15 @@ def candidates(model: nn.Module, macs: "MergedMacs", saved: float) -> list[Sched
     return list(found)
 
 
-def scale(form: Sequence[float], factor: float, patches: int) -> Schedule:
-    """Merges in each block: a share, ``factor`` times ``form``, of the patches that are left."""
+def scale(form: Sequence[float], factor: float, patches: int, *, fewest: int = 1) -> Schedule:
+    """Merges in each block: a share, ``factor`` times ``form``, of the patches that are left.
+
+    Where they would be less than the ``fewest``, there are none.
+    """
     merges = []
     for share in form:
-        merges.append(min(round(factor * share * patches), patches // 2))
+        wanted = min(round(factor * share * patches), patches // 2)
+        merges.append(wanted if wanted >= fewest else 0)
         patches -= merges[-1]
     return tuple(merges)
 

@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
 
+from moee_analysis.data.images import ImageSet
 from moee_analysis.extraction.attention import AttentionPlan
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import spread_images
@@ -27,6 +29,7 @@ from moee_analysis.extraction.experts.layer_experts import LayerExperts
 from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.models.attention import Factors, Reduction, low_rank
 from moee_analysis.models.capture import evaluating, watch
+from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
 from moee_analysis.moe.autotune import measuring_at_once, seconds_of
 from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
@@ -35,8 +38,8 @@ from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build
 
-SHARES = 0.25, 0.75  # of neurons, or of a head's dimensions, with which a layer is timed
-ROUNDS = 5  # in which all take turns, beside the first
+SHARES = 0.5, 1.0  # of neurons, or of a head's dimensions, with which a layer is timed
+ROUNDS = 7  # in which all take turns, beside the first
 FILE = "prices.json"
 DENSE, LOW_RANK, WHOLE = "dense", "low rank", "whole"
 
@@ -121,7 +124,7 @@ def measure_prices(
 
     def build(folder: Path) -> None:
         trials = [*_low_rank(tokens.model, attentions), *_experts(tokens.model, ways, config)]
-        batch = _batch(tokens, config.for_batch)
+        batch = _batch(tokens.model, tokens.images, config.for_batch)
         write_json(folder / FILE, asdict(_measure(dense, tokens.model, trials, batch)))
 
     folder = get_or_build(tokens.root, f"prices-{key}", build)
@@ -161,7 +164,7 @@ def _experts(model: nn.Module, ways: Sequence[Way], config: ExtractConfig) -> It
         trial = Trial(way.name, {}, {})
         for layer in (layer for layer in way.layers if layer.converted):
             mlp, scores = layer.site.module(model), way.scores_in(layer)
-            kept = scores > np.quantile(scores, 1 - share)
+            kept = scores >= np.quantile(scores, 1 - share)
             shift = mlp.fc2.weight.new_zeros(len(kept), mlp.fc2.out_features)
             readout = Readout(shift=None if config.refit == "none" else shift)
             experts, shares = list(map(np.flatnonzero, kept)), layer.statistics.shares
@@ -189,10 +192,10 @@ def _measure(
                     models[trial.way].append(seconds_of(partial(model, batch), batch.device))
                 for name, number in trial.numbers.items():
                     layers[name, trial.way, number].append(took[name])
-    # what other jobs do to a machine only adds to its times: the shortest are the surest
-    merged, *whole = (min(models[way][1:]) for way in (DENSE, WHOLE) if way in models)
-    surest = {key: min(rounds[1:]) for key, rounds in layers.items()}
-    return _prices(min(whole, default=merged), merged, surest)
+    # medians: other jobs on the machine are then in all of them alike, as they take turns
+    merged, *whole = (median(models[way][1:]) for way in (DENSE, WHOLE) if way in models)
+    usual = {key: median(rounds[1:]) for key, rounds in layers.items()}
+    return _prices(whole[0] if whole else merged, merged, usual)
 
 
 @contextmanager
@@ -239,8 +242,37 @@ def _prices(whole: float, merged: float, seconds: Mapping[Timed, float]) -> Pric
     return Prices(whole, max(0.0, merged - sum(dense.values())), dense, dict(ways))
 
 
-def _batch(tokens: TokenSource, size: int) -> torch.Tensor:
-    """A batch of calibration images from all over the set, repeated where there are too few."""
-    some = tokens.images.take(spread_images(len(tokens.images), most=size))
-    images = torch.cat(list(some.batches(tokens.model)))
-    return like(images.repeat(-(-size // len(images)), 1, 1, 1)[:size], tokens.model)
+def measure_saved_time(
+    model: nn.Module,
+    other: nn.Module,
+    images: ImageSet,
+    size: int,
+    *,
+    facts: Sequence[int],
+    root: Path,
+) -> float:
+    """Share of the time of ``model`` that an ``other``, known by ``facts``, saves in a batch.
+
+    It is measured once, or found in the store ``root``.
+    """
+    device = next(model.parameters()).device
+    key = {"model": fingerprint(model), "other": facts, "batch": size}
+
+    def build(folder: Path) -> None:
+        batch = _batch(model, images, size)
+        with evaluating(model), evaluating(other):
+            rounds = progress(range(1 + ROUNDS), label="time saved", total=1 + ROUNDS)
+            times = [
+                [seconds_of(partial(e, batch), device) for e in (model, other)] for _ in rounds
+            ]
+        write_json(folder / FILE, 1 - median(less / whole for whole, less in times[1:]))
+
+    key = content_key(**key, on=describe_machine(str(device)))
+    return json.loads((get_or_build(root, f"prices-{key}", build) / FILE).read_text())
+
+
+def _batch(model: nn.Module, images: ImageSet, size: int) -> torch.Tensor:
+    """A batch of images from all over the set, repeated where there are too few."""
+    some = images.take(spread_images(len(images), most=size))
+    batch = torch.cat(list(some.batches(model)))
+    return like(batch.repeat(-(-size // len(batch)), 1, 1, 1)[:size], model)

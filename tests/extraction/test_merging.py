@@ -244,6 +244,14 @@ def test_schedules_save_what_the_counter_counts_but_for_finding_pairs():
         assert 0.2 <= saved < 0.27
 
 
+def test_small_steps_can_be_left_out():
+    model = toy_vit(depth=6)
+    macs = MergedMacs.of(model, unread="routed")
+    for schedule in candidates(model, macs, 0.2, fewest=3):
+        assert min(filter(None, schedule)) >= 3
+        assert macs.saved(schedule) >= 0.2
+
+
 def test_what_nothing_reads_is_not_saved_by_merging():
     model, free = toy_vit(), measure.macs(toy_vit()).iloc[-1]["macs_unread"]
     macs = MergedMacs.of(model, unread="constant")

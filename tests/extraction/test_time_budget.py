@@ -8,12 +8,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moee_analysis.cli.printing import layers_text
 from moee_analysis.errors import MoeeError
-from moee_analysis.extraction import pipeline, prices
+from moee_analysis.extraction import merging, pipeline, prices
 from moee_analysis.extraction.config import ExtractConfig
+from moee_analysis.extraction.merging import MergedMacs
 from moee_analysis.extraction.pipeline import extract
 from moee_analysis.extraction.prices import LOW_RANK, Price, Prices
 from moee_analysis.extraction.saving.checks import check_facts
 from moee_analysis.models.macs import count
+from moee_analysis.models.merging import merging_blocks
 from moee_analysis.moe.layer import MoeMlp, all_mlps, moe_layers
 from tests.helpers.images import toy_images
 from tests.helpers.models import pixels_of, toy_vit
@@ -163,6 +165,36 @@ def test_prices_are_measured_once_for_all_layers_that_may_change(monkeypatch, tm
     assert min(first.whole, *first.dense.values()) > 0
     for found in (run, again):
         assert torch.isfinite(found.model(pixels_of(found.model))).all()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.5, -0.2])
+def test_tokens_merge_as_far_as_that_pays(monkeypatch, tmp_path, share):
+    model = toy_vit(depth=6)
+    macs = MergedMacs.of(model, unread="constant")
+
+    def time_saved(dense, merged, *_, facts, root):
+        assert dense is model
+        assert merging_blocks(merged).schedule == facts
+        return share * macs.saved(facts) * macs.total / macs.whole
+
+    monkeypatch.setattr(merging, "measure_saved_time", time_saved)
+    config = best(macs_reduction=0.4, budget_in="time", merging="budget").resolved()
+    merged = merging.merge_first(model, IMAGES, config, root=tmp_path)
+    blocks, wanted = merging_blocks(merged), merging.saved_by_merging(config, macs) / share
+    if share < merging.WORTH:
+        assert blocks is None
+    else:
+        assert wanted <= macs.saved(blocks.schedule) < wanted + 0.07
+
+
+def test_time_that_is_saved_is_measured_once(tmp_path):
+    model = toy_vit()
+    given = {"facts": (1, 2, 0), "root": tmp_path}
+    merged = merging.merge_alike(model, given["facts"])
+    saved = prices.measure_saved_time(model, merged, IMAGES, 8, **given)
+    assert saved < 1
+    assert prices.measure_saved_time(model, merged, IMAGES, 8, **given) == saved
+    assert len(list(tmp_path.glob("prices-*"))) == 1
 
 
 def test_a_price_is_the_line_through_what_was_measured():
