@@ -40,7 +40,7 @@ from moee_analysis.utils.progress import progress
 from moee_analysis.utils.storage.files import write_json
 from moee_analysis.utils.storage.store import content_key, get_or_build
 
-PARTS = {"macs": 0.7, "time": 0.9}  # of the logarithm of the share that is kept
+PARTS = {"macs": 0.7, "time": 1.0}  # of the logarithm of the share that is kept
 WORTH = 0.6  # of the share of MACs that merging saves, of time: else nothing merges
 FEWEST = 0.04  # of an image's patches, in a block where some merge: finding them takes time
 CENTRES, WIDTHS = (0.4, 0.5, 0.6), (0.12, 0.2, 0.33)  # of bells, as shares of the depth
@@ -65,11 +65,10 @@ def merge_first(
         return merge_alike(model, config.merges)
     check_mergeable(model)
     macs = MergedMacs.of(model, unread=config.unread)
-    saved = saved_by_merging(config, macs)
     if config.budget_in == "time":
-        tried = _candidates_in_time(model, images, macs, saved, config.for_batch, root=root)
+        tried = candidates_in_time(model, images, macs, config, root=root)
     else:
-        tried = candidates(model, macs, saved)
+        tried = candidates(model, macs, saved_by_merging(config, macs))
     return merge_by_search(model, images, tried, root=root)
 
 
@@ -124,22 +123,38 @@ def saved_by_merging(config: ExtractConfig, macs: "MergedMacs") -> float:
     return max(0.0, min(part, 1 - kept / (1 - config.params_reduction)))
 
 
-def _candidates_in_time(
-    model: nn.Module, images: ImageSet, macs: "MergedMacs", saved: float, size: int, *, root: Path
+def candidates_in_time(
+    model: nn.Module, images: ImageSet, macs: "MergedMacs", config: ExtractConfig, *, root: Path
 ) -> list[Schedule]:
-    """As :func:`candidates`, of a share of the time of a batch of so many images.
+    """As :func:`candidates`, of a budget of time; no token merges where that saves too little."""
+    saved, worth = saved_by_merging(config, macs), _time_by_macs(model, images, config, root=root)
+    return _without_small_steps(model, macs, saved / worth if worth > WORTH else 0)
 
-    What is saved is taken to grow with the MACs that are, as measured once. Where that is too
-    little, as of single images, no schedule merges any token.
-    """
-    find = partial(candidates, model, macs, fewest=round(FEWEST * model.patch_embed.num_patches))
-    example = find(saved)[-1]
+
+def share_of_time(
+    model: nn.Module, merged: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+) -> float:
+    """Share of a dense model's time that merging saves, taken to grow with the MACs it saves."""
+    if (blocks := merging_blocks(merged)) is None:
+        return 0.0
+    saved = MergedMacs.of(model, unread=config.unread).saved(blocks.schedule)
+    return saved * _time_by_macs(model, images, config, root=root)
+
+
+def _time_by_macs(
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
+) -> float:
+    """Share of time over that of MACs which an example of merging saves, measured once."""
+    macs = MergedMacs.of(model, unread=config.unread)
+    example = _without_small_steps(model, macs, saved_by_merging(config, macs))[-1]
     if not any(example):
-        return [example]
-    merged = merge_alike(model, example)
-    time = measure_saved_time(model, merged, images, size, facts=example, root=root)
-    worth = time / macs.saved(example) * macs.whole / macs.total
-    return find(saved / worth) if worth > WORTH else [(0,) * len(example)]
+        return 0.0
+    time = measure_saved_time(model, merge_alike(model, example), images, config, root=root)
+    return time / macs.saved(example)
+
+
+def _without_small_steps(model: nn.Module, macs: "MergedMacs", saved: float) -> list[Schedule]:
+    return candidates(model, macs, saved, fewest=round(FEWEST * model.patch_embed.num_patches))
 
 
 def candidates(

@@ -30,7 +30,7 @@ from moee_analysis.extraction.cross_token_fisher import scale_by_coherence
 from moee_analysis.extraction.experts.layer_experts import Kept, LayerExperts, gather_statistics
 from moee_analysis.extraction.experts.neuron_scores import score_neurons
 from moee_analysis.extraction.experts.refit_w2 import refit_layers
-from moee_analysis.extraction.merging import merge_first
+from moee_analysis.extraction.merging import merge_first, share_of_time
 from moee_analysis.extraction.prices import Way, measure_prices
 from moee_analysis.extraction.record.accumulate import saved_sums, share_out
 from moee_analysis.extraction.record.fisher import unread_patches
@@ -114,7 +114,8 @@ def _extract(
         scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
         if config.budget_in == "time":
             ways = [Way("routed", layers, scores), prune_alike(tokens, config)]
-            prices = measure_prices(unmerged, tokens, ways, attentions, config)
+            saved = share_of_time(unmerged, precise, images, config, root=root)
+            prices = measure_prices(tokens, ways, attentions, config, saved=saved)
             layers, sizes = allocate_in_time(tokens, ways, attentions, prices, config)
         else:
             sizes = _allocate(tokens, layers, scores, budget)

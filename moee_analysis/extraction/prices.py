@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,6 +31,7 @@ from moee_analysis.models.attention import Factors, Reduction, low_rank
 from moee_analysis.models.capture import evaluating, watch
 from moee_analysis.models.fingerprints import fingerprint
 from moee_analysis.models.inputs import like
+from moee_analysis.models.merging import merging_blocks
 from moee_analysis.moe.autotune import measuring_at_once, seconds_of
 from moee_analysis.moe.layer import MoeMlp, Readout, replace_module
 from moee_analysis.utils.environment import describe_machine
@@ -41,7 +42,7 @@ from moee_analysis.utils.storage.store import content_key, get_or_build
 SHARES = 0.5, 1.0  # of neurons, or of a head's dimensions, with which a layer is timed
 ROUNDS = 7  # in which all take turns, beside the first
 FILE = "prices.json"
-DENSE, LOW_RANK, WHOLE = "dense", "low rank", "whole"
+DENSE, LOW_RANK = "dense", "low rank"
 
 Timed = tuple[str, str, float]  # layer, way, and neurons of a token or the heads' dimensions
 
@@ -85,9 +86,9 @@ class Price:
 class Prices:
     """Seconds of a batch.
 
-    ``whole`` is the dense model, ``rest`` what is left of it without the layers that may change,
-    once tokens merge; ``dense`` are these layers as they are, by name. ``ways`` are prices by the
-    name of the way, :data:`LOW_RANK` that of attentions, and that of the layer.
+    ``whole`` is the dense model before tokens merge, ``rest`` what is left of it then without the
+    layers that may change; ``dense`` are these layers as they are, by name. ``ways`` are prices by
+    the name of the way, :data:`LOW_RANK` that of attentions, and that of the layer.
     """
 
     whole: float
@@ -106,17 +107,18 @@ class Prices:
 
 
 def measure_prices(
-    dense: nn.Module,
     tokens: TokenSource,
     ways: Sequence[Way],
     attentions: Sequence[AttentionPlan],
     config: ExtractConfig,
+    *,
+    saved: float,
 ) -> Prices:
     """Measure the prices of the layers that some ``ways`` convert, or find them in the store.
 
-    ``dense`` is the model of the ``tokens`` before any of these merge.
+    ``saved`` is the share of the dense model's time that merging has saved already.
     """
-    device = next(dense.parameters()).device
+    device = next(tokens.model.parameters()).device
     pieces = [config.for_batch, config.order, config.metric, config.refit, config.attention]
     ids = [[[e.site.name, e.assignment.digest] for e in w.layers if e.converted] for w in ways]
     facts = {"tokens": tokens.key, "ways": ids, "pieces": pieces}
@@ -125,10 +127,11 @@ def measure_prices(
     def build(folder: Path) -> None:
         trials = [*_low_rank(tokens.model, attentions), *_experts(tokens.model, ways, config)]
         batch = _batch(tokens.model, tokens.images, config.for_batch)
-        write_json(folder / FILE, asdict(_measure(dense, tokens.model, trials, batch)))
+        write_json(folder / FILE, asdict(_measure(tokens.model, trials, batch)))
 
     folder = get_or_build(tokens.root, f"prices-{key}", build)
-    return Prices.from_json(json.loads((folder / FILE).read_text()))
+    prices = Prices.from_json(json.loads((folder / FILE).read_text()))
+    return replace(prices, whole=prices.whole / (1 - saved))
 
 
 @dataclass(frozen=True)
@@ -174,28 +177,24 @@ def _experts(model: nn.Module, ways: Sequence[Way], config: ExtractConfig) -> It
         yield trial
 
 
-def _measure(
-    dense: nn.Module, model: nn.Module, trials: Sequence[Trial], batch: torch.Tensor
-) -> Prices:
-    """As :func:`measure_prices`; ``model`` is the dense one, its tokens merging."""
+def _measure(model: nn.Module, trials: Sequence[Trial], batch: torch.Tensor) -> Prices:
+    """As :func:`measure_prices`, of a dense ``model`` whose tokens may merge."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.layers))
     own = Trial(DENSE, {name: model.get_submodule(name) for name in names}, dict.fromkeys(names, 0))
     layers: defaultdict[Timed, list[float]] = defaultdict(list)
-    models: defaultdict[str, list[float]] = defaultdict(list)
+    seconds: list[float] = []
     # in the first round, layers find out which way of computing them is the fastest
-    with evaluating(dense), evaluating(model), measuring_at_once():
+    with evaluating(model), measuring_at_once():
         for _ in progress(range(1 + ROUNDS), label="prices in time", total=1 + ROUNDS):
-            if dense is not model:
-                models[WHOLE].append(seconds_of(partial(dense, batch), batch.device))
             for trial in (own, *trials):
                 with exchanged(model, trial.layers), timing(trial.layers, batch.device) as took:
-                    models[trial.way].append(seconds_of(partial(model, batch), batch.device))
+                    found = seconds_of(partial(model, batch), batch.device)
+                seconds += [found] if trial is own else []
                 for name, number in trial.numbers.items():
-                    layers[name, trial.way, number].append(took[name])
-    # medians: other jobs on the machine are then in all of them alike, as they take turns
-    merged, *whole = (median(models[way][1:]) for way in (DENSE, WHOLE) if way in models)
-    usual = {key: median(rounds[1:]) for key, rounds in layers.items()}
-    return _prices(whole[0] if whole else merged, merged, usual)
+                    layers[name, trial.way, number].append(took[name] / seconds[-1])
+    # ratios within a round, and their medians: whatever else the machine does slows all alike
+    whole = median(seconds[1:])
+    return _prices(whole, {key: whole * median(each[1:]) for key, each in layers.items()})
 
 
 @contextmanager
@@ -230,8 +229,8 @@ def timing(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[d
         yield took
 
 
-def _prices(whole: float, merged: float, seconds: Mapping[Timed, float]) -> Prices:
-    """Prices by the seconds of the dense model, merged or not, and of all layers."""
+def _prices(whole: float, seconds: Mapping[Timed, float]) -> Prices:
+    """Prices by the seconds of a model and of its layers."""
     points: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for (name, way, number), found in seconds.items():
         points[way, name].append((number, found))
@@ -239,35 +238,25 @@ def _prices(whole: float, merged: float, seconds: Mapping[Timed, float]) -> Pric
     for (way, name), own in points.items():
         ways[way][name] = Price.through(*own)
     dense = {name: price.fixed for name, price in ways.pop(DENSE).items()}
-    return Prices(whole, max(0.0, merged - sum(dense.values())), dense, dict(ways))
+    return Prices(whole, max(0.0, whole - sum(dense.values())), dense, dict(ways))
 
 
 def measure_saved_time(
-    model: nn.Module,
-    other: nn.Module,
-    images: ImageSet,
-    size: int,
-    *,
-    facts: Sequence[int],
-    root: Path,
+    model: nn.Module, merged: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
 ) -> float:
-    """Share of the time of ``model`` that an ``other``, known by ``facts``, saves in a batch.
-
-    It is measured once, or found in the store ``root``.
-    """
-    device = next(model.parameters()).device
-    key = {"model": fingerprint(model), "other": facts, "batch": size}
+    """Share of the time of a dense ``model`` that merging saves in a batch, as measured once."""
+    device, schedule = next(model.parameters()).device, merging_blocks(merged).schedule
+    facts = {"model": fingerprint(model), "schedule": schedule, "batch": config.for_batch}
 
     def build(folder: Path) -> None:
-        batch = _batch(model, images, size)
-        with evaluating(model), evaluating(other):
-            rounds = progress(range(1 + ROUNDS), label="time saved", total=1 + ROUNDS)
-            times = [
-                [seconds_of(partial(e, batch), device) for e in (model, other)] for _ in rounds
-            ]
-        write_json(folder / FILE, 1 - median(less / whole for whole, less in times[1:]))
+        batch, shares = _batch(model, images, config.for_batch), []
+        with evaluating(model), evaluating(merged):
+            for _ in progress(range(1 + ROUNDS), label="time saved", total=1 + ROUNDS):
+                whole, less = (seconds_of(partial(e, batch), device) for e in (model, merged))
+                shares.append(1 - less / whole)
+        write_json(folder / FILE, median(shares[1:]))
 
-    key = content_key(**key, on=describe_machine(str(device)))
+    key = content_key(**facts, on=describe_machine(str(device)))
     return json.loads((get_or_build(root, f"prices-{key}", build) / FILE).read_text())
 
 

@@ -1,6 +1,7 @@
 """Runs whose budget is one of time: prices by hand, and measured ones without looking at them."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ IMAGES, MERGES = toy_images(24), (3, 4, 0)
 MACS = 1e-9  # seconds of one MAC
 
 
-def in_macs(dense, tokens, ways, attentions, config, *, factor=None):
+def in_macs(tokens, ways, attentions, config, *, saved, factor=None):
     """Prices that are MACs, in a model whose tokens merge or not; times a ``factor`` by way."""
     factor, model = factor or {}, tokens.model
     names = {e.site.name for way in ways for e in way.layers if e.converted}
@@ -43,16 +44,17 @@ def in_macs(dense, tokens, ways, attentions, config, *, factor=None):
     found[LOW_RANK] = {
         p.site.name: Price(0.0, MACS * p.macs(None) / dimensions[p.site.name]) for p in attentions
     }
-    whole = MACS * count(dense).total
+    whole = MACS * counted.total / (1 - saved)
     rest = MACS * counted.total - sum(own.values())
     return Prices(whole, rest, own, found)
 
 
 def extracted(monkeypatch, settings, **factor):
-    def priced(*given):
-        return in_macs(*given, factor=factor)
+    def share_of_time(model, merged, *_, root):
+        return 1 - count(merged).total / count(model).total
 
-    monkeypatch.setattr(pipeline, "measure_prices", priced)
+    monkeypatch.setattr(pipeline, "measure_prices", partial(in_macs, factor=factor))
+    monkeypatch.setattr(pipeline, "share_of_time", share_of_time)
     return extract(toy_vit(), IMAGES, settings)
 
 
@@ -144,8 +146,9 @@ def wide_vit():
 def test_prices_are_measured_once_for_all_layers_that_may_change(monkeypatch, tmp_path):
     measured = []
 
-    def measure(*given):
-        measured.append(real(*given))
+    def measure(*given, saved):
+        assert saved == 0
+        measured.append(real(*given, saved=saved))
         return measured[-1]
 
     real = prices.measure_prices
@@ -167,33 +170,35 @@ def test_prices_are_measured_once_for_all_layers_that_may_change(monkeypatch, tm
         assert torch.isfinite(found.model(pixels_of(found.model))).all()
 
 
-@pytest.mark.parametrize("share", [1.0, 0.8, 0.5, -0.2])
+@pytest.mark.parametrize("share", [1.1, 0.8, 0.5, -0.2])
 def test_tokens_merge_as_far_as_that_pays(monkeypatch, tmp_path, share):
     model = toy_vit(depth=6)
     macs = MergedMacs.of(model, unread="constant")
 
-    def time_saved(dense, merged, *_, facts, root):
+    def saved_time(dense, merged, *_, root):
         assert dense is model
-        assert merging_blocks(merged).schedule == facts
-        return share * macs.saved(facts) * macs.total / macs.whole
+        return share * macs.saved(merging_blocks(merged).schedule)
 
-    monkeypatch.setattr(merging, "measure_saved_time", time_saved)
+    monkeypatch.setattr(merging, "measure_saved_time", saved_time)
     config = best(macs_reduction=0.4, budget_in="time", merging="budget").resolved()
-    merged = merging.merge_first(model, IMAGES, config, root=tmp_path)
-    blocks, wanted = merging_blocks(merged), merging.saved_by_merging(config, macs) / share
+    given = IMAGES, config
+    merged = merging.merge_first(model, *given, root=tmp_path)
+    saved = merging.share_of_time(model, merged, *given, root=tmp_path)
     if share < merging.WORTH:
-        assert blocks is None
+        assert merging_blocks(merged) is None
+        assert saved == 0
     else:
-        assert wanted <= macs.saved(blocks.schedule) < wanted + 0.07
+        wanted = merging.saved_by_merging(config, macs)
+        assert wanted <= saved < wanted + 0.07
 
 
-def test_time_that_is_saved_is_measured_once(tmp_path):
-    model = toy_vit()
-    given = {"facts": (1, 2, 0), "root": tmp_path}
-    merged = merging.merge_alike(model, given["facts"])
-    saved = prices.measure_saved_time(model, merged, IMAGES, 8, **given)
-    assert saved < 1
-    assert prices.measure_saved_time(model, merged, IMAGES, 8, **given) == saved
+def test_time_that_merging_saves_is_measured_once(tmp_path):
+    model, config = toy_vit(), best(budget_in="time", for_batch=8)
+    merged = merging.merge_alike(model, (1, 2, 0))
+    found = [
+        prices.measure_saved_time(model, merged, IMAGES, config, root=tmp_path) for _ in range(2)
+    ]
+    assert found[0] == found[1] < 1
     assert len(list(tmp_path.glob("prices-*"))) == 1
 
 
