@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--limit", type=int, help="images whose routes count; else as many as the preset says")
     add("--macs-reduction", type=float, nargs="+", default=[0.28], help="of the dense MACs")
-    usual = [name for name in SYSTEMS if name != IN_TIME]  # its prices take a quiet machine
+    usual = [name for name in SYSTEMS if name not in IN_TIME]  # prices take a quiet machine
     add("--systems", nargs="+", default=usual, choices=SYSTEMS)
     add("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     add("--run", type=Path, action="append", help="a saved run to time; then none is extracted")

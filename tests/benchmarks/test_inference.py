@@ -149,7 +149,7 @@ def test_the_command_times_systems_that_it_extracts(tmp_path, capsys, monkeypatc
     assert contents(out).keys() == FILES
     text = (out / "inference.json").read_text()
     content = json.loads(text)
-    names = [name for name in SYSTEMS if name != IN_TIME]  # that is to be asked for
+    names = [name for name in SYSTEMS if name not in IN_TIME]  # these are to be asked for
     assert [row["system"] for row in content["rows"][: 1 + len(names)]] == ["dense", *names]
     assert content["rows"][0]["kl"] == pytest.approx(0, abs=1e-9)
     assert min(row["kl"] for row in content["rows"][1 : 1 + len(names)]) > 0
