@@ -27,6 +27,7 @@ from moee_analysis.extraction.attention import AttentionPlan
 from moee_analysis.extraction.config import ExtractConfig
 from moee_analysis.extraction.cross_token_fisher import spread_images
 from moee_analysis.extraction.prices import measure_saved_time
+from moee_analysis.extraction.record.token_source import TokenSource
 from moee_analysis.extraction.record.tokens import prefix_kinds
 from moee_analysis.extraction.run import Extraction
 from moee_analysis.models.attention import site_of
@@ -131,14 +132,12 @@ def candidates_in_time(
     return _without_small_steps(model, macs, saved / worth if worth > WORTH else 0)
 
 
-def share_of_time(
-    model: nn.Module, merged: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
-) -> float:
-    """Share of a dense model's time that merging saves, taken to grow with the MACs it saves."""
-    if (blocks := merging_blocks(merged)) is None:
+def share_of_time(model: nn.Module, tokens: TokenSource, config: ExtractConfig) -> float:
+    """Share of a dense model's time that merging its ``tokens`` saves, by the MACs it saves."""
+    if (blocks := merging_blocks(tokens.model)) is None:
         return 0.0
     saved = MergedMacs.of(model, unread=config.unread).saved(blocks.schedule)
-    return saved * _time_by_macs(model, images, config, root=root)
+    return saved * _time_by_macs(model, tokens.images, config, root=tokens.root)
 
 
 def _time_by_macs(

@@ -104,8 +104,7 @@ def _extract(
         sites = [site.name for site in (*tokens.sites, *plain_attentions(precise))]
         dense = count(precise, sites=sites)
         attentions = plan_attentions(precise, images, config, dense=dense, root=root)
-        whole = dense if precise is unmerged else count(unmerged, sites=())
-        budget = Budget(precise, dense, whole.total, config, attentions)
+        budget = Budget(precise, dense, count(unmerged, sites=()).total, config, attentions)
 
         # Phase 1: cluster the tokens of every layer; each cluster is an expert.
         layers = group_tokens(tokens, config)
@@ -114,7 +113,7 @@ def _extract(
         scores = score_neurons(tokens, layers, order=config.order, metric=config.metric)
         if config.budget_in == "time":
             ways = [Way("routed", layers, scores), prune_alike(tokens, config)]
-            saved = share_of_time(unmerged, precise, images, config, root=root)
+            saved = share_of_time(unmerged, tokens, config)
             prices = measure_prices(tokens, ways, attentions, config, saved=saved)
             layers, sizes = allocate_in_time(tokens, ways, attentions, prices, config)
         else:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ def in_macs(tokens, ways, attentions, config, *, saved, factor=None):
 
 
 def extracted(monkeypatch, settings, **factor):
-    def share_of_time(model, merged, *_, root):
-        return 1 - count(merged).total / count(model).total
+    def share_of_time(model, tokens, _):
+        return 1 - count(tokens.model).total / count(model).total
 
     monkeypatch.setattr(pipeline, "measure_prices", partial(in_macs, factor=factor))
     monkeypatch.setattr(pipeline, "share_of_time", share_of_time)
@@ -181,9 +182,9 @@ def test_tokens_merge_as_far_as_that_pays(monkeypatch, tmp_path, share):
 
     monkeypatch.setattr(merging, "measure_saved_time", saved_time)
     config = best(macs_reduction=0.4, budget_in="time", merging="budget").resolved()
-    given = IMAGES, config
-    merged = merging.merge_first(model, *given, root=tmp_path)
-    saved = merging.share_of_time(model, merged, *given, root=tmp_path)
+    merged = merging.merge_first(model, IMAGES, config, root=tmp_path)
+    tokens = SimpleNamespace(model=merged, images=IMAGES, root=tmp_path)
+    saved = merging.share_of_time(model, tokens, config)
     if share < merging.WORTH:
         assert merging_blocks(merged) is None
         assert saved == 0
