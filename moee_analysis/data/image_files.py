@@ -51,11 +51,14 @@ def read_picture(path: Path) -> Image.Image:
     8, 16 or 31 bits, or from 0 to 1. Where they leave it open which one that is, the picture is
     refused: 12 bits in a file of 16 cannot be told from a dark picture.
 
-    Raises UnreadableError: numbers in no such range. OSError: a damaged file.
+    Raises UnreadableError: too many pixels, numbers in no such range. OSError: a damaged file.
     """
     suffixes()
     with Image.open(path) as image:
-        if image.width * image.height > MANY:
+        pixels = image.width * image.height
+        if pixels > Image.MAX_IMAGE_PIXELS:  # for which Pillow has no more than a warning
+            raise UnreadableError(f"{pixels / 1e6:.0f} million pixels")
+        if pixels > MANY:
             image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG alone can
         image.load()  # which turns a TIFF upright by itself
         middle = _middle(image)

@@ -1,9 +1,10 @@
 """Token merging as an optional stage, before all others: how many patches become one, and where.
 
-What merging saves is a fixed part of all that is to be saved. Where it saves that is searched: the
-schedules tried let a bell of the tokens that are left merge, of several centres and widths over the
-blocks, and the one is taken that moves the predictions least on some calibration images. Nothing is
-fitted to these beside the choice of one schedule of a few.
+Of all MACs that are to be saved merging saves a fixed part; of time all, where it pays, by what an
+example of it saves. Where it saves that is searched: the schedules tried let a bell of the tokens
+that are left merge, of several centres and widths over the blocks, and the one is taken that moves
+the predictions least on some calibration images. Nothing is fitted to these beside the choice of
+one schedule of a few.
 """
 
 import json
@@ -65,10 +66,10 @@ def merge_first(
     if config.merges is not None:
         return merge_alike(model, config.merges)
     check_mergeable(model)
-    macs = MergedMacs.of(model, unread=config.unread)
     if config.budget_in == "time":
-        tried = candidates_in_time(model, images, macs, config, root=root)
+        tried = candidates_in_time(model, images, config, root=root)
     else:
+        macs = MergedMacs.of(model, unread=config.unread)
         tried = candidates(model, macs, saved_by_merging(config, macs))
     return merge_by_search(model, images, tried, root=root)
 
@@ -125,10 +126,11 @@ def saved_by_merging(config: ExtractConfig, macs: "MergedMacs") -> float:
 
 
 def candidates_in_time(
-    model: nn.Module, images: ImageSet, macs: "MergedMacs", config: ExtractConfig, *, root: Path
+    model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
 ) -> list[Schedule]:
     """As :func:`candidates`, of a budget of time; no token merges where that saves too little."""
-    saved, worth = saved_by_merging(config, macs), _time_by_macs(model, images, config, root=root)
+    macs, worth = _time_by_macs(model, images, config, root=root)
+    saved = saved_by_merging(config, macs)
     return _without_small_steps(model, macs, saved / worth if worth > WORTH else 0)
 
 
@@ -136,20 +138,20 @@ def share_of_time(model: nn.Module, tokens: TokenSource, config: ExtractConfig) 
     """Share of a dense model's time that merging its ``tokens`` saves, by the MACs it saves."""
     if (blocks := merging_blocks(tokens.model)) is None:
         return 0.0
-    saved = MergedMacs.of(model, unread=config.unread).saved(blocks.schedule)
-    return saved * _time_by_macs(model, tokens.images, config, root=tokens.root)
+    macs, worth = _time_by_macs(model, tokens.images, config, root=tokens.root)
+    return worth * macs.saved(blocks.schedule)
 
 
 def _time_by_macs(
     model: nn.Module, images: ImageSet, config: ExtractConfig, *, root: Path
-) -> float:
-    """Share of time over that of MACs which an example of merging saves, measured once."""
+) -> "tuple[MergedMacs, float]":
+    """MACs, and the share of time over that of these which an example of merging saves."""
     macs = MergedMacs.of(model, unread=config.unread)
     example = _without_small_steps(model, macs, saved_by_merging(config, macs))[-1]
     if not any(example):
-        return 0.0
+        return macs, 0.0
     time = measure_saved_time(model, merge_alike(model, example), images, config, root=root)
-    return time / macs.saved(example)
+    return macs, time / macs.saved(example)
 
 
 def _without_small_steps(model: nn.Module, macs: "MergedMacs", saved: float) -> list[Schedule]:

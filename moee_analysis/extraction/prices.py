@@ -189,7 +189,8 @@ def _measure(model: nn.Module, trials: Sequence[Trial], batch: torch.Tensor) -> 
             for trial in (own, *trials):
                 with exchanged(model, trial.layers), timing(trial.layers, batch.device) as took:
                     found = seconds_of(partial(model, batch), batch.device)
-                seconds += [found] if trial is own else []
+                if trial is own:
+                    seconds.append(found)
                 for name, number in trial.numbers.items():
                     layers[name, trial.way, number].append(took[name] / seconds[-1])
     # ratios within a round, and their medians: whatever else the machine does slows all alike

@@ -104,6 +104,7 @@ def test_of_a_strip_the_middle_is_seen(tmp_path, size):
     torch.testing.assert_close(batch[1].amax((1, 2)), batch[1].amin((1, 2)))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("megapixels", "words"), [(95, "89 million"), (190, "89 million")])
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, megapixels, words):
     folder = image_folder(tmp_path / "photos", {"ant": 1})
@@ -111,6 +112,8 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, megapixels, words):
     with pytest.warns(UserWarning, match=words):
         images = load_images(folder)
     assert images.skipped == ("ant/bomb.png",)
+    with pytest.raises((UnreadableError, Image.DecompressionBombError), match="pixels"):
+        read_picture(folder / "ant" / "bomb.png")
     with pytest.raises(MoeeError, match=words):
         load_images(folder, strict=True)
 

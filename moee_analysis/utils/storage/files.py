@@ -11,10 +11,11 @@ from typing import Any
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage.locks import temporary, temporary_prefix
-from moee_analysis.utils.storage.refusals import writing
+from moee_analysis.utils.storage.refusals import bytes_text, writing
 
 ODD = {"is_dir": "a folder", "is_fifo": "a named pipe", "is_socket": "a socket",
        "is_char_device": "a device", "is_block_device": "a device"}  # fmt: skip
+LARGEST_TEXT = 1 << 28  # bytes; nothing here writes more
 
 
 def check_file(path: Path, *, expected: str, hint: str = "check the path") -> None:
@@ -33,7 +34,10 @@ def read_text(path: Path, *, expected: str, hint: str = "check the path") -> str
     """Read a text file in UTF-8, or refuse it; ``expected`` is the name for it in the error."""
     check_file(path, expected=expected, hint=hint)
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors mark UTF-8
+        size = path.stat().st_size
+        if size <= LARGEST_TEXT:
+            return path.read_text(encoding="utf-8-sig")  # some editors mark UTF-8
+        found = f"{bytes_text(size)} in '{path}'"
     except OSError as error:  # it is gone, or its disk fails
         found = f"'{path}', which cannot be read ({error})"
     except UnicodeDecodeError as error:

@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 
 from moee_analysis.errors import MoeeError
 from moee_analysis.utils.storage import files
-from moee_analysis.utils.storage.files import new_file, read_json, read_text, write_json, write_text
+from moee_analysis.utils.storage.files import (
+    LARGEST_TEXT,
+    new_file,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
 from moee_analysis.utils.storage.locks import OURS
 from moee_analysis.utils.storage.refusals import bytes_text, check_place, writing
 from tests.helpers.images import contents
@@ -22,6 +29,13 @@ from tests.helpers.processes import small_disk
 def put_socket(path):
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind(str(path))
+
+
+def test_a_text_that_is_too_large_is_refused_unread(tmp_path):
+    with (tmp_path / "vast.json").open("wb") as file:
+        file.truncate(LARGEST_TEXT + 1)
+    with pytest.raises(MoeeError, match="268 MB in"):
+        read_text(tmp_path / "vast.json", expected="a text")
 
 
 @pytest.mark.parametrize(("put", "found"), [
